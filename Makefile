@@ -1,0 +1,39 @@
+# Everything from a bare machine with Python 3.11+, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check docs lock setup clean
+.DELETE_ON_ERROR:
+
+demo: setup  ## teacher, baseline and distilled student on real images, in minutes
+	$(BIN)/potstill run quickstart --overwrite
+
+test: setup  ## unit and end-to-end tests
+	$(BIN)/python -m pytest -q
+
+check: setup  ## all that CI runs: format, lint, types, layers, tests, docs
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+docs: setup
+	$(BIN)/zensical build --strict --clean
+
+lock:  ## resolve pyproject.toml again
+	uv pip compile --universal --generate-hashes --python-version 3.11 --all-extras --group dev pyproject.toml -o requirements.lock
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "potstill needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || true
+	@# pip reads the same lock where uv cannot be had or fails
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements.lock \
+	  || $(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e . \
+	  || $(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache site dist build

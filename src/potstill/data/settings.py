@@ -1,0 +1,42 @@
+"""Every setting of the data: where it comes from, how it is split, what is seen of an image."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class AugmentSettings(BaseModel):
+    """What a view of a training image may change; each draw depends on (seed, sample id, view) alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pad_crop: float = Field(0.0, ge=0, le=0.5, description="shift by up to this share of the size, borders reflected")
+    crop_scale: tuple[float, float] | None = Field(
+        None, description="area shares between which a random resized crop is drawn, e.g. [0.35, 1]; null: none"
+    )
+    hflip: bool = Field(False, description="mirror left to right for half of the views")
+    vflip: bool = Field(False, description="mirror top to bottom for half of the views")
+    rotate90: bool = Field(False, description="turn by 0, 90, 180 or 270 degrees")
+    color_jitter: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation change")
+    policy: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="torchvision v2 policy")
+    erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a rectangle")
+
+
+class DataSettings(BaseModel):
+    """Images, classes and splits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field("digits", description="a name of `potstill.data.DATASETS`, a folder, or a .csv/.jsonl manifest")
+    options: dict[str, Any] = Field({}, description="options of the named data set, e.g. {classes: 2} for solar")
+    size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
+    fit: Literal["crop", "squash"] = Field("crop", description="how an image that is not square becomes square")
+    val: float = Field(0.15, gt=0, lt=1, description="share split off for val where the source has none")
+    test: float = Field(0.15, gt=0, lt=1, description="share split off for test where the source has none")
+    split_seed: int = Field(0, ge=0, description="of the split; separate from `seed`, so that seeds share a split")
+    augment: AugmentSettings | None = Field(None, description="null: the light default of the data set")
+    balance: Literal["none", "weights", "sampling"] = Field(
+        "none", description="against imbalance: class weights in the label loss, or balanced sampling"
+    )
+    workers: int | Literal["auto"] = Field("auto", description="processes that decode; results do not depend on it")
+    memory_share: float = Field(0.3, gt=0, lt=1, description="share of free memory that decoded pixels may take")

@@ -1,0 +1,59 @@
+"""Errors that a user can mend: one to five plain lines and an exit code each; anything else is our bug (exit 1)."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PotstillError(Exception):
+    """What came, what is allowed, the nearest known name, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(PotstillError, ValueError):
+    """A wrong option, recipe or argument."""
+
+    exit_code = 2
+
+
+class DataError(PotstillError):
+    """Images, labels or splits that cannot be trained on."""
+
+    exit_code = 3
+
+
+class ArtifactError(PotstillError):
+    """A model, checkpoint or run folder that is damaged or does not fit."""
+
+    exit_code = 4
+
+
+class StorageError(PotstillError):
+    """No space, no permission, an I/O error, or no memory."""
+
+    exit_code = 5
+
+
+class NonFiniteError(PotstillError):
+    """A loss, gradient or weight became NaN or infinite."""
+
+    exit_code = 6
+
+
+class WorkerError(PotstillError):
+    """A process of the run died or stalled."""
+
+    exit_code = 7
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause for messages: ``"; did you mean 'kd'?"``, or nothing where no known name is close.
+
+    Example:
+        >>> nearest("resnet81", ["resnet18", "vgg16"])
+        "; did you mean 'resnet18'?"
+        >>> nearest("zebra", ["resnet18"])
+        ''
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,39 @@
+"""Every setting of the training loop."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PickBy = Literal["top1", "top3", "f1_macro", "auc_macro", "loss", "nll"]
+
+
+class TrainingSettings(BaseModel):
+    """How one stage is trained; the defaults are those of the original specification."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(30, ge=1, le=100_000, description="passes over the training split")
+    batch_size: int = Field(32, ge=1, le=65_536, description="images per step")
+    optimizer: str = Field("adamw", description="sgd, adamw, or the name of any class in torch.optim")
+    lr: float = Field(1e-4, gt=0, description="learning rate after warm-up")
+    weight_decay: float = Field(1e-4, ge=0, description="not applied to biases and normalisation layers")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(False, description="of sgd")
+    optimizer_options: dict[str, Any] = Field({}, description="further keywords of the optimizer's class")
+    schedule: Literal["constant", "cosine", "step"] = Field("constant", description="of the learning rate")
+    milestones: list[int] = Field([], description="epochs after which schedule step multiplies lr by gamma")
+    gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
+    final_lr_share: float = Field(0.0, ge=0, le=1, description="share of lr at which the cosine ends")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear rise from 0 to lr")
+    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are then evaluated")
+    early_stopping: int | None = Field(None, ge=1, description="epochs without a better val metric before stopping")
+    pick_by: PickBy = Field("top1", description="val metric that picks the best epoch")
+    evaluate_test_every_epoch: bool = Field(False, description="test curves; never used to choose")
+    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    channels_last: bool | Literal["auto"] = Field("auto", description="memory layout of images and weights")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: int | Literal["auto"] = Field("auto", description="CPU threads of one process")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints; 0: every epoch")
