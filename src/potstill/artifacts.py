@@ -15,8 +15,8 @@ from typing import Any
 from potstill.errors import ArtifactError, StorageError
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, whole or not at all; an older file survives a failure.
+def write_bytes(path: Path, *chunks: bytes) -> None:
+    """Put ``chunks``, one after the other, at ``path``, whole or not at all; an older file survives a failure.
 
     Raises:
         StorageError: no space, no permission, or an I/O error; names path and reason.
@@ -26,7 +26,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -39,7 +39,9 @@ class Range:
     def __str__(self) -> str:
         if self.high == math.inf:
             return f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
-        return f"{'above' if self.open_low else 'from'} {self.low:g} {'and at most' if self.open_low else 'to'} {self.high:g}"
+        return (
+            f"above {self.low:g} and at most {self.high:g}" if self.open_low else f"from {self.low:g} to {self.high:g}"
+        )
 
 
 Positive = Annotated[float, Range(low=0, open_low=True)]

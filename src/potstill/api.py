@@ -1,0 +1,54 @@
+"""The experiment from Python: what ``potstill run``, ``predict`` and friends do."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from potstill.data.splits import DataSplits
+from potstill.experiments import pipeline
+from potstill.experiments.recipe import load_recipe
+from potstill.experiments.run_folder import find_model
+from potstill.models.classifier import Classifier
+from potstill.models.model_file import load_model
+from potstill.report.render import render
+from potstill.training.observer import Observer
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    sets: tuple[str, ...] = (),
+    data: DataSplits | None = None,
+    root: str | Path = "runs",
+    name: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+) -> Path:
+    """Train teacher, baseline and distilled student; write the report; return the run folder.
+
+    Args:
+        recipe: name of a shipped recipe, a YAML file, or its content as a dict.
+        sets: changes like ``"training.epochs=5"``.
+        data: images from Python (``potstill.data.datasets.from_torch``) in place of the recipe's source.
+        root, name, resume, overwrite: as the command's options.
+        observer: is told what happens; silent where None.
+
+    Raises:
+        PotstillError: anything that a user can mend.
+    """
+    checked = load_recipe(recipe, sets, data_needed=data is None)
+    path = pipeline.run(
+        checked, root=Path(root), name=name, resume=resume, overwrite=overwrite, data=data, observer=observer
+    )
+    render(path)
+    return path
+
+
+def load(path: str | Path) -> Classifier:
+    """The model of a run (distilled, else baseline, else teacher) or of a model folder, in eval mode on the CPU.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged.
+    """
+    return load_model(find_model(Path(path)))

@@ -1,0 +1,238 @@
+"""What people see: progress while it trains, then the table, the verdict and what to type next.
+
+Progress goes to stderr: bars on a terminal, one plain line an epoch elsewhere.  Results go to stdout.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STAGES = ("teacher", "baseline", "distilled")
+_COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
+_NAME_ROOM = 10  # the longest stage's name and a space
+
+
+def plain(text: str, keep: str = "") -> str:
+    """``text`` with control characters as visible escapes: a file's name must not steer the terminal.
+
+    Example:
+        >>> plain("cat\\x1b[2J.png")
+        'cat\\\\x1b[2J.png'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+class Progress:
+    """An Observer of the training loop that shows what it is told; use it as a context manager."""
+
+    def __init__(self, console: "Console | None" = None) -> None:
+        from rich.console import Console
+
+        self._console = console or Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self._interactive = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._bar = _bar(self._console) if self._interactive else None
+        self._task: Any = None
+        self._stage = ""
+        self._epochs = self._epoch = self._images = self._seen = 0
+        self._began = 0.0
+        self._best = ""
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def stage(self, name: str, detail: str) -> None:
+        """A stage begins."""
+        self._stage, self._best, self._epoch = name, "", 0
+        self._line(f"{name}: {detail}")
+        if self._bar is not None:
+            self._task = self._bar.add_task(name, total=None, epoch="", speed="", val="")
+
+    def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None:
+        """An epoch begins."""
+        self._epoch, self._epochs, self._images, self._seen = epoch, epochs, images, 0
+        self._began = time.perf_counter()
+        if self._bar is not None and self._task is not None:
+            done = (epoch - 1) * images
+            self._bar.update(self._task, total=epochs * images, completed=done, epoch=f"epoch {epoch}/{epochs}")
+
+    def step(self, images: int) -> None:
+        """More images have been trained on."""
+        if self._bar is None or self._task is None:
+            return
+        self._seen += images
+        speed = self._seen / max(time.perf_counter() - self._began, 1e-9)
+        self._bar.update(self._task, advance=images, speed=f"{speed:,.0f} images/s")
+
+    def epoch_end(self, record: dict[str, Any]) -> None:
+        """An epoch is over: its line of metrics.jsonl."""
+        val = percent(record.get("val", {}).get("top1"))
+        if record.get("best"):
+            self._best = f"best epoch {record['epoch']}, val top-1 {val}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._epoch * self._images, val=f"val top-1 {val}")
+            return
+        loss = record.get("train", {}).get("loss")
+        parts = [
+            f"{self._stage} epoch {record['epoch']}/{self._epochs}",
+            f"loss {loss:.4f}" if isinstance(loss, float) else "",
+            f"val top-1 {val}",
+            f"{record['images_per_second']:,.0f} images/s" if record.get("images_per_second") else "",
+            duration(record["seconds"]) if record.get("seconds") is not None else "",
+            "best" if record.get("best") else "",
+        ]
+        self._line("  ".join(part for part in parts if part))
+
+    def note(self, message: str) -> None:
+        """Something worth reading."""
+        self._line(message)
+
+    def warn(self, message: str) -> None:
+        """Something that probably spoils the result."""
+        self._line(f"warning: {message}", style="yellow")
+
+    def stage_end(self, name: str, seconds: float) -> None:
+        """A stage is over."""
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        self._line(f"{name}: done in {duration(seconds)}" + (f", {self._best}" if self._best else ""))
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        # Not wrapped: a log is searched by lines.
+        self._console.print(plain(text, keep="\n"), style=style, soft_wrap=True)
+
+
+def _bar(console: "Console") -> Any:
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=24),
+        progress.TextColumn("{task.fields[epoch]}", markup=False),
+        progress.TextColumn("{task.fields[speed]}", markup=False),
+        progress.TextColumn("{task.fields[val]}", markup=False),
+        progress.TextColumn("ETA", markup=False),
+        progress.TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+        speed_estimate_period=300,  # longer than an epoch, since evaluation is part of the time that is left
+    )
+
+
+def say_results(results: Mapping[str, Any], page: Path | None) -> None:
+    """Print the table of the stages, the verdict and where the report is."""
+    lines = ["", *results_table(results["stages"]), ""]
+    comparison = results.get("comparison") or {}
+    if comparison.get("verdict"):
+        lines += [plain(str(comparison["verdict"])), ""]
+    if page is not None:
+        lines.append(f"report: {plain(str(page))}")
+    _print(lines)
+
+
+def say_next(command: list[str]) -> None:
+    """Print the command that most people want next."""
+    _print([f"next:   {plain(shlex.join(command))}"])
+
+
+def results_table(stages: Mapping[str, Any]) -> list[str]:
+    """Teacher, baseline and distilled with their test figures, as aligned lines; absent stages are left out."""
+    rows = [_COLUMNS]
+    for name in (name for name in STAGES if name in stages):
+        stage = stages[name]
+        test, model = stage.get("test") or {}, stage.get("model") or {}
+        p50 = (stage.get("latency_ms") or {}).get("p50")
+        rows.append(
+            (
+                name,
+                percent(test.get("top1")),
+                percent(test.get("top3")),
+                percent(test.get("f1_macro")),
+                _four_digits(test.get("auc_macro")),
+                _count(model.get("parameters")),
+                size(model.get("file_bytes")),
+                "-" if p50 is None else f"{p50:.2f} ms",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    widths[0] = max(widths[0], _NAME_ROOM)
+    return [
+        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+
+
+def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
+    """What `evaluate` prints: the model, the overall figures, then a line for each class."""
+    shares = ("top1", "top3", "precision_macro", "recall_macro", "f1_macro", "f1_weighted", "ece")
+    numbers = ("auc_macro", "auc_micro", "nll")
+    for key in ("model", "data", "count"):
+        if key in metrics:
+            yield f"{key:<16} {plain(str(metrics[key]))}"
+    for key in shares:
+        yield f"{key:<16} {percent(metrics.get(key)):>8}"
+    for key in numbers:
+        yield f"{key:<16} {_four_digits(metrics.get(key)):>8}"
+    names = [plain(str(row["class"])) for row in metrics.get("per_class", ())]
+    width = max([len("class"), *map(len, names)])
+    if names:
+        yield ""
+        yield f"{'class':<{width}}  precision  recall      F1  images"
+    for name, row in zip(names, metrics.get("per_class", ()), strict=True):
+        figures = (percent(row[key]) for key in ("precision", "recall", "f1"))
+        precision, recall, f1 = figures
+        yield f"{name:<{width}}  {precision:>9}  {recall:>6}  {f1:>6}  {row['support']:>6}"
+
+
+def percent(share: float | None) -> str:
+    """``0.9731`` as ``97.3 %``; None as ``-``."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def size(count: int | None) -> str:
+    """Bytes for people, in powers of 1000."""
+    if count is None:
+        return "-"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``3.2 s``, ``4 min 05 s``, ``2 h 03 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _four_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _print(lines: Iterable[str]) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -1,0 +1,100 @@
+"""Where the teacher comes from: trained here, or ready-made with the same classes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from potstill.errors import ArtifactError
+from potstill.experiments.recipe import Recipe, StageSettings
+from potstill.experiments.run_folder import find_model
+from potstill.inputs import InputSpec
+from potstill.models.create import create_model
+from potstill.models.input_spec import input_spec
+from potstill.models.model_file import load_model
+from potstill.models.weights import load_weights
+from potstill.training.observer import Observer
+
+
+@dataclass
+class Start:
+    """A network before this run trains it."""
+
+    module: nn.Module
+    architecture: str
+    input: InputSpec
+    ready: bool  # it knows these classes already: a teacher needs no training
+    facts: dict[str, Any]  # where its weights come from
+
+
+def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], observer: Observer) -> Start:
+    """A new network, or one that starts from ``network.weights``.
+
+    The global random generator decides the initialisation.
+
+    Raises:
+        ArtifactError: weights of other classes where no new head was asked for; damaged or foreign files.
+        UsageError: pretrained weights that cannot be had.
+    """
+    size = recipe.data.size
+    if network.weights is None:
+        module = create_model(network.model, len(classes), size=size)
+        return Start(module, network.model, input_spec(network.model, size, recipe.data.fit), ready=False, facts={})
+    if network.weights != "pretrained" and _is_ours(Path(network.weights)):
+        return _from_our_model(Path(network.weights), network, classes, observer)
+    loaded = load_weights(network.model, network.weights, len(classes), size=size)
+    for note in loaded.notes:
+        observer.warn(note) if loaded.new_head else observer.note(note)
+    if loaded.new_head and network.weights != "pretrained" and not network.new_head:
+        raise ArtifactError(
+            f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
+            "To train it on with a new head, set teacher.new_head=true (or student.new_head=true)"
+        )
+    if not loaded.new_head:
+        observer.note(
+            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_list(classes)}"
+        )
+    spec = input_spec(network.model, size, recipe.data.fit)
+    return Start(loaded.module, network.model, spec, ready=not loaded.new_head, facts={"weights": network.weights})
+
+
+def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...], observer: Observer) -> Start:
+    model = load_model(find_model(path))
+    facts = {"weights": str(path)}
+    if model.class_names == classes:
+        return Start(model.module, model.architecture, model.input, ready=True, facts=facts)
+    if not network.new_head:
+        raise ArtifactError(
+            f"{path} knows other classes than this data, or the same in another order.\n"
+            f"It knows {len(model.class_names)}: {_list(model.class_names)}\n"
+            f"The data has {len(classes)}: {_list(classes)}\n"
+            "Use data with the same class names, or train it on with a new head: teacher.new_head=true"
+        )
+    observer.warn(f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights stay")
+    module = create_model(model.architecture, len(classes), size=model.input.size)
+    own = module.state_dict()
+    kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
+    head = _head_keys(model.module, module, len(model.class_names) == len(classes))
+    module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
+    return Start(module, model.architecture, model.input, ready=False, facts=facts)
+
+
+def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
+    """Parameters of the last linear layer, which equal shapes alone would carry over to other classes."""
+    if not same_size:
+        return set()
+    last = [name for name, module in new.named_modules() if isinstance(module, nn.Linear)][-1:]
+    return {f"{name}.{part}" for name in last for part in ("weight", "bias")}
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return (find_model(path) / "model.json").is_file()
+    except ArtifactError:
+        return False
+
+
+def _list(names: tuple[str, ...], most: int = 12) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown

@@ -1,0 +1,74 @@
+"""Where a run computes and in which precision."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from potstill.errors import UsageError
+from potstill.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device and how numbers and images are laid out on it."""
+
+    device: torch.device
+    bf16: bool
+    channels_last: bool
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bf16 for convolutions and matrix products, or nothing; weights stay float32, so no gradient scaling."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def __str__(self) -> str:
+        words = [str(self.device), "bf16" if self.bf16 else "float32"]
+        if self.device.type == "cpu":
+            words.insert(1, f"{torch.get_num_threads()} threads")
+        return ", ".join(words)
+
+
+def choose(settings: TrainingSettings) -> Compute:
+    """Resolve ``auto``: cuda, then mps, then cpu; bf16 where the hardware computes in it.
+
+    Float16 is never chosen: on a CPU its arithmetic is hundreds of times slower than bf16.
+
+    Raises:
+        UsageError: a device that is not there.
+    """
+    if settings.threads != "auto":
+        torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    bf16 = _has_bf16(device) if settings.precision == "auto" else settings.precision == "bf16"
+    if settings.channels_last == "auto":
+        channels_last = device.type == "cuda"
+    else:
+        channels_last = settings.channels_last
+    return Compute(device, bf16, channels_last)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"training.device {name!r} cannot be used: {reason}\nAllowed: auto, cpu, cuda, cuda:N, mps"
+        ) from None
+    return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -1,0 +1,85 @@
+"""Optimizer and learning-rate schedule from settings."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from potstill.errors import UsageError, nearest
+from potstill.training.settings import TrainingSettings
+
+_UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # the base class; a closure; sparse gradients
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """A class of ``torch.optim`` by name, in any spelling of case.
+
+    Raises:
+        UsageError: unknown name; names the nearest known one.
+    """
+    known = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key not in _UNFIT
+    }
+    if name.lower() not in known:
+        raise UsageError(f"no optimizer {name!r}{nearest(name.lower(), known)}. Known: {', '.join(sorted(known))}")
+    return known[name.lower()]
+
+
+def create_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """The optimizer over two groups: weights with decay; biases and normalisation layers without.
+
+    Raises:
+        UsageError: unknown optimizer, or options that its class does not take.
+    """
+    parameters = [parameter for _, parameter in named]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    kind = optimizer_class(settings.optimizer)
+    takes = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"lr": settings.lr}
+    if kind is torch.optim.SGD:
+        options |= {"momentum": settings.momentum, "nesterov": settings.nesterov}
+    if "fused" in takes and "foreach" not in settings.optimizer_options:
+        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    for key in settings.optimizer_options:
+        if key not in takes:
+            raise UsageError(f"{kind.__name__} takes no {key!r}{nearest(key, takes)}. It takes {', '.join(takes)}")
+    try:
+        return kind([group for group in groups if group["params"]], **(options | settings.optimizer_options))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"training.optimizer {settings.optimizer}: {error}") from error
+
+
+def lr_factor(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int], float]:
+    """Learning rate at a step (from 0), as a share of ``settings.lr``.
+
+    Warm-up rises linearly and reaches the full rate at its end; the cosine then falls to ``final_lr_share`` at the
+    last step; ``step`` multiplies by gamma once the milestone's epochs are complete.
+
+    Example:
+        >>> factor = lr_factor(TrainingSettings(epochs=4, schedule="step", milestones=[2], gamma=0.1), 10)
+        >>> factor(0), factor(19), factor(20)
+        (1.0, 1.0, 0.1)
+    """
+    total = settings.epochs * steps_per_epoch
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if settings.schedule == "cosine":
+            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+            cosine = (1 + math.cos(math.pi * progress)) / 2
+            return settings.final_lr_share + (1 - settings.final_lr_share) * cosine
+        if settings.schedule == "step":
+            return settings.gamma ** sum(step >= milestone * steps_per_epoch for milestone in settings.milestones)
+        return 1.0
+
+    return factor

@@ -1,0 +1,45 @@
+import math
+
+import pytest
+
+from potstill.errors import UsageError
+from potstill.options import Count, NonNegative, Positive, Share, checked
+
+
+@checked
+def options(*, a: Positive = 1.0, b: NonNegative = 0.0, c: Share = 0.5, d: Count = 1, name: str = "x") -> float:
+    return a + b + c + d
+
+
+@pytest.mark.parametrize(
+    "good", [{"a": 1e-9}, {"a": 3}, {"b": 0}, {"c": 0}, {"c": 1.0}, {"d": 1}, {"d": 10**9}, {"name": -1}]
+)
+def test_allowed(good):
+    assert options(**good) is not None
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"a": 0}, "a must be above 0, got 0"),
+        ({"a": math.inf}, "a must be above 0, got inf"),
+        ({"a": math.nan}, "a must be above 0, got nan"),
+        ({"b": -1e-9}, "b must be at least 0"),
+        ({"c": 1.5}, "c must be from 0 to 1, got 1.5"),
+        ({"c": "1"}, "c must be a number from 0 to 1, got '1'"),
+        ({"d": 0}, "d must be at least 1"),
+        ({"d": 1.0}, "d must be a whole number at least 1"),
+        ({"d": True}, "d must be a whole number"),
+    ],
+)
+def test_refused(bad, message):
+    with pytest.raises(UsageError, match=message):
+        options(**bad)
+
+
+def test_a_range_on_a_positional_argument_is_a_mistake_of_ours():
+    with pytest.raises(TypeError, match="must be keyword-only"):
+
+        @checked
+        def wrong(a: Positive) -> float:
+            return a
