@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from potstill.artifacts import append_line, write_text
-from potstill.data.loader import Loader
 from potstill.distiller import Distiller
 from potstill.errors import ArtifactError
 from potstill.evaluation.metrics import StreamingMetrics
@@ -22,6 +21,9 @@ from potstill.training.observer import Observer
 from potstill.training.optimizers import create_optimizer, lr_factor
 from potstill.training.settings import TrainingSettings
 from potstill.types import Outputs
+
+if TYPE_CHECKING:  # anything with `epoch`, `steps` and `count` will do
+    from potstill.data.loader import Loader
 
 Record = dict[str, Any]
 
@@ -55,15 +57,15 @@ class Training:
     def __init__(
         self,
         distiller: Distiller,
-        train: Loader,
-        val: Loader,
+        train: "Loader",
+        val: "Loader",
         settings: TrainingSettings,
         compute: Compute,
         *,
         folder: Path,
         observer: Observer,
         classes: int,
-        test: Loader | None = None,
+        test: "Loader | None" = None,
     ) -> None:
         self.distiller, self.settings, self.compute, self.observer = distiller, settings, compute, observer
         self.train, self.classes = train, classes
@@ -164,7 +166,7 @@ class Training:
             self.average.update_parameters(self.distiller.student)
 
     @torch.no_grad()
-    def _evaluate(self, split: str, loader: Loader) -> Record:
+    def _evaluate(self, split: str, loader: "Loader") -> Record:
         self.distiller.eval()
         metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
         for position, batch in enumerate(loader.epoch(0)):
@@ -178,13 +180,12 @@ class Training:
 
     def _ask_teacher(self, split: str, position: int, images: Tensor) -> Outputs | None:
         """Logits of the teacher on val and test never change: it is asked once.  Feature maps are too large to keep."""
-        if self.distiller.method.teacher_taps:
+        if self.distiller.teacher is None or self.distiller.method.teacher_taps:
             return None
         known = self._teacher_says.setdefault(split, [])
         if position == len(known):
             answer = self.distiller.ask_teacher(images)
-            if answer is None:
-                return None
+            assert answer is not None  # there is a teacher
             known.append(answer)
         return known[position]
 

@@ -1,0 +1,92 @@
+import csv
+
+import pytest
+
+from potstill.errors import ArtifactError, StorageError, UsageError
+from potstill.experiments.run_folder import RunFolder, as_csv, find_model
+
+
+def test_an_existing_run_is_never_overwritten_without_a_word(tmp_path):
+    with RunFolder.create(tmp_path, "first") as run:
+        run.write_recipe("name: first\n")
+    with pytest.raises(UsageError, match=r"--resume.*--overwrite.*--name first-2"):
+        RunFolder.create(tmp_path, "first")
+    assert run.recipe.read_text() == "name: first\n"
+    with RunFolder.create(tmp_path, "first", resume=True):
+        assert run.recipe.read_text() == "name: first\n"
+    with RunFolder.create(tmp_path, "first", overwrite=True):
+        assert not run.recipe.exists()
+
+
+def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dear.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match="is no run folder"):
+        RunFolder.create(tmp_path, "photos", overwrite=True)
+    assert (tmp_path / "photos" / "dear.jpg").exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", "a/b", "/etc", "a b", "x" * 65, "é", "a\n"])
+def test_names_stay_below_the_root(tmp_path, name):
+    with pytest.raises(UsageError, match="1 to 64"):
+        RunFolder.create(tmp_path / "runs", name)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with RunFolder.create(tmp_path, "a"), pytest.raises(StorageError, match="being written by another process"):
+        RunFolder(tmp_path / "a").acquire()
+    other = RunFolder(tmp_path / "a")
+    other.acquire()
+    other.__exit__(None, None, None)
+
+
+def test_an_unwritable_root_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write to"):
+        RunFolder.create(tmp_path / "file", "a")
+
+
+def test_nothing_to_resume_and_contradictions(tmp_path):
+    with pytest.raises(UsageError, match="nothing to resume"):
+        RunFolder.create(tmp_path, "a", resume=True)
+    with pytest.raises(UsageError, match="give one of them"):
+        RunFolder.create(tmp_path, "a", resume=True, overwrite=True)
+
+
+def test_predictions_are_what_a_csv_reader_expects(tmp_path):
+    run = RunFolder(tmp_path / "a")
+    names = ['quote".png', "comma,.png", "line\nbreak\x1b[31m.png"]
+    run.write_predictions("teacher", "test", names, [0, 1, 1], [[0.75, 0.25], [1 / 3, 2 / 3], [0.5, 0.5]], ["a", "b"])
+    with (run.stage("teacher") / "predictions_test.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["path", "label", "prediction", "p:a", "p:b"],
+        ['quote".png', "a", "a", "0.75", "0.25"],
+        ["comma,.png", "b", "b", "0.333333333", "0.666666667"],
+        ["line\\nbreak\\x1b[31m.png", "b", "a", "0.5", "0.5"],
+    ]
+
+
+def test_csv_has_no_raw_control_characters():
+    assert as_csv(("a",), [("\x00\x07",)]) == "a\n\\x00\\x07\n"
+
+
+def test_the_model_meant_by_a_run_is_the_distilled_one(tmp_path):
+    for stage in ("teacher", "baseline", "distilled"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "model.json").write_text("{}")
+        assert find_model(tmp_path) == tmp_path / stage
+    assert find_model(tmp_path / "teacher" / "model.json") == tmp_path / "teacher"
+    with pytest.raises(ArtifactError, match="does not exist"):
+        find_model(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="holds no model"):
+        find_model(tmp_path / "empty")
+
+
+def test_results_of_another_schema_are_refused(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_results({"schema": 2})
+    with pytest.raises(ArtifactError, match="not of schema 1"):
+        run.read_results()

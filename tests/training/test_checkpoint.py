@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+from potstill.errors import ArtifactError
+from potstill.training.checkpoint import (
+    load_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    under,
+    unpack_optimizer,
+    within,
+)
+
+
+def test_tensors_and_facts_come_back(tmp_path):
+    tied = torch.randn(3)
+    tensors = {"a": tied, "b": tied, "half": torch.ones(2).bfloat16(), "count": torch.tensor(7)}
+    facts = {"epoch": 3, "records": [{"lr": 1e-4, "best": True, "auc": None}]}
+    save_checkpoint(tmp_path / "x", tensors, facts)
+    loaded, read = load_checkpoint(tmp_path / "x")
+    assert read == facts
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[key], tensors[key]) and loaded[key].dtype == tensors[key].dtype for key in tensors)
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
+    path = tmp_path / "x"
+    save_checkpoint(path, {"a": torch.arange(20.0)}, {"epoch": 1})
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for position in torch.randint(len(whole), (60,), generator=generator).tolist():
+        for bit in (0, 7):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(ArtifactError, match="is damaged"):
+                load_checkpoint(path)
+    for length in (0, 10, 64, 65, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ArtifactError, match="is damaged"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_an_optimizer_goes_on_as_if_nothing_had_happened(tmp_path, kind):
+    def trained(steps, net, optimizer):
+        for step in range(steps):
+            optimizer.zero_grad()
+            net(torch.full((2, 3), float(step))).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    optimizer = kind(net.parameters(), lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    trained(3, net, optimizer)
+    tensors, facts = pack_optimizer(optimizer)
+    save_checkpoint(tmp_path / "x", under("o", tensors) | under("n", net.state_dict()), facts)
+    trained(2, net, optimizer)
+
+    other = nn.Linear(3, 2)
+    resumed = kind(other.parameters(), lr=0.5)
+    loaded, facts = load_checkpoint(tmp_path / "x")
+    other.load_state_dict(within("n", loaded))
+    unpack_optimizer(resumed, within("o", loaded), facts)
+    trained(2, other, resumed)
+    assert torch.equal(net.weight, other.weight)

@@ -1,0 +1,256 @@
+"""The loop, on numbers small enough to follow: a loader of two-pixel images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from potstill.distiller import Distiller
+from potstill.errors import NonFiniteError
+from potstill.methods.kd import KD
+from potstill.methods.supervised import Supervised
+from potstill.training.devices import Compute
+from potstill.training.loop import Training
+from potstill.training.observer import Silent
+from potstill.training.settings import TrainingSettings
+from potstill.types import Batch
+
+CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
+
+
+class Numbers:
+    """A loader of ``count`` images whose class can be read off their first channel."""
+
+    def __init__(self, count, batch_size=4, seed=0, poison=None):
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(count) % 3
+        self.images = torch.randn(count, 3, 2, 2, generator=generator) * 0.5
+        self.images[torch.arange(count), self.labels] += 1.0
+        self.count, self.batch_size, self.poison = count, batch_size, poison
+        self.steps = -(-count // batch_size)
+
+    def epoch(self, number=0):
+        order = torch.from_numpy(np.random.default_rng(number).permutation(self.count))
+        for step, index in enumerate(order.split(self.batch_size)):
+            images = self.images[index]
+            if self.poison == (number, step):
+                images = images * float("inf")
+            yield Batch(images, self.labels[index], index, torch.full_like(index, number))
+
+
+class Counting(nn.Module):
+    """A classifier that knows how often it was asked, in which mode, and drops out."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3))
+        self.modes = []
+
+    def forward(self, images):
+        self.modes.append(self.training)
+        return self.net(images)
+
+
+def train(folder, settings=None, method=None, teacher=None, resume=False, loader=None, epochs_run=None, **kwargs):
+    torch.manual_seed(0)
+    student = Counting()
+    distiller = Distiller(student, teacher, method or Supervised())
+    settings = settings or TrainingSettings(epochs=4, lr=0.05, checkpoint_seconds=0)
+    training = Training(
+        distiller,
+        loader or Numbers(18),
+        Numbers(9, seed=1),
+        settings,
+        CPU,
+        folder=folder,
+        observer=Silent(),
+        classes=3,
+        **kwargs,
+    )
+    if epochs_run is not None:  # a process that dies after so many epochs
+
+        class Died(Exception):
+            pass
+
+        class Mortal(Silent):
+            def epoch_start(self, epoch, *_):
+                if epoch > epochs_run:
+                    raise Died
+
+        training.observer = Mortal()
+        with pytest.raises(Died):
+            training.run(resume=resume)
+        return training.history, student
+    return training.run(resume=resume), student
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_learns_and_writes_a_line_an_epoch(tmp_path):
+    history, _ = train(tmp_path)
+    records = lines(tmp_path)
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert records[-1]["train"]["loss"] < records[0]["train"]["loss"]
+    assert history.best_value == max(record["val"]["top1"] for record in records)
+    first_best = next(r["epoch"] for r in records if r["val"]["top1"] == history.best_value)
+    assert history.best_epoch == first_best
+    for record in records:
+        assert record["train"]["loss"] == pytest.approx(record["train"]["terms"]["ce"])
+        assert record["train"]["count"] == 18
+        assert record["val"]["count"] == 9
+
+
+def test_student_is_in_train_mode_in_every_epoch(tmp_path):
+    _, student = train(tmp_path, TrainingSettings(epochs=3))
+    per_epoch = [True] * 5 + [False] * 3  # 18 images and 9 images in fours
+    assert student.modes == per_epoch * 3
+
+
+def test_the_best_epochs_weights_are_what_remains(tmp_path):
+    # Far too large a rate from epoch 2 on: epoch 1 stays the best.
+    settings = TrainingSettings(epochs=3, optimizer="sgd", lr=0.05, schedule="step", milestones=[1], gamma=1e-6)
+    history, student = train(tmp_path, settings.model_copy(update={"pick_by": "loss"}))
+    best = min(lines(tmp_path), key=lambda record: record["val"]["loss"])
+    assert history.best_epoch == best["epoch"]
+    student.eval()
+    val = Numbers(9, seed=1)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(student(val.images), val.labels).item()
+    assert loss == pytest.approx(best["val"]["loss"], rel=1e-5)
+
+
+def test_same_seed_same_weights(tmp_path):
+    (_, one), (_, two) = train(tmp_path / "a"), train(tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("after", [1, 3])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, after, ema):
+    settings = TrainingSettings(epochs=5, lr=0.05, schedule="cosine", checkpoint_seconds=0, ema_decay=ema)
+    whole, one = train(tmp_path / "whole", settings)
+    train(tmp_path / "cut", settings, epochs_run=after)
+    resumed, two = train(tmp_path / "cut", settings, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert resumed.best_epoch == whole.best_epoch
+
+    def figures(folder):
+        timing = ("seconds", "images_per_second")
+        return [{key: value for key, value in record.items() if key not in timing} for record in lines(folder)]
+
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+
+
+def test_test_is_never_looked_at_unless_asked(tmp_path):
+    class Forbidden(Numbers):
+        def epoch(self, number=0):
+            raise AssertionError("test was read")
+
+    train(tmp_path / "a")
+    assert "test" not in lines(tmp_path / "a")[0]
+    with pytest.raises(AssertionError, match="test was read"):
+        train(tmp_path / "b", test=Forbidden(9))
+    train(tmp_path / "c", test=Numbers(9, seed=2))
+    assert "test" in lines(tmp_path / "c")[0]
+
+
+def test_a_better_test_split_never_changes_the_choice(tmp_path):
+    without, one = train(tmp_path / "a")
+    with_test, two = train(tmp_path / "b", test=Numbers(9, seed=2))
+    assert without.best_epoch == with_test.best_epoch
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_the_teacher_is_asked_once_for_each_val_image(tmp_path):
+    torch.manual_seed(5)
+    teacher = Counting()
+    train(tmp_path, TrainingSettings(epochs=3), KD(), teacher)
+    assert len(teacher.modes) == 3 * 5 + 3  # every training step; val's three batches in the first epoch only
+    assert not any(teacher.modes)
+
+
+def test_terms_of_a_distilled_epoch(tmp_path):
+    train(tmp_path, TrainingSettings(epochs=1), KD(alpha=0.3), Counting())
+    for split in ("train", "val"):
+        figures = lines(tmp_path)[0][split]
+        assert set(figures["terms"]) == {"ce", "kd"}
+        assert figures["loss"] == pytest.approx(sum(figures["terms"].values()))
+        assert figures["nll"] == pytest.approx(figures["terms"]["ce"] / 0.3, rel=1e-5)
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    class Linear(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Flatten(), nn.Linear(12, 3))
+
+    def weights(batch_size, accumulate, folder):
+        torch.manual_seed(0)
+        net = Linear()
+        Training(
+            Distiller(net, None, Supervised()),
+            Numbers(16, batch_size),
+            Numbers(9, seed=1),
+            TrainingSettings(epochs=1, optimizer="sgd", lr=0.1, accumulate=accumulate),
+            CPU,
+            folder=folder,
+            observer=Silent(),
+            classes=3,
+        ).run()
+        return net[1].weight
+
+    torch.testing.assert_close(weights(8, 1, tmp_path / "a"), weights(4, 2, tmp_path / "b"))
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    settings = TrainingSettings(epochs=1, optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0, clip_norm=1e-3)
+    torch.manual_seed(0)
+    before = [p.detach().clone() for p in Counting().parameters()]
+    _, student = train(tmp_path, settings)
+    moved = sum((a - b).square().sum() for a, b in zip(before, student.parameters(), strict=True)).sqrt()
+    assert 0 < moved <= 5 * 1e-3 + 1e-6  # five steps
+
+
+def test_averaged_weights_follow_the_definition(tmp_path):
+    decay = 0.75
+    settings = TrainingSettings(epochs=1, optimizer="sgd", lr=0.1, ema_decay=decay)
+    seen = []
+
+    class Watching(Silent):
+        def step(self, images):
+            seen.append(student.net[1].weight.detach().clone())
+
+    torch.manual_seed(0)
+    student = Counting()
+    training = Training(
+        Distiller(student, None, Supervised()),
+        Numbers(18),
+        Numbers(9, seed=1),
+        settings,
+        CPU,
+        folder=tmp_path,
+        observer=Watching(),
+        classes=3,
+    )
+    training.run()
+    expected = seen[0]  # the first update takes the weights as they are
+    for weight in seen[1:]:
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(student.net[1].weight, expected)
+
+
+def test_early_stopping_waits_for_its_patience(tmp_path):
+    settings = TrainingSettings(epochs=50, lr=1e-9, early_stopping=3)
+    history, _ = train(tmp_path, settings)
+    assert len(history.records) == history.best_epoch + 3
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    settings = TrainingSettings(epochs=4, checkpoint_seconds=0)
+    with pytest.raises(NonFiniteError, match="epoch 2, training: at step 3 the loss term ce"):
+        train(tmp_path, settings, loader=Numbers(18, poison=(1, 2)))
+    history, _ = train(tmp_path, settings, resume=True)  # healthy data now
+    assert [record["epoch"] for record in history.records] == [1, 2, 3, 4]
