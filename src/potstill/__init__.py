@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from potstill.api import load as load
-    from potstill.api import predict as predict
     from potstill.api import run as run
+    from potstill.deploy.predict import predict as predict
     from potstill.distiller import Distiller as Distiller
     from potstill.methods import create_method as create_method
     from potstill.methods.fitnet import FitNet as FitNet
@@ -29,7 +29,7 @@ _HOMES = {
     "create_method": "potstill.methods",
     "create_model": "potstill.models.create",
     "load": "potstill.api",
-    "predict": "potstill.api",
+    "predict": "potstill.deploy.predict",
     "run": "potstill.api",
 }
 

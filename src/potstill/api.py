@@ -31,7 +31,10 @@ def run(
         recipe: name of a shipped recipe, a YAML file, or its content as a dict.
         sets: changes like ``"training.epochs=5"``.
         data: images from Python (``potstill.data.datasets.from_torch``) in place of the recipe's source.
-        root, name, resume, overwrite: as the command's options.
+        root: where run folders stand.
+        name: the run folder's name; the recipe's own where None.
+        resume: go on with an existing run of the same recipe.
+        overwrite: delete an existing run of this name first.
         observer: is told what happens; silent where None.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Figures of a model: streaming and exact metrics, agreement with the teacher, significance, cost."""

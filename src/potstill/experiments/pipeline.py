@@ -174,9 +174,8 @@ class _Experiment:
         if "val" not in model.facts:  # ready-made: measured once, here
             settings = self.recipe.stage_training("teacher")
             loader = split_loader(self.data.val, model.input, self.recipe, settings, self.compute)
-            found = collect(model.module, loader, classes=len(model.class_names), device=self.compute.device)
-            right = found.probabilities.argmax(axis=1) == np.asarray(self.data.val.labels)
-            model.facts["val"] = {"top1": float(right.mean())}
+            found, labels, _ = collect(model.module, loader, classes=len(model.class_names), device=self.compute.device)
+            model.facts["val"] = {"top1": float((found.argmax(axis=1) == labels).mean())}
         return float(model.facts["val"]["top1"])
 
     def _warn(self, message: str) -> None:

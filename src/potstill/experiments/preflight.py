@@ -29,7 +29,8 @@ def check_all(recipe: Recipe, data: DataSplits | None) -> tuple[DataSplits, Comp
         lambda: choose(recipe.stage_training("student")),
         lambda: data if data is not None else load_data(recipe.data),
     ]
-    results, problems = [], []
+    results: list[Any] = []
+    problems: list[PotstillError] = []
     for check in checks:
         try:
             results.append(check())

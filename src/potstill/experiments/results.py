@@ -9,6 +9,7 @@ from potstill import __version__
 from potstill.artifacts import write_json, write_text
 from potstill.data.splits import DataSplits
 from potstill.evaluation.agreement import agreement
+from potstill.evaluation.averages import Array
 from potstill.evaluation.cost import flops, latency, parameters, summary_text
 from potstill.evaluation.evaluate import collect
 from potstill.evaluation.exact import final_metrics
@@ -22,7 +23,7 @@ from potstill.training.devices import Compute
 
 _LONG = ("per_class", "confusion")  # kept in metrics.json, left out of results.json
 
-Probabilities = dict[str, np.ndarray]  # by split, each [N, K]
+Probabilities = dict[str, Array]  # by split, each [N, K]
 
 
 def evaluate_stages(
@@ -92,26 +93,25 @@ def _predict(
 ) -> Probabilities:
     settings = recipe.stage_training("teacher" if name == "teacher" else "student")
     model.module.to(compute.device)
-    found = {}
+    found: Probabilities = {}
     for split in SPLITS:
         images = getattr(data, split)
         loader = split_loader(images, model.input, recipe, settings, compute)
-        collected = collect(
+        found[split], _, _ = collect(
             model.module,
             loader,
             classes=len(model.class_names),
             device=compute.device,
             precision="bf16" if compute.bf16 else "float32",
         )
-        found[split] = collected.probabilities
         run.write_predictions(
-            name, split, images.names, images.labels.tolist(), collected.probabilities.tolist(), model.class_names
+            name, split, images.names, images.labels.tolist(), found[split].tolist(), model.class_names
         )
     return found
 
 
 def _metrics(
-    name: str, split: str, probabilities: dict[str, Probabilities], labels: np.ndarray, classes: tuple[str, ...]
+    name: str, split: str, probabilities: dict[str, Probabilities], labels: Array, classes: tuple[str, ...]
 ) -> dict[str, Any]:
     own = probabilities[name][split]
     metrics = final_metrics(own, labels, classes)
@@ -121,10 +121,10 @@ def _metrics(
     return metrics
 
 
-def _compare(stages: dict[str, Any], correct: dict[str, np.ndarray]) -> dict[str, Any]:
+def _compare(stages: dict[str, Any], correct: dict[str, Array]) -> dict[str, Any]:
     teacher, baseline, distilled = (stages[name]["test"] for name in ("teacher", "baseline", "distilled"))
-    gain, low, high = paired_bootstrap(correct["distilled"], correct["baseline"])
-    test = mcnemar(correct["distilled"], correct["baseline"])
+    gain, low, high = paired_bootstrap(correct["baseline"], correct["distilled"])
+    test = mcnemar(correct["baseline"], correct["distilled"])
     gap = teacher["top1"] - baseline["top1"]
     large, small = stages["teacher"], stages["distilled"]
     comparison = {

@@ -69,9 +69,9 @@ def train_stage(
         device=compute.device,
         memory_share=recipe.data.memory_share,
     )
-    student.module.to(compute.device, memory_format=compute.memory_format)
+    student.module.to(compute.device).to(memory_format=compute.memory_format)
     if teacher is not None:
-        teacher.module.to(compute.device, memory_format=compute.memory_format)
+        teacher.module.to(compute.device).to(memory_format=compute.memory_format)
     size = student.input.size
     distiller = Distiller(
         student.module,

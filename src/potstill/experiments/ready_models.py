@@ -1,0 +1,63 @@
+"""Weights that are a model of ours know their architecture: a recipe need not repeat it."""
+
+from pathlib import Path
+from typing import Any
+
+from potstill import artifacts
+from potstill.errors import ArtifactError, PotstillError, UsageError
+from potstill.experiments.recipe_yaml import KeyPath
+
+# Of a whole run, a teacher starts from the teacher; a student from the best student there is.
+_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
+
+
+def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
+    """Complete ``model`` of teacher and student from their ``weights`` and name the exact model folder of a run.
+
+    Changes ``value`` in place; returns which key has weights that cannot be used, and why.
+    """
+    failures: list[tuple[KeyPath, PotstillError]] = []
+    for stage in _PREFERENCE:
+        section = value.get(stage)
+        if not isinstance(section, dict) or not isinstance(section.get("weights"), str):
+            continue
+        try:
+            _fill(section, stage)
+        except PotstillError as error:
+            failures.append(((stage, "weights"), type(error)(f"{stage}.weights: {error}")))
+            section.setdefault("model", None)
+            section["model"] = section["model"] or "?"  # one message about these weights is enough
+    return failures
+
+
+def model_card(path: Path, stage: str = "student") -> Path | None:
+    """The model.json of a model file, a model folder or a run folder; None where ``path`` is none of ours."""
+    if path.is_file():
+        card = path if path.suffix == ".json" else path.with_suffix(".json")
+        return card if card.is_file() and path.stem == "model" else None
+    folders = [path, *(path / name for name in _PREFERENCE[stage])]
+    return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
+
+
+def _fill(section: dict[str, Any], stage: str) -> None:
+    weights = section["weights"]
+    if weights == "pretrained":
+        return
+    path = Path(weights).expanduser()
+    if not path.exists():
+        raise UsageError(f"no such file or folder: {weights}")
+    card = model_card(path, stage)
+    if card is None:
+        if path.is_dir():
+            raise UsageError(f"{weights} is neither a run folder with a finished model nor a model folder")
+        if not section.get("model"):
+            raise UsageError(f"{weights} holds weights alone; name their architecture as ARCHITECTURE@{weights}")
+        return
+    content = artifacts.read_json(card)
+    architecture = content.get("architecture") if isinstance(content, dict) else None
+    if not isinstance(architecture, str):
+        raise ArtifactError(f"{card} is damaged: it names no architecture")
+    if section.get("model") not in (None, architecture):
+        raise UsageError(f"{weights} is a {architecture}, but {stage}.model is {section['model']}")
+    section["model"] = architecture
+    section["weights"] = str(card.parent)

@@ -1,0 +1,165 @@
+"""A recipe: every setting there is, in one short YAML file that is checked completely before anything is loaded."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from potstill.data.settings import DataSettings
+from potstill.errors import PotstillError, UsageError, nearest
+from potstill.experiments.ready_models import fill_architectures
+from potstill.experiments.recipe_changes import apply_changes
+from potstill.experiments.recipe_checks import find_problems
+from potstill.experiments.recipe_yaml import Document, KeyPath, read, write
+from potstill.experiments.settings_errors import Finding, parse
+from potstill.training.settings import TrainingSettings
+
+NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
+MAX_BYTES = 1_000_000  # of a recipe file; a person writes a thousandth of that
+NO_DATA = "data.source is not given: this recipe has no data of its own; name a folder of images with --data DIR"
+
+
+class StageSettings(BaseModel):
+    """One network: what it is, what it starts from, what differs in its training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1, description="an architecture; see `potstill models`")
+    weights: str | None = Field(
+        None, description='"pretrained", a run folder, a model of ours, a state dict; null: random initialisation'
+    )
+    new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
+    training: dict[str, Any] = Field({}, description="what differs from the recipe's shared training settings")
+
+
+class Recipe(BaseModel):
+    """Teacher, student, data, method and training of one run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=NAME_PATTERN, description="the run folder's name unless --name gives another")
+    description: str = Field("", description="one sentence for lists and reports")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of initialisation, order and views")
+    data: DataSettings = DataSettings()
+    teacher: StageSettings
+    student: StageSettings
+    method: dict[str, Any] = Field({"name": "kd"}, description="name and options; see `potstill methods`")
+    training: TrainingSettings = TrainingSettings()
+
+    def stage_training(self, stage: Literal["teacher", "student"]) -> TrainingSettings:
+        """The shared training settings with this stage's own on top."""
+        own = (self.teacher if stage == "teacher" else self.student).training
+        return TrainingSettings.model_validate({**self.training.model_dump(), **own})
+
+
+def load_recipe(
+    source: "str | Path | Mapping[str, Any]",
+    sets: Iterable[str] = (),
+    *,
+    flags: Mapping[str, Any] | None = None,
+    data_needed: bool = True,
+) -> Recipe:
+    """Read and check a recipe; flags overrule the file, ``sets`` overrule both.
+
+    Args:
+        source: name of a shipped recipe, a YAML file, or the same content as a dict.
+        sets: ``"training.epochs=5"``, as after ``--set``; values are YAML.
+        flags: ``{"--data": .., "--teacher": .., "--student": .., "--seed": ..}``, None where not given.
+        data_needed: False leaves ``data.source`` unchecked: the images come from Python, or are no longer needed.
+
+    Raises:
+        UsageError: all problems at once, a line each, with file, line and column, or the flag.
+        DataError, ArtifactError: the recipe itself is well, but its data or weights are not there.
+    """
+    document = Document("", copy.deepcopy(dict(source))) if isinstance(source, Mapping) else _read(source)
+    value = document.value
+    if not isinstance(value, dict):
+        raise UsageError(f"{document.label}: a recipe is a mapping; start from `potstill recipes quickstart`")
+    value.setdefault("method", {"name": "kd"})  # so that --set method.alpha=0.9 has a method to change
+    apply_changes(document, flags or {}, sets)
+    value.setdefault("name", _name_of(source))
+    failures = fill_architectures(value)
+    no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
+    if no_source:
+        value["data"]["source"] = "python"
+    found = find_problems(value, Recipe)
+    if no_source and data_needed:
+        found.append((("data", "source"), NO_DATA))
+    elif data_needed:
+        failures += _source_failure(value)
+    _raise(document, found, failures)
+    recipe, problems = parse(value, Recipe)
+    assert recipe is not None, problems
+    return recipe
+
+
+def list_recipes() -> dict[str, Path]:
+    """The recipes that ship with potstill, by name."""
+    folder = Path(str(resources.files("potstill.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The complete recipe, defaults included, as YAML that ``load_recipe`` reads."""
+    return write(recipe.model_dump(mode="json"))
+
+
+def _read(source: str | Path) -> Document:
+    shipped, path = list_recipes(), Path(source)
+    if isinstance(source, str) and source in shipped:
+        path = shipped[source]
+    elif not path.exists() and path.suffix not in (".yaml", ".yml"):
+        known = f"Known: {', '.join(shipped)}; or name a .yaml file"
+        raise UsageError(f"no recipe {str(source)!r}{nearest(str(source), shipped)}\n{known}")
+    label = path.name if path in shipped.values() else str(source)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {source}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{label}: a recipe is a text file in UTF-8, and this is none") from error
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{label}: a recipe of more than {MAX_BYTES:,} bytes is no recipe")
+    return read(text, label)
+
+
+def _name_of(source: Any) -> str:
+    stem = "recipe" if isinstance(source, Mapping) else Path(source).stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem)[:64] or "recipe"
+
+
+def _source_failure(value: dict[str, Any]) -> list[tuple[tuple[str | int, ...], PotstillError]]:
+    data, _ = parse(value.get("data", {}), DataSettings)
+    if data is None:
+        return []
+    from potstill.data.datasets import check_source
+
+    try:
+        check_source(data)
+    except PotstillError as error:
+        return [(("data", "source"), error)]
+    return []
+
+
+def _raise(document: Document, found: list[Finding], failures: list[tuple[KeyPath, PotstillError]]) -> None:
+    """One error for everything; its kind is that of the failures only where nothing is wrong with the recipe."""
+    kinds = {type(error) for _, error in failures}
+    where = document.places.find
+    lines = [(where(path), str(sentence)) for path, sentence in [*found, *failures]]
+    texts = document.problems + [f"{place}: {sentence}" if place else sentence for place, sentence in lines]
+    if texts and len(texts) == len(failures) and len(kinds) == 1:
+        raise kinds.pop()("\n".join(texts))
+    if texts:
+        raise UsageError("\n".join(sorted(texts, key=lambda text: _reading_order(text, document.label))))
+
+
+def _reading_order(text: str, label: str) -> tuple[int, int, int]:
+    """The file from top to bottom, then the flags."""
+    position = re.match(r":(\d+):(\d+): ", text.removeprefix(label)) if label and text.startswith(label) else None
+    return (0, int(position[1]), int(position[2])) if position else (1, 0, 0)

@@ -1,0 +1,162 @@
+"""Settings from plain values; pydantic's errors as sentences with the dotted key, what came and the nearest name."""
+
+import json
+import os
+import types
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from potstill.errors import nearest
+from potstill.experiments.recipe_yaml import KeyPath
+
+Model = TypeVar("Model", bound=BaseModel)
+Finding = tuple[KeyPath, str]  # which key, and the sentence about it
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "list_type": "a list",
+    "tuple_type": "a list",
+}
+_LIMITS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+def parse(section: Any, model: type[Model]) -> tuple[Model | None, list[Finding]]:
+    """``section`` as a settings object, or None and what is wrong with it."""
+    try:
+        # Strict: "30" is no number and 1 no switch.  JSON: a list may fill a tuple.
+        return model.model_validate_json(json.dumps(section, default=str), strict=True), []
+    except ValidationError as error:
+        return None, _sentences(error.errors(include_url=False), section, model)
+
+
+def parse_rest(section: dict[str, Any], model: type[Model]) -> tuple[Model, set[str]]:
+    """``section`` without the keys that are wrong, and those keys: what is right can still be checked."""
+    wrong: set[str] = set()
+    while True:
+        settings, problems = parse({key: item for key, item in section.items() if key not in wrong}, model)
+        if settings is not None:
+            return settings, wrong
+        wrong |= {str(path[0]) for path, _ in problems}
+
+
+def dotted(path: KeyPath) -> str:
+    """For people: ``training.milestones[1]``."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
+
+
+def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel]) -> list[Finding]:
+    """Pydantic's errors as ours; the alternatives of one union become one sentence."""
+    wishes: dict[KeyPath, list[str]] = {}
+    findings: dict[KeyPath, str] = {}
+    for error in errors:
+        path = _real_path(error["loc"], section, missing=error["type"] == "missing")
+        if error["type"] == "extra_forbidden":
+            findings[path] = f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
+        elif error["type"] == "missing":
+            findings[path] = f"{dotted(path)} is missing{_purpose(path, model)}"
+        else:
+            wishes.setdefault(path, []).append(_wish(error))
+    for path, texts in wishes.items():
+        got = _at(section, path)
+        hint = nearest(got, _choices(path, model)) if isinstance(got, str) else ""
+        findings[path] = f"{dotted(path)} must be {' or '.join(texts)}, got {shown(got)}{hint}"
+    return list(findings.items())
+
+
+def _wish(error: ErrorDetails) -> str:
+    context, kind = error.get("ctx", {}), error["type"]
+    if kind in _KINDS:
+        return _KINDS[kind]
+    if kind in _LIMITS:
+        word, key = _LIMITS[kind]
+        return f"{word} {context[key]:g}"
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind == "string_pattern_mismatch":
+        return "made of 1 to 64 letters, digits, dots, dashes and underscores"
+    return error["msg"][:1].lower() + error["msg"][1:]
+
+
+def shown(value: Any) -> str:
+    """A value as YAML would show it, shortened, control characters escaped."""
+    text = (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or value is True or value is False
+        else repr(value)
+    )
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _real_path(loc: tuple[int | str, ...], section: Any, *, missing: bool) -> KeyPath:
+    """Pydantic adds the tried member of a union to the path; what the recipe does not hold is cut off."""
+    for depth, key in enumerate(loc):
+        inside = (isinstance(section, dict) and key in section) or (
+            isinstance(section, (list, tuple)) and isinstance(key, int) and key < len(section)
+        )
+        if not inside:
+            return loc if missing and depth == len(loc) - 1 else loc[:depth]
+        section = section[key]
+    return loc
+
+
+def _at(section: Any, path: KeyPath) -> Any:
+    for key in path:
+        section = section[key]
+    return os.fspath(section) if isinstance(section, os.PathLike) else section
+
+
+def _fields(path: KeyPath, model: type[BaseModel]) -> type[BaseModel] | None:
+    """The settings class that stands at ``path`` inside ``model``."""
+    current: type[BaseModel] | None = model
+    for key in path:
+        field = current.model_fields.get(str(key)) if current else None
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        current = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return current
+
+
+def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:
+    key, siblings = str(path[-1]), _fields(path[:-1], model)
+    if near := nearest(key, siblings.model_fields if siblings else ()):
+        return near
+    elsewhere = [
+        f"{section}.{key}"
+        for section in model.model_fields
+        if (inner := _fields((section,), model)) and key in inner.model_fields
+    ]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f". Known here: {', '.join(siblings.model_fields)}" if siblings else ""
+
+
+def _purpose(path: KeyPath, model: type[BaseModel]) -> str:
+    enclosing = _fields(path[:-1], model)
+    field = enclosing.model_fields.get(str(path[-1])) if enclosing else None
+    return f" ({field.description})" if field and field.description else ""
+
+
+def _choices(path: KeyPath, model: type[BaseModel]) -> list[str]:
+    enclosing = _fields(path[:-1], model) if path else None
+    field = enclosing.model_fields.get(str(path[-1])) if enclosing else None
+    return _literals(field.annotation) if field else []
+
+
+def _literals(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [choice for part in get_args(annotation) for choice in _literals(part)]
+    return []

@@ -1,0 +1,38 @@
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import entropy
+
+from potstill.errors import UsageError
+from potstill.evaluation.agreement import agreement
+
+
+def test_agreement_counts_equal_top_classes_right_or_wrong():
+    student = np.array([[0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]])
+    teacher = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.0, 0.0, 1.0]])
+    assert agreement(student, teacher)["agreement"] == pytest.approx(2 / 3)
+
+
+def test_kl_is_the_teachers_distribution_from_the_students():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.dirichlet(np.ones(7), 50), rng.dirichlet(np.ones(7) / 3, 50)
+    assert agreement(student, teacher)["kl_to_teacher"] == pytest.approx(entropy(teacher, student, axis=1).mean())
+    one = agreement(np.array([[0.5, 0.5]]), np.array([[1.0, 0.0]]))["kl_to_teacher"]
+    assert one == pytest.approx(math.log(2))  # the other way round it would be infinite
+
+
+def test_a_student_that_rules_out_the_teachers_class_stays_finite():
+    value = agreement(np.array([[0.0, 1.0]], np.float32), np.array([[1.0, 0.0]], np.float32))["kl_to_teacher"]
+    assert value == pytest.approx(-math.log(2**-126))
+
+
+def test_identical_models():
+    p = np.random.default_rng(0).dirichlet(np.ones(4), 9).astype(np.float32)
+    assert agreement(p, p) == {"agreement": 1.0, "kl_to_teacher": 0.0}
+
+
+def test_no_images_and_wrong_shapes():
+    assert agreement(np.zeros((0, 3)), np.zeros((0, 3))) == {"agreement": None, "kl_to_teacher": None}
+    with pytest.raises(UsageError, match="same"):
+        agreement(np.zeros((2, 3)), np.zeros((2, 4)))

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch import nn
+
+from potstill.evaluation.cost import MOST_ROWS, flops, latency, parameters, summary_text
+from potstill.inputs import InputSpec
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 5)
+    )
+
+
+def test_parameters_by_hand():
+    assert parameters(network()) == 3 * 8 * 9 + 2 * 8 + (8 * 256 * 5 + 5)
+
+
+def test_shared_parameters_count_once():
+    layer = nn.Linear(4, 4)
+    assert parameters(nn.Sequential(layer, layer)) == 20
+
+
+def test_flops_are_two_per_multiply_add():
+    convolution = 2 * (3 * 9) * 8 * 16 * 16
+    linear = 2 * (8 * 256) * 5
+    assert flops(network(), InputSpec(16)) == convolution + linear
+
+
+def test_resnet18_has_its_published_costs():
+    """He et al. 2016, table 1: 1.8 billion multiply-adds at 224 px; 11.69 million parameters as in torchvision."""
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("resnet18")
+    assert parameters(net) == 11_689_512
+    assert flops(net, InputSpec(224)) / 2 == pytest.approx(1.8e9, rel=0.02)
+
+
+def test_attention_is_counted():
+    """4 projections and the two products of 16 tokens of width 8, two heads."""
+    timm = pytest.importorskip("timm")
+    attention = timm.models.vision_transformer.Attention(8, num_heads=2)
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, images):
+            return self.attention(images.flatten(1)[:, : 16 * 8].view(-1, 16, 8))
+
+    assert flops(Tokens(), InputSpec(8)) == 2 * (16 * 8 * 8 * 4) + 2 * (16 * 16 * 8 * 2)
+
+
+def test_looking_leaves_no_trace():
+    net = network().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    flops(net, InputSpec(16))
+    summary_text(net, InputSpec(16), ["a", "b"])
+    latency({"net": (net, InputSpec(16))}, rounds=1)
+    assert all(module.training for module in net.modules())
+    assert not any(module._forward_hooks for module in net.modules())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_summary_names_layers_shapes_and_totals():
+    lines = summary_text(network(), InputSpec(16), ["cat", "dog\x1b[2J", "c", "d", "e"]).splitlines()
+    assert lines[0].split() == ["layer", "type", "output", "parameters"]
+    assert lines[2].split() == ["0", "Conv2d", "8", "x", "16", "x", "16", "216"]
+    assert lines[6].split() == ["4", "Linear", "5", "10,245"]
+    text = "\n".join(lines)
+    assert "parameters   10,477" in text
+    assert "FLOPs        131,072 for one image" in text
+    assert "classes      5: cat, dog?[2J, c, d, e" in text
+
+
+def test_summary_of_half_precision_networks():
+    assert "Linear" in summary_text(network().bfloat16(), InputSpec(16), ["a", "b"])
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50", "mobilenetv3_small_050"])
+def test_summary_of_deep_networks_stays_short_and_adds_up(name):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model(name, num_classes=3)
+    text = summary_text(net, InputSpec(224), ["a", "b", "c"])
+    rows = text.split("\n\n")[0].splitlines()[2:]
+    assert 20 < len(rows) <= MOST_ROWS
+    assert max(map(len, text.splitlines())) <= 120
+    assert sum(int(row.split()[-1].replace(",", "")) for row in rows) == parameters(net)
+
+
+def test_latency_takes_turns_and_records_its_circumstances():
+    calls = []
+
+    class Recorder(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, images):
+            calls.append((self.name, tuple(images.shape), self.training, torch.is_grad_enabled()))
+            return images
+
+    models = {name: (Recorder(name), InputSpec(size)) for name, size in (("teacher", 8), ("student", 4))}
+    result = latency(models, batch=2, rounds=6, warmup=1)
+    assert calls == [("teacher", (2, 3, 8, 8), False, False), ("student", (2, 3, 4, 4), False, False)] * 7
+    for entry in result.values():
+        assert 0 < entry["p50"] <= entry["p95"]
+        assert (entry["batch"], entry["threads"], entry["device"]) == (2, torch.get_num_threads(), "cpu")
+
+
+def test_latency_stops_when_its_time_is_up():
+    calls = []
+    net = nn.Identity()
+    net.register_forward_hook(lambda module, args, output: calls.append(1))
+    latency({"net": (net, InputSpec(4))}, rounds=1000, warmup=0, seconds=0)
+    assert len(calls) == 5

@@ -1,0 +1,286 @@
+"""The main job end to end, on image files."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+
+from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.experiments import pipeline
+from potstill.models.model_file import load_model
+from potstill.training.observer import Silent
+
+STAGES = ("teacher", "baseline", "distilled")
+
+
+@pytest.fixture(scope="module")
+def module_recipe(photographs):
+    from potstill.experiments.recipe import load_recipe
+
+    return load_recipe(
+        {
+            "name": "tiny",
+            "data": {"source": str(photographs), "size": 16, "workers": 0, "augment": {"hflip": True}},
+            "teacher": {"model": "cifar/resnet14", "training": {"epochs": 3}},
+            "student": {"model": "cifar/resnet8"},
+            "method": {"name": "kd", "temperature": 2.0, "alpha": 0.5},
+            "training": {"epochs": 2, "batch_size": 16, "lr": 0.003, "precision": "float32", "checkpoint_seconds": 0},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(module_recipe, tmp_path_factory):
+    return pipeline.run(module_recipe, root=tmp_path_factory.mktemp("runs"))
+
+
+def results(path):
+    return json.loads((path / "results.json").read_text())
+
+
+def predictions(path, stage, split):
+    with (path / stage / f"predictions_{split}.csv").open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    classes = [name.removeprefix("p:") for name in header[3:]]
+    return classes, rows
+
+
+def weights(path, stage):
+    return load_model(path / stage).module.state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_every_file_of_the_run_folder_is_there(run):
+    for name in ("recipe.yaml", "environment.json", "splits.csv", "results.json"):
+        assert (run / name).stat().st_size > 0
+    for stage in STAGES:
+        names = ["model.safetensors", "model.json", "summary.txt", "metrics.jsonl", "metrics.json"]
+        names += [f"predictions_{split}.csv" for split in ("train", "val", "test")]
+        for name in names:
+            assert (run / stage / name).stat().st_size > 0, f"{stage}/{name}"
+        assert (run / stage / "checkpoints" / "last.checkpoint").exists()
+
+
+def test_results_have_the_documented_shape(run):
+    found = results(run)
+    assert found["schema"] == 1
+    assert tuple(found["stages"]) == STAGES
+    assert found["data"]["class_names"] == ["blue", "green", "red"]
+    assert sum(sum(counts.values()) for counts in found["data"]["counts"].values()) == 60
+    for stage in STAGES:
+        entry = found["stages"][stage]
+        assert entry["model"]["file_bytes"] == (run / stage / "model.safetensors").stat().st_size
+        assert entry["training"]["best_epoch"] <= entry["training"]["epochs"] == (3 if stage == "teacher" else 2)
+        for split in ("train", "val", "test"):
+            assert {"top1", "top3", "f1_macro", "auc_micro", "ece", "nll", "loss"} <= entry[split].keys()
+    assert "agreement" in found["stages"]["distilled"]["test"]
+    assert "agreement" not in found["stages"]["baseline"]["test"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_metrics_equal_scikit_learns_on_the_saved_predictions(run, stage, split):
+    classes, rows = predictions(run, stage, split)
+    labels = np.array([classes.index(row[1]) for row in rows])
+    scores = np.array([[float(cell) for cell in row[3:]] for row in rows])
+    named = np.array([classes.index(row[2]) for row in rows])
+    found = results(run)["stages"][stage][split]
+    wanted = {
+        "top1": sk.accuracy_score(labels, named),
+        "top3": 1.0,
+        "nll": sk.log_loss(labels, scores, labels=[0, 1, 2]),
+    }
+    one_hot = np.eye(3)[labels]
+    for average in ("micro", "macro", "weighted"):
+        triple = sk.precision_recall_fscore_support(labels, named, average=average, labels=[0, 1, 2], zero_division=0)
+        for name, value in zip(("precision", "recall", "f1"), triple, strict=False):
+            wanted[f"{name}_{average}"] = value
+        wanted[f"auc_{average}"] = sk.roc_auc_score(one_hot, scores, average=average)
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+    assert found["loss"] == found["nll"]
+
+
+def test_comparison_is_counted_on_the_test_images(run):
+    rows = {stage: predictions(run, stage, "test")[1] for stage in STAGES}
+    right = {stage: np.array([row[1] == row[2] for row in rows[stage]]) for stage in STAGES}
+    comparison = results(run)["comparison"]
+    assert comparison["top1_gain"] == pytest.approx(right["distilled"].mean() - right["baseline"].mean())
+    assert comparison["fixed"] == (right["distilled"] & ~right["baseline"]).sum()
+    assert comparison["broken"] == (~right["distilled"] & right["baseline"]).sum()
+    assert comparison["gap"] == pytest.approx(right["teacher"].mean() - right["baseline"].mean())
+    assert comparison["test_images"] == len(rows["teacher"])
+    agree = np.mean([a[2] == b[2] for a, b in zip(rows["distilled"], rows["teacher"], strict=True)])
+    assert results(run)["stages"]["distilled"]["test"]["agreement"] == pytest.approx(agree)
+
+
+def test_splits_are_disjoint_and_written(run, photographs):
+    with (run / "splits.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["name"] for row in rows}) == 60
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
+    for row in rows:
+        assert (photographs / row["name"]).exists()
+        assert row["name"].startswith(row["class"])
+
+
+def test_no_student_file_holds_the_teacher(run):
+    sizes = {stage: (run / stage / "model.safetensors").stat().st_size for stage in STAGES}
+    assert sizes["distilled"] == sizes["baseline"] < sizes["teacher"]
+    student = (run / "distilled" / "checkpoints" / "last.checkpoint").stat().st_size
+    baseline = (run / "baseline" / "checkpoints" / "last.checkpoint").stat().st_size
+    assert abs(student - baseline) < 5000
+
+
+def test_same_seed_same_weights_whatever_the_workers(run, module_recipe, tmp_path):
+    for workers in (1, 2):
+        data = module_recipe.data.model_copy(
+            update={"workers": workers, "memory_share": 1e-12}
+        )  # streamed, not resident
+        again = pipeline.run(
+            module_recipe.model_copy(update={"data": data}), root=tmp_path, name=f"w{workers}", stages=("baseline",)
+        )
+        assert same(weights(again, "baseline"), weights(run, "baseline"))
+    other = pipeline.run(
+        module_recipe.model_copy(update={"seed": 1}), root=tmp_path, name="seed1", stages=("baseline",)
+    )
+    assert not same(weights(other, "baseline"), weights(run, "baseline"))
+
+
+def test_baseline_and_distilled_differ_by_the_method_alone(recipe, tmp_path):
+    # With alpha = 1 the teacher counts for nothing: the distilled student must be the baseline, bit for bit.
+    path = pipeline.run(recipe(**{"method.alpha": 1.0, "teacher.training.epochs": 1}), root=tmp_path)
+    assert same(weights(path, "distilled"), weights(path, "baseline"))
+    assert results(path)["comparison"]["top1_gain"] == 0
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(run, module_recipe, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Killer(Silent):
+        def __init__(self, stage):
+            self.doomed, self.current = stage, ""
+
+        def stage(self, name, detail):
+            self.current = name
+
+        def epoch_start(self, epoch, *_):
+            if self.current == self.doomed and epoch == 2:
+                raise Killed
+
+    with pytest.raises(Killed):
+        pipeline.run(module_recipe, root=tmp_path, observer=Killer("teacher"))
+    with pytest.raises(Killed):
+        pipeline.run(module_recipe, root=tmp_path, observer=Killer("distilled"), resume=True)
+    path = pipeline.run(module_recipe, root=tmp_path, resume=True)
+    for stage in STAGES:
+        assert same(weights(path, stage), weights(run, stage)), stage
+
+
+def test_resume_refuses_other_settings_by_name(recipe, tmp_path):
+    pipeline.run(recipe(), root=tmp_path, stages=("baseline",))
+    with pytest.raises(UsageError, match=r"training\.lr: was 0\.003, now 0\.01"):
+        pipeline.run(recipe(**{"training.lr": 0.01}), root=tmp_path, stages=("baseline",), resume=True)
+    pipeline.run(recipe(**{"data.workers": 1}), root=tmp_path, stages=("baseline",), resume=True)
+
+
+def test_a_teacher_from_another_run_is_not_trained_again(run, recipe, tmp_path):
+    path = pipeline.run(recipe(**{"teacher.weights": f"'{run / 'teacher'}'"}), root=tmp_path)
+    assert same(weights(path, "teacher"), weights(run, "teacher"))
+    assert results(path)["stages"]["teacher"]["training"] is None
+    assert not (path / "teacher" / "metrics.jsonl").exists()
+
+
+def test_a_bare_state_dict_is_a_teacher_too(run, recipe, tmp_path):
+    file = tmp_path / "teacher.pth"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights(run, "teacher").items()}}, file)
+    path = pipeline.run(recipe(**{"teacher.weights": f"'{file}'"}), root=tmp_path)
+    assert same(weights(path, "teacher"), weights(run, "teacher"))
+
+
+def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photographs, recipe, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for new, old in {"azure": "blue", "green": "green", "red": "red"}.items():
+        shutil.copytree(photographs / old, other / new)
+    changes = {"data.source": f"'{other}'", "teacher.weights": f"'{run / 'teacher'}'"}
+    with pytest.raises(ArtifactError, match="knows other classes"):
+        pipeline.run(recipe(**changes), root=tmp_path, name="a")
+
+    said = []
+
+    class Listening(Silent):
+        def warn(self, message):
+            said.append(message)
+
+    path = pipeline.run(recipe(**changes, **{"teacher.new_head": True}), root=tmp_path, name="b", observer=Listening())
+    assert any("NEW HEAD" in message for message in said)
+    assert results(path)["stages"]["teacher"]["training"]["epochs"] == 3
+
+
+def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):
+    events = []
+
+    class Listening(Silent):
+        def stage(self, name, detail):
+            events.append(name)
+
+        def warn(self, message):
+            events.append(message)
+
+    path = pipeline.run(
+        recipe(**{"teacher.training": "{epochs: 1, lr: 1e-12}", "training.epochs": 4}),
+        root=tmp_path,
+        observer=Listening(),
+    )
+    warned = [
+        i for i, event in enumerate(events) if "no better than chance" in event or "worse than the baseline" in event
+    ]
+    assert warned
+    assert warned[0] < events.index("distilled")
+    assert results(path)["warnings"]
+
+
+def test_all_mistakes_come_at_once_before_any_training(recipe, tmp_path):
+    bad = recipe().model_copy(update={"student": recipe().student.model_copy(update={"model": "cifar/resnet9"})})
+    bad = bad.model_copy(update={"training": bad.training.model_copy(update={"optimizer": "adamm"})})
+    with pytest.raises(UsageError) as caught:
+        pipeline.run(bad, root=tmp_path)
+    assert "cifar/resnet9" in str(caught.value)
+    assert "adamm" in str(caught.value)
+    assert not (tmp_path / "tiny" / "recipe.yaml").exists()
+
+
+def test_a_broken_image_stops_the_run_before_training(photographs, recipe, tmp_path):
+    broken = tmp_path / "broken"
+    for name in ("blue", "green", "red"):
+        shutil.copytree(photographs / name, broken / name)
+    (broken / "red" / "00.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"red/00\.png"):
+        pipeline.run(recipe(**{"data.source": f"'{broken}'"}), root=tmp_path)
+
+
+def test_stages_must_make_sense(recipe, tmp_path):
+    with pytest.raises(UsageError, match="distilled needs teacher"):
+        pipeline.run(recipe(), root=tmp_path, stages=("distilled",))
+
+
+def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
+    from potstill.data.datasets import load_data
+    from potstill.experiments.stage import label_loss
+
+    data = load_data(recipe().data)
+    weighted = recipe(**{"data.balance": "weights"})
+    counts = np.bincount(data.train.labels)
+    found = label_loss(weighted, weighted.training, data).weight.numpy()
+    np.testing.assert_allclose(found, counts.sum() / (3 * counts), rtol=1e-6)
+    assert (found * counts).sum() / counts.sum() == pytest.approx(1, rel=1e-6)
+    assert label_loss(recipe(), recipe().training, data).weight is None
