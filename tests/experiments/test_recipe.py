@@ -158,6 +158,13 @@ def test_each_kind_of_mistake_is_one_sentence(changes: dict[str, object], expect
     assert found[0].startswith(expected)
 
 
+def test_a_setting_that_cannot_be_read_is_not_compared_with_others() -> None:
+    # The default of 30 epochs must not be held against the warm-up.
+    assert problems({**SMALL, "training": {"epochs": "many", "warmup_epochs": 50}}) == [
+        "training.epochs must be a whole number, got 'many'"
+    ]
+
+
 def test_a_fault_in_one_setting_does_not_hide_another() -> None:
     found = problems({**SMALL, "training": {"epochs": "many", "threads": 0}, "data": {"size": "big", "val": 0.9}})
 

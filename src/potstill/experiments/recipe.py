@@ -89,7 +89,7 @@ def load_recipe(
     found = find_problems(value, Recipe)
     if no_source and data_needed:
         found.append((("data", "source"), NO_DATA))
-    elif data_needed:
+    elif data_needed and ("data", "val") not in dict(found):  # which it would say again
         failures += _source_failure(value)
     _raise(document, found, failures)
     recipe, problems = parse(value, Recipe)

@@ -1,0 +1,39 @@
+"""Everything that a run shows, made again from its files: pictures and texts of each stage, and the page."""
+
+from pathlib import Path
+
+from potstill.artifacts import write_bytes, write_text
+from potstill.report.contents import SPLITS, Run, Stage, read_run
+from potstill.report.page import page
+from potstill.report.pictures import pictures
+from potstill.report.predictions import read_predictions
+from potstill.report.texts import classification_report_text, metrics_text
+
+
+def render(run: Path | str) -> Path:
+    """Write all pictures, text reports and report.html of a run folder; returns the path of report.html.
+
+    Reads results.json, recipe.yaml, environment.json and each stage's metrics and predictions; nothing else, and no
+    network.  Stages and files that are absent are left out.
+
+    Raises:
+        ArtifactError: no run folder, or a damaged file.
+        StorageError: the folder cannot be written.
+    """
+    found = read_run(Path(run))
+    for stage in found.stages.values():
+        _render_stage(found, stage)
+    target = found.folder / "report.html"
+    write_text(target, page(found))
+    return target
+
+
+def _render_stage(run: Run, stage: Stage) -> None:
+    write_text(stage.folder / "metrics.txt", metrics_text(run, stage))
+    for split in SPLITS:
+        predictions = read_predictions(stage.folder / f"predictions_{split}.csv")
+        text = classification_report_text(predictions) if predictions else None
+        if text is not None:
+            write_text(stage.folder / f"classification_report_{split}.txt", text)
+    for name, data in pictures(run, stage):
+        write_bytes(stage.folder / name, data)

@@ -1,0 +1,29 @@
+"""What the run warned of, and what is missing from the folder."""
+
+from typing import Any
+
+from potstill.report.contents import STAGES, Run
+
+
+def context(run: Run) -> dict[str, Any] | None:
+    """Sentences, the run's own first."""
+    said = [str(warning) for warning in run.results.get("warnings") or []]
+    absent = [name for name in STAGES if name not in run.stages]
+    if absent and len(run.stages) > 1:  # a stage trained alone on purpose misses nothing
+        said.append(f"Not part of this run: {', '.join(absent)}.")
+    for name, stage in run.stages.items():
+        if "test" not in stage.metrics:
+            said.append(f"No test results of {name}.")
+    for split, skipped in sorted(_skipped(run).items()):
+        said.append(f"AUC on {split} leaves out classes that it cannot be had for: {', '.join(skipped)}.")
+    return {"warnings": said} if said else None
+
+
+def _skipped(run: Run) -> dict[str, list[str]]:
+    """Split -> classes, as any stage says (they depend on the images alone)."""
+    found: dict[str, list[str]] = {}
+    for stage in run.stages.values():
+        for split, metrics in stage.metrics.items():
+            if metrics.get("auc_skipped"):
+                found[split] = [str(name) for name in metrics["auc_skipped"]]
+    return found

@@ -1,0 +1,120 @@
+"""What a stage writes for people who read text: metrics.txt and scikit-learn's classification reports."""
+
+from typing import Any
+
+from potstill.report.aligned import facts, table
+from potstill.report.contents import SPLITS, Run, Stage
+from potstill.report.metric_names import Format, metric_rows
+from potstill.report.names import plain
+from potstill.report.numbers import NONE, count, decimal, duration, milliseconds, number, percent, scaled
+from potstill.report.predictions import Predictions
+
+
+def metrics_text(run: Run, stage: Stage) -> str:
+    """metrics.txt: what was trained, all figures on train, val and test, and the same for each class."""
+    title = f"{stage.name} of run {plain(run.name)}"
+    parts = [f"{title}\n{'=' * len(title)}", facts(_facts(run, stage)), _figures(run, stage), _classes(stage)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def classification_report_text(found: Predictions) -> str | None:
+    """scikit-learn's report of one split; None where it has no images."""
+    if not found.labels:
+        return None
+    from sklearn.metrics import classification_report
+
+    names = [plain(name) for name in found.class_names]
+    report = classification_report(
+        found.labels, found.predicted, labels=range(len(names)), target_names=names, digits=4, zero_division=0
+    )
+    return str(report)
+
+
+def latency_text(stage: Stage) -> str:
+    """``1.20 ms (p95 1.40 ms), one image at a time, 2 threads, cpu``."""
+    latency = stage.latency
+    if number(latency.get("p50")) is None:
+        return NONE
+    batch = number(latency.get("batch"))
+    how = ["one image at a time" if batch == 1 else f"batches of {count(batch)}" if batch else ""]
+    how += [f"{count(latency['threads'])} threads" if number(latency.get("threads")) else ""]
+    how += [plain(str(latency.get("device") or ""))]
+    text = f"{milliseconds(latency['p50'])} (p95 {milliseconds(latency.get('p95'))})"
+    return ", ".join([text, *filter(None, how)])
+
+
+def training_text(stage: Stage) -> str:
+    """``10 epochs in 1 min 23 s (321 images/s), best epoch 8 by top1 on val``."""
+    training = stage.training
+    if not training:
+        return "not here: it came ready-made"
+    text = f"{count(training.get('epochs'))} epochs in {duration(training.get('seconds'))}"
+    if number(training.get("images_per_second")) is not None:
+        text += f" ({count(training['images_per_second'])} images/s)"
+    if stage.best_epoch is not None:
+        text += f", best epoch {stage.best_epoch} by {plain(str(training.get('pick_by') or 'top1'))} on val"
+    return text
+
+
+def _facts(run: Run, stage: Stage) -> list[tuple[str, str]]:
+    model = stage.model
+    size = number(model.get("size")) or number(run.data.get("size"))
+    return [
+        ("Architecture", plain(str(model.get("architecture") or NONE))),
+        ("Input", f"{count(size)} × {count(size)} pixels" if size else NONE),
+        ("Parameters", count(model.get("parameters"))),
+        ("FLOPs", f"{scaled(model.get('flops'))} for one image (2 for each multiply-add)"),
+        ("File", scaled(model.get("file_bytes"), "B")),
+        ("Training", training_text(stage)),
+        ("Latency", latency_text(stage)),
+    ]
+
+
+def _figures(run: Run, stage: Stage) -> str:
+    splits = list(stage.metrics)
+    if not splits:
+        return ""
+    rows = [["Images", *(count(_images(stage.metrics[split])) for split in splits)]]
+    for key, name, form in metric_rows(run.best_k):
+        if any(key in stage.metrics[split] for split in splits):
+            rows.append([name, *(form(stage.metrics[split].get(key)) for split in splits)])
+    text = table([["", *splits], *rows])
+    for split in splits:
+        skipped = stage.metrics[split].get("auc_skipped") or []
+        if skipped:
+            names = ", ".join(plain(str(name)) for name in skipped)
+            text += f"\nAUC on {split} leaves out classes that it cannot be had for: {names}"
+    return text
+
+
+def _images(metrics: dict[str, Any]) -> Any:
+    if number(metrics.get("count")) is not None:
+        return metrics["count"]
+    return sum(sum(row) for row in metrics.get("confusion") or []) or None
+
+
+def _classes(stage: Stage) -> str:
+    """Each class in a row; precision, recall and F1 of the splits beside each other."""
+    per_split = {
+        split: {row["class"]: row for row in stage.metrics[split]["per_class"]}
+        for split in SPLITS
+        if stage.metrics.get(split, {}).get("per_class")
+    }
+    if not per_split:
+        return ""
+    keys: tuple[tuple[str, str, Format], ...] = (
+        ("support", "images", count),
+        ("precision", "precision", percent),
+        ("recall", "recall", percent),
+        ("f1", "F1", percent),
+        ("auc", "AUC", decimal),
+    )
+    wanted = [(split, key, form) for key, _, form in keys for split in per_split]
+    # Two head lines: the figure above the first of its splits, the splits below.
+    above = [name if i == 0 else "" for _, name, _ in keys for i in range(len(per_split))]
+    names = list(dict.fromkeys(name for rows in per_split.values() for name in rows))
+    rows = [
+        [plain(str(name)), *(form(per_split[split].get(name, {}).get(key)) for split, key, form in wanted)]
+        for name in names
+    ]
+    return "Per class\n" + table([["", *above], ["class", *(split for split, _, _ in wanted)], *rows], heads=2)

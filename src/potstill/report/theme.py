@@ -1,0 +1,42 @@
+"""Colours: Okabe and Ito's palette (told apart by colour-blind readers), one meaning each.
+
+Figures are drawn with the light values; in the page the same values become CSS variables, so that one drawing serves
+light and dark.  The values must differ from each other for that reason.
+"""
+
+INK = "#1b1f24"
+FAINT = "#5b6570"
+GRID = "#d9dee4"
+PAPER = "#ffffff"
+
+TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#009e73"
+TEACHER, BASELINE, DISTILLED = "#cc79a7", "#e69f00", "#0173b3"
+RIGHT, WRONG = "#0074b4", "#d45d00"
+ON_STRONG = "#fefefe"  # text on a filled cell
+
+SPLIT_COLOURS = {"train": TRAIN, "val": VAL, "test": TEST}
+STAGE_COLOURS = {"teacher": TEACHER, "baseline": BASELINE, "distilled": DISTILLED}
+
+# CSS variable -> (light, dark)
+CSS = {
+    "ink": (INK, "#e8ebef"),
+    "faint": (FAINT, "#a3adb8"),
+    "grid": (GRID, "#343b44"),
+    "paper": (PAPER, "#14181d"),
+    "train": (TRAIN, "#56b4e9"),
+    "val": (VAL, "#f08a3c"),
+    "test": (TEST, "#2fc796"),
+    "teacher": (TEACHER, "#d996bd"),
+    "baseline": (BASELINE, "#e8ac28"),
+    "distilled": (DISTILLED, "#57b5ea"),
+    "right": (RIGHT, "#56b3e8"),
+    "wrong": (WRONG, "#f18b3d"),
+    "on-strong": (ON_STRONG, "#0b0f13"),
+}
+
+
+def css_variables() -> tuple[str, str]:
+    """Declarations for the light and for the dark page."""
+    light = " ".join(f"--{name}: {pair[0]};" for name, pair in CSS.items())
+    dark = " ".join(f"--{name}: {pair[1]};" for name, pair in CSS.items())
+    return light, dark

@@ -1,0 +1,65 @@
+import re
+from collections.abc import Callable
+from typing import Any
+
+from sklearn.metrics import f1_score, precision_score, recall_score
+
+from potstill.report.contents import read_run
+from potstill.report.names import columns
+from potstill.report.predictions import Predictions, read_predictions
+from potstill.report.texts import classification_report_text, metrics_text
+
+BuildRun = Callable[..., Any]  # the fixture of conftest.py
+
+
+def test_metrics_text_agrees_with_sklearn(build_run: BuildRun) -> None:
+    run = read_run(build_run(["functional", "minor", "猫"], epochs=10).write())
+    stage = run.stages["distilled"]
+    text = metrics_text(run, stage)
+    found = read_predictions(stage.folder / "predictions_test.csv")
+    assert found is not None
+    y, p = found.labels, found.predicted
+    assert f"{100 * f1_score(y, p, average='macro'):.1f} %" == _row(text, "F1, macro")[-1]
+    assert f"{100 * precision_score(y, p, average='weighted'):.1f} %" == _row(text, "Precision, weighted")[-1]
+    assert _row(text, "Agreement with teacher") == ["–", "–", "91.3 %"]
+    assert _row(text, "Images") == ["324", "81", "81"]
+    assert _row(text, "AUC, weighted") == ["–", "–", "–"]
+    recall = recall_score(y, p, average=None)
+    assert _row(text, "猫")[8] == f"{100 * recall[2]:.1f} %"
+    assert "10 epochs in 1 min 23 s (321 images/s), best epoch 8 by top1 on val" in text
+    assert "1.40 ms (p95 1.68 ms), one image at a time, 2 threads, cpu" in text
+    assert "Parameters    78,042" in text
+
+
+def test_columns_stand_under_each_other(build_run: BuildRun) -> None:
+    run = read_run(build_run(["a", "猫" * 6, "\u202eb"], epochs=1).write())
+    text = metrics_text(run, run.stages["teacher"])
+    rows = text.split("Per class\n")[1].splitlines()
+    assert len({columns(row) for row in rows[1:]}) == 1
+    assert r"\u202eb" in rows[-1]
+
+
+def test_best_of_two_classes(build_run: BuildRun) -> None:
+    run = read_run(build_run(2, epochs=1).write())
+    assert "Top-2" in metrics_text(run, run.stages["teacher"])
+
+
+def test_ready_teacher(build_run: BuildRun) -> None:
+    builder = build_run(2, epochs=1)
+    builder.ready_teacher = True
+    run = read_run(builder.write())
+    assert "not here: it came ready-made" in metrics_text(run, run.stages["teacher"])
+
+
+def test_classification_report_names_classes_without_images() -> None:
+    text = classification_report_text(Predictions(["a", "b\x1b", "c"], ["1", "2"], [0, 1], [0, 0]))
+    assert text is not None
+    assert r"b\x1b" in text
+    assert re.search(r"c\s+0\.0000\s+0\.0000\s+0\.0000\s+0\n", text)
+    assert re.search(r"accuracy\s+0\.5000\s+2\n", text)
+    assert classification_report_text(Predictions(["a", "b"], [], [], [])) is None
+
+
+def _row(text: str, name: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(name))
+    return re.split(r"\s{2,}", line)[1:]
