@@ -5,6 +5,7 @@ Progress goes to stderr: bars on a terminal, one plain line an epoch elsewhere. 
 
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,16 +16,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 STAGES = ("teacher", "baseline", "distilled")
+_WIDTH = 100  # characters of running text
 _COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
-_NAME_ROOM = 10  # the longest stage's name and a space
 
 
 def plain(text: str, keep: str = "") -> str:
-    """``text`` with control characters as visible escapes: a file's name must not steer the terminal.
+    r"""``text`` with control characters as visible escapes: a file's name must not steer the terminal.
 
     Example:
-        >>> plain("cat\\x1b[2J.png")
-        'cat\\\\x1b[2J.png'
+        >>> print(plain("cat" + chr(27) + "[2J.png"))
+        cat\x1b[2J.png
     """
     if text.isprintable():
         return text
@@ -86,7 +87,7 @@ class Progress:
         if record.get("best"):
             self._best = f"best epoch {record['epoch']}, val top-1 {val}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._epoch * self._images, val=f"val top-1 {val}")
+            self._bar.update(self._task, completed=self._epoch * self._images, val=f"val top-1 {val}", refresh=True)
             return
         loss = record.get("train", {}).get("loss")
         parts = [
@@ -113,6 +114,7 @@ class Progress:
             self._bar.remove_task(self._task)
             self._task = None
         self._line(f"{name}: done in {duration(seconds)}" + (f", {self._best}" if self._best else ""))
+        self._best = ""  # the next stage may have been trained before, and then has no epochs here
 
     def _line(self, text: str, style: str | None = None) -> None:
         # Not wrapped: a log is searched by lines.
@@ -141,10 +143,15 @@ def say_results(results: Mapping[str, Any], page: Path | None) -> None:
     lines = ["", *results_table(results["stages"]), ""]
     comparison = results.get("comparison") or {}
     if comparison.get("verdict"):
-        lines += [plain(str(comparison["verdict"])), ""]
-    if page is not None:
-        lines.append(f"report: {plain(str(page))}")
+        lines += [*textwrap.wrap(plain(str(comparison["verdict"])), _WIDTH), ""]
     _print(lines)
+    if page is not None:
+        say_page(page)
+
+
+def say_page(page: Path) -> None:
+    """Print where the report is."""
+    _print([f"report: {plain(str(page))}"])
 
 
 def say_next(command: list[str]) -> None:
@@ -172,7 +179,6 @@ def results_table(stages: Mapping[str, Any]) -> list[str]:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    widths[0] = max(widths[0], _NAME_ROOM)
     return [
         row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         for row in rows
@@ -194,11 +200,11 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
     width = max([len("class"), *map(len, names)])
     if names:
         yield ""
-        yield f"{'class':<{width}}  precision  recall      F1  images"
+        yield f"{'class':<{width}}  precision   recall      F1  images"
     for name, row in zip(names, metrics.get("per_class", ()), strict=True):
         figures = (percent(row[key]) for key in ("precision", "recall", "f1"))
         precision, recall, f1 = figures
-        yield f"{name:<{width}}  {precision:>9}  {recall:>6}  {f1:>6}  {row['support']:>6}"
+        yield f"{name:<{width}}  {precision:>9}  {recall:>7}  {f1:>6}  {row['support']:>6}"
 
 
 def percent(share: float | None) -> str:

@@ -196,7 +196,7 @@ def test_binary_files_and_huge_files_are_refused(tmp_path: Path) -> None:
 
 def test_set_reads_yaml_values_and_comes_last() -> None:
     recipe = load(
-        "quickstart",
+        SMALL,
         "training.lr=1e-4",
         "training.milestones=[3, 5]",
         "training.schedule=step",
@@ -243,7 +243,7 @@ def test_another_method_by_set_leaves_the_former_options_behind() -> None:
     assert load("quickstart", "method.name=supervised").method == {"name": "supervised"}
     # An option that the user names together with the method is not the recipe's, and stays.
     assert "no option 'alpha'" in problems("quickstart", "method.alpha=0.3", "method.name=supervised")[0]
-    assert load("quickstart", "method.name=kd").method["temperature"] == 4.0
+    assert load("quickstart", "method.name=kd").method == load("quickstart").method
 
 
 def test_required_options_of_a_new_method_point_at_the_set() -> None:

@@ -1,0 +1,1 @@
+"""Images, classes and splits; what is seen of an image; batches."""

@@ -1,0 +1,1 @@
+"""Classifiers: images -> logits, and nothing of distillation."""

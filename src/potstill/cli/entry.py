@@ -1,0 +1,129 @@
+"""The entry point: the verbs, and the one place where errors become exit codes."""
+
+import errno
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from potstill import __version__
+from potstill.cli import catalogs, experiments, using
+from potstill.console import plain
+from potstill.errors import PotstillError, StorageError
+
+OUR_BUG = 1
+WRONG_USAGE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+_HELP = ["-h", "--help"]
+
+app = typer.Typer(
+    name="potstill",
+    help="Distil a large image classifier into a small one, and say honestly whether it helped.",
+    epilog="Start with: potstill run quickstart.",
+    no_args_is_help=True,
+    # Rich help costs 0.1 s at each start, rich tracebacks show local variables, completion is two more options.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": _HELP},
+)
+
+
+def _version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(f"potstill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = None,
+) -> None:
+    """Options before the verb."""
+
+
+for _verb in (
+    experiments.run,
+    experiments.train,
+    using.predict,
+    using.evaluate,
+    experiments.report,
+    catalogs.recipes,
+    catalogs.models,
+    catalogs.methods,
+):
+    app.command()(_verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code (GUARANTEES: 0 well, 1 our bug, 2 usage, 3 data, 4 artifact, 5 storage...).
+
+    Args:
+        arguments: what follows ``potstill`` on the command line; None takes ``sys.argv``.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # any file's name can be shown in any locale
+    try:
+        code = _obey(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        if code == INTERRUPTED:  # the parser has caught the KeyboardInterrupt
+            return _say("interrupted", INTERRUPTED)
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        _close_output()
+        return 0
+    except SystemExit:  # what the parser makes of a BrokenPipeError inside a verb
+        _close_output()
+        return 0
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except PotstillError as error:
+        return _say(str(error), error.exit_code)
+    except MemoryError:
+        return _say(
+            "out of memory; a smaller training.batch_size or data.memory_share needs less", StorageError.exit_code
+        )
+    except Exception as error:
+        return _other(error)
+
+
+def _obey(arguments: list[str]) -> Any:
+    """Let typer run the verb; it returns an exit code, or None."""
+    command: Any = typer.main.get_command(app)
+    if len(arguments) == 2 and arguments[0] in command.commands and arguments[1] in _HELP:
+        # Typer would first check the (absent) options before the verb, with pydantic: a tenth of a second.
+        verb = command.commands[arguments[0]]
+        return verb.main(
+            args=arguments[1:], prog_name=f"potstill {arguments[0]}", standalone_mode=False, help_option_names=_HELP
+        )
+    return command.main(args=arguments, prog_name="potstill", standalone_mode=False)
+
+
+def _other(error: Exception) -> int:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _say(f"{error.strerror}: {error.filename or 'the disk is full'}", StorageError.exit_code)
+    if isinstance(error, typer.Abort):
+        return _say("interrupted", INTERRUPTED)
+    # Parser errors: their class is typer's in new versions and click's in older ones.
+    if hasattr(error, "format_message") and hasattr(error, "show"):
+        error.show()
+        return WRONG_USAGE
+    sys.stderr.write(plain("".join(traceback.format_exception(error)), keep="\n"))
+    return _say("this is a bug in potstill; please report it with the lines above and the command", OUR_BUG)
+
+
+def _say(message: str, code: int) -> int:
+    sys.stderr.write(plain(f"error: {message}", keep="\n") + "\n")
+    return code
+
+
+def _close_output() -> None:
+    """Point stdout at nothing, or the interpreter complains about the closed pipe when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

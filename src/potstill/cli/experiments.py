@@ -1,0 +1,137 @@
+"""Verbs that train and report: run, train, report."""
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
+Data = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or a data set's name.")
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder to start from."),
+]
+Student = Annotated[str | None, typer.Option(metavar="M", help="Likewise.")]
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder; the recipe's where not given.")]
+Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds the run folders.")]
+Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the recipe; may be repeated."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of this name first.")]
+
+
+class Stage(enum.StrEnum):
+    """Stages that can be trained alone."""
+
+    teacher = "teacher"
+    baseline = "baseline"
+
+
+def run(
+    recipe: RecipeName,
+    data: Data = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    settings: Settings = None,
+    name: Name = None,
+    root: Root = Path("runs"),
+    seed: Seed = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train teacher, baseline and distilled student, and report."""
+    flags = {"--data": data, "--teacher": teacher, "--student": student, "--seed": seed}
+    folder = _pipeline(recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None)
+    _finish(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
+
+
+def train(
+    recipe: RecipeName,
+    stage: Annotated[Stage, typer.Option(help="A teacher, or the student on labels alone.")],
+    data: Data = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    settings: Settings = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the run folder; RECIPE-STAGE where not given.")
+    ] = None,
+    root: Root = Path("runs"),
+    seed: Seed = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train one stage alone: a teacher or a baseline."""
+    flags = {"--data": data, "--teacher": teacher, "--student": student, "--seed": seed}
+    folder = _pipeline(
+        recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
+    )
+    if stage is Stage.teacher:
+        same_data = ["--data", data] if data else []
+        _finish(folder, next_command=["potstill", "run", recipe, *same_data, "--teacher", str(folder)])
+    else:
+        _finish(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Page of the comparison; a single run's page is in its folder.")
+    ] = Path("comparison.html"),
+) -> None:
+    """Draw a run's report again, or compare several runs."""
+    from potstill.console import say_page, say_results
+
+    if len(runs) > 1:
+        from potstill.report.compare import compare
+
+        say_page(compare(runs, output))
+        return
+    from potstill.experiments.run_folder import RunFolder
+    from potstill.report.render import render
+
+    page = render(runs[0])
+    say_results(RunFolder(runs[0]).read_results(), page)
+
+
+def _pipeline(
+    source: str,
+    settings: list[str] | None,
+    flags: dict[str, Any],
+    *,
+    stages: tuple[str, ...] | None,
+    name: str | None,
+    **folder: Any,
+) -> Path:
+    from potstill.experiments.recipe import load_recipe
+
+    recipe = load_recipe(source, settings or (), flags=flags)
+
+    # From here on torch is loaded, which takes seconds.
+    from potstill.console import Progress
+    from potstill.experiments.pipeline import run as carry_out
+
+    if stages is not None:
+        folder["stages"] = stages
+        name = name or f"{recipe.name}-{stages[0]}"
+    with Progress() as progress:
+        return carry_out(recipe, name=name, observer=progress, **folder)
+
+
+def _finish(folder: Path, next_command: list[str]) -> None:
+    from potstill.console import say_next, say_results
+    from potstill.experiments.run_folder import RunFolder
+    from potstill.report.render import render
+
+    page: Path | None = None
+    try:
+        page = render(folder)
+    finally:
+        # Hours of training were not for nothing where only a picture failed.
+        say_results(RunFolder(folder).read_results(), page)
+    say_next(next_command)

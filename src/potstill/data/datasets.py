@@ -1,0 +1,128 @@
+"""Data by name, folder, manifest or from Python: always three checked splits."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potstill.data.bundled import fashion_mnist as _fashion
+from potstill.data.bundled import solar as _solar
+from potstill.data.bundled.digits import DigitsOptions, digits
+from potstill.data.bundled.options import read_options
+from potstill.data.check import check_images
+from potstill.data.images import ImageSet, Subset, TorchSet
+from potstill.data.manifest import SUFFIXES
+from potstill.data.settings import DataSettings
+from potstill.data.sources import AUGMENT, from_folder, from_manifest
+from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
+from potstill.errors import DataError, UsageError, nearest
+
+DATASETS: dict[str, Callable[[DataSettings], DataSplits]] = {
+    "digits": digits,
+    "solar": _solar.solar,
+    "fashion-mnist": _fashion.fashion_mnist,
+}
+
+_CHECKS: dict[str, Callable[[DataSettings], object]] = {
+    "digits": lambda settings: read_options(settings, DigitsOptions),
+    "solar": _solar.check,
+    "fashion-mnist": _fashion.check,
+}
+
+
+def load_data(settings: DataSettings, data: DataSplits | None = None) -> DataSplits:
+    """Find, split and check the data of a recipe; every file is read once.
+
+    Args:
+        settings: where from, and how to split.
+        data: splits from Python, which are only checked.
+
+    Raises:
+        UsageError: an unknown name or option.
+        DataError: images, classes or splits that cannot be trained on.
+    """
+    if data is not None:
+        check_splits(data.class_names, {split: data.split(split) for split in SPLITS}, data.source)
+        return data
+    check_source(settings)
+    if settings.source in DATASETS:
+        return DATASETS[settings.source](settings)
+    path = Path(settings.source).expanduser()
+    return from_folder(settings, path) if path.is_dir() else from_manifest(settings, path)
+
+
+def check_source(settings: DataSettings) -> None:
+    """Whether the source is there, without reading an image or importing torch.
+
+    Raises:
+        UsageError: an unknown name, a missing path, or unknown options.
+    """
+    name = settings.source
+    if name in DATASETS:
+        _CHECKS[name](settings)
+        return
+    path = Path(name).expanduser()
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() in SUFFIXES):
+        if path.exists():
+            raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(SUFFIXES)}")
+        raise UsageError(
+            f"no data set, folder or manifest {name!r}{nearest(name, DATASETS)}\n"
+            f"Known names: {', '.join(DATASETS)}; or give a folder of class folders, or a .csv or .jsonl manifest"
+        )
+    if settings.options:
+        raise UsageError(f"data {name!r}: folders and manifests take no options, got {', '.join(settings.options)}")
+    if settings.val + settings.test >= 1:
+        raise UsageError(f"val {settings.val:g} and test {settings.test:g} leave no images for train")
+
+
+def from_torch(
+    train: Any,
+    test: Any = None,
+    val: Any = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    settings: DataSettings | None = None,
+) -> DataSplits:
+    """Splits from any torch or torchvision data sets of (image, label); see ``images.TorchSet`` for the images.
+
+    Args:
+        train: training images; val and test are split from them where they are not given.
+        test: test images.
+        val: images that pick the best epoch.
+        class_names: class id -> name; None: ``train.classes``, or "0", "1" and so on.
+        settings: shares and seed of the split.
+
+    Raises:
+        DataError: images, classes or splits that cannot be trained on; every image is read once.
+    """
+    settings = settings or DataSettings()
+    given = {"train": train, "val": val, "test": test}
+    sets: dict[str, ImageSet] = {s: TorchSet(each, prefix=s) for s, each in given.items() if each is not None}
+    names = _class_names(train, class_names, sets)
+    shares = {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}
+    origin = "data sets from Python"
+    if shares:
+        pool = sets["train"]
+        if len(pool.labels) and pool.labels.max() >= len(names):
+            check_splits(names, {"train": pool}, "data from Python")
+        made = stratified(pool.names, pool.labels, shares, settings.split_seed, names)
+        sets |= {split: Subset(pool, index) for split, index in made.items()}
+        origin += f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
+    check_splits(names, sets, "data from Python")
+    contents = {split: check_images(images, f"data from Python, {split}") for split, images in sets.items()}
+    return DataSplits(
+        names, sets["train"], sets["val"], sets["test"], source="python", origin=origin,
+        fingerprint=fingerprint(sets, names, contents), augment=AUGMENT,
+    )  # fmt: skip
+
+
+def _class_names(train: Any, given: Sequence[str] | None, sets: dict[str, ImageSet]) -> tuple[str, ...]:
+    known = given if given is not None else getattr(train, "classes", None)
+    if known is None:
+        largest = max(int(np.max(images.labels, initial=-1)) for images in sets.values())
+        known = [str(i) for i in range(largest + 1)]
+    names = tuple(str(name) for name in known)
+    if len(set(names)) < len(names):
+        raise DataError(f"class names must differ, got {', '.join(names[:20])}")
+    return names

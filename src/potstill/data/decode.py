@@ -1,0 +1,204 @@
+"""The one way from an image file to pixels: no file can crash, hang or exhaust the process.
+
+Rules, the same for training, evaluation and prediction:
+
+* JPEG, PNG, WebP, BMP, GIF and TIFF, recognised by their content; of several frames, the first.
+* At most 64 MiB of file and 40 megapixels, compared before a pixel is decoded.
+* EXIF orientation is applied.
+* Alpha, a transparent palette entry or a transparent colour: composited over white.
+* CMYK: R = (255 - C)(255 - K) / 255, and so on; colour profiles are not applied.
+* 16 bits: the high byte, which is exact for 8-bit images stored as v * 257 or as v * 256.  (``convert("RGB")`` of
+  Pillow clips them to white.)  12 bits: the high 8 of them.
+* 32-bit integers and floats do not say their range: the smallest of [0, 1] (floats only), [0, 255], [0, 65535] and
+  [0, 2**32 - 1] that holds the largest value; negative values become 0.
+"""
+
+import io
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from potstill.data.quiet import quiet_pillow
+from potstill.errors import DataError
+
+Pixels = NDArray[np.uint8]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 40_000_000
+
+_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tags
+_WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_RANGES = (255.0, 65535.0, 4294967295.0)
+
+
+def decode(source: Path | bytes) -> Pixels:
+    """Decode one image.
+
+    Args:
+        source: a path, or the content of a file.
+
+    Returns:
+        uint8 RGB pixels [H, W, 3].
+
+    Raises:
+        DataError: no such file, no image of the six formats, damaged, or over a limit; names path and reason.
+    """
+    content = read_file(source) if isinstance(source, Path) else source
+    return decode_bytes(content, str(source) if isinstance(source, Path) else "image")
+
+
+def decode_bytes(content: bytes, name: str) -> Pixels:
+    """``decode`` of a file that was read already; ``name`` is what messages call it.
+
+    Raises:
+        DataError: as ``decode``.
+    """
+    if len(content) > MAX_BYTES:
+        raise DataError(f"{name}: more than {MAX_BYTES // 2**20} MiB of file")
+    try:
+        with quiet_pillow():
+            return _decode(content)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and more
+        raise DataError(f"{name}: {_reason(content, error)}") from error
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file of at most ``MAX_BYTES``.
+
+    Raises:
+        DataError: missing, unreadable, no regular file (a pipe would block for ever), empty or too large.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for its writer.
+        with os.fdopen(
+            os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
+        ) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DataError(f"{path}: not a regular file")
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not content:
+        raise DataError(f"{path}: empty file")
+    if len(content) > MAX_BYTES:
+        raise DataError(f"{path}: more than {MAX_BYTES // 2**20} MiB of file")
+    return content
+
+
+def to_rgb(image: Image.Image) -> Pixels:
+    """Pixels [H, W, 3] of an image that Pillow has loaded, by the rules above, orientation aside."""
+    if image.mode in _WIDE_MODES:
+        return _wide_to_rgb(image)
+    if image.mode in ("RGBa", "La"):
+        image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
+    if image.mode == "PA" or image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        return _over_white(image)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _decode(content: bytes) -> Pixels:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        _check_size(image)
+        bits = _bits(image)
+        image.load()
+        _check_size(image)  # a GIF's first frame may be larger than its header says
+        pixels = _wide_to_rgb(image, bits) if image.mode in _WIDE_MODES else to_rgb(image)
+        return np.ascontiguousarray(_upright(pixels, _orientation(image)))
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise DataError(f"no pixels: {width} x {height}")
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{width} x {height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels")
+
+
+def _over_white(image: Image.Image) -> Pixels:
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # colour key of a 16-bit PNG, whose pixels Pillow has cut to 8 bits
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    rgba = np.asarray(image.convert("RGBA"))
+    alpha = rgba[..., 3:].astype(np.uint16)
+    if alpha.min() == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    mixed = rgba[..., :3] * alpha + np.uint16(255) * (255 - alpha)  # at most 255 * 255: fits
+    return ((mixed.astype(np.uint32) + 127) // 255).astype(np.uint8)
+
+
+def _wide_to_rgb(image: Image.Image, bits: int = 16) -> Pixels:
+    values: NDArray[Any] = np.asarray(image)
+    if image.mode in ("I", "F"):
+        gray = _unknown_range(values)
+    else:
+        gray = np.minimum(values >> max(0, min(bits, 16) - 8), 255).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int) and not isinstance(key, bool):
+        gray = np.where(values == key, np.uint8(255), gray)
+    return np.repeat(gray[..., None], 3, axis=2)
+
+
+def _unknown_range(values: NDArray[Any]) -> Pixels:
+    floats = values.astype(np.float64)
+    if not np.isfinite(floats).all():
+        raise DataError("a pixel is NaN or infinite")
+    largest = floats.max()
+    ranges = (1.0, *_RANGES) if values.dtype.kind == "f" else _RANGES
+    full = next((end for end in ranges if largest <= end), None)
+    if full is None:
+        raise DataError(f"a pixel of {largest:g} is above every known range")
+    # The same cut to the high byte as for 16 bits; floats in [0, 1] are rounded.
+    scaled = floats * 255 + 0.5 if full == 1 else floats / ((full + 1) / 256)
+    return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits per sample that a TIFF declares; 16 elsewhere."""
+    tags = getattr(image, "tag_v2", None)
+    found = tags.get(_BITS_PER_SAMPLE, (16,)) if tags is not None else (16,)
+    first = found[0] if isinstance(found, tuple) else found
+    return int(first)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; a damaged EXIF block counts as none.  Read after the pixels: PNG keeps it at the end,
+    and Pillow has turned a TIFF by then and removed the tag.
+    """
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # as above: the block is a file format of its own, and no reason to refuse the pixels
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation >= 5:  # 5 to 8 swap the sides
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _reason(content: bytes, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return (
+            f"no image of the formats {', '.join(FORMATS)} (it starts with {content[:8]!r})"
+            if content
+            else "empty file"
+        )
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS // 1_000_000} megapixels"
+    if isinstance(error, MemoryError):
+        return "too large for the memory that is free"
+    words = " ".join(str(error).split())[:160]
+    return f"damaged image ({words or type(error).__name__})"

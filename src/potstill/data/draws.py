@@ -1,0 +1,50 @@
+"""Random numbers that are a pure function of what they are for.
+
+A number is the hash of (seed, field, sample id, view): no generator is advanced, so that it depends neither on the
+order of drawing, nor on the batch, nor on the number of processes.  The hash is splitmix64 (Steele, Lea and Flood,
+"Fast Splittable Pseudorandom Number Generators", 2014), one round for each word.
+"""
+
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint64]
+Uniform = NDArray[np.float64]
+
+_MASK = 2**64 - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def splitmix64(state: Words) -> Words:
+    """The output of a splitmix64 generator in each of these states; wraps modulo 2**64."""
+    mixed = state + _GOLDEN
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * _FIRST
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * _SECOND
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def words(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> Words:
+    """64 random bits for each sample.
+
+    Args:
+        seed: of the run.
+        field: what is drawn, e.g. "hflip"; other fields get other bits.
+        ids: [B] sample ids.
+        view: view number of all, or [B].
+
+    Returns:
+        uint64 [B].
+    """
+    state = np.array([seed & _MASK], dtype=np.uint64)
+    state = splitmix64(state) ^ np.uint64(zlib.crc32(field.encode()))
+    state = splitmix64(state) ^ np.asarray(ids, dtype=np.int64).view(np.uint64)
+    state = splitmix64(state) ^ np.asarray(view, dtype=np.int64).reshape(-1).view(np.uint64)
+    return splitmix64(state)
+
+
+def uniform(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> Uniform:
+    """Uniform in [0, 1), float64 [B]: the upper 53 bits of ``words``."""
+    return (words(seed, field, ids, view) >> np.uint64(11)).astype(np.float64) * 2.0**-53

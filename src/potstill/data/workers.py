@@ -1,0 +1,106 @@
+"""Processes that decode images which do not fit into memory.
+
+They only decode and resize: views are drawn in the main process, so that results cannot depend on their number.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from potstill.data.images import ImageSet
+from potstill.data.packed import squares
+from potstill.errors import DataError, WorkerError
+
+_STALLED = 600.0  # seconds without a batch after which a process counts as stalled
+
+
+class Workers:
+    """``squares(batches)`` gives the batches' pixels in order, one epoch at a time; the processes live as long as this
+    object.
+
+    They end with the main process, even if that is killed: torch's workers look for their parent every few seconds.
+
+    Args:
+        images: an image set that can be pickled.
+        side: R.
+        how: "crop" or "squash".
+        processes: at least 1.
+    """
+
+    def __init__(self, images: ImageSet, side: int, how: str, processes: int) -> None:
+        self._batches = _Batches()
+        with warnings.catch_warnings():
+            # How many processes are sensible is said in the settings.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            self._loader = DataLoader(
+                _Squares(images, side, how),
+                batch_sampler=self._batches,
+                collate_fn=_same,
+                num_workers=processes,
+                prefetch_factor=2,
+                persistent_workers=True,
+                timeout=_STALLED,
+                # torch's base seed comes from here, so that the global generator is left as it was
+                generator=torch.Generator().manual_seed(0),
+            )
+
+    def squares(self, batches: list[list[int]]) -> Iterator[Tensor]:
+        """uint8 [B, 3, R, R] for each batch of sample ids.
+
+        Raises:
+            DataError: an image cannot be decoded.
+            WorkerError: a process has died.
+        """
+        self._batches.lists = batches
+        try:
+            for found in self._loader:
+                if isinstance(found, str):
+                    raise DataError(found)
+                yield found
+        except RuntimeError as error:
+            # torch: "DataLoader worker (pid(s) 123) exited unexpectedly", "DataLoader timed out after 600 seconds"
+            if "DataLoader" not in str(error):
+                raise
+            raise WorkerError(
+                f"a process that decodes images has died or stalled: {str(error).splitlines()[0]}\n"
+                "It may have been killed for lack of memory; try data.workers=0, or a smaller batch_size"
+            ) from error
+
+
+class _Batches:
+    """The batch sampler: the lists of the current epoch."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.lists)
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+
+class _Squares(Dataset[Tensor | str]):
+    """Batches of fitted pixels; an image that cannot be decoded comes back as the sentence that says so, since an
+    exception would lose its type on the way between processes.
+    """
+
+    def __init__(self, images: ImageSet, side: int, how: str) -> None:
+        self.images, self.side, self.how = images, side, how
+
+    def __getitems__(self, index: list[int]) -> Tensor | str:
+        try:
+            return squares(self.images, index, self.side, self.how)
+        except DataError as error:
+            return str(error)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        return self.__getitems__([index])
+
+
+def _same(found: Any) -> Any:
+    return found

@@ -1,0 +1,128 @@
+"""Predictions for images that nobody has labelled."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.errors import DataError, UsageError
+from potstill.experiments.run_folder import find_model
+
+if TYPE_CHECKING:
+    from potstill.models.classifier import Classifier
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image, or why the image could not be read."""
+
+    path: Path
+    classes: tuple[tuple[str, float], ...]  # (class name, probability in [0, 1]), the most probable first
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        if self.error is not None:
+            return {"path": str(self.path), "error": self.error}
+        classes = [{"class": name, "probability": share} for name, share in self.classes]
+        return {"path": str(self.path), "predictions": classes}
+
+
+def predict(
+    model: "Path | str | Classifier",
+    inputs: Sequence[Path | str],
+    *,
+    top: int = 3,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> list[Prediction]:
+    """The most probable classes of each image, prepared exactly as for evaluation.
+
+    Args:
+        model: a run folder (distilled, else baseline, else teacher), a model folder or file, or a loaded Classifier.
+        inputs: images, and folders whose images are taken recursively, in sorted order.
+        top: how many classes at most.
+        batch_size: images per forward pass.
+        device: "auto", "cpu", "cuda", ...
+
+    Returns:
+        One Prediction for each image, in order; an image that cannot be decoded has ``error`` set and no classes.
+
+    Raises:
+        UsageError: a path that does not exist.
+        DataError: no image at all.
+        ArtifactError: no model, or a damaged one.
+    """
+    paths = list_images(inputs)
+    folder = find_model(Path(model)) if isinstance(model, (str, os.PathLike)) else None
+
+    from potstill.models.model_file import load_model
+    from potstill.training.devices import choose
+    from potstill.training.settings import TrainingSettings
+
+    classifier = model if folder is None else load_model(folder)
+    assert not isinstance(classifier, (str, os.PathLike))
+    classifier.module.to(choose(TrainingSettings(device=device)).device)
+    chunks = (paths[i : i + batch_size] for i in range(0, len(paths), batch_size))
+    return [each for chunk in chunks for each in _predict(classifier, chunk, top)]
+
+
+def list_images(inputs: Sequence[Path | str]) -> list[Path]:
+    """The named files, and from folders all files with an image's suffix, hidden ones left out.
+
+    Raises:
+        UsageError: paths that do not exist; all of them at once.
+        DataError: not one image.
+    """
+    given = [Path(each) for each in inputs]
+    missing = [str(path) for path in given if not path.exists()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UsageError(f"no such image or folder: {', '.join(missing[:3])}{more}")
+    found = [image for path in given for image in (_walk(path) if path.is_dir() else [path])]
+    if not found:
+        raise DataError(f"no images in {', '.join(map(str, given))}; looked for {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(where, name)
+            # is_file: a named pipe would be waited for.
+            if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                yield path
+
+
+def _predict(classifier: "Classifier", paths: Sequence[Path], top: int) -> list[Prediction]:
+    import torch
+
+    from potstill.data.decode import decode
+    from potstill.data.preprocess import prepare
+
+    images, errors = {}, {}
+    for i, path in enumerate(paths):
+        try:
+            images[i] = prepare(decode(path), classifier.input)
+        except DataError as error:
+            errors[i] = str(error)
+    rows: dict[int, list[float]] = {}
+    if images:
+        probabilities = classifier.predict(torch.stack(list(images.values())))
+        rows = dict(zip(images, probabilities.tolist(), strict=True))
+    return [
+        Prediction(path, (), errors[i])
+        if i in errors
+        else Prediction(path, _best(rows[i], classifier.class_names, top))
+        for i, path in enumerate(paths)
+    ]
+
+
+def _best(row: Sequence[float], names: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:
+    # A stable sort: of equal probabilities the first class comes first.
+    ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
+    return tuple(ranked[:top])

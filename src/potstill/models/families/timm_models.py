@@ -1,0 +1,87 @@
+"""``timm/NAME``, or NAME alone: all of timm's image models, CNNs and transformers.
+
+timm takes seconds to import, so it is imported at first use.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from potstill.errors import UsageError
+from potstill.inputs import InputSpec, Triple
+from potstill.models import download, state_dict
+
+
+def names() -> list[str]:
+    import timm
+
+    return cast("list[str]", timm.list_models())
+
+
+def knows(name: str) -> bool:
+    """A name may carry the tag of its weights, as in ``resnet18.a1_in1k``."""
+    import timm
+
+    if ":" in name or "/" in name:  # timm would fetch these from a hub or read them from a folder
+        return False
+    return timm.is_model(name) and ("." not in name or timm.models.is_model_pretrained(name))
+
+
+def build(name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
+    import timm
+
+    return cast(nn.Module, timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **_size(name, size)))
+
+
+def own_size(name: str) -> int | None:
+    config = _config(name)
+    return int(config.input_size[-1]) if config else None
+
+
+def normalisation(name: str) -> tuple[Triple, Triple]:
+    config = _config(name)
+    return (config.mean, config.std) if config else (InputSpec.mean, InputSpec.std)
+
+
+def pretrained(name: str, num_classes: int, size: int) -> tuple[nn.Module, int]:
+    import timm
+
+    config = _config(name)
+    if config is None or not config.has_weights:
+        raise UsageError(f"timm publishes no weights for {name!r}; leave weights out to train it from scratch")
+    path = _weights_file(name, config)
+    if _own_format(config):
+        overlay: dict[str, Any] = {"file": str(path), "custom_load": True}
+    else:  # read here, since older timm unpickles local files without weights_only
+        overlay = {"state_dict": state_dict.read(path), "custom_load": False}
+    module = timm.create_model(
+        name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **_size(name, size)
+    )
+    module.pretrained_cfg.pop("state_dict", None)  # it would stay with the network as a second set of weights
+    return cast(nn.Module, module), int(config.num_classes)
+
+
+def _config(name: str) -> Any:
+    import timm
+
+    return timm.get_pretrained_cfg(name)
+
+
+def _size(name: str, size: int) -> dict[str, int]:
+    """Networks whose weights depend on the image size (ViT, Swin, ...) are told it; the others take any."""
+    config = _config(name)
+    return {"img_size": size} if config and config.fixed_input_size else {}
+
+
+def _weights_file(name: str, config: Any) -> Path:
+    """The file in the cache, fetched if need be; timm itself would try the network for most of a minute."""
+    if not config.hf_hub_id:
+        return download.from_url(config.url, f"the weights of {name!r}")
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    return download.from_hub(config.hf_hub_id, files, f"the weights of {name!r}")
+
+
+def _own_format(config: Any) -> bool:
+    """Whether the network reads the file itself (JAX's .npz and the like); on the hub only where it says "hf"."""
+    return config.custom_load == "hf" if config.hf_hub_id else bool(config.custom_load)

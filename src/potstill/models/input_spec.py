@@ -1,0 +1,19 @@
+"""How a named network wants its images."""
+
+from potstill.inputs import InputSpec
+from potstill.models.create import resolve
+
+
+def input_spec(name: str, size: int, fit: str = "crop") -> InputSpec:
+    """Size and fit as asked for, with the mean and standard deviation of the network's own data config.
+
+    Raises:
+        UsageError: unknown name.
+
+    Example:
+        >>> input_spec("cifar/vgg8", 32)
+        InputSpec(size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), fit='crop', crop_share=1.0)
+    """
+    family, bare = resolve(name)
+    mean, std = family.normalisation(bare)
+    return InputSpec(size=size, mean=mean, std=std, fit=fit)

@@ -1,0 +1,122 @@
+"""Our model files: ``model.safetensors`` (the tensors) and ``model.json`` (all that is needed to use them).
+
+``model.json``, schema 1::
+
+    {"schema": 1, "architecture": "resnet18", "class_names": ["cat", "dog"],
+     "input": {"size": 224, "mean": [...], "std": [...], "fit": "crop", "crop_share": 1.0},
+     "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from potstill.artifacts import digest, read_bytes, write_bytes
+from potstill.errors import ArtifactError, UsageError
+from potstill.inputs import InputSpec
+from potstill.models import state_dict
+from potstill.models.classifier import Classifier
+from potstill.models.create import build
+
+WEIGHTS, FACTS = "model.safetensors", "model.json"
+SCHEMA = 1
+
+
+def save_model(classifier: Classifier, folder: Path) -> None:
+    """Write both files, each whole or not at all, ``model.json`` last.
+
+    If the process ends between the two while an older model is overwritten, ``load_model`` refuses the mixed pair.
+
+    Raises:
+        StorageError: no space, no permission, or an I/O error.
+    """
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in classifier.module.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # Tied weights become two tensors in the file (safetensors refuses shared memory); loading copies both into one.
+        tensors[key] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    weights = safetensors.torch.save(tensors)
+    body = {
+        "schema": SCHEMA,
+        "architecture": classifier.architecture,
+        "class_names": list(classifier.class_names),
+        "input": dataclasses.asdict(classifier.input),
+        "facts": classifier.facts,
+        "sha256": digest(weights),
+    }
+    text = _render(body | {"checksum": digest(_render(body))})
+    write_bytes(folder / WEIGHTS, weights)
+    write_bytes(folder / FACTS, text)
+
+
+def load_model(path: Path) -> Classifier:
+    """The classifier of a folder (or of one of its two files), on the CPU and in eval mode.
+
+    Nothing is parsed as tensors before its SHA-256 has been compared, no code is run from either file, and the global
+    random state stays as it was.
+
+    Raises:
+        ArtifactError: missing, damaged, or not fitting the architecture that it names.
+
+    Example:
+        >>> import tempfile
+        >>> from potstill.models.create import create_model
+        >>> classifier = Classifier(create_model("cifar/vgg8", 2, size=32), "cifar/vgg8", ("cat", "dog"), InputSpec(32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(classifier, Path(folder))
+        ...     load_model(Path(folder)).class_names
+        ('cat', 'dog')
+    """
+    path = Path(path)
+    folder = path.parent if path.name in (WEIGHTS, FACTS) else path
+    if not folder.is_dir():
+        raise ArtifactError(f"no model at {path}: expected a folder with {WEIGHTS} and {FACTS}, or one of the two")
+    body = _read_facts(folder / FACTS)
+    weights = read_bytes(folder / WEIGHTS, sha256=str(body.get("sha256")))
+    try:
+        spec = _input_spec(body["input"])
+        names = tuple(map(str, body["class_names"]))
+        with torch.random.fork_rng(devices=[]):
+            module = build(body["architecture"], len(names), size=spec.size)
+        new_head = state_dict.load(module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS))
+    except (KeyError, TypeError, AttributeError, UsageError, SafetensorError) as error:
+        raise ArtifactError(f"{folder / FACTS} cannot be used: {error}") from error
+    if new_head:
+        raise ArtifactError(f"{folder / WEIGHTS} has a head for another number of classes than {FACTS} names")
+    return Classifier(module.eval(), body["architecture"], names, spec, body.get("facts", {}))
+
+
+def _input_spec(wish: dict[str, Any]) -> InputSpec:
+    return InputSpec(**(wish | {"mean": tuple(wish["mean"]), "std": tuple(wish["std"])}))
+
+
+def _render(value: Any) -> bytes:
+    # A file name that is not UTF-8 comes to Python with lone surrogates; JSON spells them \udcxx.
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    data = read_bytes(path)
+    damaged = ArtifactError(
+        f"{path} is damaged: it is not what was written (its checksum does not fit; editing it by hand breaks it too)"
+    )
+    try:
+        body: dict[str, Any] = json.loads(data)
+        # Rendered again it must be the same bytes: the checksum alone would not see a change of spelling.
+        intact = isinstance(body, dict) and _render(body) == data
+    except (ValueError, RecursionError):
+        raise damaged from None
+    if not intact or body.pop("checksum", None) != digest(_render(body)):
+        raise damaged
+    if body.get("schema") != SCHEMA:
+        raise ArtifactError(f"{path} has schema {body.get('schema')!r}, this potstill reads {SCHEMA}; update potstill")
+    return body

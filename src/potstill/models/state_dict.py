@@ -1,0 +1,106 @@
+"""Bare state dicts from anywhere: read without running code from them, and loaded without leaving anything out."""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from potstill.artifacts import read_bytes
+from potstill.errors import ArtifactError
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which training loops keep the weights
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` or a ``torch.save`` file, without wrapping keys and prefixes.
+
+    Pickles are read with ``weights_only=True`` and no way around it, and only from uncompressed archives: a small
+    compressed one could fill the memory.
+
+    Raises:
+        ArtifactError: missing, damaged, no state dict, or a pickle that holds more than tensors.
+    """
+    data = read_bytes(path)
+    try:
+        content = safetensors.torch.load(data) if path.suffix == ".safetensors" else _unpickle(data, path)
+    except ArtifactError:
+        raise
+    except Exception as error:  # damaged bytes make these parsers raise nearly anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ArtifactError(
+            f"{path} cannot be read as a state dict ({reason}).\n"
+            "It is damaged, or holds other objects than tensors, which are never loaded: they could run code"
+        ) from error
+    return _unwrap(content, path)
+
+
+def load(module: nn.Module, state: dict[str, Tensor], num_classes: int, origin: str) -> bool:
+    """Copy ``state`` into ``module``; every tensor on either side must have its partner of the same shape.
+
+    The one exception is a head for another number of classes: it keeps its random weights.
+
+    Returns:
+        Whether the head is new.
+
+    Raises:
+        ArtifactError: names some of the tensors that are missing, left over or of another shape.
+    """
+    own = module.state_dict()
+    # Weights saved before torch 0.4.1 have no such counters; nothing is computed from them.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    other = [key for key in own if key in state and state[key].shape != own[key].shape]
+    new_head = not missing and not unexpected and _is_head(own, state, other, num_classes)
+    problems = [f"missing: {_few(missing)}"] if missing else []
+    problems += [f"not in the network: {_few(unexpected)}"] if unexpected else []
+    if other and not new_head:
+        shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in other]
+        problems += [f"of another shape: {_few(shapes)}"]
+    if problems:
+        raise ArtifactError("\n".join([f"{origin} does not hold the weights of this network", *problems]))
+    module.load_state_dict({key: value for key, value in state.items() if key not in other}, strict=False)
+    return new_head
+
+
+def _unpickle(data: bytes, path: Path) -> Any:
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ArtifactError(f"{path} is a compressed archive, which torch.save never writes; it is not opened")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        inner = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = content[inner]
+    if not isinstance(content, Mapping) or not content:
+        raise ArtifactError(f"{path} holds no state dict: no mapping of names to tensors in it")
+    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if len(state) != len(content):
+        others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+        raise ArtifactError(f"{path} holds no bare state dict: no tensors under {_few(others)}")
+    for prefix in PREFIXES * 2:  # twice: either may come first
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _is_head(own: dict[str, Tensor], state: dict[str, Tensor], keys: list[str], num_classes: int) -> bool:
+    """Whether the tensors that differ do so in one way: K classes here, another number there, in the first axis."""
+    there = {tuple(state[key].shape[:1]) for key in keys}
+    return len(there) == 1 and all(
+        own[key].shape[:1] == (num_classes,) and own[key].shape[1:] == state[key].shape[1:] for key in keys
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

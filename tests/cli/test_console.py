@@ -1,0 +1,129 @@
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from potstill.console import Progress, duration, metrics_lines, percent, plain, results_table, say_results, size
+
+STAGES: dict[str, Any] = {
+    "teacher": {
+        "model": {"parameters": 3_965_258, "file_bytes": 15_891_232},
+        "latency_ms": {"p50": 3.14159},
+        "test": {"top1": 0.98765, "top3": 1.0, "f1_macro": 0.9871, "auc_macro": 0.99951},
+    },
+    "distilled": {
+        "model": {"parameters": 78_042, "file_bytes": 329},
+        "latency_ms": {"p50": 0.5},
+        "test": {"top1": 0.5, "top3": 0.9, "f1_macro": 0.4, "auc_macro": None},
+    },
+}
+
+
+def watched(progress: Progress) -> None:
+    with progress:
+        progress.stage("teacher", "cifar/vgg8, 2 epochs, cpu")
+        for epoch, best in ((1, True), (2, False)):
+            progress.epoch_start(epoch, 2, 2, 100)
+            progress.step(64)
+            progress.step(36)
+            record = {"epoch": epoch, "seconds": 3.25, "images_per_second": 1234.4, "best": best}
+            progress.epoch_end(record | {"train": {"loss": 0.51239}, "val": {"top1": 0.9 - epoch / 100}})
+        progress.warn("the teacher\x1b[2J is [bold]worse[/bold]")
+        progress.stage_end("teacher", 65.0)
+        progress.stage_end("baseline", 0.5)  # trained before: no stage, no epochs
+
+
+def test_elsewhere_than_on_a_terminal_an_epoch_is_one_plain_line() -> None:
+    out = io.StringIO()
+    watched(Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False)))
+
+    assert out.getvalue().splitlines() == [
+        "teacher: cifar/vgg8, 2 epochs, cpu",
+        "teacher epoch 1/2  loss 0.5124  val top-1 89.0 %  1,234 images/s  3.2 s  best",
+        "teacher epoch 2/2  loss 0.5124  val top-1 88.0 %  1,234 images/s  3.2 s",
+        "warning: the teacher\\x1b[2J is [bold]worse[/bold]",
+        "teacher: done in 1 min 05 s, best epoch 1, val top-1 89.0 %",
+        "baseline: done in 0.5 s",
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar_with_speed_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = io.StringIO()
+    watched(Progress(Console(file=out, force_terminal=True, width=120, markup=False, highlight=False)))
+
+    shown = out.getvalue()
+    assert "epoch 2/2" in shown
+    assert "images/s" in shown
+    assert "ETA" in shown
+    assert "\x1b[33m" in shown  # the warning is yellow
+    assert "loss" not in shown  # no line an epoch
+    assert "done in 1 min 05 s, best epoch 1, val top-1 89.0 %" in shown
+
+
+def test_no_color_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = io.StringIO()
+    watched(Progress(Console(file=out, force_terminal=True, width=120, markup=False, highlight=False)))
+
+    colours = [
+        code for code in re.findall(r"\x1b\[([\d;]*)m", out.getvalue()) if re.search(r"\b(3\d|38;.*|9\d)\b", code)
+    ]
+    assert colours == []
+
+
+def test_the_table_aligns_stages_and_leaves_absent_ones_out() -> None:
+    assert results_table(STAGES) == [
+        "            top-1    top-3  macro F1     AUC  parameters     file  latency",
+        "teacher    98.8 %  100.0 %    98.7 %  0.9995   3,965,258  15.9 MB  3.14 ms",
+        "distilled  50.0 %   90.0 %    40.0 %       -      78,042    329 B  0.50 ms",
+    ]
+
+
+def test_results_end_with_verdict_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    say_results({"stages": STAGES, "comparison": {"verdict": "It helped. " * 12}}, tmp_path / "report.html")
+
+    lines = capsys.readouterr().out.splitlines()
+    verdict = ["It helped. " * 8 + "It helped.", "It helped. It helped. It helped."]  # 98 characters, then the rest
+    assert lines == ["", *results_table(STAGES), "", *verdict, "", f"report: {tmp_path}/report.html"]
+
+
+def test_numbers_for_people() -> None:
+    assert [percent(0.12345), percent(None)] == ["12.3 %", "-"]
+    assert [size(999), size(1_500), size(2_345_678), size(3_000_000_000), size(None)] == [
+        "999 B",
+        "1.5 kB",
+        "2.3 MB",
+        "3.0 GB",
+        "-",
+    ]
+    assert [duration(s) for s in (0.04, 59.96, 245.4, 7384)] == ["0.0 s", "1 min 00 s", "4 min 05 s", "2 h 03 min"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("café.png", "café.png"),
+        ("a\nb", "a\\nb"),
+        ("\x1b]0;owned\x07", "\\x1b]0;owned\\x07"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),  # right-to-left override
+        ("\udcff.png", "\\udcff.png"),  # a byte that is no UTF-8
+    ],
+)
+def test_names_cannot_steer_the_terminal(name: str, shown: str) -> None:
+    assert plain(name) == shown
+
+
+def test_metrics_for_people_have_a_line_for_each_class() -> None:
+    row = {"class": "cat\x07", "precision": 0.5, "recall": 1.0, "f1": 2 / 3, "auc": None, "support": 12}
+    lines = list(metrics_lines({"top1": 0.75, "auc_macro": 0.9, "nll": 0.7, "count": 12, "per_class": [row]}))
+
+    assert "top1               75.0 %" in lines
+    assert lines[-2:] == [
+        "class    precision   recall      F1  images",
+        "cat\\x07     50.0 %  100.0 %  66.7 %      12",
+    ]

@@ -1,0 +1,180 @@
+"""Help is quick and light; every error is one message and one exit code."""
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from potstill import errors
+from potstill.cli import main
+
+HEAVY = ("torch", "timm", "numpy", "sklearn", "matplotlib", "pydantic", "rich", "yaml")
+
+
+def in_subprocess(*arguments: str) -> tuple[int, set[str], str]:
+    """(exit code, heavy modules that were imported, stderr)"""
+    script = (
+        "import json, sys; from potstill.cli import main; code = main(sys.argv[1:]);"
+        f"print('\\n' + json.dumps([code, [m for m in {HEAVY!r} if m in sys.modules]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    code, heavy = json.loads(done.stdout.splitlines()[-1])
+    return code, set(heavy), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["run", "--help"], ["recipes", "-h"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert in_subprocess(*arguments)[:2] == (0, set())
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["methods", "kd"], ["recipes"]])
+def test_lists_need_no_torch(arguments: list[str]) -> None:
+    code, heavy, _ = in_subprocess(*arguments)
+
+    assert code == 0
+    assert not heavy & {"torch", "timm", "numpy", "sklearn", "matplotlib", "rich"}
+
+
+def test_help_takes_little_time() -> None:
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "potstill", "--help"], stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # 0.07 s of CPU time measured; importing torch alone takes more than 1 s.
+    assert min(seconds() for _ in range(4)) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "quickstart", "--set", "method.temperture=3"], "did you mean 'temperature'?"),
+        (["run", "quickstat"], "did you mean 'quickstart'?"),
+        (["train", "vgg16-resnet18", "--stage", "teacher"], "--data DIR"),
+        (["recipes", "solr"], "did you mean 'solar'?"),
+        (["methods", "kdd"], "did you mean 'kd'?"),
+    ],
+)
+def test_a_users_mistake_is_found_before_torch_is_imported(arguments: list[str], expected: str) -> None:
+    code, heavy, stderr = in_subprocess(*arguments)
+
+    assert code == 2
+    assert not heavy & {"torch", "timm", "sklearn", "matplotlib"}
+    assert expected in stderr
+    assert stderr.startswith("error: ")
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "Usage: potstill"),
+        (["runn"], "Did you mean 'run'?"),
+        (["run"], "Missing argument"),
+        (["run", "quickstart", "--seeed", "3"], "--seeed"),
+        (["train", "quickstart", "--stage", "distilled"], "distilled"),
+        (["predict", "model"], "Missing argument"),
+    ],
+)
+def test_the_parsers_own_errors_exit_with_2(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+
+    captured = capsys.readouterr()
+    assert expected in captured.err + captured.out
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (errors.UsageError("u"), 2, "error: u\n"),
+        (errors.DataError("d\nsecond line"), 3, "error: d\nsecond line\n"),
+        (errors.ArtifactError("a"), 4, "error: a\n"),
+        (errors.StorageError("s"), 5, "error: s\n"),
+        (errors.NonFiniteError("n"), 6, "error: n\n"),
+        (errors.WorkerError("w"), 7, "error: w\n"),
+        (errors.DataError("bad\x1b[2Jname"), 3, "error: bad\\x1b[2Jname\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 5, "error: No space left on device: runs/x\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_each_error_has_its_exit_code_and_no_traceback(
+    raised: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _raise_in_run(raised, monkeypatch)
+
+    assert main(["run", "quickstart"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_memory_is_a_storage_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _raise_in_run(MemoryError(), monkeypatch)
+
+    assert main(["run", "quickstart"]) == 5
+    assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raised", [KeyError("x"), OSError(errno.EIO, "Input/output error"), AssertionError()])
+def test_anything_else_is_our_bug_and_shows_where(
+    raised: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _raise_in_run(raised, monkeypatch)
+
+    assert main(["run", "quickstart"]) == 1
+    captured = capsys.readouterr().err
+    assert captured.startswith("Traceback")
+    assert "error: this is a bug in potstill" in captured
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        f"'{sys.executable}' -m potstill recipes quickstart | true; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stderr == ""
+    assert done.stdout == "0\n"
+
+
+def test_a_shipped_recipe_is_printed_as_it_is_and_can_be_used_as_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from potstill.experiments.recipe import list_recipes, load_recipe
+
+    assert main(["recipes", "solar"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text(printed)
+
+    assert printed == list_recipes()["solar"].read_text()
+    assert load_recipe(tmp_path / "mine.yaml", data_needed=False) == load_recipe("solar", data_needed=False)
+
+
+def test_catalogs_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    from potstill.methods import METHODS
+
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ["fashion-mnist", "quickstart", "solar", "vgg16-resnet18"]
+    assert main(["methods"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sorted(METHODS)
+    assert main(["methods", "kd"]) == 0
+    shown = capsys.readouterr().out
+    assert "Hinton" in shown
+    assert "  alpha        a number from 0 to 1, default 0.5\n" in shown
+
+
+def _raise_in_run(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_recipe(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("potstill.experiments.recipe.load_recipe", load_recipe)

@@ -1,0 +1,107 @@
+"""run, train and report hand the right things on and print what came of it; the parts behind them are stood in for."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from potstill.cli import main
+from potstill.errors import ArtifactError
+
+STAGE = {"model": {"parameters": 7}, "latency_ms": None, "test": {"top1": 0.5}}
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the pipeline was called with; the current folder is an empty one."""
+    monkeypatch.chdir(tmp_path)
+    made: list[dict[str, Any]] = []
+
+    def run(recipe: Any, *, root: Path, name: str | None, observer: Any, **rest: Any) -> Path:
+        made.append({"recipe": recipe, "root": root, "name": name, **rest})
+        observer.note("the pipeline ran")
+        folder = root / (name or recipe.name)
+        folder.mkdir(parents=True)
+        results = {"schema": 1, "stages": {"teacher": STAGE}, "comparison": None}
+        (folder / "results.json").write_text(json.dumps(results))
+        return folder
+
+    def compare(runs: list[Path], output: Path) -> Path:
+        made.append({"compared": runs})
+        return output
+
+    stand_ins = {
+        "potstill.experiments.pipeline": SimpleNamespace(run=run),
+        "potstill.report.render": SimpleNamespace(render=lambda folder: folder / "report.html"),
+        "potstill.report.compare": SimpleNamespace(compare=compare),
+        "potstill.data.datasets": SimpleNamespace(check_source=lambda settings: None),
+    }
+    for name, module in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return made
+
+
+def test_run_trains_everything_and_says_what_to_do_next(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "quickstart", "--set", "training.epochs=3", "--set", "training.lr=0.5", "--root", "my runs"]
+    assert main([*arguments, "--seed", "4", "--student", "resnet18", "--overwrite"]) == 0
+
+    (call,) = calls
+    recipe = call["recipe"]
+    assert (recipe.training.epochs, recipe.training.lr, recipe.seed, recipe.student.model) == (3, 0.5, 4, "resnet18")
+    assert {**call, "recipe": None} == {
+        "recipe": None, "root": Path("my runs"), "name": None, "resume": False, "overwrite": True,
+    }  # fmt: skip
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "",
+        "          top-1  top-3  macro F1  AUC  parameters  file  latency",
+        "teacher  50.0 %      -         -    -           7     -        -",
+        "",
+        "report: my runs/quickstart/report.html",
+        "next:   potstill predict 'my runs/quickstart' IMAGE",
+    ]
+    assert captured.err == "the pipeline ran\n"
+
+
+def test_train_carries_out_one_stage_under_a_name_of_its_own(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "quickstart", "--stage", "teacher"]) == 0
+    assert main(["train", "quickstart", "--stage", "baseline", "--name", "alone", "--resume"]) == 0
+
+    assert [(call["stages"], call["name"], call["resume"]) for call in calls] == [
+        (("teacher",), "quickstart-teacher", False),
+        (("baseline",), "alone", True),
+    ]
+    assert "next:   potstill run quickstart --teacher runs/quickstart-teacher\n" in capsys.readouterr().out
+
+
+def test_a_report_that_fails_does_not_swallow_the_results(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def render(folder: Path) -> Path:
+        raise ArtifactError(f"{folder}: no picture")
+
+    monkeypatch.setitem(sys.modules, "potstill.report.render", SimpleNamespace(render=render))
+
+    assert main(["run", "quickstart"]) == 4
+    captured = capsys.readouterr()
+    assert "teacher  50.0 %" in captured.out
+    assert captured.err.endswith("error: runs/quickstart: no picture\n")
+
+
+def test_report_draws_one_run_and_compares_several(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "quickstart"]) == 0
+    assert main(["report", "runs/quickstart"]) == 0
+    assert main(["report", "runs/a", "runs/b", "--output", "both.html"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["report: runs/quickstart/report.html", "report: both.html"]
+    assert calls[-1] == {"compared": [Path("runs/a"), Path("runs/b")]}

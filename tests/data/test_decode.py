@@ -1,0 +1,245 @@
+import io
+import os
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from potstill.data import decode as module
+from potstill.data.decode import decode, to_rgb
+from potstill.data.quiet import quiet_pillow
+from potstill.errors import DataError
+
+# Pillow cannot turn a premultiplied gray TIFF into RGB at once; by way of LA it can be read.
+READ_THOUGH_EXPECTED_TO_FAIL = {"0541_strongcourage_6fcb5238.tiff"}
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_corpus_has_the_expected_outcomes(corpus: Path) -> None:
+    wrong, slow = [], []
+    lines = (corpus / "MANIFEST.tsv").read_text().splitlines()
+    for line in lines:
+        name, _, _, _, expected, _, _, size = line.split("\t")
+        started = time.perf_counter()
+        try:
+            height, width, channels = decode(corpus / name).shape
+            outcome = "ok"
+            if f"{width}x{height}" not in (size, "x".join(reversed(size.split("x")))) or channels != 3:
+                wrong.append(f"{name}: {width}x{height}, not {size}")
+        except DataError as error:
+            outcome = "refused"
+            assert str(error).startswith(str(corpus / name)), error
+            assert len(str(error).splitlines()) == 1
+        if (outcome == "ok") != (expected == "ok") and name not in READ_THOUGH_EXPECTED_TO_FAIL:
+            wrong.append(f"{name}: {outcome}, expected {expected}")
+        if time.perf_counter() - started > 5:
+            slow.append(name)
+    assert len(lines) == 722
+    assert not wrong
+    assert not slow
+
+
+@pytest.mark.parametrize("shape", ["Landscape", "Portrait"])
+def test_all_exif_orientations_show_the_same_picture(corpus: Path, shape: str) -> None:
+    files = {}
+    for line in (corpus / "MANIFEST.tsv").read_text().splitlines():
+        name, origin, *_ = line.split("\t")
+        if f"{shape}_" in origin and origin.endswith(".jpg'"):
+            files[origin.split("_")[-1][0]] = corpus / name
+    upright = decode(files["1"]).astype(float)
+    assert sorted(files) == list("012345678")
+    for number in "2345678":
+        turned = decode(files[number]).astype(float)
+        assert turned.shape == upright.shape
+        # Each file carries its number as a picture of its own text: most pixels agree, up to JPEG's loss.
+        assert np.abs(turned - upright).mean() < 8, number
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_orientation_equals_pillows_own_transposition(kind: str, orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    found = decode(encoded(image, kind, exif=exif, **options))
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # members of Image.Transpose, by the EXIF standard
+    wanted = image if orientation == 1 else image.transpose(Image.Transpose(turn[orientation]))
+    np.testing.assert_array_equal(found, np.asarray(wanted))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("factor", [257, 256])
+def test_16_bits_equal_8_bits(kind: str, factor: int) -> None:
+    gray = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    found = decode(encoded(Image.fromarray(gray * factor), kind))
+    np.testing.assert_array_equal(found, np.repeat(gray[..., None], 3, axis=2))
+
+
+def test_big_endian_16_bit_tiff(corpus: Path) -> None:
+    little, big = corpus / "0560_pillow_6858245d.tif", corpus / "0561_pillow_6e06ec21.tif"
+    np.testing.assert_array_equal(decode(little), decode(big))
+    with Image.open(little) as image:  # Pillow's own convert("RGB") makes all of it white
+        assert (decode(little)[..., 0] == np.asarray(image) >> 8).all()
+
+
+def test_12_bit_tiff_uses_its_own_range() -> None:
+    image = Image.fromarray(np.array([[0, 16, 4095]], dtype=np.uint16))
+    content = bytearray(encoded(image, "TIFF"))
+    with Image.open(io.BytesIO(bytes(content))) as opened:
+        opened.load()
+        assert module._wide_to_rgb(opened, 12)[0, :, 0].tolist() == [0, 1, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "wanted"),
+    [
+        ([0.0, 0.5, 1.0], np.float32, [0, 128, 255]),
+        ([0, 7, 255], np.float32, [0, 7, 255]),
+        ([-3, 256, 65535], np.float32, [0, 1, 255]),
+        ([0, 100, 255], np.int32, [0, 100, 255]),
+        ([-1, 512, 65535], np.int32, [0, 2, 255]),
+        ([0, 2**24, 2**31 - 1], np.int32, [0, 1, 127]),
+    ],
+)
+def test_wide_values_take_the_smallest_range_that_holds_them(values: list, dtype: type, wanted: list) -> None:
+    found = decode(encoded(Image.fromarray(np.array([values], dtype=dtype)), "TIFF"))
+    assert found[0, :, 0].tolist() == wanted
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e12])
+def test_floats_without_a_range_are_refused(bad: float) -> None:
+    with pytest.raises(DataError, match="pixel"):
+        decode(encoded(Image.fromarray(np.array([[0.5, bad]], dtype=np.float32)), "TIFF"))
+
+
+def test_alpha_is_composited_over_white() -> None:
+    rgba = np.array([[[200, 100, 0, 255], [200, 100, 0, 0], [200, 100, 0, 51]]], dtype=np.uint8)
+    found = decode(encoded(Image.fromarray(rgba), "PNG"))
+    # 51 / 255 = 1/5: 200/5 + 255*4/5 = 244, 100/5 + 204 = 224, 204
+    assert found[0].tolist() == [[200, 100, 0], [255, 255, 255], [244, 224, 204]]
+    gray = np.array([[[200, 255], [200, 0], [100, 51]]], dtype=np.uint8)
+    found = decode(encoded(_la(gray), "PNG"))
+    assert found[0, :, 0].tolist() == [200, 255, 224]
+
+
+def _la(pixels: np.ndarray) -> Image.Image:
+    return Image.merge("LA", [Image.fromarray(pixels[..., 0]), Image.fromarray(pixels[..., 1])])
+
+
+def test_transparent_palette_entry_is_white() -> None:
+    image = Image.new("P", (3, 1))
+    image.putdata([0, 1, 2])
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    for kind in ("PNG", "GIF"):
+        found = decode(encoded(image, kind, transparency=1))
+        assert found[0].tolist() == [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
+
+
+def test_transparent_colour_is_white() -> None:
+    gray = Image.fromarray(np.array([[5, 9]], dtype=np.uint8))
+    assert decode(encoded(gray, "PNG", transparency=9))[0, :, 0].tolist() == [5, 255]
+    wide = Image.fromarray(np.array([[1280, 1281]], dtype=np.uint16))
+    assert decode(encoded(wide, "PNG", transparency=1281))[0, :, 0].tolist() == [5, 255]
+
+
+def test_cmyk_formula() -> None:
+    image = Image.new("CMYK", (1, 1), (51, 0, 255, 127))
+    # (255 - 51)(255 - 127) / 255 = 102.4, (255)(128) / 255 = 128, 0
+    assert decode(encoded(image, "TIFF"))[0, 0].tolist() == [102, 128, 0]
+
+
+def test_first_frame_of_several() -> None:
+    red, blue = Image.new("RGB", (2, 2), (255, 0, 0)), Image.new("RGB", (2, 2), (0, 0, 255))
+    for kind in ("GIF", "TIFF", "WEBP", "PNG"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        found = decode(encoded(red, kind, save_all=True, append_images=[blue], **options))
+        assert found[0, 0].tolist() == [255, 0, 0], kind
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "JPEG2000", "PDF"])
+def test_other_formats_are_refused(kind: str) -> None:
+    with pytest.raises(DataError, match="formats JPEG, PNG, WEBP, BMP, GIF, TIFF"):
+        decode(encoded(Image.new("RGB", (16, 16)), kind))
+
+
+def test_limits_are_checked_before_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("pixels were decoded")
+
+    content = encoded(Image.new("1", (8000, 5001)), "PNG")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", loaded)
+    with pytest.raises(DataError, match="8000 x 5001 pixels are more than 40 megapixels"):
+        decode(content)
+    monkeypatch.setattr(module, "MAX_BYTES", 100)
+    file = tmp_path / "large.png"
+    file.write_bytes(bytes(101))
+    for source in (file, bytes(101)):
+        with pytest.raises(DataError, match="more than 0 MiB of file"):
+            decode(source)
+
+
+def test_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "empty.png").touch()
+    for name, reason in [
+        ("pipe.png", "not a regular file"),
+        ("empty.png", "empty file"),
+        ("none.png", "No such file"),
+        ("nul\0.png", "null"),
+    ]:
+        with pytest.raises(DataError, match=reason):
+            decode(tmp_path / name)
+    with pytest.raises(DataError, match=r"directory|not a regular file"):
+        decode(tmp_path)
+
+
+def test_every_exception_of_a_decoder_becomes_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(Image.new("RGB", (4, 4)), "PNG")
+    for error in (ValueError("v"), SyntaxError("s"), IndexError("i"), MemoryError(), RecursionError("r")):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("PIL.ImageFile.ImageFile.load", fail)
+            with pytest.raises(DataError, match="image: "):
+                decode(content)
+
+
+def test_threads_leave_the_warning_filters_as_they_were(corpus: Path) -> None:
+    before = list(warnings.filters)
+    names = [line.split("\t")[0] for line in (corpus / "MANIFEST.tsv").read_text().splitlines()][-300:]
+
+    def attempt(name: str) -> None:
+        try:
+            decode(corpus / name)
+        except DataError:
+            pass
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(attempt, names))
+    assert list(warnings.filters) == before
+    with quiet_pillow(), quiet_pillow():
+        pass
+    assert list(warnings.filters) == before
+
+
+def test_damaged_exif_does_not_cost_the_image() -> None:
+    content = encoded(Image.new("RGB", (4, 2), (1, 2, 3)), "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert decode(content).shape == (2, 4, 3)
+
+
+def test_to_rgb_leaves_rgb_alone() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(to_rgb(Image.fromarray(pixels)), pixels)

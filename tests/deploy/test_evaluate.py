@@ -1,0 +1,114 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, f1_score
+
+from potstill.cli import main
+from potstill.deploy.evaluate import evaluate
+from potstill.deploy.predict import predict
+from potstill.errors import DataError, UsageError
+from potstill.inputs import InputSpec
+from potstill.models.classifier import Classifier
+from potstill.models.model_file import save_model
+
+CLASSES = ("red", "blue", "green")  # not in the order of the folders
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from potstill.models.create import create_model
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("run") / "distilled"
+    spec = InputSpec(8, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    save_model(Classifier(create_model("cifar/resnet8", 3, size=8), "cifar/resnet8", CLASSES, spec, {}), folder)
+    return folder
+
+
+def pictures(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> Path:
+    draws = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(draws.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def by_scikit_learn(model: Path, folder: Path) -> tuple[float, float]:
+    found = predict(model, [folder], top=1)
+    truth, said = [each.path.parent.name for each in found], [each.classes[0][0] for each in found]
+    return accuracy_score(truth, said), f1_score(truth, said, average="macro", zero_division=0)
+
+
+def test_a_folder_of_classes_is_measured_whole_and_by_class_name(model: Path, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", 7)
+    metrics = evaluate(model.parent, str(folder))
+
+    assert metrics["count"] == 21
+    assert (metrics["top1"], metrics["f1_macro"]) == pytest.approx(by_scikit_learn(model, folder))
+    assert [row["class"] for row in metrics["per_class"]] == list(CLASSES)
+    assert metrics["data"] == f"{folder}, all images"
+
+
+def test_of_a_folder_with_splits_only_test_counts(model: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2), ("test", 5)):
+        pictures(tmp_path / "d" / split, count)
+
+    metrics = evaluate(model, str(tmp_path / "d"))
+
+    assert metrics["count"] == 15
+    assert metrics["top1"] == pytest.approx(by_scikit_learn(model, tmp_path / "d" / "test")[0])
+
+
+def test_the_runs_own_data_is_measured_on_its_test_split(model: Path, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", 10)
+    recipe = {"name": "r", "data": {"source": str(folder), "test": 0.2}, "teacher": {"model": "a"}}
+    (model.parent / "recipe.yaml").write_text(json.dumps(recipe | {"student": {"model": "b"}}))
+    try:
+        metrics = evaluate(model.parent, f"{folder}/../d")
+    finally:
+        (model.parent / "recipe.yaml").unlink()
+
+    assert metrics["count"] == 6  # a fifth of 10 in each of 3 classes
+    assert "test split of the run" in metrics["data"]
+
+
+def test_a_manifest_counts_as_it_says(model: Path, tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    (tmp_path / "list.csv").write_text("path,label\nred/0.png,red\nblue/1.png,blue\n")
+
+    assert evaluate(model, str(tmp_path / "list.csv"))["count"] == 2
+
+
+def test_classes_that_the_model_does_not_know_are_refused(model: Path, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", 1, ("red", "gren", "violet"))
+
+    with pytest.raises(DataError, match=r"does not know 2 of these classes: 'gren'; did you mean 'green'\?, 'violet'"):
+        evaluate(model, str(folder))
+
+
+def test_what_is_not_there_or_broken_is_said(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere"):
+        evaluate(model, str(tmp_path / "nowhere"))
+    folder = pictures(tmp_path / "d", 1)
+    (folder / "red" / "note.jpg").write_text("text")
+    with pytest.raises(DataError, match=r"note\.jpg"):
+        evaluate(model, str(folder))
+
+
+def test_the_verb_prints_people_or_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pictures(tmp_path / "d", 2)
+
+    assert main(["evaluate", str(model), "--data", str(folder), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(model), "--data", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    assert metrics["count"] == 6
+    assert f"top1             {100 * metrics['top1']:>6.1f} %" in lines
+    assert sum(line.split()[:1] == [name] for name in CLASSES for line in lines) == 3
+    assert main(["evaluate", str(model), "--data", str(tmp_path / "nowhere")]) == 2
