@@ -12,14 +12,18 @@ def test_resized_crops_are_torchvisions(side: int, size: int) -> None:
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 3, side, side), dtype=np.uint8))
     boxes = draw_boxes((0.05, 1.0), side, 3, np.arange(12), 1)
     found = resized_crops(pixels, boxes, size)
-    wanted = torch.stack([
-        F.resized_crop(image, *box, [size, size], antialias=True)
-        for image, box in zip(pixels, boxes.tolist(), strict=True)
-    ])
-    exact = torch.stack([
-        F.resized_crop(image.float(), *box, [size, size], antialias=True)
-        for image, box in zip(pixels, boxes.tolist(), strict=True)
-    ])
+    wanted = torch.stack(
+        [
+            F.resized_crop(image, *box, [size, size], antialias=True)
+            for image, box in zip(pixels, boxes.tolist(), strict=True)
+        ]
+    )
+    exact = torch.stack(
+        [
+            F.resized_crop(image.float(), *box, [size, size], antialias=True)
+            for image, box in zip(pixels, boxes.tolist(), strict=True)
+        ]
+    )
     assert (found.int() - wanted.int()).abs().max() <= 1
     assert (found - exact).abs().max() < 0.65  # half a level of rounding, and a little
 

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import time
@@ -37,8 +38,8 @@ def test_corpus_has_the_expected_outcomes(corpus: Path) -> None:
                 wrong.append(f"{name}: {width}x{height}, not {size}")
         except DataError as error:
             outcome = "refused"
-            assert str(error).startswith(str(corpus / name)), error
-            assert len(str(error).splitlines()) == 1
+            if not str(error).startswith(f"{corpus / name}: ") or "\n" in str(error):
+                wrong.append(f"{name}: message {error}")
         if (outcome == "ok") != (expected == "ok") and name not in READ_THOUGH_EXPECTED_TO_FAIL:
             wrong.append(f"{name}: {outcome}, expected {expected}")
         if time.perf_counter() - started > 5:
@@ -222,10 +223,8 @@ def test_threads_leave_the_warning_filters_as_they_were(corpus: Path) -> None:
     names = [line.split("\t")[0] for line in (corpus / "MANIFEST.tsv").read_text().splitlines()][-300:]
 
     def attempt(name: str) -> None:
-        try:
+        with contextlib.suppress(DataError):
             decode(corpus / name)
-        except DataError:
-            pass
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(attempt, names))

@@ -41,7 +41,9 @@ def files(folder: Path, count: int = 9) -> FileSet:
 
 def everything(loader: Loader, number: int = 0) -> Batch:
     batches = list(loader.epoch(number))
-    return Batch(*(torch.cat([getattr(batch, key) for batch in batches]) for key in ("images", "labels", "index", "view")))
+    return Batch(
+        *(torch.cat([getattr(batch, key) for batch in batches]) for key in ("images", "labels", "index", "view"))
+    )
 
 
 @pytest.mark.parametrize("crop_share", [1.0, 0.8])
@@ -95,7 +97,7 @@ def test_balanced_draws_every_class_equally() -> None:
 
 @pytest.mark.parametrize("augment", [LIGHT, AugmentSettings(crop_scale=(0.3, 1.0), color_jitter=0.2)])
 def test_random_access_equals_the_epoch(augment: AugmentSettings) -> None:
-    loader = Loader(images(), SPEC, batch_size=5, augment=augment, order="shuffled", seed=2**62)
+    loader = Loader(images(), SPEC, batch_size=8, augment=augment, order="shuffled", seed=2**62)
     seen = everything(loader, 4)
     assert seen.view.tolist() == [4] * 21
     assert torch.equal(loader.view(seen.index, 4), seen.images)
@@ -195,6 +197,14 @@ def test_pixels_are_decoded_once_for_all_loaders() -> None:
     for _ in range(3):
         everything(Loader(data, SPEC, batch_size=4))
     assert Counting.calls == 21
+
+
+def test_an_image_set_that_cannot_be_hashed_works() -> None:
+    class Unhashable(ArraySet):
+        __hash__ = None  # type: ignore[assignment]
+
+    data = Unhashable(images().images, images().labels, images().names)
+    assert torch.equal(everything(Loader(data, SPEC, batch_size=4)).images[5], prepare(data.pixels(5), SPEC))
 
 
 def test_pack_respects_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,9 @@ def test_the_global_generator_is_left_as_it_was() -> None:
 def test_operations_are_torchvisions() -> None:
     jitter = Views(AugmentSettings(color_jitter=1.0), size=10, seed=0)(squares(60), np.arange(60), 0).float()
     assert jitter.mean(dim=(1, 2, 3)).std() > 10
-    erased = Views(AugmentSettings(erasing=0.5), size=32, seed=0)(torch.full((400, 3, 32, 32), 9).byte(), np.arange(400), 0)
+    erased = Views(AugmentSettings(erasing=0.5), size=32, seed=0)(
+        torch.full((400, 3, 32, 32), 9).byte(), np.arange(400), 0
+    )
     black = (erased == 0).float().mean(dim=(1, 2, 3))
     assert 0.42 < (black > 0).float().mean() < 0.58
     assert black[black > 0].min() > 0.015  # areas of 2 to 33 %

@@ -16,6 +16,7 @@ Rules, the same for training, evaluation and prediction:
 import io
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def to_rgb(image: Image.Image) -> Pixels:
         image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
     if image.mode == "PA" or image.mode in ("RGBA", "LA") or "transparency" in image.info:
         return _over_white(image)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return _in_bands(image)
 
 
 def _decode(content: bytes) -> Pixels:
@@ -126,12 +127,29 @@ def _over_white(image: Image.Image) -> Pixels:
     key = image.info.get("transparency")
     if isinstance(key, tuple) and max(key) > 255:  # colour key of a 16-bit PNG, whose pixels Pillow has cut to 8 bits
         image.info["transparency"] = tuple(value >> 8 for value in key)
-    rgba = np.asarray(image.convert("RGBA"))
-    alpha = rgba[..., 3:].astype(np.uint16)
-    if alpha.min() == 255:
-        return np.ascontiguousarray(rgba[..., :3])
-    mixed = rgba[..., :3] * alpha + np.uint16(255) * (255 - alpha)  # at most 255 * 255: fits
-    return ((mixed.astype(np.uint32) + 127) // 255).astype(np.uint8)
+    width, height = image.size
+    mixed = np.empty((height, width, 3), dtype=np.uint8)
+    for rows in _bands(height, width):
+        rgba = np.asarray(image.crop((0, rows.start, width, rows.stop)).convert("RGBA"))
+        alpha = rgba[..., 3:].astype(np.uint32)
+        mixed[rows] = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return mixed
+
+
+def _in_bands(image: Image.Image) -> Pixels:
+    width, height = image.size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    for rows in _bands(height, width):
+        band = image.crop((0, rows.start, width, rows.stop)) if rows.stop - rows.start < height else image
+        pixels[rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
+    return pixels
+
+
+def _bands(height: int, width: int) -> Iterator[slice]:
+    """Rows in pieces of some 2**18 pixels: copies and wide numbers of a whole image could take a gigabyte."""
+    step = max(1, 2**18 // width)
+    for top in range(0, height, step):
+        yield slice(top, min(top + step, height))
 
 
 def _wide_to_rgb(image: Image.Image, bits: int = 16) -> Pixels:
@@ -147,17 +165,19 @@ def _wide_to_rgb(image: Image.Image, bits: int = 16) -> Pixels:
 
 
 def _unknown_range(values: NDArray[Any]) -> Pixels:
-    floats = values.astype(np.float64)
-    if not np.isfinite(floats).all():
+    if not np.isfinite(values).all():
         raise DataError("a pixel is NaN or infinite")
-    largest = floats.max()
+    largest = float(values.max())
     ranges = (1.0, *_RANGES) if values.dtype.kind == "f" else _RANGES
     full = next((end for end in ranges if largest <= end), None)
     if full is None:
         raise DataError(f"a pixel of {largest:g} is above every known range")
-    # The same cut to the high byte as for 16 bits; floats in [0, 1] are rounded.
-    scaled = floats * 255 + 0.5 if full == 1 else floats / ((full + 1) / 256)
-    return np.clip(scaled, 0, 255).astype(np.uint8)
+    gray = np.empty(values.shape, dtype=np.uint8)
+    for rows in _bands(*values.shape):
+        floats = values[rows].astype(np.float64)
+        # The same cut to the high byte as for 16 bits; floats in [0, 1] are rounded.
+        gray[rows] = np.clip(floats * 255 + 0.5 if full == 1 else floats / ((full + 1) / 256), 0, 255)
+    return gray
 
 
 def _bits(image: Image.Image) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from potstill.data.listing import SPLIT_WORDS, Entry, name_problem, refuse
+from potstill.data.splits import SPLITS
 from potstill.errors import DataError, nearest
 
 _CLUTTER = {"thumbs.db", "desktop.ini"}
@@ -95,13 +96,13 @@ def _files(root: Path, folder: Path, problems: list[str]) -> Iterator[Path]:
 
 
 def _different_classes(root: Path, splits: dict[str, Path]) -> list[str]:
-    names = {split: {folder.name for folder in _subfolders(path)} for split, path in splits.items()}
+    names = {split: {folder.name for folder in _subfolders(splits[split])} for split in SPLITS if split in splits}
     everyone = sorted(set().union(*names.values()))
     return [
         f"class {name!r} is missing in {splits[split].name}; it is in "
-        + ", ".join(splits[other].name for other in splits if name in names[other])
+        + ", ".join(splits[other].name for other in names if name in names[other])
         for name in everyone
-        for split in splits
+        for split in names
         if name not in names[split] and names[split]
     ]
 

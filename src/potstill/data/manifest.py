@@ -40,6 +40,8 @@ def list_manifest(path: Path) -> list[Entry]:
     with_split = sum(entry.split is not None for entry in entries)
     if 0 < with_split < len(entries):
         problems.append(f"{with_split} of {len(entries)} rows name a split: all of them must, or none")
+    if with_split and all(entry.split != "train" for entry in entries):
+        problems.append("no row has the split train")
     refuse(str(path), problems)
     if not entries:
         raise DataError(f"{path}: lists no images")

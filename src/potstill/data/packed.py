@@ -33,7 +33,7 @@ def pack(images: ImageSet, side: int, how: str, *, device: torch.device, memory_
     """
     size = len(images) * 3 * side * side
     places = [device, torch.device("cpu")] if device.type != "cpu" else [device]
-    known = _kept.setdefault(images, {})
+    known = _memory_of(images)
     for place in places:
         if (side, how, place) in known:
             return known[side, how, place]
@@ -63,6 +63,13 @@ def _decode_all(images: ImageSet, side: int, how: str) -> Tensor:
         for i in range(len(images)):
             put(i)
     return packed
+
+
+def _memory_of(images: ImageSet) -> dict[_Key, Tensor]:
+    try:
+        return _kept.setdefault(images, {})
+    except TypeError:  # somebody's own image set that cannot be hashed or weakly referred to: decoded each time
+        return {}
 
 
 def _from_files(images: ImageSet) -> bool:

@@ -1,0 +1,166 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from potstill.data.datasets import load_data
+from potstill.data.folders import list_folder
+from potstill.data.settings import DataSettings
+from potstill.errors import DataError
+
+THREE = {f"{split}/{name}": 3 for split in ("train", "val", "test") for name in ("cat", "dog")}
+
+
+def load(folder: Path, **options: object):
+    return load_data(DataSettings(source=str(folder), **options))
+
+
+def refused(folder: Path, **options: object) -> str:
+    with pytest.raises(DataError) as caught:
+        load(folder, **options)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+def test_three_split_folders(make_folder) -> None:
+    data = load(make_folder(THREE))
+    assert data.class_names == ("cat", "dog")
+    assert data.counts()["val"] == {"cat": 3, "dog": 3}
+    assert data.train.names[:4] == ("train/cat/0.png", "train/cat/1.png", "train/cat/2.png", "train/dog/0.png")
+    assert data.origin == "folders train, val, test"
+    assert data.train.pixels(0).shape == (10, 12, 3)
+
+
+@pytest.mark.parametrize("word", ["valid", "validation", "Val"])
+def test_other_words_for_val(make_folder, word: str) -> None:
+    data = load(make_folder({place.replace("val", word): n for place, n in THREE.items()}))
+    assert set(data.val.names) == {f"{word}/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)}
+
+
+def test_train_and_test_alone(make_folder) -> None:
+    data = load(make_folder({"train/a": 20, "train/b": 10, "test/a": 2, "test/b": 2}), val=0.2)
+    assert data.counts() == {"train": {"a": 16, "b": 8}, "val": {"a": 4, "b": 2}, "test": {"a": 2, "b": 2}}
+    assert data.origin == "folders train, test; val (20 %) split from train here, stratified, split seed 0"
+    assert all(name.startswith("train/") for name in data.val.names)
+
+
+def test_one_folder_of_classes(make_folder) -> None:
+    folder = make_folder({"a": 20, "b": 10})
+    data = load(folder, val=0.1, test=0.2)
+    assert data.counts() == {"train": {"a": 14, "b": 7}, "val": {"a": 2, "b": 1}, "test": {"a": 4, "b": 2}}
+    assert data.origin == "made here: stratified 70/10/20, split seed 0"
+    rows = {split: {n for s, n, _ in data.as_rows() if s == split} for split in ("train", "val", "test")}
+    assert len(set().union(*rows.values())) == 30 == sum(map(len, rows.values()))
+    assert load(folder, val=0.1, test=0.2, split_seed=1).test.names != data.test.names
+
+
+def test_file_system_order_does_not_matter(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder({"a": 8, "b": 8})
+    first = load(folder)
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listed(self))))
+    for path in folder.rglob("*.png"):
+        os.utime(path, (0, 0))
+    second = load(folder)
+    assert second.as_rows() == first.as_rows()
+    assert second.fingerprint == first.fingerprint
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert load(moved).fingerprint == first.fingerprint
+    (moved / "a" / "0.png").write_bytes((moved / "a" / "1.png").read_bytes())
+    assert load(moved).fingerprint != first.fingerprint
+
+
+def test_a_class_may_be_called_train(make_folder) -> None:
+    assert load(make_folder({"bus": 4, "train": 4, "plane": 4})).class_names == ("bus", "plane", "train")
+
+
+def test_hidden_files_and_clutter_do_not_count(make_folder) -> None:
+    folder = make_folder({"a": 4, "b": 4, ".git": 1})
+    for name in ("a/.DS_Store", "a/Thumbs.db", "b/desktop.ini", "readme.txt"):
+        (folder / name).write_text("x")
+    assert len(list_folder(folder)) == 8
+
+
+def test_folders_within_classes_count(make_folder) -> None:
+    folder = make_folder({"a": 3, "a/more": 2, "b": 3})
+    assert [e.name for e in list_folder(folder) if e.label == "a"][-2:] == ["a/more/0.png", "a/more/1.png"]
+
+
+def test_all_unreadable_files_are_reported_at_once(make_folder) -> None:
+    folder = make_folder(THREE)
+    (folder / "train/cat/note.jpg").write_text("not an image")
+    (folder / "val/dog/empty.png").touch()
+    damaged = folder / "test/dog/0.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    (folder / "train/cat/notes.txt").write_text("words")
+    message = refused(folder)
+    assert message.splitlines()[0].endswith(": 4 unreadable images")
+    assert f"{folder}/train/cat/note.jpg: no image of the formats JPEG, PNG" in message
+    assert f"{folder}/train/cat/notes.txt: no image" in message
+    assert f"{folder}/val/dog/empty.png: empty file" in message
+    assert f"{folder}/test/dog/0.png: damaged image" in message
+
+
+def test_twenty_problems_and_a_count(make_folder) -> None:
+    folder = make_folder({"a": 3, "b": 3})
+    for i in range(27):
+        (folder / "a" / f"bad{i:02d}.jpg").write_text("no")
+    lines = refused(folder).splitlines()
+    assert lines[0].endswith("27 unreadable images")
+    assert len(lines) == 22
+    assert lines[-1] == "  and 7 more"
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (THREE | {"train/empty": 0}, ["train/empty: no images", "class 'empty' is missing in val"]),
+        ({"a": 4}, ["at least two classes, found only 'a'"]),
+        ({"train/a": 4, "val/a": 4, "test/a": 4}, ["at least two classes, found only 'a'"]),
+        ({k: v for k, v in THREE.items() if k != "val/dog"}, ["class 'dog' is missing in val; it is in train, test"]),
+        (
+            THREE | {"test/bird": 3},
+            ["class 'bird' is missing in train; it is in test", "class 'bird' is missing in val"],
+        ),
+        ({"a": 4, "b": 2}, ["every class needs at least 3, but 'b' has 2"]),
+        ({"train/a": 1, "train/b": 3, "test/a": 1, "test/b": 1}, ["at least 2, but 'a' has 1"]),
+        ({"val/a": 1, "test/a": 1}, ["no folder train"]),
+        (THREE | {"valid/cat": 1}, ["val and valid are both folders for val"]),
+        ({"train/a": 3, "train/b": 3, "tset/a": 1}, ["tset: unknown folder beside train; did you mean 'test'?"]),
+        ({}, ["no class folders"]),
+        ({"train": 3}, ["no class folders"]),
+    ],
+)
+def test_bad_folders(make_folder, places: dict, words: list) -> None:
+    message = refused(make_folder(places))
+    for word in words:
+        assert word in message
+    assert len(message.splitlines()) <= 6
+
+
+def test_links(make_folder, tmp_path: Path) -> None:
+    folder = make_folder({"a": 4, "b": 4})
+    (folder / "a" / "inside.png").symlink_to(folder / "b" / "0.png")
+    assert "a/inside.png" in {entry.name for entry in list_folder(folder)}
+    outside = tmp_path / "secret.png"
+    outside.write_bytes((folder / "a" / "0.png").read_bytes())
+    (folder / "a" / "out.png").symlink_to(outside)
+    (folder / "b" / "loop").symlink_to(folder)
+    (folder / "b" / "gone.png").symlink_to(folder / "nothing.png")
+    message = refused(folder)
+    assert "a/out.png: a link out of the data folder" in message
+    assert "b/loop: a link to a folder" in message
+    assert "b/gone.png: a link to nothing" in message
+    other = make_folder({"x": 3, "y": 3}, tmp_path / "other")
+    (other / "z").symlink_to(folder)
+    assert "z: a link to a folder" in refused(other)
+
+
+def test_names_that_tables_cannot_hold(make_folder) -> None:
+    folder = make_folder({"a": 3, "b": 3})
+    (folder / "a" / "0.png").rename(folder / "a" / "new\nline.png")
+    os.rename(os.fsencode(folder / "b" / "0.png"), os.fsencode(folder / "b") + b"/\xff.png")
+    message = refused(folder)
+    assert "control characters" in message
+    assert "not UTF-8" in message
+    message.encode("utf-8")
