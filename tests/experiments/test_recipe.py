@@ -114,7 +114,7 @@ epochs: 3
         "recipe.yaml:10:1: student.model is missing (an architecture; see `potstill models`)",
         "recipe.yaml:10:11: student.mode: unknown key; did you mean 'model'?",
         "recipe.yaml:13:3: method.temperature must be above 0, got 0",
-        "recipe.yaml:14:3: method.alph: no option 'alph'; did you mean 'alpha'?. It takes temperature, alpha",
+        "recipe.yaml:14:3: method.alph: no option 'alph'; did you mean 'alpha'? It takes temperature, alpha",
         "recipe.yaml:16:3: training.epochs must be a whole number, got '30'",
         "recipe.yaml:17:3: training.optimizer: no class 'adamm' in torch.optim; did you mean 'adamw'?",
         "recipe.yaml:18:1: epochs: unknown key; did you mean 'training.epochs'?",
@@ -130,10 +130,10 @@ epochs: 3
             {"training": {"schedule": "step", "milestones": [3, 30]}},
             "training.milestones must rise from 1 to below epochs 30, got [3, 30]",
         ),
-        ({"training": {"warmup_epochs": 30}}, "training.warmup_epochs must be below epochs 30, got 30"),
+        ({"training": {"warmup_epochs": 31}}, "training.warmup_epochs must be at most epochs, 30, got 31"),
         (
-            {"training": {"warmup_epochs": 5}, "teacher": {"model": "vgg16", "training": {"epochs": 5}}},
-            "teacher.training.warmup_epochs must be below epochs 5, got 5",
+            {"training": {"warmup_epochs": 6}, "teacher": {"model": "vgg16", "training": {"epochs": 5}}},
+            "teacher.training.warmup_epochs must be at most epochs, 5, got 6",
         ),
         ({"training": {"nesterov": True}}, "training.nesterov needs optimizer: sgd and momentum above 0"),
         ({"training": {"device": "gpu"}}, "training.device must be auto, cpu, cuda"),
@@ -222,7 +222,7 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
     assert found[0] == "recipe.yaml:3:1: sed: unknown key; did you mean 'seed'?"
     assert sorted(found[1:]) == [
         "--set a=1: a: unknown key. Known here: name, description, seed, data, teacher, student, method, training",
-        "--set method.temperture=3: method.temperture: no option 'temperture'; did you mean 'temperature'?. "
+        "--set method.temperture=3: method.temperture: no option 'temperture'; did you mean 'temperature'? "
         "It takes temperature, alpha",
         "--set nonsense: write it as key=value, for example --set training.epochs=5",
         "--set seed.x=2: seed must be a whole number, got {'x': 2}",

@@ -109,10 +109,10 @@ def _schedule(training: TrainingSettings) -> Iterator[tuple[tuple[str, ...], str
         yield ("schedule", "milestones"), "schedule step needs milestones, for example: milestones: [60, 80]"
     elif marks and (marks != sorted(set(marks)) or marks[0] < 1 or marks[-1] >= training.epochs):
         yield ("milestones", "epochs"), f"milestones must rise from 1 to below epochs {training.epochs}, got {marks}"
-    if training.warmup_epochs >= training.epochs:
+    if training.warmup_epochs > training.epochs:
         yield (
             ("warmup_epochs", "epochs"),
-            f"warmup_epochs must be below epochs {training.epochs}, got {training.warmup_epochs:g}",
+            f"warmup_epochs must be at most epochs, {training.epochs}, got {training.warmup_epochs:g}",
         )
     if training.nesterov and (training.optimizer.lower() != "sgd" or training.momentum == 0):
         yield ("nesterov", "optimizer", "momentum"), "nesterov needs optimizer: sgd and momentum above 0"

@@ -30,7 +30,7 @@ def method_class(name: str) -> "type[Method]":
         UsageError: unknown name; names the nearest known one.
     """
     if name not in METHODS:
-        raise UsageError(f"no method {name!r}{nearest(name, METHODS)}. Known: {', '.join(list_methods())}")
+        raise UsageError(f"no method {name!r}{nearest(name, METHODS) or '.'} Known: {', '.join(list_methods())}")
     module, _, attribute = METHODS[name].partition(":")
     return cast("type[Method]", getattr(importlib.import_module(module), attribute))
 

@@ -60,7 +60,7 @@ def entry(name: str) -> Entry:
         UsageError: unknown name; names the nearest known one.
     """
     if name not in METHODS:
-        raise UsageError(f"no method {name!r}{nearest(name, METHODS)}. Known: {', '.join(list_methods())}")
+        raise UsageError(f"no method {name!r}{nearest(name, METHODS) or '.'} Known: {', '.join(list_methods())}")
     module, _, class_name = METHODS[name].partition(":")
     tree = ast.parse(_source(module))
     summary, _, paper = (ast.get_docstring(tree) or "").partition("\n")
@@ -83,7 +83,7 @@ def check_method(name: str, given: dict[str, Any]) -> list[Problem]:
     for key, value in given.items():
         if key not in known:
             takes = ", ".join(known) or "no options"
-            problems.append(Problem(key, f"no option {key!r}{nearest(key, known)}. It takes {takes}"))
+            problems.append(Problem(key, f"no option {key!r}{nearest(key, known) or '.'} It takes {takes}"))
         elif trouble := _trouble(known[key], value):
             problems.append(Problem(key, f"{key} {trouble}"))
     missing = [key for key, option in known.items() if option.default is REQUIRED and key not in given]

@@ -26,7 +26,9 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key not in _UNFIT
     }
     if name.lower() not in known:
-        raise UsageError(f"no optimizer {name!r}{nearest(name.lower(), known)}. Known: {', '.join(sorted(known))}")
+        raise UsageError(
+            f"no optimizer {name!r}{nearest(name.lower(), known) or '.'} Known: {', '.join(sorted(known))}"
+        )
     return known[name.lower()]
 
 
@@ -50,7 +52,9 @@ def create_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: Traini
         options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters)
     for key in settings.optimizer_options:
         if key not in takes:
-            raise UsageError(f"{kind.__name__} takes no {key!r}{nearest(key, takes)}. It takes {', '.join(takes)}")
+            raise UsageError(
+                f"{kind.__name__} takes no {key!r}{nearest(key, takes) or '.'} It takes {', '.join(takes)}"
+            )
     try:
         return kind([group for group in groups if group["params"]], **(options | settings.optimizer_options))
     except (TypeError, ValueError) as error:

@@ -1,0 +1,212 @@
+"""The documentation site: complete, built strictly without a network, and the same as the code says."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from potstill import errors
+from potstill.data.bundled.fashion_mnist import FashionOptions
+from potstill.data.bundled.solar import SolarOptions
+from potstill.data.datasets import DATASETS
+from potstill.data.settings import AugmentSettings, DataSettings
+from potstill.experiments.recipe import Recipe, StageSettings
+from potstill.methods import METHODS
+from potstill.methods.catalog import entry
+from potstill.training.settings import TrainingSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+def load(path: Path):
+    """A script or another test file as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def page(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory):
+    """A folder in which the Python of the docs has been carried out."""
+    folder = tmp_path_factory.mktemp("docs")
+    carry_out = load(ROOT / "tests" / "test_readme.py").carry_out
+    for name in ("python", "your-own-data"):
+        carry_out(DOCS / f"{name}.md", folder)
+    return folder
+
+
+@pytest.mark.parametrize("model", [Recipe, StageSettings, DataSettings, AugmentSettings, TrainingSettings])
+def test_every_setting_and_its_default_stand_in_the_page(model):
+    section = page("recipes").split(f"### {model.__name__}\n")[1].split("\n### ")[0]
+    rows = {
+        row[1].strip().strip("`"): row[2].strip() for line in section.splitlines() if len(row := line.split("|")) > 4
+    }
+    for name, field in model.model_fields.items():
+        if field.default is PydanticUndefined:
+            assert rows[name] == "required"
+        elif isinstance(field.default, BaseModel):
+            assert rows[name] == "its defaults"
+        else:
+            assert json.loads(rows[name].strip("`")) == field.default, name
+    assert set(rows) - {"key", "---"} == set(model.model_fields)
+
+
+def test_generated_tables_are_up_to_date():
+    script = load(ROOT / "scripts" / "docs_tables.py")
+    stale = [each.name for each in script.PAGES if script.filled(each.read_text("utf-8")) != each.read_text("utf-8")]
+    assert stale == [], "run python scripts/docs_tables.py"
+    blocks = [name for each in script.PAGES for name in script.BLOCK.findall(each.read_text("utf-8"))]
+    assert set(blocks) == set(script.TABLES)
+
+
+def test_every_method_has_its_section_with_its_options():
+    for name in METHODS:
+        section = page("methods").split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for option in entry(name).options:
+            assert f"{option}:" in section
+
+
+def test_every_data_set_has_its_row_with_its_options():
+    rows = {
+        line.split("|")[1].strip(" `"): line for line in page("your-own-data").splitlines() if line.startswith("| `")
+    }
+    assert set(rows) == set(DATASETS)
+    for name, options in (("solar", SolarOptions), ("fashion-mnist", FashionOptions)):
+        assert all(f"`{option}`" in rows[name] for option in options.model_fields)
+
+
+def test_every_error_has_its_exit_code_in_the_page():
+    kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, Exception)]
+    assert len(kinds) > 5
+    for kind in kinds:
+        assert f"| {kind.exit_code} | `{kind.__name__}` |" in page("exit-codes")
+
+
+def test_the_python_of_the_docs_runs(worked):
+    assert {path.name for path in (worked / "runs").iterdir()} == {"from-python", "mine"}
+    assert json.loads((worked / "runs" / "mine" / "results.json").read_text())["data"]["class_names"] == ["cat", "dog"]
+
+
+def test_every_file_of_a_run_stands_in_the_page(worked):
+    run = worked / "runs" / "from-python"
+    tree = page("run-folder").partition("```text\n")[2].partition("```")[0]
+    files = {path.name for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    listed = {word for word in re.findall(r"[\w.-]+/?", tree) if "." in word}
+    assert {name for name in files if name not in tree} == set()
+    assert {
+        name.rpartition("/")[2] for name in listed if Path(name).suffix in (".json", ".png", ".csv", ".txt")
+    } <= files
+
+
+def test_every_key_of_the_results_stands_in_the_page(worked):
+    run = worked / "runs" / "from-python"
+    text = page("run-folder").replace("`precision_`, `recall_`, `f1_` + `micro`, `macro`, `weighted`", " ".join(
+        f"`{kind}_{mean}`" for kind in ("precision", "recall", "f1") for mean in ("micro", "macro", "weighted")
+    ))  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    stage = results["stages"]["distilled"]
+    records = [json.loads(line) for line in (run / "distilled" / "metrics.jsonl").read_text().splitlines()]
+    for mapping in (
+        results, results["data"], results["stages"], stage, stage["model"], stage["training"], stage["latency_ms"],
+        stage["test"], results["comparison"], records[0], records[0]["val"],
+    ):  # fmt: skip
+        assert {key for key in mapping if f"`{key}`" not in text} == set()
+
+
+def test_every_page_is_in_the_navigation():
+    config = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    listed = [file for part in config["nav"] for pages in part.values() for each in pages for file in each.values()]
+    assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
+    assert config["theme"]["font"] is False
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built from a copy."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copy(ROOT / "zensical.toml", folder)
+    shutil.copytree(DOCS, folder / "docs")
+    done = build(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+def build(folder: Path) -> subprocess.CompletedProcess:
+    # A proxy that does not exist: whoever tries the network fails.
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | nowhere, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_site_is_built_strictly(site):
+    for path in DOCS.glob("*.md"):
+        built = site / ("index.html" if path.stem == "index" else f"{path.stem}/index.html")
+        assert path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") in built.read_text(encoding="utf-8")
+
+
+def test_pages_fetch_nothing_from_elsewhere(site):
+    for built in site.rglob("*.html"):
+        text = built.read_text(encoding="utf-8")
+        fetched = re.findall(r'<(?:script|img|iframe)[^>]+src="?([^" >]+)', text)
+        fetched += re.findall(r'<link[^>]+rel="?(?:stylesheet|preload|icon|preconnect)"?[^>]*href="?([^" >]+)', text)
+        fetched += re.findall(r'<link[^>]+href="?([^" >]+)"?[^>]*rel="?(?:stylesheet|preload|icon|preconnect)', text)
+        assert [address for address in fetched if "//" in address] == []
+
+
+def test_a_broken_link_fails_the_build(tmp_path):
+    shutil.copy(ROOT / "zensical.toml", tmp_path)
+    shutil.copytree(DOCS, tmp_path / "docs")
+    with (tmp_path / "docs" / "index.md").open("a", encoding="utf-8") as file:
+        file.write("\n[nowhere](no-such-page.md)\n")
+    assert build(tmp_path).returncode != 0
+
+
+def test_softening_probabilities_equals_softening_logits(worked):
+    soften = load(ROOT / "scripts" / "docs_figures.py").soften
+    logits = np.array([2.0, -1.0, 0.5])
+    wanted = np.exp(logits / 4) / np.exp(logits / 4).sum()
+    np.testing.assert_allclose(soften(np.exp(logits) / np.exp(logits).sum(), 4), wanted, rtol=1e-12)
+
+
+def test_figures_can_be_drawn_from_a_run(worked, tmp_path, monkeypatch):
+    script = load(ROOT / "scripts" / "docs_figures.py")
+    shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
+    monkeypatch.setattr(script, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(script, "PAGE", tmp_path / "docs" / "how-distillation-works.md")
+    monkeypatch.setattr(sys, "argv", ["docs_figures.py", str(worked / "runs" / "from-python")])
+    script.main()
+    drawn = {path.name: path.stat().st_size for path in (tmp_path / "docs" / "images").glob("*.png")}
+    assert set(drawn) == {"soft-targets.png", "loss-terms.png", "top1-curves.png"}
+    assert all(5_000 < size < 100_000 for size in drawn.values())
+    with (worked / "runs" / "from-python" / "teacher" / "predictions_test.csv").open(newline="") as file:
+        least = min((max(map(float, row[3:])), row[0]) for row in list(csv.reader(file))[1:] if row[1] == row[2])
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert f"`{least[1]}`" in text
+    assert f"| 1 | {100 * least[0]:.1f} %" in text
+
+
+def test_pictures_of_the_docs_are_there_and_small():
+    shown = {
+        name for path in DOCS.glob("*.md") for name in re.findall(r"\]\((images/[^)]+)\)", path.read_text("utf-8"))
+    }
+    assert {f"images/{path.name}" for path in (DOCS / "images").iterdir()} == shown
+    assert all((DOCS / name).stat().st_size <= 200_000 for name in shown)
