@@ -58,6 +58,7 @@ def main() -> None:
         save(images / "report.png", photograph(arguments.browser, arguments.run / "report.html"))
     fill(PAGE, "run", about(run, examples))
     fill(PAGE, "soft targets", table(run, examples[0]))
+    fill(PAGE, "verdict", f"The verdict of the run: *{run.results['comparison']['verdict']}*")
 
 
 def soften(probabilities: np.ndarray, temperature: float) -> np.ndarray:
@@ -145,8 +146,13 @@ def about(run: Run, examples: list[Example]) -> str:
 def table(run: Run, example: Example) -> str:
     """The first example's largest probabilities at each temperature, in numbers."""
     largest = np.argsort(-example.probabilities)[:4]
+    first, second = (100 * example.probabilities[i] for i in largest[:2])
+    sentence = (
+        f"The first image is a {run.class_names[largest[0]]}. The teacher gives that class {first:.0f} %, "
+        f"and {second:.0f} % to {run.class_names[largest[1]]}: it sees both. In numbers:"
+    )
     head = " | ".join(f"class {run.class_names[i]}" for i in largest)
-    lines = [f"| T | {head} | all others |", "|---" * (len(largest) + 2) + "|"]
+    lines = [sentence, "", f"| T | {head} | all others |", "|---" * (len(largest) + 2) + "|"]
     for temperature in TEMPERATURES:
         values = soften(example.probabilities, temperature)
         cells = [*values[largest], 1 - values[largest].sum()]

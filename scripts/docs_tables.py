@@ -52,15 +52,15 @@ def default(field: FieldInfo) -> str:
 
 
 def allowed(field: FieldInfo) -> str:
-    """Kinds and bounds: "whole number ≥ 1 ≤ 100000"."""
+    """Kinds and bounds: "whole number ≥ 1 and ≤ 100,000"."""
     kinds = [kind(each) for each in alternatives(field.annotation)]
-    bounds = "".join(
-        f" {sign} {getattr(each, name):g}" if getattr(each, name) < 1e5 else f" {sign} {getattr(each, name)}"
+    bounds = [
+        f"{sign} {getattr(each, name):,}"
         for each in field.metadata
         for name, sign in SIGNS.items()
-        if hasattr(each, name)
-    )
-    return " or ".join([kinds[0] + bounds, *kinds[1:]])
+        if getattr(each, name, None) is not None
+    ]
+    return " or ".join([" ".join(filter(None, [kinds[0], " and ".join(bounds)])), *kinds[1:]])
 
 
 def alternatives(annotation: Any) -> list[Any]:
@@ -97,10 +97,11 @@ def methods_table() -> str:
     for name in METHODS:
         method = entry(name)
         options = [
-            f"`{key}`: {option.allowed}, " + ("required" if option.default is REQUIRED else f"default {option.default}")
+            f"`{key}`: {option.allowed.replace('str', 'text')}, "
+            + ("required" if option.default is REQUIRED else f"default {option.default}")
             for key, option in method.options.items()
         ]
-        rows.append((f"`{name}`", method.summary, "; ".join(options) or "none"))
+        rows.append((f"`{name}`", " ".join(method.summary.split()), "; ".join(options) or "none"))
     return table(("method", "what it does", "options"), rows)
 
 

@@ -47,7 +47,7 @@ def _keep(features: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, A
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if path not in modules or not path:
         first = ", ".join(sorted(name for name in modules if name)[:6])
         hint = nearest(path, modules) or f"; it has {first}, ..."

@@ -14,8 +14,19 @@ def test_an_existing_run_is_never_overwritten_without_a_word(tmp_path):
     assert run.recipe.read_text() == "name: first\n"
     with RunFolder.create(tmp_path, "first", resume=True):
         assert run.recipe.read_text() == "name: first\n"
-    with RunFolder.create(tmp_path, "first", overwrite=True):
+    with RunFolder.create(tmp_path, "first", overwrite=True) as again:
+        assert run.recipe.exists()  # the new run may yet be refused
+        again.clear()
         assert not run.recipe.exists()
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path):
+    with RunFolder.create(tmp_path, "a"):
+        pass
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".lock").touch()  # of a process that was killed before its first file
+    RunFolder.create(tmp_path, "a").__exit__(None, None, None)
 
 
 def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):

@@ -24,6 +24,7 @@ DATASETS: dict[str, Callable[[DataSettings], DataSplits]] = {
     "fashion-mnist": _fashion.fashion_mnist,
 }
 
+# Only where a cheap look beforehand can spare the user a wait: unknown options, a missing package or folder.
 _CHECKS: dict[str, Callable[[DataSettings], object]] = {
     "digits": lambda settings: read_options(settings, DigitsOptions),
     "solar": _solar.check,
@@ -60,7 +61,8 @@ def check_source(settings: DataSettings) -> None:
     """
     name = settings.source
     if name in DATASETS:
-        _CHECKS[name](settings)
+        if name in _CHECKS:
+            _CHECKS[name](settings)
         return
     path = Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in SUFFIXES):

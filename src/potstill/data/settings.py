@@ -27,7 +27,9 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str = Field("digits", description="a name of `potstill.data.DATASETS`, a folder, or a .csv/.jsonl manifest")
+    source: str = Field(
+        "digits", description="a name of `potstill.data.datasets.DATASETS`, a folder, or a .csv/.jsonl manifest"
+    )
     options: dict[str, Any] = Field({}, description="options of the named data set, e.g. {classes: 2} for solar")
     size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
     fit: Literal["crop", "squash"] = Field("crop", description="how an image that is not square becomes square")

@@ -14,12 +14,12 @@ from potstill.errors import UsageError
 from potstill.evaluation.evaluate import collect
 from potstill.experiments.environment import describe_environment
 from potstill.experiments.preflight import check_all
-from potstill.experiments.recipe import Recipe, dump_recipe
+from potstill.experiments.recipe import Recipe, StageSettings, dump_recipe
 from potstill.experiments.results import describe_run, evaluate_stages
 from potstill.experiments.run_folder import STAGES, RunFolder, read_text
 from potstill.experiments.seeds import derive
 from potstill.experiments.stage import split_loader, train_stage
-from potstill.experiments.teacher import start_network
+from potstill.experiments.start import Start, start_network
 from potstill.methods import create_method
 from potstill.methods.base import Method
 from potstill.models.classifier import Classifier
@@ -67,6 +67,8 @@ def run(
         if resume:
             _refuse_changes(folder, recipe)
         splits, compute = check_all(recipe, data)
+        if overwrite:
+            folder.clear()
         text = dump_recipe(recipe)
         folder.write_recipe(text)
         folder.write_environment(describe_environment(text, splits.fingerprint, compute))
@@ -110,7 +112,7 @@ class _Experiment:
     def _teacher(self) -> Classifier:
         recipe, classes = self.recipe, self.data.class_names
         torch.manual_seed(derive(recipe.seed, "teacher"))
-        start = start_network(recipe, recipe.teacher, classes, self.observer)
+        start = self._start(recipe.teacher)
         model = Classifier(start.module, start.architecture, classes, start.input, dict(start.facts))
         if not start.ready:
             self._train("teacher", model, create_method("supervised"), None)
@@ -123,12 +125,20 @@ class _Experiment:
     def _student(self, stage: str) -> Classifier:
         recipe, classes = self.recipe, self.data.class_names
         torch.manual_seed(derive(recipe.seed, "student"))  # baseline and distilled start from the same weights
-        start = start_network(recipe, recipe.student, classes, self.observer)
+        start = self._start(recipe.student)
         model = Classifier(start.module, start.architecture, classes, start.input, dict(start.facts))
         options = {"name": "supervised"} if stage == "baseline" else dict(recipe.method)
         method = create_method(options.pop("name"), **options)
         self._train(stage, model, method, self.models["teacher"] if method.needs_teacher else None)
         return model
+
+    def _start(self, network: StageSettings) -> Start:
+        start = start_network(self.recipe, network, self.data.class_names)
+        for note in start.notes:
+            self.observer.note(note)
+        for warning in start.warnings:
+            self._warn(warning)
+        return start
 
     def _train(self, stage: str, model: Classifier, method: Method, teacher: Classifier | None) -> None:
         settings = self.recipe.stage_training("teacher" if stage == "teacher" else "student")

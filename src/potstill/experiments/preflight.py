@@ -7,6 +7,7 @@ from potstill.data.datasets import load_data
 from potstill.data.splits import DataSplits
 from potstill.errors import PotstillError
 from potstill.experiments.recipe import Recipe
+from potstill.experiments.start import start_network
 from potstill.methods import create_method
 from potstill.models.create import check_model
 from potstill.training.devices import Compute, choose
@@ -40,4 +41,7 @@ def check_all(recipe: Recipe, data: DataSplits | None) -> tuple[DataSplits, Comp
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
     *_, compute, splits = results
+    for network in (recipe.teacher, recipe.student):
+        if network.weights is not None:  # loaded again later; better twice than to fail after the teacher's hours
+            start_network(recipe, network, splits.class_names)
     return splits, compute

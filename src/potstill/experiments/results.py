@@ -31,7 +31,8 @@ def evaluate_stages(
 ) -> dict[str, Any]:
     """Write predictions, metrics and summaries of every stage; return ``stages`` of results.json.
 
-    The test split is read here and nowhere before, unless the recipe asks for test curves.
+    The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``
+    and ``evaluate`` compute, so that they give the same answers.
     """
     probabilities = {name: _predict(run, name, model, recipe, data, compute) for name, model in models.items()}
     delays = latency({name: (model.module, model.input) for name, model in models.items()}, batch=1)
@@ -102,7 +103,6 @@ def _predict(
             loader,
             classes=len(model.class_names),
             device=compute.device,
-            precision="bf16" if compute.bf16 else "float32",
         )
         run.write_predictions(
             name, split, images.names, images.labels.tolist(), found[split].tolist(), model.class_names

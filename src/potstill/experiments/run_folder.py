@@ -34,6 +34,8 @@ class RunFolder:
     def create(cls, root: Path, name: str, *, resume: bool = False, overwrite: bool = False) -> "RunFolder":
         """A new folder ``root/name``, or an existing one that may be gone on with or replaced; locked.
 
+        Nothing is deleted here: call ``clear`` once it is certain that the new run can begin.
+
         Raises:
             UsageError: a name that is no plain file name; a folder that exists and neither flag; both flags.
             StorageError: it cannot be made, or another process is writing in it.
@@ -44,7 +46,7 @@ class RunFolder:
             raise UsageError("--resume goes on with a run and --overwrite deletes it: give one of them")
         run = cls(root / name)
         known = run.recipe.exists()
-        if run.path.exists() and any(run.path.iterdir()) and not known:
+        if run.path.is_dir() and not known and any(entry.name != ".lock" for entry in run.path.iterdir()):
             raise UsageError(f"{run.path} exists and is no run folder; choose another --name or --root")
         if known and not (resume or overwrite):
             raise UsageError(
@@ -53,8 +55,6 @@ class RunFolder:
         if resume and not known:
             raise UsageError(f"nothing to resume: {run.path} does not exist")
         run.acquire()
-        if overwrite:
-            run._empty()
         return run
 
     def acquire(self) -> None:
@@ -77,6 +77,9 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Release the lock; a folder in which nothing was written goes too."""
+        if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
     # where things are
@@ -145,7 +148,12 @@ class RunFolder:
             raise ArtifactError(f"{self.results} is not of schema 1, the one that this version reads")
         return results
 
-    def _empty(self) -> None:
+    def clear(self) -> None:
+        """Delete what an earlier run left, all but the lock.
+
+        Raises:
+            StorageError: something could not be deleted.
+        """
         try:
             for entry in self.path.iterdir():
                 if entry.name == ".lock":

@@ -77,9 +77,8 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lr_factor(settings, steps))
         self.average = None
         if settings.ema_decay is not None:
-            self.average = AveragedModel(
-                distiller.student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True
-            )
+            follow = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(distiller.student, multi_avg_fn=follow, use_buffers=True)
         self._best: dict[str, Tensor] = {}
         self._teacher_says: dict[str, list[Outputs]] = {}
         self._last_save = time.monotonic()

@@ -1,6 +1,6 @@
-"""Where the teacher comes from: trained here, or ready-made with the same classes."""
+"""Where a network comes from before this run trains it: new, or ready-made with the same classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from potstill.models.create import create_model
 from potstill.models.input_spec import input_spec
 from potstill.models.model_file import load_model
 from potstill.models.weights import load_weights
-from potstill.training.observer import Observer
 
 
 @dataclass
@@ -25,10 +24,12 @@ class Start:
     architecture: str
     input: InputSpec
     ready: bool  # it knows these classes already: a teacher needs no training
-    facts: dict[str, Any]  # where its weights come from
+    facts: dict[str, Any] = field(default_factory=dict)  # where its weights come from
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # a head that starts anew
 
 
-def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], observer: Observer) -> Start:
+def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> Start:
     """A new network, or one that starts from ``network.weights``.
 
     The global random generator decides the initialisation.
@@ -40,26 +41,33 @@ def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ..
     size = recipe.data.size
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
-        return Start(module, network.model, input_spec(network.model, size, recipe.data.fit), ready=False, facts={})
+        return Start(module, network.model, input_spec(network.model, size, recipe.data.fit), ready=False)
     if network.weights != "pretrained" and _is_ours(Path(network.weights)):
-        return _from_our_model(Path(network.weights), network, classes, observer)
+        return _from_our_model(Path(network.weights), network, classes)
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
-    for note in loaded.notes:
-        observer.warn(note) if loaded.new_head else observer.note(note)
     if loaded.new_head and network.weights != "pretrained" and not network.new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
             "To train it on with a new head, set teacher.new_head=true (or student.new_head=true)"
         )
-    if not loaded.new_head:
-        observer.note(
-            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_list(classes)}"
-        )
-    spec = input_spec(network.model, size, recipe.data.fit)
-    return Start(loaded.module, network.model, spec, ready=not loaded.new_head, facts={"weights": network.weights})
+    start = Start(
+        loaded.module,
+        network.model,
+        input_spec(network.model, size, recipe.data.fit),
+        ready=not loaded.new_head,
+        facts={"weights": network.weights},
+    )
+    if loaded.new_head:
+        start.warnings += loaded.notes
+    else:
+        start.notes += [
+            *loaded.notes,
+            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_list(classes)}",
+        ]
+    return start
 
 
-def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...], observer: Observer) -> Start:
+def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...]) -> Start:
     model = load_model(find_model(path))
     facts = {"weights": str(path)}
     if model.class_names == classes:
@@ -71,13 +79,13 @@ def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...]
             f"The data has {len(classes)}: {_list(classes)}\n"
             "Use data with the same class names, or train it on with a new head: teacher.new_head=true"
         )
-    observer.warn(f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights stay")
+    warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights stay"
     module = create_model(model.architecture, len(classes), size=model.input.size)
     own = module.state_dict()
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
     head = _head_keys(model.module, module, len(model.class_names) == len(classes))
     module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
-    return Start(module, model.architecture, model.input, ready=False, facts=facts)
+    return Start(module, model.architecture, model.input, ready=False, facts=facts, warnings=[warning])
 
 
 def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
