@@ -83,10 +83,13 @@ def test_nothing_is_claimed_without_figures(missing: dict[str, Any] | None) -> N
     assert verdict(missing).startswith("Whether distillation helped cannot be said")
 
 
-def test_disagreeing_tests_are_a_close_call() -> None:
-    assert "close call: McNemar's test on the same images gives p = 0.07" in verdict(
-        comparison(0.018, 0.001, 0.035, mcnemar_p=0.07)
-    )
+def test_help_is_claimed_only_where_both_tests_see_it() -> None:
+    doubtful = comparison(0.018, 0.001, 0.035, mcnemar_p=0.07)
+    assert finding(doubtful) == "unclear"
+    assert "No clear difference" in headline(doubtful)
+    assert "McNemar's exact test gives p = 0.07" in headline(doubtful)
+    assert finding(comparison(0.018, 0.001, 0.035, mcnemar_p=0.049)) == "helped"
+    assert finding(comparison(-0.018, -0.035, -0.001, mcnemar_p=0.05)) == "unclear"
 
 
 def test_accuracies_of_the_stages() -> None:

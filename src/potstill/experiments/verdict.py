@@ -35,7 +35,7 @@ def sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | 
     said = [headline(comparison)]
     if comparison is None or found == "unknown":
         return said
-    said += [_accuracies(stages or {}), _close_call(comparison, found), _gap(comparison, found), _cost(comparison)]
+    said += [_accuracies(stages or {}), _gap(comparison, found), _cost(comparison)]
     said.append(
         "One seed cannot tell such a gain or loss from the luck of the seed: "
         "the interval covers the choice of test images only, so repeat with other seeds before deciding."
@@ -44,10 +44,16 @@ def sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | 
 
 
 def finding(comparison: Mapping[str, Any] | None) -> Finding:
-    """``helped`` or ``hurt`` only where the whole 95 % interval of the top-1 gain lies on one side of 0."""
+    """``helped`` or ``hurt`` only where the whole 95 % interval of the top-1 gain lies on one side of 0.
+
+    McNemar's exact test must agree where it is given: with few images repaired and broken, the percentile interval is
+    too narrow (7 repaired and 1 broken exclude 0, yet so uneven a split happens to a fair coin 7 times in 100).
+    """
     gain, low, high = (_number(comparison, key) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
     if gain is None or low is None or high is None:
         return "unknown"
+    if _disagrees(comparison):
+        return "unclear"
     if low > 0 and gain > 0:
         return "helped"
     if high < 0 and gain < 0:
@@ -71,10 +77,11 @@ def headline(comparison: Mapping[str, Any] | None) -> str:
         return f"Distillation hurt: the student lost {size} points of top-1 on {images} ({interval})."
     if _number(comparison, "fixed") == 0 and _number(comparison, "broken") == 0:
         return f"No difference: the student was right on the same of {images} with distillation as without."
-    return (
-        f"No clear difference: with distillation the student's top-1 changed by {points(gain)} points "
-        f"on {images}, and the {interval} includes 0."
-    )
+    changed = f"No clear difference: with distillation the student's top-1 changed by {points(gain)} points on {images}"
+    if low > 0 or high < 0:
+        p = _number(comparison, "mcnemar_p")
+        return f"{changed} ({interval}), but McNemar's exact test gives p = {p:.2f}: too few images changed to be sure."
+    return f"{changed}, and the {interval} includes 0."
 
 
 def over_seeds(differences: Sequence[float]) -> tuple[float, float | None, float | None, float | None]:
@@ -132,11 +139,9 @@ def _accuracies(stages: Mapping[str, Any]) -> str:
     return f"Top-1 on test: {', '.join(said)}." if len(said) > 1 else ""
 
 
-def _close_call(comparison: Mapping[str, Any], found: Finding) -> str:
+def _disagrees(comparison: Mapping[str, Any] | None) -> bool:
     p = _number(comparison, "mcnemar_p")
-    if found == "unclear" or p is None or p < 0.05:
-        return ""
-    return f"It is a close call: McNemar's test on the same images gives p = {p:.2f}."
+    return p is not None and p >= 0.05
 
 
 def _gap(comparison: Mapping[str, Any], found: Finding) -> str:
