@@ -119,7 +119,12 @@ def test_a_pretrained_teacher_without_network_is_explained_at_once(good, tmp_pat
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     arguments = ["run", "quickstart", "--data", str(good), *SMALL, "--set", "teacher.model=resnet18"]
     arguments += ["--set", "teacher.weights=pretrained"]
-    check([*arguments, "--root", str(tmp_path / "runs")], 2, ["resnet18", "the hub cannot be reached", "efficientnet-lite0"], capsys)
+    check(
+        [*arguments, "--root", str(tmp_path / "runs")],
+        2,
+        ["resnet18", "the hub cannot be reached", "efficientnet-lite0"],
+        capsys,
+    )
     assert not (tmp_path / "runs" / "quickstart").exists()
 
 

@@ -85,6 +85,8 @@ def test_leaves_the_teacher_as_it_was(name):
         assert distiller.teacher is None
         return
     before = copy.deepcopy(teacher.state_dict())
+    distiller.train()
+    assert not any(module.training for module in teacher.modules())
     for switch in (distiller.train, teacher.train):  # also behind the Distiller's back
         switch()
         step(distiller).loss.backward()

@@ -59,7 +59,7 @@ def evaluate_stages(
         }
     if {"teacher", "baseline", "distilled"} <= stages.keys():
         correct = {name: probabilities[name]["test"].argmax(axis=1) == np.asarray(data.test.labels) for name in stages}
-        return {"stages": stages, "comparison": _compare(stages, correct)}
+        return {"stages": stages, "comparison": compare(stages, correct)}
     return {"stages": stages, "comparison": None}
 
 
@@ -121,7 +121,13 @@ def _metrics(
     return metrics
 
 
-def _compare(stages: dict[str, Any], correct: dict[str, Array]) -> dict[str, Any]:
+def compare(stages: dict[str, Any], correct: dict[str, Array]) -> dict[str, Any]:
+    """``comparison`` of results.json: the distilled student against the baseline on the same test images.
+
+    Args:
+        stages: of results.json, with teacher, baseline and distilled.
+        correct: stage -> [N] bool, whether each test image was classified correctly.
+    """
     teacher, baseline, distilled = (stages[name]["test"] for name in ("teacher", "baseline", "distilled"))
     gain, low, high = paired_bootstrap(correct["baseline"], correct["distilled"])
     test = mcnemar(correct["baseline"], correct["distilled"])

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from potstill.experiments.results import compare
+
+
+def stage(top1, f1, auc, parameters, size, latency):
+    return {
+        "test": {"top1": top1, "f1_macro": f1, "auc_macro": auc},
+        "model": {"parameters": parameters, "file_bytes": size},
+        "latency_ms": {"p50": latency},
+    }
+
+
+def test_gains_go_from_baseline_to_distilled():
+    right = {"teacher": 90, "baseline": 70, "distilled": 80}
+    correct = {name: np.arange(100) < count for name, count in right.items()}
+    correct["distilled"] = np.roll(correct["distilled"], 5)  # loses 0 .. 4, gains 70 .. 84
+    stages = {
+        "teacher": stage(0.9, 0.9, 0.99, 1000, 4000, 8.0),
+        "baseline": stage(0.7, 0.6, 0.8, 100, 500, 2.0),
+        "distilled": stage(0.8, 0.75, None, 100, 500, 2.0),
+    }
+    found = compare(stages, correct)
+    assert found["top1_gain"] == pytest.approx(0.1)
+    assert found["top1_gain_low"] < 0.1 < found["top1_gain_high"]
+    assert (found["fixed"], found["broken"], found["test_images"]) == (15, 5, 100)
+    assert found["mcnemar_p"] == pytest.approx(0.0414, abs=1e-4)  # two-sided binomial test of 5 in 20
+    assert found["f1_macro_gain"] == pytest.approx(0.15)
+    assert found["auc_macro_gain"] is None
+    assert found["gap"] == pytest.approx(0.2)
+    assert found["gap_closed"] == pytest.approx(0.5)
+    assert (found["parameter_ratio"], found["file_ratio"], found["latency_ratio"]) == (10, 8, 4)
+    assert "gained 10.0 points" in found["verdict"]
+
+
+def test_a_teacher_that_does_not_lead_has_no_gap_to_close():
+    correct = {name: np.ones(10, dtype=bool) for name in ("teacher", "baseline", "distilled")}
+    stages = {name: stage(1.0, 1.0, 1.0, 10, 10, 1.0) for name in correct}
+    assert compare(stages, correct)["gap_closed"] is None
