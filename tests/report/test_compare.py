@@ -1,3 +1,4 @@
+import json
 import re
 import statistics
 from collections.abc import Callable
@@ -54,6 +55,15 @@ def test_only_the_seed_may_differ(build_run: BuildRun) -> None:
         ["four"],
         ["longer"],
     ]
+
+
+def test_seeds_that_share_one_teacher_belong_together_whichever_run_trained_it(build_run: BuildRun) -> None:
+    folders = seeds(build_run, 3)
+    for folder, teacher, digest in zip(folders, ("null", "runs/run-0/teacher", "other"), "aab", strict=True):
+        (folder / "recipe.yaml").write_text(f"name: {folder.name}\nteacher: {{model: vgg8, weights: {teacher}}}\n")
+        (folder / "teacher" / "model.json").write_text(json.dumps({"sha256": digest}))
+    runs = [read_run(folder) for folder in folders]
+    assert [[run.name for run in found.runs] for found in group(runs)] == [["run-0", "run-1"], ["run-2"]]
 
 
 def test_the_newest_run_of_a_seed_counts(build_run: BuildRun) -> None:

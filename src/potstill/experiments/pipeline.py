@@ -144,7 +144,7 @@ class _Experiment:
         settings = self.recipe.stage_training("teacher" if stage == "teacher" else "student")
         compute = choose(settings)
         learns = f"{model.architecture} learns from {teacher.architecture}" if teacher else model.architecture
-        self.observer.stage(stage, f"{learns}, {settings.epochs} epochs, {compute}")
+        self.observer.stage(stage, f"{learns}, {settings.epochs} epoch{'' if settings.epochs == 1 else 's'}, {compute}")
         train_stage(
             stage,
             model,

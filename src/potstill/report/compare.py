@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.artifacts import write_text
+from potstill.artifacts import read_json, write_text
 from potstill.errors import UsageError
 from potstill.experiments.verdict import over_seeds, points, verdict_over_seeds
 from potstill.report.contents import STAGES, Run, read_run
@@ -55,9 +55,11 @@ def compare(runs: Sequence[Path | str], output: Path | str) -> Path:
 
 def group(runs: Sequence[Run]) -> list[Group]:
     """Runs that share recipe, data, method and networks, in the order of their first run; newest of each seed."""
+    teachers = [_teacher_digest(run) for run in runs]
     together: dict[str, list[Run]] = {}
-    for run in runs:
-        together.setdefault(_likeness(run), []).append(run)
+    for run, teacher in zip(runs, teachers, strict=True):
+        shared = teacher is not None and teachers.count(teacher) > 1
+        together.setdefault(_likeness(run, teacher if shared else None), []).append(run)
     return [_distinct(alike) for alike in together.values()]
 
 
@@ -72,8 +74,18 @@ def _distinct(runs: list[Run]) -> Group:
     return Group(sorted(newest.values(), key=lambda run: number(run.results.get("seed")) or 0), repeated)
 
 
-def _likeness(run: Run) -> str:
-    """All that must be equal for two runs to differ in their seed alone, as text."""
+def _teacher_digest(run: Run) -> str | None:
+    """SHA-256 of the teacher's weights."""
+    path = run.folder / "teacher" / "model.json"
+    digest = read_json(path).get("sha256") if path.exists() else None
+    return digest if isinstance(digest, str) else None
+
+
+def _likeness(run: Run, teacher: str | None) -> str:
+    """All that must be equal for two runs to differ in their seed alone, as text.
+
+    ``teacher``: digest of a teacher that several runs share; then it does not matter which of them trained it.
+    """
     import yaml
 
     try:
@@ -81,10 +93,11 @@ def _likeness(run: Run) -> str:
     except yaml.YAMLError:
         recipe = run.recipe
     if isinstance(recipe, dict):
-        recipe = {key: value for key, value in recipe.items() if key not in ("seed", "name", "description")}
+        unlike = {"seed", "name", "description"} | ({"teacher"} if teacher is not None else set())
+        recipe = {key: value for key, value in recipe.items() if key not in unlike}
     networks = {name: stage.model.get("architecture") for name, stage in run.stages.items()}
     data = [run.data.get(key) for key in ("fingerprint", "class_names", "counts", "size")]
-    parts = [run.results.get("recipe"), data, run.results.get("method"), networks, recipe]
+    parts = [run.results.get("recipe"), data, run.results.get("method"), networks, teacher, recipe]
     return json.dumps(parts, sort_keys=True, default=str)
 
 

@@ -37,7 +37,7 @@ def latency_text(stage: Stage) -> str:
         return NONE
     batch = number(latency.get("batch"))
     how = ["one image at a time" if batch == 1 else f"batches of {count(batch)}" if batch else ""]
-    how += [f"{count(latency['threads'])} threads" if number(latency.get("threads")) else ""]
+    how += [_several(latency["threads"], "thread") if number(latency.get("threads")) else ""]
     how += [plain(str(latency.get("device") or ""))]
     text = f"{milliseconds(latency['p50'])} (p95 {milliseconds(latency.get('p95'))})"
     return ", ".join([text, *filter(None, how)])
@@ -48,7 +48,7 @@ def training_text(stage: Stage) -> str:
     training = stage.training
     if not training:
         return "not here: it came ready-made"
-    text = f"{count(training.get('epochs'))} epochs in {duration(training.get('seconds'))}"
+    text = f"{_several(training.get('epochs'), 'epoch')} in {duration(training.get('seconds'))}"
     if number(training.get("images_per_second")) is not None:
         text += f" ({count(training['images_per_second'])} images/s)"
     if stage.best_epoch is not None:
@@ -118,3 +118,7 @@ def _classes(stage: Stage) -> str:
         for name in names
     ]
     return "Per class\n" + table([["", *above], ["class", *(split for split, _, _ in wanted)], *rows], heads=2)
+
+
+def _several(value: object, noun: str) -> str:
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"

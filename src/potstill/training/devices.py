@@ -29,7 +29,8 @@ class Compute:
     def __str__(self) -> str:
         words = [str(self.device), "bf16" if self.bf16 else "float32"]
         if self.device.type == "cpu":
-            words.insert(1, f"{torch.get_num_threads()} threads")
+            threads = torch.get_num_threads()
+            words.insert(1, f"{threads} thread{'' if threads == 1 else 's'}")
         return ", ".join(words)
 
 
