@@ -58,7 +58,6 @@ def test_broken_json_is_an_artifact_error(tmp_path):
         artifacts.read_json(tmp_path / "x.json")
 
 
-def test_lines_are_appended(tmp_path):
-    artifacts.append_line(tmp_path / "log.jsonl", {"epoch": 1})
-    artifacts.append_line(tmp_path / "log.jsonl", {"epoch": 2})
-    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+def test_one_value_a_line(tmp_path):
+    artifacts.write_json_lines(tmp_path / "log.jsonl", [{"epoch": 1, "name": "né\n"}, {"epoch": 2}])
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == '{"epoch": 1, "name": "né\\n"}\n{"epoch": 2}\n'

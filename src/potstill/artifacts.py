@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def append_line(path: Path, value: Any) -> None:
-    """Append ``value`` as one JSON line.
-
-    Raises:
-        StorageError: as ``write_bytes``.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Put one JSON value a line at ``path``; written anew each time, so that no reader ever sees half a line."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values))
 
 
 def read_bytes(path: Path, *, sha256: str | None = None) -> bytes:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from potstill.artifacts import append_line, write_text
+from potstill.artifacts import write_json_lines
 from potstill.distiller import Distiller
 from potstill.errors import ArtifactError
 from potstill.evaluation.metrics import StreamingMetrics
@@ -92,9 +92,7 @@ class Training:
             ArtifactError: ``resume`` with a damaged checkpoint.
         """
         done = self._resume() if resume else 0
-        write_text(self.folder / "metrics.jsonl", "")
-        for record in self.history.records:
-            append_line(self.folder / "metrics.jsonl", record)
+        write_json_lines(self.folder / "metrics.jsonl", self.history.records)
         for number in range(done, self.settings.epochs):
             if self._out_of_patience(number):
                 self.observer.note(f"stopped early: val has not improved for {self.settings.early_stopping} epochs")
@@ -134,7 +132,7 @@ class Training:
         }
         self.history.seconds += seconds
         self.history.records.append(record)
-        append_line(self.folder / "metrics.jsonl", record)
+        write_json_lines(self.folder / "metrics.jsonl", self.history.records)
         self.observer.epoch_end(record)
 
     def _train_epoch(self, number: int) -> Record:
