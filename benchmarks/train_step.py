@@ -7,11 +7,8 @@ round against the first variant.
 """
 
 import argparse
-import os
 import statistics
 import time
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it
 
 import torch
 from torch import nn

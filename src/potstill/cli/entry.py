@@ -67,9 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows ``potstill`` on the command line; None takes ``sys.argv``.
     """
-    # Threads that wait for each other by spinning are 4 to 10 times slower on a machine that others use too.  Set
-    # before torch is loaded, and only where the user has not chosen.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file's name can be shown in any locale
