@@ -24,7 +24,7 @@ from potstill.data.settings import DataSettings
 from potstill.experiments.recipe import load_recipe
 from potstill.functional import hard_label_loss
 from potstill.methods import create_method, list_methods
-from potstill.models.create import list_models
+from potstill.models.names import list_models
 
 
 def test_methods_are_known():

@@ -8,8 +8,9 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from potstill.errors import UsageError
-from potstill.models.create import check_model, create_model, list_models
+from potstill.models.create import create_model
 from potstill.models.input_spec import input_spec
+from potstill.models.names import check_model, list_models
 
 
 def parameters(module: nn.Module) -> int:

@@ -85,8 +85,8 @@ def test_the_hub_is_asked_for_each_file_in_turn(monkeypatch, tmp_path):
 
 def test_importing_the_names_imports_neither_timm_nor_torchvision():
     program = (
-        "import sys, potstill.models.create as c, potstill.models.model_file, potstill.models.weights\n"
-        "c.check_model('cifar/vgg8'); c.create_model('cifar/resnet8', 2, size=32)\n"
+        "import sys, potstill.models.create as c, potstill.models.names as n, potstill.models.model_file\n"
+        "n.check_model('cifar/vgg8'); c.create_model('cifar/resnet8', 2, size=32)\n"
         "print([m for m in ('timm', 'torchvision', 'huggingface_hub') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -31,7 +31,7 @@ def models(
 ) -> None:
     """List the architectures, for teacher and student."""
     from potstill.errors import UsageError
-    from potstill.models.create import list_models
+    from potstill.models.names import list_models
 
     names = list_models(pattern)
     if not names:

@@ -9,7 +9,7 @@ from potstill.errors import PotstillError
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.start import start_network
 from potstill.methods import create_method
-from potstill.models.create import check_model
+from potstill.models.names import check_model
 from potstill.training.devices import Compute, choose
 from potstill.training.optimizers import optimizer_class
 

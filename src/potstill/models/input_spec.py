@@ -1,7 +1,7 @@
 """How a named network wants its images."""
 
 from potstill.inputs import InputSpec
-from potstill.models.create import resolve
+from potstill.models.names import resolve
 
 
 def input_spec(name: str, size: int, fit: str = "crop") -> InputSpec:

@@ -21,8 +21,8 @@ from potstill.artifacts import digest, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
 from potstill.inputs import InputSpec
 from potstill.models import state_dict
+from potstill.models.build import build
 from potstill.models.classifier import Classifier
-from potstill.models.create import build
 
 WEIGHTS, FACTS = "model.safetensors", "model.json"
 SCHEMA = 1

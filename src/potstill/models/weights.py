@@ -7,7 +7,8 @@ from torch import nn
 
 from potstill.errors import UsageError
 from potstill.models import packaged, state_dict
-from potstill.models.create import build, resolve, try_forward
+from potstill.models.build import build, try_forward
+from potstill.models.names import resolve
 
 
 @dataclass
