@@ -101,7 +101,12 @@ def test_the_parsers_own_errors_exit_with_2(
         (errors.WorkerError("w"), 7, "error: w\n"),
         (errors.DataError("bad\x1b[2Jname"), 3, "error: bad\\x1b[2Jname\n"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 5, "error: No space left on device: runs/x\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; a run goes on from its last checkpoint with --resume\n"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+            5,
+            "error: out of memory; a smaller training.batch_size or data.memory_share needs less\n",
+        ),
     ],
 )
 def test_each_error_has_its_exit_code_and_no_traceback(

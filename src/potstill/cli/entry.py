@@ -19,6 +19,8 @@ OUR_BUG = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 _HELP = ["-h", "--help"]
+_INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume"
+_NO_MEMORY = "out of memory; a smaller training.batch_size or data.memory_share needs less"
 
 app = typer.Typer(
     name="potstill",
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _obey(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         if code == INTERRUPTED:  # the parser has caught the KeyboardInterrupt
-            return _say("interrupted", INTERRUPTED)
+            return _say(_INTERRUPTED, INTERRUPTED)
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
         _close_output()
@@ -83,13 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _close_output()
         return 0
     except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
+        return _say(_INTERRUPTED, INTERRUPTED)
     except PotstillError as error:
         return _say(str(error), error.exit_code)
     except MemoryError:
-        return _say(
-            "out of memory; a smaller training.batch_size or data.memory_share needs less", StorageError.exit_code
-        )
+        return _say(_NO_MEMORY, StorageError.exit_code)
     except Exception as error:
         return _other(error)
 
@@ -109,8 +109,10 @@ def _obey(arguments: list[str]) -> Any:
 def _other(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _say(f"{error.strerror}: {error.filename or 'the disk is full'}", StorageError.exit_code)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
+        return _say(_NO_MEMORY, StorageError.exit_code)
     if isinstance(error, typer.Abort):
-        return _say("interrupted", INTERRUPTED)
+        return _say(_INTERRUPTED, INTERRUPTED)
     # Parser errors: their class is typer's in new versions and click's in older ones.
     if hasattr(error, "format_message") and hasattr(error, "show"):
         error.show()
