@@ -193,6 +193,23 @@ def test_resume_refuses_other_settings_by_name(recipe, tmp_path):
     pipeline.run(recipe(**{"data.workers": 1}), root=tmp_path, stages=("baseline",), resume=True)
 
 
+def test_resume_refuses_other_images(photographs, recipe, tmp_path):
+    shutil.copytree(photographs, tmp_path / "mine")
+    tiny = recipe(**{"data.source": f"'{tmp_path / 'mine'}'", "training.epochs": 1})
+    pipeline.run(tiny, root=tmp_path, stages=("baseline",))
+    shutil.copy(photographs / "blue" / "00.png", tmp_path / "mine" / "red" / "00.png")
+    with pytest.raises(UsageError, match="has changed since"):
+        pipeline.run(tiny, root=tmp_path, stages=("baseline",), resume=True)
+
+
+def test_overwriting_spares_the_weights_that_the_new_run_starts_from(recipe, tmp_path):
+    path = pipeline.run(recipe(**{"teacher.training.epochs": 1}), root=tmp_path, stages=("teacher",))
+    again = recipe(**{"teacher.weights": f"'{path / 'teacher'}'"})
+    with pytest.raises(UsageError, match="would delete the teacher's own weights"):
+        pipeline.run(again, root=tmp_path, overwrite=True)
+    assert (path / "teacher" / "model.safetensors").exists()
+
+
 def test_a_teacher_from_another_run_is_not_trained_again(run, recipe, tmp_path):
     path = pipeline.run(recipe(**{"teacher.weights": f"'{run / 'teacher'}'"}), root=tmp_path)
     assert same(weights(path, "teacher"), weights(run, "teacher"))

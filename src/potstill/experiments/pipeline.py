@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import yaml
 
+from potstill.artifacts import read_json
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.evaluation.evaluate import collect
@@ -66,7 +67,11 @@ def run(
     with RunFolder.create(root, name or recipe.name, resume=resume, overwrite=overwrite) as folder:
         if resume:
             _refuse_changes(folder, recipe)
+        if overwrite:
+            _refuse_own_weights(folder, recipe)
         splits, compute = check_all(recipe, data)
+        if resume:
+            _refuse_other_data(folder, splits)
         if overwrite:
             folder.clear()
         text = dump_recipe(recipe)
@@ -208,6 +213,24 @@ def _refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
             + "\n".join(changed[:8])
             + "\nResume without these changes, or start another run with --name"
         )
+
+
+def _refuse_other_data(folder: RunFolder, data: DataSplits) -> None:
+    before = read_json(folder.path / "environment.json").get("data_fingerprint")
+    if before != data.fingerprint:
+        raise UsageError(
+            f"--resume goes on with the same images, but {data.source} has changed since {folder.path} began.\n"
+            "Put the former images back, or start another run with --name"
+        )
+
+
+def _refuse_own_weights(folder: RunFolder, recipe: Recipe) -> None:
+    """--overwrite must not delete what the new run is to start from."""
+    for name, network in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if network.weights and Path(network.weights).resolve().is_relative_to(folder.path.resolve()):
+            raise UsageError(
+                f"--overwrite would delete the {name}'s own weights, {network.weights}; choose another --name"
+            )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

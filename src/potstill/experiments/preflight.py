@@ -27,8 +27,9 @@ def check_all(recipe: Recipe, data: DataSplits | None) -> tuple[DataSplits, Comp
         lambda: check_model(recipe.student.model),
         lambda: optimizer_class(recipe.stage_training("teacher").optimizer),
         lambda: optimizer_class(recipe.stage_training("student").optimizer),
+        lambda: choose(recipe.stage_training("teacher")),
         lambda: choose(recipe.stage_training("student")),
-        lambda: data if data is not None else load_data(recipe.data),
+        lambda: load_data(recipe.data, data),
     ]
     results: list[Any] = []
     problems: list[PotstillError] = []

@@ -29,7 +29,8 @@ Probabilities = dict[str, Array]  # by split, each [N, K]
 def evaluate_stages(
     run: RunFolder, models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
 ) -> dict[str, Any]:
-    """Write predictions, metrics and summaries of every stage; return ``stages`` of results.json.
+    """Write predictions, metrics and summaries of every stage; return ``stages`` and ``comparison`` of
+    results.json.
 
     The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``
     and ``evaluate`` compute, so that they give the same answers.
