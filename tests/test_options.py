@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import pytest
 
@@ -43,3 +44,15 @@ def test_a_range_on_a_positional_argument_is_a_mistake_of_ours():
         @checked
         def wrong(a: Positive) -> float:
             return a
+
+
+@checked
+def chosen(*, form: Literal["paper", "release"] = "paper") -> str:
+    return form
+
+
+def test_choices_are_checked_with_the_nearest_one():
+    assert chosen() == "paper"
+    assert chosen(form="release") == "release"
+    with pytest.raises(UsageError, match="form must be one of paper, release, got 'papre'; did you mean 'paper'"):
+        chosen(form="papre")

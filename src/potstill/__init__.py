@@ -7,6 +7,8 @@ Three layers, usable one by one: ``potstill.functional`` (losses), ``Distiller``
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from potstill.methods import METHODS
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -15,25 +17,19 @@ if TYPE_CHECKING:
     from potstill.deploy.predict import predict as predict
     from potstill.distiller import Distiller as Distiller
     from potstill.methods import create_method as create_method
-    from potstill.methods.fitnet import FitNet as FitNet
-    from potstill.methods.kd import KD as KD
-    from potstill.methods.supervised import Supervised as Supervised
     from potstill.models.create import create_model as create_model
 
 # Imported at first use: `potstill --help` must not wait for torch.
 _HOMES = {
     "Distiller": "potstill.distiller",
-    "FitNet": "potstill.methods.fitnet",
-    "KD": "potstill.methods.kd",
-    "Supervised": "potstill.methods.supervised",
     "create_method": "potstill.methods",
     "create_model": "potstill.models.create",
     "load": "potstill.api",
     "predict": "potstill.deploy.predict",
     "run": "potstill.api",
-}
+} | {target.partition(":")[2]: target.partition(":")[0] for target in METHODS.values()}
 
-__all__ = ["KD", "Distiller", "FitNet", "Supervised", "create_method", "create_model", "load", "predict", "run"]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
-"""The wrapper: one student, perhaps a frozen teacher, and the method that joins them."""
+"""The wrapper: one student, perhaps frozen teachers, and the method that joins them."""
 
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -7,29 +9,36 @@ from torch import Tensor, nn
 
 from potstill.errors import UsageError
 from potstill.inputs import Convert, InputSpec
-from potstill.methods.base import Method
-from potstill.precision import at_least_float32
-from potstill.taps import tap
-from potstill.types import Batch, Outputs, Step
+from potstill.joining.joints import Layers
+from potstill.joining.shown import Shown, look, side, with_second
+from potstill.joining.teachers import Combine, Teachers
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.types import UNLABELED, Batch, Outputs, Step
 
 
 class Distiller(nn.Module):
     """Train ``student`` to imitate ``teacher`` by ``method``, in anybody's loop.
 
-    The teacher is frozen: always in eval mode, without gradients, and left out of the state dict.  The student is the
-    module that was passed in; use it alone after training.
+    Teachers are frozen: always in eval mode, without gradients, and left out of the state dict.  ``student`` is the
+    module that was passed in (for the few methods that deploy another network, one that contains it); use it alone
+    after training.
 
     Args:
         student: maps images [B, 3, H, W] to logits [B, K]; this is what is trained.
-        teacher: likewise; None where the method needs none.  Its parameters stop requiring gradients.
+        teacher: likewise, one or several; None where the method needs none.  Its parameters stop requiring gradients.
         method: see ``potstill.methods``.
         example: images like those of training (two or more); needed by methods with adapters, which are sized by it.
         student_input: how ``images`` are prepared.
-        teacher_input: how the teacher wants them; images are renormalised and resized from the one to the other.
+        teacher_input: how each teacher wants them; images are renormalised and resized from the one to the other.
         label_loss: replaces plain cross-entropy in the method's label term (smoothing, class weights).
+        layers: pairs of paths (student's, teacher's), shallow to deep, in place of the stages found by themselves.
+        train_labels: [N], int64, labels by sample id; needed by methods with a memory of the training set.
+        batch_size: of the training to come; needed by methods whose layers are sized by it.
+        teacher_weights: for each of several teachers; equal where None.
+        combine: several teachers' "logits" or "probabilities" are averaged.
 
     Raises:
-        UsageError: no teacher where one is needed, no example where one is needed, only one of the two input specs.
+        UsageError: something that the method needs is missing; networks that it cannot join.
 
     Example:
         >>> from potstill.methods.kd import KD
@@ -43,39 +52,39 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: nn.Module | Sequence[nn.Module] | None,
         method: Method,
         *,
         example: Tensor | None = None,
         student_input: InputSpec | None = None,
-        teacher_input: InputSpec | None = None,
+        teacher_input: InputSpec | Sequence[InputSpec] | None = None,
         label_loss: nn.Module | None = None,
+        layers: Layers | None = None,
+        train_labels: Tensor | None = None,
+        batch_size: int | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        combine: Combine = "logits",
     ) -> None:
         super().__init__()
-        name = type(method).__name__
-        if method.needs_teacher and teacher is None:
-            raise UsageError(f"{name} needs a teacher, got None")
-        if (student_input is None) != (teacher_input is None) and method.needs_teacher:
-            raise UsageError("give both student_input and teacher_input, or neither where both networks want the same")
+        networks = _listed(teacher, nn.Module) if method.needs.teacher else []
+        if method.needs.teacher and not networks:
+            raise UsageError(f"{type(method).__name__} needs a teacher, got None")
         self.student = student
-        self.teacher = teacher.requires_grad_(False) if teacher is not None and method.needs_teacher else None
-        self.method = method
+        self.teacher: Teachers | None = None
+        if networks:
+            converts = _converts(student_input, _listed(teacher_input, InputSpec), len(networks))
+            self.teacher = Teachers(networks, converts, weights=teacher_weights, combine=combine)
+        self.method = method.for_teachers(len(networks))
         if label_loss is not None:
-            method.label_loss = label_loss
-        self.convert: nn.Module = nn.Identity()
-        if self.teacher is not None and student_input is not None and teacher_input is not None:
-            self.convert = Convert(student_input, teacher_input)
-        self._build(example)
+            self.method.use_label_loss(label_loss)
+        self.layers, self.train_labels, self.batch_size = layers, train_labels, batch_size
+        self.shown = Shown(self.method, max(1, len(networks)))
+        self._ready = not self.method.needs.prepare
+        if example is not None or self.method.needs.example or self.method.student_taps or self.method.teacher_taps:
+            self._build(example)
         self.train()
         self.register_state_dict_post_hook(_forget_teacher)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_expect_no_teacher)  # type: ignore[no-untyped-call]
-
-    def train(self, mode: bool = True) -> "Distiller":
-        """As ``nn.Module.train``, but the teacher stays in eval mode: its BatchNorm statistics must not drift."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
 
     def forward(
         self,
@@ -84,66 +93,193 @@ class Distiller(nn.Module):
         *,
         index: Tensor | None = None,
         view: Tensor | None = None,
+        second: Tensor | None = None,
+        soft_labels: Tensor | None = None,
         teacher: Outputs | None = None,
     ) -> Step:
         """One forward pass.
+
+        In eval mode, methods that live on the training images themselves (memories, second views) give their label
+        terms only; so do methods that compare images with each other, of a last image alone.
 
         Args:
             images: [B, 3, H, W], prepared for the student.
             labels: [B], int64.
             index: [B], int64 sample ids, for methods with a memory.
             view: [B], int64 view numbers.
+            second: [B, 3, H, W], for methods that need a second image for each.
+            soft_labels: [B, K], where images are mixed.
             teacher: what the teacher says of these very images where it is known already; else the teacher is asked.
 
         Raises:
-            UsageError: logits or labels of a wrong shape; student and teacher with different numbers of classes.
+            UsageError: logits or labels of a wrong shape; student and teacher with different numbers of classes;
+                something missing that the method needs.
         """
-        student = _ask(self.student, images, self.method.student_taps)
+        batch = Batch(images, labels, index, view, second, soft_labels)
+        names = self.method.label_term_names
+        needs = self.method.needs
+        if not self.training and (needs.training_only or (needs.several and len(labels) < 2)):
+            said = self.shown.reader.ask(self.student, images)
+            _check_shapes(said.logits, None, labels)
+            return Step(said.logits, self.method.plain_label_terms(said.outputs(), batch), names)
+        self._refuse_missing(batch)
+        student = self._ask_student(images, second)
         if teacher is None:
-            teacher = self.ask_teacher(images)
-        _check_shapes(student, teacher, labels)
-        return Step(student.logits, self.method(student, teacher, Batch(images, labels, index, view)))
+            teacher = self.ask_teacher(images, second)
+        _check_shapes(student.logits, teacher, labels)
+        return Step(student.logits, self.method(student, teacher, batch), names)
 
     @torch.no_grad()
-    def ask_teacher(self, images: Tensor) -> Outputs | None:
+    def ask_teacher(self, images: Tensor, second: Tensor | None = None) -> Outputs | None:
         """The teacher's outputs for images prepared for the student; None where the method needs no teacher."""
         if self.teacher is None:
             return None
-        if self.teacher.training:  # somebody called teacher.train() behind our back
-            self.teacher.eval()
-        return _ask(self.teacher, self.convert(images), self.method.teacher_taps)
+        outputs = self.shown.by_teacher(self.teacher, images)
+        if second is not None and self.method.needs.second != "none":
+            outputs = with_second(outputs, self.shown.by_teacher(self.teacher, second))
+        return outputs
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Tell the method where training stands: epoch number ``epoch``, from 0, of ``epochs`` is about to begin."""
+        self.method.start_epoch(epoch, epochs)
+
+    def prepare(self, batches: Callable[[], Iterator[Batch]]) -> None:
+        """Let the method learn from the teacher's outputs before training, where it needs that.
+
+        Args:
+            batches: each call is one pass over the training images.
+        """
+
+        def passes() -> Iterator[tuple[Outputs, Batch]]:
+            for batch in batches():
+                outputs = self.ask_teacher(batch.images)
+                assert outputs is not None
+                yield outputs, batch
+
+        if self.method.needs.prepare:
+            self.method.prepare(passes)
+        self._ready = True
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters for the optimizer: the student's and the method's adapters'."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
+    @property
+    def table(self) -> str:
+        """For people: which layers of student and teacher are joined; empty where none are."""
+        return self.shown.table
+
+    def _refuse_missing(self, batch: Batch) -> None:
+        needs, name = self.method.needs, type(self.method).__name__
+        if not self._ready:
+            raise UsageError(f"{name} learns from the teacher first: call distiller.prepare(batches) before training")
+        if needs.index and batch.index is None:
+            raise UsageError(f"{name} remembers samples by their ids: pass index=, [B] positions in the training set")
+        if needs.second != "none" and batch.second is None:
+            what = "another view of each image" if needs.second == "strong" else "for each image one of the same class"
+            raise UsageError(f"{name} needs second=, {what}")
+        if needs.several and len(batch) < 2:
+            raise UsageError(f"{name} compares images with each other, and this batch has {len(batch)}")
+        if needs.labels and batch.labels.device.type == "cpu" and bool((batch.labels == UNLABELED).any()):
+            raise UsageError(f"{name} needs the label of every image; with unlabeled images use kd or dist")
+
+    # building
+
     @torch.no_grad()
     def _build(self, example: Tensor | None) -> None:
-        if not (self.method.student_taps or self.method.teacher_taps):
-            return
         if example is None:
             raise UsageError(f"{type(self.method).__name__} sizes its adapters by an example: pass example=images")
+        _refuse_missing_taps(self.method, self.student)
         self.eval()  # so that the example leaves no trace in BatchNorm
-        self.method.build(_ask(self.student, example, self.method.student_taps), self.ask_teacher(example))
+        self.shown = look(self.method, self.student, self.teacher, example, self.layers)
+        sides = self._sides(example)
+        if sides[1] is not None:
+            _check_classes(sides[0].outputs.logits, sides[1].outputs.logits)
+        remodelled = self.method.remodel(self.student, *sides)
+        if remodelled is not self.student:
+            self.student = remodelled.to(example.device).eval()
+            _freeze_unused(self.student, example)
+            within = [(f"network.{ours}", theirs) for ours, theirs in self.layers or ()]
+            self.shown = look(self.method, self.student, self.teacher, example, within)
+            sides = self._sides(example)
+        if self.method.needs.index and self.train_labels is None:
+            raise UsageError(f"{type(self.method).__name__} remembers the training set: pass train_labels=, [N] int64")
+        facts = TrainingFacts(sides[0].outputs.logits.shape[1], self.train_labels, self.batch_size)
+        self.method.build(*sides, facts)
         self.method.to(example.device)
 
+    def _sides(self, example: Tensor) -> tuple[Side, Side | None]:
+        fresh = (lambda: _fresh(self.student)) if self.method.needs.peers else None
+        student, teacher = self._ask_student(example, None), self.ask_teacher(example)
+        joints = self.shown.joints
+        own = side(student, [[joint.student for joint in each] for each in joints], fresh=fresh)
+        if teacher is None or self.teacher is None:
+            return own, None
+        stages = [[joint.teacher for joint in each] for each in joints]
+        return own, side(teacher, stages, self.shown.norms(self.teacher))
 
-def _ask(model: nn.Module, images: Tensor, taps: tuple[str, ...]) -> Outputs:
-    with tap(model, taps) as features:
-        logits = model(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UsageError(f"{type(model).__name__} must return logits [B, K], got {shape}")
-    return Outputs(at_least_float32(logits), features)
+    def _ask_student(self, images: Tensor, second: Tensor | None) -> Outputs:
+        outputs = self.shown.by_student(self.shown.reader.ask(self.student, images))
+        if second is None or self.method.needs.second == "none":
+            return outputs
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.needs.second_gradient):
+            return with_second(outputs, self.shown.by_student(self.shown.reader.ask(self.student, second)))
 
 
-def _check_shapes(student: Outputs, teacher: Outputs | None, labels: Tensor) -> None:
-    if labels.shape != student.logits.shape[:1] or labels.dtype != torch.int64:
-        wanted = f"int64 [{len(student.logits)}]"
-        raise UsageError(f"labels must be {wanted}, got {labels.dtype} {list(labels.shape)}")
-    if teacher is not None and teacher.logits.shape != student.logits.shape:
+def _fresh(network: nn.Module) -> nn.Module:
+    """An untrained copy: every layer that knows how draws its parameters anew."""
+    fresh = copy.deepcopy(network)
+    for module in fresh.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    return fresh.requires_grad_(True)
+
+
+@torch.enable_grad()
+def _freeze_unused(network: nn.Module, example: Tensor) -> None:
+    """Layers that a remodelled student no longer uses are not trained: no gradient ever reaches them."""
+    network(example).sum().backward()
+    for parameter in network.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _refuse_missing_taps(method: Method, student: nn.Module) -> None:
+    paths = {path for path, _ in student.named_modules()}
+    missing = [path for path in method.student_taps if path not in paths]
+    if missing:
         raise UsageError(
-            f"teacher and student disagree: logits {list(teacher.logits.shape)} and {list(student.logits.shape)}; "
+            f"{type(method).__name__} reads the student's layers {' and '.join(method.student_taps)}, and "
+            f"{type(student).__name__} has no {' and no '.join(missing)}; kd works with any student"
+        )
+
+
+def _listed(value: Any, kind: type) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, kind) else list(value)
+
+
+def _converts(student: InputSpec | None, teachers: list[InputSpec], count: int) -> list[nn.Module]:
+    if (student is None) != (not teachers):
+        raise UsageError("give both student_input and teacher_input, or neither where both networks want the same")
+    if student is None:
+        return [nn.Identity() for _ in range(count)]
+    if len(teachers) != count:
+        raise UsageError(f"give one teacher_input for each of the {count} teachers, got {len(teachers)}")
+    return [Convert(student, teacher) for teacher in teachers]
+
+
+def _check_shapes(logits: Tensor, teacher: Outputs | None, labels: Tensor) -> None:
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise UsageError(f"labels must be int64 [{len(logits)}], got {labels.dtype} {list(labels.shape)}")
+    if teacher is not None:
+        _check_classes(logits, teacher.logits)
+
+
+def _check_classes(student: Tensor, teacher: Tensor) -> None:
+    if teacher.shape != student.shape:
+        raise UsageError(
+            f"teacher and student disagree: logits {list(teacher.shape)} and {list(student.shape)}; "
             "both must know the same classes in the same order"
         )
 

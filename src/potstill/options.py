@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ParamSpec, TypeVar
 
-from potstill.errors import UsageError
+from potstill.errors import UsageError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,11 +49,13 @@ NonNegative = Annotated[float, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1)]
 Count = Annotated[int, Range(low=1, whole=True)]
 
+MethodSettings = dict[str, Any]  # a method inside a method: name and options, as in a recipe
+
 OPTION_TYPES = {"Positive": Positive, "NonNegative": NonNegative, "Share": Share, "Count": Count}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse keyword values outside the ranges that the function's own annotations declare.
+    """Refuse keyword values outside the ranges and choices that the function's own annotations declare.
 
     Raises (at call time):
         UsageError: a ValueError that names the option, the allowed range and what came.
@@ -68,6 +70,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         potstill.errors.UsageError: temperature must be above 0, got 0
     """
     hints = typing.get_type_hints(function, include_extras=True)
+    choices = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
     ranges = {
         name: extra
         for name, hint in hints.items()
@@ -87,6 +90,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, allowed in ranges.items():
             if name in kwargs and (problem := allowed.problem(kwargs[name])):
                 raise UsageError(f"{name} {problem}")
+        for name, values in choices.items():
+            if name in kwargs and kwargs[name] not in values:
+                close = nearest(str(kwargs[name]), map(str, values))
+                raise UsageError(f"{name} must be one of {', '.join(map(str, values))}, got {kwargs[name]!r}{close}")
         return function(*args, **kwargs)
 
     return wrapper

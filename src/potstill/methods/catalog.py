@@ -10,6 +10,7 @@ from typing import Any
 
 from potstill.errors import UsageError, nearest
 from potstill.methods import METHODS, list_methods
+from potstill.methods.wrapping.schedule import schedule_problems
 from potstill.options import OPTION_TYPES, fits
 
 REQUIRED = inspect.Parameter.empty
@@ -26,7 +27,12 @@ class Option:
     def allowed(self) -> str:
         """For people: ``"a number above 0"``, ``"str"``."""
         extras = getattr(OPTION_TYPES.get(self.annotation), "__metadata__", ())
-        return f"{'a whole number' if extras[0].whole else 'a number'} {extras[0]}" if extras else self.annotation
+        if extras:
+            return f"{'a whole number' if extras[0].whole else 'a number'} {extras[0]}"
+        if self.annotation.startswith("Literal["):
+            return f"one of {_joined(choices(self.annotation))}"
+        words = {"str": "text", "bool": "true or false", "MethodSettings": "a method: name and options"}
+        return words.get(self.annotation, self.annotation.replace("MethodSettings", "methods"))
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Entry:
     paper: str  # the rest of it
     doc: str  # the class's docstring
     options: dict[str, Option]
+    presets: dict[str, dict[str, Any]]  # by name: options that the authors chose for one pair of networks
+    published: dict[str, float]  # top-1 in percent, by the same names
 
 
 @cache
@@ -65,7 +73,15 @@ def entry(name: str) -> Entry:
     tree = ast.parse(_source(module))
     summary, _, paper = (ast.get_docstring(tree) or "").partition("\n")
     definition = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    return Entry(name, summary, paper.strip(), ast.get_docstring(definition) or "", _options(definition))
+    return Entry(
+        name,
+        summary,
+        paper.strip(),
+        ast.get_docstring(definition) or "",
+        _options(definition),
+        _literal(definition, "PRESETS"),
+        _literal(definition, "PUBLISHED"),
+    )
 
 
 def options(name: str) -> dict[str, Option]:
@@ -76,29 +92,78 @@ def options(name: str) -> dict[str, Option]:
 def check_method(name: str, given: dict[str, Any]) -> list[Problem]:
     """Everything that is wrong with a method's name and options; an empty list where all is well."""
     try:
-        known = options(name)
+        method = entry(name)
     except UsageError as error:
         return [Problem(None, str(error))]
-    problems = []
+    problems, known = [], method.options
+    preset = given.get("preset")
     for key, value in given.items():
-        if key not in known:
+        if key == "preset":
+            problems += _preset_problems(method, value)
+        elif key == "schedule":
+            problems += [Problem(key, message) for message in schedule_problems(value)]
+        elif key not in known:
             takes = ", ".join(known) or "no options"
             problems.append(Problem(key, f"no option {key!r}{nearest(key, known) or '.'} It takes {takes}"))
-        elif trouble := _trouble(known[key], value):
-            problems.append(Problem(key, f"{key} {trouble}"))
-    missing = [key for key, option in known.items() if option.default is REQUIRED and key not in given]
+        else:
+            problems += [Problem(key, message) for message in option_problems(key, known[key].annotation, value)]
+    filled = {*given, *method.presets.get(preset, {})} if isinstance(preset, str) else set(given)
+    missing = [key for key, option in known.items() if option.default is REQUIRED and key not in filled]
     problems += [Problem(key, f"{key} must be given ({known[key].allowed})") for key in missing]
     return problems
 
 
-def _trouble(option: Option, value: Any) -> str | None:
-    if option.annotation in OPTION_TYPES:
-        return fits(OPTION_TYPES[option.annotation], value)
+def option_problems(key: str, annotation: str, value: Any) -> list[str]:
+    """What is wrong with one option's value, as sentences."""
+    annotation, _, rest = annotation.partition(" | ")
+    if rest == "None" and value is None:
+        return []
+    if annotation in OPTION_TYPES:
+        trouble = fits(OPTION_TYPES[annotation], value)
+        return [f"{key} {trouble}"] if trouble else []
+    if annotation == "MethodSettings":
+        return [f"{key}.{message}" for message in _inner_problems(value)]
+    if annotation.startswith("list["):
+        if not isinstance(value, list):
+            return [f"{key} must be a list, got {value!r}"]
+        inner = annotation[5:-1]
+        return [text for at, each in enumerate(value) for text in option_problems(f"{key}[{at}]", inner, each)]
+    if annotation.startswith("Literal["):
+        allowed = choices(annotation)
+        close = nearest(value, [each for each in allowed if isinstance(each, str)]) if isinstance(value, str) else ""
+        return [] if value in allowed else [f"{key} must be one of {_joined(allowed)}, got {value!r}{close}"]
     plain: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
-    allowed = plain.get(option.annotation)
-    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and option.annotation != "bool")):
-        return f"must be {option.annotation}, got {value!r}"
-    return None
+    fitting = plain.get(annotation)
+    if fitting and (not isinstance(value, fitting) or (isinstance(value, bool) and annotation != "bool")):
+        return [f"{key} must be {annotation}, got {value!r}"]
+    return []
+
+
+def choices(annotation: str) -> tuple[Any, ...]:
+    """The values of ``Literal[...]`` as written in a signature."""
+    return tuple(ast.literal_eval(f"({annotation.removeprefix('Literal[').removesuffix(']')},)"))
+
+
+def _inner_problems(settings: Any) -> list[str]:
+    """A method inside a method; its weight belongs to the one around it."""
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+        return [f"name must be given: a method is a mapping with a name, got {settings!r}"]
+    given = {key: value for key, value in settings.items() if key not in ("name", "weight")}
+    problems = [problem.message for problem in check_method(settings["name"], given)]
+    weight = fits(OPTION_TYPES["NonNegative"], settings.get("weight", 1.0))
+    return problems + ([f"weight {weight}"] if weight else [])
+
+
+def _preset_problems(method: Entry, preset: Any) -> list[Problem]:
+    if isinstance(preset, str) and preset in method.presets:
+        return []
+    known = f" Known: {', '.join(method.presets)}" if method.presets else f" {method.name} has none"
+    close = nearest(str(preset), method.presets)
+    return [Problem("preset", f"no preset {preset!r}{close or '.'}{known}")]
+
+
+def _joined(values: tuple[Any, ...]) -> str:
+    return ", ".join(str(value) for value in values)
 
 
 def _options(definition: ast.ClassDef) -> dict[str, Option]:
@@ -111,6 +176,16 @@ def _options(definition: ast.ClassDef) -> dict[str, Option]:
                 )
                 for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
             }
+    return {}
+
+
+def _literal(definition: ast.ClassDef, name: str) -> dict[str, Any]:
+    """A class attribute that is written out; {} where the class has none of that name."""
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
+            assert node.value is not None
+            value: dict[str, Any] = ast.literal_eval(node.value)
+            return value
     return {}
 
 

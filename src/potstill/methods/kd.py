@@ -2,7 +2,17 @@
 
 Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", NIPS workshop 2014.
 https://arxiv.org/abs/1503.02531
+
+Traps:
+- The divergence is summed over classes and averaged over the batch.  ``torch.nn.KLDivLoss()`` by default divides by the
+  number of classes too, which makes the term K times weaker (so do DeiT's, Tf-KD's and TAKD's code).
+- ``alpha`` is the weight of the labels, as in the paper; others call the teacher's weight so.
+- Published numbers differ by half a point with the weights of the two terms: 0.1 and 0.9 at T = 4 in RepDistiller and
+  mdistiller on CIFAR (preset ``cifar100``), 1 and 1 or 1 and 9 elsewhere.
+- The factor T squared is there at every alpha, 0 included; some libraries drop it then.
 """
+
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,19 +60,34 @@ class KD(Method):
 
     Args:
         temperature: T of the soft targets; the same for teacher and student.
-        alpha: weight of the label term; 1 ignores the teacher, 0 ignores the labels.  (The paper's experiments and
-            RepDistiller's CIFAR protocol give labels the weight 0.1 at T = 4.)
+        alpha: weight of the label term; 1 ignores the teacher, 0 ignores the labels.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar100": {"temperature": 4.0, "alpha": 0.1},  # RepDistiller and mdistiller, every pair
+        "imagenet": {"temperature": 1.0, "alpha": 0.5},  # mdistiller
+    }
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 70.66,
+        "cifar100/resnet110-resnet32": 73.08,
+        "cifar100/resnet32x4-resnet8x4": 73.33,
+        "cifar100/wrn_40_2-wrn_16_2": 74.92,
+        "cifar100/vgg13-vgg8": 72.98,
+        "cifar100/resnet32x4-shufflenetv1": 74.07,
+        "cifar100/wrn_40_2-shufflenetv1": 74.83,
+        "cifar100/resnet50-mobilenetv2": 67.35,
+        "cifar100/vgg13-mobilenetv2": 67.37,
+        "imagenet/resnet34-resnet18": 70.66,
+        "imagenet/resnet50-mobilenetv1": 70.50,
+    }
 
     @checked
     def __init__(self, *, temperature: Positive = 2.0, alpha: Share = 0.5) -> None:
-        super().__init__()
+        super().__init__(ce_weight=alpha)
         self.temperature = temperature
         self.alpha = alpha
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # needs_teacher: the Distiller has seen to it
-        return {
-            "ce": self.alpha * self.label_loss(student.logits, batch.labels),
-            "kd": (1 - self.alpha) * kd_loss(student.logits, teacher.logits, temperature=self.temperature),
-        }
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        loss = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        return {"kd": (1 - self.alpha) * loss}

@@ -1,15 +1,13 @@
 """No distillation: train on labels alone.  The teacher's own training, and the baseline."""
 
-from torch import Tensor
-
 from potstill.methods.base import Method
-from potstill.types import Batch, Outputs
+from potstill.methods.needs import Needs
 
 
 class Supervised(Method):
     """Cross-entropy with the labels, mean over the batch."""
 
-    needs_teacher = False
+    needs = Needs(teacher=False)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": self.label_loss(student.logits, batch.labels)}
+    def __init__(self) -> None:
+        super().__init__()

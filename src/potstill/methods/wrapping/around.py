@@ -1,0 +1,47 @@
+"""Methods around other methods."""
+
+from torch import Tensor, nn
+
+from potstill.methods.base import Method, Passes, Side, TrainingFacts
+from potstill.types import Batch, Outputs
+
+
+class Around(Method):
+    """Does what ``inner`` does; the base of those that change one thing about it."""
+
+    inner: Method
+
+    def __init__(self, inner: Method) -> None:
+        super().__init__(ce_weight=inner.ce_weight)
+        self.inner = inner
+        self.needs = inner.needs
+        self.student_taps, self.teacher_taps = inner.student_taps, inner.teacher_taps
+
+    @property
+    def label_term_names(self) -> frozenset[str]:
+        return self.inner.label_term_names
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return self.inner.parts
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        self.inner.build(student, teacher, training)
+
+    def remodel(self, student: nn.Module, student_side: Side, teacher_side: Side | None) -> nn.Module:
+        student = self.inner.remodel(student, student_side, teacher_side)
+        self.student_taps = self.inner.student_taps  # inside the new network
+        return student
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        super().start_epoch(epoch, epochs)
+        self.inner.start_epoch(epoch, epochs)
+
+    def prepare(self, passes: Passes) -> None:
+        self.inner.prepare(passes)
+
+    def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return self.inner.label_terms(student, batch)
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        return self.inner.distill(student, teacher, batch)

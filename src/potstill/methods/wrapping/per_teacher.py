@@ -1,0 +1,60 @@
+"""Several teachers for a method that reads hidden layers: one copy of it for each, their terms averaged."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from potstill.methods.base import Method, Passes, Side, TrainingFacts
+from potstill.methods.wrapping.around import Around
+from potstill.types import Batch, Outputs
+
+
+class PerTeacher(Around):
+    """``inner`` once for each of ``count`` teachers.
+
+    Logits can be averaged, feature maps cannot: networks of different families have nothing in common place by place.
+    """
+
+    def __init__(self, inner: Method, count: int) -> None:
+        super().__init__(inner)
+        # The first is `inner` itself, so that its options and label terms have one home.
+        self.others = nn.ModuleList(copy.deepcopy(inner) for _ in range(count - 1))
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return (self,)
+
+    def copies(self) -> list[Method]:
+        """One method for each teacher."""
+        return [self.inner, *(method for method in self.others if isinstance(method, Method))]
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None
+        for method, own, theirs in zip(self.copies(), student.members, teacher.members, strict=True):
+            method.build(own, theirs, training)
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        super().start_epoch(epoch, epochs)
+        for method in self.copies():
+            method.start_epoch(epoch, epochs)
+
+    def prepare(self, passes: Passes) -> None:
+        for position, method in enumerate(self.copies()):
+            method.prepare(lambda at=position: ((outputs.members[at], batch) for outputs, batch in passes()))  # type: ignore[misc]
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        each = [
+            method.distill(_member(student, position), _member(teacher, position), batch)
+            for position, method in enumerate(self.copies())
+        ]
+        return {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
+
+
+def _member(outputs: Outputs, position: int) -> Outputs:
+    member = outputs.members[position]
+    second = outputs.second.members[position] if outputs.second is not None else None
+    return Outputs(
+        member.logits, member.features, member.maps, member.embedding, member.head, second=second, members=(member,)
+    )
