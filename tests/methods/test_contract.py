@@ -10,35 +10,105 @@ from torch import nn
 from potstill.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.methods import METHODS, create_method, list_methods, method_class
+from potstill.methods.base import Method
 from potstill.methods.catalog import REQUIRED, check_method, entry, options
 from potstill.options import OPTION_TYPES
+from potstill.types import Batch
 
-OPTIONS = {"fitnet": {"student_layer": "stage2", "teacher_layer": "stage2"}}  # for methods without defaults
-IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-LABELS, INDEX = torch.arange(8), torch.arange(8)
+# Options for methods without defaults, and such that eight images are a training set.
+OPTIONS = {
+    "combined": {"methods": [{"name": "kd"}, {"name": "at", "weight": 2.0}]},
+    "crd": {"negatives": 4},
+}
+EPOCHS = 40
+B, K = 8, 5
+IMAGES = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SECOND = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+LABELS, INDEX = torch.arange(B) % K, torch.arange(B)
+
+
+def block(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
 
 
 class Net(nn.Module):
-    """Two stages with BatchNorm, dropout and a head: enough for a method to go wrong on."""
+    """Three stages with BatchNorm, dropout and a head: enough for a method to go wrong on."""
 
-    def __init__(self, width: int, classes: int = 8) -> None:
+    def __init__(self, width: int, classes: int = K) -> None:
         super().__init__()
-        self.stage1 = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
-        self.stage2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU())
+        self.stage1, self.stage2, self.stage3 = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
         self.dropout = nn.Dropout(0.2)
-        self.head = nn.Linear(2 * width, classes)
+        self.head = nn.Linear(4 * width, classes)
 
     def forward(self, images):
-        return self.head(self.dropout(self.stage2(self.stage1(images)).mean(dim=(2, 3))))
+        maps = self.stage3(self.stage2(self.stage1(images)))
+        return self.head(self.dropout(maps.mean(dim=(2, 3))))
 
 
-def make(name: str) -> Distiller:
-    torch.manual_seed(0)
-    return Distiller(Net(4), Net(8), create_method(name, **OPTIONS.get(name, {})), example=IMAGES)
+class TwoHeads(Net):
+    """A student with a distillation head, as DeiT's: its logits are the mean of both."""
+
+    def __init__(self, width: int, classes: int = K) -> None:
+        super().__init__(width, classes)
+        self.head_dist = nn.Linear(4 * width, classes)
+
+    def forward(self, images):
+        embedding = self.stage3(self.stage2(self.stage1(images))).mean(dim=(2, 3))
+        return (self.head(embedding) + self.head_dist(embedding)) / 2
+
+
+STUDENTS = {name: TwoHeads for name in METHODS if name.startswith("deit")}
+SAME_WIDTH = {"fsp"}  # needs equal channels
+
+
+class Two(nn.ModuleList):
+    """Two teachers, for methods that need several."""
+
+
+def networks(name: str, classes: int = K) -> tuple[nn.Module, nn.Module]:
+    width = 4
+    teacher = Net(width if name in SAME_WIDTH else 2 * width, classes)
+    if create_method(name, **OPTIONS.get(name, {})).needs.members:
+        teacher = Two([teacher, Net(3 * width, classes)])
+    return STUDENTS.get(name, Net)(width), teacher
+
+
+def make(
+    name: str, *, seed: int = 0, label_loss: nn.Module | None = None, teacher: nn.Module | None = None
+) -> Distiller:
+    torch.manual_seed(seed)
+    student, made = networks(name)
+    distiller = Distiller(
+        student,
+        listed(teacher if teacher is not None else made),
+        create_method(name, **OPTIONS.get(name, {})),
+        example=IMAGES,
+        train_labels=LABELS,
+        batch_size=B,
+        label_loss=label_loss,
+    )
+    distiller.prepare(lambda: iter([Batch(IMAGES, LABELS, INDEX)]))
+    distiller.start_epoch(0, EPOCHS)
+    return distiller
+
+
+def listed(teacher: nn.Module) -> nn.Module | list[nn.Module]:
+    return list(teacher) if isinstance(teacher, Two) else teacher
+
+
+def listed_always(teacher: nn.Module) -> list[nn.Module]:
+    return list(teacher) if isinstance(teacher, Two) else [teacher]
 
 
 def step(distiller: Distiller):
-    return distiller(IMAGES, LABELS, index=INDEX, view=torch.zeros(8, dtype=torch.int64))
+    return distiller(IMAGES, LABELS, index=INDEX, view=torch.zeros(B, dtype=torch.int64), second=SECOND)
+
+
+def all_phases(distiller: Distiller):
+    """Yield a step of the first epoch and one of the last: some methods train in two phases."""
+    for epoch in (0, EPOCHS - 1):
+        distiller.start_epoch(epoch, EPOCHS)
+        yield step(distiller)
 
 
 each_method = pytest.mark.parametrize("name", list_methods())
@@ -46,53 +116,63 @@ each_method = pytest.mark.parametrize("name", list_methods())
 
 @each_method
 def test_terms_are_named_finite_scalars_that_sum_to_the_loss(name):
-    result = step(make(name))
-    assert result.terms
-    for key, term in result.terms.items():
-        assert key.isidentifier()
-        assert term.shape == ()
-        assert term.isfinite()
-        assert term.dtype == torch.float32
-    assert result.loss.item() == pytest.approx(sum(term.item() for term in result.terms.values()), rel=1e-6)
+    for result in all_phases(make(name)):
+        assert result.terms
+        for key, term in result.terms.items():
+            assert key.isidentifier()
+            assert term.shape == ()
+            assert term.isfinite()
+            assert term.dtype == torch.float32
+        assert result.loss.item() == pytest.approx(sum(term.item() for term in result.terms.values()), rel=1e-5)
+        labels, others = result.parts
+        parts = sum(part.item() for part in (labels, others) if part is not None)
+        assert parts == pytest.approx(result.loss.item(), rel=1e-5)
 
 
 @each_method
 def test_gradient_reaches_every_trained_parameter(name):
     distiller = make(name)
-    step(distiller).loss.backward()
+    for result in all_phases(distiller):
+        result.loss.backward()
     without = [key for key, p in distiller.trained_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
 
 
 @each_method
-def test_an_optimizer_step_moves_student_and_adapters(name):
+def test_optimizer_steps_move_student_and_adapters(name):
     distiller = make(name)
     before = {key: p.detach().clone() for key, p in distiller.trained_parameters()}
     optimizer = torch.optim.SGD([p for _, p in distiller.trained_parameters()], lr=0.5)
     for _ in range(2):
-        optimizer.zero_grad()
-        step(distiller).loss.backward()
-        optimizer.step()
+        for result in all_phases(distiller):
+            optimizer.zero_grad()
+            result.loss.backward()
+            nn.utils.clip_grad_norm_(before_parameters(distiller), 1.0)
+            optimizer.step()
     still = [key for key, p in distiller.trained_parameters() if torch.equal(p, before[key])]
     # A bias in front of BatchNorm has no effect, so it may stand still.
-    assert [key for key in still if not key.endswith("conv.bias")] == []
+    assert [key for key in still if not key.endswith("bias")] == []
+
+
+def before_parameters(distiller: Distiller):
+    return [p for _, p in distiller.trained_parameters()]
 
 
 @each_method
 def test_leaves_the_teacher_as_it_was(name):
-    teacher = Net(8)
-    distiller = Distiller(Net(4), teacher, create_method(name, **OPTIONS.get(name, {})), example=IMAGES)
-    if not distiller.method.needs_teacher:
+    _, teacher = networks(name)
+    distiller = make(name, teacher=teacher)
+    if not distiller.method.needs.teacher:
         assert distiller.teacher is None
         return
     before = copy.deepcopy(teacher.state_dict())
     distiller.train()
-    assert not any(module.training for module in teacher.modules())
+    assert not any(module.training for network in listed_always(teacher) for module in network.modules())
+    assert distiller.teacher is not None
     for switch in (distiller.train, teacher.train):  # also behind the Distiller's back
         switch()
         step(distiller).loss.backward()
-        assert not teacher.training
-        assert not any(module.training for module in teacher.modules())
+        assert not any(module.training for module in distiller.teacher.modules())
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
@@ -103,17 +183,29 @@ def test_student_is_in_train_mode_after_an_evaluation(name):
     distiller.eval()
     step(distiller)
     distiller.train()
-    assert all(module.training for module in distiller.student.modules())
+    trained = [module for module in distiller.student.modules() if any(p.requires_grad for p in module.parameters())]
+    assert trained
+    assert all(module.training for module in trained)
+
+
+@each_method
+def test_evaluation_leaves_no_trace(name):
+    distiller = make(name)
+    step(distiller)
+    distiller.eval()
+    before = copy.deepcopy(distiller.state_dict())
+    step(distiller)
+    assert all(torch.equal(value, before[key]) for key, value in distiller.state_dict().items())
 
 
 @each_method
 def test_state_dict_holds_no_teacher_and_can_be_loaded(name):
     distiller = make(name)
+    step(distiller)  # memories are filled
     state = distiller.state_dict()
     assert state
     assert not any(key.startswith("teacher.") for key in state)
-    torch.manual_seed(1)
-    other = Distiller(Net(4), Net(8), create_method(name, **OPTIONS.get(name, {})), example=IMAGES)
+    other = make(name, seed=1)
     other.load_state_dict(state)
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
     outer = nn.ModuleDict({"inner": other})
@@ -125,40 +217,76 @@ def test_can_be_copied_and_leaves_no_hooks(name):
     distiller = make(name)
     copied = copy.deepcopy(distiller).eval()
     distiller.eval()
-    step(distiller)
-    torch.testing.assert_close(step(copied).loss, step(distiller).loss, rtol=0, atol=0)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in distiller.student.modules())
-    if distiller.teacher is not None:
-        assert not any(module._forward_hooks for module in distiller.teacher.modules())
+    torch.manual_seed(0)
+    ours = step(distiller).loss
+    torch.manual_seed(0)
+    torch.testing.assert_close(step(copied).loss, ours, rtol=0, atol=0)
+    for network in (distiller.student, distiller.teacher):
+        if network is not None:
+            hooked = [module for module in network.modules() if module._forward_hooks or module._forward_pre_hooks]
+            assert hooked == []
 
 
 @each_method
 def test_building_leaves_no_trace_in_the_networks(name):
     torch.manual_seed(0)
-    student = Net(4)
-    before = copy.deepcopy(student.state_dict())
-    Distiller(student, Net(8), create_method(name, **OPTIONS.get(name, {})), example=IMAGES)
-    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    student, teacher = networks(name)
+    before = copy.deepcopy(student.state_dict()), copy.deepcopy(teacher.state_dict())
+    method = create_method(name, **OPTIONS.get(name, {}))
+    Distiller(student, listed(teacher), method, example=IMAGES, train_labels=LABELS, batch_size=B)
+    for network, state in zip((student, teacher), before, strict=True):
+        after = network.state_dict()
+        assert all(torch.equal(value, after[key]) for key, value in state.items() if key in after)
+        assert any(key in after for key in state)
 
 
 @each_method
 def test_refuses_wrong_shapes(name):
     distiller = make(name)
     with pytest.raises(UsageError, match=r"labels must be int64 \[8\]"):
-        distiller(IMAGES, LABELS.float())
+        distiller(IMAGES, LABELS.float(), index=INDEX, second=SECOND)
     with pytest.raises(UsageError, match=r"labels must be int64 \[8\]"):
-        distiller(IMAGES, LABELS[:4])
+        distiller(IMAGES, LABELS[:4], index=INDEX, second=SECOND)
     if distiller.teacher is not None:
-        mixed = Distiller(Net(4), Net(8, classes=9), create_method(name, **OPTIONS.get(name, {})), example=IMAGES)
-        with pytest.raises(UsageError, match="teacher and student disagree"):
-            step(mixed)
+        with pytest.raises(UsageError, match=r"disagree|classes"):
+            step(make(name, teacher=networks(name, classes=K + 1)[1]))
+
+
+@each_method
+def test_refuses_a_batch_that_lacks_what_it_needs(name):
+    distiller = make(name)
+    needs = distiller.method.needs
+    given = {"index": INDEX, "second": SECOND}
+    if needs.index:
+        with pytest.raises(UsageError, match="index="):
+            distiller(IMAGES, LABELS, **{**given, "index": None})
+    if needs.second != "none":
+        with pytest.raises(UsageError, match="second="):
+            distiller(IMAGES, LABELS, **{**given, "second": None})
+    if needs.several:
+        with pytest.raises(UsageError, match="compares"):
+            distiller(IMAGES[:1], LABELS[:1], index=INDEX[:1], second=SECOND[:1])
+    if needs.labels:
+        with pytest.raises(UsageError, match="label of every image"):
+            distiller(IMAGES, torch.full_like(LABELS, -100), **given)
+    if needs.epoch:
+        forgetful = make(name)
+        for module in forgetful.modules():
+            if isinstance(module, Method):
+                module.epoch = None
+        with pytest.raises(UsageError, match="start_epoch"):
+            step(forgetful)
+    if needs.example:
+        student, teacher = networks(name)
+        with pytest.raises(UsageError, match="pass example="):
+            Distiller(student, listed(teacher), create_method(name, **OPTIONS.get(name, {})))
 
 
 @each_method
 def test_works_under_bf16_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = step(make(name))
-    assert all(term.dtype == torch.float32 for term in result.terms.values())
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in result.terms.values())
 
 
 class Doubled(nn.Module):
@@ -170,12 +298,9 @@ class Doubled(nn.Module):
 
 @each_method
 def test_label_loss_can_be_replaced(name):
-    torch.manual_seed(0)
-    method = create_method(name, **OPTIONS.get(name, {}))
-    distiller = Distiller(Net(4), Net(8), method, example=IMAGES, label_loss=Doubled()).eval()
-    replaced, plain = step(distiller).terms, step(make(name).eval()).terms
-    assert replaced["ce"].item() == pytest.approx(2 * plain["ce"].item(), rel=1e-6)
-    assert all(torch.equal(replaced[term], plain[term]) for term in plain if term != "ce")
+    replaced, plain = (step(make(name, label_loss=loss).eval()).terms for loss in (Doubled(), None))
+    if "ce" in plain:
+        assert replaced["ce"].item() == pytest.approx(2 * plain["ce"].item(), rel=1e-6)
 
 
 @each_method
@@ -189,12 +314,22 @@ def test_is_documented_and_takes_keywords_only(name):
 
 
 @each_method
-def test_catalog_read_from_source_equals_the_signature(name):
-    signature = inspect.signature(method_class(name))
+def test_catalog_read_from_source_equals_the_class(name):
+    kind = method_class(name)
+    signature = inspect.signature(kind)
     assert list(options(name)) == list(signature.parameters)
     for key, option in options(name).items():
         default = signature.parameters[key].default
         assert option.default == (REQUIRED if default is inspect.Parameter.empty else default)
+    assert entry(name).presets == getattr(kind, "PRESETS", {})
+    assert entry(name).published == getattr(kind, "PUBLISHED", {})
+
+
+@each_method
+def test_defaults_and_presets_pass_their_own_checks(name):
+    for preset in [None, *entry(name).presets]:
+        method = create_method(name, preset=preset, **OPTIONS.get(name, {}))
+        assert isinstance(method, Method)
 
 
 @each_method
@@ -212,9 +347,16 @@ def test_unknown_names_come_with_the_nearest_known_one():
         create_method("kdd")
     with pytest.raises(UsageError, match="no option 'temprature'; did you mean 'temperature'"):
         create_method("kd", temprature=3)
-    with pytest.raises(UsageError, match="student_layer must be given"):
-        create_method("fitnet")
+    with pytest.raises(UsageError, match="methods must be given"):
+        create_method("combined")
+    with pytest.raises(UsageError, match="no preset 'cifar10'; did you mean 'cifar100'"):
+        create_method("kd", preset="cifar10")
+
+
+def test_a_preset_gives_way_to_options():
+    method = create_method("kd", preset="cifar100", alpha=0.3)
+    assert (method.temperature, method.alpha) == (4.0, 0.3)
 
 
 def test_every_line_in_methods_is_a_method():
-    assert all(method_class(name).__mro__[1].__name__ == "Method" for name in METHODS)
+    assert all(issubclass(method_class(name), Method) for name in METHODS)

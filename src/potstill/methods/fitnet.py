@@ -2,23 +2,38 @@
 
 Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015.  https://arxiv.org/abs/1412.6550
 The one-stage form of RepDistiller and mdistiller, whose published numbers everybody compares with; the paper trains
-the hint first and distils afterwards.
+the hint first and distils afterwards.  They take the second of three stages; here it is the pair of stages halfway,
+which other layers can replace.
+
+Traps:
+- There is no soft-target term in it: combine with ``kd`` for that.
+- The weight goes with the size of the teacher's activations: 100 is for those of the CIFAR networks.
 """
+
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.adapters import ConvAdapter
-from potstill.methods.base import Method
+from potstill.features.adapters import ConvAdapter
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.needs import Needs
 from potstill.options import NonNegative, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
 
 
 def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Mean squared error over every element of two feature maps of equal shape [B, C, H, W]; a scalar.
+    r"""Mean squared error over every element of two feature maps of equal shape.
 
-    No gradient reaches the teacher's features.
+    .. math:: \frac{1}{B C H W} \sum (F_s - F_t)^2
+
+    Args:
+        student_features: shape [B, C, H, W], after the adapter.
+        teacher_features: of the same shape; no gradient reaches them.
+
+    Returns:
+        A scalar, at least 0.
 
     Example:
         >>> import torch
@@ -31,27 +46,37 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 class FitNet(Method):
     """Labels plus one hint: ``CE + weight * MSE(adapter(student features), teacher features)``.
 
+    The teacher's map should follow a ReLU, as the adapter's output does.
+
     Args:
-        student_layer: path of the student's guided layer, as in ``named_modules()``; its output is [B, C, H, W].
-        teacher_layer: path of the teacher's hint layer.  Its output should follow a ReLU, as the adapter's does.
         weight: of the hint; 100 in RepDistiller and mdistiller.
+        ce_weight: of the label term.
     """
 
+    needs = Needs(maps="middle")
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 69.21,
+        "cifar100/resnet110-resnet32": 71.06,
+        "cifar100/resnet32x4-resnet8x4": 73.50,
+        "cifar100/wrn_40_2-wrn_16_2": 73.58,
+        "cifar100/vgg13-vgg8": 71.02,
+        "cifar100/resnet32x4-shufflenetv1": 73.59,
+        "cifar100/wrn_40_2-shufflenetv1": 73.73,
+        "cifar100/resnet50-mobilenetv2": 63.16,
+        "cifar100/vgg13-mobilenetv2": 64.14,
+    }
+
     @checked
-    def __init__(self, *, student_layer: str, teacher_layer: str, weight: NonNegative = 100.0) -> None:
-        super().__init__()
-        self.student_taps, self.teacher_taps = (student_layer,), (teacher_layer,)
+    def __init__(self, *, weight: NonNegative = 100.0, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
         self.weight = weight
 
-    def build(self, student: Outputs, teacher: Outputs | None) -> None:
-        assert teacher is not None
-        guided, hint = student.features[self.student_taps[0]], teacher.features[self.teacher_taps[0]]
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+        (guided,), (hint,) = student.outputs.maps, teacher.outputs.maps
         self.adapter = ConvAdapter(guided.shape, hint.shape)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        guided, hint = student.features[self.student_taps[0]], teacher.features[self.teacher_taps[0]]
-        return {
-            "ce": self.label_loss(student.logits, batch.labels),
-            "hint": self.weight * hint_loss(self.adapter(guided), hint),
-        }
+        (guided,), (hint,) = student.maps, teacher.maps
+        return {"hint": self.weight * hint_loss(self.adapter(guided), hint)}

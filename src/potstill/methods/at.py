@@ -1,0 +1,114 @@
+"""Attention Transfer: match where the networks look, that is how much each place of a feature map responds.
+
+Zagoruyko and Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional Neural
+Networks via Attention Transfer", ICLR 2017.  https://arxiv.org/abs/1612.03928
+Default is the form of the authors' code ("release", with the weight 1000), from which all published numbers come: a
+mean of squares over batch and places, so that the term shrinks with the size of the map.  ``form="paper"`` is the
+formula of the text: the length of the difference for each image (not squared), averaged over the batch.  Its values are
+some hundred times larger, so it wants a weight of its own.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.features.adapters import same_size
+from potstill.methods.base import Method
+from potstill.methods.needs import Needs
+from potstill.options import Count, NonNegative, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+@checked
+def at_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    *,
+    power: Count = 2,
+    form: Literal["release", "paper"] = "release",
+) -> Tensor:
+    r"""Difference of normalised attention maps, summed over the pairs of feature maps.
+
+    .. math:: A(F) = \frac{v}{\lVert v \rVert_2}, \quad v_{hw} = \frac{1}{C} \sum_c F_{chw}^p, \qquad
+        \sum_\text{pairs} \frac{1}{B H W} \sum_{b,h,w} (A_s - A_t)^2
+
+    The paper's form is :math:`\sum_\text{pairs} \frac{1}{B} \sum_b \lVert A_s - A_t \rVert_2` with :math:`|F|` for F.
+    Numbers of channels may differ; of two sizes, the larger map is averaged down to the smaller.
+
+    Args:
+        student_maps: each of shape [B, C, H, W].
+        teacher_maps: as many, of the same B; no gradient reaches them.
+        power: p, at least 1.
+        form: "release" or "paper".
+
+    Returns:
+        A scalar, at least 0.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]]]])
+        >>> at_loss([student], [teacher])  # A is (1, 0) and (0, 1): two differences of 1, over two places
+        tensor(1.)
+        >>> at_loss([student], [teacher], form="paper")  # the length of (1, -1)
+        tensor(1.4142)
+    """
+    terms = []
+    for student, teacher in zip(student_maps, teacher_maps, strict=True):
+        student, teacher = same_size(at_least_float32(student), at_least_float32(teacher.detach()))
+        if form == "paper":  # the release takes no absolute values; the same for even powers, or after a ReLU
+            student, teacher = student.abs(), teacher.abs()
+        difference = _attention(student, power) - _attention(teacher, power)
+        terms.append(difference.square().mean() if form == "release" else difference.norm(dim=1).mean())
+    return torch.stack(terms).sum()
+
+
+def _attention(features: Tensor, power: int) -> Tensor:
+    return F.normalize(features.pow(power).mean(dim=1).flatten(1), dim=1)
+
+
+class AT(Method):
+    """Labels and attention: ``CE + weight * sum of AT over paired stages``.
+
+    Args:
+        weight: of the attention term; 1000 goes with the form "release".
+        power: p of the attention map.
+        form: "release" or "paper", see ``at_loss``.
+        ce_weight: of the label term.
+    """
+
+    needs = Needs(maps="pairs")
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 70.55,
+        "cifar100/resnet110-resnet32": 72.31,
+        "cifar100/resnet32x4-resnet8x4": 73.44,
+        "cifar100/wrn_40_2-wrn_16_2": 74.08,
+        "cifar100/vgg13-vgg8": 71.43,
+        "cifar100/resnet32x4-shufflenetv1": 71.73,
+        "cifar100/wrn_40_2-shufflenetv1": 73.32,
+        "cifar100/resnet50-mobilenetv2": 58.58,
+        "cifar100/vgg13-mobilenetv2": 59.40,
+        "imagenet/resnet34-resnet18": 70.69,
+        "imagenet/resnet50-mobilenetv1": 69.56,
+    }
+
+    @checked
+    def __init__(
+        self,
+        *,
+        weight: NonNegative = 1000.0,
+        power: Count = 2,
+        form: Literal["release", "paper"] = "release",
+        ce_weight: NonNegative = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight = weight
+        self.power = power
+        self.form: Literal["release", "paper"] = form
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+        loss = at_loss(student.maps, teacher.maps, power=self.power, form=self.form)
+        return {"attention": self.weight * loss}

@@ -1,0 +1,55 @@
+"""Binary distillation: each class is a yes-or-no question, to be answered with the teacher's probability.
+
+Hao, Guo, Han, Hu, Xu and Wang, "Revisit the Power of Vanilla Knowledge Distillation: from Small Scale to Large Scale",
+NeurIPS 2023 (there called binary KL).  https://arxiv.org/abs/2305.15781
+The form of the authors' code: a binary cross-entropy, so that it does not reach 0, averaged over images and classes.
+The student's classes do not compete (a sigmoid each), the teacher's do (softmax).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.methods.base import Method
+from potstill.options import NonNegative, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def bkd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    r"""Binary cross-entropy between the student's sigmoids and the teacher's probabilities.
+
+    .. math:: -\frac{1}{B K} \sum_{b,k} p_k \log \sigma(z_{s,k}) + (1 - p_k) \log(1 - \sigma(z_{s,k})),
+        \quad p = \mathrm{softmax}(z_t)
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+
+    Returns:
+        A scalar, at least 0.
+
+    Example:
+        >>> import torch
+        >>> bkd_loss(torch.zeros(1, 2), torch.tensor([[5.0, 0.0]]))  # a student that never commits itself: ln 2
+        tensor(0.6931)
+    """
+    targets = F.softmax(at_least_float32(teacher_logits.detach()), dim=1)
+    return F.binary_cross_entropy_with_logits(at_least_float32(student_logits), targets)
+
+
+class BKD(Method):
+    """Labels and the teacher's probabilities as yes-or-no questions: ``CE + weight * BCE(student, teacher)``.
+
+    Args:
+        weight: of the binary term, which is a mean over classes and so shrinks as their number grows.
+        ce_weight: weight of the label term.
+    """
+
+    @checked
+    def __init__(self, *, weight: NonNegative = 1.0, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight = weight
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        return {"bkd": self.weight * bkd_loss(student.logits, teacher.logits)}

@@ -1,0 +1,122 @@
+"""Combined: several methods at once, each with its weight.
+
+The published combinations are sums of this kind: CRD + KD (Tian et al., "Contrastive Representation Distillation",
+ICLR 2020, https://arxiv.org/abs/1910.10699), ReviewKD + DKD, WKD-L + WKD-F.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from potstill.errors import UsageError
+from potstill.methods import create_method
+from potstill.methods.base import Method, Passes, Side, TrainingFacts
+from potstill.methods.ls import LS
+from potstill.methods.needs import Needs
+from potstill.methods.wrapping.around import Around
+from potstill.options import MethodSettings, NonNegative, checked
+from potstill.types import Batch, Outputs
+
+
+class Combined(Method):
+    """``ce_weight * CE`` plus each method's other terms times its weight.
+
+    The methods' own label terms do not count: there is one cross-entropy.
+
+    Args:
+        methods: each a mapping with ``name``, its options, and ``weight`` (1 where not given).
+        ce_weight: of the label term.
+    """
+
+    @checked
+    def __init__(self, *, methods: list[MethodSettings], ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        if len(methods) < 2:
+            raise UsageError(f"combined wants two methods or more, got {len(methods)}")
+        self.weights = [float(settings.get("weight", 1.0)) for settings in methods]
+        self.names = [str(settings["name"]) for settings in methods]
+        self.methods = nn.ModuleList(create_method(**_without_weight(settings)) for settings in methods)
+        for name, method in zip(self.names, self.each(), strict=True):
+            if len(method.parts) > 1 or not _has_plain_label_terms(method):
+                raise UsageError(f"{name} decides over the label term itself and cannot be combined with other methods")
+        self.needs = _united([method.needs for method in self.each()])
+        self.student_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.student_taps))
+        self.teacher_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.teacher_taps))
+
+    @property
+    def label_term_names(self) -> frozenset[str]:
+        return frozenset({"ce"}).union(*(method.label_term_names for method in self.each()))
+
+    def each(self) -> list[Method]:
+        """The methods."""
+        return [method for method in self.methods if isinstance(method, Method)]
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return tuple(method.parts[0] for method in self.each())
+
+    def for_teachers(self, count: int) -> Method:
+        self.methods = nn.ModuleList(method.for_teachers(count) for method in self.each())
+        return self
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        for position, method in enumerate(self.each()):
+            method.build(student.parts[position], teacher.parts[position] if teacher else None, training)
+
+    def remodel(self, student: nn.Module, student_side: Side, teacher_side: Side | None) -> nn.Module:
+        for position, method in enumerate(self.each()):
+            theirs = teacher_side.parts[position] if teacher_side else None
+            student = method.remodel(student, student_side.parts[position], theirs)
+        # Some lie inside the new network.
+        self.student_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.student_taps))
+        return student
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        super().start_epoch(epoch, epochs)
+        for method in self.each():
+            method.start_epoch(epoch, epochs)
+
+    def prepare(self, passes: Passes) -> None:
+        for position, method in enumerate(self.each()):
+            if method.needs.prepare:
+                method.prepare(lambda at=position: ((_part(outputs, at), batch) for outputs, batch in passes()))  # type: ignore[misc]
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        for position, (name, method, weight) in enumerate(zip(self.names, self.each(), self.weights, strict=True)):
+            found = method.distill(
+                _part(student, position), _part(teacher, position) if teacher is not None else None, batch
+            )
+            for term, value in found.items():
+                key = term if term not in terms else f"{name}_{term}"
+                terms[key if key not in terms else f"{key}_{position + 1}"] = weight * value
+        return terms
+
+
+def _part(outputs: Outputs, position: int) -> Outputs:
+    """Where the teacher's outputs come from elsewhere, they are logits, the same for all."""
+    return outputs.parts[position] if outputs.parts else outputs
+
+
+def _without_weight(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "weight"}
+
+
+def _has_plain_label_terms(method: Method) -> bool:
+    """Whether the combination's own cross-entropy may stand in for the method's."""
+    return type(method).label_terms in (Method.label_terms, Around.label_terms, LS.label_terms)
+
+
+def _united(needs: list[Needs]) -> Needs:
+    seconds = {need.second for need in needs} - {"none"}
+    if len(seconds) > 1:
+        raise UsageError("these methods want different second images (a strong view; one of the same class)")
+    flags: dict[str, Any] = {
+        field.name: any(getattr(need, field.name) for need in needs)
+        for field in fields(Needs)
+        if isinstance(field.default, bool)
+    }
+    flags["second_gradient"] = any(need.second_gradient for need in needs if need.second != "none")
+    maps = [need.maps for need in needs if need.maps != "none"]
+    return Needs(**flags, maps=maps[0] if maps else "none", second=seconds.pop() if seconds else "none")

@@ -1,0 +1,212 @@
+"""Contrastive representation distillation: recognise an image's teacher embedding among those of other classes.
+
+Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.  https://arxiv.org/abs/1910.10699
+Two memory banks hold an embedding of every training image for each network: the student's embedding is compared with
+the teacher's bank and the other way round.  The constants Z are taken from the first batch and kept.
+Memory: 2 N dim numbers for the banks, and B N for the comparison.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from potstill.errors import UsageError
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.needs import Needs
+from potstill.methods.pieces.negatives import ClassTable
+from potstill.methods.pieces.relations import products
+from potstill.options import Count, NonNegative, Positive, Share, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+EPSILON = 1e-7  # of the authors' loss
+
+
+@checked
+def crd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_memory: Tensor,
+    teacher_memory: Tensor,
+    contrast: Tensor,
+    constants: Tensor,
+    *,
+    temperature: Positive = 0.07,
+) -> Tensor:
+    r"""Noise-contrastive loss of telling a sample's other embedding from k negatives, for both networks.
+
+    .. math:: -\frac{1}{B} \sum_i \Big[ \log \frac{P_{i0}}{P_{i0} + k/N + \epsilon} +
+        \sum_{j=1}^{k} \log \frac{k/N}{P_{ij} + k/N + \epsilon} \Big], \quad
+        P_{ij} = \frac{1}{Z} \exp(u_i^\top m_j / \tau)
+
+    once with the student's u and the teacher's bank m, once the other way round; the sum of both.
+
+    Args:
+        student: embeddings [B, D] of length 1.
+        teacher: likewise.  The gradient reaches it: it comes through a trained layer.
+        student_memory: [N, D], the bank that the teacher's embeddings are compared with.
+        teacher_memory: [N, D], the bank that the student's embeddings are compared with.
+        contrast: [B, 1 + k], int64 sample ids: the positive, then the negatives.
+        constants: [2], Z of student and teacher, as ``crd_constants`` finds them on the first batch.
+        temperature: tau > 0.
+
+    Example:
+        >>> unit, banks = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+        >>> # by hand: scores exp(0), Z = 2, so P = 1/2 = k/N: each side loses 2 ln 2
+        >>> crd_loss(unit, unit, banks, banks, torch.tensor([[0, 1]]), torch.tensor([2.0, 2.0]))
+        tensor(2.7726)
+    """
+    return _contrast(_scores(student, teacher_memory, contrast, temperature) / constants[0], len(teacher_memory)) + (
+        _contrast(_scores(teacher, student_memory, contrast, temperature) / constants[1], len(student_memory))
+    )
+
+
+@torch.no_grad()
+def crd_constants(
+    student: Tensor,
+    teacher: Tensor,
+    student_memory: Tensor,
+    teacher_memory: Tensor,
+    contrast: Tensor,
+    *,
+    temperature: Positive = 0.07,
+) -> Tensor:
+    """The constants Z of student and teacher, [2]: N times the mean score of a batch.  Arguments as in ``crd_loss``.
+
+    Example:
+        >>> unit, banks = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+        >>> crd_constants(unit, unit, banks, banks, torch.tensor([[0, 1]]))
+        tensor([2., 2.])
+    """
+    pairs = (student, teacher_memory), (teacher, student_memory)
+    means = [_scores(unit, memory, contrast, temperature).mean() * len(memory) for unit, memory in pairs]
+    return torch.stack(means)
+
+
+@torch.no_grad()
+def crd_memory(memory: Tensor, unit: Tensor, index: Tensor, *, momentum: Share = 0.5) -> Tensor:
+    """A new bank [N, D] in which the rows ``index`` have moved towards the embeddings ``unit`` and have length 1.
+
+    Example:
+        >>> # by hand: (0.5, 0.5), brought to length 1
+        >>> crd_memory(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+        tensor([[0.7071, 0.7071]])
+    """
+    rows = F.normalize(momentum * memory[index] + (1 - momentum) * at_least_float32(unit), dim=1)
+    # Not in place: the backward pass still reads the old bank.
+    return memory.index_copy(0, index, rows.to(memory.dtype))
+
+
+def _scores(unit: Tensor, memory: Tensor, contrast: Tensor, temperature: float) -> Tensor:
+    """[B, 1 + k]: exp(u m / tau)."""
+    if len(memory) <= contrast.shape[1] * memory.shape[1]:  # all N products are fewer numbers than copies of the rows
+        similarity = products(unit, memory).gather(1, contrast)
+    else:
+        similarity = products(memory[contrast], unit.unsqueeze(1)).squeeze(2)
+    return (similarity / temperature).exp()
+
+
+def _contrast(probabilities: Tensor, samples: int) -> Tensor:
+    noise = (probabilities.shape[1] - 1) / samples
+    positive, negative = probabilities[:, 0], probabilities[:, 1:]
+    log_positive = (positive / (positive + noise + EPSILON)).log()
+    log_negative = (noise / (negative + noise + EPSILON)).log()
+    return -(log_positive.sum() + log_negative.sum()) / len(probabilities)
+
+
+class CRD(Method):
+    """Labels plus contrast of linearly embedded features with two memory banks: ``CE + weight * CRD``.
+
+    Needs sample ids and the labels of the training set.  With fewer than ``negatives`` images of other classes, some
+    negatives come several times.
+
+    Args:
+        weight: of the contrast.
+        dim: width of the two trained embeddings.
+        negatives: k for each image, of other classes; each at most once where there are so many.
+        temperature: tau.
+        momentum: share of the old row when a bank is updated.
+        positive: "exact", the image itself; or "relax", a random image of its class.
+        ce_weight: of the label term.
+    """
+
+    needs = Needs(embedding=True, index=True, labels=True)
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 71.16,
+        "cifar100/resnet110-resnet32": 73.48,
+        "cifar100/resnet32x4-resnet8x4": 75.51,
+        "cifar100/wrn_40_2-wrn_16_2": 75.48,
+        "cifar100/vgg13-vgg8": 73.94,
+        "cifar100/resnet32x4-shufflenetv1": 75.11,
+        "cifar100/wrn_40_2-shufflenetv1": 76.05,
+        "cifar100/resnet50-mobilenetv2": 69.11,
+        "cifar100/vgg13-mobilenetv2": 69.73,
+        "imagenet/resnet34-resnet18": 71.17,
+        "imagenet/resnet50-mobilenetv1": 71.37,
+    }
+
+    student_memory: Tensor
+    teacher_memory: Tensor
+    constants: Tensor
+
+    @checked
+    def __init__(
+        self,
+        *,
+        weight: NonNegative = 0.8,
+        dim: Count = 128,
+        negatives: Count = 16384,
+        temperature: Positive = 0.07,
+        momentum: Share = 0.5,
+        positive: Literal["exact", "relax"] = "exact",
+        ce_weight: NonNegative = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight, self.dim, self.negatives = weight, dim, negatives
+        self.temperature, self.momentum, self.positive = temperature, momentum, positive
+        self._constants_known = False
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None
+        assert student.outputs.embedding is not None
+        assert teacher.outputs.embedding is not None
+        if training.labels is None:
+            raise UsageError("crd keeps a memory of the training set: it needs the labels of all its images")
+        self.embed_student = nn.Linear(student.outputs.embedding.shape[1], self.dim)
+        self.embed_teacher = nn.Linear(teacher.outputs.embedding.shape[1], self.dim)
+        self.table = ClassTable(training.labels)
+        bound = (3 / self.dim) ** 0.5  # rows of length 1 on average
+        for name in ("student_memory", "teacher_memory"):
+            self.register_buffer(name, torch.empty(len(training.labels), self.dim).uniform_(-bound, bound))
+        self.register_buffer("constants", torch.zeros(2))  # 0: the first batch sets them
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        if batch.index is None:
+            raise UsageError(
+                "crd remembers every image by its sample id: pass index=, [B] positions in the training set"
+            )
+        units = (
+            F.normalize(at_least_float32(self.embed_student(student.embedding)), dim=1),
+            F.normalize(at_least_float32(self.embed_teacher(teacher.embedding)), dim=1),
+        )
+        contrast = self.draw(batch.index)
+        memories = self.student_memory, self.teacher_memory
+        if not self._constants_known:  # asked once: it waits for the device
+            if not self.constants.all():
+                self.constants = crd_constants(*units, *memories, contrast, temperature=self.temperature)
+            self._constants_known = True
+        loss = crd_loss(*units, *memories, contrast, self.constants, temperature=self.temperature)
+        self.student_memory, self.teacher_memory = (
+            crd_memory(memory, unit, batch.index, momentum=self.momentum)
+            for memory, unit in zip(memories, units, strict=True)
+        )
+        return {"contrast": self.weight * loss}
+
+    def draw(self, index: Tensor) -> Tensor:
+        """[B, 1 + k] sample ids: the positive, then k negatives of other classes."""
+        classes = self.table.labels[index]
+        positive = index if self.positive == "exact" else self.table.draw_same(classes)
+        return torch.cat([positive.unsqueeze(1), self.table.draw_other(classes, self.negatives)], dim=1)

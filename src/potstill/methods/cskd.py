@@ -1,0 +1,39 @@
+"""CS-KD: without a teacher, predict for an image what the student itself says of another image of its class.
+
+Yun, Park, Lee and Shin, "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020.
+https://arxiv.org/abs/2003.13964
+Paper and release agree.  The second images go through the student in train mode, without gradient.
+"""
+
+from torch import Tensor
+
+from potstill.methods.base import Method
+from potstill.methods.kd import kd_loss
+from potstill.methods.needs import Needs
+from potstill.options import NonNegative, Positive, checked
+from potstill.types import Batch, Outputs
+
+
+class CSKD(Method):
+    """Labels and the student's word on an image of the same class: ``CE + weight * KD``.
+
+    The loss is ``kd_loss`` with the second image's logits in the teacher's place.
+
+    Args:
+        weight: of that word; the paper's lambda.
+        temperature: T of both.
+        ce_weight: of the label term, for the first images only.
+    """
+
+    needs = Needs(teacher=False, second="same class", second_gradient=False, labels=True)
+
+    @checked
+    def __init__(self, *, weight: NonNegative = 1.0, temperature: Positive = 4.0, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight = weight
+        self.temperature = temperature
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert student.second is not None  # declared in `needs`
+        loss = kd_loss(student.logits, student.second.logits, temperature=self.temperature)
+        return {"cskd": self.weight * loss}

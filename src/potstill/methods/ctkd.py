@@ -1,0 +1,167 @@
+"""Curriculum temperature: one learnt temperature that makes the student's task harder, more so as training goes on.
+
+Li, Li, Yang, Zhao, Song, Luo, Li and Yang, "Curriculum Temperature for Knowledge Distillation", AAAI 2023.
+https://arxiv.org/abs/2211.16231
+Paper and the release's training scripts agree (its command line alone has other defaults, with which the temperature
+never moves).  This is the global temperature of the paper; its variant with a temperature for each image is not here.
+The temperature is trained by the student's optimizer, weight decay included, on a gradient of opposite sign.
+"""
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from potstill.methods.base import Method
+from potstill.methods.needs import Needs
+from potstill.options import Count, NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+@checked
+def ctkd_strength(
+    epoch: int,
+    *,
+    length: Count = 10,
+    low: float = -1.0,
+    high: float = 0.0,
+    shape: Literal["cosine", "linear"] = "cosine",
+) -> float:
+    r"""What the temperature's gradient is multiplied with: from ``high`` to ``low`` within ``length`` epochs.
+
+    .. math:: \lambda(e) = \mathrm{low} + (\mathrm{high} - \mathrm{low})
+        \frac{1 + \cos(\pi \min(e, L) / L)}{2}
+
+    Args:
+        epoch: e, counted from 1 in training.
+        length: L, in epochs.
+        low: at the end; below 0, so that the temperature climbs the loss that the student descends.
+        high: at epoch 0.
+        shape: "linear" is the release's other curve, which stops one step short of ``low``.
+
+    Example:
+        >>> ctkd_strength(5), ctkd_strength(10), ctkd_strength(200)
+        (-0.5, -1.0, -1.0)
+        >>> ctkd_strength(200, shape="linear")
+        -0.9
+    """
+    if shape == "linear":
+        return high + (low - high) * min(epoch, length - 1) / length
+    return low + (high - low) * (1 + math.cos(math.pi * min(epoch, length) / length)) / 2
+
+
+def ctkd_temperature(tau: Tensor, *, start: float = 1.0, span: float = 20.0) -> Tensor:
+    """``start + span * sigmoid(tau)``, of tau's shape.
+
+    Example:
+        >>> ctkd_temperature(torch.tensor(0.0))
+        tensor(11.)
+    """
+    return start + span * torch.sigmoid(tau)
+
+
+@checked
+def ctkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tau: Tensor,
+    *,
+    strength: float = -1.0,
+    start: Positive = 1.0,
+    span: Positive = 20.0,
+) -> Tensor:
+    r"""Hinton's loss at a learnt temperature, whose gradient is multiplied with ``strength``.
+
+    .. math:: T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\big), \quad
+        T = \mathrm{start} + \mathrm{span} \cdot \sigma(\tau)
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        tau: one number, the parameter behind the temperature.  The factor T squared counts in its gradient.
+        strength: factor on that gradient; negative: the temperature climbs the loss.
+        start: the lowest temperature.
+        span: how far above it can rise.
+
+    Returns:
+        A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
+
+    Example:
+        >>> # T = 1 + 2 * 0.5 = 2: as in kd_loss
+        >>> ctkd_loss(torch.zeros(1, 2), torch.tensor([[4.0, 0.0]]), torch.tensor(0.0), span=2.0)
+        tensor(1.3113)
+    """
+    fixed = tau.detach()
+    # The value of tau, with a gradient multiplied by strength.
+    temperature = ctkd_temperature(fixed + strength * (tau - fixed), start=start, span=span).reshape(())
+    student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
+    return temperature.square() * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+class CTKD(Method):
+    """Labels and soft targets at a temperature that works against the student: ``ce_weight * CE + weight * CTKD``.
+
+    Args:
+        start: the lowest temperature.
+        span: how far above it can rise; training starts at ``start + 0.73 * span``.
+        length: epochs until the temperature's gradient has its whole strength.
+        strength: of that gradient, as a share of the student's.
+        weight: of the soft targets.
+        ce_weight: weight of the label term.
+    """
+
+    needs = Needs(epoch=True)
+    tau: nn.Parameter
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar100": {"length": 10, "weight": 0.9, "ce_weight": 0.1},
+        "imagenet": {"length": 5, "weight": 1.0, "ce_weight": 1.0},
+    }
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 71.19,
+        "cifar100/resnet110-resnet32": 73.52,
+        "cifar100/resnet32x4-resnet8x4": 73.39,
+        "cifar100/wrn_40_2-wrn_16_2": 75.45,
+        "cifar100/vgg13-vgg8": 73.52,
+        "cifar100/resnet50-mobilenetv2": 68.67,
+        "cifar100/vgg13-mobilenetv2": 68.50,
+        "imagenet/resnet34-resnet18": 71.32,
+    }
+
+    @checked
+    def __init__(
+        self,
+        *,
+        start: Positive = 1.0,
+        span: Positive = 20.0,
+        length: Count = 10,
+        strength: NonNegative = 1.0,
+        weight: NonNegative = 0.9,
+        ce_weight: NonNegative = 0.1,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.start = start
+        self.span = span
+        self.length = length
+        self.strength = strength
+        self.weight = weight
+        self.tau = nn.Parameter(torch.tensor(1.0))
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        loss = ctkd_loss(
+            student.logits,
+            teacher.logits,
+            self.tau,
+            strength=ctkd_strength(self.progress + 1, length=self.length, low=-self.strength),
+            start=self.start,
+            span=self.span,
+        )
+        return {"kd": self.weight * loss}

@@ -1,0 +1,189 @@
+"""DIST: correlate with the teacher's probabilities, sample by sample and class by class, rather than equal them.
+
+Huang, You, Wang, Qian and Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
+https://arxiv.org/abs/2205.10536
+Paper and release agree: beta = gamma = 2 here is the release's 1 and 1 under an outer weight of 2.  1e-8 is added to
+the product of the norms, as in the release: other libraries clamp each norm, and their gradients differ by some per
+cent where classes have hardly any probability.
+The class-wise part compares the images of a batch (of one device, in distributed training), so it depends on the batch
+size.  With two classes the sample-wise part is a constant of the order of the two logits; the class-wise part works.
+"""
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.methods.base import Method
+from potstill.methods.needs import Needs
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def _mean_distance(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    """1 minus Pearson's correlation of each row, averaged."""
+    student = student - student.mean(dim=1, keepdim=True)
+    teacher = teacher - teacher.mean(dim=1, keepdim=True)
+    correlation = (student * teacher).sum(dim=1) / (student.norm(dim=1) * teacher.norm(dim=1) + eps)
+    distance: Tensor = 1 - correlation.mean()
+    return distance
+
+
+@checked
+def dist_inter_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: Positive, eps: NonNegative = 1e-8
+) -> Tensor:
+    r"""Sample-wise part of DIST: how far each image's probabilities are from correlating with the teacher's.
+
+    .. math:: \tau^2 \Big(1 - \frac{1}{B} \sum_i \rho(P^s_{i,:}, P^t_{i,:})\Big), \quad P = \mathrm{softmax}(z / \tau),
+        \quad \rho(a, b) = \frac{\langle a - \bar a, b - \bar b \rangle}
+        {\lVert a - \bar a \rVert \lVert b - \bar b \rVert + \epsilon}
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        temperature: tau > 0.
+        eps: added to the product of the norms.
+
+    Returns:
+        A scalar from 0 to 2 tau squared.
+
+    Raises:
+        UsageError: a number out of its range.
+
+    Example:
+        >>> import torch
+        >>> # probabilities (1/2, 1/4, 1/4) and (1/4, 1/2, 1/4): correlation -1/2
+        >>> student, teacher = torch.tensor([[2.0, 1.0, 1.0]]).log(), torch.tensor([[1.0, 2.0, 1.0]]).log()
+        >>> dist_inter_loss(student, teacher, temperature=1.0)
+        tensor(1.5000)
+    """
+    student = F.softmax(at_least_float32(student_logits) / temperature, dim=1)
+    teacher = F.softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
+    return temperature**2 * _mean_distance(student, teacher, eps)
+
+
+@checked
+def dist_intra_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: Positive, eps: NonNegative = 1e-8
+) -> Tensor:
+    r"""Class-wise part of DIST: how far each class's probabilities over the batch are from correlating.
+
+    .. math:: \tau^2 \Big(1 - \frac{1}{K} \sum_k \rho(P^s_{:,k}, P^t_{:,k})\Big)
+
+    A class whose probability is the same for all images counts as uncorrelated.
+
+    Args:
+        student_logits: shape [B, K]; with one image the loss is a constant.
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        temperature: tau > 0.
+        eps: added to the product of the norms.
+
+    Returns:
+        A scalar from 0 to 2 tau squared.
+
+    Raises:
+        UsageError: a number out of its range.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # the two images the other way round than the teacher
+        >>> round(dist_intra_loss(student, student.flip(0), temperature=1.0).item(), 4)
+        2.0
+    """
+    student = F.softmax(at_least_float32(student_logits) / temperature, dim=1)
+    teacher = F.softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
+    return temperature**2 * _mean_distance(student.T, teacher.T, eps)
+
+
+@checked
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Positive = 4.0,
+    beta: NonNegative = 2.0,
+    gamma: NonNegative = 2.0,
+    eps: NonNegative = 1e-8,
+) -> Tensor:
+    r"""Weighted sum of the sample-wise and the class-wise part.
+
+    .. math:: \beta \, \mathrm{inter} + \gamma \, \mathrm{intra}
+
+    Args:
+        student_logits: shape [B, K]; B of 2 or more.
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        temperature: tau > 0.
+        beta: weight of ``dist_inter_loss``.
+        gamma: weight of ``dist_intra_loss``.
+        eps: added to the product of the norms.
+
+    Returns:
+        A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # every correlation is -1: 2 * 2 + 1 * 2
+        >>> round(dist_loss(student, student.flip(0), temperature=1.0, beta=2.0, gamma=1.0).item(), 4)
+        6.0
+    """
+    inter = dist_inter_loss(student_logits, teacher_logits, temperature=temperature, eps=eps)
+    intra = dist_intra_loss(student_logits, teacher_logits, temperature=temperature, eps=eps)
+    return beta * inter + gamma * intra
+
+
+class DIST(Method):
+    """Labels and correlations: ``CE + beta * inter + gamma * intra``.
+
+    Args:
+        temperature: tau of the softmax; 4 on CIFAR, 1 on ImageNet.
+        beta: weight of the sample-wise part.
+        gamma: weight of the class-wise part.
+        ce_weight: weight of the label term.
+    """
+
+    needs = Needs(several=True)
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar100": {"temperature": 4.0},
+        "imagenet": {"temperature": 1.0},
+    }
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 71.75,
+        "cifar100/resnet110-resnet32": 73.69,
+        "cifar100/resnet32x4-resnet8x4": 76.31,
+        "cifar100/wrn_40_2-wrn_16_2": 75.51,
+        "cifar100/vgg13-vgg8": 73.89,
+        "cifar100/resnet32x4-shufflenetv1": 76.34,
+        "cifar100/wrn_40_2-shufflenetv1": 76.40,
+        "cifar100/resnet50-mobilenetv2": 68.66,
+        "cifar100/vgg13-mobilenetv2": 68.50,
+        "imagenet/resnet34-resnet18": 72.07,
+        "imagenet/resnet50-mobilenetv1": 73.24,
+    }
+
+    @checked
+    def __init__(
+        self,
+        *,
+        temperature: Positive = 4.0,
+        beta: NonNegative = 2.0,
+        gamma: NonNegative = 2.0,
+        ce_weight: NonNegative = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.temperature = temperature
+        self.beta = beta
+        self.gamma = gamma
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        given = (student.logits, teacher.logits)
+        return {
+            "inter": self.beta * dist_inter_loss(*given, temperature=self.temperature),
+            "intra": self.gamma * dist_intra_loss(*given, temperature=self.temperature),
+        }

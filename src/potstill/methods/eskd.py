@@ -1,0 +1,39 @@
+"""ESKD: listen to the teacher early in training only, then learn from labels alone.
+
+Cho and Hariharan, "On the Efficacy of Knowledge Distillation", ICCV 2019.  https://arxiv.org/abs/1910.01348
+The paper's other half, a teacher whose own training stops early, is ``teacher.training.epochs``.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from potstill.methods import create_method
+from potstill.methods.wrapping.around import Around
+from potstill.options import MethodSettings, Share, checked
+from potstill.types import Batch, Outputs
+
+
+class ESKD(Around):
+    """What ``around`` does until the share ``stop`` of the epochs, plain cross-entropy from there on.
+
+    Args:
+        around: the method that is stopped: name and options.
+        stop: share of the epochs with a teacher; 1 never stops.
+    """
+
+    @checked
+    def __init__(self, *, around: MethodSettings | None = None, stop: Share = 0.5) -> None:
+        super().__init__(create_method(**(around or {"name": "kd", "preset": "cifar100"})))
+        self.needs = replace(self.inner.needs, epoch=True)
+        self.stop = stop
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the teacher is no longer heard."""
+        return self.progress >= self.stop * (self.epochs or 1)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        if self.training and self.stopped:
+            return {"ce": self.label_loss(student.logits, batch.targets)}
+        return super().forward(student, teacher, batch)

@@ -1,0 +1,109 @@
+"""FSP: match how features flow from one stage to the next, before labels are learnt.
+
+Yim, Joo, Bae and Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer
+Learning", CVPR 2017.
+https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html
+The published CIFAR numbers (RepDistiller) train on the flow alone for 30 epochs, then on labels alone for 240:
+``init_share`` is the first part's share of a run.  Maps are averaged to a common size there, where the paper takes the
+largest value of each cell; the first is done here.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.errors import UsageError
+from potstill.features.adapters import same_size
+from potstill.methods.ab import acting
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.needs import Needs
+from potstill.options import NonNegative, Positive, Share, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def fsp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    r"""Mean squared difference of the flow matrices between successive maps, summed over the pairs of successive maps.
+
+    .. math:: G_{cd}(F, F') = \frac{1}{H W} \sum_{h,w} F_{chw} F'_{dhw}, \qquad
+        \sum_i \overline{\big(G(F_s^i, F_s^{i+1}) - G(F_t^i, F_t^{i+1})\big)^2}
+
+    Of two successive maps, the larger is averaged down to the smaller.
+
+    Args:
+        student_maps: two or more, each of shape [B, C, H, W].
+        teacher_maps: as many, of the same B and C; sizes may differ.  No gradient reaches them.
+
+    Returns:
+        A scalar, at least 0.
+
+    Example:
+        >>> student = [torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[2.0, 0.0]]]])]
+        >>> teacher = [torch.tensor([[[[1.0, 1.0]]]]), torch.tensor([[[[4.0, 2.0]]]])]
+        >>> fsp_loss(student, teacher)  # flows (2 + 0) / 2 and (4 + 2) / 2
+        tensor(4.)
+    """
+    ours = _flows([at_least_float32(features) for features in student_maps])
+    theirs = _flows([at_least_float32(features.detach()) for features in teacher_maps])
+    return torch.stack([F.mse_loss(own, wanted) for own, wanted in zip(ours, theirs, strict=True)]).sum()
+
+
+def _flows(maps: Sequence[Tensor]) -> list[Tensor]:
+    flows = []
+    for lower, upper in pairwise(maps):
+        first, second = (features.flatten(2) for features in same_size(lower, upper))
+        with torch.autocast(first.device.type, enabled=False):  # it would lower products to half precision
+            flows.append(torch.bmm(first, second.transpose(1, 2)) / first.shape[2])
+    return flows
+
+
+class FSP(Method):
+    """First flow, then labels: ``weight * FSP`` in the first epochs, ``CE`` in the others.
+
+    Args:
+        weight: of the flow; 50 in RepDistiller.
+        init_share: share of the epochs that come before labels; 30 of 270 in RepDistiller.  0, or a run of one epoch:
+            labels and flow together throughout.
+        ce_weight: of the label term; above 0, as nothing else is left after the first part.
+    """
+
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 69.95,
+        "cifar100/resnet110-resnet32": 71.89,
+        "cifar100/resnet32x4-resnet8x4": 72.62,
+        "cifar100/wrn_40_2-wrn_16_2": 72.91,
+        "cifar100/vgg13-vgg8": 70.23,
+    }
+
+    @checked
+    def __init__(self, *, weight: NonNegative = 50.0, init_share: Share = 0.111, ce_weight: Positive = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.needs = Needs(maps="pairs", epoch=init_share > 0)
+        self.weight = weight
+        self.init_share = init_share
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+        ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
+        if len(ours) < 2:
+            raise UsageError(
+                "FSP joins successive stages; these networks have one pair. Use nst, which takes any number"
+            )
+        if ours != theirs:
+            raise UsageError(
+                f"FSP compares products of channels, which must be as many in both networks; the student's stages have "
+                f"{ours}, the teacher's {theirs}. Use ickd, which relates channels through a connector"
+            )
+
+    def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
+        _, labels = acting(self.init_share, self)
+        return super().label_terms(student, batch) if labels else {}
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        flow, _ = acting(self.init_share, self)
+        return {"flow": self.weight * fsp_loss(student.maps, teacher.maps)} if flow else {}

@@ -1,0 +1,78 @@
+"""Inter-channel correlation: channels that respond together in the teacher shall do so in the student.
+
+Liu et al., "Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge Distillation", ICCV 2021.
+https://arxiv.org/abs/2202.03680
+Weight and form are those of the authors' CIFAR code; torchdistill divides by the batch size once more, so its weights
+do not carry over.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.errors import UsageError
+from potstill.features.adapters import Projection
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.needs import Needs
+from potstill.methods.pieces.relations import products
+from potstill.options import NonNegative, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Squared difference of the channels' correlations, summed, per channel and image.
+
+    .. math:: \frac{1}{B C} \sum_b \lVert \hat E^s_b - \hat E^t_b \rVert_F^2, \quad E_b = F_b F_b^\top
+
+    with :math:`F_b` of shape [C, H W]; the rows of :math:`\hat E` have length 1.
+
+    Args:
+        student: maps [B, C, H, W], already with the teacher's channels.
+        teacher: maps [B, C, H', W']; the sizes may differ.  No gradient reaches it.
+
+    Raises:
+        UsageError: unequal numbers of channels.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)  # channels apart: rows (1, 0) and (0, 1)
+        >>> teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).view(1, 2, 1, 2)  # together: rows (0.7071, 0.7071)
+        >>> ickd_loss(student, teacher)  # by hand: 2 ((1 - 0.7071)^2 + 0.7071^2) / 2
+        tensor(0.5858)
+    """
+    if student.shape[:2] != teacher.shape[:2]:
+        shapes = f"{list(student.shape)} and {list(teacher.shape)}"
+        raise UsageError(f"ickd compares maps of as many images and channels, got {shapes}; carry the student's over")
+    difference = _correlations(student) - _correlations(teacher.detach())
+    return difference.square().sum() / (student.shape[0] * student.shape[1])
+
+
+def _correlations(features: Tensor) -> Tensor:
+    channels = at_least_float32(features).flatten(2)
+    return F.normalize(products(channels, channels), dim=2)
+
+
+class ICKD(Method):
+    """Labels plus correlations between the channels of the last map: ``CE + weight * ICKD``.
+
+    The student's map passes a trained 1x1 convolution and BatchNorm to the teacher's channels.
+
+    Args:
+        weight: of the correlations.
+        ce_weight: of the label term.
+    """
+
+    needs = Needs(maps="last")
+
+    @checked
+    def __init__(self, *, weight: NonNegative = 2.5, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight = weight
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None
+        self.adapter = Projection(student.outputs.maps[-1].shape, teacher.outputs.maps[-1].shape, norm=True)
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        return {"correlation": self.weight * ickd_loss(self.adapter(student.maps[-1]), teacher.maps[-1])}

@@ -1,0 +1,156 @@
+"""IKL: hold all differences between two logits of an image to the teacher's, weighted by how likely both classes are.
+
+Cui, Tian, Zhong, Qi, Yu and Zhang, "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024.
+https://arxiv.org/abs/2305.13948
+Paper and release agree.  The differences are those of raw logits, without temperature, and the soft targets' part is a
+cross-entropy without the factor T squared.  The double sum over classes is computed as a variance, from B K numbers.
+"""
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.needs import Needs
+from potstill.methods.pieces.class_prior import ClassPrior
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def ikl_wmse_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
+    r"""Weighted squared distance of all pairwise differences of logits; batch mean.
+
+    .. math:: \frac{1}{4 B} \sum_b \sum_{ij} w_{bi} w_{bj} \big(\Delta^t_{bij} - \Delta^s_{bij}\big)^2,
+        \quad \Delta_{bij} = z_{bi} - z_{bj}
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        weights: shape [B, K], at least 0, each row with the sum 1; no gradient reaches them.
+
+    Returns:
+        A scalar, at least 0.
+
+    Example:
+        >>> import torch
+        >>> # the pairs (0, 1) and (1, 0): each 1/2 * 1/2 * (4 - 0)^2 / 4
+        >>> ikl_wmse_loss(torch.zeros(1, 2), torch.tensor([[4.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
+        tensor(2.)
+    """
+    return pairwise_squares(student_logits, teacher_logits, weights).mean()
+
+
+@checked
+def ikl_soft_ce_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Positive = 4.0) -> Tensor:
+    r"""Cross-entropy with soft targets, without the factor :math:`T^2`; batch mean.
+
+    .. math:: -\frac{1}{B} \sum_{bk} \mathrm{softmax}(z_t / T)_{bk} \log \mathrm{softmax}(z_s / T)_{bk}
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        temperature: T > 0.
+
+    Returns:
+        A scalar, at least the entropy of the targets.
+
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> # (3/4, 1/4) against (1/4, 3/4): 3/4 ln 4 + 1/4 ln(4/3)
+        >>> student, teacher = torch.tensor([[1.0, 3.0]]).log(), torch.tensor([[3.0, 1.0]]).log()
+        >>> ikl_soft_ce_loss(student, teacher, temperature=1.0)
+        tensor(1.1116)
+    """
+    targets = F.softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
+    return F.cross_entropy(at_least_float32(student_logits) / temperature, targets)
+
+
+def pairwise_squares(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
+    r"""For each image, a quarter of the weighted squared distance of all pairwise differences, [B].
+
+    With d = z_t - z_s the double sum is twice the sum of weights times the weighted squares of d around its weighted
+    mean: no [B, K, K] is needed.
+    """
+    distance = at_least_float32(teacher_logits.detach()) - at_least_float32(student_logits)
+    weights = weights.detach().to(distance.dtype)
+    total = weights.sum(dim=1, keepdim=True)
+    around = distance - (weights * distance).sum(dim=1, keepdim=True) / total
+    return 0.5 * total.squeeze(1) * (weights * around.square()).sum(dim=1)
+
+
+class IKL(Method):
+    """Labels, differences of logits and soft targets: ``CE + w * (beta * wMSE + alpha * softCE)``, w rising to 1.
+
+    Args:
+        temperature: T of the soft targets.
+        alpha: weight of the soft targets.
+        beta: weight of the differences.
+        weight_temperature: T of the teacher's probabilities that weigh the differences.
+        class_prior: weigh by what the teacher said of the image's class on average over the last epoch (in the first
+            epoch: all classes alike) instead of by what it says of the image.
+        warmup_epochs: until both weights are whole; 0: from the start.
+        ce_weight: of the label term.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar100": {"temperature": 4.0, "alpha": 1.0, "beta": 8.0, "weight_temperature": 100.0},
+        "imagenet/resnet34-resnet18": {"alpha": 1.0, "beta": 0.5, "class_prior": True, "weight_temperature": 1.0},
+    }
+
+    prior: ClassPrior
+
+    @checked
+    def __init__(
+        self,
+        *,
+        temperature: Positive = 4.0,
+        alpha: NonNegative = 1.0,
+        beta: NonNegative = 8.0,
+        weight_temperature: Positive = 100.0,
+        class_prior: bool = False,
+        warmup_epochs: NonNegative = 20.0,
+        ce_weight: NonNegative = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.temperature = temperature
+        self.alpha = alpha
+        self.beta = beta
+        self.weight_temperature = weight_temperature
+        self.class_prior = class_prior
+        self.warmup_epochs = warmup_epochs
+        self.needs = Needs(epoch=True, classes=class_prior, labels=class_prior)
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        if self.class_prior:
+            self.prior = ClassPrior(training.classes)
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        super().start_epoch(epoch, epochs)
+        if self.class_prior:
+            self.prior.turn()
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        factor = self.warmup(self.warmup_epochs)
+        soft = ikl_soft_ce_loss(student.logits, teacher.logits, temperature=self.temperature)
+        differences = self.wmse(student.logits, teacher.logits, self.weights(teacher.logits, batch.labels))
+        return {"wmse": factor * self.beta * differences, "soft_ce": factor * self.alpha * soft}
+
+    def wmse(self, student_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
+        """The differences' part."""
+        return ikl_wmse_loss(student_logits, teacher_logits, weights)
+
+    def weights(self, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """How much each class counts for each image, [B, K]."""
+        said = F.softmax(at_least_float32(teacher_logits.detach()) / self.weight_temperature, dim=1)
+        if not self.class_prior:
+            return said
+        if self.training:
+            self.prior.add(said, labels)
+        rows: Tensor = self.prior(labels)
+        return rows

@@ -1,0 +1,52 @@
+"""Logit regression: equal the teacher's logits themselves, without a softmax.
+
+Ba and Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014.  https://arxiv.org/abs/1312.6184
+The form of the common toolboxes, a mean over images and classes; the paper sums over classes and halves.  Unlike every
+loss on probabilities it also asks for the teacher's offset, the same number added to all logits of an image.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.methods.base import Method
+from potstill.options import NonNegative, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    r"""Mean squared difference of the logits.
+
+    .. math:: \frac{1}{B K} \sum_{b,k} (z_{s,k} - z_{t,k})^2
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+
+    Returns:
+        A scalar, at least 0.
+
+    Example:
+        >>> import torch
+        >>> logit_mse_loss(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]))  # (9 + 1) / 2
+        tensor(5.)
+    """
+    return F.mse_loss(at_least_float32(student_logits), at_least_float32(teacher_logits.detach()))
+
+
+class LogitMSE(Method):
+    """Labels and the teacher's logits: ``CE + weight * MSE(student logits, teacher logits)``.
+
+    Args:
+        weight: of the squared difference.
+        ce_weight: weight of the label term.
+    """
+
+    @checked
+    def __init__(self, *, weight: NonNegative = 1.0, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight = weight
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        return {"logit_mse": self.weight * logit_mse_loss(student.logits, teacher.logits)}

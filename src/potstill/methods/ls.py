@@ -1,0 +1,104 @@
+"""Logit standardisation: give student and teacher logits mean 0 and deviation 1 before a loss compares them.
+
+Sun, Ren, Li, Wang and Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024.
+https://arxiv.org/abs/2403.01427
+Paper and release agree.  The deviation is the unbiased one (over K - 1), and 1e-7 is added to it, not to the variance.
+Standardised logits all have one scale, so a temperature here is not comparable with one on plain logits.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from potstill.errors import UsageError
+from potstill.methods import create_method
+from potstill.methods.base import Method
+from potstill.methods.wrapping.around import Around
+from potstill.options import MethodSettings, NonNegative, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+@checked
+def standardise(logits: Tensor, *, eps: NonNegative = 1e-7) -> Tensor:
+    r"""Each row minus its mean, divided by its deviation.
+
+    .. math:: N(z) = \frac{z - \bar z}{\epsilon + s}, \quad s^2 = \frac{1}{K - 1} \sum_k (z_k - \bar z)^2
+
+    With two classes every row becomes (0.7071, -0.7071) or its opposite: nothing but the order is left, and no
+    gradient.  A row of equal logits becomes 0.
+
+    Args:
+        logits: shape [B, K], K of 2 or more; gradients reach them.
+        eps: added to the deviation.
+
+    Returns:
+        Shape [B, K], in at least float32.
+
+    Raises:
+        UsageError: ``eps`` is below 0.
+
+    Example:
+        >>> import torch
+        >>> standardise(torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])).round()  # mean 2, deviation 1; both alike
+        tensor([[-1.,  0.,  1.],
+                [-1.,  0.,  1.]])
+    """
+    logits = at_least_float32(logits)
+    deviation = logits.std(dim=1, keepdim=True, correction=1)
+    return (logits - logits.mean(dim=1, keepdim=True)) / (eps + deviation)
+
+
+class LS(Around):
+    """``ce_weight * CE`` on plain logits plus ``weight`` times the inner method's terms on standardised ones.
+
+    Args:
+        around: the method that compares the logits: name and options.  Its own label weight does not count; kd's
+            alpha is best 0, so that its term counts in full.
+        weight: of the inner method's terms; the release multiplies DKD's alpha and beta by the same 9.
+        ce_weight: of the label term; 0.1 for KD on CIFAR and 1 for DKD in the release.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar100": {"around": {"name": "kd", "temperature": 2.0, "alpha": 0.0}},
+        "cifar100/vgg13-vgg8": {"around": {"name": "kd", "temperature": 3.0, "alpha": 0.0}},
+        "imagenet/resnet34-resnet18": {"ce_weight": 1.0},
+        "imagenet/resnet50-mobilenetv1": {"ce_weight": 0.5},
+    }
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 71.43,
+        "cifar100/resnet110-resnet32": 74.17,
+        "cifar100/resnet32x4-resnet8x4": 76.62,
+        "cifar100/wrn_40_2-wrn_16_2": 76.11,
+        "cifar100/vgg13-vgg8": 74.36,
+        "cifar100/resnet50-mobilenetv2": 69.02,
+        "cifar100/vgg13-mobilenetv2": 68.61,
+        "imagenet/resnet34-resnet18": 71.42,
+    }
+
+    @checked
+    def __init__(
+        self,
+        *,
+        around: MethodSettings | None = None,
+        weight: NonNegative = 9.0,
+        ce_weight: NonNegative = 0.1,
+    ) -> None:
+        settings = around or {"name": "kd", "temperature": 2.0, "alpha": 0.0}
+        super().__init__(create_method(**settings))
+        name = settings["name"]
+        if hasattr(self.inner, "standardise"):
+            raise UsageError(f"{name} standardises some of its terms only: use it alone, with standardise: true")
+        if not self.inner.needs.logits_only or self.inner.student_taps:
+            raise UsageError(f"ls standardises logits, and {name} compares other things; use it around kd or dkd")
+        self.weight, self.ce_weight = weight, ce_weight
+
+    def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return Method.label_terms(self, student, batch)
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # `logits_only` methods have one
+        if student.logits.shape[1] < 3:
+            raise UsageError("ls makes all logits of two classes alike: nothing is left to learn. Use method kd")
+        terms = self.inner.distill(student.with_logits(standardise), teacher.with_logits(standardise), batch)
+        return {name: self.weight * term for name, term in terms.items()}

@@ -1,0 +1,96 @@
+"""MGD: mask channels of the student's last map at random, and generate the teacher's whole map from the rest.
+
+Yang, Li, Shao, Shi, Yuan and Yuan, "Masked Generative Distillation", ECCV 2022.  https://arxiv.org/abs/2205.01529
+The form for classification, which masks channels (the one for detection masks places).  Where stages differ in size,
+the larger map is averaged down to the smaller (the paper joins stages of one size).
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from potstill.features.adapters import same_size
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.needs import Needs
+from potstill.options import NonNegative, Share, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def mgd_loss(generated: Tensor, teacher_map: Tensor) -> Tensor:
+    r"""Squared error, summed over a map and averaged over the batch.
+
+    .. math:: \frac{1}{B} \sum_{b,c,h,w} (G - F_t)^2
+
+    Args:
+        generated: shape [B, C, H, W], see ``Generator``.
+        teacher_map: of the same shape; no gradient reaches it.
+
+    Returns:
+        A scalar, at least 0; large, as it is a sum over the map.
+
+    Example:
+        >>> mgd_loss(torch.zeros(2, 1, 1, 2), torch.tensor([[[[1.0, 2.0]]], [[[0.0, 3.0]]]]))  # (5 + 9) / 2
+        tensor(7.)
+    """
+    return (at_least_float32(generated) - at_least_float32(teacher_map.detach())).square().sum() / len(generated)
+
+
+class Generator(nn.Module):
+    """The teacher's map from a student's map with channels missing.
+
+    Args:
+        inputs: the student's channels.
+        outputs: the teacher's; where they are as many, no layer aligns them.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.align = nn.Conv2d(inputs, outputs, kernel_size=1) if inputs != outputs else None
+        self.conv1 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1)
+
+    def forward(self, features: Tensor, kept: Tensor) -> Tensor:
+        """``kept``: shape [B, C, 1, 1] in the teacher's channels, 1 where a channel stays and 0 where it is masked."""
+        if self.align is not None:
+            features = self.align(features)
+        generated: Tensor = self.conv2(torch.relu(self.conv1(features * kept)))
+        return generated
+
+
+class MGD(Method):
+    """Labels and the generated last map: ``CE + weight * MGD``.
+
+    Args:
+        weight: of the map; 7e-5 for ImageNet, 1.2e-3 for CIFAR-100.
+        mask_share: how many channels are masked, on average.
+        ce_weight: of the label term.
+    """
+
+    needs = Needs(maps="last")
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar100/resnet32x4-resnet8x4": {"weight": 1.2e-3},
+        "imagenet/resnet34-resnet18": {"weight": 7e-5},
+    }
+    PUBLISHED: ClassVar[dict[str, float]] = {"imagenet/resnet34-resnet18": 71.58}
+
+    @checked
+    def __init__(self, *, weight: NonNegative = 7e-5, mask_share: Share = 0.15, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight = weight
+        self.mask_share = mask_share
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+        self.generator = Generator(student.outputs.maps[-1].shape[1], teacher.outputs.maps[-1].shape[1])
+
+    def draw(self, features: Tensor) -> Tensor:
+        """Uniform numbers [B, C, 1, 1] for a map [B, C, H, W]; a channel below ``mask_share`` is masked."""
+        return torch.rand(*features.shape[:2], 1, 1, device=features.device)
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        ours, theirs = same_size(student.maps[-1], teacher.maps[-1])
+        kept = (self.draw(theirs) >= self.mask_share).to(ours.dtype)
+        return {"mgd": self.weight * mgd_loss(self.generator(ours, kept), theirs)}

@@ -1,0 +1,140 @@
+"""KD++: embeddings shall point to the teacher's class means, and be long.
+
+Wang, Cheng, Duan, Wang, Feng and Kong, "Improving Knowledge Distillation via Regularizing Feature Norm and Direction",
+arXiv 2023.  https://arxiv.org/abs/2305.17007
+As released: the larger of the two lengths carries gradient where it is the student's, epochs of the warm-up count from
+0 (so that the first has no KD), and an embedding of another width passes BatchNorm, dropout and a linear layer.
+Class means are computed in a pass over the training images before training.  On top of DKD or DIST in place of KD:
+``kd_weight=0`` and combine.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from potstill.errors import UsageError
+from potstill.methods.base import Method, Passes, Side, TrainingFacts
+from potstill.methods.kd import kd_loss
+from potstill.methods.needs import Needs
+from potstill.methods.pieces.relations import refuse_single, refuse_unequal
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def nd_loss(student: Tensor, teacher: Tensor, labels: Tensor, class_means: Tensor) -> Tensor:
+    r"""One minus the student's embedding along its class's mean, in units of the longer embedding.
+
+    .. math:: \frac{1}{B} \sum_i \Big( 1 - \frac{f^s_i \cdot e_{y_i}}{\max(\lVert f^s_i \rVert, \lVert f^t_i \rVert)}
+        \Big), \quad e_c = \frac{m_c}{\lVert m_c \rVert}
+
+    Args:
+        student: embeddings [B, D].
+        teacher: embeddings [B, D].  No gradient reaches them.
+        labels: [B], int64.
+        class_means: [K, D], of any length.
+
+    Returns:
+        A scalar from 0 to 2.
+
+    Raises:
+        UsageError: unequal shapes.
+
+    Example:
+        >>> student, teacher = torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0, 0.0]])
+        >>> nd_loss(student, teacher, torch.tensor([0]), torch.tensor([[2.0, 0.0]]))  # by hand: 1 - 3 / max(5, 10)
+        tensor(0.7000)
+    """
+    refuse_unequal(student, teacher, "nd: the embeddings")
+    ours, theirs = at_least_float32(student), at_least_float32(teacher.detach())
+    directions = F.normalize(class_means.to(ours.dtype), dim=1)[labels]
+    longer = torch.maximum(torch.linalg.vector_norm(ours, dim=1), torch.linalg.vector_norm(theirs, dim=1))
+    # Two embeddings of zeros have no direction, and no gradient.
+    longer = longer.clamp(min=torch.finfo(longer.dtype).tiny)
+    return (1 - (ours * directions).sum(dim=1) / longer).mean()
+
+
+class ND(Method):
+    """Labels, soft targets, and norm and direction of the embedding: ``CE + kd_weight * KD + weight * ND``.
+
+    Args:
+        weight: of norm and direction.
+        kd_weight: of the soft targets once warm.
+        temperature: T of the soft targets.
+        warmup: epochs within which the soft targets' weight rises from 0.
+        ce_weight: of the label term.
+    """
+
+    needs = Needs(embedding=True, classes=True, epoch=True, prepare=True, labels=True)
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar100/resnet56-resnet20": {"kd_weight": 1.0, "weight": 2.0},
+        "cifar100/resnet32x4-resnet8x4": {"kd_weight": 3.5, "weight": 2.0},
+        "cifar100/wrn_40_2-wrn_40_1": {"kd_weight": 1.0, "weight": 1.5},
+        "cifar100/resnet50-mobilenetv2": {"kd_weight": 3.0, "weight": 0.5},
+        "cifar100/resnet32x4-shufflenetv1": {"kd_weight": 2.5, "weight": 1.5},
+        "cifar100/resnet32x4-shufflenetv2": {"kd_weight": 4.0, "weight": 0.5},
+    }
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 72.53,
+        "cifar100/resnet32x4-resnet8x4": 75.54,
+        "cifar100/resnet32x4-shufflenetv1": 75.45,
+        "cifar100/resnet50-mobilenetv2": 70.10,
+        "imagenet/resnet34-resnet18": 71.98,
+        "imagenet/resnet50-mobilenetv1": 72.77,
+    }
+
+    class_means: Tensor
+
+    @checked
+    def __init__(
+        self,
+        *,
+        weight: NonNegative = 2.0,
+        kd_weight: NonNegative = 1.0,
+        temperature: Positive = 4.0,
+        warmup: NonNegative = 20.0,
+        ce_weight: NonNegative = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight, self.kd_weight, self.temperature, self.warm_epochs = weight, kd_weight, temperature, warmup
+        self.translate: nn.Module = nn.Identity()
+        self._means_known = False
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None
+        assert student.outputs.embedding is not None
+        assert teacher.outputs.embedding is not None
+        inputs, outputs = student.outputs.embedding.shape[1], teacher.outputs.embedding.shape[1]
+        if inputs != outputs:
+            self.translate = nn.Sequential(nn.BatchNorm1d(inputs), nn.Dropout(0.5), nn.Linear(inputs, outputs))
+        self.register_buffer("class_means", torch.zeros(training.classes, outputs))
+
+    @torch.no_grad()
+    def prepare(self, passes: Passes) -> None:
+        sums = torch.zeros_like(self.class_means)
+        counts = torch.zeros(len(sums), device=sums.device)
+        for outputs, batch in passes():
+            assert outputs.embedding is not None
+            sums.index_add_(0, batch.labels, outputs.embedding.to(sums.dtype))
+            counts += batch.labels.bincount(minlength=len(counts))
+        self.class_means = sums / counts.clamp(min=1).unsqueeze(1)
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        assert student.embedding is not None
+        assert teacher.embedding is not None
+        if not self._means_known:  # asked once: it waits for the device
+            if not self.class_means.any():
+                raise UsageError("nd points to the teacher's class means: call distiller.prepare(batches) first")
+            self._means_known = True
+        if self.training and not isinstance(self.translate, nn.Identity):
+            refuse_single(student.embedding, "nd")  # its BatchNorm
+        translated = self.translate(student.embedding)
+        terms = {"norm": self.weight * nd_loss(translated, teacher.embedding, batch.labels, self.class_means)}
+        if self.kd_weight:
+            warm = min(self.progress / self.warm_epochs, 1.0) if self.warm_epochs else 1.0
+            soft = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+            terms["kd"] = warm * self.kd_weight * soft
+        return terms

@@ -1,0 +1,156 @@
+"""Normalised knowledge distillation: the teacher's trust in the label, and its other classes rescaled to sum to 1.
+
+Yang, Zeng, Li, Zhang, Yuan and Li, "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+Normalized Loss and Customized Soft Labels", ICCV 2023.  https://arxiv.org/abs/2303.13005
+Paper and release (cls_KD) agree.  Both parts are cross-entropies: at their smallest they are the teacher's entropy and
+not 0.  The label part is taken at temperature 1, the other at T.
+"""
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.needs import Needs
+from potstill.methods.pieces.target_class import refuse_two_classes, without_target
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def _ids(labels: Tensor) -> Tensor:
+    return labels.argmax(dim=1) if labels.dim() == 2 else labels
+
+
+def nkd_target_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Cross-entropy of the label, weighted by the teacher's probability for it; batch mean.
+
+    .. math:: -\mathrm{softmax}(z_t)_y \, \log \mathrm{softmax}(z_s)_y
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        labels: shape [B], int64 class ids; or [B, K], of which the largest counts.
+
+    Returns:
+        A scalar, at least 0.
+
+    Example:
+        >>> import torch
+        >>> nkd_target_loss(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log(), torch.tensor([0]))  # 3/4 ln 2
+        tensor(0.5199)
+    """
+    targets = _ids(labels)[:, None]
+    student = F.log_softmax(at_least_float32(student_logits), dim=1).gather(1, targets)
+    teacher = F.softmax(at_least_float32(teacher_logits.detach()), dim=1).gather(1, targets)
+    return -(teacher * student).mean()
+
+
+@checked
+def nkd_others_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: Positive) -> Tensor:
+    r"""Cross-entropy among the classes other than the label, each side rescaled to sum to 1; batch mean.
+
+    .. math:: -T^2 \sum_{k \ne y} q^t_k \log q^s_k, \quad q = \mathrm{softmax}(z_{\setminus y} / T)
+
+    With two classes only one is left and the loss is 0 whatever the logits.
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        labels: shape [B], int64 class ids; or [B, K], of which the largest counts.
+        temperature: T > 0.
+
+    Returns:
+        A scalar, at least 0.
+
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.tensor([[9.0, 3.0, 1.0]]).log()
+        >>> nkd_others_loss(torch.zeros(1, 3), teacher, torch.tensor([0]), temperature=1.0)  # ln 2
+        tensor(0.6931)
+    """
+    targets = _ids(labels)
+    student = F.log_softmax(without_target(at_least_float32(student_logits), targets) / temperature, dim=1)
+    teacher = F.softmax(without_target(at_least_float32(teacher_logits.detach()), targets) / temperature, dim=1)
+    return -(temperature**2) * (teacher * student).sum(dim=1).mean()
+
+
+@checked
+def nkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: Positive = 1.0,
+    gamma: NonNegative = 1.5,
+) -> Tensor:
+    r"""Both parts of NKD.
+
+    .. math:: \mathrm{target} + \gamma \, \mathrm{others}
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        labels: shape [B], int64 class ids; or [B, K], of which the largest counts.
+        temperature: T > 0 of ``nkd_others_loss``.
+        gamma: its weight.
+
+    Returns:
+        A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.zeros(1, 3), torch.tensor([[12.0, 3.0, 1.0]]).log()
+        >>> nkd_loss(student, teacher, torch.tensor([0]), gamma=2.0)  # 3/4 ln 3 + 2 ln 2
+        tensor(2.2103)
+    """
+    target = nkd_target_loss(student_logits, teacher_logits, labels)
+    return target + gamma * nkd_others_loss(student_logits, teacher_logits, labels, temperature=temperature)
+
+
+class NKD(Method):
+    """Labels, the teacher's trust in them, and its other classes: ``CE + target + gamma * others``.
+
+    Args:
+        temperature: T of the part on the other classes.
+        gamma: its weight (the authors take 1 for DeiT).
+        ce_weight: weight of the label term.
+
+    Two classes are refused: the part on the others is then 0.
+    """
+
+    needs = Needs(labels=True)
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar100": {"temperature": 3.0, "gamma": 3.5},
+        "imagenet": {"temperature": 1.0, "gamma": 1.5},
+    }
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "imagenet/resnet34-resnet18": 71.96,
+        "imagenet/resnet50-mobilenetv1": 72.58,
+    }
+
+    @checked
+    def __init__(self, *, temperature: Positive = 1.0, gamma: NonNegative = 1.5, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.temperature = temperature
+        self.gamma = gamma
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        refuse_two_classes("nkd", training.classes)
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        refuse_two_classes("nkd", student.logits.shape[1])
+        given = (student.logits, teacher.logits, batch.targets)
+        return {
+            "target": nkd_target_loss(*given),
+            "others": self.gamma * nkd_others_loss(*given, temperature=self.temperature),
+        }

@@ -1,0 +1,1 @@
+"""What losses of several papers are made of."""

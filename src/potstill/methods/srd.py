@@ -1,0 +1,94 @@
+"""Simple recipe distillation: one linear projector, batch statistics and a soft maximum of the differences.
+
+Miles and Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation", AAAI 2024.
+https://arxiv.org/abs/2303.11098
+The form of the released ImageNet code; that for DeiT students correlates features instead.  Equal features have the
+smallest finite logarithm, not minus infinity.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.kd import kd_loss
+from potstill.methods.needs import Needs
+from potstill.methods.pieces.relations import refuse_unequal
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+@checked
+def srd_loss(student: Tensor, teacher: Tensor, *, exponent: Positive = 4.0) -> Tensor:
+    r"""Logarithm of the summed powers of the differences, over features and batch.
+
+    .. math:: \log \sum_{b,d} \lvert s_{bd} - t_{bd} \rvert^p
+
+    Args:
+        student: projected and normalised embeddings [B, D].
+        teacher: normalised embeddings [B, D].  No gradient reaches them.
+        exponent: p; larger values attend to the largest differences.
+
+    Raises:
+        UsageError: unequal shapes.
+
+    Example:
+        >>> srd_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))  # ln(1 + 16)
+        tensor(2.8332)
+    """
+    refuse_unequal(student, teacher, "srd: the embeddings")
+    difference = (at_least_float32(student) - at_least_float32(teacher.detach())).abs()
+    total = difference.pow(exponent).sum()
+    return total.clamp(min=torch.finfo(total.dtype).tiny).log()
+
+
+class SRD(Method):
+    """Labels, soft targets and projected embeddings: ``CE + kd_weight * KD + weight * SRD``.
+
+    Args:
+        weight: of the embeddings' difference.
+        exponent: p of the differences.
+        kd_weight: of the soft targets.
+        temperature: T of the soft targets.
+        ce_weight: of the label term.
+    """
+
+    needs = Needs(embedding=True, several=True)
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "imagenet/resnet34-resnet18": 71.63,
+        "imagenet/resnet50-mobilenetv1": 71.87,
+    }
+
+    @checked
+    def __init__(
+        self,
+        *,
+        weight: NonNegative = 2.0,
+        exponent: Positive = 4.0,
+        kd_weight: NonNegative = 1.0,
+        temperature: Positive = 1.0,
+        ce_weight: NonNegative = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight, self.exponent, self.kd_weight, self.temperature = weight, exponent, kd_weight, temperature
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None
+        assert student.outputs.embedding is not None
+        assert teacher.outputs.embedding is not None
+        width = teacher.outputs.embedding.shape[1]
+        self.project = nn.Linear(student.outputs.embedding.shape[1], width)
+        self.norm_student = nn.BatchNorm1d(width, eps=1e-4, affine=False)
+        self.norm_teacher = nn.BatchNorm1d(width, eps=1e-4, affine=False)
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        assert teacher.embedding is not None
+        ours = self.norm_student(at_least_float32(self.project(student.embedding)))
+        theirs = self.norm_teacher(at_least_float32(teacher.embedding))
+        terms = {"embedding": self.weight * srd_loss(ours, theirs, exponent=self.exponent)}
+        if self.kd_weight:
+            terms["kd"] = self.kd_weight * kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        return terms

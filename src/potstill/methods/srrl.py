@@ -1,0 +1,149 @@
+"""Softmax regression representation learning: the teacher's own head shall say the same of the student's features.
+
+Yang, Martinez, Bulat and Tzimiropoulos, "Knowledge Distillation via Softmax Regression Representation Learning",
+ICLR 2021.  https://openreview.net/forum?id=ZzwDy_wiWv
+Two forms are in use.  Default is that of SimKD's repository, where the published CIFAR-100 numbers come from: the
+connector works on the pooled embedding, and KD (weight 1, T = 4) comes on top.  The form of cls_KD connects the last
+map and pools afterwards, without KD: ``form="map", kd_weight=0, regression_weight=5`` (1 for ImageNet).
+"""
+
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.kd import kd_loss
+from potstill.methods.needs import Needs
+from potstill.methods.pieces.relations import refuse_unequal
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def srrl_feature_loss(connected: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean squared difference of the connected embedding and the teacher's.
+
+    .. math:: \frac{1}{B D} \lVert h - f_t \rVert^2
+
+    Args:
+        connected: [B, D], the student's embedding behind the connector.
+        teacher: [B, D].  No gradient reaches it.
+
+    Raises:
+        UsageError: unequal shapes.
+
+    Example:
+        >>> import torch
+        >>> srrl_feature_loss(torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0, 1.0]]))  # (4 + 0) / 2
+        tensor(2.)
+    """
+    refuse_unequal(connected, teacher, "srrl: the embeddings")
+    return F.mse_loss(at_least_float32(connected), at_least_float32(teacher.detach()))
+
+
+def srrl_regression_loss(head_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    r"""Mean squared difference of what the teacher's head says of the student's features and of its own.
+
+    .. math:: \frac{1}{B K} \lVert W_t h + b_t - z_t \rVert^2
+
+    Args:
+        head_logits: [B, K], the teacher's head, bias included, on the connected embedding.
+        teacher_logits: [B, K].  No gradient reaches them.
+
+    Raises:
+        UsageError: unequal shapes.
+
+    Example:
+        >>> import torch
+        >>> srrl_regression_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))  # (1 + 4) / 2
+        tensor(2.5000)
+    """
+    refuse_unequal(head_logits, teacher_logits, "srrl: the logits")
+    return F.mse_loss(at_least_float32(head_logits), at_least_float32(teacher_logits.detach()))
+
+
+class Connector(nn.Module):
+    """1x1 convolution without bias, BatchNorm and ReLU from the student's channels to the teacher's.
+
+    Args:
+        inputs: channels of the student's embedding or map.
+        outputs: width of the teacher's embedding.
+        pool: the input is a map [B, C, H, W], and the output is averaged over its places.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, pool: bool) -> None:
+        super().__init__()
+        self.pool = pool
+        self.conv = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+        if pool:  # as released for that form only
+            nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C] or [B, C, H, W] -> [B, D]."""
+        maps = features if self.pool else features[:, :, None, None]
+        connected: Tensor = F.relu(self.norm(self.conv(maps)))
+        return connected.mean(dim=(2, 3))
+
+
+class SRRL(Method):
+    """Labels, KD, and the teacher's features and logits from the student's:
+    ``CE + kd_weight * KD + feature_weight * MSE(h, f_t) + regression_weight * MSE(W_t h, z_t)``.
+
+    Args:
+        form: "pooled", the connector works on the embedding; or "map", on the last map.
+        feature_weight: of the embeddings' difference.
+        regression_weight: of the difference of the teacher's head's logits.
+        kd_weight: of the soft targets.
+        temperature: T of the soft targets.
+        ce_weight: of the label term.
+    """
+
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet32x4-resnet8x4": 75.39,
+        "cifar100/resnet32x4-shufflenetv1": 75.18,
+        "imagenet/resnet34-resnet18": 71.73,
+        "imagenet/resnet50-mobilenetv1": 72.49,
+    }
+
+    @checked
+    def __init__(
+        self,
+        *,
+        form: Literal["pooled", "map"] = "pooled",
+        feature_weight: NonNegative = 1.0,
+        regression_weight: NonNegative = 1.0,
+        kd_weight: NonNegative = 1.0,
+        temperature: Positive = 4.0,
+        ce_weight: NonNegative = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.needs = Needs(embedding=True, teacher_head=True, maps="last" if form == "map" else "none", several=True)
+        self.form, self.feature_weight, self.regression_weight = form, feature_weight, regression_weight
+        self.kd_weight, self.temperature = kd_weight, temperature
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None
+        assert teacher.outputs.embedding is not None
+        inputs = self._read(student.outputs).shape[1]
+        self.connector = Connector(inputs, teacher.outputs.embedding.shape[1], pool=self.form == "map")
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        assert teacher.embedding is not None
+        assert teacher.head is not None
+        connected = self.connector(self._read(student))
+        terms = {
+            "feature": self.feature_weight * srrl_feature_loss(connected, teacher.embedding),
+            "regression": self.regression_weight * srrl_regression_loss(teacher.head(connected), teacher.logits),
+        }
+        if self.kd_weight:
+            terms["kd"] = self.kd_weight * kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        return terms
+
+    def _read(self, student: Outputs) -> Tensor:
+        if self.form == "map":
+            return student.maps[-1]
+        assert student.embedding is not None
+        return student.embedding

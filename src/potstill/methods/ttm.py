@@ -1,0 +1,84 @@
+"""Transformed teacher matching: soften the teacher only, and let the student match it at temperature 1.
+
+Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024.
+https://arxiv.org/abs/2402.11148
+Paper and release agree.  The release raises probabilities to the power gamma; here the logits are scaled instead, which
+is the same and does not underflow.  No factor T squared: the gradient does not shrink, as the student is not softened.
+"""
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.methods.base import Method
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def divergence_from_transformed(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> Tensor:
+    """For each image the KL divergence of ``ttm_loss``: [B, K] and [B, K] -> [B]."""
+    student = F.log_softmax(at_least_float32(student_logits), dim=1)
+    teacher = F.log_softmax(gamma * at_least_float32(teacher_logits.detach()), dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+
+
+@checked
+def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: Positive = 0.1) -> Tensor:
+    r"""KL divergence from the power-transformed teacher to the student, batch mean.
+
+    .. math:: \mathrm{KL}(r \,\|\, \mathrm{softmax}(z_s)), \quad r_k = p_k^\gamma \Big/ \sum_j p_j^\gamma,
+        \quad p = \mathrm{softmax}(z_t)
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        gamma: exponent above 0, one over the teacher's temperature.
+
+    Returns:
+        A scalar, at least 0.
+
+    Raises:
+        UsageError: ``gamma`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> # (9, 1) to the power 1/2 is (3, 1): 3/4 ln(3/2) + 1/4 ln(1/2)
+        >>> ttm_loss(torch.zeros(1, 2), torch.tensor([[9.0, 1.0]]).log(), gamma=0.5)
+        tensor(0.1308)
+    """
+    return divergence_from_transformed(student_logits, teacher_logits, gamma).mean()
+
+
+class TTM(Method):
+    """Labels and the transformed teacher: ``CE + weight * KL(transformed teacher || student)``.
+
+    Args:
+        gamma: exponent of the teacher's probabilities, one over its temperature.
+        weight: of the divergence.  Both are tuned for each pair of networks; the defaults are the authors' example.
+        ce_weight: weight of the label term.
+    """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"cifar100/vgg13-vgg8": {"gamma": 0.1, "weight": 45.0}}
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 71.83,
+        "cifar100/resnet110-resnet32": 73.97,
+        "cifar100/resnet32x4-resnet8x4": 76.17,
+        "cifar100/wrn_40_2-wrn_16_2": 76.23,
+        "cifar100/vgg13-vgg8": 74.33,
+        "cifar100/resnet32x4-shufflenetv1": 74.18,
+        "cifar100/wrn_40_2-shufflenetv1": 75.39,
+        "cifar100/resnet50-mobilenetv2": 69.24,
+        "cifar100/vgg13-mobilenetv2": 68.98,
+    }
+
+    @checked
+    def __init__(self, *, gamma: Positive = 0.1, weight: NonNegative = 45.0, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.gamma = gamma
+        self.weight = weight
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        return {"ttm": self.weight * ttm_loss(student.logits, teacher.logits, gamma=self.gamma)}

@@ -1,0 +1,116 @@
+"""VID: predict the teacher's maps from the student's, with a variance learnt for each channel.
+
+Ahn, Hu, Damianou, Lawrence and Dai, "Variational Information Distillation for Knowledge Transfer", CVPR 2019.
+https://arxiv.org/abs/1904.05835
+Default is RepDistiller's form, whose variances are trained like every other parameter.  mdistiller keeps them out of
+its optimizer, so that they stay at 5 and its numbers are those of another loss.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from potstill.features.adapters import same_size
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.needs import Needs
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+LEAST_VARIANCE = 1e-5
+
+
+def vid_loss(predicted_mean: Tensor, variance: Tensor, teacher_map: Tensor) -> Tensor:
+    r"""Negative log-likelihood of the teacher's map under a Gaussian, less its constant: mean over every element.
+
+    .. math:: \frac{1}{B C H W} \sum \frac{1}{2} \Big( \frac{(\mu - t)^2}{\sigma_c^2} + \ln \sigma_c^2 \Big)
+
+    Args:
+        predicted_mean: shape [B, C, H, W].
+        variance: shape [C], above 0.
+        teacher_map: shape [B, C, H, W]; no gradient reaches it.
+
+    Returns:
+        A scalar; below 0 where the variances are small and the predictions good.
+
+    Example:
+        >>> vid_loss(torch.zeros(1, 1, 1, 1), torch.tensor([2.0]), torch.full((1, 1, 1, 1), 2.0))  # (4 / 2 + ln 2) / 2
+        tensor(1.3466)
+    """
+    mean, variance = at_least_float32(predicted_mean), at_least_float32(variance).view(1, -1, 1, 1)
+    distance = (mean - at_least_float32(teacher_map.detach())).square()
+    return 0.5 * (distance / variance + variance.log()).mean()
+
+
+class Prediction(nn.Module):
+    """Three 1 x 1 convolutions for the mean and one number a channel for the variance.
+
+    Args:
+        inputs: the student's channels.
+        outputs: the teacher's.
+        variance: at the start.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, variance: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=1, bias=False)
+        self.conv3 = nn.Conv2d(outputs, outputs, kernel_size=1, bias=False)
+        self.scale = nn.Parameter(torch.full((outputs,), math.log(math.expm1(variance - LEAST_VARIANCE))))
+
+    def forward(self, features: Tensor) -> Tensor:
+        mean: Tensor = self.conv3(F.relu(self.conv2(F.relu(self.conv1(features)))))
+        return mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Shape [C]; by softplus always above ``LEAST_VARIANCE``."""
+        return F.softplus(self.scale) + LEAST_VARIANCE
+
+
+class VID(Method):
+    """Labels and predicted maps of paired stages: ``CE + weight * sum of VID``.
+
+    Args:
+        weight: of the predictions.
+        variance: of every channel at the start.
+        ce_weight: of the label term.
+    """
+
+    needs = Needs(maps="pairs")
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 70.38,
+        "cifar100/resnet110-resnet32": 72.61,
+        "cifar100/resnet32x4-resnet8x4": 73.09,
+        "cifar100/wrn_40_2-wrn_16_2": 74.11,
+        "cifar100/vgg13-vgg8": 71.23,
+        "cifar100/resnet32x4-shufflenetv1": 73.38,
+        "cifar100/wrn_40_2-shufflenetv1": 73.61,
+        "cifar100/resnet50-mobilenetv2": 67.57,
+        "cifar100/vgg13-mobilenetv2": 65.56,
+    }
+
+    @checked
+    def __init__(self, *, weight: NonNegative = 1.0, variance: Positive = 5.0, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight = weight
+        self.variance = variance
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+        pairs = zip(student.outputs.maps, teacher.outputs.maps, strict=True)
+        self.predictions = nn.ModuleList(
+            Prediction(ours.shape[1], theirs.shape[1], variance=self.variance) for ours, theirs in pairs
+        )
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        losses = []
+        for prediction, ours, theirs in zip(self.predictions, student.maps, teacher.maps, strict=True):
+            assert isinstance(prediction, Prediction)
+            features, target = same_size(ours, theirs)
+            losses.append(vid_loss(prediction(features), prediction.variance, target))
+        return {"vid": self.weight * torch.stack(losses).sum()}

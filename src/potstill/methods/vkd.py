@@ -1,0 +1,81 @@
+"""VkD: an orthogonal projection keeps the relations of the student's features, and the teacher's are normalised.
+
+Miles, Elezi and Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections", CVPR 2024.
+https://arxiv.org/abs/2403.06213
+The published DeiT students learn the soft targets with a distillation token of their own; here the terms read the
+logits that the student puts out, and the mean of its last map (of its patch tokens, in a transformer).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.kd import kd_loss
+from potstill.methods.needs import Needs
+from potstill.methods.pieces.relations import refuse_unequal
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+def vkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
+    r"""Smooth L1 distance of the projected features to the teacher's, which are brought to mean 0 and variance 1.
+
+    .. math:: \frac{1}{B D} \sum_{b,d} \ell_1\big(h_{bd}, \mathrm{LayerNorm}(f^t_b)_d\big)
+
+    Args:
+        projected: [B, D], the student's pooled features behind the projection.
+        teacher: [B, D], pooled.  No gradient reaches them.
+
+    Raises:
+        UsageError: unequal shapes.
+
+    Example:
+        >>> # the teacher's row becomes (-1, 1): differences 1 and 1
+        >>> vkd_loss(torch.zeros(1, 2), torch.tensor([[10.0, 30.0]]))
+        tensor(0.5000)
+    """
+    refuse_unequal(projected, teacher, "vkd: the features")
+    theirs = at_least_float32(teacher.detach())
+    return F.smooth_l1_loss(at_least_float32(projected), F.layer_norm(theirs, theirs.shape[1:]))
+
+
+class VkD(Method):
+    """Labels, soft targets and orthogonally projected features: ``CE + weight * VkD + kd_weight * KD``.
+
+    Args:
+        weight: of the features.
+        kd_weight: of the soft targets.
+        temperature: T of the soft targets.
+        ce_weight: of the label term.
+    """
+
+    needs = Needs(maps="last")
+
+    @checked
+    def __init__(
+        self,
+        *,
+        weight: NonNegative = 1.0,
+        kd_weight: NonNegative = 1.0,
+        temperature: Positive = 1.0,
+        ce_weight: NonNegative = 1.0,
+    ) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
+
+    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+        assert teacher is not None
+        inputs, outputs = student.outputs.maps[-1].shape[1], teacher.outputs.maps[-1].shape[1]
+        self.project = nn.utils.parametrizations.orthogonal(nn.Linear(inputs, outputs, bias=False))
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        ours, theirs = (at_least_float32(side.maps[-1]).mean(dim=(2, 3)) for side in (student, teacher))
+        with torch.autocast(ours.device.type, enabled=False):  # orthogonal to 3 digits would not be orthogonal
+            projected = self.project(ours)
+        terms = {"feature": self.weight * vkd_loss(projected, theirs)}
+        if self.kd_weight:
+            terms["kd"] = self.kd_weight * kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        return terms

@@ -1,0 +1,81 @@
+"""Weighted transformed teacher matching: TTM, where images on which the teacher is unsure count more.
+
+Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024.
+https://arxiv.org/abs/2402.11148
+Paper and release agree.  The weight of an image lies between 1 (a sure teacher) and K to the power 1 - gamma (one that
+knows nothing), so the weight of the term should fall as the number of classes grows.
+"""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill.methods.base import Method
+from potstill.methods.ttm import divergence_from_transformed
+from potstill.options import NonNegative, Positive, checked
+from potstill.precision import at_least_float32
+from potstill.types import Batch, Outputs
+
+
+@checked
+def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: Positive = 0.2) -> Tensor:
+    r"""TTM's divergence, weighted image by image with the teacher's power sum; batch mean.
+
+    .. math:: \Big(\sum_k p_k^\gamma\Big) \, \mathrm{KL}(r \,\|\, \mathrm{softmax}(z_s)), \quad
+        r_k = p_k^\gamma \Big/ \sum_j p_j^\gamma, \quad p = \mathrm{softmax}(z_t)
+
+    Args:
+        student_logits: shape [B, K].
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        gamma: exponent above 0, one over the teacher's temperature.
+
+    Returns:
+        A scalar, at least 0.
+
+    Raises:
+        UsageError: ``gamma`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> # (0.9, 0.1) to the power 1/2 sums to 1.2649; times 3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308
+        >>> wttm_loss(torch.zeros(1, 2), torch.tensor([[9.0, 1.0]]).log(), gamma=0.5)
+        tensor(0.1655)
+    """
+    log_power_sum = (gamma * F.log_softmax(at_least_float32(teacher_logits.detach()), dim=1)).logsumexp(dim=1)
+    return (log_power_sum.exp() * divergence_from_transformed(student_logits, teacher_logits, gamma)).mean()
+
+
+class WTTM(Method):
+    """Labels and the transformed teacher, unsure images first: ``CE + weight * WTTM``.
+
+    Args:
+        gamma: exponent of the teacher's probabilities, one over its temperature.
+        weight: of the divergence.  Both are tuned for each pair of networks; the defaults are the authors' example for
+            100 classes.
+        ce_weight: weight of the label term.
+    """
+
+    PUBLISHED: ClassVar[dict[str, float]] = {
+        "cifar100/resnet56-resnet20": 71.92,
+        "cifar100/resnet110-resnet32": 74.13,
+        "cifar100/resnet32x4-resnet8x4": 76.06,
+        "cifar100/wrn_40_2-wrn_16_2": 76.37,
+        "cifar100/vgg13-vgg8": 74.44,
+        "cifar100/resnet32x4-shufflenetv1": 74.37,
+        "cifar100/wrn_40_2-shufflenetv1": 75.42,
+        "cifar100/resnet50-mobilenetv2": 69.59,
+        "cifar100/vgg13-mobilenetv2": 69.16,
+        "imagenet/resnet34-resnet18": 72.19,
+        "imagenet/resnet50-mobilenetv1": 73.09,
+    }
+
+    @checked
+    def __init__(self, *, gamma: Positive = 0.2, weight: NonNegative = 4.0, ce_weight: NonNegative = 1.0) -> None:
+        super().__init__(ce_weight=ce_weight)
+        self.gamma = gamma
+        self.weight = weight
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+        return {"wttm": self.weight * wttm_loss(student.logits, teacher.logits, gamma=self.gamma)}
