@@ -41,9 +41,8 @@ def files(folder: Path, count: int = 9) -> FileSet:
 
 def everything(loader: Loader, number: int = 0) -> Batch:
     batches = list(loader.epoch(number))
-    return Batch(
-        *(torch.cat([getattr(batch, key) for batch in batches]) for key in ("images", "labels", "index", "view"))
-    )
+    given = {key: [getattr(batch, key) for batch in batches] for key in vars(batches[0])}
+    return Batch(**{key: torch.cat(found) for key, found in given.items() if found[0] is not None})
 
 
 @pytest.mark.parametrize("crop_share", [1.0, 0.8])

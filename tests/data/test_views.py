@@ -18,15 +18,16 @@ def squares(count: int, side: int = 10, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(pixels)
 
 
-def test_every_single_setting_by_a_slow_reference() -> None:
+@pytest.mark.parametrize(("pad_mode", "peer"), [("reflect", "reflect"), ("black", "constant")])
+def test_every_single_setting_by_a_slow_reference(pad_mode: str, peer: str) -> None:
     size, shift = 10, 3
-    settings = AugmentSettings(pad_crop=0.3, hflip=True, vflip=True, rotate90=True)
+    settings = AugmentSettings(pad_crop=0.3, pad_mode=pad_mode, hflip=True, vflip=True, rotate90=True)
     images, ids = squares(40), np.arange(100, 140)
     found = Views(settings, size=size, seed=5)(images, ids, 7)
     for i, sample in enumerate(ids):
         one = np.array([sample])
         dy, dx = (int(uniform(5, f"shift {axis}", one, 7)[0] * 7) - shift for axis in "yx")
-        image = F.pad(images[i : i + 1].float(), (shift,) * 4, mode="reflect")[0]
+        image = F.pad(images[i : i + 1].float(), (shift,) * 4, mode=peer)[0]
         image = image[:, shift + dy : shift + dy + size, shift + dx : shift + dx + size]
         if uniform(5, "vflip", one, 7)[0] < 0.5:
             image = image.flip(1)

@@ -21,6 +21,8 @@ def test_biases_and_norms_do_not_decay():
         "2.weight": 0.1,
         "2.bias": 0.0,
     }
+    everywhere = create_optimizer(net.named_parameters(), TrainingSettings(weight_decay=0.1, decay_all=True))
+    assert {group["weight_decay"] for group in everywhere.param_groups} == {0.1}
 
 
 @pytest.mark.parametrize(

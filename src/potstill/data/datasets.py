@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from potstill.data.bundled import cifar100 as _cifar100
 from potstill.data.bundled import fashion_mnist as _fashion
 from potstill.data.bundled import solar as _solar
 from potstill.data.bundled.digits import DigitsOptions, digits
@@ -16,12 +17,14 @@ from potstill.data.manifest import SUFFIXES
 from potstill.data.settings import DataSettings
 from potstill.data.sources import AUGMENT, from_folder, from_manifest
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
+from potstill.data.unlabeled import check_unlabeled, with_unlabeled
 from potstill.errors import DataError, UsageError, nearest
 
 DATASETS: dict[str, Callable[[DataSettings], DataSplits]] = {
     "digits": digits,
     "solar": _solar.solar,
     "fashion-mnist": _fashion.fashion_mnist,
+    "cifar100": _cifar100.cifar100,
 }
 
 # Only where a cheap look beforehand can spare the user a wait: unknown options, a missing package or folder.
@@ -29,6 +32,7 @@ _CHECKS: dict[str, Callable[[DataSettings], object]] = {
     "digits": lambda settings: read_options(settings, DigitsOptions),
     "solar": _solar.check,
     "fashion-mnist": _fashion.check,
+    "cifar100": _cifar100.check,
 }
 
 
@@ -43,9 +47,13 @@ def load_data(settings: DataSettings, data: DataSplits | None = None) -> DataSpl
         UsageError: an unknown name or option.
         DataError: images, classes or splits that cannot be trained on.
     """
+    check_unlabeled(settings)
     if data is not None:
         check_splits(data.class_names, {split: data.split(split) for split in SPLITS}, data.source)
-        return data
+    return with_unlabeled(settings, data if data is not None else _labeled(settings))
+
+
+def _labeled(settings: DataSettings) -> DataSplits:
     check_source(settings)
     if settings.source in DATASETS:
         return DATASETS[settings.source](settings)

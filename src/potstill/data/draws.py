@@ -48,3 +48,8 @@ def words(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64]
 def uniform(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> Uniform:
     """Uniform in [0, 1), float64 [B]: the upper 53 bits of ``words``."""
     return (words(seed, field, ids, view) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def another_seed(seed: int, field: str) -> int:
+    """A seed whose draws have nothing to do with those of ``seed``, for a second use of the same fields."""
+    return int(words(seed, field, np.zeros(1, dtype=np.int64), 0)[0])

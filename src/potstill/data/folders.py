@@ -34,6 +34,21 @@ def list_folder(root: Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
+def list_images(root: Path) -> list[str]:
+    """Paths of all images below a folder, at any depth and of no class, relative to it and sorted.
+
+    Raises:
+        DataError: none, or forbidden links or names; all of them in one message.
+    """
+    problems: list[str] = []
+    names = [file.relative_to(root).as_posix() for file in _files(root, root, problems)]
+    problems += [problem for name in names if (problem := name_problem(name))]
+    refuse(str(root), sorted(set(problems)))
+    if not names:
+        raise DataError(f"{root}: no images")
+    return sorted(names)
+
+
 def _split_folders(root: Path, folders: list[Path]) -> dict[str, Path]:
     """Split -> folder, or nothing where the folders are classes."""
     found: dict[str, Path] = {}

@@ -1,51 +1,57 @@
 """Batches of a split: images as a network wants them, with labels, sample ids and view numbers."""
 
-import math
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data.cores import threads
-from potstill.data.draws import uniform, words
 from potstill.data.images import ImageSet
+from potstill.data.mixing import Mixing
+from potstill.data.orders import Epochs, Ids, Order, Partners
 from potstill.data.packed import pack, squares
 from potstill.data.preprocess import centre, normalise, packed_side
 from potstill.data.settings import AugmentSettings
+from potstill.data.unlabeled import Joined
 from potstill.data.views import Views
 from potstill.data.workers import Workers
 from potstill.errors import DataError, UsageError
 from potstill.inputs import InputSpec
 from potstill.types import Batch
 
-Order = Literal["listed", "shuffled", "balanced"]
-Ids = NDArray[np.int64]
+Second = Literal["none", "strong", "same class"]
 
 
 class Loader:
     """The batches of one split.
 
     Order and views depend on seed, epoch and sample id alone: neither on batch size, number of workers, device, nor
-    on whether the pixels fit into memory.
+    on whether the pixels fit into memory.  (Which images are mixed with which depends on the batches, of course.)
 
     Args:
         images: N images with labels.
         spec: how the network wants its images.
-        batch_size: images per batch.  In the orders "shuffled" and "balanced", a last batch of a single image is
-            dropped (a network with batch normalisation cannot train on it).
-        augment: what views change; None: every image as ``preprocess.prepare`` gives it.
+        batch_size: labeled images per batch.  In the orders "shuffled" and "balanced", a last batch of a single image
+            is dropped (a network with batch normalisation cannot train on it).
+        augment: what views change, and whether images are mixed; None: every image as ``preprocess.prepare`` gives it.
         order: "listed"; "shuffled": a new permutation each epoch; "balanced": N draws with replacement, each class
             equally likely (an image drawn twice in an epoch is seen in the same view).
         seed: of order and views.
         workers: processes that decode, where the pixels do not fit into memory; "auto": half of the cores.
         device: where the batches are wanted.
         memory_share: of free memory that decoded pixels may take.
+        second: what ``Batch.second`` holds for each sample: "strong", another view with RandAugment on top; "same
+            class", another sample of its class in that sample's own view (itself where the class has no other).
+        classes: K; needed where images are mixed.
+        unlabeled: M further images, shown in every batch after the labeled ones, again and again, each time in a new
+            order; their label is -100 and their sample ids are N to N + M - 1.
+        unlabeled_share: of a batch that they make up, at least 0 and below 1.
+        whole_batches: leave out a last batch of fewer images than the others.
 
     Raises:
-        UsageError: an unknown order, or a batch size below 1.
+        UsageError: an unknown order, a batch size below 1, or wishes that exclude each other.
         DataError: no images, or one that cannot be decoded.
     """
 
@@ -61,21 +67,43 @@ class Loader:
         workers: int | Literal["auto"] = 0,
         device: torch.device | str = "cpu",
         memory_share: float = 0.3,
+        second: Second = "none",
+        classes: int | None = None,
+        unlabeled: ImageSet | None = None,
+        unlabeled_share: float = 0.5,
+        whole_batches: bool = False,
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
             raise UsageError(f"order must be listed, shuffled or balanced, got {order!r}")
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        if len(images) == 0:
+        if len(images) == 0 or (unlabeled is not None and len(unlabeled) == 0):
             raise DataError("there are no images to load")
-        self.images, self.spec, self.batch_size, self.order, self.seed = images, spec, batch_size, order, seed
+        mixes = augment is not None and augment.mixes
+        _refuse_conflicts(second, mixes, unlabeled is not None, unlabeled_share, whole_batches, classes)
+        self.images, self.spec, self.seed = images, spec, seed
+        self.unlabeled, self.second = unlabeled, second
         self.device = torch.device(device)
         self.side = packed_side(spec, random_crops=augment is not None and augment.crop_scale is not None)
-        self.views = Views(augment, size=spec.size, seed=seed) if augment is not None else None
         self.labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
-        self._packed = pack(images, self.side, spec.fit, device=self.device, memory_share=memory_share)
+        more = 0 if unlabeled is None else len(unlabeled)
+        self.epochs = Epochs(self.labels.numpy(), batch_size, order, seed, more, unlabeled_share, whole_batches)
+        if self.epochs.steps == 0:
+            raise UsageError(f"{len(images)} images do not fill one batch of {batch_size}: lower the batch size")
+        self.views = Views(augment, size=spec.size, seed=seed) if augment is not None else None
+        self._strong = self._partners = self._mixing = None
+        if second == "strong":
+            self._strong = Views(augment or AugmentSettings(), size=spec.size, seed=seed, strong=True)
+        elif second == "same class":
+            self._partners = Partners(self.labels.numpy(), seed)
+        if augment is not None and augment.mixes and classes is not None:
+            self._mixing = Mixing(mixup=augment.mixup, cutmix=augment.cutmix, classes=classes, seed=seed)
+        self._all = images if unlabeled is None else Joined(images, unlabeled)
+        self._labels = torch.from_numpy(np.asarray(self._all.labels, dtype=np.int64))
+        self._packed = pack(self._all, self.side, spec.fit, device=self.device, memory_share=memory_share)
         processes = max(1, threads() // 2) if workers == "auto" else workers
-        self._workers = Workers(images, self.side, spec.fit, processes) if self._packed is None and processes else None
+        spread = self._packed is None and processes > 0
+        self._workers = Workers(self._all, self.side, spec.fit, processes) if spread else None
 
     @property
     def resident(self) -> bool:
@@ -84,15 +112,13 @@ class Loader:
 
     @property
     def count(self) -> int:
-        """Images per epoch."""
-        total = len(self.images)
-        lonely = self.order != "listed" and total > 1 and total % self.batch_size == 1 and self.batch_size > 1
-        return total - 1 if lonely else total
+        """Images per epoch, those without labels included."""
+        return self.epochs.count
 
     @property
     def steps(self) -> int:
         """Batches per epoch."""
-        return math.ceil(self.count / self.batch_size)
+        return self.epochs.steps
 
     def epoch(self, number: int = 0) -> Iterator[Batch]:
         """All batches of an epoch; ``number`` is also the view number of its images.
@@ -101,60 +127,91 @@ class Loader:
             DataError: an image that could be decoded before no longer can.
             WorkerError: a process that decodes has died.
         """
-        ids = self._ids(number)[: self.count]
-        chunks = [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
-        for chunk, pixels in zip(chunks, self._squares(chunks), strict=True):
-            index = torch.from_numpy(chunk)
-            view = torch.full_like(index, number)
-            yield Batch(
-                self._images(pixels, chunk, number),
-                self.labels[index].to(self.device),
-                index.to(self.device),
-                view.to(self.device),
-            )
+        batches = self.epochs.batches(number)
+        shown = [self._with_partners(ids, number) for ids in batches]
+        for step, (ids, pixels) in enumerate(zip(batches, self._squares(shown), strict=True)):
+            batch = self._batch(ids, shown[step], pixels, number)
+            yield batch if self._mixing is None else self._mixing(batch, number, step)
 
     def view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Random access: the images [B, 3, S, S] that ``epoch(view)`` gives for these samples.
+        """Random access: the images [B, 3, S, S] that ``epoch(view)`` gives for these samples (before they are mixed).
 
         Args:
             index: int64 [B], sample ids.
             view: view number of all, or int64 [B].
         """
-        ids = index.cpu().numpy()
-        numbers = view.cpu().numpy() if isinstance(view, Tensor) else view
-        (pixels,) = self._squares([ids], random_access=True)
-        return self._images(pixels, ids, numbers)
+        ids, numbers = _plain(index, view)
+        return self._images(self._at(ids), ids, numbers, self.views)
 
-    def _images(self, pixels: Tensor, ids: Ids, view: Ids | int) -> Tensor:
+    def second_view(self, index: Tensor, view: int | Tensor) -> Tensor:
+        """Random access: what ``epoch(view)`` gives as ``Batch.second`` for these samples, [B, 3, S, S].
+
+        Args:
+            index: int64 [B], sample ids.
+            view: view number of all, or int64 [B].
+
+        Raises:
+            UsageError: this loader has no second images.
+        """
+        ids, numbers = _plain(index, view)
+        if self._strong is not None:
+            return self._images(self._at(ids), ids, numbers, self._strong)
+        if self._partners is not None:
+            partners = self._partners(ids, numbers)
+            return self._images(self._at(partners), partners, numbers, self.views)
+        raise UsageError('this loader gives no second images; make it with second="strong" or "same class"')
+
+    def _with_partners(self, ids: Ids, epoch: int) -> Ids:
+        return ids if self._partners is None else np.concatenate([ids, self._partners(ids, epoch)])
+
+    def _batch(self, ids: Ids, shown: Ids, pixels: Tensor, number: int) -> Batch:
         pixels = pixels.to(self.device, non_blocking=True)
-        shown = self.views(pixels, ids, view) if self.views is not None else centre(pixels, self.spec.size)
+        images, second = self._images(pixels, shown, number, self.views), None
+        if self._strong is not None:
+            second = self._images(pixels, shown, number, self._strong)
+        elif self._partners is not None:
+            images, second = images[: len(ids)], images[len(ids) :]
+        index = torch.from_numpy(ids)
+        view = torch.full_like(index, number)
+        labels = self._labels[index].to(self.device)
+        return Batch(images, labels, index.to(self.device), view.to(self.device), second)
+
+    def _images(self, pixels: Tensor, ids: Ids, view: Ids | int, views: Views | None) -> Tensor:
+        pixels = pixels.to(self.device, non_blocking=True)
+        shown = views(pixels, ids, view) if views is not None else centre(pixels, self.spec.size)
         return normalise(shown, self.spec)
 
-    def _squares(self, chunks: list[Ids], *, random_access: bool = False) -> Iterator[Tensor]:
-        if self._workers is not None and not random_access:
+    def _squares(self, chunks: list[Ids]) -> Iterator[Tensor]:
+        if self._workers is not None:
             yield from self._workers.squares([chunk.tolist() for chunk in chunks])
             return
         for chunk in chunks:
-            if self._packed is not None:
-                yield self._packed.index_select(0, torch.from_numpy(chunk).to(self._packed.device))
-            else:
-                yield squares(self.images, chunk.tolist(), self.side, self.spec.fit)
+            yield self._at(chunk)
 
-    def _ids(self, epoch: int) -> Ids:
-        total = len(self.images)
-        everyone = np.arange(total, dtype=np.int64)
-        if self.order == "shuffled":
-            return np.argsort(words(self.seed, "order", everyone, epoch), kind="stable")
-        if self.order == "balanced":
-            return self._balanced(everyone, epoch)
-        return everyone
+    def _at(self, ids: Ids) -> Tensor:
+        if self._packed is not None:
+            return self._packed.index_select(0, torch.from_numpy(ids).to(self._packed.device))
+        return squares(self._all, ids.tolist(), self.side, self.spec.fit)
 
-    def _balanced(self, slots: Ids, epoch: int) -> Ids:
-        labels = self.labels.numpy()
-        present, counts = np.unique(labels, return_counts=True)
-        grouped = np.argsort(labels, kind="stable")
-        drawn = (uniform(self.seed, "balanced class", slots, epoch) * len(present)).astype(np.int64)
-        place = (uniform(self.seed, "balanced image", slots, epoch) * counts[drawn]).astype(np.int64)
-        starts = np.cumsum(counts) - counts
-        ids: Ids = grouped[starts[drawn] + place]
-        return ids
+
+def _plain(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:
+    return index.cpu().numpy(), view.cpu().numpy() if isinstance(view, Tensor) else view
+
+
+def _refuse_conflicts(
+    second: str, mixes: bool, unlabeled: bool, share: float, whole_batches: bool, classes: int | None
+) -> None:
+    if second not in ("none", "strong", "same class"):
+        raise UsageError(f"second must be none, strong or same class, got {second!r}")
+    if mixes and classes is None:
+        raise UsageError("mixup and cutmix need the number of classes: pass classes=")
+    if mixes and second != "none":
+        raise UsageError("mixed images have no second view: switch mixup and cutmix off, or use kd or dist")
+    if mixes and unlabeled:
+        raise UsageError("mixup and cutmix mix labels, which unlabeled images do not have: switch one of them off")
+    if unlabeled and second == "same class":
+        raise UsageError("unlabeled images have no class, so there is no second image of the same class; use kd")
+    if unlabeled and whole_batches:
+        raise UsageError("a fixed number of images per batch and unlabeled images exclude each other; use kd")
+    if not 0 <= share < 1:
+        raise UsageError(f"unlabeled_share must be at least 0 and below 1, got {share:g}")

@@ -10,6 +10,7 @@ from potstill.data.cores import threads
 from potstill.data.images import FileSet, ImageSet, Subset
 from potstill.data.memory import free_bytes
 from potstill.data.preprocess import fit
+from potstill.data.unlabeled import Joined
 
 _Key = tuple[int, str, torch.device]
 _kept: "WeakKeyDictionary[ImageSet, dict[_Key, Tensor]]" = WeakKeyDictionary()
@@ -73,4 +74,5 @@ def _memory_of(images: ImageSet) -> dict[_Key, Tensor]:
 
 
 def _from_files(images: ImageSet) -> bool:
-    return isinstance(images, FileSet) or (isinstance(images, Subset) and _from_files(images.images))
+    parts = [images.images] if isinstance(images, Subset) else images.parts if isinstance(images, Joined) else []
+    return isinstance(images, FileSet) or (len(parts) > 0 and all(map(_from_files, parts)))

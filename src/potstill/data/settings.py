@@ -10,7 +10,8 @@ class AugmentSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    pad_crop: float = Field(0.0, ge=0, le=0.5, description="shift by up to this share of the size, borders reflected")
+    pad_crop: float = Field(0.0, ge=0, le=0.5, description="shift by up to this share of the size")
+    pad_mode: Literal["reflect", "black"] = Field("reflect", description="what a shift shows beyond the border")
     crop_scale: tuple[float, float] | None = Field(
         None, description="area shares between which a random resized crop is drawn, e.g. [0.35, 1]; null: none"
     )
@@ -20,6 +21,17 @@ class AugmentSettings(BaseModel):
     color_jitter: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation change")
     policy: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="torchvision v2 policy")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a rectangle")
+    mixup: float = Field(
+        0.0, ge=0, le=100, description="alpha of mixup: images of a batch blended in pairs, labels too; 0: off"
+    )
+    cutmix: float = Field(
+        0.0, ge=0, le=100, description="alpha of cutmix: a rectangle from another image; with mixup: one or the other"
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 class DataSettings(BaseModel):
@@ -33,6 +45,16 @@ class DataSettings(BaseModel):
     options: dict[str, Any] = Field({}, description="options of the named data set, e.g. {classes: 2} for solar")
     size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
     fit: Literal["crop", "squash"] = Field("crop", description="how an image that is not square becomes square")
+    unlabeled: str | None = Field(
+        None, description="a second folder, of images without labels at any depth: they join the teacher's terms only"
+    )
+    unlabeled_share: float = Field(
+        0.5, gt=0, le=0.9, description="share of such images in a batch; they come on top of `batch_size`"
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, description="of RGB in [0, 1], subtracted from images; null, and for published weights: the network's own"
+    )
+    std: tuple[float, float, float] | None = Field(None, description="likewise, by which they are then divided")
     val: float = Field(0.15, gt=0, lt=1, description="share split off for val where the source has none")
     test: float = Field(0.15, gt=0, lt=1, description="share split off for test where the source has none")
     split_seed: int = Field(0, ge=0, description="of the split; separate from `seed`, so that seeds share a split")

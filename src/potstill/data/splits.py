@@ -28,6 +28,7 @@ class DataSplits:
     origin: str  # one sentence: where the splits come from
     fingerprint: str  # sha256 over names, content, labels and splits
     augment: AugmentSettings  # the light default of this data
+    unlabeled: ImageSet | None = None  # further training images that nobody has labeled
 
     def split(self, name: str) -> ImageSet:
         """The images of "train", "val" or "test"."""

@@ -9,18 +9,20 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError, nearest
+from potstill.training.dot import DOT
 from potstill.training.settings import TrainingSettings
 
+_OWN = {"dot": DOT}
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # the base class; a closure; sparse gradients
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """A class of ``torch.optim`` by name, in any spelling of case.
+    """A class of ``torch.optim``, or ``DOT``, by name, in any spelling of case.
 
     Raises:
         UsageError: unknown name; names the nearest known one.
     """
-    known = {
+    known = _OWN | {
         key.lower(): value
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key not in _UNFIT
@@ -33,21 +35,24 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def create_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """The optimizer over two groups: weights with decay; biases and normalisation layers without.
+    """The optimizer over two groups: weights with decay; biases and normalisation layers without, unless asked for.
 
     Raises:
         UsageError: unknown optimizer, or options that its class does not take.
     """
     parameters = [parameter for _, parameter in named]
+    others_decay = settings.weight_decay if settings.decay_all else 0.0
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": others_decay},
     ]
     kind = optimizer_class(settings.optimizer)
     takes = inspect.signature(kind).parameters
     options: dict[str, Any] = {"lr": settings.lr}
     if kind is torch.optim.SGD:
         options |= {"momentum": settings.momentum, "nesterov": settings.nesterov}
+    elif kind is DOT:
+        options |= {"momentum": settings.momentum, "delta": settings.dot_delta}
     if "fused" in takes and "foreach" not in settings.optimizer_options:
         options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters)
     for key in settings.optimizer_options:

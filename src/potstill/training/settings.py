@@ -14,11 +14,15 @@ class TrainingSettings(BaseModel):
 
     epochs: int = Field(30, ge=1, le=100_000, description="passes over the training split")
     batch_size: int = Field(32, ge=1, le=65_536, description="images per step")
-    optimizer: str = Field("adamw", description="sgd, adamw, or the name of any class in torch.optim")
+    optimizer: str = Field("adamw", description="sgd, adamw, dot, or the name of any class in torch.optim")
     lr: float = Field(1e-4, gt=0, description="learning rate after warm-up")
-    weight_decay: float = Field(1e-4, ge=0, description="not applied to biases and normalisation layers")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(1e-4, ge=0, description="of weights; biases and normalisation layers have none")
+    decay_all: bool = Field(False, description="weight decay for biases and normalisation layers too")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and dot")
     nesterov: bool = Field(False, description="of sgd")
+    dot_delta: float = Field(
+        0.075, ge=0, lt=1, description="of dot: more momentum for the teacher's gradients, less for the labels'"
+    )
     optimizer_options: dict[str, Any] = Field({}, description="further keywords of the optimizer's class")
     schedule: Literal["constant", "cosine", "step"] = Field("constant", description="of the learning rate")
     milestones: list[int] = Field([], description="epochs after which schedule step multiplies lr by gamma")

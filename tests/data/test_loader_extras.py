@@ -1,0 +1,222 @@
+"""Second images, mixed images and unlabeled images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from potstill.data.draws import another_seed, words
+from potstill.data.images import ArraySet, FileSet
+from potstill.data.loader import Loader
+from potstill.data.mixing import Mixing
+from potstill.data.settings import AugmentSettings
+from potstill.errors import DataError, UsageError
+from potstill.inputs import InputSpec
+from potstill.types import Batch
+
+SPEC = InputSpec(16)
+LIGHT = AugmentSettings(pad_crop=0.2, hflip=True)
+MIX = AugmentSettings(pad_crop=0.2, hflip=True, mixup=0.5, cutmix=1.0)
+NOTHING = 1e-12  # memory_share into which nothing fits
+
+# Python 3.12 and later warn of fork beside threads; torch's loader forks.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
+
+def images(count: int = 21, side: int = 20, seed: int = 0) -> ArraySet:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return ArraySet(pixels, np.arange(count) % 3, [f"made/{seed}/{i}" for i in range(count)])
+
+
+def files(folder: Path, count: int, seed: int = 0) -> FileSet:
+    from PIL import Image
+
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng([seed, i]).integers(0, 256, (18 + i, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return FileSet(folder, [f"{i}.png" for i in range(count)], [i % 2 for i in range(count)])
+
+
+def everything(loader: Loader, number: int = 0) -> Batch:
+    batches = list(loader.epoch(number))
+    given = {key: [getattr(batch, key) for batch in batches] for key in vars(batches[0])}
+    return Batch(**{key: torch.cat(found) for key, found in given.items() if found[0] is not None})
+
+
+def same(mine: Batch, theirs: Batch) -> bool:
+    pairs = zip(vars(mine).values(), vars(theirs).values(), strict=True)
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
+
+
+# a second image
+
+
+def test_without_second_there_is_none() -> None:
+    loader = Loader(images(), SPEC, batch_size=4, augment=LIGHT)
+    assert next(loader.epoch()).second is None
+    with pytest.raises(UsageError, match="gives no second images"):
+        loader.second_view(torch.tensor([0]), 0)
+
+
+@pytest.mark.parametrize("second", ["strong", "same class"])
+def test_the_first_view_does_not_change_with_a_second(second: str) -> None:
+    plain = everything(Loader(images(), SPEC, batch_size=4, augment=LIGHT, order="shuffled", seed=3), 2)
+    found = everything(Loader(images(), SPEC, batch_size=4, augment=LIGHT, order="shuffled", seed=3, second=second), 2)
+    for key in ("images", "labels", "index", "view"):
+        assert torch.equal(getattr(plain, key), getattr(found, key)), key
+    assert found.second.shape == found.images.shape
+    assert not any(torch.equal(a, b) for a, b in zip(found.images, found.second, strict=True))
+
+
+def test_a_strong_view_is_randaugment_2_10_on_another_ordinary_view() -> None:
+    data, seed = images(), 11
+    found = everything(Loader(data, SPEC, batch_size=6, augment=LIGHT, seed=seed, second="strong"), 4)
+    other = another_seed(seed, "strong")
+    ordinary = everything(Loader(data, SPEC, batch_size=6, augment=LIGHT, seed=other), 4)
+    randaugment = v2.RandAugment(num_ops=2, magnitude=10)
+    for i in range(21):
+        before = torch.round((ordinary.images[i] * torch.tensor(SPEC.std).view(3, 1, 1)
+                              + torch.tensor(SPEC.mean).view(3, 1, 1)) * 255).to(torch.uint8)  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(int(words(other, "operations", np.array([i]), 4)[0] >> np.uint64(1)))
+            expected = randaugment(before)
+        expected = (expected.double() / 255 - torch.tensor(SPEC.mean).view(3, 1, 1)) / torch.tensor(SPEC.std).view(
+            3, 1, 1
+        )
+        torch.testing.assert_close(found.second[i].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_same_class_view_is_the_partners_own_ordinary_view() -> None:
+    data = images()
+    loader = Loader(data, SPEC, batch_size=4, augment=LIGHT, order="shuffled", seed=3, second="same class")
+    ordinary = everything(Loader(data, SPEC, batch_size=5, augment=LIGHT, seed=3), 6)
+    found = everything(loader, 6)
+    partners = []
+    for index, second in zip(found.index.tolist(), found.second, strict=True):
+        (partner,) = [i for i in range(21) if torch.equal(ordinary.images[i], second)]
+        assert partner != index
+        assert data.labels[partner] == data.labels[index]
+        partners.append(partner)
+    assert len(set(partners)) > 8
+
+
+@pytest.mark.parametrize("second", ["strong", "same class"])
+def test_second_images_do_not_depend_on_batches_order_or_memory(second: str) -> None:
+    data = images()
+    first = everything(Loader(data, SPEC, batch_size=5, augment=LIGHT, seed=1, second=second), 2)
+    for options in (
+        {"batch_size": 3},
+        {"batch_size": 20, "order": "shuffled"},
+        {"batch_size": 7, "memory_share": NOTHING},
+        {"batch_size": 7, "memory_share": NOTHING, "order": "balanced"},
+    ):
+        loader = Loader(data, SPEC, augment=LIGHT, seed=1, second=second, **options)
+        found = everything(loader, 2)
+        assert torch.equal(found.second, first.second[found.index]), options
+        some = torch.tensor([20, 3, 3])
+        assert torch.equal(loader.second_view(some, 2), first.second[some])
+        assert torch.equal(loader.second_view(some, torch.tensor([2, 2, 2])), first.second[some])
+        assert torch.equal(loader.view(some, 2), first.images[some])
+    later = everything(Loader(data, SPEC, batch_size=5, augment=LIGHT, seed=1, second=second), 3)
+    assert not torch.equal(later.second, first.second)
+
+
+def test_without_augmentation_a_strong_view_is_randaugment_alone() -> None:
+    found = everything(Loader(images(40), SPEC, batch_size=8, second="strong"))
+    changed = [not torch.equal(a, b) for a, b in zip(found.images, found.second, strict=True)]
+    assert 25 < sum(changed) <= 40  # two of fourteen operations, one of which does nothing
+
+
+# unlabeled images
+
+
+def test_unlabeled_images_follow_the_labeled_ones_in_each_batch() -> None:
+    data, more = images(12), images(5, seed=1)
+    loader = Loader(data, SPEC, batch_size=4, augment=LIGHT, order="shuffled", seed=2, unlabeled=more)
+    assert (loader.count, loader.steps) == (24, 3)
+    plain = Loader(data, SPEC, batch_size=4, augment=LIGHT, order="shuffled", seed=2)
+    alone = Loader(more, SPEC, batch_size=4)
+    for with_more, without in zip(loader.epoch(1), plain.epoch(1), strict=True):
+        assert with_more.labels[4:].tolist() == [-100] * 4
+        assert ((with_more.index[4:] >= 12) & (with_more.index[4:] < 17)).all()
+        for key in ("images", "labels", "index", "view"):
+            assert torch.equal(getattr(with_more, key)[:4], getattr(without, key)), key
+        assert torch.equal(loader.view(with_more.index, 1), with_more.images)
+    unaugmented = next(Loader(data, SPEC, batch_size=4, unlabeled=more).epoch())
+    assert torch.equal(unaugmented.images[4:], alone.view(unaugmented.index[4:] - 12, 0))
+
+
+def test_the_last_batch_has_its_share_too_and_labels_do_not_lead_to_the_unlabeled() -> None:
+    loader = Loader(images(10), SPEC, batch_size=4, order="balanced", unlabeled=images(7, seed=1), unlabeled_share=0.2)
+    assert [len(batch) for batch in loader.epoch()] == [5, 5, 3]  # 1, 2 and (10 / 4 = 2.5 rounded) 3 so far
+    assert [int((batch.labels == -100).sum()) for batch in loader.epoch()] == [1, 1, 1]
+    assert loader.labels.tolist() == images(10).labels.tolist()
+
+
+def test_workers_second_and_unlabeled_give_equal_batches(tmp_path: Path) -> None:
+    data, more = files(tmp_path / "a", 9), files(tmp_path / "b", 4, seed=1)
+    for options in (
+        {"second": "same class"},
+        {"second": "strong", "unlabeled": more},
+        {"unlabeled": more, "unlabeled_share": 0.1},
+        {"classes": 2, "augment": MIX},
+    ):
+        found = []
+        for where in ({"workers": 0}, {"workers": 2}, {"memory_share": 0.3}):
+            kept = {"batch_size": 2, "augment": LIGHT, "order": "shuffled", "memory_share": NOTHING, "seed": 1}
+            fresh = FileSet(data.root, data.names, data.labels)  # of which no pixels are kept yet
+            loader = Loader(fresh, SPEC, **(kept | options | where))
+            assert loader.resident == ("memory_share" in where)
+            found.append([everything(loader, number) for number in (0, 1)])
+        for other in found[1:]:
+            assert all(same(mine, theirs) for mine, theirs in zip(found[0], other, strict=True)), options
+    del loader
+
+
+# mixed images
+
+
+def test_batches_are_mixed_after_normalisation() -> None:
+    data = images()
+    plain = Loader(data, SPEC, batch_size=4, augment=LIGHT, order="shuffled", seed=2)
+    loader = Loader(data, SPEC, batch_size=4, augment=MIX, order="shuffled", seed=2, classes=3)
+    mixing = Mixing(mixup=0.5, cutmix=1.0, classes=3, seed=2)
+    for step, (mixed, given) in enumerate(zip(loader.epoch(3), plain.epoch(3), strict=True)):
+        assert same(mixed, mixing(given, 3, step))
+        assert mixed.soft_labels.shape == (4, 3)
+        assert torch.equal(loader.view(mixed.index, 3), given.images)
+    assert not torch.equal(mixed.images, given.images)
+
+
+@pytest.mark.parametrize("order", ["balanced", "listed"])
+def test_mixing_works_in_every_order(order: str) -> None:
+    found = everything(Loader(images(), SPEC, batch_size=7, augment=MIX, order=order, classes=3))
+    assert found.soft_labels.sum(dim=1).tolist() == pytest.approx([1.0] * 21)
+
+
+def test_whole_batches_leave_out_the_rest() -> None:
+    loader = Loader(images(), SPEC, batch_size=8, order="shuffled", whole_batches=True)
+    assert ([len(batch) for batch in loader.epoch()], loader.count) == ([8, 8], 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": MIX}, "pass classes="),
+        ({"augment": MIX, "classes": 3, "second": "strong"}, "mixed images have no second view"),
+        ({"augment": MIX, "classes": 3, "unlabeled": images(2)}, "which unlabeled images do not have"),
+        ({"second": "same class", "unlabeled": images(2)}, "unlabeled images have no class"),
+        ({"second": "weak"}, "second must be none, strong or same class, got 'weak'"),
+        ({"unlabeled": images(2), "unlabeled_share": 1.0}, "unlabeled_share must be at least 0 and below 1, got 1"),
+        ({"unlabeled": images(2), "whole_batches": True}, "fixed number of images per batch"),
+        ({"whole_batches": True, "batch_size": 22}, "21 images do not fill one batch of 22"),
+    ],
+)
+def test_what_excludes_each_other_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Loader(images(), SPEC, **({"batch_size": 4} | options))
+    with pytest.raises(DataError, match="no images"):
+        Loader(images(), SPEC, batch_size=4, unlabeled=images(0))

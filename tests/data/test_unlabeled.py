@@ -1,0 +1,116 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from potstill.data.datasets import check_source, load_data
+from potstill.data.folders import list_images
+from potstill.data.images import ArraySet
+from potstill.data.loader import Loader
+from potstill.data.settings import DataSettings
+from potstill.data.unlabeled import Joined, UnlabeledFiles
+from potstill.errors import DataError, UsageError
+from potstill.inputs import InputSpec
+
+
+def add(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for i in range(8):
+        add(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png", i)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def more(tmp_path: Path) -> Path:
+    for i, place in enumerate(["z.png", "one/y.png", "one/two/three/x.png"]):
+        add(tmp_path / "more" / place, 100 + i)
+    return tmp_path / "more"
+
+
+def test_images_at_any_depth_join_without_labels(photos: Path, more: Path) -> None:
+    (more / ".hidden.txt").write_text("no image")
+    plain = load_data(DataSettings(source=str(photos), size=8))
+    data = load_data(DataSettings(source=str(photos), size=8, unlabeled=str(more)))
+    assert data.unlabeled is not None
+    assert data.unlabeled.names == ("one/two/three/x.png", "one/y.png", "z.png")
+    assert data.unlabeled.labels.tolist() == [-100] * 3
+    assert data.unlabeled.pixels(2).shape == (10, 12, 3)
+    assert data.origin == f"{plain.origin}; 3 unlabeled from {more}"
+    assert data.counts() == plain.counts()
+    assert plain.unlabeled is None
+
+
+def test_the_fingerprint_covers_them(photos: Path, more: Path) -> None:
+    settings = DataSettings(source=str(photos), size=8, unlabeled=str(more))
+    before = load_data(settings).fingerprint
+    assert before == load_data(settings).fingerprint != load_data(DataSettings(source=str(photos), size=8)).fingerprint
+    add(more / "z.png", 999)
+    changed = load_data(settings).fingerprint
+    shutil.move(more / "z.png", more / "w.png")
+    assert len({before, changed, load_data(settings).fingerprint}) == 3
+
+
+def test_hostile_files_are_refused_all_at_once(photos: Path, more: Path) -> None:
+    (more / "one" / "broken.png").write_text("no image")
+    (more / "empty.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"(?s)2 unreadable images.*empty\.jpg: empty file.*broken\.png: no image"):
+        load_data(DataSettings(source=str(photos), size=8, unlabeled=str(more)))
+    (more / "out.png").symlink_to(photos / "a" / "0.png")
+    (more / "loop").symlink_to(more)
+    with pytest.raises(DataError, match=r"(?s)2 problems.*a link to a folder.*a link out of the data folder"):
+        load_data(DataSettings(source=str(photos), size=8, unlabeled=str(more)))
+
+
+def test_missing_and_empty_folders(photos: Path, tmp_path: Path) -> None:
+    for wrong in (tmp_path / "nowhere", photos / "a" / "0.png"):
+        with pytest.raises(UsageError, match=r"data\.unlabeled: no folder"):
+            load_data(DataSettings(source=str(photos), size=8, unlabeled=str(wrong)))
+    check_source(DataSettings(source=str(photos)))
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    with pytest.raises(DataError, match="empty: no images"):
+        list_images(tmp_path / "empty")
+
+
+def test_images_of_val_and_test_are_not_learned_from(photos: Path, more: Path) -> None:
+    with pytest.raises(DataError, match=r"(?s)2 of the unlabeled images are images of val, for example.*a folder"):
+        load_data(DataSettings(source=str(photos), size=8, unlabeled=str(photos)))
+    for split, seeds in (("train", (1, 2)), ("val", (3, 4)), ("test", (5, 6))):
+        for seed, name in zip(seeds, "ab", strict=True):
+            add(more.parent / "split" / split / name / f"{seed}.png", seed)
+    source = more.parent / "split"
+    data = load_data(DataSettings(source=str(source), size=8, unlabeled=str(source / "train")))
+    assert data.unlabeled is not None  # training images without their labels are no secret
+    assert len(data.unlabeled) == 2
+    with pytest.raises(DataError, match="2 of the unlabeled images are images of test"):
+        load_data(DataSettings(source=str(source), size=8, unlabeled=str(source / "test")))
+
+
+def test_data_from_python_may_bring_them_or_take_the_folder(photos: Path, more: Path) -> None:
+    data = load_data(DataSettings(source=str(photos), size=8))
+    found = load_data(DataSettings(size=8, unlabeled=str(more)), data)
+    assert found.unlabeled is not None
+    assert len(found.unlabeled) == 3
+    own = replace(data, unlabeled=ArraySet(np.zeros((2, 8, 8), dtype=np.uint8), [0, 0], ["p", "q"]))
+    assert load_data(DataSettings(size=8), own).unlabeled is own.unlabeled
+    with pytest.raises(UsageError, match="not from both"):
+        load_data(DataSettings(size=8, unlabeled=str(more)), own)
+
+
+def test_their_labels_never_count(more: Path) -> None:
+    labeled = ArraySet(np.zeros((3, 8, 8), dtype=np.uint8), [0, 1, 1], ["a", "b", "c"])
+    named = ArraySet(np.ones((2, 8, 8), dtype=np.uint8), [1, 1], ["d", "e"])
+    joined = Joined(labeled, named)
+    assert joined.labels.tolist() == [0, 1, 1, -100, -100]
+    assert joined.names == ("a", "b", "c", "d", "e")
+    assert [joined.pixels(i)[0, 0, 0] for i in range(5)] == [0, 0, 0, 1, 1]
+    files = UnlabeledFiles(more, list_images(more))
+    loader = Loader(labeled, InputSpec(8), batch_size=3, unlabeled=files)
+    assert next(loader.epoch()).labels.tolist() == [0, 1, 1, -100, -100, -100]
