@@ -1,6 +1,8 @@
-"""Write the tables of the docs and the README that follow from the code, so that they cannot say anything else.
+"""Write what in the docs and the README follows from the code, so that they cannot say anything else.
 
 Usage: python scripts/docs_tables.py [--check]   ("--check" writes nothing and fails where a page is not up to date)
+
+Tables stand in pages that people write; the pages of the methods are made as a whole (scripts/method_pages.py).
 
 A table stands between ``<!-- begin: table NAME -->`` and ``<!-- end -->``; NAME is a key of TABLES.
 """
@@ -18,16 +20,18 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import method_pages
+
 from potstill import errors
 from potstill.artifacts import write_text
 from potstill.data.settings import AugmentSettings, DataSettings
-from potstill.experiments.recipe import Recipe, StageSettings, list_recipes, load_recipe
-from potstill.methods import METHODS
-from potstill.methods.catalog import REQUIRED, entry
+from potstill.experiments.recipe import Recipe, StageSettings, TeachersSettings, list_recipes, load_recipe
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAVIGATION = method_pages.NAVIGATION
 BLOCK = re.compile(r"<!-- begin: table (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 PLAIN = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -64,9 +68,12 @@ def allowed(field: FieldInfo) -> str:
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """The members of a union; anything else alone."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return list(typing.get_args(annotation))
+    """The members of a union, also of one inside another; anything else alone."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return alternatives(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for each in typing.get_args(annotation) for member in alternatives(each)]
     return [annotation]
 
 
@@ -78,11 +85,13 @@ def kind(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     if origin in (list, tuple):
-        inner = PLAIN[arguments[0]]
-        return f"list of {inner}s" if origin is list else f"{len(arguments)} {inner}s"
+        inner = PLAIN.get(arguments[0])
+        if origin is tuple:
+            return f"{len(arguments)} {inner}s"
+        return f"list of {inner}s" if inner else f"list of {kind(arguments[0])}"
     if annotation in PLAIN:
         return PLAIN[annotation]
-    return f"see [{annotation.__name__}](#{annotation.__name__.lower()})"
+    return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
 
 
 def meaning(field: FieldInfo) -> str:
@@ -91,18 +100,10 @@ def meaning(field: FieldInfo) -> str:
     return (section.__doc__ or "").splitlines()[0]
 
 
-def methods_table() -> str:
-    """Name, summary and options of each method."""
-    rows = []
-    for name in METHODS:
-        method = entry(name)
-        options = [
-            f"`{key}`: {option.allowed.replace('str', 'text')}, "
-            + ("required" if option.default is REQUIRED else f"default {option.default}")
-            for key, option in method.options.items()
-        ]
-        rows.append((f"`{name}`", " ".join(method.summary.split()), "; ".join(options) or "none"))
-    return table(("method", "what it does", "options"), rows)
+def methods_table(folder: str) -> str:
+    """Every method with its paper, needs and price; ``folder`` is where its page lies, seen from the table's page."""
+    head, *rows = method_pages.table_of_methods(folder)
+    return table(head, rows)
 
 
 def recipes_table() -> str:
@@ -143,10 +144,13 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "Recipe": lambda: settings_table(Recipe),
     "StageSettings": lambda: settings_table(StageSettings),
+    "TeachersSettings": lambda: settings_table(TeachersSettings),
     "DataSettings": lambda: settings_table(DataSettings),
     "AugmentSettings": lambda: settings_table(AugmentSettings),
     "TrainingSettings": lambda: settings_table(TrainingSettings),
-    "methods": methods_table,
+    "methods": lambda: methods_table("docs/methods/"),
+    "methods index": lambda: methods_table("methods/"),
+    "method prices": method_pages.measured_on,
     "recipes": recipes_table,
     "exit codes": exit_codes_table,
 }
@@ -157,16 +161,35 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda m: f"<!-- begin: table {m[1]} -->\n\n{TABLES[m[1]]()}\n\n<!-- end -->", text)
 
 
+def wanted() -> dict[Path, str | None]:
+    """What each file that follows from the code should hold; None: it should not be there."""
+    found: dict[Path, str | None] = {path: filled(path.read_text("utf-8")) for path in PAGES}
+    found[NAVIGATION] = method_pages.navigation(NAVIGATION.read_text("utf-8"))
+    found |= dict.fromkeys(method_pages.FOLDER.glob("*.md"))
+    return found | method_pages.pages()
+
+
+def stale() -> dict[Path, str | None]:
+    """Those of ``wanted`` that hold something else."""
+    return {
+        path: text for path, text in wanted().items() if (path.read_text("utf-8") if path.is_file() else None) != text
+    }
+
+
 def main() -> int:
-    """Fill all pages; 1 where ``--check`` found one that is not up to date."""
-    stale = [page for page in PAGES if filled(page.read_text("utf-8")) != page.read_text("utf-8")]
-    for page in stale:
-        if "--check" in sys.argv[1:]:
-            sys.stderr.write(f"{page.relative_to(ROOT)} is not up to date: run python scripts/docs_tables.py\n")
+    """Write all files; 1 where ``--check`` found one that is not up to date."""
+    checks = "--check" in sys.argv[1:]
+    found = stale()
+    for path, text in found.items():
+        if checks:
+            sys.stderr.write(f"{path.relative_to(ROOT)} is not up to date: run python scripts/docs_tables.py\n")
+        elif text is None:
+            path.unlink()
         else:
-            write_text(page, filled(page.read_text("utf-8")))
-            sys.stdout.write(f"{page.relative_to(ROOT)}: written\n")
-    return int("--check" in sys.argv[1:] and bool(stale))
+            write_text(path, text)
+        if not checks:
+            sys.stdout.write(f"{path.relative_to(ROOT)}: {'removed' if text is None else 'written'}\n")
+    return int(checks and bool(found))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from potstill.experiments.recipe import load_recipe
 from potstill.models.model_file import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -89,8 +89,8 @@ def test_every_command_that_trains_names_settings_that_exist(page, tmp_path):
             continue
         given = parse(words)
         recipe = given["recipe"] if not given["recipe"].endswith(".yaml") else "quickstart"
-        model = given["teacher"] if given["teacher"] and not given["teacher"].startswith("runs/") else None
-        flags = {"--data": given["data"], "--teacher": model, "--seed": given["seed"]}
+        teachers = [name for name in given["teacher"] or [] if not name.startswith("runs/")]
+        flags = {"--data": given["data"], "--teacher": teachers or None, "--seed": given["seed"]}
         load_recipe(recipe, given["settings"] or (), flags=flags, data_needed=False)
 
 

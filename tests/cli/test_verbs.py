@@ -68,6 +68,19 @@ def test_run_trains_everything_and_says_what_to_do_next(
     assert captured.err == "the pipeline ran\n"
 
 
+def test_several_teachers_by_a_repeated_flag(calls: list[dict[str, Any]]) -> None:
+    assert main(["run", "quickstart", "--teacher", "resnet18", "--teacher", "cifar/vgg8@pretrained"]) == 0
+    assert main(["run", "quickstart", "--teacher", "resnet18", "--name", "one"]) == 0
+    assert main(["run", "quickstart", "--name", "none"]) == 0
+
+    teachers = [[(each.model, each.weights) for each in call["recipe"].each_teacher] for call in calls]
+    assert teachers == [
+        [("resnet18", None), ("cifar/vgg8", "pretrained")],
+        [("resnet18", None)],
+        [("cifar/vgg8", None)],
+    ]
+
+
 def test_train_carries_out_one_stage_under_a_name_of_its_own(
     calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from potstill.artifacts import digest
 from potstill.errors import ArtifactError
+from potstill.features.remodel import rebuild
 from potstill.inputs import InputSpec
 from potstill.models import model_file
 from potstill.models.classifier import Classifier
@@ -129,6 +130,8 @@ def forge(folder, **changes):
         ({"input": {"size": 32}}, "mean"),
         ({"input": "small"}, "cannot be used"),
         ({"sha256": None}, "damaged"),
+        ({"remodelled": 7}, "cannot be used"),
+        ({"remodelled": {"name": "merged_stage", "stage": "stage2", "channels": 32}}, "missing: network"),
         ({"facts": {"epochs": 4}}, None),
     ],
 )
@@ -195,3 +198,29 @@ def test_predict_gives_probabilities_and_keeps_the_mode():
     with torch.no_grad():
         logits = subject.module.eval()(images).double()
     torch.testing.assert_close(probabilities.double(), logits.exp() / logits.exp().sum(1, keepdim=True))
+
+
+def test_a_remodelled_network_is_built_again_without_its_method(tmp_path):
+    before = classifier()
+    facts = {"name": "merged_stage", "stage": "stage2", "channels": 32}
+    before.module = rebuild(before.module, facts).eval()
+    before.remodelled = before.module.facts
+    save_model(before, tmp_path)
+    after = load_model(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(after.module(images), before.module(images))
+    assert after.remodelled == before.remodelled
+    assert json.loads((tmp_path / "model.json").read_text())["remodelled"]["stage"] == "stage2"
+
+
+def test_facts_of_no_remodelled_network_are_refused(tmp_path):
+    before = classifier()
+    before.remodelled = {"name": "no such thing"}
+    save_model(before, tmp_path)
+    with pytest.raises(ArtifactError, match="no remodelled network 'no such thing'"):
+        load_model(tmp_path)
+
+
+def test_a_plain_network_says_nothing_of_remodelling(saved):
+    assert "remodelled" not in json.loads((saved / "model.json").read_text())
+    assert load_model(saved).remodelled is None

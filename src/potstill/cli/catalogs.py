@@ -40,27 +40,17 @@ def models(
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this method's options.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show all about this method.")] = None,
 ) -> None:
-    """List the methods, or show one with its options."""
-    from potstill.methods import list_methods
-    from potstill.methods.catalog import REQUIRED, entry
+    """List the methods by kind, or show one: paper, loss, needs, options, presets, published figures, price, traps."""
+    from potstill.cli.method_text import list_text, method_text
 
-    if name is None:
-        _columns({name: entry(name).summary for name in list_methods()})
+    if name is not None:
+        sys.stdout.write(method_text(name))
         return
-    method = entry(name)
-    sections = [method.summary, method.paper, method.doc.split("\n\nArgs:")[0] if method.doc else ""]
-    sys.stdout.write("\n\n".join(text for text in sections if text) + "\n")
-    if method.options:
-        sys.stdout.write("\nOptions (method.NAME in a recipe):\n")
-        _columns(
-            {
-                f"  {key}": f"{option.allowed}, "
-                + ("required" if option.default is REQUIRED else f"default {option.default}")
-                for key, option in method.options.items()
-            }
-        )
+    rows = list_text()
+    names, kinds = (max(len(row[at]) for row in rows) for at in (0, 1))
+    sys.stdout.write("".join(f"{name:<{names}}  {kind:<{kinds}}  {summary}\n" for name, kind, summary in rows))
 
 
 def _columns(rows: dict[str, str]) -> None:

@@ -11,10 +11,13 @@ Data = Annotated[
     str | None, typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or a data set's name.")
 ]
 Teacher = Annotated[
-    str | None,
-    typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder to start from."),
+    list[str] | None,
+    typer.Option(
+        metavar="M",
+        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder to start from; repeat it for several.",
+    ),
 ]
-Student = Annotated[str | None, typer.Option(metavar="M", help="Likewise.")]
+Student = Annotated[str | None, typer.Option(metavar="M", help="Likewise, once.")]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder; the recipe's where not given.")]
 Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds the run folders.")]
 Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
@@ -46,7 +49,7 @@ def run(
     overwrite: Overwrite = False,
 ) -> None:
     """Train teacher, baseline and distilled student, and report."""
-    flags = {"--data": data, "--teacher": teacher, "--student": student, "--seed": seed}
+    flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
     folder = _pipeline(recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None)
     _finish(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
 
@@ -67,13 +70,16 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train one stage alone: a teacher or a baseline."""
-    flags = {"--data": data, "--teacher": teacher, "--student": student, "--seed": seed}
+    flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
     folder = _pipeline(
         recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
     )
     if stage is Stage.teacher:
         same_data = ["--data", data] if data else []
-        _finish(folder, next_command=["potstill", "run", recipe, *same_data, "--teacher", str(folder)])
+        trained = sorted(folder.glob("teacher*/model.json"))
+        teachers = [folder] if len(trained) < 2 else [model.parent for model in trained]
+        flags_again = [part for teacher_folder in teachers for part in ("--teacher", str(teacher_folder))]
+        _finish(folder, next_command=["potstill", "run", recipe, *same_data, *flags_again])
     else:
         _finish(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
 

@@ -18,6 +18,7 @@ class Classifier:
     class_names: tuple[str, ...]  # of the K logits, in order
     input: InputSpec
     facts: dict[str, Any] = field(default_factory=dict)  # how it was trained: anything that JSON can say
+    remodelled: dict[str, Any] | None = None  # where other last layers took the architecture's place; see `rebuild`
 
     def predict(self, images: Tensor) -> Tensor:
         """Probabilities [B, K] of images [B, 3, S, S] that were prepared as ``input`` says.

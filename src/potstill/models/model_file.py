@@ -5,6 +5,8 @@
     {"schema": 1, "architecture": "resnet18", "class_names": ["cat", "dog"],
      "input": {"size": 224, "mean": [...], "std": [...], "fit": "crop", "crop_share": 1.0},
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
+
+and, only where a method put other layers into the network, ``"remodelled"``: what ``features.remodel.rebuild`` takes.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from potstill.artifacts import digest, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
+from potstill.features.remodel import rebuild
 from potstill.inputs import InputSpec
 from potstill.models import state_dict
 from potstill.models.build import build
@@ -50,6 +53,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "architecture": classifier.architecture,
         "class_names": list(classifier.class_names),
         "input": dataclasses.asdict(classifier.input),
+        **({} if classifier.remodelled is None else {"remodelled": classifier.remodelled}),
         "facts": classifier.facts,
         "sha256": digest(weights),
     }
@@ -63,6 +67,8 @@ def load_model(path: Path) -> Classifier:
 
     Nothing is parsed as tensors before its SHA-256 has been compared, no code is run from either file, and the global
     random state stays as it was.
+
+    A network that a method remodelled is built as it was deployed.
 
     Raises:
         ArtifactError: missing, damaged, or not fitting the architecture that it names.
@@ -87,12 +93,14 @@ def load_model(path: Path) -> Classifier:
         names = tuple(map(str, body["class_names"]))
         with torch.random.fork_rng(devices=[]):
             module = build(body["architecture"], len(names), size=spec.size)
+            remodelled = body.get("remodelled")
+            module = module if remodelled is None else rebuild(module, remodelled)
         new_head = state_dict.load(module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS))
     except (KeyError, TypeError, AttributeError, UsageError, SafetensorError) as error:
         raise ArtifactError(f"{folder / FACTS} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS} has a head for another number of classes than {FACTS} names")
-    return Classifier(module.eval(), body["architecture"], names, spec, body.get("facts", {}))
+    return Classifier(module.eval(), body["architecture"], names, spec, body.get("facts", {}), remodelled)
 
 
 def _input_spec(wish: dict[str, Any]) -> InputSpec:

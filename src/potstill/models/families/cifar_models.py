@@ -7,7 +7,11 @@ from torch import nn
 
 from potstill.errors import UsageError
 from potstill.inputs import InputSpec, Triple
+from potstill.models.cifar.bottleneck_resnet import BottleneckResNet
+from potstill.models.cifar.mobilenet_v2 import MobileNetV2
 from potstill.models.cifar.resnet import WIDTHS_X4, ResNet
+from potstill.models.cifar.shufflenet_v1 import ShuffleNetV1
+from potstill.models.cifar.shufflenet_v2 import ShuffleNetV2
 from potstill.models.cifar.vgg import VGG
 from potstill.models.cifar.wide_resnet import WideResNet
 
@@ -22,6 +26,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet110": lambda classes, chans: ResNet(110, classes, chans),
     "resnet8x4": lambda classes, chans: ResNet(8, classes, chans, WIDTHS_X4),
     "resnet32x4": lambda classes, chans: ResNet(32, classes, chans, WIDTHS_X4),
+    "resnet50": lambda classes, chans: BottleneckResNet(50, classes, chans),
     "wrn_16_1": lambda classes, chans: WideResNet(16, 1, classes, chans),
     "wrn_16_2": lambda classes, chans: WideResNet(16, 2, classes, chans),
     "wrn_28_10": lambda classes, chans: WideResNet(28, 10, classes, chans),
@@ -32,6 +37,9 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "vgg13": lambda classes, chans: VGG(13, classes, chans),
     "vgg16": lambda classes, chans: VGG(16, classes, chans),
     "vgg19": lambda classes, chans: VGG(19, classes, chans),
+    "mobilenetv2": lambda classes, chans: MobileNetV2(classes, chans),
+    "shufflenetv1": lambda classes, chans: ShuffleNetV1(classes, chans),
+    "shufflenetv2": lambda classes, chans: ShuffleNetV2(classes, chans),
 }
 
 

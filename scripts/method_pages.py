@@ -1,0 +1,235 @@
+"""A page for each method, its lines in the navigation, and the tables of methods: all from the methods' source."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from potstill.book.about import About, about, by_kind, measured
+from potstill.book.declared import declared_layers, declared_needs
+from potstill.cli.method_text import option_text, price_text
+from potstill.experiments.recipe import list_recipes
+from potstill.methods import list_methods
+from potstill.methods.catalog import REQUIRED, Option
+from potstill.methods.needs import Needs
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "methods"
+NAVIGATION = ROOT / "zensical.toml"
+MADE = "<!-- made by scripts/docs_tables.py from src/potstill/methods: change it there -->"
+NAV_BLOCK = re.compile(r"(    # begin: methods\n).*?(    # end: methods\n)", re.DOTALL)
+
+_PAIR = "cifar100/resnet32x4-resnet8x4"  # the one that every table has
+
+TWO_HEADS = "deit_tiny_distilled_patch16_224"  # a student for methods that want one with a second head
+
+# What goes without saying in a table of few words.
+_COMMON = {"teacher", "epoch progress", "labels of every image", "two images a batch or more", "number of classes",
+           "average pooling before the head"}  # fmt: skip
+
+
+def pages() -> dict[Path, str]:
+    """Every file that is made here as a whole, with its text."""
+    return {FOLDER / f"{name}.md": page(name) for name in list_methods()}
+
+
+def navigation(text: str) -> str:
+    """The site's settings with the pages of the methods by kind."""
+    lines = []
+    for kind, names in by_kind().items():
+        if names:
+            listed = ", ".join(f'{{ "{name}" = "methods/{name}.md" }}' for name in names)
+            lines.append(f'    {{ "{kind.capitalize()}" = [{listed}] }},\n')
+    return NAV_BLOCK.sub(lambda match: match[1] + "".join(lines) + match[2], text)
+
+
+def table_of_methods(folder: str) -> list[tuple[str, ...]]:
+    """Head and rows; ``folder`` leads from the page with the table to the pages of the methods."""
+    rows: list[tuple[str, ...]] = [("method", "paper", "needs", "time", "memory")]
+    for names in by_kind().values():
+        rows += [_row(about(name), folder) for name in names]
+    return rows
+
+
+def _row(found: About, folder: str) -> tuple[str, ...]:
+    name = found.entry.name
+    title = found.entry.summary.partition(":")[0].strip(" .")
+    paper = f"[{found.paper.venue}]({found.paper.url})" if found.paper else ""
+    needs = ", ".join(need for need in found.needs if need not in _COMMON) or "logits"
+    price = (f"{found.price.time:.2f}", f"{found.price.memory:.2f}") if found.price else ("", "")
+    return (f"[`{name}`]({folder}{name}.md) {title}", paper, needs, *price)
+
+
+def page(name: str) -> str:
+    """The page of one method."""
+    found = about(name)
+    parts = [f"# {name}", MADE, _head(found), *_loss(found), f"**Needs**: {', '.join(found.needs)}."]
+    parts += ["## Use", f"```yaml\n{recipe(found)}```", *_command(found), f"```python\n{snippet(name)}```"]
+    if found.options:
+        parts += ["## Options", _options(found.options)]
+    if found.entry.presets:
+        presets = [(f"`{key}`", _settings(value)) for key, value in found.entry.presets.items()]
+        parts += ["## Presets", "The authors' options for one pair of networks, for `method.preset`.",
+                  _table(("preset", "options"), presets)]  # fmt: skip
+    if found.entry.published:
+        published = [(_words(key), f"{value:.2f}") for key, value in found.entry.published.items()]
+        parts += ["## Published", "Top-1 of the student in percent, as published; measured elsewhere, not here.",
+                  _table(("teacher → student", "top-1"), published)]  # fmt: skip
+    parts += ["## Price", _price(found)]
+    if found.notes:
+        parts += ["## Notes", _prose(found.notes)]
+    if found.traps:
+        parts += ["## Traps", "\n".join(f"- {_prose(trap)}" for trap in found.traps)]
+    return "\n\n".join(parts) + "\n"
+
+
+def recipe(found: About) -> str:
+    """The method's part of a recipe, every option at its default."""
+    options = {key: _given(option) for key, (option, _) in found.options.items()}
+    text: str = yaml.safe_dump(
+        {"method": {"name": found.entry.name, **options}}, sort_keys=False, default_flow_style=None, width=100
+    )
+    if text.startswith("method: {"):  # few options fit into one line, but the others are written so
+        text = yaml.safe_dump({"method": {"name": found.entry.name, **options}}, sort_keys=False)
+    return text
+
+
+def snippet(name: str) -> str:
+    """A loop of one step, with all that the method needs."""
+    needs = declared_needs(name) or Needs(epoch=True)  # around others: these may be anything
+    student = TWO_HEADS if "head_dist" in declared_layers(name) else "cifar/resnet8"
+    given = {key: _given(option) for key, (option, _) in about(name).options.items() if option.default is REQUIRED}
+    method = ", ".join([f'"{name}"', *(f"{key}={json.dumps(value)}" for key, value in given.items())])
+    return "".join(f"{line}\n" for line in _lines(needs, method, student))
+
+
+def _lines(needs: Needs, method: str, student: str) -> Iterator[str]:
+    extra = ""
+    yield "import torch"
+    yield "from potstill import Distiller, create_method, create_model"
+    if needs.prepare:
+        yield "from potstill.types import Batch"
+    yield ""
+    yield f'student = create_model("{student}", 10, size=32)'
+    if needs.members:
+        yield 'teacher = [create_model(f"cifar/{name}", 10, size=32) for name in ("resnet14", "resnet20")]  # trained'
+    elif needs.teacher:
+        yield 'teacher = create_model("cifar/resnet20", 10, size=32)  # yours, trained'
+    yield "images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 10"
+    teacher = "teacher" if needs.teacher else "None"
+    arguments = f"student, {teacher}, create_method({method}), example=images"
+    if needs.index:
+        yield "index, train_labels = torch.arange(8), labels  # sample ids; the label of every training image"
+        arguments, extra = f"{arguments}, train_labels=train_labels", f"{extra}, index=index"
+    if needs.batch_size:
+        arguments += ", batch_size=8"
+    if needs.second != "none":
+        what = "another view of each image" if needs.second == "strong" else "for each image another of its class"
+        yield f"second = torch.randn(8, 3, 32, 32)  # {what}"
+        extra += ", second=second"
+    yield ""
+    yield f"distiller = Distiller({arguments})"
+    if needs.prepare:
+        yield "distiller.prepare(lambda: iter([Batch(images, labels)]))  # passes over the training images"
+    if needs.epoch:
+        yield "distiller.start_epoch(0, epochs=100)  # before each epoch"
+    yield f"step = distiller(images, labels{extra})"
+    yield "step.loss.backward()  # then an optimizer's step on distiller.trained_parameters()"
+    yield "print({name: term.item() for name, term in step.terms.items()})"
+
+
+def _given(option: Option) -> Any:
+    """The default; where there is none, an example."""
+    if option.default is not REQUIRED:
+        return option.default
+    if option.annotation == "MethodSettings":
+        return {"name": "kd"}
+    return [{"name": "kd"}, {"name": "at", "weight": 0.5}] if option.annotation == "list[MethodSettings]" else 1
+
+
+def _head(found: About) -> str:
+    text = _prose(found.entry.summary)
+    if found.paper is None:
+        return text
+    paper = found.paper
+    return f"{text}\n\n{paper.authors}, [{paper.title}]({paper.url}), {paper.venue}."
+
+
+def _loss(found: About) -> list[str]:
+    parts = ["## Loss", _prose(found.loss)]
+    if found.terms:
+        width = max(map(len, found.terms))
+        rows = "\n".join(f"{key:<{width}}  {text}" for key, text in found.terms.items())
+        parts += [f"```text\n{rows}\n```"]
+    return parts
+
+
+def _command(found: About) -> list[str]:
+    """With a preset, on the pair of networks that it is for, where a recipe for that pair ships."""
+    name, shipped = found.entry.name, list_recipes()
+    if any(option.default is REQUIRED for option, _ in found.options.values()) or found.kind == "several teachers":
+        return []
+    pairs = [key for key in (_PAIR, *found.entry.presets) if key in found.entry.presets and key in shipped]
+    pair = next(iter(pairs), None)
+    if pair is None:
+        networks = "--teacher cifar/resnet14" + (
+            f" --student {TWO_HEADS}" if "head_dist" in declared_layers(name) else ""
+        )
+        return [f"```sh\npotstill run quickstart {networks} --set method.name={name}\n```"]
+    return [f"```sh\npotstill run {pair} --set method.name={name} --set method.preset={pair}\n```"]
+
+
+def _options(options: dict[str, tuple[Option, str]]) -> str:
+    rows = []
+    for key, (option, meaning) in options.items():
+        allowed, default = option_text(option, "").rsplit(", ", 1)
+        rows.append((f"`{key}`", _code(default.removeprefix("default ")), allowed, _prose(meaning)))
+    return _table(("option", "default", "allowed", "what it is"), rows)
+
+
+def _price(found: About) -> str:
+    if found.price is None:
+        return "Not measured yet."
+    return price_text(found.price)[:1].upper() + price_text(found.price)[1:] + " [How](../methods.md#price)."
+
+
+def measured_on() -> str:
+    """The machine and the networks of the measured prices, in one paragraph."""
+    facts = measured()
+    if not facts:
+        return "Not measured yet."
+    machine, plain = facts["machine"], facts["plain"]
+    return (
+        f"Measured with `{facts['teacher']}` → `{facts['student']}`, batches of {facts['batch']} images of "
+        f"{facts['size']} px and {facts['classes']} classes, on {machine['processor']} ({machine['threads']} threads, "
+        f"torch {machine['torch']}), {facts['rounds']} rounds. A step on labels alone took "
+        f"{plain['seconds']:.2f} s and {plain['mebibytes']:,.0f} MiB; running the teacher on one batch takes "
+        f"{plain['teacher']:.2f} of such a step."
+    )
+
+
+def _words(pair: str) -> str:
+    data, _, networks = pair.partition("/")
+    return f"{data}: {networks.replace('-', ' → ')}" if networks else data
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{key}: {value}`" for key, value in settings.items())
+
+
+def _code(default: str) -> str:
+    return default if default == "required" else f"`{default}`"
+
+
+def _prose(text: str) -> str:
+    """Paragraphs on one line each, one space between sentences."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.replace("``", "`").split("\n\n"))
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

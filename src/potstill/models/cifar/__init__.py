@@ -1,0 +1,1 @@
+"""The small networks of the distillation literature, written from their papers: one file each."""
