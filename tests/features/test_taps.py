@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.taps import tap
+from potstill.features.taps import tap
 
 
 class Pair(nn.Module):

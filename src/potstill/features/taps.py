@@ -30,7 +30,7 @@ def tap(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     handles = []
     try:
         for path in paths:
-            handles.append(_submodule(model, path).register_forward_hook(_keep(features, path)))
+            handles.append(submodule(model, path).register_forward_hook(_keep(features, path)))
         yield features
     finally:
         for handle in handles:
@@ -46,7 +46,12 @@ def _keep(features: dict[str, Tensor], path: str) -> Callable[[nn.Module, Any, A
     return hook
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module:
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The submodule with this path.
+
+    Raises:
+        UsageError: there is none; names the nearest.
+    """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if path not in modules or not path:
         first = ", ".join(sorted(name for name in modules if name)[:6])
