@@ -139,6 +139,29 @@ def test_gradient_reaches_every_trained_parameter(name):
 
 
 @each_method
+def test_whatever_learns_is_among_the_trained_parameters(name):
+    """A variance in a plain list, or an adapter that the optimizer never hears of, would stand still for ever."""
+    distiller = make(name)
+    trained = {id(p) for _, p in distiller.trained_parameters()}
+    for result in all_phases(distiller):
+        assert {id(leaf) for leaf in leaves(result.loss)} <= trained
+
+
+def leaves(loss: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a backward pass leaves gradients in."""
+    found, waiting, seen = [], [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+@each_method
 def test_optimizer_steps_move_student_and_adapters(name):
     distiller = make(name)
     before = {key: p.detach().clone() for key, p in distiller.trained_parameters()}
