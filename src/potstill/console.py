@@ -12,10 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from potstill.experiments.stage_names import in_order
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-STAGES = ("teacher", "baseline", "distilled")
 _WIDTH = 100  # characters of running text
 _COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
 
@@ -160,9 +161,9 @@ def say_next(command: list[str]) -> None:
 
 
 def results_table(stages: Mapping[str, Any]) -> list[str]:
-    """Teacher, baseline and distilled with their test figures, as aligned lines; absent stages are left out."""
+    """Every stage with its test figures, as aligned lines; absent stages are left out."""
     rows = [_COLUMNS]
-    for name in (name for name in STAGES if name in stages):
+    for name in in_order(stages):
         stage = stages[name]
         test, model = stage.get("test") or {}, stage.get("model") or {}
         p50 = (stage.get("latency_ms") or {}).get("p50")

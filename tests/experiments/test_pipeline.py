@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn import metrics as sk
 
 from potstill.errors import ArtifactError, DataError, UsageError
@@ -191,6 +192,18 @@ def test_resume_refuses_other_settings_by_name(recipe, tmp_path):
     with pytest.raises(UsageError, match=r"training\.lr: was 0\.003, now 0\.01"):
         pipeline.run(recipe(**{"training.lr": 0.01}), root=tmp_path, stages=("baseline",), resume=True)
     pipeline.run(recipe(**{"data.workers": 1}), root=tmp_path, stages=("baseline",), resume=True)
+
+
+def test_resume_fills_in_what_an_older_recipe_did_not_know(recipe, tmp_path):
+    path = pipeline.run(recipe(), root=tmp_path, stages=("baseline",))
+    older = yaml.safe_load((path / "recipe.yaml").read_text())
+    for key in ("generations", "layers", "assistants", "teachers"):
+        del older[key]
+    del older["teacher"]["size"]
+    (path / "recipe.yaml").write_text(yaml.safe_dump(older))
+    pipeline.run(recipe(), root=tmp_path, stages=("baseline",), resume=True)
+    with pytest.raises(UsageError, match="generations: was 1, now 2"):
+        pipeline.run(recipe(generations=2), root=tmp_path, stages=("baseline",), resume=True)
 
 
 def test_resume_refuses_other_images(photographs, recipe, tmp_path):

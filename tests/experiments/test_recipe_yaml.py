@@ -14,7 +14,8 @@ def test_every_key_knows_its_line_and_column() -> None:
     assert document.places.find(("a",)) == "r.yaml:1:1"
     assert document.places.find(("b", "c")) == "r.yaml:3:3"
     assert document.places.find(("b", "d", "e")) == "r.yaml:4:7"
-    assert document.places.find(("b", "c", 1)) == "r.yaml:3:3"  # what encloses it
+    assert document.places.find(("b", "c", 1)) == "r.yaml:3:10"
+    assert document.places.find(("b", "c", 2)) == "r.yaml:3:3"  # what encloses it
     assert document.places.find(("z",)) == "r.yaml"
 
 

@@ -12,7 +12,7 @@ KD = {"name": "kd", "temperature": 4.0, "alpha": 0.1}
 
 
 def test_terms_are_weighted_and_there_is_one_cross_entropy():
-    combined = create_method("combined", methods=[KD | {"weight": 2.0}, {"name": "kd", "alpha": 0.5}], ce_weight=0.3)
+    combined = create_method("combined", methods=[KD | {"factor": 2.0}, {"name": "kd", "alpha": 0.5}], ce_weight=0.3)
     terms = combined(STUDENT, TEACHER, BATCH)
     first = create_method(**KD)(STUDENT, TEACHER, BATCH)["kd"]
     second = create_method("kd")(STUDENT, TEACHER, BATCH)["kd"]
@@ -35,7 +35,7 @@ def test_needs_are_united():
         ([KD], "two methods or more"),
         ([KD, {"name": "kdd"}], r"methods\[1\].*did you mean 'kd'"),
         ([KD, {"name": "kd", "temprature": 1}], r"methods\[1\].*did you mean 'temperature'"),
-        ([KD, KD | {"weight": -1}], r"methods\[1\].weight"),
+        ([KD, KD | {"factor": -1}], r"methods\[1\].factor"),
         ([KD, {"temperature": 1}], r"methods\[1\].name must be given"),
         ([KD, {"name": "cskd"}, {"name": "mlld"}], "different second images"),
     ],
@@ -48,3 +48,9 @@ def test_bad_lists_are_refused(methods, message):
 def test_what_comes_from_labels_is_known_of_each():
     combined = create_method("combined", methods=[KD, {"name": "mlld"}])
     assert combined.label_term_names == {"ce", "ce_strong"}
+
+
+def test_a_methods_own_weight_stays_its_own():
+    combined = create_method("combined", methods=[KD, {"name": "at", "weight": 7.0, "factor": 0.5}])
+    assert combined.each()[1].weight == 7.0
+    assert combined.factors == [1.0, 0.5]

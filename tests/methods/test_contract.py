@@ -17,7 +17,7 @@ from potstill.types import Batch
 
 # Options for methods without defaults, and such that eight images are a training set.
 OPTIONS = {
-    "combined": {"methods": [{"name": "kd"}, {"name": "at", "weight": 2.0}]},
+    "combined": {"methods": [{"name": "kd"}, {"name": "at", "factor": 2.0}]},
     "crd": {"negatives": 4},
 }
 EPOCHS = 40

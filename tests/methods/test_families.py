@@ -19,7 +19,7 @@ from potstill.models.create import create_model
 from potstill.types import Batch
 
 OPTIONS = {
-    "combined": {"methods": [{"name": "kd"}, {"name": "at"}, {"name": "fitnet", "weight": 0.5}]},
+    "combined": {"methods": [{"name": "kd"}, {"name": "at"}, {"name": "fitnet", "factor": 0.5}]},
     "crd": {"negatives": 2},
 }
 FAMILIES = (

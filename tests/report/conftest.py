@@ -19,6 +19,12 @@ MODEL = {
 LATENCY = {"teacher": 4.2, "baseline": 1.4, "distilled": 1.4}
 
 
+def like(stage: str) -> str:
+    """Which of the three above a stage of another name is made like."""
+    role = stage.partition("-")[0]
+    return {"assistant": "teacher", "generation": "distilled"}.get(role, role)
+
+
 class RunBuilder:
     """Writes one run folder; counts and accuracies follow from labels and probabilities that it draws."""
 
@@ -56,10 +62,16 @@ class RunBuilder:
             self._epochs(folder, name)
         training = {"epochs": self.epochs, "best_epoch": max(1, self.epochs - 2), "seconds": 83.0}
         training |= {"images_per_second": 321.0, "pick_by": "top1"}
-        latency = {"p50": LATENCY[name], "p95": 1.2 * LATENCY[name], "batch": 1, "threads": 2, "device": "cpu"}
+        latency = {
+            "p50": LATENCY[like(name)],
+            "p95": 1.2 * LATENCY[like(name)],
+            "batch": 1,
+            "threads": 2,
+            "device": "cpu",
+        }
         flat = {s: {k: v for k, v in m.items() if k not in _DETAILS} for s, m in metrics.items()}
         return {
-            "model": {"architecture": ARCHITECTURE[name], "size": 32, **MODEL[name]},
+            "model": {"architecture": ARCHITECTURE[like(name)], "size": 32, **MODEL[like(name)]},
             "training": None if ready else training,
             "latency_ms": latency,
             **flat,
@@ -67,7 +79,9 @@ class RunBuilder:
 
     def _split(self, folder: Path, stage: str, split: str) -> dict[str, Any]:
         labels, classes = self.labels[split], len(self.class_names)
-        probabilities = self._probabilities(labels, min(0.99, self.skill[stage] + (0.06 if split == "train" else 0)))
+        probabilities = self._probabilities(
+            labels, min(0.99, self.skill[like(stage)] + (0.06 if split == "train" else 0))
+        )
         predicted = probabilities.argmax(1)
         if split == "test":
             self.right[stage] = predicted == labels
@@ -98,7 +112,7 @@ class RunBuilder:
             record: dict[str, Any] = {"epoch": epoch, "seconds": 8.3, "lr": 1e-3, "images_per_second": 321.0}
             record["best"] = epoch <= best
             for split, extra in (("train", 0.05), ("val", 0.0)):
-                top1 = min(0.999, done * (self.skill[stage] + extra) + 0.01 * self.random.random())
+                top1 = min(0.999, done * (self.skill[like(stage)] + extra) + 0.01 * self.random.random())
                 ce = 0.05 + 2.2 * (1 - top1)
                 terms = {"ce": ce / 2, "kd": ce / 3} if stage == "distilled" and split == "train" else {"ce": ce}
                 record[split] = {"loss": sum(terms.values()), "terms": terms, "top1": top1, "top3": (1 + top1) / 2}

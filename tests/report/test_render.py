@@ -176,3 +176,29 @@ def test_a_hundred_classes_stay_light(build_run: BuildRun) -> None:
     assert len(html.encode()) < 3_000_000
     assert "All 100 classes" in html
     assert all(html.count(f"<bdi>{name}</bdi>") >= 2 for name in run.class_names)
+
+
+def test_runs_of_other_shapes_than_three_stages(build_run: BuildRun) -> None:
+    builder = build_run(3, epochs=3)
+    builder.stages = ("teacher", "teacher-2", "baseline", "assistant-1", "generation-1", "distilled")
+    gain = {"top1_gain": 0.031, "top1_gain_low": 0.01, "top1_gain_high": 0.05}
+    builder.changes = {
+        "planned": [*builder.stages, "generation-2"],
+        "method": {"name": "combined", "methods": [{"name": "kd"}, {"name": "crd", "factor": 0.8}]},
+        "together": {"teachers": {"of": ["teacher", "teacher-2"], "test": {"top1": 0.9321}}},
+        "comparison": {**gain, "test_images": 81, "others": {"assistant-1": gain}},
+    }
+    folder = builder.write()
+    found = Page(render(folder).read_text(encoding="utf-8"))
+    assert not found.open
+    assert "Not part of this run: generation-2." in found.text
+    assert "combined (methods = kd + 0.8 crd)" in found.text
+    assert re.search(r"assistant-1 ?\d+\.\d % ?\d+\.\d % ?0\.9870 ?\+3\.1 \(\+1\.0 to \+5\.0\)", found.text)
+    assert re.search(r"teachers together \(teacher, teacher-2\) ?93\.2 %", found.text)
+    assert (folder / "generation-1" / "confusion_matrix_test.png").exists()
+
+
+def test_a_run_without_teacher_misses_none(build_run: BuildRun) -> None:
+    builder = build_run(3, epochs=2)
+    builder.stages, builder.changes = ("baseline", "distilled"), {"planned": ["baseline", "distilled"]}
+    assert "Not part of this run" not in render(builder.write()).read_text(encoding="utf-8")

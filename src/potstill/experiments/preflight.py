@@ -1,36 +1,44 @@
 """Everything that can be found wrong before the first training step, found together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from potstill.data.datasets import load_data
 from potstill.data.splits import DataSplits
 from potstill.errors import PotstillError
+from potstill.experiments.data_needs import check_data_needs
+from potstill.experiments.plan import Planned, plan
 from potstill.experiments.recipe import Recipe
+from potstill.experiments.rehearsal import create_stage_method, rehearse
 from potstill.experiments.start import start_network
-from potstill.methods import create_method
 from potstill.models.names import check_model
 from potstill.training.devices import Compute, choose
 from potstill.training.optimizers import optimizer_class
 
 
-def check_all(recipe: Recipe, data: DataSplits | None) -> tuple[DataSplits, Compute]:
-    """Check method, models, optimizers, device and data; load the data.
+def check_all(
+    recipe: Recipe, data: DataSplits | None, planned: Sequence[Planned] | None = None
+) -> tuple[DataSplits, Compute, dict[str, str]]:
+    """Check method, models, optimizers, device and data; load the data; rehearse what a method trains.
+
+    ``planned``: the stages to come; all that the recipe wants where None.
+
+    Returns:
+        Data, device, and for each stage that a method trains the table of its joined layers.
 
     Raises:
         PotstillError: all problems in one message, with the kind (and so the exit code) of the first.
     """
-    options = dict(recipe.method)
-    checks: list[Callable[[], Any]] = [
-        lambda: create_method(options.pop("name"), **options),
-        lambda: check_model(recipe.teacher.model),
-        lambda: check_model(recipe.student.model),
-        lambda: optimizer_class(recipe.stage_training("teacher").optimizer),
-        lambda: optimizer_class(recipe.stage_training("student").optimizer),
-        lambda: choose(recipe.stage_training("teacher")),
-        lambda: choose(recipe.stage_training("student")),
-        lambda: load_data(recipe.data, data),
-    ]
+    planned = plan(recipe) if planned is None else planned
+    settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}
+    checks: list[Callable[[], Any]] = [lambda: create_stage_method(recipe)]
+    for stage in planned:
+        checks += [
+            lambda name=stage.name: check_model(recipe.network(name).model),  # type: ignore[misc]
+            lambda name=stage.name: optimizer_class(settings[name].optimizer),  # type: ignore[misc]
+            lambda name=stage.name: choose(settings[name]),  # type: ignore[misc]
+        ]
+    checks += [lambda: choose(recipe.stage_training("student")), lambda: load_data(recipe.data, data)]
     results: list[Any] = []
     problems: list[PotstillError] = []
     for check in checks:
@@ -41,8 +49,19 @@ def check_all(recipe: Recipe, data: DataSplits | None) -> tuple[DataSplits, Comp
                 problems.append(error)
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
-    *_, compute, splits = results
-    for network in (recipe.teacher, recipe.student):
-        if network.weights is not None:  # loaded again later; better twice than to fail after the teacher's hours
-            start_network(recipe, network, splits.class_names)
-    return splits, compute
+    method, *_, compute, splits = results
+    if not any(stage.distils for stage in planned):
+        for stage in planned:
+            network = recipe.network(stage.name)
+            if network.weights is not None:  # loaded again later; better twice than to fail after hours
+                start_network(recipe, network, splits.class_names)
+        return splits, compute, {}
+    augment = recipe.data.augment or splits.augment
+    check_data_needs(
+        method,
+        mixes=augment.mixes,
+        unlabeled=splits.unlabeled is not None,
+        images=len(splits.train),
+        batch_size=recipe.stage_training("student").batch_size,
+    )
+    return splits, compute, rehearse(recipe, planned, splits)

@@ -5,41 +5,47 @@ from typing import Any
 
 from potstill import artifacts
 from potstill.errors import ArtifactError, PotstillError, UsageError
+from potstill.experiments.recipe_checks import networks
 from potstill.experiments.recipe_yaml import KeyPath
+from potstill.experiments.settings_errors import dotted
 
 # Of a whole run, a teacher starts from the teacher; a student from the best student there is.
 _PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
 
 
 def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
-    """Complete ``model`` of teacher and student from their ``weights`` and name the exact model folder of a run.
+    """Complete ``model`` of each network from its ``weights`` and name the exact model folder of a run.
 
     Changes ``value`` in place; returns which key has weights that cannot be used, and why.
     """
     failures: list[tuple[KeyPath, PotstillError]] = []
-    for stage in _PREFERENCE:
-        section = value.get(stage)
-        if not isinstance(section, dict) or not isinstance(section.get("weights"), str):
+    for path, section in networks(value):
+        if not isinstance(section.get("weights"), str):
             continue
+        name = dotted(path)
         try:
-            _fill(section, stage)
+            _fill(section, name)
         except PotstillError as error:
-            failures.append(((stage, "weights"), type(error)(f"{stage}.weights: {error}")))
+            failures.append(((*path, "weights"), type(error)(f"{name}.weights: {error}")))
             section.setdefault("model", None)
             section["model"] = section["model"] or "?"  # one message about these weights is enough
     return failures
 
 
 def model_card(path: Path, stage: str = "student") -> Path | None:
-    """The model.json of a model file, a model folder or a run folder; None where ``path`` is none of ours."""
+    """The model.json of a model file, a model folder or a run folder; None where ``path`` is none of ours.
+
+    ``stage``: for which key of a recipe, which decides what is taken of a whole run.
+    """
     if path.is_file():
         card = path if path.suffix == ".json" else path.with_suffix(".json")
         return card if card.is_file() and path.stem == "model" else None
-    folders = [path, *(path / name for name in _PREFERENCE[stage])]
+    folders = [path, *(path / name for name in _PREFERENCE["teacher" if stage.startswith("teacher") else "student"])]
     return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
 
 
 def _fill(section: dict[str, Any], stage: str) -> None:
+    """``stage`` is the section's key: "student", "teacher[1]"."""
     weights = section["weights"]
     if weights == "pretrained":
         return

@@ -5,17 +5,19 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from potstill.data.settings import DataSettings
 from potstill.errors import PotstillError, UsageError, nearest
+from potstill.experiments.method_settings import as_mapping
 from potstill.experiments.ready_models import fill_architectures
 from potstill.experiments.recipe_changes import apply_changes
 from potstill.experiments.recipe_checks import find_problems
 from potstill.experiments.recipe_yaml import Document, KeyPath, read, write
-from potstill.experiments.settings_errors import Finding, parse
+from potstill.experiments.settings_errors import ONE, SEVERAL, Finding, parse
+from potstill.experiments.stage_names import number, role
 from potstill.training.settings import TrainingSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
@@ -33,7 +35,23 @@ class StageSettings(BaseModel):
         None, description='"pretrained", a run folder, a model of ours, a state dict; null: random initialisation'
     )
     new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
+    size: int | None = Field(None, ge=8, le=4096, description="its own height and width in pixels; null: data.size")
     training: dict[str, Any] = Field({}, description="what differs from the recipe's shared training settings")
+
+
+class TeachersSettings(BaseModel):
+    """How several teachers speak with one voice."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    combine: Literal["logits", "probabilities"] = Field("logits", description="what is averaged")
+    weights: list[float] | None = Field(None, description="one for each teacher, at least 0; null: equal")
+
+
+Teachers = Annotated[
+    Annotated[StageSettings, Tag(ONE)] | Annotated[list[StageSettings], Tag(SEVERAL)],
+    Discriminator(lambda value: SEVERAL if isinstance(value, (list, tuple)) else ONE),
+]
 
 
 class Recipe(BaseModel):
@@ -45,15 +63,49 @@ class Recipe(BaseModel):
     description: str = Field("", description="one sentence for lists and reports")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of initialisation, order and views")
     data: DataSettings = DataSettings()
-    teacher: StageSettings
+    teacher: Teachers | None = Field(
+        None, description="one network or a list of them; null for methods that learn from no teacher"
+    )
+    teachers: TeachersSettings = TeachersSettings()
+    assistants: list[StageSettings] = Field(
+        [],
+        description="networks between teacher and student, each of which learns from the one before",
+    )
     student: StageSettings
-    method: dict[str, Any] = Field({"name": "kd"}, description="name and options; see `potstill methods`")
+    generations: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="students in a row, each of which learns from the one before",
+    )
+    method: dict[str, Any] = Field(
+        {"name": "kd"}, description="name and options, or a list of methods with factors; see `potstill methods`"
+    )
+    layers: list[tuple[str, str]] | None = Field(
+        None, description="[path in the student, path in the teacher] of each joined pair; null: found by depth"
+    )
     training: TrainingSettings = TrainingSettings()
 
-    def stage_training(self, stage: Literal["teacher", "student"]) -> TrainingSettings:
+    @field_validator("method", mode="before")
+    @classmethod
+    def _one_method(cls, method: Any) -> Any:
+        return as_mapping(method)
+
+    @property
+    def each_teacher(self) -> tuple[StageSettings, ...]:
+        """The teachers, however many."""
+        if self.teacher is None:
+            return ()
+        return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
+
+    def network(self, stage: str) -> StageSettings:
+        """The network of a stage (see ``stage_names``); "student" is also that of baseline and distilled."""
+        several = {"teacher": self.each_teacher, "assistant": tuple(self.assistants)}.get(role(stage))
+        return self.student if several is None else several[number(stage) - 1]
+
+    def stage_training(self, stage: str) -> TrainingSettings:
         """The shared training settings with this stage's own on top."""
-        own = (self.teacher if stage == "teacher" else self.student).training
-        return TrainingSettings.model_validate({**self.training.model_dump(), **own})
+        return TrainingSettings.model_validate({**self.training.model_dump(), **self.network(stage).training})
 
 
 def load_recipe(
@@ -100,7 +152,8 @@ def load_recipe(
 def list_recipes() -> dict[str, Path]:
     """The recipes that ship with potstill, by name."""
     folder = Path(str(resources.files("potstill.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))  # those of a protocol come last
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -134,17 +187,20 @@ def _name_of(source: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem)[:64] or "recipe"
 
 
-def _source_failure(value: dict[str, Any]) -> list[tuple[tuple[str | int, ...], PotstillError]]:
+def _source_failure(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
     data, _ = parse(value.get("data", {}), DataSettings)
     if data is None:
         return []
     from potstill.data.datasets import check_source
+    from potstill.data.unlabeled import check_unlabeled
 
-    try:
-        check_source(data)
-    except PotstillError as error:
-        return [(("data", "source"), error)]
-    return []
+    failures: list[tuple[KeyPath, PotstillError]] = []
+    for key, check in (("source", check_source), ("unlabeled", check_unlabeled)):
+        try:
+            check(data)
+        except PotstillError as error:
+            failures.append((("data", key), error))
+    return failures
 
 
 def _raise(document: Document, found: list[Finding], failures: list[tuple[KeyPath, PotstillError]]) -> None:

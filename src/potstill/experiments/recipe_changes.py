@@ -1,13 +1,16 @@
 """What the command line changes in a recipe: the few flags that people type daily, then every ``--set key=value``."""
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import UsageError
+from potstill.experiments.method_settings import as_mapping
 from potstill.experiments.recipe_yaml import Document, KeyPath, read
-from potstill.methods.catalog import options
+from potstill.experiments.settings_errors import dotted
+from potstill.methods.catalog import entry
 
 FLAGS = ("--data", "--teacher", "--student", "--seed")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".json")
@@ -19,9 +22,7 @@ def apply_changes(document: Document, flags: Mapping[str, Any], sets: Iterable[s
         if flags.get(flag) is not None:
             _apply_flag(document, flag, flags[flag])
     changes = [change for text in sets if (change := _parse(document, text)) is not None]
-    for path, value, _ in changes:
-        if path == ("method", "name"):
-            _drop_foreign_options(document.value.get("method"), value)
+    _prepare_method(document, {path: value for path, value, _ in changes})
     for path, value, text in changes:
         _put(document, path, value, f"--set {text}")
 
@@ -60,11 +61,30 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         _put(document, ("data", "source"), os.fspath(value), place)
     elif flag == "--seed":
         _put(document, ("seed",), value, place)
+    elif flag == "--teacher":
+        _name_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
     else:
         architecture, weights = split_model(os.fspath(value))
-        stage = flag.removeprefix("--")
-        _put(document, (stage, "model"), architecture, place)
-        _put(document, (stage, "weights"), weights, place)
+        _put(document, ("student", "model"), architecture, place)
+        _put(document, ("student", "weights"), weights, place)
+
+
+def _name_teachers(document: Document, named: list[Any]) -> None:
+    """As many teachers as flags; each keeps what the recipe says of the teacher in its place, or of its last one."""
+    former = document.value.get("teacher")
+    sections = former if isinstance(former, list) else [former]
+    if not all(section is None or isinstance(section, dict) for section in sections):
+        sections = [None]  # whatever stands there is replaced
+    path: KeyPath
+    if len(named) > 1 or isinstance(former, list):
+        kept = [copy.deepcopy(sections[min(at, len(sections) - 1)] if sections else None) for at in range(len(named))]
+        document.value["teacher"] = kept if len(named) > 1 else kept[0]
+        document.places.replace(("teacher",), " ".join(f"--teacher {each}" for each in named))
+    for at, each in enumerate(named):
+        architecture, weights = split_model(os.fspath(each))
+        path = ("teacher", at) if len(named) > 1 else ("teacher",)
+        for key, text in (("model", architecture), ("weights", weights)):
+            _put(document, (*path, key), text, f"--teacher {each}")
 
 
 def _parse(document: Document, text: str) -> tuple[KeyPath, Any, str] | None:
@@ -83,27 +103,71 @@ def _parse(document: Document, text: str) -> tuple[KeyPath, Any, str] | None:
 
 
 def _put(document: Document, path: KeyPath, value: Any, place: str) -> None:
-    section = document.value
-    for depth, key in enumerate(path[:-1], start=1):
-        if section.get(key) is None:
-            section[key] = {}
-            document.places.replace(path[:depth], place)
-        section = section[key]
-        if not isinstance(section, dict):
-            enclosing = ".".join(map(str, path[:depth]))
-            document.problems.append(f"{place}: {enclosing} is a single value and has no keys in it")
+    """Set one key; ``teacher.1.size`` reaches into a list."""
+    section, done = document.value, list[str | int]()
+    for key in path[:-1]:
+        inner = _inside(document, section, key, done, place)
+        if inner is None:
             return
-    section[path[-1]] = value
-    document.places.replace(path, place)
+        section, at = inner
+        if section[at] is None:
+            section[at] = {}
+            document.places.replace((*done, at), place)
+        section = section[at]
+        done.append(at)
+    last = _inside(document, section, path[-1], done, place)
+    if last is not None:
+        section, at = last
+        section[at] = value
+        document.places.replace((*done, at), place)
 
 
-def _drop_foreign_options(method: Any, name: Any) -> None:
-    """The former method's options that method ``name`` does not have would only be in the way."""
-    if not isinstance(method, dict) or method.get("name") == name:
+def _inside(
+    document: Document, section: Any, key: str | int, done: list[str | int], place: str
+) -> tuple[Any, str | int] | None:
+    """(The section, the key in it that exists now), or None and one problem more."""
+    enclosing = dotted(tuple(done))
+    if isinstance(section, dict):
+        section.setdefault(key, None)
+        return section, key
+    if isinstance(section, list):
+        if str(key).isdecimal() and int(key) < len(section):
+            return section, int(key)
+        known = f"{enclosing}.0" + (f" to {enclosing}.{len(section) - 1}" if len(section) > 1 else "")
+        document.problems.append(f"{place}: {enclosing} is a list, whose members are {known}")
+        return None
+    document.problems.append(f"{place}: {enclosing} is a single value and has no keys in it")
+    return None
+
+
+def _prepare_method(document: Document, changes: dict[KeyPath, Any]) -> None:
+    """What the recipe says of its method makes room for the changes that are about to come."""
+    ours = [path for path in changes if path[0] == "method" and len(path) > 1]
+    if isinstance(document.value.get("method"), list) and any(not str(path[1]).isdecimal() for path in ours):
+        document.value["method"] = as_mapping(document.value["method"])
+        document.places.move(("method",), ("method", "methods"))
+    method = document.value.get("method")
+    if not isinstance(method, dict):
         return
+    if ("method", "name") in changes:
+        _drop_options(method, changes["method", "name"])
+    if ("method", "preset") in changes:
+        name = changes.get(("method", "name"), method.get("name"))
+        _drop_preset_options(method, name, changes["method", "preset"])
+
+
+def _drop_options(method: dict[str, Any], name: Any) -> None:
+    """Another method starts from its own defaults: alpha of one paper is not alpha of the next."""
+    if method.get("name") != name:
+        for key in [key for key in method if key != "name"]:
+            del method[key]
+
+
+def _drop_preset_options(method: dict[str, Any], name: Any, preset: Any) -> None:
+    """A preset overrules the file, like everything after ``--set``; in the file itself options overrule the preset."""
     try:
-        known = options(str(name))
+        chosen = entry(str(name)).presets.get(str(preset), {})
     except UsageError:
-        known = {}  # the unknown name is reported by the check; its options would be noise
-    for key in [key for key in method if key != "name" and key not in known]:
-        del method[key]
+        return  # reported by the check
+    for key in chosen:
+        method.pop(key, None)

@@ -13,12 +13,11 @@ from pydantic import BaseModel
 
 from potstill.data.settings import DataSettings
 from potstill.errors import nearest
+from potstill.experiments.method_settings import as_mapping, describe, needs_teacher
+from potstill.experiments.recipe_methods import method_problems
 from potstill.experiments.recipe_yaml import KeyPath
 from potstill.experiments.settings_errors import Finding, dotted, parse, parse_rest
-from potstill.methods.catalog import check_method
 from potstill.training.settings import TrainingSettings
-
-STAGES = ("teacher", "student")
 
 
 def find_problems(value: dict[str, Any], recipe_class: type[BaseModel]) -> list[Finding]:
@@ -32,7 +31,8 @@ def find_problems(value: dict[str, Any], recipe_class: type[BaseModel]) -> list[
 def _all(value: dict[str, Any], recipe_class: type[BaseModel]) -> Iterator[Finding]:
     yield from _not_finite(value, ())
     yield from parse(value, recipe_class)[1]
-    yield from _method(value.get("method"))
+    yield from method_problems(value.get("method"))
+    yield from _teachers(value)
     if isinstance(value.get("data", {}), dict):
         yield from _data(value.get("data", {}))
     if isinstance(value.get("training", {}), dict):
@@ -50,22 +50,6 @@ def _not_finite(value: Any, path: KeyPath) -> Iterator[Finding]:
         yield path, f"{dotted(path)} must be a finite number, got {value}"
 
 
-def _method(method: Any) -> Iterator[Finding]:
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-        if isinstance(method, dict):
-            yield ("method",), "method.name is missing, for example: name: kd"
-        return
-    given = {key: option for key, option in method.items() if key != "name"}
-    for problem in check_method(method["name"], given):
-        if problem.option is None:
-            yield ("method", "name"), f"method.name: {problem.message}"
-        else:
-            # An option that is missing is a matter of the method that asks for it.
-            path = ("method", problem.option) if problem.option in given else ("method", "name", problem.option)
-            named = problem.message.startswith(f"{problem.option} ")
-            yield path, f"method.{problem.message}" if named else f"method.{problem.option}: {problem.message}"
-
-
 def _data(section: dict[str, Any]) -> Iterator[Finding]:
     data, wrong = parse_rest(section, DataSettings)
     if data.val + data.test >= 1 and not wrong & {"val", "test"}:
@@ -73,29 +57,69 @@ def _data(section: dict[str, Any]) -> Iterator[Finding]:
         yield ("data", "val"), f"data.val and data.test must leave something to train on, got shares {sum_of} of 1"
     if isinstance(data.workers, int) and data.workers < 0:
         yield ("data", "workers"), f"data.workers must be at least 0 or 'auto', got {data.workers}"
+    if data.unlabeled is not None and data.augment is not None and data.augment.mixes:
+        key = "mixup" if data.augment.mixup else "cutmix"
+        message = "mixes labels, which unlabeled images do not have: switch it off, or leave data.unlabeled out"
+        yield ("data", "augment", key), f"data.augment.{key} {message}"
+    if data.std is not None and min(data.std) <= 0:
+        yield ("data", "std"), f"data.std must be three numbers above 0, got {list(data.std)}"
     scale = data.augment.crop_scale if data.augment else None
     if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
         path = ("data", "augment", "crop_scale")
         yield path, f"{dotted(path)} must be two shares, low and high, above 0 and at most 1, got {list(scale)}"
 
 
+def networks(value: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    """Where the settings of each network stand; sections of a wrong kind are left out."""
+    for key in ("teacher", "assistants", "student"):
+        section = value.get(key)
+        if isinstance(section, dict):
+            yield (key,), section
+        elif isinstance(section, list):
+            yield from (((key, at), each) for at, each in enumerate(section) if isinstance(each, dict))
+
+
+def _teachers(value: dict[str, Any]) -> Iterator[Finding]:
+    """Who learns from whom: checks that need the method or the number of teachers."""
+    teacher, method = value.get("teacher"), value.get("method")
+    count = len(teacher) if isinstance(teacher, list) else int(teacher is not None)
+    if needs_teacher(method):
+        if count == 0:
+            got = ", got an empty list" if isinstance(teacher, list) else ""
+            example = "teacher: {model: resnet50}"
+            yield ("teacher",), f"teacher is missing{got}: a network to learn from, for example: {example}"
+    else:
+        why = f"{describe(as_mapping(method))} learns from no teacher"
+        if value.get("assistants"):
+            yield ("assistants",), f"assistants stand between teacher and student, and method {why}"
+        if value.get("generations", 1) != 1:
+            yield ("generations",), f"generations: each of several learns from the one before, and method {why}"
+    together = value.get("teachers")
+    weights = together.get("weights") if isinstance(together, dict) else None
+    if isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights):
+        path = ("teachers", "weights")
+        if len(weights) != count:
+            yield path, f"teachers.weights must be one number for each of the {count} teachers, got {len(weights)}"
+        elif min(weights) < 0 or sum(weights) == 0:
+            yield path, f"teachers.weights must be at least 0, and not all 0, got {weights}"
+
+
 def _training(shared: dict[str, Any], value: dict[str, Any]) -> Iterator[Finding]:
-    """Checks that need several settings at once are made on what each stage really gets."""
-    for stage in STAGES:
-        section = value.get(stage)
-        own = section.get("training", {}) if isinstance(section, dict) else {}
+    """Checks that need several settings at once are made on what each network really gets."""
+    for place, section in networks(value):
+        own = section.get("training", {})
         if not isinstance(own, dict):
             continue
         _, problems = parse(own, TrainingSettings)
         for path, message in problems:
-            yield (stage, "training", *path), f"{stage}.training.{message}"
+            yield (*place, "training", *path), f"{dotted(place)}.training.{message}"
         merged, wrong = parse_rest({**shared, **own}, TrainingSettings)
         for keys, message in _schedule(merged):
             if wrong.intersection(keys):
                 continue
             here = next((key for key in keys if key in own), None)
             if here is not None:
-                yield (stage, "training", here), f"{stage}.training.{message}"
+                yield (*place, "training", here), f"{dotted(place)}.training.{message}"
             else:
                 yield ("training", next((key for key in keys if key in shared), keys[0])), f"training.{message}"
 
@@ -117,10 +141,16 @@ def _schedule(training: TrainingSettings) -> Iterator[tuple[tuple[str, ...], str
     if training.nesterov and (training.optimizer.lower() != "sgd" or training.momentum == 0):
         yield ("nesterov", "optimizer", "momentum"), "nesterov needs optimizer: sgd and momentum above 0"
     if training.optimizer.lower() not in {name.lower() for name in _optimizers()}:
-        known = ["sgd", "adamw", *_optimizers()]
+        known = ["sgd", "adamw", "dot", *_optimizers()]
         yield (
             ("optimizer",),
             f"optimizer: no class {training.optimizer!r} in torch.optim{nearest(training.optimizer, known)}",
+        )
+    if training.optimizer.lower() == "dot" and not training.dot_delta <= training.momentum < 1 - training.dot_delta:
+        yield (
+            ("dot_delta", "momentum", "optimizer"),
+            f"dot_delta: momentum - dot_delta must be at least 0 and momentum + dot_delta below 1, got momentum "
+            f"{training.momentum:g} and dot_delta {training.dot_delta:g}",
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", training.device):
         yield ("device",), f"device must be auto, cpu, cuda, cuda:<number> or mps, got {training.device!r}"
@@ -130,10 +160,11 @@ def _schedule(training: TrainingSettings) -> Iterator[tuple[tuple[str, ...], str
 
 @cache
 def _optimizers() -> list[str]:
-    """Names of the classes in torch.optim, from its source, since importing torch takes seconds."""
+    """DOT, and the classes in torch.optim, from its source, since importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
     tree = ast.parse((Path(spec.origin).parent / "optim" / "__init__.py").read_text(encoding="utf-8"))
     imported = (alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names)
-    return sorted({name for name in imported if name[0].isupper() and name not in ("Optimizer", "LBFGS", "SparseAdam")})
+    unfit = ("Optimizer", "LBFGS", "SparseAdam")
+    return ["DOT", *sorted({name for name in imported if name[0].isupper() and name not in unfit})]

@@ -63,6 +63,12 @@ class Places:
         """``path`` was written at ``place``."""
         self._known[path] = place
 
+    def move(self, path: KeyPath, to: KeyPath) -> None:
+        """What was known of ``path`` and everything in it is now true of ``to``, and of ``path`` too."""
+        inside = {known: where for known, where in self._known.items() if known[: len(path)] == path}
+        self._known = {known: where for known, where in self._known.items() if known not in inside or known == path}
+        self._known |= {(*to, *known[len(path) :]): where for known, where in inside.items()}
+
     def replace(self, path: KeyPath, place: str) -> None:
         """``path`` and everything in it was written at ``place``, whatever was known before."""
         self._known = {known: where for known, where in self._known.items() if known[: len(path)] != path}
@@ -117,6 +123,8 @@ def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:
     if isinstance(node, yaml.MappingNode) and kind == "map":
         return _mapping(node, path, document)
     if isinstance(node, yaml.SequenceNode) and kind == "seq":
+        for i, child in enumerate(node.value):
+            document.places.add((*path, i), document.place(child.start_mark))
         return [_value(child, (*path, i), document) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode) and kind == "str":
         return node.value

@@ -3,6 +3,7 @@
 import json
 import os
 import types
+from collections.abc import Iterator
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,7 @@ _KINDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
+ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
 _LIMITS = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -102,6 +104,7 @@ def shown(value: Any) -> str:
 
 def _real_path(loc: tuple[int | str, ...], section: Any, *, missing: bool) -> KeyPath:
     """Pydantic adds the tried member of a union to the path; what the recipe does not hold is cut off."""
+    loc = tuple(key for key in loc if key not in (ONE, SEVERAL))
     for depth, key in enumerate(loc):
         inside = (isinstance(section, dict) and key in section) or (
             isinstance(section, (list, tuple)) and isinstance(key, int) and key < len(section)
@@ -122,10 +125,19 @@ def _fields(path: KeyPath, model: type[BaseModel]) -> type[BaseModel] | None:
     """The settings class that stands at ``path`` inside ``model``."""
     current: type[BaseModel] | None = model
     for key in path:
-        field = current.model_fields.get(str(key)) if current else None
-        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        if isinstance(key, int):  # a position in a list of sections of one kind
+            continue
+        field = current.model_fields.get(key) if current else None
+        kinds = () if field is None else _within(field.annotation)
         current = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
     return current
+
+
+def _within(annotation: Any) -> Iterator[Any]:
+    """An annotation and everything that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _within(part)
 
 
 def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:

@@ -1,5 +1,6 @@
 """One stage: a network is trained, and its best epoch is written as a model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 from torch import nn
 
 from potstill import __version__
+from potstill.artifacts import write_text
 from potstill.data.images import ImageSet
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distiller import Distiller
+from potstill.experiments.joining import join, layers_text, settle, teaching_cost
+from potstill.experiments.plan import Planned
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.seeds import derive
 from potstill.inputs import InputSpec
@@ -19,7 +22,8 @@ from potstill.methods.base import Method
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import save_model
 from potstill.training.devices import Compute
-from potstill.training.loop import History, Training
+from potstill.training.history import History
+from potstill.training.loop import Training
 from potstill.training.observer import Observer
 from potstill.training.settings import TrainingSettings
 
@@ -39,13 +43,12 @@ def split_loader(
 
 
 def train_stage(
-    stage: str,
+    planned: Planned,
     student: Classifier,
     method: Method,
-    teacher: Classifier | None,
+    teachers: Sequence[Classifier],
     *,
     recipe: Recipe,
-    settings: TrainingSettings,
     data: DataSplits,
     compute: Compute,
     folder: Path,
@@ -54,9 +57,10 @@ def train_stage(
 ) -> History:
     """Train ``student`` in place by ``method`` and save it to ``folder``.
 
-    Baseline and distilled draw the same order and the same views from the seed, so that only the method differs.
+    Baseline and distilled draw the same order and the same views from the seed, so that only the method differs (one
+    that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
     """
-    purpose = "teacher" if stage == "teacher" else "student"
+    settings = recipe.stage_training(planned.name)
     augment = recipe.data.augment or data.augment
     train = Loader(
         data.train,
@@ -64,25 +68,35 @@ def train_stage(
         batch_size=settings.batch_size,
         augment=augment,
         order="balanced" if recipe.data.balance == "sampling" else "shuffled",
-        seed=derive(recipe.seed, f"{purpose}/views"),
+        seed=derive(recipe.seed, f"{planned.seed}/views"),
         workers=recipe.data.workers,
         device=compute.device,
         memory_share=recipe.data.memory_share,
+        second=method.needs.second,
+        classes=len(data.class_names),
+        unlabeled=data.unlabeled if method.needs.teacher or method.needs.peers else None,
+        unlabeled_share=recipe.data.unlabeled_share,
+        whole_batches=method.needs.batch_size,
     )
-    student.module.to(compute.device).to(memory_format=compute.memory_format)
-    if teacher is not None:
-        teacher.module.to(compute.device).to(memory_format=compute.memory_format)
     size = student.input.size
-    distiller = Distiller(
-        student.module,
-        teacher.module if teacher is not None else None,
+    distiller = join(
+        planned,
+        student,
         method,
+        teachers,
+        recipe=recipe,
+        data=data,
+        compute=compute,
         example=torch.zeros(2, 3, size, size, device=compute.device),
-        student_input=student.input if teacher is not None else None,
-        teacher_input=teacher.input if teacher is not None else None,
         label_loss=label_loss(recipe, settings, data),
-    ).to(compute.device)
-    torch.manual_seed(derive(recipe.seed, f"{purpose}/dropout"))
+    )
+    if text := layers_text(distiller):
+        write_text(folder / "layers.txt", text)
+    cost = teaching_cost(distiller, settings.batch_size, size, compute)
+    torch.manual_seed(derive(recipe.seed, f"{planned.seed}/dropout"))
+    if method.needs.prepare:
+        # On resuming too: what the checkpoint holds is then loaded over it.
+        distiller.prepare(split_loader(data.train, student.input, recipe, settings, compute).epoch)
     test = split_loader(data.test, student.input, recipe, settings, compute)
     history = Training(
         distiller,
@@ -95,12 +109,14 @@ def train_stage(
         classes=len(data.class_names),
         test=test if settings.evaluate_test_every_epoch else None,
     ).run(resume=resume)
+    settle(student, distiller)
     best = history.records[history.best_epoch - 1]
     student.facts |= {
-        "stage": stage,
+        "stage": planned.name,
         "seed": recipe.seed,
-        "method": recipe.method if stage == "distilled" else {"name": "supervised"},
+        "method": recipe.method if planned.distils else {"name": "supervised"},
         "training": training_facts(history, settings),
+        **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost}}),
         "val": best["val"],
         "data": {"source": data.source, "fingerprint": data.fingerprint},
         "potstill": __version__,

@@ -1,6 +1,6 @@
 """Where a network comes from before this run trains it: new, or ready-made with the same classes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Start:
     input: InputSpec
     ready: bool  # it knows these classes already: a teacher needs no training
     facts: dict[str, Any] = field(default_factory=dict)  # where its weights come from
+    remodelled: dict[str, Any] | None = None  # of a model file whose network a method has changed
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # a head that starts anew
 
@@ -38,22 +39,22 @@ def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ..
         ArtifactError: weights of other classes where no new head was asked for; damaged or foreign files.
         UsageError: pretrained weights that cannot be had.
     """
-    size = recipe.data.size
+    size = network.size or recipe.data.size
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
-        return Start(module, network.model, input_spec(network.model, size, recipe.data.fit), ready=False)
+        return Start(module, network.model, _spec(recipe, network), ready=False)
     if network.weights != "pretrained" and _is_ours(Path(network.weights)):
-        return _from_our_model(Path(network.weights), network, classes)
+        return _from_our_model(Path(network.weights), network, classes, _key(recipe, network))
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
     if loaded.new_head and network.weights != "pretrained" and not network.new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
-            "To train it on with a new head, set teacher.new_head=true (or student.new_head=true)"
+            f"To train it on with a new head, set {_key(recipe, network)}.new_head=true"
         )
     start = Start(
         loaded.module,
         network.model,
-        input_spec(network.model, size, recipe.data.fit),
+        _spec(recipe, network),
         ready=not loaded.new_head,
         facts={"weights": network.weights},
     )
@@ -67,17 +68,26 @@ def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ..
     return start
 
 
-def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...]) -> Start:
+def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> Start:
     model = load_model(find_model(path))
     facts = {"weights": str(path)}
     if model.class_names == classes:
-        return Start(model.module, model.architecture, model.input, ready=True, facts=facts)
+        if network.size not in (None, model.input.size):
+            raise ArtifactError(
+                f"{path} takes images of {model.input.size} px, and the recipe says size: {network.size}"
+            )
+        return Start(
+            model.module, model.architecture, model.input, ready=True, facts=facts, remodelled=model.remodelled
+        )
+    if model.remodelled is not None:
+        name = model.remodelled.get("name")
+        raise ArtifactError(f"{path} is a remodelled network ({name}), whose head cannot start anew for other classes")
     if not network.new_head:
         raise ArtifactError(
             f"{path} knows other classes than this data, or the same in another order.\n"
             f"It knows {len(model.class_names)}: {_list(model.class_names)}\n"
             f"The data has {len(classes)}: {_list(classes)}\n"
-            "Use data with the same class names, or train it on with a new head: teacher.new_head=true"
+            f"Use data with the same class names, or train it on with a new head: {key}.new_head=true"
         )
     warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights stay"
     module = create_model(model.architecture, len(classes), size=model.input.size)
@@ -88,12 +98,30 @@ def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...]
     return Start(module, model.architecture, model.input, ready=False, facts=facts, warnings=[warning])
 
 
+def _spec(recipe: Recipe, network: StageSettings) -> InputSpec:
+    """How the network wants its images; published weights know one normalisation, others take the recipe's."""
+    data = recipe.data
+    spec = input_spec(network.model, network.size or data.size, data.fit)
+    if network.weights == "pretrained":
+        return spec
+    return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)
+
+
 def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
     """Parameters of the last linear layer, which equal shapes alone would carry over to other classes."""
     if not same_size:
         return set()
     last = [name for name, module in new.named_modules() if isinstance(module, nn.Linear)][-1:]
     return {f"{name}.{part}" for name in last for part in ("weight", "bias")}
+
+
+def _key(recipe: Recipe, network: StageSettings) -> str:
+    """How ``--set`` names a network of the recipe: "teacher", "teacher.1", "student"."""
+    several = [("assistants", recipe.assistants)]
+    if isinstance(recipe.teacher, list):
+        several.append(("teacher", recipe.teacher))
+    found = (f"{key}.{at}" for key, networks in several for at, each in enumerate(networks) if each is network)
+    return next(found, "teacher" if network is recipe.teacher else "student")
 
 
 def _is_ours(path: Path) -> bool:

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from potstill.experiments.stage_names import in_order
+
 Finding = Literal["helped", "hurt", "unclear", "unknown"]
 
 # Student's t, 97.5 % quantile for 1 ... 30 degrees of freedom; more are judged as 30, which errs on the careful side.
@@ -132,7 +134,7 @@ def points(share: float, *, signed: bool = True) -> str:
 
 def _accuracies(stages: Mapping[str, Any]) -> str:
     said = []
-    for name in ("teacher", "baseline", "distilled"):
+    for name in in_order(stages):
         top1 = _number((stages.get(name) or {}).get("test"), "top1")
         if top1 is not None:
             said.append(f"{name} {100 * top1:.1f} %")
@@ -148,10 +150,13 @@ def _gap(comparison: Mapping[str, Any], found: Finding) -> str:
     gap, closed = _number(comparison, "gap"), _number(comparison, "gap_closed")
     if gap is None:
         return ""
+    several = (_number(comparison, "teachers") or 1) > 1
     if gap <= 0:
         how = "no better than" if gap == 0 else f"{points(-gap, signed=False)} points worse than"
-        return f"The teacher is {how} the baseline, so there was no gap to close: a better teacher comes first."
-    lead = f"The teacher leads the baseline by {points(gap, signed=False)} points"
+        who = "The teachers together are" if several else "The teacher is"
+        return f"{who} {how} the baseline, so there was no gap to close: a better teacher comes first."
+    who = "The teachers together lead" if several else "The teacher leads"
+    lead = f"{who} the baseline by {points(gap, signed=False)} points"
     if found == "unclear":
         return f"{lead}; this test split cannot tell how much of that gap distillation closed."
     if found == "hurt":
@@ -168,7 +173,8 @@ def _cost(comparison: Mapping[str, Any]) -> str:
     small, fast = _number(comparison, "parameter_ratio"), _number(comparison, "latency_ratio")
     size, speed = _ratio(small, "smaller", "larger"), _ratio(fast, "faster", "slower")
     said = [text for text in (size and f"{size} in parameters", speed and f"{speed} for one image") if text]
-    return f"Against the teacher, the student is {' and '.join(said)}." if said else ""
+    several = (_number(comparison, "teachers") or 1) > 1
+    return f"Against the teacher{'s together' if several else ''}, the student is {' and '.join(said)}." if said else ""
 
 
 def _ratio(ratio: float | None, more: str, less: str) -> str:

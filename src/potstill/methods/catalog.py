@@ -145,13 +145,13 @@ def choices(annotation: str) -> tuple[Any, ...]:
 
 
 def _inner_problems(settings: Any) -> list[str]:
-    """A method inside a method; its weight belongs to the one around it."""
+    """A method inside a method; its factor belongs to the one around it."""
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
         return [f"name must be given: a method is a mapping with a name, got {settings!r}"]
-    given = {key: value for key, value in settings.items() if key not in ("name", "weight")}
+    given = {key: value for key, value in settings.items() if key not in ("name", "factor")}
     problems = [problem.message for problem in check_method(settings["name"], given)]
-    weight = fits(OPTION_TYPES["NonNegative"], settings.get("weight", 1.0))
-    return problems + ([f"weight {weight}"] if weight else [])
+    factor = fits(OPTION_TYPES["NonNegative"], settings.get("factor", 1.0))
+    return problems + ([f"factor {factor}"] if factor else [])
 
 
 def _preset_problems(method: Entry, preset: Any) -> list[Problem]:

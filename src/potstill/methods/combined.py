@@ -1,4 +1,4 @@
-"""Combined: several methods at once, each with its weight.
+"""Combined: several methods at once, each times a factor.
 
 The published combinations are sums of this kind: CRD + KD (Tian et al., "Contrastive Representation Distillation",
 ICLR 2020, https://arxiv.org/abs/1910.10699), ReviewKD + DKD, WKD-L + WKD-F.
@@ -20,12 +20,13 @@ from potstill.types import Batch, Outputs
 
 
 class Combined(Method):
-    """``ce_weight * CE`` plus each method's other terms times its weight.
+    """``ce_weight * CE`` plus each method's other terms times its factor.
 
     The methods' own label terms do not count: there is one cross-entropy.
 
     Args:
-        methods: each a mapping with ``name``, its options, and ``weight`` (1 where not given).
+        methods: each a mapping with ``name``, its options (its own weight among them), and ``factor`` (1 where not
+            given), by which all of its terms are multiplied.  KD's alpha still counts: its term weighs 1 - alpha.
         ce_weight: of the label term.
     """
 
@@ -34,9 +35,9 @@ class Combined(Method):
         super().__init__(ce_weight=ce_weight)
         if len(methods) < 2:
             raise UsageError(f"combined wants two methods or more, got {len(methods)}")
-        self.weights = [float(settings.get("weight", 1.0)) for settings in methods]
+        self.factors = [float(settings.get("factor", 1.0)) for settings in methods]
         self.names = [str(settings["name"]) for settings in methods]
-        self.methods = nn.ModuleList(create_method(**_without_weight(settings)) for settings in methods)
+        self.methods = nn.ModuleList(create_method(**_without_factor(settings)) for settings in methods)
         for name, method in zip(self.names, self.each(), strict=True):
             if len(method.parts) > 1 or not _has_plain_label_terms(method):
                 raise UsageError(f"{name} decides over the label term itself and cannot be combined with other methods")
@@ -84,13 +85,13 @@ class Combined(Method):
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        for position, (name, method, weight) in enumerate(zip(self.names, self.each(), self.weights, strict=True)):
+        for position, (name, method, factor) in enumerate(zip(self.names, self.each(), self.factors, strict=True)):
             found = method.distill(
                 _part(student, position), _part(teacher, position) if teacher is not None else None, batch
             )
             for term, value in found.items():
                 key = term if term not in terms else f"{name}_{term}"
-                terms[key if key not in terms else f"{key}_{position + 1}"] = weight * value
+                terms[key if key not in terms else f"{key}_{position + 1}"] = factor * value
         return terms
 
 
@@ -99,8 +100,8 @@ def _part(outputs: Outputs, position: int) -> Outputs:
     return outputs.parts[position] if outputs.parts else outputs
 
 
-def _without_weight(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "weight"}
+def _without_factor(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "factor"}
 
 
 def _has_plain_label_terms(method: Method) -> bool:

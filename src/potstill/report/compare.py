@@ -75,10 +75,11 @@ def _distinct(runs: list[Run]) -> Group:
 
 
 def _teacher_digest(run: Run) -> str | None:
-    """SHA-256 of the teacher's weights."""
-    path = run.folder / "teacher" / "model.json"
-    digest = read_json(path).get("sha256") if path.exists() else None
-    return digest if isinstance(digest, str) else None
+    """SHA-256 of the teacher's weights; of each, where there are several."""
+    paths = [run.folder / name / "model.json" for name, stage in run.stages.items() if stage.role == "teacher"]
+    digests = [read_json(path).get("sha256") for path in paths if path.exists()]
+    known = bool(digests) and len(digests) == len(paths) and all(isinstance(digest, str) for digest in digests)
+    return " ".join(digests) if known else None
 
 
 def _likeness(run: Run, teacher: str | None) -> str:
@@ -112,8 +113,8 @@ def _row(run: Run) -> dict[str, Any]:
         "name": run.name,
         "recipe": str(run.results.get("recipe") or NONE),
         "seed": NONE if seed is None else f"{seed:.0f}",
-        "method": str((run.results.get("method") or {}).get("name") or NONE),
-        "cells": [percent(tests.get(name, {}).get("top1")) for name in STAGES],
+        "method": run.method or NONE,
+        "cells": [percent(_test(run, name, "top1")) for name in STAGES],
         "f1": percent(tests.get("distilled", {}).get("f1_macro")),
         "gain": NONE if gain is None else points(gain) + interval,
         "parameters": scaled(student.model.get("parameters")) if student else NONE,
@@ -129,7 +130,7 @@ def _summary(found: Group) -> dict[str, Any]:
         "networks": ", ".join(dict.fromkeys(networks)),
         "data": str(first.data.get("source") or NONE),
         "fingerprint": str(first.data.get("fingerprint") or NONE)[:12],
-        "method": str((first.results.get("method") or {}).get("name") or NONE),
+        "method": first.method or NONE,
         "seeds": ", ".join(str(run.results.get("seed")) for run in found.runs),
         "repeated": found.repeated,
         "verdict": verdict_over_seeds(differences) if differences else None,
@@ -162,6 +163,9 @@ def _pairs(runs: list[Run], key: str) -> list[tuple[float, float]]:
 
 
 def _test(run: Run, stage: str, key: str) -> float | None:
+    """A figure on test; "teacher" is what several teachers say together."""
+    if stage == "teacher" and "teachers" in run.together:
+        return number((run.together["teachers"].get("test") or {}).get(key))
     return number(run.stages[stage].metrics.get("test", {}).get(key)) if stage in run.stages else None
 
 

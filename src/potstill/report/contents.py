@@ -8,9 +8,11 @@ from typing import Any
 
 from potstill.artifacts import read_bytes, read_json
 from potstill.errors import ArtifactError
+from potstill.experiments.method_settings import describe
+from potstill.experiments.stage_names import in_order, role
 
 SCHEMA = 1
-STAGES = ("teacher", "baseline", "distilled")
+STAGES = ("teacher", "baseline", "distilled")  # of a plain run, and what runs are compared by
 SPLITS = ("train", "val", "test")
 
 
@@ -25,6 +27,11 @@ class Stage:
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # split -> final metrics
 
     @property
+    def role(self) -> str:
+        """teacher, baseline, assistant, generation or distilled."""
+        return role(self.name)
+
+    @property
     def model(self) -> dict[str, Any]:
         """Architecture, parameters, FLOPs, file_bytes, size."""
         return self.facts.get("model") or {}
@@ -33,6 +40,11 @@ class Stage:
     def training(self) -> dict[str, Any]:
         """Epochs, best_epoch, seconds, images_per_second; empty for a ready-made teacher."""
         return self.facts.get("training") or {}
+
+    @property
+    def teaching(self) -> dict[str, Any]:
+        """Whom it learns from (``by``), and what their answers cost in each step; empty for teachers and baseline."""
+        return self.facts.get("teaching") or {}
 
     @property
     def latency(self) -> dict[str, Any]:
@@ -68,7 +80,7 @@ class Run:
 
     folder: Path
     results: dict[str, Any]
-    stages: dict[str, Stage]  # in the order teacher, baseline, distilled
+    stages: dict[str, Stage]  # teachers, baseline, assistants, generations, distilled
     recipe: str | None = None  # recipe.yaml
     environment: str | None = None  # environment.json
 
@@ -87,6 +99,17 @@ class Run:
     @property
     def comparison(self) -> dict[str, Any] | None:
         return self.results.get("comparison") or None
+
+    @property
+    def together(self) -> dict[str, dict[str, Any]]:
+        """What several teachers, or several generations, say as one: ``of`` and the figures of each split."""
+        found = self.results.get("together") or {}
+        return {name: found[name] for name in ("teachers", "generations") if isinstance(found.get(name), dict)}
+
+    @property
+    def method(self) -> str:
+        """The method in a few words; "" where results.json names none."""
+        return describe(self.results.get("method"))
 
     @property
     def best_k(self) -> int:
@@ -110,7 +133,7 @@ def read_run(folder: Path) -> Run:
             f"{folder / 'results.json'} has schema {results.get('schema')!r}; this potstill reads schema {SCHEMA}"
         )
     # Only known names: a stage's name becomes a folder that is written to.
-    known = {name: results["stages"].get(name) for name in STAGES}
+    known = {name: results["stages"][name] for name in in_order(results["stages"])}
     stages = {name: _stage(folder / name, facts) for name, facts in known.items() if isinstance(facts, dict)}
     return Run(folder, results, stages, _text(folder / "recipe.yaml"), _text(folder / "environment.json"))
 

@@ -56,6 +56,17 @@ def training_text(stage: Stage) -> str:
     return text
 
 
+def teaching_text(stage: Stage) -> str:
+    """``assistant-1: 3.97 M parameters (15.9 MB), 12.3 ms in each step of 64 images``; "" where nobody teaches it."""
+    teaching = stage.teaching
+    if not teaching:
+        return ""
+    names = ", ".join(plain(str(name)) for name in teaching.get("by") or [])
+    memory = f"{scaled(teaching.get('parameters'))} parameters ({scaled(teaching.get('bytes'), 'B')})"
+    images = _several(teaching.get("batch_size"), "image")
+    return f"{names}: {memory}, {milliseconds(teaching.get('ms_per_step'))} in each step of {images}"
+
+
 def _facts(run: Run, stage: Stage) -> list[tuple[str, str]]:
     model = stage.model
     size = number(model.get("size")) or number(run.data.get("size"))
@@ -66,6 +77,7 @@ def _facts(run: Run, stage: Stage) -> list[tuple[str, str]]:
         ("FLOPs", f"{scaled(model.get('flops'))} for one image (2 for each multiply-add)"),
         ("File", scaled(model.get("file_bytes"), "B")),
         ("Training", training_text(stage)),
+        *([("Learns from", teaching_text(stage))] if stage.teaching else []),
         ("Latency", latency_text(stage)),
     ]
 

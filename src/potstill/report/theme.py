@@ -11,11 +11,18 @@ PAPER = "#ffffff"
 
 TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#009e73"
 TEACHER, BASELINE, DISTILLED = "#cc79a7", "#e69f00", "#0173b3"
+ASSISTANT, GENERATION = "#8a5a9e", "#56b4e8"
 RIGHT, WRONG = "#0074b4", "#d45d00"
 ON_STRONG = "#fefefe"  # text on a filled cell
 
 SPLIT_COLOURS = {"train": TRAIN, "val": VAL, "test": TEST}
-STAGE_COLOURS = {"teacher": TEACHER, "baseline": BASELINE, "distilled": DISTILLED}
+ROLE_COLOURS = {
+    "teacher": TEACHER,
+    "baseline": BASELINE,
+    "assistant": ASSISTANT,
+    "generation": GENERATION,
+    "distilled": DISTILLED,
+}
 
 # CSS variable -> (light, dark)
 CSS = {
@@ -29,6 +36,8 @@ CSS = {
     "teacher": (TEACHER, "#d996bd"),
     "baseline": (BASELINE, "#e8ac28"),
     "distilled": (DISTILLED, "#57b5ea"),
+    "assistant": (ASSISTANT, "#b48cc6"),
+    "generation": (GENERATION, "#9fd3f2"),
     "right": (RIGHT, "#56b3e8"),
     "wrong": (WRONG, "#f18b3d"),
     "on-strong": (ON_STRONG, "#0b0f13"),

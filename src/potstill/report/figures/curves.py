@@ -1,13 +1,14 @@
-"""Curves over epochs: loss and its terms, top-1, top-1 against top-3, and the three stages beside each other."""
+"""Curves over epochs: loss and its terms, top-1, top-1 against top-3, and the stages beside each other."""
 
 import math
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from potstill.experiments.stage_names import number as number_of
 from potstill.report.contents import SPLITS, Run, Stage
 from potstill.report.names import plain
 from potstill.report.numbers import number
-from potstill.report.theme import FAINT, SPLIT_COLOURS, STAGE_COLOURS
+from potstill.report.theme import FAINT, ROLE_COLOURS, SPLIT_COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,17 +59,19 @@ def draw_top(figure: "Figure", stage: Stage, k: int = 3) -> None:
 
 
 def draw_stages(figure: "Figure", run: Run) -> None:
-    """Top-1 on val of teacher, baseline and distilled, each over its own epochs."""
+    """Top-1 on val of every stage, each over its own epochs; stages of one role share a colour, not a dash."""
     axes: Axes = figure.subplots()
     axes.set_title("Top-1 on val, stage by stage")
     axes.set_ylabel("top-1")
     for name, stage in run.stages.items():
-        style = "--" if name == "teacher" else "-"
-        if _line(axes, stage, "val", "top1", label=name, dashes=style, colour=STAGE_COLOURS[name]):
+        colour = ROLE_COLOURS[stage.role]
+        plain_line = "--" if stage.role == "teacher" else "-"
+        style = plain_line if number_of(name) == 1 else _DASHES[number_of(name) % len(_DASHES)]
+        if _line(axes, stage, "val", "top1", label=name, dashes=style, colour=colour):
             epochs, values = _epochs(stage), _values(stage, "val", "top1")
             best = [(e, v) for e, v in zip(epochs, values, strict=True) if e == stage.best_epoch]
             for epoch, value in best:
-                axes.plot([epoch], [value], "o", color=STAGE_COLOURS[name], markersize=7, zorder=4)
+                axes.plot([epoch], [value], "o", color=colour, markersize=7, zorder=4)
     _percent(axes)
     _whole_epochs(axes, [epoch for stage in run.stages.values() for epoch in _epochs(stage)])
     axes.set_xlabel("epoch (the dot is the best one)")

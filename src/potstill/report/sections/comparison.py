@@ -1,4 +1,4 @@
-"""Teacher, baseline and distilled student beside each other."""
+"""Every stage beside each other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,9 @@ from potstill.experiments.verdict import points
 from potstill.report.contents import SPLITS, Run, Stage
 from potstill.report.metric_names import metric_rows
 from potstill.report.numbers import NONE, count, decimal, duration, milliseconds, number, percent, scaled
-from potstill.report.texts import latency_text, training_text
+from potstill.report.texts import latency_text, teaching_text, training_text
+
+_BETWEEN = ("assistant", "generation")
 
 
 def context(run: Run) -> dict[str, Any] | None:
@@ -22,8 +24,36 @@ def context(run: Run) -> dict[str, Any] | None:
         "costs": _costs(stages),
         "splits": [split for split in SPLITS if any(split in stage.metrics for stage in stages)],
         "all_rows": _all_rows(run, stages),
-        "notes": [(stage.name, training_text(stage), latency_text(stage)) for stage in stages],
+        "notes": [(stage.name, training_text(stage), latency_text(stage), teaching_text(stage)) for stage in stages],
+        "others": _others(run),
     }
+
+
+def _others(run: Run) -> list[dict[str, Any]]:
+    """A row for each stage between teacher and student, and for several networks as one."""
+    gains = (run.comparison or {}).get("others") or {}
+    tests = {name: stage.metrics.get("test", {}) for name, stage in run.stages.items() if stage.role in _BETWEEN}
+    titles = dict.fromkeys(tests, "")
+    for name, group in run.together.items():
+        tests[name] = group.get("test") or {}
+        titles[name] = ", ".join(map(str, group.get("of") or []))
+    return [
+        {
+            "name": f"{name} together" if name in run.together else name,
+            "of": titles[name],
+            "cells": [percent(test.get("top1")), percent(test.get("f1_macro")), decimal(test.get("auc_macro"))],
+            "gain": _interval(gains.get(name)),
+        }
+        for name, test in tests.items()
+    ]
+
+
+def _interval(gain: Any) -> str:
+    ends = [number(gain.get(f"top1_gain{end}")) if isinstance(gain, dict) else None for end in ("", "_low", "_high")]
+    value, low, high = ends
+    if value is None:
+        return NONE
+    return points(value) if low is None or high is None else f"{points(value)} ({points(low)} to {points(high)})"
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
@@ -78,6 +108,7 @@ def _costs(stages: list[Stage]) -> list[tuple[str, list[str]]]:
         ("Latency p50", [milliseconds(stage.latency.get("p50")) for stage in stages]),
         ("Training time", [duration(stage.training.get("seconds")) for stage in stages]),
         ("Epochs (best)", [_epochs(stage) for stage in stages]),
+        ("Teachers' answers, each step", [milliseconds(stage.teaching.get("ms_per_step")) for stage in stages]),
     ]
     return [(name, cells) for name, cells in rows if any(cell != NONE for cell in cells)]
 

@@ -3,6 +3,7 @@
 import shlex
 from typing import Any
 
+from potstill.experiments.method_settings import describe
 from potstill.report.contents import Run
 from potstill.report.names import plain
 from potstill.report.numbers import NONE, duration, number
@@ -12,7 +13,7 @@ def context(run: Run) -> dict[str, Any] | None:
     """Facts, commands, and the folded recipe and environment."""
     results = run.results
     method = results.get("method") or {}
-    options = ", ".join(f"{key} = {value}" for key, value in method.items() if key != "name")
+    options = ", ".join(f"{key} = {_value(value)}" for key, value in method.items() if key != "name")
     seed = number(results.get("seed"))
     facts = [
         ("Recipe", results.get("recipe")),
@@ -32,6 +33,13 @@ def context(run: Run) -> dict[str, Any] | None:
         "recipe": lines(run.recipe),
         "environment": lines(run.environment),
     }
+
+
+def _value(value: Any) -> str:
+    """An option; methods inside a method by their names."""
+    inside = isinstance(value, dict) and "name" in value
+    several = isinstance(value, list) and all(isinstance(each, dict) and "name" in each for each in value)
+    return describe(value) if inside or (several and value) else str(value)
 
 
 def lines(text: str | None) -> str | None:

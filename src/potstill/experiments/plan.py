@@ -1,0 +1,65 @@
+"""What a run trains, in which order, and who learns from whom."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from potstill.experiments.method_settings import needs_teacher
+from potstill.experiments.recipe import Recipe
+from potstill.experiments.stage_names import numbered, role
+
+PARTS = ("teacher", "baseline", "distilled")  # what can be asked for; assistants and generations belong to distilled
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage to come."""
+
+    name: str  # of its folder and of its entry in results.json
+    teachers: tuple[str, ...] = ()  # stages that it learns from
+    distils: bool = False  # trained by the recipe's method; else on labels alone
+    layers: Pairs | None = None  # the recipe's pairs of layers, where they are meant for this stage
+
+    @property
+    def role(self) -> str:
+        """teacher, baseline, assistant, generation or distilled."""
+        return role(self.name)
+
+    @property
+    def seed(self) -> str:
+        """Whose random streams it draws: baseline and distilled start alike and see the same views."""
+        return "student" if self.name in ("baseline", "distilled") else self.name
+
+
+def plan(recipe: Recipe, parts: Iterable[str] = PARTS) -> tuple[Planned, ...]:
+    """The stages in the order of training.
+
+    Teachers, the baseline, the assistants (each learns from the one before), then the student's generations, the last
+    of which is "distilled".  A method that learns from no teacher has none, whatever the recipe says.  The recipe's
+    ``layers`` are those of the student and of whom it learns from; between two generations, which are the same network,
+    the student's are joined to themselves; assistants are joined by depth.
+
+    Example:
+        >>> from potstill.experiments.recipe import load_recipe
+        >>> recipe = load_recipe("quickstart", ["generations=2"])
+        >>> [(stage.name, stage.teachers) for stage in plan(recipe)]
+        [('teacher', ()), ('baseline', ()), ('generation-1', ('teacher',)), ('distilled', ('generation-1',))]
+    """
+    wanted = set(parts)
+    count = len(recipe.each_teacher) if needs_teacher(recipe.method) else 0
+    before = tuple(numbered("teacher", each) for each in range(1, count + 1))
+    stages = [Planned(name) for name in before] if "teacher" in wanted else []
+    stages += [Planned("baseline")] if "baseline" in wanted else []
+    if "distilled" not in wanted:
+        return tuple(stages)
+    for each in range(1, len(recipe.assistants) + 1):
+        stages.append(Planned(numbered("assistant", each), before, distils=True))
+        before = (stages[-1].name,)
+    layers = tuple(recipe.layers) if recipe.layers else None
+    for each in range(1, recipe.generations + 1):
+        name = "distilled" if each == recipe.generations else numbered("generation", each)
+        stages.append(Planned(name, before, distils=True, layers=layers))
+        before = (name,)
+        layers = tuple((ours, ours) for ours, _ in layers) if layers else None
+    return tuple(stages)

@@ -1,0 +1,67 @@
+"""When a run must not go on with a folder, or replace it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from potstill.artifacts import read_json
+from potstill.data.splits import DataSplits
+from potstill.errors import UsageError
+from potstill.experiments.plan import plan
+from potstill.experiments.recipe import Recipe, dump_recipe
+from potstill.experiments.run_folder import RunFolder, read_text
+from potstill.experiments.settings_errors import parse
+
+# Settings that do not touch the result, so a resumed run may change them; the last stands in several places.
+_FREE = {"name", "description", "data.workers", "data.memory_share"}
+_FREE_ANYWHERE = "training.checkpoint_seconds"
+
+
+def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
+    """A resumed run must be the same run."""
+    before = _flat(_complete(yaml.safe_load(read_text(folder.recipe))))
+    after = _flat(yaml.safe_load(dump_recipe(recipe)))
+    changed = [
+        f"  {key}: was {before.get(key)!r}, now {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in _FREE and not key.endswith(_FREE_ANYWHERE)
+    ]
+    if changed:
+        raise UsageError(
+            f"--resume goes on with the same recipe, but {folder.recipe} has other settings:\n"
+            + "\n".join(changed[:8])
+            + "\nResume without these changes, or start another run with --name"
+        )
+
+
+def refuse_other_data(folder: RunFolder, data: DataSplits) -> None:
+    """A resumed run must see the same images."""
+    before = read_json(folder.path / "environment.json").get("data_fingerprint")
+    if before != data.fingerprint:
+        raise UsageError(
+            f"--resume goes on with the same images, but {data.source} has changed since {folder.path} began.\n"
+            "Put the former images back, or start another run with --name"
+        )
+
+
+def refuse_own_weights(folder: RunFolder, recipe: Recipe) -> None:
+    """--overwrite must not delete what the new run is to start from."""
+    for name in (*(stage.name for stage in plan(recipe)), "student"):
+        weights = recipe.network(name).weights
+        if weights and Path(weights).resolve().is_relative_to(folder.path.resolve()):
+            raise UsageError(f"--overwrite would delete the {name}'s own weights, {weights}; choose another --name")
+
+
+def _complete(value: Any) -> Any:
+    """A recipe's plain values with today's defaults for settings that it is too old to know."""
+    found, _ = parse(value, Recipe)
+    return value if found is None else yaml.safe_load(dump_recipe(found))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        value = dict(enumerate(value))  # networks or methods, one by one
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    return {key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}{name}.").items()}

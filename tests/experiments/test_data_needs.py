@@ -1,0 +1,201 @@
+"""Second images, mixed images, unlabeled images and passes before training: from the recipe to the stage."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from potstill.data.datasets import load_data
+from potstill.errors import UsageError
+from potstill.experiments import pipeline
+from potstill.experiments.data_needs import check_data_needs
+from potstill.experiments.plan import Planned
+from potstill.experiments.preflight import check_all
+from potstill.experiments.recipe import load_recipe
+from potstill.experiments.stage import label_loss, train_stage
+from potstill.inputs import InputSpec
+from potstill.methods.base import Method
+from potstill.methods.needs import Needs
+from potstill.models.classifier import Classifier
+from potstill.training.devices import choose
+from potstill.training.observer import Silent
+
+
+@pytest.fixture
+def unlabeled(tmp_path):
+    for i in range(10):
+        path = tmp_path / "unlabeled" / f"deep/{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "unlabeled"
+
+
+def metrics(path, stage):
+    return [json.loads(line) for line in (path / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_unlabeled_images(recipe, unlabeled, tmp_path):
+    changes = {"data.unlabeled": unlabeled, "data.unlabeled_share": 0.25, "training.epochs": 1}
+    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), root=tmp_path)
+    found = json.loads((path / "results.json").read_text())
+    assert found["data"]["origin"].endswith(f"; 10 unlabeled from {unlabeled}")
+    train = sum(found["data"]["counts"]["train"].values())
+    for stage in ("teacher", "baseline", "distilled"):
+        assert metrics(path, stage)[0]["train"]["count"] == train
+        assert found["stages"][stage]["train"]["count"] == train
+
+
+def test_a_run_with_mixed_images(recipe, tmp_path):
+    changes = {"data.augment": "{hflip: true, mixup: 0.8, cutmix: 1}", "training.epochs": 1}
+    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), root=tmp_path)
+    figures = metrics(path, "distilled")[0]["train"]
+    assert set(figures["terms"]) == {"ce", "kd"}
+
+
+def test_class_weights_and_smoothing_skip_unlabeled_images(recipe):
+    made = recipe(**{"data.balance": "weights", "training.label_smoothing": 0.1})
+    data = load_data(made.data)
+    loss = label_loss(made, made.training, data)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 2, -100, 1, -100, 2])
+    known = labels != -100
+    weight, smoothing = loss.weight.double(), 0.1
+    log_p = logits.double().log_softmax(dim=1)[known]
+    given = weight[labels[known]]
+    expected = 0.9 * (-given * log_p[torch.arange(4), labels[known]]).sum() / given.sum()
+    expected += smoothing * (-(log_p * weight).sum(dim=1) / 3).sum() / given.sum()
+    assert loss(logits, labels).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss(logits, labels).item() == pytest.approx(loss(logits[known], labels[known]).item(), rel=1e-6)
+
+
+class Plain(Method):
+    def __init__(self, **needs):
+        super().__init__()
+        self.needs = Needs(**needs)
+
+
+NOTHING = {"mixes": False, "unlabeled": False, "images": 40, "batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("needs", "data", "message"),
+    [
+        ({"second": "strong"}, {"mixes": True}, "Plain needs a second image for each"),
+        ({"index": True}, {"mixes": True}, "Plain remembers samples, and a mixed image is none"),
+        ({}, {"mixes": True, "unlabeled": True}, "mix labels, which unlabeled images do not have"),
+        ({"labels": True}, {"unlabeled": True}, "Plain needs the label of every image: leave data.unlabeled out"),
+        ({"index": True}, {"unlabeled": True}, "Plain remembers the labeled samples"),
+        ({"second": "same class"}, {"unlabeled": True}, "Plain compares images of the same class"),
+        ({"batch_size": True}, {"unlabeled": True}, "Plain needs a fixed number"),
+        ({"teacher": False}, {"unlabeled": True}, "Plain has no teacher"),
+        ({"batch_size": True}, {"batch_size": 41}, "40 images do not fill one of 41"),
+    ],
+)
+def test_what_cannot_work_is_refused(needs, data, message):
+    with pytest.raises(UsageError, match=message):
+        check_data_needs(Plain(**needs), **(NOTHING | data))
+    check_data_needs(Plain(**needs), **NOTHING)
+
+
+def test_what_can_work_is_not_refused():
+    check_data_needs(Plain(), **(NOTHING | {"mixes": True}))
+    check_data_needs(Plain(second="strong"), **(NOTHING | {"unlabeled": True}))
+    check_data_needs(Plain(teacher=False, peers=True), **(NOTHING | {"unlabeled": True}))
+
+
+def test_preflight_looks_at_the_method_and_the_data_together(recipe, unlabeled):
+    made = recipe(**{"method": "{name: supervised}", "data.unlabeled": unlabeled})
+    with pytest.raises(UsageError, match="Supervised has no teacher or peer"):
+        check_all(made, None)
+
+
+def test_a_recipe_says_what_is_wrong_with_it(photographs, tmp_path):
+    value = {
+        "data": {"source": str(photographs), "size": 16},
+        "teacher": {"model": "cifar/resnet14"},
+        "student": {"model": "cifar/resnet8"},
+    }
+    with pytest.raises(UsageError, match=r"data\.unlabeled: no folder '/nowhere'"):
+        load_recipe(value, ["data.unlabeled=/nowhere"])
+    with pytest.raises(UsageError, match=r"data\.augment\.mixup mixes labels, which unlabeled images do not have"):
+        load_recipe(value, [f"data.unlabeled={tmp_path}", "data.augment.mixup=0.2"])
+    with pytest.raises(UsageError, match=r"training\.dot_delta: momentum - dot_delta must be at least 0"):
+        load_recipe(value, ["training.optimizer=dot", "training.momentum=0.95", "training.dot_delta=0.1"])
+    assert load_recipe(value, ["training.optimizer=dot"]).training.dot_delta == 0.075
+
+
+class Learning(Method):
+    """Keeps the mean of the teacher's logits over the training images, and counts the passes."""
+
+    def __init__(self, second="none"):
+        super().__init__()
+        self.needs = Needs(prepare=True, second=second)
+        self.register_buffer("mean", torch.zeros(3))
+        self.index, self.images, self.seconds = [], [], []
+
+    def prepare(self, passes):
+        for _ in range(2):
+            logits = []
+            for outputs, batch in passes():
+                logits.append(outputs.logits)
+                self.index.append(batch.index)
+                self.images.append(batch.images)
+            self.mean.copy_(torch.cat(logits).mean(dim=0))
+
+    def distill(self, student, teacher, batch):
+        self.seconds.append((batch.index, batch.second))
+        return {"mean": (student.logits - self.mean).square().mean()}
+
+
+def stage(recipe, method, folder, *, resume=False, observer=None):
+    made = recipe()
+    data = load_data(made.data)
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)) for _ in range(2)]
+    student, teacher = (Classifier(net, "linear", data.class_names, InputSpec(16)) for net in networks)
+    train_stage(
+        Planned("distilled", ("teacher",), distils=True), student, method, [teacher], recipe=made, data=data,
+        compute=choose(made.training), folder=folder, observer=observer or Silent(), resume=resume,
+    )  # fmt: skip
+    return data, teacher
+
+
+def test_a_method_may_learn_from_the_teacher_before_training(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("potstill.experiments.stage.save_model", lambda *_: None)
+    method = Learning(second="same class")
+    data, teacher = stage(recipe, method, tmp_path)
+    count = len(data.train)
+    assert torch.cat(method.index).tolist() == [*range(count), *range(count)]
+    images = torch.cat(method.images)
+    assert torch.equal(images[:count], images[count:])  # no augmentation
+    torch.testing.assert_close(method.mean, teacher.module(images[:count]).mean(dim=0))
+    assert len(method.seconds) == 2 * -(-count // 16)
+    assert all(second.shape == (len(index), 3, 16, 16) for index, second in method.seconds)
+
+
+def test_what_was_learned_before_comes_back_on_resuming(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("potstill.experiments.stage.save_model", lambda *_: None)
+
+    class Changing(Learning):
+        def distill(self, student, teacher, batch):
+            if self.training:
+                self.mean += 1
+            return super().distill(student, teacher, batch)
+
+    class Died(Exception):
+        pass
+
+    class Mortal(Silent):
+        def epoch_start(self, epoch, *_):
+            if epoch == 2:
+                raise Died
+
+    whole, cut, resumed = Changing(), Changing(), Changing()
+    stage(recipe, whole, tmp_path / "whole")
+    with pytest.raises(Died):
+        stage(recipe, cut, tmp_path / "cut", observer=Mortal())
+    stage(recipe, resumed, tmp_path / "cut", resume=True)
+    assert torch.equal(resumed.mean, whole.mean)
+    assert not torch.equal(resumed.mean, cut.mean)

@@ -1,0 +1,47 @@
+import numpy as np
+
+from potstill.experiments.groups import members, together
+from potstill.experiments.recipe import TeachersSettings
+
+
+def said(*rows):
+    return {split: np.array(rows, dtype=np.float32) for split in ("train", "val", "test")}
+
+
+def test_averaged_logits_are_the_geometric_mean():
+    both = {"teacher": said([0.5, 0.5]), "teacher-2": said([0.9, 0.1])}
+    found = together(both, TeachersSettings())["teachers"]["test"]
+    np.testing.assert_allclose(found, [[0.75, 0.25]], rtol=1e-6)  # sqrt(0.45) : sqrt(0.05) = 3 : 1
+
+
+def test_averaged_probabilities_are_the_weighted_mean():
+    both = {"teacher": said([0.5, 0.5]), "teacher-2": said([0.9, 0.1])}
+    settings = TeachersSettings(combine="probabilities", weights=[1, 3])
+    np.testing.assert_allclose(together(both, settings)["teachers"]["test"], [[0.8, 0.2]], rtol=1e-6)
+
+
+def test_a_probability_of_0_stays_finite():
+    both = {"teacher": said([1.0, 0.0]), "teacher-2": said([1.0, 0.0])}
+    np.testing.assert_allclose(together(both, TeachersSettings())["teachers"]["val"], [[1.0, 0.0]], atol=1e-30)
+
+
+def test_generations_are_averaged_by_probability_whatever_the_teachers_are():
+    found = together(
+        {"generation-1": said([0.2, 0.8]), "distilled": said([0.6, 0.4]), "baseline": said([1.0, 0.0])},
+        TeachersSettings(weights=[1, 5]),
+    )
+    assert list(found) == ["generations"]
+    np.testing.assert_allclose(found["generations"]["test"], [[0.4, 0.6]], rtol=1e-6)
+
+
+def test_one_alone_is_itself():
+    found = together({"teacher": said([0.3, 0.7]), "distilled": said([0.5, 0.5])}, TeachersSettings())
+    assert list(found) == ["teachers"]
+    np.testing.assert_allclose(found["teachers"]["test"], [[0.3, 0.7]], rtol=1e-6)
+    assert together({"distilled": said([0.5, 0.5])}, TeachersSettings()) == {}
+
+
+def test_members_come_in_order():
+    names = ["distilled", "generation-2", "teacher-2", "baseline", "generation-1", "teacher", "assistant-1"]
+    assert members("teachers", names) == ["teacher", "teacher-2"]
+    assert members("generations", names) == ["generation-1", "generation-2", "distilled"]

@@ -1,0 +1,49 @@
+import ast
+import inspect
+
+import pytest
+
+from potstill.experiments.method_settings import describe, inner_methods, needs_teacher
+from potstill.methods import METHODS, create_method
+from potstill.methods.catalog import REQUIRED, options
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if not any(option.default is REQUIRED for option in options(name).values())]
+)
+def test_what_the_source_says_of_a_teacher_is_what_the_method_says(name: str) -> None:
+    assert needs_teacher({"name": name}) == create_method(name).needs.teacher
+
+
+def test_a_method_around_another_needs_what_that_one_needs() -> None:
+    assert not needs_teacher({"name": "eskd", "around": {"name": "tfkd_reg"}})
+    assert not needs_teacher([{"name": "tfkd_reg"}, {"name": "supervised"}])
+    assert needs_teacher([{"name": "tfkd_reg"}, {"name": "eskd"}])
+    assert needs_teacher({"name": "nothing"})  # reported elsewhere
+
+
+def test_methods_inside_a_method_come_with_their_paths() -> None:
+    around = {"name": "ls", "around": {"name": "dkd"}}
+    assert inner_methods(around) == [(("around",), {"name": "dkd"})]
+    assert inner_methods({"name": "combined", "methods": [around, "kd"]}) == [
+        (("methods", 0), around),
+        (("methods", 1), "kd"),
+    ]
+    assert inner_methods({"name": "kd"}) == []
+
+
+def test_whatever_a_method_is_it_can_be_described() -> None:
+    assert describe({"name": "ls", "around": {"name": "kd"}, "weight": 2}) == "ls around kd"
+    assert describe({"temperature": 2}) == describe("kd") == describe(None) == ""
+
+
+def test_nothing_here_imports_torch() -> None:
+    from potstill.experiments import method_settings
+
+    imported = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in ast.walk(ast.parse(inspect.getsource(method_settings)))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert not any(str(name).startswith("torch") for name in imported)

@@ -1,0 +1,98 @@
+"""What a method cannot do is said before any training, and saying it leaves no trace."""
+
+import shutil
+
+import pytest
+import torch
+
+from potstill.data.datasets import load_data
+from potstill.errors import UsageError
+from potstill.experiments import pipeline
+from potstill.experiments.plan import plan
+from potstill.experiments.rehearsal import rehearse
+from potstill.training.observer import Silent
+
+
+class Refusing(Silent):
+    """Fails as soon as any stage begins."""
+
+    def stage(self, name, detail):
+        raise AssertionError(f"{name} began")
+
+
+REFUSED = {
+    "one image at a time": (
+        {"method": "{name: dist}", "training.batch_size": 1},
+        "method dist compares images with each other, and distilled would see one at a time",
+    ),
+    "BatchNorm of one image": (
+        {"student": "{model: cifar/mobilenetv2}", "training.batch_size": 1},
+        "distilled cannot learn from one image at a time: its BatchNorm needs several",
+    ),
+    "layers for a method that joins none": (
+        {"layers": "[[stage1, stage1]]"},
+        "layers: method kd joins no feature maps of student and teacher",
+    ),
+    "unknown layer": ({"method": "{name: fitnet}", "layers": "[[stage1, stage9]]"}, "stage9"),
+    "normalisation that is not there": (
+        {"method": "{name: ofd}", "teacher": "{model: convnext_atto}", "data.size": 32},
+        "BatchNorm",
+    ),
+    "a wrong combination": (
+        {"method": "{name: ls, around: {name: at}}"},
+        "ls standardises logits, and at compares other things",
+    ),
+    "a schedule of nothing": (
+        {"method": "{name: kd, schedule: {hint: {shape: linear}}}"},
+        "the schedule names 'hint', which this method has not",
+    ),
+    "an assistant that cannot be joined": (
+        {"method": "{name: ofd}", "assistants": "[{model: convnext_atto}]", "data.size": 32},
+        "BatchNorm",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_before_any_training(case, recipe, tmp_path):
+    changes, message = REFUSED[case]
+    with pytest.raises(UsageError, match=message):
+        pipeline.run(recipe(**changes), root=tmp_path, observer=Refusing())
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_two_classes_are_refused_where_they_mean_nothing(photographs, recipe, tmp_path):
+    for name in ("blue", "red"):
+        shutil.copytree(photographs / name, tmp_path / "two" / name)
+    changes = {"data.source": f"'{tmp_path / 'two'}'", "method": "{name: dkd}"}
+    with pytest.raises(UsageError, match="of 2 classes only one is left"):
+        pipeline.run(recipe(**changes), root=tmp_path, observer=Refusing())
+
+
+def test_stages_without_the_method_are_not_held_to_it(recipe, tmp_path):
+    changes = {"method": "{name: dist}", "training.batch_size": 1, "training.epochs": 1, "data.val": 0.05}
+    path = pipeline.run(recipe(**changes), root=tmp_path, stages=("baseline",))
+    assert (path / "baseline" / "model.json").exists()
+
+
+@pytest.mark.parametrize("method", ["{name: kd}", "{name: ft}", "{name: simkd}", "{name: crd}"])
+def test_a_rehearsal_draws_nothing_from_the_random_stream(method, recipe):
+    made = recipe(method=method, generations=2)
+    data = load_data(made.data)
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    texts = rehearse(made, plan(made), data)
+    assert torch.equal(torch.randn(4), expected)
+    assert list(texts) == ["generation-1", "distilled"]
+
+
+def test_the_last_image_of_an_epoch_is_not_left_alone(recipe, tmp_path):
+    # 39 images to train on and 9 for val: with batches of 2 either ends with one image.
+    changes = {"student": "{model: cifar/mobilenetv2}", "method": "{name: dist}", "training.epochs": 1}
+    changes |= {"training.batch_size": 2, "data.test": 0.2, "teacher.training.epochs": 1}
+    made = recipe(**changes)
+    data = load_data(made.data)
+    assert (len(data.train), len(data.val)) == (39, 9)
+    path = pipeline.run(made, root=tmp_path)
+    assert (path / "distilled" / "model.json").exists()
