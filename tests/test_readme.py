@@ -108,9 +108,11 @@ def test_commands_are_found_and_wrong_ones_are_noticed():
 def test_every_recipe_shown_loads(page):
     for block in blocks(page, "yaml"):
         value = yaml.safe_load(block)
-        whole = (
-            value if "teacher" in value else {"teacher": {"model": "vgg16"}, "student": {"model": "resnet18"}} | value
-        )
+        whole = {"teacher": {"model": "vgg16"}, "student": {"model": "resnet18"}} | value
+        teachers = whole["teacher"] if isinstance(whole["teacher"], list) else [whole["teacher"]]
+        for teacher in teachers:  # runs of the reader's own
+            if str(teacher.get("weights")).startswith("runs/"):
+                del teacher["weights"]
         try:
             load_recipe(whole, data_needed=False)
         except (UsageError, DataError) as error:
