@@ -11,7 +11,7 @@ demo: setup  ## teacher, baseline and distilled student on real images, in minut
 	$(BIN)/potstill run quickstart --overwrite
 
 test: setup  ## unit and end-to-end tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 check: setup  ## all that CI runs: format, lint, types, layers, tests, docs
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check

@@ -13,6 +13,7 @@ from potstill.joining.joints import Layers
 from potstill.joining.shown import Shown, look, side, with_second
 from potstill.joining.teachers import Combine, Teachers
 from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.wrapping.per_teacher import per_teacher
 from potstill.types import UNLABELED, Batch, Outputs, Step
 
 
@@ -74,7 +75,7 @@ class Distiller(nn.Module):
         if networks:
             converts = _converts(student_input, _listed(teacher_input, InputSpec), len(networks))
             self.teacher = Teachers(networks, converts, weights=teacher_weights, combine=combine)
-        self.method = method.for_teachers(len(networks))
+        self.method = per_teacher(method, len(networks))
         if label_loss is not None:
             self.method.use_label_loss(label_loss)
         self.layers, self.train_labels, self.batch_size = layers, train_labels, batch_size

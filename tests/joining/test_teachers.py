@@ -110,3 +110,20 @@ def test_each_copy_has_its_own_adapter():
     adapters = [p for name, p in distiller.trained_parameters() if name.endswith("conv.weight")]
     assert sorted(p.shape[0] for p in adapters) == [6, 10] or sorted(p.shape[0] for p in adapters) == [12, 20]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters)
+
+
+def test_combined_and_scheduled_methods_work_on_each_teacher_too():
+    images = torch.rand(4, 3, 16, 16)
+    settings = {"methods": [{"name": "kd"}, {"name": "at"}], "schedule": {"kd": {"shape": "linear", "end": 0.0}}}
+    student, teachers = Net(4), [Net(6), Net(10)]
+    distiller = Distiller(student, teachers, create_method("combined", **settings), example=images).eval()
+    distiller.start_epoch(0, 2)
+    found = distiller(images, LABELS).terms["attention"]
+    alone = [Distiller(student, teacher, create_method("at"), example=images).eval() for teacher in teachers]
+    wanted = torch.stack([one(images, LABELS).terms["attention"] for one in alone]).mean()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_method_for_one_teacher_refuses_two():
+    with pytest.raises(UsageError, match="simkd gives the student one teacher's head, got 2"):
+        Distiller(Net(4), [Net(6), Net(10)], create_method("simkd"), example=torch.rand(4, 3, 16, 16))

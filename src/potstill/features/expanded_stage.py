@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.features.layout import Layout
-from potstill.features.remodelled import Remodelled, facts_of, submodule
+from potstill.features.remodelled import Remodelled, facts_of
+from potstill.features.taps import submodule
 from potstill.precision import at_least_float32
 
 LAYER_NORM_EPSILON = 1e-7  # of the logits, in NORM's release

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from potstill.errors import UsageError
 from potstill.features.layout import Grid, Layout
-from potstill.features.remodelled import Remodelled, facts_of, submodule
+from potstill.features.remodelled import Remodelled, facts_of
+from potstill.features.taps import submodule
 
 
 class ProjectedHead(Remodelled):

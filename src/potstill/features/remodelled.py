@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from potstill.errors import UsageError, nearest
+from potstill.errors import UsageError
 from potstill.features.stages import Stage
 
 
@@ -38,15 +38,3 @@ def facts_of(given: dict[str, Any], name: str) -> dict[str, Any]:
     """What ``locals()`` holds at the start of an ``__init__``: its arguments, without the network."""
     left_out = ("self", "network", "__class__")
     return {"name": name, **{key: value for key, value in given.items() if key not in left_out}}
-
-
-def submodule(network: nn.Module, path: str) -> nn.Module:
-    """The submodule with this path.
-
-    Raises:
-        UsageError: there is none.
-    """
-    modules = dict(network.named_modules())
-    if not path or path not in modules:
-        raise UsageError(f"{type(network).__name__} has no layer {path!r}{nearest(path, modules)}")
-    return network.get_submodule(path)

@@ -67,12 +67,12 @@ class Method(nn.Module):
         return (self,)
 
     def for_teachers(self, count: int) -> "Method":
-        """The method for ``count`` teachers: one that reads hidden layers works on each of them by itself."""
-        if count < 2 or self.needs.members or not self.needs.features:
-            return self
-        from potstill.methods.wrapping.per_teacher import PerTeacher
+        """The method for ``count`` teachers; see ``wrapping.per_teacher``, which asks this first.
 
-        return PerTeacher(self, count)
+        Raises:
+            UsageError: it can do with one only.
+        """
+        return self
 
     def use_label_loss(self, loss: nn.Module) -> None:
         """Replace plain cross-entropy, here and in every method inside this one."""

@@ -15,6 +15,7 @@ from potstill.methods.base import Method, Passes, Side, TrainingFacts
 from potstill.methods.ls import LS
 from potstill.methods.needs import Needs
 from potstill.methods.wrapping.around import Around
+from potstill.methods.wrapping.per_teacher import per_teacher
 from potstill.options import MethodSettings, NonNegative, checked
 from potstill.types import Batch, Outputs
 
@@ -58,7 +59,7 @@ class Combined(Method):
         return tuple(method.parts[0] for method in self.each())
 
     def for_teachers(self, count: int) -> Method:
-        self.methods = nn.ModuleList(method.for_teachers(count) for method in self.each())
+        self.methods = nn.ModuleList(per_teacher(method, count) for method in self.each())
         return self
 
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:

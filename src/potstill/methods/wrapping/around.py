@@ -25,6 +25,10 @@ class Around(Method):
     def parts(self) -> tuple[Method, ...]:
         return self.inner.parts
 
+    def for_teachers(self, count: int) -> Method:
+        self.inner = self.inner.for_teachers(count)
+        return self
+
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
         self.inner.build(student, teacher, training)
 

@@ -52,6 +52,17 @@ class PerTeacher(Around):
         return {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
 
 
+def per_teacher(method: Method, count: int) -> Method:
+    """``method`` for ``count`` teachers: one that reads hidden layers works on each of them by itself.
+
+    Raises:
+        UsageError: it can do with one only.
+    """
+    method = method.for_teachers(count)
+    alone = count < 2 or method.needs.members or not method.needs.features
+    return method if alone or len(method.parts) > 1 else PerTeacher(method, count)
+
+
 def _member(outputs: Outputs, position: int) -> Outputs:
     member = outputs.members[position]
     second = outputs.second.members[position] if outputs.second is not None else None
