@@ -36,7 +36,7 @@ from potstill.types import Batch
 
 IMAGES = 50_000  # of the training set that memories are sized by: CIFAR-100's
 EPOCH, EPOCHS = 20, 240  # past warm-ups, and within the first part of methods that have two
-EXAMPLES = {"MethodSettings": {"name": "kd"}, "list[MethodSettings]": [{"name": "kd"}, {"name": "at", "weight": 0.5}]}
+EXAMPLES = {"MethodSettings": {"name": "kd"}, "list[MethodSettings]": [{"name": "kd"}, {"name": "at", "factor": 0.5}]}
 QUICK: dict[str, dict[str, Any]] = {"ft": {"paraphraser_epochs": 1}}  # what comes before training is no step
 
 

@@ -131,7 +131,8 @@ def _lines(needs: Needs, method: str, student: str) -> Iterator[str]:
         yield f"second = torch.randn(8, 3, 32, 32)  # {what}"
         extra += ", second=second"
     yield ""
-    yield f"distiller = Distiller({arguments})"
+    line = f"distiller = Distiller({arguments})"
+    yield from [line] if len(line) <= 120 else ["distiller = Distiller(", f"    {arguments}", ")"]
     if needs.prepare:
         yield "distiller.prepare(lambda: iter([Batch(images, labels)]))  # passes over the training images"
     if needs.epoch:
@@ -147,7 +148,7 @@ def _given(option: Option) -> Any:
         return option.default
     if option.annotation == "MethodSettings":
         return {"name": "kd"}
-    return [{"name": "kd"}, {"name": "at", "weight": 0.5}] if option.annotation == "list[MethodSettings]" else 1
+    return [{"name": "kd"}, {"name": "at", "factor": 0.5}] if option.annotation == "list[MethodSettings]" else 1
 
 
 def _head(found: About) -> str:
