@@ -91,7 +91,7 @@ def test_mixed_images_keep_their_shares():
 
 
 def test_students_without_the_two_heads_are_refused():
-    with pytest.raises(UsageError, match="has no layer 'head"):
+    with pytest.raises(UsageError, match="has no head and no head_dist; kd works"):
         Distiller(teacher(), teacher(), DeiTHard(), example=IMAGES)
     distiller = Distiller(TwoHeads(classes_dist=4), teacher(), DeiTSoft(), example=IMAGES)
     with pytest.raises(UsageError, match=r"'head_dist' must put out logits \[4, 3\], got \[4, 4\]"):
