@@ -1,11 +1,17 @@
 """One thread and one seed: no test depends on the machine's cores or on luck."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
+if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache, and find none there
+    os.environ["POTSTILL_CACHE"] = tempfile.mkdtemp(prefix="potstill-cache-")
+    atexit.register(shutil.rmtree, os.environ["POTSTILL_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

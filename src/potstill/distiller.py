@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from potstill.errors import UsageError
 from potstill.inputs import Convert, InputSpec
 from potstill.joining.joints import Layers
+from potstill.joining.reader import Said
 from potstill.joining.shown import Shown, look, side, with_second
 from potstill.joining.teachers import Combine, Teachers
 from potstill.methods.base import Method, Side, TrainingFacts
@@ -135,10 +136,21 @@ class Distiller(nn.Module):
         """The teacher's outputs for images prepared for the student; None where the method needs no teacher."""
         if self.teacher is None:
             return None
-        outputs = self.shown.by_teacher(self.teacher, images)
-        if second is not None and self.method.needs.second != "none":
-            outputs = with_second(outputs, self.shown.by_teacher(self.teacher, second))
-        return outputs
+        said = self.teacher.ask(images)
+        if second is None or self.method.needs.second == "none":
+            return self.teacher_outputs(said)
+        return self.teacher_outputs(said, self.teacher.ask(second))
+
+    def teacher_outputs(self, said: list[Said], second: list[Said] | None = None) -> Outputs:
+        """What the method is shown of what each teacher said, just now or long ago.
+
+        Args:
+            said: one for each teacher, of the images.
+            second: likewise, of the second images, where the method needs such.
+        """
+        assert self.teacher is not None  # somebody said it
+        outputs = self.shown.by_teachers(self.teacher, said)
+        return outputs if second is None else with_second(outputs, self.shown.by_teachers(self.teacher, second))
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Tell the method where training stands: epoch number ``epoch``, from 0, of ``epochs`` is about to begin."""

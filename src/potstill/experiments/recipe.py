@@ -18,6 +18,7 @@ from potstill.experiments.recipe_checks import find_problems
 from potstill.experiments.recipe_yaml import Document, KeyPath, read, write
 from potstill.experiments.settings_errors import ONE, SEVERAL, Finding, parse
 from potstill.experiments.stage_names import number, role
+from potstill.store.settings import StoreSettings
 from potstill.training.settings import TrainingSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
@@ -36,6 +37,9 @@ class StageSettings(BaseModel):
     )
     new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
     size: int | None = Field(None, ge=8, le=4096, description="its own height and width in pixels; null: data.size")
+    precision: Literal["auto", "float32"] = Field(
+        "auto", description="of a teacher's answers; auto: weights in bf16 where the hardware is fast in it"
+    )
     training: dict[str, Any] = Field({}, description="what differs from the recipe's shared training settings")
 
 
@@ -84,7 +88,15 @@ class Recipe(BaseModel):
     layers: list[tuple[str, str]] | None = Field(
         None, description="[path in the student, path in the teacher] of each joined pair; null: found by depth"
     )
+    store: StoreSettings = StoreSettings()
     training: TrainingSettings = TrainingSettings()
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _mode_alone(cls, store: Any) -> Any:
+        if store is False:  # what YAML makes of off
+            return {"mode": "off"}
+        return {"mode": store} if isinstance(store, str) else store
 
     @field_validator("method", mode="before")
     @classmethod

@@ -47,9 +47,8 @@ class Shown:
             shown.append(replace(members[0], members=members))
         return replace(shown[0], parts=tuple(shown))
 
-    def by_teacher(self, teachers: Teachers, images: Tensor) -> Outputs:
-        """The teachers' outputs for images prepared for the student; of several, the logits are combined."""
-        said = teachers.ask(images)
+    def by_teachers(self, teachers: Teachers, said: list[Said]) -> Outputs:
+        """The teachers' outputs; of several, the logits are combined."""
         logits, shown = teachers.combined(said), []
         for needs, joints in zip(self.parts, self.joints, strict=True):
             before = needs.before_activation != "none"

@@ -1,6 +1,8 @@
 """The one training loop: teacher, baseline and distilled student all go through it."""
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from potstill.artifacts import write_json_lines
 from potstill.distiller import Distiller
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.training import checkpoint as ckpt
+from potstill.training.answers import Answers, Asked, Remembered
 from potstill.training.averages import TermAverages
 from potstill.training.devices import Compute
 from potstill.training.gradients import Gradients
@@ -21,7 +24,7 @@ from potstill.training.observer import Observer
 from potstill.training.optimizers import create_optimizer, lr_factor
 from potstill.training.saving import Saving
 from potstill.training.settings import TrainingSettings
-from potstill.types import UNLABELED, Batch, Outputs, Step
+from potstill.types import UNLABELED, Batch, Step
 
 if TYPE_CHECKING:  # anything with `epoch`, `steps` and `count` will do
     from potstill.data.loader import Loader
@@ -33,8 +36,10 @@ class Training:
     Args:
         distiller: on the compute's device.
         train, val: loaders; val picks the best epoch.
-        test: evaluated each epoch for its curve only, never for a choice; None: left alone.
         folder: receives ``metrics.jsonl`` and ``checkpoints/``.
+        test: evaluated each epoch for its curve only, never for a choice; None: left alone.
+        answers: by split, where the teacher's answers come from; where not given, it is asked: for each training batch
+            anew, on val and test once.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Training:
         observer: Observer,
         classes: int,
         test: "Loader | None" = None,
+        answers: Mapping[str, Answers] | None = None,
     ) -> None:
         self.distiller, self.settings, self.compute, self.observer = distiller, settings, compute, observer
         self.train, self.classes = train, classes
@@ -73,7 +79,8 @@ class Training:
             self.average,
             self.history,
         )
-        self._teacher_says: dict[str, list[Outputs]] = {}
+        asked: dict[str, Answers] = {name: Remembered(distiller, compute) for name in self.others}
+        self.answers: dict[str, Answers] = {"train": Asked(), **asked, **(answers or {})}
 
     def run(self, *, resume: bool = False) -> History:
         """Train to the last epoch, or until val has not improved for ``early_stopping`` epochs.
@@ -130,9 +137,10 @@ class Training:
     def _train_epoch(self, number: int) -> Record:
         self.distiller.train()
         metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
-        group = self.settings.accumulate
+        group, answers = self.settings.accumulate, self.answers["train"]
+        answers.start_epoch(number)
         for position, batch in enumerate(self.train.epoch(number)):
-            step = self._ask(batch)
+            step = self._ask(batch, answers)
             first = position - position % group
             self.gradients.add(step, min(group, self.train.steps - first))
             if (position + 1) % group == 0 or position + 1 == self.train.steps:
@@ -140,24 +148,28 @@ class Training:
             metrics.update(*self._labeled(step.logits.detach(), batch.labels))
             averages.update(step.terms, len(batch))
             self.observer.step(len(batch))
+        answers.flush()
         return _figures(metrics, averages.compute(f"epoch {number + 1}, training"))
 
-    def _ask(self, batch: Batch, known: Outputs | None = None) -> Step:
-        images = batch.images.contiguous(memory_format=self.compute.memory_format)
-        second = batch.second
-        if second is not None:
-            second = second.contiguous(memory_format=self.compute.memory_format)
+    def _ask(self, batch: Batch, answers: Answers) -> Step:
+        batch = replace(batch, images=self._laid_out(batch.images))
+        if batch.second is not None:
+            batch = replace(batch, second=self._laid_out(batch.second))
+        known = answers(batch)
         with self.compute.autocast():
             step: Step = self.distiller(
-                images,
+                batch.images,
                 batch.labels,
                 index=batch.index,
                 view=batch.view,
-                second=second,
+                second=batch.second,
                 soft_labels=batch.soft_labels,
                 teacher=known,
             )
         return step
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self.compute.memory_format)
 
     def _labeled(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Without the images that nobody has labeled; choosing rows waits for the device, so only where there are."""
@@ -179,25 +191,14 @@ class Training:
     def _evaluate(self, split: str, loader: "Loader") -> Record:
         self.distiller.eval()
         metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
-        for position, batch in enumerate(loader.epoch(0)):
-            step = self._ask(batch, self._ask_teacher(split, position, batch))
+        answers = self.answers[split]
+        answers.start_epoch(0)
+        for batch in loader.epoch(0):
+            step = self._ask(batch, answers)
             metrics.update(step.logits, batch.labels)
             averages.update(step.terms, len(batch))
+        answers.flush()
         return _figures(metrics, averages.compute(f"evaluation on {split}"))
-
-    def _ask_teacher(self, split: str, position: int, batch: Batch) -> Outputs | None:
-        """Logits of the teacher on val and test never change: it is asked once.  Feature maps are too large to keep."""
-        method = self.distiller.method
-        if self.distiller.teacher is None or method.needs.features or method.teacher_taps or method.needs.training_only:
-            return None
-        known = self._teacher_says.setdefault(split, [])
-        if position == len(known):
-            images = batch.images.contiguous(memory_format=self.compute.memory_format)
-            with self.compute.autocast():
-                answer = self.distiller.ask_teacher(images)
-            assert answer is not None  # there is a teacher
-            known.append(answer)
-        return known[position]
 
     def _out_of_patience(self, number: int) -> bool:
         patience = self.settings.early_stopping

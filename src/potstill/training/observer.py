@@ -18,6 +18,9 @@ class Observer(Protocol):
     def epoch_end(self, record: dict[str, Any]) -> None:
         """An epoch is over; ``record`` is its line of metrics.jsonl."""
 
+    def wait(self, what: str, done: int, total: int) -> None:
+        """A longer wait outside of training: so much of it is over; ``done == total``: all."""
+
     def note(self, message: str) -> None:
         """Something worth reading."""
 
@@ -38,6 +41,8 @@ class Silent:
     def step(self, images: int) -> None: ...
 
     def epoch_end(self, record: dict[str, Any]) -> None: ...
+
+    def wait(self, what: str, done: int, total: int) -> None: ...
 
     def note(self, message: str) -> None: ...
 

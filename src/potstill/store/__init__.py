@@ -1,0 +1,1 @@
+"""Teacher outputs kept on disk by (sample, view): nobody waits for the teacher twice."""

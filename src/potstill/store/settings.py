@@ -1,0 +1,28 @@
+"""Every setting of the store of teacher outputs."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Record = Literal["auto", "float16", "float32", "top16"]
+
+
+class StoreSettings(BaseModel):
+    """Whether and how the teacher's answers are kept on disk; ``store: off`` in a recipe is short for the mode."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["auto", "off"] = Field(
+        "auto", description="auto: record the teacher's answers where the method needs no feature maps; off: ask anew"
+    )
+    views: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto", "all"] = Field(
+        "auto",
+        description="how many augmented versions of an image are drawn in turn; auto: by epochs and disk; all: a new "
+        "one in each epoch",
+    )
+    record: Record = Field(
+        "auto",
+        description="what is kept of the logits: float16, float32, or top16: the 16 largest and the mass of the rest; "
+        "auto: float16",
+    )
+    folder: str | None = Field(None, description="where stores stand; null: the cache folder")
