@@ -101,6 +101,9 @@ class Progress:
         ]
         self._line("  ".join(part for part in parts if part))
 
+    def wait(self, what: str, done: int, total: int) -> None:
+        """A longer wait outside of training: so much of it is over."""
+
     def note(self, message: str) -> None:
         """Something worth reading."""
         self._line(message)

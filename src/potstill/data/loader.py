@@ -49,6 +49,10 @@ class Loader:
             order; their label is -100 and their sample ids are N to N + M - 1.
         unlabeled_share: of a batch that they make up, at least 0 and below 1.
         whole_batches: leave out a last batch of fewer images than the others.
+        views: how many views are drawn in turn: epoch e shows view e modulo ``views``; None: a new one in each epoch.
+        view_seed: of views and of what is mixed, where another than that of the order is wanted.
+        identity: a word for these images and their content, by which decoded pixels are kept on disk; None: they are
+            kept in memory only.
 
     Raises:
         UsageError: an unknown order, a batch size below 1, or wishes that exclude each other.
@@ -72,6 +76,9 @@ class Loader:
         unlabeled: ImageSet | None = None,
         unlabeled_share: float = 0.5,
         whole_batches: bool = False,
+        views: int | None = None,
+        view_seed: int | None = None,
+        identity: str | None = None,
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
             raise UsageError(f"order must be listed, shuffled or balanced, got {order!r}")
@@ -82,6 +89,7 @@ class Loader:
         mixes = augment is not None and augment.mixes
         _refuse_conflicts(second, mixes, unlabeled is not None, unlabeled_share, whole_batches, classes)
         self.images, self.spec, self.seed = images, spec, seed
+        self.views_in_turn, self.view_seed = views, seed if view_seed is None else view_seed
         self.unlabeled, self.second = unlabeled, second
         self.device = torch.device(device)
         self.side = packed_side(spec, random_crops=augment is not None and augment.crop_scale is not None)
@@ -90,14 +98,14 @@ class Loader:
         self.epochs = Epochs(self.labels.numpy(), batch_size, order, seed, more, unlabeled_share, whole_batches)
         if self.epochs.steps == 0:
             raise UsageError(f"{len(images)} images do not fill one batch of {batch_size}: lower the batch size")
-        self.views = Views(augment, size=spec.size, seed=seed) if augment is not None else None
+        self.views = Views(augment, size=spec.size, seed=self.view_seed) if augment is not None else None
         self._strong = self._partners = self._mixing = None
         if second == "strong":
-            self._strong = Views(augment or AugmentSettings(), size=spec.size, seed=seed, strong=True)
+            self._strong = Views(augment or AugmentSettings(), size=spec.size, seed=self.view_seed, strong=True)
         elif second == "same class":
-            self._partners = Partners(self.labels.numpy(), seed)
+            self._partners = Partners(self.labels.numpy(), self.view_seed)
         if augment is not None and augment.mixes and classes is not None:
-            self._mixing = Mixing(mixup=augment.mixup, cutmix=augment.cutmix, classes=classes, seed=seed)
+            self._mixing = Mixing(mixup=augment.mixup, cutmix=augment.cutmix, classes=classes, seed=self.view_seed)
         self._all = images if unlabeled is None else Joined(images, unlabeled)
         self._labels = torch.from_numpy(np.asarray(self._all.labels, dtype=np.int64))
         self._packed = pack(self._all, self.side, spec.fit, device=self.device, memory_share=memory_share)
@@ -121,17 +129,21 @@ class Loader:
         return self.epochs.steps
 
     def epoch(self, number: int = 0) -> Iterator[Batch]:
-        """All batches of an epoch; ``number`` is also the view number of its images.
+        """All batches of an epoch; its images are shown in view ``view_of(number)``.
 
         Raises:
             DataError: an image that could be decoded before no longer can.
             WorkerError: a process that decodes has died.
         """
-        batches = self.epochs.batches(number)
-        shown = [self._with_partners(ids, number) for ids in batches]
+        batches, view = self.epochs.batches(number), self.view_of(number)
+        shown = [self._with_partners(ids, view) for ids in batches]
         for step, (ids, pixels) in enumerate(zip(batches, self._squares(shown), strict=True)):
-            batch = self._batch(ids, shown[step], pixels, number)
+            batch = self._batch(ids, shown[step], pixels, view)
             yield batch if self._mixing is None else self._mixing(batch, number, step)
+
+    def view_of(self, epoch: int) -> int:
+        """The view number that images have in an epoch."""
+        return epoch if self.views_in_turn is None else epoch % self.views_in_turn
 
     def view(self, index: Tensor, view: int | Tensor) -> Tensor:
         """Random access: the images [B, 3, S, S] that ``epoch(view)`` gives for these samples (before they are mixed).

@@ -33,6 +33,12 @@ class AugmentSettings(BaseModel):
         """Whether training images are mixed with each other."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every view of an image is the same."""
+        beside = {"pad_mode"}  # says how, not whether
+        return self.model_dump(exclude=beside) == AugmentSettings().model_dump(exclude=beside)
+
 
 class DataSettings(BaseModel):
     """Images, classes and splits."""
@@ -59,6 +65,7 @@ class DataSettings(BaseModel):
     test: float = Field(0.15, gt=0, lt=1, description="share split off for test where the source has none")
     split_seed: int = Field(0, ge=0, description="of the split; separate from `seed`, so that seeds share a split")
     augment: AugmentSettings | None = Field(None, description="null: the light default of the data set")
+    view_seed: int = Field(0, ge=0, description="of the views; separate from `seed`, so that seeds share stored answers")
     balance: Literal["none", "weights", "sampling"] = Field(
         "none", description="against imbalance: class weights in the label loss, or balanced sampling"
     )
