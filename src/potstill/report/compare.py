@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from potstill.amounts import NONE, count, decimal, number, percent, scaled
 from potstill.artifacts import read_json, write_text
 from potstill.errors import UsageError
 from potstill.experiments.verdict import over_seeds, points, verdict_over_seeds
 from potstill.report.contents import STAGES, Run, read_run
 from potstill.report.metric_names import Format
-from potstill.report.numbers import NONE, count, decimal, number, percent, scaled
 from potstill.report.page import fill
 
 # key, name, how to print a value, and whether differences are percentage points

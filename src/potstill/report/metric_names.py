@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from potstill.report.numbers import decimal, percent
+from potstill.amounts import decimal, percent
 
 Format = Callable[[Any], str]
 

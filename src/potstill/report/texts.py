@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from potstill.amounts import NONE, count, decimal, duration, milliseconds, number, percent, scaled
 from potstill.report.aligned import facts, table
 from potstill.report.contents import SPLITS, Run, Stage
 from potstill.report.metric_names import Format, metric_rows
 from potstill.report.names import plain
-from potstill.report.numbers import NONE, count, decimal, duration, milliseconds, number, percent, scaled
 from potstill.report.predictions import Predictions
 
 

@@ -4,10 +4,10 @@ import math
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from potstill.amounts import number
 from potstill.experiments.stage_names import number as number_of
 from potstill.report.contents import SPLITS, Run, Stage
 from potstill.report.names import plain
-from potstill.report.numbers import number
 from potstill.report.theme import FAINT, ROLE_COLOURS, SPLIT_COLOURS
 
 if TYPE_CHECKING:

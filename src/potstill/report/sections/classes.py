@@ -3,9 +3,9 @@
 from collections import Counter
 from typing import Any
 
+from potstill.amounts import NONE, count, percent
 from potstill.experiments.verdict import points
 from potstill.report.contents import Run
-from potstill.report.numbers import NONE, count, percent
 from potstill.report.predictions import read_predictions
 
 _SHORT = 20  # classes up to which one table shows all

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from potstill.amounts import NONE, count, decimal, duration, milliseconds, number, percent, scaled
 from potstill.experiments.verdict import points
 from potstill.report.contents import SPLITS, Run, Stage
 from potstill.report.metric_names import metric_rows
-from potstill.report.numbers import NONE, count, decimal, duration, milliseconds, number, percent, scaled
 from potstill.report.texts import latency_text, teaching_text, training_text
 
 _BETWEEN = ("assistant", "generation")

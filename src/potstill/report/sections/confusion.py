@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from potstill.amounts import count, percent
 from potstill.report.contents import Run, Stage
 from potstill.report.figures.canvas import as_svg
 from potstill.report.figures.confusion import draw_single, single_size
-from potstill.report.numbers import count, percent
 
 _MOST = 8  # rows of the table of mistakes
 _LARGE = 200  # classes above which only the test matrices go into the page, so that it stays light

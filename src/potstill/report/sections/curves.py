@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from potstill.amounts import decimal, number, percent
 from potstill.report.contents import Run, Stage
 from potstill.report.figures.canvas import as_svg
 from potstill.report.figures.curves import draw_accuracy, draw_loss, draw_stages, draw_top
-from potstill.report.numbers import decimal, number, percent
 
 _WIDE, _SMALL = (5.8, 3.3), (4.4, 3.3)  # inches
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from potstill.amounts import NONE, count, number
 from potstill.report.contents import SPLITS, Run
-from potstill.report.numbers import NONE, count, number
 
 _SHORT = 20  # classes up to which the counts are not folded
 

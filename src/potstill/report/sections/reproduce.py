@@ -3,10 +3,10 @@
 import shlex
 from typing import Any
 
+from potstill.amounts import NONE, duration, number
 from potstill.experiments.method_settings import describe
 from potstill.report.contents import Run
 from potstill.report.names import plain
-from potstill.report.numbers import NONE, duration, number
 
 
 def context(run: Run) -> dict[str, Any] | None:

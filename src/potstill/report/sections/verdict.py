@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from potstill.amounts import count, decimal, number, ratio
 from potstill.experiments.verdict import finding, points, sentences
 from potstill.report.contents import Run
-from potstill.report.numbers import count, decimal, number, ratio
 
 MARKS = {"helped": "Distillation helped", "hurt": "Distillation hurt", "unclear": "No clear difference"}
 

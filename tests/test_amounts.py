@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from potstill.report.numbers import NONE, count, decimal, duration, milliseconds, percent, ratio, scaled
+from potstill.amounts import NONE, count, decimal, duration, milliseconds, percent, ratio, scaled
 
 
 @pytest.mark.parametrize("form", [count, decimal, duration, milliseconds, percent, ratio, scaled])
