@@ -7,6 +7,7 @@ from sklearn import metrics as sk
 
 from potstill.errors import NonFiniteError, UsageError
 from potstill.evaluation.metrics import BINS, ROWS, StreamingMetrics, log_odds
+from potstill.types import UNLABELED
 
 
 def sample(classes, count, *, present=None, scale=2.0, seed=0):
@@ -163,6 +164,18 @@ def test_compute_changes_nothing_and_reset_forgets():
     assert metrics.compute() == stream(logits, labels).compute()
     metrics.reset()
     assert metrics.compute()["count"] == 0
+
+
+@pytest.mark.parametrize("count", [900, 2 * ROWS])
+def test_images_without_labels_are_left_out(count):
+    logits, labels = sample(5, count)
+    known = torch.arange(count) % 3 > 0
+    labels[~known] = UNLABELED
+    logits[0] = math.nan  # nobody asks of what
+    figures, expected = stream(logits, labels).compute(), stream(logits[known], labels[known]).compute()
+    assert figures["count"] == int(known.sum())
+    assert figures == pytest.approx(expected, abs=1e-12 if count < ROWS else 1e-6)
+    assert stream(logits[:40], torch.full((40,), UNLABELED)).compute()["count"] == 0
 
 
 def test_update_keeps_a_copy_and_no_graph():

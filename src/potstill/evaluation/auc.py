@@ -17,23 +17,29 @@ def exact_auc(scores: Array, positive: Array) -> float:
         scores: [N] real numbers, infinities allowed; only their order counts.
         positive: [N] bool.
     """
-    positives = int(positive.sum())
-    negatives = len(scores) - positives
-    if not positives or not negatives:
-        return math.nan
-    ranked = np.sort(scores)
-    chosen = np.sort(scores[positive])  # ordered queries find their place much faster
-    below, upto = np.searchsorted(ranked, chosen, "left"), np.searchsorted(ranked, chosen, "right")
-    # Mann and Whitney: below + upto counts each lower score twice, each equal one (itself too) once.
-    wins_twice = int((below + upto).sum()) - positives * positives
-    return wins_twice / (2 * positives * negatives)
+    return _area(np.sort(scores), scores[positive])
 
 
 def exact_auc_per_class(scores: Array, labels: Array) -> tuple[Array, float]:
     """One class against the rest, for scores [N, K] and labels [N]: areas [K], and that of all classes pooled."""
-    truth = labels[:, None] == np.arange(scores.shape[1])
-    per_class = [exact_auc(np.ascontiguousarray(scores[:, k]), truth[:, k]) for k in range(scores.shape[1])]
-    return np.array(per_class), exact_auc(scores.ravel(), truth.ravel())
+    ranked = np.sort(scores.T, axis=1)  # [K, N]
+    own = np.take_along_axis(scores, labels[:, None], axis=1)[:, 0]  # of each image's class
+    by_class = own[np.argsort(labels, kind="stable")]
+    ends = np.cumsum(np.bincount(labels, minlength=len(ranked)))[:-1]
+    per_class = [_area(row, chosen) for row, chosen in zip(ranked, np.split(by_class, ends), strict=True)]
+    return np.array(per_class), _area(np.sort(ranked, axis=None), own)
+
+
+def _area(ranked: Array, positives: Array) -> float:
+    """From all scores in ascending order and, in any order, those of the positives."""
+    chosen, all_others = len(positives), len(ranked) - len(positives)
+    if not chosen or not all_others:
+        return math.nan
+    positives = np.sort(positives)  # ordered queries find their place much faster
+    below, upto = np.searchsorted(ranked, positives, "left"), np.searchsorted(ranked, positives, "right")
+    # Mann and Whitney: below + upto counts each lower score twice, each equal one (itself too) once.
+    wins_twice = int((below + upto).sum()) - chosen * chosen
+    return wins_twice / (2 * chosen * all_others)
 
 
 def binned_auc(positive: Array, negative: Array) -> Array:

@@ -4,6 +4,8 @@ State is O(classes).  ``update`` copies a batch into a buffer and never waits fo
 buffer is folded into the sums.  ``compute`` is the one place where the device is read.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from potstill.evaluation.auc import binned_auc_per_class, exact_auc_per_class
 from potstill.evaluation.averages import Array, Figures, auc_figures, classification_figures
 
 ROWS = 4096  # images held before they are folded; up to so many the AUC is exact
+CACHED = 2**17  # numbers that a CPU's cache holds together with what is made of them
 BINS = 4096  # of the log-odds, per class
 CALIBRATION_BINS = 15
 NLL_CEILING = (
@@ -66,8 +69,8 @@ class StreamingMetrics:
         self._held = 0  # rows in the buffer
         self._binned = False  # whether scores are known by their bin alone
         real = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        self._histogram: Tensor | None = None  # made when it is needed: it is large, and few images need none
         self._sums = {
-            "histogram": torch.zeros(2, self.num_classes, BINS, dtype=torch.int32, device=self.device),
             "classes": torch.zeros(3, self.num_classes, dtype=torch.int64, device=self.device),
             "top3": torch.zeros(1, dtype=torch.int64, device=self.device),
             "calibration": torch.zeros(2, CALIBRATION_BINS, dtype=real, device=self.device),
@@ -77,7 +80,8 @@ class StreamingMetrics:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: logits [B, K] of any floating type, labels [B] int64 in [0, K).
+        """Take in a batch: logits [B, K] of any floating type, labels [B] int64 in [0, K), or below 0: unlabeled images
+        are left out of all figures.
 
         Raises:
             UsageError: wrong shapes.
@@ -90,7 +94,8 @@ class StreamingMetrics:
         taken = 0
         while taken < len(labels):
             if self._held == ROWS:
-                _fold(self._sums, self._logits, self._labels)
+                self._fold(self._sums)
+                self._histogram = self._with_scores(self._histogram)
                 self._held, self._binned = 0, True
             rows = min(ROWS - self._held, len(labels) - taken)
             place, source = slice(self._held, self._held + rows), slice(taken, taken + rows)
@@ -101,15 +106,13 @@ class StreamingMetrics:
 
     def state(self) -> dict[str, Tensor]:
         """Sums of everything so far: tensors that processes may add up."""
-        sums = {name: values.clone() for name, values in self._sums.items()}
-        if self._held:
-            _fold(sums, self._logits[: self._held], self._labels[: self._held])
-        return sums
+        return self._counts() | {"histogram": self._scores()}
 
     def merge(self, state: dict[str, Tensor]) -> None:
         """Add what another object's ``state()`` holds; AUC is then from bins."""
-        for name, values in state.items():
-            self._sums[name] += values.to(self.device)
+        for name, values in self._sums.items():
+            values += state[name].to(self.device)
+        self._histogram = self._empty(self._histogram).add_(state["histogram"].to(self.device))
         self._binned = True
 
     def compute(self) -> Figures:
@@ -118,7 +121,7 @@ class StreamingMetrics:
         Raises:
             NonFiniteError: a logit was NaN or infinite.
         """
-        sums = {name: values.cpu().numpy() for name, values in self.state().items()}
+        sums = {name: values.cpu().numpy() for name, values in self._counts().items()}
         support, called, hits = sums["classes"]
         count = int(support.sum())
         if count == 0:
@@ -131,7 +134,7 @@ class StreamingMetrics:
             "top1": float(hits.sum() / count),
             "top3": float(sums["top3"][0] / count),
             **classification_figures(hits, called, support),
-            **auc_figures(*self._areas(sums["histogram"]), support),
+            **auc_figures(*self.areas(), support),
             "ece": float(abs(confidence - right).sum() / count),
             "nll": float(sums["nll"][0] / count),
             "count": count,
@@ -139,13 +142,43 @@ class StreamingMetrics:
 
     def areas(self) -> tuple[Array, float]:
         """AUC of each class [K], NaN where it is not defined, and of all classes pooled; waits for the device."""
-        return self._areas(self.state()["histogram"].cpu().numpy())
-
-    def _areas(self, histogram: Array) -> tuple[Array, float]:
         if self._binned:
-            return binned_auc_per_class(histogram)
-        scores = log_odds(self._logits[: self._held])
-        return exact_auc_per_class(scores.cpu().numpy(), self._labels[: self._held].cpu().numpy())
+            return binned_auc_per_class(self._scores().cpu().numpy())
+        scores, labels = log_odds(self._logits[: self._held]).cpu().numpy(), self._labels[: self._held].cpu().numpy()
+        return exact_auc_per_class(scores[labels >= 0], labels[labels >= 0])
+
+    def _counts(self) -> dict[str, Tensor]:
+        """All sums but the histogram, with the rows that are held."""
+        sums = {name: values.clone() for name, values in self._sums.items()}
+        self._fold(sums)
+        return sums
+
+    def _scores(self) -> Tensor:
+        """The histogram with the rows that are held."""
+        return self._with_scores(None if self._histogram is None else self._histogram.clone())
+
+    def _with_scores(self, histogram: Tensor | None) -> Tensor:
+        """Add the scores of the rows that are held, in place; None: to a new histogram [2, K, BINS]."""
+        histogram = self._empty(histogram)
+        for logits, labels in self._pieces():
+            _fold_scores(histogram, logits, labels)
+        return histogram
+
+    def _empty(self, histogram: Tensor | None) -> Tensor:
+        shape = 2, self.num_classes, BINS
+        return torch.zeros(shape, dtype=torch.int32, device=self.device) if histogram is None else histogram
+
+    def _fold(self, sums: dict[str, Tensor]) -> None:
+        """Add the rows that are held, in place."""
+        for logits, labels in self._pieces():
+            _fold(sums, logits, labels)
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows that are held; on a CPU in pieces that stay in its cache."""
+        rows = max(1, CACHED // self.num_classes) if self.device.type == "cpu" else ROWS
+        for start in range(0, self._held, rows):
+            piece = slice(start, min(start + rows, self._held))
+            yield self._logits[piece], self._labels[piece]
 
 
 def log_odds(logits: Tensor) -> Tensor:
@@ -164,26 +197,27 @@ def log_odds(logits: Tensor) -> Tensor:
 
 def _fold(sums: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
     """Add the rows to the sums, in place, without waiting for the device."""
-    _fold_scores(sums["histogram"], logits, labels)
+    known = labels >= 0
+    labels, one = labels.clamp(min=0), known.long()  # choosing rows would wait: unlabeled ones count 0 instead
     of_label = logits.gather(1, labels[:, None])
     predicted = logits.argmax(dim=1)
-    right = predicted == labels
+    right = (predicted == labels) & known
     support, called, hits = sums["classes"]
-    one = torch.ones_like(labels)
     support.scatter_add_(0, labels, one)
     called.scatter_add_(0, predicted, one)
     hits.scatter_add_(0, labels, right.long())
     numbers = torch.arange(logits.shape[1], device=logits.device)
     before = (logits > of_label) | ((logits == of_label) & (numbers < labels[:, None]))
-    sums["top3"] += (before.sum(dim=1) < min(3, logits.shape[1])).sum()
+    sums["top3"] += ((before.sum(dim=1) < min(3, logits.shape[1])) & known).sum()
 
-    sums["nonfinite"] += (~logits.isfinite()).any(dim=1).sum()
+    sums["nonfinite"] += ((~logits.isfinite()).any(dim=1) & known).sum()
     real = sums["nll"].dtype
     normaliser = logits.logsumexp(dim=1)
-    sums["nll"] += (normaliser - of_label[:, 0]).clamp(max=NLL_CEILING).sum(dtype=real)
+    nll = (normaliser - of_label[:, 0]).clamp(max=NLL_CEILING)
+    sums["nll"] += nll.where(known, 0.0).sum(dtype=real)
     confidence = (logits.amax(dim=1) - normaliser).exp()
     bins = ((confidence * CALIBRATION_BINS).ceil().long() - 1).clamp(0, CALIBRATION_BINS - 1)
-    sums["calibration"][0].scatter_add_(0, bins, confidence.to(real))
+    sums["calibration"][0].scatter_add_(0, bins, confidence.where(known, 0.0).to(real))
     sums["calibration"][1].scatter_add_(0, bins, right.to(real))
 
 
@@ -195,6 +229,7 @@ def _fold_scores(histogram: Tensor, logits: Tensor, labels: Tensor) -> None:
     # The clamp of the bin numbers is for NaN, which compute() reports; it must not index outside the histogram.
     index = (share + 1).mul_(BINS / 2).long().clamp_(0, BINS - 1)
     index += torch.arange(logits.shape[1], device=logits.device) * BINS
-    index.scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], logits.shape[1] * BINS))
-    ones = torch.ones(index.numel(), dtype=histogram.dtype, device=index.device)
-    histogram.view(-1).scatter_add_(0, index.view(-1), ones)
+    own = labels.clamp(min=0)[:, None]
+    index.scatter_add_(1, own, torch.full_like(own, logits.shape[1] * BINS))
+    known = (labels >= 0).to(histogram.dtype)[:, None].expand_as(index)
+    histogram.view(-1).scatter_add_(0, index.view(-1), known.reshape(-1))
