@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _WIDTH = 100  # characters of running text
+_SILENCE = 20.0  # seconds between two lines on a wait
 _COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
 
 
@@ -47,6 +48,7 @@ class Progress:
         self._epochs = self._epoch = self._images = self._seen = 0
         self._began = 0.0
         self._best = ""
+        self._waiting: tuple[str, Any] | None = None  # for what, and its bar, or when a line on it was due last
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -102,7 +104,27 @@ class Progress:
         self._line("  ".join(part for part in parts if part))
 
     def wait(self, what: str, done: int, total: int) -> None:
-        """A longer wait outside of training: so much of it is over."""
+        """A longer wait outside of training: so much of it is over; off a terminal, a line now and then."""
+        if self._bar is None:
+            self._wait_in_lines(what, done, total)
+            return
+        if self._waiting is not None and (done >= total or self._waiting[0] != what):
+            self._bar.remove_task(self._waiting[1])
+            self._waiting = None
+        if done < total:
+            if self._waiting is None:
+                self._waiting = what, self._bar.add_task(what, total=total, epoch="", speed="", val="")
+            self._bar.update(self._waiting[1], completed=done, total=total)
+
+    def _wait_in_lines(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._waiting is None or self._waiting[0] != what:
+            self._waiting = what, now
+        if done >= total:
+            self._waiting = None
+        elif now - self._waiting[1] >= _SILENCE:
+            self._waiting = what, now
+            self._line(f"{what}: {done:,} of {total:,}")
 
     def note(self, message: str) -> None:
         """Something worth reading."""

@@ -4,14 +4,31 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from potstill.data.crops import draw_boxes, resized_crops
+from potstill.data.boxes import Boxes, draw_boxes
+from potstill.data.crops import RATIO, resized_crops
+from potstill.data.draws import Draws
+from potstill.data.places import Places, draw_places, pick
+from potstill.data.settings import AugmentSettings
+
+CPU = torch.device("cpu")
+
+
+def boxes_of(count: int, side: int, scale: tuple[float, float], *, seed: int = 0, view: int = 0) -> Boxes:
+    return draw_boxes(scale, RATIO, side, Draws(seed, np.arange(count), view), "crop")[0]
+
+
+def plain(count: int, size: int) -> Places:
+    return draw_places(AugmentSettings(), size, Draws(0, np.arange(count), 0), CPU)
+
+
+def squares(count: int, side: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(("side", "size"), [(73, 64), (37, 32), (64, 64), (40, 96), (256, 64)])
 def test_resized_crops_are_torchvisions(side: int, size: int) -> None:
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 3, side, side), dtype=np.uint8))
-    boxes = draw_boxes((0.05, 1.0), side, 3, np.arange(12), 1)
-    found = resized_crops(pixels, boxes, size)
+    pixels, boxes = squares(12, side), boxes_of(12, side, (0.05, 1.0), seed=3, view=1)
+    found = resized_crops(pixels, boxes, plain(12, size))
     wanted = torch.stack(
         [
             F.resized_crop(image, *box, [size, size], antialias=True)
@@ -28,16 +45,39 @@ def test_resized_crops_are_torchvisions(side: int, size: int) -> None:
     assert (found - exact).abs().max() < 0.65  # half a level of rounding, and a little
 
 
-def test_crops_do_not_depend_on_batch_or_threads() -> None:
-    pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (9, 3, 73, 73), dtype=np.uint8))
-    boxes = draw_boxes((0.3, 1.0), 73, 0, np.arange(9), 0)
-    together = resized_crops(pixels, boxes, 64)
-    alone = torch.cat([resized_crops(pixels[i : i + 1], boxes[i : i + 1], 64) for i in range(9)])
+def test_shifts_mirrors_and_turns_are_those_of_the_resized_crop() -> None:
+    pixels, boxes = squares(60, 37), boxes_of(60, 37, (0.2, 1.0))
+    cropped = resized_crops(pixels, boxes, plain(60, 32))
+    for mode in ("reflect", "black"):
+        augment = AugmentSettings(pad_crop=0.3, pad_mode=mode, hflip=True, vflip=True, rotate90=True)
+        places = draw_places(augment, 32, Draws(1, np.arange(60), 0), CPU)
+        assert torch.equal(resized_crops(pixels, boxes, places), pick(cropped, places))
+
+
+@pytest.mark.parametrize("level", [0, 1, 254, 255])
+def test_what_is_flat_stays_flat(level: int) -> None:  # weights add up to 1 exactly
+    pixels = torch.full((40, 3, 73, 73), level, dtype=torch.uint8)
+    assert (resized_crops(pixels, boxes_of(40, 73, (0.05, 1.0)), plain(40, 64)) == level).all()
+
+
+def test_crops_do_not_depend_on_batch_threads_or_layout() -> None:
+    pixels, boxes = squares(90, 73), boxes_of(90, 73, (0.3, 1.0))
+    together = resized_crops(pixels, boxes, plain(90, 64))
+    alone = torch.cat([resized_crops(pixels[i : i + 1], boxes[i : i + 1], plain(1, 64)) for i in range(90)])
     assert torch.equal(together, alone)
+    last = pixels.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(together, resized_crops(last, boxes, plain(90, 64)))
+    threads = torch.get_num_threads()
+    try:
+        for other in (1, 2, 3):
+            torch.set_num_threads(other)
+            assert torch.equal(together, resized_crops(pixels, boxes, plain(90, 64)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_boxes_lie_inside_and_follow_the_law_of_torchvision() -> None:
-    boxes = draw_boxes((0.35, 1.0), 100, 0, np.arange(20000), 0)
+    boxes = boxes_of(20000, 100, (0.35, 1.0))
     top, left, height, width = boxes.T
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -50,6 +90,7 @@ def test_boxes_lie_inside_and_follow_the_law_of_torchvision() -> None:
         theirs = np.array([params[key] for params in drawn])
         assert abs(mine.mean() - theirs.mean()) < 0.8
         assert abs(mine.std() - theirs.std()) < 0.8
-    # where ten attempts fail, the whole square: the box of ratio 3/4 to 4/3 cannot hold 99.9 % of it but by luck
-    whole = draw_boxes((1.0, 1.0), 8, 0, np.arange(50), 0)
-    assert ((whole[:, 2] * whole[:, 3]) <= 64).all()
+    # where ten attempts fail, the whole square: no box three times as wide as high holds 99.9 % of it
+    whole, found = draw_boxes((0.999, 1.0), (3.0, 4.0), 100, Draws(0, np.arange(50), 0), "crop")
+    assert not found.any()
+    assert (whole == [0, 0, 100, 100]).all()

@@ -1,6 +1,6 @@
 import numpy as np
 
-from potstill.data.draws import splitmix64, uniform, words
+from potstill.data.draws import Draws, splitmix64, uniform, words
 
 
 def test_splitmix64_reference_sequence() -> None:
@@ -37,3 +37,11 @@ def test_uniform_fills_the_interval_and_fields_are_independent() -> None:
     assert np.abs(np.histogram(first, bins=10, range=(0, 1))[0] / 2000 - 1).max() < 0.1
     for other in (second, uniform(1, "shift x", ids, 0), uniform(0, "shift x", ids, 1)):
         assert abs(np.corrcoef(first, other)[0, 1]) < 0.03
+
+
+def test_draws_are_uniform_numbers_field_by_field() -> None:
+    ids, view = np.array([5, 9, 5]), np.array([0, 1, 2])
+    draws = Draws(-3, ids, view)
+    assert len(draws) == 3
+    assert draws("hflip").tolist() == uniform(-3, "hflip", ids, view).tolist()
+    assert draws("hflip").tolist() == draws("hflip").tolist() != draws("vflip").tolist()

@@ -1,4 +1,6 @@
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,8 +59,14 @@ def test_one_folder_of_classes(make_folder) -> None:
 def test_file_system_order_does_not_matter(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder({"a": 8, "b": 8})
     first = load(folder)
-    listed = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listed(self))))
+    listed = os.scandir
+
+    @contextlib.contextmanager
+    def backwards(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with listed(folder) as entries:
+            yield reversed(list(entries))
+
+    monkeypatch.setattr(os, "scandir", backwards)
     for path in folder.rglob("*.png"):
         os.utime(path, (0, 0))
     second = load(folder)

@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
 
-from potstill.data.draws import another_seed, words
+from potstill.data.draws import Draws, another_seed
 from potstill.data.images import ArraySet, FileSet
 from potstill.data.loader import Loader
 from potstill.data.mixing import Mixing
+from potstill.data.operations import Policy
+from potstill.data.preprocess import fit, normalise
 from potstill.data.settings import AugmentSettings
+from potstill.data.views import Views
 from potstill.errors import DataError, UsageError
 from potstill.inputs import InputSpec
 from potstill.types import Batch
@@ -74,19 +76,12 @@ def test_the_first_view_does_not_change_with_a_second(second: str) -> None:
 def test_a_strong_view_is_randaugment_2_10_on_another_ordinary_view() -> None:
     data, seed = images(), 11
     found = everything(Loader(data, SPEC, batch_size=6, augment=LIGHT, seed=seed, second="strong"), 4)
-    other = another_seed(seed, "strong")
-    ordinary = everything(Loader(data, SPEC, batch_size=6, augment=LIGHT, seed=other), 4)
-    randaugment = v2.RandAugment(num_ops=2, magnitude=10)
-    for i in range(21):
-        before = torch.round((ordinary.images[i] * torch.tensor(SPEC.std).view(3, 1, 1)
-                              + torch.tensor(SPEC.mean).view(3, 1, 1)) * 255).to(torch.uint8)  # fmt: skip
-        with torch.random.fork_rng():
-            torch.manual_seed(int(words(other, "operations", np.array([i]), 4)[0] >> np.uint64(1)))
-            expected = randaugment(before)
-        expected = (expected.double() / 255 - torch.tensor(SPEC.mean).view(3, 1, 1)) / torch.tensor(SPEC.std).view(
-            3, 1, 1
-        )
-        torch.testing.assert_close(found.second[i].double(), expected, atol=1e-5, rtol=0)
+    other, ids = another_seed(seed, "strong"), np.arange(21)
+    squares = torch.stack([torch.from_numpy(fit(data.pixels(i), 16, "crop")) for i in range(21)])
+    ordinary = Views(LIGHT, size=16, seed=other)(squares, ids, 4)
+    expected = Policy("strong", count=2, magnitude=10)(ordinary, Draws(other, ids, 4))
+    assert torch.equal(found.second, normalise(expected, SPEC))
+    assert not torch.equal(found.second, normalise(ordinary, SPEC))
 
 
 def test_the_same_class_view_is_the_partners_own_ordinary_view() -> None:
@@ -179,16 +174,48 @@ def test_workers_second_and_unlabeled_give_equal_batches(tmp_path: Path) -> None
 # mixed images
 
 
-def test_batches_are_mixed_after_normalisation() -> None:
+def test_images_are_mixed_after_normalisation_with_the_partners_own_view() -> None:
     data = images()
-    plain = Loader(data, SPEC, batch_size=4, augment=LIGHT, order="shuffled", seed=2)
+    plain = Loader(data, SPEC, batch_size=4, augment=LIGHT, seed=2)
     loader = Loader(data, SPEC, batch_size=4, augment=MIX, order="shuffled", seed=2, classes=3)
-    mixing = Mixing(mixup=0.5, cutmix=1.0, classes=3, seed=2)
-    for step, (mixed, given) in enumerate(zip(loader.epoch(3), plain.epoch(3), strict=True)):
-        assert same(mixed, mixing(given, 3, step))
-        assert mixed.soft_labels.shape == (4, 3)
-        assert torch.equal(loader.view(mixed.index, 3), given.images)
-    assert not torch.equal(mixed.images, given.images)
+    mixing = Mixing(data.labels, mixup=0.5, cutmix=1.0, classes=3, size=16, seed=2)
+    for mixed in loader.epoch(3):
+        drawn = mixing.draw(mixed.index.numpy(), 3)
+        partners = torch.from_numpy(drawn.partners)
+        expected = mixing.images(plain.view(mixed.index, 3), plain.view(partners, 3), drawn)
+        assert torch.equal(mixed.images, expected)
+        own, others = (torch.from_numpy(data.labels)[each] for each in (mixed.index, partners))
+        for found, wanted in zip((mixed.labels, mixed.soft_labels), mixing.labels(own, others, drawn), strict=True):
+            assert torch.equal(found, wanted)
+        assert torch.equal(loader.view(mixed.index, 3), mixed.images)
+        assert not torch.equal(loader.view(mixed.index, 4), mixed.images)
+        assert mixed.view.tolist() == [3] * len(mixed)
+
+
+def test_mixed_images_do_not_depend_on_batches_order_or_memory() -> None:
+    first = everything(Loader(images(), SPEC, batch_size=5, augment=MIX, seed=1, classes=3), 2)
+    for options in ({"batch_size": 3}, {"batch_size": 20, "order": "shuffled"}, {"memory_share": NOTHING}):
+        loader = Loader(images(), SPEC, augment=MIX, seed=1, classes=3, **({"batch_size": 7} | options))
+        found = everything(loader, 2)
+        for key in ("images", "labels", "soft_labels"):
+            assert torch.equal(getattr(found, key), getattr(first, key)[found.index]), (options, key)
+    some = torch.tensor([20, 3, 3])
+    assert torch.equal(loader.view(some, 2), first.images[some])
+    assert torch.equal(loader.view(some, torch.tensor([2, 3, 2]))[::2], first.images[some][::2])
+
+
+def test_partners_are_balanced_where_the_order_is() -> None:
+    labels = np.array([0] * 4 + [1] * 196)
+    data = ArraySet(np.zeros((200, 2, 2), dtype=np.uint8), labels, [str(i) for i in range(200)])
+    mixup = AugmentSettings(mixup=1.0)
+    shares = {
+        order: everything(Loader(data, InputSpec(8), batch_size=50, augment=mixup, order=order, classes=2))
+        .soft_labels.mean(dim=0)
+        .tolist()
+        for order in ("balanced", "shuffled")
+    }
+    assert shares["balanced"] == pytest.approx([0.5, 0.5], abs=0.1)
+    assert shares["shuffled"] == pytest.approx([0.02, 0.98], abs=0.02)
 
 
 @pytest.mark.parametrize("order", ["balanced", "listed"])

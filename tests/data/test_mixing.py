@@ -3,107 +3,123 @@ import pytest
 import torch
 from scipy import stats
 
-from potstill.data.draws import uniform, words
-from potstill.data.mixing import Mixing, cutmix_box
-from potstill.types import Batch
+from potstill.data.draws import uniform
+from potstill.data.mixing import Mixing, Mixture, cutmix_boxes
+
+LABELS = np.arange(30) % 3
 
 
-def batch(count: int = 6, side: int = 8, classes: int = 3) -> Batch:
-    images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
-    index = torch.arange(count)
-    return Batch(images, index % classes, index, torch.zeros_like(index))
+def mixing(**options: object) -> Mixing:
+    return Mixing(**({"labels": LABELS, "mixup": 0, "cutmix": 0, "classes": 3, "size": 8, "seed": 5} | options))
 
 
 def test_mixup_by_a_slow_reference() -> None:
-    given = batch()
-    found = Mixing(mixup=1.0, cutmix=0, classes=3, seed=5)(given, 2, 7)
-    share = uniform(5, "mix share", np.array([7]), 2)[0]  # Beta(1, 1) is uniform
-    order = np.argsort(words(5, "mix order", 7 * 2**20 + np.arange(6), 2))
-    assert sorted(order) == list(range(6))
-    for i in range(6):
-        expected = share * given.images[i].double() + (1 - share) * given.images[order[i]].double()
-        torch.testing.assert_close(found.images[i].double(), expected, atol=1e-6, rtol=0)
-        soft = np.zeros(3)
-        soft[given.labels[i]] += share
-        soft[given.labels[order[i]]] += 1 - share
-        assert found.soft_labels[i].tolist() == pytest.approx(soft.tolist())
-        larger = i if share >= 0.5 else order[i]
-        assert found.labels[i] == given.labels[larger]
-    assert found.soft_labels.dtype == torch.float32
-    assert torch.equal(found.index, given.index)
-    assert torch.equal(given.images, batch().images)  # what came in is left alone
+    maker, ids = mixing(mixup=1.0), np.array([4, 9, 4, 20])
+    generator = torch.Generator().manual_seed(0)
+    own, others = (torch.rand(4, 3, 8, 8, generator=generator) for _ in range(2))
+    drawn = maker.draw(ids, 2)
+    images = maker.images(own, others, drawn)
+    own_labels, other_labels = (torch.from_numpy(LABELS[each]) for each in (ids, drawn.partners))
+    labels, soft = maker.labels(own_labels, other_labels, drawn)
+    for i, sample in enumerate(ids):
+        one = np.array([sample])
+        assert drawn.partners[i] == int(uniform(5, "mix partner", one, 2)[0] * 30)
+        share = uniform(5, "mix share", one, 2)[0]  # Beta(1, 1) is uniform
+        expected = share * own[i].double() + (1 - share) * others[i].double()
+        torch.testing.assert_close(images[i].double(), expected, atol=1e-6, rtol=0)
+        shares = np.zeros(3)
+        shares[own_labels[i]] += share
+        shares[other_labels[i]] += 1 - share
+        assert soft[i].tolist() == pytest.approx(shares.tolist())
+        assert labels[i] == (own_labels if share >= 0.5 else other_labels)[i]
+    assert soft.dtype == images.dtype == torch.float32
+    assert torch.equal(images[0], own[0] * drawn.shares[0] + others[0] * (1 - drawn.shares[0]))  # exact in float32
 
 
-def test_labels_are_those_of_the_larger_share() -> None:
-    given = Batch(torch.zeros(4, 3, 2, 2), torch.arange(4))
-    mixing = Mixing(mixup=1.0, cutmix=0, classes=4, seed=0)
-    for step in range(20):
-        found = mixing(given, 0, step)
-        assert torch.equal(found.soft_labels.argmax(dim=1), found.labels)
-        assert found.soft_labels.sum(dim=1).tolist() == pytest.approx([1.0] * 4)
+def test_partners_are_any_images_or_of_any_class_where_that_is_asked() -> None:
+    labels = np.array([0] * 5 + [1] * 95 + [3] * 900)
+    ids = np.arange(1000).repeat(4)
+    views = np.tile(np.arange(4), 1000)
+    plain = mixing(labels=labels, mixup=1.0).draw(ids, views).partners
+    assert plain.min() == 0
+    assert plain.max() == 999
+    assert stats.chisquare(np.bincount(plain // 50, minlength=20)).pvalue > 0.01
+    balanced = mixing(labels=labels, mixup=1.0, balanced=True).draw(ids, views).partners
+    assert np.bincount(labels[balanced]) / 4000 == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3], abs=0.03)
+    assert set(balanced[balanced < 5]) == {0, 1, 2, 3, 4}
+    assert stats.chisquare(np.bincount(balanced[balanced < 5], minlength=5)).pvalue > 0.01
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 3.0])
-def test_shares_follow_the_beta_distribution(alpha: float) -> None:
-    mixing = Mixing(mixup=alpha, cutmix=0, classes=2, seed=0)
-    given = Batch(torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1), torch.tensor([0, 1]))
-    shares = []
-    for step in range(1500):
-        images = mixing(given, 0, step).images
-        if mixing.order(2, 0, step)[0] == 1:  # not mixed with itself
-            shares.append(images[0, 0, 0, 0].item())
-    assert len(shares) > 600
+def test_each_image_has_a_share_of_its_own_from_the_beta_distribution(alpha: float) -> None:
+    shares = mixing(mixup=alpha).draw(np.arange(2000), 0).shares
     assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 0.01
 
 
 def test_cutmix_boxes_worked_by_hand() -> None:
-    assert cutmix_box(8, 8, 0.75, (0.5, 0.5)) == (2, 6, 2, 6)  # sqrt(1/4) of 8 is 4, around (4, 4)
-    assert cutmix_box(8, 8, 0.75, (0.99, 0.0)) == (5, 8, 0, 2)  # around (7, 0), cut at the border
-    assert cutmix_box(10, 20, 0.36, (0.5, 0.5)) == (1, 9, 2, 18)  # .8 of each side
-    assert cutmix_box(8, 8, 1.0, (0.5, 0.5)) == (4, 4, 4, 4)
-    assert cutmix_box(8, 8, 0.0, (0.5, 0.5)) == (0, 8, 0, 8)
+    shares, rows, columns = (
+        np.array(each) for each in ([0.75, 0.75, 1.0, 0.0, 0.36], [0.5, 0.99, 0.5, 0.5, 0.5], [0.5, 0, 0.5, 0.5, 0.9])
+    )
+    assert cutmix_boxes(8, shares, rows, columns).tolist() == [
+        [2, 6, 2, 6],  # sqrt(1/4) of 8 is 4, around (4, 4)
+        [5, 8, 0, 2],  # around (7, 0), cut at the border
+        [4, 4, 4, 4],
+        [0, 8, 0, 8],
+        [1, 7, 4, 8],  # sqrt(.64) of 8 is 6.4: 3 to each side of (4, 7)
+    ]
+    assert cutmix_boxes(20, shares[4:], rows[4:], columns[:1]).tolist() == [[2, 18, 2, 18]]
 
 
-def test_cutmix_pastes_the_box_and_shares_by_area() -> None:
-    given = Batch(torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 8, 8).contiguous(), torch.arange(5))
-    mixing, sizes = Mixing(mixup=0, cutmix=1.0, classes=5, seed=3), set()
-    for step in range(30):
-        found, order = mixing(given, 1, step), mixing.order(5, 1, step)
-        for i in range(5):
-            own, other = (found.images[i] == i), (found.images[i] == order[i])
-            assert (own | other).all()
-            pasted = other[0] & ~own[0]
-            area = int(pasted.sum())
-            rows, columns = pasted.any(dim=1).sum(), pasted.any(dim=0).sum()
-            assert area == rows * columns  # one rectangle
-            soft = np.zeros(5)
-            if order[i] != i:
-                sizes.add(area)
-                soft[[i, int(order[i])]] = [1 - area / 64, area / 64]
-                assert found.soft_labels[i].tolist() == pytest.approx(soft.tolist())
-                assert found.labels[i] == (i if area <= 32 else order[i])
-    assert len(sizes) > 8
+def test_cutmix_pastes_a_box_for_each_image_and_shares_by_area() -> None:
+    maker, ids = mixing(cutmix=1.0), np.arange(200)
+    own, others = torch.full((200, 3, 8, 8), -1.5), torch.full((200, 3, 8, 8), 2.5)
+    drawn = maker.draw(ids, 1)
+    images = maker.images(own, others, drawn)
+    _, soft = maker.labels(torch.zeros(200, dtype=torch.int64), torch.ones(200, dtype=torch.int64), drawn)
+    areas = set()
+    for i, (top, bottom, left, right) in enumerate(drawn.boxes):
+        expected = own[i].clone()
+        expected[:, top:bottom, left:right] = 2.5
+        assert torch.equal(images[i], expected)
+        area = (bottom - top) * (right - left)
+        areas.add(int(area))
+        assert soft[i].tolist() == pytest.approx([1 - area / 64, area / 64, 0])
+    assert len(areas) > 10
 
 
-def test_both_are_used_with_equal_chance_one_a_batch() -> None:
-    mixing = Mixing(mixup=1.0, cutmix=1.0, classes=2, seed=0)
-    given = Batch(torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]), torch.tensor([0, 1]))
-    blended = pasted = 0
-    for step in range(1000):
-        images = mixing(given, 0, step).images
-        between = ((images > 0) & (images < 1)).float().mean()
-        assert between in (0, 1)
-        blended += int(between == 1)
-        pasted += int(between == 0 and bool((images[0] > 0).any()) and not bool((images[0] > 0).all()))
-    assert 200 < blended < 300  # half of the thousand, and half of these mix the two with each other
-    assert 150 < pasted < 300
+def test_labels_are_those_of_the_larger_share() -> None:
+    shares = np.array([0.5, 0.499, 0.9, 0.1])
+    drawn = Mixture(np.arange(4), shares, np.ones(4, dtype=bool), np.zeros((4, 4), dtype=np.int64))
+    labels, soft = mixing(mixup=1.0).labels(torch.tensor([0, 0, 0, 2]), torch.tensor([1, 1, 0, 2]), drawn)
+    assert labels.tolist() == [0, 1, 0, 2]
+    assert soft.sum(dim=1).tolist() == pytest.approx([1.0] * 4)
+    assert soft[2:].tolist() == [[1, 0, 0], [0, 0, 1]]  # shares of one class add up
 
 
-def test_another_step_epoch_or_seed_is_another_mixture() -> None:
-    given = batch()
-    first = Mixing(mixup=0.8, cutmix=0, classes=3, seed=5)(given, 2, 7)
-    again = Mixing(mixup=0.8, cutmix=0, classes=3, seed=5)(given, 2, 7)
-    assert torch.equal(first.images, again.images)
-    for seed, epoch, step in ((6, 2, 7), (5, 3, 7), (5, 2, 8)):
-        other = Mixing(mixup=0.8, cutmix=0, classes=3, seed=seed)(given, epoch, step)
-        assert not torch.equal(first.images, other.images)
+def test_both_are_used_with_equal_chance_one_an_image() -> None:
+    maker = mixing(mixup=0.2, cutmix=3.0)
+    drawn = maker.draw(np.arange(4000), 0)
+    assert 0.46 < drawn.blends.mean() < 0.54
+    # each with its own alpha
+    assert stats.kstest(drawn.shares[drawn.blends], stats.beta(0.2, 0.2).cdf).pvalue > 0.01
+    assert drawn.shares[~drawn.blends].std() < 0.25 < drawn.shares[drawn.blends].std()
+    images = maker.images(torch.zeros(4000, 3, 8, 8), torch.ones(4000, 3, 8, 8), drawn)
+    between = ((images > 0) & (images < 1)).float().mean(dim=(1, 2, 3))
+    assert set(between.tolist()) <= {0.0, 1.0}
+    assert not between[torch.from_numpy(~drawn.blends)].any()
+
+
+def test_a_mixture_is_a_function_of_seed_sample_and_view_alone() -> None:
+    def rows(drawn: Mixture) -> list[tuple[object, ...]]:
+        return list(zip(drawn.partners, drawn.shares, drawn.blends, map(tuple, drawn.boxes), strict=True))
+
+    ids = np.arange(30)
+    maker = mixing(mixup=0.8, cutmix=1.0)
+    together = rows(maker.draw(ids, 7))
+    assert together == rows(mixing(mixup=0.8, cutmix=1.0).draw(ids, np.full(30, 7)))
+    assert together[::-1] == rows(maker.draw(ids[::-1], 7))
+    assert together[11:12] == rows(maker.draw(ids[11:12], 7))
+    alternating = rows(maker.draw(ids, np.where(ids % 2 == 0, 7, 8)))
+    assert alternating[::2] == together[::2]
+    for other in (maker.draw(ids, 8), mixing(mixup=0.8, cutmix=1.0, seed=6).draw(ids, 7), maker.draw(ids + 30, 7)):
+        assert sum(a == b for a, b in zip(rows(other), together, strict=True)) <= 1

@@ -78,7 +78,7 @@ def test_the_global_generator_is_left_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_operations_are_torchvisions() -> None:
+def test_views_are_as_strong_as_asked() -> None:
     jitter = Views(AugmentSettings(color_jitter=1.0), size=10, seed=0)(squares(60), np.arange(60), 0).float()
     assert jitter.mean(dim=(1, 2, 3)).std() > 10
     erased = Views(AugmentSettings(erasing=0.5), size=32, seed=0)(

@@ -1,26 +1,38 @@
 """Every image is read once before training, so that no run fails in its tenth hour; all problems at once."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from potstill.data.cores import threads
+from potstill.data.cores import in_turn
 from potstill.data.decode import decode_bytes, read_file
 from potstill.data.images import ImageSet
+from potstill.data.known_files import KnownFiles, State, state_of, trusted
 from potstill.data.listing import refuse
+from potstill.data.watcher import Watcher
 from potstill.errors import DataError
 
+_Result = TypeVar("_Result")
 
-def check_files(root: Path, names: Sequence[str], source: str, *, decode: bool = True) -> dict[str, str]:
-    """Read and decode files.
+_PIECE = 64  # files; fewer would make more of handing them to threads than of reading them
+
+_Read = tuple[State | None, str]  # a file's state and its content, as ``KnownFiles.keep`` takes them
+
+
+def check_files(
+    root: Path, names: Sequence[str], source: str, *, decode: bool = True, progress: Watcher | None = None
+) -> dict[str, str]:
+    """Read and decode files; those that were found good before, and have not changed since, are not read again.
 
     Args:
         root: the folder that names are relative to.
         names: of the files.
         source: what messages call the data.
         decode: False: only read, for files that somebody else has verified.
+        progress: is told how much is done.
 
     Returns:
         name -> size and SHA-256 of the content.
@@ -28,16 +40,32 @@ def check_files(root: Path, names: Sequence[str], source: str, *, decode: bool =
     Raises:
         DataError: files that cannot be decoded: path and reason of the first twenty, and their number.
     """
+    known = KnownFiles.below(root, decoded=decode)
+    unchanged = known.unchanged(root, names)
+    new = [name for name in names if name not in unchanged]
+    pieces = [new[start : start + _PIECE] for start in range(0, len(new), _PIECE)]
 
-    def look(name: str) -> str:
-        content = read_file(root / name)
-        if decode:
-            decode_bytes(content, str(root / name))
-        return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+    def look(piece: list[str]) -> list[_Read | DataError]:
+        return [_attempt(partial(_read, root / name, decode)) for name in piece]
 
-    with ThreadPoolExecutor(threads()) as pool:
-        found = list(pool.map(lambda name: _attempt(partial(look, name)), names))
-    return dict(zip(names, _all_or_none(found, source), strict=True))
+    found: list[_Read | DataError] = []
+    for results in in_turn(look, pieces):
+        found += results
+        if progress is not None:
+            progress.wait("checking images", len(found), len(new))
+    good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
+    if new:
+        known.keep(root, good)
+    _all_or_none(found, source)
+    return {name: unchanged.get(name) or good[name][1] for name in names}
+
+
+def _read(path: Path, decode: bool) -> _Read:
+    read_at, before = time.time_ns(), state_of(path)
+    content = read_file(path)
+    if decode:
+        decode_bytes(content, str(path))
+    return trusted(before, state_of(path), read_at), f"{len(content)} {hashlib.sha256(content).hexdigest()}"
 
 
 def check_images(images: ImageSet, source: str) -> list[str]:
@@ -56,14 +84,14 @@ def check_images(images: ImageSet, source: str) -> list[str]:
     return _all_or_none([_attempt(partial(look, i)) for i in range(len(images))], source)
 
 
-def _attempt(look: Callable[[], str]) -> str | DataError:
+def _attempt(look: Callable[[], _Result]) -> _Result | DataError:
     try:
         return look()
     except DataError as error:
         return error
 
 
-def _all_or_none(results: Iterable[str | DataError], source: str) -> list[str]:
+def _all_or_none(results: Iterable[_Result | DataError], source: str) -> list[_Result]:
     listed = list(results)
     refuse(source, [str(result) for result in listed if isinstance(result, DataError)], "unreadable image")
-    return [result for result in listed if isinstance(result, str)]
+    return [result for result in listed if not isinstance(result, DataError)]

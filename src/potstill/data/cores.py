@@ -1,6 +1,15 @@
-"""How many threads may decode at once."""
+"""How many threads may decode at once, and work spread over them."""
 
 import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+_AHEAD = 4  # pieces of work per thread that may wait
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def threads() -> int:
@@ -12,3 +21,30 @@ def threads() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, cores)
+
+
+def in_turn(work: Callable[[Item], Result], items: Iterable[Item], *, at_once: int | None = None) -> Iterator[Result]:
+    """Like ``map``, in threads: results in order, a few pieces ahead of whoever takes them.
+
+    So memory does not grow with the number of items, and whoever stops waits for a few of them only.
+
+    Args:
+        work: what to do with an item; its errors surface in the turn of the item.
+        items: in order.
+        at_once: threads; None: ``threads()``; 1: none, everything is done by the caller.
+    """
+    count = threads() if at_once is None else at_once
+    if count == 1:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(count)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= count * _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

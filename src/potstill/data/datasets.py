@@ -18,6 +18,7 @@ from potstill.data.settings import DataSettings
 from potstill.data.sources import AUGMENT, from_folder, from_manifest
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
 from potstill.data.unlabeled import check_unlabeled, with_unlabeled
+from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError, nearest
 
 DATASETS: dict[str, Callable[[DataSettings], DataSplits]] = {
@@ -36,12 +37,13 @@ _CHECKS: dict[str, Callable[[DataSettings], object]] = {
 }
 
 
-def load_data(settings: DataSettings, data: DataSplits | None = None) -> DataSplits:
-    """Find, split and check the data of a recipe; every file is read once.
+def load_data(settings: DataSettings, data: DataSplits | None = None, *, progress: Watcher | None = None) -> DataSplits:
+    """Find, split and check the data of a recipe; every file that is new or has changed is read once.
 
     Args:
         settings: where from, and how to split.
         data: splits from Python, which are only checked.
+        progress: is told how far the check of the files is.
 
     Raises:
         UsageError: an unknown name or option.
@@ -50,15 +52,15 @@ def load_data(settings: DataSettings, data: DataSplits | None = None) -> DataSpl
     check_unlabeled(settings)
     if data is not None:
         check_splits(data.class_names, {split: data.split(split) for split in SPLITS}, data.source)
-    return with_unlabeled(settings, data if data is not None else _labeled(settings))
+    return with_unlabeled(settings, data if data is not None else _labeled(settings, progress), progress)
 
 
-def _labeled(settings: DataSettings) -> DataSplits:
+def _labeled(settings: DataSettings, progress: Watcher | None) -> DataSplits:
     check_source(settings)
     if settings.source in DATASETS:
         return DATASETS[settings.source](settings)
     path = Path(settings.source).expanduser()
-    return from_folder(settings, path) if path.is_dir() else from_manifest(settings, path)
+    return from_folder(settings, path, progress) if path.is_dir() else from_manifest(settings, path, progress)
 
 
 def check_source(settings: DataSettings) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from potstill.data.quiet import quiet_pillow
 from potstill.errors import DataError
@@ -32,10 +32,17 @@ Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 40_000_000
+VERSION = 1  # another one whenever a file gives other pixels than before, here or in ``preprocess.fit``
 
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tags
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _RANGES = (255.0, 65535.0, 4294967295.0)
+
+
+def decoder() -> str:
+    """All that decides the pixels of a file besides its bytes: these rules, and the libraries that decode."""
+    libraries = (f"{name} {features.version(name)}" for name in ("pil", "libjpeg_turbo", "jpg", "webp", "libtiff"))
+    return ", ".join([f"rules {VERSION}", *libraries])
 
 
 def decode(source: Path | bytes) -> Pixels:

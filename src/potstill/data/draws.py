@@ -6,6 +6,7 @@ order of drawing, nor on the batch, nor on the number of processes.  The hash is
 """
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,11 +39,16 @@ def words(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64]
     Returns:
         uint64 [B].
     """
-    state = np.array([seed & _MASK], dtype=np.uint64)
-    state = splitmix64(state) ^ np.uint64(zlib.crc32(field.encode()))
-    state = splitmix64(state) ^ np.asarray(ids, dtype=np.int64).view(np.uint64)
+    state = _of_field(seed, field) ^ np.asarray(ids, dtype=np.int64).view(np.uint64)
     state = splitmix64(state) ^ np.asarray(view, dtype=np.int64).reshape(-1).view(np.uint64)
     return splitmix64(state)
+
+
+@lru_cache(maxsize=4096)  # the same few for every batch
+def _of_field(seed: int, field: str) -> np.uint64:
+    """The hash of (seed, field), which is that of all samples so far."""
+    state = splitmix64(np.array([seed & _MASK], dtype=np.uint64)) ^ np.uint64(zlib.crc32(field.encode()))
+    return np.uint64(splitmix64(state)[0])
 
 
 def uniform(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> Uniform:
@@ -53,3 +59,17 @@ def uniform(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int6
 def another_seed(seed: int, field: str) -> int:
     """A seed whose draws have nothing to do with those of ``seed``, for a second use of the same fields."""
     return int(words(seed, field, np.zeros(1, dtype=np.int64), 0)[0])
+
+
+class Draws:
+    """``Draws(seed, ids, view)(field)``: the uniform numbers [B] of these samples for one field after the other."""
+
+    def __init__(self, seed: int, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> None:
+        self.seed, self.ids, self.view = seed, ids, view
+
+    def __call__(self, field: str) -> Uniform:
+        """Uniform in [0, 1), float64 [B]."""
+        return uniform(self.seed, field, self.ids, self.view)
+
+    def __len__(self) -> int:
+        return len(self.ids)

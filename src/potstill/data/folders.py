@@ -5,6 +5,7 @@ with a leading dot) and ``Thumbs.db`` and ``desktop.ini``.  Files beside the cla
 files inside the data folder are followed; links out of it, and links to folders, are refused.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def list_images(root: Path) -> list[str]:
         DataError: none, or forbidden links or names; all of them in one message.
     """
     problems: list[str] = []
-    names = [file.relative_to(root).as_posix() for file in _files(root, root, problems)]
+    names = list(_files(root, root, problems))
     problems += [problem for name in names if (problem := name_problem(name))]
     refuse(str(root), sorted(set(problems)))
     if not names:
@@ -80,34 +81,35 @@ def _classes(root: Path, folder: Path, split: str | None, problems: list[str]) -
     for each in classes:
         if problem := name_problem(each.name):
             problems.append(problem)
-        files = list(_files(root, each, problems))
-        if not files:
+        names = list(_files(root, each, problems))
+        if not names:
             problems.append(f"{each}: no images; add some, or remove the folder")
-        for file in files:
-            name = file.relative_to(root).as_posix()
+        for name in names:
             if problem := name_problem(name):
                 problems.append(problem)
             yield Entry(name, each.name, split)
 
 
-def _files(root: Path, folder: Path, problems: list[str]) -> Iterator[Path]:
-    for path in _listed(folder):
-        if path.name.startswith(".") or path.name.lower() in _CLUTTER:
+def _files(root: Path, folder: Path, problems: list[str]) -> Iterator[str]:
+    """Names relative to ``root``.  To ask for every single file would take six times as long."""
+    inside = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+    for entry in _listed(folder):
+        if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
             continue
-        if path.is_symlink():
-            target = path.resolve()
+        if entry.is_symlink():
+            target = Path(entry.path).resolve()
             if not target.is_relative_to(root.resolve()):
-                problems.append(f"{path}: a link out of the data folder, to {target}")
+                problems.append(f"{entry.path}: a link out of the data folder, to {target}")
             elif not target.is_file():
-                problems.append(f"{path}: a link to {'a folder' if target.is_dir() else 'nothing'}")
+                problems.append(f"{entry.path}: a link to {'a folder' if target.is_dir() else 'nothing'}")
             else:
-                yield path
-        elif path.is_dir():
-            yield from _files(root, path, problems)
-        elif path.is_file():
-            yield path
+                yield inside + entry.name
+        elif entry.is_dir():
+            yield from _files(root, folder / entry.name, problems)
+        elif entry.is_file():
+            yield inside + entry.name
         else:
-            problems.append(f"{path}: not a regular file")
+            problems.append(f"{entry.path}: not a regular file")
 
 
 def _different_classes(root: Path, splits: dict[str, Path]) -> list[str]:
@@ -123,15 +125,16 @@ def _different_classes(root: Path, splits: dict[str, Path]) -> list[str]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    found = [path for path in _listed(folder) if path.is_dir() and not path.name.startswith(".")]
-    linked = [path for path in found if path.is_symlink()]
+    found = [entry for entry in _listed(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    linked = [entry for entry in found if entry.is_symlink()]
     if linked:
-        raise DataError(f"{linked[0]}: a link to a folder; put the folder itself there")
-    return found
+        raise DataError(f"{linked[0].path}: a link to a folder; put the folder itself there")
+    return [folder / entry.name for entry in found]
 
 
-def _listed(folder: Path) -> list[Path]:
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        return sorted(folder.iterdir(), key=lambda path: path.name)
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror or error}") from error

@@ -1,6 +1,7 @@
 """Image sets: names, labels and pixels of one split."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.decode import Pixels, decode, to_rgb
+from potstill.data.decode import Pixels, decode_bytes, read_file, to_rgb
 from potstill.errors import DataError
 
 Labels = NDArray[np.int64]
@@ -71,17 +72,31 @@ class FileSet:
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int] | NDArray[Any]) -> None:
         self.root, self.names = root, tuple(names)
         self.labels = _checked_labels(labels, len(self.names), len(self.names))
+        self.digests: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def expect(self, contents: Mapping[str, str]) -> None:
+        """From now on, a file with another content than was found in it is refused.
+
+        Args:
+            contents: name -> size and SHA-256, as ``check.check_files`` gives them.
+        """
+        found = "".join(contents[name].split()[1] for name in self.names)
+        self.digests = np.frombuffer(bytes.fromhex(found), np.uint8).reshape(len(self.names), 32)
 
     def pixels(self, i: int) -> Pixels:
         """Image i, uint8 [H, W, 3].
 
         Raises:
-            DataError: the file cannot be decoded.
+            DataError: the file cannot be decoded, or is not the one that was expected.
         """
-        return decode(self.root / self.names[i])
+        path = self.root / self.names[i]
+        content = read_file(path)
+        if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
+            raise DataError(f"{path}: the file has changed since it was checked; start again")
+        return decode_bytes(content, str(path))
 
 
 class TorchSet:

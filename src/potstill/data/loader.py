@@ -1,34 +1,32 @@
 """Batches of a split: images as a network wants them, with labels, sample ids and view numbers."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.data.assembly import Assembly, Second, Wanted
 from potstill.data.cores import threads
 from potstill.data.images import ImageSet
-from potstill.data.mixing import Mixing
-from potstill.data.orders import Epochs, Ids, Order, Partners
+from potstill.data.orders import Epochs, Ids, Order
 from potstill.data.packed import pack, squares
-from potstill.data.preprocess import centre, normalise, packed_side
+from potstill.data.preprocess import packed_side
 from potstill.data.settings import AugmentSettings
 from potstill.data.unlabeled import Joined
-from potstill.data.views import Views
+from potstill.data.watcher import Watcher
 from potstill.data.workers import Workers
 from potstill.errors import DataError, UsageError
 from potstill.inputs import InputSpec
 from potstill.types import Batch
 
-Second = Literal["none", "strong", "same class"]
-
 
 class Loader:
     """The batches of one split.
 
-    Order and views depend on seed, epoch and sample id alone: neither on batch size, number of workers, device, nor
-    on whether the pixels fit into memory.  (Which images are mixed with which depends on the batches, of course.)
+    Order and views, mixed ones too, depend on seed, epoch and sample id alone: neither on batch size, number of
+    workers, device, nor on whether the pixels fit into memory.
 
     Args:
         images: N images with labels.
@@ -41,7 +39,7 @@ class Loader:
         seed: of order and views.
         workers: processes that decode, where the pixels do not fit into memory; "auto": half of the cores.
         device: where the batches are wanted.
-        memory_share: of free memory that decoded pixels may take.
+        memory_share: of free memory, and of the free disk, that decoded pixels may take.
         second: what ``Batch.second`` holds for each sample: "strong", another view with RandAugment on top; "same
             class", another sample of its class in that sample's own view (itself where the class has no other).
         classes: K; needed where images are mixed.
@@ -53,6 +51,7 @@ class Loader:
         view_seed: of views and of what is mixed, where another than that of the order is wanted.
         identity: a word for these images and their content, by which decoded pixels are kept on disk; None: they are
             kept in memory only.
+        progress: is told about what takes long.
 
     Raises:
         UsageError: an unknown order, a batch size below 1, or wishes that exclude each other.
@@ -79,6 +78,7 @@ class Loader:
         views: int | None = None,
         view_seed: int | None = None,
         identity: str | None = None,
+        progress: Watcher | None = None,
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
             raise UsageError(f"order must be listed, shuffled or balanced, got {order!r}")
@@ -98,24 +98,35 @@ class Loader:
         self.epochs = Epochs(self.labels.numpy(), batch_size, order, seed, more, unlabeled_share, whole_batches)
         if self.epochs.steps == 0:
             raise UsageError(f"{len(images)} images do not fill one batch of {batch_size}: lower the batch size")
-        self.views = Views(augment, size=spec.size, seed=self.view_seed) if augment is not None else None
-        self._strong = self._partners = self._mixing = None
-        if second == "strong":
-            self._strong = Views(augment or AugmentSettings(), size=spec.size, seed=self.view_seed, strong=True)
-        elif second == "same class":
-            self._partners = Partners(self.labels.numpy(), self.view_seed)
-        if augment is not None and augment.mixes and classes is not None:
-            self._mixing = Mixing(mixup=augment.mixup, cutmix=augment.cutmix, classes=classes, seed=self.view_seed)
+        self.assembly = Assembly(
+            spec,
+            augment,
+            labels=self.labels.numpy(),
+            unlabeled=more,
+            side=self.side,
+            seed=self.view_seed,
+            second=second,
+            classes=classes,
+            balanced=order == "balanced",
+            device=self.device,
+        )
         self._all = images if unlabeled is None else Joined(images, unlabeled)
-        self._labels = torch.from_numpy(np.asarray(self._all.labels, dtype=np.int64))
-        self._packed = pack(self._all, self.side, spec.fit, device=self.device, memory_share=memory_share)
+        self._packed = pack(
+            self._all,
+            self.side,
+            spec.fit,
+            device=self.device,
+            memory_share=memory_share,
+            identity=identity,
+            progress=progress,
+        )
         processes = max(1, threads() // 2) if workers == "auto" else workers
         spread = self._packed is None and processes > 0
         self._workers = Workers(self._all, self.side, spec.fit, processes) if spread else None
 
     @property
     def resident(self) -> bool:
-        """Whether all pixels are kept in memory."""
+        """Whether all pixels are decoded, in memory or in a file that is mapped into it."""
         return self._packed is not None
 
     @property
@@ -128,6 +139,37 @@ class Loader:
         """Batches per epoch."""
         return self.epochs.steps
 
+    @property
+    def samples(self) -> int:
+        """N + M: how many sample ids there are."""
+        return len(self._all)
+
+    @property
+    def distinct_views(self) -> bool:
+        """Whether two views of an image differ."""
+        return self.assembly.distinct_views
+
+    def describe_views(self, second: bool = False) -> dict[str, Any]:
+        """All that decides the pixels of a view besides the images themselves, as values that JSON knows.
+
+        Args:
+            second: of what ``Batch.second`` holds.
+
+        Raises:
+            UsageError: this loader has no second images.
+        """
+        return self.assembly.describe(second)
+
+    def ids_of(self, epoch: int) -> list[Ids]:
+        """The sample ids of each batch of an epoch, int64 [B] on the CPU."""
+        return self.epochs.batches(epoch)
+
+    def view_of(self, epoch: int) -> int:
+        """The view number that images have in an epoch; 0 where views do not differ."""
+        if not self.distinct_views:
+            return 0
+        return epoch if self.views_in_turn is None else epoch % self.views_in_turn
+
     def epoch(self, number: int = 0) -> Iterator[Batch]:
         """All batches of an epoch; its images are shown in view ``view_of(number)``.
 
@@ -135,28 +177,23 @@ class Loader:
             DataError: an image that could be decoded before no longer can.
             WorkerError: a process that decodes has died.
         """
-        batches, view = self.epochs.batches(number), self.view_of(number)
-        shown = [self._with_partners(ids, view) for ids in batches]
-        for step, (ids, pixels) in enumerate(zip(batches, self._squares(shown), strict=True)):
-            batch = self._batch(ids, shown[step], pixels, view)
-            yield batch if self._mixing is None else self._mixing(batch, number, step)
-
-    def view_of(self, epoch: int) -> int:
-        """The view number that images have in an epoch."""
-        return epoch if self.views_in_turn is None else epoch % self.views_in_turn
+        view = self.view_of(number)
+        coming = (self.assembly.wanted(ids, view) for ids in self.ids_of(number))
+        for wanted, pixels in self._with_squares(coming):
+            yield self.assembly.batch(wanted, pixels)
 
     def view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Random access: the images [B, 3, S, S] that ``epoch(view)`` gives for these samples (before they are mixed).
+        """Random access: the images [B, 3, S, S] that an epoch with this view gives for these samples.
 
         Args:
             index: int64 [B], sample ids.
             view: view number of all, or int64 [B].
         """
-        ids, numbers = _plain(index, view)
-        return self._images(self._at(ids), ids, numbers, self.views)
+        wanted = self.assembly.wanted(*_plain(index, view), second=False)
+        return self.assembly.images(wanted, self._at(wanted.shown))
 
     def second_view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Random access: what ``epoch(view)`` gives as ``Batch.second`` for these samples, [B, 3, S, S].
+        """Random access: what such an epoch gives as ``Batch.second`` for these samples, [B, 3, S, S].
 
         Args:
             index: int64 [B], sample ids.
@@ -165,44 +202,21 @@ class Loader:
         Raises:
             UsageError: this loader has no second images.
         """
-        ids, numbers = _plain(index, view)
-        if self._strong is not None:
-            return self._images(self._at(ids), ids, numbers, self._strong)
-        if self._partners is not None:
-            partners = self._partners(ids, numbers)
-            return self._images(self._at(partners), partners, numbers, self.views)
-        raise UsageError('this loader gives no second images; make it with second="strong" or "same class"')
+        wanted = self.assembly.wanted(*_plain(index, view))
+        return self.assembly.seconds(wanted, self._at(wanted.shown))
 
-    def _with_partners(self, ids: Ids, epoch: int) -> Ids:
-        return ids if self._partners is None else np.concatenate([ids, self._partners(ids, epoch)])
-
-    def _batch(self, ids: Ids, shown: Ids, pixels: Tensor, number: int) -> Batch:
-        pixels = pixels.to(self.device, non_blocking=True)
-        images, second = self._images(pixels, shown, number, self.views), None
-        if self._strong is not None:
-            second = self._images(pixels, shown, number, self._strong)
-        elif self._partners is not None:
-            images, second = images[: len(ids)], images[len(ids) :]
-        index = torch.from_numpy(ids)
-        view = torch.full_like(index, number)
-        labels = self._labels[index].to(self.device)
-        return Batch(images, labels, index.to(self.device), view.to(self.device), second)
-
-    def _images(self, pixels: Tensor, ids: Ids, view: Ids | int, views: Views | None) -> Tensor:
-        pixels = pixels.to(self.device, non_blocking=True)
-        shown = views(pixels, ids, view) if views is not None else centre(pixels, self.spec.size)
-        return normalise(shown, self.spec)
-
-    def _squares(self, chunks: list[Ids]) -> Iterator[Tensor]:
-        if self._workers is not None:
-            yield from self._workers.squares([chunk.tolist() for chunk in chunks])
+    def _with_squares(self, coming: Iterator[Wanted]) -> Iterator[tuple[Wanted, Tensor]]:
+        if self._workers is None:
+            for wanted in coming:
+                yield wanted, self._at(wanted.shown)
             return
-        for chunk in chunks:
-            yield self._at(chunk)
+        every = list(coming)
+        pixels = self._workers.squares([wanted.shown.tolist() for wanted in every])
+        yield from zip(every, pixels, strict=True)
 
     def _at(self, ids: Ids) -> Tensor:
         if self._packed is not None:
-            return self._packed.index_select(0, torch.from_numpy(ids).to(self._packed.device))
+            return self._packed.index_select(0, torch.from_numpy(ids).to(self._packed.device, non_blocking=True))
         return squares(self._all, ids.tolist(), self.side, self.spec.fit)
 
 

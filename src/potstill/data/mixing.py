@@ -1,100 +1,140 @@
-"""Mixup and CutMix: each image of a batch with another one, and the labels by the same shares.
+"""Mixup and CutMix: each image with another one, and the labels by the same shares.
 
 Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, https://arxiv.org/abs/1710.09412; Yun et al.,
 "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
-https://arxiv.org/abs/1905.04899.  Which images are paired, how, and by which share follows from (seed, epoch, step).
-Student and teacher see the same mixed images (Beyer et al., "Knowledge distillation: A good teacher is patient and
-consistent", CVPR 2022, https://arxiv.org/abs/2106.05237).
+https://arxiv.org/abs/1905.04899.  Student and teacher see the same mixed images (Beyer et al., "Knowledge
+distillation: A good teacher is patient and consistent", CVPR 2022, https://arxiv.org/abs/2106.05237).
+
+The papers mix the images of a batch with each other, all by one share.  Here partner, share and kind follow from
+(seed, sample id, view) for each image alone, so that a mixed view does not depend on its batch and can be replayed:
+the partner is any labeled training image, in its own view of the same number.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from potstill.data.draws import uniform, words
-from potstill.types import Batch
+from potstill.data.draws import uniform
+from potstill.data.orders import ByClass
 
-_ROOM = 2**20  # hash ids of a step: more than a batch has images
+Ids = NDArray[np.int64]
+Numbers = NDArray[np.float64]
 
-Box = tuple[int, int, int, int]  # top, bottom, left, right
+_UNITS = 2**24  # shares are multiples of one part in so many: 1 - share is exact in float32 then
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the images of a batch are mixed, one entry for each."""
+
+    partners: Ids  # [B] sample ids
+    shares: Numbers  # [B] of the image itself, in [0, 1]
+    blends: NDArray[np.bool_]  # [B]: mixup; else CutMix
+    boxes: Ids  # [B, 4], what CutMix takes from the partner: top, bottom, left, right
 
 
 class Mixing:
-    """``Mixing(...)(batch, epoch, step)``: the batch with mixed images and ``soft_labels``.
+    """``draw(ids, view)`` says what is mixed and how; ``images`` and ``labels`` do it.
 
     Args:
+        labels: [N] class ids of all labeled training images.
         mixup: alpha of mixup's Beta(alpha, alpha), 0: off.
-        cutmix: alpha of CutMix'; where both are on, each batch gets one of them, with equal chance.
+        cutmix: alpha of CutMix'; where both are on, each image gets one of them, with equal chance.
         classes: K.
+        size: S, of the views, in pixels.
         seed: of the draws.
+        balanced: each class is equally likely to give the partner; else each image is.
     """
 
-    def __init__(self, *, mixup: float, cutmix: float, classes: int, seed: int) -> None:
-        self.mixup, self.cutmix, self.classes, self.seed = mixup, cutmix, classes, seed
+    def __init__(
+        self, labels: Ids, *, mixup: float, cutmix: float, classes: int, size: int, seed: int, balanced: bool = False
+    ) -> None:
+        self.count, self.mixup, self.cutmix = len(labels), mixup, cutmix
+        self.classes, self.size, self.seed = classes, size, seed
+        self.by_class = ByClass(labels) if balanced else None
 
-    def __call__(self, batch: Batch, epoch: int, step: int) -> Batch:
-        """``labels`` become those of the larger share."""
-        order = self.order(len(batch), epoch, step).to(batch.images.device)
-        others = batch.images[order]
-        blends = self.cutmix == 0 or (self.mixup > 0 and self._draw("mix kind", epoch, step) < 0.5)
-        if blends:
-            share = self._beta(self.mixup, epoch, step)
-            images = batch.images * share + others * (1 - share)
+    def draw(self, ids: Ids, view: Ids | int) -> Mixture:
+        """For samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
+
+        def drawn(field: str) -> Numbers:
+            return uniform(self.seed, f"mix {field}", ids, view)
+
+        if self.by_class is not None:
+            partners = self.by_class.choose(drawn("class"), drawn("partner"))
         else:
-            height, width = batch.images.shape[-2:]
-            centre = (self._draw("cutmix row", epoch, step), self._draw("cutmix column", epoch, step))
-            box = cutmix_box(height, width, self._beta(self.cutmix, epoch, step), centre)
-            images, share = _pasted(batch.images, others, box)
-        soft = _one_hot(batch.labels, self.classes) * share + _one_hot(batch.labels[order], self.classes) * (1 - share)
-        labels = batch.labels if share >= 0.5 else batch.labels[order]
-        return replace(batch, images=images, labels=labels, soft_labels=soft)
+            partners = (drawn("partner") * self.count).astype(np.int64)
+        if self.mixup and self.cutmix:
+            blends = drawn("kind") < 0.5
+        else:
+            blends = np.full(len(ids), self.mixup > 0)
+        shares = _beta(np.where(blends, self.mixup, self.cutmix), drawn("share"))
+        boxes = cutmix_boxes(self.size, shares, drawn("row"), drawn("column"))
+        pasted = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+        shares = np.where(blends, np.rint(shares * _UNITS) / _UNITS, 1 - pasted / self.size**2)
+        return Mixture(partners, shares, blends, boxes)
 
-    def order(self, count: int, epoch: int, step: int) -> Tensor:
-        """int64 [count]: with which image of the batch each is mixed."""
-        ids = step * _ROOM + np.arange(count, dtype=np.int64)
-        return torch.from_numpy(np.argsort(words(self.seed, "mix order", ids, epoch), kind="stable"))
+    def images(self, own: Tensor, others: Tensor, mixture: Mixture) -> Tensor:
+        """Mixed images.
 
-    def _beta(self, alpha: float, epoch: int, step: int) -> float:
-        """From Beta(alpha, alpha), by inverting its distribution function: one hash, one number."""
-        from scipy.special import betaincinv  # type: ignore[import-untyped]  # here, since most recipes do without
+        Args:
+            own: [B, 3, S, S], normalised.
+            others: likewise, those of the partners.
+            mixture: of these samples.
+        """
+        line = np.arange(self.size)
+        top, bottom, left, right = mixture.boxes.T[:, :, None]
+        rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
+        stays = ~(rows[:, :, None] & columns[:, None, :])
+        shares = np.where(mixture.blends[:, None, None], mixture.shares[:, None, None], stays).astype(np.float32)
+        share = torch.from_numpy(shares)[:, None].to(own.device, non_blocking=True)
+        # Products and sum one after the other, not fused: each is rounded the same way on every device.
+        return own * share + others * (1 - share)
 
-        return float(betaincinv(alpha, alpha, self._draw("mix share", epoch, step)))
+    def labels(self, own: Tensor, others: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+        """Labels [B], those of the larger share, and the shares of the classes, [B, K].
 
-    def _draw(self, field: str, epoch: int, step: int) -> float:
-        return float(uniform(self.seed, field, np.array([step], dtype=np.int64), epoch)[0])
+        Args:
+            own: int64 [B].
+            others: likewise, those of the partners.
+            mixture: of these samples.
+        """
+        share = torch.from_numpy(mixture.shares.astype(np.float32)).to(own.device, non_blocking=True)
+        soft = _one_hot(own, self.classes) * share[:, None] + _one_hot(others, self.classes) * (1 - share)[:, None]
+        return torch.where(share >= 0.5, own, others), soft
 
 
-def cutmix_box(height: int, width: int, share: float, centre: tuple[float, float]) -> Box:
-    """The rectangle that another image fills: of the image's proportions and 1 - share of its area, cut at the border.
+def cutmix_boxes(size: int, share: Numbers, row: Numbers, column: Numbers) -> Ids:
+    """The squares that another image fills: 1 - share of the image's area, cut at the border.
 
     Args:
-        height: of the images, in pixels.
-        width: likewise.
-        share: of the image that stays, before the cut.
-        centre: of the rectangle, (row, column) in [0, 1).
+        size: side of the image, in pixels.
+        share: [B] of the image that stays, before the cut.
+        row: [B] centre of the square, in [0, 1).
+        column: likewise.
+
+    Returns:
+        int64 [B, 4]: top, bottom, left, right.
 
     Example:
-        >>> cutmix_box(8, 8, 0.75, (0.5, 0.0))  # sides of 4, around row 4 and column 0
-        (2, 6, 0, 2)
+        >>> cutmix_boxes(8, np.array([0.75]), np.array([0.5]), np.array([0.0]))  # sides of 4, around row 4 and column 0
+        array([[2, 6, 0, 2]])
     """
-    side = (1 - share) ** 0.5
-    edges = []
-    for length, place in ((height, centre[0]), (width, centre[1])):
-        middle, half = int(place * length), int(side * length) // 2
-        edges += [max(0, middle - half), min(length, middle + half)]
-    top, bottom, left, right = edges
-    return top, bottom, left, right
+    half = (np.sqrt(1 - share) * size).astype(np.int64) // 2
+    middle = (np.stack([row, column]) * size).astype(np.int64)
+    first, last = np.maximum(middle - half, 0), np.minimum(middle + half, size)
+    return np.stack([first[0], last[0], first[1], last[1]], axis=1)
 
 
-def _pasted(images: Tensor, others: Tensor, box: Box) -> tuple[Tensor, float]:
-    """Images with the box filled from the others, and the share of each image that stays."""
-    top, bottom, left, right = box
-    images = images.clone()
-    images[..., top:bottom, left:right] = others[..., top:bottom, left:right]
-    return images, 1 - (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
+def _beta(alpha: Numbers, drawn: Numbers) -> Numbers:
+    """From Beta(alpha, alpha), by inverting its distribution function: one hash, one number."""
+    from scipy.special import betaincinv  # type: ignore[import-untyped]  # here, since most recipes do without
+
+    found: Numbers = betaincinv(alpha, alpha, drawn)
+    return found
 
 
 def _one_hot(labels: Tensor, classes: int) -> Tensor:

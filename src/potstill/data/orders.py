@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from potstill.data.draws import uniform, words
 
 Ids = NDArray[np.int64]
+Numbers = NDArray[np.float64]
 Order = Literal["listed", "shuffled", "balanced"]
 
 
@@ -77,13 +78,8 @@ def shuffled(count: int, seed: int, epoch: int, field: str = "order") -> Ids:
 def balanced(labels: Ids, seed: int, epoch: int) -> Ids:
     """As many draws with replacement as there are labels [N], each class equally likely."""
     slots = np.arange(len(labels), dtype=np.int64)
-    present, counts = np.unique(labels, return_counts=True)
-    grouped = np.argsort(labels, kind="stable")
-    drawn = (uniform(seed, "balanced class", slots, epoch) * len(present)).astype(np.int64)
-    place = (uniform(seed, "balanced image", slots, epoch) * counts[drawn]).astype(np.int64)
-    starts = np.cumsum(counts) - counts
-    ids: Ids = grouped[starts[drawn] + place]
-    return ids
+    classes, images = (uniform(seed, f"balanced {field}", slots, epoch) for field in ("class", "image"))
+    return ByClass(labels).choose(classes, images)
 
 
 def cycled(count: int, seed: int, start: int, stop: int) -> Ids:
@@ -97,6 +93,26 @@ def cycled(count: int, seed: int, start: int, stop: int) -> Ids:
     return np.concatenate(turns)[start - first * count : stop - first * count]
 
 
+class ByClass:
+    """Sample ids, class by class.
+
+    Args:
+        labels: [N] class ids.
+    """
+
+    def __init__(self, labels: Ids) -> None:
+        self.grouped = np.argsort(labels, kind="stable")  # [N]
+        self.classes, self.counts = np.unique(labels, return_counts=True)  # that have images, and how many
+        self.starts = np.cumsum(self.counts) - self.counts  # where each begins in `grouped`
+
+    def choose(self, of_class: Numbers, of_image: Numbers) -> Ids:
+        """Sample ids [B]: the class by the first, the image within it by the second number in [0, 1), [B] each."""
+        chosen = (of_class * len(self.classes)).astype(np.int64)
+        place = (of_image * self.counts[chosen]).astype(np.int64)
+        ids: Ids = self.grouped[self.starts[chosen] + place]
+        return ids
+
+
 class Partners:
     """For each sample another one of its class.
 
@@ -107,10 +123,11 @@ class Partners:
 
     def __init__(self, labels: Ids, seed: int) -> None:
         self.seed = seed
-        self.grouped = np.argsort(labels, kind="stable")  # sample ids, class by class
-        _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        self.sizes = counts[inverse]  # [N]: of each sample's class
-        self.starts = (np.cumsum(counts) - counts)[inverse]  # [N]: where its class begins in `grouped`
+        by_class = ByClass(labels)
+        self.grouped = by_class.grouped
+        place = np.searchsorted(by_class.classes, labels)
+        self.sizes = by_class.counts[place]  # [N]: of each sample's class
+        self.starts = by_class.starts[place]  # [N]: where its class begins in `grouped`
         self.places = np.empty_like(self.grouped)
         self.places[self.grouped] = np.arange(len(labels))
         self.places -= self.starts  # [N]: within its class

@@ -1,12 +1,14 @@
 """From decoded pixels to what a network sees: fit to a square, cut the centre, normalise."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from potstill.data.decode import Pixels
-from potstill.inputs import InputSpec
+from potstill.inputs import InputSpec, Triple
 
 CROP_SHARE = 0.875  # side of the square that random resized crops are drawn from is size / CROP_SHARE
 
@@ -62,6 +64,12 @@ def centre(images: Tensor, size: int) -> Tensor:
 
 def normalise(images: Tensor, spec: InputSpec) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 of the same shape, contiguous: (x / 255 - mean) / std."""
-    mean, std = (torch.tensor(each, dtype=torch.float64).view(1, 3, 1, 1) for each in (spec.mean, spec.std))
-    scale, shift = ((each.float().to(images.device)) for each in (1 / (255 * std), mean / std))
+    scale, shift = _scale_and_shift(spec.mean, spec.std, images.device)
     return images.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).sub_(shift)
+
+
+@lru_cache(maxsize=16)  # a batch need not wait for six numbers to reach the device
+@torch.inference_mode(False)
+def _scale_and_shift(mean: Triple, std: Triple, device: torch.device) -> tuple[Tensor, Tensor]:
+    means, deviations = (torch.tensor(each, dtype=torch.float64).view(1, 3, 1, 1) for each in (mean, std))
+    return (1 / (255 * deviations)).float().to(device), (means / deviations).float().to(device)

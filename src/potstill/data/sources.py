@@ -11,29 +11,32 @@ from potstill.data.listing import Entry
 from potstill.data.manifest import list_manifest
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
+from potstill.data.watcher import Watcher
 
 AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # things look alike in a mirror more often than not
 
 
-def from_folder(settings: DataSettings, root: Path) -> DataSplits:
-    """The images of a folder; see ``folders`` for its forms.
+def from_folder(settings: DataSettings, root: Path, progress: Watcher | None = None) -> DataSplits:
+    """The images of a folder; see ``folders`` for its forms.  ``progress`` is told how far the check of the files is.
 
     Raises:
         DataError: a listing or files that cannot be trained on.
     """
-    return _from_listing(settings, root, list_folder(root), "folders")
+    return _from_listing(settings, root, list_folder(root), "folders", progress)
 
 
-def from_manifest(settings: DataSettings, path: Path) -> DataSplits:
-    """The images that a manifest lists.
+def from_manifest(settings: DataSettings, path: Path, progress: Watcher | None = None) -> DataSplits:
+    """The images that a manifest lists.  ``progress`` is told how far the check of the files is.
 
     Raises:
         DataError: a listing or files that cannot be trained on.
     """
-    return _from_listing(settings, path.parent, list_manifest(path), "manifest")
+    return _from_listing(settings, path.parent, list_manifest(path), "manifest", progress)
 
 
-def _from_listing(settings: DataSettings, root: Path, entries: list[Entry], kind: str) -> DataSplits:
+def _from_listing(
+    settings: DataSettings, root: Path, entries: list[Entry], kind: str, progress: Watcher | None
+) -> DataSplits:
     class_names = tuple(sorted({entry.label for entry in entries}))
     ids = {name: i for i, name in enumerate(class_names)}
     labels = np.array([ids[entry.label] for entry in entries], dtype=np.int64)
@@ -42,7 +45,8 @@ def _from_listing(settings: DataSettings, root: Path, entries: list[Entry], kind
         check_splits(class_names, {}, settings.source)
     parts, origin = _divide(settings, images, entries, class_names, kind)
     check_splits(class_names, parts, settings.source)
-    contents = check_files(root, images.names, settings.source)
+    contents = check_files(root, images.names, settings.source, progress=progress)
+    images.expect(contents)
     found = {split: [contents[name] for name in part.names] for split, part in parts.items()}
     return DataSplits(
         class_names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,

@@ -12,6 +12,7 @@ from potstill.data.folders import list_images
 from potstill.data.images import FileSet, ImageSet, Subset
 from potstill.data.settings import DataSettings
 from potstill.data.splits import DataSplits
+from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError
 
 NO_LABEL = -100  # `potstill.types.UNLABELED`, which lies beside torch
@@ -62,8 +63,9 @@ def check_unlabeled(settings: DataSettings) -> None:
         raise UsageError(f"data.unlabeled: no folder {settings.unlabeled!r}; name one with images, at any depth")
 
 
-def with_unlabeled(settings: DataSettings, data: DataSplits) -> DataSplits:
-    """The data with the images of ``settings.unlabeled``; as it is where none are asked for.
+def with_unlabeled(settings: DataSettings, data: DataSplits, progress: Watcher | None = None) -> DataSplits:
+    """The data with the images of ``settings.unlabeled``; as it is where none are asked for.  ``progress`` is told
+    how far the check of the files is.
 
     Raises:
         UsageError: no such folder; or the data has unlabeled images already.
@@ -78,7 +80,8 @@ def with_unlabeled(settings: DataSettings, data: DataSplits) -> DataSplits:
     names = list_images(root)
     found = UnlabeledFiles(root, names)
     _refuse_seen(found, data)
-    contents = check_files(root, names, str(root))
+    contents = check_files(root, names, str(root), progress=progress)
+    found.expect(contents)
     return replace(
         data,
         unlabeled=found,

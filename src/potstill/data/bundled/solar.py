@@ -54,6 +54,7 @@ def solar(settings: DataSettings) -> DataSplits:
     parts, origin = made_here(settings, images, class_names)
     # pip has verified what it installed: not decoded a second time here
     contents = check_files(folder, names, settings.source, decode=False)
+    images.expect(contents)
     found = {split: [contents[name] for name in part.names] for split, part in parts.items()}
     return DataSplits(
         class_names, **parts, source=settings.source, origin=origin,

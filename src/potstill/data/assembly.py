@@ -1,0 +1,165 @@
+"""From sample ids and pixels to a batch: views, second images, mixtures, labels."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill.data.mixing import Mixing, Mixture
+from potstill.data.orders import Ids, Partners
+from potstill.data.preprocess import centre, normalise
+from potstill.data.settings import AugmentSettings
+from potstill.data.view_identity import describe
+from potstill.data.views import Views
+from potstill.errors import UsageError
+from potstill.inputs import InputSpec
+from potstill.types import Batch
+
+Second = Literal["none", "strong", "same class"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Samples of a batch, and what has been drawn for them."""
+
+    ids: Ids  # [B]
+    view: Ids | int  # of all, or [B]
+    partners: Ids | None = None  # [B]: samples of which images are needed beside
+    mixture: Mixture | None = None  # how the partners are mixed in
+
+    @property
+    def shown(self) -> Ids:
+        """The samples whose pixels are needed, [B] or [2 B]."""
+        return self.ids if self.partners is None else np.concatenate([self.ids, self.partners])
+
+    @property
+    def views(self) -> Ids | int:
+        """The view numbers in which they are."""
+        twice = self.partners is not None and not isinstance(self.view, int)
+        return np.concatenate([self.view, self.view]) if twice else self.view
+
+
+class Assembly:
+    """``batch(wanted(ids, view), pixels)``; the arguments are those of ``Loader``.
+
+    Args:
+        labels: [N] class ids of the labeled images.
+        unlabeled: M.
+        side: of the squares that come as pixels.
+        balanced: partners to mix with are drawn class by class.
+    """
+
+    def __init__(
+        self,
+        spec: InputSpec,
+        augment: AugmentSettings | None,
+        *,
+        labels: Ids,
+        unlabeled: int,
+        side: int,
+        seed: int,
+        second: Second,
+        classes: int | None,
+        balanced: bool,
+        device: torch.device,
+    ) -> None:
+        self.spec, self.augment, self.side, self.seed = spec, augment, side, seed
+        self.labels, self.unlabeled, self.second, self.balanced = labels, unlabeled, second, balanced
+        self.device = device
+        self.every_label = torch.from_numpy(np.concatenate([labels, np.full(unlabeled, -100)])).to(device)
+        self.views = Views(augment, size=spec.size, seed=seed) if augment is not None else None
+        self.strong = self.partners = self.mixing = None
+        if second == "strong":
+            self.strong = Views(augment or AugmentSettings(), size=spec.size, seed=seed, strong=True)
+        elif second == "same class":
+            self.partners = Partners(labels, seed)
+        if augment is not None and augment.mixes and classes is not None:
+            alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
+            self.mixing = Mixing(labels, **alphas, classes=classes, size=spec.size, seed=seed, balanced=balanced)
+
+    @property
+    def distinct_views(self) -> bool:
+        """Whether two views of an image differ."""
+        return self.second != "none" or not (self.augment is None or self.augment.changes_nothing)
+
+    def describe(self, second: bool) -> dict[str, Any]:
+        """All that decides a view's pixels besides the images themselves, as ``Loader.describe_views``."""
+        if second:
+            self._refuse_without_second()
+        return describe(
+            self.augment,
+            self.spec,
+            side=self.side,
+            seed=self.seed,
+            labels=self.labels,
+            unlabeled=self.unlabeled,
+            balanced=self.balanced,
+            strong=second and self.second == "strong",
+            same_class=second and self.second == "same class",
+            device=self.device.type,
+        )
+
+    def wanted(self, ids: Ids, view: Ids | int, *, second: bool = True) -> Wanted:
+        """What a batch of these samples needs; without ``second``, what its first images do."""
+        if self.mixing is not None:
+            mixture = self.mixing.draw(ids, view)
+            return Wanted(ids, view, mixture.partners, mixture)
+        if self.partners is not None and second:
+            return Wanted(ids, view, self.partners(ids, view))
+        return Wanted(ids, view)
+
+    def batch(self, wanted: Wanted, pixels: Tensor) -> Batch:
+        """The batch; ``pixels``: uint8 [B or 2 B, 3, R, R], the squares of ``wanted.shown``."""
+        pixels = self._brought(pixels)
+        index = torch.from_numpy(wanted.ids).to(self.device, non_blocking=True)
+        numbers = np.broadcast_to(wanted.view, wanted.ids.shape).astype(np.int64)
+        images, second = self._both(wanted, pixels)
+        labels, soft = self.every_label[index], None
+        if wanted.mixture is not None and self.mixing is not None:
+            others = self.every_label[torch.from_numpy(wanted.mixture.partners).to(self.device, non_blocking=True)]
+            labels, soft = self.mixing.labels(labels, others, wanted.mixture)
+        view = torch.from_numpy(numbers).to(self.device, non_blocking=True)
+        return Batch(images, labels, index, view, second, soft)
+
+    def images(self, wanted: Wanted, pixels: Tensor) -> Tensor:
+        """The batch's first images alone."""
+        return self._both(wanted, self._brought(pixels), strong=False)[0]
+
+    def seconds(self, wanted: Wanted, pixels: Tensor) -> Tensor:
+        """The batch's second images alone.
+
+        Raises:
+            UsageError: there are none.
+        """
+        self._refuse_without_second()
+        second = self._both(wanted, self._brought(pixels))[1]
+        assert second is not None
+        return second
+
+    def _both(self, wanted: Wanted, pixels: Tensor, *, strong: bool = True) -> tuple[Tensor, Tensor | None]:
+        images = self._prepared(pixels, wanted, self.views)
+        count = len(wanted.ids)
+        if wanted.mixture is not None and self.mixing is not None:
+            return self.mixing.images(images[:count], images[count:], wanted.mixture), None
+        if wanted.partners is not None:
+            return images[:count], images[count:]
+        if self.strong is not None and strong:
+            return images, self._prepared(pixels, wanted, self.strong)
+        return images, None
+
+    def _prepared(self, pixels: Tensor, wanted: Wanted, views: Views | None) -> Tensor:
+        size = self.spec.size
+        shown = views(pixels, wanted.shown, wanted.views) if views is not None else centre(pixels, size)
+        return normalise(shown, self.spec)
+
+    def _brought(self, pixels: Tensor) -> Tensor:
+        """To the device; from memory that it reads by itself, so that nobody waits."""
+        if self.device.type == "cuda" and pixels.device.type == "cpu":
+            pixels = pixels.pin_memory()
+        return pixels.to(self.device, non_blocking=True)
+
+    def _refuse_without_second(self) -> None:
+        if self.second == "none":
+            raise UsageError('this loader gives no second images; make it with second="strong" or "same class"')

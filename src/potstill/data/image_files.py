@@ -1,0 +1,40 @@
+"""What image sets consist of: files, arrays, or something that only its owner knows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.data.images import ArraySet, FileSet, ImageSet, Subset
+from potstill.data.unlabeled import Joined
+
+
+def from_files(images: ImageSet) -> bool:
+    """Whether all images are files, which may be decoded in several threads."""
+    return all(isinstance(part, FileSet) for part in _parts(images))
+
+
+def are_arrays(images: ImageSet) -> bool:
+    """Whether all images lie in memory already."""
+    return all(isinstance(part, ArraySet) for part in _parts(images))
+
+
+def digests_of(images: ImageSet) -> NDArray[np.uint8] | None:
+    """uint8 [N, 32]: SHA-256 of each file's content, where all images are files that were checked; else None."""
+    if isinstance(images, Subset):
+        inner = digests_of(images.images)
+        return None if inner is None else inner[images.index]
+    if isinstance(images, Joined):
+        found = [digests_of(part) for part in images.parts]
+        whole = [each for each in found if each is not None]
+        return np.concatenate(whole) if len(whole) == len(found) else None
+    return images.digests if isinstance(images, FileSet) else None
+
+
+def _parts(images: ImageSet) -> Sequence[ImageSet]:
+    """Without the sets that only arrange others."""
+    if isinstance(images, Subset):
+        return _parts(images.images)
+    if isinstance(images, Joined):
+        return [inner for part in images.parts for inner in _parts(part)]
+    return [images]

@@ -1,0 +1,42 @@
+import threading
+
+import pytest
+
+from potstill.data.cores import in_turn
+
+
+@pytest.mark.parametrize("at_once", [1, 3, None])
+def test_results_come_in_the_order_of_the_items(at_once: int | None) -> None:
+    assert list(in_turn(lambda i: i * i, range(50), at_once=at_once)) == [i * i for i in range(50)]
+    assert list(in_turn(lambda i: i, [], at_once=at_once)) == []
+
+
+def test_only_a_few_are_begun_ahead() -> None:
+    begun: list[int] = []
+    results = in_turn(lambda i: begun.append(i), range(10_000), at_once=2)
+    next(results)
+    assert len(begun) <= 10
+    results.close()  # whoever stops does not wait for the rest
+    assert len(begun) <= 10
+
+
+def test_the_caller_does_it_all_where_one_is_enough() -> None:
+    assert set(in_turn(lambda _: threading.get_ident(), range(5), at_once=1)) == {threading.get_ident()}
+
+
+def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
+    begun: list[int] = []
+
+    def work(i: int) -> int:
+        begun.append(i)
+        if i == 5:
+            raise ValueError("five")
+        return i
+
+    got = []
+    with pytest.raises(ValueError, match="five"):
+        for i in in_turn(work, range(1000), at_once=2):
+            got.append(i)
+    assert got == [0, 1, 2, 3, 4]
+    assert len(begun) < 20
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
