@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from potstill.errors import UsageError
-from potstill.training.devices import choose
+from potstill.training.devices import Compute, choose
 from potstill.training.settings import TrainingSettings
 
 
@@ -24,3 +24,13 @@ def test_precision_is_what_was_asked_for():
         assert (torch.zeros(2, 2) @ torch.zeros(2, 2)).dtype == torch.float32
     with choose(TrainingSettings(device="cpu", precision="bf16")).autocast():
         assert (torch.zeros(2, 2) @ torch.zeros(2, 2)).dtype == torch.bfloat16
+
+
+def test_channels_last_is_the_layout_unless_asked_otherwise():
+    for asked, layout in (("auto", torch.channels_last), (True, torch.channels_last), (False, torch.contiguous_format)):
+        assert choose(TrainingSettings(device="cpu", channels_last=asked)).memory_format == layout
+
+
+def test_words():
+    assert str(Compute(torch.device("cpu"), bf16=True, channels_last=True)).endswith(", bf16")
+    assert str(Compute(torch.device("cuda:1"), bf16=False, channels_last=True)) == "cuda:1, float32"

@@ -1,5 +1,7 @@
 """Means of the loss terms over an epoch, without a synchronisation per step."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,16 +32,17 @@ class TermAverages:
             NonFiniteError: some step's term was NaN or infinite; names the first such step (from 1) and the terms.
         """
         known = list(dict.fromkeys(name for names in self._names for name in names))
-        values = torch.split(torch.cat(self._steps).cpu().double(), [len(names) for names in self._names])
+        values = iter(torch.cat(self._steps).cpu().tolist())  # the one place where the device is waited for
         sums, weights = dict.fromkeys(known, 0.0), dict.fromkeys(known, 0)
-        for step, (names, found, size) in enumerate(zip(self._names, values, self._sizes, strict=True), start=1):
-            if not found.isfinite().all():
-                bad = [name for name, value in zip(names, found, strict=True) if not value.isfinite()]
+        for step, (names, size) in enumerate(zip(self._names, self._sizes, strict=True), start=1):
+            found = dict(zip(names, values, strict=False))  # takes as many values as there are names
+            bad = [name for name, value in found.items() if not math.isfinite(value)]
+            if bad:
                 raise NonFiniteError(
-                    f"{where}: at step {step} the loss term {', '.join(bad)} is {found.sum().item():g}.\n"
+                    f"{where}: at step {step} the loss term {', '.join(bad)} is {sum(found.values()):g}.\n"
                     "Lower the learning rate (training.lr), or set training.clip_norm=1; the last checkpoint is finite"
                 )
-            for name, value in zip(names, found.tolist(), strict=True):
+            for name, value in found.items():
                 sums[name] += size * value
                 weights[name] += size
         return {name: sums[name] / weights[name] for name in known}

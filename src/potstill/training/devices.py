@@ -26,8 +26,13 @@ class Compute:
         """Of images and weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    @property
+    def precision(self) -> str:
+        """Of convolutions and matrix products."""
+        return "bf16" if self.bf16 else "float32"
+
     def __str__(self) -> str:
-        words = [str(self.device), "bf16" if self.bf16 else "float32"]
+        words = [str(self.device), self.precision]
         if self.device.type == "cpu":
             threads = torch.get_num_threads()
             words.insert(1, f"{threads} thread{'' if threads == 1 else 's'}")
@@ -35,8 +40,9 @@ class Compute:
 
 
 def choose(settings: TrainingSettings) -> Compute:
-    """Resolve ``auto``: cuda, then mps, then cpu; bf16 where the hardware computes in it.
+    """Resolve ``auto``: cuda, then mps, then cpu; bf16 where the hardware computes in it; channels last but on mps.
 
+    Channels last makes a step 1.0 to 1.4 times as fast, on a CPU too.
     Float16 is never chosen: on a CPU its arithmetic is hundreds of times slower than bf16.
 
     Raises:
@@ -47,7 +53,7 @@ def choose(settings: TrainingSettings) -> Compute:
     device = _device(settings.device)
     bf16 = _has_bf16(device) if settings.precision == "auto" else settings.precision == "bf16"
     if settings.channels_last == "auto":
-        channels_last = device.type == "cuda"
+        channels_last = device.type in ("cuda", "cpu")
     else:
         channels_last = settings.channels_last
     return Compute(device, bf16, channels_last)

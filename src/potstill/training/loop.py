@@ -17,6 +17,7 @@ from potstill.evaluation.metrics import StreamingMetrics
 from potstill.training import checkpoint as ckpt
 from potstill.training.answers import Answers, Asked, Remembered
 from potstill.training.averages import TermAverages
+from potstill.training.compiling import Compiling
 from potstill.training.devices import Compute
 from potstill.training.gradients import Gradients
 from potstill.training.history import History, Record
@@ -24,7 +25,7 @@ from potstill.training.observer import Observer
 from potstill.training.optimizers import create_optimizer, lr_factor
 from potstill.training.saving import Saving
 from potstill.training.settings import TrainingSettings
-from potstill.types import UNLABELED, Batch, Step
+from potstill.types import Batch, Step
 
 if TYPE_CHECKING:  # anything with `epoch`, `steps` and `count` will do
     from potstill.data.loader import Loader
@@ -64,6 +65,7 @@ class Training:
         named = distiller.trained_parameters()
         self.optimizer = create_optimizer(named, settings)
         self.gradients = Gradients(self.optimizer, [parameter for _, parameter in named])
+        self.compiling = Compiling(distiller, self.optimizer, settings, compute, observer)
         self.schedule = LambdaLR(self.optimizer, lr_factor(settings, steps))
         self.average = None
         if settings.ema_decay is not None:
@@ -110,7 +112,8 @@ class Training:
         self.distiller.start_epoch(number, self.settings.epochs)
         self.observer.epoch_start(number + 1, self.settings.epochs, self.train.steps, self.train.count)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        figures = self._train_epoch(number)
+        with self.compiling.epoch(self.train.steps, self.train.steps * (self.settings.epochs - number)):
+            figures = self._train_epoch(number)
         trained = time.perf_counter() - started
         with _EvaluatedWeights(self.distiller, self.average):
             splits = {name: self._evaluate(name, loader) for name, loader in self.others.items()}
@@ -140,12 +143,14 @@ class Training:
         group, answers = self.settings.accumulate, self.answers["train"]
         answers.start_epoch(number)
         for position, batch in enumerate(self.train.epoch(number)):
+            if position == 0:
+                self.compiling.begin(batch.images)
             step = self._ask(batch, answers)
             first = position - position % group
             self.gradients.add(step, min(group, self.train.steps - first))
             if (position + 1) % group == 0 or position + 1 == self.train.steps:
                 self._update()
-            metrics.update(*self._labeled(step.logits.detach(), batch.labels))
+            metrics.update(step.logits.detach(), batch.labels)
             averages.update(step.terms, len(batch))
             self.observer.step(len(batch))
         answers.flush()
@@ -170,13 +175,6 @@ class Training:
 
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.compute.memory_format)
-
-    def _labeled(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Without the images that nobody has labeled; choosing rows waits for the device, so only where there are."""
-        if getattr(self.train, "unlabeled", None) is None:
-            return logits, labels
-        chosen = labels != UNLABELED
-        return logits[chosen], labels[chosen]
 
     def _update(self) -> None:
         if self.settings.clip_norm is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from potstill.errors import UsageError, nearest
 from potstill.training.dot import DOT
+from potstill.training.plain_memory import PlainMemory
 from potstill.training.settings import TrainingSettings
 
 _OWN = {"dot": DOT}
@@ -61,9 +62,11 @@ def create_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: Traini
                 f"{kind.__name__} takes no {key!r}{nearest(key, takes) or '.'} It takes {', '.join(takes)}"
             )
     try:
-        return kind([group for group in groups if group["params"]], **(options | settings.optimizer_options))
+        optimizer = kind([group for group in groups if group["params"]], **(options | settings.optimizer_options))
     except (TypeError, ValueError) as error:
         raise UsageError(f"training.optimizer {settings.optimizer}: {error}") from error
+    PlainMemory(optimizer)
+    return optimizer
 
 
 def lr_factor(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int], float]:

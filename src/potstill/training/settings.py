@@ -37,7 +37,14 @@ class TrainingSettings(BaseModel):
     pick_by: PickBy = Field("top1", description="val metric that picks the best epoch")
     evaluate_test_every_epoch: bool = Field(False, description="test curves; never used to choose")
     precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
-    channels_last: bool | Literal["auto"] = Field("auto", description="memory layout of images and weights")
+    channels_last: bool | Literal["auto"] = Field(
+        "auto", description="memory layout of images and weights; auto: everywhere but on mps"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: int | Literal["auto"] = Field("auto", description="CPU threads of one process")
+    threads: int | Literal["auto"] = Field(
+        "auto", description="of the CPU; auto: all cores or one, whichever is faster at the start of the run"
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="the student's forward pass; auto: on cuda alone, where enough of the training is left"
+    )
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints; 0: every epoch")

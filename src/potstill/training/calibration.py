@@ -1,0 +1,125 @@
+"""One thread or several: a training step is timed with each.
+
+Two threads are 1.1 to 2 times as fast as one on idle cores, and several times slower than one beside a busy neighbour,
+since each waits for the other at every layer.  Nothing but a clock tells which it is.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from potstill.training.devices import Compute
+
+CLEARLY = 1.1  # times faster than the first candidate: less may be chance
+ROUNDS, FEWEST = 5, 3
+SECONDS, LONGEST = 0.4, 4.0  # after which no further round begins: past the fewest rounds; at all
+PIXELS = 16 * 64 * 64  # of the batch that is timed: enough to keep several cores busy, soon over on one
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The number of threads, and what it was chosen by."""
+
+    threads: int
+    seconds: dict[int, float] = field(default_factory=dict)  # median of a step by number of threads; empty: not timed
+
+    def record(self) -> dict[str, Any]:
+        """Facts for environment.json."""
+        timed = {str(threads): round(seconds, 6) for threads, seconds in sorted(self.seconds.items())}
+        return {"threads": self.threads, "calibration": timed}
+
+    @classmethod
+    def recorded(cls, facts: Mapping[str, Any]) -> "Calibration | None":
+        """What ``record`` told; None where these facts say nothing of it."""
+        threads, timed = facts.get("threads"), facts.get("calibration")
+        if not isinstance(threads, int) or not isinstance(timed, dict):
+            return None
+        return cls(threads, {int(number): float(seconds) for number, seconds in timed.items()})
+
+    def __str__(self) -> str:
+        words = f"{self.threads} CPU thread{'' if self.threads == 1 else 's'}"
+        others = [
+            f"{seconds:.3g} s with {threads}" for threads, seconds in self.seconds.items() if threads != self.threads
+        ]
+        if not others:
+            return words
+        return f"{words}: a step on a small batch takes {self.seconds[self.threads]:.3g} s, {', '.join(others)}"
+
+
+def calibrate(
+    step: Callable[[], None],
+    candidates: Sequence[int],
+    *,
+    set_threads: Callable[[int], None] = torch.set_num_threads,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """Time ``step`` with each number of threads in turn, round by round, and set the number that is kept.
+
+    The first candidate is kept unless another is clearly faster (by the median over rounds of the ratio within the
+    round, so that a slow moment slows both).  With one candidate nothing is timed.
+
+    Args:
+        step: one training step that leaves no trace.
+        candidates: numbers of threads, the preferred one first.
+        set_threads: sets the process's number of threads.
+        clock: in seconds.
+    """
+    preferred, kept = candidates[0], candidates[0]
+    rounds: list[dict[int, float]] = []
+
+    def timed(threads: int) -> float:
+        set_threads(threads)
+        started = clock()
+        step()
+        return clock() - started
+
+    try:
+        if len(candidates) > 1:
+            for threads in candidates:  # the first step of each prepares kernels and memory
+                timed(threads)
+            started = clock()
+            while not rounds or (
+                len(rounds) < ROUNDS and clock() - started < (LONGEST if len(rounds) < FEWEST else SECONDS)
+            ):
+                rounds.append({threads: timed(threads) for threads in candidates})
+            gains = {
+                threads: statistics.median(row[preferred] / row[threads] for row in rounds) for threads in candidates
+            }
+            best = max(candidates, key=lambda threads: gains[threads])
+            kept = best if gains[best] >= CLEARLY else preferred
+    finally:
+        set_threads(kept)
+    return Calibration(
+        kept, {threads: statistics.median(row[threads] for row in rounds) for threads in candidates} if rounds else {}
+    )
+
+
+def training_step(student: nn.Module, size: int, images: int, compute: Compute) -> Callable[[], None]:
+    """Forward and backward of a copy of ``student`` on noise; leaves the student and the random state as they are.
+
+    Args:
+        student: gives logits [B, K] for images [B, 3, size, size].
+        size: height and width in pixels.
+        images: of a batch; fewer are taken where they are large.
+        compute: device, precision and memory layout.
+    """
+    network = copy.deepcopy(student).train()
+    count = max(2, min(images, PIXELS // size**2))  # BatchNorm needs two
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, 3, size, size, generator=generator).to(compute.device)
+    noise = noise.contiguous(memory_format=compute.memory_format)
+
+    def step() -> None:
+        with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+            with compute.autocast():
+                logits = network(noise)
+            logits.float().logsumexp(dim=1).sum().backward()
+            network.zero_grad(set_to_none=True)
+
+    return step
