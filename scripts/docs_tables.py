@@ -27,6 +27,7 @@ from potstill import errors
 from potstill.artifacts import write_text
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.experiments.recipe import Recipe, StageSettings, TeachersSettings, list_recipes, load_recipe
+from potstill.store.settings import StoreSettings
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +148,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "TeachersSettings": lambda: settings_table(TeachersSettings),
     "DataSettings": lambda: settings_table(DataSettings),
     "AugmentSettings": lambda: settings_table(AugmentSettings),
+    "StoreSettings": lambda: settings_table(StoreSettings),
     "TrainingSettings": lambda: settings_table(TrainingSettings),
     "methods": lambda: methods_table("docs/methods/"),
     "methods index": lambda: methods_table("methods/"),

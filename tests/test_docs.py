@@ -25,6 +25,7 @@ from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.experiments.recipe import Recipe, StageSettings, TeachersSettings
 from potstill.methods import METHODS
 from potstill.methods.catalog import entry
+from potstill.store.settings import StoreSettings
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,8 @@ def worked(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "model", [Recipe, StageSettings, TeachersSettings, DataSettings, AugmentSettings, TrainingSettings]
+    "model",
+    [Recipe, StageSettings, TeachersSettings, DataSettings, AugmentSettings, StoreSettings, TrainingSettings],
 )
 def test_every_setting_and_its_default_stand_in_the_page(model):
     section = page("recipes").split(f"### {model.__name__}\n")[1].split("\n### ")[0]

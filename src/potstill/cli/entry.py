@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from potstill import __version__
-from potstill.cli import catalogs, experiments, using
+from potstill.cli import catalogs, experiments, stores, using
 from potstill.console import plain
 from potstill.errors import PotstillError, StorageError
 
@@ -61,6 +61,7 @@ for _verb in (
     catalogs.methods,
 ):
     app.command()(_verb)
+app.add_typer(stores.app, name="store")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.evaluation.evaluate import collect
 from potstill.experiments.environment import describe_environment
+from potstill.experiments.loaders import split_loader
 from potstill.experiments.method_settings import describe, needs_teacher
 from potstill.experiments.plan import PARTS, Planned, plan
 from potstill.experiments.preflight import check_all
@@ -20,9 +21,10 @@ from potstill.experiments.rehearsal import create_stage_method
 from potstill.experiments.results import describe_run, evaluate_stages
 from potstill.experiments.run_folder import RunFolder
 from potstill.experiments.seeds import derive
-from potstill.experiments.stage import split_loader, train_stage
+from potstill.experiments.stage import train_stage
 from potstill.experiments.stage_names import role
 from potstill.experiments.start import Start, start_network
+from potstill.experiments.view_plan import plan_views, with_views, with_views_of
 from potstill.methods import create_method
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import load_model, save_model
@@ -67,6 +69,7 @@ def run(
         raise UsageError(f"there is no teacher to train: method {describe(recipe.method)} learns from none")
     with RunFolder.create(root, name or recipe.name, resume=resume, overwrite=overwrite) as folder:
         if resume:
+            recipe = with_views_of(folder.recipe, recipe)
             refuse_changes(folder, recipe)
         if overwrite:
             refuse_own_weights(folder, recipe)
@@ -75,6 +78,8 @@ def run(
             refuse_other_data(folder, splits)
         if overwrite:
             folder.clear()
+        storing = plan_views(recipe, create_stage_method(recipe), splits)
+        recipe = with_views(recipe, storing.views)
         text = dump_recipe(recipe)
         folder.write_recipe(text)
         folder.write_environment(describe_environment(text, splits.fingerprint, compute))
@@ -84,7 +89,9 @@ def run(
         for stage, table in layers.items():
             if table:
                 observer.note(f"{stage}: {table}")
-        experiment = _Experiment(folder, recipe, splits, compute, observer, resume)
+        if storing.note and "distilled" in stages:
+            observer.note(storing.note)
+        experiment = _Experiment(folder, recipe, splits, compute, observer, resume, storing.stores)
         models = {stage.name: experiment.carry_out(stage) for stage in planned}
         evaluated = evaluate_stages(folder, models, recipe, splits, compute)
         seconds = time.monotonic() - started
@@ -102,6 +109,7 @@ class _Experiment:
     compute: Compute
     observer: Observer
     resume: bool
+    stores: bool  # whether the teacher's answers are kept
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
 
@@ -147,6 +155,7 @@ class _Experiment:
             folder=folder,
             observer=self.observer,
             resume=self.resume,
+            teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.stores else None,
         )
         return model
 
@@ -189,7 +198,7 @@ class _Experiment:
         model = self.models[stage]
         if "val" not in model.facts:  # ready-made: measured once, here
             settings = self.recipe.stage_training(stage)
-            loader = split_loader(self.data.val, model.input, self.recipe, settings, self.compute)
+            loader = split_loader(self.data, "val", model.input, self.recipe, settings, self.compute)
             found, labels, _ = collect(model.module, loader, classes=len(model.class_names), device=self.compute.device)
             model.facts["val"] = {"top1": float((found.argmax(axis=1) == labels).mean())}
         return float(model.facts["val"]["top1"])

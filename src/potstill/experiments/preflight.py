@@ -11,6 +11,7 @@ from potstill.experiments.plan import Planned, plan
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.rehearsal import create_stage_method, rehearse
 from potstill.experiments.start import start_network
+from potstill.experiments.view_plan import can_store, record_kind
 from potstill.models.names import check_model
 from potstill.training.devices import Compute, choose
 from potstill.training.optimizers import optimizer_class
@@ -64,4 +65,6 @@ def check_all(
         images=len(splits.train),
         batch_size=recipe.stage_training("student").batch_size,
     )
+    if recipe.store.mode == "auto" and can_store(method):
+        record_kind(recipe, method, len(splits.class_names))
     return splits, compute, rehearse(recipe, planned, splits)

@@ -94,9 +94,7 @@ class Recipe(BaseModel):
     @field_validator("store", mode="before")
     @classmethod
     def _mode_alone(cls, store: Any) -> Any:
-        if store is False:  # what YAML makes of off
-            return {"mode": "off"}
-        return {"mode": store} if isinstance(store, str) else store
+        return {"mode": store} if isinstance(store, (str, bool)) else store
 
     @field_validator("method", mode="before")
     @classmethod
@@ -144,6 +142,9 @@ def load_recipe(
     if not isinstance(value, dict):
         raise UsageError(f"{document.label}: a recipe is a mapping; start from `potstill recipes quickstart`")
     value.setdefault("method", {"name": "kd"})  # so that --set method.alpha=0.9 has a method to change
+    if isinstance(value.get("store"), (str, bool)):  # likewise for --set store.views=8 after store: auto
+        value["store"] = {"mode": value["store"]}
+        document.places.move(("store",), ("store", "mode"))
     apply_changes(document, flags or {}, sets)
     value.setdefault("name", _name_of(source))
     failures = fill_architectures(value)

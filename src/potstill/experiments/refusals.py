@@ -14,7 +14,7 @@ from potstill.experiments.run_folder import RunFolder, read_text
 from potstill.experiments.settings_errors import parse
 
 # Settings that do not touch the result, so a resumed run may change them; the last stands in several places.
-_FREE = {"name", "description", "data.workers", "data.memory_share"}
+_FREE = {"name", "description", "data.workers", "data.memory_share", "store.folder"}
 _FREE_ANYWHERE = "training.checkpoint_seconds"
 
 

@@ -15,9 +15,9 @@ from potstill.evaluation.evaluate import collect
 from potstill.evaluation.exact import final_metrics
 from potstill.evaluation.significance import mcnemar, paired_bootstrap
 from potstill.experiments.groups import Probabilities, members, together
+from potstill.experiments.loaders import split_loader
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.run_folder import SPLITS, RunFolder
-from potstill.experiments.stage import split_loader
 from potstill.experiments.stage_names import in_order, role
 from potstill.experiments.verdict import verdict
 from potstill.models.classifier import Classifier
@@ -120,7 +120,7 @@ def _predict(
     found: Probabilities = {}
     for split in SPLITS:
         images = getattr(data, split)
-        loader = split_loader(images, model.input, recipe, settings, compute)
+        loader = split_loader(data, split, model.input, recipe, settings, compute)
         found[split], _, _ = collect(
             model.module,
             loader,

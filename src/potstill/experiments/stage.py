@@ -10,14 +10,13 @@ from torch import nn
 
 from potstill import __version__
 from potstill.artifacts import write_text
-from potstill.data.images import ImageSet
-from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.experiments.joining import join, layers_text, settle, teaching_cost
+from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.plan import Planned
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.seeds import derive
-from potstill.inputs import InputSpec
+from potstill.experiments.storing import Stored, Taught, open_stores
 from potstill.methods.base import Method
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import save_model
@@ -26,20 +25,6 @@ from potstill.training.history import History
 from potstill.training.loop import Training
 from potstill.training.observer import Observer
 from potstill.training.settings import TrainingSettings
-
-
-def split_loader(
-    images: ImageSet, spec: InputSpec, recipe: Recipe, settings: TrainingSettings, compute: Compute
-) -> Loader:
-    """Every image of a split once, in its listed order, without augmentation."""
-    return Loader(
-        images,
-        spec,
-        batch_size=settings.batch_size,
-        workers=recipe.data.workers,
-        device=compute.device,
-        memory_share=recipe.data.memory_share,
-    )
 
 
 def train_stage(
@@ -54,31 +39,14 @@ def train_stage(
     folder: Path,
     observer: Observer,
     resume: bool,
+    teacher_folders: Sequence[Path] | None = None,
 ) -> History:
     """Train ``student`` in place by ``method`` and save it to ``folder``.
 
-    Baseline and distilled draw the same order and the same views from the seed, so that only the method differs (one
-    that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
+    ``teacher_folders``: where the teachers' models stand; given where their answers are to be stored.
     """
     settings = recipe.stage_training(planned.name)
-    augment = recipe.data.augment or data.augment
-    train = Loader(
-        data.train,
-        student.input,
-        batch_size=settings.batch_size,
-        augment=augment,
-        order="balanced" if recipe.data.balance == "sampling" else "shuffled",
-        seed=derive(recipe.seed, f"{planned.seed}/order"),
-        view_seed=derive(recipe.data.view_seed, f"{planned.seed}/views"),
-        workers=recipe.data.workers,
-        device=compute.device,
-        memory_share=recipe.data.memory_share,
-        second=method.needs.second,
-        classes=len(data.class_names),
-        unlabeled=data.unlabeled if method.needs.teacher or method.needs.peers else None,
-        unlabeled_share=recipe.data.unlabeled_share,
-        whole_batches=method.needs.batch_size,
-    )
+    train = train_loader(planned, method.needs, student.input, recipe=recipe, data=data, compute=compute)
     size = student.input.size
     distiller = join(
         planned,
@@ -97,19 +65,41 @@ def train_stage(
     torch.manual_seed(derive(recipe.seed, f"{planned.seed}/dropout"))
     if method.needs.prepare:
         # On resuming too: what the checkpoint holds is then loaded over it.
-        distiller.prepare(split_loader(data.train, student.input, recipe, settings, compute).epoch)
-    test = split_loader(data.test, student.input, recipe, settings, compute)
-    history = Training(
-        distiller,
-        train,
-        split_loader(data.val, student.input, recipe, settings, compute),
-        settings,
-        compute,
-        folder=folder,
-        observer=observer,
-        classes=len(data.class_names),
-        test=test if settings.evaluate_test_every_epoch else None,
-    ).run(resume=resume)
+        distiller.prepare(split_loader(data, "train", student.input, recipe, settings, compute).epoch)
+    others = {split: split_loader(data, split, student.input, recipe, settings, compute) for split in ("val", "test")}
+    if not settings.evaluate_test_every_epoch:
+        del others["test"]
+    stored = Stored()
+    if teacher_folders is not None and distiller.teacher is not None:
+        stored = open_stores(
+            distiller,
+            {"train": train, **others},
+            [
+                Taught(teacher, path, "bf16" if compute.bf16 else "float32")
+                for teacher, path in zip(teachers, teacher_folders, strict=True)
+            ],
+            stage=planned.name,
+            student=student.input,
+            recipe=recipe,
+            data=data,
+            compute=compute,
+            observer=observer,
+        )
+    try:
+        history = Training(
+            distiller,
+            train,
+            others["val"],
+            settings,
+            compute,
+            folder=folder,
+            observer=observer,
+            classes=len(data.class_names),
+            test=others.get("test"),
+            answers=stored.by_split,
+        ).run(resume=resume)
+    finally:
+        stored.close()
     settle(student, distiller)
     best = history.records[history.best_epoch - 1]
     student.facts |= {
@@ -117,7 +107,7 @@ def train_stage(
         "seed": recipe.seed,
         "method": recipe.method if planned.distils else {"name": "supervised"},
         "training": training_facts(history, settings),
-        **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost}}),
+        **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **stored.counts()}}),
         "val": best["val"],
         "data": {"source": data.source, "fingerprint": data.fingerprint},
         "potstill": __version__,

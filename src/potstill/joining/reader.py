@@ -59,9 +59,10 @@ class Reader:
             raise UsageError(f"{type(network).__name__} must return logits [B, K], got {shape}")
         maps = {(stage.path, False): found for stage, found in zip(self.wanted.after, after.maps, strict=True)}
         maps |= {(stage.path, True): found for stage, found in zip(self.wanted.before, before.maps, strict=True)}
-        return Said(at_least_float32(logits), after.features, maps, after.embedding, self._head(network))
+        return Said(at_least_float32(logits), after.features, maps, after.embedding, self.head(network))
 
-    def _head(self, network: nn.Module) -> Head | None:
+    def head(self, network: nn.Module) -> Head | None:
+        """The parameters of the network's last linear layer, where they are wanted."""
         if self.wanted.head is None:
             return None
         linear = network.get_submodule(self.wanted.head)

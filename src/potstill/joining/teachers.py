@@ -76,7 +76,8 @@ class Teachers(nn.Module):
         if len(said) == 1:
             return said[0].logits
         stacked = torch.stack([one.logits for one in said])
-        shares = torch.tensor(self.shares, device=stacked.device, dtype=stacked.dtype).view(-1, 1, 1)
+        # Made on a GPU, they would be waited for.
+        shares = torch.tensor(self.shares, dtype=stacked.dtype).to(stacked.device, non_blocking=True).view(-1, 1, 1)
         if self.combine == "logits":
             return (shares * stacked).sum(dim=0)
         return torch.logsumexp(stacked.log_softmax(dim=2) + shares.log(), dim=0)

@@ -62,6 +62,13 @@ class Method(nn.Module):
         return frozenset({"ce"})
 
     @property
+    def soft_temperature(self) -> float | None:
+        """T, where the teacher's logits are read through ``softmax(z / T)`` alone, so that the largest of them and the
+        mass of the others say nearly everything; None: they are read in other ways too.
+        """
+        return None
+
+    @property
     def parts(self) -> "tuple[Method, ...]":
         """The methods that read the networks on their own account; more than one where methods are combined."""
         return (self,)

@@ -87,6 +87,10 @@ class KD(Method):
         self.temperature = temperature
         self.alpha = alpha
 
+    @property
+    def soft_temperature(self) -> float | None:
+        return self.temperature
+
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
         loss = kd_loss(student.logits, teacher.logits, temperature=self.temperature)

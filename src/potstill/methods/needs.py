@@ -44,6 +44,11 @@ class Needs:
         return self.maps != "none" or self.embedding or self.student_head or self.teacher_head
 
     @property
+    def storable(self) -> bool:
+        """Whether all that is asked of the teacher is small enough to be kept for each view: logits and embeddings."""
+        return self.teacher and self.maps == "none" and not self.norms and self.second != "same class"
+
+    @property
     def training_only(self) -> bool:
         """Whether the terms mean nothing on images that are not those of training."""
         return self.index or self.second != "none" or self.peers or self.batch_size

@@ -1,8 +1,8 @@
 """Every setting of the store of teacher outputs."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Record = Literal["auto", "float16", "float32", "top16"]
 
@@ -26,3 +26,8 @@ class StoreSettings(BaseModel):
         "auto: float16",
     )
     folder: str | None = Field(None, description="where stores stand; null: the cache folder")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off(cls, mode: Any) -> Any:
+        return "off" if mode is False else mode  # YAML reads off as false

@@ -1,0 +1,64 @@
+"""The batches of a stage as its recipe says."""
+
+from potstill.data.loader import Loader
+from potstill.data.splits import DataSplits
+from potstill.experiments.plan import Planned
+from potstill.experiments.recipe import Recipe
+from potstill.experiments.seeds import derive
+from potstill.inputs import InputSpec
+from potstill.methods.needs import Needs
+from potstill.training.devices import Compute
+from potstill.training.observer import Observer
+from potstill.training.settings import TrainingSettings
+
+
+def train_loader(
+    planned: Planned,
+    needs: Needs,
+    spec: InputSpec,
+    *,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    observer: Observer | None = None,
+) -> Loader:
+    """Augmented training images in a new order each epoch.
+
+    Baseline and distilled draw the same order and the same views from the seeds, so that only the method differs (one
+    that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
+    """
+    views = recipe.store.views
+    return Loader(
+        data.train,
+        spec,
+        batch_size=recipe.stage_training(planned.name).batch_size,
+        augment=recipe.data.augment or data.augment,
+        order="balanced" if recipe.data.balance == "sampling" else "shuffled",
+        seed=derive(recipe.seed, f"{planned.seed}/order"),
+        workers=recipe.data.workers,
+        device=compute.device,
+        memory_share=recipe.data.memory_share,
+        second=needs.second,
+        classes=len(data.class_names),
+        unlabeled=data.unlabeled if needs.teacher or needs.peers else None,
+        unlabeled_share=recipe.data.unlabeled_share,
+        whole_batches=needs.batch_size,
+        views=None if planned.role == "teacher" or isinstance(views, str) else views,
+        view_seed=derive(recipe.data.view_seed, f"{planned.seed}/views"),
+        identity=f"{data.fingerprint}/train",
+    )
+
+
+def split_loader(
+    data: DataSplits, split: str, spec: InputSpec, recipe: Recipe, settings: TrainingSettings, compute: Compute
+) -> Loader:
+    """Every image of a split once, in its listed order, without augmentation."""
+    return Loader(
+        data.split(split),
+        spec,
+        batch_size=settings.batch_size,
+        workers=recipe.data.workers,
+        device=compute.device,
+        memory_share=recipe.data.memory_share,
+        identity=f"{data.fingerprint}/{split}",
+    )

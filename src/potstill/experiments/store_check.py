@@ -1,0 +1,114 @@
+"""Ask a teacher again for some of the answers that a store holds, and compare."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from potstill.data.datasets import load_data
+from potstill.data.loader import Loader
+from potstill.data.splits import DataSplits
+from potstill.errors import ArtifactError, DataError
+from potstill.experiments.loaders import split_loader, train_loader
+from potstill.experiments.plan import plan
+from potstill.experiments.recipe import Recipe, load_recipe
+from potstill.experiments.rehearsal import create_stage_method
+from potstill.experiments.storing import Taught, describe_teacher
+from potstill.inputs import Convert, InputSpec
+from potstill.joining.teachers import Teachers
+from potstill.models.model_file import load_model
+from potstill.store.manifest import canonical
+from potstill.store.shelf import Store
+from potstill.training.devices import Compute, choose
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How far a store's records are from what the teacher says now."""
+
+    records: int  # compared
+    largest: float  # of all differences of two logits, each less its image's largest
+    same_class: float  # share of records with the same top class
+
+
+def verify_store(path: Path, samples: int = 256) -> Verified:
+    """Recompute records of a store, spread evenly over those that it holds.
+
+    Args:
+        path: the store's folder.
+        samples: how many records at most.
+
+    Raises:
+        ArtifactError: no store, a damaged one, or one whose teacher is gone or has changed.
+        DataError: images that are gone or have changed.
+    """
+    store = Store.existing(path)
+    try:
+        facts, identity = store.facts, store.identity
+        recipe = load_recipe(yaml.safe_load(facts["recipe"]))
+        data = load_data(recipe.data)
+        if data.fingerprint != identity["data"]:
+            raise DataError(f"{path}: the images of {data.source} have changed since; the store is of no use any more")
+        taught = Taught(load_model(Path(facts["folder"])), Path(facts["folder"]), identity["teacher"]["asked in"])
+        if canonical(describe_teacher(taught)) != canonical(identity["teacher"]):
+            raise ArtifactError(f"{path}: the teacher in {facts['folder']} has changed since and has another store now")
+        chosen = _spread(store, samples)
+        if not chosen:
+            raise ArtifactError(f"{path} holds no records yet")
+        spec = _spec(facts["student input"])
+        compute = choose(recipe.stage_training(facts["stage"]))
+        loader = _loader(recipe, facts["stage"], identity["split"], spec, data, compute)
+        teachers = Teachers([taught.classifier.module.to(compute.device)], [Convert(spec, taught.classifier.input)])
+        return _compare(store, chosen, loader, teachers, compute, second=identity["views"].get("strong", False))
+    finally:
+        store.close()
+
+
+def _spread(store: Store, samples: int) -> dict[int, list[int]]:
+    """View -> sample ids that are recorded, about evenly spread over all."""
+    every = np.arange(store.samples, dtype=np.int64)
+    present = {view: every[store.read(view, every)[1]] for view in range(store.views)}
+    total = sum(map(len, present.values()))
+    step = max(1, -(-total // samples))
+    return {view: ids[view % step :: step].tolist() for view, ids in present.items() if len(ids[view % step :: step])}
+
+
+def _compare(
+    store: Store, chosen: dict[int, list[int]], loader: Loader, teachers: Teachers, compute: Compute, *, second: bool
+) -> Verified:
+    differences, same, count = 0.0, 0, 0
+    for view, ids in chosen.items():
+        for start in range(0, len(ids), 64):
+            index = torch.tensor(ids[start : start + 64], dtype=torch.int64)
+            images = (loader.second_view if second else loader.view)(index, view)
+            with compute.autocast():
+                said = teachers.ask(images.contiguous(memory_format=compute.memory_format))[0]
+            records, _ = store.read(view, index.numpy())
+            kept = torch.from_numpy(store.record.decode(records, 1.0)[0])
+            now = said.logits.cpu()
+            differences = max(differences, _largest_difference(now, kept))
+            same += int((now.argmax(dim=1) == kept.argmax(dim=1)).sum())
+            count += len(index)
+    return Verified(count, differences, same / count)
+
+
+def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    top = ours.topk(min(16, ours.shape[1]), dim=1).indices  # of a record that keeps no more, the others are made up
+    ours, theirs = (each - each.amax(dim=1, keepdim=True) for each in (ours, theirs))
+    return float((ours - theirs).gather(1, top).abs().max())
+
+
+def _loader(recipe: Recipe, stage: str, split: str, spec: InputSpec, data: DataSplits, compute: Compute) -> Loader:
+    if split != "train":
+        return split_loader(data, split, spec, recipe, recipe.stage_training(stage), compute)
+    planned = next(each for each in plan(recipe) if each.name == stage)
+    needs = create_stage_method(recipe).needs
+    return train_loader(planned, needs, spec, recipe=recipe, data=data, compute=compute)
+
+
+def _spec(facts: dict[str, Any]) -> InputSpec:
+    return InputSpec(**(facts | {"mean": tuple(facts["mean"]), "std": tuple(facts["std"])}))

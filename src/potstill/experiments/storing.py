@@ -1,0 +1,162 @@
+"""The stores of one stage: keyed by all that decides the teacher's answers, opened, and checked against the teacher."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from potstill.data.loader import Loader
+from potstill.data.splits import DataSplits
+from potstill.distiller import Distiller
+from potstill.errors import ArtifactError, StorageError
+from potstill.experiments.recipe import Recipe, dump_recipe
+from potstill.experiments.view_plan import record_kind, root_folder
+from potstill.inputs import InputSpec
+from potstill.models.classifier import Classifier
+from potstill.store.recorded import Recorded
+from potstill.store.records import Record
+from potstill.store.shelf import Store
+from potstill.training.devices import Compute
+from potstill.training.observer import Observer
+
+
+@dataclass
+class Stored:
+    """A stage's answers by split; nothing where no store could be opened."""
+
+    by_split: dict[str, Recorded] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Make everything last; other processes may write then."""
+        for recorded in self.by_split.values():
+            recorded.close()
+
+    def counts(self) -> dict[str, int]:
+        """Training images of which the teacher was asked, and whose answers were read."""
+        return dataclasses.asdict(self.by_split["train"].counts) if self.by_split else {}
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher, where its model stands, and how it is asked."""
+
+    classifier: Classifier  # as trained, in float32: its weights are part of the key
+    folder: Path
+    asked_in: str  # precision of its answers
+
+
+def open_stores(
+    distiller: Distiller,
+    loaders: dict[str, Loader],
+    teachers: Sequence[Taught],
+    *,
+    stage: str,
+    student: InputSpec,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    observer: Observer,
+) -> Stored:
+    """Stores for the teachers' answers to the images of each split.
+
+    Args:
+        distiller: joined, with the teachers as they will be asked.
+        loaders: by split; "train" with its views.
+        teachers: in the distiller's order.
+        stage: whose views they are.
+        student: how the images are prepared.
+        recipe: says where and how.
+        data: whose fingerprint is part of the keys.
+        compute: where the teachers are asked.
+        observer: is warned once where a store cannot be used; training then goes on without.
+    """
+    method, classes = distiller.method, len(data.class_names)
+    kind, found = record_kind(recipe, method, classes), Stored()
+    described = [describe_teacher(teacher) for teacher in teachers]
+    widths = embedding_widths(distiller) if method.needs.embedding else [0] * len(teachers)
+    opened: list[Store] = []
+    try:
+        for split, loader in loaders.items():
+            if split != "train" and method.needs.training_only:
+                continue  # there nobody asks the teacher
+            shelves: dict[bool, list[Store]] = {False: [], True: []}
+            for second in (False, True) if split == "train" and method.needs.second == "strong" else (False,):
+                for teacher, description, width in zip(teachers, described, widths, strict=True):
+                    facts = {
+                        "teacher": teacher.classifier.architecture,
+                        "folder": str(teacher.folder.resolve()),
+                        "data": data.source,
+                        "stage": stage,
+                        "student input": dataclasses.asdict(student),
+                        "recipe": dump_recipe(recipe),
+                    }
+                    store = Store.open(
+                        root_folder(recipe),
+                        identity(description, loader, split, data, second=second),
+                        Record(kind, classes, width),
+                        loader.samples,
+                        facts,
+                    )
+                    opened.append(store)
+                    shelves[second].append(store)
+            found.by_split[split] = Recorded(
+                distiller, loader, shelves[False], shelves[True], autocast=compute.autocast, warn=observer.warn
+            )
+    except (StorageError, ArtifactError) as error:
+        for store in opened:
+            store.close()
+        observer.warn(f"teacher outputs are not stored, so the teacher is asked in every step: {error}")
+        return Stored()
+    return found
+
+
+def describe_teacher(teacher: Taught) -> dict[str, Any]:
+    """All that decides what a teacher says of an image."""
+    network = teacher.classifier
+    return {
+        "architecture": network.architecture,
+        "weights": digest_of(network.module),
+        "remodelled": network.remodelled,
+        "input": dataclasses.asdict(network.input),
+        "asked in": teacher.asked_in,
+    }
+
+
+def identity(teacher: dict[str, Any], loader: Loader, split: str, data: DataSplits, *, second: bool) -> dict[str, Any]:
+    """All that decides a store's records; any change of it is another key."""
+    names = "\n".join(data.split(split).names)  # the fingerprint does not depend on their order, but sample ids do
+    return {
+        "teacher": teacher,
+        "classes": list(data.class_names),
+        "data": data.fingerprint,
+        "split": split,
+        "names": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+        "views": loader.describe_views(second=second),
+    }
+
+
+def embedding_widths(distiller: Distiller) -> list[int]:
+    """D of each teacher: what its last linear layer reads."""
+    assert distiller.teacher is not None
+    found = []
+    for network, reader in zip(distiller.teacher.networks, distiller.teacher.readers, strict=True):
+        assert reader.wanted.embedding is not None  # the method needs it
+        layer = network.get_submodule(reader.wanted.embedding)
+        assert isinstance(layer, nn.Linear)
+        found.append(layer.in_features)
+    return found
+
+
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 over names, kinds, shapes and bytes of a network's tensors."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        plain = tensor.detach().cpu().contiguous()
+        found.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,162 @@
+"""The teacher's answers, read from stores; what is not there yet is asked, recorded and then used as it was recorded.
+
+So the first epochs, in which the teacher runs, and all later ones train on the same numbers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from potstill.distiller import Distiller
+from potstill.errors import ArtifactError, StorageError
+from potstill.joining.reader import Said
+from potstill.store.records import Record
+from potstill.types import Batch, Outputs
+
+Ids = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+
+class Shelf(Protocol):
+    """The part of a ``Store`` that is needed here."""
+
+    record: Record
+
+    def read(self, view: int, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]: ...
+
+    def write(self, view: int, ids: Ids, records: Bytes) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Listed(Protocol):
+    """The part of a ``Loader`` that is needed here: which samples come in which view."""
+
+    def ids_of(self, epoch: int) -> list[Ids]: ...
+
+    def view_of(self, epoch: int) -> int: ...
+
+
+@dataclass
+class Counts:
+    """Images of which the teacher was asked, and whose answers were read."""
+
+    asked: int = 0
+    read: int = 0
+
+
+class Recorded:
+    """Answers for the batches of one split, in the order of its loader.
+
+    Args:
+        distiller: whose teachers are asked for what is missing.
+        loader: of the split; tells beforehand which samples come, so that nobody waits for a device to say so.
+        shelves: a store for each teacher; for the second images too where the method needs such.
+        autocast: in which the teachers are asked.
+        warn: is told once if the stores fail; training then goes on with the live teachers.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        loader: Listed,
+        shelves: Sequence[Shelf],
+        second: Sequence[Shelf] = (),
+        *,
+        autocast: Callable[[], AbstractContextManager[object]],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.distiller, self.loader, self.autocast, self.warn = distiller, loader, autocast, warn
+        self.shelves, self.second = list(shelves), list(second)
+        self.counts = Counts()
+        self.broken = False
+        self._coming: Iterator[Ids] = iter(())
+        self._view = 0
+
+    def start_epoch(self, epoch: int) -> None:
+        """The batches of this epoch come next."""
+        self._coming, self._view = iter(self.loader.ids_of(epoch)), self.loader.view_of(epoch)
+
+    def __call__(self, batch: Batch) -> Outputs | None:
+        """The teacher's outputs for the next batch; None once the stores have failed."""
+        ids = next(self._coming)
+        assert len(ids) == len(batch)  # the loader's own order
+        if self.broken:
+            return None
+        try:
+            return self._answer(ids, batch)
+        except (StorageError, ArtifactError) as error:
+            self._give_up(error)
+            return None
+
+    def flush(self) -> None:
+        """Make what has been recorded last."""
+        if self.broken:
+            return
+        try:
+            for shelf in (*self.shelves, *self.second):
+                shelf.flush()
+        except (StorageError, ArtifactError) as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Flush, and let other processes write."""
+        self.flush()
+        for shelf in (*self.shelves, *self.second):
+            try:
+                shelf.close()
+            except (StorageError, ArtifactError) as error:
+                self._give_up(error)
+
+    @torch.no_grad()
+    def _answer(self, ids: Ids, batch: Batch) -> Outputs:
+        said = self._said(self.shelves, ids, batch.images)
+        second = self._said(self.second, ids, batch.second) if self.second and batch.second is not None else None
+        return self.distiller.teacher_outputs(said, second)
+
+    def _said(self, shelves: Sequence[Shelf], ids: Ids, images: Tensor) -> list[Said]:
+        teachers = self.distiller.teacher
+        assert teachers is not None  # or nobody would have made stores
+        known = [shelf.read(self._view, ids) for shelf in shelves]
+        missing = ~np.logical_and.reduce([present for _, present in known])
+        if missing.any():
+            with self.autocast():
+                fresh = teachers.ask(images)
+            self.counts.asked += len(ids)
+            for shelf, (records, present), said in zip(shelves, known, fresh, strict=True):
+                features = None if said.embedding is None else _plain(said.embedding)
+                told = shelf.record.encode(_plain(said.logits), features)
+                records[~present] = told[~present]
+                shelf.write(self._view, ids[~present], told[~present])
+        else:
+            self.counts.read += len(ids)
+        temperature = self.distiller.method.soft_temperature
+        found = []
+        for shelf, (records, _), network, reader in zip(
+            shelves, known, teachers.networks, teachers.readers, strict=True
+        ):
+            logits, embedded = shelf.record.decode(records, temperature)
+            embedding = None if embedded is None else _on(embedded, images.device)
+            found.append(Said(_on(logits, images.device), embedding=embedding, head=reader.head(network)))
+        return found
+
+    def _give_up(self, error: Exception) -> None:
+        if not self.broken:
+            self.broken = True
+            self.warn(f"the store of teacher outputs cannot be used, so the teacher is asked in every step: {error}")
+
+
+def _plain(values: Tensor) -> NDArray[np.float32]:
+    return values.detach().float().cpu().numpy()
+
+
+def _on(values: NDArray[np.float32], device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)

@@ -1,0 +1,244 @@
+"""What is written is read, by whom and when; blocks have one writer."""
+
+import gc
+import os
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from potstill.errors import ArtifactError, UsageError
+from potstill.store.records import Record
+from potstill.store.shelf import Store
+
+
+def test_records_are_read_at_once_and_last(known, tmp_path):
+    store = known.store(tmp_path)
+    assert store.views == 0
+    order = np.random.default_rng(0).permutation(store.samples)
+    for view in (0, 2):
+        for ids in np.array_split(order, 30):
+            assert not store.read(view, ids)[1].any()
+            known.fill(store, view, ids)
+            found, present = store.read(view, ids)
+            assert present.all()
+            assert (found == known.records(view, ids)).all()
+    store.close()
+    again = known.store(tmp_path)
+    assert again.path == store.path
+    assert [known.check(again, view) for view in range(4)] == [(10_000, 0), (0, 0), (10_000, 0), (0, 0)]
+    assert again.views == 3
+    assert again.coverage() == [10_000, 0, 10_000]
+    assert again.coverage(2) == [10_000, 0]
+    assert again.damaged() == []
+    assert (again.samples, again.record, again.identity["name"]) == (10_000, known.record, "a")
+    assert again.facts == {"teacher": "vgg16", "data": "some"}
+    again.close()
+
+
+def test_what_read_returns_may_be_changed(known, tmp_path):
+    store = known.store(tmp_path, samples=10)
+    known.fill(store, 0, range(5))
+    for ids in (np.arange(5), np.arange(10)):
+        store.read(0, ids)[0][:] = 255
+    assert known.check(store, 0) == (5, 0)
+    store.close()
+
+
+def test_some_records_of_a_batch_are_there(known, tmp_path):
+    store = known.store(tmp_path)
+    known.fill(store, 1, [5000, 3, 4])
+    ids = np.array([4, 5, 5000, 4, 0])
+    found, present = store.read(1, ids)
+    assert present.tolist() == [True, False, True, True, False]
+    assert (found[present] == known.records(1, ids[present])).all()
+    assert not found[~present].any()
+    assert not store.read(0, ids)[1].any()  # another view of the same samples
+    store.close()
+
+
+def test_what_is_there_stays_and_equal_ids_of_a_batch_are_one(known, tmp_path):
+    store = known.store(tmp_path, samples=10)
+    known.fill(store, 0, [3, 4])
+    other = np.full((4, 8), 60, np.uint8)
+    store.write(0, np.array([4, 5, 5, 3]), other)
+    found, present = store.read(0, np.array([3, 4, 5]))
+    assert present.all()
+    assert (found[:2] == known.records(0, [3, 4])).all()
+    assert (found[2] == 60).all()
+    store.close()
+    again = known.store(tmp_path, samples=10)
+    assert (again.read(0, np.array([3, 4, 5]))[0] == found).all()
+    assert again.damaged() == []
+    again.close()
+
+
+def test_answers_that_are_not_finite_are_not_kept(known, tmp_path):
+    store = known.store(tmp_path, samples=10)
+    logits = known.answer(0, [1, 2])
+    logits[0, 2] = np.nan
+    store.write(0, np.array([1, 2]), known.record.encode(logits))
+    assert store.read(0, np.array([1, 2]))[1].tolist() == [False, True]
+    store.close()
+
+
+def test_another_identity_record_or_number_of_samples_is_another_store(known, tmp_path):
+    store = known.store(tmp_path)
+    known.fill(store, 0, range(100))
+    store.close()
+    others = [
+        known.store(tmp_path, name="b"),
+        known.store(tmp_path, more=1),
+        known.store(tmp_path, samples=9_999),
+        Store.open(tmp_path, {"name": "a"}, Record("float32", 4), 10_000, {}),
+        Store.open(tmp_path, {"name": "a"}, Record("float16", 5), 10_000, {}),
+    ]
+    for other in others:
+        assert not other.read(0, np.arange(100))[1].any()
+        other.close()
+    assert len({store.path, *(other.path for other in others)}) == 6
+
+
+def test_files_of_another_store_are_not_believed(known, tmp_path):
+    one, other = known.store(tmp_path), known.store(tmp_path, name="b")
+    known.fill(one, 0, range(10_000))
+    one.close()
+    other.close()
+    for name in ("logits.bin", "done.bin"):
+        (other.path / name).write_bytes((one.path / name).read_bytes())
+    again = known.store(tmp_path, name="b")
+    assert known.check(again, 0) == (0, 0)
+    assert again.damaged() == [(0, 0), (0, 1), (0, 2)]
+    again.close()
+
+
+def test_ten_bytes_are_enough_for_four_classes(known, tmp_path):
+    for samples, views in ((2_000, 8), (60_000, 1)):
+        store = known.store(tmp_path, samples=samples)
+        for view in range(views):
+            known.fill(store, view, range(samples))
+        store.close()
+        size = sum(each.stat().st_size for each in store.path.iterdir())
+        assert size / (samples * views) < 8.3  # 8 for the record
+
+
+def test_two_stores_in_one_process_share_the_blocks(known, tmp_path):
+    one, other = known.store(tmp_path), known.store(tmp_path)
+    known.fill(one, 0, range(100))  # block 0
+    known.fill(other, 0, range(4000, 8192))  # of blocks 0 and 1; block 0 is taken
+    assert known.check(other, 0) == (4096, 0)
+    one.flush()
+    assert known.check(other, 0) == (4196, 0)  # what the first has flushed since
+    one.close()
+    known.fill(other, 0, range(4096))  # block 0 is free now
+    assert known.check(other, 0) == (8192, 0)
+    other.close()
+    again = known.store(tmp_path)
+    assert known.check(again, 0) == (8192, 0)
+    again.close()
+
+
+def test_a_block_is_taken_over_with_what_its_former_writer_flushed(known, tmp_path):
+    one, other = known.store(tmp_path), known.store(tmp_path)
+    assert known.check(other, 0) == (0, 0)
+    known.fill(one, 0, range(50))
+    one.close()
+    known.fill(other, 0, range(40, 90))  # without having looked before
+    other.close()
+    again = known.store(tmp_path)
+    assert known.check(again, 0) == (90, 0)
+    again.close()
+
+
+def test_a_store_that_is_forgotten_holds_nothing(known, tmp_path):
+    gc.collect()
+    before = _handles()
+    store = known.store(tmp_path)
+    known.fill(store, 0, range(10))
+    store = None
+    gc.collect()
+    again = known.store(tmp_path)
+    known.fill(again, 0, range(20))
+    assert known.check(again, 0) == (20, 0)
+    again.close()
+    again.close()  # twice is well
+    assert _handles() == before
+
+
+def _handles():
+    """How many files this process has open, where the system says so."""
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_the_order_of_writing_is_records_then_marks_each_on_the_disk(known, tmp_path, monkeypatch):
+    """A cut of power between any two of them leaves marks that fit their records, or none."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("this system does not say which file a handle is of")
+    store = known.store(tmp_path)
+    calls = []
+    pwrite, fsync = os.pwrite, os.fsync
+
+    def name(handle):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+
+    monkeypatch.setattr(os, "pwrite", lambda *a: (calls.append(f"write {name(a[0])}"), pwrite(*a))[1])
+    monkeypatch.setattr(os, "fsync", lambda *a: (calls.append(f"sync {name(a[0])}"), fsync(*a))[1])
+    known.fill(store, 0, [1, 2, 5000])
+    store.flush()
+    marks = ["write done.bin"] * 2
+    folder = f"sync {store.path.name}"
+    assert calls == [*["write logits.bin"] * 2, "sync logits.bin", *marks, "sync done.bin", folder]
+    calls.clear()
+    store.flush()
+    store.close()
+    assert calls == []  # nothing is new
+
+
+def test_the_room_for_a_view_is_reserved_before_the_first_record(known, tmp_path):
+    store = known.store(tmp_path)
+    known.fill(store, 1, [9_999])
+    status = (store.path / "logits.bin").stat()
+    assert status.st_size == 2 * 80_000
+    assert status.st_blocks * 512 >= 80_000  # of view 1; view 0 may be a hole
+    store.close()
+
+
+def test_memory_does_not_grow_with_the_samples(known, tmp_path):
+    samples = 2_000_000
+    store = known.store(tmp_path, samples=samples)
+    known.fill(store, 0, range(0, samples, 20_000))
+    store.close()
+    tracemalloc.start()
+    try:
+        again = known.store(tmp_path, samples=samples)
+        assert again.read(0, np.arange(0, samples, 20_000))[1].all()
+        # Bits, marks, and one block at a time; a list of all samples alone would take 8 bytes for each.
+        assert tracemalloc.get_traced_memory()[1] < samples * 0.7
+        again.close()
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("view", "ids"), [(-1, [0]), (0, [-1]), (0, [10])])
+def test_what_cannot_be_asked(known, tmp_path, view, ids):
+    store = known.store(tmp_path, samples=10)
+    with pytest.raises(IndexError, match="a store of 10 samples"):
+        store.read(view, np.array(ids))
+    store.close()
+
+
+def test_existing_stores_alone_are_opened_by_their_folder(known, tmp_path):
+    store = known.store(tmp_path)
+    known.fill(store, 0, range(10))
+    store.close()
+    again = Store.existing(store.path)
+    assert known.check(again, 0) == (10, 0)
+    again.close()
+    with pytest.raises(ArtifactError, match="cannot read"):
+        Store.existing(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_an_identity_that_is_no_json_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="plain JSON values"):
+        Store.open(tmp_path, {"a": object()}, Record("float16", 4), 10, {})
