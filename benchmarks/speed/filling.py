@@ -1,0 +1,80 @@
+"""(d) Bytes on disk for each view of a sample, everything included; (g) views per second that the teacher answers while a
+store is filled, by those of the same teacher on a batch in memory: goal 0.95.
+"""
+
+import argparse
+import itertools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from benchmarks.speed.clock import table, take_turns
+from benchmarks.speed.ours import Ours
+from benchmarks.speed.scene import add_arguments, make_scene
+
+from potstill.store.records import Kind, Record
+from potstill.store.shelf import Store
+
+SIZES: tuple[tuple[int, Kind], ...] = (
+    (4, "float16"),
+    (64, "float16"),
+    (100, "float16"),
+    (100, "top16"),
+    (1000, "top16"),
+)
+
+
+def main(arguments: list[str]) -> None:
+    """Print both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, images=512)
+    parser.add_argument("--samples", type=int, default=50_000, help="of the stores whose size is measured")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        print(bytes_per_view(given.samples, Path(folder)))
+        print(fill_rate(given, Path(folder)))
+
+
+def bytes_per_view(samples: int, folder: Path) -> str:
+    """(d) for some numbers of classes."""
+    rows = []
+    for classes, kind in SIZES:
+        record, views = Record(kind, classes), 2
+        store = Store.open(folder / "sizes", {"classes": classes, "kind": kind}, record, samples, {})
+        logits = np.random.default_rng(0).normal(size=(samples, classes)).astype(np.float32)
+        for view in range(views):
+            store.write(view, np.arange(samples), record.encode(logits))
+        store.close()
+        size = sum(path.stat().st_blocks * 512 for path in store.path.iterdir())
+        goal = 2 * classes + 2 if classes <= 64 else 76 if kind == "top16" else None
+        rows.append(
+            (f"{classes} classes, {kind}", f"{size / samples / views:.2f}", "" if goal is None else f"<= {goal}")
+        )
+    return "(d)\n" + table(("record", "bytes", "goal"), rows) + "\n"
+
+
+def fill_rate(given: argparse.Namespace, folder: Path) -> str:
+    """(g)."""
+    scene = make_scene(given, folder)
+    ours, numbers = Ours(scene, folder, "cold"), itertools.count()
+    teachers, recorded = ours.distiller.teacher, ours.recorded
+    assert teachers is not None
+    assert recorded is not None
+    kept = next(iter(ours.loader.epoch(0))).images.contiguous(memory_format=ours.compute.memory_format)
+
+    def resident() -> None:
+        for ids in ours.loader.epochs.batches(0):
+            with ours.compute.autocast():
+                teachers.ask(kept[: len(ids)])
+
+    def filling() -> None:
+        number = next(numbers)
+        recorded.start_epoch(number)
+        for batch in ours.loader.epoch(number):
+            recorded(replace(batch, images=batch.images.contiguous(memory_format=ours.compute.memory_format)))
+        recorded.flush()
+
+    result = take_turns({"resident": resident, "filling": filling}, given.rounds)
+    middle, least, most = result.ratio("resident", "filling")
+    return f"(g) filling / resident {middle:.3f}  ({least:.3f} to {most:.3f})  goal >= 0.95{result.mark}"
