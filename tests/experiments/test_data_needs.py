@@ -12,6 +12,7 @@ from potstill.data.datasets import load_data
 from potstill.errors import UsageError
 from potstill.experiments import pipeline
 from potstill.experiments.data_needs import check_data_needs
+from potstill.experiments.loaders import train_loader
 from potstill.experiments.plan import Planned
 from potstill.experiments.preflight import check_all
 from potstill.experiments.recipe import load_recipe
@@ -155,9 +156,11 @@ def stage(recipe, method, folder, *, resume=False, observer=None):
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)) for _ in range(2)]
     student, teacher = (Classifier(net, "linear", data.class_names, InputSpec(16)) for net in networks)
+    planned, compute = Planned("distilled", ("teacher",), distils=True), choose(made.training)
+    train = train_loader(planned, method.needs, student.input, recipe=made, data=data, compute=compute)
     train_stage(
-        Planned("distilled", ("teacher",), distils=True), student, method, [teacher], recipe=made, data=data,
-        compute=choose(made.training), folder=folder, observer=observer or Silent(), resume=resume,
+        planned, student, method, [teacher], train, recipe=made, data=data,
+        compute=compute, folder=folder, observer=observer or Silent(), resume=resume,
     )  # fmt: skip
     return data, teacher
 

@@ -13,6 +13,7 @@ from potstill.data.images import Subset
 from potstill.data.preprocess import normalise
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
+from potstill.experiments.loaders import train_loader
 from potstill.experiments.plan import plan
 from potstill.experiments.recipe import Recipe, list_recipes, load_recipe
 from potstill.experiments.rehearsal import create_stage_method
@@ -148,9 +149,11 @@ def distil(recipe: Recipe, folder: Path) -> None:
     student = network(recipe, "student", data)
     before = {key: value.clone() for key, value in student.module.named_parameters()}
     (planned,) = [stage for stage in plan(recipe) if stage.name == "distilled"]
+    method, compute = create_stage_method(recipe), choose(recipe.stage_training("student"))
+    train = train_loader(planned, method.needs, student.input, recipe=recipe, data=data, compute=compute)
     history = train_stage(
-        planned, student, create_stage_method(recipe), [network(recipe, "teacher", data)], recipe=recipe, data=data,
-        compute=choose(recipe.stage_training("student")), folder=folder, observer=Silent(), resume=False,
+        planned, student, method, [network(recipe, "teacher", data)], train, recipe=recipe, data=data,
+        compute=compute, folder=folder, observer=Silent(), resume=False,
     )  # fmt: skip
     (record,) = history.records
     terms = record["train"]["terms"]

@@ -53,6 +53,9 @@ class Loader:
             kept in memory only.
         progress: is told about what takes long.
 
+    Attributes:
+        processes: that decode; 0 where all pixels are decoded beforehand.
+
     Raises:
         UsageError: an unknown order, a batch size below 1, or wishes that exclude each other.
         DataError: no images, or one that cannot be decoded.
@@ -121,8 +124,8 @@ class Loader:
             progress=progress,
         )
         processes = max(1, threads() // 2) if workers == "auto" else workers
-        spread = self._packed is None and processes > 0
-        self._workers = Workers(self._all, self.side, spec.fit, processes) if spread else None
+        self.processes = processes if self._packed is None else 0
+        self._workers = Workers(self._all, self.side, spec.fit, processes) if self.processes else None
 
     @property
     def resident(self) -> bool:

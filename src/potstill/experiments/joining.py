@@ -129,11 +129,11 @@ def teaching_cost(distiller: Distiller, batch_size: int, size: int, compute: Com
     images = torch.zeros(batch_size, 3, size, size, device=compute.device).to(memory_format=compute.memory_format)
     times = []
     for _ in range(ROUNDS + 1):
-        _wait(compute.device)
+        compute.wait()
         start = time.perf_counter()
         with compute.autocast():
             distiller.ask_teacher(images)
-        _wait(compute.device)
+        compute.wait()
         times.append(1000 * (time.perf_counter() - start))
     held = list(distiller.teacher.parameters())
     return {
@@ -142,8 +142,3 @@ def teaching_cost(distiller: Distiller, batch_size: int, size: int, compute: Com
         "ms_per_step": round(sorted(times[1:])[ROUNDS // 2], 3),
         "batch_size": batch_size,
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -46,6 +46,7 @@ def train_loader(
         views=None if planned.role == "teacher" or isinstance(views, str) else views,
         view_seed=derive(recipe.data.view_seed, f"{planned.seed}/views"),
         identity=f"{data.fingerprint}/train",
+        progress=observer,
     )
 
 

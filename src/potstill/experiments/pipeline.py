@@ -11,7 +11,7 @@ from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.evaluation.evaluate import collect
 from potstill.experiments.environment import describe_environment
-from potstill.experiments.loaders import split_loader
+from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.method_settings import describe, needs_teacher
 from potstill.experiments.plan import PARTS, Planned, plan
 from potstill.experiments.preflight import check_all
@@ -30,6 +30,7 @@ from potstill.models.classifier import Classifier
 from potstill.models.model_file import load_model, save_model
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
+from potstill.training.threads import Threads
 
 
 def run(
@@ -73,6 +74,7 @@ def run(
             refuse_changes(folder, recipe)
         if overwrite:
             refuse_own_weights(folder, recipe)
+        threads = Threads(folder.read_environment() if resume else None, folder.add_to_environment)
         splits, compute, layers = check_all(recipe, data, planned)
         if resume:
             refuse_other_data(folder, splits)
@@ -82,7 +84,7 @@ def run(
         recipe = with_views(recipe, storing.views)
         text = dump_recipe(recipe)
         folder.write_recipe(text)
-        folder.write_environment(describe_environment(text, splits.fingerprint, compute))
+        folder.write_environment(describe_environment(text, splits.fingerprint, compute) | threads.facts)
         folder.write_splits(splits.as_rows())
         if recipe.each_teacher and "distilled" in stages and not needs_teacher(recipe.method):
             observer.note(f"method {describe(recipe.method)} learns from no teacher: none is trained")
@@ -91,9 +93,10 @@ def run(
                 observer.note(f"{stage}: {table}")
         if storing.note and "distilled" in stages:
             observer.note(storing.note)
-        experiment = _Experiment(folder, recipe, splits, compute, observer, resume, storing.stores)
-        models = {stage.name: experiment.carry_out(stage) for stage in planned}
-        evaluated = evaluate_stages(folder, models, recipe, splits, compute)
+        experiment = _Experiment(folder, recipe, splits, compute, observer, resume, storing.stores, threads)
+        with threads:
+            models = {stage.name: experiment.carry_out(stage) for stage in planned}
+            evaluated = evaluate_stages(folder, models, recipe, splits, compute)
         seconds = time.monotonic() - started
         names = [stage.name for stage in planned]
         found = describe_run(folder.path.name, recipe, splits, names, evaluated, seconds, experiment.warnings)
@@ -110,6 +113,7 @@ class _Experiment:
     observer: Observer
     resume: bool
     stores: bool  # whether the teacher's answers are kept
+    threads: Threads
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
 
@@ -143,12 +147,19 @@ class _Experiment:
         method = create_stage_method(recipe) if stage.distils else create_method("supervised")
         settings = recipe.stage_training(stage.name)
         compute = choose(settings)
+        train = train_loader(
+            stage, method.needs, model.input, recipe=recipe, data=self.data, compute=compute, observer=self.observer
+        )
+        self.threads.settle(
+            model.module, model.input.size, settings, compute, workers=train.processes, observer=self.observer
+        )
         self.observer.stage(stage.name, self._detail(stage, model, settings.epochs, compute))
         train_stage(
             stage,
             model,
             method,
             [self.models[name] for name in stage.teachers],
+            train,
             recipe=recipe,
             data=self.data,
             compute=compute,

@@ -112,6 +112,21 @@ class RunFolder:
         """Keep what the result may depend on besides the recipe."""
         write_json(self.path / "environment.json", facts)
 
+    def read_environment(self) -> dict[str, Any]:
+        """What ``write_environment`` wrote.
+
+        Raises:
+            ArtifactError: missing or damaged.
+        """
+        facts = read_json(self.path / "environment.json")
+        if not isinstance(facts, dict):
+            raise ArtifactError(f"{self.path / 'environment.json'} is damaged: it holds no facts")
+        return facts
+
+    def add_to_environment(self, facts: dict[str, Any]) -> None:
+        """What became known later."""
+        self.write_environment(self.read_environment() | facts)
+
     def write_splits(self, rows: Iterable[tuple[str, str, str]]) -> None:
         """Keep (split, name, class) of every image."""
         write_text(self.path / "splits.csv", as_csv(("split", "name", "class"), rows))

@@ -1,5 +1,6 @@
 """One stage: a network is trained, and its best epoch is written as a model."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from torch import nn
 
 from potstill import __version__
 from potstill.artifacts import write_text
+from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
+from potstill.errors import StorageError
+from potstill.experiments.forecast import forecast
 from potstill.experiments.joining import join, layers_text, settle, teaching_cost
-from potstill.experiments.loaders import split_loader, train_loader
+from potstill.experiments.loaders import split_loader
 from potstill.experiments.plan import Planned
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.seeds import derive
@@ -32,6 +36,7 @@ def train_stage(
     student: Classifier,
     method: Method,
     teachers: Sequence[Classifier],
+    train: Loader,
     *,
     recipe: Recipe,
     data: DataSplits,
@@ -41,12 +46,11 @@ def train_stage(
     resume: bool,
     teacher_folders: Sequence[Path] | None = None,
 ) -> History:
-    """Train ``student`` in place by ``method`` and save it to ``folder``.
+    """Train ``student`` in place by ``method`` on the images of ``train`` and save it to ``folder``.
 
     ``teacher_folders``: where the teachers' models stand; given where their answers are to be stored.
     """
     settings = recipe.stage_training(planned.name)
-    train = train_loader(planned, method.needs, student.input, recipe=recipe, data=data, compute=compute)
     size = student.input.size
     distiller = join(
         planned,
@@ -85,6 +89,21 @@ def train_stage(
             compute=compute,
             observer=observer,
         )
+    if "train" in stored.by_split and cost is not None:
+        with contextlib.suppress(StorageError):  # of reading the store; training meets it again, and says so
+            observer.note(
+                str(
+                    forecast(
+                        stored.by_split["train"],
+                        train,
+                        student,
+                        teacher=cost["ms_per_step"] / 1000 / settings.batch_size,
+                        batch=settings.batch_size,
+                        epochs=settings.epochs,
+                        compute=compute,
+                    )
+                )
+            )
     try:
         history = Training(
             distiller,

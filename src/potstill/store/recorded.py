@@ -36,6 +36,8 @@ class Shelf(Protocol):
 
     def close(self) -> None: ...
 
+    def coverage(self, views: int | None = None) -> list[int]: ...
+
 
 class Listed(Protocol):
     """The part of a ``Loader`` that is needed here: which samples come in which view."""

@@ -110,7 +110,7 @@ def training_step(student: nn.Module, size: int, images: int, compute: Compute) 
         compute: device, precision and memory layout.
     """
     network = copy.deepcopy(student).train()
-    count = max(2, min(images, PIXELS // size**2))  # BatchNorm needs two
+    count = images_timed(images, size)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 3, size, size, generator=generator).to(compute.device)
     noise = noise.contiguous(memory_format=compute.memory_format)
@@ -123,3 +123,13 @@ def training_step(student: nn.Module, size: int, images: int, compute: Compute) 
             network.zero_grad(set_to_none=True)
 
     return step
+
+
+def images_timed(images: int, size: int) -> int:
+    """How many images ``training_step`` has in its batch.
+
+    Example:
+        >>> images_timed(128, 64), images_timed(8, 64), images_timed(128, 512)
+        (16, 8, 2)
+    """
+    return max(2, min(images, PIXELS // size**2))  # BatchNorm needs two

@@ -31,6 +31,11 @@ class Compute:
         """Of convolutions and matrix products."""
         return "bf16" if self.bf16 else "float32"
 
+    def wait(self) -> None:
+        """Until the device has done all that it was told; a clock says nothing before."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def __str__(self) -> str:
         words = [str(self.device), self.precision]
         if self.device.type == "cpu":

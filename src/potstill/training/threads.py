@@ -72,10 +72,17 @@ class Threads:
                 self.found = Calibration(most)
         torch.set_num_threads(self.found.threads)
         if not self.settled and self.keep is not None:
-            self.keep(self.found.record())
+            self.keep(self.facts)
         self.settled = True
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For environment.json; nothing before a number has been found."""
+        return {} if self.found is None else self.found.record()
+
     def __enter__(self) -> "Threads":
+        if self.found is not None:  # of a run that goes on, and may have only evaluation left
+            torch.set_num_threads(self.found.threads)
         return self
 
     def __exit__(

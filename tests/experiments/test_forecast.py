@@ -1,0 +1,58 @@
+import pytest
+
+from potstill.experiments.forecast import Forecast
+from potstill.experiments.pipeline import run
+from potstill.training.observer import Silent
+
+
+def made(**changes):
+    facts = {"views": 8, "images": 1000, "size": 8_150, "recorded": 0.0, "teacher": 0.003, "student": 0.001}
+    return Forecast(**{**facts, "epochs": 24, **changes})
+
+
+def test_speed_up_is_the_published_formula():
+    # S*E*(tT+tS) / (V*tT + S*E*tS) for one student
+    assert made().speed_up == pytest.approx(24 * 4 / (8 * 3 + 24 * 1))
+    assert made().later == pytest.approx(4)
+
+
+def test_what_is_recorded_already_is_not_asked_for():
+    assert made(recorded=0.5).speed_up == pytest.approx(24 * 4 / (4 * 3 + 24))
+    assert made(recorded=1.0).speed_up == made().later
+
+
+def test_as_many_views_as_epochs_save_nothing_now_and_all_later():
+    text = str(made(views=24))
+    assert "Expected: as fast as asking the teacher in every step, and 4.0 times in later runs" in text
+    assert "none recorded yet" in text
+
+
+def test_one_view_is_no_plural():
+    assert str(made(views=1)).startswith("store: 1 view of 1,000 images")
+    assert "50 % recorded" in str(made(recorded=0.5))
+
+
+class Listening(Silent):
+    def __init__(self):
+        self.said = []
+
+    def note(self, message):
+        self.said += [message] if message.startswith("store: ") else []
+
+
+def test_a_run_says_it_before_it_trains_on_the_store(recipe, tmp_path):
+    first, second = Listening(), Listening()
+    options = {"training.epochs": 3, "store.views": 2}
+    done = run(recipe(**options), root=tmp_path, name="first", observer=first)
+    run(recipe(**options, **{"teacher.weights": str(done)}), root=tmp_path, name="second", observer=second)
+    # 42 of 60 images train; three classes take six bytes
+    (said,), (again,) = first.said, second.said
+    assert said.startswith("store: 2 views of 42 images, 504 B, none recorded yet. Expected: ")
+    assert said.endswith("times in later runs")
+    assert again.startswith("store: 2 views of 42 images, 504 B, all recorded. Expected: ")
+
+
+def test_nothing_is_said_where_nothing_is_stored(recipe, tmp_path):
+    listening = Listening()
+    run(recipe(**{"store.mode": "off"}), root=tmp_path, observer=listening)
+    assert listening.said == []
