@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from potstill.evaluation.evaluate import evaluating
 from potstill.inputs import InputSpec
@@ -28,6 +27,8 @@ def flops(module: nn.Module, spec: InputSpec) -> int:
     Convolutions, matrix products and attention are counted, as ``torch.utils.flop_counter`` does; normalisation,
     activations and pooling are not (about 1 % in usual networks).
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it brings what compiles for GPUs
+
     with evaluating(module), FlopCounterMode(display=False) as counter:
         module(_blank(module, spec, 1))
     return int(counter.get_total_flops())

@@ -18,7 +18,7 @@ from potstill.training.devices import Compute
 
 CLEARLY = 1.1  # times faster than the first candidate: less may be chance
 ROUNDS, FEWEST = 5, 3
-SECONDS, LONGEST = 0.4, 4.0  # after which no further round begins: past the fewest rounds; at all
+SECONDS, LONGEST = 0.2, 4.0  # after which no further round begins: past the fewest rounds; at all
 PIXELS = 16 * 64 * 64  # of the batch that is timed: enough to keep several cores busy, soon over on one
 
 
