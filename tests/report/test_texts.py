@@ -1,13 +1,14 @@
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from potstill.report.contents import read_run
+from potstill.report.contents import Stage, read_run
 from potstill.report.names import columns
 from potstill.report.predictions import Predictions, read_predictions
-from potstill.report.texts import classification_report_text, metrics_text
+from potstill.report.texts import classification_report_text, metrics_text, teaching_text
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
@@ -63,3 +64,12 @@ def test_classification_report_names_classes_without_images() -> None:
 def _row(text: str, name: str) -> list[str]:
     line = next(line for line in text.splitlines() if line.startswith(name))
     return re.split(r"\s{2,}", line)[1:]
+
+
+def test_where_the_teachers_answers_came_from() -> None:
+    teaching = {"by": ["teacher"], "parameters": 3_918_858, "bytes": 15_675_432, "ms_per_step": 12.3, "batch_size": 64}
+    live = "teacher: 3.92 M parameters (15.7 MB), 12.3 ms in each step of 64 images"
+    assert teaching_text(Stage("distilled", Path(), {"teaching": teaching})) == live
+    teaching |= {"asked": 10_072, "read": 5_036}
+    stored = f"{live}; 5,036 of 15,108 answers read from the store"
+    assert teaching_text(Stage("distilled", Path(), {"teaching": teaching})) == stored

@@ -1,5 +1,6 @@
 """What a stage writes for people who read text: metrics.txt and scikit-learn's classification reports."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from potstill.amounts import NONE, count, decimal, duration, milliseconds, number, percent, scaled
@@ -64,7 +65,15 @@ def teaching_text(stage: Stage) -> str:
     names = ", ".join(plain(str(name)) for name in teaching.get("by") or [])
     memory = f"{scaled(teaching.get('parameters'))} parameters ({scaled(teaching.get('bytes'), 'B')})"
     images = _several(teaching.get("batch_size"), "image")
-    return f"{names}: {memory}, {milliseconds(teaching.get('ms_per_step'))} in each step of {images}"
+    each = milliseconds(teaching.get("ms_per_step"))
+    return f"{names}: {memory}, {each} in each step of {images}{_store_text(teaching)}"
+
+
+def _store_text(teaching: Mapping[str, Any]) -> str:
+    asked, read = number(teaching.get("asked")), number(teaching.get("read"))
+    if asked is None or read is None:
+        return ""
+    return f"; {count(read)} of {count(asked + read)} answers read from the store"
 
 
 def _facts(run: Run, stage: Stage) -> list[tuple[str, str]]:
