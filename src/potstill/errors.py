@@ -46,6 +46,19 @@ class WorkerError(PotstillError):
     exit_code = 7
 
 
+class Stopped(BaseException):
+    """A signal asked the process to end.  No ``Exception``, so that nothing takes it for a failure and goes on.
+
+    Attributes:
+        signal: its number.
+        exit_code: 128 more, as shells say it.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal, self.exit_code = signal, 128 + signal
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause for messages: ``"; did you mean 'kd'?"``, or nothing where no known name is close.
 

@@ -31,8 +31,8 @@ class Numbers:
         self.images[torch.arange(12), self.labels] += 1.0
         self.extra = extra
 
-    def epoch(self, number=0):
-        for index in torch.arange(12).split(4):
+    def epoch(self, number=0, step=0):
+        for index in torch.arange(12).split(4)[step:]:
             batch = Batch(self.images[index], self.labels[index], index, torch.full_like(index, number))
             yield self.extra(batch) if self.extra else batch
 
@@ -130,8 +130,8 @@ class WithUnlabeled(Numbers):
 
     count, unlabeled = 18, "anything"
 
-    def epoch(self, number=0):
-        for batch in super().epoch(number):
+    def epoch(self, number=0, step=0):
+        for batch in super().epoch(number, step):
             images = torch.cat([batch.images, batch.images[:2] + 0.5])
             labels = torch.cat([batch.labels, torch.tensor([-100, -100])])
             yield Batch(images, labels, torch.cat([batch.index, torch.tensor([12, 13])]), None)

@@ -132,8 +132,8 @@ class Numbers:
 
     steps, count = 5, 5 * IMAGES
 
-    def epoch(self, number=0):
-        for _ in range(self.steps):
+    def epoch(self, number=0, step=0):
+        for _ in range(step, self.steps):
             index = torch.zeros(IMAGES, dtype=torch.int64, device=GPU)
             yield Batch(torch.empty(IMAGES, 3, SIZE, SIZE, device=GPU), index, index, index)
         raise Over  # what comes after the last step reads the epoch's figures
@@ -165,7 +165,7 @@ def test_no_step_of_the_loop_waits(tmp_path, monkeypatch, optimizer, method):
             distiller, Numbers(), Numbers(), settings, compute, folder=tmp_path, observer=Silent(), classes=CLASSES
         )
         with Waits() as waits, pytest.raises(Over):
-            loop._train_epoch(0)
+            loop._train_epoch(0, loop._beginning())
     assert waits.found == []
 
 
@@ -215,6 +215,6 @@ def test_a_real_gpu_is_not_waited_for(tmp_path, method):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(Over):
-            loop._train_epoch(0)
+            loop._train_epoch(0, loop._beginning())
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -13,7 +13,7 @@ import typer
 from potstill import __version__
 from potstill.cli import catalogs, experiments, stores, using
 from potstill.console import plain
-from potstill.errors import PotstillError, StorageError
+from potstill.errors import PotstillError, StorageError, Stopped
 
 OUR_BUG = 1
 WRONG_USAGE = 2
@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _say(_INTERRUPTED, INTERRUPTED)
+    except Stopped as stopped:
+        return _say(_INTERRUPTED, stopped.exit_code)
     except PotstillError as error:
         return _say(str(error), error.exit_code)
     except MemoryError:

@@ -121,12 +121,13 @@ def _pipeline(
     # From here on torch is loaded, which takes seconds.
     from potstill.console import Progress
     from potstill.experiments.pipeline import run as carry_out
+    from potstill.training.stopping import Stopping
 
     if stages is not None:
         folder["stages"] = stages
         name = name or f"{recipe.name}-{stages[0]}"
-    with Progress() as progress:
-        return carry_out(recipe, name=name, observer=progress, **folder)
+    with Stopping() as stopping, Progress() as progress:
+        return carry_out(recipe, name=name, observer=progress, stopping=stopping, **folder)
 
 
 def _finish(folder: Path, next_command: list[str]) -> None:

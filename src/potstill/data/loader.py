@@ -173,15 +173,15 @@ class Loader:
             return 0
         return epoch if self.views_in_turn is None else epoch % self.views_in_turn
 
-    def epoch(self, number: int = 0) -> Iterator[Batch]:
-        """All batches of an epoch; its images are shown in view ``view_of(number)``.
+    def epoch(self, number: int = 0, step: int = 0) -> Iterator[Batch]:
+        """All batches of an epoch but the first ``step``; its images are shown in view ``view_of(number)``.
 
         Raises:
             DataError: an image that could be decoded before no longer can.
             WorkerError: a process that decodes has died.
         """
         view = self.view_of(number)
-        coming = (self.assembly.wanted(ids, view) for ids in self.ids_of(number))
+        coming = (self.assembly.wanted(ids, view) for ids in self.ids_of(number)[step:])
         for wanted, pixels in self._with_squares(coming):
             yield self.assembly.batch(wanted, pixels)
 

@@ -3,6 +3,7 @@
 They only decode and resize: views are drawn in the main process, so that results cannot depend on their number.
 """
 
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -46,6 +47,7 @@ class Workers:
                 timeout=_STALLED,
                 # torch's base seed comes from here, so that the global generator is left as it was
                 generator=torch.Generator().manual_seed(0),
+                worker_init_fn=_leave_signals,
             )
 
     def squares(self, batches: list[list[int]]) -> Iterator[Tensor]:
@@ -100,6 +102,12 @@ class _Squares(Dataset[Tensor | str]):
 
     def __getitem__(self, index: int) -> Tensor | str:
         return self.__getitems__([index])
+
+
+def _leave_signals(_: int) -> None:
+    """Ctrl-C at a terminal reaches every process: the main one finishes its step first, and needs the others for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler
 
 
 def _same(found: Any) -> Any:

@@ -4,7 +4,7 @@ State is O(classes).  ``update`` copies a batch into a buffer and never waits fo
 buffer is folded into the sums.  ``compute`` is the one place where the device is read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -114,6 +114,22 @@ class StreamingMetrics:
             values += state[name].to(self.device)
         self._histogram = self._empty(self._histogram).add_(state["histogram"].to(self.device))
         self._binned = True
+
+    def pack(self) -> dict[str, Tensor]:
+        """All that is known, for a checkpoint: unlike ``state``, with the rows that are held as they are."""
+        known = {"logits": self._logits[: self._held], "labels": self._labels[: self._held]}
+        return self._sums | known | ({} if self._histogram is None else {"histogram": self._histogram})
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> None:
+        """Put what ``pack`` gave in place of one's own."""
+        self.reset()
+        for name, values in self._sums.items():
+            values.copy_(packed[name])
+        self._held = len(packed["labels"])
+        self._logits[: self._held].copy_(packed["logits"])
+        self._labels[: self._held].copy_(packed["labels"])
+        if "histogram" in packed:
+            self._histogram, self._binned = packed["histogram"].to(self.device), True
 
     def compute(self) -> Figures:
         """All figures so far; waits for the device.  Without any image all are None.

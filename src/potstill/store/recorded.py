@@ -83,9 +83,9 @@ class Recorded:
         self._coming: Iterator[Ids] = iter(())
         self._view = 0
 
-    def start_epoch(self, epoch: int) -> None:
-        """The batches of this epoch come next."""
-        self._coming, self._view = iter(self.loader.ids_of(epoch)), self.loader.view_of(epoch)
+    def start_epoch(self, epoch: int, step: int = 0) -> None:
+        """The batches of this epoch come next, the first ``step`` of them left out."""
+        self._coming, self._view = iter(self.loader.ids_of(epoch)[step:]), self.loader.view_of(epoch)
 
     def __call__(self, batch: Batch) -> Outputs | None:
         """The teacher's outputs for the next batch; None once the stores have failed."""

@@ -10,8 +10,8 @@ from potstill.types import Batch, Outputs
 class Answers(Protocol):
     """What the teacher says of the batches of one split; the images are those that the student sees."""
 
-    def start_epoch(self, epoch: int) -> None:
-        """The batches of epoch number ``epoch``, from 0, come next."""
+    def start_epoch(self, epoch: int, step: int = 0) -> None:
+        """The batches of epoch number ``epoch``, from 0, come next, the first ``step`` of them left out."""
 
     def __call__(self, batch: Batch) -> Outputs | None:
         """The teacher's outputs for a batch; None: the Distiller shall ask the teacher itself."""
@@ -23,7 +23,7 @@ class Answers(Protocol):
 class Asked:
     """The Distiller asks the teacher each time."""
 
-    def start_epoch(self, epoch: int) -> None: ...
+    def start_epoch(self, epoch: int, step: int = 0) -> None: ...
 
     def __call__(self, batch: Batch) -> Outputs | None:
         """None."""
@@ -47,8 +47,8 @@ class Remembered:
         self.known: list[Outputs] = []
         self.position = 0
 
-    def start_epoch(self, epoch: int) -> None:
-        """Back to the first batch."""
+    def start_epoch(self, epoch: int, step: int = 0) -> None:
+        """Back to the first batch; of val and test none is ever left out."""
         self.position = 0
 
     def __call__(self, batch: Batch) -> Outputs | None:

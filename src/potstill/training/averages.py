@@ -1,6 +1,8 @@
 """Means of the loss terms over an epoch, without a synchronisation per step."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,18 @@ class TermAverages:
         self._names.append(tuple(terms))
         self._steps.append(torch.stack([term.detach().float() for term in terms.values()]))
         self._sizes.append(images)
+
+    def pack(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """All that was noted: tensors by name, and what JSON can hold."""
+        values = {"terms": torch.cat(self._steps)} if self._steps else {}
+        return values, [[list(names), size] for names, size in zip(self._names, self._sizes, strict=True)]
+
+    def unpack(self, tensors: Mapping[str, Tensor], facts: Sequence[Any]) -> None:
+        """Put what ``pack`` gave in place of one's own."""
+        self._names = [tuple(names) for names, _ in facts]
+        self._sizes = [int(size) for _, size in facts]
+        lengths = [len(names) for names in self._names]
+        self._steps = list(tensors["terms"].split(lengths)) if lengths else []  # type: ignore[no-untyped-call]
 
     def compute(self, where: str) -> dict[str, float]:
         """Means by term, weighted by the images of each step.

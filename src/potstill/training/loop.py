@@ -1,6 +1,5 @@
 """The one training loop: teacher, baseline and distilled student all go through it."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from potstill.artifacts import write_json_lines
 from potstill.distiller import Distiller
+from potstill.errors import Stopped
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.training import checkpoint as ckpt
 from potstill.training.answers import Answers, Asked, Remembered
@@ -25,6 +25,8 @@ from potstill.training.observer import Observer
 from potstill.training.optimizers import create_optimizer, lr_factor
 from potstill.training.saving import Saving
 from potstill.training.settings import TrainingSettings
+from potstill.training.stopping import Stopping
+from potstill.training.under_way import UnderWay
 from potstill.types import Batch, Step
 
 if TYPE_CHECKING:  # anything with `epoch`, `steps` and `count` will do
@@ -41,6 +43,7 @@ class Training:
         test: evaluated each epoch for its curve only, never for a choice; None: left alone.
         answers: by split, where the teacher's answers come from; where not given, it is asked: for each training batch
             anew, on val and test once.
+        stopping: is looked at after each step; None: nothing stops it.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Training:
         classes: int,
         test: "Loader | None" = None,
         answers: Mapping[str, Answers] | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
         self.distiller, self.settings, self.compute, self.observer = distiller, settings, compute, observer
         self.train, self.classes = train, classes
@@ -83,23 +87,38 @@ class Training:
         )
         asked: dict[str, Answers] = {name: Remembered(distiller, compute) for name in self.others}
         self.answers: dict[str, Answers] = {"train": Asked(), **asked, **(answers or {})}
+        self.stopping = stopping or Stopping()
 
     def run(self, *, resume: bool = False) -> History:
         """Train to the last epoch, or until val has not improved for ``early_stopping`` epochs.
 
         Raises:
-            NonFiniteError: a loss term is NaN or infinite.
+            NonFiniteError: a loss term or a weight is NaN or infinite.
             ArtifactError: ``resume`` with a damaged checkpoint.
+            Stopped: a signal came; the step was finished, and all that has been done is saved.
         """
-        done = self.saving.resume() if resume else 0
+        with self.stopping.patiently():
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> History:
+        under_way = self._beginning()
+        done = self.saving.resume(under_way) if resume else 0
+        if under_way.step == 0:
+            under_way = self._beginning()  # with the learning rate that was loaded
         write_json_lines(self.folder / "metrics.jsonl", self.history.records)
         for number in range(done, self.settings.epochs):
-            if self._out_of_patience(number):
+            if under_way.step == 0 and self._out_of_patience(number):
                 self.observer.note(f"stopped early: val has not improved for {self.settings.early_stopping} epochs")
                 break
-            self._epoch(number)
-            if number + 1 == self.settings.epochs or self.saving.is_due:
+            try:
+                self._epoch(number, under_way)
+            except Stopped:
+                self._save(number, under_way)
+                raise
+            if number + 1 == self.settings.epochs or self.saving.is_due or self.stopping.requested is not None:
                 self.saving.save(number + 1)
+            self.stopping.check()
+            under_way = self._beginning()
         if self.history.records[-1]["epoch"] != self.settings.epochs:
             self.saving.save(self.history.records[-1]["epoch"])
         self.distiller.student.load_state_dict(self.saving.best)
@@ -107,14 +126,22 @@ class Training:
 
     # one epoch
 
-    def _epoch(self, number: int) -> None:
-        started = time.perf_counter()
-        self.distiller.start_epoch(number, self.settings.epochs)
+    def _beginning(self) -> UnderWay:
+        """Of an epoch: nothing is done."""
+        metrics = StreamingMetrics(self.classes, device=self.compute.device)
+        return UnderWay(metrics, TermAverages(), lr=float(self.optimizer.param_groups[0]["lr"]))
+
+    def _epoch(self, number: int, under_way: UnderWay) -> None:
         self.observer.epoch_start(number + 1, self.settings.epochs, self.train.steps, self.train.count)
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        with self.compiling.epoch(self.train.steps, self.train.steps * (self.settings.epochs - number)):
-            figures = self._train_epoch(number)
-        trained = time.perf_counter() - started
+        if under_way.step == 0:
+            self.distiller.start_epoch(number, self.settings.epochs)
+        else:  # that has been done, and is part of what was loaded
+            self.observer.step(sum(map(len, self.train.ids_of(number)[: under_way.step])))
+        if left := self.train.steps - under_way.step:
+            with self.compiling.epoch(left, left + self.train.steps * (self.settings.epochs - number - 1)):
+                self._train_epoch(number, under_way)
+        figures = _figures(under_way.metrics, under_way.averages.compute(f"epoch {number + 1}, training"))
+        trained = under_way.seconds
         with _EvaluatedWeights(self.distiller, self.average):
             splits = {name: self._evaluate(name, loader) for name, loader in self.others.items()}
             value = _comparable(self.settings.pick_by, splits["val"])
@@ -122,11 +149,11 @@ class Training:
             if best:
                 self.history.best_epoch, self.history.best_value = number + 1, value
                 self.saving.keep_best()
-        seconds = time.perf_counter() - started
+        seconds = under_way.seconds
         record = {
             "epoch": number + 1,
             "seconds": round(seconds, 3),
-            "lr": rate,
+            "lr": under_way.lr,
             "images_per_second": round(self.train.count / trained, 1),
             "best": best,
             "train": figures,
@@ -137,24 +164,34 @@ class Training:
         write_json_lines(self.folder / "metrics.jsonl", self.history.records)
         self.observer.epoch_end(record)
 
-    def _train_epoch(self, number: int) -> Record:
+    def _train_epoch(self, number: int, under_way: UnderWay) -> None:
         self.distiller.train()
-        metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
-        group, answers = self.settings.accumulate, self.answers["train"]
-        answers.start_epoch(number)
-        for position, batch in enumerate(self.train.epoch(number)):
-            if position == 0:
+        group, answers, begin = self.settings.accumulate, self.answers["train"], under_way.step
+        answers.start_epoch(number, begin)
+        for position, batch in enumerate(self.train.epoch(number, begin), start=begin):
+            if position == begin:
                 self.compiling.begin(batch.images)
             step = self._ask(batch, answers)
             first = position - position % group
             self.gradients.add(step, min(group, self.train.steps - first))
-            if (position + 1) % group == 0 or position + 1 == self.train.steps:
+            complete = (position + 1) % group == 0 or position + 1 == self.train.steps
+            if complete:
                 self._update()
-            metrics.update(step.logits.detach(), batch.labels)
-            averages.update(step.terms, len(batch))
+            under_way.metrics.update(step.logits.detach(), batch.labels)
+            under_way.averages.update(step.terms, len(batch))
             self.observer.step(len(batch))
+            if complete:
+                under_way.step = position + 1
+                self.stopping.check()
+                if self.saving.is_due_within:
+                    self._save(number, under_way)
         answers.flush()
-        return _figures(metrics, averages.compute(f"epoch {number + 1}, training"))
+
+    def _save(self, number: int, under_way: UnderWay) -> None:
+        """In the midst of an epoch."""
+        under_way.averages.compute(f"epoch {number + 1}, training")  # a loss that is not finite leaves no checkpoint
+        self.answers["train"].flush()
+        self.saving.save(number, under_way)
 
     def _ask(self, batch: Batch, answers: Answers) -> Step:
         batch = replace(batch, images=self._laid_out(batch.images))
@@ -192,6 +229,7 @@ class Training:
         answers = self.answers[split]
         answers.start_epoch(0)
         for batch in loader.epoch(0):
+            self.stopping.check()
             step = self._ask(batch, answers)
             metrics.update(step.logits, batch.labels)
             averages.update(step.terms, len(batch))
