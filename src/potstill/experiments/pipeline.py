@@ -14,7 +14,7 @@ from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.method_settings import describe, needs_teacher
 from potstill.experiments.plan import PARTS, Planned, plan
-from potstill.experiments.preflight import check_all
+from potstill.experiments.preflight import check_all, doubt_data
 from potstill.experiments.recipe import Recipe, StageSettings, dump_recipe
 from potstill.experiments.refusals import refuse_changes, refuse_other_data, refuse_own_weights
 from potstill.experiments.rehearsal import create_stage_method
@@ -30,6 +30,7 @@ from potstill.models.classifier import Classifier
 from potstill.models.model_file import load_model, save_model
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
+from potstill.training.stopping import Stopping
 from potstill.training.threads import Threads
 
 
@@ -43,6 +44,7 @@ def run(
     stages: tuple[str, ...] = PARTS,
     data: DataSplits | None = None,
     observer: Observer | None = None,
+    stopping: Stopping | None = None,
 ) -> Path:
     """Carry out a recipe; returns the run folder.
 
@@ -56,9 +58,11 @@ def run(
             distilled needs the teacher where the method has one.
         data: data sets from Python in place of ``recipe.data.source``.
         observer: is told what happens.
+        stopping: hears signals; a training then ends after its step, with all that it needs to go on saved.
 
     Raises:
         PotstillError: anything that a user can mend; see ``potstill.errors`` for kinds and exit codes.
+        Stopped: a signal came.
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in PARTS]
@@ -75,7 +79,7 @@ def run(
         if overwrite:
             refuse_own_weights(folder, recipe)
         threads = Threads(folder.read_environment() if resume else None, folder.add_to_environment)
-        splits, compute, layers = check_all(recipe, data, planned)
+        splits, compute, layers = check_all(recipe, data, planned, observer)
         if resume:
             refuse_other_data(folder, splits)
         if overwrite:
@@ -93,7 +97,8 @@ def run(
                 observer.note(f"{stage}: {table}")
         if storing.note and "distilled" in stages:
             observer.note(storing.note)
-        experiment = _Experiment(folder, recipe, splits, compute, observer, resume, storing.stores, threads)
+        experiment = _Experiment(folder, recipe, splits, compute, observer, resume, storing.stores, threads, stopping)
+        experiment.warnings += doubt_data(splits, observer)
         with threads:
             models = {stage.name: experiment.carry_out(stage) for stage in planned}
             evaluated = evaluate_stages(folder, models, recipe, splits, compute)
@@ -114,6 +119,7 @@ class _Experiment:
     resume: bool
     stores: bool  # whether the teacher's answers are kept
     threads: Threads
+    stopping: Stopping | None
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
 
@@ -166,6 +172,7 @@ class _Experiment:
             folder=folder,
             observer=self.observer,
             resume=self.resume,
+            stopping=self.stopping,
             teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.stores else None,
         )
         return model

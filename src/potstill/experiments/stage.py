@@ -14,7 +14,9 @@ from potstill.artifacts import write_text
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.errors import StorageError
+from potstill.evaluation.cost import parameters
 from potstill.experiments.forecast import forecast
+from potstill.experiments.hastening import hasten
 from potstill.experiments.joining import join, layers_text, settle, teaching_cost
 from potstill.experiments.loaders import split_loader
 from potstill.experiments.plan import Planned
@@ -29,6 +31,7 @@ from potstill.training.history import History
 from potstill.training.loop import Training
 from potstill.training.observer import Observer
 from potstill.training.settings import TrainingSettings
+from potstill.training.stopping import Stopping
 
 
 def train_stage(
@@ -45,6 +48,7 @@ def train_stage(
     observer: Observer,
     resume: bool,
     teacher_folders: Sequence[Path] | None = None,
+    stopping: Stopping | None = None,
 ) -> History:
     """Train ``student`` in place by ``method`` on the images of ``train`` and save it to ``folder``.
 
@@ -65,7 +69,22 @@ def train_stage(
     )
     if text := layers_text(distiller):
         write_text(folder / "layers.txt", text)
+    taught: list[Taught] = []
+    if distiller.teacher is not None:
+        taught = hasten(
+            distiller,
+            teachers,
+            teacher_folders or [None] * len(teachers),
+            planned.teachers,
+            train,
+            recipe=recipe,
+            data=data,
+            compute=compute,
+            observer=observer,
+        )
     cost = teaching_cost(distiller, settings.batch_size, size, compute)
+    if cost is not None:  # their own parameters, whatever was folded
+        cost |= {"parameters": sum(parameters(teacher.module) for teacher in teachers)}
     torch.manual_seed(derive(recipe.seed, f"{planned.seed}/dropout"))
     if method.needs.prepare:
         # On resuming too: what the checkpoint holds is then loaded over it.
@@ -78,10 +97,7 @@ def train_stage(
         stored = open_stores(
             distiller,
             {"train": train, **others},
-            [
-                Taught(teacher, path, "bf16" if compute.bf16 else "float32")
-                for teacher, path in zip(teachers, teacher_folders, strict=True)
-            ],
+            taught,
             stage=planned.name,
             student=student.input,
             recipe=recipe,
@@ -116,6 +132,7 @@ def train_stage(
             classes=len(data.class_names),
             test=others.get("test"),
             answers=stored.by_split,
+            stopping=stopping,
         ).run(resume=resume)
     finally:
         stored.close()

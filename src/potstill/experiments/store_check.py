@@ -13,12 +13,14 @@ from potstill.data.datasets import load_data
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError
+from potstill.experiments.hastening import ask_as, spread
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.plan import plan
 from potstill.experiments.recipe import Recipe, load_recipe
 from potstill.experiments.rehearsal import create_stage_method
-from potstill.experiments.storing import Taught, describe_teacher
+from potstill.experiments.storing import Taught, describe_teacher, digest_of
 from potstill.inputs import Convert, InputSpec
+from potstill.joining.hastened import Asking
 from potstill.joining.teachers import Teachers
 from potstill.models.model_file import load_model
 from potstill.store.manifest import canonical
@@ -53,8 +55,10 @@ def verify_store(path: Path, samples: int = 256) -> Verified:
         data = load_data(recipe.data)
         if data.fingerprint != identity["data"]:
             raise DataError(f"{path}: the images of {data.source} have changed since; the store is of no use any more")
-        taught = Taught(load_model(Path(facts["folder"])), Path(facts["folder"]), identity["teacher"]["asked in"])
-        if canonical(describe_teacher(taught)) != canonical(identity["teacher"]):
+        network = load_model(Path(facts["folder"]))
+        taught = Taught(network, Path(facts["folder"]), digest_of(network.module))
+        teacher = {**identity["teacher"], "asked in": None}
+        if canonical(describe_teacher(taught)) != canonical(teacher):
             raise ArtifactError(f"{path}: the teacher in {facts['folder']} has changed since and has another store now")
         chosen = _spread(store, samples)
         if not chosen:
@@ -62,10 +66,23 @@ def verify_store(path: Path, samples: int = 256) -> Verified:
         spec = _spec(facts["student input"])
         compute = choose(recipe.stage_training(facts["stage"]))
         loader = _loader(recipe, facts["stage"], identity["split"], spec, data, compute)
-        teachers = Teachers([taught.classifier.module.to(compute.device)], [Convert(spec, taught.classifier.input)])
+        teachers = Teachers([network.module.to(compute.device)], [Convert(spec, network.input)])
+        _ask_as_recorded(teachers, identity["teacher"]["asked in"], loader, path)
         return _compare(store, chosen, loader, teachers, compute, second=identity["views"].get("strong", False))
     finally:
         store.close()
+
+
+def _ask_as_recorded(teachers: Teachers, facts: dict[str, Any] | None, loader: Loader, path: Path) -> None:
+    if facts is None:
+        return
+    try:
+        how = Asking.of(facts)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} was written by another version: its teacher was asked in {facts!r}") from error
+    ask_as(teachers, how, loader.view(spread(loader.samples), 0))
+    if teachers.asking != [how]:
+        raise ArtifactError(f"{path}: its teacher was asked in {how}, which is not possible here")
 
 
 def _spread(store: Store, samples: int) -> dict[int, list[int]]:

@@ -17,6 +17,7 @@ from potstill.errors import ArtifactError, StorageError
 from potstill.experiments.recipe import Recipe, dump_recipe
 from potstill.experiments.view_plan import record_kind, root_folder
 from potstill.inputs import InputSpec
+from potstill.joining.hastened import Asking
 from potstill.models.classifier import Classifier
 from potstill.store.recorded import Recorded
 from potstill.store.records import Record
@@ -45,9 +46,10 @@ class Stored:
 class Taught:
     """A teacher, where its model stands, and how it is asked."""
 
-    classifier: Classifier  # as trained, in float32: its weights are part of the key
-    folder: Path
-    asked_in: str  # precision of its answers
+    classifier: Classifier  # as trained, in float32
+    folder: Path | None  # None where nothing is stored
+    weights: str  # digest of the classifier's
+    how: Asking | None = None  # decides how its answers are rounded; None: under autocast
 
 
 def open_stores(
@@ -89,7 +91,7 @@ def open_stores(
                 for teacher, description, width in zip(teachers, described, widths, strict=True):
                     facts = {
                         "teacher": teacher.classifier.architecture,
-                        "folder": str(teacher.folder.resolve()),
+                        "folder": str((teacher.folder or Path()).resolve()),
                         "data": data.source,
                         "stage": stage,
                         "student input": dataclasses.asdict(student),
@@ -120,10 +122,10 @@ def describe_teacher(teacher: Taught) -> dict[str, Any]:
     network = teacher.classifier
     return {
         "architecture": network.architecture,
-        "weights": digest_of(network.module),
+        "weights": teacher.weights,
         "remodelled": network.remodelled,
         "input": dataclasses.asdict(network.input),
-        "asked in": teacher.asked_in,
+        "asked in": None if teacher.how is None else teacher.how.facts(),
     }
 
 

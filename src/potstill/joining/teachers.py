@@ -1,15 +1,33 @@
 """One teacher or several, frozen, asked as one."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from potstill.amounts import percent
 from potstill.errors import UsageError
+from potstill.joining.hastened import LEAST_AGREEMENT, Asking, Fidelity, convert, fidelity
 from potstill.joining.reader import Reader, Said
 
 Combine = Literal["logits", "probabilities"]
+
+
+@dataclass(frozen=True)
+class Hastened:
+    """What became of one teacher.
+
+    Attributes:
+        how: it is asked from now on; None: as autocast says, as before.
+        fidelity: of the converted network to the float32 one; None where there was nothing to compare.
+        note: for people.
+    """
+
+    how: Asking | None
+    fidelity: Fidelity | None
+    note: str
 
 
 class Teachers(nn.Module):
@@ -37,6 +55,7 @@ class Teachers(nn.Module):
         self.networks = nn.ModuleList(network.requires_grad_(False) for network in networks)
         self.converts = nn.ModuleList(converts)
         self.readers = [Reader() for _ in self.networks]
+        self.asking: list[Asking | None] = [None] * len(self.networks)  # how; None: as autocast says
         if combine not in ("logits", "probabilities"):
             raise UsageError(f"teachers are combined by logits or probabilities, got {combine!r}")
         self.combine = combine
@@ -63,8 +82,10 @@ class Teachers(nn.Module):
         if any(network.training for network in self.networks):  # somebody called teacher.train() behind our back
             self.train()
         said = [
-            reader.ask(network, convert(images))
-            for network, convert, reader in zip(self.networks, self.converts, self.readers, strict=True)
+            reader.ask(network, converted(images), how)
+            for network, converted, reader, how in zip(
+                self.networks, self.converts, self.readers, self.asking, strict=True
+            )
         ]
         classes = sorted({one.logits.shape[1] for one in said})
         if len(classes) > 1:
@@ -81,3 +102,86 @@ class Teachers(nn.Module):
         if self.combine == "logits":
             return (shares * stacked).sum(dim=0)
         return torch.logsumexp(stacked.log_softmax(dim=2) + shares.log(), dim=0)
+
+    def hasten(self, dtype: torch.dtype, memory_format: torch.memory_format, example: Tensor) -> list[str]:
+        """Put faster copies in the teachers' places, where these agree with them; the originals are let go, unchanged.
+
+        BatchNorm is folded, weights are of another dtype, and autograd keeps no books.  Teachers whose maps are read
+        stay as they are.
+
+        Args:
+            dtype: of the weights: bfloat16 where the hardware is fast in it, else float32.
+            memory_format: of weights and images.
+            example: images prepared for the student, [N, 3, H, W]; on all of them the copies must agree.
+
+        Returns:
+            For people, of each teacher: what was done, or why not.
+        """
+        return [self.hasten_one(at, dtype, memory_format, example).note for at in range(len(self))]
+
+    @torch.no_grad()
+    def hasten_one(
+        self,
+        at: int,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        example: Tensor,
+        *,
+        least: float = LEAST_AGREEMENT,
+        known: Fidelity | None = None,
+    ) -> Hastened:
+        """The same for one of them.
+
+        Args:
+            at: which.
+            dtype: see ``hasten``.
+            memory_format: see ``hasten``.
+            example: see ``hasten``; a few suffice where ``known`` is given.
+            least: agreement with which the copy takes the teacher's place.
+            known: what a comparison on these images gave before; it is not made again.
+        """
+        network, prepared = self.networks[at], self.converts[at](example)
+        if reason := self._hindrance(at):
+            return Hastened(self.asking[at], None, reason)
+        if known is not None and not known.agreement >= least:
+            return self._kept(at, dtype, memory_format, known)
+        try:
+            copied, how = convert(network, dtype, memory_format, prepared)
+            found = known or fidelity(copied, how, network, prepared)
+        except Exception as error:  # in another dtype, networks of others fail in any way they like
+            self.in_float32(at, memory_format)
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return Hastened(self.asking[at], None, f"asked in float32, since it could not be converted: {why}")
+        if not found.agreement >= least:
+            return self._kept(at, dtype, memory_format, found)
+        head = self.readers[at].head(copied)
+        if head is not None and head.weight.dtype != torch.float32:
+            self.in_float32(at, memory_format)
+            return Hastened(
+                self.asking[at], found, "asked in float32, since the method reads a head that is not its end"
+            )
+        self.networks[at], self.asking[at] = copied, how
+        return Hastened(how, found, f"asked in {how}: agrees with float32 on {_words(found)}")
+
+    def in_float32(self, at: int, memory_format: torch.memory_format = torch.contiguous_format) -> None:
+        """Ask one of them as it is, in float32, whatever autocast says."""
+        self.asking[at] = Asking(memory_format=memory_format)
+
+    def _hindrance(self, at: int) -> str:
+        """Why a teacher stays as it is; empty where nothing speaks against it."""
+        if (how := self.asking[at]) is not None:
+            return f"asked in {how} already"
+        if self.readers[at].reads_maps:
+            return "asked as autocast says, since its feature maps are read"
+        others = {str(each.dtype) for each in self.networks[at].parameters()} - {"torch.float32"}
+        return f"asked as it is, since it has weights in {', '.join(sorted(others))}" if others else ""
+
+    def _kept(self, at: int, dtype: torch.dtype, memory_format: torch.memory_format, found: Fidelity) -> Hastened:
+        self.in_float32(at, memory_format)
+        tried = Asking(dtype).facts()["precision"]
+        return Hastened(self.asking[at], found, f"asked in float32: in {tried} it would agree only on {_words(found)}")
+
+
+def _words(found: Fidelity) -> str:
+    share = percent(found.agreement)
+    return f"{share} of {found.images} images, largest logit difference {found.largest:.2g}"
