@@ -1,21 +1,28 @@
 """Distillation on a GPU as ratios: stored answers, input, layouts, compiling, against a naive loop; one table.
 
     benchmarks/gpu.sh                       everything, well within ten minutes
-    python benchmarks/gpu.py --quick        small networks and images, in seconds, on a CPU too: does it still run?
+    python -m benchmarks.gpu --quick        small networks and images, in seconds, on a CPU too: does it still run?
 
 Contestants take turns within a measure, in blocks of steps, and the device is waited for at the end of each block only:
-what a step costs to launch counts, as in training.  Ratios are medians over rounds of neighbours.
+what a step costs to launch counts, as in training.  Ratios are medians over rounds of neighbours.  What fails or finds
+no time is named below the table; nothing else is lost.
 """
 
 import argparse
+import itertools
+import signal
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks.speed.clock import Watch, mark_of
+from benchmarks.speed.ours import asking, hasten
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +35,9 @@ from potstill.inputs import InputSpec
 from potstill.methods.kd import KD, kd_loss
 from potstill.methods.supervised import Supervised
 from potstill.models.create import create_model
+from potstill.store.recorded import Recorded
 from potstill.store.records import Record
+from potstill.store.shelf import Store
 from potstill.training.averages import TermAverages
 from potstill.training.compiling import Compiling
 from potstill.training.devices import Compute, choose
@@ -36,10 +45,17 @@ from potstill.training.gradients import Gradients
 from potstill.training.observer import Silent
 from potstill.training.optimizers import create_optimizer
 from potstill.training.settings import TrainingSettings
-from potstill.types import Batch, Outputs
+from potstill.types import Batch
 
 TEMPERATURE = 2.0
-NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # dense bf16, FLOP/s
+SAMPLES = 50_000  # of the store that is read
+# Dense bf16, FLOP/s, by a part of the device's name; the first that fits.
+NOMINAL = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+}  # fmt: skip
+
+COMPILED = "bf16, channels last, compiled"
 
 Turn = Callable[[], None]
 
@@ -52,8 +68,11 @@ class Bench:
     deadline: float  # of time.monotonic(), after which no further measure begins
     teacher_name: str
     student_name: str
+    folder: Path  # for stores
     compute: Compute = field(default_factory=lambda: choose(TrainingSettings()))
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+    asking: str = ""  # how its teachers are asked
+    numbers: Iterator[int] = field(default_factory=itertools.count)  # of stores
 
     @property
     def size(self) -> int:
@@ -70,6 +89,17 @@ class Bench:
         """Of a block."""
         return 2 if self.quick else 20
 
+    def each_batch(self) -> Iterator[int]:
+        """``batches``, as long as there is time.
+
+        Raises:
+            TooLate: there is none.
+        """
+        for batch in self.batches:
+            if time.monotonic() > self.deadline:
+                raise TooLate(f"from B={batch} on")
+            yield batch
+
     def wait(self) -> None:
         """Until the device has done all that it was told."""
         if self.compute.device.type == "cuda":
@@ -78,11 +108,12 @@ class Bench:
     def race(self, turns: dict[str, Turn], rounds: int | None = None) -> dict[str, list[float]]:
         """Seconds of each block by contestant; the first block of each does not count."""
         seconds: dict[str, list[float]] = {name: [] for name in turns}
+        names = list(turns)
         for number in range(1 + (rounds or (2 if self.quick else 7))):
-            for name, turn in turns.items():
+            for name in names[number % len(names) :] + names[: number % len(names)]:
                 self.wait()
                 started = time.perf_counter()
-                turn()
+                turns[name]()
                 self.wait()
                 if number:
                     seconds[name].append(time.perf_counter() - started)
@@ -92,6 +123,31 @@ class Bench:
         """Another line of the table."""
         self.rows.append((what, value, goal, note))
         print(f"  {what}: {value}", file=sys.stderr, flush=True)
+
+
+class TooLate(Exception):
+    """There is no time left for another measure."""
+
+
+class Listed:
+    """One resident batch, shown again and again under other sample ids: what a Loader tells of its epochs."""
+
+    def __init__(self, batch: Batch, steps: int) -> None:
+        self.batch = batch
+        random = np.random.default_rng(0)
+        self.ids = [random.choice(SAMPLES, len(batch), replace=False) for _ in range(steps)]
+
+    def ids_of(self, epoch: int) -> list[np.ndarray]:
+        """Of each step of a block."""
+        return self.ids
+
+    def view_of(self, epoch: int) -> int:
+        """There is one."""
+        return 0
+
+    def epoch(self, number: int = 0) -> Iterator[Batch]:
+        """The batch, once."""
+        yield self.batch
 
 
 def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
@@ -119,12 +175,26 @@ class Student:
         self.gradients = Gradients(self.optimizer, list(self.student.parameters()))
         images = torch.randn(batch, 3, bench.size, bench.size, device=device)
         self.batch = Batch(images.contiguous(memory_format=layout), torch.arange(batch, device=device) % 4)
-        self.record = Record("float16", 4, 0)
-        self.stored = self.record.encode(np.random.default_rng(0).normal(size=(batch, 4)).astype(np.float32))
+        self.listed = Listed(self.batch, bench.steps)
+        if kind in ("live", "stored"):
+            hasten(self.distiller, self.listed, self.compute)
+            bench.asking = asking(self.distiller)
+        self.recorded = self._filled() if kind == "stored" else None
         self.compiling = Compiling(self.distiller, self.optimizer, self.settings, self.compute, Silent())
+
+    def _filled(self) -> Recorded:
+        """Answers that are all there, in a store on disk."""
+        record = Record("float16", 4)
+        store = Store.open(self.bench.folder, {"number": next(self.bench.numbers)}, record, SAMPLES, {})
+        logits = np.random.default_rng(0).normal(size=(SAMPLES, 4)).astype(np.float32)
+        store.write(0, np.arange(SAMPLES), record.encode(logits))
+        store.flush()
+        return Recorded(self.distiller, self.listed, [store], autocast=self.compute.autocast, warn=_fail)
 
     def block(self) -> None:
         """Some steps."""
+        if self.recorded is not None:
+            self.recorded.start_epoch(0)
         with self.compiling.epoch(self.bench.steps, 10**9):
             self.compiling.begin(self.batch.images)
             for _ in range(self.bench.steps):
@@ -134,10 +204,7 @@ class Student:
         """One step; the teacher's answer is read as a store gives it, asked for, or not needed."""
         if self.kind == "naive":
             return self._naive(batch)
-        known = None
-        if self.kind == "stored":
-            logits, _ = self.record.decode(self.stored[: len(batch)], TEMPERATURE)
-            known = Outputs(torch.from_numpy(logits).to(self.compute.device, non_blocking=True))
+        known = None if self.recorded is None else self.recorded(batch)
         with self.compute.autocast():
             step = self.distiller(batch.images, batch.labels, teacher=known)
         self.gradients.add(step)
@@ -159,12 +226,16 @@ class Student:
         return logits, {}
 
 
+def _fail(message: str) -> None:
+    raise RuntimeError(message)
+
+
 # measures
 
 
 def distillation(bench: Bench) -> None:
     """(a), (h): a stored and a live step, and a naive one, against a plain one."""
-    for batch in bench.batches:
+    for batch in bench.each_batch():
         ways = {kind: Student(bench, batch, kind) for kind in ("plain", "stored", "live")}
         ways["naive"] = Student(bench, batch, "naive", precision="float32", channels_last=False)
         seconds = bench.race({name: way.block for name, way in ways.items()})
@@ -184,19 +255,19 @@ def layouts(bench: Bench) -> None:
         "bf16, channels last": {"precision": "bf16", "channels_last": True},
     }
     if bench.compute.device.type == "cuda":
-        kinds["bf16, channels last, compiled"] = {"precision": "bf16", "channels_last": True, "compile": True}
-    for batch in bench.batches:
+        kinds[COMPILED] = {"precision": "bf16", "channels_last": True, "compile": True}
+    for batch in bench.each_batch():
         ways = {name: Student(bench, batch, "plain", **options) for name, options in kinds.items()}
         seconds = bench.race({name: way.block for name, way in ways.items()})
         for name in list(kinds)[1:]:
             bench.row(f"float32 / {name}, B={batch}", f"{ratio(seconds, 'float32', name):.2f}", "", "faster by")
-        if "compile" in str(kinds):
+        if COMPILED in kinds:
             _report_compiling(bench, ways, seconds, batch)
 
 
 def _report_compiling(bench: Bench, ways: dict[str, Student], seconds: dict[str, list[float]], batch: int) -> None:
     """What ``training.compile: auto`` supposes, and what is so."""
-    plain, compiled = "bf16, channels last", "bf16, channels last, compiled"
+    plain, compiled = "bf16, channels last", COMPILED
     if ways[compiled].compiling.call is None:
         bench.row(f"compiling, B={batch}", "failed")
         return
@@ -223,7 +294,7 @@ def efficiency(bench: Bench) -> None:
         if nominal is not None:
             goal = ">= 0.20" if name == "resnet50" else ""
             bench.row(f"(c) {name} at {size} px, training, B={batch}", f"{rate / nominal:.2f} of nominal", goal)
-    for batch in bench.batches:
+    for batch in bench.each_batch():
         rate = _teacher_flops(bench, batch)
         bench.row(f"(c) {bench.teacher_name} at {bench.size} px, answers, B={batch}", f"{rate / peak:.2f} of that")
 
@@ -231,7 +302,7 @@ def efficiency(bench: Bench) -> None:
 def _training_flops(bench: Bench, name: str, size: int, batch: int) -> float:
     way = Student(bench, batch, "plain")
     if (name, size) != (bench.student_name, bench.size):
-        way = Student(Bench(bench.quick, bench.deadline, bench.teacher_name, name), batch, "plain")
+        way = Student(Bench(bench.quick, bench.deadline, bench.teacher_name, name, bench.folder), batch, "plain")
         images = torch.randn(batch, 3, size, size, device=bench.compute.device)
         way.batch.images = images.contiguous(memory_format=way.compute.memory_format)
     with FlopCounterMode(display=False) as counter:
@@ -241,36 +312,35 @@ def _training_flops(bench: Bench, name: str, size: int, batch: int) -> float:
 
 
 def _teacher_flops(bench: Bench, batch: int) -> float:
-    device, layout = bench.compute.device, torch.channels_last
-    teacher = create_model(bench.teacher_name, 4, size=bench.size).eval().to(device, torch.bfloat16)
-    teacher.to(memory_format=layout)
-    images = torch.randn(batch, 3, bench.size, bench.size, device=device, dtype=torch.bfloat16)
-    images = images.contiguous(memory_format=layout)
+    way = Student(bench, batch, "live")
+    teachers, images = way.distiller.teacher, way.batch.images
+    plain = create_model(bench.teacher_name, 4, size=bench.size).eval().to(images.device)
 
-    @torch.inference_mode()
     def block() -> None:
-        for _ in range(bench.steps):
-            teacher(images)
+        with way.compute.autocast():
+            for _ in range(bench.steps):
+                teachers.ask(images)
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        teacher(images)
+        plain(images)
     return counter.get_total_flops() * bench.steps / statistics.median(bench.race({"answers": block})["answers"])
 
 
 def pipeline(bench: Bench) -> None:
     """(b), (j): the whole input against one resident batch; what metrics cost in a whole epoch."""
-    count = 64 if bench.quick else 20_000
+    count = 64 if bench.quick else 20_480  # whole batches only, or the resident one would have more to do
     pixels = np.random.default_rng(0).integers(0, 256, (count, bench.size, bench.size, 3), dtype=np.uint8)
     images = ArraySet(pixels, np.arange(count) % 4, [f"made/{i:05d}" for i in range(count)])
     light = AugmentSettings(hflip=True, pad_crop=0.1)
     crops = AugmentSettings(hflip=True, crop_scale=(0.35, 1.0))
-    for batch in bench.batches:
+    for batch in bench.each_batch():
         for name, augment in (("shifts", light), ("random crops", crops)):
             way = Student(bench, batch, "plain")
             loader = Loader(
                 images, InputSpec(bench.size), batch_size=batch, augment=augment, order="shuffled",
                 device=bench.compute.device,
             )  # fmt: skip
+            assert loader.count == loader.steps * batch
             seconds = bench.race(_epochs(bench, way, loader), rounds=1 if bench.quick else 3)
             share = ratio(seconds, "resident", "input")
             bench.row(f"(b) pipeline / resident, {name}, B={batch}", f"{share:.3f}", ">= 0.95")
@@ -327,26 +397,50 @@ def main() -> int:
         parser.error(f"no measure {', '.join(unknown)}; there are {', '.join(MEASURES)}")
     if arguments.quick:
         torch.set_num_threads(1)  # nothing that depends on the machine's other work
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # `timeout` sends it; the table is printed still
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(arguments, Path(folder))
+
+
+def _measure(arguments: argparse.Namespace, folder: Path) -> int:
     bench = Bench(
         arguments.quick,
         time.monotonic() + 60 * arguments.minutes,
         arguments.teacher or ("cifar/resnet20" if arguments.quick else "vgg16"),
         arguments.student or ("cifar/resnet8" if arguments.quick else "resnet18"),
+        folder,
     )
-    skipped = []
-    for name in arguments.measures or MEASURES:
-        if time.monotonic() > bench.deadline:
-            skipped.append(name)
-        else:
-            MEASURES[name](bench)
-    print(f"{_device_name(bench)}, {bench.compute.precision}, torch {torch.__version__}")
-    print(f"{bench.teacher_name} -> {bench.student_name} at {bench.size} px, blocks of {bench.steps} steps\n")
+    left, failed, watch = dict.fromkeys(arguments.measures or MEASURES, "not begun"), [], Watch()
+    try:
+        for name in list(left):
+            if time.monotonic() > bench.deadline:
+                break
+            left[name] = "not finished"
+            try:
+                MEASURES[name](bench)
+                del left[name]
+            except TooLate as late:
+                left[name] = str(late)
+            except Exception as error:  # of memory, of a compiler: other measures may do well
+                left.pop(name)
+                failed.append(f"{name}: {type(error).__name__}: {error}")
+    finally:
+        _print_table(bench, mark_of(watch.others()))
+        for name, how in left.items():
+            print(f"not measured, for lack of time: {name}, {how}")
+        for line in failed:
+            print(f"failed: {line}")
+    return 1 if failed else 0
+
+
+def _print_table(bench: Bench, mark: str) -> None:
+    print(f"{_device_name(bench)}, {bench.compute.precision}, torch {torch.__version__}{mark}")
+    print(f"{bench.teacher_name} -> {bench.student_name} at {bench.size} px, blocks of {bench.steps} steps")
+    print(f"teacher asked in {bench.asking or 'the precision of autocast'}\n")
     widths = [max((len(row[at]) for row in bench.rows), default=0) for at in range(3)]
     for row in bench.rows:
         print("  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]), row[3]]).rstrip())
-    if skipped:
-        print(f"\nnot measured, for lack of time: {', '.join(skipped)}")
-    return 0
+    print()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Turns, ratios, and how much of the machine somebody else took meanwhile."""
 
+import multiprocessing
 import os
 import resource
 import statistics
@@ -32,11 +33,11 @@ class Result:
     @property
     def mark(self) -> str:
         """A word of warning, where the machine was not ours alone."""
-        return f"  (noisy: others took {self.others:.0%} of the CPU)" if self.others > NOISY else ""
+        return mark_of(self.others)
 
 
 def take_turns(contestants: Mapping[str, Turn], rounds: int, *, warm_up: int = 1, wall: bool = True) -> Result:
-    """Let each contestant have its turn in each round, first those before, then those after in turn.
+    """Let each contestant have its turn in each round; another one begins each round.
 
     Args:
         contestants: name -> one turn.
@@ -44,27 +45,58 @@ def take_turns(contestants: Mapping[str, Turn], rounds: int, *, warm_up: int = 1
         warm_up: rounds before that do not.
         wall: time by the clock on the wall; else the CPU time of this process and its children.
     """
-    clock = time.perf_counter if wall else _cpu_seconds
+    clock = clock_of(wall)
     for _ in range(warm_up):
         for turn in contestants.values():
             turn()
     result = Result({name: [] for name in contestants})
-    before = _machine(), _cpu_seconds(), time.perf_counter()
-    names = list(contestants)
+    watch, names = Watch(), list(contestants)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             started = clock()
             contestants[name]()
             result.seconds[name].append(clock() - started)
-    passed = time.perf_counter() - before[2]
-    busy = _machine() - before[0] - (_cpu_seconds() - before[1])
-    result.others = max(0.0, busy / (passed * (os.cpu_count() or 1)))
+    result.others = watch.others()
     return result
 
 
-def _cpu_seconds() -> float:
+def clock_of(wall: bool) -> Callable[[], float]:
+    """Seconds on the wall, or seconds of CPU of this process and its children."""
+    return time.perf_counter if wall else cpu_seconds
+
+
+class Watch:
+    """From its making on, how much of the machine others take."""
+
+    def __init__(self) -> None:
+        self._before = _machine(), cpu_seconds(), time.perf_counter()
+
+    def others(self) -> float:
+        """Share of all cores, 0 to 1."""
+        machine, own, wall = self._before
+        busy = _machine() - machine - (cpu_seconds() - own)
+        return max(0.0, busy / ((time.perf_counter() - wall) * (os.cpu_count() or 1)))
+
+
+def mark_of(others: float) -> str:
+    """A word of warning, where the machine was not ours alone."""
+    return f"  (noisy: others took {others:.0%} of the CPU)" if others > NOISY else ""
+
+
+def cpu_seconds() -> float:
+    """Of this process and all its children, those that still run (as processes that decode do) included."""
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    running = sum(_seconds_of(child.pid) for child in multiprocessing.active_children())
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime + running
+
+
+def _seconds_of(process: int | None) -> float:
+    try:
+        # The name, in brackets, may hold spaces; utime and stime are the 14th and 15th field.
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _machine() -> float:

@@ -1,17 +1,19 @@
-"""(d) Bytes on disk for each view of a sample, everything included; (g) views per second that the teacher answers while a
-store is filled, by those of the same teacher on a batch in memory: goal 0.95.
+"""(d) Bytes on disk for each view of a sample, everything included; (g) views per second that the teacher answers while
+a store is filled, by those of the same teacher on a batch in memory: goal 0.95.
+
+(d) counts the blocks that the file system gives to all files of a store.  (g) counts the input pipeline, the record and
+the last flush to disk on the side of the store, and nothing but the teacher on the other.
 """
 
 import argparse
 import itertools
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from benchmarks.speed.clock import table, take_turns
-from benchmarks.speed.ours import Ours
-from benchmarks.speed.scene import add_arguments, make_scene
+from benchmarks.speed.ours import Ours, asking
+from benchmarks.speed.scene import add_arguments, make_scene, workplace
 
 from potstill.store.records import Kind, Record
 from potstill.store.shelf import Store
@@ -31,9 +33,9 @@ def main(arguments: list[str]) -> None:
     add_arguments(parser, images=512)
     parser.add_argument("--samples", type=int, default=50_000, help="of the stores whose size is measured")
     given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        print(bytes_per_view(given.samples, Path(folder)))
-        print(fill_rate(given, Path(folder)))
+    with workplace() as folder:
+        print(bytes_per_view(given.samples, folder))
+        print(fill_rate(given, folder))
 
 
 def bytes_per_view(samples: int, folder: Path) -> str:
@@ -51,7 +53,7 @@ def bytes_per_view(samples: int, folder: Path) -> str:
         rows.append(
             (f"{classes} classes, {kind}", f"{size / samples / views:.2f}", "" if goal is None else f"<= {goal}")
         )
-    return "(d)\n" + table(("record", "bytes", "goal"), rows) + "\n"
+    return f"(d) {samples:,} samples\n" + table(("record", "bytes", "goal"), rows) + "\n"
 
 
 def fill_rate(given: argparse.Namespace, folder: Path) -> str:
@@ -76,5 +78,13 @@ def fill_rate(given: argparse.Namespace, folder: Path) -> str:
         recorded.flush()
 
     result = take_turns({"resident": resident, "filling": filling}, given.rounds)
+    if ours.asked != ours.loader.count * (given.rounds + 1):  # else old records were read
+        raise RuntimeError(f"the teacher was asked of {ours.asked} images")
     middle, least, most = result.ratio("resident", "filling")
-    return f"(g) filling / resident {middle:.3f}  ({least:.3f} to {most:.3f})  goal >= 0.95{result.mark}"
+    speed = f"{ours.loader.count / result.median('filling'):.0f} views/s"
+    how = asking(ours.distiller) or "the precision of autocast"
+    lines = [
+        f"(g) teacher asked in {how}{result.mark}",
+        f"filling / resident {middle:.3f}  ({least:.3f} to {most:.3f})  goal >= 0.95  {speed}",
+    ]
+    return "\n".join(lines)

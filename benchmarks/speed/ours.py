@@ -1,8 +1,7 @@
 """Potstill's own training loop on the scene: on labels alone, with the live teacher, and with stored answers."""
 
-import contextlib
 import itertools
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +9,12 @@ import numpy as np
 import torch
 from benchmarks.speed.scene import ALPHA, LR, SCALE, TEMPERATURE, Scene
 
-from potstill.data.images import FileSet, ImageSet
+from potstill.data.images import FileSet, Subset
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
 from potstill.distiller import Distiller
 from potstill.inputs import InputSpec
+from potstill.joining.hastened import Fidelity
 from potstill.methods.base import Method
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
@@ -28,6 +28,7 @@ from potstill.training.settings import TrainingSettings
 
 Teaching = Literal["labels", "live", "cold", "warm"]
 
+PIXELS = "benchmark"  # by which decoded pixels are found again
 AUGMENT = AugmentSettings(crop_scale=SCALE, hflip=True)
 
 
@@ -40,14 +41,15 @@ def files(scene: Scene) -> FileSet:
 
 
 def settings(scene: Scene, **changes: Any) -> TrainingSettings:
-    """Those of the race."""
-    return TrainingSettings(epochs=100_000, batch_size=scene.batch, optimizer="adam", lr=LR, weight_decay=0, **changes)
+    """Those of the race; no checkpoint falls into a turn, since the peers write none."""
+    given = {"epochs": 100_000, "batch_size": scene.batch, "optimizer": "adam", "lr": LR, "weight_decay": 0}
+    return TrainingSettings(**given, checkpoint_seconds=1e9, **changes)
 
 
-def loader(scene: Scene, images: ImageSet, *, views: int | None, identity: str | None = None, **options: Any) -> Loader:
-    """Random resized crops and mirrors, as the peers draw them."""
+def loader(scene: Scene, *, views: int | None = None, identity: str | None = PIXELS, **options: Any) -> Loader:
+    """Random resized crops and mirrors, as the peers draw them, from decoded pixels that are kept in the cache."""
     return Loader(
-        images,
+        files(scene),
         InputSpec(scene.size),
         batch_size=scene.batch,
         augment=AUGMENT,
@@ -56,6 +58,24 @@ def loader(scene: Scene, images: ImageSet, *, views: int | None, identity: str |
         identity=identity,
         **options,
     )
+
+
+def fifth(scene: Scene) -> Loader:
+    """Every fifth image as it is, for evaluation."""
+    images = files(scene)
+    some = Subset(images, range(0, len(images), 5))
+    return Loader(some, InputSpec(scene.size), batch_size=scene.batch, identity=f"{PIXELS}, every fifth")
+
+
+class Steps(Silent):
+    """Notes when each step is over."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def step(self, images: int) -> None:
+        """One more."""
+        self.at.append(time.perf_counter())
 
 
 class Ours:
@@ -69,12 +89,10 @@ class Ours:
         changes: other training settings.
     """
 
-    def __init__(
-        self, scene: Scene, folder: Path, teaching: Teaching, *, images: ImageSet | None = None, **changes: Any
-    ) -> None:
+    def __init__(self, scene: Scene, folder: Path, teaching: Teaching, **changes: Any) -> None:
         given = settings(scene, **changes)
         self.scene, self.compute = scene, choose(given)
-        self.loader = loader(scene, images or files(scene), views=1 if teaching == "warm" else None)
+        self.loader = loader(scene, views=1 if teaching == "warm" else None)
         method: Method = Supervised() if teaching == "labels" else KD(temperature=TEMPERATURE, alpha=ALPHA)
         student, teacher = scene.student(), scene.teacher() if teaching != "labels" else None
         for network in (student, *([] if teacher is None else [teacher])):
@@ -89,31 +107,57 @@ class Ours:
             self.recorded = Recorded(
                 self.distiller, self.loader, [self.store], autocast=self.compute.autocast, warn=_fail
             )
+        self.observer = Steps()
         self.training = Training(
             self.distiller,
             self.loader,
-            self.loader,
+            fifth(scene),
             given,
             self.compute,
             folder=folder / teaching,
-            observer=Silent(),
+            observer=self.observer,
             classes=scene.classes,
             answers={} if self.recorded is None else {"train": self.recorded},
         )
         self._numbers = itertools.count()
 
     def epoch(self) -> None:
-        """Train for one epoch, without evaluation."""
-        self.training._train_epoch(next(self._numbers))
+        """Train for one epoch and read its figures, without evaluation."""
+        under_way = self.training._beginning()
+        self.training._train_epoch(next(self._numbers), under_way)
+        under_way.metrics.compute()
+        under_way.averages.compute("the benchmark")
+
+    def whole_epoch(self) -> None:
+        """The same with evaluation, and with what the loop writes."""
+        self.training._epoch(next(self._numbers), self.training._beginning())
+
+    @property
+    def asked(self) -> int:
+        """Images of which the teacher has been asked for the record."""
+        return 0 if self.recorded is None else self.recorded.counts.asked
+
+    def steps(self) -> list[float]:
+        """Seconds of each step of such an epoch, its batch and its soft targets included."""
+        self.observer.at = [time.perf_counter()]
+        self.epoch()
+        return [end - start for start, end in itertools.pairwise(self.observer.at)]
+
+
+def asking(distiller: Distiller) -> str:
+    """In which precision and layout the teacher is asked, where it is not as autocast decides."""
+    return "; ".join(str(how) for how in getattr(distiller.teacher, "asking", ()) if how is not None)
 
 
 def hasten(distiller: Distiller, batches: Loader, compute: Compute) -> None:
-    """The teacher as a run asks it: converted weights, where the hardware is fast in them."""
-    convert: Callable[..., object] | None = getattr(distiller.teacher, "hasten", None)
-    if convert is not None and compute.bf16:
-        with contextlib.suppress(StopIteration):
-            images = next(iter(batches.epoch(0))).images
-            convert(torch.bfloat16, compute.memory_format, images)
+    """The teacher as a run asks it: converted weights, where the hardware is fast in them.
+
+    Nothing is trained here, so the agreement says nothing and is not asked for.
+    """
+    if distiller.teacher is not None and compute.bf16:
+        images, agreed = next(iter(batches.epoch(0))).images[:2], Fidelity(1.0, 0.0, 0)
+        for at in range(len(distiller.teacher)):
+            distiller.teacher.hasten_one(at, torch.bfloat16, compute.memory_format, images, known=agreed)
 
 
 def _fail(message: str) -> None:

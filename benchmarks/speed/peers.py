@@ -1,4 +1,7 @@
-"""The others: a loop as tutorials write it, torchdistill's and timm's, each used as its documentation shows."""
+"""The others: a loop as tutorials write it, torchdistill's and timm's, each used as its documentation shows.
+
+All read the same files by the same torchvision transforms, step by the same Adam, and weigh labels and teacher alike.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -14,7 +17,11 @@ from torchvision.datasets import ImageFolder
 Turn = Callable[[], object]
 
 
-def images(scene: Scene) -> DataLoader:
+class Absent(Exception):
+    """Why a peer takes no part."""
+
+
+def images(scene: Scene, workers: int) -> DataLoader:
     """Torchvision's usual way: decode each file in each epoch, crop, flip, normalise; one image after the other."""
     steps = [
         transforms.RandomResizedCrop(scene.size, scale=SCALE),
@@ -23,12 +30,14 @@ def images(scene: Scene) -> DataLoader:
         transforms.Normalize(MEAN, STD),
     ]
     dataset = ImageFolder(str(scene.data), transforms.Compose(steps))
-    return DataLoader(dataset, batch_size=scene.batch, shuffle=True, num_workers=0)
+    return DataLoader(
+        dataset, batch_size=scene.batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
 
 
-def naive(scene: Scene) -> Turn:
+def naive(scene: Scene, workers: int = 0) -> Turn:
     """One epoch of the loop that most tutorials show: the teacher runs at every step, in float32."""
-    loader, teacher, student = images(scene), scene.teacher(), scene.student()
+    loader, teacher, student = images(scene, workers), scene.teacher(), scene.student()
     optimizer = torch.optim.Adam(student.parameters(), lr=LR)
 
     def epoch() -> float:
@@ -53,14 +62,18 @@ def naive(scene: Scene) -> Turn:
     return epoch
 
 
-def torchdistill(scene: Scene) -> Turn | None:
-    """One epoch of torchdistill's DistillationBox with its KDLoss; None where it is not installed."""
+def torchdistill(scene: Scene, workers: int = 0) -> Turn:
+    """One epoch of torchdistill's DistillationBox with its KDLoss, as its image classification example trains.
+
+    Raises:
+        Absent: it is not installed.
+    """
     try:
         from torchdistill.core.distillation import get_distillation_box
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise Absent(f"which is not installed ({error}); docs/benchmarks.md says how") from None
     logging.getLogger("torchdistill").setLevel(logging.ERROR)
-    loader = images(scene)
+    loader = images(scene, workers)
     config = {
         "num_epochs": 1,
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
@@ -98,16 +111,30 @@ def torchdistill(scene: Scene) -> Turn | None:
             box.pre_forward_process()
             loss = box.forward_process(inputs, labels, None)
             box.post_forward_process(loss)
+        box.post_epoch_process()
 
     return epoch
 
 
-def timm_task(scene: Scene, *, bf16: bool) -> Turn:
-    """One epoch with timm's LogitDistillationTask; ``bf16``: with its training script's --amp and --channels-last."""
-    from timm.task import LogitDistillationTask
+def timm_task(scene: Scene, workers: int = 0, *, bf16: bool) -> Turn:
+    """One epoch with timm's LogitDistillationTask.
 
-    loader, student, layout = images(scene), scene.student(), torch.contiguous_format
+    Args:
+        scene: of the race.
+        workers: processes that decode.
+        bf16: as its training script does with --amp --amp-dtype bfloat16 --channels-last.
+
+    Raises:
+        Absent: this timm has no such task, or the networks are not timm's, which it wants.
+    """
+    try:
+        from timm.task import LogitDistillationTask
+    except ImportError as error:
+        raise Absent(f"which this timm lacks ({error})") from None
+    loader, student, layout = images(scene, workers), scene.student(), torch.contiguous_format
     teacher = scene.teacher()
+    if not hasattr(student, "pretrained_cfg"):
+        raise Absent(f"which takes timm's own networks, and {scene.student_name} is none")
     if bf16:
         layout = torch.channels_last
         student, teacher = student.to(memory_format=layout), teacher.to(memory_format=layout)
@@ -127,7 +154,7 @@ def timm_task(scene: Scene, *, bf16: bool) -> Turn:
 
     def epoch() -> None:
         task.train()
-        teacher.eval()
+        teacher.eval()  # older versions would train it
         for inputs, labels in batches():
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 loss = task(inputs, labels)["loss"]

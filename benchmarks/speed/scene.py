@@ -1,6 +1,10 @@
 """What is raced on: JPEG files of four classes, a VGG16 that teaches and a ResNet18 that learns."""
 
 import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +45,29 @@ class Scene:
         return create_model(name, self.classes, size=self.size)
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, images: int = 256, batch: int = 128) -> None:
-    """What every measure understands."""
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder that is gone afterwards, with a cache of its own: nothing is found ready, and nothing is left behind."""
+    before = os.environ.get("POTSTILL_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["POTSTILL_CACHE"] = str(Path(folder, "cache"))
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ["POTSTILL_CACHE"]
+            else:
+                os.environ["POTSTILL_CACHE"] = before
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, images: int = 256, batch: int | None = 128) -> None:
+    """What every measure understands; ``--batch`` only where it has a default."""
     parser.add_argument("--images", type=int, default=images, help="JPEG files that are made")
     parser.add_argument("--classes", type=int, default=4)
     parser.add_argument("--pixels", type=int, default=160, help="height and width of the files")
     parser.add_argument("--size", type=int, default=64, help="height and width that the networks see")
-    parser.add_argument("--batch", type=int, default=batch)
+    if batch is not None:
+        parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--teacher", default="vgg16")
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,6 +1,8 @@
 """The GPU's benchmark runs on tiny input, without a GPU too, and prints what it promises."""
 
 import importlib.util
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,13 +11,24 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
-def run(monkeypatch, capsys, *arguments):
+def load(monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    terminate = signal.getsignal(signal.SIGTERM)
+    yield load(monkeypatch)
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def run(gpu, monkeypatch, capsys, *arguments, ends=0):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", *arguments])
-    assert module.main() == 0
+    assert gpu.main() == ends
     return capsys.readouterr().out
 
 
@@ -28,17 +41,64 @@ def run(monkeypatch, capsys, *arguments):
         ("pipeline", ["(b) pipeline / resident, shifts, B=8", "random crops, B=8", "(j) metrics, share of an epoch"]),
     ],
 )
-def test_a_measure_prints_its_lines(monkeypatch, capsys, measure, lines):
-    printed = run(monkeypatch, capsys, measure)
+def test_a_measure_prints_its_lines(gpu, monkeypatch, capsys, measure, lines):
+    printed = run(gpu, monkeypatch, capsys, measure)
     for line in lines:
         assert line in printed
 
 
-def test_after_its_time_it_says_what_it_left_out(monkeypatch, capsys):
-    assert "not measured, for lack of time: layouts" in run(monkeypatch, capsys, "--minutes", "-1", "layouts")
+def test_after_its_time_it_says_what_it_left_out(gpu, monkeypatch, capsys):
+    assert "not measured, for lack of time: layouts" in run(gpu, monkeypatch, capsys, "--minutes", "-1", "layouts")
 
 
-def test_unknown_measures_are_refused(monkeypatch, capsys):
+def test_unknown_measures_are_refused(gpu, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, capsys, "speed")
+        run(gpu, monkeypatch, capsys, "speed")
     assert "no measure speed; there are distillation" in capsys.readouterr().err
+
+
+def test_what_fails_or_is_late_costs_no_other_measure(gpu, monkeypatch, capsys):
+    def broken(bench):
+        bench.row("before", "1.00")
+        raise RuntimeError("out of memory")
+
+    def late(bench):
+        bench.row("early", "2.00")
+        bench.deadline = 0.0
+        list(bench.each_batch())
+
+    monkeypatch.setattr(gpu, "MEASURES", {"broken": broken, "late": late, "last": None})
+    printed = run(gpu, monkeypatch, capsys, ends=1)
+    assert "failed: broken: RuntimeError: out of memory" in printed
+    assert "not measured, for lack of time: late, from B=8 on" in printed
+    assert "not measured, for lack of time: last, not begun" in printed
+    assert "before  1.00" in printed
+    assert "early   2.00" in printed
+
+
+def test_stopped_from_outside_it_prints_what_it_has(gpu, monkeypatch, capsys):
+    def slow(bench):
+        bench.row("first", "1.00")
+        os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does
+
+    monkeypatch.setattr(gpu, "MEASURES", {"slow": slow})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    printed = capsys.readouterr().out
+    assert "first  1.00" in printed
+    assert "not measured, for lack of time: slow, not finished" in printed
+
+
+def test_turns_change_their_order(gpu, tmp_path):
+    bench, order = gpu.Bench(True, 0.0, "cifar/resnet8", "cifar/resnet8", tmp_path), []
+    seconds = bench.race({name: lambda name=name: order.append(name) for name in "abc"}, rounds=3)
+    assert "".join(order) == "abcbcacababc"
+    assert [len(found) for found in seconds.values()] == [3, 3, 3]
+
+
+def test_the_stored_student_reads_a_store_and_never_asks(gpu, tmp_path):
+    bench = gpu.Bench(True, 0.0, "cifar/resnet8", "cifar/resnet8", tmp_path)
+    way = gpu.Student(bench, 8, "stored")
+    way.block()
+    assert (way.recorded.counts.asked, way.recorded.counts.read) == (0, 8 * bench.steps)
