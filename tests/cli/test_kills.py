@@ -1,4 +1,4 @@
-"""The real command, killed and signalled while it trains: what --resume makes of it equals a run that nobody stopped."""
+"""The real command, killed and signalled while it trains: --resume makes of it what a run is that nobody stopped."""
 
 import os
 import random
@@ -54,7 +54,7 @@ def weights(place, name):
 @pytest.fixture(scope="module")
 def whole(place):
     done = start(place, "whole")
-    output, errors = done.communicate(timeout=LONG)
+    _, errors = done.communicate(timeout=LONG)
     assert done.returncode == 0, errors
     return weights(place, "whole")
 

@@ -1,6 +1,5 @@
 """run, train and report hand the right things on and print what came of it; the parts behind them are stood in for."""
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,8 @@ import pytest
 
 from potstill.cli import main
 from potstill.errors import ArtifactError
+from potstill.sealed import write_sealed_json
+from potstill.training.stopping import Stopping
 
 STAGE = {"model": {"parameters": 7}, "latency_ms": None, "test": {"top1": 0.5}}
 
@@ -26,7 +27,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         folder = root / (name or recipe.name)
         folder.mkdir(parents=True)
         results = {"schema": 1, "stages": {"teacher": STAGE}, "comparison": None}
-        (folder / "results.json").write_text(json.dumps(results))
+        write_sealed_json(folder / "results.json", results)
         return folder
 
     def compare(runs: list[Path], output: Path) -> Path:
@@ -53,8 +54,9 @@ def test_run_trains_everything_and_says_what_to_do_next(
     (call,) = calls
     recipe = call["recipe"]
     assert (recipe.training.epochs, recipe.training.lr, recipe.seed, recipe.student.model) == (3, 0.5, 4, "resnet18")
-    assert {**call, "recipe": None} == {
-        "recipe": None, "root": Path("my runs"), "name": None, "resume": False, "overwrite": True,
+    assert isinstance(call["stopping"], Stopping)
+    assert {**call, "recipe": None, "stopping": None} == {
+        "recipe": None, "root": Path("my runs"), "name": None, "resume": False, "overwrite": True, "stopping": None,
     }  # fmt: skip
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [

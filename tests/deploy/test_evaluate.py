@@ -14,6 +14,7 @@ from potstill.errors import DataError, UsageError
 from potstill.inputs import InputSpec
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import save_model
+from potstill.sealed import write_sealed_text
 
 CLASSES = ("red", "blue", "green")  # not in the order of the folders
 
@@ -67,7 +68,7 @@ def test_of_a_folder_with_splits_only_test_counts(model: Path, tmp_path: Path) -
 def test_the_runs_own_data_is_measured_on_its_test_split(model: Path, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "d", 10)
     recipe = {"name": "r", "data": {"source": str(folder), "test": 0.2}, "teacher": {"model": "a"}}
-    (model.parent / "recipe.yaml").write_text(json.dumps(recipe | {"student": {"model": "b"}}))
+    write_sealed_text(model.parent / "recipe.yaml", json.dumps(recipe | {"student": {"model": "b"}}))
     try:
         metrics = evaluate(model.parent, f"{folder}/../d")
     finally:

@@ -13,6 +13,7 @@ from sklearn import metrics as sk
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.experiments import pipeline
 from potstill.models.model_file import load_model
+from potstill.sealed import write_sealed_text
 from potstill.training.observer import Silent
 
 STAGES = ("teacher", "baseline", "distilled")
@@ -200,7 +201,7 @@ def test_resume_fills_in_what_an_older_recipe_did_not_know(recipe, tmp_path):
     for key in ("generations", "layers", "assistants", "teachers"):
         del older[key]
     del older["teacher"]["size"]
-    (path / "recipe.yaml").write_text(yaml.safe_dump(older))
+    write_sealed_text(path / "recipe.yaml", yaml.safe_dump(older))
     pipeline.run(recipe(), root=tmp_path, stages=("baseline",), resume=True)
     with pytest.raises(UsageError, match="generations: was 1, now 2"):
         pipeline.run(recipe(generations=2), root=tmp_path, stages=("baseline",), resume=True)

@@ -1,4 +1,5 @@
 import csv
+from pathlib import Path
 
 import pytest
 
@@ -6,14 +7,20 @@ from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.experiments.run_folder import RunFolder, as_csv, find_model
 
 
+def begin(run):
+    run.write_environment({"python": "3.11"})
+    run.write_splits([("train", "a.png", "a")])
+    run.write_recipe("name: first\n")
+
+
 def test_an_existing_run_is_never_overwritten_without_a_word(tmp_path):
     with RunFolder.create(tmp_path, "first") as run:
-        run.write_recipe("name: first\n")
+        begin(run)
     with pytest.raises(UsageError, match=r"--resume.*--overwrite.*--name first-2"):
         RunFolder.create(tmp_path, "first")
-    assert run.recipe.read_text() == "name: first\n"
+    assert run.read_recipe() == "name: first\n"
     with RunFolder.create(tmp_path, "first", resume=True):
-        assert run.recipe.read_text() == "name: first\n"
+        assert run.read_recipe() == "name: first\n"
     with RunFolder.create(tmp_path, "first", overwrite=True) as again:
         assert run.recipe.exists()  # the new run may yet be refused
         again.clear()
@@ -101,3 +108,72 @@ def test_results_of_another_schema_are_refused(tmp_path):
     run.write_results({"schema": 2})
     with pytest.raises(ArtifactError, match="not of schema 1"):
         run.read_results()
+
+
+def test_what_stands_there_is_judged_once_nobody_else_can_change_it(tmp_path):
+    with RunFolder.create(tmp_path, "a") as run:
+        begin(run)
+        # Not "exists, go on with --resume": it is being written.
+        for flags in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(StorageError, match="being written by another process"):
+                RunFolder.create(tmp_path, "a", **flags)
+    with pytest.raises(UsageError, match="--resume"):
+        RunFolder.create(tmp_path, "a")
+    RunFolder.create(tmp_path, "a", resume=True).__exit__(None, None, None)  # the refusal has released the lock
+
+
+@pytest.mark.parametrize("missing", ["recipe", "environment"])
+def test_a_run_that_was_killed_at_its_very_beginning_can_be_begun_again(tmp_path, missing):
+    with RunFolder.create(tmp_path, "a") as run:
+        begin(run)
+    getattr(run, missing).unlink()
+    (run.path / f".{missing}.0123.part").write_text("name: fi")
+    with pytest.raises(UsageError, match=r"nothing to resume: .* had not begun"):
+        RunFolder.create(tmp_path, "a", resume=True)
+    with RunFolder.create(tmp_path, "a") as run:
+        begin(run)
+
+
+def test_a_killed_overwrite_leaves_a_run_that_can_be_overwritten(tmp_path, monkeypatch):
+    with RunFolder.create(tmp_path, "a") as run:
+        begin(run)
+        run.results.touch()
+        gone = []
+        monkeypatch.setattr(Path, "unlink", lambda path: gone.append(path.name))
+        run.clear()
+    assert set(gone[-3:]) == {"recipe.yaml", "environment.json", "splits.csv"}
+    assert len(gone) == 4
+
+
+def test_resume_looks_at_its_files_first_and_tidies_up(tmp_path):
+    with RunFolder.create(tmp_path, "a") as run:
+        begin(run)
+        leftover = run.stage("teacher") / "checkpoints" / ".last.checkpoint.0123.part"
+        leftover.parent.mkdir(parents=True)
+        leftover.write_bytes(b"half")
+    RunFolder.create(tmp_path, "a", resume=True).__exit__(None, None, None)
+    assert not leftover.exists()
+    for path in (run.recipe, run.environment):
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b"first", b"farst").replace(b"3.11", b"3.10"))
+        for _ in range(2):  # the second finds no lock
+            with pytest.raises(ArtifactError, match=f"{path.name} is damaged"):
+                RunFolder.create(tmp_path, "a", resume=True)
+        path.write_bytes(whole)
+
+
+def test_results_list_the_digests_of_what_was_written(tmp_path):
+    run = RunFolder(tmp_path)
+    begin(run)
+    run.write_metrics("teacher", {"test": {"top1": 1.0}})
+    run.write_predictions("teacher", "test", ["x.png"], [0], [[1.0]], ["a"])
+    (tmp_path / "teacher" / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    (tmp_path / "teacher" / "predictions_test.csv").write_text("changed meanwhile\n")
+    run.write_results({"schema": 1, "stages": {"teacher": {}, "baseline": {}}})
+    files = run.read_results()["files"]
+    assert list(files) == [
+        "splits.csv", "teacher/metrics.json", "teacher/metrics.jsonl", "teacher/predictions_test.csv"
+    ]  # fmt: skip
+    # sha256sum of "split,name,class\ntrain,a.png,a\n", and of "path,label,prediction,p:a\nx.png,a,a,1\n"
+    assert files["splits.csv"] == "6873b7a5dcbe96382c809e570bf932c1a57a5fd9173cdab3f5b52e4930cc9652"
+    assert files["teacher/predictions_test.csv"] == "287994911f214aee32d04a2546d3ad1bec016afe92077c147cdca15d5d992c94"

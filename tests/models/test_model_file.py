@@ -16,6 +16,7 @@ from potstill.models.classifier import Classifier
 from potstill.models.create import create_model
 from potstill.models.input_spec import input_spec
 from potstill.models.model_file import load_model, save_model
+from potstill.sealed import write_sealed_json
 
 NAMES = ("naïve café", "鸟", 'a,b\n"c"', "<script>", "\udcff.jpg")
 
@@ -113,8 +114,7 @@ def forge(folder, **changes):
     body = json.loads((folder / "model.json").read_text())
     del body["checksum"]
     body = {key: value for key, value in (body | changes).items() if value is not None}
-    body["checksum"] = digest(model_file._render(body))
-    (folder / "model.json").write_bytes(model_file._render(body))
+    write_sealed_json(folder / "model.json", body)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Made-up run folders, written file by file as the pipeline writes them."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from potstill.sealed import write_sealed_json, write_sealed_text
 
 SKILL = {"teacher": 0.92, "baseline": 0.80, "distilled": 0.86}
 ARCHITECTURE = {"teacher": "cifar/vgg8", "baseline": "cifar/resnet8", "distilled": "cifar/resnet8"}
@@ -23,6 +26,13 @@ def like(stage: str) -> str:
     """Which of the three above a stage of another name is made like."""
     role = stage.partition("-")[0]
     return {"assistant": "teacher", "generation": "distilled"}.get(role, role)
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """``files`` of results.json."""
+    names = ("metrics.json", "metrics.jsonl", "predictions_*.csv")
+    found = sorted(path for name in names for path in folder.glob(f"*/{name}"))
+    return {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 class RunBuilder:
@@ -44,12 +54,12 @@ class RunBuilder:
         self.right: dict[str, np.ndarray[Any, Any]] = {}
         stages = {name: self._stage(name) for name in self.stages}
         results = self._results(stages) | self.changes
-        (self.folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
         recipe = (
             f"name: quickstart\nseed: {self.seed}\ndata:\n  source: digits\nmethod: {{name: kd, temperature: 2.0}}\n"
         )
-        (self.folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        (self.folder / "environment.json").write_text(json.dumps({"python": "3.11.9", "torch": "2.15.0"}, indent=2))
+        write_sealed_text(self.folder / "recipe.yaml", recipe)
+        write_sealed_json(self.folder / "environment.json", {"python": "3.11.9", "torch": "2.15.0"})
+        write_sealed_json(self.folder / "results.json", results | {"files": listed(self.folder)})
         return self.folder
 
     def _stage(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-import json
 import re
 import statistics
 from collections.abc import Callable
@@ -10,6 +9,7 @@ import pytest
 from potstill.errors import UsageError
 from potstill.report.compare import compare, group
 from potstill.report.contents import read_run
+from potstill.sealed import write_sealed_json, write_sealed_text
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
@@ -47,7 +47,7 @@ def test_only_the_seed_may_differ(build_run: BuildRun) -> None:
     classes.seed = 3
     recipe = build_run(3, name="longer", epochs=1)
     recipe.seed = 4
-    (recipe.write() / "recipe.yaml").write_text("name: quickstart\nseed: 4\ntraining: {epochs: 9}\n")
+    write_sealed_text(recipe.write() / "recipe.yaml", "name: quickstart\nseed: 4\ntraining: {epochs: 9}\n")
     runs = [read_run(folder) for folder in (*folders, other.write(), classes.write(), recipe.folder)]
     assert [[run.name for run in found.runs] for found in group(runs)] == [
         ["run-0", "run-1"],
@@ -60,8 +60,9 @@ def test_only_the_seed_may_differ(build_run: BuildRun) -> None:
 def test_seeds_that_share_one_teacher_belong_together_whichever_run_trained_it(build_run: BuildRun) -> None:
     folders = seeds(build_run, 3)
     for folder, teacher, digest in zip(folders, ("null", "runs/run-0/teacher", "other"), "aab", strict=True):
-        (folder / "recipe.yaml").write_text(f"name: {folder.name}\nteacher: {{model: vgg8, weights: {teacher}}}\n")
-        (folder / "teacher" / "model.json").write_text(json.dumps({"sha256": digest}))
+        text = f"name: {folder.name}\nteacher: {{model: vgg8, weights: {teacher}}}\n"
+        write_sealed_text(folder / "recipe.yaml", text)
+        write_sealed_json(folder / "teacher" / "model.json", {"sha256": digest})
     runs = [read_run(folder) for folder in folders]
     assert [[run.name for run in found.runs] for found in group(runs)] == [["run-0", "run-1"], ["run-2"]]
 

@@ -1,4 +1,4 @@
-import json
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 
 from potstill.errors import ArtifactError
 from potstill.report.contents import read_run
+from potstill.sealed import read_sealed_json, write_sealed_json
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
@@ -32,39 +33,53 @@ def test_ready_teacher_and_missing_stage(build_run: BuildRun) -> None:
     assert run.best_k == 2
 
 
-def test_epochs_written_twice_and_a_last_line_cut_short(build_run: BuildRun) -> None:
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.json"])
+def test_damage_is_seen_before_anything_is_parsed(build_run: BuildRun, name: str) -> None:
     folder = build_run(2, epochs=3).write()
-    with (folder / "baseline" / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 2, "again": true}\n{"epoch": 4, "tra')
-    epochs = read_run(folder).stages["baseline"].epochs
-    assert [record["epoch"] for record in epochs] == [1, 2, 3]
-    assert epochs[1] == {"epoch": 2, "again": True}
+    path = folder / "baseline" / name
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    with pytest.raises(ArtifactError, match=rf"baseline/{name} is damaged: its SHA-256"):
+        read_run(folder)
 
 
-def test_damage_is_named(build_run: BuildRun) -> None:
+def test_a_file_of_another_run_is_refused(build_run: BuildRun) -> None:
+    folder, other = build_run(2, epochs=3), build_run(2, name="other", epochs=3)
+    folder.ready_teacher = True
+    (other.write() / "teacher" / "metrics.jsonl").rename(folder.write() / "teacher" / "metrics.jsonl")
+    with pytest.raises(ArtifactError, match=r"teacher/metrics\.jsonl is none of the files that results\.json lists"):
+        read_run(folder.folder)
+
+
+@pytest.mark.parametrize("text", ["[]\n", "{\n", '{"epoch": "1"}\n', "[" * 100_000])
+def test_made_up_epochs_are_no_traceback(build_run: BuildRun, text: str) -> None:
     folder = build_run(2, epochs=3).write()
-    path = folder / "baseline" / "metrics.jsonl"
-    path.write_text("{\n" + path.read_text())
-    with pytest.raises(ArtifactError, match=r"metrics\.jsonl is damaged in line 1"):
+    (folder / "baseline" / "metrics.jsonl").write_text(text)
+    results = read_sealed_json(folder / "results.json")
+    results["files"]["baseline/metrics.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
+    write_sealed_json(folder / "results.json", results)
+    with pytest.raises(ArtifactError, match=r"metrics\.jsonl is damaged"):
         read_run(folder)
 
 
 def test_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no results\.json"):
         read_run(tmp_path)
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(ArtifactError, match="damaged"):
+    (tmp_path / "results.json").write_text('{"schema": 1, "stages": {}}\n')
+    with pytest.raises(ArtifactError, match=r"is damaged, or was written before potstill 0\.1\.0"):
         read_run(tmp_path)
-    (tmp_path / "results.json").write_text('{"schema": 2, "stages": {}}')
+    write_sealed_json(tmp_path / "results.json", {"schema": 1, "stages": {}})
+    with pytest.raises(ArtifactError, match="'stages' and 'files'"):
+        read_run(tmp_path)
+    write_sealed_json(tmp_path / "results.json", {"schema": 2, "stages": {}})
     with pytest.raises(ArtifactError, match="schema 2; this potstill reads schema 1"):
         read_run(tmp_path)
 
 
 def test_a_stage_name_is_no_path(build_run: BuildRun) -> None:
     folder = build_run(2, epochs=1).write()
-    results = json.loads((folder / "results.json").read_text())
+    results = read_sealed_json(folder / "results.json")
     results["stages"]["../elsewhere"] = results["stages"]["teacher"]
-    (folder / "results.json").write_text(json.dumps(results))
+    write_sealed_json(folder / "results.json", results)
     assert list(read_run(folder).stages) == ["teacher", "baseline", "distilled"]
 
 

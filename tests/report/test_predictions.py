@@ -1,24 +1,32 @@
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from potstill.errors import ArtifactError
+from potstill.report.contents import Stage
 from potstill.report.predictions import read_predictions
 
 
+def stage_with(folder: Path, text: str) -> Stage:
+    """A stage with these predictions, and their right digest."""
+    (folder / "predictions_test.csv").write_bytes(text.encode())
+    return Stage("teacher", folder, {}, files={"predictions_test.csv": hashlib.sha256(text.encode()).hexdigest()})
+
+
 def test_names_with_commas_quotes_and_newlines(tmp_path: Path) -> None:
-    path = tmp_path / "predictions_test.csv"
-    path.write_text(
-        'path,label,prediction,"p:a,b","p:c""\nd"\n"x,1.png","a,b","c""\nd",0.1,0.9\ny.png,"a,b","a,b",1,0\n'
+    stage = stage_with(
+        tmp_path,
+        'path,label,prediction,"p:a,b","p:c""\nd"\n"x,1.png","a,b","c""\nd",0.1,0.9\ny.png,"a,b","a,b",1,0\n',
     )
-    found = read_predictions(path)
+    found = read_predictions(stage, "test")
     assert found is not None
     assert found.class_names == ["a,b", 'c"\nd']
     assert (found.paths, found.labels, found.predicted) == (["x,1.png", "y.png"], [0, 0], [1, 0])
 
 
 def test_absent(tmp_path: Path) -> None:
-    assert read_predictions(tmp_path / "none.csv") is None
+    assert read_predictions(Stage("teacher", tmp_path, {}), "test") is None
 
 
 @pytest.mark.parametrize(
@@ -30,7 +38,15 @@ def test_absent(tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_named(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "predictions_test.csv"
-    path.write_text(text)
+    stage = stage_with(tmp_path, text)
     with pytest.raises(ArtifactError, match=message):
-        read_predictions(path)
+        read_predictions(stage, "test")
+
+
+def test_other_bytes_than_the_run_wrote_are_never_parsed(tmp_path: Path) -> None:
+    stage = stage_with(tmp_path, "path,label,prediction,p:a,p:b\nx.png,a,a,0.9,0.1\n")
+    (tmp_path / "predictions_test.csv").write_text("path,label,prediction,p:a,p:b\nx.png,a,b,0.9,0.1\n")
+    with pytest.raises(ArtifactError, match=r"predictions_test\.csv is damaged: its SHA-256"):
+        read_predictions(stage, "test")
+    with pytest.raises(ArtifactError, match=r"none of the files that results\.json lists"):
+        read_predictions(Stage("teacher", tmp_path, {}), "test")

@@ -12,6 +12,7 @@ from PIL import Image
 from potstill.report.contents import read_run
 from potstill.report.page import SECTIONS, page
 from potstill.report.render import render
+from potstill.sealed import write_sealed_text
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 PICTURES = ["loss_curve", "accuracy_curve", "top1_top3", *(f"confusion_matrix_{s}" for s in ("train", "val", "test"))]
@@ -132,7 +133,7 @@ def test_hostile_names_come_out_as_text(build_run: BuildRun) -> None:
     builder.stages = ("baseline", "distilled")
     builder.changes = {"name": "<i>x</i>", "warnings": [HOSTILE[1]], "recipe": HOSTILE[0]}
     folder = builder.write()
-    (folder / "recipe.yaml").write_text("a: </code></pre><script>\n# \u202e {{ 1 }}\n", encoding="utf-8")
+    write_sealed_text(folder / "recipe.yaml", "a: </code></pre><script>\n# \u202e {{ 1 }}\n")
     html = page(read_run(folder))
     found = Page(html)
     assert not found.open

@@ -17,7 +17,7 @@ def test_metrics_text_agrees_with_sklearn(build_run: BuildRun) -> None:
     run = read_run(build_run(["functional", "minor", "猫"], epochs=10).write())
     stage = run.stages["distilled"]
     text = metrics_text(run, stage)
-    found = read_predictions(stage.folder / "predictions_test.csv")
+    found = read_predictions(stage, "test")
     assert found is not None
     y, p = found.labels, found.predicted
     assert f"{100 * f1_score(y, p, average='macro'):.1f} %" == _row(text, "F1, macro")[-1]

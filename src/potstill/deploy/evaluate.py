@@ -7,6 +7,7 @@ from typing import Any
 from potstill.errors import DataError, nearest
 from potstill.experiments.recipe import load_recipe
 from potstill.experiments.run_folder import find_model
+from potstill.sealed import read_sealed_text
 
 BATCH = 64
 
@@ -86,7 +87,10 @@ def _test_images(source: str, model: Path) -> tuple[Any, list[str], str]:
 def _data_of_run(model: Path) -> Any:
     """The data settings of the run that a model stands in, or None for a model that stands alone."""
     recipe = model.parent / "recipe.yaml"
-    return load_recipe(recipe, data_needed=False).data if recipe.is_file() else None
+    if not recipe.is_file():
+        return None
+    read_sealed_text(recipe)  # compares it with its digest, before it is parsed
+    return load_recipe(recipe, data_needed=False).data
 
 
 def _same(first: str, second: str) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from potstill.data.datasets import load_data
+from potstill.data.doctor.quick import findings_of, sentences
 from potstill.data.splits import DataSplits
 from potstill.errors import PotstillError
 from potstill.experiments.data_needs import check_data_needs
@@ -14,15 +15,20 @@ from potstill.experiments.start import start_network
 from potstill.experiments.view_plan import can_store, record_kind
 from potstill.models.names import check_model
 from potstill.training.devices import Compute, choose
+from potstill.training.observer import Observer
 from potstill.training.optimizers import optimizer_class
 
 
 def check_all(
-    recipe: Recipe, data: DataSplits | None, planned: Sequence[Planned] | None = None
+    recipe: Recipe,
+    data: DataSplits | None,
+    planned: Sequence[Planned] | None = None,
+    observer: Observer | None = None,
 ) -> tuple[DataSplits, Compute, dict[str, str]]:
     """Check method, models, optimizers, device and data; load the data; rehearse what a method trains.
 
-    ``planned``: the stages to come; all that the recipe wants where None.
+    ``planned``: the stages to come; all that the recipe wants where None.  ``observer``: is told how far the check of
+    the files is.
 
     Returns:
         Data, device, and for each stage that a method trains the table of its joined layers.
@@ -39,7 +45,8 @@ def check_all(
             lambda name=stage.name: optimizer_class(settings[name].optimizer),  # type: ignore[misc]
             lambda name=stage.name: choose(settings[name]),  # type: ignore[misc]
         ]
-    checks += [lambda: choose(recipe.stage_training("student")), lambda: load_data(recipe.data, data)]
+    checks += [lambda: choose(recipe.stage_training("student"))]
+    checks += [lambda: load_data(recipe.data, data, progress=observer)]
     results: list[Any] = []
     problems: list[PotstillError] = []
     for check in checks:
@@ -68,3 +75,17 @@ def check_all(
     if recipe.store.mode == "auto" and can_store(method):
         record_kind(recipe, method, len(splits.class_names))
     return splits, compute, rehearse(recipe, planned, splits)
+
+
+def doubt_data(data: DataSplits, observer: Observer) -> list[str]:
+    """Tell what is wrong with data that can be trained on: repeated images, and what `potstill check` has found in it.
+
+    Returns:
+        What spoils the figures, for the report; the rest is only noted.
+    """
+    warnings, notes = sentences(findings_of(data), data.source)
+    for warning in warnings:
+        observer.warn(warning)
+    for note in notes:
+        observer.note(note)
+    return warnings

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from potstill import artifacts
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.experiments.recipe_checks import networks
 from potstill.experiments.recipe_yaml import KeyPath
 from potstill.experiments.settings_errors import dotted
+from potstill.sealed import read_sealed_json
 
 # Of a whole run, a teacher starts from the teacher; a student from the best student there is.
 _PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
@@ -59,8 +59,7 @@ def _fill(section: dict[str, Any], stage: str) -> None:
         if not section.get("model"):
             raise UsageError(f"{weights} holds weights alone; name their architecture as ARCHITECTURE@{weights}")
         return
-    content = artifacts.read_json(card)
-    architecture = content.get("architecture") if isinstance(content, dict) else None
+    architecture = read_sealed_json(card).get("architecture")
     if not isinstance(architecture, str):
         raise ArtifactError(f"{card} is damaged: it names no architecture")
     if section.get("model") not in (None, architecture):

@@ -65,7 +65,9 @@ class Recipe(BaseModel):
 
     name: str = Field(pattern=NAME_PATTERN, description="the run folder's name unless --name gives another")
     description: str = Field("", description="one sentence for lists and reports")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="of initialisation, order and dropout; views have data.view_seed")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="of initialisation, order and dropout; views have data.view_seed"
+    )
     data: DataSettings = DataSettings()
     teacher: Teachers | None = Field(
         None, description="one network or a list of them; null for methods that learn from no teacher"

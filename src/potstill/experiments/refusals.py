@@ -5,12 +5,11 @@ from typing import Any
 
 import yaml
 
-from potstill.artifacts import read_json
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiments.plan import plan
 from potstill.experiments.recipe import Recipe, dump_recipe
-from potstill.experiments.run_folder import RunFolder, read_text
+from potstill.experiments.run_folder import RunFolder
 from potstill.experiments.settings_errors import parse
 
 # Settings that do not touch the result, so a resumed run may change them; the last stands in several places.
@@ -20,7 +19,7 @@ _FREE_ANYWHERE = "training.checkpoint_seconds"
 
 def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
     """A resumed run must be the same run."""
-    before = _flat(_complete(yaml.safe_load(read_text(folder.recipe))))
+    before = _flat(_complete(yaml.safe_load(folder.read_recipe())))
     after = _flat(yaml.safe_load(dump_recipe(recipe)))
     changed = [
         f"  {key}: was {before.get(key)!r}, now {after.get(key)!r}"
@@ -37,7 +36,7 @@ def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
 
 def refuse_other_data(folder: RunFolder, data: DataSplits) -> None:
     """A resumed run must see the same images."""
-    before = read_json(folder.path / "environment.json").get("data_fingerprint")
+    before = folder.read_environment().get("data_fingerprint")
     if before != data.fingerprint:
         raise UsageError(
             f"--resume goes on with the same images, but {data.source} has changed since {folder.path} began.\n"

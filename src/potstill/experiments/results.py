@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from potstill import __version__
-from potstill.artifacts import write_json, write_text
+from potstill.artifacts import write_text
 from potstill.data.splits import DataSplits
 from potstill.evaluation.agreement import agreement
 from potstill.evaluation.averages import Array
@@ -49,7 +49,7 @@ def evaluate_stages(
             | (agreement(own[split], groups["teachers"][split]) if learns and "teachers" in groups else {})
             for split in SPLITS
         }
-        write_json(folder / "metrics.json", metrics)
+        run.write_metrics(name, metrics)
         write_text(folder / "summary.txt", summary_text(model.module, model.input, model.class_names))
         stages[name] = {
             "model": {

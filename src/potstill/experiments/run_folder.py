@@ -1,6 +1,10 @@
 """The run folder: the only link between training and everything that looks at results.  No torch here.
 
 ``runs/<name>/`` holds recipe.yaml, environment.json, splits.csv, results.json and one folder for each stage.
+
+recipe.yaml, environment.json and results.json carry their own SHA-256 (``potstill.sealed``); results.json, written
+last, also that of every other file that is ever read again (``files``), but for models and checkpoints, which have
+their own.
 """
 
 import csv
@@ -14,12 +18,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from potstill.artifacts import read_bytes, read_json, write_json, write_text
+from potstill.artifacts import PART, as_json, digest, digest_of, encoded, remove_leftovers, write_bytes
 from potstill.errors import ArtifactError, StorageError, UsageError
+from potstill.sealed import read_sealed_json, read_sealed_text, write_sealed_json, write_sealed_text
 
 STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
+_FIRST = (".lock", "recipe.yaml", "environment.json", "splits.csv")  # all that a run has before it trains
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -29,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path / ".lock", mode=0o644)
+        self._files: dict[str, str] = {}  # name below the folder -> SHA-256 of what was written there
 
     @classmethod
     def create(cls, root: Path, name: str, *, resume: bool = False, overwrite: bool = False) -> "RunFolder":
@@ -39,23 +46,47 @@ class RunFolder:
         Raises:
             UsageError: a name that is no plain file name; a folder that exists and neither flag; both flags.
             StorageError: it cannot be made, or another process is writing in it.
+            ArtifactError: what is to be gone on with is damaged.
         """
         if not _NAME.fullmatch(name) or set(name) == {"."}:
             raise UsageError(f"a run's name is 1 to 64 of the characters A-Z a-z 0-9 . _ -, got {name!r}")
         if resume and overwrite:
             raise UsageError("--resume goes on with a run and --overwrite deletes it: give one of them")
         run = cls(root / name)
-        known = run.recipe.exists()
-        if run.path.is_dir() and not known and any(entry.name != ".lock" for entry in run.path.iterdir()):
-            raise UsageError(f"{run.path} exists and is no run folder; choose another --name or --root")
-        if known and not (resume or overwrite):
-            raise UsageError(
-                f"{run.path} exists. Go on with it: --resume. Replace it: --overwrite. Keep it: --name {name}-2"
-            )
-        if resume and not known:
-            raise UsageError(f"nothing to resume: {run.path} does not exist")
-        run.acquire()
+        try:
+            run._refuse_foreign()
+            if resume and not run.path.is_dir():
+                raise UsageError(f"nothing to resume: {run.path} does not exist")
+            run.acquire()
+            try:  # what stands there can only be judged now that nobody else changes it
+                run._refuse_foreign()
+                run._judge(resume=resume, overwrite=overwrite)
+            except BaseException:
+                run.__exit__(None, None, None)
+                raise
+        except OSError as error:
+            raise StorageError(f"cannot write to {run.path}: {error.strerror or error}") from error
         return run
+
+    def _refuse_foreign(self) -> None:
+        if self.known or not self.path.is_dir():
+            return
+        names = (entry.name for entry in self.path.iterdir())
+        if any(name not in _FIRST and not name.endswith(PART) for name in names):
+            raise UsageError(f"{self.path} exists and is no run folder; choose another --name or --root")
+
+    def _judge(self, *, resume: bool, overwrite: bool) -> None:
+        if self.known and not (resume or overwrite):
+            raise UsageError(
+                f"{self.path} exists. Go on with it: --resume. Replace it: --overwrite. "
+                f"Keep it: --name {self.path.name}-2"
+            )
+        if resume and not self.known:
+            raise UsageError(f"nothing to resume: the run in {self.path} had not begun; start it without --resume")
+        remove_leftovers(self.path)
+        if resume:
+            self.read_recipe()
+            self.read_environment()
 
     def acquire(self) -> None:
         """Become the one writer.
@@ -82,12 +113,22 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a run to go on with, or to spare: it had written all that it is to be repeated from."""
+        return self.recipe.exists() and self.environment.exists()
+
     # where things are
 
     @property
     def recipe(self) -> Path:
         """recipe.yaml, complete, with every default spelt out."""
         return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """environment.json."""
+        return self.path / "environment.json"
 
     @property
     def results(self) -> Path:
@@ -106,11 +147,19 @@ class RunFolder:
 
     def write_recipe(self, text: str) -> None:
         """Keep the recipe, so that anybody can repeat the run."""
-        write_text(self.recipe, text)
+        write_sealed_text(self.recipe, text)
+
+    def read_recipe(self) -> str:
+        """What ``write_recipe`` wrote.
+
+        Raises:
+            ArtifactError: missing or damaged.
+        """
+        return read_sealed_text(self.recipe)
 
     def write_environment(self, facts: dict[str, Any]) -> None:
         """Keep what the result may depend on besides the recipe."""
-        write_json(self.path / "environment.json", facts)
+        write_sealed_json(self.environment, facts)
 
     def read_environment(self) -> dict[str, Any]:
         """What ``write_environment`` wrote.
@@ -118,10 +167,7 @@ class RunFolder:
         Raises:
             ArtifactError: missing or damaged.
         """
-        facts = read_json(self.path / "environment.json")
-        if not isinstance(facts, dict):
-            raise ArtifactError(f"{self.path / 'environment.json'} is damaged: it holds no facts")
-        return facts
+        return read_sealed_json(self.environment)
 
     def add_to_environment(self, facts: dict[str, Any]) -> None:
         """What became known later."""
@@ -129,7 +175,11 @@ class RunFolder:
 
     def write_splits(self, rows: Iterable[tuple[str, str, str]]) -> None:
         """Keep (split, name, class) of every image."""
-        write_text(self.path / "splits.csv", as_csv(("split", "name", "class"), rows))
+        self._write("splits.csv", encoded(as_csv(("split", "name", "class"), rows)))
+
+    def write_metrics(self, stage: str, metrics: dict[str, Any]) -> None:
+        """Keep a stage's final figures on each split."""
+        self._write(f"{stage}/metrics.json", as_json(metrics))
 
     def write_predictions(
         self,
@@ -146,11 +196,13 @@ class RunFolder:
             (name, classes[label], classes[max(range(len(row)), key=row.__getitem__)], *(f"{p:.9g}" for p in row))
             for name, label, row in zip(names, labels, probabilities, strict=True)
         )
-        write_text(self.stage(stage) / f"predictions_{split}.csv", as_csv(header, rows))
+        self._write(f"{stage}/predictions_{split}.csv", encoded(as_csv(header, rows)))
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Keep the figures of all stages."""
-        write_json(self.results, results)
+        """Keep the figures of all stages, and which files they go together with."""
+        epochs = {f"{stage}/metrics.jsonl": self.stage(stage) / "metrics.jsonl" for stage in results.get("stages", ())}
+        files = self._files | {name: digest_of(path) for name, path in epochs.items() if path.exists()}
+        write_sealed_json(self.results, results | {"files": dict(sorted(files.items()))})
 
     def read_results(self) -> dict[str, Any]:
         """What ``write_results`` wrote.
@@ -158,21 +210,24 @@ class RunFolder:
         Raises:
             ArtifactError: missing or damaged.
         """
-        results = read_json(self.results)
-        if not isinstance(results, dict) or results.get("schema") != 1:
+        results = read_sealed_json(self.results)
+        if results.get("schema") != 1:
             raise ArtifactError(f"{self.results} is not of schema 1, the one that this version reads")
         return results
 
+    def _write(self, name: str, content: bytes) -> None:
+        write_bytes(self.path / name, content)
+        self._files[name] = digest(content)
+
     def clear(self) -> None:
-        """Delete what an earlier run left, all but the lock.
+        """Delete what an earlier run left, all but the lock; whenever that is cut short, it can be done again.
 
         Raises:
             StorageError: something could not be deleted.
         """
         try:
-            for entry in self.path.iterdir():
-                if entry.name == ".lock":
-                    continue
+            entries = [entry for entry in self.path.iterdir() if entry.name != ".lock"]
+            for entry in sorted(entries, key=lambda entry: entry.name in _FIRST):  # they show whose folder it is
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
@@ -204,18 +259,6 @@ def find_model(path: Path) -> Path:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; give a run folder or a folder with model.json")
     raise ArtifactError(f"{path} holds no model: neither model.json nor a trained stage ({', '.join(STAGES)})")
-
-
-def read_text(path: Path) -> str:
-    """A file of a run as text.
-
-    Raises:
-        ArtifactError: missing, or no UTF-8.
-    """
-    try:
-        return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is damaged: it is no UTF-8 text") from error
 
 
 def _visible(cell: Any) -> str:

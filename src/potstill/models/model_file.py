@@ -9,8 +9,8 @@
 and, only where a method put other layers into the network, ``"remodelled"``: what ``features.remodel.rebuild`` takes.
 """
 
+import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from potstill.artifacts import digest, read_bytes, write_bytes
+from potstill.artifacts import digest, digest_of, move, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.remodel import rebuild
 from potstill.inputs import InputSpec
 from potstill.models import state_dict
 from potstill.models.build import build
 from potstill.models.classifier import Classifier
+from potstill.sealed import read_sealed_json, write_sealed_json
 
 WEIGHTS, FACTS = "model.safetensors", "model.json"
 SCHEMA = 1
+_NEXT = "model-next.safetensors"  # weights on their way to replace older ones
 
 
 def save_model(classifier: Classifier, folder: Path) -> None:
-    """Write both files, each whole or not at all, ``model.json`` last.
-
-    If the process ends between the two while an older model is overwritten, ``load_model`` refuses the mixed pair.
+    """Write both files; an older model stays whole until the new one is, and ``load_model`` finds one of the two.
 
     Raises:
         StorageError: no space, no permission, or an I/O error.
@@ -57,9 +57,13 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "facts": classifier.facts,
         "sha256": digest(weights),
     }
-    text = _render(body | {"checksum": digest(_render(body))})
-    write_bytes(folder / WEIGHTS, weights)
-    write_bytes(folder / FACTS, text)
+    _finish_replacing(folder)  # what an earlier save may have left
+    # Two files cannot be replaced at one instant: model.json says which weights are meant, wherever they stand by then.
+    write_bytes(folder / (_NEXT if (folder / FACTS).exists() else WEIGHTS), weights)
+    try:
+        write_sealed_json(folder / FACTS, body)
+    finally:
+        _finish_replacing(folder)
 
 
 def load_model(path: Path) -> Classifier:
@@ -87,7 +91,8 @@ def load_model(path: Path) -> Classifier:
     if not folder.is_dir():
         raise ArtifactError(f"no model at {path}: expected a folder with {WEIGHTS} and {FACTS}, or one of the two")
     body = _read_facts(folder / FACTS)
-    weights = read_bytes(folder / WEIGHTS, sha256=str(body.get("sha256")))
+    waiting = _waiting(folder, body)
+    weights = read_bytes(folder / (_NEXT if waiting else WEIGHTS), sha256=str(body.get("sha256")))
     try:
         spec = _input_spec(body["input"])
         names = tuple(map(str, body["class_names"]))
@@ -107,24 +112,27 @@ def _input_spec(wish: dict[str, Any]) -> InputSpec:
     return InputSpec(**(wish | {"mean": tuple(wish["mean"]), "std": tuple(wish["std"])}))
 
 
-def _render(value: Any) -> bytes:
-    # A file name that is not UTF-8 comes to Python with lone surrogates; JSON spells them \udcxx.
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
-
-
 def _read_facts(path: Path) -> dict[str, Any]:
-    data = read_bytes(path)
-    damaged = ArtifactError(
-        f"{path} is damaged: it is not what was written (its checksum does not fit; editing it by hand breaks it too)"
-    )
-    try:
-        body: dict[str, Any] = json.loads(data)
-        # Rendered again it must be the same bytes: the checksum alone would not see a change of spelling.
-        intact = isinstance(body, dict) and _render(body) == data
-    except (ValueError, RecursionError):
-        raise damaged from None
-    if not intact or body.pop("checksum", None) != digest(_render(body)):
-        raise damaged
+    body = read_sealed_json(path)
     if body.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {body.get('schema')!r}, this potstill reads {SCHEMA}; update potstill")
     return body
+
+
+def _waiting(folder: Path, body: dict[str, Any]) -> bool:
+    """Whether ``save_model`` ended before it moved the weights that model.json means."""
+    return (folder / _NEXT).exists() and digest_of(folder / _NEXT) == body.get("sha256")
+
+
+def _finish_replacing(folder: Path) -> None:
+    """Move new weights to their place if model.json means them; else they are of no use."""
+    if not (folder / _NEXT).exists():
+        return
+    meant = False
+    with contextlib.suppress(ArtifactError):
+        meant = _waiting(folder, read_sealed_json(folder / FACTS))
+    if meant:
+        move(folder / _NEXT, folder / WEIGHTS)
+    else:
+        with contextlib.suppress(OSError):
+            (folder / _NEXT).unlink()

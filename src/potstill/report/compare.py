@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from potstill.amounts import NONE, count, decimal, number, percent, scaled
-from potstill.artifacts import read_json, write_text
+from potstill.artifacts import write_text
 from potstill.errors import UsageError
 from potstill.experiments.verdict import over_seeds, points, verdict_over_seeds
 from potstill.report.contents import STAGES, Run, read_run
 from potstill.report.metric_names import Format
 from potstill.report.page import fill
+from potstill.sealed import read_sealed_json
 
 # key, name, how to print a value, and whether differences are percentage points
 _METRICS: tuple[tuple[str, str, Format, bool], ...] = (
@@ -77,7 +78,7 @@ def _distinct(runs: list[Run]) -> Group:
 def _teacher_digest(run: Run) -> str | None:
     """SHA-256 of the teacher's weights; of each, where there are several."""
     paths = [run.folder / name / "model.json" for name, stage in run.stages.items() if stage.role == "teacher"]
-    digests = [read_json(path).get("sha256") for path in paths if path.exists()]
+    digests: list[Any] = [read_sealed_json(path).get("sha256") for path in paths if path.exists()]
     known = bool(digests) and len(digests) == len(paths) and all(isinstance(digest, str) for digest in digests)
     return " ".join(digests) if known else None
 

@@ -1,15 +1,16 @@
 """What a run folder holds: a stage or file that was never made is absent, a damaged one is an error."""
 
+import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from potstill.artifacts import read_bytes, read_json
+from potstill.artifacts import as_json, read_bytes
 from potstill.errors import ArtifactError
 from potstill.experiments.method_settings import describe
 from potstill.experiments.stage_names import in_order, role
+from potstill.sealed import read_sealed_json, read_sealed_text
 
 SCHEMA = 1
 STAGES = ("teacher", "baseline", "distilled")  # of a plain run, and what runs are compared by
@@ -25,6 +26,15 @@ class Stage:
     facts: dict[str, Any]  # its entry in results.json
     epochs: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, by epoch
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # split -> final metrics
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256, as results.json has it
+
+    def read(self, name: str) -> bytes | None:
+        """One of its files, compared with its digest; None where it was never made or is gone.
+
+        Raises:
+            ArtifactError: other bytes than the run wrote.
+        """
+        return _read_listed(self.folder / name, self.files.get(name))
 
     @property
     def role(self) -> str:
@@ -123,55 +133,66 @@ def read_run(folder: Path) -> Run:
     Raises:
         ArtifactError: no run folder, a damaged file, or results of a newer potstill.
     """
-    if not (folder / "results.json").is_file():
+    path = folder / "results.json"
+    if not path.is_file():
         raise ArtifactError(f"{folder} is no finished run: it has no results.json; a run folder looks like runs/NAME")
-    results = read_json(folder / "results.json")
-    if not isinstance(results, dict) or not isinstance(results.get("stages"), dict):
-        raise ArtifactError(f"{folder / 'results.json'} is damaged: it should hold an object with 'stages'")
+    results = read_sealed_json(path)
     if results.get("schema") != SCHEMA:
-        raise ArtifactError(
-            f"{folder / 'results.json'} has schema {results.get('schema')!r}; this potstill reads schema {SCHEMA}"
-        )
+        raise ArtifactError(f"{path} has schema {results.get('schema')!r}; this potstill reads schema {SCHEMA}")
+    if not all(isinstance(results.get(key), dict) for key in ("stages", "files")):
+        raise ArtifactError(f"{path} is damaged: it should hold an object with 'stages' and 'files'")
     # Only known names: a stage's name becomes a folder that is written to.
     known = {name: results["stages"][name] for name in in_order(results["stages"])}
-    stages = {name: _stage(folder / name, facts) for name, facts in known.items() if isinstance(facts, dict)}
-    return Run(folder, results, stages, _text(folder / "recipe.yaml"), _text(folder / "environment.json"))
+    stages = {
+        name: _stage(folder / name, facts, results["files"]) for name, facts in known.items() if isinstance(facts, dict)
+    }
+    recipe, environment = folder / "recipe.yaml", folder / "environment.json"
+    return Run(
+        folder,
+        results,
+        stages,
+        read_sealed_text(recipe) if recipe.is_file() else None,
+        as_json(read_sealed_json(environment)).decode() if environment.is_file() else None,
+    )
 
 
-def _stage(folder: Path, facts: dict[str, Any]) -> Stage:
+def _stage(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> Stage:
+    start = f"{folder.name}/"
+    own = {name.removeprefix(start): str(sha256) for name, sha256 in files.items() if name.startswith(start)}
     # results.json has the flat figures of each split, metrics.json also those per class and the confusion matrix.
     metrics = {split: dict(facts[split]) for split in SPLITS if isinstance(facts.get(split), dict)}
-    if (folder / "metrics.json").is_file():
-        detailed = read_json(folder / "metrics.json")
+    path, lines = folder / "metrics.json", folder / "metrics.jsonl"
+    content = _read_listed(path, own.get(path.name))
+    if content is not None:
+        detailed = _parsed(path, content)
         for split in SPLITS:
-            if isinstance(detailed, dict) and isinstance(detailed.get(split), dict):
+            if isinstance(detailed.get(split), dict):
                 metrics[split] = metrics.get(split, {}) | detailed[split]
     ordered = {split: metrics[split] for split in SPLITS if split in metrics}
-    return Stage(folder.name, folder, facts, _epochs(folder / "metrics.jsonl"), ordered)
+    epochs = _epochs(lines, _read_listed(lines, own.get(lines.name)) or b"")
+    return Stage(folder.name, folder, facts, epochs, ordered, own)
 
 
-def _epochs(path: Path) -> list[dict[str, Any]]:
-    """Records by epoch; a resumed run may have written an epoch twice (the later counts)."""
+def _epochs(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """One record a line."""
+    records = [_parsed(path, line) for line in content.splitlines()]
+    if not all(isinstance(record.get("epoch"), int) for record in records):
+        raise ArtifactError(f"{path} is damaged: each line should be an object with a whole 'epoch'")
+    return records
+
+
+def _read_listed(path: Path, sha256: str | None) -> bytes | None:
     if not path.is_file():
-        return []
-    return [record for _, record in sorted({record["epoch"]: record for record in _records(path)}.items())]
+        return None
+    if sha256 is None:
+        raise ArtifactError(f"{path} is none of the files that results.json lists: it is not of this run")
+    return read_bytes(path, sha256=sha256)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    lines = read_bytes(path).split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # the line that a killed run was writing: it has no line end
-                return
-            raise ArtifactError(f"{path} is damaged in line {number}: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-            raise ArtifactError(f"{path} is damaged in line {number}: it should be an object with a whole 'epoch'")
-        yield record
-
-
-def _text(path: Path) -> str | None:
-    return read_bytes(path).decode("utf-8", errors="replace") if path.is_file() else None
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    found: Any = None
+    with contextlib.suppress(ValueError, RecursionError):  # of a file whose digest was made up to fit
+        found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} is damaged: it holds no JSON objects")
+    return found

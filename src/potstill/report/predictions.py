@@ -1,11 +1,13 @@
 """Predictions of one stage on one split, as indices into the class list of the file's own header."""
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from potstill.errors import ArtifactError
+from potstill.report.contents import Stage
 
 PROBABILITY = "p:"
 
@@ -20,18 +22,19 @@ class Predictions:
     predicted: list[int]
 
 
-def read_predictions(path: Path) -> Predictions | None:
+def read_predictions(stage: Stage, split: str) -> Predictions | None:
     """Read predictions_{split}.csv; None where there is none.
 
     Raises:
         ArtifactError: the file is damaged; names file and line.
     """
-    if not path.is_file():
+    path = stage.folder / f"predictions_{split}.csv"
+    content = stage.read(path.name)
+    if content is None:
         return None
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return _parse(path, file)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return _parse(path, io.StringIO(content.decode("utf-8"), newline=""))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ArtifactError(f"cannot read {path}: {error}") from error
 
 

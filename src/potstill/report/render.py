@@ -31,7 +31,7 @@ def render(run: Path | str) -> Path:
 def _render_stage(run: Run, stage: Stage) -> None:
     write_text(stage.folder / "metrics.txt", metrics_text(run, stage))
     for split in SPLITS:
-        predictions = read_predictions(stage.folder / f"predictions_{split}.csv")
+        predictions = read_predictions(stage, split)
         text = classification_report_text(predictions) if predictions else None
         if text is not None:
             write_text(stage.folder / f"classification_report_{split}.txt", text)

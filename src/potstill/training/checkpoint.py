@@ -1,4 +1,4 @@
-"""The state of training in one file: 64 hex digits of SHA-256, a line break, then safetensors.
+"""The state of training in one file: its SHA-256, then safetensors.
 
 Tensors as safetensors, everything else as JSON in its header: opening a checkpoint runs no code.  The digest is checked
 before anything is parsed.
@@ -10,16 +10,23 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from potstill.artifacts import digest, read_bytes, write_bytes
 from potstill.errors import ArtifactError
+from potstill.sealed import read_sealed, write_sealed
 
-_DIGITS = 64
 
-
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep_previous: bool = False
+) -> None:
     """Write named tensors and JSON facts, whole or not at all.
+
+    Args:
+        path: NAME.checkpoint.
+        tensors: on any device.
+        facts: JSON values.
+        keep_previous: the older file stays as NAME-previous.checkpoint, should this one be damaged later.
 
     Raises:
         StorageError: it could not be written; the older file is untouched.
@@ -30,22 +37,21 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any
         if value.numel() and value.data_ptr() in seen:
             flat[key] = value.clone()
         seen.add(value.data_ptr())
-    payload = safetensors.torch.save(flat, metadata={"facts": json.dumps(facts)})
-    write_bytes(path, digest(payload).encode(), b"\n", payload)
+    write_sealed(path, safetensors.torch.save(flat, metadata={"facts": json.dumps(facts)}), keep_previous=keep_previous)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what ``save_checkpoint`` wrote.
 
     Raises:
-        ArtifactError: missing, cut short or changed.
+        ArtifactError: missing, cut short or changed; names the newest intact older one.
     """
-    data = read_bytes(path)
-    recorded, payload = data[:_DIGITS], data[_DIGITS + 1 :]
-    if len(data) <= _DIGITS or digest(payload).encode() != recorded or data[_DIGITS : _DIGITS + 1] != b"\n":
-        raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one that was recorded when it was written")
-    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-    return safetensors.torch.load(payload), json.loads(header["__metadata__"]["facts"])
+    payload = read_sealed(path)
+    try:
+        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        return safetensors.torch.load(payload), json.loads(header["__metadata__"]["facts"])
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is no checkpoint of this version: {error}") from error
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

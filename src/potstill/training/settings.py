@@ -47,4 +47,6 @@ class TrainingSettings(BaseModel):
     compile: bool | Literal["auto"] = Field(
         "auto", description="the student's forward pass; auto: on cuda alone, where enough of the training is left"
     )
-    checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints; 0: every epoch")
+    checkpoint_seconds: float = Field(
+        60.0, ge=0, description="least time between two checkpoints; 0: after every epoch only"
+    )

@@ -57,9 +57,7 @@ def _right(right: int, images: int) -> str:
 
 def _changes(run: Run) -> tuple[Counter[int], Counter[int], bool]:
     """Class -> test images that distillation repaired and broke; False where the two files do not go together."""
-    before, after = (
-        read_predictions(run.stages[name].folder / "predictions_test.csv") for name in ("baseline", "distilled")
-    )
+    before, after = (read_predictions(run.stages[name], "test") for name in ("baseline", "distilled"))
     repaired, broken = Counter[int](), Counter[int]()
     if before is None or after is None or (before.paths, before.labels) != (after.paths, after.labels):
         return repaired, broken, False

@@ -1,0 +1,139 @@
+"""G1: whatever is written below src goes through potstill.artifacts, but for a short list with reasons."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import potstill
+
+SOURCE = Path(potstill.__file__).parent
+OURS = {"write_bytes", "write_text"}  # names that pathlib has too: they count unless they were imported from artifacts
+
+# (file, call): why it may
+EXCEPTIONS = {
+    ("artifacts.py", "os.open"): "the writer itself",
+    ("artifacts.py", "os.write"): "the writer itself",
+    ("artifacts.py", "os.replace"): "the writer itself",
+    ("artifacts.py", "os.link"): "the writer itself",
+    ("cli/entry.py", "os.open"): "/dev/null in place of a closed pipe",
+    ("cli/native_noise.py", "os.open"): "/dev/null in place of what C libraries say",
+    ("data/decode.py", "os.open"): "reads an image, without waiting at a pipe",
+    ("data/pixel_file.py", "os.open"): "memory-mapped; its marks are set after its bytes are synced",
+    ("data/pixel_file.py", "os.pwrite"): "the same",
+    ("data/turns.py", "os.open"): "a lock file, always empty",
+    ("store/claims.py", "os.open"): "a lock file, always empty",
+    ("store/files.py", "os.open"): "grows in place; its marks and checksums are set after its bytes are synced",
+    ("store/files.py", "os.pwrite"): "the same",
+    ("store/listing.py", "rename"): "a store that is removed leaves the list at once",
+    ("report/figures/canvas.py", "savefig"): "into memory",
+}
+WRITING = {
+    "os": {
+        "open",
+        "write",
+        "pwrite",
+        "pwritev",
+        "writev",
+        "replace",
+        "rename",
+        "renames",
+        "link",
+        "truncate",
+        "mkfifo",
+    },
+    "shutil": {"copy", "copy2", "copyfile", "copyfileobj", "copytree", "move"},
+    "json": {"dump"},
+    "yaml": {"dump", "safe_dump"},  # with a second argument
+    "pickle": {"dump"},
+    "np": {"save", "savez", "savez_compressed", "savetxt", "memmap"},
+    "numpy": {"save", "savez", "savez_compressed", "savetxt", "memmap"},
+    "torch": {"save"},
+    "tempfile": {"mkstemp", "NamedTemporaryFile"},
+    "safetensors": {"save_file"},
+}
+METHODS = {"tofile", "savefig", "save_file", "rename", "touch", "symlink_to", "hardlink_to", "extractall", "extract"}
+
+
+def writes(path: Path) -> Iterator[tuple[str, int]]:
+    """Calls in a file that may write: name and line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "potstill.artifacts"
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = _writing(node, imported)
+            if name is not None:
+                yield name, node.lineno
+
+
+def _writing(call: ast.Call, imported: set[str]) -> str | None:
+    if isinstance(call.func, ast.Name):
+        if call.func.id == "open":
+            return "open" if _for_writing(call, 1) else None
+        return None
+    if not isinstance(call.func, ast.Attribute):
+        return None
+    owner = call.func.value.id if isinstance(call.func.value, ast.Name) else ""
+    name = call.func.attr
+    if name in WRITING.get(owner, ()):
+        to_memory = owner == "yaml" and len(call.args) < 2 and not any(each.arg == "stream" for each in call.keywords)
+        return None if to_memory else f"{owner}.{name}"
+    if name == "open" and owner != "os":
+        # A path's (mode first), or that of gzip and the like (mode second).
+        return "open" if _for_writing(call, 0) or _for_writing(call, 1) else None
+    if name in OURS and owner != "artifacts":
+        return name
+    return name if name in METHODS else None
+
+
+def _for_writing(call: ast.Call, position: int) -> bool:
+    modes = [*call.args[position : position + 1], *(each.value for each in call.keywords if each.arg == "mode")]
+    return any(
+        isinstance(mode, ast.Constant) and re.fullmatch(r"[rbt]*[wax+][bt+]*", str(mode.value)) is not None
+        for mode in modes
+    )
+
+
+FOUND = {
+    (str(path.relative_to(SOURCE)), name): line
+    for path in sorted(SOURCE.rglob("*.py"))
+    for name, line in writes(path)
+}  # fmt: skip
+
+
+def test_nothing_else_writes() -> None:
+    assert {place: line for place, line in FOUND.items() if place not in EXCEPTIONS} == {}
+
+
+def test_every_exception_is_still_one() -> None:
+    assert set(EXCEPTIONS) - set(FOUND) == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "open(path, 'w')", "open(path, mode='ab')", "open(path, 'r+b')", "path.open('wb')", "gzip.open(path, 'wt')",
+        "path.write_text(text)", "path.write_bytes(data)", "np.save(path, array)", "array.tofile(path)",
+        "torch.save(state, path)", "figure.savefig(path)", "json.dump(value, file)", "yaml.safe_dump(value, file)",
+        "os.open(path, flags)", "shutil.copy(a, b)",
+    ],
+)  # fmt: skip
+def test_a_planted_write_is_found(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.py").write_text(f"def f(path):\n    {text}\n")
+    assert [line for _, line in writes(tmp_path / "x.py")] == [2]
+
+
+def test_reading_and_our_own_names_are_not(tmp_path: Path) -> None:
+    text = (
+        "from potstill import artifacts\nfrom potstill.artifacts import write_text\n"
+        "write_text(path, '')\nartifacts.write_bytes(path, b'')\nopen(path)\npath.open('rb')\nyaml.safe_dump(value)\n"
+    )
+    (tmp_path / "x.py").write_text(text)
+    assert list(writes(tmp_path / "x.py")) == []

@@ -1,0 +1,159 @@
+"""G1 and G2: whichever write of a run fails or is its last, what was there before is whole, and the run goes on."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.artifacts import write_bytes
+from potstill.errors import StorageError
+from potstill.experiments.run_folder import RunFolder
+
+Tiny = Any  # the fixtures of conftest.py
+Faults = Any
+Said = pytest.CaptureFixture[str]
+
+
+def calls(tiny: Tiny, faults: Faults, root: Path) -> list[tuple[str, str]]:
+    """Of a run to which nothing happens."""
+    root.mkdir()
+    with faults(root) as counted:
+        assert tiny(root) == 0
+    assert len(counted.seen) > 100
+    assert {name for name, _ in counted.seen} >= {"open", "write", "fsync", "replace", "mkdir"}
+    return list(counted.seen)
+
+
+def test_every_write_may_fail(
+    tiny: Tiny, faults: Faults, undisturbed: dict[str, bytes], tmp_path: Path, capsys: Said
+) -> None:
+    for at in range(len(calls(tiny, faults, tmp_path / "whole"))):
+        root = tmp_path / str(at)
+        root.mkdir()
+        capsys.readouterr()
+        with faults(root, at, faults.full_or_broken) as failing:
+            code = tiny(root)
+        (call, path), said = failing.seen[at], capsys.readouterr().err
+        assert code == 5, (call, path, said)
+        reason = "Input/output error" if call in ("fsync", "replace") else "No space left on device"
+        (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert re.fullmatch(rf"error: cannot write (to )?\S+: {reason}", error), (call, path)
+        name = re.sub(r"^\.(.+)\.[0-9a-f]{16}\.part$", r"\1", Path(path).name)  # a temporary file's
+        assert name in error or Path(path).is_dir() or call == "mkdir" or name == ".lock", (call, path, error)
+        assert "Traceback" not in said
+        assert not list(root.rglob("*.part")), (call, path)
+        tiny.check_whole(root)
+        if at % 4 == 0:
+            assert tiny.go_on(root) == 0, (call, path)
+            assert tiny.weights(root) == undisturbed
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("third", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_at_any_write_goes_on(
+    tiny: Tiny, faults: Faults, undisturbed: dict[str, bytes], tmp_path: Path, third: int
+) -> None:
+    for at, made in list(enumerate(calls(tiny, faults, tmp_path / "whole")))[third::3]:
+        root = tmp_path / str(at)
+        root.mkdir()
+
+        def doomed(root: Path = root, at: int = at) -> int:
+            with faults(root, at, faults.die):
+                code: int = tiny(root)
+                return code
+
+        assert faults.forked(doomed) == -9
+        tiny.check_whole(root)
+        assert tiny.go_on(root) == 0, made
+        assert tiny.weights(root) == undisturbed
+        assert not list(root.rglob("*.part"))
+        shutil.rmtree(root)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A function that mounts a memory disk with these options, or mounts it anew."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "potstill-test", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a memory disk (root)")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("limit", ["size=700k", "size=2m", "size=8m,nr_inodes=12"])
+def test_a_full_disk_and_then_a_larger_one(
+    tiny: Tiny, small_disk: Callable[[str], Path], capsys: Said, undisturbed: dict[str, bytes], limit: str
+) -> None:
+    disk = small_disk(limit)
+    for name in ("run", "second", "third"):  # until it is full
+        code = tiny(disk, "--name", name)
+        if code:
+            break
+    assert code == 5
+    assert re.search(r"^error: cannot write \S+: No space left on device$", capsys.readouterr().err, re.M)
+    tiny.check_whole(disk)
+    small_disk("remount,size=64m,nr_inodes=1000")
+    assert tiny.go_on(disk) == 0
+    assert tiny.weights(disk) == undisturbed
+
+
+def test_a_read_only_disk(tiny: Tiny, small_disk: Callable[[str], Path], capsys: Said) -> None:
+    disk = small_disk("size=64m")
+    assert tiny(disk) == 0
+    before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    small_disk("remount,ro,size=64m")
+    for root, flag in ((disk, "--resume"), (disk, "--overwrite"), (disk / "new", "--seed=0")):
+        capsys.readouterr()
+        assert tiny(root, flag) == 5
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"error: cannot write to \S+run: Read-only file system\n", said)
+    assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_folder_in_which_one_may_not_write(faults: Faults, mode: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        root = Path(folder) / "runs"
+        root.mkdir(mode=mode)
+
+        def try_in_vain() -> int:
+            if os.geteuid() == 0:
+                os.setegid(65534)
+                os.seteuid(65534)  # root may write anywhere
+            with pytest.raises(StorageError, match=r"^cannot write to \S+/a: Permission denied$"):
+                RunFolder.create(root, "a")
+            with pytest.raises(StorageError, match=r"^cannot write \S+/a: Permission denied$"):
+                write_bytes(root / "a", b"")
+            return 0
+
+        assert faults.forked(try_in_vain) == 0
+        assert list(root.iterdir()) == []
+        root.chmod(0o700)
+
+
+@pytest.mark.parametrize("when", [2, 12])
+def test_a_broken_disk_as_the_system_tells_of_it(tiny: Tiny, tmp_path: Path, when: int) -> None:
+    strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}"]
+    if shutil.which("strace") is None or subprocess.run([*strace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs strace, and the right to trace a process")
+    command = [*strace, sys.executable, "-m", "potstill", *tiny.arguments, "--root", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    assert re.search(r"^error: cannot write \S+: Input/output error$", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+    tiny.check_whole(tmp_path / "runs")
