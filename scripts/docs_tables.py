@@ -133,7 +133,17 @@ def exit_codes_table() -> str:
         (str(each.exit_code), f"`{each.__name__}`", "A bug in potstill." if each.exit_code == 1 else each.__doc__ or "")
         for each in sorted(kinds, key=lambda each: each.exit_code)
     ]
-    return table(("exit code", "in Python", "meaning"), [*rows, ("130", "", "Interrupted (Ctrl-C).")])
+    return table(
+        ("exit code", "in Python", "meaning"),
+        [
+            *rows,
+            (
+                "130, 143",
+                "",
+                "Ctrl-C (SIGINT), SIGTERM. A training finishes its step and saves; a second signal ends it at once.",
+            ),
+        ],
+    )
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -37,9 +37,9 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 
 @pytest.fixture
 def corpus() -> Path:
-    """Third-party image files with the expected outcome."""
-    default = Path(__file__).parents[3] / "shared" / "corpora"
-    folder = Path(os.environ.get("POTSTILL_CORPORA", default)) / "core"
+    """Third-party image files with the expected outcome of each."""
+    default = Path(__file__).parents[3] / "shared" / "corpora" / "core"
+    folder = Path(os.environ.get("POTSTILL_CORPORA", default))
     if not (folder / "MANIFEST.tsv").is_file():
-        pytest.skip(f"no image corpus at {folder}; set POTSTILL_CORPORA")
+        pytest.skip(f"no image corpus (a folder with MANIFEST.tsv) at {folder}; set POTSTILL_CORPORA")
     return folder

@@ -33,10 +33,9 @@ def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
             raise ValueError("five")
         return i
 
-    got = []
+    results = in_turn(work, range(1000), at_once=2)
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="five"):
-        for i in in_turn(work, range(1000), at_once=2):
-            got.append(i)
-    assert got == [0, 1, 2, 3, 4]
+        next(results)
     assert len(begun) < 20
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]

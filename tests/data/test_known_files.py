@@ -202,7 +202,8 @@ def test_the_fingerprint_does_not_depend_on_what_is_known(
 
 def test_how_far_the_check_is(folder: Path) -> None:
     class Heard:
-        calls: list[tuple[str, int, int]] = []
+        def __init__(self) -> None:
+            self.calls: list[tuple[str, int, int]] = []
 
         def wait(self, what: str, done: int, total: int) -> None:
             self.calls.append((what, done, total))
@@ -211,6 +212,7 @@ def test_how_far_the_check_is(folder: Path) -> None:
 
         def warn(self, message: str) -> None: ...
 
-    check_files(folder, NAMES, "test", progress=Heard())
-    check_files(folder, NAMES, "test", progress=Heard())
-    assert Heard.calls == [("checking images", 5, 5)]
+    heard = Heard()
+    check_files(folder, NAMES, "test", progress=heard)
+    check_files(folder, NAMES, "test", progress=heard)
+    assert heard.calls == [("checking images", 5, 5)]

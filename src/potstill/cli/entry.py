@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from potstill import __version__
-from potstill.cli import catalogs, experiments, stores, using
+from potstill.cli import catalogs, checking, experiments, stores, using
 from potstill.console import plain
-from potstill.errors import PotstillError, StorageError, Stopped
+from potstill.errors import PotstillError, Stopped, StorageError
 
 OUR_BUG = 1
 WRONG_USAGE = 2
@@ -55,6 +55,7 @@ for _verb in (
     experiments.train,
     using.predict,
     using.evaluate,
+    checking.check,
     experiments.report,
     catalogs.recipes,
     catalogs.models,

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from potstill.data.cores import in_turn
 from potstill.data.decode import decode_bytes, read_file
+from potstill.data.doctor.large import MOST_BYTES, MOST_PIXELS, header, one_at_a_time
 from potstill.data.images import ImageSet
 from potstill.data.known_files import KnownFiles, State, state_of, trusted
 from potstill.data.listing import refuse
@@ -62,9 +63,11 @@ def check_files(
 
 def _read(path: Path, decode: bool) -> _Read:
     read_at, before = time.time_ns(), state_of(path)
-    content = read_file(path)
-    if decode:
-        decode_bytes(content, str(path))
+    with one_at_a_time(before[0] > MOST_BYTES):
+        content = read_file(path)
+        if decode:
+            with one_at_a_time(header(content)[2] > MOST_PIXELS):
+                decode_bytes(content, str(path))
     return trusted(before, state_of(path), read_at), f"{len(content)} {hashlib.sha256(content).hexdigest()}"
 
 

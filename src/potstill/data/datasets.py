@@ -74,6 +74,8 @@ def check_source(settings: DataSettings) -> None:
         if name in _CHECKS:
             _CHECKS[name](settings)
         return
+    if not name.strip():
+        raise UsageError("no data is named: give a folder, a .csv or .jsonl manifest, or a name")  # "" would be here
     path = Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in SUFFIXES):
         if path.exists():

@@ -1,28 +1,33 @@
 """Folders and manifests: from their listing to three checked splits."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from potstill.data.check import check_files
-from potstill.data.folders import list_folder
+from potstill.data.doctor.division import Division, divide
+from potstill.data.doctor.findings import said
+from potstill.data.doctor.folder import walk_folder
+from potstill.data.doctor.listing import Listing
+from potstill.data.doctor.manifest import read_manifest
 from potstill.data.images import FileSet, ImageSet, Subset
-from potstill.data.listing import Entry
-from potstill.data.manifest import list_manifest
+from potstill.data.listing import refuse
 from potstill.data.settings import AugmentSettings, DataSettings
-from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
+from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint
 from potstill.data.watcher import Watcher
 
 AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # things look alike in a mirror more often than not
 
 
 def from_folder(settings: DataSettings, root: Path, progress: Watcher | None = None) -> DataSplits:
-    """The images of a folder; see ``folders`` for its forms.  ``progress`` is told how far the check of the files is.
+    """The images of a folder; see ``doctor.folder`` for its forms.  ``progress`` is told how far the check of the files
+    is.
 
     Raises:
         DataError: a listing or files that cannot be trained on.
     """
-    return _from_listing(settings, root, list_folder(root), "folders", progress)
+    return _from_listing(settings, walk_folder(root), progress)
 
 
 def from_manifest(settings: DataSettings, path: Path, progress: Watcher | None = None) -> DataSplits:
@@ -31,45 +36,28 @@ def from_manifest(settings: DataSettings, path: Path, progress: Watcher | None =
     Raises:
         DataError: a listing or files that cannot be trained on.
     """
-    return _from_listing(settings, path.parent, list_manifest(path), "manifest", progress)
+    return _from_listing(settings, read_manifest(path), progress)
 
 
-def _from_listing(
-    settings: DataSettings, root: Path, entries: list[Entry], kind: str, progress: Watcher | None
-) -> DataSplits:
-    class_names = tuple(sorted({entry.label for entry in entries}))
-    ids = {name: i for i, name in enumerate(class_names)}
-    labels = np.array([ids[entry.label] for entry in entries], dtype=np.int64)
-    images = FileSet(root, [entry.name for entry in entries], labels)
-    if len(class_names) < 2:
-        check_splits(class_names, {}, settings.source)
-    parts, origin = _divide(settings, images, entries, class_names, kind)
-    check_splits(class_names, parts, settings.source)
-    contents = check_files(root, images.names, settings.source, progress=progress)
+def _from_listing(settings: DataSettings, listing: Listing, progress: Watcher | None) -> DataSplits:
+    division, findings = divide(listing, settings)
+    refuse(settings.source, said([*listing.findings, *findings], listing.root))
+    images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
+    contents = check_files(listing.root, images.names, settings.source, progress=progress)
     images.expect(contents)
-    found = {split: [contents[name] for name in part.names] for split, part in parts.items()}
+    parts = parts_of(images, division)
+    check_splits(division.class_names, parts, settings.source)
     return DataSplits(
-        class_names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
-        fingerprint=fingerprint(parts, class_names, found), augment=AUGMENT,
+        division.class_names, parts["train"], parts["val"], parts["test"], source=settings.source,
+        origin=division.origin, fingerprint=fingerprint_of(parts, division.class_names, contents), augment=AUGMENT,
     )  # fmt: skip
 
 
-def _divide(
-    settings: DataSettings, images: FileSet, entries: list[Entry], class_names: tuple[str, ...], kind: str
-) -> tuple[dict[str, ImageSet], str]:
-    """Splits as the source gives them; what it lacks is split off from train, or from the whole pile."""
-    places = {split: np.flatnonzero([entry.split == split for entry in entries]) for split in SPLITS}
-    given = {split: index for split, index in places.items() if len(index)}
-    shares = {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in given}
-    if not shares:
-        return {split: Subset(images, given[split]) for split in SPLITS}, f"{kind} train, val, test"
-    pool = given.get("train", np.arange(len(entries)))
-    made = stratified([images.names[i] for i in pool], images.labels[pool], shares, settings.split_seed, class_names)
-    index = given | {part: pool[positions] for part, positions in made.items()}
-    left = 1 - sum(shares.values())
-    if given:
-        taken = " and ".join(f"{s} ({100 * share:g} %)" for s, share in shares.items())
-        how = f"{kind} {', '.join(given)}; {taken} split from train here, stratified"
-    else:
-        how = "made here: stratified " + "/".join(f"{100 * share:g}" for share in (left, *shares.values()))
-    return {split: Subset(images, index[split]) for split in SPLITS}, f"{how}, split seed {settings.split_seed}"
+def parts_of(images: ImageSet, division: Division) -> dict[str, ImageSet]:
+    """Split -> its images."""
+    return {split: Subset(images, np.flatnonzero(division.splits == i)) for i, split in enumerate(SPLITS)}
+
+
+def fingerprint_of(parts: Mapping[str, ImageSet], class_names: Sequence[str], contents: Mapping[str, str]) -> str:
+    """``splits.fingerprint``, where ``contents`` are by name."""
+    return fingerprint(parts, class_names, {s: [contents[name] for name in part.names] for s, part in parts.items()})

@@ -1,0 +1,1 @@
+"""The data doctor: every problem of a data set, all of them, each with path and reason (``potstill check``)."""

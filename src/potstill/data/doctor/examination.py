@@ -1,0 +1,111 @@
+"""The examination: list, divide, look at every image, compare."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from potstill.data.cores import in_turn
+from potstill.data.datasets import DATASETS, check_source
+from potstill.data.doctor.division import Division, divide
+from potstill.data.doctor.duplicates import Pictures, Repeats, find_repeats
+from potstill.data.doctor.findings import Finding
+from potstill.data.doctor.folder import walk_folder
+from potstill.data.doctor.listing import Listing
+from potstill.data.doctor.looks import TINY, Look, Looker, files_looker, images_looker, other_format
+from potstill.data.doctor.manifest import read_manifest
+from potstill.data.doctor.ready_splits import list_splits
+from potstill.data.doctor.remembered import remember_files, remember_findings
+from potstill.data.doctor.report import Report, in_order
+from potstill.data.doctor.similar import similar_classes, similar_files
+from potstill.data.doctor.statistics import Table
+from potstill.data.settings import DataSettings
+from potstill.data.watcher import Watcher
+
+_PIECE = 16  # images handed to a thread at once
+
+
+def examine(settings: DataSettings, watcher: Watcher | None = None) -> Report:
+    """Everything that is wrong with the data of a recipe; every image is read and decoded.
+
+    Args:
+        settings: where from, and how it would be split.
+        watcher: is told how much is done.
+
+    Raises:
+        UsageError: there is no such data set, folder or manifest.
+        DataError: a bundled data set is damaged.
+    """
+    listing = _list(settings)
+    return examine_listing(listing, settings, watcher)
+
+
+def examine_listing(listing: Listing, settings: DataSettings, watcher: Watcher | None = None) -> Report:
+    """As ``examine``, of what was listed before."""
+    division, findings = divide(listing, settings)
+    findings = [*listing.findings, *findings, *similar_classes(division.class_names)]
+    names = [entry.name for entry in listing.entries]
+    table = Table(len(names))
+    looker = files_looker(listing.root, names) if listing.images is None else images_looker(listing.images)
+    for i, look in enumerate(_looks(looker, len(names), watcher)):
+        if isinstance(look, Finding):
+            findings.append(look)
+        else:
+            table.put(i, look)
+            findings += _oddities(names[i], look)
+    repeats = _compare(names, division, table)
+    if listing.images is None:
+        findings += similar_files(names)
+    found = in_order([*findings, *repeats.findings])
+    if not listing.ready:
+        remember_files(listing, table)
+    remember_findings(listing, division, table, found)
+    return Report(
+        source=settings.source,
+        images=len(names),
+        passed_over=listing.passed_over,
+        division=division,
+        figures=table.figures(),
+        repeats={k: v for k, v in vars(repeats).items() if k != "findings"},
+        findings=found,
+    )
+
+
+def _list(settings: DataSettings) -> Listing:
+    check_source(settings)
+    if settings.source in DATASETS:
+        return list_splits(DATASETS[settings.source](settings))
+    path = Path(settings.source).expanduser()
+    return walk_folder(path) if path.is_dir() else read_manifest(path)
+
+
+def _looks(looker: Looker, count: int, watcher: Watcher | None) -> Iterator[Look | Finding]:
+    pieces = [range(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE)]
+    done = 0
+    for piece in in_turn(lambda piece: [looker(i) for i in piece], pieces):
+        yield from piece
+        done += len(piece)
+        if watcher is not None:
+            watcher.wait("checking images", done, count)
+
+
+def _oddities(name: str, look: Look) -> Iterator[Finding]:
+    if reason := other_format(name, look.format):
+        yield Finding("other-format", name, reason)
+    if look.blank and look.width * look.height > 1:
+        yield Finding("blank", name, "all pixels have the same colour")
+    if min(look.width, look.height) < TINY:
+        yield Finding("tiny", name, f"{look.width} x {look.height} pixels")
+
+
+def _compare(names: list[str], division: Division, table: Table) -> Repeats:
+    good = table.good
+    rows = table.rows[good]
+    return find_repeats(
+        Pictures(
+            names=[names[i] for i in good],
+            class_names=division.class_names,
+            labels=division.labels[good],
+            splits=division.splits[good],
+            content=rows["content"],
+            pixels=rows["pixels"],
+        )
+    )

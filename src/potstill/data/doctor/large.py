@@ -1,0 +1,31 @@
+"""Large images are decoded one at a time, in whichever thread, so that memory does not grow with the cores."""
+
+import contextlib
+import io
+import threading
+from contextlib import AbstractContextManager
+
+from PIL import Image
+
+from potstill.data.decode import FORMATS
+from potstill.data.quiet import quiet_pillow
+
+MOST_PIXELS = 4_000_000  # of an image, and
+MOST_BYTES = 8 * 2**20  # of its file; what has more is large
+
+_large = threading.RLock()
+
+
+def one_at_a_time(large: bool) -> AbstractContextManager[object]:
+    """Whoever has a large image waits until no other thread has one."""
+    return _large if large else contextlib.nullcontext()
+
+
+def header(content: bytes) -> tuple[str, str, int]:
+    """Format, mode and number of pixels; what cannot be opened is refused by the decoder, with its reason."""
+    try:
+        with quiet_pillow(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            kind = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with further pictures behind it
+            return kind, image.mode, image.width * image.height
+    except Exception:  # as around decode: Pillow raises nearly anything
+        return "", "", 0

@@ -1,0 +1,92 @@
+"""Classes and splits: what `run` would make of them, and what is missing."""
+
+from pathlib import Path
+
+import pytest
+
+from potstill.data.datasets import load_data
+from potstill.data.doctor.examination import examine
+from potstill.data.settings import DataSettings
+
+
+@pytest.mark.parametrize(
+    ("places", "settings"),
+    [
+        ({"a": 20, "b": 11}, {}),
+        ({"a": 20, "b": 11}, {"split_seed": 3, "val": 0.3, "test": 0.1}),
+        ({"train/a": 20, "train/b": 10, "test/a": 2, "test/b": 2}, {}),
+        ({"train/a": 9, "train/b": 9, "val/a": 2, "val/b": 3, "test/a": 2, "test/b": 2}, {}),
+    ],
+)
+def test_the_splits_are_those_of_a_run(make_folder, places: dict, settings: dict) -> None:
+    chosen = DataSettings(source=str(make_folder(places)), **settings)
+    division = examine(chosen).division
+    data = load_data(chosen)
+
+    assert {s: dict(zip(division.class_names, c.tolist(), strict=True)) for s, c in division.counts().items()} == (
+        data.counts()
+    )
+    assert division.class_names == data.class_names
+
+
+def test_each_image_is_in_the_split_of_a_run(make_folder) -> None:
+    from potstill.data.doctor.division import divide
+    from potstill.data.doctor.folder import walk_folder
+    from potstill.data.splits import SPLITS
+
+    folder = make_folder({"a": 20, "b": 11})
+    listing = walk_folder(folder)
+    division, _ = divide(listing, DataSettings())
+    found = {(SPLITS[at], entry.name) for at, entry in zip(division.splits, listing.entries, strict=True)}
+
+    assert found == {(split, name) for split, name, _ in load_data(DataSettings(source=str(folder))).as_rows()}
+
+
+@pytest.mark.parametrize(
+    ("places", "kind", "path", "reason"),
+    [
+        ({"a": 4, "b": 2}, "too-few", "b", "every class needs at least 3, but 'b' has 2"),
+        ({"train/a": 1, "train/b": 3, "test/a": 1, "test/b": 1}, "too-few", "train/a", "at least 2, but 'a' has 1"),
+        ({"a": 4}, "one-class", ".", "found only 'a'"),
+        ({"a": 100, "b": 7}, "imbalance", ".", "'a' has 70 and 'b' has 5; see data.balance"),
+    ],
+)
+def test_classes(make_folder, examined, places: dict, kind: str, path: str, reason: str) -> None:
+    found = examined(make_folder(places))
+
+    assert list(found) == [kind]
+    assert reason in found[kind][path]
+
+
+def test_nine_to_one_is_no_imbalance(make_folder, examined) -> None:
+    assert examined(make_folder({"train/a": 27, "train/b": 3, "val/a": 9, "val/b": 1, "test/a": 1, "test/b": 1})) == {}
+
+
+def test_a_class_of_a_manifest_that_is_not_in_every_split(make_folder, examined) -> None:
+    folder = make_folder({"p": 5})
+    rows = ["0.png,a,train", "1.png,b,train", "2.png,a,val", "3.png,b,val", "4.png,a,test"]
+    (folder / "p" / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+
+    assert examined(folder / "p" / "list.csv") == {
+        "missing-class": {".": "class 'b' has no images in test"},
+    }
+
+
+def test_no_classes_is_said_once(tmp_path: Path, examined) -> None:
+    assert list(examined(tmp_path)) == ["no-classes"]
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("cat", "cat "), ("Ame\u0301lie", "Am\u00e9lie")])
+def test_classes_that_people_take_for_one(make_folder, examined, names: tuple[str, str]) -> None:
+    found = examined(make_folder({names[0]: 4, names[1]: 4, "dog": 4}))
+
+    first, second = sorted(names)
+    assert found == {"similar-names": {first: f"classes {first!r}, {second!r}; rename or join them"}}
+
+
+def test_files_that_differ_in_case_only(make_folder, examined, picture) -> None:
+    folder = make_folder({"a": 4, "b": 4})
+    picture(1).save(folder / "a" / "x.png")
+    picture(2).save(folder / "a" / "X.PNG")
+
+    assert list(examined(folder)["similar-names"]) == ["a/X.PNG"]

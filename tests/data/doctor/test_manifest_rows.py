@@ -1,0 +1,125 @@
+"""Every bad row of a manifest is found, and the good ones are still examined."""
+
+from pathlib import Path
+
+import pytest
+
+from potstill.data.doctor.examination import examine
+from potstill.data.doctor.manifest import read_manifest
+from potstill.data.settings import DataSettings
+
+
+def read(folder: Path, text: str | bytes, name: str = "list.csv"):
+    content = text.encode() if isinstance(text, str) else text
+    (folder / name).write_bytes(content)
+    return read_manifest(folder / name)
+
+
+def test_all_bad_rows_and_all_good_ones(make_folder, tmp_path: Path) -> None:
+    folder = make_folder({"p": 4})
+    (folder / "away.png").symlink_to(tmp_path)
+    rows = [
+        "path,label,split",
+        "p/0.png,cat,train",
+        "p/1.png,dog,Valid",
+        "/etc/passwd,cat,train",
+        "../x.png,cat,train",
+        "away.png,cat,train",
+        "p/2.png,,train",
+        "p/2.png,cat,tain",
+        "p/2.png,cat",
+        "p/0.png,dog,test",
+        "p/\x07.png,cat,train",
+        "p/n\x00l.png,cat,train",
+        "p/3.png,ca\x1bt,train",
+        "p/3.png,cat,",
+    ]
+    found = read(folder, "\n".join(rows))
+
+    assert [(e.name, e.label, e.split) for e in found.entries] == [
+        ("p/0.png", "cat", "train"),
+        ("p/1.png", "dog", "val"),
+        ("p/3.png", "cat", None),
+    ]
+    said = [(each.kind, each.path, each.reason.split(":")[0]) for each in found.findings]
+    assert said == [
+        ("link-out", "list.csv", "line 4"),
+        ("link-out", "list.csv", "line 5"),
+        ("link-out", "list.csv", "line 6"),
+        ("manifest", "list.csv", "line 7"),
+        ("manifest", "list.csv", "line 8"),
+        ("manifest", "list.csv", "line 9"),
+        ("name", "p/\x07.png", "control characters in the name; rename it"),
+        ("name", "p/n\x00l.png", "control characters in the name; rename it"),
+        ("name", "ca\x1bt", "control characters in the name; rename it"),
+        ("listed-twice", "list.csv", "p/0.png is listed 2 times, under the labels 'cat', 'dog'"),
+        ("manifest", "list.csv", "2 of 3 rows name a split"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("[]", "got no object"),
+        ('{"path": "a.png", "lable": "a"}', "did you mean 'label'?"),
+        ('{"path": 3, "label": "a"}', "must be text"),
+        ('{"path": "a.png", "label": true}', "must be text"),
+        ('{"path": "a.png", "label": "a", "split": 3}', "split must be train, val or test, got 3"),
+        ('{"path": "a\\u0000.png", "label": "a"}', "control characters"),
+        ('{"path": "a.png", "label": "\\ud800"}', "not UTF-8"),
+    ],
+)
+def test_bad_json_lines(make_folder, line: str, reason: str) -> None:
+    found = read(make_folder({"p": 2}), f'{line}\n{{"path": "p/0.png", "label": 7}}\n', "list.jsonl")
+
+    assert [(e.name, e.label) for e in found.entries] == [("p/0.png", "7")]
+    assert reason in found.findings[0].reason
+    assert len(found.findings) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the header must be path,label"),
+        (b"path,lable\np/0.png,a", "did you mean 'label'?"),
+        (b"path,label\n", "lists no images"),
+        (b"path,label\n\xff\xfe,a", "a manifest is UTF-8 text"),
+        (b"path,label,split\np/0.png,a,val\n", "no row has the split train"),
+        (b'path,label\n"p/0.png,a\n', "what follows was not read"),
+    ],
+)
+def test_bad_files(make_folder, content: bytes, reason: str) -> None:
+    findings = read(make_folder({"p": 1}), content).findings
+
+    assert len(findings) == 1
+    assert reason in findings[0].reason
+
+
+def test_no_manifest_is_too_long_for_memory(make_folder) -> None:
+    path = make_folder({"p": 1}) / "list.csv"
+    with path.open("w") as file:
+        file.write("path,label\n")
+        file.truncate(256 * 2**20 + 1)
+
+    assert [each.reason for each in read_manifest(path).findings] == ["more than 256 MiB; is it a list of images?"]
+
+
+def test_rows_are_told_in_their_order(make_folder) -> None:
+    folder = make_folder({"p": 1})
+    (folder / "list.csv").write_text("path,label\n" + "p/0.png\n" * 12)
+    report = examine(DataSettings(source=str(folder / "list.csv")))
+
+    lines = [each.reason.split(":")[0] for each in report.findings if each.kind == "manifest"]
+    assert lines == [f"line {i}" for i in range(2, 14)]
+
+
+def test_circles_of_links_are_no_crash(make_folder, examined) -> None:
+    folder = make_folder({"p": 6})
+    (folder / "p" / "self.png").symlink_to("self.png")
+    rows = [f"p/{i}.png,{'ab'[i % 2]}" for i in range(6)] + ["p/self.png,a", "p/gone.png,b"]
+    (folder / "list.csv").write_text("\n".join(["path,label", *rows]))
+    found = examined(folder / "list.csv")
+
+    assert set(found["unreadable"]) == {"p/self.png", "p/gone.png"}
