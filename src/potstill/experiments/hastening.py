@@ -28,7 +28,7 @@ from potstill.sealed import read_sealed_json, write_sealed_json
 from potstill.training.devices import Compute
 from potstill.training.observer import Observer
 
-FORMAT = 1
+FORMAT = 2
 MOST, FEWEST = 256, 64  # images that are compared
 _FLOPS = 4e11  # that float32 may take for it on a CPU: some seconds
 _FEW = 2  # images, where it is known how the comparison ends
@@ -94,16 +94,21 @@ def ask_as(teachers: Teachers, how: Asking, images: Tensor) -> None:
 
 
 def spread(samples: int, count: int = _FEW) -> Tensor:
-    """``count`` sample ids at most, evenly spread, int64."""
-    return torch.from_numpy(np.linspace(0, samples - 1, min(count, samples)).round().astype(np.int64))
+    """``count`` sample ids at most, evenly spread, int64; the first and the last one come first, whatever the count.
+
+    Example:
+        >>> spread(101, 5), spread(101)
+        (tensor([  0, 100,  25,  50,  75]), tensor([  0, 100]))
+    """
+    ids = np.linspace(0, samples - 1, min(count, samples)).round().astype(np.int64)
+    return torch.from_numpy(np.concatenate([ids[:1], ids[1:][-1:], ids[1:-1]]))
 
 
 def _hasten_one(asked: Teachers, at: int, teacher: Taught, train: Loader, data: DataSplits, compute: Compute) -> str:
-    count = _count(teacher.classifier, train.samples, compute)
-    known = _Known(teacher, train, data, count, compute)
+    known = _Known(teacher, train, data, compute)
     found = known.read()
-    chosen = spread(train.samples, count)
-    images = train.view(chosen if found is None else chosen[:_FEW], 0)
+    count = _FEW if found is not None else _count(teacher.classifier, train.samples, compute)  # which takes a second
+    images = train.view(spread(train.samples, count), 0)
     done = asked.hasten_one(at, torch.bfloat16, compute.memory_format, images, least=LEAST_AGREEMENT, known=found)
     if found is None and done.fidelity is not None:
         known.write(done.fidelity)
@@ -120,14 +125,16 @@ def _count(teacher: Classifier, samples: int, compute: Compute) -> int:
 
 
 class _Known:
-    """What an earlier comparison of the same networks on the same images gave; the next run need not wait for it."""
+    """What an earlier comparison of the same networks on the same images gave; the next run need not wait for it.
 
-    def __init__(self, teacher: Taught, train: Loader, data: DataSplits, images: int, compute: Compute) -> None:
+    How many images are compared follows from these and from ``FORMAT``, which goes up with the rule.
+    """
+
+    def __init__(self, teacher: Taught, train: Loader, data: DataSplits, compute: Compute) -> None:
         tried = dataclasses.replace(teacher, how=Asking(torch.bfloat16, compute.memory_format))
         subject = {
             "format": FORMAT,
             "answers": identity(describe_teacher(tried), train, "train", data, second=False),
-            "images": images,
             "device": compute.device.type,
             "torch": torch.__version__,
         }
