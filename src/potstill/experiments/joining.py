@@ -20,7 +20,7 @@ from potstill.methods.base import Method
 from potstill.models.classifier import Classifier
 from potstill.training.devices import Compute
 
-ROUNDS = 5  # in which a teacher's answer is timed, after one that is thrown away
+ROUNDS = 3  # in which a teacher's answer is timed, after one that is thrown away
 
 
 def join(
