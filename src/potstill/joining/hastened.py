@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from potstill.joining.cpu_layers import rewrite
 from potstill.joining.folding import close, fold
 
 LEAST_AGREEMENT = 0.98  # with float32's top class; below, bf16 is not worth its speed
@@ -145,6 +146,8 @@ def convert(
             copied.set_submodule(path, _FloatLinear.of(copied.get_submodule(path)), strict=True)
         _lower(copied, dtype)
     copied.to(memory_format=memory_format)
+    if not few.is_cuda:
+        rewrite(copied)
     how = Asking(dtype, memory_format, folded)
     how.logits(copied, few)  # what cannot be computed in this dtype says so now
     return copied.requires_grad_(False).eval(), how
