@@ -6,6 +6,7 @@ import pytest
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiments.recipe import Recipe, dump_recipe, list_recipes, load_recipe
 from potstill.methods.catalog import entry, options
+from potstill.sealed import write_sealed_json
 
 PRESET = entry("dkd").presets["cifar100/resnet32x4-resnet8x4"]
 SMALL = {"name": "small", "teacher": {"model": "cifar/vgg8"}, "student": {"model": "cifar/resnet8"}}
@@ -35,7 +36,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no
 
 def model_folder(folder: Path, architecture: str) -> Path:
     folder.mkdir(parents=True)
-    (folder / "model.json").write_text(json.dumps({"schema": 1, "architecture": architecture}))
+    write_sealed_json(folder / "model.json", {"schema": 1, "architecture": architecture})
     return folder
 
 

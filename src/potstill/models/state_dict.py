@@ -71,8 +71,11 @@ def load(module: nn.Module, state: dict[str, Tensor], num_classes: int, origin: 
 def _unpickle(data: bytes, path: Path) -> Any:
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ArtifactError(f"{path} is a compressed archive, which torch.save never writes; it is not opened")
+            if sum(entry.file_size for entry in entries) > len(data):  # many names for the same bytes
+                raise ArtifactError(f"{path} is an archive that would become larger when it is read; it is not opened")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

@@ -84,16 +84,20 @@ class Claims:
         with _guard:
             if not self._file.lock(_USING, shared=True):
                 return False
+        return self._current()
+
+    def use_alone(self) -> bool:
+        """Keep all others out until ``release``; False: somebody uses the store, or it is another one by now."""
+        with _guard:
+            return self._file.users == 1 and self._file.lock(_USING) and self._current()
+
+    def _current(self) -> bool:
+        """Whether the file that is locked is the one that stands there."""
         try:
             found = self.path.stat()
         except OSError:
             return False
         return self._file.identity == (found.st_dev, found.st_ino)
-
-    def use_alone(self) -> bool:
-        """Keep all others out until ``release``; False: somebody uses the store."""
-        with _guard:
-            return self._file.users == 1 and self._file.lock(_USING)
 
     def claim(self, block: int) -> bool:
         """Whether this store may write a block (a number over all views) from now on, until ``release``.

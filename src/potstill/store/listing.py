@@ -1,6 +1,7 @@
 """Which stores there are, found by key and removed.  No torch here."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from potstill.store.records import Record
 _KEY = re.compile(r"[0-9a-f]{16}")
 _REMOVED = re.compile(r"\.[0-9a-f]{16}\.removed")
 _SHORTEST = 4  # characters of a key that suffice where no other begins so
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -113,24 +115,31 @@ def remove(path: Path) -> int:
     Raises:
         StorageError: it is in use, or cannot be deleted.
     """
-    claims = None
+    claims = Claims(path)  # with a new lock file where a store has none yet: somebody may be about to open it
     try:
-        if (path / LOCK).exists():
-            claims = Claims(path)
-            if not claims.use_alone():
-                raise StorageError(f"{path} is in use; wait for the run that uses it, or stop it")
+        if not claims.use_alone():
+            raise StorageError(f"{path} is in use; wait for the run that uses it, or stop it")
         size = _size(path)
         gone = path.with_name(f".{path.name}.removed")
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(gone)  # what an interrupted removal left
         path.rename(gone)  # at once, for those who look for it
-        shutil.rmtree(gone)
+        _delete(gone)
     except OSError as error:
         raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
     finally:
-        if claims is not None:
-            claims.release()
+        claims.release()
     return size
+
+
+def _delete(folder: Path) -> None:
+    for attempt in range(_ATTEMPTS):
+        try:
+            shutil.rmtree(folder)
+            return
+        except OSError as error:  # whoever was about to open the store may just have put a file there
+            if error.errno != errno.ENOTEMPTY or attempt == _ATTEMPTS - 1:
+                raise
 
 
 def sweep(root: Path) -> None:
