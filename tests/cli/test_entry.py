@@ -101,6 +101,9 @@ def test_the_parsers_own_errors_exit_with_2(
         (errors.WorkerError("w"), 7, "error: w\n"),
         (errors.DataError("bad\x1b[2Jname"), 3, "error: bad\\x1b[2Jname\n"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 5, "error: No space left on device: runs/x\n"),
+        (OSError(errno.EIO, "Input/output error", "runs/x"), 5, "error: Input/output error: runs/x\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 5, "error: Permission denied: x\n"),
+        (errors.Stopped(15), 143, "error: interrupted; a run goes on from its last checkpoint with --resume\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; a run goes on from its last checkpoint with --resume\n"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
@@ -125,7 +128,7 @@ def test_memory_is_a_storage_error(capsys: pytest.CaptureFixture[str], monkeypat
     assert "out of memory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("raised", [KeyError("x"), OSError(errno.EIO, "Input/output error"), AssertionError()])
+@pytest.mark.parametrize("raised", [KeyError("x"), OSError(errno.EBADF, "Bad file descriptor"), AssertionError()])
 def test_anything_else_is_our_bug_and_shows_where(
     raised: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

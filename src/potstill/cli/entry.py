@@ -19,6 +19,7 @@ OUR_BUG = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 _HELP = ["-h", "--help"]
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume"
 _NO_MEMORY = "out of memory; a smaller training.batch_size or data.memory_share needs less"
 
@@ -111,8 +112,8 @@ def _obey(arguments: list[str]) -> Any:
 
 
 def _other(error: Exception) -> int:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _say(f"{error.strerror}: {error.filename or 'the disk is full'}", StorageError.exit_code)
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return _say(f"{error.strerror}: {error.filename or 'the disk is full or fails'}", StorageError.exit_code)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
         return _say(_NO_MEMORY, StorageError.exit_code)
     if isinstance(error, typer.Abort):
