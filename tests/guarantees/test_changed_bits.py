@@ -61,7 +61,7 @@ def test_four_hundred_flipped_bits_four_hundred_detected(finished_run: Path, tmp
     shutil.copytree(finished_run, run)
     reading, draw = readers(run), random.Random(0)
     files = sorted(reading)
-    assert len(files) == 3 + 3 * (2 + 2 + 2 + 3)
+    assert len(files) == 3 + 3 * (2 + 1 + 2 + 3)
     for path in files:
         reading[path]()  # they are whole
     for i in range(400):

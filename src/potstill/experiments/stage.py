@@ -149,7 +149,8 @@ def train_stage(
         "potstill": __version__,
     }
     save_model(student, folder)
-    (folder / "checkpoints" / "best.checkpoint").unlink(missing_ok=True)  # model.safetensors holds the same weights
+    for name in ("best", "last-previous"):  # the model holds the best weights, and is whole
+        (folder / "checkpoints" / f"{name}.checkpoint").unlink(missing_ok=True)
     return history
 
 
