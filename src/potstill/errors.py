@@ -59,6 +59,18 @@ class Stopped(BaseException):
         self.signal, self.exit_code = signal, 128 + signal
 
 
+class Elsewhere(BaseException):
+    """Another process of the run has failed, and has said why: this one ends and says nothing.
+
+    Attributes:
+        exit_code: what the other one exits with.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause for messages: ``"; did you mean 'kd'?"``, or nothing where no known name is close.
 

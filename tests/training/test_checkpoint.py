@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from potstill.errors import ArtifactError
+from potstill.sealed import write_sealed
 from potstill.training.checkpoint import (
     load_checkpoint,
     pack_optimizer,
@@ -65,3 +66,31 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     unpack_optimizer(resumed, within("o", loaded), facts)
     trained(2, other, resumed)
     assert torch.equal(net.weight, other.weight)
+
+
+def test_what_is_the_same_is_stored_once(tmp_path):
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    odd = torch.tensor([0.0, float("nan")])
+    tensors = {"a": weights, "best/a": weights.clone(), "n": torch.tensor(3), "best/n": torch.tensor(3)}
+    tensors |= {"odd": odd, "best/odd": odd.clone(), "zero": torch.zeros(2), "best/zero": -torch.zeros(2)}
+    tensors |= {"half": torch.ones(4).bfloat16(), "best/half": torch.ones(4), "wide": torch.ones(2, 3)}
+    tensors |= {"best/wide": torch.ones(3, 2), "image": torch.ones(1, 3, 2, 2)}
+    tensors |= {"best/image": tensors["image"].contiguous(memory_format=torch.channels_last)}
+    alike = {name: name.removeprefix("best/") for name in tensors if name.startswith("best/")}
+    save_checkpoint(tmp_path / "x", tensors, {}, alike=alike)
+    loaded, _ = load_checkpoint(tmp_path / "x")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        bits, expected = (each.contiguous().reshape(-1).view(torch.uint8) for each in (loaded[name], tensor))
+        assert bits.tolist() == expected.tolist(), name
+    assert (tmp_path / "x").stat().st_size < 6000  # 4000 bytes of weights
+    loaded["best/a"].zero_()
+    assert torch.equal(loaded["a"], weights)  # no memory of another's
+
+
+def test_a_name_that_is_not_there_is_no_crash(tmp_path):
+    text = b'{"__metadata__":{"facts":"{}","same":"{\\"a\\":\\"b\\"}"}}'
+    write_sealed(tmp_path / "x", len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ArtifactError, match="is no checkpoint"):
+        load_checkpoint(tmp_path / "x")

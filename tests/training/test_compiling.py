@@ -220,6 +220,12 @@ class Numbers:
 
     count, steps = 10, 3
 
+    def names_at(self, number, step):
+        return ["a", "b"]
+
+    def sizes_of(self, number):
+        return [4, 4, 2]
+
     def epoch(self, number=0, step=0):
         generator = torch.Generator().manual_seed(number)
         for size in (4, 4, 2)[step:]:
@@ -253,7 +259,7 @@ def test_compiled_training_is_saved_as_plain_training_is(tmp_path, monkeypatch):
     assert len(compiled) == 1
     assert list(other.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(other.state_dict(), plain.state_dict(), rtol=0, atol=0)
-    for name in ("last.checkpoint", "best.checkpoint"):
+    for name in ("last.checkpoint",):
         (kept, _), (expected, _) = (
             load_checkpoint(tmp_path / each / "checkpoints" / name) for each in ("compiled", "plain")
         )

@@ -35,6 +35,12 @@ class Numbers:
         order = torch.from_numpy(np.random.default_rng(number).permutation(self.count))
         return order.split(self.batch_size)
 
+    def names_at(self, number, step):
+        return [str(i) for i in self.ids_of(number)[step - 1].tolist()]
+
+    def sizes_of(self, number):
+        return [len(index) for index in self.ids_of(number)]
+
     def epoch(self, number=0, step=0):
         for position, index in enumerate(self.ids_of(number)[step:], start=step):
             images = self.images[index]

@@ -31,6 +31,12 @@ class Numbers:
         self.images[torch.arange(12), self.labels] += 1.0
         self.extra = extra
 
+    def names_at(self, number, step):
+        return ["a", "b"]
+
+    def sizes_of(self, number):
+        return [4, 4, 4]
+
     def epoch(self, number=0, step=0):
         for index in torch.arange(12).split(4)[step:]:
             batch = Batch(self.images[index], self.labels[index], index, torch.full_like(index, number))

@@ -132,6 +132,12 @@ class Numbers:
 
     steps, count = 5, 5 * IMAGES
 
+    def names_at(self, number, step):
+        return ["a", "b"]
+
+    def sizes_of(self, number):
+        return [IMAGES] * self.steps
+
     def epoch(self, number=0, step=0):
         for _ in range(step, self.steps):
             index = torch.zeros(IMAGES, dtype=torch.int64, device=GPU)
@@ -152,7 +158,7 @@ def test_no_step_of_the_loop_waits(tmp_path, monkeypatch, optimizer, method):
         optimizer=optimizer, optimizer_options=loose, clip_norm=1.0, accumulate=2, schedule="cosine", warmup_epochs=0.5
     )
 
-    def backward(self, step, batches=1):
+    def backward(self, step, batches=1, share=1.0):
         assert (step.loss / batches).device == GPU
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)

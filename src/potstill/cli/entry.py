@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from potstill import __version__
-from potstill.cli import catalogs, checking, experiments, stores, using
+from potstill.cli import catalogs, checking, experiments, exporting, stores, using
+from potstill.cli.several import first, refuse_verb
 from potstill.console import plain
-from potstill.errors import PotstillError, Stopped, StorageError
+from potstill.errors import Elsewhere, PotstillError, Stopped, StorageError
+from potstill.training.stopping import Stopping
 
 OUR_BUG = 1
 WRONG_USAGE = 2
@@ -56,6 +58,7 @@ for _verb in (
     experiments.train,
     using.predict,
     using.evaluate,
+    exporting.export,
     checking.check,
     experiments.report,
     catalogs.recipes,
@@ -76,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file's name can be shown in any locale
     try:
-        code = _obey(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        with Stopping():  # whatever is being written when a signal comes is tidied up
+            code = _obey(list(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
         if code == INTERRUPTED:  # the parser has caught the KeyboardInterrupt
             return _say(_INTERRUPTED, INTERRUPTED)
         return code if isinstance(code, int) else 0
@@ -90,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say(_INTERRUPTED, INTERRUPTED)
     except Stopped as stopped:
-        return _say(_INTERRUPTED, stopped.exit_code)
+        return _say(_INTERRUPTED, stopped.exit_code) if first() else stopped.exit_code
+    except Elsewhere as error:
+        return error.exit_code
     except PotstillError as error:
         return _say(str(error), error.exit_code)
     except MemoryError:
@@ -101,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _obey(arguments: list[str]) -> Any:
     """Let typer run the verb; it returns an exit code, or None."""
+    refuse_verb(arguments)
     command: Any = typer.main.get_command(app)
     if len(arguments) == 2 and arguments[0] in command.commands and arguments[1] in _HELP:
         # Typer would first check the (absent) options before the verb, with pydantic: a tenth of a second.

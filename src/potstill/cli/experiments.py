@@ -1,10 +1,16 @@
 """Verbs that train and report: run, train, report."""
 
 import enum
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from potstill.cli.several import first, go_on_where_restarted, together
+from potstill.errors import UsageError
+
+OUR_BUG = 1
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
 Data = Annotated[
@@ -21,12 +27,22 @@ Student = Annotated[str | None, typer.Option(metavar="M", help="Likewise, once."
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder; the recipe's where not given.")]
 Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds the run folders.")]
 Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Train baseline and distilled with N seeds, the teacher once; 5 tell gain from luck."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the recipe; may be repeated."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of this name first.")]
+Replay = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="In place of RECIPE: repeat a run, and say whether the weights are the same."),
+]
 
 
 class Stage(enum.StrEnum):
@@ -37,7 +53,9 @@ class Stage(enum.StrEnum):
 
 
 def run(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")
+    ] = None,
     data: Data = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -45,11 +63,19 @@ def run(
     name: Name = None,
     root: Root = Path("runs"),
     seed: Seed = None,
+    seeds: Seeds = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    replay: Replay = None,
 ) -> None:
     """Train teacher, baseline and distilled student, and report."""
-    flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed, "--seeds": seeds}
+    if replay is not None:
+        given = {"RECIPE": recipe, "--set": settings, **flags}
+        _replay(replay, given, root=root, name=name, resume=resume, overwrite=overwrite)
+        return
+    if recipe is None:
+        raise UsageError("give a RECIPE: a name from `potstill recipes`, or a YAML file; or --replay RUN")
     folder = _pipeline(recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None)
     _finish(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
 
@@ -105,6 +131,31 @@ def report(
     say_results(RunFolder(runs[0]).read_results(), page)
 
 
+def _replay(run: Path, given: dict[str, Any], *, name: str | None, **folder: Any) -> None:
+    from potstill.experiments.replay import compare, read_record, refuse_itself
+
+    if other := [flag for flag, value in given.items() if value not in (None, [])]:
+        raise UsageError(
+            f"--replay repeats {run} as it was; {', '.join(other)} would make it another run.\n"
+            "Beside it there may be --name, --root, --resume and --overwrite"
+        )
+    record = read_record(run)
+    name = f"{run.resolve().name[:57]}-replay" if name is None else name  # 64 characters are allowed
+    refuse_itself(record, folder["root"], name)
+    repeated = _pipeline(str(record.folder.recipe), None, {}, name=name, stages=record.stages, replay=record, **folder)
+    if not first():
+        return
+    _finish(repeated, next_command=["potstill", "report", str(run), str(repeated)])
+
+    from potstill.console import say_lines
+    from potstill.experiments.run_folder import RunFolder
+
+    outcome = compare(record, RunFolder(repeated))
+    say_lines(f"replay of {run}", outcome.lines)
+    if not outcome.equal and outcome.promised:
+        raise typer.Exit(OUR_BUG)
+
+
 def _pipeline(
     source: str,
     settings: list[str] | None,
@@ -116,21 +167,25 @@ def _pipeline(
 ) -> Path:
     from potstill.experiments.recipe import load_recipe
 
-    recipe = load_recipe(source, settings or (), flags=flags)
+    with together() as processes:
+        recipe = load_recipe(source, settings or (), flags=flags)
 
-    # From here on torch is loaded, which takes seconds.
-    from potstill.console import Progress
-    from potstill.experiments.pipeline import run as carry_out
-    from potstill.training.stopping import Stopping
+        # From here on torch is loaded, which takes seconds.
+        from potstill.console import Progress
+        from potstill.experiments.pipeline import run as carry_out
+        from potstill.training.stopping import Stopping
 
-    if stages is not None:
-        folder["stages"] = stages
-        name = name or f"{recipe.name}-{stages[0]}"
-    with Stopping() as stopping, Progress() as progress:
-        return carry_out(recipe, name=name, observer=progress, stopping=stopping, **folder)
+        if stages is not None:
+            folder["stages"] = stages
+            name = f"{recipe.name}-{stages[0]}" if name is None else name
+        go_on_where_restarted(folder, recipe.name if name is None else name)
+        with Stopping() as stopping, Progress() if first() else nullcontext() as progress:
+            return carry_out(recipe, name=name, observer=progress, stopping=stopping, **processes, **folder)
 
 
 def _finish(folder: Path, next_command: list[str]) -> None:
+    if not first():  # of several processes one reports
+        return
     from potstill.console import say_next, say_results
     from potstill.experiments.run_folder import RunFolder
     from potstill.report.render import render

@@ -52,6 +52,8 @@ class Loader:
         identity: a word for these images and their content, by which decoded pixels are kept on disk; None: they are
             kept in memory only.
         progress: is told about what takes long.
+        share: (rank, count): this is one of so many processes, each of which takes every count-th image of a batch; in
+            the order "listed", every count-th batch, so that a network answers as if there were one process.
 
     Attributes:
         processes: that decode; 0 where all pixels are decoded beforehand.
@@ -82,6 +84,7 @@ class Loader:
         view_seed: int | None = None,
         identity: str | None = None,
         progress: Watcher | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
             raise UsageError(f"order must be listed, shuffled or balanced, got {order!r}")
@@ -98,7 +101,11 @@ class Loader:
         self.side = packed_side(spec, random_crops=augment is not None and augment.crop_scale is not None)
         self.labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
         more = 0 if unlabeled is None else len(unlabeled)
-        self.epochs = Epochs(self.labels.numpy(), batch_size, order, seed, more, unlabeled_share, whole_batches)
+        self.share = share
+        _refuse_sharing(share[1], order, batch_size, len(images), whole_batches)
+        self.epochs = Epochs(
+            self.labels.numpy(), batch_size, order, seed, more, unlabeled_share, whole_batches, processes=share[1]
+        )
         if self.epochs.steps == 0:
             raise UsageError(f"{len(images)} images do not fill one batch of {batch_size}: lower the batch size")
         self.assembly = Assembly(
@@ -134,13 +141,18 @@ class Loader:
 
     @property
     def count(self) -> int:
-        """Images per epoch, those without labels included."""
+        """Images per epoch, those without labels and those of other processes included."""
         return self.epochs.count
 
     @property
     def steps(self) -> int:
-        """Batches per epoch."""
-        return self.epochs.steps
+        """Batches per epoch, of this process."""
+        return len(range(self.share[0], self.epochs.steps, self.share[1])) if self._listed else self.epochs.steps
+
+    @property
+    def common_steps(self) -> int:
+        """Batches per epoch that every process has at least."""
+        return self.epochs.steps // self.share[1] if self._listed else self.epochs.steps
 
     @property
     def samples(self) -> int:
@@ -164,8 +176,24 @@ class Loader:
         return self.assembly.describe(second)
 
     def ids_of(self, epoch: int) -> list[Ids]:
-        """The sample ids of each batch of an epoch, int64 [B] on the CPU."""
-        return self.epochs.batches(epoch)
+        """The sample ids of each batch of an epoch, int64 [B] on the CPU; this process's share of them."""
+        rank, count = self.share
+        batches = self.epochs.batches(epoch)
+        return batches[rank::count] if self._listed else [ids[rank::count] for ids in batches]
+
+    def sizes_of(self, epoch: int) -> list[int]:
+        """Images of each batch that this process has a share in, with those that others have of it."""
+        rank, count = self.share
+        sizes = [len(ids) for ids in self.epochs.batches(epoch)]
+        return sizes[rank::count] if self._listed else sizes
+
+    def names_at(self, epoch: int, step: int) -> list[str]:
+        """Names of the images of an epoch's batch number ``step``, from 1, those of other processes included."""
+        return [self._all.names[i] for i in self.epochs.batches(epoch)[step - 1].tolist()]
+
+    @property
+    def _listed(self) -> bool:
+        return self.epochs.order == "listed"
 
     def view_of(self, epoch: int) -> int:
         """The view number that images have in an epoch; 0 where views do not differ."""
@@ -225,6 +253,21 @@ class Loader:
 
 def _plain(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:
     return index.cpu().numpy(), view.cpu().numpy() if isinstance(view, Tensor) else view
+
+
+def _refuse_sharing(processes: int, order: str, batch_size: int, images: int, whole_batches: bool) -> None:
+    if processes == 1 or order == "listed":
+        return
+    if min(batch_size, images) < 2 * processes:
+        raise UsageError(
+            f"{processes} processes share each batch, two images or more each: a batch of {min(batch_size, images)} is "
+            f"too small; raise training.batch_size to {2 * processes} or more, or start fewer processes"
+        )
+    if whole_batches and batch_size % processes:
+        raise UsageError(
+            f"the method's layers are sized by the batch, which {processes} processes share evenly: make "
+            f"training.batch_size a multiple of {processes}, got {batch_size}"
+        )
 
 
 def _refuse_conflicts(

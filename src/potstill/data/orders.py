@@ -25,16 +25,19 @@ class Epochs:
     unlabeled: int = 0  # M: how many images without labels; their ids are N to N + M - 1
     unlabeled_share: float = 0.5
     whole_batches: bool = False
+    processes: int = 1  # that share each batch
 
     @property
     def labeled(self) -> int:
-        """Labeled images per epoch: a last batch of a single one is left out, unless they are all to be evaluated."""
+        """Labeled images per epoch: a last batch in which a process would have a single one is left out, unless they
+        are all to be evaluated.
+        """
         total = len(self.labels)
         rest = total % self.batch_size
         if self.whole_batches:
             return total - rest
-        lonely = self.order != "listed" and total > 1 and rest == 1 and self.batch_size > 1
-        return total - 1 if lonely else total
+        lonely = self.order != "listed" and total > rest > 0 and rest < 2 * self.processes and self.batch_size > 1
+        return total - rest if lonely else total
 
     @property
     def count(self) -> int:

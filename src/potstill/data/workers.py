@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from potstill.data.images import ImageSet
 from potstill.data.packed import squares
 from potstill.errors import DataError, WorkerError
+from potstill.processes.launch import TIMEOUT, timeout
 
-_STALLED = 600.0  # seconds without a batch after which a process counts as stalled
+_SHOWN = 3  # images that a message names
 
 
 class Workers:
@@ -33,7 +34,7 @@ class Workers:
     """
 
     def __init__(self, images: ImageSet, side: int, how: str, processes: int) -> None:
-        self._batches = _Batches()
+        self._batches, self._names = _Batches(), images.names
         with warnings.catch_warnings():
             # How many processes are sensible is said in the settings.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -44,7 +45,7 @@ class Workers:
                 num_workers=processes,
                 prefetch_factor=2,
                 persistent_workers=True,
-                timeout=_STALLED,
+                timeout=timeout(),
                 # torch's base seed comes from here, so that the global generator is left as it was
                 generator=torch.Generator().manual_seed(0),
                 worker_init_fn=_leave_signals,
@@ -55,22 +56,34 @@ class Workers:
 
         Raises:
             DataError: an image cannot be decoded.
-            WorkerError: a process has died.
+            WorkerError: a process has died, or has not answered for ``POTSTILL_TIMEOUT`` seconds.
         """
         self._batches.lists = batches
+        taken = 0
         try:
             for found in self._loader:
                 if isinstance(found, str):
                     raise DataError(found)
+                taken += 1
                 yield found
         except RuntimeError as error:
             # torch: "DataLoader worker (pid(s) 123) exited unexpectedly", "DataLoader timed out after 600 seconds"
             if "DataLoader" not in str(error):
                 raise
+            timed_out = "timed out" in str(error)
+            what = f"has not answered for {timeout():g} seconds" if timed_out else "has died"
+            way_out = (
+                f"Storage that is only slow needs another {TIMEOUT} (seconds, in the environment)"
+                if timed_out
+                else "It may have been killed for lack of memory; try data.workers=0, or a smaller batch_size"
+            )
             raise WorkerError(
-                f"a process that decodes images has died or stalled: {str(error).splitlines()[0]}\n"
-                "It may have been killed for lack of memory; try data.workers=0, or a smaller batch_size"
+                f"a process that decodes images {what}; the next images were {self._listed(batches[taken])}\n{way_out}"
             ) from error
+
+    def _listed(self, ids: list[int]) -> str:
+        names = [self._names[i] for i in ids[:_SHOWN]]
+        return ", ".join(names) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
 
 
 class _Batches:

@@ -1,6 +1,6 @@
 """What a model says of every image of a split."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from potstill.errors import DataError, NonFiniteError, UsageError
 from potstill.evaluation.averages import Array
+from potstill.processes.group import ALONE, Processes
 from potstill.types import Batch
 
 
@@ -55,6 +56,8 @@ def collect(
     classes: int,
     device: torch.device | str = "cpu",
     precision: Literal["float32", "bf16"] = "float32",
+    processes: Processes = ALONE,
+    names: Sequence[str] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Ask ``model`` once for every image that ``loader`` lists, in eval mode and without gradients.
 
@@ -64,12 +67,14 @@ def collect(
         classes: K.
         device: where the model is.
         precision: "bf16": the network runs under autocast; the softmax is always float32.
+        processes: each of them has some of the batches; all get the answers to all.
+        names: [N], of the images, for messages.
 
     Returns:
         probabilities [N, K] float32, labels [N] int64 and index [N] int64 (0, 1, 2, ...); row i is image i.
 
     Raises:
-        NonFiniteError: a logit is NaN or infinite; names the first such image's index.
+        NonFiniteError: a logit is NaN or infinite; names the first such image.
         DataError: an image was left out or came twice.
         UsageError: logits of a wrong shape.
     """
@@ -89,15 +94,20 @@ def collect(
             logits = logits.float()
             # Kept on the device: copying each batch would wait for it.
             parts.append((logits.softmax(dim=1), logits.isfinite().all(dim=1), batch.labels, batch.index))
-    if not parts:
+            processes.progress()
+    own = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    every = [columns for columns in processes.gather(own) if columns]  # few images: some processes have none
+    if not every:
         raise DataError("there is no image to evaluate")
-    probabilities, finite, labels, index = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    probabilities, finite, labels, index = (np.concatenate(column) for column in zip(*every, strict=True))
     _check_complete(index, loader.count)
     order = np.argsort(index)
     if not finite.all():
         first = int(order[~finite[order]][0])
         count = int((~finite).sum())
-        raise NonFiniteError(f"a logit of image {index[first]} is NaN or infinite ({count} of {len(index)} images)")
+        image = int(index[first])
+        who = f"image {image}" if names is None else names[image]
+        raise NonFiniteError(f"a logit of {who} is NaN or infinite ({count} of {len(index)} images)")
     return probabilities[order], labels[order], index[order]
 
 

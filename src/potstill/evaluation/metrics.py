@@ -45,7 +45,7 @@ class StreamingMetrics:
     - ``count``: images.
 
     Half precision is raised to float32 first.  For several processes: sum ``state()`` over them, ``merge`` the sum into
-    a new object.
+    a new object; or, as long as nothing is ``binned``, ``update`` one with the ``rows`` of all.
 
     Example:
         >>> metrics = StreamingMetrics(2)
@@ -103,6 +103,21 @@ class StreamingMetrics:
             self._labels[place].copy_(labels[source], non_blocking=True)
             self._held += rows
             taken += rows
+
+    @property
+    def held(self) -> int:
+        """Images whose logits are kept as they are; the sums of those before are folded."""
+        return self._held
+
+    @property
+    def binned(self) -> bool:
+        """Whether scores are known by their bins alone."""
+        return self._binned
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Logits [held, K] and labels [held] of the images that are kept."""
+        return self._logits[: self._held], self._labels[: self._held]
 
     def state(self) -> dict[str, Tensor]:
         """Sums of everything so far: tensors that processes may add up."""

@@ -37,7 +37,7 @@ def train_loader(
         seed=derive(recipe.seed, f"{planned.seed}/order"),
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share,
+        memory_share=recipe.data.memory_share / compute.processes.local_count,
         second=needs.second,
         classes=len(data.class_names),
         unlabeled=data.unlabeled if needs.teacher or needs.peers else None,
@@ -47,19 +47,32 @@ def train_loader(
         view_seed=derive(recipe.data.view_seed, f"{planned.seed}/views"),
         identity=f"{data.fingerprint}/train",
         progress=observer,
+        share=(compute.processes.rank, compute.processes.count),
     )
 
 
 def split_loader(
-    data: DataSplits, split: str, spec: InputSpec, recipe: Recipe, settings: TrainingSettings, compute: Compute
+    data: DataSplits,
+    split: str,
+    spec: InputSpec,
+    recipe: Recipe,
+    settings: TrainingSettings,
+    compute: Compute,
+    *,
+    shared: bool = True,
 ) -> Loader:
-    """Every image of a split once, in its listed order, without augmentation."""
+    """Every image of a split once, in its listed order, without augmentation.
+
+    ``shared``: among several processes, each of which has its own batches; else each has all of them.
+    """
+    processes = compute.processes
     return Loader(
         data.split(split),
         spec,
         batch_size=settings.batch_size,
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share,
+        memory_share=recipe.data.memory_share / processes.local_count,
         identity=f"{data.fingerprint}/{split}",
+        share=(processes.rank, processes.count) if shared else (0, 1),
     )

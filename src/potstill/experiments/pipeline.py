@@ -13,14 +13,17 @@ from potstill.evaluation.evaluate import collect
 from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.method_settings import describe, needs_teacher
-from potstill.experiments.plan import PARTS, Planned, plan
+from potstill.experiments.plan import PARTS, Planned, of_stage, plan
 from potstill.experiments.preflight import check_all, doubt_data
 from potstill.experiments.recipe import Recipe, StageSettings, dump_recipe
 from potstill.experiments.refusals import refuse_changes, refuse_other_data, refuse_own_weights
 from potstill.experiments.rehearsal import create_stage_method
+from potstill.experiments.replay import Record, refuse_other_images
 from potstill.experiments.results import describe_run, evaluate_stages
 from potstill.experiments.run_folder import RunFolder
 from potstill.experiments.seeds import derive
+from potstill.experiments.seeds_forecast import seconds_text, seeds_text
+from potstill.experiments.shared_folder import open_folder
 from potstill.experiments.stage import train_stage
 from potstill.experiments.stage_names import role
 from potstill.experiments.start import Start, start_network
@@ -28,8 +31,10 @@ from potstill.experiments.view_plan import plan_views, with_views, with_views_of
 from potstill.methods import create_method
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import load_model, save_model
+from potstill.processes.group import ALONE, Processes
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
+from potstill.training.saving import restore_lines
 from potstill.training.stopping import Stopping
 from potstill.training.threads import Threads
 
@@ -45,6 +50,8 @@ def run(
     data: DataSplits | None = None,
     observer: Observer | None = None,
     stopping: Stopping | None = None,
+    processes: Processes = ALONE,
+    replay: Record | None = None,
 ) -> Path:
     """Carry out a recipe; returns the run folder.
 
@@ -59,6 +66,8 @@ def run(
         data: data sets from Python in place of ``recipe.data.source``.
         observer: is told what happens.
         stopping: hears signals; a training then ends after its step, with all that it needs to go on saved.
+        processes: that carry it out together; the first one writes, into a folder that all of them see.
+        replay: of the run that this one is to repeat: on the same images, with as many threads.
 
     Raises:
         PotstillError: anything that a user can mend; see ``potstill.errors`` for kinds and exit codes.
@@ -72,24 +81,36 @@ def run(
     planned, observer = plan(recipe, stages), observer or Silent()
     if not planned:
         raise UsageError(f"there is no teacher to train: method {describe(recipe.method)} learns from none")
-    with RunFolder.create(root, name or recipe.name, resume=resume, overwrite=overwrite) as folder:
+    with open_folder(
+        root, recipe.name if name is None else name, processes, resume=resume, overwrite=overwrite
+    ) as folder:
         if resume:
             recipe = with_views_of(folder.recipe, recipe)
             refuse_changes(folder, recipe)
         if overwrite:
             refuse_own_weights(folder, recipe)
-        threads = Threads(folder.read_environment() if resume else None, folder.add_to_environment)
-        splits, compute, layers = check_all(recipe, data, planned, observer)
+        threads = Threads(
+            folder.read_environment() if resume else replay.environment if replay is not None else None,
+            folder.add_to_environment if processes.first else None,
+            processes=processes,
+        )
+        once = [stage for stage in planned if not stage.repeat]  # further seeds train the same networks again
+        splits, compute, layers = check_all(recipe, data, once, observer, processes)
         if resume:
             refuse_other_data(folder, splits)
-        if overwrite:
+        if replay is not None:
+            refuse_other_images(replay, splits.fingerprint, splits.as_rows())
+        if overwrite and processes.first:
             folder.clear()
-        storing = plan_views(recipe, create_stage_method(recipe), splits)
+        storing = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
         recipe = with_views(recipe, storing.views)
         text = dump_recipe(recipe)
-        folder.write_recipe(text)
-        folder.write_environment(describe_environment(text, splits.fingerprint, compute) | threads.facts)
-        folder.write_splits(splits.as_rows())
+        processes.highest(0)  # nobody reads what the first process now writes
+        if processes.first:
+            folder.write_recipe(text)
+            facts = describe_environment(recipe, text, splits.fingerprint, compute)
+            folder.write_environment(facts | threads.facts)
+            folder.write_splits(splits.as_rows())
         if recipe.each_teacher and "distilled" in stages and not needs_teacher(recipe.method):
             observer.note(f"method {describe(recipe.method)} learns from no teacher: none is trained")
         for stage, table in layers.items():
@@ -97,14 +118,22 @@ def run(
                 observer.note(f"{stage}: {table}")
         if storing.note and "distilled" in stages:
             observer.note(storing.note)
-        experiment = _Experiment(folder, recipe, splits, compute, observer, resume, storing.stores, threads, stopping)
+        if text := seeds_text(recipe, planned):
+            observer.note(text)
+        experiment = _Experiment(
+            folder, recipe, splits, compute, observer, resume, storing.stores, threads, stopping, planned
+        )
         experiment.warnings += doubt_data(splits, observer)
         with threads:
             models = {stage.name: experiment.carry_out(stage) for stage in planned}
             evaluated = evaluate_stages(folder, models, recipe, splits, compute)
+        if not processes.first:
+            return folder.path
         seconds = time.monotonic() - started
         names = [stage.name for stage in planned]
         found = describe_run(folder.path.name, recipe, splits, names, evaluated, seconds, experiment.warnings)
+        for stage, model in models.items():
+            folder.check_epochs(stage, model.facts.get("lines"))
         folder.write_results(found)
     return folder.path
 
@@ -120,6 +149,7 @@ class _Experiment:
     stores: bool  # whether the teacher's answers are kept
     threads: Threads
     stopping: Stopping | None
+    planned: tuple[Planned, ...]
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
 
@@ -129,30 +159,35 @@ class _Experiment:
         if self.resume and self.folder.trained(stage.name):
             self.observer.note(f"{stage.name}: already trained")
             model = load_model(self.folder.stage(stage.name))
+            if self.compute.processes.first:
+                restore_lines(self.folder.stage(stage.name))
+                self.folder.check_epochs(stage.name, model.facts.get("lines"))
             model.module.to(self.compute.device)
+            self._foresee_seeds(stage, model, self.compute)
         else:
             model = self._train(stage)
         self.models[stage.name] = model
         if stage.role == "teacher":
             self._doubt_teacher(stage.name)
-        elif stage.role == "baseline":
+        elif stage.name == "baseline":
             self._compare_with_baseline()
         self.observer.stage_end(stage.name, time.monotonic() - started)
         return model
 
     def _train(self, stage: Planned) -> Classifier:
-        recipe, classes, folder = self.recipe, self.data.class_names, self.folder.stage(stage.name)
+        recipe, classes, folder = of_stage(self.recipe, stage), self.data.class_names, self.folder.stage(stage.name)
         torch.manual_seed(derive(recipe.seed, stage.seed))  # baseline and distilled start from the same weights
         start = self._start(recipe.network(stage.name))
         model = Classifier(start.module, start.architecture, classes, start.input, dict(start.facts), start.remodelled)
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, ready-made: {start.facts['weights']}")
             model.module.to(self.compute.device)
-            save_model(model, folder)
+            if self.compute.processes.first:
+                save_model(model, folder)
             return model
         method = create_stage_method(recipe) if stage.distils else create_method("supervised")
         settings = recipe.stage_training(stage.name)
-        compute = choose(settings)
+        compute = choose(settings, self.compute.processes)
         train = train_loader(
             stage, method.needs, model.input, recipe=recipe, data=self.data, compute=compute, observer=self.observer
         )
@@ -160,6 +195,7 @@ class _Experiment:
             model.module, model.input.size, settings, compute, workers=train.processes, observer=self.observer
         )
         self.observer.stage(stage.name, self._detail(stage, model, settings.epochs, compute))
+        self._foresee_seeds(stage, model, compute)
         train_stage(
             stage,
             model,
@@ -181,7 +217,8 @@ class _Experiment:
         several = (self.models[name].architecture + _named(name) for name in stage.teachers)
         teachers = ", ".join(several)
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
-        return f"{learns}, {epochs} epoch{'' if epochs == 1 else 's'}, {compute}"
+        seed = f", seed {of_stage(self.recipe, stage).seed}" if stage.repeat else ""
+        return f"{learns}{seed}, {epochs} epoch{'' if epochs == 1 else 's'}, {compute}"
 
     def _start(self, network: StageSettings) -> Start:
         start = start_network(self.recipe, network, self.data.class_names)
@@ -190,6 +227,11 @@ class _Experiment:
         for warning in start.warnings:
             self._warn(warning)
         return start
+
+    def _foresee_seeds(self, stage: Planned, student: Classifier, compute: Compute) -> None:
+        to_come = [each for each in self.planned if not (self.resume and self.folder.trained(each.name))]
+        if stage.name == "baseline" and any(each.repeat for each in to_come):
+            self.observer.note(seconds_text(self.recipe, to_come, student, len(self.data.train), compute))
 
     # a bad teacher is said before the student's training is spent
 
@@ -217,7 +259,14 @@ class _Experiment:
         if "val" not in model.facts:  # ready-made: measured once, here
             settings = self.recipe.stage_training(stage)
             loader = split_loader(self.data, "val", model.input, self.recipe, settings, self.compute)
-            found, labels, _ = collect(model.module, loader, classes=len(model.class_names), device=self.compute.device)
+            found, labels, _ = collect(
+                model.module,
+                loader,
+                classes=len(model.class_names),
+                device=self.compute.device,
+                processes=self.compute.processes,
+                names=[f"the {stage} on val, {name}," for name in self.data.val.names],
+            )
             model.facts["val"] = {"top1": float((found.argmax(axis=1) == labels).mean())}
         return float(model.facts["val"]["top1"])
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from potstill.data.datasets import load_data
 from potstill.data.doctor.quick import findings_of, sentences
+from potstill.data.native_noise import silenced
 from potstill.data.splits import DataSplits
 from potstill.errors import PotstillError
 from potstill.experiments.data_needs import check_data_needs
@@ -14,9 +15,11 @@ from potstill.experiments.rehearsal import create_stage_method, rehearse
 from potstill.experiments.start import start_network
 from potstill.experiments.view_plan import can_store, record_kind
 from potstill.models.names import check_model
+from potstill.processes.group import ALONE, Processes
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer
 from potstill.training.optimizers import optimizer_class
+from potstill.training.sharing import refuse_alone
 
 
 def check_all(
@@ -24,11 +27,12 @@ def check_all(
     data: DataSplits | None,
     planned: Sequence[Planned] | None = None,
     observer: Observer | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[DataSplits, Compute, dict[str, str]]:
     """Check method, models, optimizers, device and data; load the data; rehearse what a method trains.
 
     ``planned``: the stages to come; all that the recipe wants where None.  ``observer``: is told how far the check of
-    the files is.
+    the files is.  ``processes``: that carry out the run together.
 
     Returns:
         Data, device, and for each stage that a method trains the table of its joined layers.
@@ -44,9 +48,12 @@ def check_all(
             lambda name=stage.name: check_model(recipe.network(name).model),  # type: ignore[misc]
             lambda name=stage.name: optimizer_class(settings[name].optimizer),  # type: ignore[misc]
             lambda name=stage.name: choose(settings[name]),  # type: ignore[misc]
+            lambda name=stage.name: refuse_alone(  # type: ignore[misc]
+                create_stage_method(recipe), settings[name].optimizer, processes
+            ),
         ]
-    checks += [lambda: choose(recipe.stage_training("student"))]
-    checks += [lambda: load_data(recipe.data, data, progress=observer)]
+    checks += [lambda: choose(recipe.stage_training("student"), processes)]
+    checks += [lambda: _load(recipe, data, observer)]
     results: list[Any] = []
     problems: list[PotstillError] = []
     for check in checks:
@@ -75,6 +82,11 @@ def check_all(
     if recipe.store.mode == "auto" and can_store(method):
         record_kind(recipe, method, len(splits.class_names))
     return splits, compute, rehearse(recipe, planned, splits)
+
+
+def _load(recipe: Recipe, data: DataSplits | None, observer: Observer | None) -> DataSplits:
+    with silenced():  # every file is read
+        return load_data(recipe.data, data, progress=observer)
 
 
 def doubt_data(data: DataSplits, observer: Observer) -> list[str]:

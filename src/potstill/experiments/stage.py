@@ -67,7 +67,8 @@ def train_stage(
         example=torch.zeros(2, 3, size, size, device=compute.device),
         label_loss=label_loss(recipe, settings, data),
     )
-    if text := layers_text(distiller):
+    processes = compute.processes
+    if processes.first and (text := layers_text(distiller)):
         write_text(folder / "layers.txt", text)
     taught: list[Taught] = []
     if distiller.teacher is not None:
@@ -85,10 +86,11 @@ def train_stage(
     cost = teaching_cost(distiller, settings.batch_size, size, compute)
     if cost is not None:  # their own parameters, whatever was folded
         cost |= {"parameters": sum(parameters(teacher.module) for teacher in teachers)}
-    torch.manual_seed(derive(recipe.seed, f"{planned.seed}/dropout"))
+    torch.manual_seed(derive(recipe.seed, f"{planned.seed}/dropout{f' {processes.rank}' if processes.rank else ''}"))
     if method.needs.prepare:
         # On resuming too: what the checkpoint holds is then loaded over it.
-        distiller.prepare(split_loader(data, "train", student.input, recipe, settings, compute).epoch)
+        every = split_loader(data, "train", student.input, recipe, settings, compute, shared=False)
+        distiller.prepare(every.epoch)
     others = {split: split_loader(data, split, student.input, recipe, settings, compute) for split in ("val", "test")}
     if not settings.evaluate_test_every_epoch:
         del others["test"]
@@ -136,6 +138,7 @@ def train_stage(
         ).run(resume=resume)
     finally:
         stored.close()
+    processes.share_state(student.module)  # as it goes into the model file; its digest is part of a store's key
     settle(student, distiller)
     best = history.records[history.best_epoch - 1]
     student.facts |= {
@@ -143,14 +146,16 @@ def train_stage(
         "seed": recipe.seed,
         "method": recipe.method if planned.distils else {"name": "supervised"},
         "training": training_facts(history, settings),
-        **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **stored.counts()}}),
+        **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **stored.counts(processes)}}),
         "val": best["val"],
+        "lines": history.lines,  # of metrics.jsonl
         "data": {"source": data.source, "fingerprint": data.fingerprint},
         "potstill": __version__,
     }
-    save_model(student, folder)
-    for name in ("best", "last-previous"):  # the model holds the best weights, and is whole
-        (folder / "checkpoints" / f"{name}.checkpoint").unlink(missing_ok=True)
+    if processes.first:
+        save_model(student, folder)
+        # The model holds the best weights, and is whole.
+        (folder / "checkpoints" / "last-previous.checkpoint").unlink(missing_ok=True)
     return history
 
 

@@ -19,6 +19,7 @@ from potstill.experiments.view_plan import record_kind, root_folder
 from potstill.inputs import InputSpec
 from potstill.joining.hastened import Asking
 from potstill.models.classifier import Classifier
+from potstill.processes.group import ALONE, Processes
 from potstill.store.recorded import Recorded
 from potstill.store.records import Record
 from potstill.store.shelf import Store
@@ -37,9 +38,12 @@ class Stored:
         for recorded in self.by_split.values():
             recorded.close()
 
-    def counts(self) -> dict[str, int]:
-        """Training images of which the teacher was asked, and whose answers were read."""
-        return dataclasses.asdict(self.by_split["train"].counts) if self.by_split else {}
+    def counts(self, processes: Processes = ALONE) -> dict[str, int]:
+        """Training images of which the teacher was asked, and whose answers were read, by all processes."""
+        if not self.by_split:
+            return {}
+        every = [dataclasses.asdict(counts) for counts in processes.gather(self.by_split["train"].counts)]
+        return {name: sum(counts[name] for counts in every) for name in every[0]}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def open_stores(
     """
     method, classes = distiller.method, len(data.class_names)
     kind, found = record_kind(recipe, method, classes), Stored()
+    failed: StorageError | ArtifactError | None = None
     described = [describe_teacher(teacher) for teacher in teachers]
     widths = embedding_widths(distiller) if method.needs.embedding else [0] * len(teachers)
     opened: list[Store] = []
@@ -107,12 +112,20 @@ def open_stores(
                     opened.append(store)
                     shelves[second].append(store)
             found.by_split[split] = Recorded(
-                distiller, loader, shelves[False], shelves[True], autocast=compute.autocast, warn=observer.warn
+                distiller,
+                loader,
+                shelves[False],
+                shelves[True],
+                autocast=compute.autocast,
+                warn=observer.warn,
+                processes=compute.processes,
             )
     except (StorageError, ArtifactError) as error:
+        failed = error
+        observer.warn(f"teacher outputs are not stored, so the teacher is asked in every step: {error}")
+    if any(compute.processes.highest(int(failed is not None))):  # all processes record, or none
         for store in opened:
             store.close()
-        observer.warn(f"teacher outputs are not stored, so the teacher is asked in every step: {error}")
         return Stored()
     return found
 

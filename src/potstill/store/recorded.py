@@ -16,11 +16,15 @@ from torch import Tensor
 from potstill.distiller import Distiller
 from potstill.errors import ArtifactError, StorageError
 from potstill.joining.reader import Said
+from potstill.processes.group import ALONE, Processes
 from potstill.store.records import Record
 from potstill.types import Batch, Outputs
 
 Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
+
+
+_Told = tuple[int, int, Ids, Bytes]  # which store, view, sample ids [B], records [B, nbytes]
 
 
 class Shelf(Protocol):
@@ -64,6 +68,8 @@ class Recorded:
         shelves: a store for each teacher; for the second images too where the method needs such.
         autocast: in which the teachers are asked.
         warn: is told once if the stores fail; training then goes on with the live teachers.
+        processes: that share each batch.  One of each machine records what all of them asked, whenever it is to last;
+            each uses at once what it asked itself.
     """
 
     def __init__(
@@ -75,13 +81,16 @@ class Recorded:
         *,
         autocast: Callable[[], AbstractContextManager[object]],
         warn: Callable[[str], None],
+        processes: Processes = ALONE,
     ) -> None:
         self.distiller, self.loader, self.autocast, self.warn = distiller, loader, autocast, warn
         self.shelves, self.second = list(shelves), list(second)
+        self.processes = processes
         self.counts = Counts()
         self.broken = False
         self._coming: Iterator[Ids] = iter(())
         self._view = 0
+        self._told: list[_Told] = []  # what this process has asked and nobody has recorded yet
 
     def start_epoch(self, epoch: int, step: int = 0) -> None:
         """The batches of this epoch come next, the first ``step`` of them left out."""
@@ -100,18 +109,22 @@ class Recorded:
             return None
 
     def flush(self) -> None:
-        """Make what has been recorded last."""
-        if self.broken:
-            return
-        try:
-            for shelf in (*self.shelves, *self.second):
-                shelf.flush()
-        except (StorageError, ArtifactError) as error:
-            self._give_up(error)
+        """Make what has been recorded last; all processes at the same time."""
+        if self.processes.several:
+            told = [each for one in self.processes.gather(self._told) for each in one]
+            self._told = []
+            if self.processes.local_rank == 0:
+                self._record(told)
+        if not self.broken:
+            try:
+                for shelf in (*self.shelves, *self.second):
+                    shelf.flush()
+            except (StorageError, ArtifactError) as error:
+                self._give_up(error)
+        self.processes.highest(0)  # nobody reads on before all is there
 
     def close(self) -> None:
-        """Flush, and let other processes write."""
-        self.flush()
+        """Let others write.  All lasts but what several processes have asked since they last called ``flush``."""
         for shelf in (*self.shelves, *self.second):
             try:
                 shelf.close()
@@ -133,11 +146,15 @@ class Recorded:
             with self.autocast():
                 fresh = teachers.ask(images)
             self.counts.asked += len(ids)
-            for shelf, (records, present), said in zip(shelves, known, fresh, strict=True):
+            for place, (shelf, (records, present), said) in enumerate(zip(shelves, known, fresh, strict=True)):
                 features = None if said.embedding is None else _plain(said.embedding)
                 told = shelf.record.encode(_plain(said.logits), features)
                 records[~present] = told[~present]
-                shelf.write(self._view, ids[~present], told[~present])
+                if self.processes.several:
+                    which = place + (len(self.shelves) if shelves is self.second else 0)
+                    self._told.append((which, self._view, ids[~present], told[~present]))
+                else:
+                    shelf.write(self._view, ids[~present], told[~present])
         else:
             self.counts.read += len(ids)
         temperature = self.distiller.method.soft_temperature
@@ -149,6 +166,16 @@ class Recorded:
             embedding = None if embedded is None else _on(embedded, images.device)
             found.append(Said(_on(logits, images.device), embedding=embedding, head=reader.head(network)))
         return found
+
+    def _record(self, told: Sequence[_Told]) -> None:
+        """Write what all processes asked."""
+        if self.broken:
+            return
+        try:
+            for which, view, ids, records in told:
+                (*self.shelves, *self.second)[which].write(view, ids, records)
+        except (StorageError, ArtifactError) as error:
+            self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         if not self.broken:

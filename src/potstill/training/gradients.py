@@ -27,13 +27,20 @@ class Gradients:
         self.parameters = parameters
         self.apart = optimizer if isinstance(optimizer, SplitsGradients) else None
 
-    def add(self, step: Step, batches: int = 1) -> None:
-        """Add the gradients of the step's terms, as one of so many batches that are averaged."""
+    def add(self, step: Step, batches: int = 1, share: float = 1.0) -> None:
+        """Add the gradients of the step's terms, as one of so many batches that are averaged.
+
+        Args:
+            step: of these images.
+            batches: of one update.
+            share: what they weigh among the processes that average their gradients; 1 where all have as many.
+        """
         if self.apart is not None:
             labels, distillation = (None if part is None else part / batches for part in step.parts)
             self.apart.backward(labels, distillation)
         else:
-            (step.loss / batches).backward()  # type: ignore[no-untyped-call]
+            loss = step.loss if share == 1 else step.loss * share
+            (loss / batches).backward()  # type: ignore[no-untyped-call]
 
     def clip(self, max_norm: float) -> None:
         """Scale the gradients so that their norm is at most ``max_norm``."""

@@ -11,6 +11,7 @@ class History:
     """Every epoch's figures and which was the best."""
 
     records: list[Record] = field(default_factory=list)  # lines of metrics.jsonl
+    lines: list[str] = field(default_factory=list)  # the digest of each, as it was written
     best_epoch: int = 0  # from 1
     best_value: float = -float("inf")  # of the picking metric; losses are negated, so that larger is better
     seconds: float = 0.0

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from potstill.artifacts import write_json_lines
 from potstill.distiller import Distiller
 from potstill.errors import Stopped
 from potstill.evaluation.metrics import StreamingMetrics
+from potstill.sealed import write_json_lines
 from potstill.training import checkpoint as ckpt
 from potstill.training.answers import Answers, Asked, Remembered
 from potstill.training.averages import TermAverages
@@ -25,11 +26,12 @@ from potstill.training.observer import Observer
 from potstill.training.optimizers import create_optimizer, lr_factor
 from potstill.training.saving import Saving
 from potstill.training.settings import TrainingSettings
+from potstill.training.sharing import Sharing, refuse_alone
 from potstill.training.stopping import Stopping
 from potstill.training.under_way import UnderWay
 from potstill.types import Batch, Step
 
-if TYPE_CHECKING:  # anything with `epoch`, `steps` and `count` will do
+if TYPE_CHECKING:  # anything with `epoch`, `sizes_of`, `steps` and `count` will do
     from potstill.data.loader import Loader
 
 
@@ -66,6 +68,8 @@ class Training:
         self.others = {"val": val} | ({"test": test} if test is not None else {})
         self.folder, self.history = folder, History()
         steps = -(-train.steps // settings.accumulate)
+        refuse_alone(distiller.method, settings.optimizer, compute.processes)
+        self.sharing = Sharing(distiller, compute.processes)
         named = distiller.trained_parameters()
         self.optimizer = create_optimizer(named, settings)
         self.gradients = Gradients(self.optimizer, [parameter for _, parameter in named])
@@ -105,7 +109,7 @@ class Training:
         done = self.saving.resume(under_way) if resume else 0
         if under_way.step == 0:
             under_way = self._beginning()  # with the learning rate that was loaded
-        write_json_lines(self.folder / "metrics.jsonl", self.history.records)
+        self._write_records()
         for number in range(done, self.settings.epochs):
             if under_way.step == 0 and self._out_of_patience(number):
                 self.observer.note(f"stopped early: val has not improved for {self.settings.early_stopping} epochs")
@@ -115,7 +119,8 @@ class Training:
             except Stopped:
                 self._save(number, under_way)
                 raise
-            if number + 1 == self.settings.epochs or self.saving.is_due or self.stopping.requested is not None:
+            asked, due = self._agreed()
+            if number + 1 == self.settings.epochs or due or asked:
                 self.saving.save(number + 1)
             self.stopping.check()
             under_way = self._beginning()
@@ -136,14 +141,14 @@ class Training:
         if under_way.step == 0:
             self.distiller.start_epoch(number, self.settings.epochs)
         else:  # that has been done, and is part of what was loaded
-            self.observer.step(sum(map(len, self.train.ids_of(number)[: under_way.step])))
+            self.observer.step(sum(self.train.sizes_of(number)[: under_way.step]))
         if left := self.train.steps - under_way.step:
             with self.compiling.epoch(left, left + self.train.steps * (self.settings.epochs - number - 1)):
                 self._train_epoch(number, under_way)
-        figures = _figures(under_way.metrics, under_way.averages.compute(f"epoch {number + 1}, training"))
+        figures = self._figures(under_way, f"epoch {number + 1}, training", self.train, number)
         trained = under_way.seconds
         with _EvaluatedWeights(self.distiller, self.average):
-            splits = {name: self._evaluate(name, loader) for name, loader in self.others.items()}
+            splits = {name: self._evaluate(number, name, loader) for name, loader in self.others.items()}
             value = _comparable(self.settings.pick_by, splits["val"])
             best = value > self.history.best_value
             if best:
@@ -161,45 +166,61 @@ class Training:
         }
         self.history.seconds += seconds
         self.history.records.append(record)
-        write_json_lines(self.folder / "metrics.jsonl", self.history.records)
+        self._write_records()
         self.observer.epoch_end(record)
 
     def _train_epoch(self, number: int, under_way: UnderWay) -> None:
         self.distiller.train()
         group, answers, begin = self.settings.accumulate, self.answers["train"], under_way.step
+        sizes = self.train.sizes_of(number)
         answers.start_epoch(number, begin)
         for position, batch in enumerate(self.train.epoch(number, begin), start=begin):
             if position == begin:
                 self.compiling.begin(batch.images)
-            step = self._ask(batch, answers)
             first = position - position % group
-            self.gradients.add(step, min(group, self.train.steps - first))
             complete = (position + 1) % group == 0 or position + 1 == self.train.steps
+            with self.sharing.step(complete):
+                step = self._ask(batch, answers, self.sharing.call)
+                share = self.sharing.share_of(len(batch), sizes[position])
+                self.gradients.add(step, min(group, self.train.steps - first), share)
             if complete:
                 self._update()
             under_way.metrics.update(step.logits.detach(), batch.labels)
-            under_way.averages.update(step.terms, len(batch))
-            self.observer.step(len(batch))
+            under_way.averages.update(step.terms, len(batch), position + 1)
+            self.observer.step(sizes[position])
             if complete:
                 under_way.step = position + 1
+                _, due = self._agreed()
                 self.stopping.check()
-                if self.saving.is_due_within:
+                if due and self.settings.checkpoint_seconds > 0:  # else nobody asked for one in the midst of an epoch
                     self._save(number, under_way)
         answers.flush()
 
+    def _agreed(self) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether a checkpoint is due in any: the same for all."""
+        asked, due = self.compute.processes.highest(self.stopping.requested or 0, int(self.saving.is_due))
+        self.stopping.requested = asked or None
+        return asked > 0, due > 0
+
+    def _write_records(self) -> None:
+        if self.compute.processes.first:
+            self.history.lines = write_json_lines(self.folder / "metrics.jsonl", self.history.records)
+
     def _save(self, number: int, under_way: UnderWay) -> None:
         """In the midst of an epoch."""
-        under_way.averages.compute(f"epoch {number + 1}, training")  # a loss that is not finite leaves no checkpoint
+        metrics, averages = self.sharing.figures(under_way.metrics, under_way.averages)
+        # A loss that is not finite leaves no checkpoint.
+        averages.compute(f"epoch {number + 1}, training", partial(self.train.names_at, number))
         self.answers["train"].flush()
-        self.saving.save(number, under_way)
+        self.saving.save(number, replace(under_way, metrics=metrics, averages=averages))
 
-    def _ask(self, batch: Batch, answers: Answers) -> Step:
+    def _ask(self, batch: Batch, answers: Answers, distiller: nn.Module) -> Step:
         batch = replace(batch, images=self._laid_out(batch.images))
         if batch.second is not None:
             batch = replace(batch, second=self._laid_out(batch.second))
         known = answers(batch)
         with self.compute.autocast():
-            step: Step = self.distiller(
+            step: Step = distiller(
                 batch.images,
                 batch.labels,
                 index=batch.index,
@@ -219,22 +240,31 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+        self.sharing.settle()
         if self.average is not None:
             self.average.update_parameters(self.distiller.student)
 
     @torch.no_grad()
-    def _evaluate(self, split: str, loader: "Loader") -> Record:
+    def _evaluate(self, epoch: int, split: str, loader: "Loader") -> Record:
         self.distiller.eval()
         metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
         answers = self.answers[split]
         answers.start_epoch(0)
-        for batch in loader.epoch(0):
-            self.stopping.check()
-            step = self._ask(batch, answers)
+        for position, batch in enumerate(loader.epoch(0)):
+            number, common = self.sharing.place(loader, position)
+            if common:
+                self._agreed()
+                self.stopping.check()
+            step = self._ask(batch, answers, self.distiller)
             metrics.update(step.logits, batch.labels)
-            averages.update(step.terms, len(batch))
+            averages.update(step.terms, len(batch), number)
         answers.flush()
-        return _figures(metrics, averages.compute(f"evaluation on {split}"))
+        return self._figures(UnderWay(metrics, averages, lr=0.0), f"epoch {epoch + 1}, {split}", loader, 0)
+
+    def _figures(self, found: UnderWay, where: str, loader: "Loader", epoch: int) -> Record:
+        metrics, averages = self.sharing.figures(found.metrics, found.averages)
+        terms = averages.compute(where, partial(loader.names_at, epoch))
+        return {**metrics.compute(), "loss": sum(terms.values()), "terms": terms}
 
     def _out_of_patience(self, number: int) -> bool:
         patience = self.settings.early_stopping
@@ -255,10 +285,6 @@ class _EvaluatedWeights:
     def __exit__(self, *_: object) -> None:
         if self.average is not None:
             self.student.load_state_dict(self.trained)
-
-
-def _figures(metrics: StreamingMetrics, terms: dict[str, float]) -> Record:
-    return {**metrics.compute(), "loss": sum(terms.values()), "terms": terms}
 
 
 def _comparable(metric: str, figures: Record) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from potstill.processes.group import ALONE, Processes
 from potstill.training.calibration import Calibration, calibrate, training_step
 from potstill.training.devices import Compute
 from potstill.training.observer import Observer
@@ -27,11 +28,17 @@ class Threads:
     Args:
         recorded: environment.json of an earlier process of this run.
         keep: receives the facts for environment.json as soon as they are known.
+        processes: those of one machine share its cores; all compute with the number that the first one finds.
     """
 
     def __init__(
-        self, recorded: Mapping[str, Any] | None = None, keep: Callable[[dict[str, Any]], None] | None = None
+        self,
+        recorded: Mapping[str, Any] | None = None,
+        keep: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.before, self.keep, self.settled = torch.get_num_threads(), keep, False
         known = Calibration.recorded(recorded or {})
         # More than there can be: the run has come to another machine.
@@ -62,7 +69,7 @@ class Threads:
             torch.set_num_threads(settings.threads)
             return
         if self.found is None:
-            most = max(1, min(self.before, usable_cores() - workers))
+            most = max(1, min(self.before, usable_cores() // self.processes.local_count - workers))
             if most > 1 and compute.device.type == "cpu":
                 step = training_step(student, size, settings.batch_size, compute)
                 self.found = calibrate(step, [most, 1])
@@ -70,6 +77,7 @@ class Threads:
                     observer.note(str(self.found))
             else:
                 self.found = Calibration(most)
+            self.found = self.processes.share(self.found)
         torch.set_num_threads(self.found.threads)
         if not self.settled and self.keep is not None:
             self.keep(self.facts)
