@@ -152,8 +152,3 @@ def test_reading_compares_the_digest_before_anything_else(tmp_path):
     for read in (artifacts.read_bytes, artifacts.digest_of):
         with pytest.raises(ArtifactError, match="cannot read"):
             read(tmp_path / "none")
-
-
-def test_one_value_a_line(tmp_path):
-    artifacts.write_json_lines(tmp_path / "log.jsonl", [{"epoch": 1, "name": "né\n"}, {"epoch": 2}])
-    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == '{"epoch": 1, "name": "né\\n"}\n{"epoch": 2}\n'

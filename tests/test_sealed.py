@@ -120,3 +120,29 @@ def test_of_several_older_files_the_newest_intact_one_counts(tmp_path):
         os.utime(older, (age, age))
     with pytest.raises(ArtifactError, match=r"last-c\.checkpoint is older and intact"):
         sealed.read_sealed(path)
+
+
+def test_one_value_a_line_and_which_line_was_changed(tmp_path):
+    path = tmp_path / "log.jsonl"
+    digests = sealed.write_json_lines(path, [{"epoch": 1, "name": "né\n"}, {"epoch": 2}, {"epoch": 3}])
+    text = '{"epoch": 1, "name": "né\\n"}\n{"epoch": 2}\n{"epoch": 3}\n'
+    assert path.read_text(encoding="utf-8") == text
+    assert digests[1] == hashlib.sha256(b'{"epoch": 2}').hexdigest()[:16]
+    assert sealed.check_lines(path, digests) == text.encode()
+    assert sealed.check_lines(path, digests[:2], more=True) == text.encode()
+    assert sealed.check_lines(path, [], more=True) == text.encode()
+    for changed, said in {
+        text.replace('{"epoch": 2}', '{"epoch": 4}'): "line 2 is not the one that was written",
+        text.replace("\n{", "\r\n{"): "line 1 is not the one",
+        text[: text.index('{"epoch": 3')]: "line 3 of 3 is missing",
+        text[:-1]: "line 3 of 3 is missing",
+        "": "line 1 of 3 is missing",
+        text + "{}\n": "more than the 3 lines",
+        text + "{": "more than the 3 lines",
+    }.items():
+        path.write_text(changed, encoding="utf-8", newline="")
+        with pytest.raises(ArtifactError, match=rf"log\.jsonl is damaged: .*{said}.*--resume writes it again"):
+            sealed.check_lines(path, digests)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="cannot read"):
+        sealed.check_lines(path, digests)

@@ -57,11 +57,6 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, encoded(text))
 
 
-def write_json_lines(path: Path, values: Iterable[Any]) -> None:
-    """Put one JSON value a line at ``path``; written anew each time, so that no reader ever sees half a line."""
-    write_text(path, "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values))
-
-
 def move(source: Path, target: Path) -> None:
     """Let a written file take the place of another one in its folder.
 

@@ -4,11 +4,12 @@ Each file for itself: two files that must agree cannot be replaced at one instan
 People read them as before: the digest is the first line of a text, a comment, and the last entry of a JSON object.
 
 Tables (CSV, JSON lines) have no place for it, so the digests of those stand in a sealed file beside them that is
-written after them.
+written after them.  Of a table that grows line by line, each line has its own.
 """
 
 import contextlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ _TEXT = b"# SHA-256 of the lines below: "
 _BEFORE, _BEHIND, _END = b',\n  "checksum": "', b'"\n}\n', b"\n}\n"
 _TAIL = len(_BEFORE) + _DIGITS + len(_BEHIND)
 _BY_HAND = " (editing it by hand breaks it too)"
+_AGAIN = "; delete the file, and --resume writes it again"
 _UNSEALED = "is damaged, or was written before potstill 0.1.0: it carries no SHA-256"
 
 
@@ -106,6 +108,48 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ArtifactError(f"{path} holds no JSON object")
     return found
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> list[str]:
+    """Put one JSON value a line at ``path``; written anew each time, so that no reader ever sees half a line.
+
+    Returns:
+        16 hex digits for each line, the beginning of its SHA-256; for ``check_lines``.
+
+    Raises:
+        StorageError: as ``write_bytes``.
+    """
+    lines = [encoded(json.dumps(value, ensure_ascii=False, allow_nan=False)) for value in values]
+    write_bytes(path, b"".join(line + b"\n" for line in lines))
+    return [_short(line) for line in lines]
+
+
+def check_lines(path: Path, digests: Sequence[str], *, more: bool = False) -> bytes:
+    """The file's bytes, each line compared with its digest.
+
+    Args:
+        path: of what ``write_json_lines`` wrote.
+        digests: what it returned then.
+        more: lines may have come since; they are not looked at.
+
+    Raises:
+        ArtifactError: missing or unreadable, or a line is another one, missing, or too many; says which.
+    """
+    data = read_bytes(path)
+    *lines, rest = data.split(b"\n")
+    for number, digest_then in enumerate(digests, start=1):
+        if number > len(lines):
+            raise ArtifactError(f"{path} is damaged: line {number} of {len(digests)} is missing{_AGAIN}")
+        if _short(lines[number - 1]) != digest_then:
+            changed = f"line {number} is not the one that was written{_BY_HAND}"
+            raise ArtifactError(f"{path} is damaged: {changed}{_AGAIN}")
+    if not more and (rest or len(lines) > len(digests)):
+        raise ArtifactError(f"{path} is damaged: there is more than the {len(digests)} lines that were written{_AGAIN}")
+    return data
+
+
+def _short(line: bytes) -> str:
+    return digest(line)[:16]
 
 
 def _opened(data: bytes) -> bytes | None:

@@ -15,6 +15,7 @@ from potstill.experiments.pipeline import run
 from potstill.experiments.recipe import load_recipe
 from potstill.experiments.store_check import verify_store
 from potstill.models.model_file import load_model, save_model
+from potstill.sealed import read_sealed_json, write_sealed_json
 
 STUDENTS = ("baseline", "distilled")
 
@@ -198,8 +199,8 @@ def test_without_room_or_rights_training_goes_on_and_says_so_once(recipe, tmp_pa
 def test_a_foreign_version_is_left_alone_and_training_goes_on(first, stores, recipe, tmp_path):
     done, _ = first
     (store,) = train_stores(stores)
-    manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    manifest = read_sealed_json(store / "manifest.json")
+    write_sealed_json(store / "manifest.json", manifest | {"format": 99})
     watching = Watching()
     changes = {"training.epochs": 3, "store.views": 2, "teacher.weights": str(done)}
     second = run(recipe(**changes), root=tmp_path, name="second", observer=watching)

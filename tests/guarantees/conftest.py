@@ -26,7 +26,7 @@ data: {source: SOURCE, size: 16, workers: 0}
 teacher: {model: cifar/resnet8}
 student: {model: cifar/resnet8}
 method: {name: kd, temperature: 2.0, alpha: 0.5}
-training: {epochs: 2, batch_size: 16, lr: 0.003, precision: float32, checkpoint_seconds: 0}
+training: {epochs: 2, batch_size: 16, lr: 0.003, precision: float32, checkpoint_seconds: 0, threads: 1}
 store: {folder: STORE}
 """
 

@@ -19,7 +19,7 @@ EXCEPTIONS = {
     ("artifacts.py", "os.replace"): "the writer itself",
     ("artifacts.py", "os.link"): "the writer itself",
     ("cli/entry.py", "os.open"): "/dev/null in place of a closed pipe",
-    ("cli/native_noise.py", "os.open"): "/dev/null in place of what C libraries say",
+    ("data/native_noise.py", "os.open"): "/dev/null in place of what C libraries say",
     ("data/decode.py", "os.open"): "reads an image, without waiting at a pipe",
     ("data/pixel_file.py", "os.open"): "memory-mapped; its marks are set after its bytes are synced",
     ("data/pixel_file.py", "os.pwrite"): "the same",

@@ -146,7 +146,7 @@ def test_a_folder_in_which_one_may_not_write(faults: Faults, mode: int) -> None:
         root.chmod(0o700)
 
 
-@pytest.mark.parametrize("when", [2, 12])
+@pytest.mark.parametrize("when", [12, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_broken_disk_as_the_system_tells_of_it(tiny: Tiny, tmp_path: Path, when: int) -> None:
     strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}"]
     if shutil.which("strace") is None or subprocess.run([*strace, "true"], capture_output=True, check=False).returncode:

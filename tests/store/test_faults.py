@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import ArtifactError, StorageError
+from potstill.sealed import write_sealed_json
 from potstill.store import claims, files
 
 
@@ -120,7 +121,7 @@ def test_a_damaged_manifest_and_a_foreign_format_are_refused(known, tmp_path):
     flip(path / "manifest.json", 40, 0)
     with pytest.raises(ArtifactError, match=r"manifest\.json is damaged.*potstill store rm"):
         known.store(tmp_path, samples=5000)
-    (path / "manifest.json").write_text('{"format": 9}')
+    write_sealed_json(path / "manifest.json", {"format": 9})
     with pytest.raises(ArtifactError, match="format 9"):
         known.store(tmp_path, samples=5000)
     assert (path / "logits.bin").stat().st_size == 80_000  # nothing was touched

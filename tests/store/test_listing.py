@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from potstill.errors import StorageError, UsageError
+from potstill.sealed import write_sealed_json
 from potstill.store.listing import find, list_stores, remove, sweep
 
 
@@ -70,7 +71,7 @@ def test_no_folder_is_no_stores_and_other_things_are_left_alone(known, tmp_path)
 
 def test_damaged_and_foreign_stores_are_listed_and_can_be_removed(known, tmp_path):
     one, other = two(known, tmp_path)
-    (one / "manifest.json").write_text('{"format": 3}')
+    write_sealed_json(one / "manifest.json", {"format": 3})
     (other / "done.bin").unlink()
     first, second = list_stores(tmp_path)
     assert "done.bin: No such file" in first.error or "No such file" in first.error

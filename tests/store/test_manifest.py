@@ -7,6 +7,7 @@ import random
 import pytest
 
 from potstill.errors import ArtifactError, UsageError
+from potstill.sealed import read_sealed_json, write_sealed_json
 from potstill.store.manifest import Manifest, canonical
 from potstill.store.records import Record
 
@@ -86,7 +87,7 @@ def test_each_of_400_changed_bits_is_found(tmp_path):
     assert Manifest.read(path).samples == 10
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"format": 1}', "[" * 100_000, '{"format": 1, "identity": NaN}'])
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"format": 1}', "[" * 100_000, '{"format": 2, "identity": NaN}'])
 def test_what_is_no_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="is damaged"):
@@ -94,9 +95,32 @@ def test_what_is_no_manifest_is_refused(tmp_path, text):
 
 
 def test_another_format_is_named(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"format": 2, "whatever": []}')
-    with pytest.raises(ArtifactError, match=r"format 2, and this version of potstill reads 1"):
+    write_sealed_json(tmp_path / "manifest.json", {"format": 3, "whatever": []})
+    with pytest.raises(ArtifactError, match=r"format 3, and this version of potstill reads 2.*potstill store rm"):
         Manifest.read(tmp_path)
+    # As the first format was written: its digest, of canonical JSON, is an entry like others.
+    (tmp_path / "manifest.json").write_text('{\n  "format": 1,\n  "identity": {},\n  "sha256": "00"\n}\n')
+    with pytest.raises(ArtifactError, match=r"format 1, and this version of potstill reads 2.*potstill store rm"):
+        Manifest.read(tmp_path)
+
+
+def test_nothing_is_parsed_before_it_is_compared(tmp_path, monkeypatch):
+    path = written(tmp_path)
+    file = path / "manifest.json"
+    file.write_bytes(file.read_bytes().replace(b"vgg16", b"vgg19"))
+    monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed"))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: its SHA-256.*potstill store rm"):
+        Manifest.read(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"samples": 0}, {"samples": "10"}, {"record": {}}, {"identity": 3}, {"facts": None}]
+)
+def test_a_manifest_that_was_made_up_to_fit_is_refused(tmp_path, change):
+    path = written(tmp_path)
+    write_sealed_json(path / "manifest.json", read_sealed_json(path / "manifest.json") | change)
+    with pytest.raises(ArtifactError, match=r"is damaged"):
+        Manifest.read(path)
 
 
 def test_a_manifest_in_another_stores_folder_is_refused(tmp_path):

@@ -7,25 +7,28 @@ last, also that of every other file that is ever read again (``files``), but for
 their own.
 """
 
+import contextlib
 import csv
 import io
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from potstill.artifacts import PART, as_json, digest, digest_of, encoded, remove_leftovers, write_bytes
 from potstill.errors import ArtifactError, StorageError, UsageError
-from potstill.sealed import read_sealed_json, read_sealed_text, write_sealed_json, write_sealed_text
+from potstill.experiments import run_lock
+from potstill.experiments.run_lock import RunLock
+from potstill.sealed import check_lines, read_sealed_json, read_sealed_text, write_sealed_json, write_sealed_text
 
 STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
-_FIRST = (".lock", "recipe.yaml", "environment.json", "splits.csv")  # all that a run has before it trains
+_LOCKS = (run_lock.NAME, run_lock.HOLDER)
+_FIRST = (*_LOCKS, "recipe.yaml", "environment.json", "splits.csv")  # all that a run has before it trains
+_EPOCHS = "metrics.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -34,7 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / ".lock", mode=0o644)
+        self._lock = RunLock(path)
         self._files: dict[str, str] = {}  # name below the folder -> SHA-256 of what was written there
 
     @classmethod
@@ -96,11 +99,34 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise StorageError(f"{self.path} is being written by another process; wait for it, or use --name") from None
+            self._lock.acquire("wait for it, or use --name")
         except OSError as error:
             raise StorageError(f"cannot write to {self.path}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def held(self, *, writing: bool) -> Iterator[None]:
+        """Keep writers out within the block; where there is no run, nothing is made.
+
+        Args:
+            writing: False: the folder is only read, so it may as well be one in which nobody may write.
+
+        Raises:
+            StorageError: another process is writing in it.
+        """
+        known = self.results.is_file() or any((self.path / name).exists() for name in _LOCKS)
+        locked = False
+        try:
+            if known:
+                try:
+                    self._lock.acquire()
+                    locked = True
+                except OSError as error:
+                    if writing:
+                        raise StorageError(f"cannot write to {self.path}: {error.strerror or error}") from error
+            yield
+        finally:
+            if locked:
+                self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -109,7 +135,7 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release the lock; a folder in which nothing was written goes too."""
-        if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+        if self.path.is_dir() and all(entry.name in _LOCKS for entry in self.path.iterdir()):
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
@@ -181,6 +207,19 @@ class RunFolder:
         """Keep a stage's final figures on each split."""
         self._write(f"{stage}/metrics.json", as_json(metrics))
 
+    def check_epochs(self, stage: str, lines: Sequence[str] | None) -> None:
+        """Compare a stage's metrics.jsonl with the digests of its lines that its model carries.
+
+        Args:
+            stage: its name.
+            lines: as ``check_lines`` takes them; None: the stage was not trained here.
+
+        Raises:
+            ArtifactError: the file is gone, or a line is not the one that training wrote; says which.
+        """
+        if lines is not None:
+            self._files[f"{stage}/{_EPOCHS}"] = digest(check_lines(self.stage(stage) / _EPOCHS, lines))
+
     def write_predictions(
         self,
         stage: str,
@@ -200,8 +239,9 @@ class RunFolder:
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Keep the figures of all stages, and which files they go together with."""
-        epochs = {f"{stage}/metrics.jsonl": self.stage(stage) / "metrics.jsonl" for stage in results.get("stages", ())}
-        files = self._files | {name: digest_of(path) for name, path in epochs.items() if path.exists()}
+        stages = (*results.get("stages", ()), *results.get("repeats", ()))
+        epochs = {f"{stage}/{_EPOCHS}": self.stage(stage) / _EPOCHS for stage in stages}
+        files = {name: digest_of(path) for name, path in epochs.items() if path.exists()} | self._files
         write_sealed_json(self.results, results | {"files": dict(sorted(files.items()))})
 
     def read_results(self) -> dict[str, Any]:
@@ -226,7 +266,7 @@ class RunFolder:
             StorageError: something could not be deleted.
         """
         try:
-            entries = [entry for entry in self.path.iterdir() if entry.name != ".lock"]
+            entries = [entry for entry in self.path.iterdir() if entry.name not in _LOCKS]
             for entry in sorted(entries, key=lambda entry: entry.name in _FIRST):  # they show whose folder it is
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.artifacts import read_bytes, write_text
+from potstill.artifacts import read_bytes
 from potstill.errors import ArtifactError, UsageError
+from potstill.sealed import read_sealed_json, write_sealed_json
 from potstill.store.records import Record
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
+_BEGINNING = re.compile(rb'\{\s*"format": ([0-9]{1,9}),')
 _MENDING = "Remove it with `potstill store rm {key}`; the next run records anew"
 
 
@@ -43,30 +46,34 @@ class Manifest:
         Raises:
             StorageError: it cannot be written.
         """
-        write_text(folder / NAME, _render(self._content(), self.key, dict(self.facts)))
+        write_sealed_json(folder / NAME, {**self._content(), "key": self.key, "facts": dict(self.facts)})
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """What ``write`` wrote, checked byte by byte.
+        """What ``write`` wrote; not parsed before its SHA-256 is compared.
 
         Raises:
             ArtifactError: missing, damaged, of another format, or in a folder of another name than its key.
         """
         path, mending = folder / NAME, _MENDING.format(key=folder.name)
-        text = read_bytes(path)
+        try:
+            value = read_sealed_json(path)
+        except ArtifactError as error:
+            older = _BEGINNING.match(read_bytes(path))  # the first format carried its digest elsewhere
+            if older is not None and 1 <= int(older[1]) < FORMAT:
+                raise ArtifactError(_other_format(path, int(older[1]), mending)) from error
+            raise ArtifactError(f"{error}. {mending}") from error
         damaged = f"{path} is damaged. {mending}"
         try:
-            value = json.loads(text)
             if value["format"] != FORMAT and isinstance(value["format"], int):
-                raise ArtifactError(
-                    f"{path} is of format {value['format']}, and this version of potstill reads {FORMAT}. {mending}"
-                )
+                raise ArtifactError(_other_format(path, value["format"], mending))
             record = Record(**{name: value["record"][name] for name in ("kind", "classes", "embedding")})
             found = cls(value["identity"], record, value["samples"], value["facts"])
-            expected = _render(found._content(), found.key, found.facts)
-        except (ValueError, TypeError, KeyError, RecursionError, UsageError) as error:
+            written = {name: value[name] for name in found._content()}
+        except (ValueError, TypeError, KeyError, UsageError) as error:  # of a file that was made up to fit
             raise ArtifactError(damaged) from error
-        if expected.encode() != text or found.key != folder.name or found.samples < 1:
+        plain = isinstance(found.identity, dict) and isinstance(found.facts, dict) and type(found.samples) is int
+        if not plain or written != found._content() or found.key != folder.name or found.samples < 1:
             raise ArtifactError(damaged)
         return found
 
@@ -102,8 +109,5 @@ def canonical(value: Any) -> str:
         raise UsageError(f"a store is identified by plain JSON values: {error}") from error
 
 
-def _render(content: Mapping[str, Any], key: str, facts: Mapping[str, Any]) -> str:
-    """The file's text; the digest at its end is of all before it."""
-    value = {**content, "key": key, "facts": facts}
-    digest = hashlib.sha256(canonical(value).encode()).hexdigest()
-    return json.dumps({**value, "sha256": digest}, indent=2, allow_nan=False) + "\n"
+def _other_format(path: Path, found: int, mending: str) -> str:
+    return f"{path} is of format {found}, and this version of potstill reads {FORMAT}. {mending}"

@@ -5,6 +5,7 @@ before anything is parsed.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from potstill.sealed import read_sealed, write_sealed
 
 
 def save_checkpoint(
-    path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep_previous: bool = False
+    path: Path,
+    tensors: dict[str, Tensor],
+    facts: dict[str, Any],
+    *,
+    alike: Mapping[str, str] | None = None,
+    keep_previous: bool = False,
 ) -> None:
     """Write named tensors and JSON facts, whole or not at all.
 
@@ -26,18 +32,23 @@ def save_checkpoint(
         path: NAME.checkpoint.
         tensors: on any device.
         facts: JSON values.
+        alike: name of a tensor -> name of another; where every bit of them is the same, they are stored once.
         keep_previous: the older file stays as NAME-previous.checkpoint, should this one be damaged later.
 
     Raises:
         StorageError: it could not be written; the older file is untouched.
     """
     flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    same = {name: other for name, other in (alike or {}).items() if _same_bits(flat[name], flat[other])}
+    for name in same:
+        del flat[name]
     seen: set[int] = set()
     for key, value in flat.items():  # safetensors refuses tied weights: each name gets bytes of its own
         if value.numel() and value.data_ptr() in seen:
             flat[key] = value.clone()
         seen.add(value.data_ptr())
-    write_sealed(path, safetensors.torch.save(flat, metadata={"facts": json.dumps(facts)}), keep_previous=keep_previous)
+    metadata = {"facts": json.dumps(facts), "same": json.dumps(same)}
+    write_sealed(path, safetensors.torch.save(flat, metadata=metadata), keep_previous=keep_previous)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,8 +60,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     payload = read_sealed(path)
     try:
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-        return safetensors.torch.load(payload), json.loads(header["__metadata__"]["facts"])
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        facts, same = (json.loads(header["__metadata__"][name]) for name in ("facts", "same"))
+        tensors = safetensors.torch.load(payload)
+        return tensors | {name: tensors[other].clone() for name, other in same.items()}, facts
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is no checkpoint of this version: {error}") from error
 
 
@@ -105,3 +118,10 @@ def within(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def copy_state(module: nn.Module) -> dict[str, Tensor]:
     """A state dict whose tensors no longer change with the module."""
     return {key: value.detach().clone() for key, value in module.state_dict().items()}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Of contiguous tensors on the CPU; unlike ``==``, 0 is not -0, and what is not a number equals itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from potstill.distiller import Distiller
 from potstill.errors import ArtifactError, NonFiniteError
+from potstill.sealed import check_lines, write_json_lines
 from potstill.training import checkpoint as ckpt
 from potstill.training.devices import Compute
 from potstill.training.history import History
@@ -21,7 +22,9 @@ from potstill.training.under_way import UnderWay
 
 @dataclass
 class Saving:
-    """Checkpoints of one stage: ``last.checkpoint``, all of its state, and ``best.checkpoint``, the best weights."""
+    """Checkpoints of one stage: ``last.checkpoint`` holds all of its state, the best weights too, and
+    ``last-previous.checkpoint`` is the one before it: either is all that is needed to go on.
+    """
 
     folder: Path
     settings: TrainingSettings
@@ -33,17 +36,11 @@ class Saving:
     history: History
     best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights after its best epoch
     _last: float = field(default_factory=time.monotonic)
-    _best_saved: int = 0
 
     @property
     def is_due(self) -> bool:
         """Whether the last checkpoint is old enough."""
         return time.monotonic() - self._last >= self.settings.checkpoint_seconds
-
-    @property
-    def is_due_within(self) -> bool:
-        """The same in the midst of an epoch, where nobody asked for a checkpoint after each."""
-        return self.settings.checkpoint_seconds > 0 and self.is_due
 
     def keep_best(self) -> None:
         """Remember the student's weights as they are now."""
@@ -57,15 +54,15 @@ class Saving:
             NonFiniteError: a weight is NaN or infinite; what was written before stays.
         """
         self._refuse_nonfinite(epoch)
-        best = {"best_epoch": self.history.best_epoch, "best_value": self.history.best_value}
-        if self._best_saved != self.history.best_epoch:  # 0: there is none yet
-            ckpt.save_checkpoint(self.folder / "best.checkpoint", self.best, best)
-            self._best_saved = self.history.best_epoch
+        random = self._random_states()
+        self._last = time.monotonic()
+        if not self.compute.processes.first:
+            return
         optimizer, facts = ckpt.pack_optimizer(self.optimizer)
         tensors = (
             ckpt.under("distiller", self.distiller.state_dict())
             | ckpt.under("optimizer", optimizer)
-            | ckpt.under("random", ckpt.pack_random_state(self.compute.device))
+            | random
             | (ckpt.under("average", self.average.state_dict()) if self.average is not None else {})
         )
         within: dict[str, Any] | None = None
@@ -78,9 +75,16 @@ class Saving:
             "optimizer": facts,
             "schedule": {"last_epoch": self.schedule.last_epoch},
             "records": self.history.records,
+            "lines": self.history.lines,
             "seconds": self.history.seconds,
+            "best_epoch": self.history.best_epoch,
+            "best_value": self.history.best_value if self.best else None,
         }
-        ckpt.save_checkpoint(self.folder / "last.checkpoint", tensors, facts, keep_previous=True)
+        # As long as no epoch is over, there is no best; right after the best one, it is what is trained on from here.
+        tensors |= ckpt.under("best", self.best)
+        student = "distiller/student." if self.average is None else "average/module."
+        alike = {f"best/{name}": f"{student}{name}" for name in self.best if f"{student}{name}" in tensors}
+        ckpt.save_checkpoint(self.folder / "last.checkpoint", tensors, facts, alike=alike, keep_previous=True)
         self._last = time.monotonic()
 
     def resume(self, under_way: UnderWay) -> int:
@@ -92,20 +96,26 @@ class Saving:
         Raises:
             ArtifactError: a checkpoint is damaged, or is of something else.
         """
-        last, best = self.folder / "last.checkpoint", self.folder / "best.checkpoint"
+        last = self.folder / "last.checkpoint"
         if not last.exists():
             return 0
-        if best.exists():  # else the first epoch is not over
-            self.best, facts = ckpt.load_checkpoint(best)
-            # best may be newer than last, where the process was killed between the two: it stays the best seen.
-            self.history.best_epoch, self.history.best_value = facts["best_epoch"], facts["best_value"]
-            self._best_saved = self.history.best_epoch
         tensors, facts = ckpt.load_checkpoint(last)
+        if "best_epoch" not in facts:
+            raise ArtifactError(f"{last} was written before potstill 0.1.0; begin the run anew with --overwrite")
+        lines = self.folder.parent / "metrics.jsonl"
+        if self.compute.processes.first and lines.exists():  # else it is written again
+            check_lines(lines, facts["lines"], more=True)
+        if facts["best_epoch"]:
+            self.best = ckpt.within("best", tensors)
+            self.history.best_epoch, self.history.best_value = facts["best_epoch"], facts["best_value"]
         within = facts["under_way"]
         if within is not None:
             # Before its state is loaded: what a method does to that at the beginning of an epoch has been done.
             self.distiller.start_epoch(int(facts["epoch"]), self.settings.epochs)
-            under_way.unpack(ckpt.within("figures", tensors), within)
+            if self.compute.processes.first:
+                under_way.unpack(ckpt.within("figures", tensors), within)
+            else:  # the first one has noted what all had
+                under_way.lr, under_way.step = within["lr"], within["step"]
         try:
             self.distiller.load_state_dict(ckpt.within("distiller", tensors))
             ckpt.unpack_optimizer(self.optimizer, ckpt.within("optimizer", tensors), facts["optimizer"])
@@ -116,9 +126,20 @@ class Saving:
         self.schedule.last_epoch = facts["schedule"]["last_epoch"]
         for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
             group["lr"] = self.settings.lr * factor(self.schedule.last_epoch)
-        ckpt.unpack_random_state(ckpt.within("random", tensors), self.compute.device)
+        # A process that there was not before keeps the state that its seed gave it.
+        if states := ckpt.within(_random_of(self.compute.processes.rank), tensors):
+            ckpt.unpack_random_state(states, self.compute.device)
         self.history.records, self.history.seconds = facts["records"], facts["seconds"]
         return int(facts["epoch"])
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """Of every process; the first one's as if there were no other."""
+        states = self.compute.processes.gather(ckpt.pack_random_state(self.compute.device))
+        return {
+            name: value
+            for rank, state in enumerate(states)
+            for name, value in ckpt.under(_random_of(rank), state).items()
+        }
 
     def _refuse_nonfinite(self, epoch: int) -> None:
         for name, parameter in self.distiller.trained_parameters():
@@ -127,3 +148,19 @@ class Saving:
                     f"epoch {epoch + 1}: the weights {name} have become NaN or infinite.\n"
                     "Lower the learning rate (training.lr), or set training.clip_norm=1; the last checkpoint is finite"
                 )
+
+
+def restore_lines(folder: Path) -> None:
+    """Write metrics.jsonl of a stage that is done again, where somebody has deleted it: its checkpoint has the figures.
+
+    Raises:
+        ArtifactError: the checkpoint is damaged.
+        StorageError: it cannot be written.
+    """
+    lines, last = folder / "metrics.jsonl", folder / "checkpoints" / "last.checkpoint"
+    if last.exists() and not lines.exists():
+        write_json_lines(lines, ckpt.load_checkpoint(last)[1]["records"])
+
+
+def _random_of(rank: int) -> str:
+    return "random" if rank == 0 else f"random {rank}"

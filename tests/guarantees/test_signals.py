@@ -1,0 +1,173 @@
+"""G13: SIGTERM and SIGINT in every phase of the real command, twice, and SIGKILL after a grace time; nobody is left."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from potstill.experiments.run_folder import RunFolder
+
+STAGES = ("teacher", "baseline", "distilled")
+LONG = 120  # seconds after which a process counts as hanging
+
+# phase -> the place in which it is, and how often that is passed before the signal comes
+PHASES = {
+    "data check": ("potstill.data.check:_read", 3),
+    "packing pixels": ("potstill.data.packed:fit", 0),
+    "thread count": ("potstill.training.threads:Threads.settle", 0),
+    "training the teacher": ("potstill.training.loop:Training._update", 1),
+    "filling the store": ("potstill.store.shelf:Store.write", 1),
+    "flushing the store": ("potstill.store.shelf:Store.flush", 1),
+    "distilling": ("potstill.training.loop:Training._ask", 9),
+    "saving": ("potstill.training.checkpoint:save_checkpoint", 2),
+    "saving a model": ("potstill.experiments.stage:save_model", 1),
+    "val": ("potstill.training.loop:Training._evaluate", 1),
+    "evaluation": ("potstill.experiments.results:_predict", 1),
+    "latency": ("potstill.experiments.results:latency", 0),
+    "results": ("potstill.experiments.run_folder:RunFolder.write_results", 0),
+    "report": ("potstill.report.render:_render_stage", 1),
+    "page": ("potstill.report.render:page", 0),
+}
+DEFAULT = [("packing pixels", "SIGINT"), ("evaluation", "SIGTERM")]
+ALL = [(phase, number) for phase in PHASES for number in ("SIGTERM", "SIGINT")]
+
+
+def arguments(recipe: Path, root: Path, *flags: str) -> list[str]:
+    return ["run", str(recipe), "--root", str(root), "--set", f"store.folder={root}/store", *flags]
+
+
+def start(root: Path, *command: str) -> subprocess.Popen[str]:
+    """A process in a session of its own, so that whoever is left of it can be found."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "POTSTILL_CACHE": str(root / "cache")}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def signalled(recipe: Path, root: Path, phase: str, number: str) -> tuple[int, str]:
+    place, times = PHASES[phase]
+    script = str(Path(__file__).with_name("signalled.py"))
+    process = start(root, script, place, number, str(times), *arguments(recipe, root))
+    _, errors = process.communicate(timeout=LONG)
+    assert left(process.pid, patience=1) == []
+    return process.returncode, errors
+
+
+def left(session: int, patience: float) -> list[str]:
+    """Commands of the processes of a session that are there after some seconds."""
+    until = time.monotonic() + patience
+    while True:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+                if int(fields[3]) == session and fields[0] != "Z":
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
+
+
+def resumed(recipe: Path, root: Path) -> dict[str, bytes]:
+    """The weights of all stages, after what a user does then."""
+    flags = ["--resume"] if RunFolder(root / "tiny").known else []
+    process = start(root, "-m", "potstill", *arguments(recipe, root, *flags))
+    _, errors = process.communicate(timeout=LONG)
+    assert process.returncode == 0, errors
+    assert not list(root.rglob("*.part"))
+    assert (root / "tiny" / "report.html").exists()
+    return weights(root / "tiny")
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {
+        f"{stage} {name}": tensor.numpy().tobytes()
+        for stage in STAGES
+        for name, tensor in load_file(run / stage / "model.safetensors").items()
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [pytest.param(*each, marks=() if each in DEFAULT else pytest.mark.slow) for each in ALL],
+)
+def test_a_signal_in_any_phase(tiny_recipe: Path, finished_run: Path, tmp_path: Path, phase: str, number: str) -> None:
+    code, errors = signalled(tiny_recipe, tmp_path, phase, number)
+    assert code == 128 + getattr(signal, number), errors
+    assert errors.endswith("error: interrupted; a run goes on from its last checkpoint with --resume\n")
+    assert "Traceback" not in errors
+    assert len(re.findall("error", errors)) == 1
+    assert not list(tmp_path.rglob("*.part"))
+    if (phase, number) not in DEFAULT:  # each takes as long again
+        assert resumed(tiny_recipe, tmp_path) == weights(finished_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_second_signal_ends_it_at_once(
+    tiny_recipe: Path, finished_run: Path, tmp_path: Path, phase: str, number: str
+) -> None:
+    code, errors = signalled(tiny_recipe, tmp_path, phase, f"{number},{number}")
+    # Where the first one already ended what was under way, the second finds nobody who could wait.
+    assert code in (-getattr(signal, number), 128 + getattr(signal, number)), errors
+    assert "Traceback" not in errors
+    assert resumed(tiny_recipe, tmp_path) == weights(finished_run)
+
+
+def test_a_second_signal_while_a_step_is_finished(tiny_recipe: Path, tmp_path: Path) -> None:
+    code, errors = signalled(tiny_recipe, tmp_path, "training the teacher", "SIGTERM,SIGTERM")
+    assert code == -signal.SIGTERM
+    assert "error" not in errors
+
+
+@pytest.mark.parametrize(
+    "phase", ["distilling", *(pytest.param(each, marks=pytest.mark.slow) for each in PHASES if each != "distilling")]
+)
+def test_a_batch_system_kills_after_a_grace_time(
+    tiny_recipe: Path, finished_run: Path, tmp_path: Path, phase: str
+) -> None:
+    """SIGTERM comes within a step that does not end, and SIGKILL a second later, as it does ten seconds later there."""
+    place, times = PHASES[phase]
+    script = str(Path(__file__).with_name("signalled.py"))
+    process = start(tmp_path, script, place, "SIGTERM+hang", str(times), *arguments(tiny_recipe, tmp_path))
+    assert process.stderr is not None
+    assert any(line == "hangs\n" for line in process.stderr)
+    time.sleep(1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert left(process.pid, patience=1) == []
+    assert resumed(tiny_recipe, tmp_path) == weights(finished_run)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+def test_no_worker_outlives_the_run(tiny_recipe: Path, tmp_path: Path, number: str) -> None:
+    streamed = ["--set", "data.workers=2", "--set", "data.memory_share=1e-12", "--set", "training.epochs=500"]
+    process = start(tmp_path, "-m", "potstill", *arguments(tiny_recipe, tmp_path, *streamed))
+    until = time.monotonic() + LONG
+    while not list(tmp_path.glob("tiny/*/checkpoints/last.checkpoint")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert len(left(process.pid, patience=0)) >= 3, "there were no workers"
+    process.send_signal(getattr(signal, number))
+    process.communicate(timeout=LONG)
+    assert left(process.pid, patience=15) == []  # torch's workers look for their parent every five seconds
+    shutil.rmtree(tmp_path / "tiny")
