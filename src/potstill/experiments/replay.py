@@ -1,0 +1,227 @@
+"""A run repeated from its record: the same recipe, images and threads; are the weights the same?"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.artifacts import digest, read_bytes
+from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.experiments.plan import PARTS
+from potstill.experiments.run_folder import SPLITS, RunFolder, as_csv
+from potstill.experiments.stage_names import in_order, role
+from potstill.sealed import read_sealed_json
+
+_HEADER = ("split", "name", "class")
+_SHOWN = 3  # names of images
+_BESIDE = {"calibration", "recipe_sha256", "data_fingerprint"}  # timings; what is compared before
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run is repeated from.
+
+    Attributes:
+        folder: the run's.
+        environment: its environment.json.
+        stages: which of teacher, baseline, distilled were carried out.
+        models: SHA-256 of each stage's weights.
+    """
+
+    folder: RunFolder
+    environment: dict[str, Any]
+    stages: tuple[str, ...]
+    models: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a repetition came out.
+
+    Attributes:
+        lines: for people, one for each model, and what else differs.
+        equal: whether all weights are the same, byte for byte.
+        promised: whether they had to be: on a CPU, with nothing different that the weights may depend on.
+    """
+
+    lines: list[str]
+    equal: bool
+    promised: bool
+
+
+def read_record(path: Path) -> Record:
+    """The record of a run.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, or the run was never finished.
+    """
+    folder = RunFolder(path)
+    if not folder.known:
+        raise ArtifactError(f"{path} holds no run: there is no recipe.yaml with an environment.json beside it")
+    folder.read_recipe()
+    if not folder.results.exists():
+        raise ArtifactError(f"{path} is not finished, so there is nothing to compare with; go on with --resume first")
+    planned = folder.read_results()["planned"]
+    _splits_text(folder)
+    for stage in planned:
+        _check_weights(folder.stage(stage))
+    roles = {"teacher" if role(stage) == "teacher" else stage for stage in planned}
+    stages = tuple(part for part in PARTS if part in roles)
+    return Record(folder, folder.read_environment(), stages, _weights(folder, planned))
+
+
+def refuse_itself(record: Record, root: Path, name: str) -> None:
+    """A run cannot be repeated in its own place.
+
+    Raises:
+        UsageError: ``root/name`` is the run's folder.
+    """
+    if (root / name).resolve() == record.folder.path.resolve():
+        raise UsageError(f"--replay compares with {record.folder.path}, so it needs another place; give another --name")
+
+
+def refuse_other_images(record: Record, fingerprint: str, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Whoever repeats a run must see the same images.
+
+    Args:
+        record: of the run.
+        fingerprint: of the data that is there now.
+        rows: (split, name, class) of every image now.
+
+    Raises:
+        DataError: something else is there; names it where the list of images tells.
+    """
+    if record.environment.get("data_fingerprint") == fingerprint:
+        return
+    known, found = _by_name(_splits_text(record.folder)), _by_name(as_csv(_HEADER, rows))
+    told = [
+        _listed("gone", sorted(known.keys() - found.keys())),
+        _listed("new", sorted(found.keys() - known.keys())),
+        _listed("in another split or class", sorted(n for n in known.keys() & found.keys() if known[n] != found[n])),
+    ]
+    lines = [line for line in told if line] or ["  all names are the same: the content of an image differs"]
+    raise DataError(
+        f"--replay needs the images of {record.folder.path}, and they have changed:\n"
+        + "\n".join(lines)
+        + "\nPut the former images back, or start a new run from its recipe.yaml"
+    )
+
+
+def compare(record: Record, repeated: RunFolder) -> Outcome:
+    """Two runs of one recipe, model by model.
+
+    Raises:
+        ArtifactError: a file of either is damaged.
+    """
+    before, after = _figures(record.folder), _figures(repeated)
+    weights = _weights(repeated, repeated.read_results()["planned"])
+    lines, equal = [], True
+    for stage in in_order(record.models):
+        same = weights.get(stage) == record.models[stage]
+        equal &= same
+        if same:
+            lines.append(f"{stage}: the same weights, byte for byte")
+        else:
+            difference = largest_difference(record.folder.stage(stage), repeated.stage(stage))
+            top1 = after[stage]["test"]["top1"] - before[stage]["test"]["top1"]
+            lines.append(
+                f"{stage}: other weights, by {difference:.3g} at most; top-1 on test {100 * top1:+.2f} points; "
+                + largest_of_figures(before[stage], after[stage])
+            )
+    changes = differences(record.environment, repeated.read_environment())
+    on_cpu = record.environment.get("device") == "cpu"
+    if not equal:
+        lines += [f"differs: {change}" for change in changes]
+        if not on_cpu:
+            lines.append("equal weights are promised on a CPU only")
+        elif not changes:
+            lines.append("nothing that is recorded differs: the weights should have been equal")
+    return Outcome(lines, equal, promised=on_cpu and not changes)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What two environments differ in, as ``key: was, is``."""
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        was, now = before.get(key), after.get(key)
+        if was == now or f"{prefix}{key}" in _BESIDE or prefix == "git.here.":
+            continue
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += differences(was, now, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}: was {_said(was)}, is {_said(now)}")
+    return found
+
+
+def largest_of_figures(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Which figure of a stage differs most between two runs, in words.
+
+    Example:
+        >>> largest_of_figures({"test": {"top1": 0.5, "nll": 1.0}}, {"test": {"top1": 0.5, "nll": 1.25}})
+        'of all figures nll on test differs most, by 0.25'
+    """
+    found = [
+        (abs(float(after[split][key]) - float(value)), f"{key} on {split}")
+        for split in SPLITS
+        if split in before and split in after
+        for key, value in before[split].items()
+        if key != "count" and isinstance(value, (int, float)) and isinstance(after[split].get(key), (int, float))
+    ]
+    difference, name = max(found, default=(0.0, ""))
+    return f"of all figures {name} differs most, by {difference:.3g}" if difference else "all figures are the same"
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """The largest absolute difference of two models' weights; infinite where they have other shapes.
+
+    Raises:
+        ArtifactError: damaged files.
+    """
+    from potstill.models.model_file import load_model
+
+    one, two = (load_model(folder).module.state_dict() for folder in (first, second))
+    if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in two.items()}:
+        return float("inf")
+    return max(float((one[name].double() - two[name].double()).abs().max()) for name in one if one[name].numel())
+
+
+def _figures(folder: RunFolder) -> dict[str, Any]:
+    """By stage, those of further seeds among them."""
+    results = folder.read_results()
+    return {**results["stages"], **(results.get("repeats") or {})}
+
+
+def _check_weights(stage: Path) -> None:
+    from potstill.models.model_file import load_model
+
+    load_model(stage)
+
+
+def _splits_text(folder: RunFolder) -> str:
+    path = folder.path / "splits.csv"
+    content = read_bytes(path)
+    if digest(content) != folder.read_results()["files"].get(path.name):
+        raise ArtifactError(f"{path} is not what the run wrote: its SHA-256 differs")
+    return content.decode()
+
+
+def _by_name(text: str) -> dict[str, tuple[str, ...]]:
+    """Rows of splits.csv by the name of the image; an image that stands twice counts once."""
+    return {row[1]: tuple(row) for row in csv.reader(io.StringIO(text))}
+
+
+def _weights(folder: RunFolder, stages: Sequence[str]) -> dict[str, str]:
+    return {stage: read_sealed_json(folder.stage(stage) / "model.json")["sha256"] for stage in stages}
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return f"  {what}: {', '.join(names[:_SHOWN])}{more}"
+
+
+def _said(value: Any) -> str:
+    return "nothing" if value is None else str(value)
