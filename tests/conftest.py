@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +21,13 @@ def _seeded() -> None:
         import torch
 
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def corpus() -> Path:
+    """Third-party image files with the expected outcome of each."""
+    default = Path(__file__).parents[2] / "shared" / "corpora" / "core"
+    folder = Path(os.environ.get("POTSTILL_CORPORA", default))
+    if not (folder / "MANIFEST.tsv").is_file():
+        pytest.skip(f"no image corpus (a folder with MANIFEST.tsv) at {folder}; set POTSTILL_CORPORA")
+    return folder

@@ -1,6 +1,5 @@
 """Small image folders."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,13 +32,3 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         return root
 
     return make
-
-
-@pytest.fixture
-def corpus() -> Path:
-    """Third-party image files with the expected outcome of each."""
-    default = Path(__file__).parents[3] / "shared" / "corpora" / "core"
-    folder = Path(os.environ.get("POTSTILL_CORPORA", default))
-    if not (folder / "MANIFEST.tsv").is_file():
-        pytest.skip(f"no image corpus (a folder with MANIFEST.tsv) at {folder}; set POTSTILL_CORPORA")
-    return folder

@@ -29,8 +29,8 @@ def check(
 
     Exits with 3 where there are errors.
     """
-    from potstill.cli.native_noise import silenced
     from potstill.data.doctor.examination import examine
+    from potstill.data.native_noise import silenced
 
     chosen = _settings(data, settings or [])
     with silenced(), Waiting() as waiting:

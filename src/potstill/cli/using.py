@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from potstill.data.native_noise import silenced
 from potstill.errors import DataError
 
 Model = Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder (its distilled student) or a model.")]
@@ -23,7 +24,8 @@ def predict(
     from potstill.console import plain
     from potstill.deploy.predict import predict as predict_images
 
-    predictions = predict_images(model, paths, top=top)
+    with silenced():
+        predictions = predict_images(model, paths, top=top)
     if as_json:
         sys.stdout.write(json.dumps([each.as_dict() for each in predictions], indent=2) + "\n")
     else:
@@ -49,7 +51,8 @@ def evaluate(
     from potstill.console import metrics_lines
     from potstill.deploy.evaluate import evaluate as evaluate_model
 
-    metrics: dict[str, Any] = evaluate_model(model, data)
+    with silenced():
+        metrics: dict[str, Any] = evaluate_model(model, data)
     if as_json:
         sys.stdout.write(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     else:

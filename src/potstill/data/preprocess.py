@@ -2,15 +2,14 @@
 
 from functools import lru_cache
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from potstill.data.decode import Pixels
+from potstill.data.square import CROP_SHARE as CROP_SHARE
+from potstill.data.square import fit as fit
+from potstill.data.square import packed_side as packed_side
 from potstill.inputs import InputSpec, Triple
-
-CROP_SHARE = 0.875  # side of the square that random resized crops are drawn from is size / CROP_SHARE
 
 
 def prepare(pixels: Pixels, spec: InputSpec) -> Tensor:
@@ -27,33 +26,6 @@ def prepare(pixels: Pixels, spec: InputSpec) -> Tensor:
     side = packed_side(spec)
     square = torch.from_numpy(fit(pixels, side, spec.fit))
     return normalise(centre(square[None], spec.size), spec)[0]
-
-
-def packed_side(spec: InputSpec, *, random_crops: bool = False) -> int:
-    """Side in pixels of the square that images are kept as before views are cut from it."""
-    if random_crops:
-        return round(spec.size / CROP_SHARE)
-    return round(spec.size / spec.crop_share) if spec.fit == "crop" else spec.size
-
-
-def fit(pixels: Pixels, side: int, how: str) -> Pixels:
-    """Resize to a square, bilinear with antialiasing.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-        side: of the square, in pixels.
-        how: "crop": the largest centred square of the image; "squash": the whole image.
-
-    Returns:
-        uint8 [3, side, side]: channels first, so that normalising a batch needs no transposition.
-    """
-    height, width = pixels.shape[:2]
-    if (height, width) != (side, side):
-        short = min(height, width)
-        left, top = (width - short) / 2, (height - short) / 2
-        box = (left, top, left + short, top + short) if how == "crop" else (0, 0, width, height)
-        pixels = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR, box=box))
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def centre(images: Tensor, size: int) -> Tensor:

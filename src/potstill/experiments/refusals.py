@@ -14,6 +14,7 @@ from potstill.experiments.settings_errors import parse
 
 # Settings that do not touch the result, so a resumed run may change them; the last stands in several places.
 _FREE = {"name", "description", "data.workers", "data.memory_share", "store.folder"}
+_SHOWN = 8  # changes that are named
 _FREE_ANYWHERE = "training.checkpoint_seconds"
 
 
@@ -26,10 +27,13 @@ def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and key not in _FREE and not key.endswith(_FREE_ANYWHERE)
     ]
+    if before.get("seeds", 1) < after["seeds"]:  # more of them only add stages
+        changed = [line for line in changed if not line.startswith("  seeds:")]
     if changed:
+        more = [f"  and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
         raise UsageError(
             f"--resume goes on with the same recipe, but {folder.recipe} has other settings:\n"
-            + "\n".join(changed[:8])
+            + "\n".join(changed[:_SHOWN] + more)
             + "\nResume without these changes, or start another run with --name"
         )
 

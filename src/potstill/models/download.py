@@ -37,7 +37,7 @@ def from_hub(repository: str, files: Sequence[str], what: str) -> Path:
         raise _absent(what, "the hub cannot be reached", prepare)
     for file in files:
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, file))
+            return Path(huggingface_hub.hf_hub_download(repository, file))  # nosec B615 # opened without running code
         except EntryNotFoundError:
             continue
         except Exception as error:  # network, authorisation, disk: the hub's client raises its own and httpx's kinds
@@ -80,7 +80,7 @@ def reachable(url: str, patience: float = PATIENCE) -> bool:
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=patience):
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=patience):  # nosec B310 # HEAD
                 answered.set()
         except urllib.error.HTTPError as answer:
             answer.close()

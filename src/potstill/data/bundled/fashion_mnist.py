@@ -109,7 +109,7 @@ def _download(folder: Path) -> None:
 
     for name, md5 in FashionMNIST.resources:
         try:
-            with urllib.request.urlopen(FashionMNIST.mirrors[0] + name, timeout=_SECONDS) as answer:
+            with urllib.request.urlopen(FashionMNIST.mirrors[0] + name, timeout=_SECONDS) as answer:  # nosec B310 # likewise
                 content: bytes = answer.read()
         except OSError as error:
             raise UsageError(

@@ -1,0 +1,66 @@
+"""From decoded pixels to what a network sees, one image at a time and with numpy alone.
+
+``preprocess`` does the same with batches of tensors; both give the same bits, which a test compares.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from potstill.data.decode import Pixels
+from potstill.input_spec import InputSpec, Triple
+
+CROP_SHARE = 0.875  # side of the square that random resized crops are drawn from is size / CROP_SHARE
+
+Floats = NDArray[np.float32]
+
+
+def packed_side(spec: InputSpec, *, random_crops: bool = False) -> int:
+    """Side in pixels of the square that images are kept as before views are cut from it."""
+    if random_crops:
+        return round(spec.size / CROP_SHARE)
+    return round(spec.size / spec.crop_share) if spec.fit == "crop" else spec.size
+
+
+def fit(pixels: Pixels, side: int, how: str) -> Pixels:
+    """Resize to a square, bilinear with antialiasing.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        side: of the square, in pixels.
+        how: "crop": the largest centred square of the image; "squash": the whole image.
+
+    Returns:
+        uint8 [3, side, side]: channels first, so that normalising a batch needs no transposition.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) != (side, side):
+        short = min(height, width)
+        left, top = (width - short) / 2, (height - short) / 2
+        box = (left, top, left + short, top + short) if how == "crop" else (0, 0, width, height)
+        pixels = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR, box=box))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def squared(pixels: Pixels, spec: InputSpec) -> Pixels:
+    """What the network sees of an image, before it is normalised: uint8 [H, W, 3] -> uint8 [3, size, size]."""
+    square = fit(pixels, packed_side(spec), spec.fit)
+    start = (square.shape[-1] - spec.size) // 2
+    return np.ascontiguousarray(square[:, start : start + spec.size, start : start + spec.size])
+
+
+def normalised(images: Pixels, spec: InputSpec) -> Floats:
+    """uint8 [..., 3, S, S] -> float32 of the same shape: (x / 255 - mean) / std."""
+    scale, shift = scale_and_shift(spec.mean, spec.std)
+    return images.astype(np.float32) * scale - shift
+
+
+@lru_cache(maxsize=16)
+def scale_and_shift(mean: Triple, std: Triple) -> tuple[Floats, Floats]:
+    """Two float32 [3, 1, 1]: a normalised image is its pixels (0 to 255) times the one, less the other."""
+    means, deviations = (np.array(each, dtype=np.float64).reshape(3, 1, 1) for each in (mean, std))
+    factors: Any = (1 / (255 * deviations)).astype(np.float32), (means / deviations).astype(np.float32)
+    return factors[0], factors[1]

@@ -1,0 +1,254 @@
+"""G7: a run goes on with the same recipe and the same images only; what changed is named, with its old and new value.
+
+Every setting of the recipe's schema is tried, found by walking it, not from a list.
+"""
+
+import itertools
+import shutil
+import types
+import typing
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import BaseModel
+
+from potstill.cli import main
+from potstill.errors import PotstillError, UsageError
+from potstill.experiments.recipe import Recipe, dump_recipe, load_recipe
+from potstill.experiments.refusals import refuse_changes
+from potstill.experiments.run_folder import RunFolder
+from potstill.training.settings import TrainingSettings
+
+FREE = {  # docs/guarantees.md and docs/recipes.md say so
+    "name", "description", "data.workers", "data.memory_share", "store.folder", "training.checkpoint_seconds",
+    "teacher.training.checkpoint_seconds", "student.training.checkpoint_seconds",
+}  # fmt: skip
+ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file that is there
+    "data.unlabeled", "teacher.weights", "student.weights", "teachers.weights", "training.milestones",
+    "training.nesterov", "teacher.training.nesterov", "student.training.nesterov", "student.training.milestones",
+    "teacher.training.milestones", "training.ema_decay",
+}  # fmt: skip
+
+
+def words_of(kind):
+    """All that a Literal within a type allows."""
+    if typing.get_origin(kind) is typing.Literal:
+        return list(typing.get_args(kind))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType, typing.Annotated):
+        return [word for part in typing.get_args(kind) for word in words_of(part)]
+    return []
+
+
+def leaves(model, prefix=""):
+    """(key, type) of every setting below a model."""
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if name == "training" and model is not Recipe:
+            yield from ((f"{prefix}training.{key}", kind) for key, kind in leaves(TrainingSettings))
+        elif inner is not None and name != "assistants":
+            yield from leaves(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.annotation
+
+
+LEAVES = dict(leaves(Recipe)) | {"method.temperature": float, "method.alpha": float}
+KEYS = sorted(LEAVES.keys() - {"method", "data.options", "assistants", "teacher"})
+OTHERS = [
+    True, False, 0, 1, 2, 3, 5, 24, 0.05, 0.3, 0.6, 0.97, 7.5, "cifar/resnet14", "cifar/resnet20", "squash", "else",
+    "cpu", "sgd", "fashion-mnist", [0.4, 0.9],
+    {"hflip": True}, [0.4, 0.5, 0.6], [["stage1", "stage1"]],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The folder of a run that has begun."""
+    folder = RunFolder(tmp_path_factory.mktemp("begun") / "quickstart")
+    folder.path.mkdir()
+    folder.write_recipe(dump_recipe(load_recipe("quickstart")))
+    return folder
+
+
+def value_at(recipe, key):
+    value = yaml.safe_load(dump_recipe(recipe))
+    for part in key.split("."):
+        value = (value or {}).get(part)
+    return value
+
+
+def changed(key, other):
+    """The recipe with another value of a setting; None where that is not allowed, or none."""
+    before = load_recipe("quickstart")
+    text = yaml.safe_dump(other, default_flow_style=True).replace("\n...", "").strip()
+    try:
+        after = load_recipe("quickstart", [f"{key}={text}"])
+    except PotstillError:
+        return None
+    return None if value_at(before, key) == value_at(after, key) else after
+
+
+def candidates(key):
+    return [*words_of(LEAVES[key]), *OTHERS]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_setting_is_refused_by_name(key, begun):
+    valid = (recipe for other in candidates(key) if (recipe := changed(key, other)) is not None)
+    recipes = list(itertools.islice(valid, 3))
+    if key in ONLY_WITH_ANOTHER:
+        return
+    assert recipes, f"no other value of {key} is known to this test"
+    for recipe in recipes:
+        if key in FREE:
+            refuse_changes(begun, recipe)
+            continue
+        if key == "seeds":  # more of them only add stages
+            refuse_changes(begun, recipe)
+            continue
+        with pytest.raises(UsageError) as raised:
+            refuse_changes(begun, recipe)
+        text, new = str(raised.value), value_at(recipe, key)
+        if key.startswith("data.augment."):  # from null to all of its settings: the first eight are named
+            assert "  data.augment." in text
+            assert "more" in text
+            continue
+        assert f"  {key}" in text
+        if not isinstance(new, (dict, list)) and value_at(load_recipe("quickstart"), key) is not None:
+            assert f"  {key}: was {value_at(load_recipe('quickstart'), key)!r}, now {new!r}" in text
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_settings_together(data, begun):
+    """Refused if and only if one of them is not free; all that are not, up to eight, are named."""
+    keys = data.draw(
+        st.lists(st.sampled_from(sorted(set(KEYS) - ONLY_WITH_ANOTHER - {"seeds"})), max_size=4, unique=True)
+    )
+    sets = []
+    for key in keys:
+        other = data.draw(st.sampled_from(candidates(key)))
+        if changed(key, other) is not None:
+            sets.append((key, yaml.safe_dump(other, default_flow_style=True).replace("\n...", "").strip()))
+    try:
+        recipe = load_recipe("quickstart", [f"{key}={text}" for key, text in sets])
+    except PotstillError:
+        return  # each alone would do
+    bound = [key for key, _ in sets if key not in FREE]
+    if not bound:
+        refuse_changes(begun, recipe)
+        return
+    with pytest.raises(UsageError) as raised:
+        refuse_changes(begun, recipe)
+    for key in bound:
+        assert f"  {key}" in str(raised.value) or ("more" in str(raised.value) and key.startswith("data."))
+
+
+# images
+
+
+RECIPE = """
+name: tiny
+data: {{source: "{source}", size: 16, workers: 0}}
+teacher: null
+student: {{model: cifar/resnet8}}
+method: {{name: supervised}}
+training: {{epochs: 2, batch_size: 8, lr: 0.003, precision: float32, checkpoint_seconds: 0, threads: 1}}
+store: off
+"""
+
+
+class Case:
+    """A run of which one epoch is done, and its images, anew for each edit."""
+
+    def __init__(self, folder):
+        self.folder, self.images, random = folder, folder / "images", np.random.default_rng(0)
+        for split, count in (("train", 8), ("val", 4), ("test", 4)):
+            for name in ("blue", "red"):
+                (self.images / split / name).mkdir(parents=True)
+                for i in range(count):
+                    pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(self.images / split / name / f"{i}.png")
+        (folder / "tiny.yaml").write_text(RECIPE.format(source=self.images))
+        shutil.copytree(self.images, folder / "images before")
+
+    def train(self, *flags):
+        root = ["--root", str(self.folder / "runs"), "--name", "one"]
+        return main(["train", str(self.folder / "tiny.yaml"), "--stage", "baseline", *root, *flags])
+
+    def again(self):
+        """Images and run as they were after the first epoch."""
+        shutil.rmtree(self.images)
+        shutil.copytree(self.folder / "images before", self.images)
+        shutil.rmtree(self.folder / "runs", ignore_errors=True)
+        shutil.copytree(self.folder / "runs before", self.folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    made = Case(tmp_path_factory.mktemp("edits"))
+    assert made.train() == 0
+    stage = made.folder / "runs" / "one" / "baseline"
+    for file in (*stage.glob("model*"), *stage.glob("*.csv"), stage.parent / "results.json"):
+        file.unlink()  # as if it had been killed before its model was written
+    shutil.copytree(made.folder / "runs", made.folder / "runs before")
+    return made
+
+
+SPLITS = st.sampled_from(["train", "val", "test"])
+CLASSES = st.sampled_from(["blue", "red"])
+EDITS = st.sampled_from(
+    ["add", "remove", "rename", "repaint", "other class", "other split", "rename class", "add class", "touch", "copy"]
+)
+
+
+def edit(images, kind, split, name, number):
+    """Do it; whether the same images are still there."""
+    file = images / split / name / f"{number}.png"
+    other = {"blue": "red", "red": "blue"}[name]
+    if kind == "add":
+        Image.new("RGB", (16, 16), (number, 7, 9)).save(file.with_name("new.png"))
+    elif kind == "remove":
+        file.unlink()
+    elif kind == "rename":
+        file.rename(file.with_name("renamed.png"))
+    elif kind == "repaint":
+        Image.new("RGB", (16, 16), (number, 8, 9)).save(file)
+    elif kind == "other class":
+        file.rename(images / split / other / "moved.png")
+    elif kind == "other split":
+        file.rename(images / {"train": "val", "val": "test", "test": "train"}[split] / name / "moved.png")
+    elif kind == "rename class":
+        for each in images.iterdir():
+            (each / name).rename(each / "green")
+    elif kind == "add class":
+        for each in images.iterdir():
+            shutil.copytree(each / name, each / "green")
+    elif kind == "touch":
+        file.touch()
+    else:  # the same bytes in a new file, in another place of the folder's list
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content)
+    return kind in ("touch", "copy")
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(kind=EDITS, split=SPLITS, name=CLASSES, number=st.integers(0, 3))
+def test_edits_of_images(kind, split, name, number, case, capsys):
+    case.again()
+    same = edit(case.images, kind, split, name, number)
+    capsys.readouterr()
+    code = case.train("--resume")
+    error = capsys.readouterr().err
+    if same:
+        assert code == 0, error
+        return
+    assert code in (2, 3), error
+    assert "have changed" in error or "has changed" in error or code == 3
+    assert "Traceback" not in error
+    assert not (case.folder / "runs" / "one" / "baseline" / "model.json").exists()
