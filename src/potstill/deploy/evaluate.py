@@ -65,7 +65,7 @@ def _test_images(source: str, model: Path) -> tuple[Any, list[str], str]:
 
     settings = DataSettings(source=source)
     check_source(settings)
-    own = _data_of_run(model)
+    own = data_of_run(model)
     known = own is not None and _same(own.source, source)
     if known or source in DATASETS:
         splits = load_data(own if known and own is not None else settings)
@@ -84,7 +84,7 @@ def _test_images(source: str, model: Path) -> tuple[Any, list[str], str]:
     return images, [entry.label for entry in entries], which
 
 
-def _data_of_run(model: Path) -> Any:
+def data_of_run(model: Path) -> Any:
     """The data settings of the run that a model stands in, or None for a model that stands alone."""
     recipe = model.parent / "recipe.yaml"
     if not recipe.is_file():

@@ -1,13 +1,14 @@
 """Predictions for images that nobody has labelled."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from potstill.data.decode import Pixels, decode
+from potstill.deploy.onnx_model import SUFFIX, load_onnx
 from potstill.errors import DataError, UsageError
-from potstill.experiments.run_folder import find_model
 
 if TYPE_CHECKING:
     from potstill.models.classifier import Classifier
@@ -42,7 +43,8 @@ def predict(
     """The most probable classes of each image, prepared exactly as for evaluation.
 
     Args:
-        model: a run folder (distilled, else baseline, else teacher), a model folder or file, or a loaded Classifier.
+        model: a run folder (distilled, else baseline, else teacher), a model folder or file, a
+            loaded Classifier, or an ``.onnx`` file that was exported (then torch is not needed).
         inputs: images, and folders whose images are taken recursively, in sorted order.
         top: how many classes at most.
         batch_size: images per forward pass.
@@ -57,8 +59,36 @@ def predict(
         ArtifactError: no model, or a damaged one.
     """
     paths = list_images(inputs)
+    chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+    exported = isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() == SUFFIX
+    asked = _onnx(Path(str(model)), device) if exported else _torch(model, device)
+    return [each for chunk in chunks for each in _predict(asked, chunk, top)]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model of either kind."""
+
+    prepare: Callable[[Pixels], Any]  # at once after decoding: a batch of whole photographs would fill the memory
+    answer: Callable[[list[Any]], list[list[float]]]  # what ``prepare`` made -> probabilities [B, K]
+    names: Sequence[str]
+
+
+def _onnx(path: Path, device: str) -> _Asked:
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"an ONNX model is asked on the CPU here, got device={device!r}")
+    found = load_onnx(path)
+    return _Asked(found.prepare, lambda images: found.probabilities(images).tolist(), found.what.class_names)
+
+
+def _torch(model: "Path | str | Classifier", device: str) -> _Asked:
+    from potstill.experiments.run_folder import find_model
+
     folder = find_model(Path(model)) if isinstance(model, (str, os.PathLike)) else None
 
+    import torch
+
+    from potstill.data.preprocess import prepare
     from potstill.models.model_file import load_model
     from potstill.training.devices import choose
     from potstill.training.settings import TrainingSettings
@@ -66,8 +96,12 @@ def predict(
     classifier = model if folder is None else load_model(folder)
     assert not isinstance(classifier, (str, os.PathLike))
     classifier.module.to(choose(TrainingSettings(device=device)).device)
-    chunks = (paths[i : i + batch_size] for i in range(0, len(paths), batch_size))
-    return [each for chunk in chunks for each in _predict(classifier, chunk, top)]
+
+    def answer(images: list[Any]) -> list[list[float]]:
+        rows: list[list[float]] = classifier.predict(torch.stack(images)).tolist()
+        return rows
+
+    return _Asked(lambda pixels: prepare(pixels, classifier.input), answer, classifier.class_names)
 
 
 def list_images(inputs: Sequence[Path | str]) -> list[Path]:
@@ -98,26 +132,16 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _predict(classifier: "Classifier", paths: Sequence[Path], top: int) -> list[Prediction]:
-    import torch
-
-    from potstill.data.decode import decode
-    from potstill.data.preprocess import prepare
-
+def _predict(asked: _Asked, paths: Sequence[Path], top: int) -> list[Prediction]:
     images, errors = {}, {}
     for i, path in enumerate(paths):
         try:
-            images[i] = prepare(decode(path), classifier.input)
+            images[i] = asked.prepare(decode(path))
         except DataError as error:
             errors[i] = str(error)
-    rows: dict[int, list[float]] = {}
-    if images:
-        probabilities = classifier.predict(torch.stack(list(images.values())))
-        rows = dict(zip(images, probabilities.tolist(), strict=True))
+    rows = dict(zip(images, asked.answer(list(images.values())), strict=True)) if images else {}
     return [
-        Prediction(path, (), errors[i])
-        if i in errors
-        else Prediction(path, _best(rows[i], classifier.class_names, top))
+        Prediction(path, (), errors[i]) if i in errors else Prediction(path, _best(rows[i], asked.names, top))
         for i, path in enumerate(paths)
     ]
 

@@ -1,0 +1,334 @@
+"""Export compares before it writes; what it writes answers as the original does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from potstill.artifacts import digest
+from potstill.deploy import exporting
+from potstill.deploy.export import Wish, export
+from potstill.deploy.formats import FORMATS, find_format
+from potstill.deploy.int8 import spread
+from potstill.deploy.measure import parity
+from potstill.deploy.onnx_model import load_onnx
+from potstill.deploy.predict import predict
+from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.sealed import read_sealed_json
+
+for _name in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(_name, reason="needs potstill[export]")
+import onnx  # noqa: E402
+
+CORPUS = Path(__file__).parents[3] / "shared" / "corpora" / "core"
+
+
+def quiet(line: str) -> None:
+    """Nobody reads along."""
+
+
+def exported(run: Path, **wish) -> Path:
+    return export(run, wish=Wish(data="digits", **wish), note=quiet)
+
+
+@pytest.fixture(scope="module")
+def plain(run: Path) -> Path:
+    return exported(run)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory, digits) -> Path:
+    """200 digits of other sizes, some wide, some tall; PNG and JPEG."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(200):
+        image = Image.fromarray(digits.test.pixels(i)).resize((17 + i % 23, 17 + i % 31))
+        image.save(folder / (f"{i:03d}.png" if i % 2 else f"{i:03d}.jpg"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(run: Path, pictures: Path):
+    return predict(run, [pictures], top=3, device="cpu")
+
+
+def test_one_file_that_says_all_that_is_needed(run: Path, plain: Path, digits) -> None:
+    assert plain == run / "distilled" / "export" / "model.onnx"
+    model = onnx.load(plain, load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert not any(each.data_location for each in model.graph.initializer)
+    (taken,), (given,) = model.graph.input, model.graph.output
+    shapes = [[each.dim_param or each.dim_value for each in x.type.tensor_type.shape.dim] for x in (taken, given)]
+    assert shapes == [["batch", 3, 16, 16], ["batch", 10]]
+    assert (taken.name, given.name) == ("images", "logits")
+    (entry,) = model.metadata_props
+    said = json.loads(entry.value)
+    assert (entry.key, said["class_names"], said["inside"], said["int8"]) == (
+        "potstill", list(digits.class_names), "none", False,
+    )  # fmt: skip
+    assert said["input"] == {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "fit": "crop", "crop_share": 1.0}
+
+
+def test_no_path_of_this_machine_is_in_the_file(plain: Path) -> None:
+    content = plain.read_bytes()
+    assert b"/potstill/" not in content
+    assert b".py" not in content
+
+
+def test_the_facts_beside_it(run: Path, plain: Path) -> None:
+    facts = read_sealed_json(plain.with_name("model.onnx.json"))
+    content = plain.read_bytes()
+    assert facts["files"] == {"model.onnx": {"bytes": len(content), "sha256": digest(content)}}
+    assert facts["model_sha256"] == digest((run / "distilled" / "model.safetensors").read_bytes())
+    assert (facts["format"], facts["stage"], facts["accuracy"]) == ("onnx", "distilled", None)
+    assert facts["parity"]["images"] == 200
+    assert 0 < facts["parity"]["max_difference"] < 1e-4
+    assert facts["parity"]["agreement"] == 1
+    assert set(facts["latency_ms"]) == {"pytorch", "onnx"}
+    assert 0 < facts["latency_ms"]["onnx"]["p50"] <= facts["latency_ms"]["onnx"]["p95"]
+
+
+def same(found, wanted, tolerance: float = 1e-5) -> None:
+    assert len(found) == len(wanted)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.path == theirs.path
+        assert (mine.error is None) == (theirs.error is None)
+        assert [name for name, _ in mine.classes] == [name for name, _ in theirs.classes]
+        assert np.allclose([p for _, p in mine.classes], [p for _, p in theirs.classes], atol=tolerance)
+
+
+def test_predict_gives_the_same_top_classes_on_200_images(plain: Path, pictures: Path, wanted) -> None:
+    assert len(wanted) == 200
+    assert len({each.classes[0][0] for each in wanted}) == 10
+    same(predict(plain, [pictures], top=3), wanted)
+
+
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="needs ../shared/corpora")
+def test_odd_files_are_judged_alike(run: Path, plain: Path) -> None:
+    files = sorted(each for each in CORPUS.iterdir() if each.is_file())[::4]
+    found, wanted = predict(plain, files), predict(run, files, device="cpu")
+    assert 0 < sum(each.error is None for each in found) < len(found)
+    same(found, wanted)
+
+
+_WITHOUT_TORCH = """
+import sys
+BLOCKED = "torch torchvision timm onnx sklearn matplotlib safetensors yaml filelock".split()
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+from potstill.cli import main
+code = main(sys.argv[1:])
+sys.stderr.write("modules: " + " ".join(sorted({name.partition(".")[0] for name in sys.modules})))
+sys.exit(code)
+"""
+
+
+def test_predicting_needs_neither_torch_nor_much_else(plain: Path, pictures: Path, wanted) -> None:
+    command = [sys.executable, "-c", _WITHOUT_TORCH, "predict", str(plain), str(pictures), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": ""})
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert [[each["class"] for each in one["predictions"]] for one in found] == [
+        [name for name, _ in one.classes] for one in wanted
+    ]
+    loaded = set(ran.stderr.rpartition("modules: ")[2].split())
+    slow = {"torch", "torchvision", "timm", "onnx", "sklearn", "scipy", "pandas", "matplotlib", "jinja2", "yaml"}
+    assert not loaded & slow  # a start below one second leaves no room for them
+
+
+@pytest.mark.parametrize("inside", ["normalise", "resize"])
+def test_preparation_inside_gives_the_same(run: Path, tmp_path: Path, pictures: Path, wanted, inside: str) -> None:
+    path = exported(run, inside=inside, output=tmp_path / "whole.onnx")
+    (taken,) = onnx.load(path).graph.input
+    assert taken.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    few = wanted[:40]
+    found = predict(path, [each.path for each in few])
+    assert [each.classes[0][0] for each in found] == [each.classes[0][0] for each in few]
+    wide = [(a, b) for a, b in zip(found, few, strict=True) if _wide(a.path)]
+    assert len(wide) > 10
+    for mine, theirs in wide:  # tall ones are rounded otherwise by newer Pillows
+        same([mine], [theirs])
+
+
+def _wide(path: Path) -> bool:
+    with Image.open(path) as image:
+        return image.width >= image.height
+
+
+def test_int8_within_max_drop_is_written_with_its_accuracies(run: Path, pictures: Path, wanted, digits) -> None:
+    path = exported(run, int8=True, max_drop=0.2)
+    assert path.name == "model-int8.onnx"
+    model = onnx.load(path)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {each.op_type for each in model.graph.node}
+    assert json.loads(model.metadata_props[0].value)["int8"] is True
+    facts = read_sealed_json(path.with_name("model-int8.onnx.json"))
+    found = predict(path, [pictures], top=1)
+    agreed = np.mean([a.classes[0][0] == b.classes[0][0] for a, b in zip(found, wanted, strict=True)])
+    assert agreed > 0.9
+    accuracy = facts["accuracy"]
+    assert accuracy["images"] == len(digits.test)
+    assert accuracy["before"] > 0.7  # solved, not random
+    assert abs(accuracy["before"] - accuracy["after"]) < 0.2
+    assert set(facts["latency_ms"]) == {"pytorch", "onnx", "int8"}
+    assert facts["calibration"] == {"images": 256, "split": "train", "classes": 10, "method": "MinMax"}
+
+
+def test_int8_that_loses_more_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([0.95, 0.93])
+    monkeypatch.setattr(exporting, "accuracy", lambda logits, labels: next(found))
+    with pytest.raises(ArtifactError, match=r"int8 loses 2\.00 points .* \(95\.00% to 93\.00%\)"):
+        exported(run, int8=True, max_drop=0.019, output=tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_differs_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(*arguments):
+        answer = torch_answer(*arguments)
+        return lambda images: answer(images) * np.float32(1.0015)
+
+    torch_answer = exporting.torch_answer
+    monkeypatch.setattr(exporting, "torch_answer", off)
+    with pytest.raises(ArtifactError, match=r"differs from the original.* not written"):
+        exported(run, output=tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("scale", "off", "within"), [(1, 0.0009, True), (1, 0.0011, False), (100, 0.09, True), (100, 0.11, False)]
+)
+def test_the_limit_of_a_difference(scale: float, off: float, within: bool) -> None:
+    logits = np.array([[scale, 0.0]])
+    assert parity(logits, logits + np.array([[0, off]])).within is within
+    assert not parity(logits, logits * np.nan).within
+
+
+@pytest.mark.parametrize(
+    ("name", "suffixes"),
+    [
+        ("openvino", [".xml", ".bin"]),
+        ("torch-export", [".pt2"]),
+        pytest.param("executorch", [".pte"], marks=pytest.mark.slow),
+        pytest.param("coreml", [".mlpackage.zip"], marks=pytest.mark.slow),
+    ],
+)
+def test_other_formats(run: Path, tmp_path: Path, name: str, suffixes: list[str]) -> None:
+    try:
+        find_format(name)
+    except UsageError as error:
+        pytest.skip(str(error).splitlines()[0])
+    path = exported(run, format=name, output=tmp_path / f"it{suffixes[0]}")
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
+        [f"it{suffix}" for suffix in suffixes] + [f"it{suffixes[0]}.json"]
+    )
+    facts = read_sealed_json(path.with_name(f"{path.name}.json"))
+    assert set(facts["files"]) == {f"it{suffix}" for suffix in suffixes}
+    assert facts["parity"] is None if name == "coreml" else facts["parity"]["agreement"] == 1
+
+
+def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
+    def refused(error: type, match: str, stage: str | None = None, **wish) -> None:
+        with pytest.raises(error, match=match):
+            export(run, stage, Wish(**({"data": "digits"} | wish)), note=quiet)
+
+    refused(UsageError, r"no format 'onx'; did you mean 'onnx'\?\nKnown formats: onnx, openvino", format="onx")
+    refused(UsageError, "--int8 goes with --format onnx", int8=True, format="torch-export")
+    refused(UsageError, "share from 0 to 1", max_drop=2)
+    refused(UsageError, "none, normalise, resize.*did you mean 'resize'", inside="resized")
+    refused(UsageError, r"ends in \.onnx", output=tmp_path / "model.pt2")
+    refused(ArtifactError, "no trained 'baseline'; .*it has teacher, distilled|no trained 'baseline'", "baseline")
+    refused(ArtifactError, "no trained 'teachr'; did you mean 'teacher'", "teachr")
+    refused(DataError, "stands in no run", data=None)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        export(tmp_path / "none", note=quiet)
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("potstill.deploy.formats.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"needs onnx and onnxscript and onnxruntime.*\n.*potstill\[export\]"):
+        find_format("onnx")
+    for name in FORMATS:
+        if name != "torch-export":
+            with pytest.raises(UsageError, match=r'pip install "potstill\['):
+                find_format(name)
+
+
+def test_a_network_that_cannot_be_exported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wilful(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if images.sum() > 0:  # decided by the data: no graph can say that
+                return images.mean(dim=(1, 2))
+            return images.mean(dim=(2, 3))
+
+    load_model = exporting.load_model
+
+    def other(folder: Path):
+        found = load_model(folder)
+        found.module = Wilful()
+        return found
+
+    monkeypatch.setattr(exporting, "load_model", other)
+    with pytest.raises(ArtifactError, match="cannot be exported to ONNX"):
+        exported(run)
+
+
+def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        for name in ("cat", "dog"):
+            for i in range(2):
+                path = tmp_path / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.random.default_rng(len(name) + i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+                    path
+                )
+    with pytest.raises(DataError, match="has the classes cat, dog, the model 0, 1"):
+        export(run, wish=Wish(data=str(tmp_path)), note=quiet)
+
+
+def test_one_changed_bit_is_found_before_the_file_is_parsed(plain: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.json"):
+        (tmp_path / name).write_bytes((plain.parent / name).read_bytes())
+    path = tmp_path / "model.onnx"
+    content = bytearray(path.read_bytes())
+    for at in range(0, len(content), len(content) // 40):
+        content[at] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match="is damaged"):
+            load_onnx(path)
+        content[at] ^= 4
+    path.write_bytes(content)
+    assert load_onnx(path).what.class_names[0] == "0"
+
+
+def test_files_from_elsewhere_are_refused(plain: Path, tmp_path: Path) -> None:
+    model = onnx.load(plain)
+    del model.metadata_props[:]
+    foreign = tmp_path / "foreign.onnx"
+    foreign.write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="was not exported by potstill"):
+        load_onnx(foreign)
+
+    outside = tmp_path / "outside.onnx"
+    onnx.save(onnx.load(plain), outside, save_as_external_data=True, size_threshold=0, location="weights.bin")
+    with pytest.raises(ArtifactError, match="weights in another file"):
+        load_onnx(outside)
+
+    for said in ("{}", "[", '{"schema": 2}', json.dumps({"schema": 1, "input": {"size": "x"}}), "[" * 9000):
+        onnx.helper.set_model_props(model, {"potstill": said})
+        foreign.write_bytes(model.SerializeToString())
+        with pytest.raises(ArtifactError, match=r"foreign\.onnx"):
+            load_onnx(foreign)
+
+
+def test_calibration_takes_all_classes_in_turn() -> None:
+    labels = [0] * 50 + [1] * 3 + [2] * 50
+    chosen = [labels[i] for i in spread(labels, 23)]
+    assert [chosen.count(label) for label in (0, 1, 2)] == [10, 3, 10]
+    assert spread(labels, 1000) == list(range(103))

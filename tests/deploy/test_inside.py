@@ -1,0 +1,50 @@
+"""Preparation as part of a network gives what Pillow gives."""
+
+import numpy as np
+import pytest
+import torch
+
+from potstill.data.square import normalised, squared
+from potstill.deploy.inside import Resize, dynamic, example, preparation
+from potstill.inputs import InputSpec
+
+SPECS = (InputSpec(20), InputSpec(20, fit="squash"), InputSpec(28, crop_share=0.875))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", [(20, 20), (33, 90), (90, 91), (5, 8), (1, 1), (40, 40)])
+def test_the_bytes_are_those_of_pillow(spec: InputSpec, shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+    found = Resize(spec)(torch.from_numpy(pixels)[None])[0].numpy()
+
+    assert np.array_equal(found, squared(pixels, spec))
+
+
+def test_tall_images_differ_by_one_at_most() -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (300, 41, 3), dtype=np.uint8)
+
+    found = Resize(SPECS[0])(torch.from_numpy(pixels)[None])[0].numpy()
+
+    assert np.abs(found.astype(int) - squared(pixels, SPECS[0])).max() <= 1
+
+
+def test_normalising_inside_equals_outside() -> None:
+    spec = InputSpec(20, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pixels = np.random.default_rng(3).integers(0, 256, (25, 30, 3), dtype=np.uint8)
+    square = squared(pixels, spec)
+    outside = torch.from_numpy(normalised(square, spec))
+
+    assert torch.equal(preparation(spec, "normalise")(torch.from_numpy(square)[None])[0], outside)
+    assert torch.equal(preparation(spec, "resize")(torch.from_numpy(pixels)[None])[0], outside)
+    assert len(preparation(spec, "none")) == 0
+
+
+def test_what_a_file_takes() -> None:
+    shapes = {inside: (example(SPECS[0], inside).dtype, sorted(dynamic(inside))) for inside in
+              ("none", "normalise", "resize")}  # fmt: skip
+    assert shapes == {
+        "none": (torch.float32, [0]),
+        "normalise": (torch.uint8, [0]),
+        "resize": (torch.uint8, [0, 1, 2]),
+    }
