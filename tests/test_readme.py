@@ -88,6 +88,8 @@ def test_every_command_that_trains_names_settings_that_exist(page, tmp_path):
         if words[0] not in ("run", "train") or len(words) == 1:
             continue
         given = parse(words)
+        if given.get("replay") is not None:
+            continue
         recipe = given["recipe"] if not given["recipe"].endswith(".yaml") else "quickstart"
         teachers = [name for name in given["teacher"] or [] if not name.startswith("runs/")]
         flags = {"--data": given["data"], "--teacher": teachers or None, "--seed": given["seed"]}

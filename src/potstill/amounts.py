@@ -63,6 +63,19 @@ def ratio(value: Any) -> str:
     )
 
 
+def points(share: float, *, signed: bool = True) -> str:
+    """A difference of shares in percentage points; a digit more where rounding would hide that it is not 0.
+
+    Example:
+        >>> points(0.018), points(-0.0004), points(0.0)
+        ('+1.8', '-0.04', '0.0')
+    """
+    value = 100 * share
+    digits = next((n for n in (1, 2, 3) if round(value, n)), 1)
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text if round(value, digits) else f"{0:.{digits}f}"
+
+
 def duration(seconds: Any) -> str:
     """Seconds -> ``850 ms``, ``12.3 s``, ``2 min 05 s``, ``1 h 02 min``, ``2 d 03 h``.
 

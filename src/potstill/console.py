@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from potstill.experiments.several_seeds import seeds_lines
 from potstill.experiments.stage_names import in_order
 
 if TYPE_CHECKING:
@@ -168,6 +169,8 @@ def say_results(results: Mapping[str, Any], page: Path | None) -> None:
     """Print the table of the stages, the verdict and where the report is."""
     lines = ["", *results_table(results["stages"]), ""]
     comparison = results.get("comparison") or {}
+    if seeds := seeds_lines(comparison):
+        lines += [*seeds, ""]
     if comparison.get("verdict"):
         lines += [*textwrap.wrap(plain(str(comparison["verdict"])), _WIDTH), ""]
     _print(lines)
@@ -178,6 +181,11 @@ def say_results(results: Mapping[str, Any], page: Path | None) -> None:
 def say_page(page: Path) -> None:
     """Print where the report is."""
     _print([f"report: {plain(str(page))}"])
+
+
+def say_lines(title: str, lines: Iterable[str]) -> None:
+    """A heading and what stands below it."""
+    _print(["", title, *(f"  {line}" for line in lines)])
 
 
 def say_next(command: list[str]) -> None:

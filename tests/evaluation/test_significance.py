@@ -7,7 +7,16 @@ import pytest
 from scipy import stats
 
 from potstill.errors import UsageError
-from potstill.evaluation.significance import bootstrap_interval, mcnemar, paired_bootstrap, seeds_summary
+from potstill.evaluation.significance import (
+    bootstrap_interval,
+    gap_closed,
+    mcnemar,
+    paired_bootstrap,
+    seeds_bootstrap,
+    seeds_summary,
+    sign_flip,
+    wilson_interval,
+)
 
 
 def cells(both, only_a, only_b, none):
@@ -103,3 +112,76 @@ def test_unequal_lengths_and_nothing_are_refused(function):
 def test_needs_no_torch():
     code = "import sys, potstill.evaluation.significance; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 5), (5, 5), (9, 10), (180, 270), (1, 1)])
+def test_wilson_is_scipys(correct, count):
+    expected = stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(correct, count) == pytest.approx((correct / count, expected.low, expected.high), abs=1e-9)
+
+
+def seeds(count=3, images=60, seed=0):
+    random = np.random.default_rng(seed)
+    a = random.random((count, images)) < 0.6
+    b = a ^ (random.random((count, images)) < 0.25)
+    return a, b | (random.random((count, images)) < 0.1)
+
+
+def test_bootstrap_over_seeds_is_that_of_their_mean_gain():
+    a, b = seeds()
+    gain, low, high = seeds_bootstrap(a, b)
+    of_image = b.mean(axis=0) - a.mean(axis=0)
+    assert gain == pytest.approx(of_image.mean())
+    random = np.random.default_rng(1)
+    slow = of_image[random.integers(0, 60, (10_000, 60))].mean(axis=1)
+    assert (low, high) == pytest.approx(tuple(np.percentile(slow, [2.5, 97.5])), abs=0.006)
+    single = paired_bootstrap(a[0], b[0])
+    assert seeds_bootstrap(a[:1], b[:1]) == pytest.approx(single, abs=0.02)
+
+
+def test_sign_flip_of_one_seed_is_mcnemar():
+    for only_a, only_b in ((0, 0), (3, 0), (5, 12), (40, 61), (700, 640)):
+        a, b = cells(10, only_a, only_b, 5)
+        assert sign_flip(a[None], b[None]) == pytest.approx(mcnemar(a, b)["p"], rel=1e-6)
+
+
+def test_sign_flip_counts_all_ways():
+    a, b = seeds(3, 11, seed=4)
+    gains = b.sum(axis=0).astype(int) - a.sum(axis=0)
+    sums = [
+        abs(sum(s * g for s, g in zip(signs, gains, strict=True))) for signs in itertools.product([1, -1], repeat=11)
+    ]
+    expected = np.mean([value >= abs(gains.sum()) for value in sums])
+    assert 0 < expected < 1
+    assert sign_flip(a, b) == pytest.approx(expected)
+
+
+def test_sign_flip_is_scipys_permutation_test():
+    a, b = seeds(2, 40, seed=2)
+    gains = b.sum(axis=0).astype(float) - a.sum(axis=0)
+    found = stats.permutation_test(
+        (gains,), np.sum, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(0)
+    )
+    assert sign_flip(a, b) == pytest.approx(found.pvalue, abs=0.015)
+
+
+def test_gap_closed_by_hand_and_by_resampling():
+    teacher = np.arange(100) < 90
+    baseline, distilled = (np.arange(100) < right for right in (60, 75))
+    (gap, low, high), closed = gap_closed(teacher, baseline[None], distilled[None])
+    assert gap == pytest.approx(0.3)
+    assert closed is not None
+    assert closed.value == pytest.approx(0.5)
+    random = np.random.default_rng(1)
+    draws = random.integers(0, 100, (10_000, 100))
+    leads = teacher[draws].mean(axis=1) - baseline[draws].mean(axis=1)
+    shares = (distilled[draws].mean(axis=1) - baseline[draws].mean(axis=1)) / leads
+    assert (low, high) == pytest.approx(tuple(np.percentile(leads, [2.5, 97.5])), abs=0.011)
+    assert (closed.low, closed.high) == pytest.approx(tuple(np.percentile(shares, [2.5, 97.5])), abs=0.02)
+
+
+def test_a_gap_that_may_be_luck_has_no_share():
+    teacher, baseline = cells(90, 4, 5, 1)[::-1]
+    assert gap_closed(teacher, baseline[None], baseline[None]).closed is None
+    few = np.arange(100) < 84  # 4 images and none the other way: the percentiles exclude 0, a fair coin does not
+    assert gap_closed(few, (np.arange(100) < 80)[None], few[None]).closed is None

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from potstill.experiments.verdict import T_975, finding, headline, over_seeds, points, verdict, verdict_over_seeds
+from potstill.amounts import points
+from potstill.experiments.several_seeds import T_975, over_seeds, verdict_over_seeds
+from potstill.experiments.verdict import finding, headline, verdict
 
 SEED = "One seed cannot tell"
 
@@ -90,6 +92,26 @@ def test_help_is_claimed_only_where_both_tests_see_it() -> None:
     assert "McNemar's exact test gives p = 0.07" in headline(doubtful)
     assert finding(comparison(0.018, 0.001, 0.035, mcnemar_p=0.049)) == "helped"
     assert finding(comparison(-0.018, -0.035, -0.001, mcnemar_p=0.05)) == "unclear"
+
+
+def of_seeds(low: float, high: float, images: tuple[float, float], p: float) -> dict[str, Any]:
+    top1 = {"n": 3, "difference": 0.02, "difference_low": low, "difference_high": high}
+    seeds = {"figures": {"top1": top1}, "images": {"gain": 0.02, "low": images[0], "high": images[1], "p": p}}
+    return comparison(0.02, 0.001, 0.03) | {"seeds": seeds}
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (of_seeds(0.01, 0.03, (0.005, 0.035), 0.01), "helped"),
+        (of_seeds(-0.01, 0.05, (0.005, 0.035), 0.01), "unclear"),
+        (of_seeds(0.01, 0.03, (-0.001, 0.041), 0.01), "unclear"),
+        (of_seeds(0.01, 0.03, (0.005, 0.035), 0.05), "unclear"),
+    ],
+)
+def test_over_seeds_three_must_agree(made: dict[str, Any], found: str) -> None:
+    assert finding(made) == found
+    assert ("No clear difference" in headline(made)) == (found == "unclear")
 
 
 def test_accuracies_of_the_stages() -> None:

@@ -100,13 +100,13 @@ def forecast(
         size=views * loader.samples * sum(shelf.record.nbytes for shelf in shelves),
         recorded=there,
         teacher=teacher,
-        student=_seconds(student, batch, compute),
+        student=seconds_per_image(student, batch, compute),
         epochs=epochs,
     )
 
 
-def _seconds(student: Classifier, batch: int, compute: Compute) -> float:
-    """For one image, in a training step."""
+def seconds_per_image(student: Classifier, batch: int, compute: Compute) -> float:
+    """In a training step of a copy of the student, forward and backward."""
     size = student.input.size
     step, images = training_step(student.module, size, batch, compute), images_timed(batch, size)
     times = []

@@ -1,11 +1,11 @@
 """What a run trains, in which order, and who learns from whom."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from potstill.experiments.method_settings import needs_teacher
 from potstill.experiments.recipe import Recipe
-from potstill.experiments.stage_names import numbered, role
+from potstill.experiments.stage_names import numbered, repeated, role
 
 PARTS = ("teacher", "baseline", "distilled")  # what can be asked for; assistants and generations belong to distilled
 
@@ -29,7 +29,12 @@ class Planned:
     @property
     def seed(self) -> str:
         """Whose random streams it draws: baseline and distilled start alike and see the same views."""
-        return "student" if self.name in ("baseline", "distilled") else self.name
+        return "student" if self.role in ("baseline", "distilled") else self.name
+
+    @property
+    def repeat(self) -> int:
+        """By how much its seed is above the recipe's: 0 but for baseline and distilled of further seeds."""
+        return repeated(self.name)
 
 
 def plan(recipe: Recipe, parts: Iterable[str] = PARTS) -> tuple[Planned, ...]:
@@ -40,19 +45,35 @@ def plan(recipe: Recipe, parts: Iterable[str] = PARTS) -> tuple[Planned, ...]:
     ``layers`` are those of the student and of whom it learns from; between two generations, which are the same network,
     the student's are joined to themselves; assistants are joined by depth.
 
+    With several seeds, baseline and distilled follow once more for each further one; whoever teaches them is trained
+    once.  So the first seed's stages are done first, and a run that goes on with more seeds only adds to them.
+
     Example:
         >>> from potstill.experiments.recipe import load_recipe
         >>> recipe = load_recipe("quickstart", ["generations=2"])
         >>> [(stage.name, stage.teachers) for stage in plan(recipe)]
         [('teacher', ()), ('baseline', ()), ('generation-1', ('teacher',)), ('distilled', ('generation-1',))]
     """
-    wanted = set(parts)
+    stages = _first(recipe, set(parts))
+    again = [stage for stage in stages if stage.role in ("baseline", "distilled")]
+    for each in range(2, recipe.seeds + 1):
+        stages += [replace(stage, name=numbered(stage.role, each)) for stage in again]
+    return tuple(stages)
+
+
+def of_stage(recipe: Recipe, stage: Planned) -> Recipe:
+    """The recipe with the seed that a stage is trained with: of a further one, as if the recipe had said so itself."""
+    return recipe.model_copy(update={"seed": recipe.seed + stage.repeat})
+
+
+def _first(recipe: Recipe, wanted: set[str]) -> list[Planned]:
+    """All stages of the first seed."""
     count = len(recipe.each_teacher) if needs_teacher(recipe.method) else 0
     before = tuple(numbered("teacher", each) for each in range(1, count + 1))
     stages = [Planned(name) for name in before] if "teacher" in wanted else []
     stages += [Planned("baseline")] if "baseline" in wanted else []
     if "distilled" not in wanted:
-        return tuple(stages)
+        return stages
     for each in range(1, len(recipe.assistants) + 1):
         stages.append(Planned(numbered("assistant", each), before, distils=True))
         before = (stages[-1].name,)
@@ -62,4 +83,4 @@ def plan(recipe: Recipe, parts: Iterable[str] = PARTS) -> tuple[Planned, ...]:
         stages.append(Planned(name, before, distils=True, layers=layers))
         before = (name,)
         layers = tuple((ours, ours) for ours, _ in layers) if layers else None
-    return tuple(stages)
+    return stages

@@ -68,6 +68,12 @@ class Recipe(BaseModel):
     seed: int = Field(
         0, ge=0, le=2**32 - 1, description="of initialisation, order and dropout; views have data.view_seed"
     )
+    seeds: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="how many: baseline and distilled are trained with seed, seed + 1, ...; their teacher once",
+    )
     data: DataSettings = DataSettings()
     teacher: Teachers | None = Field(
         None, description="one network or a list of them; null for methods that learn from no teacher"
@@ -132,7 +138,7 @@ def load_recipe(
     Args:
         source: name of a shipped recipe, a YAML file, or the same content as a dict.
         sets: ``"training.epochs=5"``, as after ``--set``; values are YAML.
-        flags: ``{"--data": .., "--teacher": .., "--student": .., "--seed": ..}``, None where not given.
+        flags: ``{"--data": .., "--teacher": .., "--student": .., "--seed": .., "--seeds": ..}``, None where not given.
         data_needed: False leaves ``data.source`` unchecked: the images come from Python, or are no longer needed.
 
     Raises:

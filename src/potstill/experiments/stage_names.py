@@ -5,38 +5,48 @@ from collections.abc import Iterable
 
 ROLES = ("teacher", "baseline", "assistant", "generation", "distilled")  # in the order in which they are trained
 
-_NAME = re.compile(r"(teacher)(?:-([2-9]|[1-9]\d+))?|(assistant|generation)-([1-9]\d*)|(baseline|distilled)")
+_NAME = re.compile(r"(teacher|baseline|distilled)(?:-([2-9]|[1-9]\d+))?|(assistant|generation)-([1-9]\d*)")
 
 
 def role(name: str) -> str:
     """Which of ROLES a stage has; "" for what is no stage's name (and so must not become a path).
 
     Example:
-        >>> role("teacher"), role("teacher-2"), role("assistant-1"), role("teacher-1"), role("../teacher")
-        ('teacher', 'teacher', 'assistant', '', '')
+        >>> role("teacher"), role("baseline-2"), role("assistant-1"), role("teacher-1"), role("../teacher")
+        ('teacher', 'baseline', 'assistant', '', '')
     """
     match = _NAME.fullmatch(name)
-    return "" if match is None else match[1] or match[3] or match[5]
+    return "" if match is None else match[1] or match[3]
 
 
 def number(name: str) -> int:
-    """Which of several of its role a stage is, from 1.
+    """Which of several of its role a stage is, from 1; of baseline and distilled: the how manieth seed.
 
     Example:
-        >>> number("teacher"), number("teacher-2"), number("generation-1"), number("distilled")
-        (1, 2, 1, 1)
+        >>> number("teacher"), number("teacher-2"), number("generation-1"), number("distilled-3")
+        (1, 2, 1, 3)
     """
     return int(name.rpartition("-")[2]) if "-" in name else 1
 
 
-def numbered(role: str, number: int) -> str:
-    """The name of a stage: the first teacher is plainly "teacher".
+def repeated(name: str) -> int:
+    """How many seeds later than the first a stage is: 1 for ``baseline-2``, 0 for all that is trained once.
 
     Example:
-        >>> numbered("teacher", 1), numbered("teacher", 2), numbered("assistant", 1)
-        ('teacher', 'teacher-2', 'assistant-1')
+        >>> repeated("baseline"), repeated("distilled-3"), repeated("teacher-2"), repeated("generation-1")
+        (0, 2, 0, 0)
     """
-    return role if role == "teacher" and number == 1 else f"{role}-{number}"
+    return number(name) - 1 if role(name) in ("baseline", "distilled") else 0
+
+
+def numbered(role: str, number: int) -> str:
+    """The name of a stage: the first teacher is plainly "teacher", as are baseline and distilled of the first seed.
+
+    Example:
+        >>> numbered("teacher", 1), numbered("teacher", 2), numbered("assistant", 1), numbered("baseline", 2)
+        ('teacher', 'teacher-2', 'assistant-1', 'baseline-2')
+    """
+    return role if role in ("teacher", "baseline", "distilled") and number == 1 else f"{role}-{number}"
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -1,19 +1,30 @@
-"""Several runs on one page; runs that differ in nothing but their seed are judged together."""
+"""Several runs on one page; runs that differ in nothing but their seed are judged together.
+
+A run of several seeds counts with each of them.
+"""
 
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.amounts import NONE, count, decimal, number, percent, scaled
+import numpy as np
+
+from potstill.amounts import NONE, count, decimal, number, percent, points, scaled
 from potstill.artifacts import write_text
 from potstill.errors import UsageError
-from potstill.experiments.verdict import over_seeds, points, verdict_over_seeds
-from potstill.report.contents import STAGES, Run, read_run
+from potstill.evaluation.significance import seeds_bootstrap, seeds_summary, sign_flip
+from potstill.experiments.run_folder import RunFolder
+from potstill.experiments.several_seeds import over_all_seeds, over_seeds, verdict_over_seeds
+from potstill.experiments.stage_names import repeated
+from potstill.experiments.verdict import headline
+from potstill.report.contents import STAGES, Run, Stage, read_run
 from potstill.report.metric_names import Format
 from potstill.report.page import fill
+from potstill.report.paired import Entrant, enter, meet, words
 from potstill.sealed import read_sealed_json
 
 # key, name, how to print a value, and whether differences are percentage points
@@ -33,6 +44,18 @@ class Group:
     runs: list[Run]
     repeated: list[str]  # runs left out because a newer one has their seed
 
+    def of(self, role: str) -> dict[int, tuple[Run, Stage]]:
+        """The stage of a role by seed, further seeds of a run among them; of one seed, the run's that began with it."""
+        found: dict[int, tuple[Run, Stage]] = {}
+        for run in self.runs:
+            first = int(number(run.results.get("seed")) or 0)
+            for name, stage in (run.stages | run.repeats).items():
+                if stage.role == role:
+                    seed = first + repeated(name)
+                    if seed not in found or name == role:
+                        found[seed] = (run, stage)
+        return dict(sorted(found.items()))
+
 
 def compare(runs: Sequence[Path | str], output: Path | str) -> Path:
     """Write a page on several run folders to ``output`` and return its path.
@@ -40,18 +63,50 @@ def compare(runs: Sequence[Path | str], output: Path | str) -> Path:
     Raises:
         UsageError: no run was given.
         ArtifactError: one of them is no run folder, or is damaged.
-        StorageError: ``output`` cannot be written.
+        StorageError: ``output`` cannot be written, or one of the runs is being written.
     """
     if not runs:
         raise UsageError("compare needs run folders, and none was given: name them, e.g. runs/a runs/b")
-    found = [read_run(Path(run)) for run in runs]
+    with ExitStack() as stack:  # predictions are read late
+        for folder in {Path(run).resolve(): RunFolder(Path(run)) for run in runs}.values():
+            stack.enter_context(folder.held(writing=False))
+        return _compare([read_run(Path(run)) for run in runs], Path(output))
+
+
+def _compare(found: list[Run], target: Path) -> Path:
     groups = group(found)
     title = f"{count(len(found))} run{'s' if len(found) > 1 else ''} compared"
-    summaries = [_summary(each) for each in groups if len(each.runs) > 1 or _pairs(each.runs, "top1")]
-    values = {"title": title, "subtitle": "", "runs": [_row(run) for run in found], "stages": STAGES}
-    target = Path(output)
-    write_text(target, fill("compare.html.j2", values | {"groups": summaries}))
+    summaries = [_summary(each) for each in groups if len(each.runs) > 1 or _pairs(each, "top1")]
+    entrants = [enter(_name(each), each.of("distilled") or each.of("baseline")) for each in groups]
+    meetings, notes = meet(entrants)
+    values: dict[str, Any] = {"title": title, "subtitle": "", "stages": STAGES, "runs": [_row(run) for run in found]}
+    values |= {"groups": summaries, "meetings": [words(each) for each in meetings], "notes": notes}
+    values |= {"seeds": _by_seed(entrants)}
+    write_text(target, fill("compare.html.j2", values))
     return target
+
+
+def _name(found: Group) -> str:
+    """``quickstart (kd)``: its first run, and its method."""
+    first = found.runs[0]
+    return f"{first.name} ({first.method})" if first.method else first.name
+
+
+def _by_seed(entrants: Sequence[Entrant]) -> dict[str, Any] | None:
+    """Methods x seeds: top-1 on test of each student; None where there is but one of either."""
+    seeds = sorted({seed for entrant in entrants for seed in entrant.students})
+    if len(seeds) < 2:
+        return None
+    rows = []
+    for entrant in entrants:
+        tops = {
+            seed: number(stage.metrics.get("test", {}).get("top1")) for seed, (_, stage) in entrant.students.items()
+        }
+        known = [top1 for top1 in tops.values() if top1 is not None]
+        spread = f" ± {points(statistics.stdev(known), signed=False)}" if len(known) > 1 else ""
+        mean = percent(statistics.fmean(known)) + spread if known else NONE
+        rows.append((entrant.name, [percent(tops.get(seed)) for seed in seeds], mean))
+    return {"seeds": [str(seed) for seed in seeds], "rows": rows}
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -95,7 +150,7 @@ def _likeness(run: Run, teacher: str | None) -> str:
     except yaml.YAMLError:
         recipe = run.recipe
     if isinstance(recipe, dict):
-        unlike = {"seed", "name", "description"} | ({"teacher"} if teacher is not None else set())
+        unlike = {"seed", "seeds", "name", "description"} | ({"teacher"} if teacher is not None else set())
         recipe = {key: value for key, value in recipe.items() if key not in unlike}
     networks = {name: stage.model.get("architecture") for name, stage in run.stages.items()}
     data = [run.data.get(key) for key in ("fingerprint", "class_names", "counts", "size")]
@@ -105,7 +160,7 @@ def _likeness(run: Run, teacher: str | None) -> str:
 
 def _row(run: Run) -> dict[str, Any]:
     tests = {name: stage.metrics.get("test", {}) for name, stage in run.stages.items()}
-    comparison = run.comparison or {}
+    comparison = over_all_seeds(run.comparison or {})
     gain, low, high = (number(comparison.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
     interval = f" ({points(low)} to {points(high)})" if low is not None and high is not None else ""
     student = run.stages.get("distilled") or run.stages.get("baseline")
@@ -113,7 +168,7 @@ def _row(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "recipe": str(run.results.get("recipe") or NONE),
-        "seed": NONE if seed is None else f"{seed:.0f}",
+        "seed": _seeds(seed, comparison),
         "method": run.method or NONE,
         "cells": [percent(_test(run, name, "top1")) for name in STAGES],
         "f1": percent(tests.get("distilled", {}).get("f1_macro")),
@@ -122,26 +177,48 @@ def _row(run: Run) -> dict[str, Any]:
     }
 
 
+def _seeds(first: float | None, comparison: dict[str, Any]) -> str:
+    """``0``, or ``0 to 4``."""
+    if first is None:
+        return NONE
+    several = number(comparison.get("seeds_count"))
+    return f"{first:.0f}" if several is None else f"{first:.0f} to {first + several - 1:.0f}"
+
+
 def _summary(found: Group) -> dict[str, Any]:
     first = found.runs[0]
-    differences = [b - a for a, b in _pairs(found.runs, "top1")]
+    differences = [b - a for a, b in _pairs(found, "top1")]
     networks = [str(stage.model.get("architecture") or NONE) for stage in first.stages.values()]
+    seeds = found.of("distilled") or found.of("baseline") or found.of("teacher")
     return {
         "recipe": str(first.results.get("recipe") or NONE),
         "networks": ", ".join(dict.fromkeys(networks)),
         "data": str(first.data.get("source") or NONE),
         "fingerprint": str(first.data.get("fingerprint") or NONE)[:12],
         "method": first.method or NONE,
-        "seeds": ", ".join(str(run.results.get("seed")) for run in found.runs),
+        "seeds": ", ".join(str(seed) for seed in seeds),
         "repeated": found.repeated,
-        "verdict": verdict_over_seeds(differences) if differences else None,
-        "rows": [row for metric in _METRICS if (row := _metric_row(found.runs, *metric))],
+        "verdict": _verdict(found, differences) if differences else None,
+        "rows": [row for metric in _METRICS if (row := _metric_row(found, *metric))],
     }
 
 
-def _metric_row(runs: list[Run], key: str, name: str, form: Format, in_points: bool) -> dict[str, Any] | None:
+def _verdict(found: Group, differences: Sequence[float]) -> str:
+    """As a run of these seeds would say it; of the seeds alone, where predictions are missing."""
+    before, after = (enter("", found.of(role)).correct for role in ("baseline", "distilled"))
+    shared = sorted(before.keys() & after.keys())
+    if len(shared) < 2 or len(shared) != len(differences):
+        return verdict_over_seeds(differences)
+    a, b = (np.stack([correct[seed] for seed in shared]) for correct in (before, after))
+    summary = seeds_summary(a.mean(axis=1).tolist(), b.mean(axis=1).tolist())
+    gain, low, high = seeds_bootstrap(a, b)
+    images = {"gain": gain, "low": low, "high": high, "p": sign_flip(a, b)}
+    return headline({"test_images": a.shape[1], "seeds": {"figures": {"top1": summary}, "images": images}})
+
+
+def _metric_row(found: Group, key: str, name: str, form: Format, in_points: bool) -> dict[str, Any] | None:
     """Mean and standard deviation of each stage, and of the differences within each seed."""
-    columns = [[value for run in runs if (value := _test(run, stage, key)) is not None] for stage in STAGES]
+    columns = [[value for value in _tests(found, stage, key).values() if value is not None] for stage in STAGES]
     if not any(columns):
         return None
     spread = points if in_points else _plain_number
@@ -149,7 +226,7 @@ def _metric_row(runs: list[Run], key: str, name: str, form: Format, in_points: b
     for values in columns:
         text = form(statistics.fmean(values)) if values else NONE
         cells.append(f"{text} ± {spread(statistics.stdev(values), signed=False)}" if len(values) > 1 else text)
-    differences = [b - a for a, b in _pairs(runs, key)]
+    differences = [b - a for a, b in _pairs(found, key)]
     paired, interval = NONE, NONE
     if differences:
         mean, deviation, low, high = over_seeds(differences)
@@ -158,13 +235,21 @@ def _metric_row(runs: list[Run], key: str, name: str, form: Format, in_points: b
     return {"name": name, "cells": cells, "paired": paired, "interval": interval, "count": len(differences)}
 
 
-def _pairs(runs: list[Run], key: str) -> list[tuple[float, float]]:
-    both = [(_test(run, "baseline", key), _test(run, "distilled", key)) for run in runs]
+def _pairs(found: Group, key: str) -> list[tuple[float, float]]:
+    baseline, distilled = (_tests(found, stage, key) for stage in ("baseline", "distilled"))
+    both = [(baseline[seed], distilled[seed]) for seed in baseline if seed in distilled]
     return [(a, b) for a, b in both if a is not None and b is not None]
 
 
+def _tests(found: Group, stage: str, key: str) -> dict[int, float | None]:
+    """A figure on test by seed; "teacher" is that of each run, or what several teachers say together."""
+    if stage == "teacher":
+        return {at: _test(run, "teacher", key) for at, run in enumerate(found.runs)}
+    return {seed: number(each.metrics.get("test", {}).get(key)) for seed, (_, each) in found.of(stage).items()}
+
+
 def _test(run: Run, stage: str, key: str) -> float | None:
-    """A figure on test; "teacher" is what several teachers say together."""
+    """A figure of the first seed on test; "teacher" is what several teachers say together."""
     if stage == "teacher" and "teachers" in run.together:
         return number((run.together["teachers"].get("test") or {}).get(key))
     return number(run.stages[stage].metrics.get("test", {}).get(key)) if stage in run.stages else None

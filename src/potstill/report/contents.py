@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from potstill.amounts import number
 from potstill.artifacts import as_json, read_bytes
 from potstill.errors import ArtifactError
 from potstill.experiments.method_settings import describe
@@ -62,6 +63,23 @@ class Stage:
         return self.facts.get("latency_ms") or {}
 
     @property
+    def latency_of_batch(self) -> dict[str, Any]:
+        """The same for several images at once; empty where it was not measured."""
+        return self.facts.get("latency_batch_ms") or {}
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Bytes of ``weights`` and ``activations``; empty where they were not measured."""
+        return self.facts.get("memory") or {}
+
+    def interval(self, key: str) -> tuple[float | None, float | None]:
+        """Ends of the 95 % interval of a figure on test; None where they are not known."""
+        found = (self.facts.get("test_intervals") or {}).get(key)
+        if not isinstance(found, list) or len(found) != 2:
+            return None, None
+        return number(found[0]), number(found[1])
+
+    @property
     def best_epoch(self) -> int | None:
         """The epoch whose weights were kept."""
         picked = [record["epoch"] for record in self.epochs if record.get("best")]
@@ -93,6 +111,7 @@ class Run:
     stages: dict[str, Stage]  # teachers, baseline, assistants, generations, distilled
     recipe: str | None = None  # recipe.yaml
     environment: str | None = None  # environment.json
+    repeats: dict[str, Stage] = field(default_factory=dict)  # baseline and distilled of further seeds
 
     @property
     def name(self) -> str:
@@ -139,13 +158,12 @@ def read_run(folder: Path) -> Run:
     results = read_sealed_json(path)
     if results.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {results.get('schema')!r}; this potstill reads schema {SCHEMA}")
-    if not all(isinstance(results.get(key), dict) for key in ("stages", "files")):
+    if not all(isinstance(results.get(key), dict) for key in ("stages", "files")) or not isinstance(
+        results.get("repeats", {}), dict
+    ):
         raise ArtifactError(f"{path} is damaged: it should hold an object with 'stages' and 'files'")
     # Only known names: a stage's name becomes a folder that is written to.
-    known = {name: results["stages"][name] for name in in_order(results["stages"])}
-    stages = {
-        name: _stage(folder / name, facts, results["files"]) for name, facts in known.items() if isinstance(facts, dict)
-    }
+    stages, repeats = (_stages(folder, results.get(key, {}), results["files"]) for key in ("stages", "repeats"))
     recipe, environment = folder / "recipe.yaml", folder / "environment.json"
     return Run(
         folder,
@@ -153,7 +171,13 @@ def read_run(folder: Path) -> Run:
         stages,
         read_sealed_text(recipe) if recipe.is_file() else None,
         as_json(read_sealed_json(environment)).decode() if environment.is_file() else None,
+        repeats,
     )
+
+
+def _stages(folder: Path, entries: dict[str, Any], files: dict[str, Any]) -> dict[str, Stage]:
+    known = {name: entries[name] for name in in_order(entries)}
+    return {name: _stage(folder / name, facts, files) for name, facts in known.items() if isinstance(facts, dict)}
 
 
 def _stage(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> Stage:

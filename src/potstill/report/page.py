@@ -1,5 +1,7 @@
 """The page of one run: a list of sections, each a small module and a template of the same name."""
 
+import base64
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -8,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 from potstill.report import theme
 from potstill.report.contents import Run
 from potstill.report.names import plain
-from potstill.report.sections import classes, comparison, confusion, curves, data, reproduce, verdict, warnings
+from potstill.report.sections import (
+    advice,
+    calibration,
+    classes,
+    comparison,
+    confusion,
+    curves,
+    data,
+    fidelity,
+    reproduce,
+    verdict,
+    warnings,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -30,6 +44,9 @@ SECTIONS = (
     Section("curves", "Curves", curves.context),
     Section("confusion", "Confusion matrices", confusion.context),
     Section("classes", "Class by class", classes.context),
+    Section("fidelity", "Fidelity", fidelity.context),
+    Section("calibration", "Calibration", calibration.context),
+    Section("advice", "Advice", advice.context),
     Section("data", "Data", data.context),
     Section("reproduce", "How to reproduce", reproduce.context),
 )
@@ -47,7 +64,11 @@ def page(run: Run) -> str:
 def fill(template: str, values: dict[str, Any]) -> str:
     """A template of this package with the page's colours and ``values``."""
     light, dark = theme.css_variables()
-    return _environment().get_template(template).render(light=light, dark=dark, **values)
+    environment = _environment()
+    style = environment.get_template("style.css.j2").render(light=light, dark=dark)
+    # The browser hashes what stands between <style> and </style>: no other style sheet can be smuggled in.
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return environment.get_template(template).render(style=style, style_hash=digest, **values)
 
 
 @cache

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from potstill.artifacts import write_bytes, write_text
+from potstill.experiments.run_folder import RunFolder
+from potstill.report.card import card
 from potstill.report.contents import SPLITS, Run, Stage, read_run
 from potstill.report.page import page
 from potstill.report.pictures import pictures
@@ -11,18 +13,28 @@ from potstill.report.texts import classification_report_text, metrics_text
 
 
 def render(run: Path | str) -> Path:
-    """Write all pictures, text reports and report.html of a run folder; returns the path of report.html.
+    """Write all pictures, text reports, report.md and report.html of a run folder; returns the path of report.html.
 
     Reads results.json, recipe.yaml, environment.json and each stage's metrics and predictions; nothing else, and no
     network.  Stages and files that are absent are left out.
 
     Raises:
         ArtifactError: no run folder, or a damaged file.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, or another process is writing in it.
     """
-    found = read_run(Path(run))
+    folder = RunFolder(Path(run))
+    with folder.held(writing=True):
+        return _render(read_run(folder.path))
+
+
+def _render(found: Run) -> Path:
     for stage in found.stages.values():
         _render_stage(found, stage)
+    for stage in found.repeats.values():  # the page and the pictures show the first seed
+        write_text(stage.folder / "metrics.txt", metrics_text(found, stage))
+    text = card(found)
+    if text is not None:
+        write_text(found.folder / "report.md", text)
     target = found.folder / "report.html"
     write_text(target, page(found))
     return target

@@ -44,6 +44,12 @@ def latency_text(stage: Stage) -> str:
     return ", ".join([text, *filter(None, how)])
 
 
+def memory_text(stage: Stage) -> str:
+    """``15.7 MB of weights, 537 kB for one image on its way``."""
+    weights, on_its_way = (scaled(stage.memory.get(key), "B") for key in ("weights", "activations"))
+    return f"{weights} of weights, {on_its_way} for one image on its way"
+
+
 def training_text(stage: Stage) -> str:
     """``10 epochs in 1 min 23 s (321 images/s), best epoch 8 by top1 on val``."""
     training = stage.training
@@ -88,6 +94,8 @@ def _facts(run: Run, stage: Stage) -> list[tuple[str, str]]:
         ("Training", training_text(stage)),
         *([("Learns from", teaching_text(stage))] if stage.teaching else []),
         ("Latency", latency_text(stage)),
+        *([("Memory", memory_text(stage))] if stage.memory else []),
+        *([("Seed", count(stage.facts["seed"]))] if number(stage.facts.get("seed")) is not None else []),
     ]
 
 
@@ -96,10 +104,17 @@ def _figures(run: Run, stage: Stage) -> str:
     if not splits:
         return ""
     rows = [["Images", *(count(_images(stage.metrics[split])) for split in splits)]]
+    sure = [""]
     for key, name, form in metric_rows(run.best_k):
         if any(key in stage.metrics[split] for split in splits):
             rows.append([name, *(form(stage.metrics[split].get(key)) for split in splits)])
-    text = table([["", *splits], *rows])
+            low, high = stage.interval(key)
+            sure.append("" if low is None or high is None else f"{form(low).removesuffix(' %')} to {form(high)}")
+    heads = ["", *splits]
+    if any(sure):
+        heads.append("95 % interval on test")
+        rows = [[*row, interval] for row, interval in zip(rows, sure, strict=True)]
+    text = table([heads, *rows])
     for split in splits:
         skipped = stage.metrics[split].get("auc_skipped") or []
         if skipped:

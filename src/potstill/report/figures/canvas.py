@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree  # nosec B405 # parses what matplotlib has just drawn
 
 from potstill.report import theme
 
@@ -95,7 +95,7 @@ def _drawn(draw: Draw, size: tuple[float, float]) -> "Figure":
 
 def _for_page(svg: bytes, label: str) -> str:
     """Strip what a page does not need (prolog, metadata, fonts, fixed size) and let the page set the colours."""
-    root = ElementTree.fromstring(svg)
+    root = ElementTree.fromstring(svg)  # nosec B314 # likewise
     for element in list(root.iter()):
         element.tag = element.tag.rpartition("}")[2]
         for key in list(element.attrib):

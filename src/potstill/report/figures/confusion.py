@@ -32,6 +32,23 @@ def draw_single(figure: "Figure", matrix: Matrix, class_names: Sequence[str], ti
     draw_matrix(figure.subplots(), matrix, class_names, "both", title)
 
 
+def draw_difference(figure: "Figure", before: Matrix, after: Matrix, class_names: Sequence[str], title: str) -> None:
+    """After less before: blue where that is good (more on the diagonal, less beside it), orange where it is bad."""
+    axes: Axes = figure.subplots()
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    classes = len(change)
+    strength = np.sqrt(np.abs(change) / max(np.abs(change).max(initial=0), 1.0))
+    good = np.where(np.eye(classes, dtype=bool), change > 0, change < 0)
+    axes.imshow(_painted(strength, good), interpolation="none", aspect="equal")
+    _frame(axes, class_names, title)
+    if classes <= _ANNOTATED:
+        size = 10.0 if classes <= 6 else 8.0 if classes <= 10 else 5.5
+        for row, column in np.argwhere(change):
+            text = f"{int(change[row, column]):+,d}".replace("-", "\N{MINUS SIGN}")
+            colour = ON_STRONG if strength[row, column] > 0.62 else INK
+            axes.text(column, row, text, color=colour, fontsize=_fit(text, size, classes), ha="center", va="center")
+
+
 def pair_size(classes: int) -> tuple[float, float]:
     """Inches for ``draw_pair``."""
     side = _side(classes)
@@ -52,6 +69,14 @@ def draw_matrix(axes: "Axes", matrix: Matrix, class_names: Sequence[str], shown:
     shares = np.divide(counts, rows, out=np.zeros_like(counts), where=rows > 0)
     strength = np.sqrt(counts / max(counts.max(), 1.0) if shown == "counts" else shares)
     axes.imshow(_colours(strength), interpolation="none", aspect="equal")
+    _frame(axes, class_names, title)
+    if classes <= _ANNOTATED:
+        _annotate(axes, counts, shares, strength, shown)
+
+
+def _frame(axes: "Axes", class_names: Sequence[str], title: str) -> None:
+    """Title, names of the classes, and a grid where there are few."""
+    classes = len(class_names)
     axes.set_title(title)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
@@ -62,16 +87,20 @@ def draw_matrix(axes: "Axes", matrix: Matrix, class_names: Sequence[str], shown:
     _name_ticks(axes, class_names, longest=18 if classes <= _ANNOTATED else 14)
     if classes <= _ANNOTATED:
         _grid(axes, classes)
-        _annotate(axes, counts, shares, strength, shown)
 
 
 def _colours(strength: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """RGBA [K, K, 4]: the diagonal is right, all else wrong."""
+    return _painted(strength, np.eye(len(strength), dtype=bool))
+
+
+def _painted(strength: Any, right: Any) -> "np.ndarray[Any, np.dtype[np.float64]]":
     """RGBA [K, K, 4]: see-through where nothing is, so that it fits light and dark paper."""
     from matplotlib.colors import to_rgb
 
     image = np.empty((*strength.shape, 4))
     image[..., :3] = to_rgb(WRONG)
-    image[np.eye(len(strength), dtype=bool), :3] = to_rgb(RIGHT)
+    image[right, :3] = to_rgb(RIGHT)
     image[..., 3] = strength
     return image
 

@@ -58,6 +58,19 @@ def draw_top(figure: "Figure", stage: Stage, k: int = 3) -> None:
     _finish(figure, axes, stage)
 
 
+def draw_rate(figure: "Figure", stage: Stage) -> None:
+    """The learning rate at the end of each epoch; logarithmic where it falls by more than a factor of 50."""
+    axes = _axes(figure, stage, "Learning rate", "learning rate")
+    values = _values(stage, "lr")
+    _plot(axes, stage, values, "learning rate", FAINT, "-", 1.8)
+    known = [value for value in values if value > 0]
+    if known and max(known) > 50 * min(known):
+        _logarithmic(axes)
+    else:
+        axes.set_ylim(bottom=0)
+    _whole_epochs(axes, _epochs(stage))
+
+
 def draw_stages(figure: "Figure", run: Run) -> None:
     """Top-1 on val of every stage, each over its own epochs; stages of one role share a colour, not a dash."""
     axes: Axes = figure.subplots()
@@ -94,11 +107,11 @@ def _terms(stage: Stage, split: str) -> list[str]:
     return sorted({term for record in stage.epochs for term in (record.get(split) or {}).get("terms") or {}})
 
 
-def _values(stage: Stage, split: str, *keys: str) -> list[float]:
+def _values(stage: Stage, *keys: str) -> list[float]:
     """One value for each epoch; NaN, which is a gap in the line, where there is none."""
     values = []
     for record in stage.epochs:
-        value: Any = record.get(split)
+        value: Any = record
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         found = number(value)

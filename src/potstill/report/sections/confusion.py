@@ -5,7 +5,7 @@ from typing import Any
 from potstill.amounts import count, percent
 from potstill.report.contents import Run, Stage
 from potstill.report.figures.canvas import as_svg
-from potstill.report.figures.confusion import draw_single, single_size
+from potstill.report.figures.confusion import draw_difference, draw_single, single_size
 
 _MOST = 8  # rows of the table of mistakes
 _LARGE = 200  # classes above which only the test matrices go into the page, so that it stays light
@@ -18,6 +18,7 @@ def context(run: Run) -> dict[str, Any] | None:
         return None
     return {
         "test": pictures["test"],
+        "difference": _difference(run),
         "folded": [(split, pictures[split]) for split in ("val", "train") if pictures[split]],
         "mistakes": _mistakes(run),
         "stages": [stage.name for stage in _with_test(run)],
@@ -46,6 +47,21 @@ def _picture(run: Run, stage: Stage, split: str, matrix: list[list[int]]) -> str
         single_size(len(matrix)),
         name=f"confusion-{stage.name}-{split}",
         label=label,
+    )
+
+
+def _difference(run: Run) -> str | None:
+    """What distillation changed on test; None where there are not both students."""
+    stages = [run.stages.get(name) for name in ("baseline", "distilled")]
+    before, after = (stage.confusion("test", len(run.class_names)) if stage else None for stage in stages)
+    if before is None or after is None:
+        return None
+    gained = sum(after[i][i] - before[i][i] for i in range(len(after)))
+    return as_svg(
+        lambda figure: draw_difference(figure, before, after, run.class_names, "distilled less baseline, test"),
+        single_size(len(after)),
+        name="confusion-difference",
+        label=f"Change of the confusion matrix on test from baseline to distilled: {gained:+d} images on the diagonal.",
     )
 
 

@@ -5,13 +5,13 @@ from typing import Any
 from potstill.amounts import decimal, number, percent
 from potstill.report.contents import Run, Stage
 from potstill.report.figures.canvas import as_svg
-from potstill.report.figures.curves import draw_accuracy, draw_loss, draw_stages, draw_top
+from potstill.report.figures.curves import draw_accuracy, draw_loss, draw_rate, draw_stages, draw_top
 
 _WIDE, _SMALL = (5.8, 3.3), (4.4, 3.3)  # inches
 
 
 def context(run: Run) -> dict[str, Any] | None:
-    """One picture of all stages, then three of each."""
+    """One picture of all stages, then four of each."""
     trained = [stage for stage in run.stages.values() if stage.epochs]
     if not trained:
         return None
@@ -24,7 +24,7 @@ def context(run: Run) -> dict[str, Any] | None:
 
 def _pictures(run: Run, stage: Stage) -> list[str]:
     k = run.best_k
-    return [
+    pictures = [
         as_svg(
             lambda figure: draw_loss(figure, stage),
             _SMALL,
@@ -44,6 +44,13 @@ def _pictures(run: Run, stage: Stage) -> list[str]:
             label=f"{_label(stage, 'top1', f'top-1 against top-{k}')} {_ends(stage, 'val', 'top3', f'top-{k}')}",
         ),
     ]
+    rates = [rate for record in stage.epochs if (rate := number(record.get("lr"))) is not None]
+    if rates:
+        label = (
+            f"Line chart: learning rate of {stage.name}, {rates[0]:g} in the first epoch, {rates[-1]:g} in the last."
+        )
+        pictures.append(as_svg(lambda figure: draw_rate(figure, stage), _SMALL, name=f"rate-{stage.name}", label=label))
+    return pictures
 
 
 def _label(stage: Stage, key: str, what: str) -> str:

@@ -1,5 +1,6 @@
 """How to make this run again, and where its files are."""
 
+import json
 import shlex
 from typing import Any
 
@@ -7,6 +8,8 @@ from potstill.amounts import NONE, duration, number
 from potstill.experiments.method_settings import describe
 from potstill.report.contents import Run
 from potstill.report.names import plain
+
+_SHOWN = ("torch", "torchvision", "timm", "numpy", "pillow")  # whose version a result may depend on
 
 
 def context(run: Run) -> dict[str, Any] | None:
@@ -18,21 +21,56 @@ def context(run: Run) -> dict[str, Any] | None:
     facts = [
         ("Recipe", results.get("recipe")),
         ("Method", f"{method.get('name')} ({options})" if options else method.get("name")),
-        ("Seed", None if seed is None else f"{seed:.0f}"),
+        *_seeds(seed, (run.comparison or {}).get("seeds")),
+        *_machine(run.environment),
         ("Potstill", results.get("potstill")),
         ("Made", results.get("created")),
         ("Took", duration(results.get("seconds"))),
     ]
     folder = run.folder.resolve()
     place = f"{folder.parent.name}/{folder.name}"  # as people type it: runs/NAME; a full path would tell too much
-    again = shlex.join(["potstill", "run", f"{place}/recipe.yaml", "--name", f"{folder.name[:58]}-again"])
+    again = ["potstill", "run", f"{place}/recipe.yaml", "--name", f"{folder.name[:58]}-again"]
     return {
         "facts": [(name, str(value)) for name, value in facts if value not in (None, "", NONE)],
-        "command": again if run.recipe else None,
-        "predict": shlex.join(["potstill", "predict", place, "IMAGE.jpg"]),
+        "commands": [
+            *([("The same settings again", shlex.join(again))] if run.recipe else []),
+            *(
+                [("The same run, and whether it gives the same", shlex.join(["potstill", "run", "--replay", place]))]
+                if run.recipe
+                else []
+            ),
+            ("A prediction with its student", shlex.join(["potstill", "predict", place, "IMAGE.jpg"])),
+            ("This page again", shlex.join(["potstill", "report", place])),
+        ],
         "recipe": lines(run.recipe),
         "environment": lines(run.environment),
     }
+
+
+def _seeds(first: float | None, several: Any) -> list[tuple[str, str]]:
+    if first is None:
+        return []
+    seeds = several.get("seeds") if isinstance(several, dict) else None
+    if not isinstance(seeds, list) or len(seeds) < 2:
+        return [("Seed", f"{first:.0f}")]
+    return [("Seeds", f"{', '.join(str(seed) for seed in seeds)} of baseline and distilled; {first:.0f} of all others")]
+
+
+def _machine(environment: str | None) -> list[tuple[str, str]]:
+    """What the result may depend on besides the recipe, in a line each."""
+    try:
+        found = json.loads(environment or "{}")
+    except ValueError:
+        return []
+    packages = found.get("packages")
+    versions = [f"Python {found['python']}"] if found.get("python") else []
+    versions += (
+        [f"{name} {packages[name]}" for name in _SHOWN if name in packages] if isinstance(packages, dict) else []
+    )
+    where = [str(found[key]) for key in ("device", "precision", "platform") if found.get(key)]
+    if number(found.get("threads")):
+        where.insert(1, f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}")
+    return [("Versions", ", ".join(versions)), ("Machine", ", ".join(where))]
 
 
 def _value(value: Any) -> str:

@@ -2,79 +2,102 @@
 
 from typing import Any
 
-from potstill.amounts import count, decimal, number, ratio
-from potstill.experiments.verdict import finding, points, sentences
+from potstill.amounts import count, decimal, number, points, ratio
+from potstill.experiments.several_seeds import over_all_seeds
+from potstill.experiments.verdict import finding, sentences
 from potstill.report.contents import Run
 
 MARKS = {"helped": "Distillation helped", "hurt": "Distillation hurt", "unclear": "No clear difference"}
 
 
 def context(run: Run) -> dict[str, Any] | None:
-    """Sentences, facts and the interval on a number line."""
+    """Sentences, facts and the intervals on a number line."""
     comparison = run.comparison
     headline, *others = sentences(comparison, run.results.get("stages"))
     found = finding(comparison)
+    whole = over_all_seeds(comparison) if comparison else {}
     return {
         "finding": found,
         "mark": MARKS.get(found, "Nothing to compare"),
         "headline": headline,
         "sentences": others,
-        "facts": _facts(comparison, found) if comparison else [],
-        "line": interval_line(comparison) if comparison and found != "unknown" else None,
+        "facts": _facts(whole, found) if comparison else [],
+        "lines": interval_lines(whole) if found != "unknown" else [],
     }
 
 
-def interval_line(comparison: dict[str, Any]) -> dict[str, Any]:
-    """Where 0, gain and interval lie on a line from 0 to 100, with their labels."""
-    low, gain, high = (float(comparison[key]) for key in ("top1_gain_low", "top1_gain", "top1_gain_high"))
-    left, right = min(low, 0.0), max(high, 0.0)
+def interval_lines(whole: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where 0, gain and interval lie on a line from 0 to 100, with their labels.
+
+    One line; with several seeds one for the interval over seeds and one, of the same scale, for that over test images.
+    """
+    gain, low, high = (float(whole[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
+    ends = {"": (low, high)}
+    if "images_low" in whole:
+        ends = {
+            " over seeds": (low, high),
+            " over test images": (float(whole["images_low"]), float(whole["images_high"])),
+        }
+    left = min(0.0, *(low for low, _ in ends.values()))
+    right = max(0.0, *(high for _, high in ends.values()))
     room = 0.12 * (right - left) or 0.01
     left, right = left - room, right + room
 
     def place(value: float) -> float:
         return round(100 * (value - left) / (right - left), 2)
 
-    return {
-        "zero": place(0.0),
-        "low": place(low),
-        "gain": place(gain),
-        "width": round(place(high) - place(low), 2),
-        "label": f"{points(gain)} points, 95 % interval {points(low)} to {points(high)}",
-    }
+    return [
+        {
+            "zero": place(0.0),
+            "low": place(low),
+            "gain": place(gain),
+            "width": round(place(high) - place(low), 2),
+            "label": f"{points(gain)} points, 95 % interval {points(low)} to {points(high)}{what}",
+        }
+        for what, (low, high) in ends.items()
+    ]
 
 
-def _facts(comparison: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
+def _facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
     """(value, what it is, more)."""
     facts = []
-    gain, low, high = (number(comparison.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
+    gain, low, high = (number(whole.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
+    seeds = number(whole.get("seeds_count"))
     if gain is not None:
-        more = f"95 % interval {points(low)} to {points(high)}" if low is not None and high is not None else ""
+        over = "" if seeds is None else " over seeds"
+        more = f"95 % interval {points(low)} to {points(high)}{over}" if low is not None and high is not None else ""
         facts.append((points(gain), "points of top-1, distilled − baseline", more))
-    if number(comparison.get("fixed")) is not None:
-        p = number(comparison.get("mcnemar_p"))
-        changed = f"{count(comparison['fixed'])} / {count(comparison.get('broken'))}"
-        facts.append(
-            (
-                changed,
-                "test images repaired / broken",
-                "" if p is None else f"McNemar's exact test: p = {decimal(p, 3)}",
-            )
-        )
-    facts += _gap_facts(comparison, found)
+    if seeds is not None:
+        p = number(whole.get("images_p"))
+        more = "" if p is None else f"exact test over images: p = {decimal(p, 3)}"
+        facts.append((count(seeds), "seeds, all with the same teacher", more))
+    elif number(whole.get("fixed")) is not None:
+        p = number(whole.get("mcnemar_p"))
+        changed = f"{count(whole['fixed'])} / {count(whole.get('broken'))}"
+        more = "" if p is None else f"McNemar's exact test: p = {decimal(p, 3)}"
+        facts.append((changed, "test images repaired / broken", more))
+    facts += _gap_facts(whole, found)
     for key, what in (
         ("parameter_ratio", "parameters, teacher : student"),
+        ("file_ratio", "file size, teacher : student"),
         ("latency_ratio", "latency p50, teacher : student"),
     ):
-        if number(comparison.get(key)) is not None:
-            facts.append((ratio(comparison[key]), what, ""))
+        if number(whole.get(key)) is not None:
+            facts.append((ratio(whole[key]), what, ""))
     return facts
 
 
-def _gap_facts(comparison: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
-    gap, closed = number(comparison.get("gap")), number(comparison.get("gap_closed"))
+def _gap_facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
+    gap, closed = number(whole.get("gap")), number(whole.get("gap_closed"))
     if gap is None:
         return []
-    facts = [(points(gap), "points of top-1, teacher − baseline", "" if gap > 0 else "no gap to close")]
-    if gap > 0 and closed is not None and found == "helped":
-        facts.append((f"{100 * closed:.0f} %", "of the gap to the teacher closed", ""))
+    low, high = number(whole.get("gap_low")), number(whole.get("gap_high"))
+    more = "" if low is None or high is None else f"95 % interval {points(low)} to {points(high)}"
+    facts = [(points(gap), "points of top-1, teacher − baseline", more if gap > 0 else "no gap to close")]
+    share_low, share_high = number(whole.get("gap_closed_low")), number(whole.get("gap_closed_high"))
+    sure = low is None or share_low is not None
+    if gap > 0 and sure and closed is not None and found == "helped":
+        known = closed < 1 and share_low is not None and share_high is not None
+        more = f"95 % interval {100 * (share_low or 0):.0f} to {100 * (share_high or 0):.0f} %" if known else ""
+        facts.append((f"{100 * closed:.0f} %" if closed < 1 else "all", "of the gap to the teacher closed", more))
     return facts

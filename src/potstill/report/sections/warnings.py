@@ -8,7 +8,7 @@ from potstill.report.contents import STAGES, Run
 def context(run: Run) -> dict[str, Any] | None:
     """Sentences, the run's own first."""
     said = [str(warning) for warning in run.results.get("warnings") or []]
-    absent = [str(name) for name in run.results.get("planned") or STAGES if name not in run.stages]
+    absent = [str(name) for name in run.results.get("planned") or STAGES if name not in run.stages | run.repeats]
     if absent and len(run.stages) > 1:  # a stage trained alone on purpose misses nothing
         said.append(f"Not part of this run: {', '.join(absent)}.")
     for name, stage in run.stages.items():

@@ -1,0 +1,115 @@
+"""What the verdict says after its headline: each sentence is "" where its figures are missing."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from potstill.amounts import duration, points
+from potstill.experiments.several_seeds import figure, several
+from potstill.experiments.stage_names import in_order
+
+Finding = Literal["helped", "hurt", "unclear", "unknown"]
+
+
+def accuracies(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
+    """Top-1 of every stage on test."""
+    top1 = ((several(comparison) or {}).get("figures") or {}).get("top1") or {}
+    means = {"baseline": figure(top1, "mean_a"), "distilled": figure(top1, "mean_b")}
+    said = []
+    for name in in_order(stages):
+        share = means.get(name)
+        if share is None:
+            share = figure((stages.get(name) or {}).get("test"), "top1")
+        if share is not None:
+            said.append(f"{name} {100 * share:.1f} %")
+    mean = " (baseline and distilled: mean over the seeds)" if means["baseline"] is not None else ""
+    return f"Top-1 on test: {', '.join(said)}{mean}." if len(said) > 1 else ""
+
+
+def gap(comparison: Mapping[str, Any], found: Finding) -> str:
+    """How far the teacher leads, and how much of that the student has made up."""
+    gap, closed = figure(comparison, "gap"), figure(comparison, "gap_closed")
+    if gap is None:
+        return ""
+    several = (figure(comparison, "teachers") or 1) > 1
+    if gap <= 0:
+        how = "no better than" if gap == 0 else f"{points(-gap, signed=False)} points worse than"
+        who = "The teachers together are" if several else "The teacher is"
+        return f"{who} {how} the baseline, so there was no gap to close: a better teacher comes first."
+    who = "The teachers together lead" if several else "The teacher leads"
+    lead = f"{who} the baseline by {points(gap, signed=False)} points"
+    low, high = figure(comparison, "gap_low"), figure(comparison, "gap_high")
+    if low is not None and high is not None and figure(comparison, "gap_closed_low") is None:
+        return f"{lead}, which may be the luck of the test images (95 % interval {points(low)} to {points(high)})."
+    if found == "unclear":
+        what = "this test split" if figure(comparison, "seeds_count") is None else "these seeds and this test split"
+        return f"{lead}; {what} cannot tell how much of that gap distillation closed."
+    if found == "hurt":
+        return f"{lead}; distillation did not close this gap but widened it."
+    if closed is None or closed <= 0:
+        return f"{lead}."
+    low, high = figure(comparison, "gap_closed_low"), figure(comparison, "gap_closed_high")
+    interval = "" if low is None or high is None else f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    if closed >= 1:
+        return f"{lead}; the distilled student closed all of this gap."
+    return f"{lead}; the distilled student closed {100 * closed:.0f} % of this gap{interval}."
+
+
+def cost(comparison: Mapping[str, Any]) -> str:
+    """How much smaller and faster the student is.
+
+    Ratios are teacher to student: 12.3 means that the teacher has 12.3 times as many.
+    """
+    small, fast = figure(comparison, "parameter_ratio"), figure(comparison, "latency_ratio")
+    size, speed = _ratio(small, "smaller", "larger"), _ratio(fast, "faster", "slower")
+    said = [text for text in (size and f"{size} in parameters", speed and f"{speed} for one image") if text]
+    several = (figure(comparison, "teachers") or 1) > 1
+    return f"Against the teacher{'s together' if several else ''}, the student is {' and '.join(said)}." if said else ""
+
+
+def time(stages: Mapping[str, Any]) -> str:
+    """What distillation took beyond training the baseline: the teachers' training too, where it was done here."""
+    taken = {name: figure((stages[name] or {}).get("training"), "seconds") for name in in_order(stages)}
+    baseline, distilled = taken.get("baseline"), taken.get("distilled")
+    if baseline is None or distilled is None:
+        return ""
+    others = {name: seconds for name, seconds in taken.items() if name not in ("baseline", "distilled")}
+    parts = [f"{name} {'ready-made' if seconds is None else duration(seconds)}" for name, seconds in others.items()]
+    parts += [f"distilled {duration(distilled)}", f"baseline {duration(baseline)}"]
+    more = sum(seconds or 0.0 for seconds in others.values()) + distilled - baseline
+    cost = f"{duration(more)} more training than the baseline alone" if more > 0 else "no more training time"
+    return f"It cost {cost} ({', '.join(parts)})."
+
+
+def limits(comparison: Mapping[str, Any]) -> str:
+    """What the figures above cannot tell."""
+    seeds = several(comparison)
+    if seeds is None:
+        return (
+            "One seed cannot tell such a gain or loss from the luck of the seed: "
+            "the interval covers the choice of test images only, so repeat with other seeds before deciding "
+            "(--resume --seeds 5)."
+        )
+    if seeds["figures"]["top1"]["n"] == 2:
+        return (
+            "Two seeds say little of a third, hence the wide interval over seeds: more narrow it (--resume --seeds 5)."
+        )
+    if not figure(comparison, "teachers"):
+        return ""
+    return "All seeds learn from the same teacher: what another teacher would have given is not covered."
+
+
+def _ratio(ratio: float | None, more: str, less: str) -> str:
+    if ratio is None or ratio <= 0:
+        return ""
+    if 0.95 < ratio < 1.05:
+        return f"neither {more} nor {less}"
+    word, factor = (more, ratio) if ratio > 1 else (less, 1 / ratio)
+    return f"{factor:.1f} times {word}" if factor < 100 else f"{factor:,.0f} times {word}"
+
+
+def on_images(comparison: Mapping[str, Any]) -> str:
+    """``270 test images``."""
+    count = figure(comparison, "test_images")
+    if count is None:
+        return "the test images"
+    return "1 test image" if count == 1 else f"{count:,.0f} test images"

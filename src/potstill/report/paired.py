@@ -1,0 +1,143 @@
+"""Runs against each other on the same test images, image by image and seed by seed."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from potstill.amounts import NONE, count, decimal, points
+from potstill.evaluation.averages import Array
+from potstill.evaluation.significance import Interval, seeds_bootstrap, seeds_summary, sign_flip
+from potstill.report.contents import Run, Stage
+from potstill.report.predictions import read_predictions
+
+MOST_PAIRED = 6  # entrants up to which each meets each; of more, each meets the first alone
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One recipe with its distilled students, by seed; the baselines where there is no distilled student."""
+
+    name: str
+    students: Mapping[int, tuple[Run, Stage]]
+    images: tuple[tuple[str, str], ...] = ()  # (name, class) of each test image, as the predictions list them
+    correct: Mapping[int, Array] = field(default_factory=dict)  # seed -> [N] bool
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What two entrants' difference is, second minus first."""
+
+    first: str
+    second: str
+    seeds: int
+    gain: Interval  # of top-1, mean over the seeds; interval over test images
+    low: float | None  # interval over seeds
+    high: float | None
+    p: float  # exact test over images
+    adjusted: float = 1.0  # p, allowing for how many pairs were looked at
+
+
+def enter(name: str, students: Mapping[int, tuple[Run, Stage]]) -> Entrant:
+    """Read the test predictions of an entrant's students; seeds whose images are others than the first one's are out.
+
+    Raises:
+        ArtifactError: a damaged file.
+    """
+    images: tuple[tuple[str, str], ...] = ()
+    correct: dict[int, Array] = {}
+    for seed, (_, stage) in students.items():
+        found = read_predictions(stage, "test")
+        if found is None:
+            continue
+        labels = [found.class_names[label] for label in found.labels]
+        own = tuple(zip(found.paths, labels, strict=True))
+        images = images or own
+        if own == images:
+            correct[seed] = np.asarray(found.predicted) == np.asarray(found.labels)
+    fingerprint = next((str(run.data.get("fingerprint") or "") for run, _ in students.values()), "")
+    return Entrant(name, students, images, correct, fingerprint)
+
+
+def meet(entrants: Sequence[Entrant]) -> tuple[list[Meeting], list[str]]:
+    """Every two that were asked about the same test images, and a sentence on each two that were not."""
+    pairs = list(itertools.combinations(entrants, 2))
+    if len(entrants) > MOST_PAIRED:
+        pairs = [(entrants[0], other) for other in entrants[1:]]
+    meetings, notes = [], []
+    for first, second in pairs:
+        refused = _refusal(first, second)
+        if refused:
+            notes.append(refused)
+            continue
+        meetings.append(_meeting(first, second))
+        if first.fingerprint != second.fingerprint:
+            notes.append(
+                f"{first.name} and {second.name} have test images of the same names and labels, but their data differ "
+                "elsewhere: other training images, or other content"
+            )
+        if not first.correct.keys() & second.correct.keys():
+            notes.append(f"{first.name} and {second.name} share no seed: they are paired in the order of their seeds")
+    return _adjusted(meetings), notes
+
+
+def _refusal(first: Entrant, second: Entrant) -> str:
+    both = f"{first.name} and {second.name} are not compared image by image"
+    for each in (first, second):
+        if not each.correct:
+            return f"{both}: {each.name} has no test predictions"
+    if first.images == second.images:
+        return ""
+    shared = len(set(first.images) & set(second.images))
+    return (
+        f"{both}: they were tested on different images ({count(len(first.images))} and {count(len(second.images))}, "
+        f"of which {count(shared)} have the same name and label), so the difference of their figures says nothing"
+    )
+
+
+def _meeting(first: Entrant, second: Entrant) -> Meeting:
+    shared = sorted(first.correct.keys() & second.correct.keys())
+    if shared:
+        before, after = ([entrant.correct[seed] for seed in shared] for entrant in (first, second))
+    else:
+        few = min(len(first.correct), len(second.correct))
+        before, after = (list(entrant.correct.values())[:few] for entrant in (first, second))
+    a, b = np.stack(before), np.stack(after)
+    summary = seeds_summary(a.mean(axis=1).tolist(), b.mean(axis=1).tolist())
+    low, high = summary["difference_low"], summary["difference_high"]
+    return Meeting(first.name, second.name, len(a), seeds_bootstrap(a, b), low, high, sign_flip(a, b))
+
+
+def _adjusted(meetings: Sequence[Meeting]) -> list[Meeting]:
+    """Holm's step-down: with many pairs, some look different by chance."""
+    order = sorted(range(len(meetings)), key=lambda at: meetings[at].p)
+    adjusted, highest = dict[int, float](), 0.0
+    for rank, at in enumerate(order):
+        highest = max(highest, min(1.0, (len(meetings) - rank) * meetings[at].p))
+        adjusted[at] = highest
+    return [Meeting(**{**vars(each), "adjusted": adjusted[at]}) for at, each in enumerate(meetings)]
+
+
+def words(meeting: Meeting) -> dict[str, Any]:
+    """A row of the page; ``clear`` only where images and, with several, seeds agree and p allows for all pairs."""
+    low, high = meeting.gain.low, meeting.gain.high
+    if meeting.low is not None and meeting.high is not None:
+        low, high = min(low, meeting.low), max(high, meeting.high)
+    clear = (low > 0 or high < 0) and meeting.adjusted < 0.05
+    better = meeting.second if meeting.gain.value > 0 else meeting.first
+    over_seeds = (
+        NONE if meeting.low is None or meeting.high is None else f"{points(meeting.low)} to {points(meeting.high)}"
+    )
+    return {
+        "first": meeting.first,
+        "second": meeting.second,
+        "gain": points(meeting.gain.value),
+        "images": f"{points(meeting.gain.low)} to {points(meeting.gain.high)}",
+        "seeds": over_seeds,
+        "count": count(meeting.seeds),
+        "p": decimal(meeting.adjusted, 3),
+        "says": f"{better} is better" if clear else "no clear difference",
+    }

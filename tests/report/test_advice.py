@@ -1,0 +1,222 @@
+"""Each rule speaks where its facts are there and give cause, and is silent a step before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.data.doctor.findings import KINDS
+from potstill.experiments.recipe import load_recipe
+from potstill.report.advice import RULES, advice, data, evidence, students, teachers
+from potstill.report.contents import Run, Stage
+from potstill.report.sections.advice import context
+
+
+def run(stages: dict[str, dict[str, Any]] | None = None, *, recipe: str | None = "name: made\n", **results: Any) -> Run:
+    """A run with these figures: {"teacher": {"test": {...}, "training": {...}}}."""
+    made = {
+        name: Stage(
+            name,
+            Path("runs/made") / name,
+            {"training": facts.get("training")},
+            metrics={split: facts[split] for split in ("train", "val", "test") if split in facts},
+        )
+        for name, facts in (stages or {}).items()
+    }
+    return Run(Path("runs/made"), results, made, recipe)
+
+
+def gain(value: float, low: float, high: float, **more: Any) -> dict[str, Any]:
+    return {"top1_gain": value, "top1_gain_low": low, "top1_gain_high": high, "test_images": 400} | more
+
+
+def test_nothing_is_said_where_nothing_is_known() -> None:
+    assert advice(run()) == []
+    assert advice(run({"teacher": {}, "baseline": {}, "distilled": {}}, comparison={}, method={}, data={})) == []
+    assert context(run()) is None
+
+
+def test_every_rule_has_a_line_of_its_own() -> None:
+    assert len(RULES) == len(set(RULES)) == 17
+    assert all(rule.__doc__ for rule in RULES)
+
+
+def test_leakage_and_contradictory_labels() -> None:
+    say = "photos: 1,234 x {0.what} ({0.why}), such as a.png; `potstill check photos` shows all"
+    leak = run(warnings=[say.format(KINDS["across-splits"])], data={"source": "photos of cats"})
+    found = data.leakage(leak)
+    assert found is not None
+    assert "1,234 images lie in more than one split" in found.because
+    assert "potstill check 'photos of cats'" in found.todo
+    assert data.contradictory_labels(leak) is None
+    assert data.contradictory_labels(run(warnings=[say.format(KINDS["two-labels"])])) is not None
+    assert data.leakage(run(warnings=["the teacher is worse than the baseline"])) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "f1", "recipe", "said"),
+    [
+        ({"a": 500, "b": 100}, 0.84, "", True),
+        ({"a": 499, "b": 100}, 0.84, "", False),  # less than five times
+        ({"a": 500, "b": 100}, 0.86, "", False),  # and it hardly shows
+        ({"a": 500, "b": 100}, 0.84, "data:\n  balance: weights\n", False),  # done already
+        ({"a": 500}, 0.84, "", False),
+    ],
+)
+def test_imbalance(counts: dict[str, int], f1: float, recipe: str, said: bool) -> None:
+    found = data.imbalance(
+        run({"distilled": {"test": {"top1": 0.9, "f1_macro": f1}}}, recipe=recipe, data={"counts": {"train": counts}})
+    )
+    assert (found is not None) == said
+    if found is not None:
+        assert "5 times as many training images" in found.because
+        assert "6.0 points below top-1 (90.0 %)" in found.because
+
+
+def test_weak_teacher() -> None:
+    assert teachers.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.001))) is None
+    assert "3.0 points below" in str(teachers.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=-0.03))))
+    assert "that of the baseline" in str(teachers.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.0))))
+
+
+def test_still_improving() -> None:
+    def stopped(best: int, epochs: int, top1: float = 0.8) -> Run:
+        facts = {"training": {"best_epoch": best, "epochs": epochs}, "val": {"top1": top1}}
+        return run({"teacher": facts, "distilled": facts})
+
+    for rule in (teachers.teacher_still_improving, students.still_improving):
+        assert rule(stopped(94, 100)) is None
+        assert rule(stopped(4, 4)) is None  # so few epochs say nothing
+        assert "95 of 100" in str(rule(stopped(95, 100)))
+    assert teachers.teacher_still_improving(stopped(100, 100, 0.995)) is None  # there is nothing to improve
+    assert teachers.teacher_still_improving(stopped(10, 10)).settings == ("teacher.training.epochs=20",)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "temperature", "said"),
+    [(0.05, 0.151, 4.0, True), (0.051, 0.5, 4.0, False), (0.05, 0.149, 4.0, False), (0.01, 0.5, 8.0, False)],
+)
+def test_overconfident_teacher(train: float, val: float, temperature: float, said: bool) -> None:
+    made = run(
+        {"teacher": {"train": {"nll": train}, "val": {"nll": val, "ece": 0.1}}},
+        method={"name": "kd", "temperature": temperature},
+    )
+    found = teachers.overconfident_teacher(made)
+    assert (found is not None) == said
+    if found is not None:
+        assert found.settings == ("method.temperature=8",)
+        assert "0.0500 on train but 0.1510 on val" in found.because
+        assert "calibration error on val is 10.0 %" in found.because
+
+
+def test_a_method_without_temperature_is_given_none() -> None:
+    made = run({"teacher": {"train": {"nll": 0.001}, "val": {"nll": 0.5}}}, method={"name": "at"})
+    assert teachers.overconfident_teacher(made) is None
+
+
+def test_no_room_and_as_good_as_teacher() -> None:
+    assert students.no_room(run({"baseline": {"test": {"top1": 0.989}}})) is None
+    assert students.no_room(run({"baseline": {"test": {"top1": 0.99}}})) is not None
+    level = {"teacher": {"test": {"top1": 0.9}}, "distilled": {"test": {"top1": 0.9}}}
+    assert students.as_good_as_teacher(run(level, comparison=gain(0.02, 0, 0, gap=0.02))) is not None
+    assert students.as_good_as_teacher(run(level, comparison=gain(0.02, 0, 0, gap=-0.02))) is None
+    behind = level | {"distilled": {"test": {"top1": 0.899}}}
+    assert students.as_good_as_teacher(run(behind, comparison=gain(0.02, 0, 0, gap=0.02))) is None
+
+
+def test_overfitting() -> None:
+    def made(train: float, best: int) -> Run:
+        training = {"best_epoch": best, "epochs": 20}
+        return run({"distilled": {"train": {"top1": train}, "val": {"top1": 0.8}, "training": training}})
+
+    assert students.overfitting(made(0.89, 3)) is None
+    assert "best epoch" not in str(students.overfitting(made(0.95, 11)))
+    assert "best epoch was 10 of 20" in str(students.overfitting(made(0.95, 10)))
+
+
+def test_cannot_follow() -> None:
+    assert students.cannot_follow(run({"distilled": {"train": {"agreement": 0.9}}})) is None
+    assert "89.0 %" in str(students.cannot_follow(run({"distilled": {"train": {"agreement": 0.89}}})))
+
+
+def test_wide_gap_and_harm() -> None:
+    unclear = gain(0.0, -0.01, 0.01, gap=0.1, parameter_ratio=20.0)
+    assert students.wide_gap(run(comparison=unclear)) is not None
+    assert students.wide_gap(run(comparison=unclear | {"gap": 0.09})) is None
+    assert students.wide_gap(run(comparison=unclear | {"parameter_ratio": 19.0})) is None
+    assert students.wide_gap(run({"assistant-1": {}}, comparison=unclear)) is None
+    assert students.wide_gap(run(comparison=unclear | gain(0.02, 0.01, 0.03))) is None
+    hurt = gain(-0.02, -0.03, -0.01, gap=0.1)
+    assert students.harmed(run(comparison=hurt)) is not None
+    assert students.harmed(run(comparison=hurt | {"gap": -0.1})) is None  # the teacher is to blame, and that is said
+    assert students.harmed(run(comparison=unclear)) is None
+
+
+def several(count: int, low: float, high: float) -> dict[str, Any]:
+    top1 = {"n": count, "difference": 0.01, "difference_low": low, "difference_high": high}
+    return gain(0.01, 0.0, 0.02) | {
+        "seeds": {"figures": {"top1": top1}, "images": {"low": 0.002, "high": 0.02, "p": 0.01}}
+    }
+
+
+def test_one_seed_and_few_seeds() -> None:
+    took = {"baseline": {"training": {"seconds": 60.0}}, "distilled": {"training": {"seconds": 65.0}}}
+    found = evidence.one_seed(run(took, comparison=gain(0.01, 0.0, 0.02)))
+    assert found is not None
+    assert "2 min 05 s with this seed" in found.because
+    assert evidence.one_seed(run(comparison=several(2, -0.1, 0.1))) is None
+    assert evidence.few_seeds(run(comparison=gain(0.01, 0.0, 0.02))) is None
+    assert evidence.few_seeds(run(comparison=several(4, -0.1, 0.1))) is not None
+    assert evidence.few_seeds(run(comparison=several(5, -0.1, 0.1))) is None
+    assert evidence.few_seeds(run(comparison=several(3, 0.001, 0.1))) is None  # clear already
+
+
+def test_val_too_small() -> None:
+    def made(count: int) -> Run:
+        counts = {"val": {"a": count // 2, "b": count - count // 2}}
+        return run({"distilled": {"val": {"top1": 0.8}}}, data={"counts": counts})
+
+    # sqrt(0.8 * 0.2 / 400) = 0.02
+    assert evidence.val_too_small(made(401)) is None
+    assert "standard error of top-1 is 2.0 points" in str(evidence.val_too_small(made(400)))
+
+
+def test_test_too_small() -> None:
+    # +- 4 points where the gain is 1: 16 times the 400 images
+    found = evidence.test_too_small(run(comparison=gain(0.01, -0.03, 0.05)))
+    assert found is not None
+    assert "about 6,400 images" in found.todo
+    assert evidence.test_too_small(run(comparison=gain(0.01, -0.019, 0.039))) is None
+    assert evidence.test_too_small(run(comparison=gain(0.05, 0.01, 0.09))) is None
+    assert "would tell" not in str(evidence.test_too_small(run(comparison=gain(0.0, -0.04, 0.04))))
+
+
+def test_what_is_advised_can_be_typed() -> None:
+    """Settings are those of a recipe, and the command names this run's own recipe."""
+    made = run(
+        {
+            "teacher": {
+                "train": {"nll": 0.01},
+                "val": {"nll": 0.5, "top1": 0.8},
+                "training": {"best_epoch": 9, "epochs": 9},
+            },
+            "distilled": {
+                "train": {"top1": 1.0, "agreement": 0.5},
+                "val": {"top1": 0.8},
+                "test": {"top1": 0.7, "f1_macro": 0.5},
+                "training": {"best_epoch": 9, "epochs": 9},
+            },
+        },
+        comparison=gain(0.0, -0.05, 0.05, gap=0.2, parameter_ratio=50.0),
+        method={"name": "kd", "temperature": 4.0},
+        data={"counts": {"train": {"a": 90, "b": 9}, "val": {"a": 9, "b": 9}}},
+    )
+    found = advice(made)
+    settings = [each.settings for each in found if each.settings]
+    assert len(settings) >= 6
+    for each in settings:
+        load_recipe("quickstart", each)
+    commands = [command for *_, command in (context(made) or {})["advice"] if command]
+    assert commands
+    assert all(command.startswith("potstill run runs/made/recipe.yaml --") for command in commands)
+    assert not any(command for *_, command in (context(run(recipe=None, comparison=several(3, -1, 1))) or {})["advice"])

@@ -1,0 +1,47 @@
+"""The sections on calibration and fidelity, and the size of a page of 100 classes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from potstill.report.contents import read_run
+from potstill.report.page import page
+from potstill.report.sections import calibration, fidelity
+
+BuildRun = Callable[..., Any]
+FACTS = {
+    "temperature": 1.75,
+    "before": {"ece": 0.15, "nll": 0.6, "bins": [[3, 0.5, 0.4], [9, 0.9, 0.75]]},
+    "after": {"ece": 0.01, "nll": 0.5, "bins": [[12, 0.75, 0.74]]},
+}
+
+
+def with_calibration(build_run: BuildRun, facts: Any) -> Any:
+    run = read_run(build_run(100 if facts is FACTS else 3, test_images=5).write())
+    for stage in run.stages.values():
+        stage.facts["calibration"] = facts
+    return run
+
+
+def test_page_of_a_hundred_classes_stays_light(build_run: BuildRun) -> None:
+    run = with_calibration(build_run, FACTS)
+    found = calibration.context(run)
+    assert found is not None
+    assert found["rows"][0] == ("teacher", ["1.75", "15.0 %", "1.0 %", "0.6000", "0.5000"])
+    assert 'id="calibration"' in page(run)
+    assert len(page(run).encode()) <= 3_000_000
+
+
+def test_older_and_damaged_facts_say_nothing(build_run: BuildRun) -> None:
+    run = with_calibration(build_run, None)
+    for facts in (None, [], {"temperature": 2.0}, FACTS | {"after": {"bins": [[1, None, 2]]}}):
+        for stage in run.stages.values():
+            stage.facts["calibration"] = facts
+        assert calibration.context(run) is None
+    assert 'id="calibration"' not in page(run)
+
+
+def test_fidelity_is_that_of_the_student(build_run: BuildRun) -> None:
+    found = fidelity.context(read_run(build_run(3).write()))
+    assert found is not None
+    assert [name for name, _ in found["rows"]] == ["distilled"]
+    assert found["rows"][0][1][2] == ("91.3 %", "0.2100")
