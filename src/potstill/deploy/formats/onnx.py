@@ -85,7 +85,7 @@ def _exported(module: "nn.Module", sample: Any, axes: dict[int, Any], name: str,
     try:
         with quiet():
             program = torch.onnx.export(
-                module, (sample,), dynamo=True, dynamic_shapes=None, input_names=[taken], output_names=[given],
+                module, (sample,), dynamo=True, dynamic_shapes=(axes,), input_names=[taken], output_names=[given],
                 external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:  # whatever a foreign network makes the exporter raise
