@@ -12,6 +12,7 @@ import time
 
 from potstill.cli import main
 
+
 def begin(place, name, times):
     module, _, path = place.partition(":")
     *above, last = path.split(".")

@@ -12,6 +12,7 @@ from potstill.cli import main
 from potstill.experiments import pipeline
 from potstill.experiments.recipe import load_recipe
 from potstill.experiments.replay import differences, largest_difference, largest_of_figures, read_record
+from potstill.experiments.run_folder import RunFolder
 from potstill.models.model_file import load_model, save_model
 from potstill.sealed import read_sealed_json, write_sealed_json
 
@@ -199,7 +200,7 @@ def test_environment_has_all_that_results_depend_on(finished_run):
     facts = json.loads((finished_run / "environment.json").read_text())
     assert {"packages", "python", "threads", "processes", "device", "seeds", "git", "data_fingerprint"} <= facts.keys()
     assert {"python", "platform", "potstill", "processor", "source_sha256"} <= facts.keys()
-    assert facts["recipe_sha256"] == hashlib.sha256((finished_run / "recipe.yaml").read_bytes()).hexdigest()
+    assert facts["recipe_sha256"] == hashlib.sha256(RunFolder(finished_run).read_recipe().encode()).hexdigest()
     assert {"torch", "torchvision", "timm", "numpy", "pillow"} <= facts["packages"].keys()
     assert facts["seeds"] == {"seed": 0, "split_seed": 0, "view_seed": 0}
 
