@@ -209,6 +209,11 @@ def test_differences_of_environments():
     before = {"a": 1, "packages": {"torch": "1", "numpy": "2"}, "calibration": {"1": 0.5}}
     after = {"a": 1, "packages": {"torch": "2", "numpy": "2"}, "calibration": {}, "git": None}
     assert differences(before, after) == ["packages.torch: was 1, is 2"]
+    here = {"git": {"here": None, "potstill": {"commit": "a", "changed": False}}, "source_sha256": "1"}
+    there = {"git": {"here": {"commit": "b", "changed": True}, "potstill": {"commit": "c", "changed": False}}}
+    assert differences(here, there | {"source_sha256": "1"}) == []  # the commit changed other files
+    changes = ["git.potstill.commit: was a, is c", "source_sha256: was 1, is 2"]
+    assert differences(here, there | {"source_sha256": "2"}) == changes
 
 
 def test_the_figure_that_differs_most():

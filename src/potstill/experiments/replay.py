@@ -142,16 +142,21 @@ def compare(record: Record, repeated: RunFolder) -> Outcome:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What two environments differ in, as ``key: was, is``."""
+    """What two environments differ in, as ``key: was, is``.
+
+    The commit that a run was started at does not matter, and potstill's own only where its source is not the same.
+    """
     found = []
+    source = before.get("source_sha256")
+    same_source = source is not None and source == after.get("source_sha256")
     for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key), after.get(key)
-        if was == now or f"{prefix}{key}" in _BESIDE or prefix == "git.here.":
+        was, now, path = before.get(key), after.get(key), f"{prefix}{key}"
+        if was == now or path in _BESIDE or path == "git.here" or (path == "git" and same_source):
             continue
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += differences(was, now, f"{prefix}{key}.")
+            found += differences(was, now, f"{path}.")
         else:
-            found.append(f"{prefix}{key}: was {_said(was)}, is {_said(now)}")
+            found.append(f"{path}: was {_said(was)}, is {_said(now)}")
     return found
 
 
