@@ -1,20 +1,25 @@
 """When a run must not go on with a folder, or replace it."""
 
+import csv
+import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from potstill.artifacts import read_bytes
 from potstill.data.splits import DataSplits
-from potstill.errors import UsageError
+from potstill.errors import ArtifactError, UsageError
 from potstill.experiments.plan import plan
 from potstill.experiments.recipe import Recipe, dump_recipe
-from potstill.experiments.run_folder import RunFolder
+from potstill.experiments.run_folder import RunFolder, as_csv
 from potstill.experiments.settings_errors import parse
 
 # Settings that do not touch the result, so a resumed run may change them; the last stands in several places.
 _FREE = {"name", "description", "data.workers", "data.memory_share", "store.folder"}
 _SHOWN = 8  # changes that are named
+_NAMED = 3  # images that are
 _FREE_ANYWHERE = "training.checkpoint_seconds"
 
 
@@ -43,9 +48,31 @@ def refuse_other_data(folder: RunFolder, data: DataSplits) -> None:
     before = folder.read_environment().get("data_fingerprint")
     if before != data.fingerprint:
         raise UsageError(
-            f"--resume goes on with the same images, but {data.source} has changed since {folder.path} began.\n"
-            "Put the former images back, or start another run with --name"
+            f"--resume goes on with the same images, but {data.source} has changed since {folder.path} began:\n"
+            + "\n".join(changed_images(folder, data.as_rows()))
+            + "\nPut the former images back, or start another run with --name"
         )
+
+
+def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Lines that name what differs between a run's splits.csv and the images that are there now.
+
+    Args:
+        folder: the run's.
+        rows: (split, name, class) of every image now.
+    """
+    try:
+        known = _by_name(read_bytes(folder.path / "splits.csv").decode("utf-8", "replace"))
+    except (ArtifactError, csv.Error):
+        return ["  which of them is not known: splits.csv cannot be read"]
+    found = _by_name(as_csv(("split", "name", "class"), rows))
+    told = {
+        "gone": known.keys() - found.keys(),
+        "new": found.keys() - known.keys(),
+        "in another split or class": {name for name in known.keys() & found.keys() if known[name] != found[name]},
+    }
+    lines = [f"  {what}: {_few(sorted(names))}" for what, names in told.items() if names]
+    return lines or ["  all names are the same: the content of an image differs"]
 
 
 def refuse_own_weights(folder: RunFolder, recipe: Recipe) -> None:
@@ -68,3 +95,13 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix.rstrip("."): value}
     return {key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}{name}.").items()}
+
+
+def _by_name(text: str) -> dict[str, list[str]]:
+    """Rows of splits.csv by the name of the image; one that stands twice counts once."""
+    return {row[1]: row for row in csv.reader(io.StringIO(text)) if len(row) == 3}
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,7 +1,5 @@
 """A run repeated from its record: the same recipe, images and threads; are the weights the same?"""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,11 @@ from typing import Any
 from potstill.artifacts import digest, read_bytes
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.experiments.plan import PARTS
-from potstill.experiments.run_folder import SPLITS, RunFolder, as_csv
+from potstill.experiments.refusals import changed_images
+from potstill.experiments.run_folder import SPLITS, RunFolder
 from potstill.experiments.stage_names import in_order, role
 from potstill.sealed import read_sealed_json
 
-_HEADER = ("split", "name", "class")
-_SHOWN = 3  # names of images
 _BESIDE = {"calibration", "recipe_sha256", "data_fingerprint"}  # timings; what is compared before
 
 
@@ -64,7 +61,7 @@ def read_record(path: Path) -> Record:
     if not folder.results.exists():
         raise ArtifactError(f"{path} is not finished, so there is nothing to compare with; go on with --resume first")
     planned = folder.read_results()["planned"]
-    _splits_text(folder)
+    _check_splits(folder)
     for stage in planned:
         _check_weights(folder.stage(stage))
     roles = {"teacher" if role(stage) == "teacher" else stage for stage in planned}
@@ -95,16 +92,9 @@ def refuse_other_images(record: Record, fingerprint: str, rows: Sequence[tuple[s
     """
     if record.environment.get("data_fingerprint") == fingerprint:
         return
-    known, found = _by_name(_splits_text(record.folder)), _by_name(as_csv(_HEADER, rows))
-    told = [
-        _listed("gone", sorted(known.keys() - found.keys())),
-        _listed("new", sorted(found.keys() - known.keys())),
-        _listed("in another split or class", sorted(n for n in known.keys() & found.keys() if known[n] != found[n])),
-    ]
-    lines = [line for line in told if line] or ["  all names are the same: the content of an image differs"]
     raise DataError(
         f"--replay needs the images of {record.folder.path}, and they have changed:\n"
-        + "\n".join(lines)
+        + "\n".join(changed_images(record.folder, rows))
         + "\nPut the former images back, or start a new run from its recipe.yaml"
     )
 
@@ -204,28 +194,14 @@ def _check_weights(stage: Path) -> None:
     load_model(stage)
 
 
-def _splits_text(folder: RunFolder) -> str:
+def _check_splits(folder: RunFolder) -> None:
     path = folder.path / "splits.csv"
-    content = read_bytes(path)
-    if digest(content) != folder.read_results()["files"].get(path.name):
+    if digest(read_bytes(path)) != folder.read_results()["files"].get(path.name):
         raise ArtifactError(f"{path} is not what the run wrote: its SHA-256 differs")
-    return content.decode()
-
-
-def _by_name(text: str) -> dict[str, tuple[str, ...]]:
-    """Rows of splits.csv by the name of the image; an image that stands twice counts once."""
-    return {row[1]: tuple(row) for row in csv.reader(io.StringIO(text))}
 
 
 def _weights(folder: RunFolder, stages: Sequence[str]) -> dict[str, str]:
     return {stage: read_sealed_json(folder.stage(stage) / "model.json")["sha256"] for stage in stages}
-
-
-def _listed(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return f"  {what}: {', '.join(names[:_SHOWN])}{more}"
 
 
 def _said(value: Any) -> str:

@@ -18,6 +18,7 @@ from potstill.report.sections import (
     confusion,
     curves,
     data,
+    exports,
     fidelity,
     reproduce,
     verdict,
@@ -47,6 +48,7 @@ SECTIONS = (
     Section("fidelity", "Fidelity", fidelity.context),
     Section("calibration", "Calibration", calibration.context),
     Section("advice", "Advice", advice.context),
+    Section("exports", "Exports", exports.context),
     Section("data", "Data", data.context),
     Section("reproduce", "How to reproduce", reproduce.context),
 )

@@ -1,0 +1,131 @@
+"""Asks the child process, and replaces it when it dies or takes too long."""
+
+import contextlib
+import json
+import multiprocessing
+import threading
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import ArtifactError, PotstillError, WorkerError
+from potstill.serve.child import work
+from potstill.serve.limits import Limits
+
+_MOST = 4_000_000  # bytes of an answer
+
+
+class Unavailable(Exception):
+    """No answer now; another try may have one."""
+
+
+class Oracle:
+    """A child with the models; one image at a time.
+
+    Args:
+        folders: of models, by stage.
+        limits: see there.
+    """
+
+    def __init__(self, folders: dict[str, Path], limits: Limits) -> None:
+        self.folders = {stage: str(folder) for stage, folder in folders.items()}
+        self.limits = limits
+        self.models: dict[str, Any] = {}  # what the child says of them
+        self._turn = threading.Lock()  # held by whoever talks to the child
+        self._child: BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the child and wait until it has read the models.
+
+        Raises:
+            ArtifactError: a damaged model.
+            WorkerError: the child died, or took too long.
+        """
+        with self._turn:
+            self._spawn()
+
+    def ask(self, image: bytes, **head: Any) -> dict[str, Any]:
+        """The child's answer, or its ``error`` and ``status``.
+
+        Raises:
+            Unavailable: other images came first, or the child died of this one or took too long.
+        """
+        end = time.monotonic() + self.limits.answer_seconds
+        # Half of the time for waiting: who comes late must not be the reason why a healthy child is killed.
+        if not self._turn.acquire(timeout=self.limits.answer_seconds / 2):
+            raise Unavailable("other images are still being looked at; try again in a moment")
+        try:
+            if self._child is None or not self._child.is_alive():
+                self._replace()
+                raise Unavailable("the models are being loaded; try again in a few seconds")
+            return self._talk(image, head, end)
+        finally:
+            if self._turn.locked() and not self._replacing:
+                self._turn.release()
+
+    _replacing = False
+
+    def close(self) -> None:
+        """End the child."""
+        self._closed = True
+        self._kill()
+
+    def _talk(self, image: bytes, head: dict[str, Any], end: float) -> dict[str, Any]:
+        assert self._pipe is not None
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            self._pipe.send_bytes(json.dumps(head).encode())
+            self._pipe.send_bytes(image)
+            if self._pipe.poll(max(0.0, end - time.monotonic())):
+                answer: dict[str, Any] = json.loads(self._pipe.recv_bytes(_MOST))
+                return answer
+        self._replace()
+        raise Unavailable("this image could not be looked at in time, or ended the process that tried")
+
+    def _replace(self) -> None:
+        """A new child, in the background; the turn is its until it is ready."""
+        self._kill()
+        self._replacing = True
+        threading.Thread(target=self._respawn, daemon=True).start()
+
+    def _respawn(self) -> None:
+        try:
+            with contextlib.suppress(PotstillError):  # the next request tries again
+                if not self._closed:
+                    self._spawn()
+        finally:
+            self._replacing = False
+            self._turn.release()
+
+    def _spawn(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._child = context.Process(target=work, args=(other, self.folders), daemon=True, name="potstill-oracle")
+        self._child.start()
+        other.close()
+        try:
+            if not self._pipe.poll(self.limits.load_seconds):
+                raise WorkerError(f"the models were not loaded within {self.limits.load_seconds:g} seconds")
+            answer = json.loads(self._pipe.recv_bytes(_MOST))
+        except (OSError, EOFError, ValueError) as error:
+            self._kill()
+            raise WorkerError("the process that loads the models died") from error
+        except WorkerError:
+            self._kill()
+            raise
+        if "fatal" in answer:
+            self._kill()
+            raise ArtifactError(answer["fatal"])
+        self.models = answer["models"]
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.join(5)
+            self._child = None
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None

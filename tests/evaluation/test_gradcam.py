@@ -1,0 +1,59 @@
+"""Grad-CAM against values worked out by hand, on networks of several kinds."""
+
+import pytest
+import torch
+from torch import nn
+
+from potstill.errors import UsageError
+from potstill.evaluation.gradcam import grad_cam
+from potstill.models.create import create_model
+
+
+def by_hand() -> nn.Module:
+    """Two maps: red, and green; logits: their means, times (3, -1) and (0, 2)."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 2, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2, bias=False)
+    )
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])[..., None, None])
+        net[4].weight.copy_(torch.tensor([[3.0, -1.0], [0.0, 2.0]]))
+    return net
+
+
+def test_a_worked_example():
+    image = torch.zeros(1, 3, 2, 2)
+    image[0, 0] = torch.tensor([[4.0, 1.0], [0.0, 2.0]])
+    image[0, 1] = torch.tensor([[0.0, 2.0], [4.0, 6.0]])
+    # Of class 0: 3 red - green = 12, 1, -4, 0, cut at 0, over 12; the mean's 1/4 cancels out.  Of class 1: 2 green.
+    cams = grad_cam(by_hand(), image.repeat(2, 1, 1, 1), [0, 1])
+    torch.testing.assert_close(cams[0], torch.tensor([[1.0, 1 / 12], [0.0, 0.0]]))
+    torch.testing.assert_close(cams[1], torch.tensor([[0.0, 1 / 3], [2 / 3, 1.0]]))
+
+
+def test_nothing_speaks_for_the_class():
+    assert grad_cam(by_hand(), torch.zeros(1, 3, 2, 2), [0]).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/vgg8", "vit_tiny_patch16_224"])
+def test_networks_of_each_kind(name):
+    size = 64 if name.startswith("vit") else 32
+    net = create_model(name, 5, size=size).train().requires_grad_(False)
+    torch.nn.init.normal_([part for part in net.modules() if isinstance(part, nn.Linear)][-1].weight)
+    cams = grad_cam(net, torch.rand(3, 3, size, size), torch.tensor([0, 1, 2]))
+    assert cams.ndim == 3
+    assert len(cams) == 3
+    assert 0 <= float(cams.min()) <= float(cams.max()) <= 1
+    assert float(cams.max()) == pytest.approx(1)
+    assert net.training
+    assert all(each.grad is None for each in net.parameters())
+
+
+def test_classes_and_images_must_match():
+    with pytest.raises(UsageError, match="one class for each of 2 images"):
+        grad_cam(by_hand(), torch.rand(2, 3, 2, 2), [0])
+
+
+def test_a_network_without_maps_is_refused():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(UsageError, match="feature map"):
+        grad_cam(net, torch.rand(1, 3, 2, 2), [0])
