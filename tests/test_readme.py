@@ -26,7 +26,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path) -> list[list[str]]:
     """The arguments of every `potstill ...` in shell blocks, and of those in running text."""
-    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`(potstill [a-z][^`]*)`", page.read_text(encoding="utf-8"))
     found = [shlex.split(line.partition(" > ")[0], comments=True) for line in [*lines, *inline]]
     return [words[1:] for words in found if words[:1] == ["potstill"]]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from potstill import __version__
-from potstill.cli import catalogs, checking, experiments, exporting, stores, using
+from potstill.cli import catalogs, checking, experiments, exporting, serving, stores, sweeping, using
 from potstill.cli.several import first, refuse_verb
 from potstill.console import plain
 from potstill.errors import Elsewhere, PotstillError, Stopped, StorageError
@@ -56,9 +56,11 @@ def _options(
 for _verb in (
     experiments.run,
     experiments.train,
+    sweeping.sweep,
     using.predict,
     using.evaluate,
     exporting.export,
+    serving.serve,
     checking.check,
     experiments.report,
     catalogs.recipes,

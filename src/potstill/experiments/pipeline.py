@@ -52,6 +52,7 @@ def run(
     stopping: Stopping | None = None,
     processes: Processes = ALONE,
     replay: Record | None = None,
+    evaluate: bool = True,
 ) -> Path:
     """Carry out a recipe; returns the run folder.
 
@@ -68,6 +69,7 @@ def run(
         stopping: hears signals; a training then ends after its step, with all that it needs to go on saved.
         processes: that carry it out together; the first one writes, into a folder that all of them see.
         replay: of the run that this one is to repeat: on the same images, with as many threads.
+        evaluate: False ends after training: no figures on test, no results.json.  ``resume`` adds them later.
 
     Raises:
         PotstillError: anything that a user can mend; see ``potstill.errors`` for kinds and exit codes.
@@ -126,6 +128,8 @@ def run(
         experiment.warnings += doubt_data(splits, observer)
         with threads:
             models = {stage.name: experiment.carry_out(stage) for stage in planned}
+            if not evaluate:  # a trial of a sweep, which must not see the test split
+                return folder.path
             evaluated = evaluate_stages(folder, models, recipe, splits, compute)
         if not processes.first:
             return folder.path

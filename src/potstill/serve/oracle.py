@@ -59,37 +59,40 @@ class Oracle:
         if not self._turn.acquire(timeout=self.limits.answer_seconds / 2):
             raise Unavailable("other images are still being looked at; try again in a moment")
         try:
-            if self._child is None or not self._child.is_alive():
-                self._replace()
-                raise Unavailable("the models are being loaded; try again in a few seconds")
-            return self._talk(image, head, end)
-        finally:
-            if self._turn.locked() and not self._replacing:
-                self._turn.release()
-
-    _replacing = False
+            alive = self._child is not None and self._child.is_alive()
+            answer = self._talk(image, head, end) if alive else None
+        except BaseException:
+            self._turn.release()
+            raise
+        if answer is not None:
+            self._turn.release()
+            return answer
+        self._kill()
+        threading.Thread(target=self._respawn, daemon=True).start()  # the turn is its until the models are there
+        if alive:
+            raise Unavailable("this image could not be looked at in time, or ended the process that tried")
+        raise Unavailable("the models are being loaded; try again in a few seconds")
 
     def close(self) -> None:
         """End the child."""
         self._closed = True
         self._kill()
 
-    def _talk(self, image: bytes, head: dict[str, Any], end: float) -> dict[str, Any]:
+    def _talk(self, image: bytes, head: dict[str, Any], end: float) -> dict[str, Any] | None:
         assert self._pipe is not None
-        with contextlib.suppress(OSError, EOFError, ValueError):
+        assert self._child is not None
+        watch = threading.Timer(max(0.0, end - time.monotonic()), self._child.kill)  # sending can hang as well
+        watch.daemon = True
+        watch.start()
+        try:
             self._pipe.send_bytes(json.dumps(head).encode())
             self._pipe.send_bytes(image)
-            if self._pipe.poll(max(0.0, end - time.monotonic())):
-                answer: dict[str, Any] = json.loads(self._pipe.recv_bytes(_MOST))
-                return answer
-        self._replace()
-        raise Unavailable("this image could not be looked at in time, or ended the process that tried")
-
-    def _replace(self) -> None:
-        """A new child, in the background; the turn is its until it is ready."""
-        self._kill()
-        self._replacing = True
-        threading.Thread(target=self._respawn, daemon=True).start()
+            answer: dict[str, Any] = json.loads(self._pipe.recv_bytes(_MOST))
+            return answer
+        except (OSError, EOFError, ValueError):
+            return None
+        finally:
+            watch.cancel()
 
     def _respawn(self) -> None:
         try:
@@ -97,7 +100,6 @@ class Oracle:
                 if not self._closed:
                     self._spawn()
         finally:
-            self._replacing = False
             self._turn.release()
 
     def _spawn(self) -> None:

@@ -1,0 +1,86 @@
+"""The verb that searches: sweep."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from potstill.cli.experiments import Data, RecipeName, Root, Seed, Settings, Student, Teacher
+from potstill.errors import UsageError
+
+_NAME = 64  # characters of a folder's name
+
+
+def sweep(
+    recipe: RecipeName,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUES", help="What to vary: a,b,c or low..high or low..high:log; may be repeated."),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="In all; 20, or every combination of a grid.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="S", min=0, help="Seconds after which this process begins no further trial.")
+    ] = None,
+    grid: Annotated[
+        bool | None, typer.Option("--grid/--no-grid", help="Every combination; so it is where no range is given.")
+    ] = None,
+    data: Data = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    settings: Settings = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the sweep; RECIPE-sweep if not given.")] = None,
+    root: Root = Path("runs"),
+    seed: Seed = None,
+) -> None:
+    """Search for better settings; repeat the command to go on, or to join from another process."""
+    import re
+
+    from potstill.experiments.recipe import load_recipe
+    from potstill.experiments.sweep.space import parse_space
+    from potstill.experiments.sweep.study import require_optuna
+
+    require_optuna()
+    sets = settings or []
+    flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    space = parse_space(over or [], recipe, sets, flags)
+    if grid and not space.listed:
+        raise UsageError("--grid tries every combination, so each --over must list its values; a range has no end")
+    grid = space.listed if grid is None else grid
+    name = f"{load_recipe(recipe, sets, flags=flags).name[: _NAME - 6]}-sweep" if name is None else name
+    if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{_NAME}}}", name) or set(name) == {"."}:
+        raise UsageError(f"a sweep's name is 1 to {_NAME} of the characters A-Z a-z 0-9 . _ -, got {name!r}")
+
+    from potstill.console import Progress, say_lines, say_next
+    from potstill.experiments.sweep.worker import Sweep
+    from potstill.report.sweep import render_sweep, table
+    from potstill.training.stopping import Stopping
+
+    folder = root / name
+    with Stopping() as stopping, Progress() as progress:
+
+        def told(found: dict[str, Any]) -> None:
+            for line in table(found["trials"], found["measure"], last=1):
+                progress.note(line)
+            progress.note(f"{len(found['trials'])} of {found['wanted']} trials")
+
+        work = Sweep(
+            recipe,
+            sets,
+            flags,
+            space,
+            folder=folder,
+            trials=trials,
+            grid=grid,
+            observer=progress,
+            stopping=stopping,
+            told=told,
+        )
+        over_now = work.work(timeout)
+    page, lines = render_sweep(folder)
+    say_lines(f"sweep {folder}: {page}", lines)
+    if not over_now:
+        say_lines("not over yet", ["the same command goes on; the test split has not been read"])
+        return
+    say_next(["potstill", "report", str(work.winner())])

@@ -1,0 +1,337 @@
+"""One process of a sweep: takes trials until there are enough, retries those of processes that died, ends the sweep."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.errors import NonFiniteError, StorageError, UsageError
+from potstill.experiments.recipe import Recipe, load_recipe
+from potstill.experiments.run_folder import RunFolder
+from potstill.experiments.run_lock import RunLock
+from potstill.experiments.sweep import record, study
+from potstill.experiments.sweep.space import Space
+from potstill.experiments.sweep.trial import Pruned, carry_out
+from potstill.sealed import read_sealed_json, write_sealed_json
+from potstill.training.observer import Observer, Silent
+
+if TYPE_CHECKING:
+    import optuna
+
+    from potstill.training.stopping import Stopping
+
+TRIALS = 20  # where neither --trials nor a grid says how many
+RETRIES = 2  # a trial that has killed three processes would kill the next one too
+POLL = 0.3  # seconds between two looks at what others do
+_BEGINNING = 30.0  # seconds within which a process has said which trial it took
+
+
+class Sweep:
+    """The sweep in one folder, as one process sees it."""
+
+    def __init__(
+        self,
+        source: Any,
+        sets: Sequence[str],
+        flags: Mapping[str, Any],
+        space: Space,
+        *,
+        folder: Path,
+        trials: int | None = None,
+        grid: bool = False,
+        observer: Observer | None = None,
+        stopping: "Stopping | None" = None,
+        told: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.source, self.sets, self.flags, self.space = source, tuple(sets), dict(flags), space
+        self.folder, self.observer, self.stopping, self.told = folder, observer or Silent(), stopping, told
+        self.grid = grid
+        self.combinations = space.grid() if grid else []
+        self.trials = trials if trials is not None else len(self.combinations) or TRIALS
+        if grid:
+            self.trials = min(self.trials, len(self.combinations))
+        self.recipe = load_recipe(source, sets, flags=flags)
+        self.measure = self.recipe.stage_training("distilled").pick_by
+        self.worker = secrets.token_hex(6)
+
+    def work(self, timeout: float | None = None) -> bool:
+        """Take part; returns whether the sweep is over: winner and baseline evaluated.
+
+        ``timeout``: seconds after which no further trial begins here.
+
+        Raises:
+            PotstillError: it is another sweep's folder, or what a run raises.
+        """
+        until = time.monotonic() + timeout if timeout is not None else float("inf")
+        self._begin()
+        alive = self.folder / "workers" / self.worker
+        alive.mkdir(parents=True)
+        lock = RunLock(alive)
+        lock.acquire()
+        try:
+            teachers = self._teachers()
+            while time.monotonic() < until:
+                taken = self._take()
+                if taken is None:
+                    break
+                if taken is not _WAIT:
+                    self._try(taken, teachers)
+                    continue
+                time.sleep(POLL)
+            else:
+                return False
+            self._end(teachers)
+            return True
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The sweep's lock; waits for it."""
+        lock = RunLock(self.folder)
+        while True:
+            try:
+                lock.acquire()
+                break
+            except StorageError as error:
+                if "another process" not in str(error):
+                    raise
+                time.sleep(POLL / 3)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _begin(self) -> None:
+        from potstill.data.datasets import load_data
+        from potstill.data.native_noise import silenced
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with silenced():
+            fingerprint = load_data(self.recipe.data, None, progress=self.observer).fingerprint
+        wanted = record.describe(self.recipe, self.space, fingerprint, grid=self.grid, trials=self.trials)
+        with self._alone():
+            record.agree(self.folder, wanted)
+            self.study = study.open_study(
+                self.folder,
+                minimize=self.measure in ("loss", "nll"),
+                seed=self.recipe.seed + int(self.worker, 16) % 2**31 * (self.folder / study.JOURNAL).exists(),
+                grid=self.grid,
+                epochs=self.recipe.stage_training("distilled").epochs,
+            )
+            cells = {trial.user_attrs.get("cell") for trial in self.study.get_trials(deepcopy=False)}
+            for cell, combination in enumerate(self.combinations[: self.trials]):
+                if cell not in cells:
+                    self.study.enqueue_trial(combination, user_attrs={"cell": cell})
+        (self.folder / "trials").mkdir(exist_ok=True)
+
+    def _teachers(self) -> tuple[str, ...]:
+        """Train the teacher, once for all trials; returns the settings by which a recipe takes it ready-made."""
+        from potstill.experiments.pipeline import run
+
+        several = isinstance(self.recipe.teacher, list)
+        networks = self.recipe.each_teacher
+        if not networks:
+            return ()
+        home = RunFolder(self.folder / "teacher")
+        names = ["teacher" if at == 0 else f"teacher-{at + 1}" for at in range(len(networks))]
+        teacher_recipe = self._teaching()
+        if teacher_recipe is None:
+            return ()
+        while not all(home.trained(name) for name in names):
+            try:
+                run(
+                    teacher_recipe,
+                    root=self.folder,
+                    name="teacher",
+                    resume=home.known,
+                    stages=("teacher",),
+                    observer=self.observer,
+                    stopping=self.stopping,
+                    evaluate=False,
+                )
+            except StorageError as error:
+                if "another process" not in str(error):
+                    raise
+                time.sleep(POLL)
+            except UsageError:
+                if not home.known:  # else it has begun elsewhere between the look and the start
+                    raise
+        keys = [f"teacher.{at}" if several else "teacher" for at in range(len(names))]
+        return tuple(
+            text
+            for key, name in zip(keys, names, strict=True)
+            for text in (f"{key}.weights={home.stage(name).resolve()}", f"{key}.new_head=false")
+        )
+
+    def _teaching(self) -> Recipe | None:
+        """A recipe by which the teacher is trained: the first of the space's that wants one."""
+        from potstill.experiments.method_settings import needs_teacher
+
+        if needs_teacher(self.recipe.method):
+            return self.recipe
+        methods = next((each.choices for each in self.space.dimensions if each.key == "method.name"), ())
+        for name in methods:
+            recipe = load_recipe(self.source, [*self.sets, f"method.name={name}"], flags=self.flags)
+            if needs_teacher(recipe.method):
+                return recipe
+        return None
+
+    def _take(self) -> Any:
+        """A trial to try; _WAIT while others are at the last ones; None when all is done."""
+        from optuna.trial import TrialState
+
+        with self._alone():
+            self._retry_dead()
+            known = self.study.get_trials(deepcopy=False)
+            begun = [t for t in known if t.state != TrialState.WAITING and not t.user_attrs.get("died")]
+            retried = [t for t in known if t.state == TrialState.WAITING and "retry_of" in t.user_attrs]
+            if len(begun) + len(retried) >= self.trials and not retried:
+                return _WAIT if any(t.state == TrialState.RUNNING for t in begun) else None
+            trial = self.study.ask()
+            trial.set_user_attr("worker", self.worker)
+            if "home" not in trial.user_attrs:
+                trial.set_user_attr("home", f"{trial.number:04d}")
+            trial.set_user_attr("chosen", study.suggest(trial, self.space))
+            return trial
+
+    def _retry_dead(self) -> None:
+        """Put trials back whose process holds its lock no longer."""
+        from datetime import datetime
+
+        import optuna
+        from optuna.trial import TrialState
+
+        for each in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            worker = each.user_attrs.get("worker")
+            if worker == self.worker:
+                continue
+            age = (datetime.now() - each.datetime_start).total_seconds() if each.datetime_start else 0.0
+            if (worker is None and age < _BEGINNING) or (worker and self._lives(worker)):
+                continue
+            times = int(each.user_attrs.get("times", 0)) + (not each.user_attrs.get("let_go"))
+            again = times <= RETRIES
+            if again:  # before it is marked: were this process to die here, it would be tried twice rather than never
+                kept = {key: each.user_attrs[key] for key in ("home",) if key in each.user_attrs}
+                chosen = each.params or each.system_attrs.get("fixed_params", {})
+                self.study.enqueue_trial(chosen, user_attrs={"retry_of": each.number, "times": times, **kept})
+                self.observer.note(f"trial {each.number}: its process has ended; it is tried again")
+            optuna.trial.Trial(self.study, each._trial_id).set_user_attr("died" if again else "error", _DIED)
+            self.study.tell(each.number, state=TrialState.FAIL)
+
+    def _lives(self, worker: str) -> bool:
+        folder = self.folder / "workers" / worker
+        if not folder.is_dir():
+            return False
+        lock = RunLock(folder)
+        try:
+            lock.acquire()
+        except StorageError:
+            return True
+        lock.release()
+        return False
+
+    def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str]) -> Recipe:
+        from potstill.experiments.method_settings import needs_teacher
+
+        varied = [f"{key}={text}" for key, text in chosen.items() if text != self._base(key)]
+        recipe = load_recipe(self.source, [*self.sets, *varied], flags=self.flags)
+        if teachers and needs_teacher(recipe.method):
+            recipe = load_recipe(self.source, [*self.sets, *varied, *teachers], flags=self.flags)
+        return recipe
+
+    def _base(self, key: str) -> str | None:
+        return str(self.recipe.method["name"]) if key == "method.name" else None
+
+    def _try(self, trial: "optuna.Trial", teachers: Sequence[str]) -> None:
+        from optuna.trial import TrialState
+
+        started = time.monotonic()
+        state, value = TrialState.COMPLETE, None
+        chosen, home = trial.user_attrs["chosen"], trial.user_attrs["home"]
+        self.observer.note(f"trial {trial.number}: {', '.join(f'{key}={text}' for key, text in chosen.items())}")
+        try:
+            recipe = self._recipe(chosen, teachers)
+            value = carry_out(
+                recipe,
+                self.folder / "trials",
+                home,
+                trial,
+                measure=self.measure,
+                observer=self.observer,
+                stopping=self.stopping,
+            )
+        except Pruned:
+            state = TrialState.PRUNED
+        except (NonFiniteError, UsageError) as error:  # this combination does not work; others may
+            state = TrialState.FAIL
+            trial.set_user_attr("error", str(error).splitlines()[0])
+            self.observer.warn(f"trial {trial.number} failed: {error}")
+        except BaseException:  # a signal, a full disk: not the trial's fault
+            trial.set_user_attr("let_go", True)
+            raise
+        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
+        with self._alone():
+            self.study.tell(trial, value, state=None if state == TrialState.COMPLETE else state)
+            self._write()
+
+    def _write(self) -> None:
+        rows = self.rows()
+        found = {"schema": 1, "trials": rows, "importance": study.importances(self.study)}
+        write_sealed_json(self.folder / record.TRIALS, found)
+        if self.told is not None:
+            self.told({**found, "measure": self.measure, "wanted": self.trials})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every trial that was begun, in order; those of dead processes are left out, as they were tried again."""
+        return [
+            {
+                "number": each.number,
+                "folder": each.user_attrs.get("home"),
+                "state": each.state.name.lower(),
+                "chosen": each.user_attrs.get("chosen", {}),
+                "value": each.value if each.state.name == "COMPLETE" else None,
+                "last": each.intermediate_values[max(each.intermediate_values)] if each.intermediate_values else None,
+                "epochs": len(each.intermediate_values),
+                "seconds": each.user_attrs.get("seconds"),
+                "error": each.user_attrs.get("error"),
+            }
+            for each in self.study.get_trials(deepcopy=False)
+            if each.state.name != "WAITING" and not each.user_attrs.get("died")
+        ]
+
+    def winner(self) -> Path:
+        """The run folder of the best trial, once the sweep is over."""
+        return self.folder / "trials" / str(read_sealed_json(self.folder / record.FINAL)["folder"])
+
+    def _end(self, teachers: Sequence[str]) -> None:
+        """Train the baseline with the winner's settings, and evaluate both on test: once."""
+        from potstill.experiments.pipeline import run
+
+        with self._alone():
+            if (self.folder / record.FINAL).exists():
+                return
+            done = [row for row in self.rows() if row["value"] is not None]
+            if not done:
+                reasons = sorted({str(row["error"]) for row in self.rows() if row["error"]})
+                raise UsageError("no trial came to an end:\n" + "\n".join(reasons[:5]))
+            best = (min if self.measure in ("loss", "nll") else max)(done, key=lambda row: row["value"])
+            self.observer.note(f"trial {best['number']} is the best on val; now the baseline, then test, once")
+            run(
+                self._recipe(best["chosen"], teachers),
+                root=self.folder / "trials",
+                name=best["folder"],
+                resume=True,
+                observer=self.observer,
+                stopping=self.stopping,
+            )
+            write_sealed_json(
+                self.folder / record.FINAL,
+                {"schema": 1, "trial": best["number"], "folder": best["folder"], "value": best["value"]},
+            )
+
+
+_WAIT = object()
+_DIED = f"its process died {RETRIES + 1} times"

@@ -1,0 +1,56 @@
+"""The study alone: what mattered, what is pruned, what is damaged."""
+
+import pytest
+
+from potstill.errors import ArtifactError
+from potstill.experiments.sweep import study
+from potstill.experiments.sweep.space import parse_space
+from potstill.experiments.sweep.trial import Pruned, Pruning
+from potstill.training.observer import Silent
+
+optuna = pytest.importorskip("optuna", reason='needs the extra "sweep"')
+
+
+def opened(folder, **options):
+    return study.open_study(folder, **{"minimize": False, "seed": 0, "grid": False, "epochs": 4} | options)
+
+
+def test_a_planted_dominating_key_comes_first(tmp_path):
+    space = parse_space(["method.alpha=0..1", "method.temperature=1..8"], "quickstart", [], {})
+    found = opened(tmp_path)
+    for _ in range(25):
+        trial = found.ask()
+        chosen = study.suggest(trial, space)
+        found.tell(trial, 10 * float(chosen["method.alpha"]) + 0.001 * float(chosen["method.temperature"]))
+    shares = study.importances(found)
+    assert shares["method.alpha"] > 0.8 > 0.2 > shares["method.temperature"]
+
+
+def test_a_hopeless_trial_is_pruned_by_its_student_alone(tmp_path):
+    found = opened(tmp_path)
+    for _ in range(study.FIRST_TRIALS):
+        good = found.ask()
+        for epoch in range(1, 5):
+            good.report(0.9, epoch)
+        found.tell(good, 0.9)
+    bad = Pruning(found.ask(), "top1", Silent())
+    bad.stage("assistant-1", "")  # its figures are not the student's
+    for epoch in range(1, 5):
+        bad.epoch_start(epoch, 4, 1, 1)
+        bad.epoch_end({"epoch": epoch, "val": {"top1": 0.1}})
+    bad.stage("distilled", "")
+    bad.epoch_start(1, 4, 1, 1)
+    bad.epoch_end({"epoch": 1, "val": {"top1": 0.1}})  # too early to say
+    with pytest.raises(Pruned):
+        bad.epoch_end({"epoch": 2, "val": {"top1": 0.1}})
+
+
+def test_a_grid_is_not_pruned(tmp_path):
+    assert isinstance(opened(tmp_path, grid=True).pruner, optuna.pruners.NopPruner)
+
+
+def test_a_damaged_journal_is_said(tmp_path):
+    opened(tmp_path)
+    (tmp_path / study.JOURNAL).write_text("nonsense\n" * 3)
+    with pytest.raises(ArtifactError, match="damaged"):
+        opened(tmp_path)

@@ -1,0 +1,130 @@
+"""A sweep on small photographs: joined, killed, gone on with, refused; and the test split left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from potstill.errors import UsageError
+from potstill.experiments.recipe_yaml import write
+from potstill.experiments.sweep.space import parse_space
+from potstill.experiments.sweep.worker import Sweep
+from potstill.report.sweep import render_sweep
+from potstill.sealed import read_sealed_json, write_sealed_json
+
+pytest.importorskip("optuna", reason='needs the extra "sweep"')
+
+OVER = ["method.temperature=1,2", "method.alpha=0.2,0.8"]
+
+
+@pytest.fixture
+def source(recipe, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    settings = {"training.epochs": 1, "teacher.training.epochs": 1}
+    path.write_text(write(recipe(**settings).model_dump(mode="json")), encoding="utf-8")
+    return str(path)
+
+
+def make(source, folder, over=OVER, sets=(), **options):
+    space = parse_space(over, source, sets, {})
+    options.setdefault("grid", space.listed)
+    return Sweep(source, sets, {}, space, folder=folder, **options)
+
+
+def rows(folder):
+    return read_sealed_json(folder / "trials.json")["trials"]
+
+
+def command(source, folder, *more):
+    over = [part for text in OVER for part in ("--over", text)]
+    where = ["--root", str(folder.parent), "--name", folder.name]
+    return [sys.executable, "-m", "potstill", "sweep", source, *over, *where, *more]
+
+
+def test_only_the_winner_meets_the_test_split_and_once(source, tmp_path):
+    folder, seen = tmp_path / "sweep", []
+
+    def told(_):
+        seen.extend(path for path in folder.rglob("*test*") if path.is_file())
+        seen.extend(folder.rglob("results.json"))
+
+    work = make(source, folder, told=told)
+    assert work.work()
+    assert seen == []  # while trials ran
+    found = rows(folder)
+    assert len(found) == 4
+    best = max(found, key=lambda row: row["value"])["value"]
+    final = read_sealed_json(folder / "final.json")
+    assert final["value"] == best
+    assert [path.parent.name for path in folder.rglob("results.json")] == [final["folder"]]
+    stages = read_sealed_json(work.winner() / "results.json")["stages"]
+    assert list(stages) == ["teacher", "baseline", "distilled"]
+    assert stages["distilled"]["val"]["top1"] == pytest.approx(best)  # the same weights, not trained again
+    assert len(list(folder.glob("teacher/teacher/metrics.jsonl"))) == 1  # the one training of a teacher
+    assert not list(folder.glob("trials/*/teacher/metrics.jsonl"))
+
+    before = (work.winner() / "results.json").stat().st_mtime_ns
+    assert make(source, folder).work()  # the same command again does nothing more
+    assert (work.winner() / "results.json").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match="has met the test split"):
+        make(source, folder, trials=2).work()
+    with pytest.raises(UsageError, match=r"(?s)training.lr: was 0.003, now 0.5.*--name"):
+        make(source, folder, sets=["training.lr=0.5"]).work()
+    with pytest.raises(UsageError, match=r"method.temperature=1,2: was there before"):
+        make(source, folder, over=["method.temperature=1,3", OVER[1]]).work()
+
+    page, lines = render_sweep(folder)
+    text = page.read_text(encoding="utf-8")
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert f"trial {final['trial']} won" in "\n".join(lines)
+
+
+def test_time_out_leaves_the_rest_to_the_same_command(source, tmp_path):
+    folder = tmp_path / "sweep"
+    assert not make(source, folder, over=["method.alpha=0..1"], trials=2).work(timeout=0)
+    assert not (folder / "final.json").exists()
+    assert make(source, folder, over=["method.alpha=0..1"], trials=2).work()
+    assert len(rows(folder)) == 2
+
+
+def test_other_images_are_another_sweep(source, tmp_path):
+    folder = tmp_path / "sweep"
+    make(source, folder).work(timeout=0)
+    before = read_sealed_json(folder / "sweep.json")
+    write_sealed_json(folder / "sweep.json", before | {"data": "0" * 64})
+    with pytest.raises(UsageError, match="images: were 000000000000"):
+        make(source, folder).work(timeout=0)
+
+
+def test_a_killed_process_loses_nothing_and_two_share_the_rest(source, tmp_path):
+    folder = tmp_path / "sweep"
+    slow = ("--set", "training.epochs=12")
+    with subprocess.Popen(
+        command(source, folder, *slow), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("trials/*/distilled/metrics.jsonl")):
+            assert time.monotonic() < deadline
+            assert first.poll() is None
+            time.sleep(0.05)
+        os.kill(first.pid, signal.SIGKILL)
+    home = next(folder.glob("trials/*/distilled/metrics.jsonl")).parents[1].name
+    pair = [
+        subprocess.Popen(command(source, folder, *slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [each.communicate(timeout=120) for each in pair]
+    assert [each.returncode for each in pair] == [0, 0], said
+    found = rows(folder)
+    assert [row["state"] for row in found] == ["complete"] * 4
+    assert home in [row["folder"] for row in found]  # tried again, in the same folder
+    combinations = {json.dumps(row["chosen"], sort_keys=True) for row in found}
+    assert len(combinations) == 4
+    assert len(list((folder / "workers").iterdir())) == 3
+    assert sum("its process has ended" in errors for _, errors in said) == 1
+    assert len(list(folder.rglob("results.json"))) == 1
