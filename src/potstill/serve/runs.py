@@ -61,8 +61,8 @@ def progress(run: str, folder: Path) -> dict[str, Any]:
         if about["state"] == "training" and not done and total and epochs:
             pace = statistics.median(point["seconds"] for point in epochs)
             stages[-1]["eta_seconds"] = round(max(0, total - epochs[-1]["epoch"]) * pace, 1)
-    verdict = (results.get("comparison") or {}).get("verdict") or []
-    return {**about, "stages": stages, "verdict": [str(each) for each in verdict]}
+    verdict = (results.get("comparison") or {}).get("verdict")
+    return {**about, "stages": stages, "verdict": str(verdict) if verdict else None}
 
 
 def report(folder: Path) -> bytes | None:
@@ -86,7 +86,7 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def _top1(figures: Any) -> float | None:
-    value = ((figures or {}).get("metrics") or {}).get("test", {}).get("top1")
+    value = ((figures or {}).get("test") or {}).get("top1")
     return float(value) if isinstance(value, int | float) else None
 
 

@@ -116,4 +116,4 @@ class Progress(Run):
     """Of /runs/{id}."""
 
     stages: list[Training]  # type: ignore[assignment]
-    verdict: list[str]
+    verdict: str | None = None

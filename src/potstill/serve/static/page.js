@@ -212,7 +212,7 @@ async function refresh() {
     const focused = at("detail").contains(document.activeElement);
     const title = make("div", { class: "title" }, make("h2", { text: run.id }), make("span", { class: `state ${run.state}`, text: run.state }));
     if (run.report) title.append(reportLink(run.id, "Open the report"));
-    at("detail").replaceChildren(back(), title, ...run.verdict.map((text) => make("p", { class: "verdict", text })), ...run.stages.map(stageBox));
+    at("detail").replaceChildren(back(), title, ...(run.verdict ? [make("p", { class: "verdict", text: run.verdict })] : []), ...run.stages.map(stageBox));
     if (focused) at("detail").querySelector("button").focus();
   }
   if (!run || run.state === "training") state.timer = setTimeout(refresh, 2000);
