@@ -33,6 +33,16 @@ def sweep(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the sweep; RECIPE-sweep if not given.")] = None,
     root: Root = Path("runs"),
     seed: Seed = None,
+    slurm: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Submit N SLURM jobs that take part, and return.")
+    ] = None,
+    ray: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="N tasks of a running Ray cluster take part; waits for them.")
+    ] = None,
+    job_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of submitit (timeout_min=90) or a Ray task (num_gpus=1); repeatable."),
+    ] = None,
 ) -> None:
     """Search for better settings; repeat the command to go on, or to join from another process."""
     import re
@@ -51,6 +61,15 @@ def sweep(
     name = f"{load_recipe(recipe, sets, flags=flags).name[: _NAME - 6]}-sweep" if name is None else name
     if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{_NAME}}}", name) or set(name) == {"."}:
         raise UsageError(f"a sweep's name is 1 to {_NAME} of the characters A-Z a-z 0-9 . _ -, got {name!r}")
+
+    if slurm or ray or job_option:
+        repeated = {"--over": over, "--set": sets, "--teacher": teacher}
+        once = {"--trials": trials, "--timeout": timeout, **flags, "--teacher": None, "--name": name, "--root": root}
+        words = [word for flag, texts in repeated.items() for text in texts or [] for word in (flag, text)]
+        words += [word for flag, value in once.items() if value is not None for word in (flag, str(value))]
+        grids = "--grid" if grid else "--no-grid"
+        _launch(["sweep", recipe, *words, grids], root / name, slurm, ray, job_option or [])
+        return
 
     from potstill.console import Progress, say_lines, say_next
     from potstill.experiments.sweep.worker import Sweep
@@ -84,3 +103,20 @@ def sweep(
         say_lines("not over yet", ["the same command goes on; the test split has not been read"])
         return
     say_next(["potstill", "report", str(work.winner())])
+
+
+def _launch(arguments: list[str], folder: Path, slurm: int | None, ray: int | None, options: list[str]) -> None:
+    """Have others do it."""
+    from potstill.console import say_lines
+    from potstill.experiments.sweep.launchers import on_ray, on_slurm, parse_options
+    from potstill.experiments.sweep.record import SLURM
+
+    if (slurm is None) == (ray is None):
+        both = "--slurm and --ray exclude each other" if slurm else "--job-option goes with --slurm or --ray"
+        raise UsageError(both)
+    if slurm is not None:
+        jobs = on_slurm(arguments, slurm, folder / SLURM, parse_options(options))
+        say_lines(f"submitted: {', '.join(jobs)}", [f"what they print: {folder / SLURM}"])
+    elif ray is not None:
+        on_ray(arguments, ray, parse_options(options))
+        say_lines(f"sweep {folder}: {folder / 'sweep.html'}", [])

@@ -12,6 +12,7 @@ from potstill.experiments.sweep.space import Space
 from potstill.sealed import read_sealed_json, write_sealed_json
 
 SWEEP, TRIALS, FINAL = "sweep.json", "trials.json", "final.json"
+SLURM = "slurm"  # a folder: what SLURM jobs print
 _SHOWN = 8  # differences that are named
 _FREE = ("data.workers", "data.memory_share", "store.folder", "training.checkpoint_seconds")
 
@@ -38,7 +39,7 @@ def agree(folder: Path, wanted: dict[str, Any]) -> None:
     """
     path = folder / SWEEP
     if not path.exists():
-        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        if any(not entry.name.startswith(".") and entry.name != SLURM for entry in folder.iterdir()):
             raise UsageError(f"{folder} exists and is no sweep; choose another --name or --root")
         write_sealed_json(path, wanted)
         return
