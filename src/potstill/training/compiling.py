@@ -74,10 +74,10 @@ class Compiling:
         self.compile, self.clock = compile, clock
         asked = settings.compile is True or (settings.compile == "auto" and compute.device.type == "cuda")
         own = "forward" not in vars(self.student)
-        fits = own and readable(distiller) and not isinstance(optimizer, SplitsGradients)
+        fits = own and readable(distiller) and not isinstance(optimizer, SplitsGradients) and not settings.int8_share
         self.wanted = asked and fits
         if settings.compile is True and not fits:
-            observer.note("not compiled: the method reads more than logits, or the optimizer runs backward twice")
+            observer.note("not compiled: the method reads more than logits, int8 is simulated, or backward runs twice")
         self.twice = distiller.method.needs.second != "none"
         self.call: Call | None = None
         self.whole = torch.Size()  # shape of the batches that the compiled call is for

@@ -1,6 +1,7 @@
 """The one training loop: teacher, baseline and distilled student all go through it."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from potstill.training.optimizers import create_optimizer, lr_factor
 from potstill.training.saving import Saving
 from potstill.training.settings import TrainingSettings
 from potstill.training.sharing import Sharing, refuse_alone
+from potstill.training.simulated_int8 import plain_epochs, simulated_int8
 from potstill.training.stopping import Stopping
 from potstill.training.under_way import UnderWay
 from potstill.types import Batch, Step
@@ -67,6 +69,7 @@ class Training:
         self.train, self.classes = train, classes
         self.others = {"val": val} | ({"test": test} if test is not None else {})
         self.folder, self.history = folder, History()
+        self.plain_epochs = plain_epochs(settings.epochs, settings.int8_share)
         steps = -(-train.steps // settings.accumulate)
         refuse_alone(distiller.method, settings.optimizer, compute.processes)
         self.sharing = Sharing(distiller, compute.processes)
@@ -143,14 +146,16 @@ class Training:
         else:  # that has been done, and is part of what was loaded
             self.observer.step(sum(self.train.sizes_of(number)[: under_way.step]))
         if left := self.train.steps - under_way.step:
-            with self.compiling.epoch(left, left + self.train.steps * (self.settings.epochs - number - 1)):
+            after = left + self.train.steps * (self.settings.epochs - number - 1)
+            with self.compiling.epoch(left, after), self._rounding(number):
                 self._train_epoch(number, under_way)
         figures = self._figures(under_way, f"epoch {number + 1}, training", self.train, number)
         trained = under_way.seconds
         with _EvaluatedWeights(self.distiller, self.average):
             splits = {name: self._evaluate(number, name, loader) for name, loader in self.others.items()}
             value = _comparable(self.settings.pick_by, splits["val"])
-            best = value > self.history.best_value
+            # Weights that have not met int8's rounding are no candidates, however good they are without it.
+            best = value > self.history.best_value or number == self.plain_epochs
             if best:
                 self.history.best_epoch, self.history.best_value = number + 1, value
                 self.saving.keep_best()
@@ -195,6 +200,9 @@ class Training:
                 if due and self.settings.checkpoint_seconds > 0:  # else nobody asked for one in the midst of an epoch
                     self._save(number, under_way)
         answers.flush()
+
+    def _rounding(self, number: int) -> AbstractContextManager[None]:
+        return nullcontext() if number < self.plain_epochs else simulated_int8(self.distiller.student)
 
     def _agreed(self) -> tuple[bool, bool]:
         """Whether any process was asked to stop, and whether a checkpoint is due in any: the same for all."""

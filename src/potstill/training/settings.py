@@ -33,6 +33,12 @@ class TrainingSettings(BaseModel):
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are then evaluated")
+    int8_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a student's epochs, the last ones, under int8's rounding (quantization-aware training)",
+    )
     early_stopping: int | None = Field(None, ge=1, description="epochs without a better val metric before stopping")
     pick_by: PickBy = Field("top1", description="val metric that picks the best epoch")
     evaluate_test_every_epoch: bool = Field(False, description="test curves; never used to choose")
