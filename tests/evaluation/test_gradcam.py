@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.evaluation.gradcam import grad_cam
+from potstill.evaluation.gradcam import grad_cam, seen_region
+from potstill.input_spec import InputSpec
 from potstill.models.create import create_model
 
 
@@ -34,9 +35,19 @@ def test_nothing_speaks_for_the_class():
     assert grad_cam(by_hand(), torch.zeros(1, 3, 2, 2), [0]).count_nonzero() == 0
 
 
-@pytest.mark.parametrize("name", ["cifar/resnet8", "cifar/vgg8", "vit_tiny_patch16_224"])
-def test_networks_of_each_kind(name):
-    size = 64 if name.startswith("vit") else 32
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("cifar/resnet8", 32),
+        ("cifar/vgg8", 32),
+        ("vit_tiny_patch16_224", 64),  # reads its class token
+        ("mixer_s32_224", 64),
+        ("mobilevit_xxs", 64),
+        ("swin_tiny_patch4_window7_224", 64),  # channels last
+        ("xcit_nano_12_p16_224", 64),
+    ],
+)
+def test_networks_of_each_kind(name, size):
     net = create_model(name, 5, size=size).train().requires_grad_(False)
     torch.nn.init.normal_([part for part in net.modules() if isinstance(part, nn.Linear)][-1].weight)
     cams = grad_cam(net, torch.rand(3, 3, size, size), torch.tensor([0, 1, 2]))
@@ -57,3 +68,16 @@ def test_a_network_without_maps_is_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(UsageError, match="feature map"):
         grad_cam(net, torch.rand(1, 3, 2, 2), [0])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "spec", "region"),
+    [
+        (64, 64, InputSpec(32), [0, 0, 1, 1]),
+        (100, 200, InputSpec(32), [0.25, 0, 0.5, 1]),  # the square in the middle
+        (100, 200, InputSpec(32, fit="squash"), [0, 0, 1, 1]),
+        (300, 100, InputSpec(80, crop_share=0.8), [0.1, 0.36667, 0.8, 0.26667]),  # 80 of the square's 100 pixels
+    ],
+)
+def test_the_part_of_the_image_that_a_network_sees(height, width, spec, region):
+    assert seen_region(height, width, spec) == pytest.approx(region, abs=1e-5)

@@ -1,7 +1,9 @@
 """Made-up run folders, written file by file as the pipeline writes them."""
 
+import base64
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from potstill.sealed import write_sealed_json, write_sealed_text
 
@@ -31,8 +34,8 @@ def like(stage: str) -> str:
 def listed(folder: Path) -> dict[str, str]:
     """``files`` of results.json."""
     names = ("metrics.json", "metrics.jsonl", "predictions_*.csv")
-    found = sorted(path for name in names for path in folder.glob(f"*/{name}"))
-    return {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    found = sorted([path for name in names for path in folder.glob(f"*/{name}")] + list(folder.glob("examples.json")))
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 class RunBuilder:
@@ -46,6 +49,8 @@ class RunBuilder:
         self.stages: tuple[str, ...] = ("teacher", "baseline", "distilled")
         self.ready_teacher = False
         self.changes: dict[str, Any] = {}  # laid over results.json
+        self.calibration: dict[str, Any] | None = None  # of every stage
+        self.examples: dict[str, Any] | None = None  # examples.json, where there is to be one
 
     def write(self) -> Path:
         self.folder.mkdir(parents=True)
@@ -59,6 +64,8 @@ class RunBuilder:
         )
         write_sealed_text(self.folder / "recipe.yaml", recipe)
         write_sealed_json(self.folder / "environment.json", {"python": "3.11.9", "torch": "2.15.0"})
+        if self.examples is not None:
+            (self.folder / "examples.json").write_text(json.dumps(self.examples), encoding="utf-8")
         write_sealed_json(self.folder / "results.json", results | {"files": listed(self.folder)})
         return self.folder
 
@@ -84,6 +91,7 @@ class RunBuilder:
             "model": {"architecture": ARCHITECTURE[like(name)], "size": 32, **MODEL[like(name)]},
             "training": None if ready else training,
             "latency_ms": latency,
+            **({} if self.calibration is None else {"calibration": self.calibration}),
             **flat,
         }
 
@@ -196,6 +204,59 @@ def metrics(class_names: Sequence[str], confusion: np.ndarray[Any, Any], *, dist
     return found | {"confusion": confusion.tolist(), "auc_skipped": []}
 
 
+GROUPS = ("mistakes", "disagreements", "repaired", "broken")
+
+
+def examples(class_names: Sequence[str], images: int = 24, side: int = 120, fields: int = 14) -> dict[str, Any]:
+    """examples.json at its heaviest: every image in one group only, its pixels noise."""
+    random = np.random.default_rng(0)
+
+    def shot(i: int) -> dict[str, Any]:
+        file = io.BytesIO()
+        noise = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "JPEG", quality=25)
+        said = class_names[(i + 1) % len(class_names)]
+        rows = [random.integers(0, 256, fields, dtype=np.uint8).tobytes().hex() for _ in range(fields)]
+        look = {"rows": rows, "region": [0.0, 0.0, 1.0, 1.0]}
+        return {
+            "name": f"test/{class_names[i % len(class_names)]}/{i:05d}.png",
+            "class": class_names[i % len(class_names)],
+            "said": {name: {"class": said, "probability": 0.75} for name in SKILL},
+            "thumbnail": {
+                "type": "jpeg",
+                "width": side,
+                "height": side,
+                "data": base64.b64encode(file.getvalue()).decode(),
+            },
+            "looks": {"teacher": look, "distilled": look},
+        }
+
+    each = images // len(GROUPS)
+    return {
+        "schema": 1,
+        "split": "test",
+        "parts": {"student": "distilled", "teacher": "teacher", "baseline": "baseline"},
+        "groups": {
+            name: {"count": 10 * each, "images": [str(at * each + i) for i in range(each)]}
+            for at, name in enumerate(GROUPS)
+        },
+        "images": {str(i): shot(i) for i in range(images)},
+        "failed": {},
+    }
+
+
+CKA: dict[str, Any] = {
+    "split": "val",
+    "images": 108,
+    "layers": {"teacher": ["stage1", "stage2"], "baseline": ["a", "b", "c"], "distilled": ["a", "b", "c"]},
+    "values": {
+        "baseline": [[0.91, 0.5, -0.02], [0.4, 0.6, 0.35]],
+        "distilled": [[0.93, 0.55, 0.1], [0.5, 0.71, None]],
+    },
+    "left_out": {},
+}
+
+
 @pytest.fixture(scope="session")
 def run_builder() -> type[RunBuilder]:
     return RunBuilder
@@ -207,5 +268,25 @@ def build_run(tmp_path: Path) -> Callable[..., RunBuilder]:
         if isinstance(class_names, int):
             class_names = [f"class {i}" for i in range(class_names)]
         return RunBuilder(tmp_path / "runs" / name, class_names, **options)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of a run with everything that a page can show, of so many classes; made once."""
+    made: dict[int, Path] = {}
+
+    def build(classes: int) -> Path:
+        if classes not in made:
+            names = [f"a class with quite a long name, number {i}" for i in range(classes)]
+            images = 10 if classes > 10 else 60
+            builder = RunBuilder(tmp_path_factory.mktemp("full") / "run", names, epochs=30, test_images=images)
+            bins = [[10, 0.45, 0.4], [30, 0.75, 0.7], [60, 0.97, 0.95]]
+            figures = {"ece": 0.03, "nll": 0.4, "bins": bins}
+            builder.calibration = {"temperature": 1.4, "before": figures, "after": figures}
+            builder.examples, builder.changes = examples(names), {"cka": CKA, "warnings": ["The teacher is weak."]}
+            made[classes] = builder.write()
+        return made[classes]
 
     return build

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from potstill.data.square import packed_side
 from potstill.errors import UsageError
 from potstill.features.reading import Request, read
 from potstill.features.stages import stages
+from potstill.input_spec import InputSpec
 
 
 def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
@@ -58,3 +60,25 @@ def _weighted(maps: Tensor, slopes: Tensor) -> Tensor:
     """[B, C, h, w] twice -> [B, h, w]."""
     cams = (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu()
     return cams / cams.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cams.dtype).tiny)
+
+
+def seen_region(height: int, width: int, spec: InputSpec) -> list[float]:
+    """Which part of an image a network sees, and so what its map covers.
+
+    Args:
+        height: of the image as it was decoded, in pixels.
+        width: likewise.
+        spec: how the network wants its images.
+
+    Returns:
+        left, top, width and height as shares of the image's sides, 0 to 1.
+
+    Example:
+        >>> seen_region(100, 200, InputSpec(32))  # the largest centred square
+        [0.25, 0.0, 0.5, 1.0]
+    """
+    share = spec.size / packed_side(spec)
+    short = min(height, width)
+    across, down = (short / width, short / height) if spec.fit == "crop" else (1.0, 1.0)
+    across, down = across * share, down * share
+    return [round(value, 5) for value in ((1 - across) / 2, (1 - down) / 2, across, down)]

@@ -112,6 +112,7 @@ class Run:
     recipe: str | None = None  # recipe.yaml
     environment: str | None = None  # environment.json
     repeats: dict[str, Stage] = field(default_factory=dict)  # baseline and distilled of further seeds
+    examples: dict[str, Any] | None = None  # examples.json
 
     @property
     def name(self) -> str:
@@ -172,7 +173,15 @@ def read_run(folder: Path) -> Run:
         read_sealed_text(recipe) if recipe.is_file() else None,
         as_json(read_sealed_json(environment)).decode() if environment.is_file() else None,
         repeats,
+        _examples(folder / "examples.json", results["files"]),
     )
+
+
+def _examples(path: Path, files: dict[str, Any]) -> dict[str, Any] | None:
+    """None where the run has made none, or somebody has deleted them: pictures need not go with every copy."""
+    if path.name not in files or not path.is_file():
+        return None
+    return _parsed(path, read_bytes(path, sha256=str(files[path.name])))
 
 
 def _stages(folder: Path, entries: dict[str, Any], files: dict[str, Any]) -> dict[str, Stage]:

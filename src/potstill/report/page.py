@@ -20,6 +20,7 @@ from potstill.report.sections import (
     data,
     exports,
     fidelity,
+    images,
     reproduce,
     verdict,
     warnings,
@@ -47,6 +48,7 @@ SECTIONS = (
     Section("classes", "Class by class", classes.context),
     Section("fidelity", "Fidelity", fidelity.context),
     Section("calibration", "Calibration", calibration.context),
+    Section("images", "Images", images.context),
     Section("advice", "Advice", advice.context),
     Section("exports", "Exports", exports.context),
     Section("data", "Data", data.context),
@@ -67,7 +69,7 @@ def fill(template: str, values: dict[str, Any]) -> str:
     """A template of this package with the page's colours and ``values``."""
     light, dark = theme.css_variables()
     environment = _environment()
-    style = environment.get_template("style.css.j2").render(light=light, dark=dark)
+    style = environment.get_template("style.css.j2").render(light=light, dark=dark, brighter=theme.BRIGHTER)
     # The browser hashes what stands between <style> and </style>: no other style sheet can be smuggled in.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return environment.get_template(template).render(style=style, style_hash=digest, **values)

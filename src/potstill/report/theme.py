@@ -13,7 +13,9 @@ TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#009e73"
 TEACHER, BASELINE, DISTILLED = "#cc79a7", "#e69f00", "#0173b3"
 ASSISTANT, GENERATION = "#8a5a9e", "#56b4e8"
 RIGHT, WRONG = "#0074b4", "#d45d00"
-ON_STRONG = "#fefefe"  # text on a filled cell
+# Text on a coloured field, light page / dark page (``figures.legible`` chooses): black / white, black / black, ...
+ON_WEAK, ON_MIDDLE, ON_STRONG, ON_DEEP = "#000001", "#000002", "#fefefe", "#fefeff"
+BRIGHTER = 1.3  # pictures made of pixels, in the dark page
 
 SPLIT_COLOURS = {"train": TRAIN, "val": VAL, "test": TEST}
 ROLE_COLOURS = {
@@ -40,7 +42,10 @@ CSS = {
     "generation": (GENERATION, "#9fd3f2"),
     "right": (RIGHT, "#56b3e8"),
     "wrong": (WRONG, "#f18b3d"),
-    "on-strong": (ON_STRONG, "#0b0f13"),
+    "on-weak": (ON_WEAK, "#ffffff"),
+    "on-middle": (ON_MIDDLE, "#000000"),
+    "on-strong": (ON_STRONG, "#000000"),
+    "on-deep": (ON_DEEP, "#ffffff"),
 }
 
 

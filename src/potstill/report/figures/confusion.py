@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from potstill.report.figures.legible import text_on
 from potstill.report.names import short
-from potstill.report.theme import GRID, INK, ON_STRONG, RIGHT, WRONG
+from potstill.report.theme import GRID, RIGHT, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def draw_difference(figure: "Figure", before: Matrix, after: Matrix, class_names
         size = 10.0 if classes <= 6 else 8.0 if classes <= 10 else 5.5
         for row, column in np.argwhere(change):
             text = f"{int(change[row, column]):+,d}".replace("-", "\N{MINUS SIGN}")
-            colour = ON_STRONG if strength[row, column] > 0.62 else INK
+            colour = text_on(RIGHT if good[row, column] else WRONG, float(strength[row, column]), raster=True)
             axes.text(column, row, text, color=colour, fontsize=_fit(text, size, classes), ha="center", va="center")
 
 
@@ -56,9 +57,9 @@ def pair_size(classes: int) -> tuple[float, float]:
 
 
 def single_size(classes: int) -> tuple[float, float]:
-    """Inches for ``draw_single``: narrow enough for a phone."""
-    side = min(_side(classes), 5.6)
-    return side, side + 0.1
+    """Inches for ``draw_single``: narrow enough that letters keep their size on a phone."""
+    side = 4.4 if classes <= 10 else 5.0
+    return side, 0.85 * side if classes <= 4 else side + 0.1  # few classes have wide names beside narrow fields
 
 
 def draw_matrix(axes: "Axes", matrix: Matrix, class_names: Sequence[str], shown: Shown, title: str) -> None:
@@ -146,7 +147,7 @@ def _annotate(axes: "Axes", counts: Any, shares: Any, strength: Any, shown: Show
             text += f"\n{_share(share, classes)} %"
         elif shown == "shares" and classes <= 6:
             text += " %"
-        colour = ON_STRONG if strength[row, column] > 0.62 else INK
+        colour = text_on(RIGHT if row == column else WRONG, float(strength[row, column]), raster=True)
         axes.text(column, row, text, color=colour, fontsize=_fit(text, size, classes), ha="center", va="center")
 
 

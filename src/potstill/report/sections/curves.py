@@ -7,7 +7,7 @@ from potstill.report.contents import Run, Stage
 from potstill.report.figures.canvas import as_svg
 from potstill.report.figures.curves import draw_accuracy, draw_loss, draw_rate, draw_stages, draw_top
 
-_WIDE, _SMALL = (5.8, 3.3), (4.4, 3.3)  # inches
+_WIDE, _SMALL = (4.9, 3.0), (4.4, 3.3)  # inches
 
 
 def context(run: Run) -> dict[str, Any] | None:

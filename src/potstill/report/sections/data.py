@@ -19,8 +19,10 @@ def context(run: Run) -> dict[str, Any] | None:
     rows = [(name, [count(counts[split].get(name, 0)) for split in splits]) for name in names]
     totals = [sum(number(n) or 0 for n in counts[split].values()) for split in splits]
     size = number(data.get("size"))
+    before = data.get("source_domain") or {}
     facts = [
-        ("Source", data.get("source")),
+        ("Source domain", " · ".join(filter(None, map(before.get, ("source", "origin"))))),
+        ("Target domain, of which all figures are" if before else "Source", data.get("source")),
         ("Split", data.get("origin")),
         ("Classes", count(len(names))),
         (

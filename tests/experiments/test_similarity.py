@@ -1,0 +1,51 @@
+"""``cka`` of results.json, and examples.json, as a run leaves them."""
+
+import json
+
+import pytest
+
+from potstill.artifacts import digest_of
+from potstill.experiments import pipeline
+from potstill.experiments.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def run(photographs, tmp_path_factory):
+    recipe = load_recipe(
+        {
+            "name": "tiny",
+            "data": {"source": str(photographs), "size": 16, "workers": 0},
+            "teacher": {"model": "cifar/resnet14"},
+            "student": {"model": "cifar/resnet8"},
+            "training": {"epochs": 1, "batch_size": 16, "precision": "float32"},
+        }
+    )
+    return pipeline.run(recipe, root=tmp_path_factory.mktemp("runs"))
+
+
+def test_a_row_for_each_stage_of_the_teacher(run):
+    results = json.loads((run / "results.json").read_text())
+    found = results["cka"]
+    images = sum(results["data"]["counts"]["val"].values())
+    assert (found["split"], found["images"]) == ("val", images)
+    assert found["layers"] == {name: ["stage1", "stage2", "stage3"] for name in ("teacher", "baseline", "distilled")}
+    for student in ("baseline", "distilled"):
+        assert [len(row) for row in found["values"][student]] == [3, 3, 3]
+        assert all(value is None or -0.5 < value < 1.2 for row in found["values"][student] for value in row)
+    assert found["left_out"] == {}
+
+
+def test_examples_are_written_and_listed(run):
+    results = json.loads((run / "results.json").read_text())
+    assert results["files"]["examples.json"] == digest_of(run / "examples.json")
+    found = json.loads((run / "examples.json").read_text())
+    comparison = results["comparison"]
+    assert found["groups"]["repaired"]["count"] == comparison["fixed"]
+    assert found["groups"]["broken"]["count"] == comparison["broken"]
+    distilled = results["stages"]["distilled"]["test"]
+    assert found["groups"]["mistakes"]["count"] == round(distilled["count"] * (1 - distilled["top1"]))
+    assert found["groups"]["disagreements"]["count"] == round(distilled["count"] * (1 - distilled["agreement"]))
+    assert found["failed"] == {}
+    assert all(
+        image["thumbnail"] and image["looks"].keys() == {"teacher", "distilled"} for image in found["images"].values()
+    )
