@@ -72,3 +72,25 @@ def test_counts_without_unlabeled_images() -> None:
     assert Epochs(labels, 4, "listed", 0).labeled == 21
     whole = Epochs(labels, 8, "shuffled", 0, whole_batches=True)
     assert (whole.count, whole.steps, [len(batch) for batch in whole.batches(0)]) == (16, 2, [8, 8])
+
+
+def test_an_epoch_may_be_longer_than_there_are_images() -> None:
+    labels = np.zeros(5, dtype=np.int64)
+    longer = Epochs(labels, 4, "shuffled", 0, length=12)
+    assert (longer.labeled, longer.steps, longer.count) == (12, 3, 12)
+    shown = np.concatenate([batch for epoch in range(5) for batch in longer.batches(epoch)])
+    assert np.bincount(shown).tolist() == [12] * 5  # 60 shown: twelve turns of five, across the ends of epochs
+    assert [sorted(turn) for turn in shown.reshape(12, 5).tolist()] == [list(range(5))] * 12
+    shorter = Epochs(labels, 2, "shuffled", 0, length=2)
+    assert np.bincount(np.concatenate([shorter.batches(e)[0] for e in range(5)])).tolist() == [2] * 5
+
+
+def test_draws_are_balanced_over_groups_whatever_their_sizes_and_the_length() -> None:
+    groups = np.array([0] * 50 + [1] * 5 + [3] * 1)  # nobody is of group 2
+    epochs = Epochs(groups, 100, "balanced", 7, length=6000)
+    (shown,) = (np.concatenate(epochs.batches(epoch)) for epoch in range(1))
+    assert len(shown) == 6000
+    counts = np.bincount(groups[shown], minlength=4)
+    assert counts[2] == 0
+    assert counts[[0, 1, 3]] == pytest.approx(2000, abs=5 * np.sqrt(6000 * 2 / 9))  # five standard deviations
+    assert np.bincount(shown, minlength=56)[50:55] == pytest.approx(400, abs=100)

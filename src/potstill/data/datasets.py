@@ -17,6 +17,7 @@ from potstill.data.manifest import SUFFIXES
 from potstill.data.settings import DataSettings
 from potstill.data.sources import AUGMENT, from_folder, from_manifest
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
+from potstill.data.target import target_settings, with_target
 from potstill.data.unlabeled import check_unlabeled, with_unlabeled
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError, nearest
@@ -50,9 +51,24 @@ def load_data(settings: DataSettings, data: DataSplits | None = None, *, progres
         DataError: images, classes or splits that cannot be trained on.
     """
     check_unlabeled(settings)
-    if data is not None:
-        check_splits(data.class_names, {split: data.split(split) for split in SPLITS}, data.source)
-    return with_unlabeled(settings, data if data is not None else _labeled(settings, progress), progress)
+    for each in (data, None if data is None else data.target):
+        if each is not None:
+            check_splits(each.class_names, {split: each.split(split) for split in SPLITS}, each.source)
+    found = data if data is not None else _labeled(settings, progress)
+    target = _target(settings, data, progress)
+    if target is None:
+        return with_unlabeled(settings, found, progress)
+    # Images without labels are more of what the student is to work on.
+    return with_target(found, with_unlabeled(settings, target, progress))
+
+
+def _target(settings: DataSettings, data: DataSplits | None, progress: Watcher | None) -> DataSplits | None:
+    given = None if data is None else data.target
+    if settings.target is None:
+        return given
+    if given is not None:
+        raise UsageError("the target comes from data.target or with the data from Python, not from both")
+    return _labeled(target_settings(settings), progress)
 
 
 def _labeled(settings: DataSettings, progress: Watcher | None) -> DataSplits:
@@ -88,6 +104,16 @@ def check_source(settings: DataSettings) -> None:
         raise UsageError(f"data {name!r}: folders and manifests take no options, got {', '.join(settings.options)}")
     if settings.val + settings.test >= 1:
         raise UsageError(f"val {settings.val:g} and test {settings.test:g} leave no images for train")
+
+
+def check_target(settings: DataSettings) -> None:
+    """Likewise of the target; nothing where there is none.
+
+    Raises:
+        UsageError: as ``check_source``.
+    """
+    if settings.target is not None:
+        check_source(target_settings(settings))
 
 
 def from_torch(

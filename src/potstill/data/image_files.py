@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.images import ArraySet, FileSet, ImageSet, Subset
+from potstill.data.relabelled import Relabelled
 from potstill.data.unlabeled import Joined
 
 
@@ -21,6 +22,8 @@ def are_arrays(images: ImageSet) -> bool:
 
 def digests_of(images: ImageSet) -> NDArray[np.uint8] | None:
     """uint8 [N, 32]: SHA-256 of each file's content, where all images are files that were checked; else None."""
+    if isinstance(images, Relabelled):
+        return digests_of(images.images)
     if isinstance(images, Subset):
         inner = digests_of(images.images)
         return None if inner is None else inner[images.index]
@@ -33,7 +36,7 @@ def digests_of(images: ImageSet) -> NDArray[np.uint8] | None:
 
 def _parts(images: ImageSet) -> Sequence[ImageSet]:
     """Without the sets that only arrange others."""
-    if isinstance(images, Subset):
+    if isinstance(images, (Subset, Relabelled)):
         return _parts(images.images)
     if isinstance(images, Joined):
         return [inner for part in images.parts for inner in _parts(part)]

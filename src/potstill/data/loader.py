@@ -14,6 +14,7 @@ from potstill.data.orders import Epochs, Ids, Order
 from potstill.data.packed import pack, squares
 from potstill.data.preprocess import packed_side
 from potstill.data.settings import AugmentSettings
+from potstill.data.splits import Draws
 from potstill.data.unlabeled import Joined
 from potstill.data.watcher import Watcher
 from potstill.data.workers import Workers
@@ -52,6 +53,7 @@ class Loader:
         identity: a word for these images and their content, by which decoded pixels are kept on disk; None: they are
             kept in memory only.
         progress: is told about what takes long.
+        draws: another length of an epoch, and groups that the order "balanced" draws from in place of the classes.
         share: (rank, count): this is one of so many processes, each of which takes every count-th image of a batch; in
             the order "listed", every count-th batch, so that a network answers as if there were one process.
 
@@ -84,6 +86,7 @@ class Loader:
         view_seed: int | None = None,
         identity: str | None = None,
         progress: Watcher | None = None,
+        draws: Draws | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
@@ -104,7 +107,16 @@ class Loader:
         self.share = share
         _refuse_sharing(share[1], order, batch_size, len(images), whole_batches)
         self.epochs = Epochs(
-            self.labels.numpy(), batch_size, order, seed, more, unlabeled_share, whole_batches, processes=share[1]
+            self.labels.numpy() if draws is None or draws.groups is None else draws.groups,
+            batch_size,
+            order,
+            seed,
+            more,
+            unlabeled_share,
+            whole_batches,
+            processes=share[1],
+            length=None if draws is None else draws.length,
+            curriculum=None if draws is None else draws.curriculum,
         )
         if self.epochs.steps == 0:
             raise UsageError(f"{len(images)} images do not fill one batch of {batch_size}: lower the batch size")

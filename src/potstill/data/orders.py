@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.draws import uniform, words
+from potstill.data.pacing import Admitted
 
 Ids = NDArray[np.int64]
 Numbers = NDArray[np.float64]
@@ -26,13 +27,15 @@ class Epochs:
     unlabeled_share: float = 0.5
     whole_batches: bool = False
     processes: int = 1  # that share each batch
+    length: int | None = None  # labeled images per epoch, drawn again where they are fewer; None: each once
+    curriculum: Admitted | None = None  # in the order "shuffled": of whom an epoch draws
 
     @property
     def labeled(self) -> int:
         """Labeled images per epoch: a last batch in which a process would have a single one is left out, unless they
         are all to be evaluated.
         """
-        total = len(self.labels)
+        total = len(self.labels) if self.length is None else self.length
         rest = total % self.batch_size
         if self.whole_batches:
             return total - rest
@@ -66,10 +69,15 @@ class Epochs:
         return int(place * self.unlabeled_share / (1 - self.unlabeled_share) + 0.5) if self.unlabeled else 0
 
     def _in_order(self, epoch: int) -> Ids:
+        if self.order == "shuffled" and self.curriculum is not None:
+            ids, total = self.curriculum.of(epoch), self.length or len(self.labels)
+            return ids[cycled(len(ids), self.seed, 0, total, f"curriculum {epoch}")]
+        if self.order == "shuffled" and self.length is not None:
+            return cycled(len(self.labels), self.seed, epoch * self.length, (epoch + 1) * self.length, "order")
         if self.order == "shuffled":
             return shuffled(len(self.labels), self.seed, epoch)
         if self.order == "balanced":
-            return balanced(self.labels, self.seed, epoch)
+            return balanced(self.labels, self.seed, epoch, self.length)
         return np.arange(len(self.labels), dtype=np.int64)
 
 
@@ -78,21 +86,21 @@ def shuffled(count: int, seed: int, epoch: int, field: str = "order") -> Ids:
     return np.argsort(words(seed, field, np.arange(count, dtype=np.int64), epoch), kind="stable")
 
 
-def balanced(labels: Ids, seed: int, epoch: int) -> Ids:
-    """As many draws with replacement as there are labels [N], each class equally likely."""
-    slots = np.arange(len(labels), dtype=np.int64)
+def balanced(labels: Ids, seed: int, epoch: int, count: int | None = None) -> Ids:
+    """``count`` draws with replacement (None: as many as there are labels [N]), each class equally likely."""
+    slots = np.arange(len(labels) if count is None else count, dtype=np.int64)
     classes, images = (uniform(seed, f"balanced {field}", slots, epoch) for field in ("class", "image"))
     return ByClass(labels).choose(classes, images)
 
 
-def cycled(count: int, seed: int, start: int, stop: int) -> Ids:
+def cycled(count: int, seed: int, start: int, stop: int, field: str = "unlabeled order") -> Ids:
     """Places ``start`` to ``stop`` of an endless sequence that shows ``count`` samples again and again, each time all
-    of them in a new order.
+    of them in a new order; another ``field``, other orders.
     """
     if stop <= start:
         return np.zeros(0, dtype=np.int64)
     first, last = start // count, (stop - 1) // count
-    turns = [shuffled(count, seed, turn, "unlabeled order") for turn in range(first, last + 1)]
+    turns = [shuffled(count, seed, turn, field) for turn in range(first, last + 1)]
     return np.concatenate(turns)[start - first * count : stop - first * count]
 
 

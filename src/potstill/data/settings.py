@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Pacing = Literal["linear", "root", "step"]  # of a curriculum: how its share of the images grows
+
 
 class AugmentSettings(BaseModel):
     """What a view of a training image may change; each draw depends on (seed, sample id, view) alone."""
@@ -56,6 +58,13 @@ class DataSettings(BaseModel):
     )
     unlabeled_share: float = Field(
         0.5, gt=0, le=0.9, description="share of such images in a batch; they come on top of `batch_size`"
+    )
+    target: str | None = Field(
+        None, description="another domain of the same classes, in which the student is to work; given as `source` is"
+    )
+    target_options: dict[str, Any] = Field({}, description="options of the target, where it is a named data set")
+    target_labels: float = Field(
+        0.0, ge=0, le=1, description="share of the target's training and val images whose labels may be used"
     )
     mean: tuple[float, float, float] | None = Field(
         None, description="of RGB in [0, 1], subtracted from images; null, and for published weights: the network's own"

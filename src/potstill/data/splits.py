@@ -8,12 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.images import ImageSet
+from potstill.data.pacing import Admitted
 from potstill.data.settings import AugmentSettings
 from potstill.errors import DataError
 
 SPLITS = ("train", "val", "test")
 
 Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What an epoch shows of training images that are not simply shown once each."""
+
+    length: int  # images per epoch
+    groups: Index | None = None  # [N]: each group is equally likely in every draw; None: all images in turn
+    curriculum: Admitted | None = None  # of whom an epoch's images are drawn; None: of all
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,13 @@ class DataSplits:
     fingerprint: str  # sha256 over names, content, labels and splits
     augment: AugmentSettings  # the light default of this data
     unlabeled: ImageSet | None = None  # further training images that nobody has labeled
+    target: "DataSplits | None" = None  # another domain of the same classes
+    draws: Draws | None = None  # what an epoch shows of train; None: each image once
+
+    @property
+    def measured(self) -> "DataSplits":
+        """The domain in which figures are measured: the target, where there is one."""
+        return self if self.target is None else self.target
 
     def split(self, name: str) -> ImageSet:
         """The images of "train", "val" or "test"."""
@@ -40,12 +57,14 @@ class DataSplits:
         return {name: dict(zip(self.class_names, found.tolist(), strict=True)) for name, found in counted.items()}
 
     def as_rows(self) -> list[tuple[str, str, str]]:
-        """(split, image name, class name) of every image."""
-        return [
+        """(split, image name, class name) of every image; those of a target are of "target train" and so on."""
+        rows = [
             (split, name, self.class_names[label])
             for split in SPLITS
             for name, label in zip(self.split(split).names, self.split(split).labels, strict=True)
         ]
+        more = self.target.as_rows() if self.target is not None else []
+        return rows + [(f"target {split}", name, class_name) for split, name, class_name in more]
 
 
 def stratified(

@@ -10,6 +10,7 @@ from potstill.data.check import check_files
 from potstill.data.decode import Pixels
 from potstill.data.folders import list_images
 from potstill.data.images import FileSet, ImageSet, Subset
+from potstill.data.relabelled import Relabelled
 from potstill.data.settings import DataSettings
 from potstill.data.splits import DataSplits
 from potstill.data.watcher import Watcher
@@ -92,19 +93,21 @@ def with_unlabeled(settings: DataSettings, data: DataSplits, progress: Watcher |
 
 def _refuse_seen(found: UnlabeledFiles, data: DataSplits) -> None:
     """The teacher's answers on val and test images would be learned, and then measured on the same images."""
-    unlabeled = {path.resolve() for path in _paths(found)}
+    unlabeled = {path.resolve() for path in paths_of(found)}
     for split in ("val", "test"):
-        if seen := sorted(unlabeled.intersection(path.resolve() for path in _paths(data.split(split)))):
+        if seen := sorted(unlabeled.intersection(path.resolve() for path in paths_of(data.split(split)))):
             raise DataError(
                 f"{found.root}: {len(seen)} of the unlabeled images are images of {split}, for example {seen[0]}.\n"
                 "Figures on images that were trained on say nothing; name a folder without them"
             )
 
 
-def _paths(images: ImageSet) -> list[Path]:
+def paths_of(images: ImageSet) -> list[Path]:
     """Files of a set, as far as it consists of files."""
+    if isinstance(images, Relabelled):
+        return paths_of(images.images)
     if isinstance(images, Subset):
-        inner = _paths(images.images)
+        inner = paths_of(images.images)
         return [inner[i] for i in images.index] if inner else []
     return [images.root / name for name in images.names] if isinstance(images, FileSet) else []
 

@@ -65,12 +65,11 @@ def _test_images(source: str, model: Path) -> tuple[Any, list[str], str]:
 
     settings = DataSettings(source=source)
     check_source(settings)
-    own = data_of_run(model)
-    known = own is not None and _same(own.source, source)
-    if known or source in DATASETS:
-        splits = load_data(own if known and own is not None else settings)
+    known = _as_split_by(data_of_run(model), source)
+    if known is not None or source in DATASETS:
+        splits = load_data(known or settings)
         names = [splits.class_names[label] for label in splits.test.labels]
-        return splits.test, names, "test split of the run" if known else "test split"
+        return splits.test, names, "test split of the run" if known is not None else "test split"
     path = Path(source).expanduser()
     root, entries = (path, list_folder(path)) if path.is_dir() else (path.parent, list_manifest(path))
     which = "all images"
@@ -91,6 +90,18 @@ def data_of_run(model: Path) -> Any:
         return None
     read_sealed_text(recipe)  # compares it with its digest, before it is parsed
     return load_recipe(recipe, data_needed=False).data
+
+
+def _as_split_by(own: Any, source: str) -> Any:
+    """The settings with which a run has loaded this data, as its target or its source; None where it has not."""
+    from potstill.data.target import target_settings
+
+    if own is None:
+        return None
+    if own.target is not None and _same(own.target, source):
+        return target_settings(own)
+    alone = {} if own.target is None else {"target": None, "unlabeled": None}  # these are of the target
+    return own.model_copy(update=alone) if _same(own.source, source) else None
 
 
 def _same(first: str, second: str) -> bool:

@@ -93,7 +93,7 @@ def settings_of(folder: Path, source: str | None) -> Any:
         from potstill.data.settings import DataSettings
 
         return DataSettings(source=str(source))
-    return own if source is None else own.model_copy(update={"source": source})
+    return own if source is None else own.model_copy(update={"source": source, "target": None})
 
 
 def _check(wish: Wish, form: Format) -> None:

@@ -34,7 +34,7 @@ class Exporting:
         self.folder, self.wish, self.form, self.note = folder, wish, form, note
         self.classifier = load_model(folder)
         self.what = described(self.classifier, wish)
-        self.splits = load_data(settings_of(folder, wish.data))
+        self.splits = load_data(settings_of(folder, wish.data)).measured
         if tuple(self.splits.class_names) != tuple(self.classifier.class_names):
             raise DataError(
                 f"{self.splits.source} has the classes {_shown(self.splits.class_names)}, "

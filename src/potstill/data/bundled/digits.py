@@ -37,7 +37,7 @@ def digits(settings: DataSettings) -> DataSplits:
     parts, origin = made_here(settings, images, class_names)
     contents = {split: [_digest(part.pixels(i)) for i in range(len(part))] for split, part in parts.items()}
     return DataSplits(
-        class_names, **parts, source=settings.source, origin=origin,
+        class_names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
         fingerprint=fingerprint(parts, class_names, contents), augment=AUGMENT,
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ def solar(settings: DataSettings) -> DataSplits:
     images.expect(contents)
     found = {split: [contents[name] for name in part.names] for split, part in parts.items()}
     return DataSplits(
-        class_names, **parts, source=settings.source, origin=origin,
+        class_names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
         fingerprint=fingerprint(parts, class_names, found), augment=AUGMENT,
     )  # fmt: skip
 
