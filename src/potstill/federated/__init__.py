@@ -1,0 +1,1 @@
+"""Federated distillation: clients keep their images, the server holds student and teacher."""

@@ -1,0 +1,49 @@
+"""A client's own folder: ``DIR/<class>/*``, with some of the server's classes, all of it for training."""
+
+from pathlib import Path
+
+from potstill.data.check import check_files
+from potstill.data.doctor.findings import said
+from potstill.data.doctor.folder import walk_folder
+from potstill.data.images import FileSet
+from potstill.data.listing import refuse
+from potstill.errors import DataError, nearest
+from potstill.federated.partition import FEWEST
+
+
+def own_images(root: Path, class_names: tuple[str, ...]) -> FileSet:
+    """A client's training images; of a folder with train, val and test those of train.
+
+    Args:
+        root: of class folders; classes may be missing.
+        class_names: the server's, class id -> name.
+
+    Raises:
+        DataError: no folder, fewer than two images, unreadable ones, or classes that the server does not know.
+    """
+    if not root.is_dir():
+        raise DataError(f"a client's images: no folder {root}; name one with a folder for each class")
+    listing = walk_folder(root)
+    entries = [entry for entry in listing.entries if entry.split in (None, "train")]
+    if len(entries) < FEWEST:
+        raise DataError(
+            f"{root}: this client has {len(entries)} training images, and needs at least {FEWEST}: put them into "
+            f"folders named after their classes ({_list(class_names)}), or leave the client out"
+        )
+    refuse(str(root), said(listing.findings, root))
+    known = {name: label for label, name in enumerate(class_names)}
+    strange = sorted({entry.label for entry in entries} - set(known))
+    if strange:
+        near = "".join(nearest(name, known) for name in strange[:1])
+        raise DataError(
+            f"{root}: the server does not know the class{'es' if len(strange) > 1 else ''} {_list(strange)}{near}\n"
+            f"It knows {_list(class_names)}: rename the folder, or move it away"
+        )
+    images = FileSet(root, [entry.name for entry in entries], [known[entry.label] for entry in entries])
+    images.expect(check_files(root, images.names, str(root)))
+    return images
+
+
+def _list(names: tuple[str, ...] | list[str], most: int = 12) -> str:
+    shown = ", ".join(map(repr, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

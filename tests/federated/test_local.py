@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from potstill.data.loader import Loader
+from potstill.distiller import Distiller
+from potstill.errors import NonFiniteError, UsageError
+from potstill.experiments.loaders import split_loader
+from potstill.federated.client import Client, client_loader
+from potstill.federated.local import local_distiller, train_locally
+from potstill.federated.transport import InProcess
+from potstill.inputs import InputSpec
+from potstill.methods import create_method
+from potstill.models.classifier import Classifier
+from potstill.models.create import create_model
+from potstill.training.devices import choose
+from potstill.training.loop import Training
+from potstill.training.observer import Silent
+
+LOCAL_EPOCHS = 1
+
+
+def network(seed=5):
+    torch.manual_seed(seed)
+    return Classifier(
+        create_model("cifar/resnet8", 3, size=16), "cifar/resnet8", ("blue", "green", "red"), InputSpec(16)
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_one_client_with_all_images_is_plain_training_bit_for_bit(tmp_path, recipe, data, parts, optimizer):
+    """The training loop of the package is the reference: same start, same batches, one epoch."""
+    tiny = recipe(**{"training.optimizer": optimizer, "training.schedule": "cosine", "training.clip_norm": 1.0})
+    settings = tiny.stage_training("student")
+    compute = choose(settings)
+
+    server = parts.server("fedavg", tiny, data, InProcess({0: Client(lambda classes: data.train)}))
+    server.carry_out(Silent())
+
+    plain = network()
+    plain.module.to(memory_format=compute.memory_format)
+    loader = client_loader(data.train, plain, tiny, settings, compute, 0)
+    val = split_loader(data, "val", plain.input, tiny, settings, compute)
+    distiller = Distiller(plain.module, None, create_method("supervised"), label_loss=torch.nn.CrossEntropyLoss())
+    Training(distiller, loader, val, settings, compute, folder=tmp_path, observer=Silent(), classes=3).run()
+
+    ours, theirs = server.student.module.state_dict(), plain.module.state_dict()
+    assert list(ours) == list(theirs)
+    assert not torch.equal(ours["stem.0.weight"], network().module.state_dict()["stem.0.weight"])  # it has been trained
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_a_guided_client_differs_from_one_that_is_not(recipe, data):
+    tiny = recipe()
+    settings = tiny.stage_training("student")
+    compute = choose(settings)
+    found = []
+    for teacher in (None, network(6)):
+        student = network()
+        distiller = local_distiller(student, teacher, tiny, compute, 0.0)
+        loader = client_loader(data.train, student, tiny, settings, compute, 0)
+        before = None if teacher is None else teacher.module.state_dict()["stem.0.weight"].clone()
+        train_locally(distiller, loader, settings, compute, first=0, epochs=1)
+        found.append(student.module.state_dict()["stem.0.weight"])
+        if teacher is not None:  # it teaches, and learns nothing itself: not even BatchNorm's statistics
+            assert torch.equal(teacher.module.state_dict()["stem.0.weight"], before)
+            assert int(teacher.module.state_dict()["stem.1.num_batches_tracked"]) == 0
+    assert not torch.equal(*found)
+
+
+def test_later_rounds_see_other_views_and_a_lower_learning_rate(recipe, data):
+    tiny = recipe(**{"training.epochs": 4, "training.schedule": "cosine"})
+    settings = tiny.stage_training("student")
+    compute = choose(settings)
+
+    def moved(first):
+        student = network()
+        start = student.module.stem[0].weight.detach().clone()
+        loader = client_loader(data.train, student, tiny, settings, compute, 0)
+        train_locally(
+            local_distiller(student, None, tiny, compute, 0.0), loader, settings, compute, first=first, epochs=1
+        )
+        return float((student.module.stem[0].weight.detach() - start).norm())
+
+    assert moved(3) < 0.5 * moved(0)
+
+
+@pytest.mark.parametrize("method", ["crd", "fitnet", "simkd"])
+def test_methods_that_a_round_cannot_carry_on_are_refused(recipe, method):
+    tiny = recipe(**{"method.name": method, "method": f"{{name: {method}}}"})
+    with pytest.raises(UsageError, match=rf"method {method} trains or remembers more .* kd, dkd, dist"):
+        local_distiller(network(), network(6), tiny, choose(tiny.stage_training("student")), 0.0)
+
+
+def test_a_loss_that_is_no_number_is_an_error(recipe, data):
+    tiny = recipe(**{"training.lr": 1e30, "training.optimizer": "sgd"})
+    settings = tiny.stage_training("student")
+    compute, student = choose(settings), network()
+    loader = Loader(data.train, student.input, batch_size=16, order="shuffled")
+    with pytest.raises(NonFiniteError, match="loss of a client"):
+        train_locally(local_distiller(student, None, tiny, compute, 0.0), loader, settings, compute, first=0, epochs=2)

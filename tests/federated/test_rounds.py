@@ -1,0 +1,230 @@
+"""Server and clients together: what crosses the wire, who may fail, and how a run goes on."""
+
+import numpy as np
+import pytest
+import torch
+
+from potstill.data.images import Subset
+from potstill.errors import DataError, UsageError, WorkerError
+from potstill.federated.client import Client
+from potstill.federated.kept import Kept
+from potstill.federated.messages import pack, unpack
+from potstill.federated.rounds import Progress
+from potstill.federated.transport import Answers, InProcess
+from potstill.inputs import InputSpec
+from potstill.models.classifier import Classifier
+from potstill.models.create import create_model
+from potstill.training.observer import Silent
+
+
+@pytest.fixture
+def clients(data, public):
+    def make(count=2):
+        parts = np.array_split(np.arange(len(data.train)), count)
+        return {
+            number: Client(lambda classes, part=part: Subset(data.train, part), lambda: public)
+            for number, part in enumerate(parts)
+        }
+
+    return make
+
+
+@pytest.fixture
+def wiretap(monkeypatch):
+    """Every message in both directions, as bytes."""
+    heard = {"down": [], "up": []}
+
+    class Tapped(InProcess):
+        def ask(self, messages):
+            heard["down"] += [pack(message) for message in messages.values()]
+            answers = super().ask(messages)
+            heard["up"] += [pack(reply) for reply in answers.replies.values()]
+            return answers
+
+    return Tapped, heard
+
+
+def size(module):
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["fedavg", "feddf", "selfguided"])
+def test_clients_send_weights_and_counts_and_nothing_that_is_an_image(
+    recipe, data, public, clients, parts, wiretap, name
+):
+    tapped, heard = wiretap
+    server = parts.server(name, recipe(), data, tapped(clients()), public=public, rounds=2)
+    server.greet()
+    progress = server.carry_out(Silent())
+    state = server.student.module.state_dict()
+    pixels = [data.train.pixels(at).tobytes() for at in range(len(data.train))]
+    hello, rounds = heard["up"][:2], heard["up"][2:]
+    assert len(rounds) == 4
+    for sent in hello:
+        assert unpack(sent).arrays == {}
+        assert set(unpack(sent).numbers) <= {"images", "public"}
+        assert len(sent) < 400
+    for sent in rounds:
+        message = unpack(sent)
+        shapes = {key: (value.shape, str(value.dtype)) for key, value in message.arrays.items()}
+        assert shapes == {f"state/{k}": (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in state.items()}
+        assert set(message.numbers) <= {"images", "loss", "public"}
+        assert message.texts == {}
+        assert len(sent) < size(server.student.module) + 200 * len(state)  # names and shapes, no room for images
+        assert not any(each[:64] in sent for each in pixels)
+        assert not any(word.encode() in sent for word in ("train/", "/000", "blue"))
+    for number, record in enumerate(progress.records):
+        assert record["bytes_up"] == sum(map(len, rounds[2 * number : 2 * number + 2]))
+        assert record["bytes_down"] == sum(map(len, heard["down"][2 + 2 * number : 4 + 2 * number]))
+
+
+def test_fedmd_sends_logits_of_public_images_alone(recipe, data, public, clients, parts, wiretap):
+    tapped, heard = wiretap
+    server = parts.server("fedmd", recipe(), data, tapped(clients()), public=public, rounds=2)
+    progress = server.carry_out(Silent())
+    for sent in heard["up"]:
+        message = unpack(sent)
+        assert {key: value.shape for key, value in message.arrays.items()} == {"logits": (21, 3)}
+        assert len(sent) < 21 * 3 * 4 + 400
+    first, second = heard["down"][:2], heard["down"][2:]
+    assert all("state/stem.0.weight" in unpack(sent).arrays for sent in first)
+    said = np.mean([unpack(sent).arrays["logits"] for sent in heard["up"][:2]], axis=0)  # as many images each
+    for sent in second:
+        np.testing.assert_allclose(unpack(sent).arrays["logits"], said, atol=1e-6)
+    assert progress.records[1]["bytes_down"] < progress.records[0]["bytes_down"] / 10
+
+
+def test_fedavg_is_the_mean_of_what_each_client_would_send(recipe, data, clients, parts):
+    """Each client alone, with the start of all, then averaged by hand."""
+    tiny, everybody = recipe(), clients()
+    states = []
+    for number in everybody:
+        one = parts.server("fedavg", tiny, data, InProcess({number: everybody[number]}))
+        one.carry_out(Silent())
+        states.append(one.student.module.state_dict())
+    both = parts.server("fedavg", tiny, data, InProcess(everybody))
+    both.carry_out(Silent())
+    weight = (states[0]["stem.0.weight"] + states[1]["stem.0.weight"]) / 2  # 30 images each
+    torch.testing.assert_close(both.student.module.state_dict()["stem.0.weight"], weight, atol=1e-7, rtol=0)
+
+
+def test_rounds_learn_and_the_best_one_on_val_is_kept(recipe, data, clients, parts):
+    server = parts.server("fedavg", recipe(), data, InProcess(clients()), rounds=3, local_epochs=2)
+    progress = server.carry_out(Silent())
+    values = [record["val"]["top1"] for record in progress.records]
+    assert max(values) > 0.8  # three colours: chance is a third
+    assert progress.best == values.index(max(values)) + 1
+    assert server.evaluate(server.val)["top1"] == max(values)
+
+
+class Dies:
+    """A client that answers so many messages and then no more."""
+
+    def __init__(self, client, answers):
+        self.client, self.left = client, answers
+
+    def answer(self, message, memory):
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionResetError("gone")
+        return self.client.answer(message, memory)
+
+
+def test_a_client_that_dies_does_not_stop_the_round(recipe, data, clients, parts):
+    everybody = clients(3)
+    everybody[1] = Dies(everybody[1], 1)
+    server = parts.server("fedavg", recipe(), data, InProcess(everybody), rounds=2)
+    progress = server.carry_out(Silent())
+    assert [record["clients"] for record in progress.records] == [[0, 1, 2], [0, 2]]
+    assert [record["failed"] for record in progress.records] == [{}, {"1": "ConnectionResetError"}]
+    assert progress.records[1]["bytes_up"] < progress.records[0]["bytes_up"]
+
+
+def test_a_round_without_enough_answers_is_an_error(recipe, data, clients, parts):
+    everybody = {number: Dies(client, 0) for number, client in clients().items()}
+    server = parts.server("fedavg", recipe(), data, InProcess(everybody))
+    with pytest.raises(WorkerError, match=r"round 1: 0 clients answered, 1 must \(client 0: ConnectionResetError"):
+        server.carry_out(Silent())
+    everybody = clients()
+    everybody[1] = Dies(everybody[1], 0)
+    server = parts.server("fedavg", recipe(), data, InProcess(everybody), fewest=2)
+    with pytest.raises(WorkerError, match="1 clients answered, 2 must"):
+        server.carry_out(Silent())
+
+
+def test_the_teacher_is_sent_once_and_guides(recipe, data, clients, parts, wiretap):
+    tapped, heard = wiretap
+    torch.manual_seed(1)
+    teacher = Classifier(create_model("cifar/resnet14", 3, size=16), "cifar/resnet14", data.class_names, InputSpec(16))
+    server = parts.server("guided", recipe(), data, tapped(clients()), rounds=2, teacher=teacher)
+    progress = server.carry_out(Silent())
+    taught = [unpack(sent) for sent in heard["down"] if unpack(sent).task == "teach"]
+    assert len(taught) == 2  # one for each client
+    assert not any(name.startswith("teacher/") for sent in heard["up"] for name in unpack(sent).arrays)
+    assert progress.records[0]["bytes_down"] > progress.records[1]["bytes_down"] + 2 * size(teacher.module)
+    plain = parts.server("fedavg", recipe(), data, InProcess(clients()), rounds=2)
+    plain.carry_out(Silent())
+    assert not torch.equal(server.student.module.stem[0].weight, plain.student.module.stem[0].weight)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedmd"])
+def test_a_run_goes_on_after_any_round_as_if_it_had_not_stopped(tmp_path, recipe, data, public, clients, parts, name):
+    def server(everybody):
+        return parts.server(name, recipe(), data, everybody, public=public, rounds=3)
+
+    whole = server(InProcess(clients()))
+    whole.carry_out(Silent())
+
+    first = InProcess(clients())
+    kept = Kept(tmp_path / "rounds.checkpoint", first.memories)
+
+    class Killed(BaseException):
+        pass
+
+    def keep(progress: Progress):
+        kept.write(progress)
+        if len(progress.records) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        server(first).carry_out(Silent(), None, keep)
+    second = InProcess(clients())
+    again = server(second)
+    progress = Kept(tmp_path / "rounds.checkpoint", second.memories).read()
+    assert len(progress.records) == 2
+    progress = again.carry_out(Silent(), progress)
+    assert len(progress.records) == 3
+    for key, value in whole.student.module.state_dict().items():
+        assert torch.equal(value, again.student.module.state_dict()[key]), key
+
+
+def test_what_an_algorithm_needs_is_said_before_anything_is_sent(recipe, data, clients, parts):
+    with pytest.raises(UsageError, match=r"needs public images: data.unlabeled, or --public"):
+        parts.server("feddf", recipe(), data, InProcess(clients()))
+    with pytest.raises(UsageError, match=r"needs a trained teacher: --teacher RUN"):
+        parts.server("guided", recipe(), data, InProcess(clients()))
+
+
+def test_the_greeting_tells_what_is_wrong_with_whom(recipe, data, public, clients, parts):
+    def empty(classes):
+        raise DataError("photos: this client has 0 training images")
+
+    everybody = clients() | {2: Client(empty)}
+    with pytest.raises(DataError, match="client 2: photos: this client has 0"):
+        parts.server("fedavg", recipe(), data, InProcess(everybody)).greet()
+    everybody = clients()
+    everybody[1] = Client(everybody[1].images, lambda: Subset(public, range(7)))
+    with pytest.raises(WorkerError, match="client 1 has 7 public images and the server 21"):
+        parts.server("fedmd", recipe(), data, InProcess(everybody), public=public).greet()
+
+
+def test_nobody_connected_is_an_error(recipe, data, parts):
+    class Nobody:
+        def present(self):
+            return []
+
+        def ask(self, messages):
+            return Answers()
+
+    with pytest.raises(WorkerError, match="none is connected"):
+        parts.server("fedavg", recipe(), data, Nobody()).greet()
