@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Not locked: federated, wandb, mlflow, trackio. They bring eighty packages, and hold others back.
+LOCKED := solar efficientnet-lite export openvino executorch coreml serve sweep tensorboard
 
 .PHONY: demo test check docs lock setup clean
 .DELETE_ON_ERROR:
@@ -20,7 +22,7 @@ docs: setup
 	$(BIN)/zensical build --strict --clean
 
 lock:  ## resolve pyproject.toml again
-	uv pip compile --universal --generate-hashes --python-version 3.11 --all-extras --group dev pyproject.toml -o requirements.lock
+	uv pip compile --universal --generate-hashes --python-version 3.11 $(foreach extra,$(LOCKED),--extra $(extra)) --group dev pyproject.toml -o requirements.lock
 
 setup: $(READY)
 

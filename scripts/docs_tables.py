@@ -26,8 +26,11 @@ import method_pages
 from potstill import errors
 from potstill.artifacts import write_text
 from potstill.data.settings import AugmentSettings, DataSettings
+from potstill.experiments.curriculum_settings import CurriculumSettings
+from potstill.experiments.domain_settings import DomainSettings
 from potstill.experiments.recipe import Recipe, StageSettings, TeachersSettings, list_recipes, load_recipe
 from potstill.store.settings import StoreSettings
+from potstill.tracking.settings import TrackerSettings
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +120,7 @@ def recipes_table() -> str:
             (
                 f"`{name}`",
                 recipe.description,
-                f"`{recipe.teacher.model}` → `{recipe.student.model}`",
+                f"{', '.join(f'`{each.model}`' for each in recipe.each_teacher)} → `{recipe.student.model}`",
                 f"{recipe.data.size} px",
                 epochs,
             )
@@ -155,9 +158,12 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "Recipe": lambda: settings_table(Recipe),
     "StageSettings": lambda: settings_table(StageSettings),
+    "DomainSettings": lambda: settings_table(DomainSettings),
     "TeachersSettings": lambda: settings_table(TeachersSettings),
     "DataSettings": lambda: settings_table(DataSettings),
     "AugmentSettings": lambda: settings_table(AugmentSettings),
+    "CurriculumSettings": lambda: settings_table(CurriculumSettings),
+    "TrackerSettings": lambda: settings_table(TrackerSettings),
     "StoreSettings": lambda: settings_table(StoreSettings),
     "TrainingSettings": lambda: settings_table(TrainingSettings),
     "methods": lambda: methods_table("docs/methods/"),

@@ -11,7 +11,8 @@ from potstill.experiments.run_folder import find_model
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import load_model
 from potstill.report.render import render
-from potstill.training.observer import Observer
+from potstill.tracking.tracked import send_files
+from potstill.training.observer import Observer, Silent
 
 
 def run(
@@ -45,6 +46,7 @@ def run(
         checked, root=Path(root), name=name, resume=resume, overwrite=overwrite, data=data, observer=observer
     )
     render(path)
+    send_files(path, observer or Silent())
     return path
 
 

@@ -38,7 +38,9 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         "potstill.experiments.pipeline": SimpleNamespace(run=run),
         "potstill.report.render": SimpleNamespace(render=lambda folder: folder / "report.html"),
         "potstill.report.compare": SimpleNamespace(compare=compare),
-        "potstill.data.datasets": SimpleNamespace(check_source=lambda settings: None),
+        "potstill.data.datasets": SimpleNamespace(
+            check_source=lambda settings: None, check_target=lambda settings: None
+        ),
     }
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)

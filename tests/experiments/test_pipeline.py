@@ -12,7 +12,8 @@ from sklearn import metrics as sk
 
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.experiments import pipeline
-from potstill.models.model_file import load_model
+from potstill.models.classifier import Classifier
+from potstill.models.model_file import load_model, save_model
 from potstill.sealed import write_sealed_text
 from potstill.training.observer import Silent
 
@@ -236,6 +237,16 @@ def test_a_bare_state_dict_is_a_teacher_too(run, recipe, tmp_path):
     torch.save({"state_dict": {f"module.{k}": v for k, v in weights(run, "teacher").items()}}, file)
     path = pipeline.run(recipe(**{"teacher.weights": f"'{file}'"}), root=tmp_path)
     assert same(weights(path, "teacher"), weights(run, "teacher"))
+
+
+def test_of_several_teachers_one_with_another_order_of_classes_is_refused(run, recipe, tmp_path):
+    """Averaged as they are, its logits would speak for the wrong classes."""
+    found = load_model(run / "teacher")
+    turned = Classifier(found.module, found.architecture, found.class_names[::-1], found.input)
+    save_model(turned, tmp_path / "turned")
+    both = [{"model": found.architecture, "weights": str(path)} for path in (run / "teacher", tmp_path / "turned")]
+    with pytest.raises(ArtifactError, match=r"turned knows other classes than this data, or the same in another order"):
+        pipeline.run(recipe(teacher=json.dumps(both)), root=tmp_path, name="two")
 
 
 def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photographs, recipe, tmp_path):

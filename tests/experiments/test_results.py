@@ -53,6 +53,7 @@ def test_several_teachers_are_one_and_others_are_compared_too():
     groups = {"teachers": {"test": {"top1": 0.95}}, "generations": {"test": {"top1": 0.6}}}
     found = compare(stages, correct, groups)
     assert (found["teachers"], found["gap"]) == (2, pytest.approx(0.25))  # together 0.95, not 0.8 or 0.9
+    assert found["teachers_top1"] == 0.95
     assert (found["parameter_ratio"], found["file_ratio"], found["latency_ratio"]) == (15, 14, 6)
     assert {name: other["top1_gain"] for name, other in found["others"].items()} == {
         "assistant-1": pytest.approx(0.15),

@@ -8,6 +8,7 @@ import pytest
 from potstill.amounts import points
 from potstill.experiments.several_seeds import T_975, over_seeds, verdict_over_seeds
 from potstill.experiments.verdict import finding, headline, verdict
+from potstill.experiments.verdict_sentences import accuracies
 
 SEED = "One seed cannot tell"
 
@@ -121,6 +122,17 @@ def test_accuracies_of_the_stages() -> None:
     assert "Top-1 on test: teacher 90.0 %, baseline 84.0 %, distilled 85.8 %." in verdict(
         comparison(0.018, 0.004, 0.032), stages
     )
+
+
+def test_of_several_teachers_the_ensemble_has_its_figure_too() -> None:
+    tops = (("teacher", 0.9), ("teacher-2", 0.88), ("baseline", 0.84), ("distilled", 0.858))
+    stages = {name: {"test": {"top1": top1}} for name, top1 in tops}
+    made = comparison(0.018, 0.004, 0.032) | {"teachers": 2, "teachers_top1": 0.915}
+    assert (
+        "Top-1 on test: teacher 90.0 %, teacher-2 88.0 %, baseline 84.0 %, distilled 85.8 %, "
+        "the teachers together 91.5 %." in verdict(made, stages)
+    )
+    assert "together" not in accuracies(stages, made | {"teachers": 1})
 
 
 def test_rounding_never_hides_the_sign() -> None:

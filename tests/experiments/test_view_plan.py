@@ -20,6 +20,7 @@ def planned(*sets, augment=None, images=1000, classes=10, free=10**12, monkeypat
         unlabeled=None,
         class_names=tuple(map(str, range(classes))),
     )
+    data.measured = data  # there is no target
     if monkeypatch is not None:
         monkeypatch.setattr(view_plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     found = plan_views(recipe, create_stage_method(recipe), data)

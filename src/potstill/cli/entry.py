@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from potstill import __version__
-from potstill.cli import catalogs, checking, experiments, exporting, serving, stores, sweeping, using
+from potstill.cli import catalogs, checking, experiments, exporting, federating, serving, stores, sweeping, using
 from potstill.cli.several import first, refuse_verb
 from potstill.console import plain
 from potstill.errors import Elsewhere, PotstillError, Stopped, StorageError
@@ -69,6 +69,7 @@ for _verb in (
 ):
     app.command()(_verb)
 app.add_typer(stores.app, name="store")
+app.add_typer(federating.app, name="federated")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

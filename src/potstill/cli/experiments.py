@@ -186,9 +186,10 @@ def _pipeline(
 def _finish(folder: Path, next_command: list[str]) -> None:
     if not first():  # of several processes one reports
         return
-    from potstill.console import say_next, say_results
+    from potstill.console import Progress, say_next, say_results
     from potstill.experiments.run_folder import RunFolder
     from potstill.report.render import render
+    from potstill.tracking.tracked import send_files
 
     page: Path | None = None
     try:
@@ -196,4 +197,6 @@ def _finish(folder: Path, next_command: list[str]) -> None:
     finally:
         # Hours of training were not for nothing where only a picture failed.
         say_results(RunFolder(folder).read_results(), page)
+    with Progress() as progress:
+        send_files(folder, progress)
     say_next(next_command)

@@ -28,6 +28,7 @@ def compare(
     groups: dict[str, Any] | None = None,
     repeats: Mapping[str, Any] | None = None,
     seed: int = 0,
+    domain: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that sets distilled and baseline side by side.
 
@@ -37,6 +38,7 @@ def compare(
         groups: ``together`` of results.json.
         repeats: of results.json: baseline and distilled of further seeds.
         seed: the first one.
+        domain: what ``domain_results.describe_domains`` says, where there is a target.
     """
     groups = groups or {}
     baseline, distilled = (stages[name]["test"] for name in ("baseline", "distilled"))
@@ -54,6 +56,8 @@ def compare(
     }
     if repeats:
         comparison["seeds"] = _over_seeds(stages | dict(repeats), correct, teacher, seed)
+    if domain is not None:
+        comparison["domain"] = dict(domain)
     return comparison | {"verdict": verdict(comparison, stages)}
 
 
@@ -122,7 +126,8 @@ def _against_teachers(stages: dict[str, Any], groups: dict[str, Any], gain: floa
     names, student = members("teachers", stages), stages["distilled"]
     if not names:
         return {"teachers": 0, "gap": None, "gap_closed": None}
-    lead = groups.get("teachers", stages[names[0]])["test"]["top1"] - stages["baseline"]["test"]["top1"]
+    reached = groups.get("teachers", stages[names[0]])["test"]["top1"]
+    lead = reached - stages["baseline"]["test"]["top1"]
     sums = {
         "parameter_ratio": ("model", "parameters"),
         "file_ratio": ("model", "file_bytes"),
@@ -130,6 +135,7 @@ def _against_teachers(stages: dict[str, Any], groups: dict[str, Any], gain: floa
     }
     return {
         "teachers": len(names),
+        "teachers_top1": reached,
         "gap": lead,
         "gap_closed": gain / lead if lead > 0 else None,
         **{

@@ -4,7 +4,9 @@ from potstill.errors import UsageError
 from potstill.methods.base import Method
 
 
-def check_data_needs(method: Method, *, mixes: bool, unlabeled: bool, images: int, batch_size: int) -> None:
+def check_data_needs(
+    method: Method, *, mixes: bool, unlabeled: bool, images: int, batch_size: int, target: bool = False
+) -> None:
     """Refuse what could only fail, or silently mean something else, hours later.
 
     Args:
@@ -13,6 +15,7 @@ def check_data_needs(method: Method, *, mixes: bool, unlabeled: bool, images: in
         unlabeled: whether images without labels join.
         images: for training.
         batch_size: of the student's training.
+        target: whether the student learns in another domain, whose images have no labels.
 
     Raises:
         UsageError: all conflicts, with what to do.
@@ -27,7 +30,9 @@ def check_data_needs(method: Method, *, mixes: bool, unlabeled: bool, images: in
         problems.append(f"{name} remembers samples, and a mixed image is none of them: switch mixup and cutmix off")
     if mixes and unlabeled:
         problems.append("mixup and cutmix mix labels, which unlabeled images do not have: switch one of them off")
-    if unlabeled and (reason := _why_not_unlabeled(method)):
+    if target and (reason := _why_not_unlabeled(method)):
+        problems.append(f"{name} {reason}: leave data.target out, or use kd or dist")
+    elif unlabeled and (reason := _why_not_unlabeled(method)):
         problems.append(f"{name} {reason}: leave data.unlabeled out, or use kd or dist")
     if needs.batch_size and images < batch_size:
         problems.append(f"{name} needs full batches, and {images} images do not fill one of {batch_size}: lower it")

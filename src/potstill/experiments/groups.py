@@ -1,6 +1,6 @@
 """Several networks of a run as one: its teachers, and the generations of its student."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -40,6 +40,18 @@ def together(probabilities: dict[str, Probabilities], settings: TeachersSettings
             for split in SPLITS
         }
     return groups
+
+
+def as_one(each: Sequence[Array], settings: TeachersSettings) -> Array:
+    """What several teachers say as one of the same images, [N, K]; a lone teacher's word as it is.
+
+    Args:
+        each: [N, K] probabilities of each, in their order.
+        settings: how they are combined.
+    """
+    given = settings.weights if settings.weights is not None else [1.0] * len(each)
+    shares = np.asarray(given, dtype=np.float64)[:, None, None] / sum(given)
+    return each[0] if len(each) == 1 else _mean(np.stack(each), shares, settings.combine == "logits")
 
 
 def _mean(stacked: Array, shares: Array, by_logits: bool) -> Array:

@@ -28,12 +28,13 @@ def train_loader(
     that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
     """
     views = recipe.store.views
+    balances = recipe.data.balance == "sampling" if data.draws is None else data.draws.groups is not None
     return Loader(
         data.train,
         spec,
         batch_size=recipe.stage_training(planned.name).batch_size,
         augment=recipe.data.augment or data.augment,
-        order="balanced" if recipe.data.balance == "sampling" else "shuffled",
+        order="balanced" if balances else "shuffled",
         seed=derive(recipe.seed, f"{planned.seed}/order"),
         workers=recipe.data.workers,
         device=compute.device,
@@ -47,6 +48,7 @@ def train_loader(
         view_seed=derive(recipe.data.view_seed, f"{planned.seed}/views"),
         identity=f"{data.fingerprint}/train",
         progress=observer,
+        draws=data.draws,
         share=(compute.processes.rank, compute.processes.count),
     )
 

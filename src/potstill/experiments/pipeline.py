@@ -1,6 +1,7 @@
 """From a recipe to a run folder: teacher, baseline, distilled, figures."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.evaluation.evaluate import collect
+from potstill.experiments.curriculum import in_order
+from potstill.experiments.domains import Domains
 from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.method_settings import describe, needs_teacher
@@ -32,6 +35,7 @@ from potstill.methods import create_method
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import load_model, save_model
 from potstill.processes.group import ALONE, Processes
+from potstill.tracking.tracked import tracked
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
 from potstill.training.saving import restore_lines
@@ -83,9 +87,8 @@ def run(
     planned, observer = plan(recipe, stages), observer or Silent()
     if not planned:
         raise UsageError(f"there is no teacher to train: method {describe(recipe.method)} learns from none")
-    with open_folder(
-        root, recipe.name if name is None else name, processes, resume=resume, overwrite=overwrite
-    ) as folder:
+    name = recipe.name if name is None else name
+    with open_folder(root, name, processes, resume=resume, overwrite=overwrite) as folder, ExitStack() as beside:
         if resume:
             recipe = with_views_of(folder.recipe, recipe)
             refuse_changes(folder, recipe)
@@ -113,6 +116,10 @@ def run(
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
             folder.write_environment(facts | threads.facts)
             folder.write_splits(splits.as_rows())
+            trackers = beside.enter_context(
+                tracked(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
+            )
+            observer = trackers
         if recipe.each_teacher and "distilled" in stages and not needs_teacher(recipe.method):
             observer.note(f"method {describe(recipe.method)} learns from no teacher: none is trained")
         for stage, table in layers.items():
@@ -139,6 +146,7 @@ def run(
         for stage, model in models.items():
             folder.check_epochs(stage, model.facts.get("lines"))
         folder.write_results(found)
+        trackers.results(found)
     return folder.path
 
 
@@ -157,6 +165,9 @@ class _Experiment:
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self._warn)
+
     def carry_out(self, stage: Planned) -> Classifier:
         """Train a stage, or load it where it is done already."""
         started = time.monotonic()
@@ -173,7 +184,8 @@ class _Experiment:
         self.models[stage.name] = model
         if stage.role == "teacher":
             self._doubt_teacher(stage.name)
-        elif stage.name == "baseline":
+            self.domains.adapt(model, stage.name, self.folder.stage(stage.name))
+        elif stage.name == "baseline" and not self.recipe.data.target_labels:  # else they are picked by other images
             self._compare_with_baseline()
         self.observer.stage_end(stage.name, time.monotonic() - started)
         return model
@@ -190,10 +202,14 @@ class _Experiment:
                 save_model(model, folder)
             return model
         method = create_stage_method(recipe) if stage.distils else create_method("supervised")
+        data = self.domains.seen_by(stage, self.models)
+        if stage.distils and data is not self.data:
+            model.facts["domain"] = self.domains.facts()
         settings = recipe.stage_training(stage.name)
         compute = choose(settings, self.compute.processes)
+        data = in_order(data, stage, self.models, recipe, compute, self.observer)
         train = train_loader(
-            stage, method.needs, model.input, recipe=recipe, data=self.data, compute=compute, observer=self.observer
+            stage, method.needs, model.input, recipe=recipe, data=data, compute=compute, observer=self.observer
         )
         self.threads.settle(
             model.module, model.input.size, settings, compute, workers=train.processes, observer=self.observer
@@ -207,7 +223,7 @@ class _Experiment:
             [self.models[name] for name in stage.teachers],
             train,
             recipe=recipe,
-            data=self.data,
+            data=data,
             compute=compute,
             folder=folder,
             observer=self.observer,

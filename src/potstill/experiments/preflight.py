@@ -7,8 +7,9 @@ from potstill.data.datasets import load_data
 from potstill.data.doctor.quick import findings_of, sentences
 from potstill.data.native_noise import silenced
 from potstill.data.splits import DataSplits
-from potstill.errors import PotstillError
+from potstill.errors import PotstillError, UsageError
 from potstill.experiments.data_needs import check_data_needs
+from potstill.experiments.domain_checks import NO_TARGET
 from potstill.experiments.plan import Planned, plan
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.rehearsal import create_stage_method, rehearse
@@ -16,6 +17,7 @@ from potstill.experiments.start import start_network
 from potstill.experiments.view_plan import can_store, record_kind
 from potstill.models.names import check_model
 from potstill.processes.group import ALONE, Processes
+from potstill.tracking.settings import refuse_missing
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer
 from potstill.training.optimizers import optimizer_class
@@ -42,7 +44,7 @@ def check_all(
     """
     planned = plan(recipe) if planned is None else planned
     settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}
-    checks: list[Callable[[], Any]] = [lambda: create_stage_method(recipe)]
+    checks: list[Callable[[], Any]] = [lambda: create_stage_method(recipe), lambda: refuse_missing(recipe.tracker)]
     for stage in planned:
         checks += [
             lambda name=stage.name: check_model(recipe.network(name).model),  # type: ignore[misc]
@@ -65,6 +67,8 @@ def check_all(
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
     method, *_, compute, splits = results
+    if recipe.domain is not None and splits.target is None:
+        raise UsageError(NO_TARGET)
     if not any(stage.distils for stage in planned):
         for stage in planned:
             network = recipe.network(stage.name)
@@ -78,6 +82,7 @@ def check_all(
         unlabeled=splits.unlabeled is not None,
         images=len(splits.train),
         batch_size=recipe.stage_training("student").batch_size,
+        target=splits.target is not None,
     )
     if recipe.store.mode == "auto" and can_store(method):
         record_kind(recipe, method, len(splits.class_names))
@@ -96,6 +101,9 @@ def doubt_data(data: DataSplits, observer: Observer) -> list[str]:
         What spoils the figures, for the report; the rest is only noted.
     """
     warnings, notes = sentences(findings_of(data), data.source)
+    if data.target is not None:
+        more, also = sentences(findings_of(data.target), data.target.source)
+        warnings, notes = warnings + more, notes + also
     for warning in warnings:
         observer.warn(warning)
     for note in notes:

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from potstill.data.settings import DataSettings
 from potstill.errors import PotstillError, UsageError, nearest
+from potstill.experiments.curriculum_settings import CurriculumSettings
+from potstill.experiments.domain_checks import NO_TARGET, lacks_target
+from potstill.experiments.domain_settings import DomainSettings
 from potstill.experiments.method_settings import as_mapping
 from potstill.experiments.ready_models import fill_architectures
 from potstill.experiments.recipe_changes import apply_changes
@@ -19,6 +22,7 @@ from potstill.experiments.recipe_yaml import Document, KeyPath, read, write
 from potstill.experiments.settings_errors import ONE, SEVERAL, Finding, parse
 from potstill.experiments.stage_names import number, role
 from potstill.store.settings import StoreSettings
+from potstill.tracking.settings import TrackerSettings, as_list
 from potstill.training.settings import TrainingSettings
 
 NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
@@ -75,6 +79,9 @@ class Recipe(BaseModel):
         description="how many: baseline and distilled are trained with seed, seed + 1, ...; their teacher once",
     )
     data: DataSettings = DataSettings()
+    domain: DomainSettings | None = Field(
+        None, description="with `data.target`: how the student gets there; null: its defaults"
+    )
     teacher: Teachers | None = Field(
         None, description="one network or a list of them; null for methods that learn from no teacher"
     )
@@ -93,16 +100,27 @@ class Recipe(BaseModel):
     method: dict[str, Any] = Field(
         {"name": "kd"}, description="name and options, or a list of methods with factors; see `potstill methods`"
     )
+    curriculum: CurriculumSettings | None = Field(
+        None, description="easy images first for whoever distils; null: all images in every epoch"
+    )
     layers: list[tuple[str, str]] | None = Field(
         None, description="[path in the student, path in the teacher] of each joined pair; null: found by depth"
     )
     store: StoreSettings = StoreSettings()
     training: TrainingSettings = TrainingSettings()
+    tracker: list[TrackerSettings] = Field(
+        [], description="who else gets the figures: tensorboard, wandb, mlflow, trackio, or several; see trackers.md"
+    )
 
     @field_validator("store", mode="before")
     @classmethod
     def _mode_alone(cls, store: Any) -> Any:
         return {"mode": store} if isinstance(store, (str, bool)) else store
+
+    @field_validator("tracker", mode="before")
+    @classmethod
+    def _several_trackers(cls, tracker: Any) -> Any:
+        return as_list(tracker)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -116,6 +134,11 @@ class Recipe(BaseModel):
             return ()
         return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
 
+    @property
+    def domains(self) -> DomainSettings:
+        """How the student gets to the target, where there is one."""
+        return self.domain or DomainSettings()
+
     def network(self, stage: str) -> StageSettings:
         """The network of a stage (see ``stage_names``); "student" is also that of baseline and distilled."""
         several = {"teacher": self.each_teacher, "assistant": tuple(self.assistants)}.get(role(stage))
@@ -123,7 +146,10 @@ class Recipe(BaseModel):
 
     def stage_training(self, stage: str) -> TrainingSettings:
         """The shared training settings with this stage's own on top."""
-        return TrainingSettings.model_validate({**self.training.model_dump(), **self.network(stage).training})
+        shared = self.training.model_dump()
+        if role(stage) in ("teacher", "assistant"):  # who is not deployed need not stand int8
+            shared["int8_share"] = 0.0
+        return TrainingSettings.model_validate({**shared, **self.network(stage).training})
 
 
 def load_recipe(
@@ -154,6 +180,8 @@ def load_recipe(
         value["store"] = {"mode": value["store"]}
         document.places.move(("store",), ("store", "mode"))
     apply_changes(document, flags or {}, sets)
+    if "tracker" in value:  # so that what is wrong with one has a place
+        value["tracker"] = as_list(value["tracker"])
     value.setdefault("name", _name_of(source))
     failures = fill_architectures(value)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
@@ -162,7 +190,9 @@ def load_recipe(
     found = find_problems(value, Recipe)
     if no_source and data_needed:
         found.append((("data", "source"), NO_DATA))
-    elif data_needed and ("data", "val") not in dict(found):  # which it would say again
+    if data_needed and lacks_target(value):
+        found.append((("data", "target"), NO_TARGET))
+    if not no_source and data_needed and ("data", "val") not in dict(found):  # which it would say again
         failures += _source_failure(value)
     _raise(document, found, failures)
     recipe, problems = parse(value, Recipe)
@@ -212,11 +242,11 @@ def _source_failure(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]
     data, _ = parse(value.get("data", {}), DataSettings)
     if data is None:
         return []
-    from potstill.data.datasets import check_source
+    from potstill.data.datasets import check_source, check_target
     from potstill.data.unlabeled import check_unlabeled
 
     failures: list[tuple[KeyPath, PotstillError]] = []
-    for key, check in (("source", check_source), ("unlabeled", check_unlabeled)):
+    for key, check in (("source", check_source), ("target", check_target), ("unlabeled", check_unlabeled)):
         try:
             check(data)
         except PotstillError as error:

@@ -13,10 +13,13 @@ from pydantic import BaseModel
 
 from potstill.data.settings import DataSettings
 from potstill.errors import nearest
+from potstill.experiments.curriculum_checks import curriculum_problems
+from potstill.experiments.domain_checks import domain_problems
 from potstill.experiments.method_settings import as_mapping, describe, needs_teacher
 from potstill.experiments.recipe_methods import method_problems
 from potstill.experiments.recipe_yaml import KeyPath
 from potstill.experiments.settings_errors import Finding, dotted, parse, parse_rest
+from potstill.experiments.tracker_checks import tracker_problems
 from potstill.training.settings import TrainingSettings
 
 
@@ -33,6 +36,9 @@ def _all(value: dict[str, Any], recipe_class: type[BaseModel]) -> Iterator[Findi
     yield from parse(value, recipe_class)[1]
     yield from method_problems(value.get("method"))
     yield from _teachers(value)
+    yield from domain_problems(value)
+    yield from curriculum_problems(value)
+    yield from tracker_problems(value.get("tracker"))
     if isinstance(value.get("data", {}), dict):
         yield from _data(value.get("data", {}))
     if isinstance(value.get("training", {}), dict):
@@ -113,7 +119,9 @@ def _training(shared: dict[str, Any], value: dict[str, Any]) -> Iterator[Finding
         _, problems = parse(own, TrainingSettings)
         for path, message in problems:
             yield (*place, "training", *path), f"{dotted(place)}.training.{message}"
-        merged, wrong = parse_rest({**shared, **own}, TrainingSettings)
+        left_out = set() if place[0] == "student" else {"int8_share"}  # as Recipe.stage_training has it
+        common = {key: item for key, item in shared.items() if key not in left_out}
+        merged, wrong = parse_rest({**common, **own}, TrainingSettings)
         for keys, message in _schedule(merged):
             if wrong.intersection(keys):
                 continue
@@ -137,6 +145,11 @@ def _schedule(training: TrainingSettings) -> Iterator[tuple[tuple[str, ...], str
         yield (
             ("warmup_epochs", "epochs"),
             f"warmup_epochs must be at most epochs, {training.epochs}, got {training.warmup_epochs:g}",
+        )
+    if training.early_stopping and 0 < training.int8_share < 1:
+        yield (
+            ("early_stopping", "int8_share"),
+            "early_stopping may end the training before int8_share begins; leave one of them out, or set int8_share: 1",
         )
     if training.nesterov and (training.optimizer.lower() != "sgd" or training.momentum == 0):
         yield ("nesterov", "optimizer", "momentum"), "nesterov needs optimizer: sgd and momentum above 0"

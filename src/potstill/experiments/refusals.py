@@ -21,6 +21,7 @@ _FREE = {"name", "description", "data.workers", "data.memory_share", "store.fold
 _SHOWN = 8  # changes that are named
 _NAMED = 3  # images that are
 _FREE_ANYWHERE = "training.checkpoint_seconds"
+_FREE_SECTION = "tracker"  # who else gets the figures
 
 
 def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
@@ -30,7 +31,7 @@ def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
     changed = [
         f"  {key}: was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _FREE and not key.endswith(_FREE_ANYWHERE)
+        if before.get(key) != after.get(key) and not _is_free(key)
     ]
     if before.get("seeds", 1) < after["seeds"]:  # more of them only add stages
         changed = [line for line in changed if not line.startswith("  seeds:")]
@@ -81,6 +82,10 @@ def refuse_own_weights(folder: RunFolder, recipe: Recipe) -> None:
         weights = recipe.network(name).weights
         if weights and Path(weights).resolve().is_relative_to(folder.path.resolve()):
             raise UsageError(f"--overwrite would delete the {name}'s own weights, {weights}; choose another --name")
+
+
+def _is_free(key: str) -> bool:
+    return key in _FREE or key.endswith(_FREE_ANYWHERE) or key.split(".")[0] == _FREE_SECTION
 
 
 def _complete(value: Any) -> Any:

@@ -13,11 +13,14 @@ from potstill.experiments.joining import join, layers_text, settle
 from potstill.experiments.method_settings import describe
 from potstill.experiments.plan import Planned
 from potstill.experiments.recipe import Recipe
+from potstill.experiments.stage_names import role
 from potstill.experiments.start import start_network
 from potstill.methods import create_method
 from potstill.methods.base import Method
 from potstill.models.classifier import Classifier
+from potstill.training.batch_norm import refuse_without_batch_norm
 from potstill.training.devices import Compute, choose
+from potstill.training.label_loss import KnownLabels
 from potstill.training.settings import TrainingSettings
 from potstill.types import UNLABELED, Batch
 
@@ -62,6 +65,9 @@ def _rehearse(
         if name not in networks:
             start = start_network(recipe, recipe.network(name), data.class_names)
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
+    if data.target is not None and recipe.domains.adapt_batch_norm:
+        for name in (name for name in stage.teachers if role(name) == "teacher"):
+            refuse_without_batch_norm(networks[name].module, f"{name} {networks[name].architecture}")
     student, method = networks[stage.name], create_stage_method(recipe)
     if method.needs.several and settings.batch_size < 2:
         raise UsageError(
@@ -78,7 +84,7 @@ def _rehearse(
         data=data,
         compute=compute,
         example=images.batch().images,
-        label_loss=torch.nn.CrossEntropyLoss(),
+        label_loss=torch.nn.CrossEntropyLoss() if data.target is None else KnownLabels(),
     )
     try:
         _step(distiller, images, settings, compute)
@@ -136,7 +142,9 @@ class _Images:
         index = np.linspace(0, len(labels) - 1, self.count).astype(np.int64)  # of various classes
         chosen = torch.as_tensor(labels[index], dtype=torch.int64, device=device)
         shares = torch.nn.functional.one_hot(chosen, classes).float()
-        if self.data.unlabeled is not None and (self.needs.teacher or self.needs.peers):
+        if self.data.target is not None:
+            chosen[:] = UNLABELED
+        elif self.data.unlabeled is not None and (self.needs.teacher or self.needs.peers):
             chosen[-1] = UNLABELED
         return Batch(
             self._noise(),

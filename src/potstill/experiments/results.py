@@ -17,10 +17,13 @@ from potstill.evaluation.exact import final_metrics
 from potstill.evaluation.intervals import metric_intervals
 from potstill.evaluation.memory import memory
 from potstill.experiments.comparing import compare
+from potstill.experiments.domain_results import adapted_baselines, describe_domains, in_source
+from potstill.experiments.examples import describe_examples
 from potstill.experiments.groups import Probabilities, members, together
 from potstill.experiments.loaders import split_loader
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.run_folder import SPLITS, RunFolder
+from potstill.experiments.similarity import describe_similarity
 from potstill.experiments.stage_names import repeated, role
 from potstill.models.classifier import Classifier
 from potstill.training.devices import Compute
@@ -32,13 +35,16 @@ _LONG = ("per_class", "confusion")  # kept in metrics.json, left out of results.
 def evaluate_stages(
     run: RunFolder, models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
 ) -> dict[str, Any]:
-    """Write predictions, metrics and summaries of every stage; return ``stages``, ``repeats``, ``together`` and
-    ``comparison`` of results.json.
+    """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages``, ``repeats``,
+    ``together``, ``comparison`` and ``cka`` of results.json.  Where there is a target, all of these are of its images.
 
     The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``
     and ``evaluate`` compute, so that they give the same answers.  Of several processes all are asked, and the first one
     writes; the others get nothing.
     """
+    source, data = data, data.measured
+    before = in_source(models, recipe, source, compute)
+    adapted = adapted_baselines(models, recipe, source, compute)
     probabilities = {name: _predict(run, name, model, recipe, data, compute) for name, model in models.items()}
     if not compute.processes.first:
         return {}
@@ -71,6 +77,7 @@ def evaluate_stages(
             **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
             **costs.get(name, {}),
             **{split: _short(metrics[split]) for split in SPLITS},
+            **({"source_test": _short(before[name])} if name in before else {}),
             "test_intervals": metric_intervals(own["test"], labels["test"]),
             "calibration": calibration(own["val"], labels["val"], own["test"], labels["test"]),
         }
@@ -86,8 +93,20 @@ def evaluate_stages(
         if len(members(name, once)) > 1
     }
     both = {"baseline", "distilled"} <= stages.keys()
-    comparison = compare(stages, correct, described, entries, recipe.seed) if both else None
-    return {"stages": stages, "repeats": entries, "together": described, "comparison": comparison}
+    domain = describe_domains(recipe, source, models, before, adapted)
+    comparison = compare(stages, correct, described, entries, recipe.seed, domain) if both else None
+    examples = describe_examples(
+        once, {name: probabilities[name]["test"] for name in once}, data.test, data.class_names
+    )
+    if examples is not None:
+        run.write_examples(examples)
+    return {
+        "stages": stages,
+        "repeats": entries,
+        "together": described,
+        "comparison": comparison,
+        "cka": describe_similarity(once, recipe, data, compute),
+    }
 
 
 def describe_run(
@@ -100,6 +119,8 @@ def describe_run(
     warnings: list[str],
 ) -> dict[str, Any]:
     """The whole of results.json, schema 1."""
+    source, data = data, data.measured
+    before = {"source": source.source, "origin": source.origin, "counts": source.counts()}
     return {
         "schema": 1,
         "name": name,
@@ -115,6 +136,7 @@ def describe_run(
             "class_names": list(data.class_names),
             "counts": data.counts(),
             "size": recipe.data.size,
+            **({} if source is data else {"source_domain": before}),
         },
         "method": recipe.method,
         "planned": planned,

@@ -220,6 +220,10 @@ class RunFolder:
         if lines is not None:
             self._files[f"{stage}/{_EPOCHS}"] = digest(check_lines(self.stage(stage) / _EPOCHS, lines))
 
+    def write_examples(self, examples: dict[str, Any]) -> None:
+        """Keep the test images that the report shows."""
+        self._write("examples.json", as_json(examples))
+
     def write_predictions(
         self,
         stage: str,

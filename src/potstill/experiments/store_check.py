@@ -1,5 +1,6 @@
 """Ask a teacher again for some of the answers that a store holds, and compare."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from potstill.data.datasets import load_data
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError
+from potstill.experiments.domains import Domains
 from potstill.experiments.hastening import ask_as, spread
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.plan import plan
@@ -26,6 +28,7 @@ from potstill.models.model_file import load_model
 from potstill.store.manifest import canonical
 from potstill.store.shelf import Store
 from potstill.training.devices import Compute, choose
+from potstill.training.observer import Silent
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def verify_store(path: Path, samples: int = 256) -> Verified:
         facts, identity = store.facts, store.identity
         recipe = load_recipe(yaml.safe_load(facts["recipe"]))
         data = load_data(recipe.data)
+        if data.target is not None:
+            data = _of_domain(recipe, data, facts, path)
         if data.fingerprint != identity["data"]:
             raise DataError(f"{path}: the images of {data.source} have changed since; the store is of no use any more")
         network = load_model(Path(facts["folder"]))
@@ -117,6 +122,21 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
     top = ours.topk(min(16, ours.shape[1]), dim=1).indices  # of a record that keeps no more, the others are made up
     ours, theirs = (each - each.amax(dim=1, keepdim=True) for each in (ours, theirs))
     return float((ours - theirs).gather(1, top).abs().max())
+
+
+def _of_domain(recipe: Recipe, data: DataSplits, facts: Mapping[str, Any], path: Path) -> DataSplits:
+    """What the stage saw of two domains: its teacher says it again."""
+    if len(recipe.each_teacher) > 1 or recipe.assistants or recipe.generations > 1:
+        raise ArtifactError(
+            f"{path}: of a run with data.target and several teachers, which chose its images together: it cannot be "
+            "verified from one of them"
+        )
+    planned = next(each for each in plan(recipe) if each.name == facts["stage"])
+    compute = choose(recipe.stage_training(planned.name))
+    silent = Silent()
+    return Domains(recipe, data, compute, silent, silent.warn).seen_by(
+        planned, {"teacher": load_model(Path(facts["folder"]))}
+    )
 
 
 def _loader(recipe: Recipe, stage: str, split: str, spec: InputSpec, data: DataSplits, compute: Compute) -> Loader:

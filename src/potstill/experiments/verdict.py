@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from potstill.amounts import points as points
+from potstill.experiments.domain_sentences import domains
 from potstill.experiments.several_seeds import figure, over_all_seeds, several
 from potstill.experiments.verdict_sentences import Finding, accuracies, cost, gap, limits, on_images, time
 
@@ -33,7 +34,13 @@ def sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | 
     if comparison is None or found == "unknown":
         return said
     whole = over_all_seeds(comparison)
-    said += [accuracies(stages or {}, comparison), gap(whole, found), cost(comparison), time(stages or {})]
+    said += [
+        accuracies(stages or {}, comparison),
+        domains(comparison),
+        gap(whole, found),
+        cost(comparison),
+        time(stages or {}),
+    ]
     said.append(limits(comparison))
     return [sentence for sentence in said if sentence]
 

@@ -11,7 +11,7 @@ Finding = Literal["helped", "hurt", "unclear", "unknown"]
 
 
 def accuracies(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
-    """Top-1 of every stage on test."""
+    """Top-1 of every stage on test, and of several teachers together."""
     top1 = ((several(comparison) or {}).get("figures") or {}).get("top1") or {}
     means = {"baseline": figure(top1, "mean_a"), "distilled": figure(top1, "mean_b")}
     said = []
@@ -21,8 +21,12 @@ def accuracies(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
             share = figure((stages.get(name) or {}).get("test"), "top1")
         if share is not None:
             said.append(f"{name} {100 * share:.1f} %")
+    together = figure(comparison, "teachers_top1")
+    if said and together is not None and (figure(comparison, "teachers") or 0) > 1:
+        said.append(f"the teachers together {100 * together:.1f} %")
     mean = " (baseline and distilled: mean over the seeds)" if means["baseline"] is not None else ""
-    return f"Top-1 on test: {', '.join(said)}{mean}." if len(said) > 1 else ""
+    where = "the target's test" if comparison.get("domain") else "test"
+    return f"Top-1 on {where}: {', '.join(said)}{mean}." if len(said) > 1 else ""
 
 
 def gap(comparison: Mapping[str, Any], found: Finding) -> str:
@@ -108,8 +112,8 @@ def _ratio(ratio: float | None, more: str, less: str) -> str:
 
 
 def on_images(comparison: Mapping[str, Any]) -> str:
-    """``270 test images``."""
-    count = figure(comparison, "test_images")
+    """``270 test images``, "of the target" where there is one."""
+    count, whose = figure(comparison, "test_images"), " of the target" if comparison.get("domain") else ""
     if count is None:
-        return "the test images"
-    return "1 test image" if count == 1 else f"{count:,.0f} test images"
+        return f"the test images{whose}"
+    return f"1 test image{whose}" if count == 1 else f"{count:,.0f} test images{whose}"

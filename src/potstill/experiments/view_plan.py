@@ -108,6 +108,7 @@ def with_views_of(path: Path, recipe: Recipe) -> Recipe:
 
 def _bytes_per_view(recipe: Recipe, method: Method, data: DataSplits) -> int:
     classes = len(data.class_names)
+    data = data.measured  # of a target more may be stored than the teacher will be sure of
     images = len(data.train) + (0 if data.unlabeled is None else len(data.unlabeled))
     record = Record(record_kind(recipe, method, classes), classes, _WIDE if method.needs.embedding else 0)
     stores = max(1, len(recipe.each_teacher)) * (1 if method.needs.second == "none" else 2)

@@ -85,7 +85,15 @@ class KD(Method):
     def __init__(self, *, temperature: Positive = 2.0, alpha: Share = 0.5) -> None:
         super().__init__(ce_weight=alpha)
         self.temperature = temperature
-        self.alpha = alpha
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the label term; a schedule moves both terms."""
+        return self.ce_weight
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.ce_weight = value
 
     @property
     def soft_temperature(self) -> float | None:

@@ -133,6 +133,15 @@ class TfKDReg(Method):
         self.correct = correct
         self.reduction: Reduction = reduction
 
+    @property
+    def alpha(self) -> float:
+        """Weight of the teacher; a schedule moves both terms."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._alpha, self.ce_weight = value, 1 - value
+
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         loss = tfkd_reg_loss(
             student.logits,
@@ -173,6 +182,15 @@ class TfKDSelf(Method):
         self.temperature = temperature
         self.multiplier = multiplier
         self.reduction: Reduction = reduction
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the teacher; a schedule moves both terms."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._alpha, self.ce_weight = value, 1 - value
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

@@ -1,0 +1,1 @@
+"""Trackers beside a run: its figures also go to TensorBoard, W&B, MLflow or trackio."""
