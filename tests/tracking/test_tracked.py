@@ -74,6 +74,7 @@ def test_a_missing_package_is_an_error_before_anything_is_made(monkeypatch, reci
 def test_a_folder_of_figures_is_no_package(tmp_path, monkeypatch):
     (tmp_path / "trackio").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)  # another test may have used the real one
     with pytest.raises(UsageError, match="not installed"):
         refuse_missing(TRACKIO)
 
