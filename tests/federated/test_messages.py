@@ -32,7 +32,9 @@ def test_channels_last_weights_keep_their_order():
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, pack(Message("train"))[:-3]])
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\xff" * 64, pack(Message("train"))[:-3]], ids=["none", "few", "noise", "cut off"]
+)
 def test_other_bytes_are_refused(content):
     with pytest.raises(ArtifactError, match="a message cannot be read"):
         unpack(content)
