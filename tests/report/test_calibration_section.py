@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from potstill.evaluation.calibration import fit_temperature
 from potstill.report.contents import read_run
 from potstill.report.page import page
 from potstill.report.sections import calibration, fidelity
@@ -29,6 +32,23 @@ def test_page_of_a_hundred_classes_stays_light(build_run: BuildRun) -> None:
     assert found["rows"][0] == ("teacher", ["1.75", "15.0 %", "1.0 %", "0.6000", "0.5000"])
     assert 'id="calibration"' in page(run)
     assert len(page(run).encode()) <= 3_000_000
+
+
+def test_a_temperature_at_the_end_of_its_range_is_no_advice(build_run: BuildRun) -> None:
+    run = with_calibration(build_run, FACTS | {"temperature": calibration_of_val([True] * 20)})
+    found = calibration.context(run)
+    assert found is not None
+    assert found["notes"][0].startswith("teacher makes no mistake on val")
+    assert "Leave teacher as it is" in page(run)
+    for stage in run.stages.values():
+        stage.facts["calibration"] = FACTS | {"temperature": calibration_of_val([True] * 15 + [False] * 5)}
+    assert (calibration.context(run) or {})["notes"] == []
+
+
+def calibration_of_val(right: list[bool]) -> float:
+    """The temperature that is fitted to answers of 90 % confidence."""
+    probabilities = np.tile([0.9, 0.1], (len(right), 1))
+    return fit_temperature(probabilities, np.array([0 if each else 1 for each in right]))
 
 
 def test_older_and_damaged_facts_say_nothing(build_run: BuildRun) -> None:

@@ -219,7 +219,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 def _reason(content: bytes, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return (
-            f"no image of the formats {', '.join(FORMATS)} (it starts with {content[:8]!r})"
+            f"no image of the formats {', '.join(FORMATS)} (it starts with {content[:8].decode('latin-1')!a})"
             if content
             else "empty file"
         )

@@ -9,6 +9,7 @@ from potstill.report.figures.reliability import draw_reliability
 from potstill.report.theme import ROLE_COLOURS
 
 _SIZE = (4.0, 3.6)  # inches
+_COLDEST, _HOTTEST = 0.05, 20.0  # between which a temperature is looked for
 
 
 def context(run: Run) -> dict[str, Any] | None:
@@ -19,7 +20,20 @@ def context(run: Run) -> dict[str, Any] | None:
     return {
         "pictures": [_picture(stage, facts) for stage, facts in found],
         "rows": [(stage.name, _cells(facts)) for stage, facts in found],
+        "notes": [note for stage, facts in found if (note := _note(stage.name, facts["temperature"]))],
     }
+
+
+def _note(name: str, temperature: float) -> str | None:
+    """Where the search for a temperature has met an end of its range, the scaled figures mean little."""
+    if temperature <= 1.01 * _COLDEST:
+        return (
+            f"{name} makes no mistake on val, so the colder the better there, and the temperature stopped at "
+            f"its least, {_COLDEST}. Leave {name} as it is: on test, which has mistakes, it would be far too sure."
+        )
+    if temperature >= 0.99 * _HOTTEST:
+        return f"{name} knows nothing on val: the temperature stopped at its most, {_HOTTEST:g}."
+    return None
 
 
 def _facts(stage: Stage) -> dict[str, Any] | None:
