@@ -41,6 +41,23 @@ def test_a_term_is_scaled_and_the_others_are_not():
         assert terms["ce"].item() == pytest.approx(plain["ce"].item())
 
 
+@pytest.mark.parametrize(
+    ("name", "weighed"),  # of whom alpha is the weight
+    [("kd", "ce"), ("tfkd_self", "other"), ("tfkd_reg", "other")],
+)
+def test_alpha_moves_both_terms(name, weighed):
+    """As a method that was made with that alpha, whatever the one it began with."""
+    method = create_method(name, schedule={"alpha": {"shape": "linear", "start": 0.8, "end": 0.2}})
+    for epoch, alpha in enumerate((0.8, 0.5, 0.2)):
+        method.start_epoch(epoch, 3)
+        moved, made = (each(STUDENT, TEACHER, BATCH) for each in (method, create_method(name, alpha=alpha)))
+        assert moved.keys() == made.keys()
+        for key in made:
+            torch.testing.assert_close(moved[key], made[key])
+        labels = torch.nn.functional.cross_entropy(STUDENT.logits, BATCH.labels)
+        torch.testing.assert_close(moved["ce"], (alpha if weighed == "ce" else 1 - alpha) * labels)
+
+
 def test_an_option_is_set_to_the_value():
     method = create_method("kd", schedule={"temperature": {"shape": "linear", "start": 8, "end": 2}})
     method.start_epoch(1, 3)
