@@ -53,6 +53,9 @@ def test_a_run_leaves_students_a_record_and_a_table(here: Path, capsys: pytest.C
         (["--clients", "0"], "--clients must be at least 1, got 0"),
         (["--public", "0.0001"], "images public: at least 2 must be"),
         (["--algorithms", "guided"], "the server needs one teacher that is trained already: --teacher RUN"),
+        (["--algorithms", "guided", "--teacher", "runs/no"], "a folder that is there; got runs/no without weights"),
+        (["--public", "0", "--algorithms", "fedavg,feddf"], "needs public images: data.unlabeled, or --public SHARE"),
+        (["--set", "method.name=crd", "--algorithms", "fedavg,selfguided"], "method crd trains or remembers more than"),
         (["--set", "data.balance=weights", "--set", "seeds=3"], "this recipe cannot be trained by rounds:"),
         (["--engine", "ray"], "--engine is process or flower, got 'ray'"),
     ],
@@ -64,7 +67,7 @@ def test_a_mistake_is_one_message(
     shown = capsys.readouterr().err
     assert said in shown
     assert "Traceback" not in shown
-    assert not list(here.glob("runs/*/*.safetensors"))
+    assert not list(here.rglob("*.safetensors"))  # and before anything is trained
 
 
 def test_folders_of_clients(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,16 @@ def test_rounds_learn_and_the_best_one_on_val_is_kept(recipe, data, clients, par
     assert server.evaluate(server.val)["top1"] == max(values)
 
 
+def test_each_round_goes_on_with_epochs_that_were_not_seen(recipe, data, clients, parts, wiretap):
+    tapped, heard = wiretap
+    parts.server("fedavg", recipe(), data, tapped(clients()), rounds=3, local_epochs=2).carry_out(Silent())
+    told = [unpack(sent) for sent in heard["down"]]
+    assert [(each.numbers["client"], each.numbers["first"]) for each in told] == [
+        (client, first) for first in (0, 2, 4) for client in (0, 1)
+    ]
+    assert {each.numbers["epochs"] for each in told} == {2}
+
+
 class Dies:
     """A client that answers so many messages and then no more."""
 
@@ -150,6 +160,18 @@ def test_a_round_without_enough_answers_is_an_error(recipe, data, clients, parts
     server = parts.server("fedavg", recipe(), data, InProcess(everybody), fewest=2)
     with pytest.raises(WorkerError, match="1 clients answered, 2 must"):
         server.carry_out(Silent())
+
+
+def test_what_all_clients_say_is_wrong_is_heard_where_they_are_here(recipe, data, clients, parts):
+    class Refuses:
+        def answer(self, message, memory):
+            raise DataError("photos/1.png cannot be read")
+
+    server = parts.server("fedavg", recipe(), data, InProcess({0: Refuses(), 1: Refuses()}))
+    with pytest.raises(DataError, match=r"client 0: photos/1.png cannot be read"):
+        server.carry_out(Silent())
+    progress = parts.server("fedavg", recipe(), data, InProcess(clients() | {1: Refuses()})).carry_out(Silent())
+    assert progress.records[0]["failed"] == {"1": "DataError"}
 
 
 def test_the_teacher_is_sent_once_and_guides(recipe, data, clients, parts, wiretap):

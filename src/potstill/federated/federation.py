@@ -1,8 +1,7 @@
 """From a recipe to a folder of students, rounds and traffic: one machine plays server and clients."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import numpy as np
 import torch
 
 from potstill.data.datasets import load_data
-from potstill.data.images import ImageSet, Subset
+from potstill.data.images import ImageSet
 from potstill.data.native_noise import silenced
 from potstill.data.splits import DataSplits
-from potstill.errors import DataError, UsageError
+from potstill.errors import UsageError
 from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader
 from potstill.experiments.recipe import Recipe, dump_recipe
@@ -27,8 +26,9 @@ from potstill.federated.client import Client
 from potstill.federated.distilling import Public
 from potstill.federated.fitness import refuse_unfit
 from potstill.federated.kept import Kept
-from potstill.federated.own_images import own_images
-from potstill.federated.partition import FEWEST, Partition, divide
+from potstill.federated.local import refuse_unfit_method
+from potstill.federated.partition import Partition
+from potstill.federated.places import sources_of, with_public
 from potstill.federated.record import FILE, Federated, described, mean_of
 from potstill.federated.rounds import Schedule, Server
 from potstill.federated.simulated import Engine, refuse_without_flower, simulate
@@ -39,7 +39,6 @@ from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
 
 ALONE, CENTRAL = BASELINES
-Images = Callable[[tuple[str, ...]], ImageSet]
 
 
 @dataclass(frozen=True)
@@ -139,18 +138,25 @@ class _Federation:
         self.recipe, self.wishes, self.compute, self.observer = recipe, wishes, compute, observer
         self.settings, self.elsewhere = recipe.stage_training("student"), elsewhere
         needed = any(ALGORITHMS[each].public for each in wishes.algorithms)
-        self.data, self.public_images = _with_public(data, wishes.public if needed else 0.0, recipe.seed)
+        if wishes.partition.folders is not None and CENTRAL in wishes.baselines:
+            raise UsageError("--baselines central: the images of --partition folders:DIR stand in different places")
+        self.data, self.public_images = with_public(data, wishes.public if needed else 0.0, recipe.seed)
         self.clients: dict[int, Client] = {}
         if elsewhere is None:
             images = self.public_images
-            public = None if images is None else (lambda: _given(images))
-            self.clients = {each: Client(own, public) for each, own in enumerate(self._sources())}
+            public = None if images is None else partial(_given, images)
+            self.clients = {
+                each: Client(own, public)
+                for each, own in enumerate(sources_of(self.data.train, wishes.partition, wishes.clients, recipe.seed))
+            }
 
     def facts(self) -> dict[str, Any]:
         """Who has how many images; of clients in this process, of which class."""
         everybody = self.elsewhere or InProcess(self.clients)
-        wanted = [name for name in self.wishes.algorithms if ALGORITHMS[name].sends == "logits"]
-        counts, failed = self._server(ALGORITHMS[(wanted or self.wishes.algorithms)[0]], everybody).greet()
+        # All are put together, so that what the last one lacks is said before the first one trains.
+        servers = {name: self._server(ALGORITHMS[name], everybody) for name in self.wishes.algorithms}
+        wanted = [name for name in servers if ALGORITHMS[name].sends == "logits"]
+        counts, failed = servers[(wanted or self.wishes.algorithms)[0]].greet()
         for number, why in failed.items():
             self.observer.warn(f"client {number} cannot take part ({why}); its own log says why")
         classes, found = self.data.class_names, []
@@ -218,6 +224,8 @@ class _Federation:
         teacher = public = None
         if algorithm.guide == "teacher":
             teacher = ready_teacher(recipe, classes)
+        if algorithm.guide != "none":
+            refuse_unfit_method(recipe, student, teacher or student, self.compute)
         if algorithm.public and self.public_images is not None:
             seed = derive(recipe.seed, "public/order")
             public = Public(self.public_images, student.input, self.settings, self.compute, seed)
@@ -225,22 +233,6 @@ class _Federation:
         return Server(
             algorithm, student, recipe, self.wishes.schedule, clients, val, self.compute, public=public, teacher=teacher
         )
-
-    def _sources(self) -> list[Images]:
-        """For each client the way to its images."""
-        partition, clients = self.wishes.partition, self.wishes.clients
-        if partition.folders is None:
-            seed = derive(self.recipe.seed, "partition") % 2**32
-            parts = divide(self.data.train.labels, 5 if clients is None else clients, partition, seed)
-            return [_always(Subset(self.data.train, part)) for part in parts]
-        if CENTRAL in self.wishes.baselines:
-            raise UsageError("--baselines central: the images of --partition folders:DIR stand in different places")
-        folders = _folders(partition.folders)
-        if clients not in (None, len(folders)):
-            raise UsageError(
-                f"{partition.folders} holds {len(folders)} folders and --clients is {clients}; leave it out"
-            )
-        return [partial(own_images, each) for each in folders]
 
 
 def ready_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
@@ -257,35 +249,5 @@ def ready_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
     return Classifier(start.module, start.architecture, classes, start.input)
 
 
-def _with_public(data: DataSplits, share: float, seed: int) -> tuple[DataSplits, ImageSet | None]:
-    """The data without the images that become public, and these."""
-    if data.unlabeled is not None:
-        return replace(data, unlabeled=None), data.unlabeled
-    if share == 0:
-        return data, None
-    order = np.random.default_rng(derive(seed, "public") % 2**32).permutation(len(data.train))
-    count = round(share * len(order))
-    if not FEWEST <= count <= len(order) - FEWEST:
-        raise UsageError(
-            f"--public {share:g} makes {count} of {len(order)} training images public: at least {FEWEST} must be, and "
-            "as many must be left; or name a folder with data.unlabeled"
-        )
-    return replace(data, train=Subset(data.train, np.sort(order[count:]))), Subset(data.train, np.sort(order[:count]))
-
-
-def _always(images: ImageSet) -> Images:
-    return lambda classes: images
-
-
-def _given(images: ImageSet | None) -> ImageSet:
-    assert images is not None
+def _given(images: ImageSet) -> ImageSet:
     return images
-
-
-def _folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        raise DataError(f"--partition folders:{root}: there is no such folder; it holds one folder for each client")
-    found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not found:
-        raise DataError(f"{root}: no folders; make one for each client, with class folders inside")
-    return found

@@ -31,6 +31,10 @@ def refuse_unfit(recipe: Recipe, names: Sequence[str]) -> None:
     if any(ALGORITHMS[name].guide == "teacher" for name in names):
         teachers = recipe.each_teacher
         if len(teachers) != 1 or teachers[0].weights is None:
-            problems.append("guided: the server needs one teacher that is trained already: --teacher RUN")
+            given = ", ".join(f"{each.model}{' without weights' * (each.weights is None)}" for each in teachers)
+            problems.append(
+                "guided: the server needs one teacher that is trained already: --teacher RUN, a folder that is there; "
+                f"got {given}"
+            )
     if problems:
         raise UsageError("\n".join(["this recipe cannot be trained by rounds:", *(f"  {each}" for each in problems)]))

@@ -4,6 +4,7 @@
 over what it has after its last epoch.  Step by step both do the same, which a test compares bit for bit.
 """
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -52,6 +53,15 @@ def local_distiller(
     if distiller.student is not student.module or not own:
         raise _unfit(recipe)
     return distiller
+
+
+def refuse_unfit_method(recipe: Recipe, student: Classifier, teacher: Classifier, compute: Compute) -> None:
+    """Whether clients could be guided with the recipe's method; the networks are left as they are.
+
+    Raises:
+        UsageError: they could not; says why.
+    """
+    local_distiller(copy.deepcopy(student), copy.deepcopy(teacher), recipe, compute, 0.0)
 
 
 def train_locally(

@@ -33,7 +33,7 @@ class Federated:
         if not (resume and path.exists()):
             return cls(path, {**asked, "trained": {}})
         record = cls(path, read_sealed_json(path))
-        old = record.found.get("wishes", {})
+        old, wishes = _flat(record.found.get("wishes", {})), _flat(wishes)
         differ = [f"{key} was {old.get(key)} and is {new}" for key, new in wishes.items() if old.get(key) != new]
         if record.found.get("data") != fingerprint:
             differ.append("the images are others")
@@ -59,6 +59,11 @@ class Federated:
             StorageError: it could not be written.
         """
         write_sealed_json(self.path, self.found)
+
+
+def _flat(wishes: dict[str, Any]) -> dict[str, Any]:
+    """The schedule's entries beside the others, so that a difference is named by itself."""
+    return {key: each for key, each in wishes.items() if key != "schedule"} | dict(wishes.get("schedule", {}))
 
 
 def described(progress: Progress, test: dict[str, float]) -> dict[str, Any]:

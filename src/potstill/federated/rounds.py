@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from potstill.data.loader import Loader
-from potstill.errors import UsageError, WorkerError
+from potstill.errors import NonFiniteError, UsageError, WorkerError
 from potstill.evaluation.evaluate import collect
 from potstill.experiments.recipe import Recipe
 from potstill.federated.algorithms import Algorithm
@@ -17,6 +17,7 @@ from potstill.federated.client import known_logits
 from potstill.federated.distilling import Public
 from potstill.federated.messages import LOGITS, STATE, TEACHER, Arrays, Message, as_arrays, as_state
 from potstill.federated.orders import texts_for
+from potstill.federated.received import NOT_FINITE, leave_out_unusable
 from potstill.federated.transport import Answers, Clients
 from potstill.models.classifier import Classifier
 from potstill.training.devices import Compute
@@ -117,6 +118,10 @@ class Server:
             observer: is told what happens.
             progress: of an earlier process, to go on from.
             keep: receives the progress after each round.
+
+        Raises:
+            WorkerError: fewer clients than ``schedule.fewest`` sent something that can be used.
+            NonFiniteError: none did, since all their numbers became NaN or infinite.
         """
         progress = progress or Progress()
         if progress.state:
@@ -159,6 +164,7 @@ class Server:
         arrays = as_arrays(self.student.module.state_dict()) if weights or number == 1 else progress.said
         first = (number - 1) * self.schedule.local_epochs
         answers = self._ask("train" if weights else "answer", arrays, first)
+        leave_out_unusable(answers, as_arrays(self.student.module.state_dict(), ""), None if weights else self._said())
         self._refuse_few(answers, f"round {number}")
         replies = [answers.replies[each] for each in sorted(answers.replies)]
         images = [reply.numbers["images"] for reply in replies]
@@ -180,6 +186,11 @@ class Server:
             progress.said = {LOGITS: said} if not weights else {}
         return answers
 
+    def _said(self) -> tuple[int, int]:
+        """The shape [P, K] of what each client says of the public images."""
+        assert self.public is not None
+        return len(self.public), len(self.student.class_names)
+
     def _asked(self, state: Arrays) -> Any:
         """What a client's network says of the public images; the student lends its body."""
         assert self.public is not None
@@ -198,6 +209,11 @@ class Server:
     def _refuse_few(self, answers: Answers, when: str) -> None:
         if len(answers.replies) >= self.schedule.fewest:
             return
+        if answers.failed and set(answers.failed.values()) == {NOT_FINITE}:
+            raise NonFiniteError(
+                f"{when}: loss or weights of {len(answers.failed)} clients became NaN or infinite, no other answered; "
+                "lower training.lr, or set training.clip_norm"
+            )
         kinds = ", ".join(f"client {number}: {why}" for number, why in answers.failed.items()) or "none is connected"
         raise WorkerError(f"{when}: {len(answers.replies)} clients answered, {self.schedule.fewest} must ({kinds})")
 

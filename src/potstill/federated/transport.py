@@ -46,22 +46,26 @@ class InProcess:
         return sorted(self.clients)
 
     def ask(self, messages: Mapping[int, Message]) -> Answers:
-        """See ``Clients``; errors of the greeting, of which a person should know, are raised."""
+        """See ``Clients``; what a person here can mend is raised: from the greeting, and where nobody can answer."""
         answers = Answers()
+        mendable: list[PotstillError] = []
         for number, message in messages.items():
             sent = pack(message)
             answers.down += len(sent)
             try:
                 reply = pack(self.clients[number].answer(unpack(sent), self.memories[number]))
             except PotstillError as error:
+                mendable.append(type(error)(f"client {number}: {error}"))
                 if message.task == "hello":
-                    raise type(error)(f"client {number}: {error}") from error
+                    raise mendable[-1] from error
                 answers.failed[number] = type(error).__name__
             except Exception as error:  # a client that dies, of whatever, does not stop the round
                 answers.failed[number] = type(error).__name__
             else:
                 answers.up += len(reply)
                 answers.replies[number] = unpack(reply)
+        if mendable and len(mendable) == len(messages):
+            raise mendable[0]
         return answers
 
 
