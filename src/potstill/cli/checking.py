@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder, a .csv or .jsonl manifest, or a name.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder, a manifest, .tar shards, or a name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for warnings too.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show every finding, not the first of each kind.")] = False,

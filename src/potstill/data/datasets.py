@@ -15,6 +15,8 @@ from potstill.data.check import check_images
 from potstill.data.images import ImageSet, Subset, TorchSet
 from potstill.data.manifest import SUFFIXES
 from potstill.data.settings import DataSettings
+from potstill.data.shards.source import check_shards, from_shards
+from potstill.data.shards.urls import is_shards
 from potstill.data.sources import AUGMENT, from_folder, from_manifest
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
 from potstill.data.target import target_settings, with_target
@@ -75,6 +77,8 @@ def _labeled(settings: DataSettings, progress: Watcher | None) -> DataSplits:
     check_source(settings)
     if settings.source in DATASETS:
         return DATASETS[settings.source](settings)
+    if is_shards(settings.source):
+        return from_shards(settings, AUGMENT, progress)
     path = Path(settings.source).expanduser()
     return from_folder(settings, path, progress) if path.is_dir() else from_manifest(settings, path, progress)
 
@@ -92,13 +96,17 @@ def check_source(settings: DataSettings) -> None:
         return
     if not name.strip():
         raise UsageError("no data is named: give a folder, a .csv or .jsonl manifest, or a name")  # "" would be here
+    if is_shards(name):
+        check_shards(settings)
+        return
     path = Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in SUFFIXES):
         if path.exists():
             raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(SUFFIXES)}")
         raise UsageError(
             f"no data set, folder or manifest {name!r}{nearest(name, DATASETS)}\n"
-            f"Known names: {', '.join(DATASETS)}; or give a folder of class folders, or a .csv or .jsonl manifest"
+            f"Known names: {', '.join(DATASETS)}; or give a folder of class folders, a .csv or .jsonl manifest, or "
+            ".tar shards"
         )
     if settings.options:
         raise UsageError(f"data {name!r}: folders and manifests take no options, got {', '.join(settings.options)}")

@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 
 from potstill.data.images import ArraySet, FileSet, ImageSet, Subset
 from potstill.data.relabelled import Relabelled
+from potstill.data.shards.source import ShardSet
 from potstill.data.unlabeled import Joined
 
 
 def from_files(images: ImageSet) -> bool:
     """Whether all images are files, which may be decoded in several threads."""
-    return all(isinstance(part, FileSet) for part in _parts(images))
+    return all(isinstance(part, (FileSet, ShardSet)) for part in _parts(images))
 
 
 def are_arrays(images: ImageSet) -> bool:
@@ -31,7 +32,7 @@ def digests_of(images: ImageSet) -> NDArray[np.uint8] | None:
         found = [digests_of(part) for part in images.parts]
         whole = [each for each in found if each is not None]
         return np.concatenate(whole) if len(whole) == len(found) else None
-    return images.digests if isinstance(images, FileSet) else None
+    return images.digests if isinstance(images, (FileSet, ShardSet)) else None
 
 
 def _parts(images: ImageSet) -> Sequence[ImageSet]:

@@ -18,6 +18,9 @@ from potstill.data.doctor.report import Report, in_order
 from potstill.data.doctor.similar import similar_classes, similar_files
 from potstill.data.doctor.statistics import Table
 from potstill.data.settings import DataSettings
+from potstill.data.shards.source import from_shards
+from potstill.data.shards.urls import is_shards
+from potstill.data.sources import AUGMENT
 from potstill.data.watcher import Watcher
 
 _PIECE = 16  # images handed to a thread at once
@@ -73,6 +76,8 @@ def _list(settings: DataSettings) -> Listing:
     check_source(settings)
     if settings.source in DATASETS:
         return list_splits(DATASETS[settings.source](settings))
+    if is_shards(settings.source):
+        return list_splits(from_shards(settings, AUGMENT))
     path = Path(settings.source).expanduser()
     return walk_folder(path) if path.is_dir() else read_manifest(path)
 
