@@ -22,6 +22,7 @@ from potstill.data.bundled.fashion_mnist import FashionOptions
 from potstill.data.bundled.solar import SolarOptions
 from potstill.data.datasets import DATASETS
 from potstill.data.settings import AugmentSettings, DataSettings
+from potstill.data.shards.source import ShardOptions
 from potstill.experiments.recipe import Recipe, StageSettings, TeachersSettings
 from potstill.methods import METHODS
 from potstill.methods.catalog import entry
@@ -123,6 +124,7 @@ def test_every_data_set_has_its_row_with_its_options():
     assert set(rows) == set(DATASETS)
     for name, options in (("solar", SolarOptions), ("fashion-mnist", FashionOptions), ("cifar100", CifarOptions)):
         assert all(f"`{option}`" in rows[name] for option in options.model_fields)
+    assert all(f"`data.options.{option}`" in page("your-own-data") for option in ShardOptions.model_fields)
 
 
 def test_every_error_has_its_exit_code_in_the_page():
