@@ -26,8 +26,8 @@ import method_pages
 from potstill import errors
 from potstill.artifacts import write_text
 from potstill.data.settings import AugmentSettings, DataSettings
-from potstill.experiments.curriculum_settings import CurriculumSettings
-from potstill.experiments.domain_settings import DomainSettings
+from potstill.experiments.curriculum.settings import CurriculumSettings
+from potstill.experiments.domain.settings import DomainSettings
 from potstill.experiments.recipe import Recipe, StageSettings, TeachersSettings, list_recipes, load_recipe
 from potstill.store.settings import StoreSettings
 from potstill.tracking.settings import TrackerSettings

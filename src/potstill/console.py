@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from potstill.experiments.several_seeds import seeds_lines
 from potstill.experiments.stage_names import in_order
+from potstill.experiments.verdict.several_seeds import seeds_lines
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -27,12 +27,13 @@ from potstill.training.settings import TrainingSettings
 
 FREE = {  # docs/guarantees.md and docs/recipes.md say so
     "name", "description", "data.workers", "data.memory_share", "store.folder", "training.checkpoint_seconds",
-    "teacher.training.checkpoint_seconds", "student.training.checkpoint_seconds",
+    "teacher.training.checkpoint_seconds", "student.training.checkpoint_seconds", "tracker",
 }  # fmt: skip
 ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file that is there
     "data.unlabeled", "teacher.weights", "student.weights", "teachers.weights", "training.milestones",
     "training.nesterov", "teacher.training.nesterov", "student.training.nesterov", "student.training.milestones",
     "teacher.training.milestones", "training.ema_decay",
+    "domain.confidence", "domain.balance", "domain.adapt_batch_norm", "data.target_labels", "data.target_options",
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def leaves(model, prefix=""):
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if name == "training" and model is not Recipe:
             yield from ((f"{prefix}training.{key}", kind) for key, kind in leaves(TrainingSettings))
-        elif inner is not None and name != "assistants":
+        elif inner is not None and name not in ("assistants", "tracker"):
             yield from leaves(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.annotation
@@ -62,7 +63,7 @@ LEAVES = dict(leaves(Recipe)) | {"method.temperature": float, "method.alpha": fl
 KEYS = sorted(LEAVES.keys() - {"method", "data.options", "assistants", "teacher"})
 OTHERS = [
     True, False, 0, 1, 2, 3, 5, 24, 0.05, 0.3, 0.6, 0.97, 7.5, "cifar/resnet14", "cifar/resnet20", "squash", "else",
-    "cpu", "sgd", "fashion-mnist", [0.4, 0.9],
+    "cpu", "sgd", "fashion-mnist", "tensorboard", [0.4, 0.9],
     {"hflip": True}, [0.4, 0.5, 0.6], [["stage1", "stage1"]],
 ]  # fmt: skip
 
@@ -146,8 +147,32 @@ def test_any_settings_together(data, begun):
         return
     with pytest.raises(UsageError) as raised:
         refuse_changes(begun, recipe)
-    for key in bound:
-        assert f"  {key}" in str(raised.value) or ("more" in str(raised.value) and key.startswith("data."))
+    text = str(raised.value)
+    named = [line.partition(":")[0].strip() for line in text.splitlines() if ": was " in line]
+    assert len(named) <= 8
+    for key in bound:  # in alphabetical order; of more than eight, the first ones
+        assert f"  {key}" in text or (len(named) == 8 and " more" in text and key > named[-1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "domain.confidence=0.5",
+        "domain.balance=false",
+        "domain.adapt_batch_norm=true",
+        "data.target_labels=0.2",
+        "data.target=digits",
+        "data.target_options={classes: 4}",
+    ],
+)
+def test_settings_of_a_second_domain_too(change, tmp_path):
+    pair = ["data.source=solar", "data.target=solar", "data.options={cells: mono}", "data.target_options={cells: poly}"]
+    folder = RunFolder(tmp_path / "domain")
+    folder.path.mkdir()
+    folder.write_recipe(dump_recipe(load_recipe("domain", pair, data_needed=False)))
+    refuse_changes(folder, load_recipe("domain", pair, data_needed=False))
+    with pytest.raises(UsageError, match=f"  {change.partition('=')[0].replace('.', chr(92) + '.')}"):
+        refuse_changes(folder, load_recipe("domain", [*pair, change], data_needed=False))
 
 
 # images

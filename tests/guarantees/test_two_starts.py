@@ -25,8 +25,9 @@ def test_two_starts_at_once_twenty_times(tiny: Tiny, tmp_path: Path, capfd: pyte
         os.close(waiting)
         os.close(go)  # both are let go
         codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
-        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
-        assert codes[0] == 0
+        said = capfd.readouterr().err
+        errors = [line for line in said.splitlines() if line.startswith("error")]
+        assert codes[0] == 0, said
         assert codes[1] in refusals
         assert len(errors) == 1
         assert re.fullmatch(refusals[codes[1]], errors[0]), errors

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from potstill.console import say_results
-from potstill.experiments.comparing import compare
+from potstill.experiments.verdict.comparing import compare
 from potstill.report.contents import read_run
 from potstill.report.page import page
 

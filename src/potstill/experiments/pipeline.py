@@ -11,8 +11,8 @@ import torch
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.evaluation.evaluate import collect
-from potstill.experiments.curriculum import in_order
-from potstill.experiments.domains import Domains
+from potstill.experiments.curriculum.order import in_order
+from potstill.experiments.domain.domains import Domains
 from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.method_settings import describe, needs_teacher

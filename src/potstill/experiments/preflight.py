@@ -9,7 +9,7 @@ from potstill.data.native_noise import silenced
 from potstill.data.splits import DataSplits
 from potstill.errors import PotstillError, UsageError
 from potstill.experiments.data_needs import check_data_needs
-from potstill.experiments.domain_checks import NO_TARGET
+from potstill.experiments.domain.checks import NO_TARGET
 from potstill.experiments.plan import Planned, plan
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.rehearsal import create_stage_method, rehearse

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from potstill.data.settings import DataSettings
 from potstill.errors import PotstillError, UsageError, nearest
-from potstill.experiments.curriculum_settings import CurriculumSettings
-from potstill.experiments.domain_checks import NO_TARGET, lacks_target
-from potstill.experiments.domain_settings import DomainSettings
+from potstill.experiments.curriculum.settings import CurriculumSettings
+from potstill.experiments.domain.checks import NO_TARGET, lacks_target
+from potstill.experiments.domain.settings import DomainSettings
 from potstill.experiments.method_settings import as_mapping
 from potstill.experiments.ready_models import fill_architectures
 from potstill.experiments.recipe_changes import apply_changes

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from potstill.data.settings import DataSettings
 from potstill.errors import nearest
-from potstill.experiments.curriculum_checks import curriculum_problems
-from potstill.experiments.domain_checks import domain_problems
+from potstill.experiments.curriculum.checks import curriculum_problems
+from potstill.experiments.domain.checks import domain_problems
 from potstill.experiments.method_settings import as_mapping, describe, needs_teacher
 from potstill.experiments.recipe_methods import method_problems
 from potstill.experiments.recipe_yaml import KeyPath

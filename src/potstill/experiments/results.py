@@ -16,15 +16,15 @@ from potstill.evaluation.evaluate import collect
 from potstill.evaluation.exact import final_metrics
 from potstill.evaluation.intervals import metric_intervals
 from potstill.evaluation.memory import memory
-from potstill.experiments.comparing import compare
-from potstill.experiments.domain_results import adapted_baselines, describe_domains, in_source
-from potstill.experiments.examples import describe_examples
+from potstill.experiments.domain.results import adapted_baselines, describe_domains, in_source
+from potstill.experiments.gallery.examples import describe_examples
 from potstill.experiments.groups import Probabilities, members, together
 from potstill.experiments.loaders import split_loader
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.run_folder import SPLITS, RunFolder
 from potstill.experiments.similarity import describe_similarity
 from potstill.experiments.stage_names import repeated, role
+from potstill.experiments.verdict.comparing import compare
 from potstill.models.classifier import Classifier
 from potstill.training.devices import Compute
 

@@ -14,7 +14,7 @@ from potstill.data.datasets import load_data
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError
-from potstill.experiments.domains import Domains
+from potstill.experiments.domain.domains import Domains
 from potstill.experiments.hastening import ask_as, spread
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.plan import plan

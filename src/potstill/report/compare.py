@@ -18,9 +18,9 @@ from potstill.artifacts import write_text
 from potstill.errors import UsageError
 from potstill.evaluation.significance import seeds_bootstrap, seeds_summary, sign_flip
 from potstill.experiments.run_folder import RunFolder
-from potstill.experiments.several_seeds import over_all_seeds, over_seeds, verdict_over_seeds
 from potstill.experiments.stage_names import repeated
-from potstill.experiments.verdict import headline
+from potstill.experiments.verdict.several_seeds import over_all_seeds, over_seeds, verdict_over_seeds
+from potstill.experiments.verdict.verdict import headline
 from potstill.report.contents import STAGES, Run, Stage, read_run
 from potstill.report.metric_names import Format
 from potstill.report.page import fill

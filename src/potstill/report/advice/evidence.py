@@ -3,8 +3,8 @@
 import math
 
 from potstill.amounts import count, duration, number, percent, points
-from potstill.experiments.several_seeds import over_all_seeds
-from potstill.experiments.verdict import finding
+from potstill.experiments.verdict.several_seeds import over_all_seeds
+from potstill.experiments.verdict.verdict import finding
 from potstill.report.advice.rule import Advice, figure, images
 from potstill.report.contents import Run
 

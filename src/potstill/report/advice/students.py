@@ -1,8 +1,8 @@
 """Advice on the student and its training."""
 
 from potstill.amounts import number, percent, points
-from potstill.experiments.several_seeds import over_all_seeds
-from potstill.experiments.verdict import finding
+from potstill.experiments.verdict.several_seeds import over_all_seeds
+from potstill.experiments.verdict.verdict import finding
 from potstill.report.advice.rule import Advice, figure, last_epochs, student
 from potstill.report.advice.teachers import FEWEST, LATE
 from potstill.report.contents import Run

@@ -1,7 +1,7 @@
 """Advice on whom the student learns from."""
 
 from potstill.amounts import decimal, number, percent, points
-from potstill.experiments.several_seeds import over_all_seeds
+from potstill.experiments.verdict.several_seeds import over_all_seeds
 from potstill.report.advice.rule import Advice, figure, last_epochs
 from potstill.report.contents import Run
 

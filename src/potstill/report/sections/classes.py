@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from potstill.amounts import NONE, count, percent
-from potstill.experiments.verdict import points
+from potstill.experiments.verdict.verdict import points
 from potstill.report.contents import Run
 from potstill.report.predictions import read_predictions
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from potstill.amounts import count, decimal, number, points, ratio
-from potstill.experiments.several_seeds import over_all_seeds
-from potstill.experiments.verdict import finding, sentences
+from potstill.experiments.verdict.several_seeds import over_all_seeds
+from potstill.experiments.verdict.verdict import finding, sentences
 from potstill.report.contents import Run
 
 MARKS = {"helped": "Distillation helped", "hurt": "Distillation hurt", "unclear": "No clear difference"}

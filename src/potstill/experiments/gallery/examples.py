@@ -18,8 +18,8 @@ from potstill.data.preprocess import prepare
 from potstill.errors import PotstillError
 from potstill.evaluation.averages import Array
 from potstill.evaluation.gradcam import grad_cam, seen_region
-from potstill.experiments.picking import pick
-from potstill.experiments.thumbnail import thumbnail
+from potstill.experiments.gallery.picking import pick
+from potstill.experiments.gallery.thumbnail import thumbnail
 from potstill.models.classifier import Classifier
 
 SCHEMA = 1

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from potstill.experiments.several_seeds import figure
+from potstill.experiments.verdict.several_seeds import figure
 
 
 def domains(comparison: Mapping[str, Any]) -> str:

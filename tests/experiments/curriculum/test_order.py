@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from potstill.errors import UsageError
-from potstill.experiments import curriculum as module
 from potstill.experiments import pipeline
-from potstill.experiments.curriculum import admitted, difficulty_of
-from potstill.experiments.curriculum_settings import CurriculumSettings
+from potstill.experiments.curriculum import order as module
+from potstill.experiments.curriculum.order import admitted, difficulty_of
+from potstill.experiments.curriculum.settings import CurriculumSettings
 from potstill.experiments.recipe import load_recipe
 from potstill.models.model_file import load_model
 from potstill.training.observer import Silent

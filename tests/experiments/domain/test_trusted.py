@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import UsageError
-from potstill.experiments.trusted import choose
+from potstill.experiments.domain.trusted import choose
 
 SAID = np.array(
     [

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from potstill.amounts import points
-from potstill.experiments.several_seeds import T_975, over_seeds, verdict_over_seeds
-from potstill.experiments.verdict import finding, headline, verdict
-from potstill.experiments.verdict_sentences import accuracies
+from potstill.experiments.verdict.sentences import accuracies
+from potstill.experiments.verdict.several_seeds import T_975, over_seeds, verdict_over_seeds
+from potstill.experiments.verdict.verdict import finding, headline, verdict
 
 SEED = "One seed cannot tell"
 
@@ -165,7 +165,7 @@ def test_verdict_over_seeds() -> None:
 
 def test_torch_stays_out() -> None:
     code = (
-        "import sys, potstill.experiments.verdict, potstill.report.render, potstill.report.compare;"
+        "import sys, potstill.experiments.verdict.verdict, potstill.report.render, potstill.report.compare;"
         "heavy = {'torch', 'matplotlib', 'sklearn', 'jinja2'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

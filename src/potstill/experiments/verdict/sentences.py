@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from potstill.amounts import duration, points
-from potstill.experiments.several_seeds import figure, several
 from potstill.experiments.stage_names import in_order
+from potstill.experiments.verdict.several_seeds import figure, several
 
 Finding = Literal["helped", "hurt", "unclear", "unknown"]
 

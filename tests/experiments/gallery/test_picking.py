@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from potstill.experiments.picking import Pick, pick
+from potstill.experiments.gallery.picking import Pick, pick
 
 LABELS = np.array([0, 0, 1, 1, 0, 1])
 

@@ -10,7 +10,7 @@ import numpy as np
 from potstill.data.splits import DataSplits
 from potstill.evaluation.evaluate import collect
 from potstill.evaluation.exact import final_metrics
-from potstill.experiments.domains import Domains
+from potstill.experiments.domain.domains import Domains
 from potstill.experiments.loaders import split_loader
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.stage_names import in_order, role

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from potstill.amounts import points as points
-from potstill.experiments.domain_sentences import domains
-from potstill.experiments.several_seeds import figure, over_all_seeds, several
-from potstill.experiments.verdict_sentences import Finding, accuracies, cost, gap, limits, on_images, time
+from potstill.experiments.domain.sentences import domains
+from potstill.experiments.verdict.sentences import Finding, accuracies, cost, gap, limits, on_images, time
+from potstill.experiments.verdict.several_seeds import figure, over_all_seeds, several
 
 
 def verdict(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | None = None) -> str:

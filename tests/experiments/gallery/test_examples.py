@@ -11,7 +11,7 @@ from torch import nn
 
 from potstill.data.images import ArraySet
 from potstill.errors import DataError
-from potstill.experiments.examples import describe_examples
+from potstill.experiments.gallery.examples import describe_examples
 from potstill.input_spec import InputSpec
 from potstill.models.classifier import Classifier
 

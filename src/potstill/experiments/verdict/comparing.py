@@ -16,7 +16,7 @@ from potstill.evaluation.significance import (
 )
 from potstill.experiments.groups import members
 from potstill.experiments.stage_names import in_order, numbered, role
-from potstill.experiments.verdict import verdict
+from potstill.experiments.verdict.verdict import verdict
 
 OVER_SEEDS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll")  # figures that are averaged over the seeds
 _BETWEEN = ("assistant", "generation")  # stages on the way to the distilled student

@@ -10,7 +10,7 @@ from potstill.data.draws import uniform
 from potstill.data.pacing import Admitted, in_turn, share_admitted
 from potstill.data.splits import DataSplits, Draws
 from potstill.evaluation.evaluate import collect
-from potstill.experiments.curriculum_settings import CurriculumSettings
+from potstill.experiments.curriculum.settings import CurriculumSettings
 from potstill.experiments.groups import as_one
 from potstill.experiments.loaders import split_loader
 from potstill.experiments.plan import Planned

@@ -17,7 +17,7 @@ from potstill.data.relabelled import Relabelled
 from potstill.deploy.evaluate import evaluate
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.experiments import pipeline, replay
-from potstill.experiments.domains import Domains
+from potstill.experiments.domain.domains import Domains
 from potstill.experiments.plan import Planned
 from potstill.experiments.recipe import load_recipe
 from potstill.experiments.store_check import verify_store

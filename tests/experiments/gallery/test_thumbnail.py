@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.experiments.thumbnail import thumbnail
+from potstill.experiments.gallery.thumbnail import thumbnail
 
 
 def opened(found):

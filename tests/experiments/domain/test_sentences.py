@@ -1,5 +1,5 @@
-from potstill.experiments.domain_sentences import domains
-from potstill.experiments.verdict import verdict
+from potstill.experiments.domain.sentences import domains
+from potstill.experiments.verdict.verdict import verdict
 
 FOUND = {
     "source": "day", "target": "night", "target_labels": 0.0, "confidence": 0.9, "balance": True, "adapted": False,

@@ -22,12 +22,12 @@ from potstill.data.splits import DataSplits, Draws, stratified_subset
 from potstill.data.target import joint_fingerprint
 from potstill.data.unlabeled import NO_LABEL, Joined
 from potstill.evaluation.evaluate import collect
+from potstill.experiments.domain.trusted import Ids, Trusted, choose
 from potstill.experiments.groups import as_one
 from potstill.experiments.plan import Planned
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.seeds import derive
 from potstill.experiments.stage_names import in_order, role
-from potstill.experiments.trusted import Ids, Trusted, choose
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import save_model
 from potstill.training.batch_norm import adapt_batch_norm

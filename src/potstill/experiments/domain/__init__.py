@@ -1,0 +1,1 @@
+"""From one domain to another: who sees which images, and what is said of it."""

@@ -1,0 +1,1 @@
+"""Test images that the report shows."""

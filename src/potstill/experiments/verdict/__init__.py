@@ -1,0 +1,1 @@
+"""Distilled against baseline, in figures and in sentences."""
