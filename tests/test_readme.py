@@ -150,5 +150,5 @@ def test_the_readme_has_its_parts():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.search(r"<!-- results -->.*<!-- end of results -->", text, re.DOTALL)
     pictures = re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", text)  # each says what it shows
-    assert len(pictures) == 1
+    assert len(pictures) == 2
     assert (ROOT / pictures[0]).stat().st_size <= 200_000

@@ -139,6 +139,7 @@ def test_a_point_of_scaling_in_a_process_of_its_own():
     assert 50 < memory < 5000
 
 
+@pytest.mark.slow
 def test_the_first_step_is_that_of_a_student_whose_teacher_is_recorded(tmp_path, monkeypatch):
     from benchmarks.speed.scene import make_images
 
