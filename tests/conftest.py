@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from .own_process import plugin
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
 if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache, and find none there
     os.environ["POTSTILL_CACHE"] = tempfile.mkdtemp(prefix="potstill-cache-")
     atexit.register(shutil.rmtree, os.environ["POTSTILL_CACHE"], ignore_errors=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(plugin())
 
 
 @pytest.fixture(autouse=True)
