@@ -21,6 +21,8 @@ from potstill.experiments.run_folder import RunFolder
 from potstill.models.model_file import load_model
 from potstill.training.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.own_process
+
 Faults = Any  # the fixture of conftest.py
 STAGES = ("teacher", "baseline", "distilled")
 SAID = r"^error: (cannot write (to )?\S+: )?{reason}(: \S+)?$"
