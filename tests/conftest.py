@@ -30,6 +30,16 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's number of threads is a number that can be set and read, and starts none: more threads than cores are slow."""
+    import torch
+
+    kept = [torch.get_num_threads()]
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: kept.__setitem__(0, number))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: kept[0])
+
+
+@pytest.fixture
 def corpus() -> Path:
     """Third-party image files with the expected outcome of each."""
     default = Path(__file__).parents[2] / "shared" / "corpora" / "core"

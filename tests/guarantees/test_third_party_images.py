@@ -18,7 +18,7 @@ from potstill.deploy.predict import IMAGE_SUFFIXES
 # Pillow cannot turn a premultiplied gray TIFF into RGB at once; by way of LA it can be read.
 READ_THOUGH_EXPECTED_TO_FAIL = {"0541_strongcourage_6fcb5238.tiff"}
 MOST_KILOBYTES = 200_000  # beyond what the command needs on two harmless images
-LONG = 300  # seconds
+LONG = 1200  # seconds
 
 RECIPE = """
 name: corpus

@@ -21,6 +21,7 @@ from potstill.types import Batch
 OPTIONS = {
     "combined": {"methods": [{"name": "kd"}, {"name": "at"}, {"name": "fitnet", "factor": 0.5}]},
     "crd": {"negatives": 2},
+    "ft": {"paraphraser_epochs": 1},
 }
 FAMILIES = (
     "timm/resnet18",
