@@ -31,7 +31,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's number of threads is a number that can be set and read, and starts none: more threads than cores are slow."""
+    """PyTorch's number of threads can be set and read, and no thread is started: more of them than cores are slow."""
     import torch
 
     kept = [torch.get_num_threads()]

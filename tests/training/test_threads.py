@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from potstill.training import threads as threads_module
-from potstill.training.calibration import Calibration
+from potstill.training.calibration import Calibration, calibrate
 from potstill.training.devices import Compute
 from potstill.training.observer import Silent
 from potstill.training.settings import TrainingSettings
