@@ -1,6 +1,7 @@
 """The loop, on numbers small enough to follow: a loader of two-pixel images."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -117,6 +118,26 @@ def test_student_is_in_train_mode_in_every_epoch(tmp_path):
     _, student = train(tmp_path, TrainingSettings(epochs=3))
     per_epoch = [True] * 5 + [False] * 3  # 18 images and 9 images in fours
     assert student.modes == per_epoch * 3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_update_is_made_at_the_rate_of_its_schedule(tmp_path, accumulate):
+    settings = TrainingSettings(
+        epochs=3, lr=0.4, schedule="cosine", warmup_epochs=1, accumulate=accumulate, checkpoint_seconds=0
+    )
+    torch.manual_seed(0)
+    student = Counting()
+    training = Training(
+        Distiller(student, None, Supervised()), Numbers(16), Numbers(9, seed=1), settings, CPU,
+        folder=tmp_path, observer=Silent(), classes=3,
+    )  # fmt: skip
+    rates = []
+    training.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    training.run()
+    each = 4 // accumulate  # updates an epoch
+    rising = [0.4 * (step + 1) / each for step in range(each)]
+    falling = [0.4 * (1 + math.cos(math.pi * step / (2 * each))) / 2 for step in range(2 * each)]
+    assert rates == pytest.approx(rising + falling)
 
 
 def test_the_best_epochs_weights_are_what_remains(tmp_path):
