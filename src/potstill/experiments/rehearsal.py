@@ -20,7 +20,7 @@ from potstill.methods.base import Method
 from potstill.models.classifier import Classifier
 from potstill.training.batch_norm import refuse_without_batch_norm
 from potstill.training.devices import Compute, choose
-from potstill.training.label_loss import KnownLabels
+from potstill.training.label_loss import LabelLoss
 from potstill.training.settings import TrainingSettings
 from potstill.types import UNLABELED, Batch
 
@@ -84,7 +84,7 @@ def _rehearse(
         data=data,
         compute=compute,
         example=images.batch().images,
-        label_loss=torch.nn.CrossEntropyLoss() if data.target is None else KnownLabels(),
+        label_loss=torch.nn.CrossEntropyLoss() if data.target is None else LabelLoss(),
     )
     try:
         _step(distiller, images, settings, compute)
