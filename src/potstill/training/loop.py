@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from potstill.distiller import Distiller
 from potstill.errors import Stopped
@@ -21,6 +20,7 @@ from potstill.training.answers import Answers, Asked, Remembered
 from potstill.training.averages import TermAverages
 from potstill.training.compiling import Compiling
 from potstill.training.devices import Compute
+from potstill.training.ema import WeightAverage
 from potstill.training.gradients import Gradients
 from potstill.training.history import History, Record
 from potstill.training.observer import Observer
@@ -80,8 +80,7 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lr_factor(settings, steps))
         self.average = None
         if settings.ema_decay is not None:
-            follow = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(distiller.student, multi_avg_fn=follow, use_buffers=True)
+            self.average = WeightAverage(distiller.student, settings.ema_decay)
         self.saving = Saving(
             folder / "checkpoints",
             settings,
@@ -282,7 +281,7 @@ class Training:
 class _EvaluatedWeights:
     """Within the block, the student has its averaged weights, where there are such."""
 
-    def __init__(self, distiller: Distiller, average: AveragedModel | None) -> None:
+    def __init__(self, distiller: Distiller, average: WeightAverage | None) -> None:
         self.student, self.average = distiller.student, average
 
     def __enter__(self) -> None:

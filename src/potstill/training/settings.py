@@ -32,7 +32,12 @@ class TrainingSettings(BaseModel):
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are then evaluated")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of averaged weights, which are then evaluated; min(decay, (1 + n) / (10 + n)) after n steps",
+    )
     int8_share: float = Field(
         0.0,
         ge=0,
