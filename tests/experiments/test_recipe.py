@@ -201,6 +201,35 @@ epochs: 3
         ),
         ({"method": {"name": "dkd", "preset": "cifar"}}, "method.preset: no preset 'cifar'"),
         ({"method": {"name": "kd", "schedule": 3}}, "method.schedule must be a mapping of terms or options, got 3"),
+        *(
+            ({"method": {"name": "kd", "schedule": schedule}}, f"method.{message}")
+            for schedule, message in [
+                ({"temperature": {"start": 0}}, "schedule.temperature.start must be above 0, got 0"),
+                ({"alpha": {"shape": "linear", "start": 0.5, "end": 2}}, "schedule.alpha.end must be from 0 to 1"),
+                ({"kd": {"shape": "linear", "start": 1, "end": -1}}, "schedule.kd.end must be at least 0, got -1"),
+                ({"kd": {"start": 1, "end": 0}}, "schedule.kd.end has no effect with shape constant; give a shape"),
+                ({"kd": {"shape": "step", "begin": 0.5}}, "schedule.kd.begin has no effect with shape step"),
+                ({"kd": {"shape": "linear", "finish": 2}}, "schedule.kd: begin and finish are shares of the training"),
+                ({"kd": {"shape": "cosine", "begin": 1}}, "schedule.kd: begin and finish are shares of the training"),
+            ]
+        ),
+        (
+            {"method": {"name": "vid", "schedule": {"variance": {"start": 2}}}},
+            "method.schedule.variance: variance of vid cannot change during training; what can: weight, ce_weight, the",
+        ),
+        (
+            {"method": {"name": "at", "schedule": {"power": {"start": 2}}}},
+            "method.schedule.power: power of at cannot change during training",
+        ),
+        ({"training": {"pick_by": "nll"}}, "training.pick_by is now called selection_metric"),
+        (
+            {"teacher": {"model": "a", "training": {"pick_by": "nll"}}},
+            "teacher.training.pick_by is now called selection_metric",
+        ),
+        (
+            {"training": {"selection_metric": "loss"}},
+            "training.selection_metric must be 'top1', 'top3', 'f1_macro', 'auc_macro' or 'nll', got 'loss'; the weights",
+        ),
     ],
 )
 def test_each_kind_of_mistake_is_one_sentence(changes: dict[str, object], expected: str) -> None:

@@ -122,7 +122,7 @@ def test_student_is_in_train_mode_in_every_epoch(tmp_path):
 def test_the_best_epochs_weights_are_what_remains(tmp_path):
     # Far too large a rate from epoch 2 on: epoch 1 stays the best.
     settings = TrainingSettings(epochs=3, optimizer="sgd", lr=0.05, schedule="step", milestones=[1], gamma=1e-6)
-    history, student = train(tmp_path, settings.model_copy(update={"pick_by": "loss"}))
+    history, student = train(tmp_path, settings.model_copy(update={"selection_metric": "nll"}))
     best = min(lines(tmp_path), key=lambda record: record["val"]["loss"])
     assert history.best_epoch == best["epoch"]
     student.eval()
@@ -168,7 +168,7 @@ def test_test_is_never_looked_at_unless_asked(tmp_path):
 
 
 def test_a_better_test_split_never_changes_the_choice(tmp_path):
-    settings = TrainingSettings(epochs=5, lr=0.01, pick_by="loss")
+    settings = TrainingSettings(epochs=5, lr=0.01, selection_metric="nll")
     without, one = train(tmp_path / "a", settings)
     contrary = Numbers(9, seed=1)
     contrary.labels = (contrary.labels + 1) % 3  # the better the student, the worse it looks here

@@ -101,13 +101,13 @@ def _rehearse(
 
 
 def _step(distiller: Distiller, images: "_Images", settings: TrainingSettings, compute: Compute) -> None:
-    """Forward in train mode and as on val; no gradient is taken."""
+    """Forward in train mode and as on val; no gradient is taken.  A method that trains in stages is tried in both."""
     if distiller.method.needs.prepare:
         distiller.prepare(images.passes)
-    distiller.start_epoch(0, settings.epochs)
-    batch = images.batch()
+    batch, staged = images.batch(), distiller.method.staged
     with torch.no_grad(), compute.autocast():
-        for training in (True, False):
+        for epoch, training in ((0, True), *([(settings.epochs - 1, True)] if staged else []), (0, False)):
+            distiller.start_epoch(epoch, settings.epochs)
             distiller.train(training)
             distiller(
                 batch.images,
@@ -117,7 +117,9 @@ def _step(distiller: Distiller, images: "_Images", settings: TrainingSettings, c
                 second=batch.second if training else None,
                 soft_labels=batch.soft_labels if training else None,
             )
-            batch.labels = batch.labels.clamp(min=0)  # on val every image has a label
+            if not training or not staged:
+                batch.labels = batch.labels.clamp(min=0)  # on val every image has a label
+    distiller.method.refuse_idle_schedules()
 
 
 class _Images:

@@ -167,7 +167,7 @@ def training_facts(history: History, settings: TrainingSettings) -> dict[str, An
         "best_epoch": history.best_epoch,
         "seconds": round(history.seconds, 3),
         "images_per_second": history.images_per_second,
-        "pick_by": settings.pick_by,
+        "selection_metric": settings.selection_metric,
     }
 
 

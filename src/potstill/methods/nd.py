@@ -86,6 +86,7 @@ class ND(Method):
     }
 
     class_means: Tensor
+    FIXED: ClassVar[tuple[str, ...]] = ("warmup",)
 
     @checked
     def __init__(

@@ -152,7 +152,7 @@ class Training:
         trained = under_way.seconds
         with _EvaluatedWeights(self.distiller, self.average):
             splits = {name: self._evaluate(number, name, loader) for name, loader in self.others.items()}
-            value = _comparable(self.settings.pick_by, splits["val"])
+            value = _comparable(self.settings.selection_metric, splits["val"])
             # Weights that have not met int8's rounding are no candidates, however good they are without it.
             best = value > self.history.best_value or number == self.plain_epochs
             if best:
@@ -299,4 +299,4 @@ def _comparable(metric: str, figures: Record) -> float:
     value = figures[metric]
     if value is None:
         return -1e300
-    return -value if metric in ("loss", "nll") else float(value)
+    return -value if metric == "nll" else float(value)

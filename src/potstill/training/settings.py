@@ -4,7 +4,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PickBy = Literal["top1", "top3", "f1_macro", "auc_macro", "loss", "nll"]
+# The training loss is none of them: weights that move with the epochs, or differ between the trials of a sweep, would
+# decide.
+SelectionMetric = Literal["top1", "top3", "f1_macro", "auc_macro", "nll"]
 
 
 class TrainingSettings(BaseModel):
@@ -45,7 +47,9 @@ class TrainingSettings(BaseModel):
         description="share of a student's epochs, the last ones, under int8's rounding (quantization-aware training)",
     )
     early_stopping: int | None = Field(None, ge=1, description="epochs without a better val metric before stopping")
-    pick_by: PickBy = Field("top1", description="val metric that picks the best epoch")
+    selection_metric: SelectionMetric = Field(
+        "top1", description="val metric that picks the best epoch; nll: cross-entropy of the labels alone"
+    )
     evaluate_test_every_epoch: bool = Field(False, description="test curves; never used to choose")
     precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     channels_last: bool | Literal["auto"] = Field(
