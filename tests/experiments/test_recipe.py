@@ -228,7 +228,7 @@ epochs: 3
         ),
         (
             {"training": {"selection_metric": "loss"}},
-            "training.selection_metric must be 'top1', 'top3', 'f1_macro', 'auc_macro' or 'nll', got 'loss'; the weights",
+            "training.selection_metric must be 'top1', 'top3', 'f1_macro', 'auc_macro' or 'nll', got 'loss'; the",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from torch import nn
 
 from potstill.distiller import Distiller
 from potstill.errors import NonFiniteError
+from potstill.evaluation.evaluate import collect
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
 from potstill.training.devices import Compute
@@ -269,3 +270,28 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path)
         train(tmp_path, settings, loader=Numbers(18, poison=(1, 2)))
     history, _ = train(tmp_path, settings, resume=True)  # healthy data now
     assert [record["epoch"] for record in history.records] == [1, 2, 3, 4]
+
+
+def test_what_picks_an_epoch_is_what_is_reported_of_it(tmp_path):
+    """Trained in bf16, val is evaluated in float32: to the last digit but rounding the final evaluation's figures."""
+    torch.manual_seed(0)
+    student = Counting()
+    compute = Compute(torch.device("cpu"), bf16=True, channels_last=False)
+    training = Training(
+        Distiller(student, None, Supervised()),
+        Numbers(18),
+        Numbers(30, seed=1),
+        TrainingSettings(epochs=3, lr=0.05),
+        compute,
+        folder=tmp_path,
+        observer=Silent(),
+        classes=3,
+    )
+    history = training.run()
+    picked = history.records[history.best_epoch - 1]["val"]
+    logged = {}
+    for precision in ("float32", "bf16"):
+        probabilities, labels, _ = collect(student, Numbers(30, seed=1), classes=3, precision=precision)
+        logged[precision] = -float(np.log(probabilities[np.arange(30), labels]).mean())
+    assert picked["nll"] == pytest.approx(logged["float32"], rel=1e-6)
+    assert logged["bf16"] != pytest.approx(logged["float32"], rel=1e-5)  # or this would show nothing

@@ -91,7 +91,7 @@ class Training:
             self.average,
             self.history,
         )
-        asked: dict[str, Answers] = {name: Remembered(distiller, compute) for name in self.others}
+        asked: dict[str, Answers] = {name: Remembered(distiller) for name in self.others}
         self.answers: dict[str, Answers] = {"train": Asked(), **asked, **(answers or {})}
         self.stopping = stopping or Stopping()
 
@@ -184,7 +184,7 @@ class Training:
             first = position - position % group
             complete = (position + 1) % group == 0 or position + 1 == self.train.steps
             with self.sharing.step(complete):
-                step = self._ask(batch, answers, self.sharing.call)
+                step = self._ask(batch, answers, self.sharing.call, self.compute.autocast())
                 share = self.sharing.share_of(len(batch), sizes[position])
                 self.gradients.add(step, min(group, self.train.steps - first), share)
             if complete:
@@ -221,12 +221,14 @@ class Training:
         self.answers["train"].flush()
         self.saving.save(number, replace(under_way, metrics=metrics, averages=averages))
 
-    def _ask(self, batch: Batch, answers: Answers, distiller: nn.Module) -> Step:
+    def _ask(
+        self, batch: Batch, answers: Answers, distiller: nn.Module, precision: AbstractContextManager[object]
+    ) -> Step:
         batch = replace(batch, images=self._laid_out(batch.images))
         if batch.second is not None:
             batch = replace(batch, second=self._laid_out(batch.second))
         known = answers(batch)
-        with self.compute.autocast():
+        with precision:
             step: Step = distiller(
                 batch.images,
                 batch.labels,
@@ -253,6 +255,7 @@ class Training:
 
     @torch.no_grad()
     def _evaluate(self, epoch: int, split: str, loader: "Loader") -> Record:
+        """In float32, as the final figures are: what picks an epoch is what is reported of it."""
         self.distiller.eval()
         metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
         answers = self.answers[split]
@@ -262,7 +265,7 @@ class Training:
             if common:
                 self._agreed()
                 self.stopping.check()
-            step = self._ask(batch, answers, self.distiller)
+            step = self._ask(batch, answers, self.distiller, nullcontext())
             metrics.update(step.logits, batch.labels)
             averages.update(step.terms, len(batch), number)
         answers.flush()
