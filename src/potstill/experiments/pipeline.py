@@ -17,7 +17,7 @@ from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.method_settings import describe, needs_teacher
 from potstill.experiments.plan import PARTS, Planned, of_stage, plan
-from potstill.experiments.preflight import check_all, doubt_data
+from potstill.experiments.preflight import check_all, doubt_data, doubt_settings
 from potstill.experiments.recipe import Recipe, StageSettings, dump_recipe
 from potstill.experiments.refusals import refuse_changes, refuse_other_data, refuse_own_weights
 from potstill.experiments.rehearsal import create_stage_method
@@ -132,7 +132,7 @@ def run(
         experiment = _Experiment(
             folder, recipe, splits, compute, observer, resume, storing.stores, threads, precisions, stopping, planned
         )
-        experiment.warnings += doubt_data(splits, observer)
+        experiment.warnings += doubt_data(splits, observer) + doubt_settings(recipe, planned, splits, observer)
         with threads:
             models = {stage.name: experiment.carry_out(stage) for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split

@@ -82,6 +82,11 @@ class Method(nn.Module):
         """Whether the terms themselves, and not only their weights, change with the epochs."""
         return False
 
+    @property
+    def warmup_length(self) -> float:
+        """Epochs after which every term has its full weight; 0 where all have it from the first on."""
+        return float(getattr(self, "warmup_epochs", 0))
+
     def for_teachers(self, shares: Sequence[float]) -> "Method":
         """The method for several teachers, each with its share; see ``wrapping.per_teacher``, which calls this first.
 

@@ -139,6 +139,10 @@ class CAMKD(Method):
         if feature_weight == 0:
             self.needs = self.LOGITS
 
+    @property
+    def warmup_length(self) -> float:
+        return self.features_from and self.features_from + 1
+
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
         assert teacher is not None
         if len(teacher.members) < 2:

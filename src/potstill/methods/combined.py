@@ -65,6 +65,10 @@ class Combined(Method):
     def staged(self) -> bool:
         return any(method.staged for method in self.each())
 
+    @property
+    def warmup_length(self) -> float:
+        return max(method.warmup_length for method in self.each())
+
     def for_teachers(self, shares: Sequence[float]) -> Method:
         self.methods = nn.ModuleList(per_teacher(method, shares) for method in self.each())
         return self

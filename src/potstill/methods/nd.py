@@ -103,6 +103,10 @@ class ND(Method):
         self.translate: nn.Module = nn.Identity()
         self._means_known = False
 
+    @property
+    def warmup_length(self) -> float:
+        return self.warm_epochs and self.warm_epochs + 1  # the weight begins at 0
+
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
         assert teacher is not None
         assert student.outputs.embedding is not None

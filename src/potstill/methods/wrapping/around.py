@@ -33,6 +33,10 @@ class Around(Method):
     def staged(self) -> bool:
         return self.inner.staged
 
+    @property
+    def warmup_length(self) -> float:
+        return self.inner.warmup_length
+
     def for_teachers(self, shares: Sequence[float]) -> Method:
         self.inner = self.inner.for_teachers(shares)
         return self
