@@ -16,11 +16,10 @@ SMALL = 0.5  # shifts up to here are summed by the series, whose first term left
 
 
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
-    r"""``KL(softmax(z_t / T) || softmax(z_s / T))`` of each row.
+    """``KL(softmax(z_t / T) || softmax(z_s / T))`` of each row.
 
-    With p the teacher's probabilities and :math:`d = (z_s - z_t) / T`, less its mean under p,
-
-    .. math:: \mathrm{KL} = \log \sum_k p_k e^{d_k} = \log \Big( 1 + \sum_k p_k \, (e^{d_k} - 1 - d_k) \Big)
+    With p the teacher's probabilities and d = (z_s - z_t) / T, less its mean under p, it is ``log(sum p exp(d))``,
+    which is ``log(1 + sum p (exp(d) - 1 - d))``.
 
     Args:
         student_logits: shape [B, K].
