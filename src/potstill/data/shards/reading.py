@@ -14,7 +14,7 @@ from potstill.data.shards.urls import opened
 from potstill.errors import ArtifactError, DataError, StorageError
 from potstill.sealed import read_sealed_json, write_sealed_json
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
 _LARGEST = 64 * 2**20  # bytes of an image
 _LARGEST_LABEL = 2**20
 _STATE = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "md5")  # by which storages tell changes
