@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,8 @@ from potstill.models.model_file import load_model
 from potstill.report.contents import read_run
 from potstill.report.figures import canvas
 from potstill.training.checkpoint import load_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent))  # hostile_images.py
 
 COLOURS = {"blue": (30, 60, 200), "red": (210, 40, 30)}
 RECIPE = """
