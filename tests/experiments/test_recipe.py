@@ -284,6 +284,13 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
     ]
 
 
+def test_a_renamed_key_names_the_new_one() -> None:
+    assert problems("quickstart", "data.fit=squash") == [
+        "--set data.fit=squash: data.fit: unknown key; it is called 'data.resize_mode' now"
+    ]
+    assert "'crop', 'pad' or 'stretch'" in problems("quickstart", "data.resize_mode=squash")[0]
+
+
 def test_a_misspelt_option_by_set_gets_the_nearest_name() -> None:
     found = problems("quickstart", "method.temperture=3", "name.x=3")
 

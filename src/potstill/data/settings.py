@@ -52,7 +52,10 @@ class DataSettings(BaseModel):
     )
     options: dict[str, Any] = Field({}, description="options of the named data set, e.g. {classes: 2} for solar")
     size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
-    fit: Literal["crop", "squash"] = Field("crop", description="how an image that is not square becomes square")
+    resize_mode: Literal["crop", "pad", "stretch"] = Field(
+        "crop",
+        description="how an image that is not square becomes square: its centre, black borders, or other proportions",
+    )
     unlabeled: str | None = Field(
         None, description="a second folder, of images without labels at any depth: they join the teacher's terms only"
     )
