@@ -57,8 +57,8 @@ def test_crop_share_keeps_the_centre() -> None:
 
 
 def test_padding_by_hand() -> None:
-    # 4 x 8 pixels into 4 x 4: two rows between one black row above and one below.  Of the second pixel 1.75 parts are 100 and 0.25
-    # are 200: 112.5.
+    # 4 x 8 pixels into 4 x 4: two rows between one black row above and one below.  Of the second pixel 1.75
+    # parts are 100 and 0.25 are 200: 112.5.
     pixels = np.zeros((4, 8, 3), dtype=np.uint8)
     pixels[:, :4], pixels[:, 4:] = 100, 200
     found = fit(pixels, 4, "pad")

@@ -13,6 +13,7 @@ from PIL import Image
 from potstill.data.decode import Pixels
 from potstill.input_spec import InputSpec, Triple
 
+_HARDLY = 0.02  # share of an image that does not matter
 CROP_SHARE = 0.875  # side of the square that random resized crops are drawn from is size / CROP_SHARE
 
 Floats = NDArray[np.float32]
@@ -50,7 +51,7 @@ def fit(pixels: Pixels, side: int, how: str) -> Pixels:
 
 
 def _padded(pixels: Pixels, side: int) -> Pixels:
-    height, width = padded_shape(*pixels.shape[:2], side)
+    height, width = padded_shape(pixels.shape[0], pixels.shape[1], side)
     small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     top, left = (side - height) // 2, (side - width) // 2
     square = np.zeros((3, side, side), dtype=np.uint8)
@@ -77,6 +78,35 @@ def unseen_share(height: int, width: int, how: str) -> float:
         (0.25, 0.0)
     """
     return 1 - min(height, width) / max(height, width) if how == "crop" else 0.0
+
+
+def unseen(widths: NDArray[Any], heights: NDArray[Any], how: str) -> list[str]:
+    """A sentence on what the median image loses by ``how``; none where all are square, or no size is known.
+
+    Example:
+        >>> unseen(np.array([400, 400, 100]), np.array([300, 300, 100]), "crop")
+        ['the centre crop cuts off 25 % of the median image; data.resize_mode: pad keeps all of it']
+    """
+    known = np.minimum(widths, heights) > 0
+    shorter, longer = (pick(widths[known], heights[known]).astype(float) for pick in (np.minimum, np.maximum))
+    if not len(longer) or (shorter == longer).all():
+        return []
+    ratios = shorter / longer
+    typical = float(np.median(ratios))
+    if typical > 1 - _HARDLY:  # most are square: what of the others?
+        odd = ratios[ratios <= 1 - _HARDLY]
+        if how != "crop" or not len(odd):
+            return []
+        share = f"{100 * (1 - float(np.median(odd))):.0f} % of the median one of {len(odd):,} images"
+        return [f"the centre crop cuts off {share} that are not square; data.resize_mode: pad keeps all of them"]
+    lost = f"{100 * (1 - typical):.0f} %"
+    return [
+        {
+            "crop": f"the centre crop cuts off {lost} of the median image; data.resize_mode: pad keeps all of it",
+            "pad": f"{lost} of the median image's square is black border",
+            "stretch": f"the median image is stretched by {1 / typical:.2f}; data.resize_mode: pad keeps proportions",
+        }[how]
+    ]
 
 
 def squared(pixels: Pixels, spec: InputSpec) -> Pixels:
