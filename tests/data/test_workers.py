@@ -35,7 +35,7 @@ BATCHES = [list(range(start, start + 4)) for start in (0, 4, 8)]
 
 
 def read(images):
-    workers, found, said = Workers(images, 8, "squash", 1), 0, ""
+    workers, found, said = Workers(images, 8, "stretch", 1), 0, ""
     try:
         for _ in workers.squares(BATCHES):
             found += 1
@@ -70,4 +70,4 @@ def test_a_dead_process_is_noticed_at_once():
 def test_a_timeout_is_a_number_of_seconds(monkeypatch, text):
     monkeypatch.setenv("POTSTILL_TIMEOUT", text)
     with pytest.raises(UsageError, match=f"POTSTILL_TIMEOUT is a number of seconds above 0, got {text!r}"):
-        Workers(Slow(), 8, "squash", 1)
+        Workers(Slow(), 8, "stretch", 1)

@@ -24,7 +24,14 @@ _Read = tuple[State | None, str]  # a file's state and its content, as ``KnownFi
 
 
 def check_files(
-    root: Path, names: Sequence[str], source: str, *, decode: bool = True, progress: Watcher | None = None
+    root: Path,
+    names: Sequence[str],
+    source: str,
+    *,
+    decode: bool = True,
+    progress: Watcher | None = None,
+    bad: dict[str, str] | None = None,
+    hints: Sequence[str] = (),
 ) -> dict[str, str]:
     """Read and decode files; those that were found good before, and have not changed since, are not read again.
 
@@ -34,9 +41,11 @@ def check_files(
         source: what messages call the data.
         decode: False: only read, for files that somebody else has verified.
         progress: is told how much is done.
+        bad: receives name -> reason of files that cannot be decoded; None: these are an error.
+        hints: lines at the end of that error.
 
     Returns:
-        name -> size and SHA-256 of the content.
+        name -> size and SHA-256 of the content; of the good files.
 
     Raises:
         DataError: files that cannot be decoded: path and reason of the first twenty, and their number.
@@ -57,8 +66,15 @@ def check_files(
     good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
     if new:
         known.keep(root, good)
-    _all_or_none(found, source)
-    return {name: unchanged.get(name) or good[name][1] for name in names}
+    if bad is None:
+        _all_or_none(found, source, hints)
+    else:
+        bad |= {
+            name: str(each).removeprefix(f"{root / name}: ")
+            for name, each in zip(new, found, strict=True)
+            if isinstance(each, DataError)
+        }
+    return {name: unchanged.get(name) or good[name][1] for name in names if bad is None or name not in bad}
 
 
 def _read(path: Path, decode: bool) -> _Read:
@@ -94,7 +110,7 @@ def _attempt(look: Callable[[], _Result]) -> _Result | DataError:
         return error
 
 
-def _all_or_none(results: Iterable[_Result | DataError], source: str) -> list[_Result]:
+def _all_or_none(results: Iterable[_Result | DataError], source: str, hints: Sequence[str] = ()) -> list[_Result]:
     listed = list(results)
-    refuse(source, [str(result) for result in listed if isinstance(result, DataError)], "unreadable image")
+    refuse(source, [str(result) for result in listed if isinstance(result, DataError)], "unreadable image", hints)
     return [result for result in listed if not isinstance(result, DataError)]

@@ -136,7 +136,7 @@ class Loader:
         self._packed = pack(
             self._all,
             self.side,
-            spec.fit,
+            spec.resize_mode,
             device=self.device,
             memory_share=memory_share,
             identity=identity,
@@ -144,7 +144,7 @@ class Loader:
         )
         processes = max(1, threads() // 2) if workers == "auto" else workers
         self.processes = processes if self._packed is None else 0
-        self._workers = Workers(self._all, self.side, spec.fit, processes) if self.processes else None
+        self._workers = Workers(self._all, self.side, spec.resize_mode, processes) if self.processes else None
 
     @property
     def resident(self) -> bool:
@@ -260,7 +260,7 @@ class Loader:
     def _at(self, ids: Ids) -> Tensor:
         if self._packed is not None:
             return self._packed.index_select(0, torch.from_numpy(ids).to(self._packed.device, non_blocking=True))
-        return squares(self._all, ids.tolist(), self.side, self.spec.fit)
+        return squares(self._all, ids.tolist(), self.side, self.spec.resize_mode)
 
 
 def _plain(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:

@@ -35,7 +35,7 @@ def pack(
     Args:
         images: N of them.
         side: R, of the square in pixels.
-        how: "crop" or "squash", as ``preprocess.fit``.
+        how: "crop", "pad" or "stretch", as ``preprocess.fit``.
         device: where the tensor is wanted; it stays on the CPU where the device has no room.
         memory_share: of free memory, and of the free disk, that it may take.
         identity: a word for the images and their content; None: they are not kept on disk.

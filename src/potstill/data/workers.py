@@ -29,7 +29,7 @@ class Workers:
     Args:
         images: an image set that can be pickled.
         side: R.
-        how: "crop" or "squash".
+        how: "crop", "pad" or "stretch".
         processes: at least 1.
     """
 

@@ -116,6 +116,7 @@ def run(
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
             folder.write_environment(facts | threads.facts | precisions.facts)
             folder.write_splits(splits.as_rows())
+            folder.write_skipped((each.path, each.kind, each.reason) for each in splits.all_skipped)
             trackers = beside.enter_context(
                 tracked(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
             )
@@ -132,7 +133,8 @@ def run(
         experiment = _Experiment(
             folder, recipe, splits, compute, observer, resume, storing.stores, threads, precisions, stopping, planned
         )
-        experiment.warnings += doubt_data(splits, observer) + doubt_settings(recipe, planned, splits, observer)
+        experiment.warnings += doubt_data(splits, observer, recipe.data.resize_mode)
+        experiment.warnings += doubt_settings(recipe, planned, splits, observer)
         with threads:
             models = {stage.name: experiment.carry_out(stage) for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split

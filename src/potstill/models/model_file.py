@@ -3,7 +3,7 @@
 ``model.json``, schema 1::
 
     {"schema": 1, "architecture": "resnet18", "class_names": ["cat", "dog"],
-     "input": {"size": 224, "mean": [...], "std": [...], "fit": "crop", "crop_share": 1.0},
+     "input": {"size": 224, "mean": [...], "std": [...], "resize_mode": "crop", "crop_share": 1.0},
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
 and, only where a method put other layers into the network, ``"remodelled"``: what ``features.remodel.rebuild`` takes.
@@ -23,7 +23,6 @@ from torch import Tensor
 from potstill.artifacts import digest, digest_of, move, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.remodel import rebuild
-from potstill.inputs import InputSpec
 from potstill.models import state_dict
 from potstill.models.build import build
 from potstill.models.classifier import Classifier
@@ -56,7 +55,7 @@ class _Input(BaseModel):
     size: Annotated[int, Field(ge=1, le=4096)]
     mean: Annotated[tuple[Finite, Finite, Finite], Field(strict=False)]
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
-    fit: Literal["crop", "squash"] = "crop"
+    resize_mode: Literal["crop", "pad", "stretch"] = "crop"
     crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
@@ -126,6 +125,7 @@ def load_model(path: Path) -> Classifier:
 
     Example:
         >>> import tempfile
+        >>> from potstill.input_spec import InputSpec
         >>> from potstill.models.create import create_model
         >>> classifier = Classifier(create_model("cifar/vgg8", 2, size=32), "cifar/vgg8", ("cat", "dog"), InputSpec(32))
         >>> with tempfile.TemporaryDirectory() as folder:
