@@ -130,7 +130,7 @@ def _other(error: Exception) -> int:
 
 
 def _named(error: PotstillError) -> str:
-    """The message, with the rank if it is not the first one's; a wrong recipe is wrong for all, a lost rank is named."""
+    """The message, with the rank that has it: not for a recipe, wrong for all, nor for a lost rank, which is named."""
     return str(error) if isinstance(error, UsageError | RankLost) else f"{who()}{error}"
 
 

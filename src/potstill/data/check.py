@@ -1,20 +1,20 @@
 """Every image is read once before training, so that no run fails in its tenth hour; all problems at once."""
 
-import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from potstill.cache import cache_folder
 from potstill.data.cores import in_turn
 from potstill.data.decode import decode_bytes, read_file
 from potstill.data.doctor.large import MOST_BYTES, MOST_PIXELS, header, one_at_a_time
 from potstill.data.images import ImageSet
 from potstill.data.known_files import KnownFiles, State, state_of, trusted
 from potstill.data.listing import refuse
-from potstill.data.turns import LOCKS, turn
+from potstill.data.turns import one_process
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError
 
@@ -43,45 +43,29 @@ def check_files(
     Raises:
         DataError: files that cannot be decoded: path and reason of the first twenty, and their number.
     """
-    with _one_process(KnownFiles.below(root, decoded=decode).path, progress):
-        known = KnownFiles.below(root, decoded=decode)
-        unchanged = known.unchanged(root, names)
-        new = [name for name in names if name not in unchanged]
-        pieces = [new[start : start + _PIECE] for start in range(0, len(new), _PIECE)]
-
-        def look(piece: list[str]) -> list[_Read | DataError]:
-            return [_attempt(partial(_read, root / name, decode)) for name in piece]
-
-        found: list[_Read | DataError] = []
-        for results in in_turn(look, pieces):
-            found += results
-            if progress is not None:
-                progress.wait("checking images", len(found), len(new))
-        good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
-        if new:
-            known.keep(root, good)
+    known = KnownFiles.below(root, decoded=decode)
+    unchanged = known.unchanged(root, names)
+    found: list[_Read | DataError] = []
+    good: dict[str, _Read] = {}
+    if not all(name in unchanged for name in names):
+        with one_process(cache_folder("locks", f"{known.path.stem}.lock"), "checks these images", progress):
+            known = KnownFiles.below(root, decoded=decode)  # another process may have checked them just now
+            unchanged = known.unchanged(root, names)
+            new = [name for name in names if name not in unchanged]
+            pieces = [new[start : start + _PIECE] for start in range(0, len(new), _PIECE)]
+            for results in in_turn(partial(_look, root, decode), pieces):
+                found += results
+                if progress is not None:
+                    progress.wait("checking images", len(found), len(new))
+            good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
+            if new:
+                known.keep(root, good)
     _all_or_none(found, source)
     return {name: unchanged.get(name) or good[name][1] for name in names}
 
 
-@contextlib.contextmanager
-def _one_process(path: Path, progress: Watcher | None) -> Iterator[None]:
-    """Of several processes on a machine (of one run, or of a sweep) one checks a folder, and the others read what it
-    has found; where nothing can be locked, each checks by itself.
-    """
-    waits = 0
-
-    def waiting() -> None:
-        nonlocal waits
-        waits += 1
-        if waits == 20 and progress is not None:  # two seconds
-            progress.note("another process checks these images; waiting for it")
-
-    with contextlib.ExitStack() as held:
-        if LOCKS:
-            with contextlib.suppress(OSError):  # a cache that is read-only, or on a disk without locks
-                held.enter_context(turn(path.with_suffix(".lock"), waiting))
-        yield
+def _look(root: Path, decode: bool, names: list[str]) -> list[_Read | DataError]:
+    return [_attempt(partial(_read, root / name, decode)) for name in names]
 
 
 def _read(path: Path, decode: bool) -> _Read:

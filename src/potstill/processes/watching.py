@@ -83,9 +83,10 @@ class Watching:
         """
         if error is not None and not isinstance(error, Stopped):
             _ignore_signals()  # torchrun sends SIGTERM as soon as one process is gone: what failed is still to be shown
+        found: BaseException | None = error
         try:
             if error is None or isinstance(error, Elsewhere):
-                found = error
+                pass
             elif isinstance(error, Stopped):
                 found = self._failure() or self._lost_beside(_SILENT) or error
             elif is_connection_error(error):
