@@ -23,6 +23,7 @@ from torch import Tensor
 from potstill.artifacts import digest, digest_of, move, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.remodel import rebuild
+from potstill.input_spec import InputSpec
 from potstill.models import state_dict
 from potstill.models.build import build
 from potstill.models.classifier import Classifier
