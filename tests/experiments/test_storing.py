@@ -130,7 +130,7 @@ def test_temperature_alpha_method_and_seed_share_a_store(first, stores):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data.view_seed": "1"},
+        {"data.augmentation_seed": "1"},
         {"data.augment": "{hflip: true, pad_crop: 0.2}"},
         {"data.augment": "{hflip: true, pad_crop: 0.1, mixup: 1.0}"},
         {"data.size": "24"},

@@ -45,7 +45,7 @@ def train_loader(
         unlabeled_share=recipe.data.unlabeled_share,
         whole_batches=needs.batch_size,
         views=None if planned.role == "teacher" or isinstance(views, str) else views,
-        view_seed=derive(recipe.data.view_seed, f"{planned.seed}/views"),
+        view_seed=derive(recipe.augmentation_seed, f"{planned.seed}/views"),
         identity=f"{data.fingerprint}/train",
         progress=observer,
         draws=data.draws,

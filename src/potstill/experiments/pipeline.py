@@ -4,6 +4,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from potstill.experiments.curriculum.order import in_order
 from potstill.experiments.domain.domains import Domains
 from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader, train_loader
+from potstill.experiments.looks import KEY as LOOKS
+from potstill.experiments.looks import add_look, describe_looks, looks_so_far
 from potstill.experiments.method_settings import describe, needs_teacher
 from potstill.experiments.plan import PARTS, Planned, of_stage, plan
 from potstill.experiments.preflight import check_all, doubt_data
@@ -28,7 +31,7 @@ from potstill.experiments.seeds import derive
 from potstill.experiments.seeds_forecast import seconds_text, seeds_text
 from potstill.experiments.shared_folder import open_folder
 from potstill.experiments.stage import train_stage
-from potstill.experiments.stage_names import role
+from potstill.experiments.stage_names import number, role
 from potstill.experiments.start import Start, start_network
 from potstill.experiments.view_plan import plan_views, with_views, with_views_of
 from potstill.methods import create_method
@@ -114,7 +117,8 @@ def run(
         if processes.first:
             folder.write_recipe(text)
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
-            folder.write_environment(facts | threads.facts)
+            before = {LOOKS: looks_so_far(folder)} if resume else {}
+            folder.write_environment(facts | threads.facts | before)
             folder.write_splits(splits.as_rows())
             trackers = beside.enter_context(
                 tracked(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
@@ -134,10 +138,17 @@ def run(
         )
         experiment.warnings += doubt_data(splits, observer)
         with threads:
-            models = {stage.name: experiment.carry_out(stage) for stage in planned}
+            # Ready-made teachers first: how good they are is said before anything is trained.
+            for stage in sorted(planned, key=lambda each: not _starts_from_weights(recipe, each)):
+                experiment.carry_out(stage)
+            models = {stage.name: experiment.models[stage.name] for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
-            evaluated = evaluate_stages(folder, models, recipe, splits, compute)
+            known: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
+            if processes.first:
+                add_look(folder, recipe, planned)
+                known["looks"] = describe_looks(looks_so_far(folder), recipe, planned)
+            evaluated = evaluate_stages(folder, models, recipe, splits, compute, known)
         if not processes.first:
             return folder.path
         seconds = time.monotonic() - started
@@ -164,6 +175,7 @@ class _Experiment:
     planned: tuple[Planned, ...]
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
+    teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # by val
 
     def __post_init__(self) -> None:
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self._warn)
@@ -258,6 +270,8 @@ class _Experiment:
     def _doubt_teacher(self, name: str) -> None:
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
+        if "training" not in self.models[name].facts:
+            self.observer.note(f"{name}: top-1 {self._val_top1(name):.1%} on {len(labels):,} val images")
         if self._val_top1(name) <= chance:
             self._warn(
                 f"the {name} is no better than chance: top-1 {self._val_top1(name):.1%} on val, "
@@ -268,11 +282,27 @@ class _Experiment:
     def _compare_with_baseline(self) -> None:
         baseline = self._val_top1("baseline")
         for name in (name for name in self.models if role(name) == "teacher"):
-            if self._val_top1(name) < baseline:
+            top1 = self._val_top1(name)
+            if top1 < baseline:
+                images = len(self.data.val)
+                found = {"teacher": name, "teacher_val_top1": top1, "baseline_val_top1": baseline, "val_images": images}
+                self.teacher_below_baseline.append(found)
                 self._warn(
-                    f"the {name} is worse than the baseline: top-1 {self._val_top1(name):.1%} against {baseline:.1%} "
-                    "on val. Distilling from it may hurt; interrupt now to train a better one"
+                    f"the {name} is below the baseline: top-1 {top1:.1%} against {baseline:.1%} on {images:,} "
+                    f"val images. Distilling from it may hurt. {self._remedy(name)}"
                 )
+
+    def _remedy(self, teacher: str) -> str:
+        """What to do about a teacher that is worse than its student."""
+        remedy = "Give another one with --teacher"
+        if "training" in self.models[teacher].facts:  # it was trained here
+            key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{number(teacher) - 1}"
+            epochs = self.recipe.stage_training(teacher).epochs
+            remedy = f"Train it longer, e.g. --set {key}.training.epochs={4 * epochs}, or give another with --teacher"
+        method = self.recipe.method
+        if method.get("name") == "kd":
+            remedy += "; or weigh the labels more: --set method.alpha=0.9 (at 1, nothing is learned from the teacher)"
+        return remedy
 
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
@@ -293,6 +323,10 @@ class _Experiment:
     def _warn(self, message: str) -> None:
         self.warnings.append(message)
         self.observer.warn(message)
+
+
+def _starts_from_weights(recipe: Recipe, stage: Planned) -> bool:
+    return stage.role == "teacher" and recipe.network(stage.name).weights is not None
 
 
 def _named(teacher: str) -> str:

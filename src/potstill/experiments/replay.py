@@ -13,7 +13,7 @@ from potstill.experiments.run_folder import SPLITS, RunFolder
 from potstill.experiments.stage_names import in_order, role
 from potstill.sealed import read_sealed_json
 
-_BESIDE = {"calibration", "recipe_sha256", "data_fingerprint"}  # timings; what is compared before
+_BESIDE = {"calibration", "recipe_sha256", "data_fingerprint", "looks"}  # timings; what is compared before; history
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ _KINDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
+RENAMED = {"view_seed": "augmentation_seed"}  # former keys, and what they are called now
 ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
 _LIMITS = {
     "greater_than": ("above", "gt"),
@@ -142,6 +143,8 @@ def _within(annotation: Any) -> Iterator[Any]:
 
 def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:
     key, siblings = str(path[-1]), _fields(path[:-1], model)
+    if siblings and (new := RENAMED.get(key)) in siblings.model_fields:
+        return f"; it is called {dotted((*path[:-1], str(new)))!r} now"
     if near := nearest(key, siblings.model_fields if siblings else ()):
         return near
     elsewhere = [
