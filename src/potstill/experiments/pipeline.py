@@ -33,7 +33,7 @@ from potstill.experiments.shared_folder import open_folder
 from potstill.experiments.stage import train_stage
 from potstill.experiments.stage_names import number, role
 from potstill.experiments.start import Start, start_network
-from potstill.experiments.view_plan import plan_views, with_views, with_views_of
+from potstill.experiments.view_plan import Plan, plan_views, with_plan, with_plan_of
 from potstill.methods import create_method
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import load_model, save_model
@@ -93,7 +93,7 @@ def run(
     name = recipe.name if name is None else name
     with open_folder(root, name, processes, resume=resume, overwrite=overwrite) as folder, ExitStack() as beside:
         if resume:
-            recipe = with_views_of(folder.recipe, recipe)
+            recipe = with_plan_of(folder.recipe, recipe)
             refuse_changes(folder, recipe)
         if overwrite:
             refuse_own_weights(folder, recipe)
@@ -111,7 +111,7 @@ def run(
         if overwrite and processes.first:
             folder.clear()
         storing = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
-        recipe = with_views(recipe, storing.views)
+        recipe = with_plan(recipe, storing)
         text = dump_recipe(recipe)
         processes.highest(0)  # nobody reads what the first process now writes
         if processes.first:
@@ -133,14 +133,12 @@ def run(
             observer.note(storing.note)
         if text := seeds_text(recipe, planned):
             observer.note(text)
-        experiment = _Experiment(
-            folder, recipe, splits, compute, observer, resume, storing.stores, threads, stopping, planned
-        )
+        experiment = _Experiment(folder, recipe, splits, compute, observer, resume, storing, threads, stopping, planned)
         experiment.warnings += doubt_data(splits, observer)
         with threads:
             # Ready-made teachers first: how good they are is said before anything is trained.
-            for stage in sorted(planned, key=lambda each: not _starts_from_weights(recipe, each)):
-                experiment.carry_out(stage)
+            for each in sorted(planned, key=lambda planned_one: not _starts_from_weights(recipe, planned_one)):
+                experiment.carry_out(each)
             models = {stage.name: experiment.models[stage.name] for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
@@ -169,7 +167,7 @@ class _Experiment:
     compute: Compute
     observer: Observer
     resume: bool
-    stores: bool  # whether the teacher's answers are kept
+    storing: Plan  # whether and how the teacher's answers are kept
     threads: Threads
     stopping: Stopping | None
     planned: tuple[Planned, ...]
@@ -241,7 +239,8 @@ class _Experiment:
             observer=self.observer,
             resume=self.resume,
             stopping=self.stopping,
-            teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.stores else None,
+            teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.storing.record else None,
+            keeps=self.storing.keeps,
         )
         return model
 

@@ -49,11 +49,13 @@ def train_stage(
     observer: Observer,
     resume: bool,
     teacher_folders: Sequence[Path] | None = None,
+    keeps: bool = True,
     stopping: Stopping | None = None,
 ) -> History:
     """Train ``student`` in place by ``method`` on the images of ``train`` and save it to ``folder``.
 
-    ``teacher_folders``: where the teachers' models stand; given where their answers are to be stored.
+    ``teacher_folders``: where the teachers' models stand; given where the student is to learn from records of their
+    answers, which are kept on disk if ``keeps``.
     """
     settings = recipe.stage_training(planned.name)
     size = student.input.size
@@ -107,8 +109,9 @@ def train_stage(
             data=data,
             compute=compute,
             observer=observer,
+            keeps=keeps,
         )
-    if "train" in stored.by_split and cost is not None:
+    if stored.kept and cost is not None:
         with contextlib.suppress(StorageError):  # of reading the store; training meets it again, and says so
             observer.note(
                 str(
