@@ -56,3 +56,38 @@ def describe_looks(looks: Sequence[dict[str, Any]], recipe: Recipe, planned: Seq
         "test_every_epoch": any(recipe.stage_training(stage.name).evaluate_test_every_epoch for stage in planned),
         "augmentation_seeds": max(1, len(seeds)),
     }
+
+
+def different_views(first: str, views: Any, second: str, others: Any) -> str:
+    """A sentence on two trainings that were not on the same views of the training images; "" where they were.
+
+    Args:
+        first: what the first training is called.
+        views: of its stage, as ``loaders.views_seen`` gives them; None where they were not recorded.
+        second: what the second training is called.
+        others: its views.
+
+    Example:
+        >>> few = {"count": 8, "augmentation_seed": 0, "sha256": "a"}
+        >>> different_views("a", few, "b", few)
+        ''
+        >>> print(different_views("a", few, "b", {"count": 12, "augmentation_seed": 3, "sha256": "b"}))
+        a and b were not trained on the same views of the images (8 views and 12 views; augmentation seeds 0 and \
+3), so their difference is not that of the method alone
+        >>> print(different_views("a", few, "b", None))
+        whether a and b were trained on the same views of the images is not recorded
+    """
+    if not isinstance(views, dict) or not isinstance(others, dict):
+        return f"whether {first} and {second} were trained on the same views of the images is not recorded"
+    if views.get("sha256") == others.get("sha256"):
+        return ""
+    differ = []
+    if views.get("count") != others.get("count"):
+        differ.append(f"{views.get('count')} views and {others.get('count')} views")
+    if views.get("augmentation_seed") != others.get("augmentation_seed"):
+        differ.append(f"augmentation seeds {views.get('augmentation_seed')} and {others.get('augmentation_seed')}")
+    how = "; ".join(differ) or "other images, another input size or another augmentation"
+    return (
+        f"{first} and {second} were not trained on the same views of the images ({how}), so their difference is not "
+        "that of the method alone"
+    )

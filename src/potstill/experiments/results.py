@@ -80,6 +80,8 @@ def evaluate_stages(
                 "size": model.input.size,
             },
             "training": model.facts.get("training"),
+            **({"reused_from": model.facts["reused_from"]} if "reused_from" in model.facts else {}),
+            **({"views": model.facts["views"]} if "views" in model.facts else {}),
             **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
             **costs.get(name, {}),
             **{split: _short(metrics[split]) for split in SPLITS},
