@@ -21,7 +21,7 @@ from potstill.sealed import read_sealed_json
 _FREE = {"name", "description", "data.workers", "data.memory_share", "store.folder"}
 _SHOWN = 8  # changes that are named
 _NAMED = 3  # images that are
-_FREE_ANYWHERE = ("training.checkpoint_seconds", "training.keep_checkpoint")
+_FREE_OF_TRAINING = ("checkpoint_seconds", "keep_checkpoint")
 _FREE_SECTION = "tracker"  # who else gets the figures
 
 
@@ -168,7 +168,9 @@ def _of_baseline(recipe: Recipe) -> dict[str, Any]:
 
 def is_free(key: str) -> bool:
     """Whether a setting, by its dotted key, does not touch the result."""
-    return key in _FREE or key.endswith(_FREE_ANYWHERE) or key.split(".")[0] == _FREE_SECTION
+    section, _, name = key.rpartition(".")
+    of_training = section.split(".")[-1] == "training" and name in _FREE_OF_TRAINING
+    return key in _FREE or of_training or key.split(".")[0] == _FREE_SECTION
 
 
 def _complete(value: Any) -> Any:
