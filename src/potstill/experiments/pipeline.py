@@ -22,7 +22,7 @@ from potstill.experiments.looks import KEY as LOOKS
 from potstill.experiments.looks import add_look, describe_looks, different_views, looks_so_far
 from potstill.experiments.method_settings import describe, needs_teacher
 from potstill.experiments.plan import PARTS, Planned, of_stage, plan
-from potstill.experiments.preflight import check_all, doubt_data
+from potstill.experiments.preflight import check_all, doubt_data, doubt_settings
 from potstill.experiments.recipe import Recipe, StageSettings, dump_recipe
 from potstill.experiments.refusals import (
     extended_stages,
@@ -50,6 +50,7 @@ from potstill.tracking.tracked import tracked
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
 from potstill.training.optimizers import lr_factor
+from potstill.training.precisions import Precisions
 from potstill.training.saving import restore_lines
 from potstill.training.settings import TrainingSettings
 from potstill.training.stopping import Stopping
@@ -118,11 +119,10 @@ def run(
             extended = extended_stages(folder, recipe, planned)
         if overwrite:
             refuse_own_weights(folder, recipe)
-        threads = Threads(
-            folder.read_environment() if resume else replay.environment if replay is not None else None,
-            folder.add_to_environment if processes.first else None,
-            processes=processes,
-        )
+        recorded = folder.read_environment() if resume else replay.environment if replay is not None else None
+        keep = folder.add_to_environment if processes.first else None
+        threads = Threads(recorded, keep, processes=processes)
+        precisions = Precisions(recorded, keep, processes=processes)
         once = [stage for stage in planned if not stage.repeat]  # further seeds train the same networks again
         splits, compute, layers = check_all(recipe, data, once, observer, processes)
         if resume:
@@ -141,7 +141,7 @@ def run(
             folder.write_recipe(text)
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
             before = {LOOKS: looks_so_far(folder)} if resume else {}
-            folder.write_environment(facts | threads.facts | before)
+            folder.write_environment(facts | threads.facts | precisions.facts | before)
             folder.write_splits(splits.as_rows())
             trackers = beside.enter_context(
                 tracked(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
@@ -157,9 +157,21 @@ def run(
         if text := seeds_text(recipe, planned):
             observer.note(text)
         experiment = _Experiment(
-            folder, recipe, splits, compute, observer, resume, storing, threads, stopping, planned, extended, reused
+            folder,
+            recipe,
+            splits,
+            compute,
+            observer,
+            resume,
+            storing,
+            threads,
+            precisions,
+            stopping,
+            planned,
+            extended,
+            reused,
         )
-        experiment.warnings += doubt_data(splits, observer)
+        experiment.warnings += doubt_data(splits, observer) + doubt_settings(recipe, planned, splits, observer)
         with threads:
             # Ready-made teachers first: how good they are is said before anything is trained.
             for each in sorted(planned, key=lambda planned_one: not _starts_from_weights(recipe, planned_one)):
@@ -197,6 +209,7 @@ class _Experiment:
     resume: bool
     storing: Plan  # whether and how the teacher's answers are kept
     threads: Threads
+    precisions: Precisions
     stopping: Stopping | None
     planned: tuple[Planned, ...]
     extended: dict[str, list[int]]  # stages that are done, and trained longer now
@@ -274,6 +287,15 @@ class _Experiment:
         )
         self.threads.settle(
             model.module, model.input.size, settings, compute, workers=train.processes, observer=self.observer
+        )
+        compute = self.precisions.settle(
+            model.module,
+            model.architecture,
+            model.input.size,
+            settings,
+            compute,
+            images=train.count,
+            observer=self.observer,
         )
         self.observer.stage(stage.name, self._detail(stage, model, settings.epochs, compute))
         if lengths := self.extended.get(stage.name):

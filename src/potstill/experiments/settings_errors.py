@@ -26,7 +26,14 @@ _KINDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
-RENAMED = {"view_seed": "augmentation_seed"}  # former keys, and what they are called now
+RENAMED = {  # former keys, and what they are called now
+    "pick_by": "selection_metric",
+    "view_seed": "augmentation_seed",
+}
+_INSTEAD = {  # values that cannot be, and why
+    ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs, so it is no "
+    "measure: use nll, the cross-entropy of the labels alone"
+}
 ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
 _LIMITS = {
     "greater_than": ("above", "gt"),
@@ -67,7 +74,12 @@ def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel])
     for error in errors:
         path = _real_path(error["loc"], section, missing=error["type"] == "missing")
         if error["type"] == "extra_forbidden":
-            findings[path] = f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
+            now = RENAMED.get(str(path[-1]))
+            findings[path] = (
+                f"{dotted(path)} is now called {now}"
+                if now
+                else f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
+            )
         elif error["type"] == "missing":
             findings[path] = f"{dotted(path)} is missing{_purpose(path, model)}"
         else:
@@ -75,6 +87,8 @@ def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel])
     for path, texts in wishes.items():
         got = _at(section, path)
         hint = nearest(got, _choices(path, model)) if isinstance(got, str) else ""
+        if isinstance(got, str):
+            hint = _INSTEAD.get((str(path[-1]) if path else "", got), hint)
         findings[path] = f"{dotted(path)} must be {' or '.join(texts)}, got {shown(got)}{hint}"
     return list(findings.items())
 
@@ -143,8 +157,6 @@ def _within(annotation: Any) -> Iterator[Any]:
 
 def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:
     key, siblings = str(path[-1]), _fields(path[:-1], model)
-    if siblings and (new := RENAMED.get(key)) in siblings.model_fields:
-        return f"; it is called {dotted((*path[:-1], str(new)))!r} now"
     if near := nearest(key, siblings.model_fields if siblings else ()):
         return near
     elsewhere = [

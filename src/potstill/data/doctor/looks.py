@@ -19,7 +19,8 @@ from potstill.errors import DataError
 
 EXTENSIONS = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP",
-    ".bmp": "BMP", ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF",
+    ".bmp": "BMP", ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF", ".heic": "HEIC",
+    ".heif": "HEIC", ".hif": "HEIC",
 }  # fmt: skip
 
 TINY = 8  # pixels: the smallest data.size
@@ -32,6 +33,7 @@ _WORDS = (
     ("empty file", "empty-file"),
     ("megapixels", "oversize"),
     ("MiB of file", "oversize"),
+    ("beyond the limits", "oversize"),
     ("truncated", "truncated"),
 )
 
