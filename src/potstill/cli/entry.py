@@ -1,7 +1,6 @@
 """The entry point: the verbs, and the one place where errors become exit codes."""
 
 import contextlib
-import errno
 import io
 import os
 import sys
