@@ -89,12 +89,12 @@ def test_what_makes_the_figures_void_comes_first() -> None:
     made = of_seeds(-0.02, -0.03, -0.01)
     stages = {"teacher": network(), "baseline": network(), "distilled": network(0.103, at_chance=True)}
     first, second, *_ = sentences(made, stages)
-    assert first.startswith("The distilled student is no better than chance on test: top-1 10.3 %")
+    assert first.startswith("The distilled student is not clearly better than chance on test: top-1 10.3 %")
     assert "the most frequent class gives 11.2 %" in first
     assert second == headline(made)
     stages |= {"teacher": network(0.103, at_chance=True), "distilled": network(never_predicted=["cat", "dog"])}
     first, second, *_ = sentences(made, stages)
-    assert first.startswith("The teacher is no better than chance")
+    assert first.startswith("The teacher is not clearly better than chance")
     assert second == "The distilled student never predicts 2 classes of the test split: cat, dog."
     assert sentences(made, {"distilled": network(), "baseline": network()})[0] == headline(made)
 

@@ -19,7 +19,8 @@ def doubts(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> list[str
     judged = {name: test for name, test in tests.items() if role(name) in ("teacher", "baseline", "distilled")}
     at_chance = [name for name, test in judged.items() if test.get("at_chance")]
     said = [
-        f"The {_named(name)} is no better than chance on test: top-1 {percent(judged[name].get('top1'))}, where always "
+        f"The {_named(name)} is not clearly better than chance on test: top-1 "
+        f"{percent(judged[name].get('top1'))}, where always "
         f"predicting the most frequent class gives {percent(judged[name].get('largest_class'))}; "
         + ("the distilled student had nothing to learn from it." if role(name) == "teacher" else "it has not learned.")
         for name in at_chance
