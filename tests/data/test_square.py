@@ -13,8 +13,9 @@ from potstill.inputs import InputSpec
 
 SPECS = (
     InputSpec(24),
-    InputSpec(24, fit="squash", mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)),
+    InputSpec(24, resize_mode="stretch", mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)),
     InputSpec(24, crop_share=0.875),
+    InputSpec(24, resize_mode="pad"),
 )
 
 

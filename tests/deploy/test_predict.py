@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from potstill.cli import main
-from potstill.deploy.predict import list_images, predict
+from potstill.deploy.predict import find_images, predict
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.inputs import InputSpec
 from potstill.models.classifier import Classifier
@@ -81,10 +81,10 @@ def test_folders_are_walked_in_sorted_order_and_only_images_are_taken(tmp_path: 
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
 
-    found = [str(path.relative_to(tmp_path)) for path in list_images([tmp_path])]
+    found = [str(path.relative_to(tmp_path)) for path in find_images([tmp_path]).images]
 
-    assert found == ["A.bmp", "z.tiff", "a/x.webp", "b/10.jpg", "b/2.PNG"]
-    assert list_images([tmp_path / "b/notes.txt"]) == [tmp_path / "b/notes.txt"]  # named: the content decides
+    assert found == ["A.bmp", "a/x.webp", "b/10.jpg", "b/2.PNG", "z.tiff"]
+    assert find_images([tmp_path / "b/notes.txt"]).images == [tmp_path / "b/notes.txt"]  # named: the content decides
 
 
 def test_missing_paths_are_named_before_any_model_is_loaded(tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the recipe; may be repeated."),
 ]
+SkipBad = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-bad", help="Leave out files that cannot be read and classes that are too small; list them in the run."
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of this name first.")]
 Replay = Annotated[
@@ -57,6 +63,7 @@ def run(
         str | None, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")
     ] = None,
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
@@ -70,6 +77,7 @@ def run(
 ) -> None:
     """Train teacher, baseline and distilled student, and report."""
     flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed, "--seeds": seeds}
+    flags["--skip-bad"] = skip_bad
     if replay is not None:
         given = {"RECIPE": recipe, "--set": settings, **flags}
         _replay(replay, given, root=root, name=name, resume=resume, overwrite=overwrite)
@@ -84,6 +92,7 @@ def train(
     recipe: RecipeName,
     stage: Annotated[Stage, typer.Option(help="A teacher, or the student on labels alone.")],
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
@@ -97,6 +106,7 @@ def train(
 ) -> None:
     """Train one stage alone: a teacher or a baseline."""
     flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags["--skip-bad"] = skip_bad
     folder = _pipeline(
         recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
     )

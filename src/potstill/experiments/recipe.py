@@ -52,8 +52,13 @@ class TeachersSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    combine: Literal["logits", "probabilities"] = Field("logits", description="what is averaged")
-    weights: list[float] | None = Field(None, description="one for each teacher, at least 0; null: equal")
+    combine: Literal["logits", "probabilities"] = Field(
+        "logits", description="what is averaged where a method compares logits"
+    )
+    weights: list[float] | None = Field(
+        None,
+        description="one for each teacher, at least 0: of its logits and of terms that read its layers; null: equal",
+    )
 
 
 Teachers = Annotated[
@@ -164,7 +169,7 @@ def load_recipe(
     Args:
         source: name of a shipped recipe, a YAML file, or the same content as a dict.
         sets: ``"training.epochs=5"``, as after ``--set``; values are YAML.
-        flags: ``{"--data": .., "--teacher": .., "--student": .., "--seed": .., "--seeds": ..}``, None where not given.
+        flags: by their names in ``recipe_changes.FLAGS``, such as ``{"--data": "photos"}``; None where not given.
         data_needed: False leaves ``data.source`` unchecked: the images come from Python, or are no longer needed.
 
     Raises:

@@ -46,9 +46,9 @@ def test_all_bad_rows_and_all_good_ones(make_folder, tmp_path: Path) -> None:
         ("link-out", "list.csv", "line 4"),
         ("link-out", "list.csv", "line 5"),
         ("link-out", "list.csv", "line 6"),
-        ("manifest", "list.csv", "line 7"),
-        ("manifest", "list.csv", "line 8"),
-        ("manifest", "list.csv", "line 9"),
+        ("manifest-row", "list.csv", "line 7"),
+        ("manifest-row", "list.csv", "line 8"),
+        ("manifest-row", "list.csv", "line 9"),
         ("name", "p/\x07.png", "control characters in the name; rename it"),
         ("name", "p/n\x00l.png", "control characters in the name; rename it"),
         ("name", "ca\x1bt", "control characters in the name; rename it"),
@@ -111,7 +111,7 @@ def test_rows_are_told_in_their_order(make_folder) -> None:
     (folder / "list.csv").write_text("path,label\n" + "p/0.png\n" * 12)
     report = examine(DataSettings(source=str(folder / "list.csv")))
 
-    lines = [each.reason.split(":")[0] for each in report.findings if each.kind == "manifest"]
+    lines = [each.reason.split(":")[0] for each in report.findings if each.kind == "manifest-row"]
     assert lines == [f"line {i}" for i in range(2, 14)]
 
 

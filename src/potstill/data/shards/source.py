@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.artifacts import digest
+from potstill.cache import cache_folder
 from potstill.data.bundled.options import Options, read_options
 from potstill.data.decode import Pixels, decode_bytes
 from potstill.data.images import ImageSet, Subset
@@ -15,6 +17,7 @@ from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.shards.reading import Sample, Shard, read_shard
 from potstill.data.shards.urls import expand, read_range
 from potstill.data.splits import DataSplits, check_splits, fingerprint, stratified
+from potstill.data.turns import one_process
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError
 
@@ -86,8 +89,7 @@ def from_shards(settings: DataSettings, augment: AugmentSettings, progress: Watc
     refuse(settings.source, [problem for shard in every for problem in shard.problems])
     names, sets = _labelled(settings.source, shards, _class_names(options))
     origin = f"{len(every)} tar shard{'s' if len(every) != 1 else ''}"
-    if ignored := sum(shard.ignored for shard in every):
-        origin += f"; {ignored} links and devices in them are left alone"
+    origin += _left_alone(every)
     parts: dict[str, ImageSet] = dict(sets)
     if shares := {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}:
         pool = sets["train"]
@@ -104,13 +106,24 @@ def from_shards(settings: DataSettings, augment: AugmentSettings, progress: Watc
     )  # fmt: skip
 
 
+def _left_alone(shards: Sequence[Shard]) -> str:
+    """What of the shards is not used, counted and with examples."""
+    found = ""
+    for why in dict.fromkeys(why for shard in shards for why in shard.left):
+        names = [name for shard in shards for name in shard.left.get(why, [])]
+        examples = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
+        found += f"; {len(names):,} {why} are left alone ({examples}{', ...' if len(names) > 3 else ''})"
+    return found
+
+
 def _read(source: str, progress: Watcher | None) -> list[Shard]:
-    urls = expand(source)
-    found = []
-    for at, url in enumerate(urls):
-        found.append(read_shard(url))
-        if progress is not None:
-            progress.wait("reading shards", at + 1, len(urls))
+    urls, found = expand(source), []
+    lock = cache_folder("locks", f"{digest(source.encode('utf-8', 'surrogateescape'))[:16]}.lock")
+    with one_process(lock, "reads these shards", progress):
+        for at, url in enumerate(urls):
+            found.append(read_shard(url))
+            if progress is not None:
+                progress.wait("reading shards", at + 1, len(urls))
     return found
 
 
