@@ -5,7 +5,7 @@ A run of several seeds counts with each of them.
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from potstill.amounts import NONE, count, decimal, number, percent, points, scaled
 from potstill.artifacts import write_text
 from potstill.errors import UsageError
+from potstill.evaluation.averages import Array
 from potstill.evaluation.significance import crossed_interval, mcnemar, paired_interval, seeds_summary
 from potstill.experiments.run_folder import RunFolder
 from potstill.experiments.stage_names import repeated
@@ -206,20 +207,24 @@ def _summary(found: Group) -> dict[str, Any]:
 def _verdict(found: Group, differences: Sequence[float]) -> str:
     """As a run of these seeds gives it; none where the test predictions of a seed are missing."""
     before, after = (enter("", found.of(role)).correct for role in ("baseline", "distilled"))
-    shared = sorted(before.keys() & after.keys())
-    if not shared or len(shared) != len(differences):
+    if not before or before.keys() != after.keys() or len(before) != len(differences):
         return (
             "No verdict: it takes the test predictions of baseline and distilled student of every seed, and some are "
             "missing or are of other images."
         )
+    return headline(compared(before, after))
+
+
+def compared(before: Mapping[int, Array], after: Mapping[int, Array]) -> dict[str, Any]:
+    """``comparison`` of results.json, as far as the headline takes it, from what each student has right: seed -> [N]."""
+    shared = sorted(before.keys() & after.keys())
     a, b = (np.stack([correct[seed] for seed in shared]) for correct in (before, after))
     if len(shared) == 1:
         gain, test = paired_interval(a[0], b[0]), mcnemar(a[0], b[0])
         ends = {"top1_gain": gain.value, "top1_gain_low": gain.low, "top1_gain_high": gain.high}
-        return headline({"test_images": a.shape[1], **ends, "fixed": test["fixed"], "broken": test["broken"]})
+        return {"test_images": a.shape[1], **ends, "fixed": test["fixed"], "broken": test["broken"]}
     whole = crossed_interval(a, b)._asdict()
-    figures = {"top1": {"n": len(shared)}}
-    return headline({"test_images": a.shape[1], "seeds": {"figures": figures, "top1_gain": whole}})
+    return {"test_images": a.shape[1], "seeds": {"figures": {"top1": {"n": len(shared)}}, "top1_gain": whole}}
 
 
 def _metric_row(found: Group, key: str, name: str, form: Format, in_points: bool) -> dict[str, Any] | None:
