@@ -23,18 +23,15 @@ class InputSpec:
     crop_share: float = 1.0  # share of the shorter side that the centre crop keeps
 
 
-def read_input_spec(values: Mapping[str, Any]) -> InputSpec:
-    """Return the spec that an export's description holds.
+def today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a spec by their present names; older versions call the resize mode ``fit``.
 
-    Raises:
-        KeyError, TypeError, ValueError: values that no version has written.
+    Example:
+        >>> today({"size": 32, "fit": "squash"})
+        {'size': 32, 'resize_mode': 'stretch'}
     """
     known = dict(values)
-    if (mode := known.get("resize_mode", "crop")) not in RESIZE_MODES:
-        raise ValueError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, got {mode!r}")
-    return InputSpec(**(known | {"mean": _triple(known["mean"]), "std": _triple(known["std"])}))
-
-
-def _triple(values: Any) -> Triple:
-    first, second, third = map(float, values)
-    return first, second, third
+    if "fit" in known:
+        former = known.pop("fit")
+        known["resize_mode"] = "stretch" if former == "squash" else former
+    return known

@@ -362,9 +362,7 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
 
 
 def test_a_renamed_key_names_the_new_one() -> None:
-    assert problems("quickstart", "data.fit=squash") == [
-        "--set data.fit=squash: data.fit: unknown key; it is called 'data.resize_mode' now"
-    ]
+    assert problems("quickstart", "data.fit=squash") == ["--set data.fit=squash: data.fit is now called resize_mode"]
     assert "'crop', 'pad' or 'stretch'" in problems("quickstart", "data.resize_mode=squash")[0]
 
 

@@ -248,5 +248,5 @@ def test_the_resize_mode_is_kept(tmp_path) -> None:
 
     body = json.loads((tmp_path / "model.json").read_text())
     write_sealed_json(tmp_path / "model.json", {**body, "input": body["input"] | {"resize_mode": "fold"}})
-    with pytest.raises(ArtifactError, match=r"input.resize_mode: Input should be 'crop', 'pad' or 'stretch'"):
+    with pytest.raises(ArtifactError, match="'crop', 'pad' or 'stretch'"):
         load_model(tmp_path)

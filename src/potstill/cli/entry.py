@@ -1,10 +1,6 @@
 """The entry point: the verbs, and the one place where errors become exit codes."""
 
-<<<<<<< HEAD
 import contextlib
-import errno
-=======
->>>>>>> workers
 import io
 import os
 import sys

@@ -55,24 +55,7 @@ def check_files(
     known = KnownFiles.below(root, decoded=decode)
     unchanged = known.unchanged(root, names)
     found: list[_Read | DataError] = []
-<<<<<<< HEAD
-    for results in in_turn(look, pieces):
-        found += results
-        if progress is not None:
-            progress.wait("checking images", len(found), len(new))
-    good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
-    if new:
-        known.keep(root, good)
-    if bad is None:
-        _all_or_none(found, source, hints)
-    else:
-        bad |= {
-            name: str(each).removeprefix(f"{root / name}: ")
-            for name, each in zip(new, found, strict=True)
-            if isinstance(each, DataError)
-        }
-    return {name: unchanged.get(name) or good[name][1] for name in names if bad is None or name not in bad}
-=======
+    new: list[str] = []
     good: dict[str, _Read] = {}
     if not all(name in unchanged for name in names):
         with one_process(cache_folder("locks", f"{known.path.stem}.lock"), "checks these images", progress):
@@ -87,9 +70,15 @@ def check_files(
             good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
             if new:
                 known.keep(root, good)
-    _all_or_none(found, source)
-    return {name: unchanged.get(name) or good[name][1] for name in names}
->>>>>>> workers
+    if bad is None:
+        _all_or_none(found, source, hints)
+    else:
+        bad |= {
+            name: str(each).removeprefix(f"{root / name}: ")
+            for name, each in zip(new, found, strict=True)
+            if isinstance(each, DataError)
+        }
+    return {name: unchanged.get(name) or good[name][1] for name in names if bad is None or name not in bad}
 
 
 def _look(root: Path, decode: bool, names: list[str]) -> list[_Read | DataError]:

@@ -148,21 +148,15 @@ class Loader:
             identity=identity,
             progress=progress,
         )
-<<<<<<< HEAD
-        processes = max(1, threads() // 2) if workers == "auto" else workers
-        self.processes = processes if self._packed is None else 0
-        self._workers = Workers(self._all, self.side, spec.resize_mode, processes) if self.processes else None
-=======
         wanted = max(1, threads() // 2 // local_processes) if workers == "auto" else workers
         self._workers = None
         if wanted and self._packed is None:
             images_of_batch = self.epochs.largest * (2 if self.assembly.has_partners else 1)
             warn = progress.warn if progress is not None else warnings.warn
-            self._workers = Workers(self._all, self.side, spec.fit, wanted, batch=images_of_batch, warn=warn)
+            self._workers = Workers(self._all, self.side, spec.resize_mode, wanted, batch=images_of_batch, warn=warn)
             if self._workers.count == 0:
                 self._workers = None
         self.processes = self._workers.count if self._workers is not None else 0
->>>>>>> workers
 
     @property
     def resident(self) -> bool:

@@ -1,5 +1,6 @@
 """Folders and manifests: from their listing to three checked splits."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,10 +73,18 @@ def read_files(
     bad: dict[str, str] = {}
     names = [entry.name for entry in listing.entries]
     contents = check_files(listing.root, names, settings.source, progress=progress, bad=bad)
-    listing, more = leave_out(
-        listing, [Finding(kind_of(reason, "damaged"), name, reason) for name, reason in bad.items()]
-    )
+    listing, more = leave_out(listing, bad_files(listing.root, bad))
     return listing, skipped + more, contents
+
+
+def bad_files(root: Path, bad: Mapping[str, str]) -> list[Finding]:
+    """What ``check.check_files`` said of files that cannot be decoded, as findings."""
+
+    def kind(name: str, reason: str) -> str:
+        readable = os.path.isfile(root / name) and os.access(root / name, os.R_OK)
+        return kind_of(reason, "damaged" if readable else "unreadable")
+
+    return [Finding(kind(name, reason), name, reason) for name, reason in bad.items()]
 
 
 def leave_out(listing: Listing, bad: Sequence[Finding]) -> tuple[Listing, list[Finding]]:

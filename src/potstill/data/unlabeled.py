@@ -8,12 +8,10 @@ import numpy as np
 
 from potstill.data.check import check_files
 from potstill.data.decode import Pixels
-from potstill.data.doctor.findings import Finding
-from potstill.data.doctor.looks import kind_of
 from potstill.data.images import FileSet, ImageSet, Subset
 from potstill.data.relabelled import Relabelled
 from potstill.data.settings import DataSettings
-from potstill.data.sources import as_skipped, list_images
+from potstill.data.sources import as_skipped, bad_files, list_images
 from potstill.data.splits import DataSplits
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError
@@ -86,7 +84,7 @@ def with_unlabeled(settings: DataSettings, data: DataSplits, progress: Watcher |
     contents = check_files(root, names, str(root), progress=progress, bad=bad)
     if bad:
         names = [name for name in names if name not in bad]
-        skipped += [Finding(kind_of(reason, "damaged"), name, reason) for name, reason in bad.items()]
+        skipped += bad_files(root, bad)
     if not names:
         raise DataError(f"{root}: no unlabeled image is left: {len(skipped):,} files cannot be read")
     found = UnlabeledFiles(root, names)

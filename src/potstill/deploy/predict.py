@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.data.decode import Pixels, decode
 from potstill.data.doctor.folder import walk_images
+from potstill.data.doctor.listing import LINK_TO_FOLDER
 from potstill.data.listing import looks_like_image
 from potstill.deploy.onnx_model import SUFFIX, load_onnx
 from potstill.errors import DataError, UsageError
@@ -160,9 +161,10 @@ def _add_folder(found: Found, folder: Path, *, follow_links: bool) -> None:
             found.images.append(path)
         else:
             found.left_out.append((str(path), "no image, by its name and its content"))
-    found.left_out.extend(
-        (str(folder / each.path), each.reason) for each in listing.findings if each.kind not in ("name", "empty-class")
-    )
+    for each in listing.findings:
+        if each.kind not in ("name", "empty-class"):
+            more = "; --follow-links reads it" if each.kind == "link-out" or each.reason == LINK_TO_FOLDER else ""
+            found.left_out.append((str(folder / each.path), each.reason + more))
 
 
 def _begins_like_image(path: Path) -> bool:

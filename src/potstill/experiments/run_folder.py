@@ -214,6 +214,8 @@ class RunFolder:
         listed = list(rows)
         if listed:
             self._write("skipped.csv", encoded(as_csv(("path", "kind", "reason"), listed)))
+        else:  # what was bad when the run began may be gone by now
+            (self.path / "skipped.csv").unlink(missing_ok=True)
 
     def write_metrics(self, stage: str, metrics: dict[str, Any]) -> None:
         """Keep a stage's final figures on each split."""

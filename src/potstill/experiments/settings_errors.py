@@ -26,11 +26,15 @@ _KINDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
+RENAMED = {  # former keys, and what they are called now
+    "pick_by": "selection_metric",
+    "view_seed": "augmentation_seed",
+    "fit": "resize_mode",
+}
 _INSTEAD = {  # values that cannot be, and why
     ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs, so it is no "
     "measure: use nll, the cross-entropy of the labels alone"
 }
-RENAMED = {"fit": "resize_mode", "pick_by": "selection_metric"}  # former keys, and what they are called now
 ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
 _LIMITS = {
     "greater_than": ("above", "gt"),
@@ -149,8 +153,6 @@ def _within(annotation: Any) -> Iterator[Any]:
 
 def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:
     key, siblings = str(path[-1]), _fields(path[:-1], model)
-    if siblings and (new := RENAMED.get(key)) in siblings.model_fields:
-        return f"; it is called {dotted((*path[:-1], str(new)))!r} now"
     if near := nearest(key, siblings.model_fields if siblings else ()):
         return near
     elsewhere = [

@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from potstill.artifacts import digest, digest_of, move, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.remodel import rebuild
-from potstill.input_spec import InputSpec
+from potstill.input_spec import InputSpec, today
 from potstill.models import state_dict
 from potstill.models.build import build
 from potstill.models.classifier import Classifier
@@ -58,6 +58,11 @@ class _Input(BaseModel):
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
     crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, values: Any) -> Any:
+        return today(values) if isinstance(values, dict) else values
 
 
 class ModelFacts(BaseModel):
@@ -126,7 +131,6 @@ def load_model(path: Path) -> Classifier:
 
     Example:
         >>> import tempfile
-        >>> from potstill.input_spec import InputSpec
         >>> from potstill.models.create import create_model
         >>> classifier = Classifier(create_model("cifar/vgg8", 2, size=32), "cifar/vgg8", ("cat", "dog"), InputSpec(32))
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -130,14 +130,14 @@ def _final_lines(final: Mapping[str, Any]) -> list[str]:
     if not final["rows"]:
         return [
             "",
-            f"{best}: a search, unconfirmed. Its val figure is the best of many and so too high, and no verdict follows",
-            "from it; the same command with --confirm-seeds 5 trains it again on fresh seeds, against a baseline that",
+            f"{best}: a search, unconfirmed. Its val figure is the best of many and so too high; no verdict follows",
+            "from it. The same command with --confirm-seeds 5 trains it again on fresh seeds, against a baseline that",
             "was searched as long.",
         ]
     return [
         "",
-        f"{best}; trained again with seeds {final['seeds']}, against a baseline that was searched with {final['trials']} "
-        "trials:",
+        f"{best}; trained again with seeds {final['seeds']}, against a baseline that was searched with "
+        f"{final['trials']} trials:",
         *(f"{name}: top-1 {test} on test" for name, test in final["rows"]),
         final["verdict"],
     ]

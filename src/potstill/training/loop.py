@@ -183,19 +183,9 @@ class Training:
                 self.compiling.begin(batch.images)
             first = position - position % group
             complete = (position + 1) % group == 0 or position + 1 == self.train.steps
-<<<<<<< HEAD
-            with self.sharing.step(complete):
-                step = self._ask(batch, answers, self.sharing.call, self.compute.autocast())
-                share = self.sharing.share_of(len(batch), sizes[position])
-                self.gradients.add(step, min(group, self.train.steps - first), share)
-            if complete:
-                self._update()
-            under_way.metrics.update(step.logits.detach(), batch.labels)
-            under_way.averages.update(step.terms, len(batch), position + 1)
-=======
             with self.compute.processes.stepping():
                 with self.sharing.step(complete):
-                    step = self._ask(batch, answers, self.sharing.call)
+                    step = self._ask(batch, answers, self.sharing.call, self.compute.autocast())
                     self.compute.processes.mark()
                     share = self.sharing.share_of(len(batch), sizes[position])
                     self.gradients.add(step, min(group, self.train.steps - first), share)
@@ -203,7 +193,6 @@ class Training:
                     self._update()
                 under_way.metrics.update(step.logits.detach(), batch.labels)
                 under_way.averages.update(step.terms, len(batch), position + 1)
->>>>>>> workers
             self.observer.step(sizes[position])
             if complete:
                 under_way.step = position + 1
@@ -278,16 +267,10 @@ class Training:
             if common:
                 self._agreed()
                 self.stopping.check()
-<<<<<<< HEAD
-            step = self._ask(batch, answers, self.distiller, nullcontext())
-            metrics.update(step.logits, batch.labels)
-            averages.update(step.terms, len(batch), number)
-=======
             with self.compute.processes.stepping():
-                step = self._ask(batch, answers, self.distiller)
+                step = self._ask(batch, answers, self.distiller, nullcontext())
                 metrics.update(step.logits, batch.labels)
                 averages.update(step.terms, len(batch), number)
->>>>>>> workers
         answers.flush()
         return self._figures(UnderWay(metrics, averages, lr=0.0), f"epoch {epoch + 1}, {split}", loader, 0)
 

@@ -96,7 +96,9 @@ def hints(findings: list[Finding], *, skip_bad: bool = False) -> list[str]:
     """What can be done about refused findings, besides mending the data; a line each."""
     kinds = {each.kind for each in findings}
     found = []
-    if "link-out" in kinds or any(each.reason == "a link to a folder" for each in findings):
+    if "link-out" in kinds or any(
+        each.reason.startswith("a link to a folder;") or each.reason == "a link to a folder" for each in findings
+    ):
         found.append("To read files elsewhere by links and paths: --set data.follow_links=true")
     if not skip_bad and any(KINDS[kind].skippable for kind in kinds):
         found.append("To go on without the bad files and the classes that are too small, and list them: --skip-bad")

@@ -17,7 +17,7 @@ from potstill.data.listing import SPLIT_WORDS, Entry, is_system_name, looks_like
 from potstill.errors import nearest
 
 _SPLITS = ("train", "val", "test")
-_SHOWN = 5  # names in a note
+_SHOWN = 12  # names in a note
 
 
 def walk_folder(root: Path, *, follow_links: bool = False) -> Listing:
@@ -128,10 +128,11 @@ def _passed_over(found: Listing, item: "os.DirEntry[str]", name: str) -> bool:
         if images:
             reason = f"a hidden folder with {images:,} image{'s' if images > 1 else ''}; rename it to use them"
             found.find("hidden", name, reason)
-        found.passed_over["hidden folders"] += 1
+        else:
+            found.passed_over["hidden folders"] += 1
+    elif looks_like_image(item.name):
+        found.find("hidden", name, "a hidden file; rename it to use it")
     else:
-        if looks_like_image(item.name):
-            found.find("hidden", name, "a hidden file; rename it to use it")
         found.passed_over["hidden files"] += 1
     return True
 
@@ -170,7 +171,8 @@ def _beside(found: Listing, folder: Path, others: list[Path]) -> None:
     images = [name for name in files if looks_like_image(name)]
     if images:
         names = [(folder / name).relative_to(found.root).as_posix() for name in images]
-        reason = f"{len(images)} image{'s' if len(images) > 1 else ''} beside the class folders; put them into one"
+        number = f"{len(images):,} image{'s' if len(images) > 1 else ''} beside the class folders"
+        reason = f"{number} ({_few(images[:3])}{', ...' if len(images) > 3 else ''}); put them into one"
         found.find("beside-classes", folder, reason, *names)
     for other in others:
         if any(each.path == other.relative_to(found.root).as_posix() for each in found.findings):

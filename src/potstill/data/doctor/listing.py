@@ -9,6 +9,8 @@ from potstill.data.doctor.findings import Finding
 from potstill.data.images import ImageSet
 from potstill.data.listing import Entry, name_problem
 
+LINK_TO_FOLDER = "a link to a folder"
+
 
 @dataclass
 class Listing:
@@ -63,7 +65,7 @@ class Listing:
         if is_folder:
             if below(os.path.realpath(os.path.dirname(path)), target):
                 return "link-folder", "a link to a folder that holds the link: a loop"
-            return None if self.follow_links else ("link-folder", "a link to a folder")
+            return None if self.follow_links else ("link-folder", LINK_TO_FOLDER)
         if not os.path.exists(target):
             return "link-broken", broken(path)
         return None if os.path.isfile(target) else ("unreadable", "a link to what is no regular file")
