@@ -15,8 +15,17 @@ from potstill.data.decode import decode, to_rgb
 from potstill.data.quiet import quiet_pillow
 from potstill.errors import DataError
 
-# Pillow cannot turn a premultiplied gray TIFF into RGB at once; by way of LA it can be read.
-READ_THOUGH_EXPECTED_TO_FAIL = {"0541_strongcourage_6fcb5238.tiff"}
+# By Pillow's own rules these are refused, though all pixels are there: metadata is cut short or too large, an animation
+# behind the image is damaged, or (a premultiplied gray TIFF) it cannot be turned into RGB at once.
+READ_THOUGH_EXPECTED_TO_FAIL = {
+    "0366_pillow_c76009a8.png",
+    "0414_strongcourage_72a0dab6.png",
+    "0415_libpng-pngsuite_bdc133d5.png",
+    "0486_strongcourage_49275fef.png",
+    "0541_strongcourage_6fcb5238.tiff",
+    "0571_pillow_8eb03a3c.png",
+    "0683_strongcourage_55474eaa.png",
+}
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -30,11 +39,12 @@ def test_corpus_has_the_expected_outcomes(corpus: Path) -> None:
     lines = (corpus / "MANIFEST.tsv").read_text().splitlines()
     for line in lines:
         name, _, _, _, expected, _, _, size = line.split("\t")
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             height, width, channels = decode(corpus / name).shape
             outcome = "ok"
-            if f"{width}x{height}" not in (size, "x".join(reversed(size.split("x")))) or channels != 3:
+            known = (size, "x".join(reversed(size.split("x")))) if size else (f"{width}x{height}",)
+            if f"{width}x{height}" not in known or channels != 3:
                 wrong.append(f"{name}: {width}x{height}, not {size}")
         except DataError as error:
             outcome = "refused"
@@ -42,7 +52,7 @@ def test_corpus_has_the_expected_outcomes(corpus: Path) -> None:
                 wrong.append(f"{name}: message {error}")
         if (outcome == "ok") != (expected == "ok") and name not in READ_THOUGH_EXPECTED_TO_FAIL:
             wrong.append(f"{name}: {outcome}, expected {expected}")
-        if time.perf_counter() - started > 5:
+        if time.process_time() - started > 5:
             slow.append(name)
     assert lines
     assert not wrong
@@ -174,7 +184,7 @@ def test_first_frame_of_several() -> None:
 
 @pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "JPEG2000", "PDF"])
 def test_other_formats_are_refused(kind: str) -> None:
-    with pytest.raises(DataError, match="formats JPEG, PNG, WEBP, BMP, GIF, TIFF"):
+    with pytest.raises(DataError, match="formats JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF, HEIC"):
         decode(encoded(Image.new("RGB", (16, 16)), kind))
 
 

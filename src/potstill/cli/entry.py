@@ -1,5 +1,6 @@
 """The entry point: the verbs, and the one place where errors become exit codes."""
 
+import contextlib
 import io
 import os
 import sys
@@ -19,6 +20,7 @@ from potstill.training.stopping import Stopping
 OUR_BUG = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell shows of other programs whose reader has gone
 _HELP = ["-h", "--help"]
 _INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume"
 
@@ -75,6 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows ``potstill`` on the command line; None takes ``sys.argv``.
     """
+    try:
+        return _exit_code(arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file's name can be shown in any locale
@@ -85,12 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code == INTERRUPTED:  # the parser has caught the KeyboardInterrupt
             return _say(_INTERRUPTED, INTERRUPTED)
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:
-        _close_output()
-        return 0
-    except SystemExit:  # what the parser makes of a BrokenPipeError inside a verb
-        _close_output()
-        return 0
+    except (BrokenPipeError, SystemExit):  # SystemExit: what the parser makes of a BrokenPipeError inside a verb
+        return CLOSED_PIPE
     except KeyboardInterrupt:
         return _say(_INTERRUPTED, INTERRUPTED)
     except Stopped as stopped:
@@ -123,7 +129,8 @@ def _other(error: Exception) -> int:
         return _say(_INTERRUPTED, INTERRUPTED)
     # Parser errors: their class is typer's in new versions and click's in older ones.
     if hasattr(error, "format_message") and hasattr(error, "show"):
-        error.show()
+        with contextlib.suppress(BrokenPipeError):
+            error.show()
         return WRONG_USAGE
     sys.stderr.write(plain(who() + "".join(traceback.format_exception(error)), keep="\n"))
     return _say("this is a bug in potstill; please report it with the lines above and the command", OUR_BUG)
@@ -135,10 +142,14 @@ def _named(error: PotstillError) -> str:
 
 
 def _say(message: str, code: int) -> int:
-    sys.stderr.write(plain(f"error: {message}", keep="\n") + "\n")
+    with contextlib.suppress(BrokenPipeError):  # `potstill ... 2>&1 | head`
+        sys.stderr.write(plain(f"error: {message}", keep="\n") + "\n")
     return code
 
 
-def _close_output() -> None:
-    """Point stdout at nothing, or the interpreter complains about the closed pipe when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _let_go(stream: Any) -> None:
+    """Point a stream whose reader has gone at nothing, or the interpreter complains about it when it exits."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

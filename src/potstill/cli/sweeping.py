@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill.cli.experiments import Data, RecipeName, Root, Seed, Settings, Student, Teacher
+from potstill.cli.experiments import Data, RecipeName, Root, Seed, Settings, SkipBad, Student, Teacher
 from potstill.errors import UsageError
 
 _NAME = 64  # characters of a folder's name
@@ -27,6 +27,7 @@ def sweep(
         bool | None, typer.Option("--grid/--no-grid", help="Every combination; so it is where no range is given.")
     ] = None,
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
@@ -54,6 +55,7 @@ def sweep(
     require_optuna()
     sets = settings or []
     flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags["--skip-bad"] = skip_bad
     space = parse_space(over or [], recipe, sets, flags)
     if grid and not space.listed:
         raise UsageError("--grid tries every combination, so each --over must list its values; a range has no end")
@@ -64,9 +66,11 @@ def sweep(
 
     if slurm or ray or job_option:
         repeated = {"--over": over, "--set": sets, "--teacher": teacher}
-        once = {"--trials": trials, "--timeout": timeout, **flags, "--teacher": None, "--name": name, "--root": root}
+        once = {"--trials": trials, "--timeout": timeout, **flags, "--teacher": None, "--skip-bad": None}
+        once |= {"--name": name, "--root": root}
         words = [word for flag, texts in repeated.items() for text in texts or [] for word in (flag, text)]
         words += [word for flag, value in once.items() if value is not None for word in (flag, str(value))]
+        words += ["--skip-bad"] if skip_bad else []
         grids = "--grid" if grid else "--no-grid"
         _launch(["sweep", recipe, *words, grids], root / name, slurm, ray, job_option or [])
         return

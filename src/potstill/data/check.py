@@ -26,7 +26,14 @@ _Read = tuple[State | None, str]  # a file's state and its content, as ``KnownFi
 
 
 def check_files(
-    root: Path, names: Sequence[str], source: str, *, decode: bool = True, progress: Watcher | None = None
+    root: Path,
+    names: Sequence[str],
+    source: str,
+    *,
+    decode: bool = True,
+    progress: Watcher | None = None,
+    bad: dict[str, str] | None = None,
+    hints: Sequence[str] = (),
 ) -> dict[str, str]:
     """Read and decode files; those that were found good before, and have not changed since, are not read again.
 
@@ -36,9 +43,11 @@ def check_files(
         source: what messages call the data.
         decode: False: only read, for files that somebody else has verified.
         progress: is told how much is done.
+        bad: receives name -> reason of files that cannot be decoded; None: these are an error.
+        hints: lines at the end of that error.
 
     Returns:
-        name -> size and SHA-256 of the content.
+        name -> size and SHA-256 of the content; of the good files.
 
     Raises:
         DataError: files that cannot be decoded: path and reason of the first twenty, and their number.
@@ -46,6 +55,7 @@ def check_files(
     known = KnownFiles.below(root, decoded=decode)
     unchanged = known.unchanged(root, names)
     found: list[_Read | DataError] = []
+    new: list[str] = []
     good: dict[str, _Read] = {}
     if not all(name in unchanged for name in names):
         with one_process(cache_folder("locks", f"{known.path.stem}.lock"), "checks these images", progress):
@@ -60,8 +70,15 @@ def check_files(
             good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
             if new:
                 known.keep(root, good)
-    _all_or_none(found, source)
-    return {name: unchanged.get(name) or good[name][1] for name in names}
+    if bad is None:
+        _all_or_none(found, source, hints)
+    else:
+        bad |= {
+            name: str(each).removeprefix(f"{root / name}: ")
+            for name, each in zip(new, found, strict=True)
+            if isinstance(each, DataError)
+        }
+    return {name: unchanged.get(name) or good[name][1] for name in names if bad is None or name not in bad}
 
 
 def _look(root: Path, decode: bool, names: list[str]) -> list[_Read | DataError]:
@@ -101,7 +118,7 @@ def _attempt(look: Callable[[], _Result]) -> _Result | DataError:
         return error
 
 
-def _all_or_none(results: Iterable[_Result | DataError], source: str) -> list[_Result]:
+def _all_or_none(results: Iterable[_Result | DataError], source: str, hints: Sequence[str] = ()) -> list[_Result]:
     listed = list(results)
-    refuse(source, [str(result) for result in listed if isinstance(result, DataError)], "unreadable image")
+    refuse(source, [str(result) for result in listed if isinstance(result, DataError)], "unreadable image", hints)
     return [result for result in listed if not isinstance(result, DataError)]

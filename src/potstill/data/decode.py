@@ -24,14 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
+from potstill.data import isolated
+from potstill.data.image_structure import FORMATS as FORMATS
+from potstill.data.image_structure import MAX_PIXELS, check_pixels, examine
 from potstill.data.quiet import quiet_pillow
 from potstill.errors import DataError
 
 Pixels = NDArray[np.uint8]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 40_000_000
 VERSION = 1  # another one whenever a file gives other pixels than before, here or in ``preprocess.fit``
 
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tags
@@ -67,6 +68,8 @@ def decode_bytes(content: bytes, name: str) -> Pixels:
     Raises:
         DataError: as ``decode``.
     """
+    if not content:
+        raise DataError(f"{name}: empty file")
     if len(content) > MAX_BYTES:
         raise DataError(f"{name}: more than {MAX_BYTES // 2**20} MiB of file")
     try:
@@ -75,7 +78,7 @@ def decode_bytes(content: bytes, name: str) -> Pixels:
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and more
-        raise DataError(f"{name}: {_reason(content, error)}") from error
+        raise DataError(f"{name}: {_reason(error)}") from error
 
 
 def read_file(path: Path) -> bytes:
@@ -112,22 +115,22 @@ def to_rgb(image: Image.Image) -> Pixels:
     return _in_bands(image)
 
 
+def to_upright_rgb(image: Image.Image) -> Pixels:
+    """``to_rgb``, with the orientation applied."""
+    return np.ascontiguousarray(_upright(to_rgb(image), _orientation(image)))
+
+
 def _decode(content: bytes) -> Pixels:
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        _check_size(image)
+    structure = examine(content)
+    if structure.isolated:
+        return isolated.decode(structure.content, structure.format)
+    with Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
+        check_pixels(*image.size)
         bits = _bits(image)
         image.load()
-        _check_size(image)  # a GIF's first frame may be larger than its header says
+        check_pixels(*image.size)  # a GIF's first frame may be larger than its header says
         pixels = _wide_to_rgb(image, bits) if image.mode in _WIDE_MODES else to_rgb(image)
         return np.ascontiguousarray(_upright(pixels, _orientation(image)))
-
-
-def _check_size(image: Image.Image) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise DataError(f"no pixels: {width} x {height}")
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{width} x {height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels")
 
 
 def _over_white(image: Image.Image) -> Pixels:
@@ -160,31 +163,45 @@ def _bands(height: int, width: int) -> Iterator[slice]:
 
 
 def _wide_to_rgb(image: Image.Image, bits: int = 16) -> Pixels:
-    values: NDArray[Any] = np.asarray(image)
-    if image.mode in ("I", "F"):
-        gray = _unknown_range(values)
-    else:
-        gray = np.minimum(values >> max(0, min(bits, 16) - 8), 255).astype(np.uint8)
+    width, height = image.size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    known = 2.0**bits - 1 if image.mode.startswith("I;16") else _full(image)
     key = image.info.get("transparency")
-    if isinstance(key, int) and not isinstance(key, bool):
-        gray = np.where(values == key, np.uint8(255), gray)
-    return np.repeat(gray[..., None], 3, axis=2)
+    for rows in _bands(height, width):
+        values: NDArray[Any] = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+        gray = _to_8_bits(values, known)
+        if isinstance(key, int) and not isinstance(key, bool):
+            gray[values == key] = 255
+        pixels[rows] = gray[..., None]
+    return pixels
 
 
-def _unknown_range(values: NDArray[Any]) -> Pixels:
-    if not np.isfinite(values).all():
-        raise DataError("a pixel is NaN or infinite")
-    largest = float(values.max())
-    ranges = (1.0, *_RANGES) if values.dtype.kind == "f" else _RANGES
+def _full(image: Image.Image) -> float:
+    """The smallest known range that holds the largest value."""
+    largest = _extremes(image)[1]
+    ranges = (1.0, *_RANGES) if image.mode == "F" else _RANGES
     full = next((end for end in ranges if largest <= end), None)
     if full is None:
         raise DataError(f"a pixel of {largest:g} is above every known range")
-    gray = np.empty(values.shape, dtype=np.uint8)
-    for rows in _bands(*values.shape):
-        floats = values[rows].astype(np.float64)
-        # The same cut to the high byte as for 16 bits; floats in [0, 1] are rounded.
-        gray[rows] = np.clip(floats * 255 + 0.5 if full == 1 else floats / ((full + 1) / 256), 0, 255)
-    return gray
+    return full
+
+
+def _extremes(image: Image.Image) -> tuple[float, float]:
+    """Smallest and largest value."""
+    width, height = image.size
+    low, high = np.inf, -np.inf
+    for rows in _bands(height, width):
+        values: NDArray[Any] = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+        if not np.isfinite(values).all():
+            raise DataError("a pixel is NaN or infinite")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    return low, high
+
+
+def _to_8_bits(values: NDArray[Any], full: float) -> Pixels:
+    floats = values.astype(np.float64)
+    # The same cut to the high byte as for 16 bits; floats in [0, 1] are rounded.
+    return np.clip(floats * 255 + 0.5 if full == 1 else floats / ((full + 1) / 256), 0, 255).astype(np.uint8)
 
 
 def _bits(image: Image.Image) -> int:
@@ -216,13 +233,9 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
-def _reason(content: bytes, error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return (
-            f"no image of the formats {', '.join(FORMATS)} (it starts with {content[:8].decode('latin-1')!a})"
-            if content
-            else "empty file"
-        )
+        return "damaged image (its header cannot be read)"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS // 1_000_000} megapixels"
     if isinstance(error, MemoryError):

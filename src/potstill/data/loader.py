@@ -141,7 +141,7 @@ class Loader:
         self._packed = pack(
             self._all,
             self.side,
-            spec.fit,
+            spec.resize_mode,
             device=self.device,
             memory_share=memory_share,
             processes=local_processes,
@@ -153,7 +153,7 @@ class Loader:
         if wanted and self._packed is None:
             images_of_batch = self.epochs.largest * (2 if self.assembly.has_partners else 1)
             warn = progress.warn if progress is not None else warnings.warn
-            self._workers = Workers(self._all, self.side, spec.fit, wanted, batch=images_of_batch, warn=warn)
+            self._workers = Workers(self._all, self.side, spec.resize_mode, wanted, batch=images_of_batch, warn=warn)
             if self._workers.count == 0:
                 self._workers = None
         self.processes = self._workers.count if self._workers is not None else 0
@@ -272,7 +272,7 @@ class Loader:
     def _at(self, ids: Ids) -> Tensor:
         if self._packed is not None:
             return self._packed.index_select(0, torch.from_numpy(ids).to(self._packed.device, non_blocking=True))
-        return squares(self._all, ids.tolist(), self.side, self.spec.fit)
+        return squares(self._all, ids.tolist(), self.side, self.spec.resize_mode)
 
 
 def _plain(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:

@@ -36,7 +36,7 @@ def pack(
     Args:
         images: N of them.
         side: R, of the square in pixels.
-        how: "crop" or "squash", as ``preprocess.fit``.
+        how: "crop", "pad" or "stretch", as ``preprocess.fit``.
         device: where the tensor is wanted; it stays on the CPU where the device has no room.
         memory_share: of free memory, and of the free disk, that it may take.
         processes: of this machine that call this: each has its share of the memory, and all map one file.

@@ -45,7 +45,7 @@ class Workers:
     Args:
         images: an image set that can be pickled.
         side: R.
-        how: "crop" or "squash".
+        how: "crop", "pad" or "stretch".
         processes: at least 1.
         batch: images of the largest batch, for which shared memory is reserved at once; None: at the first use.
         warn: receives a message if shared memory suffices for fewer processes only.

@@ -89,8 +89,7 @@ def from_shards(settings: DataSettings, augment: AugmentSettings, progress: Watc
     refuse(settings.source, [problem for shard in every for problem in shard.problems])
     names, sets = _labelled(settings.source, shards, _class_names(options))
     origin = f"{len(every)} tar shard{'s' if len(every) != 1 else ''}"
-    if ignored := sum(shard.ignored for shard in every):
-        origin += f"; {ignored} links and devices in them are left alone"
+    origin += _left_alone(every)
     parts: dict[str, ImageSet] = dict(sets)
     if shares := {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}:
         pool = sets["train"]
@@ -105,6 +104,16 @@ def from_shards(settings: DataSettings, augment: AugmentSettings, progress: Watc
         names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
         fingerprint=fingerprint(parts, names, contents), augment=augment,
     )  # fmt: skip
+
+
+def _left_alone(shards: Sequence[Shard]) -> str:
+    """What of the shards is not used, counted and with examples."""
+    found = ""
+    for why in dict.fromkeys(why for shard in shards for why in shard.left):
+        names = [name for shard in shards for name in shard.left.get(why, [])]
+        examples = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
+        found += f"; {len(names):,} {why} are left alone ({examples}{', ...' if len(names) > 3 else ''})"
+    return found
 
 
 def _read(source: str, progress: Watcher | None) -> list[Shard]:

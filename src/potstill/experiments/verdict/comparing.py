@@ -29,6 +29,7 @@ def compare(
     repeats: Mapping[str, Any] | None = None,
     seed: int = 0,
     domain: Mapping[str, Any] | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that sets distilled and baseline side by side.
 
@@ -39,6 +40,7 @@ def compare(
         repeats: of results.json: baseline and distilled of further seeds.
         seed: the first one.
         domain: what ``domain_results.describe_domains`` says, where there is a target.
+        known: further facts for the verdict: ``looks`` and ``teacher_below_baseline``, as in results.json.
     """
     groups = groups or {}
     baseline, distilled = (stages[name]["test"] for name in ("baseline", "distilled"))
@@ -58,6 +60,7 @@ def compare(
         comparison["seeds"] = _over_seeds(stages | dict(repeats), correct, teacher, seed)
     if domain is not None:
         comparison["domain"] = dict(domain)
+    comparison |= known or {}
     return comparison | {"verdict": verdict(comparison, stages)}
 
 
