@@ -26,6 +26,8 @@ from potstill.training.loop import Training
 from potstill.training.observer import Silent
 from potstill.training.settings import TrainingSettings
 
+pytestmark = pytest.mark.own_process
+
 IMAGES, CLASSES, EPOCHS = 18, 3, 3
 DECODED = EPOCHS * 2 * IMAGES  # train and val
 
