@@ -65,8 +65,8 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
         if not (folder.stage(stage.name) / "checkpoints" / "last.checkpoint").exists():
             if other := _facts(folder, stage).get("reused_from"):
                 raise UsageError(
-                    f"{stage.name} is that of {other}, which --baseline has taken: extend that run first, and begin this "
-                    "one anew with another --name"
+                    f"{stage.name} is that of {other}, which --baseline has taken: extend that run first, and begin "
+                    "this one anew with another --name"
                 )
             raise UsageError(
                 f"{stage.name} has its {epochs} epochs, and the checkpoint to go on from was removed at their end.\n"
