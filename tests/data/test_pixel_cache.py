@@ -139,7 +139,8 @@ def test_everything_that_decides_the_pixels_decides_the_key(cache: Path, monkeyp
     changes: list[tuple[Any, dict[str, Any]]] = [
         (Drawn(), {"identity": "other"}),
         (Drawn(), {"side": SIDE + 1}),
-        (Drawn(), {"how": "squash"}),
+        (Drawn(), {"how": "stretch"}),
+        (Drawn(), {"how": "pad"}),
         (Drawn(19), {}),
         (renamed, {}),
         (Drawn(seed=1), {}),  # other content under the same word: found by a look at one of them

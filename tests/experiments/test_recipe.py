@@ -254,10 +254,13 @@ epochs: 3
             {"method": {"name": "at", "schedule": {"power": {"start": 2}}}},
             "method.schedule.power: power of at cannot change during training",
         ),
-        ({"training": {"pick_by": "nll"}}, "training.pick_by is now called selection_metric"),
+        (
+            {"training": {"pick_by": "nll"}},
+            "training.pick_by: unknown key; it is called 'training.selection_metric' now",
+        ),
         (
             {"teacher": {"model": "a", "training": {"pick_by": "nll"}}},
-            "teacher.training.pick_by is now called selection_metric",
+            "teacher.training.pick_by: unknown key; it is called 'teacher.training.selection_metric' now",
         ),
         (
             {"training": {"selection_metric": "loss"}},
@@ -356,6 +359,11 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
         "--set seed=[1: expected ',' or ']', but got '<stream end>'",
         "--set training.lr=1e999: training.lr must be a finite number, got inf",
     ]
+
+
+def test_a_renamed_key_names_the_new_one() -> None:
+    assert problems("quickstart", "data.fit=squash") == ["--set data.fit=squash: data.fit is now called resize_mode"]
+    assert "'crop', 'pad' or 'stretch'" in problems("quickstart", "data.resize_mode=squash")[0]
 
 
 def test_a_misspelt_option_by_set_gets_the_nearest_name() -> None:

@@ -62,7 +62,7 @@ def leaves(model, prefix=""):
 LEAVES = dict(leaves(Recipe)) | {"method.temperature": float, "method.alpha": float}
 KEYS = sorted(LEAVES.keys() - {"method", "data.options", "assistants", "teacher"})
 OTHERS = [
-    True, False, 0, 1, 2, 3, 5, 24, 0.05, 0.3, 0.6, 0.97, 7.5, "cifar/resnet14", "cifar/resnet20", "squash", "else",
+    True, False, 0, 1, 2, 3, 5, 24, 0.05, 0.3, 0.6, 0.97, 7.5, "cifar/resnet14", "cifar/resnet20", "stretch", "else",
     "cpu", "sgd", "fashion-mnist", "tensorboard", [0.4, 0.9],
     {"hflip": True}, [0.4, 0.5, 0.6], [["stage1", "stage1"]],
 ]  # fmt: skip

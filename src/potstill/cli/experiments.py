@@ -42,6 +42,12 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the recipe; may be repeated."),
 ]
+SkipBad = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-bad", help="Leave out files that cannot be read and classes that are too small; list them in the run."
+    ),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run of this name; more --seeds or training.epochs extend it.")
 ]
@@ -69,6 +75,7 @@ def run(
         str | None, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")
     ] = None,
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
@@ -83,6 +90,7 @@ def run(
 ) -> None:
     """Train teacher, baseline and distilled student, and report."""
     flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed, "--seeds": seeds}
+    flags["--skip-bad"] = skip_bad
     if replay is not None:
         given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
         _replay(replay, given, root=root, name=name, resume=resume, overwrite=overwrite)
@@ -102,6 +110,7 @@ def train(
         Stage, typer.Option(help="The teacher; the student on labels alone; or distilled from a ready --teacher.")
     ],
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
@@ -115,6 +124,7 @@ def train(
 ) -> None:
     """Train one stage alone: teacher, baseline or distilled student."""
     flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags["--skip-bad"] = skip_bad
     folder = _pipeline(
         recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
     )

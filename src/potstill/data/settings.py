@@ -51,8 +51,18 @@ class DataSettings(BaseModel):
         "digits", description="a name of `potstill.data.datasets.DATASETS`, a folder, or a .csv/.jsonl manifest"
     )
     options: dict[str, Any] = Field({}, description="options of the named data set, e.g. {classes: 2} for solar")
+    follow_links: bool = Field(
+        False, description="read links and a manifest's paths to files and folders outside the data folder too"
+    )
+    skip_bad: bool = Field(
+        False,
+        description="leave out files that cannot be read and classes that are too small, and list them in skipped.csv",
+    )
     size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
-    fit: Literal["crop", "squash"] = Field("crop", description="how an image that is not square becomes square")
+    resize_mode: Literal["crop", "pad", "stretch"] = Field(
+        "crop",
+        description="how an image that is not square becomes square: its centre, black borders, or other proportions",
+    )
     unlabeled: str | None = Field(
         None, description="a second folder, of images without labels at any depth: they join the teacher's terms only"
     )

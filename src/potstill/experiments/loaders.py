@@ -12,7 +12,7 @@ from potstill.experiments.seeds import derive
 from potstill.inputs import InputSpec
 from potstill.methods.needs import Needs
 from potstill.training.devices import Compute
-from potstill.training.observer import Observer
+from potstill.training.observer import Observer, Silent
 from potstill.training.settings import TrainingSettings
 
 
@@ -42,7 +42,8 @@ def train_loader(
         seed=derive(recipe.seed, f"{planned.seed}/order"),
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share / compute.processes.local_count,
+        memory_share=recipe.data.memory_share,
+        local_processes=compute.processes.local_count,
         second=needs.second,
         classes=len(data.class_names),
         unlabeled=data.unlabeled if needs.teacher or needs.peers else None,
@@ -98,7 +99,9 @@ def split_loader(
         batch_size=settings.batch_size,
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share / processes.local_count,
+        memory_share=recipe.data.memory_share,
+        local_processes=processes.local_count,
         identity=f"{data.fingerprint}/{split}",
+        progress=Silent(),  # what there is to say has been said of the training images
         share=(processes.rank, processes.count) if shared else (0, 1),
     )

@@ -143,6 +143,7 @@ def run(
             before = {LOOKS: looks_so_far(folder)} if resume else {}
             folder.write_environment(facts | threads.facts | precisions.facts | before)
             folder.write_splits(splits.as_rows())
+            folder.write_skipped((each.path, each.kind, each.reason) for each in splits.all_skipped)
             trackers = beside.enter_context(
                 tracked(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
             )
@@ -171,7 +172,8 @@ def run(
             extended,
             reused,
         )
-        experiment.warnings += doubt_data(splits, observer) + doubt_settings(recipe, planned, splits, observer)
+        experiment.warnings += doubt_data(splits, observer, recipe.data.resize_mode)
+        experiment.warnings += doubt_settings(recipe, planned, splits, observer)
         with threads:
             # Ready-made teachers first: how good they are is said before anything is trained.
             for each in sorted(planned, key=lambda planned_one: not _starts_from_weights(recipe, planned_one)):

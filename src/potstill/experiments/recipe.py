@@ -177,7 +177,7 @@ def load_recipe(
     Args:
         source: name of a shipped recipe, a YAML file, or the same content as a dict.
         sets: ``"training.epochs=5"``, as after ``--set``; values are YAML.
-        flags: ``{"--data": .., "--teacher": .., "--student": .., "--seed": .., "--seeds": ..}``, None where not given.
+        flags: by their names in ``recipe_changes.FLAGS``, such as ``{"--data": "photos"}``; None where not given.
         data_needed: False leaves ``data.source`` unchecked: the images come from Python, or are no longer needed.
 
     Raises:

@@ -7,7 +7,9 @@ import numpy as np
 
 from potstill import __version__
 from potstill.artifacts import write_text
+from potstill.data.image_files import sizes_of
 from potstill.data.splits import DataSplits
+from potstill.data.square import unseen
 from potstill.evaluation.agreement import agreement
 from potstill.evaluation.averages import Array
 from potstill.evaluation.calibration import calibration
@@ -145,6 +147,9 @@ def describe_run(
             "class_names": list(data.class_names),
             "counts": data.counts(),
             "size": recipe.data.size,
+            "resize_mode": recipe.data.resize_mode,
+            "unseen": unseen(*sizes_of(data.train), recipe.data.resize_mode),
+            "skipped": len(source.all_skipped),
             **({} if source is data else {"source_domain": before}),
         },
         "method": recipe.method,

@@ -27,7 +27,13 @@ STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
 _LOCKS = (run_lock.NAME, run_lock.HOLDER)
-_FIRST = (*_LOCKS, "recipe.yaml", "environment.json", "splits.csv")  # all that a run has before it trains
+_FIRST = (
+    *_LOCKS,
+    "recipe.yaml",
+    "environment.json",
+    "splits.csv",
+    "skipped.csv",
+)  # all that a run has before it trains
 _EPOCHS = "metrics.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -202,6 +208,14 @@ class RunFolder:
     def write_splits(self, rows: Iterable[tuple[str, str, str]]) -> None:
         """Keep (split, name, class) of every image."""
         self._write("splits.csv", encoded(as_csv(("split", "name", "class"), rows)))
+
+    def write_skipped(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        """Keep (path, kind, reason) of every file and class that was left out; no file where there is none."""
+        listed = list(rows)
+        if listed:
+            self._write("skipped.csv", encoded(as_csv(("path", "kind", "reason"), listed)))
+        else:  # what was bad when the run began may be gone by now
+            (self.path / "skipped.csv").unlink(missing_ok=True)
 
     def write_metrics(self, stage: str, metrics: dict[str, Any]) -> None:
         """Keep a stage's final figures on each split."""

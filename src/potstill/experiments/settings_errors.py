@@ -29,6 +29,7 @@ _KINDS = {
 RENAMED = {  # former keys, and what they are called now
     "pick_by": "selection_metric",
     "view_seed": "augmentation_seed",
+    "fit": "resize_mode",
 }
 _INSTEAD = {  # values that cannot be, and why
     ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs, so it is no "
@@ -74,12 +75,7 @@ def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel])
     for error in errors:
         path = _real_path(error["loc"], section, missing=error["type"] == "missing")
         if error["type"] == "extra_forbidden":
-            now = RENAMED.get(str(path[-1]))
-            findings[path] = (
-                f"{dotted(path)} is now called {now}"
-                if now
-                else f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
-            )
+            findings[path] = f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
         elif error["type"] == "missing":
             findings[path] = f"{dotted(path)} is missing{_purpose(path, model)}"
         else:

@@ -29,6 +29,10 @@ class Table:
         kind, mode = self._number(look.format), self._number(look.mode)
         self.rows[i] = (True, look.size, kind, mode, look.width, look.height, content, pixels, look.state)
 
+    def keep(self, positions: list[int]) -> None:
+        """Forget all other images."""
+        self.rows = self.rows[positions]
+
     @property
     def good(self) -> NDArray[np.int64]:
         """Positions of the images that could be decoded."""
