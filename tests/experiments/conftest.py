@@ -30,7 +30,7 @@ def photographs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(photographs):
     """A recipe on these photographs; keywords are changes as after --set."""
 
