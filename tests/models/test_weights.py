@@ -1,5 +1,6 @@
 """Weights from files and packages: all of them or an error, nothing run from a file, a new head never in silence."""
 
+import argparse
 import importlib.util
 import os
 import socket
@@ -9,6 +10,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -20,7 +22,7 @@ from potstill.errors import ArtifactError, UsageError
 from potstill.models import download, packaged
 from potstill.models.create import create_model
 from potstill.models.families import torchvision_models
-from potstill.models.weights import load_weights
+from potstill.models.weights import load_for_classes, load_weights
 
 NAME = "cifar/resnet8"
 
@@ -119,6 +121,63 @@ def test_no_code_is_run_from_a_pickle(tmp_path, network, name, legacy):
     assert not canary.exists()
     torch.load(path, weights_only=False)  # the canary does work
     assert canary.exists()
+
+
+def test_plain_data_beside_the_weights_is_read(tmp_path, network):
+    """What training scripts write: their settings as a Namespace, figures as numpy's numbers and arrays."""
+    beside = {"args": argparse.Namespace(lr=0.1, milestones=[1, 2]), "best": np.float64(0.5), "epoch": np.int64(3)}
+    torch.save({"model": network.state_dict(), "curve": np.arange(3.0), **beside}, tmp_path / "t.pth")
+    loaded = load_weights(NAME, str(tmp_path / "t.pth"), 5, size=32)
+    expected = network.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.module.state_dict().items())
+
+
+class Settings:
+    """Of a training script: a class that is never loaded."""
+
+
+def test_other_classes_are_named_with_the_way_to_convert(tmp_path, network):
+    torch.save({"model": network.state_dict(), "args": Settings()}, tmp_path / "t.pth")
+    with pytest.raises(ArtifactError) as error:
+        load_weights(NAME, str(tmp_path / "t.pth"), 5, size=32)
+    text = str(error.value)
+    assert "Settings" in text
+    assert "torch.save(" in text
+    assert text.isascii()
+    assert "\x1b" not in text
+
+
+THEIRS = ["zebra", "owl", "cat", "dog", "yak"]
+
+
+@pytest.mark.parametrize("name", [NAME, "torchvision/squeezenet1_1"])  # a linear head, and a convolution
+@pytest.mark.parametrize("ours", [["cat", "dog", "owl", "yak", "zebra"], ["dog", "owl"]])
+def test_outputs_are_put_into_the_order_of_the_datas_classes(tmp_path, name, ours):
+    network = create_model(name, 5, size=32).eval()
+    torch.save(network.state_dict(), tmp_path / "t.pth")
+    loaded = load_for_classes(name, str(tmp_path / "t.pth"), THEIRS, ours, size=32, key="teacher.classes")
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)[:, [THEIRS.index(each) for each in ours]]
+        assert torch.allclose(loaded.module.eval()(images), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (["a", "b", "a"], ["a", "b"], "teacher.classes names a class twice: 'a'"),
+        (["a", "b"], ["a", "b"], "for another number of them"),
+        (
+            ["cats", "b", "c", "d", "e"],
+            ["cat", "b"],
+            "lacks 1 of the 2 classes of this data: 'cat'; did you mean 'cats'",
+        ),
+    ],
+)
+def test_class_names_that_do_not_fit(tmp_path, network, theirs, ours, message):
+    torch.save(network.state_dict(), tmp_path / "t.pth")
+    with pytest.raises(UsageError, match=message):
+        load_for_classes(NAME, str(tmp_path / "t.pth"), theirs, ours, size=32, key="teacher.classes")
 
 
 def test_compressed_archives_are_not_opened(tmp_path, network):

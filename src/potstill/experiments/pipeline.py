@@ -1,5 +1,7 @@
 """From a recipe to a run folder: teacher, baseline, distilled, figures."""
 
+import json
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ import torch
 from potstill.artifacts import read_bytes, write_bytes
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
+from potstill.evaluation.agreement import class_order
 from potstill.evaluation.evaluate import collect
 from potstill.experiments.curriculum.order import in_order
 from potstill.experiments.domain.domains import Domains
@@ -394,8 +397,25 @@ class _Experiment:
                 processes=self.compute.processes,
                 names=[f"the {stage} on val, {name}," for name in self.data.val.names],
             )
-            model.facts["val"] = {"top1": float((found.argmax(axis=1) == labels).mean())}
+            predicted = found.argmax(axis=1)
+            model.facts["val"] = {"top1": float((predicted == labels).mean())}
+            self._doubt_order(stage, predicted, labels)
         return float(model.facts["val"]["top1"])
+
+    def _doubt_order(self, stage: str, predicted: Any, labels: Any) -> None:
+        """Warn of a ready-made teacher that is right but for the order of its classes."""
+        classes = self.data.class_names
+        order = class_order(predicted, labels, len(classes))
+        if order is None:
+            return
+        names = [classes[i] for i in order]
+        key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{number(stage) - 1}"
+        self.warn(
+            f"the {stage} has the classes in another order: with its outputs assigned to them one to one, "
+            f"{float((order[predicted] == labels).mean()):.1%} of the val images are right in place of "
+            f"{float((predicted == labels).mean()):.1%}. Name the class of each output with\n"
+            f"  --set {shlex.quote(f'{key}.classes={json.dumps(names, ensure_ascii=False)}')}"
+        )
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

@@ -39,6 +39,12 @@ class StageSettings(BaseModel):
     weights: str | None = Field(
         None, description='"pretrained", a run folder, a model of ours, a state dict; null: random initialisation'
     )
+    classes: list[str] | None = Field(
+        None,
+        min_length=2,
+        description="class names of the outputs of bare weights, in their order: a list, or a text file with a name a "
+        "line; null: those of the data, in its order",
+    )
     new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
     size: int | None = Field(None, ge=8, le=4096, description="its own height and width in pixels; null: data.size")
     precision: Literal["auto", "float32"] = Field(

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from potstill.errors import ArtifactError
+from potstill.errors import ArtifactError, UsageError
 from potstill.experiments.recipe import Recipe, StageSettings
 from potstill.experiments.run_folder import find_model
 from potstill.inputs import InputSpec
 from potstill.models.create import create_model
 from potstill.models.input_spec import input_spec
 from potstill.models.model_file import load_model
-from potstill.models.weights import load_weights
+from potstill.models.weights import load_for_classes, load_weights
 
 
 @dataclass
@@ -37,14 +37,23 @@ def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ..
 
     Raises:
         ArtifactError: weights of other classes where no new head was asked for; damaged or foreign files.
-        UsageError: pretrained weights that cannot be had.
+        UsageError: pretrained weights that cannot be had; class names that do not fit weights or data.
     """
     size = network.size or recipe.data.size
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
         return Start(module, network.model, _spec(recipe, network), ready=False)
+    key = _key(recipe, network)
     if network.weights != "pretrained" and _is_ours(Path(network.weights)):
-        return _from_our_model(Path(network.weights), network, classes, _key(recipe, network))
+        if network.classes is not None:
+            raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
+        return _from_our_model(Path(network.weights), network, classes, key)
+    if network.classes is not None:
+        setting = f"{key}.classes"
+        loaded = load_for_classes(network.model, network.weights, network.classes, classes, size=size, key=setting)
+        facts = {"weights": network.weights, "classes": network.classes}
+        spec = _spec(recipe, network)
+        return Start(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
     if loaded.new_head and network.weights != "pretrained" and not network.new_head:
         raise ArtifactError(
@@ -63,7 +72,8 @@ def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ..
     else:
         start.notes += [
             *loaded.notes,
-            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_list(classes)}",
+            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_list(classes)}; "
+            f"{key}.classes names another order",
         ]
     return start
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from potstill.errors import ArtifactError
-from potstill.experiments.run_folder import cell_text
 from potstill.evaluation.averages import Array
+from potstill.experiments.run_folder import cell_text
 from potstill.report.contents import Stage
 
 PROBABILITY = "p:"

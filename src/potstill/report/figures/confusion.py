@@ -94,9 +94,8 @@ def _svg(fields: Any, texts: Iterator[Text], class_names: Sequence[str], title: 
     for at, name in zip(places, names, strict=True):
         along, text = (at + 0.5) * step, _escaped(name)
         style = f"font-size: {size}px; {faint}"
-        parts.append(
-            f'<text x="{left - 3:.5g}" y="{top + along + 0.35 * size:.5g}" text-anchor="end" style="{style}">{text}</text>'
-        )
+        y = top + along + 0.35 * size
+        parts.append(f'<text x="{left - 3:.5g}" y="{y:.5g}" text-anchor="end" style="{style}">{text}</text>')
         x, y = left + along, top + side + 3
         turned = (
             f'x="{x:.5g}" y="{y + size:.5g}" text-anchor="middle"'
@@ -107,7 +106,8 @@ def _svg(fields: Any, texts: Iterator[Text], class_names: Sequence[str], title: 
     parts.append(
         f'<text x="{centre:.5g}" y="{top + side + below - 4:.5g}" text-anchor="middle" style="font-size: 9px; {faint}">'
         f"predicted{every}</text>"
-        f'<text transform="translate(10 {middle:.5g}) rotate(-90)" text-anchor="middle" style="font-size: 9px; {faint}">'
+        f'<text transform="translate(10 {middle:.5g}) rotate(-90)" text-anchor="middle" '
+        f'style="font-size: 9px; {faint}">'
         "true</text>"
     )
     for row, column, text, colour in texts if classes <= _ANNOTATED else ():
