@@ -1,6 +1,8 @@
 """How a network wants its images.  No torch here: prediction with an exported model does without."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 Triple = tuple[float, float, float]
 
@@ -14,3 +16,22 @@ class InputSpec:
     std: Triple = (0.229, 0.224, 0.225)
     fit: str = "crop"  # "crop": shorter side to size / crop_share, then the centre; "squash": both sides to size
     crop_share: float = 1.0  # share of the shorter side that the centre crop keeps
+    range: tuple[float, float] | None = None  # by which images of more than 8 bits are decoded; None: each by its own
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "InputSpec":
+        """What ``dataclasses.asdict`` gave, with JSON's lists for tuples.
+
+        Raises:
+            KeyError, TypeError or ValueError: something else.
+        """
+        mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError("mean and std are three numbers each")
+        ends = values.get("range")
+        if ends is not None:
+            low, high = map(float, ends)
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise ValueError(f"range must be two numbers, the lower one first, got {ends!r}")
+            ends = (low, high)
+        return cls(**(values | {"mean": mean, "std": std, "range": ends}))

@@ -9,6 +9,7 @@ from potstill.data.images import ArraySet, FileSet, ImageSet, Subset
 from potstill.data.relabelled import Relabelled
 from potstill.data.shards.source import ShardSet
 from potstill.data.unlabeled import Joined
+from potstill.data.value_range import Range
 
 
 def from_files(images: ImageSet) -> bool:
@@ -33,6 +34,19 @@ def digests_of(images: ImageSet) -> NDArray[np.uint8] | None:
         whole = [each for each in found if each is not None]
         return np.concatenate(whole) if len(whole) == len(found) else None
     return images.digests if isinstance(images, (FileSet, ShardSet)) else None
+
+
+def ranges_of(images: ImageSet) -> list[Range | None]:
+    """By which its files are read, one for each part; without what the parts have in common."""
+    found = [part.range for part in _parts(images) if isinstance(part, (FileSet, ShardSet))]
+    return list(dict.fromkeys(found))
+
+
+def read_by(images: ImageSet, ends: Range) -> None:
+    """From now on, files of more than 8 bits are read by this range: that of the model which is to see them."""
+    for part in _parts(images):
+        if isinstance(part, (FileSet, ShardSet)):
+            part.range = ends
 
 
 def _parts(images: ImageSet) -> Sequence[ImageSet]:

@@ -48,6 +48,7 @@ class Structure:
     format: str  # of FORMATS
     content: bytes  # what the decoder gets: the file, or the file without metadata
     isolated: bool = False  # to be decoded in a process of its own: its structure does not bound the work
+    wide: bool = False  # 16 bits a colour channel, of which Pillow reads the high byte
 
 
 def examine(content: bytes) -> Structure:
@@ -59,7 +60,7 @@ def examine(content: bytes) -> Structure:
     if content.startswith(b"\xff\xd8\xff"):
         return Structure("JPEG", _bounded_jpeg(content))
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return Structure("PNG", _lean_png(content))
+        return Structure("PNG", _lean_png(content), wide=content[24:25] == b"\x10" and content[25] in (2, 4, 6))
     if content.startswith((b"GIF87a", b"GIF89a")):
         return Structure("GIF", _lean_gif(content))
     if content.startswith(b"BM"):
@@ -69,8 +70,7 @@ def examine(content: bytes) -> Structure:
         _bound_webp(content)
         return Structure("WEBP", content)
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and not content.startswith(b"II*\0\x10\0\0\0CR"):
-        _bound_tiff(content)
-        return Structure("TIFF", content)
+        return Structure("TIFF", content, wide=_bound_tiff(content))
     if kind := _iso_image(content):
         return Structure(kind, content, isolated=True)
     raise DataError(f"no image of the formats {', '.join(FORMATS)}{foreign(content)}")
@@ -343,8 +343,8 @@ _POINTERS = (330, 34665, 34853, 40965)  # to further directories, which Pillow r
 Tags = dict[int, tuple[int, int, int]]  # tag -> type, number of values, place of the first
 
 
-def _bound_tiff(content: bytes) -> None:
-    """Tags, values, strips and tiles of the first image."""
+def _bound_tiff(content: bytes) -> bool:
+    """Bound tags, values, strips and tiles of the first image; whether its colour channels have 16 bits."""
     order = "<" if content.startswith(b"I") else ">"
     big = content[2:4] in (b"+\0", b"\0+")
     at = _number(content, order + "Q", 8) if big else _number(content, order + "I", 4)
@@ -383,6 +383,7 @@ def _bound_tiff(content: bytes) -> None:
     check_extra(
         width, height, 7, len(content) + (piece if kind != 1 or tiled else 0), "this TIFF with its strips or tiles"
     )
+    return bits > 8 and samples > 1
 
 
 def _directory(content: bytes, order: str, big: bool, at: int) -> Tags:

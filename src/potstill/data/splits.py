@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from potstill.data.images import ImageSet
 from potstill.data.pacing import Admitted
 from potstill.data.settings import AugmentSettings
+from potstill.data.value_range import Range
 from potstill.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -41,6 +42,7 @@ class DataSplits:
     unlabeled: ImageSet | None = None  # further training images that nobody has labeled
     target: "DataSplits | None" = None  # another domain of the same classes
     draws: Draws | None = None  # what an epoch shows of train; None: each image once
+    range: Range | None = None  # by which images of more than 8 bits are read; None: there are none
 
     @property
     def measured(self) -> "DataSplits":

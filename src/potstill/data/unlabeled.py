@@ -83,6 +83,7 @@ def with_unlabeled(settings: DataSettings, data: DataSplits, progress: Watcher |
     _refuse_seen(found, data)
     contents = check_files(root, names, str(root), progress=progress)
     found.expect(contents)
+    found.range = data.range
     return replace(
         data,
         unlabeled=found,

@@ -3,7 +3,8 @@
 ``model.json``, schema 1::
 
     {"schema": 1, "architecture": "resnet18", "class_names": ["cat", "dog"],
-     "input": {"size": 224, "mean": [...], "std": [...], "fit": "crop", "crop_share": 1.0},
+     "input": {"size": 224, "mean": [...], "std": [...], "fit": "crop", "crop_share": 1.0,
+               "range": null},
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
 and, only where a method put other layers into the network, ``"remodelled"``: what ``features.remodel.rebuild`` takes.
@@ -94,22 +95,18 @@ def load_model(path: Path) -> Classifier:
     waiting = _waiting(folder, body)
     weights = read_bytes(folder / (_NEXT if waiting else WEIGHTS), sha256=str(body.get("sha256")))
     try:
-        spec = _input_spec(body["input"])
+        spec = InputSpec.from_dict(body["input"])
         names = tuple(map(str, body["class_names"]))
         with torch.random.fork_rng(devices=[]):
             module = build(body["architecture"], len(names), size=spec.size)
             remodelled = body.get("remodelled")
             module = module if remodelled is None else rebuild(module, remodelled)
         new_head = state_dict.load(module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS))
-    except (KeyError, TypeError, AttributeError, UsageError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError, SafetensorError) as error:
         raise ArtifactError(f"{folder / FACTS} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS} has a head for another number of classes than {FACTS} names")
     return Classifier(module.eval(), body["architecture"], names, spec, body.get("facts", {}), remodelled)
-
-
-def _input_spec(wish: dict[str, Any]) -> InputSpec:
-    return InputSpec(**(wish | {"mean": tuple(wish["mean"]), "std": tuple(wish["std"])}))
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

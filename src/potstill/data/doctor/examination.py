@@ -12,6 +12,7 @@ from potstill.data.doctor.folder import walk_folder
 from potstill.data.doctor.listing import Listing
 from potstill.data.doctor.looks import TINY, Look, Looker, files_looker, images_looker, other_format
 from potstill.data.doctor.manifest import read_manifest
+from potstill.data.doctor.ranges import examine_ranges
 from potstill.data.doctor.ready_splits import list_splits
 from potstill.data.doctor.remembered import remember_files, remember_findings
 from potstill.data.doctor.report import Report, in_order
@@ -54,19 +55,21 @@ def examine_listing(listing: Listing, settings: DataSettings, watcher: Watcher |
         else:
             table.put(i, look)
             findings += _oddities(names[i], look)
+    ends, ranges = examine_ranges(names, division, table, settings.range)
+    findings += ranges
     repeats = _compare(names, division, table)
     if listing.images is None:
         findings += similar_files(names)
     found = in_order([*findings, *repeats.findings])
     if not listing.ready:
         remember_files(listing, table)
-    remember_findings(listing, division, table, found)
+    remember_findings(listing, division, table, found, settings.range)
     return Report(
         source=settings.source,
         images=len(names),
         passed_over=listing.passed_over,
         division=division,
-        figures=table.figures(),
+        figures=table.figures() | {"range": None if ends is None else list(ends)},
         repeats={k: v for k, v in vars(repeats).items() if k != "findings"},
         findings=found,
     )
