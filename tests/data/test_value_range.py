@@ -243,4 +243,4 @@ def test_floats_in_shards_have_one_range(tmp_path):
         assert data.range in ((0, pytest.approx(1.02)), (0, 1))
         tops = {int(images.pixels(i).max()) for images in (data.train, data.val, data.test) for i in range(len(images))}
         assert max(tops) == 255
-        assert min(tops) == (225 if data.range[1] > 1 else 230)
+        assert min(tops) == (225 if data.range[1] > 1 else 229)  # of 0.9 as float32
