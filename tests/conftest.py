@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from .own_process import plugin
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
 if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache, and find none there
     os.environ["POTSTILL_CACHE"] = tempfile.mkdtemp(prefix="potstill-cache-")
     atexit.register(shutil.rmtree, os.environ["POTSTILL_CACHE"], ignore_errors=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(plugin())
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +27,16 @@ def _seeded() -> None:
         import torch
 
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's number of threads can be set and read, and no thread is started: more of them than cores are slow."""
+    import torch
+
+    kept = [torch.get_num_threads()]
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: kept.__setitem__(0, number))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: kept[0])
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_corpus_has_the_expected_outcomes(corpus: Path) -> None:
     lines = (corpus / "MANIFEST.tsv").read_text().splitlines()
     for line in lines:
         name, _, _, _, expected, _, _, size = line.split("\t")
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             height, width, channels = decode(corpus / name).shape
             outcome = "ok"
@@ -52,7 +52,7 @@ def test_corpus_has_the_expected_outcomes(corpus: Path) -> None:
                 wrong.append(f"{name}: message {error}")
         if (outcome == "ok") != (expected == "ok") and name not in READ_THOUGH_EXPECTED_TO_FAIL:
             wrong.append(f"{name}: {outcome}, expected {expected}")
-        if time.perf_counter() - started > 5:
+        if time.process_time() - started > 5:
             slow.append(name)
     assert lines
     assert not wrong

@@ -278,6 +278,7 @@ def test_where_the_disk_has_no_room_it_is_said_once(cache: Path, monkeypatch: py
     assert len(heard.notes) == 2
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("reserves", [True, False])
 def test_a_full_disk(
     tmp_path: Path, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, reserves: bool
@@ -298,6 +299,7 @@ def test_a_full_disk(
     assert os.statvfs(disk).f_bavail * 4096 > 1.9 * 2**20  # the room was given back
 
 
+@pytest.mark.own_process
 def test_a_read_only_cache_is_read_and_not_missed(
     tmp_path: Path, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,16 +398,27 @@ for word in range(10):
 KILLED = (
     CHILDREN
     + """
-import random, signal
+import itertools, random, signal
 chance, kills, finished, resumed = random.Random(0), 0, 0, 0
 child(-1, 0)  # loads what is loaded once
+
+def die_at(at):
+    calls = itertools.count()
+    def counted(call):
+        def one(*arguments):
+            if next(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments)
+        return one
+    Slow.pixels, os.pwrite, os.fsync = counted(Slow.pixels), counted(os.pwrite), counted(os.fsync)
+
 for turn in range(60):
+    at = chance.randrange(100)  # an image, a write or a sync; a whole file takes more of them
     def work():
-        if "already" in " ".join(child(finished, 0.001)):
+        die_at(at)
+        if "already" in " ".join(child(finished, 0)):
             os._exit(7)
     pid = forked(work)
-    time.sleep(chance.uniform(0.002, 0.2))
-    os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     if os.WIFEXITED(status):
         assert os.WEXITSTATUS(status) in (0, 7), status
@@ -422,7 +435,7 @@ print(kills, finished, resumed)
 def script(text: str, cache: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", text],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"POTSTILL_CACHE": str(cache.parent)},
+        capture_output=True, text=True, timeout=1200, env=os.environ | {"POTSTILL_CACHE": str(cache.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

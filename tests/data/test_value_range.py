@@ -181,7 +181,8 @@ def test_a_teacher_of_another_range_is_refused(tmp_path):
         create_model("cifar/resnet8", 2, size=16), "cifar/resnet8", ("a", "b"), InputSpec(16, range=(0, 1023))
     )
     save_model(model, tmp_path / "model")
-    recipe = load_recipe({"student": {"model": "cifar/resnet8"}, "teacher": {"model": "cifar/resnet8", "weights": str(tmp_path / "model")}, "data": {"source": "digits", "size": 16}})  # fmt: skip
+    teacher = {"model": "cifar/resnet8", "weights": str(tmp_path / "model")}
+    recipe = load_recipe({"student": {"model": "cifar/resnet8"}, "teacher": teacher, "data": {"size": 16}})
     assert start_network(recipe, recipe.network("teacher"), ("a", "b"), (0.0, 1023.0)).input.range == (0, 1023)
     assert start_network(recipe, recipe.student, ("a", "b"), (0.0, 4095.0)).input.range == (0, 4095)
     with pytest.raises(ArtifactError, match=r"read by the range \[0, 1023\].*\[0, 4095\](.|\n)*data\.range=\[0,1023\]"):

@@ -13,6 +13,8 @@ from potstill.data.images import ArraySet
 from potstill.data.workers import Workers
 from potstill.errors import UsageError, WorkerError
 
+pytestmark = pytest.mark.own_process
+
 
 class Slow(ArraySet):
     """One image that takes for ever, and one that kills whoever reads it."""

@@ -112,6 +112,25 @@ def test_metrics_equal_scikit_learns_on_the_saved_predictions(run, stage, split)
     assert found["loss"] == found["nll"]
 
 
+def test_the_temperature_is_fitted_on_val_alone(photographs, recipe, tmp_path):
+    from potstill.evaluation.calibration import fit_temperature
+
+    paths = sorted(shutil.copytree(photographs, tmp_path / "confused").rglob("*.png"))
+    pixels, random = [path.read_bytes() for path in paths], np.random.default_rng(0)
+    for path, at in zip(paths, random.permutation(len(paths)), strict=True):  # no network is ever sure and right
+        path.write_bytes(pixels[at])
+    confused = recipe(**{"data.source": tmp_path / "confused", "training.epochs": 1})
+    run = pipeline.run(confused, root=tmp_path / "runs", stages=("baseline",))
+    fitted = {}
+    for split in ("val", "test"):
+        classes, rows = predictions(run, "baseline", split)
+        labels = np.array([classes.index(row[1]) for row in rows])
+        fitted[split] = fit_temperature(np.array([row[3:] for row in rows], dtype=np.float64), labels)
+    assert fitted["val"] != pytest.approx(fitted["test"], rel=0.05)
+    shown = results(run)["stages"]["baseline"]["calibration"]["temperature"]
+    assert shown == pytest.approx(fitted["val"], rel=1e-2)
+
+
 def test_comparison_is_counted_on_the_test_images(run):
     rows = {stage: predictions(run, stage, "test")[1] for stage in STAGES}
     right = {stage: np.array([row[1] == row[2] for row in rows[stage]]) for stage in STAGES}
@@ -320,9 +339,14 @@ def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
     from potstill.data.datasets import load_data
     from potstill.experiments.stage import label_loss
 
-    data = load_data(recipe().data)
-    weighted = recipe(**{"data.balance": "weights"})
+    folder = shutil.copytree(photographs, tmp_path / "uneven")
+    for at, name in enumerate(sorted(path.name for path in folder.iterdir())):  # 20, 14 and 8 are left
+        for path in sorted((folder / name).iterdir())[: 6 * at]:
+            path.unlink()
+    weighted = recipe(**{"data.balance": "weights", "data.source": folder})
+    data = load_data(weighted.data)
     counts = np.bincount(data.train.labels)
+    assert counts[0] > counts[1] > counts[2]
     found = label_loss(weighted, weighted.training, data).weight.numpy()
     np.testing.assert_allclose(found, counts.sum() / (3 * counts), rtol=1e-6)
     assert (found * counts).sum() / counts.sum() == pytest.approx(1, rel=1e-6)

@@ -116,8 +116,9 @@ class Tiny:
 class Faults:
     """While active, counts those calls of ``os`` that change something below ``folder``, and acts at one of them."""
 
-    def __init__(self, folder: Path, at: int | None = None, act: Act | None = None) -> None:
+    def __init__(self, folder: Path, at: int | None = None, act: Act | None = None, *, written: float = 0.0) -> None:
         self.folder, self.at, self.act = f"{folder}{os.sep}", at, act
+        self.written = written  # share of the bytes that a write still gets onto the disk before the act
         self.seen: list[tuple[str, str]] = []  # call and path
 
     def __enter__(self) -> "Faults":
@@ -136,6 +137,8 @@ class Faults:
             if changes and str(path).startswith(self.folder):
                 self.seen.append((name, str(path)))
                 if len(self.seen) - 1 == self.at and self.act is not None:
+                    if name == "write" and self.written:
+                        call(first, memoryview(rest[0])[: int(len(rest[0]) * self.written)])
                     self.act(name)
             return call(first, *rest, **options)
 

@@ -27,7 +27,7 @@ READ_THOUGH_EXPECTED_TO_FAIL = {
     "0683_strongcourage_55474eaa.png",
 }
 MOST_KILOBYTES = 200_000  # beyond what the command needs on two harmless images
-LONG = 300  # seconds
+LONG = 1200  # seconds
 
 RECIPE = """
 name: corpus

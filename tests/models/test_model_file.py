@@ -18,6 +18,7 @@ from potstill.models.input_spec import input_spec
 from potstill.models.model_file import load_model, save_model
 from potstill.sealed import write_sealed_json
 
+SPEC = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
 NAMES = ("naïve café", "鸟", 'a,b\n"c"', "<script>", "\udcff.jpg")
 
 
@@ -124,13 +125,25 @@ def forge(folder, **changes):
         ({"architecture": "cifar/resnet14"}, "missing: .*stage1.1"),
         ({"architecture": "cifar/wrn_16_1"}, "not in the network"),
         ({"architecture": "no_such_network"}, "no model 'no_such_network'"),
-        ({"architecture": 7}, "cannot be used"),
+        ({"architecture": 7}, "architecture"),
+        ({"class_names": ["a", "b", "c", "d", "a"]}, "stands twice"),
+        ({"class_names": ["a", 1, "c", "d", "e"]}, "class_names.1"),
+        ({"class_names": "abcde"}, "class_names"),
         ({"class_names": ["a", "b"]}, "another number of classes"),
         ({"class_names": None}, "class_names"),
         ({"input": {"size": 32}}, "mean"),
-        ({"input": "small"}, "cannot be used"),
-        ({"sha256": None}, "damaged"),
-        ({"remodelled": 7}, "cannot be used"),
+        ({"input": "small"}, "input"),
+        ({"input": SPEC | {"size": 10**9}}, "input.size"),
+        ({"input": SPEC | {"size": 32.5}}, "input.size"),
+        ({"input": SPEC | {"std": [0.2, 0.0, 0.2]}}, "input.std.1"),
+        ({"input": SPEC | {"mean": [0.5, 0.5]}}, "input.mean"),
+        ({"input": SPEC | {"mean": [0.5, "0.5", 0.5]}}, "input.mean.1"),
+        ({"input": SPEC | {"crop_share": 0}}, "input.crop_share"),
+        ({"input": SPEC | {"other": 1}}, "input.other"),
+        ({"sha256": None}, "sha256"),
+        ({"sha256": "../../etc/passwd"}, "sha256"),
+        ({"facts": [1]}, "facts"),
+        ({"remodelled": 7}, "remodelled"),
         ({"remodelled": {"name": "merged_stage", "stage": "stage2", "channels": 32}}, "missing: network"),
         ({"facts": {"epochs": 4}}, None),
     ],

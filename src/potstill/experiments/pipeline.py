@@ -17,7 +17,7 @@ from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader, train_loader
 from potstill.experiments.method_settings import describe, needs_teacher
 from potstill.experiments.plan import PARTS, Planned, of_stage, plan
-from potstill.experiments.preflight import check_all, doubt_data
+from potstill.experiments.preflight import check_all, doubt_data, doubt_settings
 from potstill.experiments.recipe import Recipe, StageSettings, dump_recipe
 from potstill.experiments.refusals import refuse_changes, refuse_other_data, refuse_own_weights
 from potstill.experiments.rehearsal import create_stage_method
@@ -38,6 +38,7 @@ from potstill.processes.group import ALONE, Processes
 from potstill.tracking.tracked import tracked
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
+from potstill.training.precisions import Precisions
 from potstill.training.saving import restore_lines
 from potstill.training.stopping import Stopping
 from potstill.training.threads import Threads
@@ -94,11 +95,10 @@ def run(
             refuse_changes(folder, recipe)
         if overwrite:
             refuse_own_weights(folder, recipe)
-        threads = Threads(
-            folder.read_environment() if resume else replay.environment if replay is not None else None,
-            folder.add_to_environment if processes.first else None,
-            processes=processes,
-        )
+        recorded = folder.read_environment() if resume else replay.environment if replay is not None else None
+        keep = folder.add_to_environment if processes.first else None
+        threads = Threads(recorded, keep, processes=processes)
+        precisions = Precisions(recorded, keep, processes=processes)
         once = [stage for stage in planned if not stage.repeat]  # further seeds train the same networks again
         splits, compute, layers = check_all(recipe, data, once, observer, processes)
         if resume:
@@ -114,7 +114,7 @@ def run(
         if processes.first:
             folder.write_recipe(text)
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
-            folder.write_environment(facts | threads.facts)
+            folder.write_environment(facts | threads.facts | precisions.facts)
             folder.write_splits(splits.as_rows())
             trackers = beside.enter_context(
                 tracked(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
@@ -130,9 +130,9 @@ def run(
         if text := seeds_text(recipe, planned):
             observer.note(text)
         experiment = _Experiment(
-            folder, recipe, splits, compute, observer, resume, storing.stores, threads, stopping, planned
+            folder, recipe, splits, compute, observer, resume, storing.stores, threads, precisions, stopping, planned
         )
-        experiment.warnings += doubt_data(splits, observer)
+        experiment.warnings += doubt_data(splits, observer) + doubt_settings(recipe, planned, splits, observer)
         with threads:
             models = {stage.name: experiment.carry_out(stage) for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
@@ -160,6 +160,7 @@ class _Experiment:
     resume: bool
     stores: bool  # whether the teacher's answers are kept
     threads: Threads
+    precisions: Precisions
     stopping: Stopping | None
     planned: tuple[Planned, ...]
     warnings: list[str] = field(default_factory=list)
@@ -213,6 +214,15 @@ class _Experiment:
         )
         self.threads.settle(
             model.module, model.input.size, settings, compute, workers=train.processes, observer=self.observer
+        )
+        compute = self.precisions.settle(
+            model.module,
+            model.architecture,
+            model.input.size,
+            settings,
+            compute,
+            images=train.count,
+            observer=self.observer,
         )
         self.observer.stage(stage.name, self._detail(stage, model, settings.epochs, compute))
         self._foresee_seeds(stage, model, compute)

@@ -52,8 +52,13 @@ class TeachersSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    combine: Literal["logits", "probabilities"] = Field("logits", description="what is averaged")
-    weights: list[float] | None = Field(None, description="one for each teacher, at least 0; null: equal")
+    combine: Literal["logits", "probabilities"] = Field(
+        "logits", description="what is averaged where a method compares logits"
+    )
+    weights: list[float] | None = Field(
+        None,
+        description="one for each teacher, at least 0: of its logits and of terms that read its layers; null: equal",
+    )
 
 
 Teachers = Annotated[

@@ -26,6 +26,11 @@ _KINDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
+RENAMED = {"pick_by": "selection_metric"}  # settings that had another name
+_INSTEAD = {  # values that cannot be, and why
+    ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs, so it is no "
+    "measure: use nll, the cross-entropy of the labels alone"
+}
 ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
 _LIMITS = {
     "greater_than": ("above", "gt"),
@@ -66,7 +71,12 @@ def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel])
     for error in errors:
         path = _real_path(error["loc"], section, missing=error["type"] == "missing")
         if error["type"] == "extra_forbidden":
-            findings[path] = f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
+            now = RENAMED.get(str(path[-1]))
+            findings[path] = (
+                f"{dotted(path)} is now called {now}"
+                if now
+                else f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
+            )
         elif error["type"] == "missing":
             findings[path] = f"{dotted(path)} is missing{_purpose(path, model)}"
         else:
@@ -74,6 +84,8 @@ def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel])
     for path, texts in wishes.items():
         got = _at(section, path)
         hint = nearest(got, _choices(path, model)) if isinstance(got, str) else ""
+        if isinstance(got, str):
+            hint = _INSTEAD.get((str(path[-1]) if path else "", got), hint)
         findings[path] = f"{dotted(path)} must be {' or '.join(texts)}, got {shown(got)}{hint}"
     return list(findings.items())
 

@@ -28,7 +28,7 @@ from potstill.models.classifier import Classifier
 from potstill.models.model_file import save_model
 from potstill.training.devices import Compute
 from potstill.training.history import History
-from potstill.training.label_loss import KnownLabels
+from potstill.training.label_loss import LabelLoss, balanced_class_weights
 from potstill.training.loop import Training
 from potstill.training.observer import Observer
 from potstill.training.settings import TrainingSettings
@@ -167,20 +167,17 @@ def training_facts(history: History, settings: TrainingSettings) -> dict[str, An
         "best_epoch": history.best_epoch,
         "seconds": round(history.seconds, 3),
         "images_per_second": history.images_per_second,
-        "pick_by": settings.pick_by,
+        "selection_metric": settings.selection_metric,
     }
 
 
 def label_loss(recipe: Recipe, settings: TrainingSettings, data: DataSplits) -> nn.Module:
-    """Cross-entropy with the recipe's label smoothing and class weights.
-
-    Class k of n images weighs N / (K n): the mean weight over the training images is 1.
-    """
+    """Cross-entropy with the recipe's label smoothing and class weights, over the images that have a label."""
     weight, labels = None, np.asarray(data.train.labels)
     known = labels[labels >= 0]
     if recipe.data.balance == "weights" and len(known):
         counts = np.bincount(known, minlength=len(data.class_names))
-        weight = torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
-    if len(known) < len(labels):
-        return KnownLabels(weight, settings.label_smoothing)
-    return nn.CrossEntropyLoss(weight=weight, label_smoothing=settings.label_smoothing)
+        weight = balanced_class_weights(torch.as_tensor(counts))
+    if weight is None and len(known) == len(labels):
+        return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    return LabelLoss(weight, settings.label_smoothing)

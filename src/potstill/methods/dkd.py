@@ -13,6 +13,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method, Side, TrainingFacts
 from potstill.methods.needs import Needs
+from potstill.methods.pieces.divergence import softened_kl
 from potstill.methods.pieces.target_class import refuse_two_classes, target_or_not, without_target
 from potstill.options import NonNegative, Positive, checked
 from potstill.precision import at_least_float32
@@ -76,9 +77,8 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
         >>> nckd_loss(torch.zeros(1, 3), torch.tensor([[9.0, 3.0, 1.0]]).log(), torch.tensor([0]), temperature=1.0)
         tensor(0.1308)
     """
-    student = F.log_softmax(without_target(at_least_float32(student_logits), labels) / temperature, dim=1)
-    teacher = F.log_softmax(without_target(at_least_float32(teacher_logits.detach()), labels) / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    student, teacher = (without_target(at_least_float32(each), labels) for each in (student_logits, teacher_logits))
+    return temperature**2 * softened_kl(student, teacher, temperature).mean()
 
 
 @checked

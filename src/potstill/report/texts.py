@@ -59,7 +59,7 @@ def training_text(stage: Stage) -> str:
     if number(training.get("images_per_second")) is not None:
         text += f" ({count(training['images_per_second'])} images/s)"
     if stage.best_epoch is not None:
-        text += f", best epoch {stage.best_epoch} by {plain(str(training.get('pick_by') or 'top1'))} on val"
+        text += f", best epoch {stage.best_epoch} by {plain(str(training.get('selection_metric') or 'top1'))} on val"
     return text
 
 

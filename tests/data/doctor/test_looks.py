@@ -5,7 +5,6 @@ import io
 import os
 import struct
 import threading
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,14 +147,14 @@ def test_one_odd_pixel_is_not_blank(odd: tuple[int, int]) -> None:
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch, picture) -> None:
     inside, most = 0, 0
-    lock = threading.Lock()
+    lock, together = threading.Lock(), threading.Barrier(1)
 
     def slow(content: bytes, name: str) -> Decoded:
         nonlocal inside, most
         with lock:
             inside += 1
             most = max(most, inside)
-        time.sleep(0.02)
+        together.wait(60)
         with lock:
             inside -= 1
         return Decoded(np.zeros((2, 2, 3), np.uint8), None)
@@ -166,6 +165,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch,
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: look_at_content(large, str(i)), range(8)))
         assert most == 1
+        together = threading.Barrier(2)  # each waits until another one is looked at as well
         list(pool.map(lambda i: look_at_content(small, str(i)), range(8)))
     assert most > 1
 

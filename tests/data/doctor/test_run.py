@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -203,13 +202,13 @@ def test_a_run_tells_and_records_it(repeated: DataSettings) -> None:
 def test_large_images_are_decoded_one_at_a_time_by_runs_too(make_folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder({"p": 8})
     inside, most = 0, 0
-    lock = threading.Lock()
+    lock, together = threading.Lock(), threading.Barrier(1)
 
     def slow(content: bytes, name: str) -> Decoded:
         nonlocal inside, most
         with lock:
             inside, most = inside + 1, max(most, inside + 1)
-        time.sleep(0.02)
+        together.wait(60)
         with lock:
             inside -= 1
         return Decoded(np.zeros((2, 2, 3), np.uint8), None)
@@ -222,5 +221,6 @@ def test_large_images_are_decoded_one_at_a_time_by_runs_too(make_folder, monkeyp
     check_files(folder, names, "x")
     assert most == 1
     monkeypatch.setattr(check, "MOST_PIXELS", 12 * 10)
+    together = threading.Barrier(2)  # each waits until another one is decoded as well
     check_files(folder, names, "x")
     assert most > 1

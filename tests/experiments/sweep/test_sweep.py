@@ -1,11 +1,10 @@
 """A sweep on small photographs: joined, killed, gone on with, refused; and the test split left alone."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +17,8 @@ from potstill.sealed import read_sealed_json, write_sealed_json
 
 pytest.importorskip("optuna", reason='needs the extra "sweep"')
 
+SIGNALLED = Path(__file__).parents[2] / "guarantees" / "signalled.py"
+LONG = 1200  # seconds after which a process counts as hanging
 OVER = ["method.temperature=1,2", "method.alpha=0.2,0.8"]
 
 
@@ -39,10 +40,10 @@ def rows(folder):
     return read_sealed_json(folder / "trials.json")["trials"]
 
 
-def command(source, folder, *more):
+def command(source, folder, *more, through=("-m", "potstill")):
     over = [part for text in OVER for part in ("--over", text)]
     where = ["--root", str(folder.parent), "--name", folder.name]
-    return [sys.executable, "-m", "potstill", "sweep", source, *over, *where, *more]
+    return [sys.executable, *through, "sweep", source, *over, *where, *more]
 
 
 def test_only_the_winner_meets_the_test_split_and_once(source, tmp_path):
@@ -103,22 +104,20 @@ def test_other_images_are_another_sweep(source, tmp_path):
 
 def test_a_killed_process_loses_nothing_and_two_share_the_rest(source, tmp_path):
     folder = tmp_path / "sweep"
-    slow = ("--set", "training.epochs=12")
-    with subprocess.Popen(
-        command(source, folder, *slow), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as first:
-        deadline = time.monotonic() + 60
-        while not list(folder.glob("trials/*/distilled/metrics.jsonl")):
-            assert time.monotonic() < deadline
-            assert first.poll() is None
-            time.sleep(0.05)
-        os.kill(first.pid, signal.SIGKILL)
-    home = next(folder.glob("trials/*/distilled/metrics.jsonl")).parents[1].name
+    longer = ("--set", "training.epochs=3")
+    # Killed in the second epoch of the first trial.
+    killing = (str(SIGNALLED), "potstill.training.loop:write_json_lines", "SIGKILL", "4")
+    first = subprocess.run(
+        command(source, folder, *longer, through=killing), capture_output=True, text=True, check=False
+    )
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    (begun,) = folder.glob("trials/*/distilled/metrics.jsonl")
+    home = begun.parents[1].name
     pair = [
-        subprocess.Popen(command(source, folder, *slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(command(source, folder, *longer), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [each.communicate(timeout=120) for each in pair]
+    said = [each.communicate(timeout=LONG) for each in pair]
     assert [each.returncode for each in pair] == [0, 0], said
     found = rows(folder)
     assert [row["state"] for row in found] == ["complete"] * 4

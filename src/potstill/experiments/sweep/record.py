@@ -26,7 +26,7 @@ def describe(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool, tria
         "space": [dimension.facts() | {"text": str(dimension)} for dimension in space.dimensions],
         "grid": grid,
         "trials": trials,
-        "measure": recipe.stage_training("distilled").pick_by,
+        "measure": recipe.stage_training("distilled").selection_metric,
     }
 
 

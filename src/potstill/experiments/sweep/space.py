@@ -30,9 +30,9 @@ _SHARED = (
     "data.test",
     "data.split_seed",
     "store",
-    "training.pick_by",
+    "training.selection_metric",
     "training.evaluate_test_every_epoch",
-    "student.training.pick_by",
+    "student.training.selection_metric",
     "student.training.evaluate_test_every_epoch",
 )
 

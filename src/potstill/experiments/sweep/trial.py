@@ -85,7 +85,7 @@ def carry_out(
         trials: folder of the trials' run folders.
         name: of its run folder.
         trial: is told each epoch's figure.
-        measure: ``training.pick_by``.
+        measure: ``training.selection_metric``.
         observer: is told what happens.
         stopping: hears signals.
 

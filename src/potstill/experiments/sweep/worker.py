@@ -53,7 +53,7 @@ class Sweep:
         if grid:
             self.trials = min(self.trials, len(self.combinations))
         self.recipe = load_recipe(source, sets, flags=flags)
-        self.measure = self.recipe.stage_training("distilled").pick_by
+        self.measure = self.recipe.stage_training("distilled").selection_metric
         self.worker = secrets.token_hex(6)
 
     def work(self, timeout: float | None = None) -> bool:
@@ -116,7 +116,7 @@ class Sweep:
             record.agree(self.folder, wanted)
             self.study = study.open_study(
                 self.folder,
-                minimize=self.measure in ("loss", "nll"),
+                minimize=self.measure == "nll",
                 seed=self.recipe.seed + int(self.worker, 16) % 2**31 * (self.folder / study.JOURNAL).exists(),
                 grid=self.grid,
                 epochs=self.recipe.stage_training("distilled").epochs,
@@ -317,7 +317,7 @@ class Sweep:
             if not done:
                 reasons = sorted({str(row["error"]) for row in self.rows() if row["error"]})
                 raise UsageError("no trial came to an end:\n" + "\n".join(reasons[:5]))
-            best = (min if self.measure in ("loss", "nll") else max)(done, key=lambda row: row["value"])
+            best = (min if self.measure == "nll" else max)(done, key=lambda row: row["value"])
             self.observer.note(f"trial {best['number']} is the best on val; now the baseline, then test, once")
             run(
                 self._recipe(best["chosen"], teachers),

@@ -56,8 +56,8 @@ def val_too_small(run: Run) -> Advice | None:
         "val is too small to choose by",
         f"It has {count(total)} images: at {percent(top1)} the standard error of top-1 is "
         f"{points(error, signed=False)} points, and epochs that differ by less look alike.",
-        "Give val more images, or pick the epoch by the loss, which moves less by chance.",
-        settings=("training.pick_by=loss",),
+        "Give val more images, or pick the epoch by nll, which moves less by chance.",
+        settings=("training.selection_metric=nll",),
     )
 
 
