@@ -26,6 +26,7 @@ _MAX_SCANS = 500
 _MAX_SCANNED_BLOCKS = 60_000_000  # blocks times scans: some 20 ns each where a scan says next to nothing
 _ARITHMETIC = 16  # times slower than Huffman codes where a code takes next to no bits
 _MAX_CHUNKS = 200_000
+_MAX_DATA_CHUNKS = 1_000  # that Pillow may see: it joins them one by one
 _MAX_KEPT_CHUNK = 2**16
 _MAX_TEXTS = 4
 _MAX_INFLATED = 2**19
@@ -126,7 +127,9 @@ def _bounded_jpeg(content: bytes) -> bytes:
         return content
     height, width = struct.unpack_from(">HH", frame, 1)
     check_pixels(width, height)
-    scans = content.count(b"\xff\xda", scan)
+    # libjpeg reads one scan where that has all components of a frame that is not progressive.
+    single = coding in (0xC0, 0xC1, 0xC3, 0xC9) and content[scan + 4 : scan + 5] == frame[5:6]
+    scans = 1 if single else content.count(b"\xff\xda", scan)
     blocks = _jpeg_blocks(frame, width, height)
     work = scans * (blocks + 2_000) * (_ARITHMETIC if coding >= 0xC9 else 1)  # beginning a scan costs some blocks
     if scans > _MAX_SCANS or (scans > 1 and work > _MAX_SCANNED_BLOCKS):
@@ -148,7 +151,7 @@ def _jpeg_segments(content: bytes) -> tuple[list[tuple[int, int, int]], int | No
     """Marker, start and end of each segment before the first scan, and where that begins; None: there is none."""
     found: list[tuple[int, int, int]] = []
     at, steps, size = 2, 0, len(content)
-    while (start := content.find(b"\xff", at)) >= 0:
+    while (start := at if content[at : at + 1] == b"\xff" else content.find(b"\xff", at)) >= 0:
         steps += 1 + (start - at)
         at = start + 1
         while at < size and content[at] == 0xFF and steps <= _MAX_JUNK:
@@ -201,7 +204,7 @@ def _lean_png(content: bytes) -> bytes:
         check_extra(width, height, 7 if channels > 1 else 5, 3 * row + len(content), "this PNG")
     chunks = list(_png_chunks(content))
     kinds = [kind for kind, _, _ in chunks]
-    if len(kinds) < 1_000 and _PNG_PIXELS.issuperset(kinds):
+    if kinds.count(b"IDAT") < _MAX_DATA_CHUNKS and len(kinds) < 2 * _MAX_DATA_CHUNKS and _PNG_PIXELS.issuperset(kinds):
         return content
     pieces = [content[:8]]
     texts = 0
@@ -235,8 +238,8 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _one_chunk(content: bytes, places: list[tuple[int, int]]) -> list[bytes]:
-    """IDAT chunks as one; as they are where the last is cut off."""
-    if len(places) == 1 or places[-1][1] + 12 > len(content):
+    """IDAT chunks as one where they are many; as they are where the last is cut off."""
+    if len(places) < _MAX_DATA_CHUNKS or places[-1][1] + 12 > len(content):
         return [content[places[0][0] : places[-1][1] + 12]]
     return _chunk(b"IDAT", b"".join(content[start + 8 : end + 8] for start, end in places))
 

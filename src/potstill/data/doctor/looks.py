@@ -35,6 +35,7 @@ _WORDS = (
     ("megapixels", "oversize"),
     ("MiB of file", "oversize"),
     ("beyond the limits", "oversize"),
+    ("needs the extra", "unreadable"),
     ("truncated", "truncated"),
 )
 
