@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
 from potstill.data import isolated
+from potstill.data.cores import stop_if_abandoned
 from potstill.data.image_structure import FORMATS as FORMATS
 from potstill.data.image_structure import MAX_PIXELS, check_pixels, examine
 from potstill.data.quiet import quiet_pillow
@@ -84,6 +85,7 @@ def read_image(content: bytes, name: str, ends: Range | None = None) -> Decoded:
     Raises:
         DataError: as ``decode``.
     """
+    stop_if_abandoned()
     if not content:
         raise DataError(f"{name}: empty file")
     if len(content) > MAX_BYTES:

@@ -147,7 +147,7 @@ def _likeness(run: Run, teacher: str | None) -> str:
 
     try:
         recipe = yaml.safe_load(run.recipe or "")
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: thousands of digits
         recipe = run.recipe
     if isinstance(recipe, dict):
         unlike = {"seed", "seeds", "name", "description"} | ({"teacher"} if teacher is not None else set())
