@@ -1,5 +1,6 @@
 """Saving and loading gives the same function; whatever was changed on disk is noticed before it is parsed."""
 
+import dataclasses
 import json
 import random
 
@@ -237,3 +238,15 @@ def test_facts_of_no_remodelled_network_are_refused(tmp_path):
 def test_a_plain_network_says_nothing_of_remodelling(saved):
     assert "remodelled" not in json.loads((saved / "model.json").read_text())
     assert load_model(saved).remodelled is None
+
+
+def test_the_resize_mode_is_kept(tmp_path) -> None:
+    before = classifier()
+    before.input = dataclasses.replace(before.input, resize_mode="pad")
+    save_model(before, tmp_path)
+    assert load_model(tmp_path).input.resize_mode == "pad"
+
+    body = json.loads((tmp_path / "model.json").read_text())
+    write_sealed_json(tmp_path / "model.json", {**body, "input": body["input"] | {"resize_mode": "fold"}})
+    with pytest.raises(ArtifactError, match="'crop', 'pad' or 'stretch'"):
+        load_model(tmp_path)

@@ -12,12 +12,12 @@ from potstill.data.bundled import solar as _solar
 from potstill.data.bundled.digits import DigitsOptions, digits
 from potstill.data.bundled.options import read_options
 from potstill.data.check import check_images
+from potstill.data.doctor.manifest import SUFFIXES
 from potstill.data.images import ImageSet, Subset, TorchSet
-from potstill.data.manifest import SUFFIXES
 from potstill.data.settings import DataSettings
 from potstill.data.shards.source import check_shards, from_shards
 from potstill.data.shards.urls import is_shards
-from potstill.data.sources import AUGMENT, from_folder, from_manifest
+from potstill.data.sources import AUGMENT, from_files
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
 from potstill.data.target import target_settings, with_target
 from potstill.data.unlabeled import check_unlabeled, with_unlabeled
@@ -79,8 +79,7 @@ def _labeled(settings: DataSettings, progress: Watcher | None) -> DataSplits:
         return DATASETS[settings.source](settings)
     if is_shards(settings.source):
         return from_shards(settings, AUGMENT, progress)
-    path = Path(settings.source).expanduser()
-    return from_folder(settings, path, progress) if path.is_dir() else from_manifest(settings, path, progress)
+    return from_files(settings, progress)
 
 
 def check_source(settings: DataSettings) -> None:

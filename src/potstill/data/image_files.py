@@ -1,15 +1,22 @@
 """What image sets consist of: files, arrays, or something that only its owner knows."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from potstill.data.decode import read_file
+from potstill.data.image_structure import examine
 from potstill.data.images import ArraySet, FileSet, ImageSet, Subset
+from potstill.data.quiet import quiet_pillow
 from potstill.data.relabelled import Relabelled
 from potstill.data.shards.source import ShardSet
 from potstill.data.unlabeled import Joined
 from potstill.data.value_range import Range
+
+_SAMPLED = 256  # images whose size is looked at before a run
 
 
 def from_files(images: ImageSet) -> bool:
@@ -47,6 +54,32 @@ def read_by(images: ImageSet, ends: Range) -> None:
     for part in _parts(images):
         if isinstance(part, (FileSet, ShardSet)):
             part.range = ends
+
+
+def sizes_of(images: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Widths and heights of at most ``_SAMPLED`` images, evenly from all, by the headers of their files; empty where
+    the images are neither files nor arrays.
+    """
+    found = [size for i in np.unique(np.linspace(0, len(images) - 1, _SAMPLED).astype(int)).tolist()
+             if (size := _size(images, i)) is not None] if len(images) else []  # fmt: skip
+    sizes = np.array(found, dtype=np.int64).reshape(-1, 2)
+    return sizes[:, 0], sizes[:, 1]
+
+
+def _size(images: ImageSet, i: int) -> tuple[int, int] | None:
+    while isinstance(images, (Subset, Relabelled)):
+        i = int(images.index[i]) if isinstance(images, Subset) else i
+        images = images.images
+    if isinstance(images, ArraySet):
+        return images.images.shape[2], images.images.shape[1]
+    if not isinstance(images, FileSet):
+        return None
+    try:
+        structure = examine(read_file(images.root / images.names[i]))
+        with quiet_pillow(), Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
+            return image.size
+    except Exception:  # Pillow raises nearly anything; the run says what is wrong with the file
+        return None
 
 
 def _parts(images: ImageSet) -> Sequence[ImageSet]:

@@ -71,7 +71,7 @@ class KnownFiles:
             return {}
         places = {name: i for i, name in enumerate(self.names)}
         asked = [(name, places[name]) for name in names if name in places]
-        now = np.array([state_of(f"{root}/{name}") for name, _ in asked], np.int64).reshape(-1, _STATE)
+        now = np.array([state_of(os.path.join(root, name)) for name, _ in asked], np.int64).reshape(-1, _STATE)
         same = (now == self.states[[place for _, place in asked]]).all(axis=1)
         return {
             name: f"{size} {self.digests[place].tobytes().hex()}{_span_word(self.spans[place])}"
@@ -88,7 +88,7 @@ class KnownFiles:
                 ``check.check_files`` has them.
         """
         new = {name: (state, word) for name, (state, word) in read.items() if state is not None}
-        old = [i for i, name in enumerate(self.names) if name not in read and os.path.exists(f"{root}/{name}")]
+        old = [i for i, name in enumerate(self.names) if name not in read and os.path.exists(os.path.join(root, name))]
         if not new and len(old) == len(self.names):
             return
         hexed = "".join(word.split()[1] for _, word in new.values())

@@ -49,7 +49,7 @@ class Wanted:
     Args:
         images: N of them.
         side: R.
-        how: "crop" or "squash", as ``preprocess.fit``.
+        how: "crop", "pad" or "stretch", as ``preprocess.fit``.
         identity: a word for the images and their content.
     """
 
@@ -73,7 +73,7 @@ class Wanted:
             "names": hashlib.sha256(names).hexdigest(),
             "images": len(self.images),
             "side": self.side,
-            "fit": self.how,
+            "resize_mode": self.how,
             "decoder": decoder(),
             "ranges": ranges_of(self.images),
         }

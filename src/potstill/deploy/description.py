@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.errors import ArtifactError
-from potstill.input_spec import InputSpec
+from potstill.input_spec import RESIZE_MODES, InputSpec
 
 KEY = "potstill"  # of the entry in a file's own metadata
 SCHEMA = 1
@@ -64,7 +64,7 @@ def _sensible(made: Description) -> bool:
     return (
         isinstance(spec.size, int)
         and 1 <= spec.size <= 4096
-        and spec.fit in ("crop", "squash")
+        and spec.resize_mode in RESIZE_MODES
         and 0.1 <= spec.crop_share <= 1
         and all(0 < each < 1e6 for each in spec.std)
         and all(abs(each) < 1e6 for each in spec.mean)

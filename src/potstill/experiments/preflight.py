@@ -1,12 +1,17 @@
 """Everything that can be found wrong before the first training step, found together."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from potstill.data.datasets import load_data
+from potstill.data.doctor.findings import KINDS
 from potstill.data.doctor.quick import findings_of, sentences
+from potstill.data.image_files import sizes_of
+from potstill.data.listing import Skipped
 from potstill.data.native_noise import silenced
 from potstill.data.splits import DataSplits
+from potstill.data.square import unseen
 from potstill.errors import PotstillError, UsageError
 from potstill.experiments.data_needs import check_data_needs
 from potstill.experiments.domain.checks import NO_TARGET
@@ -156,18 +161,31 @@ def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
         )
 
 
-def doubt_data(data: DataSplits, observer: Observer) -> list[str]:
-    """Tell what is wrong with data that can be trained on: repeated images, and what `potstill check` has found in it.
+def doubt_data(data: DataSplits, observer: Observer, resize_mode: str = "crop") -> list[str]:
+    """Tell what is wrong with data that can be trained on: repeated images, what `potstill check` has found in it, what
+    is left out or not used, and what the network does not see of its images.
 
     Returns:
         What spoils the figures, for the report; the rest is only noted.
     """
-    warnings, notes = sentences(findings_of(data), data.source)
-    if data.target is not None:
-        more, also = sentences(findings_of(data.target), data.target.source)
-        warnings, notes = warnings + more, notes + also
+    warnings, notes = list[str](), list[str]()
+    for each in (data, data.target):
+        if each is not None:
+            more, also = sentences(findings_of(each), each.source)
+            warnings += more
+            notes += [*also, *(f"{each.source}: {note}" for note in each.notes)]
+            notes += [f"{each.source}: {note}" for note in unseen(*sizes_of(each.train), resize_mode)]
+    if skipped := data.all_skipped:
+        warnings.append(skipped_text(skipped))
     for warning in warnings:
         observer.warn(warning)
     for note in notes:
         observer.note(note)
     return warnings
+
+
+def skipped_text(skipped: Sequence[Skipped]) -> str:
+    """How many files and classes ``data.skip_bad`` left out, by kind."""
+    counts = Counter(KINDS[each.kind].what for each in skipped)
+    kinds = ", ".join(f"{count:,} x {what}" for what, count in counts.most_common())
+    return f"left out by data.skip_bad: {kinds}; skipped.csv lists them, such as {skipped[0].path}: {skipped[0].reason}"

@@ -75,7 +75,10 @@ class Recipe(BaseModel):
     name: str = Field(pattern=NAME_PATTERN, description="the run folder's name unless --name gives another")
     description: str = Field("", description="one sentence for lists and reports")
     seed: int = Field(
-        0, ge=0, le=2**32 - 1, description="of initialisation, order and dropout; views have data.view_seed"
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="of initialisation, order, dropout, and of augmentation where data.augmentation_seed is null",
     )
     seeds: int = Field(
         1,
@@ -140,6 +143,11 @@ class Recipe(BaseModel):
         return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
 
     @property
+    def augmentation_seed(self) -> int:
+        """The seed of the views: ``data.augmentation_seed``, or else ``seed``."""
+        return self.seed if self.data.augmentation_seed is None else self.data.augmentation_seed
+
+    @property
     def domains(self) -> DomainSettings:
         """How the student gets to the target, where there is one."""
         return self.domain or DomainSettings()
@@ -169,7 +177,7 @@ def load_recipe(
     Args:
         source: name of a shipped recipe, a YAML file, or the same content as a dict.
         sets: ``"training.epochs=5"``, as after ``--set``; values are YAML.
-        flags: ``{"--data": .., "--teacher": .., "--student": .., "--seed": .., "--seeds": ..}``, None where not given.
+        flags: by their names in ``recipe_changes.FLAGS``, such as ``{"--data": "photos"}``; None where not given.
         data_needed: False leaves ``data.source`` unchecked: the images come from Python, or are no longer needed.
 
     Raises:

@@ -7,7 +7,9 @@ import numpy as np
 
 from potstill import __version__
 from potstill.artifacts import write_text
+from potstill.data.image_files import sizes_of
 from potstill.data.splits import DataSplits
+from potstill.data.square import unseen
 from potstill.evaluation.agreement import agreement
 from potstill.evaluation.averages import Array
 from potstill.evaluation.calibration import calibration
@@ -33,11 +35,17 @@ _LONG = ("per_class", "confusion")  # kept in metrics.json, left out of results.
 
 
 def evaluate_stages(
-    run: RunFolder, models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
+    run: RunFolder,
+    models: dict[str, Classifier],
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages``, ``repeats``,
     ``together``, ``comparison`` and ``cka`` of results.json.  Where there is a target, all of these are of its images.
 
+    ``known``: further facts that the comparison and results.json repeat: ``looks``, ``teacher_below_baseline``.
     The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``
     and ``evaluate`` compute, so that they give the same answers.  Of several processes all are asked, and the first one
     writes; the others get nothing.
@@ -74,6 +82,8 @@ def evaluate_stages(
                 "size": model.input.size,
             },
             "training": model.facts.get("training"),
+            **({"reused_from": model.facts["reused_from"]} if "reused_from" in model.facts else {}),
+            **({"views": model.facts["views"]} if "views" in model.facts else {}),
             **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
             **costs.get(name, {}),
             **{split: _short(metrics[split]) for split in SPLITS},
@@ -94,7 +104,7 @@ def evaluate_stages(
     }
     both = {"baseline", "distilled"} <= stages.keys()
     domain = describe_domains(recipe, source, models, before, adapted)
-    comparison = compare(stages, correct, described, entries, recipe.seed, domain) if both else None
+    comparison = compare(stages, correct, described, entries, recipe.seed, domain, known) if both else None
     examples = describe_examples(
         once, {name: probabilities[name]["test"] for name in once}, data.test, data.class_names
     )
@@ -106,6 +116,7 @@ def evaluate_stages(
         "together": described,
         "comparison": comparison,
         "cka": describe_similarity(once, recipe, data, compute),
+        **(known or {}),
     }
 
 
@@ -136,6 +147,9 @@ def describe_run(
             "class_names": list(data.class_names),
             "counts": data.counts(),
             "size": recipe.data.size,
+            "resize_mode": recipe.data.resize_mode,
+            "unseen": unseen(*sizes_of(data.train), recipe.data.resize_mode),
+            "skipped": len(source.all_skipped),
             **({} if source is data else {"source_domain": before}),
         },
         "method": recipe.method,

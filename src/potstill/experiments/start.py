@@ -130,7 +130,7 @@ def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...]
 def _spec(recipe: Recipe, network: StageSettings) -> InputSpec:
     """How the network wants its images; published weights know one normalisation, others take the recipe's."""
     data = recipe.data
-    spec = input_spec(network.model, network.size or data.size, data.fit)
+    spec = input_spec(network.model, network.size or data.size, data.resize_mode)
     if network.weights == "pretrained":
         return spec
     return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)

@@ -3,8 +3,7 @@
 ``model.json``, schema 1::
 
     {"schema": 1, "architecture": "resnet18", "class_names": ["cat", "dog"],
-     "input": {"size": 224, "mean": [...], "std": [...], "fit": "crop", "crop_share": 1.0,
-               "range": null},
+     "input": {"size": 224, "mean": [...], "std": [...], "resize_mode": "crop", "crop_share": 1.0, "range": null},
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
 and, only where a method put other layers into the network, ``"remodelled"``: what ``features.remodel.rebuild`` takes.
@@ -17,14 +16,14 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from potstill.artifacts import digest, digest_of, move, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.remodel import rebuild
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec, today
 from potstill.models import state_dict
 from potstill.models.build import build
 from potstill.models.classifier import Classifier
@@ -57,7 +56,7 @@ class _Input(BaseModel):
     size: Annotated[int, Field(ge=1, le=4096)]
     mean: Annotated[tuple[Finite, Finite, Finite], Field(strict=False)]
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
-    fit: Literal["crop", "squash"] = "crop"
+    resize_mode: Literal["crop", "pad", "stretch"] = "crop"
     crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     range: Annotated[tuple[Finite, Finite] | None, Field(strict=False)] = None
 
@@ -67,6 +66,11 @@ class _Input(BaseModel):
         if ends is not None and ends[0] >= ends[1]:
             raise ValueError("the lower end stands first")
         return ends
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, values: Any) -> Any:
+        return today(values) if isinstance(values, dict) else values
 
 
 class ModelFacts(BaseModel):

@@ -110,26 +110,15 @@ def _ask(stage: str, model: "Classifier", pixels: "Pixels", head: dict[str, Any]
 
 
 def _gradcam(model: "Classifier", images: Any, wanted: int, pixels: "Pixels") -> dict[str, Any]:
-    from potstill.evaluation.gradcam import grad_cam
+    from potstill.evaluation.gradcam import grad_cam, seen_region
 
     try:
         cam = grad_cam(model.module, images, [wanted])[0]
     except PotstillError as error:
         return {"error": str(error)}
     rows = [[round(value, 3) for value in row] for row in cam.tolist()]
-    return {"rows": rows, "region": _region(model, pixels)}
-
-
-def _region(model: "Classifier", pixels: "Pixels") -> list[float]:
-    """Which part of the image the network has seen: left, top, width, height, as shares of the image's sides."""
-    from potstill.data.square import packed_side
-
     height, width = pixels.shape[:2]
-    share = model.input.size / packed_side(model.input)
-    short = min(height, width)
-    across, down = (short / width, short / height) if model.input.fit == "crop" else (1.0, 1.0)
-    across, down = across * share, down * share
-    return [round(value, 5) for value in ((1 - across) / 2, (1 - down) / 2, across, down)]
+    return {"rows": rows, "region": seen_region(height, width, model.input)}
 
 
 def _agreement(answers: list[dict[str, Any]]) -> bool | None:

@@ -75,7 +75,7 @@ def look_at_file(root: Path, name: str) -> Look | Finding:
             return look_at_content(content, name, state or UNKNOWN)
     except DataError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        return Finding(_kind(reason, "unreadable"), name, reason)
+        return Finding(kind_of(reason, "unreadable"), name, reason)
 
 
 def look_at_content(content: bytes, name: str, state: State = UNKNOWN) -> Look | Finding:
@@ -86,7 +86,7 @@ def look_at_content(content: bytes, name: str, state: State = UNKNOWN) -> Look |
             found, span = read_image(content, name)
         except DataError as error:
             reason = str(error).removeprefix(f"{name}: ")
-            return Finding(_kind(reason, "damaged"), name, reason)
+            return Finding(kind_of(reason, "damaged"), name, reason)
         return _look(found, len(content), kind, mode, hashlib.sha256(content).digest(), state, span)
 
 
@@ -132,5 +132,6 @@ def _blank(pixels: Pixels) -> bool:
     return all(bool((row == pixels[0, 0]).all()) for row in pixels)
 
 
-def _kind(reason: str, otherwise: str) -> str:
+def kind_of(reason: str, otherwise: str) -> str:
+    """The kind of finding that the decoder's reason is."""
     return next((kind for words, kind in _WORDS if words.lower() in reason.lower()), otherwise)

@@ -36,6 +36,10 @@ class Table:
         kind, low, high = (self.rows[i][key].item() for key in ("span", "low", "high"))
         return Span(KINDS[kind - 1], low, high) if kind else None
 
+    def keep(self, positions: list[int]) -> None:
+        """Forget all other images."""
+        self.rows = self.rows[positions]
+
     @property
     def good(self) -> NDArray[np.int64]:
         """Positions of the images that could be decoded."""
