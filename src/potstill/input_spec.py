@@ -1,5 +1,6 @@
 """How a network wants its images.  No torch here: prediction with an exported model does without."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,26 @@ class InputSpec:
     # "stretch": both sides to size.
     resize_mode: str = "crop"
     crop_share: float = 1.0  # share of the shorter side that the centre crop keeps
+    range: tuple[float, float] | None = None  # by which images of more than 8 bits are decoded; None: each by its own
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "InputSpec":
+        """What ``dataclasses.asdict`` gave, with JSON's lists for tuples.
+
+        Raises:
+            KeyError, TypeError or ValueError: something else.
+        """
+        values = today(values)
+        mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError("mean and std are three numbers each")
+        ends = values.get("range")
+        if ends is not None:
+            low, high = map(float, ends)
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise ValueError(f"range must be two numbers, the lower one first, got {ends!r}")
+            ends = (low, high)
+        return cls(**(values | {"mean": mean, "std": std, "range": ends}))
 
 
 def today(values: Mapping[str, Any]) -> dict[str, Any]:

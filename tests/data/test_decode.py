@@ -105,7 +105,7 @@ def test_big_endian_16_bit_tiff(corpus: Path) -> None:
         pytest.skip(f"the corpus at {corpus} has not the two TIFF files of this test")
     np.testing.assert_array_equal(decode(little), decode(big))
     with Image.open(little) as image:  # Pillow's own convert("RGB") makes all of it white
-        assert (decode(little)[..., 0] == np.asarray(image) >> 8).all()
+        assert (decode(little, (0, 65535))[..., 0] == np.asarray(image) >> 8).all()
 
 
 def test_12_bit_tiff_uses_its_own_range() -> None:
@@ -113,7 +113,7 @@ def test_12_bit_tiff_uses_its_own_range() -> None:
     content = bytearray(encoded(image, "TIFF"))
     with Image.open(io.BytesIO(bytes(content))) as opened:
         opened.load()
-        assert module._wide_to_rgb(opened, 12)[0, :, 0].tolist() == [0, 1, 255]
+        assert module._wide_to_rgb(opened)[0, :, 0].tolist() == [0, 1, 255]
 
 
 @pytest.mark.parametrize(
@@ -124,15 +124,15 @@ def test_12_bit_tiff_uses_its_own_range() -> None:
         ([-3, 256, 65535], np.float32, [0, 1, 255]),
         ([0, 100, 255], np.int32, [0, 100, 255]),
         ([-1, 512, 65535], np.int32, [0, 2, 255]),
-        ([0, 2**24, 2**31 - 1], np.int32, [0, 1, 127]),
+        ([0, 2**24, 2**31 - 1], np.int32, [0, 2, 255]),
     ],
 )
-def test_wide_values_take_the_smallest_range_that_holds_them(values: list, dtype: type, wanted: list) -> None:
+def test_a_single_image_of_wide_values_takes_its_own_range(values: list, dtype: type, wanted: list) -> None:
     found = decode(encoded(Image.fromarray(np.array([values], dtype=dtype)), "TIFF"))
     assert found[0, :, 0].tolist() == wanted
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e12])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_floats_without_a_range_are_refused(bad: float) -> None:
     with pytest.raises(DataError, match="pixel"):
         decode(encoded(Image.fromarray(np.array([[0.5, bad]], dtype=np.float32)), "TIFF"))
@@ -165,7 +165,7 @@ def test_transparent_colour_is_white() -> None:
     gray = Image.fromarray(np.array([[5, 9]], dtype=np.uint8))
     assert decode(encoded(gray, "PNG", transparency=9))[0, :, 0].tolist() == [5, 255]
     wide = Image.fromarray(np.array([[1280, 1281]], dtype=np.uint16))
-    assert decode(encoded(wide, "PNG", transparency=1281))[0, :, 0].tolist() == [5, 255]
+    assert decode(encoded(wide, "PNG", transparency=1281), (0, 65535))[0, :, 0].tolist() == [5, 255]
 
 
 def test_cmyk_formula() -> None:

@@ -22,7 +22,7 @@ READ = {  # all their pixels are there, and their metadata is not read
     "gif_interlaced", "jpeg_baseline_full_colour", "jpeg_comments_between_scans", "jpeg_exif_segments",
     "jpeg_scans_middle", "jpeg_tables_between_scans", "png_16_bit_gray", "png_16_bits_and_alpha",
     "png_compressed_profile", "png_compressed_texts", "png_interlaced", "tiff_16_bits", "tiff_floats",
-    "tiff_jpeg_strips", "tiff_lzma_dictionary", "webp_frames", "avif_lying_size",
+    "tiff_lzma_dictionary", "webp_frames", "avif_lying_size",
 }  # fmt: skip
 
 

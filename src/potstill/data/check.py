@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from potstill.cache import cache_folder
 from potstill.data.cores import in_turn
-from potstill.data.decode import decode_bytes, read_file
+from potstill.data.decode import read_file, read_image
 from potstill.data.doctor.large import MOST_BYTES, MOST_PIXELS, header, one_at_a_time
 from potstill.data.images import ImageSet
 from potstill.data.known_files import KnownFiles, State, state_of, trusted
@@ -47,7 +47,8 @@ def check_files(
         hints: lines at the end of that error.
 
     Returns:
-        name -> size and SHA-256 of the content; of the good files.
+        name -> size and SHA-256 of the content, and where it has more than 8 bits the span of its values; of the good
+        files.
 
     Raises:
         DataError: files that cannot be decoded: path and reason of the first twenty, and their number.
@@ -87,12 +88,14 @@ def _look(root: Path, decode: bool, names: list[str]) -> list[_Read | DataError]
 
 def _read(path: Path, decode: bool) -> _Read:
     read_at, before = time.time_ns(), state_of(path)
+    span = None
     with one_at_a_time(before[0] > MOST_BYTES):
         content = read_file(path)
         if decode:
             with one_at_a_time(header(content)[2] > MOST_PIXELS):
-                decode_bytes(content, str(path))
-    return trusted(before, state_of(path), read_at), f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+                span = read_image(content, str(path)).span
+    word = f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+    return trusted(before, state_of(path), read_at), word if span is None else f"{word} {span}"
 
 
 def check_images(images: ImageSet, source: str) -> list[str]:

@@ -23,9 +23,10 @@ _MAX_SEGMENTS = 5_000  # of a JPEG before its first scan
 _MAX_HEADER = 2**18  # bytes of such segments that Pillow may see: it joins those of EXIF one by one
 _MAX_JUNK = 2**20  # bytes between segments or blocks, over which Pillow goes one by one
 _MAX_SCANS = 500
-_MAX_SCANNED_BLOCKS = 60_000_000  # blocks times scans: some 20 ns each where a scan says next to nothing
+_MAX_SCANNED_BLOCKS = 40_000_000  # blocks times scans: some 70 ns each where a scan says next to nothing
 _ARITHMETIC = 16  # times slower than Huffman codes where a code takes next to no bits
 _MAX_CHUNKS = 200_000
+_MAX_DATA_CHUNKS = 1_000  # that Pillow may see: it joins them one by one
 _MAX_KEPT_CHUNK = 2**16
 _MAX_TEXTS = 4
 _MAX_INFLATED = 2**19
@@ -48,6 +49,7 @@ class Structure:
     format: str  # of FORMATS
     content: bytes  # what the decoder gets: the file, or the file without metadata
     isolated: bool = False  # to be decoded in a process of its own: its structure does not bound the work
+    wide: bool = False  # 16 bits a colour channel, of which Pillow reads the high byte
 
 
 def examine(content: bytes) -> Structure:
@@ -59,7 +61,7 @@ def examine(content: bytes) -> Structure:
     if content.startswith(b"\xff\xd8\xff"):
         return Structure("JPEG", _bounded_jpeg(content))
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return Structure("PNG", _lean_png(content))
+        return Structure("PNG", _lean_png(content), wide=content[24:25] == b"\x10" and content[25] in (2, 4, 6))
     if content.startswith((b"GIF87a", b"GIF89a")):
         return Structure("GIF", _lean_gif(content))
     if content.startswith(b"BM"):
@@ -69,8 +71,7 @@ def examine(content: bytes) -> Structure:
         _bound_webp(content)
         return Structure("WEBP", content)
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and not content.startswith(b"II*\0\x10\0\0\0CR"):
-        _bound_tiff(content)
-        return Structure("TIFF", content)
+        return Structure("TIFF", content, wide=_bound_tiff(content))
     if kind := _iso_image(content):
         return Structure(kind, content, isolated=True)
     raise DataError(f"no image of the formats {', '.join(FORMATS)}{foreign(content)}")
@@ -126,7 +127,9 @@ def _bounded_jpeg(content: bytes) -> bytes:
         return content
     height, width = struct.unpack_from(">HH", frame, 1)
     check_pixels(width, height)
-    scans = content.count(b"\xff\xda", scan)
+    # libjpeg reads one scan where that has all components of a frame that is not progressive.
+    single = coding in (0xC0, 0xC1, 0xC3, 0xC9) and content[scan + 4 : scan + 5] == frame[5:6]
+    scans = 1 if single else content.count(b"\xff\xda", scan)
     blocks = _jpeg_blocks(frame, width, height)
     work = scans * (blocks + 2_000) * (_ARITHMETIC if coding >= 0xC9 else 1)  # beginning a scan costs some blocks
     if scans > _MAX_SCANS or (scans > 1 and work > _MAX_SCANNED_BLOCKS):
@@ -148,7 +151,7 @@ def _jpeg_segments(content: bytes) -> tuple[list[tuple[int, int, int]], int | No
     """Marker, start and end of each segment before the first scan, and where that begins; None: there is none."""
     found: list[tuple[int, int, int]] = []
     at, steps, size = 2, 0, len(content)
-    while (start := content.find(b"\xff", at)) >= 0:
+    while (start := at if content[at : at + 1] == b"\xff" else content.find(b"\xff", at)) >= 0:
         steps += 1 + (start - at)
         at = start + 1
         while at < size and content[at] == 0xFF and steps <= _MAX_JUNK:
@@ -201,7 +204,7 @@ def _lean_png(content: bytes) -> bytes:
         check_extra(width, height, 7 if channels > 1 else 5, 3 * row + len(content), "this PNG")
     chunks = list(_png_chunks(content))
     kinds = [kind for kind, _, _ in chunks]
-    if len(kinds) < 1_000 and _PNG_PIXELS.issuperset(kinds):
+    if kinds.count(b"IDAT") < _MAX_DATA_CHUNKS and len(kinds) < 2 * _MAX_DATA_CHUNKS and _PNG_PIXELS.issuperset(kinds):
         return content
     pieces = [content[:8]]
     texts = 0
@@ -235,8 +238,8 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _one_chunk(content: bytes, places: list[tuple[int, int]]) -> list[bytes]:
-    """IDAT chunks as one; as they are where the last is cut off."""
-    if len(places) == 1 or places[-1][1] + 12 > len(content):
+    """IDAT chunks as one where they are many; as they are where the last is cut off."""
+    if len(places) < _MAX_DATA_CHUNKS or places[-1][1] + 12 > len(content):
         return [content[places[0][0] : places[-1][1] + 12]]
     return _chunk(b"IDAT", b"".join(content[start + 8 : end + 8] for start, end in places))
 
@@ -343,8 +346,8 @@ _POINTERS = (330, 34665, 34853, 40965)  # to further directories, which Pillow r
 Tags = dict[int, tuple[int, int, int]]  # tag -> type, number of values, place of the first
 
 
-def _bound_tiff(content: bytes) -> None:
-    """Tags, values, strips and tiles of the first image."""
+def _bound_tiff(content: bytes) -> bool:
+    """Bound tags, values, strips and tiles of the first image; whether its colour channels have 16 bits."""
     order = "<" if content.startswith(b"I") else ">"
     big = content[2:4] in (b"+\0", b"\0+")
     at = _number(content, order + "Q", 8) if big else _number(content, order + "I", 4)
@@ -383,6 +386,7 @@ def _bound_tiff(content: bytes) -> None:
     check_extra(
         width, height, 7, len(content) + (piece if kind != 1 or tiled else 0), "this TIFF with its strips or tiles"
     )
+    return bits > 8 and samples > 1
 
 
 def _directory(content: bytes, order: str, big: bool, at: int) -> Tags:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from potstill.data.assembly import Assembly, Second, Wanted
 from potstill.data.cores import threads
+from potstill.data.image_files import read_by
 from potstill.data.images import ImageSet
 from potstill.data.orders import Epochs, Ids, Order
 from potstill.data.packed import pack, squares
@@ -100,6 +101,10 @@ class Loader:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         if len(images) == 0 or (unlabeled is not None and len(unlabeled) == 0):
             raise DataError("there are no images to load")
+        if spec.range is not None:
+            for each in (images, unlabeled):
+                if each is not None:
+                    read_by(each, spec.range)
         mixes = augment is not None and augment.mixes
         _refuse_conflicts(second, mixes, unlabeled is not None, unlabeled_share, whole_batches, classes)
         self.images, self.spec, self.seed = images, spec, seed

@@ -20,7 +20,7 @@ from potstill.artifacts import write_text
 from potstill.cache import cache_folder
 from potstill.data.cores import in_turn
 from potstill.data.decode import decoder
-from potstill.data.image_files import digests_of, from_files
+from potstill.data.image_files import digests_of, from_files, ranges_of
 from potstill.data.images import ImageSet
 from potstill.data.pixel_file import PixelFile
 from potstill.data.preprocess import fit
@@ -75,6 +75,7 @@ class Wanted:
             "side": self.side,
             "resize_mode": self.how,
             "decoder": decoder(),
+            "ranges": ranges_of(self.images),
         }
         return json.dumps(found, indent=2, sort_keys=True) + "\n"
 

@@ -1,8 +1,9 @@
 """Every setting of the data: where it comes from, how it is split, what is seen of an image."""
 
+import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Pacing = Literal["linear", "root", "step"]  # of a curriculum: how its share of the images grows
 
@@ -59,6 +60,11 @@ class DataSettings(BaseModel):
         description="leave out files that cannot be read and classes that are too small, and list them in skipped.csv",
     )
     size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
+    range: Literal["auto"] | tuple[float, float] = Field(
+        "auto",
+        description="ends between which images of more than 8 bits are read, e.g. [0, 4095]; auto: found once, over "
+        "the training images",
+    )
     resize_mode: Literal["crop", "pad", "stretch"] = Field(
         "crop",
         description="how an image that is not square becomes square: its centre, black borders, or other proportions",
@@ -95,3 +101,10 @@ class DataSettings(BaseModel):
     )
     workers: int | Literal["auto"] = Field("auto", description="processes that decode; results do not depend on it")
     memory_share: float = Field(0.3, gt=0, lt=1, description="share of free memory that decoded pixels may take")
+
+    @field_validator("range")
+    @classmethod
+    def _low_and_high(cls, value: Literal["auto"] | tuple[float, float]) -> Literal["auto"] | tuple[float, float]:
+        if value != "auto" and not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] < value[1]):
+            raise ValueError("must be auto or two numbers, the lower one first, e.g. [0, 4095]")
+        return value

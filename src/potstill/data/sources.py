@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from potstill.data.images import FileSet, ImageSet, Subset
 from potstill.data.listing import Skipped, refuse
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint
+from potstill.data.value_range import Range, range_of, ranged
 from potstill.data.watcher import Watcher
 
 AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # things look alike in a mirror more often than not
@@ -50,10 +52,12 @@ def from_files(settings: DataSettings, progress: Watcher | None = None) -> DataS
         )
     images.expect(contents)
     parts = parts_of(images, division)
+    images.range = range_of(parts["train"].names, contents, settings.range)
     check_splits(division.class_names, parts, settings.source)
     return DataSplits(
         division.class_names, parts["train"], parts["val"], parts["test"], source=settings.source,
-        origin=division.origin, fingerprint=fingerprint_of(parts, division.class_names, contents), augment=AUGMENT,
+        origin=division.origin, augment=AUGMENT, range=images.range,
+        fingerprint=fingerprint_of(parts, division.class_names, contents, settings.range),
         skipped=as_skipped(skipped), doubts=warnings_of(listing), notes=notes_of(listing),
     )  # fmt: skip
 
@@ -155,6 +159,12 @@ def parts_of(images: ImageSet, division: Division) -> dict[str, ImageSet]:
     return {split: Subset(images, np.flatnonzero(division.splits == i)) for i, split in enumerate(SPLITS)}
 
 
-def fingerprint_of(parts: Mapping[str, ImageSet], class_names: Sequence[str], contents: Mapping[str, str]) -> str:
-    """``splits.fingerprint``, where ``contents`` are by name."""
-    return fingerprint(parts, class_names, {s: [contents[name] for name in part.names] for s, part in parts.items()})
+def fingerprint_of(
+    parts: Mapping[str, ImageSet],
+    class_names: Sequence[str],
+    contents: Mapping[str, str],
+    wanted: Range | Literal["auto"],
+) -> str:
+    """``splits.fingerprint``, where ``contents`` are by name; the range counts."""
+    words = {split: [contents[name] for name in part.names] for split, part in parts.items()}
+    return ranged(fingerprint(parts, class_names, words), range_of(parts["train"].names, contents, wanted))

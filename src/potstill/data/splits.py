@@ -12,6 +12,7 @@ from potstill.data.images import ImageSet
 from potstill.data.listing import Skipped
 from potstill.data.pacing import Admitted
 from potstill.data.settings import AugmentSettings
+from potstill.data.value_range import Range
 from potstill.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -43,6 +44,7 @@ class DataSplits:
     unlabeled: ImageSet | None = None  # further training images that nobody has labeled
     target: "DataSplits | None" = None  # another domain of the same classes
     draws: Draws | None = None  # what an epoch shows of train; None: each image once
+    range: Range | None = None  # by which images of more than 8 bits are read; None: there are none
     skipped: tuple[Skipped, ...] = ()  # left out by data.skip_bad
     doubts: tuple[Finding, ...] = ()  # warnings of the listing: images that are not used
     notes: tuple[str, ...] = ()  # what else is not used

@@ -89,6 +89,7 @@ def with_unlabeled(settings: DataSettings, data: DataSplits, progress: Watcher |
         raise DataError(f"{root}: no unlabeled image is left: {len(skipped):,} files cannot be read")
     found = UnlabeledFiles(root, names)
     found.expect(contents)
+    found.range = data.range
     return replace(
         data,
         unlabeled=found,

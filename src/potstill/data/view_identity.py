@@ -47,7 +47,8 @@ def describe(
     found: dict[str, Any] = {
         "version": VERSION,
         "decoder": decoder(),
-        "input": dataclasses.asdict(spec) | {"mean": list(spec.mean), "std": list(spec.std)},
+        "input": dataclasses.asdict(spec)
+        | {"mean": list(spec.mean), "std": list(spec.std), "range": None if spec.range is None else list(spec.range)},
         "side": side,
         "samples": [len(labels), unlabeled],
         "strong": strong,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.errors import ArtifactError
-from potstill.input_spec import RESIZE_MODES, InputSpec, today
+from potstill.input_spec import RESIZE_MODES, InputSpec
 
 KEY = "potstill"  # of the entry in a file's own metadata
 SCHEMA = 1
@@ -49,8 +49,7 @@ def description(text: str, origin: str) -> Description:
             raise ArtifactError(
                 f"{origin} was exported by another version of potstill; update potstill, or export anew"
             )
-        wish = today(found.pop("input"))
-        spec = InputSpec(**(wish | {"mean": _three(wish["mean"]), "std": _three(wish["std"])}))
+        spec = InputSpec.from_dict(found.pop("input"))
         names = tuple(map(str, found.pop("class_names")))
         made = Description(class_names=names, input=spec, **found)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -58,11 +57,6 @@ def description(text: str, origin: str) -> Description:
     if not _sensible(made):
         raise ArtifactError(f"{origin}: its metadata asks for what potstill never writes: {text[:200]}")
     return made
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    first, second, third = map(float, values)
-    return first, second, third
 
 
 def _sensible(made: Description) -> bool:

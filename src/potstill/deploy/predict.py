@@ -83,13 +83,17 @@ class _Asked:
     prepare: Callable[[Pixels], Any]  # at once after decoding: a batch of whole photographs would fill the memory
     answer: Callable[[list[Any]], list[list[float]]]  # what ``prepare`` made -> probabilities [B, K]
     names: Sequence[str]
+    range: tuple[float, float] | None  # by which images of more than 8 bits are decoded
 
 
 def _onnx(path: Path, device: str) -> _Asked:
     if device not in ("auto", "cpu"):
         raise UsageError(f"an ONNX model is asked on the CPU here, got device={device!r}")
     found = load_onnx(path)
-    return _Asked(found.prepare, lambda images: found.probabilities(images).tolist(), found.what.class_names)
+    what = found.what
+    return _Asked(
+        found.prepare, lambda images: found.probabilities(images).tolist(), what.class_names, what.input.range
+    )
 
 
 def _torch(model: "Path | str | Classifier", device: str) -> _Asked:
@@ -112,7 +116,8 @@ def _torch(model: "Path | str | Classifier", device: str) -> _Asked:
         rows: list[list[float]] = classifier.predict(torch.stack(images)).tolist()
         return rows
 
-    return _Asked(lambda pixels: prepare(pixels, classifier.input), answer, classifier.class_names)
+    spec = classifier.input
+    return _Asked(lambda pixels: prepare(pixels, spec), answer, classifier.class_names, spec.range)
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ def _predict(asked: _Asked, paths: Sequence[Path], top: int) -> list[Prediction]
     images, errors = {}, {}
     for i, path in enumerate(paths):
         try:
-            images[i] = asked.prepare(decode(path))
+            images[i] = asked.prepare(decode(path, asked.range))
         except DataError as error:
             errors[i] = str(error)
     rows = dict(zip(images, asked.answer(list(images.values())), strict=True)) if images else {}

@@ -333,7 +333,7 @@ class _Experiment:
         return f"{learns}{seed}, {epochs} epoch{'' if epochs == 1 else 's'}, {compute}"
 
     def _start(self, network: StageSettings) -> Start:
-        start = start_network(self.recipe, network, self.data.class_names)
+        start = start_network(self.recipe, network, self.data.class_names, self.data.range)
         for note in start.notes:
             self.observer.note(note)
         for warning in start.warnings:

@@ -83,7 +83,7 @@ def check_all(
         for stage in planned:
             network = recipe.network(stage.name)
             if network.weights is not None:  # loaded again later; better twice than to fail after hours
-                start_network(recipe, network, splits.class_names)
+                start_network(recipe, network, splits.class_names, splits.range)
         return splits, compute, {}
     augment = recipe.data.augment or splits.augment
     check_data_needs(

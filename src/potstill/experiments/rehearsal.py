@@ -63,7 +63,7 @@ def _rehearse(
     settings = recipe.stage_training(stage.name)
     for name in (*stage.teachers, stage.name):
         if name not in networks:
-            start = start_network(recipe, recipe.network(name), data.class_names)
+            start = start_network(recipe, recipe.network(name), data.class_names, data.range)
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
     if data.target is not None and recipe.domains.adapt_batch_norm:
         for name in (name for name in stage.teachers if role(name) == "teacher"):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from potstill.data.value_range import Range, shown
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiments.recipe import Recipe, StageSettings
 from potstill.experiments.run_folder import find_model
@@ -30,10 +31,38 @@ class Start:
     warnings: list[str] = field(default_factory=list)  # a head that starts anew
 
 
-def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> Start:
+def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], ends: Range | None = None) -> Start:
     """A new network, or one that starts from ``network.weights``.
 
     The global random generator decides the initialisation.
+
+    Args:
+        recipe: of the run.
+        network: which of its networks.
+        classes: of the data, in order.
+        ends: the data's range, by which images of more than 8 bits are read; None: it has none.
+
+    Raises:
+        ArtifactError: weights of other classes where no new head was asked for, or of another range; damaged or
+            foreign files.
+        UsageError: pretrained weights that cannot be had.
+    """
+    start = _started(recipe, network, classes)
+    own = start.input.range
+    if ends is None or own == ends:
+        return start
+    if own is not None:
+        raise ArtifactError(
+            f"{network.weights} was trained on images of more than 8 bits read by the range {shown(own)}, and this "
+            f"data is read by {shown(ends)}: the same gray would be another one.\n"
+            f"Set data.range=[{own[0]:.10g},{own[1]:.10g}], or train the network on this data"
+        )
+    start.input = replace(start.input, range=ends)
+    return start
+
+
+def _started(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> Start:
+    """As ``start_network``, before the range of the data is known.
 
     Raises:
         ArtifactError: weights of other classes where no new head was asked for; damaged or foreign files.

@@ -223,7 +223,7 @@ class _Federation:
     def _server(self, algorithm: Algorithm, clients: Clients) -> Server:
         recipe, classes = self.recipe, self.data.class_names
         torch.manual_seed(derive(recipe.seed, "student"))  # as the student of `potstill run` begins
-        start = start_network(recipe, recipe.student, classes)
+        start = start_network(recipe, recipe.student, classes, self.data.range)
         student = Classifier(start.module, start.architecture, classes, start.input)
         teacher = public = None
         if algorithm.guide == "teacher":

@@ -3,7 +3,7 @@
 ``model.json``, schema 1::
 
     {"schema": 1, "architecture": "resnet18", "class_names": ["cat", "dog"],
-     "input": {"size": 224, "mean": [...], "std": [...], "resize_mode": "crop", "crop_share": 1.0},
+     "input": {"size": 224, "mean": [...], "std": [...], "resize_mode": "crop", "crop_share": 1.0, "range": null},
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
 and, only where a method put other layers into the network, ``"remodelled"``: what ``features.remodel.rebuild`` takes.
@@ -58,6 +58,14 @@ class _Input(BaseModel):
     std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
     crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    range: Annotated[tuple[Finite, Finite] | None, Field(strict=False)] = None
+
+    @field_validator("range")
+    @classmethod
+    def _low_first(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and ends[0] >= ends[1]:
+            raise ValueError("the lower end stands first")
+        return ends
 
     @model_validator(mode="before")
     @classmethod

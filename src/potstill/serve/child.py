@@ -73,11 +73,15 @@ def _answer(models: dict[str, "Classifier"], head: dict[str, Any], image: bytes)
     from potstill.data.decode import decode_bytes
 
     try:
-        pixels = decode_bytes(image, "image")
+        # Images of more than 8 bits are read by the range that a model was trained with.
+        ranges = {model.input.range for model in models.values()}
+        by_range = {ends: decode_bytes(image, "image", ends) for ends in ranges}
+        pixels = next(iter(by_range.values()))
     except DataError as error:
-        # Of all reasons this one alone is about a limit rather than about the file.
-        return {"error": str(error), "status": 413 if "megapixels" in str(error) else 415}
-    answers = [_ask(stage, model, pixels, head) for stage, model in models.items()]
+        # Other reasons are about the file rather than about a limit.
+        large = any(word in str(error) for word in ("megapixels", "beyond the limits"))
+        return {"error": str(error), "status": 413 if large else 415}
+    answers = [_ask(stage, model, by_range[model.input.range], head) for stage, model in models.items()]
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],

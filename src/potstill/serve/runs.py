@@ -164,7 +164,16 @@ def _planned(folder: Path) -> dict[str, int]:
         common = recipe["training"]["epochs"]
         own = {each: ((recipe.get(each) or {}).get("training") or {}).get("epochs") for each in ("teacher", "student")}
         return {each: int(value or common) for each, value in own.items()}
-    except (ArtifactError, yaml.YAMLError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
+    except (
+        ArtifactError,
+        yaml.YAMLError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+    ):
         return {}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data.decode import decode
+from potstill.data.decode import Decoded, decode
 from potstill.data.doctor import large as large_images
 from potstill.data.doctor import looks
 from potstill.data.doctor.findings import Finding
@@ -149,7 +149,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch,
     inside, most = 0, 0
     lock, together = threading.Lock(), threading.Barrier(1)
 
-    def slow(content: bytes, name: str) -> np.ndarray:
+    def slow(content: bytes, name: str) -> Decoded:
         nonlocal inside, most
         with lock:
             inside += 1
@@ -157,9 +157,9 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch,
         together.wait(60)
         with lock:
             inside -= 1
-        return np.zeros((2, 2, 3), np.uint8)
+        return Decoded(np.zeros((2, 2, 3), np.uint8), None)
 
-    monkeypatch.setattr(looks, "decode_bytes", slow)
+    monkeypatch.setattr(looks, "read_image", slow)
     monkeypatch.setattr(large_images, "MOST_PIXELS", 12 * 10 - 1)
     large, small = encoded(picture(0), "PNG"), encoded(picture(0, (11, 10)), "PNG")
     with ThreadPoolExecutor(4) as pool:

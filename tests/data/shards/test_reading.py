@@ -79,7 +79,9 @@ HARMFUL = {
     "sparse map without end": pax(
         record(b"GNU.sparse.major=1"), record(b"GNU.sparse.minor=0"), record(b"GNU.sparse.name=a/x.png")
     )
-    + header("a/x.png", 512) + b"99999\n" + bytes(506),
+    + header("a/x.png", 512)
+    + b"99999\n"
+    + bytes(506),
     "sparse image": header("a/x.png", 0, b"S"),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from potstill.data.doctor.duplicates import Pictures, Repeats, find_repeats
 from potstill.data.doctor.findings import Finding
 from potstill.data.doctor.listing import Listing
 from potstill.data.doctor.looks import TINY, Look, Looker, files_looker, images_looker, other_format
+from potstill.data.doctor.ranges import examine_ranges
 from potstill.data.doctor.ready_splits import list_splits
 from potstill.data.doctor.remembered import remember_files, remember_findings
 from potstill.data.doctor.report import Report, in_order
@@ -62,13 +63,15 @@ def examine_listing(listing: Listing, settings: DataSettings, watcher: Watcher |
         names = [entry.name for entry in listing.entries]
     division, findings = divide(listing, settings)
     findings = [*listing.findings, *findings, *similar_classes(division.class_names), *bad, *odd]
+    ends, ranges = examine_ranges(names, division, table, settings.range)
+    findings += ranges
     repeats = _compare(names, division, table)
     if listing.images is None:
         findings += similar_files(names)
     found = in_order([*findings, *repeats.findings])
     if not listing.ready:
         remember_files(listing, table)
-    remember_findings(listing, division, table, found)
+    remember_findings(listing, division, table, found, settings.range)
     return Report(
         source=settings.source,
         images=len(names),
@@ -76,7 +79,7 @@ def examine_listing(listing: Listing, settings: DataSettings, watcher: Watcher |
         notes=[*_notes(listing, division), *unseen(table.rows["width"], table.rows["height"], settings.resize_mode)],
         skipped=in_order(skipped),
         division=division,
-        figures=table.figures(),
+        figures=table.figures() | {"range": None if ends is None else list(ends)},
         repeats={k: v for k, v in vars(repeats).items() if k != "findings"},
         findings=found,
     )

@@ -62,6 +62,15 @@ KINDS: dict[str, Kind] = {
     ),
     "duplicate": Kind("warning", "duplicates", "the image counts twice, which may be meant"),
     "other-format": Kind("warning", "names that say another format", "other programs may go by the name"),
+    "narrow-range": Kind(
+        "warning", "images that use less than 1/8 of the range", "they are nearly black to the network; set data.range"
+    ),
+    "beyond-range": Kind(
+        "warning", "images with values beyond the range", "what lies beyond becomes black or white; set data.range"
+    ),
+    "mixed-range": Kind(
+        "warning", "images of different depth", "one range is for all; convert them alike, or set data.range"
+    ),
     "blank": Kind("warning", "blank images", "all pixels have one colour; most likely a failed export"),
     "tiny": Kind("warning", "tiny images", "a side below 8 pixels shows next to nothing"),
     "similar-names": Kind(

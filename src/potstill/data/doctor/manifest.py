@@ -91,7 +91,8 @@ def _json_rows(found: Listing, path: Path, text: str) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            found.find("manifest-row", path, f"line {number}: no JSON ({error})")
+            words = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+            found.find("manifest-row", path, f"line {number}: no JSON that can be read ({words})")
             continue
         if not isinstance(row, dict):
             found.find("manifest-row", path, f"line {number}: the keys are path, label and split; got no object")

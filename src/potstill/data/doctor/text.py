@@ -6,6 +6,7 @@ from typing import Any
 from potstill.amounts import count, scaled
 from potstill.data.doctor.findings import KINDS, Finding, hints
 from potstill.data.doctor.report import Report
+from potstill.data.value_range import shown
 
 SHOWN = 20  # findings of a kind, and classes
 
@@ -80,6 +81,8 @@ def _sizes(figures: dict[str, Any]) -> Iterator[str]:
     if files:
         yield f"formats  {_counted(figures['formats'])}"
         yield f"modes    {_counted(figures['modes'])}"
+    if figures.get("range"):
+        yield f"range    {shown(tuple(figures['range']))}, for images of more than 8 bits"
     for key in ("width", "height"):
         yield f"{key:<8} {_spread(figures[key], 'px')}"
     if files:

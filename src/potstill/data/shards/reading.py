@@ -11,7 +11,7 @@ from tarfile import SOLARIS_XHDTYPE, XGLTYPE, XHDTYPE, HeaderError, ReadError
 from typing import Any, Self
 
 from potstill.cache import cache_folder
-from potstill.data.decode import FORMATS, decode_bytes, decoder
+from potstill.data.decode import FORMATS, decoder, read_image
 from potstill.data.shards.urls import opened
 from potstill.errors import ArtifactError, DataError, StorageError
 from potstill.sealed import read_sealed_json, write_sealed_json
@@ -40,6 +40,7 @@ class Sample:
     offset: int = -1  # of the image's bytes in the shard
     size: int = 0
     digest: str = ""  # SHA-256 of the image's bytes
+    span: str = ""  # of its values, where it has more than 8 bits; as a ``value_range.Span`` is written
     label: str | None = None  # text of .cls, or "label" or "class" of .json
 
 
@@ -201,9 +202,11 @@ def _note(shard: Shard, member: tarfile.TarInfo, content: bytes) -> None:
         if "." in suffix:
             return
     try:
-        decode_bytes(content, where)
+        span = read_image(content, where).span
     except DataError as error:
         shard.problems.append(str(error))
+        span = None
+    sample.span = "" if span is None else str(span)
     sample.name, sample.offset, sample.size = member.name, member.offset_data, len(content)
     sample.digest = hashlib.sha256(content).hexdigest()
 

@@ -18,6 +18,7 @@ from potstill.data.shards.reading import Sample, Shard, read_shard
 from potstill.data.shards.urls import expand, read_range
 from potstill.data.splits import DataSplits, check_splits, fingerprint, stratified
 from potstill.data.turns import one_process
+from potstill.data.value_range import Range, range_of, ranged
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError
 
@@ -44,6 +45,11 @@ class ShardSet:
         self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
         digests = b"".join(bytes.fromhex(each.digest) for _, each in places)
         self.digests: NDArray[np.uint8] = np.frombuffer(digests, np.uint8).reshape(len(places), 32)
+        self.contents = {
+            name: f"{each.size} {each.digest} {each.span}".rstrip()
+            for name, (_, each) in zip(self.names, places, strict=True)
+        }
+        self.range: Range | None = None  # as of a ``FileSet``
 
     def __len__(self) -> int:
         return len(self.places)
@@ -57,7 +63,7 @@ class ShardSet:
         content = read_range(*self.places[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{self.places[i][0]}: {self.names[i]} has changed since it was checked; start again")
-        return decode_bytes(content, self.names[i])
+        return decode_bytes(content, self.names[i], self.range)
 
 
 def check_shards(settings: DataSettings) -> None:
@@ -100,9 +106,13 @@ def from_shards(settings: DataSettings, augment: AugmentSettings, progress: Watc
     digests = {name: each.tobytes().hex() for images in sets.values()
                for name, each in zip(images.names, images.digests, strict=True)}  # fmt: skip
     contents = {split: [digests[name] for name in images.names] for split, images in parts.items()}
+    words = {name: word for images in sets.values() for name, word in images.contents.items()}
+    ends = range_of(parts["train"].names, words, settings.range)
+    for images in sets.values():
+        images.range = ends
     return DataSplits(
         names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
-        fingerprint=fingerprint(parts, names, contents), augment=augment,
+        fingerprint=ranged(fingerprint(parts, names, contents), ends), augment=augment, range=ends,
     )  # fmt: skip
 
 
