@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import numpy as np
@@ -355,3 +356,16 @@ def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
     np.testing.assert_allclose(found, counts.sum() / (3 * counts), rtol=1e-6)
     assert (found * counts).sum() / counts.sum() == pytest.approx(1, rel=1e-6)
     assert label_loss(recipe(), recipe().training, data).weight is None
+
+
+@pytest.mark.parametrize("balance", ["none", "weights"])
+def test_label_smoothing_reaches_the_loss(recipe, balance):
+    from potstill.data.datasets import load_data
+    from potstill.experiments.stage import label_loss
+
+    smoothed = recipe(**{"training.label_smoothing": 0.3, "data.balance": balance})
+    loss = label_loss(smoothed, smoothed.training, load_data(smoothed.data))
+    logits = torch.tensor([[2.0, 0.0, 0.0]])
+    normaliser = math.log(math.exp(2) + 2)
+    by_hand = 0.8 * (normaliser - 2) + 0.2 * normaliser  # 0.7 + 0.1 of class 0, 0.1 of each other one
+    assert loss(logits, torch.tensor([0])).item() == pytest.approx(by_hand, rel=1e-6)

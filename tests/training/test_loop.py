@@ -11,6 +11,7 @@ from torch import nn
 from potstill.distiller import Distiller
 from potstill.errors import NonFiniteError
 from potstill.evaluation.evaluate import collect
+from potstill.methods import create_method
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
 from potstill.training.devices import Compute
@@ -139,6 +140,33 @@ def test_every_update_is_made_at_the_rate_of_its_schedule(tmp_path, accumulate):
     rising = [0.4 * (step + 1) / each for step in range(each)]
     falling = [0.4 * (1 + math.cos(math.pi * step / (2 * each))) / 2 for step in range(2 * each)]
     assert rates == pytest.approx(rising + falling)
+
+
+def test_a_training_that_is_made_longer_goes_on_at_the_rate_of_the_longer_schedule(tmp_path):
+    settings = {"lr": 0.4, "schedule": "cosine", "checkpoint_seconds": 0}
+    train(tmp_path, TrainingSettings(epochs=2, **settings))
+    torch.manual_seed(0)
+    training = Training(
+        Distiller(Counting(), None, Supervised()), Numbers(18), Numbers(9, seed=1),
+        TrainingSettings(epochs=4, **settings), CPU, folder=tmp_path, observer=Silent(), classes=3,
+    )  # fmt: skip
+    rates = []
+    training.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    training.run(resume=True)
+    assert rates == pytest.approx([0.4 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(10, 20)])
+
+
+def test_the_layers_of_a_method_are_trained_too(tmp_path):
+    torch.manual_seed(0)
+    distiller = Distiller(Counting(), Counting(), create_method("cc", dim=4), example=torch.randn(4, 3, 2, 2))
+    before = {name: parameter.clone() for name, parameter in distiller.method.named_parameters()}
+    assert {name.partition(".")[0] for name in before} == {"embed_student", "embed_teacher"}
+    Training(
+        distiller, Numbers(18), Numbers(9, seed=1), TrainingSettings(epochs=1, lr=0.05), CPU,
+        folder=tmp_path, observer=Silent(), classes=3,
+    ).run()  # fmt: skip
+    for name, parameter in distiller.method.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
 
 
 def test_the_best_epochs_weights_are_what_remains(tmp_path):
