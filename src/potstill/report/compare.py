@@ -5,7 +5,7 @@ A run of several seeds counts with each of them.
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,14 @@ import numpy as np
 from potstill.amounts import NONE, count, decimal, number, percent, points, scaled
 from potstill.artifacts import write_text
 from potstill.errors import UsageError
-from potstill.evaluation.significance import seeds_bootstrap, seeds_summary, sign_flip
+from potstill.evaluation.averages import Array
+from potstill.evaluation.significance import crossed_interval, mcnemar, paired_interval, seeds_summary
 from potstill.experiments.looks import different_views
 from potstill.experiments.refusals import flat, is_free
 from potstill.experiments.run_folder import RunFolder
 from potstill.experiments.settings_errors import shown
 from potstill.experiments.stage_names import repeated
-from potstill.experiments.verdict.several_seeds import over_all_seeds, over_seeds, verdict_over_seeds
+from potstill.experiments.verdict.several_seeds import over_all_seeds
 from potstill.experiments.verdict.verdict import headline
 from potstill.report.contents import STAGES, Run, Stage, read_run
 from potstill.report.metric_names import Format
@@ -250,16 +251,26 @@ def _summary(found: Group) -> dict[str, Any]:
 
 
 def _verdict(found: Group, differences: Sequence[float]) -> str:
-    """As a run of these seeds would say it; of the seeds alone, where predictions are missing."""
+    """As a run of these seeds gives it; none where the test predictions of a seed are missing."""
     before, after = (enter("", found.of(role)).correct for role in ("baseline", "distilled"))
+    if not before or before.keys() != after.keys() or len(before) != len(differences):
+        return (
+            "No verdict: it takes the test predictions of baseline and distilled student of every seed, and some are "
+            "missing or are of other images."
+        )
+    return headline(compared(before, after))
+
+
+def compared(before: Mapping[int, Array], after: Mapping[int, Array]) -> dict[str, Any]:
+    """What the headline takes of ``comparison``, from the images that each student has right: seed -> [N] bool."""
     shared = sorted(before.keys() & after.keys())
-    if len(shared) < 2 or len(shared) != len(differences):
-        return verdict_over_seeds(differences)
     a, b = (np.stack([correct[seed] for seed in shared]) for correct in (before, after))
-    summary = seeds_summary(a.mean(axis=1).tolist(), b.mean(axis=1).tolist())
-    gain, low, high = seeds_bootstrap(a, b)
-    images = {"gain": gain, "low": low, "high": high, "p": sign_flip(a, b)}
-    return headline({"test_images": a.shape[1], "seeds": {"figures": {"top1": summary}, "images": images}})
+    if len(shared) == 1:
+        gain, test = paired_interval(a[0], b[0]), mcnemar(a[0], b[0])
+        ends = {"top1_gain": gain.value, "top1_gain_low": gain.low, "top1_gain_high": gain.high}
+        return {"test_images": a.shape[1], **ends, "fixed": test["fixed"], "broken": test["broken"]}
+    whole = crossed_interval(a, b)._asdict()
+    return {"test_images": a.shape[1], "seeds": {"figures": {"top1": {"n": len(shared)}}, "top1_gain": whole}}
 
 
 def _metric_row(found: Group, key: str, name: str, form: Format, in_points: bool) -> dict[str, Any] | None:
@@ -272,13 +283,15 @@ def _metric_row(found: Group, key: str, name: str, form: Format, in_points: bool
     for values in columns:
         text = form(statistics.fmean(values)) if values else NONE
         cells.append(f"{text} ± {spread(statistics.stdev(values), signed=False)}" if len(values) > 1 else text)
-    differences = [b - a for a, b in _pairs(found, key)]
+    pairs = _pairs(found, key)
     paired, interval = NONE, NONE
-    if differences:
-        mean, deviation, low, high = over_seeds(differences)
+    if pairs:
+        found_here = seeds_summary([a for a, _ in pairs], [b for _, b in pairs])
+        mean, deviation, low, high = (found_here[f"difference{end}"] for end in ("", "_sd", "_low", "_high"))
+        assert mean is not None
         paired = spread(mean) if deviation is None else f"{spread(mean)} ± {spread(deviation, signed=False)}"
         interval = NONE if low is None or high is None else f"{spread(low)} to {spread(high)}"
-    return {"name": name, "cells": cells, "paired": paired, "interval": interval, "count": len(differences)}
+    return {"name": name, "cells": cells, "paired": paired, "interval": interval, "count": len(pairs)}
 
 
 def _pairs(found: Group, key: str) -> list[tuple[float, float]]:
