@@ -102,10 +102,11 @@ def test_pixels_stay_as_they_are_while_later_batches_are_decoded():
 
 
 def test_an_epoch_that_was_given_up_leaves_nothing_to_the_next():
-    workers = Workers(Odd(), 8, "stretch", 2)
-    first = workers.squares(BATCHES)
+    workers = Workers(Odd(is_slow=2), 8, "stretch", 2)
+    batches = [[0], [1], [2]]  # the first process is busy with 2 when the second epoch begins
+    first = workers.squares(batches)
     next(first)
-    assert [each[:, 0, 0, 0].tolist() for each in workers.squares(BATCHES[::-1])] == BATCHES[::-1]
+    assert [each[:, 0, 0, 0].tolist() for each in workers.squares(batches[::-1])] == batches[::-1]
     with pytest.raises(UsageError, match="one epoch at a time"):
         next(first)
 

@@ -169,5 +169,5 @@ def test_no_worker_outlives_the_run(tiny_recipe: Path, tmp_path: Path, number: s
     assert len(left(process.pid, patience=0)) >= 3, "there were no workers"
     process.send_signal(getattr(signal, number))
     process.communicate(timeout=LONG)
-    assert left(process.pid, patience=120) == []  # torch's workers look for their parent every five seconds
+    assert left(process.pid, patience=120) == []  # workers look for their parent every second
     shutil.rmtree(tmp_path / "tiny")

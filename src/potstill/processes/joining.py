@@ -22,6 +22,8 @@ _NEVER = timedelta(days=30)  # until a collective gives up by itself: ``Watching
 def joined() -> Iterator[Processes]:
     """Join the processes that torchrun has started; a process that was started by itself is alone.
 
+    After an error SIGTERM and SIGINT are ignored, so that the message can be shown: the process is to end.
+
     Raises:
         WorkerError: the others cannot be found, or one of them is lost (``RankLost``).
         UsageError: fewer GPUs than processes on this machine, or an environment that is not torchrun's.
