@@ -303,12 +303,16 @@ def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):
         root=tmp_path,
         observer=Listening(),
     )
-    warned = [
-        i for i, event in enumerate(events) if "no better than chance" in event or "worse than the baseline" in event
-    ]
+    warned = [i for i, event in enumerate(events) if "no better than chance" in event or "below the baseline" in event]
     assert warned
     assert warned[0] < events.index("distilled")
-    assert results(path)["warnings"]
+    found = results(path)
+    assert found["warnings"]
+    (below,) = found["teacher_below_baseline"]
+    assert below["teacher"] == "teacher"
+    assert below["teacher_val_top1"] < below["baseline_val_top1"] == found["stages"]["baseline"]["val"]["top1"]
+    assert found["comparison"]["teacher_below_baseline"] == [below]
+    assert any("--set teacher.training.epochs=4" in warning for warning in found["warnings"])
 
 
 def test_all_mistakes_come_at_once_before_any_training(recipe, tmp_path):

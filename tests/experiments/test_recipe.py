@@ -254,10 +254,13 @@ epochs: 3
             {"method": {"name": "at", "schedule": {"power": {"start": 2}}}},
             "method.schedule.power: power of at cannot change during training",
         ),
-        ({"training": {"pick_by": "nll"}}, "training.pick_by is now called selection_metric"),
+        (
+            {"training": {"pick_by": "nll"}},
+            "training.pick_by: unknown key; it is called 'selection_metric' now",
+        ),
         (
             {"teacher": {"model": "a", "training": {"pick_by": "nll"}}},
-            "teacher.training.pick_by is now called selection_metric",
+            "teacher.training.pick_by: unknown key; it is called 'selection_metric' now",
         ),
         (
             {"training": {"selection_metric": "loss"}},
@@ -359,7 +362,12 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
 
 
 def test_a_renamed_key_names_the_new_one() -> None:
-    assert problems("quickstart", "data.fit=squash") == ["--set data.fit=squash: data.fit is now called resize_mode"]
+    assert problems("quickstart", "data.fit=squash") == [
+        "--set data.fit=squash: data.fit: unknown key; it is called 'resize_mode' now"
+    ]
+    assert problems("quickstart", "data.view_seed=1") == [
+        "--set data.view_seed=1: data.view_seed: unknown key; it is called 'augmentation_seed' now"
+    ]
     assert "'crop', 'pad' or 'stretch'" in problems("quickstart", "data.resize_mode=squash")[0]
 
 

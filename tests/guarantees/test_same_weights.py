@@ -92,7 +92,7 @@ def elsewhere(tiny_recipe, tmp_path):
 def test_the_seed_matters(train, expected):
     """All that is below would be empty where the seed decided nothing."""
     assert train() == expected
-    others = {setting: train(setting) for setting in ("seed=1", "data.view_seed=1", "data.split_seed=1")}
+    others = {setting: train(setting) for setting in ("seed=1", "data.augmentation_seed=1", "data.split_seed=1")}
     for stage in STAGES:
         assert len({expected[stage], *(found[stage] for found in others.values())}) == 4
 

@@ -240,17 +240,13 @@ def test_a_plain_network_says_nothing_of_remodelling(saved):
     assert load_model(saved).remodelled is None
 
 
-def test_the_resize_mode_is_kept_and_its_former_name_is_read(tmp_path) -> None:
+def test_the_resize_mode_is_kept(tmp_path) -> None:
     before = classifier()
     before.input = dataclasses.replace(before.input, resize_mode="pad")
     save_model(before, tmp_path)
     assert load_model(tmp_path).input.resize_mode == "pad"
 
     body = json.loads((tmp_path / "model.json").read_text())
-    for former, mode in (("squash", "stretch"), ("crop", "crop")):
-        spec = {key: value for key, value in body["input"].items() if key != "resize_mode"} | {"fit": former}
-        write_sealed_json(tmp_path / "model.json", {**body, "input": spec})
-        assert load_model(tmp_path).input.resize_mode == mode
     write_sealed_json(tmp_path / "model.json", {**body, "input": body["input"] | {"resize_mode": "fold"}})
     with pytest.raises(ArtifactError, match="'crop', 'pad' or 'stretch'"):
         load_model(tmp_path)

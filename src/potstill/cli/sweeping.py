@@ -34,6 +34,14 @@ def sweep(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the sweep; RECIPE-sweep if not given.")] = None,
     root: Root = Path("runs"),
     seed: Seed = None,
+    confirm_seeds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Fresh seeds on which the winner meets a baseline that was searched as long; 0: no verdict.",
+        ),
+    ] = 5,
     slurm: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Submit N SLURM jobs that take part, and return.")
     ] = None,
@@ -68,6 +76,7 @@ def sweep(
         repeated = {"--over": over, "--set": sets, "--teacher": teacher}
         once = {"--trials": trials, "--timeout": timeout, **flags, "--teacher": None, "--skip-bad": None}
         once |= {"--name": name, "--root": root}
+        once |= {"--confirm-seeds": confirm_seeds}
         words = [word for flag, texts in repeated.items() for text in texts or [] for word in (flag, text)]
         words += [word for flag, value in once.items() if value is not None for word in (flag, str(value))]
         words += ["--skip-bad"] if skip_bad else []
@@ -99,6 +108,7 @@ def sweep(
             observer=progress,
             stopping=stopping,
             told=told,
+            confirm_seeds=confirm_seeds,
         )
         over_now = work.work(timeout)
     page, lines = render_sweep(folder)
@@ -106,7 +116,8 @@ def sweep(
     if not over_now:
         say_lines("not over yet", ["the same command goes on; the test split has not been read"])
         return
-    say_next(["potstill", "report", str(work.winner())])
+    if confirm_seeds:
+        say_next(["potstill", "report", *(str(folder / "confirmation" / name) for name in ("distilled", "baseline"))])
 
 
 def _launch(arguments: list[str], folder: Path, slurm: int | None, ray: int | None, options: list[str]) -> None:

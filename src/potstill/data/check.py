@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from potstill.cache import cache_folder
 from potstill.data.cores import in_turn
 from potstill.data.decode import decode_bytes, read_file
 from potstill.data.doctor.large import MOST_BYTES, MOST_PIXELS, header, one_at_a_time
 from potstill.data.images import ImageSet
 from potstill.data.known_files import KnownFiles, State, state_of, trusted
 from potstill.data.listing import refuse
+from potstill.data.turns import one_process
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError
 
@@ -52,20 +54,22 @@ def check_files(
     """
     known = KnownFiles.below(root, decoded=decode)
     unchanged = known.unchanged(root, names)
-    new = [name for name in names if name not in unchanged]
-    pieces = [new[start : start + _PIECE] for start in range(0, len(new), _PIECE)]
-
-    def look(piece: list[str]) -> list[_Read | DataError]:
-        return [_attempt(partial(_read, root / name, decode)) for name in piece]
-
     found: list[_Read | DataError] = []
-    for results in in_turn(look, pieces):
-        found += results
-        if progress is not None:
-            progress.wait("checking images", len(found), len(new))
-    good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
-    if new:
-        known.keep(root, good)
+    new: list[str] = []
+    good: dict[str, _Read] = {}
+    if not all(name in unchanged for name in names):
+        with one_process(cache_folder("locks", f"{known.path.stem}.lock"), "checks these images", progress):
+            known = KnownFiles.below(root, decoded=decode)  # another process may have checked them just now
+            unchanged = known.unchanged(root, names)
+            new = [name for name in names if name not in unchanged]
+            pieces = [new[start : start + _PIECE] for start in range(0, len(new), _PIECE)]
+            for results in in_turn(partial(_look, root, decode), pieces):
+                found += results
+                if progress is not None:
+                    progress.wait("checking images", len(found), len(new))
+            good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
+            if new:
+                known.keep(root, good)
     if bad is None:
         _all_or_none(found, source, hints)
     else:
@@ -75,6 +79,10 @@ def check_files(
             if isinstance(each, DataError)
         }
     return {name: unchanged.get(name) or good[name][1] for name in names if bad is None or name not in bad}
+
+
+def _look(root: Path, decode: bool, names: list[str]) -> list[_Read | DataError]:
+    return [_attempt(partial(_read, root / name, decode)) for name in names]
 
 
 def _read(path: Path, decode: bool) -> _Read:

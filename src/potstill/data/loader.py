@@ -1,5 +1,6 @@
 """Batches of a split: images as a network wants them, with labels, sample ids and view numbers."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -38,9 +39,12 @@ class Loader:
         order: "listed"; "shuffled": a new permutation each epoch; "balanced": N draws with replacement, each class
             equally likely (an image drawn twice in an epoch is seen in the same view).
         seed: of order and views.
-        workers: processes that decode, where the pixels do not fit into memory; "auto": half of the cores.
+        workers: processes that decode, where the pixels do not fit into memory; "auto": half of the cores.  Fewer, down
+            to none, where shared memory does not suffice for their batches.
         device: where the batches are wanted.
         memory_share: of free memory, and of the free disk, that decoded pixels may take.
+        local_processes: of this machine that load the same images: they share its memory and cores, and one file of
+            decoded pixels.
         second: what ``Batch.second`` holds for each sample: "strong", another view with RandAugment on top; "same
             class", another sample of its class in that sample's own view (itself where the class has no other).
         classes: K; needed where images are mixed.
@@ -77,6 +81,7 @@ class Loader:
         workers: int | Literal["auto"] = 0,
         device: torch.device | str = "cpu",
         memory_share: float = 0.3,
+        local_processes: int = 1,
         second: Second = "none",
         classes: int | None = None,
         unlabeled: ImageSet | None = None,
@@ -139,12 +144,19 @@ class Loader:
             spec.resize_mode,
             device=self.device,
             memory_share=memory_share,
+            processes=local_processes,
             identity=identity,
             progress=progress,
         )
-        processes = max(1, threads() // 2) if workers == "auto" else workers
-        self.processes = processes if self._packed is None else 0
-        self._workers = Workers(self._all, self.side, spec.resize_mode, processes) if self.processes else None
+        wanted = max(1, threads() // 2 // local_processes) if workers == "auto" else workers
+        self._workers = None
+        if wanted and self._packed is None:
+            images_of_batch = self.epochs.largest * (2 if self.assembly.has_partners else 1)
+            warn = progress.warn if progress is not None else warnings.warn
+            self._workers = Workers(self._all, self.side, spec.resize_mode, wanted, batch=images_of_batch, warn=warn)
+            if self._workers.count == 0:
+                self._workers = None
+        self.processes = self._workers.count if self._workers is not None else 0
 
     @property
     def resident(self) -> bool:

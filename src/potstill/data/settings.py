@@ -84,8 +84,11 @@ class DataSettings(BaseModel):
     test: float = Field(0.15, gt=0, lt=1, description="share split off for test where the source has none")
     split_seed: int = Field(0, ge=0, description="of the split; separate from `seed`, so that seeds share a split")
     augment: AugmentSettings | None = Field(None, description="null: the light default of the data set")
-    view_seed: int = Field(
-        0, ge=0, description="of the views; separate from `seed`, so that seeds share stored answers"
+    augmentation_seed: int | None = Field(
+        None,
+        ge=0,
+        description="of the views; null: `seed`, so that each seed has views of its own; a number: all seeds see the "
+        "same views and share stored answers",
     )
     balance: Literal["none", "weights", "sampling"] = Field(
         "none", description="against imbalance: class weights in the label loss, or balanced sampling"

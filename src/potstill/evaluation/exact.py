@@ -1,5 +1,6 @@
 """Final figures of a split, from the probabilities of every image."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from potstill.errors import NonFiniteError, UsageError
 from potstill.evaluation.auc import exact_auc_per_class
 from potstill.evaluation.averages import Array, auc_figures, classification_figures, precision_recall_f1
 from potstill.evaluation.metrics import CALIBRATION_BINS, FIGURES, NLL_CEILING, StreamingMetrics
+from potstill.evaluation.significance import wilson_interval
 
 MOST_SCORES = 100_000_000  # N * K up to which scores are sorted; beyond that AUC comes from bins
 
@@ -26,6 +28,7 @@ def final_metrics(probabilities: Array, labels: Array, class_names: Sequence[str
         The flat figures, and
         ``per_class``: for each a dict of ``class``, ``precision``, ``recall``, ``f1``, ``auc`` (or None), ``support``;
         ``confusion``: K x K counts, rows are true classes;
+        ``absent_classes``, ``never_predicted``, ``largest_class``, ``at_chance``: see ``class_facts``;
         ``auc_skipped``: names of classes without AUC, since no image here is of them, or every image is.
 
     Raises:
@@ -66,7 +69,39 @@ def final_metrics(probabilities: Array, labels: Array, class_names: Sequence[str
         "count": count,
         "per_class": per_class,
         "confusion": confusion.tolist(),
+        **(class_facts(hits, called, support, class_names) if count else {}),
         "auc_skipped": [entry["class"] for entry in per_class if entry["auc"] is None],
+    }
+
+
+def class_facts(hits: Array, predicted: Array, support: Array, class_names: Sequence[str]) -> dict[str, Any]:
+    """What figures of means may hide.
+
+    Args:
+        hits: [K] images of the class that were called so.
+        predicted: [K] images that were called so.
+        support: [K] images of the class.
+        class_names: K names.
+
+    Returns:
+        ``absent_classes``: those without images here, which macro figures leave out; ``never_predicted``: those with
+        images that the model never predicts; ``largest_class``: share of images of the most frequent class;
+        ``at_chance``: whether neither top-1 is clearly above that share nor macro recall clearly above 1 / K.
+    """
+    present = support > 0
+    count, classes = int(support.sum()), int(present.sum())
+    largest = float(support.max() / count)
+    recall = float((hits[present] / support[present]).mean())
+    chance = 1 / classes
+    error = math.sqrt(chance * (1 - chance) * float((1 / support[present]).sum())) / classes
+    unclear = wilson_interval(int(hits.sum()), count).low <= largest and recall <= chance + 2 * error
+    return {
+        "absent_classes": [name for name, there in zip(class_names, present, strict=True) if not there],
+        "never_predicted": [
+            name for name, calls, there in zip(class_names, predicted, present, strict=True) if there and not calls
+        ],
+        "largest_class": largest,
+        "at_chance": bool(classes > 1 and unclear),
     }
 
 

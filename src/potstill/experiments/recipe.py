@@ -75,7 +75,10 @@ class Recipe(BaseModel):
     name: str = Field(pattern=NAME_PATTERN, description="the run folder's name unless --name gives another")
     description: str = Field("", description="one sentence for lists and reports")
     seed: int = Field(
-        0, ge=0, le=2**32 - 1, description="of initialisation, order and dropout; views have data.view_seed"
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="of initialisation, order, dropout, and of augmentation where data.augmentation_seed is null",
     )
     seeds: int = Field(
         1,
@@ -138,6 +141,11 @@ class Recipe(BaseModel):
         if self.teacher is None:
             return ()
         return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
+
+    @property
+    def augmentation_seed(self) -> int:
+        """The seed of the views: ``data.augmentation_seed``, or else ``seed``."""
+        return self.seed if self.data.augmentation_seed is None else self.data.augmentation_seed
 
     @property
     def domains(self) -> DomainSettings:

@@ -35,11 +35,17 @@ _LONG = ("per_class", "confusion")  # kept in metrics.json, left out of results.
 
 
 def evaluate_stages(
-    run: RunFolder, models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
+    run: RunFolder,
+    models: dict[str, Classifier],
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages``, ``repeats``,
     ``together``, ``comparison`` and ``cka`` of results.json.  Where there is a target, all of these are of its images.
 
+    ``known``: further facts that the comparison and results.json repeat: ``looks``, ``teacher_below_baseline``.
     The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``
     and ``evaluate`` compute, so that they give the same answers.  Of several processes all are asked, and the first one
     writes; the others get nothing.
@@ -76,6 +82,8 @@ def evaluate_stages(
                 "size": model.input.size,
             },
             "training": model.facts.get("training"),
+            **({"reused_from": model.facts["reused_from"]} if "reused_from" in model.facts else {}),
+            **({"views": model.facts["views"]} if "views" in model.facts else {}),
             **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
             **costs.get(name, {}),
             **{split: _short(metrics[split]) for split in SPLITS},
@@ -96,7 +104,7 @@ def evaluate_stages(
     }
     both = {"baseline", "distilled"} <= stages.keys()
     domain = describe_domains(recipe, source, models, before, adapted)
-    comparison = compare(stages, correct, described, entries, recipe.seed, domain) if both else None
+    comparison = compare(stages, correct, described, entries, recipe.seed, domain, known) if both else None
     examples = describe_examples(
         once, {name: probabilities[name]["test"] for name in once}, data.test, data.class_names
     )
@@ -108,6 +116,7 @@ def evaluate_stages(
         "together": described,
         "comparison": comparison,
         "cka": describe_similarity(once, recipe, data, compute),
+        **(known or {}),
     }
 
 

@@ -26,7 +26,11 @@ _KINDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
-RENAMED = {"pick_by": "selection_metric", "fit": "resize_mode"}  # settings that had another name
+RENAMED = {  # former keys, and what they are called now
+    "pick_by": "selection_metric",
+    "view_seed": "augmentation_seed",
+    "fit": "resize_mode",
+}
 _INSTEAD = {  # values that cannot be, and why
     ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs, so it is no "
     "measure: use nll, the cross-entropy of the labels alone"
@@ -71,12 +75,7 @@ def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel])
     for error in errors:
         path = _real_path(error["loc"], section, missing=error["type"] == "missing")
         if error["type"] == "extra_forbidden":
-            now = RENAMED.get(str(path[-1]))
-            findings[path] = (
-                f"{dotted(path)} is now called {now}"
-                if now
-                else f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
-            )
+            findings[path] = f"{dotted(path)}: unknown key{_nearest_key(path, model)}"
         elif error["type"] == "missing":
             findings[path] = f"{dotted(path)} is missing{_purpose(path, model)}"
         else:
@@ -154,6 +153,8 @@ def _within(annotation: Any) -> Iterator[Any]:
 
 def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:
     key, siblings = str(path[-1]), _fields(path[:-1], model)
+    if siblings and (new := RENAMED.get(key)) in siblings.model_fields:
+        return f"; it is called {new!r} now"
     if near := nearest(key, siblings.model_fields if siblings else ()):
         return near
     elsewhere = [

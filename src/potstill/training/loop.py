@@ -183,14 +183,16 @@ class Training:
                 self.compiling.begin(batch.images)
             first = position - position % group
             complete = (position + 1) % group == 0 or position + 1 == self.train.steps
-            with self.sharing.step(complete):
-                step = self._ask(batch, answers, self.sharing.call, self.compute.autocast())
-                share = self.sharing.share_of(len(batch), sizes[position])
-                self.gradients.add(step, min(group, self.train.steps - first), share)
-            if complete:
-                self._update()
-            under_way.metrics.update(step.logits.detach(), batch.labels)
-            under_way.averages.update(step.terms, len(batch), position + 1)
+            with self.compute.processes.stepping():
+                with self.sharing.step(complete):
+                    step = self._ask(batch, answers, self.sharing.call, self.compute.autocast())
+                    self.compute.processes.mark()
+                    share = self.sharing.share_of(len(batch), sizes[position])
+                    self.gradients.add(step, min(group, self.train.steps - first), share)
+                if complete:
+                    self._update()
+                under_way.metrics.update(step.logits.detach(), batch.labels)
+                under_way.averages.update(step.terms, len(batch), position + 1)
             self.observer.step(sizes[position])
             if complete:
                 under_way.step = position + 1
@@ -265,9 +267,10 @@ class Training:
             if common:
                 self._agreed()
                 self.stopping.check()
-            step = self._ask(batch, answers, self.distiller, nullcontext())
-            metrics.update(step.logits, batch.labels)
-            averages.update(step.terms, len(batch), number)
+            with self.compute.processes.stepping():
+                step = self._ask(batch, answers, self.distiller, nullcontext())
+                metrics.update(step.logits, batch.labels)
+                averages.update(step.terms, len(batch), number)
         answers.flush()
         return self._figures(UnderWay(metrics, averages, lr=0.0), f"epoch {epoch + 1}, {split}", loader, 0)
 

@@ -76,7 +76,9 @@ HARMFUL = {
     "long names without end": b"".join(header("././@LongLink", 4, b"L") + padded(b"abc\0") for _ in range(3000)),
     "header with a wrong sum": bytes(100) + header("a/x.png", 0)[100:],
     "text": b"x" * BLOCK,
-    "sparse map without end": pax(record(b"GNU.sparse.major=1"), record(b"GNU.sparse.minor=0"), record(b"GNU.sparse.name=a/x.png"))
+    "sparse map without end": pax(
+        record(b"GNU.sparse.major=1"), record(b"GNU.sparse.minor=0"), record(b"GNU.sparse.name=a/x.png")
+    )
     + header("a/x.png", 512) + b"99999\n" + bytes(506),
     "sparse image": header("a/x.png", 0, b"S"),
 }  # fmt: skip
@@ -105,7 +107,7 @@ def test_names_that_are_no_utf8_are_refused_with_their_reason(tmp_path):
 
 def test_archives_that_were_joined_lose_nothing_unseen(tmp_path):
     (tmp_path / "s.tar").write_bytes(GOOD + GOOD)
-    with pytest.raises(DataError, match="behind the archive's end.*--concatenate"):
+    with pytest.raises(DataError, match=r"behind the archive's end.*--concatenate"):
         read_shard(str(tmp_path / "s.tar"))
 
 

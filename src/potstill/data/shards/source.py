@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.artifacts import digest
+from potstill.cache import cache_folder
 from potstill.data.bundled.options import Options, read_options
 from potstill.data.decode import Pixels, decode_bytes
 from potstill.data.images import ImageSet, Subset
@@ -15,6 +17,7 @@ from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.shards.reading import Sample, Shard, read_shard
 from potstill.data.shards.urls import expand, read_range
 from potstill.data.splits import DataSplits, check_splits, fingerprint, stratified
+from potstill.data.turns import one_process
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError
 
@@ -119,12 +122,13 @@ def _left_alone(shards: Sequence[Shard]) -> str:
 
 
 def _read(source: str, progress: Watcher | None) -> list[Shard]:
-    urls = expand(source)
-    found = []
-    for at, url in enumerate(urls):
-        found.append(read_shard(url))
-        if progress is not None:
-            progress.wait("reading shards", at + 1, len(urls))
+    urls, found = expand(source), []
+    lock = cache_folder("locks", f"{digest(source.encode('utf-8', 'surrogateescape'))[:16]}.lock")
+    with one_process(lock, "reads these shards", progress):
+        for at, url in enumerate(urls):
+            found.append(read_shard(url))
+            if progress is not None:
+                progress.wait("reading shards", at + 1, len(urls))
     return found
 
 
