@@ -103,7 +103,7 @@ def test_train_carries_out_one_stage_under_a_name_of_its_own(
 
 
 def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--data", "digits", "--student", "resnet18", "--seed", "3", "--root", "my runs"]
+    given = ["--data", "digits", "--skip-bad", "--student", "resnet18", "--seed", "3", "--root", "my runs"]
     given += ["--set", "teacher.weights=null", "--set", "data.augment={hflip: true}"]
     assert main(["train", "quickstart", "--stage", "teacher", "--teacher", "resnet34", "--name", "t", *given]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next:")]
@@ -114,6 +114,8 @@ def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], caps
         ("--data", "digits"), ("--student", "resnet18"), ("--seed", "3"), ("--root", "my runs"),
         ("--set", "data.augment={hflip: true}"), ("--teacher", "my runs/t"), ("--name", "t-run"),
     }  # fmt: skip
+    assert "--skip-bad" in kept
+    assert "True" not in kept
     assert kept.count("--set") == kept.count("--teacher") == 1  # the weights are those of the teacher just trained
 
 

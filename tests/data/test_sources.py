@@ -13,7 +13,7 @@ from potstill.data.image_files import sizes_of
 from potstill.data.images import ArraySet
 from potstill.data.settings import DataSettings
 from potstill.data.splits import DataSplits
-from potstill.errors import DataError
+from potstill.errors import DataError, UsageError
 
 
 def load(source: Path, **settings: object) -> DataSplits:
@@ -153,6 +153,20 @@ def test_classes_that_are_numbers_are_said_to_be_in_the_order_of_text(make_folde
         "class names are sorted as text, so that output 2 is '10' and not '2'; weights of other programs may have the "
         "order of the numbers"
     ]
+
+
+def test_class_names_that_other_systems_change_are_said(make_folder) -> None:
+    report = examine(DataSettings(source=str(make_folder({"cat ": 3, "dog.": 3, "e": 3}))))
+
+    assert report.notes[0] == "class names that end in blanks or dots, which Windows drops: 'cat ', 'dog.'"
+
+
+def test_shards_and_images_are_no_place_for_it(make_folder, tmp_path: Path) -> None:
+    (tmp_path / "s.tar").touch()
+    with pytest.raises(UsageError, match=r"--skip-bad .* takes folders and manifests"):
+        load(tmp_path / "s.tar")
+    with pytest.raises(UsageError, match="for an image, give the folder that holds the class folders"):
+        load(make_folder({"a": 1}) / "a/0.png")
 
 
 def test_sizes_of_files_and_arrays(make_folder) -> None:

@@ -145,9 +145,11 @@ def train(
 
 
 def _as_arguments(flags: Mapping[str, Any]) -> list[str]:
-    """Flags with their values as a command line has them, those without a value left out."""
+    """Flags with their values as a command line has them: those without a value left out, switches alone."""
     values = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items()}
-    return [part for flag, each in values.items() for one in each if one is not None for part in (flag, str(one))]
+    words = [(flag,) if one is True else (flag, str(one)) for flag, each in values.items() for one in each
+             if one is not None and one is not False]  # fmt: skip
+    return [part for pair in words for part in pair]
 
 
 def report(

@@ -14,6 +14,7 @@ from potstill.data.bundled.options import read_options
 from potstill.data.check import check_images
 from potstill.data.doctor.manifest import SUFFIXES
 from potstill.data.images import ImageSet, Subset, TorchSet
+from potstill.data.listing import looks_like_image
 from potstill.data.settings import DataSettings
 from potstill.data.shards.source import check_shards, from_shards
 from potstill.data.shards.urls import is_shards
@@ -101,7 +102,8 @@ def check_source(settings: DataSettings) -> None:
     path = Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in SUFFIXES):
         if path.exists():
-            raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(SUFFIXES)}")
+            image = "; for an image, give the folder that holds the class folders" if looks_like_image(name) else ""
+            raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(SUFFIXES)}{image}")
         raise UsageError(
             f"no data set, folder or manifest {name!r}{nearest(name, DATASETS)}\n"
             f"Known names: {', '.join(DATASETS)}; or give a folder of class folders, a .csv or .jsonl manifest, or "

@@ -22,6 +22,7 @@ from potstill.data.sources import AUGMENT, leave_out, leave_out_classes, list_so
 from potstill.data.square import unseen
 from potstill.data.watcher import Watcher
 
+_SHOWN = 5  # names in a note
 _PIECE = 16  # images handed to a thread at once
 
 
@@ -97,7 +98,9 @@ def _list(settings: DataSettings) -> Listing:
 def _notes(listing: Listing, division: Division) -> Iterator[str]:
     yield from notes_of(listing)
     names = division.class_names
-    if not listing.ready and all(name.isdecimal() for name in names):
+    if blanks := [name for name in names if name != name.strip() or name.endswith(".")]:
+        yield f"class names that end in blanks or dots, which Windows drops: {', '.join(map(repr, blanks[:_SHOWN]))}"
+    if not listing.ready and len(names) > 1 and all(name.isdecimal() for name in names):
         by_number = sorted(names, key=int)
         if by_number != list(names):
             at = next(i for i, pair in enumerate(zip(names, by_number, strict=True)) if pair[0] != pair[1])

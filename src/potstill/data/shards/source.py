@@ -73,6 +73,11 @@ def check_shards(settings: DataSettings) -> None:
         UsageError: names or options that are wrong, or a shard on this machine that is not there.
     """
     options = read_options(settings, ShardOptions)
+    if settings.skip_bad:
+        raise UsageError(
+            f"data {settings.source!r}: --skip-bad (data.skip_bad) takes folders and manifests; write the shards "
+            "without the members that `potstill check` names"
+        )
     for source in filter(None, (settings.source, options.val, options.test)):
         for url in expand(source):
             if "://" not in url and not Path(url).expanduser().is_file():
