@@ -256,7 +256,7 @@ def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | i
     mean, deviation = float(difference.mean()), _deviation(difference)
     low = high = None
     if deviation is not None:
-        from scipy import special  # here, since it takes a tenth of a second
+        from scipy import special  # type: ignore[import-untyped]  # here, since it takes a tenth of a second
 
         half = float(special.stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
         low, high = mean - half, mean + half
@@ -349,13 +349,13 @@ def _floored(variance: float, x: Array, y: Array) -> float:
 
 def _critical(spread: _Spread, seeds: int, alpha: float) -> float:
     """By how many standard errors a mean may be off at level ``alpha`` (two-sided)."""
-    from scipy import special  # type: ignore[import-untyped]  # here, since it takes a tenth of a second
+    from scipy import special
 
     normal = -float(special.ndtri(alpha / 2))
     if seeds == 1:
         return normal
     student = -float(special.stdtrit(seeds - 1, alpha / 2))
-    return normal + spread.share ** _EXPONENTS.get(seeds, 1.8) * (student - normal)
+    return float(normal + spread.share ** _EXPONENTS.get(seeds, 1.8) * (student - normal))
 
 
 def _deviation(values: Array) -> float | None:

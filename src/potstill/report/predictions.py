@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from potstill.errors import ArtifactError
+from potstill.experiments.run_folder import cell_text
 from potstill.evaluation.averages import Array
 from potstill.report.contents import Stage
 
@@ -57,7 +58,8 @@ def _parse(path: Path, text: str) -> Predictions:
     few = header[3:5] == NUMBERS
     if few:
         index = {}
-    for row in rows:
+    for cells in rows:
+        row = [*map(cell_text, cells[:3]), *cells[3:]]
         try:
             if len(row) != len(header):
                 raise ValueError

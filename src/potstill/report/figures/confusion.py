@@ -29,11 +29,14 @@ _VARIABLES = {light: f"var(--{name})" for name, (light, _) in CSS.items()}
 _LABELLED = 40  # tick labels at most; of more classes every second, fifth, ... is named
 
 
-def draw_pair(figure: "Figure", matrix: Matrix, class_names: Sequence[str], title: str) -> None:
-    """Counts on the left, shares of the true class on the right."""
+def draw_pair(figure: "Figure", matrix: Matrix, class_names: Sequence[str], title: str, *, legend: str = "") -> None:
+    """Draw counts on the left, shares of the true class on the right; ``legend`` explains the class names."""
     left, right = figure.subplots(1, 2)
     draw_matrix(left, matrix, class_names, "counts", f"{title}: images")
     draw_matrix(right, matrix, class_names, "shares", f"{title}: share of row")
+    if legend:
+        for axes in (left, right):
+            axes.set_xlabel(f"{axes.get_xlabel()} {legend}")
 
 
 def matrix_svg(matrix: Matrix, class_names: Sequence[str], title: str, label: str) -> str:
