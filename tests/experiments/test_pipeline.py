@@ -336,7 +336,7 @@ def test_a_broken_image_stops_the_run_before_training(photographs, recipe, tmp_p
 
 
 def test_stages_must_make_sense(recipe, tmp_path):
-    with pytest.raises(UsageError, match="distilled needs teacher"):
+    with pytest.raises(UsageError, match="needs a teacher that is trained already"):
         pipeline.run(recipe(), root=tmp_path, stages=("distilled",))
 
 

@@ -134,7 +134,7 @@ def test_results_hold_every_seed(two):
     assert seeds["seeds"] == [0, 1]
     assert [each["top1_gain"] for each in seeds["each"]] == pytest.approx(gains)
     assert seeds["figures"]["top1"]["difference"] == pytest.approx(np.mean(gains))
-    assert seeds["images"]["gain"] == pytest.approx(np.mean(gains))
+    assert seeds["top1_gain"]["value"] == pytest.approx(np.mean(gains))
     assert seeds["gap"] == pytest.approx(tops["teacher"] - (tops["baseline"] + tops["baseline-2"]) / 2)
     for name in ("baseline-2", "distilled-2"):
         assert {f"{name}/metrics.jsonl", f"{name}/predictions_test.csv", f"{name}/metrics.json"} <= found[

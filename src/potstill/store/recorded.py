@@ -112,7 +112,7 @@ class Recorded:
         self.second: list[Shelf] = list(second)
         self.processes = processes
         self.counts = Counts()
-        self.broken = False
+        self.broken = any(isinstance(shelf, Unkept) for shelf in self.shelves)  # nothing is kept
         self._coming: Iterator[Ids] = iter(())
         self._view = 0
         self._told: list[_Told] = []  # what this process has asked and nobody has recorded yet
