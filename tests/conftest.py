@@ -5,7 +5,10 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -37,6 +40,23 @@ def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [torch.get_num_threads()]
     monkeypatch.setattr(torch, "set_num_threads", lambda number: kept.__setitem__(0, number))
     monkeypatch.setattr(torch, "get_num_threads", lambda: kept[0])
+
+
+class _Blank:
+    """In place of a figure."""
+
+    def savefig(self, file: IO[bytes], *, format: str, **_: Any) -> None:
+        file.write(b"<svg></svg>" if format == "svg" else b"")
+
+
+@contextmanager
+def blank_pictures() -> Iterator[None]:
+    """Reports have empty pictures: to draw those of a small run takes five times as long as all else of it."""
+    from potstill.report.figures import canvas
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas, "_drawn", lambda draw, size: _Blank())
+        yield
 
 
 @pytest.fixture

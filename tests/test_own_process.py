@@ -70,7 +70,7 @@ def test_outcomes(tmp_path: Path) -> None:
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", run],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     outcomes = dict(re.findall(r"::(\S+|test_is_found\[.*?\]) (PASSED|FAILED|SKIPPED)", done.stdout))
     assert outcomes == {

@@ -175,6 +175,10 @@ def say_results(results: Mapping[str, Any], page: Path | None) -> None:
         lines += [*textwrap.wrap(plain(str(comparison["verdict"])), _WIDTH), ""]
     _print(lines)
     if page is not None:
+        from potstill.report.figures.fonts import labels
+
+        if warning := labels((results.get("data") or {}).get("class_names") or ()).warning:
+            _print(textwrap.wrap(plain(f"warning: {warning}"), _WIDTH))
         say_page(page)
 
 

@@ -175,6 +175,7 @@ class Deadly(ArraySet):
         return super().pixels(i)
 
 
+@pytest.mark.own_process
 def test_a_dead_worker_is_an_error_and_leaves_no_children() -> None:
     data = Deadly(images().images, images().labels, images().names)
     loader = Loader(data, SPEC, batch_size=4, workers=2, memory_share=NOTHING)

@@ -263,6 +263,25 @@ def test_arrays_that_memory_has_no_room_for_are_kept_on_disk(cache: Path, monkey
     assert len(folders(cache)) == 1
 
 
+def test_processes_of_a_machine_share_one_file_and_divide_the_memory(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 images, half of the room: twice their size suffices on the disk, of memory twice that for each of four."""
+    room = {"disk": 40 * IMAGE, "memory": 160 * IMAGE - 1}
+    monkeypatch.setattr(stale_pixels.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
+    monkeypatch.setattr(packed, "free_bytes", lambda device: room["memory"])
+
+    def of_four(seed: int) -> torch.Tensor | None:
+        return pack(Drawn(seed=seed), SIDE, "crop", device=CPU, memory_share=0.5, processes=4, identity="drawn")
+
+    assert of_four(1) is not None
+    assert len(folders(cache)) == 1
+    room["disk"] = 0
+    assert of_four(2) is None
+    room["memory"] += 1
+    assert of_four(3) is not None
+
+
 def test_where_the_disk_has_no_room_it_is_said_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = {"disk": 40 * IMAGE - 1, "memory": 10**9}
     monkeypatch.setattr(stale_pixels.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))

@@ -43,15 +43,25 @@ def results(path):
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+def root(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def ready(recipe, tmp_path_factory):
+    """Two run folders: of a trained teacher alone, and of a baseline alone."""
+    folder = tmp_path_factory.mktemp("ready")
+    return tuple(pipeline.run(recipe(), root=folder, name=stage, stages=(stage,)) for stage in ("teacher", "baseline"))
+
+
 @pytest.fixture
-def teacher(recipe, root):
-    """A run folder with a trained teacher alone."""
-    return pipeline.run(recipe(), root=root, name="teacher", stages=("teacher",))
+def teacher(ready):
+    return ready[0]
+
+
+@pytest.fixture
+def baseline(ready):
+    return ready[1]
 
 
 def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, root, teacher):
@@ -94,7 +104,7 @@ def test_a_run_is_not_shortened_and_needs_its_checkpoints(recipe, root, teacher)
     assert (path / "recipe.yaml").read_bytes() == before
 
 
-def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, teacher):
+def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, teacher, baseline):
     same = {"teacher.weights": teacher}
     whole = pipeline.run(recipe(**same), root=root, name="whole")
     heard = Heard()
@@ -108,11 +118,10 @@ def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, t
     with pytest.raises(UsageError, match=r"needs a teacher that is trained already: .*--teacher"):
         pipeline.run(recipe(), root=root, name="none", stages=("distilled",))
 
-    first = pipeline.run(recipe(), root=root, name="first", stages=("baseline",))
     other = recipe(**same, **{"method.temperature": 4})  # which a baseline has nothing to do with
-    found = pipeline.run(other, root=root, name="reusing", baseline=first, observer=(heard := Heard()))
+    found = pipeline.run(other, root=root, name="reusing", baseline=baseline)
     assert weights(found, "baseline") == weights(whole, "baseline")
-    assert results(found)["stages"]["baseline"]["reused_from"] == str(first)
+    assert results(found)["stages"]["baseline"]["reused_from"] == str(baseline)
     assert results(found)["views_differ"] == []
     assert {**results(found)["stages"]["baseline"]["test"]} == results(whole)["stages"]["baseline"]["test"]
     with pytest.raises(UsageError, match="the baseline is that of"):
@@ -137,13 +146,8 @@ def test_a_baseline_that_was_trained_otherwise_is_refused(recipe, root, teacher,
     assert not (root / "run").exists()
 
 
-@pytest.fixture
-def baseline(recipe, root):
-    return pipeline.run(recipe(), root=root, name="first", stages=("baseline",), evaluate=False)
-
-
 def test_a_run_without_baseline_has_none_to_give(recipe, root, teacher):
     with pytest.raises(UsageError, match="there is no trained baseline"):
         pipeline.run(recipe(**{"teacher.weights": teacher}), root=root, name="run", baseline=teacher)
     with pytest.raises(UsageError, match="is this run itself"):
-        pipeline.run(recipe(), root=root, name="teacher", baseline=teacher, overwrite=True)
+        pipeline.run(recipe(), root=teacher.parent, name=teacher.name, baseline=teacher, overwrite=True)

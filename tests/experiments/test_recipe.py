@@ -256,11 +256,11 @@ epochs: 3
         ),
         (
             {"training": {"pick_by": "nll"}},
-            "training.pick_by: unknown key; it is called 'training.selection_metric' now",
+            "training.pick_by: unknown key; it is called 'selection_metric' now",
         ),
         (
             {"teacher": {"model": "a", "training": {"pick_by": "nll"}}},
-            "teacher.training.pick_by: unknown key; it is called 'teacher.training.selection_metric' now",
+            "teacher.training.pick_by: unknown key; it is called 'selection_metric' now",
         ),
         (
             {"training": {"selection_metric": "loss"}},
@@ -362,7 +362,12 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
 
 
 def test_a_renamed_key_names_the_new_one() -> None:
-    assert problems("quickstart", "data.fit=squash") == ["--set data.fit=squash: data.fit is now called resize_mode"]
+    assert problems("quickstart", "data.fit=squash") == [
+        "--set data.fit=squash: data.fit: unknown key; it is called 'resize_mode' now"
+    ]
+    assert problems("quickstart", "data.view_seed=1") == [
+        "--set data.view_seed=1: data.view_seed: unknown key; it is called 'augmentation_seed' now"
+    ]
     assert "'crop', 'pad' or 'stretch'" in problems("quickstart", "data.resize_mode=squash")[0]
 
 

@@ -15,6 +15,8 @@ from potstill.processes import watching as module
 from potstill.processes.group import Processes
 from potstill.processes.watching import Watching, _Life, _Seen, is_connection_error
 
+pytestmark = pytest.mark.own_process
+
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:30153"
 
 

@@ -33,7 +33,7 @@ def like(stage: str) -> str:
 
 def listed(folder: Path) -> dict[str, str]:
     """``files`` of results.json."""
-    names = ("metrics.json", "metrics.jsonl", "predictions_*.csv")
+    names = ("metrics.json", "metrics.jsonl", "predictions_*.csv", "confusion_*.csv")
     found = sorted([path for name in names for path in folder.glob(f"*/{name}")] + list(folder.glob("examples.json")))
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
@@ -111,6 +111,8 @@ class RunBuilder:
                 writer.writerow([f"{split}/{i:05d}.png", self.class_names[label], self.class_names[said], *numbers])
         confusion = np.zeros((classes, classes), dtype=int)
         np.add.at(confusion, (labels, predicted), 1)
+        pairs = [f"{i},{j},{confusion[i, j]}" for i, j in np.argwhere(confusion)]
+        (folder / f"confusion_{split}.csv").write_text("\n".join(["true_index,predicted_index,images", *pairs, ""]))
         return metrics(self.class_names, confusion, distilled=stage == "distilled" and split == "test")
 
     def _probabilities(self, labels: np.ndarray[Any, Any], skill: float) -> np.ndarray[Any, Any]:
@@ -180,7 +182,7 @@ class RunBuilder:
         }
 
 
-_DETAILS = ("per_class", "confusion", "auc_skipped")
+_DETAILS = ("per_class", "auc_skipped")
 
 
 def metrics(class_names: Sequence[str], confusion: np.ndarray[Any, Any], *, distilled: bool) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def metrics(class_names: Sequence[str], confusion: np.ndarray[Any, Any], *, dist
         {"class": c, "precision": float(p), "recall": float(r), "f1": float(f), "auc": 0.99, "support": int(n)}
         for c, p, r, f, n in zip(class_names, precision, recall, f1, rows, strict=True)
     ]
-    return found | {"confusion": confusion.tolist(), "auc_skipped": []}
+    return found | {"auc_skipped": []}
 
 
 GROUPS = ("mistakes", "disagreements", "repaired", "broken")

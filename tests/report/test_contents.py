@@ -18,7 +18,11 @@ def test_a_whole_run(build_run: BuildRun) -> None:
     assert [record["epoch"] for record in run.stages["teacher"].epochs] == [1, 2, 3, 4, 5]
     assert run.stages["teacher"].best_epoch == 3
     assert list(run.stages["distilled"].metrics) == ["train", "val", "test"]
-    assert sum(map(sum, run.stages["distilled"].confusion("test", 4) or [])) == 4 * 27
+    matrix = run.stages["distilled"].confusion("test", 4)
+    assert matrix is not None
+    assert matrix.sum(axis=1).tolist() == [27] * 4
+    with pytest.raises(ArtifactError, match="not for 3 classes"):
+        read_run(run.folder).stages["distilled"].confusion("test", 3)
 
 
 def test_ready_teacher_and_missing_stage(build_run: BuildRun) -> None:

@@ -22,7 +22,15 @@ def test_names_with_commas_quotes_and_newlines(tmp_path: Path) -> None:
     found = read_predictions(stage, "test")
     assert found is not None
     assert found.class_names == ["a,b", 'c"\nd']
-    assert (found.paths, found.labels, found.predicted) == (["x,1.png", "y.png"], [0, 0], [1, 0])
+    assert (found.paths, found.labels.tolist(), found.predicted.tolist()) == (["x,1.png", "y.png"], [0, 0], [1, 0])
+
+
+def test_the_most_probable_classes_alone(tmp_path: Path) -> None:
+    text = "path,label,prediction,label_index,prediction_index,p_1,class_2,p_2\nx,cat,ox,3,7,0.9,cat,0.1\n"
+    found = read_predictions(stage_with(tmp_path, text), "test")
+    assert found is not None
+    assert (found.labels.tolist(), found.predicted.tolist()) == ([3], [7])
+    assert [found.class_names[i] for i in (3, 7)] == ["cat", "ox"]
 
 
 def test_absent(tmp_path: Path) -> None:
@@ -35,6 +43,7 @@ def test_absent(tmp_path: Path) -> None:
         ("label,path\n", "first line"),
         ("path,label,prediction,p:a\nx,a,b,1\n", "line 2"),
         ("path,label,prediction,p:a\nx,a,a,1\ny,a\n", "line 3"),
+        ("path,label,prediction,label_index,prediction_index\nx,a,b,0,1\ny,a,b,1,1\n", "line 3"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -50,3 +59,11 @@ def test_other_bytes_than_the_run_wrote_are_never_parsed(tmp_path: Path) -> None
         read_predictions(stage, "test")
     with pytest.raises(ArtifactError, match=r"none of the files that results\.json lists"):
         read_predictions(Stage("teacher", tmp_path, {}), "test")
+
+
+def test_apostrophes_before_formulas_are_taken_off(tmp_path: Path) -> None:
+    text = "path,label,prediction,p:=a,p:'b\n'=x.png,'=a,'b,0.2,0.8\n"
+    found = read_predictions(stage_with(tmp_path, text), "test")
+    assert found is not None
+    assert found.class_names == ["=a", "'b"]
+    assert (found.paths, found.labels.tolist(), found.predicted.tolist()) == (["=x.png"], [0], [1])

@@ -1,13 +1,16 @@
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sklearn.metrics import f1_score, precision_score, recall_score
+import numpy as np
+from sklearn.metrics import classification_report, f1_score, precision_score, recall_score
 
+from potstill.evaluation.exact import final_metrics
 from potstill.report.contents import Stage, read_run
 from potstill.report.names import columns
-from potstill.report.predictions import Predictions, read_predictions
+from potstill.report.predictions import read_predictions
 from potstill.report.texts import classification_report_text, metrics_text, teaching_text
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
@@ -52,13 +55,21 @@ def test_ready_teacher(build_run: BuildRun) -> None:
     assert "not here: it came ready-made" in metrics_text(run, run.stages["teacher"])
 
 
-def test_classification_report_names_classes_without_images() -> None:
-    text = classification_report_text(Predictions(["a", "b\x1b", "c"], ["1", "2"], [0, 1], [0, 0]))
-    assert text is not None
-    assert r"b\x1b" in text
-    assert re.search(r"c\s+0\.0000\s+0\.0000\s+0\.0000\s+0\n", text)
-    assert re.search(r"accuracy\s+0\.5000\s+2\n", text)
-    assert classification_report_text(Predictions(["a", "b"], [], [], [])) is None
+def test_classification_report_is_laid_out_as_scikit_learn_does() -> None:
+    labels, predicted, names = [0, 1, 0, 1, 1], [0, 0, 0, 1, 0], ["a", "a longer name", "none"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = classification_report(
+            labels, predicted, labels=range(3), target_names=names, digits=4, zero_division=0
+        )
+    figures = final_metrics(np.eye(3)[predicted], np.array(labels), names)
+    assert classification_report_text(Stage("teacher", Path(), {}, metrics={"test": figures}), "test") == expected
+
+
+def test_no_classification_report_of_no_images() -> None:
+    figures = final_metrics(np.zeros((0, 2)), np.zeros(0, dtype=np.int64), ["a", "b"])
+    stage = Stage("teacher", Path(), {}, metrics={"test": figures})
+    assert classification_report_text(stage, "test") is classification_report_text(stage, "val") is None
 
 
 def _row(text: str, name: str) -> list[str]:

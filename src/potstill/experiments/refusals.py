@@ -37,7 +37,7 @@ def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
     ]
     if before.get("seeds", 1) < after["seeds"]:  # more of them only add stages
         changed = [line for line in changed if not line.startswith("  seeds:")]
-    if _longer(former, recipe):
+    if _longer(folder, former, recipe):
         changed = [line for line in changed if not line.partition(":")[0].endswith("training.epochs")]
     if changed:
         more = [f"  and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
@@ -58,12 +58,16 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
     for stage in planned:
         if not folder.trained(stage.name):
             continue
-        facts = read_sealed_json(folder.stage(stage.name) / "model.json").get("facts") or {}
-        training = facts.get("training") or {}  # empty for a ready-made teacher
-        epochs, now = training.get("planned_epochs"), recipe.stage_training(stage.name).epochs
+        training = _training_facts(folder, stage)
+        epochs, now = _planned_epochs(folder, stage), recipe.stage_training(stage.name).epochs
         if epochs is None or epochs >= now:
             continue
         if not (folder.stage(stage.name) / "checkpoints" / "last.checkpoint").exists():
+            if other := _facts(folder, stage).get("reused_from"):
+                raise UsageError(
+                    f"{stage.name} is that of {other}, which --baseline has taken: extend that run first, and begin "
+                    "this one anew with another --name"
+                )
             raise UsageError(
                 f"{stage.name} has its {epochs} epochs, and the checkpoint to go on from was removed at their end.\n"
                 "Only a run with `keep_checkpoint: true` under `training` can be extended; train for "
@@ -145,14 +149,34 @@ def refuse_own_weights(folder: RunFolder, recipe: Recipe) -> None:
             raise UsageError(f"--overwrite would delete the {name}'s own weights, {weights}; choose another --name")
 
 
-def _longer(before: Any, recipe: Recipe) -> bool:
-    """Whether no stage has fewer epochs than before."""
+def _longer(folder: RunFolder, before: Any, recipe: Recipe) -> bool:
+    """Whether no stage has fewer epochs than before, and none is in the midst of them: its schedule is fixed."""
     former, _ = parse(before, Recipe)
     if former is None:
         return False
-    return all(
-        former.stage_training(stage.name).epochs <= recipe.stage_training(stage.name).epochs for stage in plan(former)
-    )
+    for stage in plan(former):
+        epochs, path = former.stage_training(stage.name).epochs, folder.stage(stage.name)
+        if recipe.stage_training(stage.name).epochs < epochs:
+            return False
+        if not folder.trained(stage.name) and (path / "checkpoints" / "last.checkpoint").exists():
+            return False
+        if folder.trained(stage.name) and (_planned_epochs(folder, stage) or epochs) < epochs:
+            return False
+    return True
+
+
+def _planned_epochs(folder: RunFolder, stage: Planned) -> int | None:
+    """Of a stage that is done; None of a ready-made teacher."""
+    found = _training_facts(folder, stage).get("planned_epochs")
+    return found if isinstance(found, int) else None
+
+
+def _training_facts(folder: RunFolder, stage: Planned) -> dict[str, Any]:
+    return _facts(folder, stage).get("training") or {}
+
+
+def _facts(folder: RunFolder, stage: Planned) -> dict[str, Any]:
+    return read_sealed_json(folder.stage(stage.name) / "model.json").get("facts") or {}
 
 
 def _of_baseline(recipe: Recipe) -> dict[str, Any]:

@@ -27,6 +27,7 @@ STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
 _LOCKS = (run_lock.NAME, run_lock.HOLDER)
+_FORMULA = re.compile(r"'*[=+\-@]")  # how a cell begins that a spreadsheet runs, or that was made harmless
 _FIRST = (
     *_LOCKS,
     "recipe.yaml",
@@ -295,7 +296,11 @@ class RunFolder:
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Comma-separated text; control characters in names become visible escapes, so that a line stays a line."""
+    """Return comma-separated text.
+
+    Control characters in names become visible escapes, so that a line stays a line.  Texts that a spreadsheet would run
+    as formulas get a leading apostrophe, which ``cell_text`` takes off.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([_visible(cell) for cell in header])
@@ -321,4 +326,15 @@ def find_model(path: Path) -> Path:
 
 def _visible(cell: Any) -> str:
     text = str(cell)
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return f"'{text}" if isinstance(cell, str) and _FORMULA.match(text) else text
+
+
+def cell_text(cell: str) -> str:
+    """Return the text that ``as_csv`` wrote as ``cell``.
+
+    Example:
+        >>> cell_text("'=1+1.jpg"), cell_text("'cat'.jpg")
+        ('=1+1.jpg', "'cat'.jpg")
+    """
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

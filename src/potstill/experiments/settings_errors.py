@@ -153,6 +153,8 @@ def _within(annotation: Any) -> Iterator[Any]:
 
 def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:
     key, siblings = str(path[-1]), _fields(path[:-1], model)
+    if siblings and (new := RENAMED.get(key)) in siblings.model_fields:
+        return f"; it is called {new!r} now"
     if near := nearest(key, siblings.model_fields if siblings else ()):
         return near
     elsewhere = [

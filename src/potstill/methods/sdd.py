@@ -16,9 +16,9 @@ from torch import Tensor
 from potstill.errors import UsageError
 from potstill.methods.base import Method, Side, TrainingFacts
 from potstill.methods.needs import Needs
-from potstill.methods.pieces.divergence import softened_kl
+from potstill.methods.pieces.divergence import softened_kl, softened_target_kl
 from potstill.methods.pieces.relations import products
-from potstill.methods.pieces.target_class import refuse_two_classes, target_or_not, without_target
+from potstill.methods.pieces.target_class import refuse_two_classes, without_target
 from potstill.options import Count, NonNegative, Positive, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Head, Outputs
@@ -117,8 +117,7 @@ def sdd_dkd_loss(
         at_least_float32(each).transpose(1, 2).flatten(0, 1) for each in (student_regions, teacher_regions.detach())
     )
     targets = labels.repeat_interleave(regions)
-    own, given = (target_or_not(each / temperature, targets) for each in (student, teacher))
-    target = F.kl_div(own, given, reduction="none", log_target=True).sum(dim=1)
+    target = softened_target_kl(student, teacher, targets, temperature)
     others = softened_kl(without_target(student, targets), without_target(teacher, targets), temperature)
     weights = _weights(teacher_regions, labels).flatten()
     return temperature**2 * (weights * (alpha * target + beta * others)).mean()

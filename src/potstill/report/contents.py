@@ -1,14 +1,19 @@
 """What a run folder holds: a stage or file that was never made is absent, a damaged one is an error."""
 
 import contextlib
+import csv
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from potstill.amounts import number
 from potstill.artifacts import as_json, read_bytes
 from potstill.errors import ArtifactError
+from potstill.evaluation.averages import Array
 from potstill.experiments.method_settings import describe
 from potstill.experiments.stage_names import in_order, role
 from potstill.sealed import read_sealed_json, read_sealed_text
@@ -28,6 +33,7 @@ class Stage:
     epochs: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, by epoch
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # split -> final metrics
     files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256, as results.json has it
+    read_once: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what was made of the files
 
     def read(self, name: str) -> bytes | None:
         """One of its files, compared with its digest; None where it was never made or is gone.
@@ -86,20 +92,17 @@ class Stage:
         best = self.training.get("best_epoch", picked[-1] if picked else None)
         return best if isinstance(best, int) else None
 
-    def confusion(self, split: str, classes: int) -> list[list[int]] | None:
-        """K rows (true classes) of K counts, or None where there is none.
+    def confusion(self, split: str, classes: int) -> Array | None:
+        """Images by true class (rows) and predicted class (columns), [K, K] int64; None where there is none.
 
         Raises:
-            ArtifactError: the matrix is not of ``classes`` rows and columns.
+            ArtifactError: the file is damaged, or is not for ``classes`` classes.
         """
-        matrix = self.metrics.get(split, {}).get("confusion")
-        if matrix is None:
-            return None
-        if len(matrix) != classes or any(len(row) != classes for row in matrix):
-            raise ArtifactError(
-                f"{self.folder / 'metrics.json'}: the confusion matrix of {split} is not for {classes} classes"
-            )
-        return [[int(count) for count in row] for row in matrix]
+        name = f"confusion_{split}.csv"
+        if name not in self.read_once:
+            content = self.read(name)
+            self.read_once[name] = None if content is None else _confusion(self.folder / name, content, classes)
+        return self.read_once[name]
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ def _stages(folder: Path, entries: dict[str, Any], files: dict[str, Any]) -> dic
 def _stage(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> Stage:
     start = f"{folder.name}/"
     own = {name.removeprefix(start): str(sha256) for name, sha256 in files.items() if name.startswith(start)}
-    # results.json has the flat figures of each split, metrics.json also those per class and the confusion matrix.
+    # results.json has the flat figures of each split, metrics.json also those of each class.
     metrics = {split: dict(facts[split]) for split in SPLITS if isinstance(facts.get(split), dict)}
     path, lines = folder / "metrics.json", folder / "metrics.jsonl"
     content = _read_listed(path, own.get(path.name))
@@ -212,6 +215,21 @@ def _epochs(path: Path, content: bytes) -> list[dict[str, Any]]:
     if not all(isinstance(record.get("epoch"), int) for record in records):
         raise ArtifactError(f"{path} is damaged: each line should be an object with a whole 'epoch'")
     return records
+
+
+def _confusion(path: Path, content: bytes, classes: int) -> Array:
+    """One row of the file for each pair of classes that has images: true class, predicted class, images."""
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    rows = csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline=""))
+    try:
+        next(rows)
+        found = np.array([[int(cell) for cell in row[:3]] for row in rows], dtype=np.int64).reshape(-1, 3)
+    except (StopIteration, ValueError, OverflowError, csv.Error) as error:
+        raise ArtifactError(f"{path} is damaged in line {rows.line_num}: {error or 'it is empty'}") from error
+    if len(found) and not (found.min() >= 0 and found[:, :2].max() < classes):
+        raise ArtifactError(f"{path}: the confusion matrix is not for {classes} classes")
+    np.add.at(matrix, (found[:, 0], found[:, 1]), found[:, 2])
+    return matrix
 
 
 def _read_listed(path: Path, sha256: str | None) -> bytes | None:

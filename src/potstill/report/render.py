@@ -8,15 +8,14 @@ from potstill.report.card import card
 from potstill.report.contents import SPLITS, Run, Stage, read_run
 from potstill.report.page import page
 from potstill.report.pictures import pictures
-from potstill.report.predictions import read_predictions
 from potstill.report.texts import classification_report_text, metrics_text
 
 
 def render(run: Path | str) -> Path:
     """Write all pictures, text reports, report.md and report.html of a run folder; returns the path of report.html.
 
-    Reads results.json, recipe.yaml, environment.json and each stage's metrics and predictions; nothing else, and no
-    network.  Stages and files that are absent are left out.
+    Reads results.json, recipe.yaml, environment.json, each stage's metrics and confusion matrices, and the students'
+    predictions on test; nothing else, and no network.  Stages and files that are absent are left out.
 
     Raises:
         ArtifactError: no run folder, or a damaged file.
@@ -43,8 +42,7 @@ def _render(found: Run) -> Path:
 def _render_stage(run: Run, stage: Stage) -> None:
     write_text(stage.folder / "metrics.txt", metrics_text(run, stage))
     for split in SPLITS:
-        predictions = read_predictions(stage, split)
-        text = classification_report_text(predictions) if predictions else None
+        text = classification_report_text(stage, split)
         if text is not None:
             write_text(stage.folder / f"classification_report_{split}.txt", text)
     for name, data in pictures(run, stage):

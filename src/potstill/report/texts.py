@@ -1,14 +1,15 @@
 """What a stage writes for people who read text: metrics.txt and scikit-learn's classification reports."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from potstill.amounts import NONE, count, decimal, duration, milliseconds, number, percent, scaled
 from potstill.report.aligned import facts, table
 from potstill.report.contents import SPLITS, Run, Stage
 from potstill.report.metric_names import Format, metric_rows
 from potstill.report.names import plain
-from potstill.report.predictions import Predictions
 
 
 def metrics_text(run: Run, stage: Stage) -> str:
@@ -18,17 +19,37 @@ def metrics_text(run: Run, stage: Stage) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def classification_report_text(found: Predictions) -> str | None:
-    """scikit-learn's report of one split; None where it has no images."""
-    if not found.labels:
+def classification_report_text(stage: Stage, split: str) -> str | None:
+    """Precision, recall and F1 of each class in the layout of scikit-learn's ``classification_report``; None where the
+    split has no images.
+    """
+    figures = stage.metrics.get(split, {})
+    classes, images = figures.get("per_class"), number(figures.get("count"))
+    if not classes or not images:
         return None
-    from sklearn.metrics import classification_report
+    names = [plain(str(row["class"])) for row in classes]
+    width = max(len("weighted avg"), *map(len, names))
+    keys = ("precision", "recall", "f1")
+    support = np.array([row["support"] for row in classes])
+    columns = np.array([[row[key] for key in keys] for row in classes])
 
-    names = [plain(name) for name in found.class_names]
-    report = classification_report(
-        found.labels, found.predicted, labels=range(len(names)), target_names=names, digits=4, zero_division=0
+    def line(name: str, values: Iterable[float], count: object) -> str:
+        return f"{name:>{width}} " + "".join(f" {value:>9.4f}" for value in values) + f" {count:>9}"
+
+    rows = [line(name, values, n) for name, values, n in zip(names, columns, support, strict=True)]
+    accuracy = " " * 20 + f" {figures['top1']:>9.4f} {int(images):>9}"
+    return "\n".join(
+        [
+            " " * width + " " + "".join(f" {head:>9}" for head in ("precision", "recall", "f1-score", "support")),
+            "",
+            *rows,
+            "",
+            f"{'accuracy':>{width}} {accuracy}",
+            line("macro avg", columns.mean(axis=0), int(images)),
+            line("weighted avg", np.average(columns, axis=0, weights=support), int(images)),
+            "",
+        ]
     )
-    return str(report)
 
 
 def latency_text(stage: Stage) -> str:
@@ -128,9 +149,7 @@ def _figures(run: Run, stage: Stage) -> str:
 
 
 def _images(metrics: dict[str, Any]) -> Any:
-    if number(metrics.get("count")) is not None:
-        return metrics["count"]
-    return sum(sum(row) for row in metrics.get("confusion") or []) or None
+    return metrics.get("count")
 
 
 def _classes(stage: Stage) -> str:

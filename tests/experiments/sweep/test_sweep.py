@@ -103,6 +103,16 @@ def test_a_winner_is_confirmed_on_fresh_seeds_against_a_baseline_searched_as_lon
         make(source, folder, over=over, trials=1).work()
 
 
+def test_trials_of_any_method_and_length_see_the_same_views(source, tmp_path):
+    folder = tmp_path / "sweep"
+    make(source, folder, over=["training.epochs=1,2", "method.name=kd,at"], confirm_seeds=0).work()
+    facts = [read_sealed_json(path)["facts"] for path in folder.glob("trials/*/distilled/model.json")]
+    assert sorted((each["method"]["name"], each["training"]["planned_epochs"]) for each in facts) == [
+        ("at", 1), ("at", 2), ("kd", 1), ("kd", 2),
+    ]  # fmt: skip
+    assert len({each["views"]["sha256"] for each in facts}) == 1
+
+
 def test_time_out_leaves_the_rest_to_the_same_command(source, tmp_path):
     folder = tmp_path / "sweep"
     assert not make(source, folder, over=["method.alpha=0..1"], trials=2).work(timeout=0)

@@ -4,7 +4,19 @@ import mpmath
 import pytest
 import torch
 
-from potstill.functional import camkd_logit_loss, crld_within_loss, kd_loss, nckd_loss
+from potstill.functional import (
+    camkd_logit_loss,
+    crld_within_loss,
+    dkd_loss,
+    dtkd_loss,
+    eakd_loss,
+    kd_loss,
+    mcd_loss,
+    nckd_loss,
+    sdd_dkd_loss,
+    sdd_kd_loss,
+    tckd_loss,
+)
 from potstill.methods.pieces.divergence import softened_kl
 
 mpmath.mp.dps = 60
@@ -72,3 +84,34 @@ def test_equal_logits_diverge_by_exactly_nothing() -> None:
 def test_other_losses_of_this_kind_are_as_exact(loss) -> None:  # type: ignore[no-untyped-def]
     student, teacher = logits(10, 3.0)
     assert loss(student, teacher, 1e5).item() == pytest.approx(by_definition(student, teacher, 1e5)[0], rel=1e-5)
+
+
+LABELS = torch.tensor([0, 4, 9])
+
+
+@pytest.mark.parametrize("temperature", [8.0, 100.0, 1e4])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s, t, T: tckd_loss(s, t, LABELS, temperature=T),
+        lambda s, t, T: dkd_loss(s, t, LABELS, temperature=T, alpha=1.0, beta=1.0),
+        lambda s, t, T: dtkd_loss(s, t, temperature=T),
+        lambda s, t, T: eakd_loss(s, t, temperature=T, entropy_temperature=3.0),
+        lambda s, t, T: mcd_loss(s, t, LABELS, temperature=T),
+        lambda s, t, T: sdd_kd_loss(torch.stack([s, t], 2), torch.stack([t, s], 2), LABELS, temperature=T),
+        lambda s, t, T: sdd_dkd_loss(torch.stack([s, t], 2), torch.stack([t, s], 2), LABELS, temperature=T),
+    ],
+    ids=["tckd", "dkd", "dtkd", "eakd", "mcd", "sdd_kd", "sdd_dkd"],
+)
+def test_float32_gives_what_float64_gives(loss, temperature: float) -> None:  # type: ignore[no-untyped-def]
+    student, teacher = logits(10, 3.0)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        ours = student.detach().to(dtype).clone().requires_grad_(True)
+        value = loss(ours, teacher.to(dtype), temperature)
+        value.backward()
+        assert ours.grad is not None
+        found.append((value.item(), ours.grad.double()))
+    (value, gradient), (exact, exact_gradient) = found
+    assert value == pytest.approx(exact, rel=1e-5)
+    assert ((gradient - exact_gradient).norm() / exact_gradient.norm()).item() < 1e-5

@@ -247,11 +247,15 @@ class Sweep:
 
     def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str], more: Sequence[str] = ()) -> Recipe:
         from potstill.experiments.method_settings import needs_teacher
+        from potstill.experiments.view_plan import views_in_turn
 
         varied = [*(f"{key}={text}" for key, text in chosen.items() if text != self._base(key)), *more]
         recipe = load_recipe(self.source, [*self.sets, *varied], flags=self.flags)
         if teachers and needs_teacher(recipe.method):
             recipe = load_recipe(self.source, [*self.sets, *varied, *teachers], flags=self.flags)
+        if recipe.store.views == "auto":  # trials of other lengths are compared on the same views
+            views = views_in_turn(self.recipe)
+            recipe = recipe.model_copy(update={"store": recipe.store.model_copy(update={"views": views})})
         return recipe
 
     def _base(self, key: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from potstill.methods.pieces.target_class import target_or_not, without_target
 from potstill.precision import at_least_float32
 
 HOT = 8.0  # temperature below which the difference of logarithms is exact to 1e-5
@@ -43,12 +44,43 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     ).sum(dim=1)
     if not isinstance(temperature, Tensor) and temperature < HOT:
         return divergence
-    probabilities = teacher_log_probs.exp()
+    series, small = _series(teacher_log_probs.exp(), (student - teacher) / temperature)
+    return torch.where(small, series, divergence)
+
+
+def softened_target_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """The same of "the labelled class" against "any other": [B, K], [B, K] and class ids [B] -> [B].
+
+    Example:
+        >>> teacher = torch.tensor([[3.0, 1.0]]).log()
+        >>> softened_target_kl(torch.zeros(1, 2), teacher, torch.tensor([0]), 1.0)  # 3/4 ln(3/2) + 1/4 ln(1/2)
+        tensor([0.1308])
+    """
+    student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
+    teacher_log_probs = target_or_not(teacher / temperature, labels)
+    divergence = F.kl_div(
+        target_or_not(student / temperature, labels), teacher_log_probs, reduction="none", log_target=True
+    ).sum(dim=1)
+    if temperature < HOT:
+        return divergence
     shift = (student - teacher) / temperature
+    among = F.softmax(without_target(teacher, labels) / temperature, dim=1)
+    rest = without_target(shift, labels)
+    # By how much the logarithm of the others' sum is shifted.
+    mean = (among * rest).sum(dim=1)
+    excess, small = _series(among, rest)
+    both = torch.stack([shift.gather(1, labels[:, None]).squeeze(1), mean + excess], dim=1)
+    series, small_too = _series(teacher_log_probs.exp(), both)
+    return torch.where(small & small_too, series, divergence)
+
+
+def _series(probabilities: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """``log(sum p exp(d - mean))`` of small shifts d [B, K], and which rows are small: both [B]."""
     shift = shift - (probabilities * shift).sum(dim=1, keepdim=True)
     small = shift.detach().abs().amax(dim=1, keepdim=True) < SMALL
-    series = (probabilities * _excess(torch.where(small, shift, 0.0))).sum(dim=1).log1p()
-    return torch.where(small.squeeze(1), series, divergence)
+    # Rows that are not small are left out before they overflow, lest their gradient be NaN.
+    found = (probabilities * _excess(torch.where(small, shift, 0.0))).sum(dim=1).log1p()
+    return found, small.squeeze(1)
 
 
 def _excess(shift: Tensor) -> Tensor:

@@ -1,31 +1,37 @@
 """From a drawing function to a PNG file's bytes or to SVG text that follows the page's colours.
 
 matplotlib is imported on first use (0.4 s) and used through its objects: no pyplot, no display, no global figures.
+Margins are measured once, here: matplotlib's own layout engines draw and measure every text several times, which was
+half of the time of a report.
 """
 
 import io
+import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree  # nosec B405 # parses what matplotlib has just drawn
 
 from potstill.report import theme
+from potstill.report.figures.fonts import DEFAULT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Draw = Callable[["Figure"], None]
 DPI = 144
+_PAD = 0.06  # inches around the axes with their labels
 
 _STYLE: dict[str, Any] = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans"],  # it comes with matplotlib, so pictures are the same everywhere
+    "font.family": [DEFAULT],  # it comes with matplotlib, so pictures are the same everywhere
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.titley": 1.0,  # else each drawing looks for labels above the axes
     "axes.titlecolor": theme.INK,
     "axes.labelcolor": theme.FAINT,
     "axes.edgecolor": theme.FAINT,
@@ -55,12 +61,13 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def as_png(draw: Draw, size: tuple[float, float]) -> bytes:
-    """The drawing, ``size`` inches wide and high, as a PNG file on white."""
-    buffer = io.BytesIO()
-    with _style():
-        _drawn(draw, size).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
+def as_png(draw: Draw, size: tuple[float, float], *, dpi: int = DPI, families: Sequence[str] = ()) -> bytes:
+    """Return the drawing, ``size`` inches wide and high, as a PNG file on white.
+
+    ``families``: fonts for letters that the default font lacks.
+    """
+    with _style(families=families):
+        return _png(_drawn(draw, size), dpi)
 
 
 def as_svg(draw: Draw, size: tuple[float, float], *, name: str, label: str) -> str:
@@ -68,29 +75,93 @@ def as_svg(draw: Draw, size: tuple[float, float], *, name: str, label: str) -> s
 
     ``name`` makes the ids inside unique in the page; ``label`` says what the picture shows to those who do not see it.
     """
+    with _style(name):
+        return _svg(_drawn(draw, size), label)
+
+
+def as_both(draw: Draw, size: tuple[float, float], *, name: str, label: str, dpi: int) -> tuple[bytes, str]:
+    """``as_png`` and ``as_svg`` of one drawing."""
+    with _style(name):
+        figure = _drawn(draw, size)
+        return _png(figure, dpi), _svg(figure, label)
+
+
+def _png(figure: "Figure", dpi: int) -> bytes:
     buffer = io.BytesIO()
-    with _style({"svg.hashsalt": name}):
-        _drawn(draw, size).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _svg(figure: "Figure", label: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _for_page(buffer.getvalue(), label)
 
 
 @contextmanager
-def _style(more: dict[str, Any] | None = None) -> Iterator[None]:
+def _style(name: str = "", families: Sequence[str] = ()) -> Iterator[None]:
+    """Within the block, matplotlib has the report's settings; ``name``: of what SVG ids are made."""
+    import matplotlib as mpl
+
+    kept, log = dict.copy(mpl.rcParams), logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a font that has one weight only is reported each time it is used
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # shown as a box; still a picture
+        try:
+            # As a plain dict: checking 300 settings anew for each picture takes longer than drawing some of them.
+            fonts = [DEFAULT, *families]  # by name: of a generic family matplotlib takes the first font alone
+            dict.update(mpl.rcParams, _settings() | {"svg.hashsalt": name or None, "font.family": fonts})
+            yield
+        finally:
+            dict.update(mpl.rcParams, kept)
+            log.setLevel(level)
+
+
+@cache
+def _settings() -> dict[str, Any]:
+    """All settings of matplotlib, checked; those of a user (usetex, dark background) must not reach the report."""
     import matplotlib.style
 
-    # "default" first: a matplotlibrc of the user (usetex, dark background) must not reach the report.
-    with matplotlib.style.context(["default", _STYLE | (more or {})]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # shown as a box; still a picture
-        warnings.filterwarnings("ignore", message="constrained_layout not applied")  # tiny axes; still a picture
-        yield
+    with matplotlib.style.context(["default", _STYLE]):
+        ours = dict.copy(matplotlib.rcParams)
+    return {key: value for key, value in ours.items() if not key.startswith("backend")}
 
 
 def _drawn(draw: Draw, size: tuple[float, float]) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size)
+    canvas = FigureCanvasAgg(figure)
     draw(figure)
+    _lay_out(figure, canvas.get_renderer())
     return figure
+
+
+def _lay_out(figure: "Figure", renderer: Any) -> None:
+    """Give the axes, side by side, all the room that their labels and the figure's legend leave."""
+    width, height = figure.bbox.width, figure.bbox.height
+    pad = _PAD * figure.dpi
+    below = sum(legend.get_window_extent(renderer).height for legend in figure.legends)
+    around = []
+    for axes in figure.axes:
+        outer, inner = axes.get_tightbbox(renderer, for_layout_only=True), axes.get_window_extent()
+        around.append(
+            (inner.x0 - outer.x0, inner.y0 - outer.y0, outer.x1 - inner.x1, outer.y1 - inner.y1)
+            if outer is not None
+            else (0.0, 0.0, 0.0, 0.0)
+        )
+    low, high = (max(each[side] for each in around) for side in (1, 3))
+    room = (width - sum(left + right for left, _, right, _ in around) - pad * (len(around) + 1)) / len(around)
+    bottom, top = pad + below + low, height - pad - high
+    place = pad
+    for axes, (left, _, right, _) in zip(figure.axes, around, strict=True):
+        # Long names in a small picture: the axes stay visible, names are cut off at the edge.
+        axes.set_position(
+            ((place + left) / width, bottom / height, max(room, 0.2 * width) / width, max(top - bottom, pad) / height)
+        )
+        place += left + room + right + pad
 
 
 def _for_page(svg: bytes, label: str) -> str:

@@ -1,53 +1,130 @@
-"""Confusion matrices: rows are true classes, columns predictions; blue is right, orange is wrong."""
+"""Confusion matrices: rows are true classes, columns predictions; blue is right, orange is wrong.
 
+The picture files are drawn by matplotlib; the page's are written as SVG here, which takes a hundredth of the time.
+"""
+
+import base64
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from potstill.report.figures.legible import text_on
-from potstill.report.names import short
-from potstill.report.theme import GRID, RIGHT, WRONG
+from potstill.report.names import columns, short
+from potstill.report.theme import CSS, GRID, RIGHT, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Matrix = Sequence[Sequence[int]]
+Matrix = np.ndarray[Any, Any]
+Text = tuple[int, int, str, str]  # row, column, what stands there, colour
 Shown = Literal["counts", "shares", "both"]
 
 _ANNOTATED = 20  # classes up to which each cell says its number
+_VARIABLES = {light: f"var(--{name})" for name, (light, _) in CSS.items()}
 _LABELLED = 40  # tick labels at most; of more classes every second, fifth, ... is named
 
 
-def draw_pair(figure: "Figure", matrix: Matrix, class_names: Sequence[str], title: str) -> None:
-    """Counts on the left, shares of the true class on the right."""
+def draw_pair(figure: "Figure", matrix: Matrix, class_names: Sequence[str], title: str, *, legend: str = "") -> None:
+    """Draw counts on the left, shares of the true class on the right; ``legend`` explains the class names."""
     left, right = figure.subplots(1, 2)
     draw_matrix(left, matrix, class_names, "counts", f"{title}: images")
     draw_matrix(right, matrix, class_names, "shares", f"{title}: share of row")
+    if legend:
+        for axes in (left, right):
+            axes.set_xlabel(f"{axes.get_xlabel()} {legend}")
 
 
-def draw_single(figure: "Figure", matrix: Matrix, class_names: Sequence[str], title: str) -> None:
-    """One matrix, coloured by the share of the true class, with counts in the cells."""
-    draw_matrix(figure.subplots(), matrix, class_names, "both", title)
+def matrix_svg(matrix: Matrix, class_names: Sequence[str], title: str, label: str) -> str:
+    """One matrix for the page, coloured by the share of the true class, with counts in the cells."""
+    counts, shares, strength = _measured(matrix, "both")
+    return _svg(_colours(strength), _texts(counts, shares, strength, "both"), class_names, title, label)
 
 
-def draw_difference(figure: "Figure", before: Matrix, after: Matrix, class_names: Sequence[str], title: str) -> None:
+def difference_svg(before: Matrix, after: Matrix, class_names: Sequence[str], title: str, label: str) -> str:
     """After less before: blue where that is good (more on the diagonal, less beside it), orange where it is bad."""
-    axes: Axes = figure.subplots()
-    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    classes = len(change)
-    strength = np.sqrt(np.abs(change) / max(np.abs(change).max(initial=0), 1.0))
-    good = np.where(np.eye(classes, dtype=bool), change > 0, change < 0)
-    axes.imshow(_painted(strength, good), interpolation="none", aspect="equal")
-    _frame(axes, class_names, title)
-    if classes <= _ANNOTATED:
-        size = 10.0 if classes <= 6 else 8.0 if classes <= 10 else 5.5
-        for row, column in np.argwhere(change):
-            text = f"{int(change[row, column]):+,d}".replace("-", "\N{MINUS SIGN}")
-            colour = text_on(RIGHT if good[row, column] else WRONG, float(strength[row, column]), raster=True)
-            axes.text(column, row, text, color=colour, fontsize=_fit(text, size, classes), ha="center", va="center")
+    change = after.astype(np.int64) - before
+    strength = np.sqrt(np.abs(change) / max(np.abs(change).max(initial=0), 1))
+    good = np.where(np.eye(len(change), dtype=bool), change > 0, change < 0)
+    texts = (
+        (
+            row,
+            column,
+            f"{change[row, column]:+,d}".replace("-", "\N{MINUS SIGN}"),
+            text_on(RIGHT if good[row, column] else WRONG, float(strength[row, column]), raster=True),
+        )
+        for row, column in np.argwhere(change).tolist()
+    )
+    return _svg(_painted(strength, good), texts, class_names, title, label)
+
+
+def _svg(fields: Any, texts: Iterator[Text], class_names: Sequence[str], title: str, label: str) -> str:
+    """The fields are a picture of one pixel each, which the browser makes large; points as in matplotlib's SVG."""
+    from PIL import Image
+
+    classes = len(class_names)
+    places, names, size = _named(class_names, longest=18 if classes <= _ANNOTATED else 14)
+    widest = 0.6 * size * max(map(columns, names))
+    level = classes <= 12 and max(map(columns, names)) * classes <= 36
+    total = 72 * (4.4 if classes <= 10 else 5.0)  # narrow enough that letters keep their size on a phone
+    left, top, below = 18 + widest, 22.0, 18 + (1.3 * size if level else widest + 4)
+    side = max(total - left - 4, 0.3 * total)
+    step = side / classes
+    file = io.BytesIO()
+    Image.fromarray(np.rint(255 * fields).astype(np.uint8)).save(file, "PNG", compress_level=6)
+    picture = base64.b64encode(file.getvalue()).decode()
+    centre, middle = left + side / 2, top + side / 2
+    every = f" (one class in {places[1]} is named)" if len(places) > 1 and places[1] > 1 else ""
+    faint, grid = "fill: var(--faint)", f"stroke: var(--grid); stroke-width: {0.6 if classes <= _ANNOTATED else 0.8}"
+    parts = [
+        f'<svg viewBox="0 0 {left + side + 4:.5g} {top + side + below:.5g}" role="img" aria-label="{_escaped(label)}">',
+        f'<text x="{left:.4g}" y="13" style="font-size: 10px; font-weight: 700">{_escaped(title)}</text>',
+        f'<image x="{left:.4g}" y="{top:.4g}" width="{side:.5g}" height="{side:.5g}" preserveAspectRatio="none" '
+        f'style="image-rendering: pixelated" href="data:image/png;base64,{picture}"/>',
+    ]
+    lines = range(classes + 1) if classes <= _ANNOTATED else (0, classes)
+    for at in (step * line for line in lines):
+        parts.append(
+            f'<path d="M{left + at:.5g} {top:.5g}v{side:.5g}M{left:.5g} {top + at:.5g}h{side:.5g}" style="{grid}"/>'
+        )
+    for at, name in zip(places, names, strict=True):
+        along, text = (at + 0.5) * step, _escaped(name)
+        style = f"font-size: {size}px; {faint}"
+        parts.append(
+            f'<text x="{left - 3:.5g}" y="{top + along + 0.35 * size:.5g}" text-anchor="end" style="{style}">{text}</text>'
+        )
+        x, y = left + along, top + side + 3
+        turned = (
+            f'x="{x:.5g}" y="{y + size:.5g}" text-anchor="middle"'
+            if level
+            else f'transform="translate({x + 0.35 * size:.5g} {y:.5g}) rotate(-90)" text-anchor="end"'
+        )
+        parts.append(f'<text {turned} style="{style}">{text}</text>')
+    parts.append(
+        f'<text x="{centre:.5g}" y="{top + side + below - 4:.5g}" text-anchor="middle" style="font-size: 9px; {faint}">'
+        f"predicted{every}</text>"
+        f'<text transform="translate(10 {middle:.5g}) rotate(-90)" text-anchor="middle" style="font-size: 9px; {faint}">'
+        "true</text>"
+    )
+    for row, column, text, colour in texts if classes <= _ANNOTATED else ():
+        written = text.split("\n")
+        big = _fit(text, _cell_size(classes), classes)
+        y = top + (row + 0.5) * step + big * (0.35 - 0.6 * (len(written) - 1))
+        for line in written:
+            parts.append(
+                f'<text x="{left + (column + 0.5) * step:.5g}" y="{y:.5g}" text-anchor="middle" '
+                f'style="font-size: {big:.3g}px; fill: {_VARIABLES[colour]}">{line}</text>'
+            )
+            y += 1.2 * big
+    return "".join(parts) + "</svg>"
+
+
+def _escaped(text: str) -> str:
+    return escape(text, quote=True)
 
 
 def pair_size(classes: int) -> tuple[float, float]:
@@ -56,23 +133,24 @@ def pair_size(classes: int) -> tuple[float, float]:
     return 2 * side + 0.6, side + 0.1
 
 
-def single_size(classes: int) -> tuple[float, float]:
-    """Inches for ``draw_single``: narrow enough that letters keep their size on a phone."""
-    side = 4.4 if classes <= 10 else 5.0
-    return side, 0.85 * side if classes <= 4 else side + 0.1  # few classes have wide names beside narrow fields
-
-
 def draw_matrix(axes: "Axes", matrix: Matrix, class_names: Sequence[str], shown: Shown, title: str) -> None:
     """Colour by the square root of the share, so that a confusion of 1 % is visible beside 99 % right."""
-    counts = np.asarray(matrix, dtype=np.float64)
+    counts, shares, strength = _measured(matrix, shown)
     classes = len(counts)
-    rows = counts.sum(axis=1, keepdims=True)
-    shares = np.divide(counts, rows, out=np.zeros_like(counts), where=rows > 0)
-    strength = np.sqrt(counts / max(counts.max(), 1.0) if shown == "counts" else shares)
     axes.imshow(_colours(strength), interpolation="none", aspect="equal")
     _frame(axes, class_names, title)
     if classes <= _ANNOTATED:
-        _annotate(axes, counts, shares, strength, shown)
+        for row, column, text, colour in _texts(counts, shares, strength, shown):
+            size = _fit(text, _cell_size(classes), classes)
+            axes.text(column, row, text, color=colour, fontsize=size, ha="center", va="center")
+
+
+def _measured(matrix: Matrix, shown: Shown) -> tuple[Any, Any, Any]:
+    """Counts, their shares of the true class, and how strong each field's colour is."""
+    counts = np.asarray(matrix, dtype=np.float64)
+    rows = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, rows, out=np.zeros_like(counts), where=rows > 0)
+    return counts, shares, np.sqrt(counts / max(counts.max(), 1.0) if shown == "counts" else shares)
 
 
 def _frame(axes: "Axes", class_names: Sequence[str], title: str) -> None:
@@ -108,17 +186,23 @@ def _painted(strength: Any, right: Any) -> "np.ndarray[Any, np.dtype[np.float64]
 
 def _name_ticks(axes: "Axes", class_names: Sequence[str], longest: int) -> None:
     classes = len(class_names)
-    step = next(step for step in _steps() if math.ceil(classes / step) <= _LABELLED)
-    places = list(range(0, classes, step))
-    names = [short(class_names[i], longest) or "(empty)" for i in places]
-    size = 9.0 if len(places) <= 12 else 7.5 if len(places) <= 25 else 6.0
+    places, names, size = _named(class_names, longest)
     axes.set_yticks(places, names, fontsize=size)
     if classes <= 12 and max(map(len, names)) * classes <= 36:
         axes.set_xticks(places, names, fontsize=size)
     else:
         axes.set_xticks(places, names, fontsize=size, rotation=90, rotation_mode="anchor", ha="right", va="center")
-    if step > 1:
-        axes.set_xlabel(f"predicted (one class in {step} is named)")
+    if len(places) < classes:
+        axes.set_xlabel(f"predicted (one class in {places[1]} is named)")
+
+
+def _named(class_names: Sequence[str], longest: int) -> tuple[list[int], list[str], float]:
+    """Which classes are named, how, and the size of their letters in points."""
+    classes = len(class_names)
+    step = next(step for step in _steps() if math.ceil(classes / step) <= _LABELLED)
+    places = list(range(0, classes, step))
+    size = 9.0 if len(places) <= 12 else 7.5 if len(places) <= 25 else 6.0
+    return places, [short(class_names[i], longest) or "(empty)" for i in places], size
 
 
 def _steps() -> Any:
@@ -135,20 +219,20 @@ def _grid(axes: "Axes", classes: int) -> None:
     axes.vlines(lines, -0.5, classes - 0.5, color=GRID, linewidth=0.6)
 
 
-def _annotate(axes: "Axes", counts: Any, shares: Any, strength: Any, shown: Shown) -> None:
+def _texts(counts: Any, shares: Any, strength: Any, shown: Shown) -> Iterator[Text]:
     classes = len(counts)
-    size = 10.0 if classes <= 6 else 8.0 if classes <= 10 else 5.5
-    for row, column in np.ndindex(classes, classes):
+    for row, column in np.argwhere(counts).tolist():
         count, share = int(counts[row, column]), float(shares[row, column])
-        if not count:
-            continue
         text = _share(share, classes) if shown == "shares" else f"{count:,}"
         if shown == "both" and classes <= 6:
             text += f"\n{_share(share, classes)} %"
         elif shown == "shares" and classes <= 6:
             text += " %"
-        colour = text_on(RIGHT if row == column else WRONG, float(strength[row, column]), raster=True)
-        axes.text(column, row, text, color=colour, fontsize=_fit(text, size, classes), ha="center", va="center")
+        yield row, column, text, text_on(RIGHT if row == column else WRONG, float(strength[row, column]), raster=True)
+
+
+def _cell_size(classes: int) -> float:
+    return 10.0 if classes <= 6 else 8.0 if classes <= 10 else 5.5
 
 
 def _share(share: float, classes: int) -> str:

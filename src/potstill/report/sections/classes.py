@@ -1,7 +1,8 @@
 """What distillation gained and lost in each class."""
 
-from collections import Counter
 from typing import Any
+
+import numpy as np
 
 from potstill.amounts import NONE, count, percent
 from potstill.experiments.verdict.verdict import points
@@ -21,15 +22,16 @@ def context(run: Run) -> dict[str, Any] | None:
     if before is None or after is None:
         return None
     repaired, broken, paired = _changes(run)
-    images = [sum(row) for row in before]
-    changes = [after[i][i] - before[i][i] for i in range(len(names))]
+    images = before.sum(axis=1).tolist()
+    earlier, later = before.diagonal().tolist(), after.diagonal().tolist()
+    changes = [new - old for old, new in zip(earlier, later, strict=True)]
     largest = max(map(abs, changes), default=0) or 1
     rows = [
         {
             "name": names[i],
             "images": count(images[i]),
-            "before": _right(before[i][i], images[i]),
-            "after": _right(after[i][i], images[i]),
+            "before": _right(earlier[i], images[i]),
+            "after": _right(later[i], images[i]),
             "repaired": count(repaired[i]) if paired else NONE,
             "broken": count(broken[i]) if paired else NONE,
             "change": f"{changes[i]:+d}" if changes[i] else "0",
@@ -55,14 +57,13 @@ def _right(right: int, images: int) -> str:
     return f"{count(right)} ({percent(right / images, 0)})" if images else NONE
 
 
-def _changes(run: Run) -> tuple[Counter[int], Counter[int], bool]:
-    """Class -> test images that distillation repaired and broke; False where the two files do not go together."""
+def _changes(run: Run) -> tuple[list[int], list[int], bool]:
+    """Test images of each class that distillation repaired and broke; False where the two files do not go together."""
     before, after = (read_predictions(run.stages[name], "test") for name in ("baseline", "distilled"))
-    repaired, broken = Counter[int](), Counter[int]()
-    if before is None or after is None or (before.paths, before.labels) != (after.paths, after.labels):
-        return repaired, broken, False
+    if before is None or after is None or not before.same_images(after):
+        return [], [], False
     # By position: a manifest may list a path twice.
-    for label, old, new in zip(before.labels, before.predicted, after.predicted, strict=True):
-        repaired[label] += old != label == new
-        broken[label] += old == label != new
+    old, new = before.labels == before.predicted, after.labels == after.predicted
+    counts = (np.bincount(before.labels[which], minlength=len(run.class_names)) for which in (~old & new, old & ~new))
+    repaired, broken = (each.tolist() for each in counts)
     return repaired, broken, True

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
+
 from potstill.amounts import count, percent
 from potstill.report.contents import Run, Stage
-from potstill.report.figures.canvas import as_svg
-from potstill.report.figures.confusion import draw_difference, draw_single, single_size
+from potstill.report.figures.confusion import Matrix, difference_svg, matrix_svg
 
 _MOST = 8  # rows of the table of mistakes
 _LARGE = 200  # classes above which only the test matrices go into the page, so that it stays light
@@ -16,12 +17,13 @@ def context(run: Run) -> dict[str, Any] | None:
     pictures = {split: _pictures(run, split) for split in ("test", "val", "train")}
     if not any(pictures.values()):
         return None
+    on_test = _with_test(run)
     return {
         "test": pictures["test"],
         "difference": _difference(run),
         "folded": [(split, pictures[split]) for split in ("val", "train") if pictures[split]],
-        "mistakes": _mistakes(run),
-        "stages": [stage.name for stage in _with_test(run)],
+        "mistakes": _mistakes(run, on_test),
+        "stages": [name for name, _ in on_test],
         "large": len(run.class_names) > 10,
         "left_out": len(run.class_names) > _LARGE,
     }
@@ -39,15 +41,12 @@ def _pictures(run: Run, split: str) -> list[str]:
     return found
 
 
-def _picture(run: Run, stage: Stage, split: str, matrix: list[list[int]]) -> str:
-    images, right = sum(map(sum, matrix)), sum(row[i] for i, row in enumerate(matrix))
-    label = f"Confusion matrix of {stage.name} on {split}: {count(right)} of {count(images)} images on the diagonal."
-    return as_svg(
-        lambda figure: draw_single(figure, matrix, run.class_names, f"{stage.name}, {split}"),
-        single_size(len(matrix)),
-        name=f"confusion-{stage.name}-{split}",
-        label=label,
+def _picture(run: Run, stage: Stage, split: str, matrix: Matrix) -> str:
+    label = (
+        f"Confusion matrix of {stage.name} on {split}: {count(int(matrix.trace()))} of {count(int(matrix.sum()))} "
+        "images on the diagonal."
     )
+    return matrix_svg(matrix, run.class_names, f"{stage.name}, {split}", label)
 
 
 def _difference(run: Run) -> str | None:
@@ -56,32 +55,34 @@ def _difference(run: Run) -> str | None:
     before, after = (stage.confusion("test", len(run.class_names)) if stage else None for stage in stages)
     if before is None or after is None:
         return None
-    gained = sum(after[i][i] - before[i][i] for i in range(len(after)))
-    return as_svg(
-        lambda figure: draw_difference(figure, before, after, run.class_names, "distilled less baseline, test"),
-        single_size(len(after)),
-        name="confusion-difference",
-        label=f"Change of the confusion matrix on test from baseline to distilled: {gained:+d} images on the diagonal.",
-    )
+    gained = int(after.trace() - before.trace())
+    label = f"Change of the confusion matrix on test from baseline to distilled: {gained:+d} images on the diagonal."
+    return difference_svg(before, after, run.class_names, "distilled less baseline, test", label)
 
 
-def _with_test(run: Run) -> list[Stage]:
-    return [stage for stage in run.stages.values() if stage.confusion("test", len(run.class_names))]
+def _with_test(run: Run) -> list[tuple[str, Matrix]]:
+    found = ((stage.name, stage.confusion("test", len(run.class_names))) for stage in run.stages.values())
+    return [(name, matrix) for name, matrix in found if matrix is not None]
 
 
-def _mistakes(run: Run) -> list[dict[str, Any]]:
+def _mistakes(run: Run, matrices: list[tuple[str, Matrix]]) -> list[dict[str, Any]]:
     """The pairs that the last stage confuses most often on test, with the counts of every stage."""
-    matrices = [stage.confusion("test", len(run.class_names)) or [] for stage in _with_test(run)]
     if not matrices:
         return []
-    last = matrices[-1]
-    pairs = [(n, i, j) for i, row in enumerate(last) for j, n in enumerate(row) if i != j and n]
-    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    last = matrices[-1][1]
+    wrong = last.copy()
+    np.fill_diagonal(wrong, 0)
+    # Equally frequent ones in the order of their classes.
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST].tolist()
+    pairs = [divmod(place, len(last)) for place in order if wrong.flat[place]]
     return [
         {
             "true": run.class_names[i],
             "said": run.class_names[j],
-            "cells": [f"{count(matrix[i][j])} ({percent(matrix[i][j] / sum(last[i]), 0)})" for matrix in matrices],
+            "cells": [
+                f"{count(int(matrix[i, j]))} ({percent(float(matrix[i, j] / last[i].sum()), 0)})"
+                for _, matrix in matrices
+            ],
         }
-        for _, i, j in pairs[:_MOST]
+        for i, j in pairs
     ]
