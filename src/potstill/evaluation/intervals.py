@@ -56,6 +56,21 @@ def _macro_images(value: float, variance: float, harmonic: float) -> float:
     return math.sqrt(images * harmonic) if images > harmonic else images
 
 
+def _caution(by_class: Array, support: Array) -> float:
+    """By how much fewer images count, since the variance of small classes is itself uncertain: to first order
+    ``(z / t)^2`` with Satterthwaite's degrees of freedom, and one less in the denominator.
+
+    Args:
+        by_class: [K] the part of the variance that comes from the images of each class.
+        support: [K] images of each class.
+    """
+    uncertain = float((by_class**2 / np.maximum(support - 1, 0.5)).sum())
+    if uncertain <= NO_VARIANCE**2:
+        return 1.0
+    degrees = float(by_class.sum()) ** 2 / uncertain
+    return 1 / ((1 + 1 / degrees) * (1 + (1 + Z_975**2) / (2 * degrees)))
+
+
 def _share_interval(value: float, images: float) -> tuple[float, float]:
     """Wilson's interval of a share of an effective number of images."""
     middle = (value + Z_975**2 / (2 * images)) / (1 + Z_975**2 / images)
@@ -96,12 +111,13 @@ def _confusion_intervals(probabilities: Array, labels: Array) -> Bounds:
             value = float(weights @ values)
             if kind == "weighted":  # one more image of a class gives this class more weight
                 influence = influence + (values[rows] - value) / count
-            variance = float(held @ influence**2)
+            by_class = np.bincount(rows, weights=held * influence**2, minlength=classes)
+            variance = float(by_class.sum())
             if kind == "macro":
                 images = _macro_images(value, variance, harmonic)
             else:
                 images = value * (1 - value) / variance if variance > NO_VARIANCE else count
-            found[f"{name}_{kind}"] = _share_interval(value, min(images, count))
+            found[f"{name}_{kind}"] = _share_interval(value, min(images, count) * _caution(by_class, support))
     _, low, high = wilson_interval(int(hits.sum()), count)
     return found | {f"{name}_micro": (low, high) for name in ("precision", "recall", "f1")}
 
@@ -150,11 +166,9 @@ def _auc_intervals(probabilities: Array, labels: Array) -> Bounds:
         value, variance = values[name] or 0.0, float((part**2).sum())
         images = value * (1 - value) / variance if variance > NO_VARIANCE else harmonic
         if name != "auc_micro":
-            # Few images of a class: the variance divides by one less, and Student's t takes the place of the normal
-            # quantile, (z / t)^2 to first order.
             if fewest < FEWEST_FOR_AUC:
                 continue
-            images *= (1 - 1 / fewest) / (1 + (1 + Z_975**2) / (2 * (fewest - 1)))
+            images *= _caution(np.bincount(labels, weights=part**2, minlength=classes), support)
         found[name] = _share_interval(value, images)
     return found
 
