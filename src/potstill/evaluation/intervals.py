@@ -12,7 +12,7 @@ from potstill.evaluation.significance import Z_975, wilson_interval
 MOST_SCORES = 20_000_000  # N * K up to which scores are sorted for AUC: some seconds
 COCHRAN = 25.0  # times the squared skewness: images that make a mean normal (Cochran, Sampling techniques, 1977)
 NO_VARIANCE = 1e-15
-FEWEST_FOR_AUC = 5  # images of each class
+FEWEST_FOR_AUC, FEWEST_FOR_MACRO = 30, 20  # images of each class: of fewer, less than 92 % hold the truth
 
 Bounds = dict[str, tuple[float, float]]
 
@@ -24,8 +24,9 @@ def metric_intervals(probabilities: Array, labels: Array) -> Bounds:
     many images as would give their variance (an effective number of images, as in surveys), which stays right where a
     class is small or perfect; their variance is that of the delta method, for AUC DeLong's.  Macro figures have at most
     the geometric mean of that number and of the harmonic number of their classes' images.  Left out: AUC where it is
-    undefined, of classes with fewer than ``FEWEST_FOR_AUC`` images, or of more than ``MOST_SCORES`` scores; NLL where
-    it is too skewed for so few images; ECE, which the choice of images biases upwards.
+    undefined or of more than ``MOST_SCORES`` scores; AUC and macro figures where a class has fewer than
+    ``FEWEST_FOR_AUC`` and ``FEWEST_FOR_MACRO`` images; NLL where it is too skewed for so few images; ECE, which the
+    choice of images biases upwards.
 
     Args:
         probabilities: [N, K], rows that sum to 1.
@@ -102,6 +103,8 @@ def _confusion_intervals(probabilities: Array, labels: Array) -> Bounds:
     found: Bounds = {}
     for kind, weights in (("macro", equal), ("weighted", support / count)):
         both = weights / np.maximum(called + support, 1)
+        if kind == "macro" and support[present].min() < FEWEST_FOR_MACRO:
+            continue
         moved = {
             "precision": (precision, (right - precision[columns]) * (weights / np.maximum(called, 1))[columns]),
             "recall": (recall, (right - recall[rows]) * (weights / np.maximum(support, 1))[rows]),
