@@ -240,7 +240,7 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
         yield ""
         yield f"{'class':<{width}}  precision   recall      F1  images"
     for name, row in zip(names, metrics.get("per_class", ()), strict=True):
-        figures = (percent(row[key]) for key in ("precision", "recall", "f1"))
+        figures = (percent(row[key] if row["support"] else None) for key in ("precision", "recall", "f1"))
         precision, recall, f1 = figures
         yield f"{name:<{width}}  {precision:>9}  {recall:>7}  {f1:>6}  {row['support']:>6}"
     absent = [plain(str(name)) for name in metrics.get("absent_classes") or []]

@@ -133,7 +133,7 @@ def _calibration_error(confidence: Array, right: Array) -> float:
 
 def _negative_log_likelihood(probabilities: Array, labels: Array) -> float:
     of_label = np.take_along_axis(probabilities, labels[:, None], axis=1).astype(np.float64)
-    return float(-np.log(np.maximum(of_label, np.exp(-NLL_CEILING))).mean())
+    return float(-np.log(np.maximum(of_label, np.exp(-NLL_CEILING))).mean()) + 0.0  # no negative zero
 
 
 def _check(probabilities: Array, labels: Array, class_names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ UNSURE = 0.03  # half the interval of the gain
 
 
 def one_seed(run: Run) -> Advice | None:
-    """One pair of baseline and distilled cannot tell a gain from the luck of the seed."""
+    """One pair of baseline and distilled cannot separate distillation from the seed."""
     if finding(run.comparison) == "unknown" or "seeds" in (run.comparison or {}):
         return None
     took = [
