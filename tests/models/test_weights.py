@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import io
 import os
 import socket
 import threading
@@ -130,6 +131,16 @@ def test_plain_data_beside_the_weights_is_read(tmp_path, network):
     loaded = load_weights(NAME, str(tmp_path / "t.pth"), 5, size=32)
     expected = network.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.module.state_dict().items())
+
+
+def test_arrays_that_numpy_1_has_pickled_are_read(tmp_path, network):
+    file = io.BytesIO()
+    torch.save({"model": network.state_dict(), "best": np.float64(0.5), "curve": np.arange(3.0)}, file)
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(tmp_path / "t.pth", "w", zipfile.ZIP_STORED) as target:
+        for entry in source.infolist():
+            content = source.read(entry).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+            target.writestr(entry.filename, content)
+    assert load_weights(NAME, str(tmp_path / "t.pth"), 5, size=32).new_head is False
 
 
 class Settings:

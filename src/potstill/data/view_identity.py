@@ -61,7 +61,7 @@ def describe(
         content = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
         found["partners"] = {"same class": same_class, "balanced": augment.mixes and balanced, "labels": content}
     if augment.mixes:
-        import scipy  # type: ignore[import-untyped]  # whose function gives the shares
+        import scipy  # whose function gives the shares
 
         found["scipy"] = scipy.__version__
     if strong or augment.policy != "none":

@@ -256,7 +256,7 @@ def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | i
     mean, deviation = float(difference.mean()), _deviation(difference)
     low = high = None
     if deviation is not None:
-        from scipy import special  # type: ignore[import-untyped]  # here, since it takes a tenth of a second
+        from scipy import special  # here, since it takes a tenth of a second
 
         half = float(special.stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
         low, high = mean - half, mean + half

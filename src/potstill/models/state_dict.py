@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from numpy._core import multiarray
 from torch import Tensor, nn
 
 from potstill.artifacts import read_bytes
@@ -20,14 +21,15 @@ from potstill.errors import ArtifactError
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which training loops keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 # What training scripts keep beside the weights, and what is plain data: their settings, and numpy's numbers and arrays.
-_PLAIN: tuple[Any, ...] = (
+_NUMPY = (multiarray.scalar, multiarray._reconstruct)
+_PLAIN: list[Any] = [
     argparse.Namespace,
     np.dtype,
     np.ndarray,
-    np._core.multiarray.scalar,
-    np._core.multiarray._reconstruct,
+    # numpy 2 and numpy 1 name the same two functions in their pickles in different ways.
+    *((each, f"numpy.{core}.multiarray.{each.__name__}") for each in _NUMPY for core in ("_core", "core")),
     *{type(np.dtype(kind)) for kind in np.typecodes["All"] if kind != "O"},  # no objects
-)
+]
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -94,7 +96,7 @@ def _unreadable(data: bytes, path: Path, error: Exception) -> str:
     """The message for a file that gave ``error``: which classes it would need, and how to convert it."""
     needed: list[str] = []
     with contextlib.suppress(Exception):  # no pickle at all, or a damaged one
-        allowed = {f"{each.__module__}.{each.__qualname__}" for each in _PLAIN}
+        allowed = {each[1] if isinstance(each, tuple) else f"{each.__module__}.{each.__qualname__}" for each in _PLAIN}
         found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
         needed = sorted(name for name in set(found) - allowed if name.isprintable())
     if not needed:

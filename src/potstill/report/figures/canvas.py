@@ -111,7 +111,8 @@ def _style(name: str = "", families: Sequence[str] = ()) -> Iterator[None]:
         try:
             # As a plain dict: checking 300 settings anew for each picture takes longer than drawing some of them.
             fonts = [DEFAULT, *families]  # by name: of a generic family matplotlib takes the first font alone
-            dict.update(mpl.rcParams, _settings() | {"svg.hashsalt": name or None, "font.family": fonts})
+            ours = _settings() | {"svg.hashsalt": name or None, "font.family": fonts}
+            dict.update(mpl.rcParams, ours)  # type: ignore[misc]
             yield
         finally:
             dict.update(mpl.rcParams, kept)
@@ -135,7 +136,7 @@ def _drawn(draw: Draw, size: tuple[float, float]) -> "Figure":
     figure = Figure(figsize=size)
     canvas = FigureCanvasAgg(figure)
     draw(figure)
-    _lay_out(figure, canvas.get_renderer())
+    _lay_out(figure, canvas.get_renderer())  # type: ignore[no-untyped-call]
     return figure
 
 
