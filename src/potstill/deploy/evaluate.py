@@ -24,7 +24,7 @@ def evaluate(model: Path | str, source: str, *, device: str = "auto") -> dict[st
         device: "auto", "cpu", "cuda", ...
 
     Returns:
-        The keys of ``evaluation.exact.final_metrics``, and ``model`` and ``data``: a sentence on each.
+        The keys of ``evaluation.exact.split_metrics``, and ``model`` and ``data``: a sentence on each.
 
     Raises:
         UsageError: no such data.
@@ -34,8 +34,8 @@ def evaluate(model: Path | str, source: str, *, device: str = "auto") -> dict[st
     folder = find_model(Path(model))
 
     from potstill.data.loader import Loader
-    from potstill.evaluation.evaluate import collect
-    from potstill.evaluation.exact import final_metrics
+    from potstill.evaluation.exact import split_metrics
+    from potstill.evaluation.predictions import predict_split
     from potstill.models.model_file import load_model
     from potstill.training.devices import choose
     from potstill.training.settings import TrainingSettings
@@ -46,11 +46,12 @@ def evaluate(model: Path | str, source: str, *, device: str = "auto") -> dict[st
     where = choose(TrainingSettings(device=device)).device
     classifier.module.to(where)
     loader = Loader(images, classifier.input, batch_size=BATCH, device=where)
-    probabilities, *_ = collect(classifier.module, loader, classes=len(classifier.class_names), device=where)
+    classes = len(classifier.class_names)
+    found = predict_split(classifier.module, loader, classes=classes, device=where, labels=labels)
     return {
         "model": f"{classifier.architecture} of {folder}",
         "data": f"{source}, {which}",
-        **final_metrics(probabilities, labels, classifier.class_names),
+        **split_metrics(found, classifier.class_names),
     }
 
 

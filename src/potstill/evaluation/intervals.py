@@ -5,6 +5,7 @@ import numpy as np
 from potstill.errors import UsageError
 from potstill.evaluation.averages import Array, auc_figures, classification_figures
 from potstill.evaluation.metrics import CALIBRATION_BINS, NLL_CEILING
+from potstill.evaluation.predictions import Held, Predictions
 from potstill.evaluation.significance import Z_975, wilson_interval
 
 RESAMPLES = 1000
@@ -31,37 +32,33 @@ def metric_intervals(probabilities: Array, labels: Array, seed: int = 0) -> Boun
     """
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
         raise UsageError(f"needs [N, K] and [N], got {list(probabilities.shape)} and {list(labels.shape)}")
-    count, classes = probabilities.shape
+    return split_intervals(Predictions.of(probabilities, labels), seed)
+
+
+def split_intervals(predictions: Predictions, seed: int = 0) -> Bounds:
+    """``metric_intervals`` of what was predicted for each image."""
+    labels, classes, count = predictions.labels, predictions.classes, len(predictions.labels)
     if not count:
         return {}
     random = np.random.default_rng(seed)
     found: Bounds = {}
     for name, k in (("top1", 1), ("top3", min(3, classes))):
-        _, low, high = wilson_interval(int(_within(probabilities, labels, k).sum()), count)
+        _, low, high = wilson_interval(int((predictions.before < k).sum()), count)
         found[name] = (low, high)
-    found |= _confusion_intervals(probabilities, labels, random)
-    found |= _calibration_intervals(probabilities, labels, random)
-    if probabilities.size <= MOST_SCORES:
-        found |= _auc_intervals(probabilities, labels)
+    found |= _confusion_intervals(predictions, random)
+    found |= _calibration_intervals(predictions, random)
+    if isinstance(predictions.rows, Held) and count * classes <= MOST_SCORES:
+        found |= _auc_intervals(predictions.rows.array, labels)
     return found
 
 
-def _within(probabilities: Array, labels: Array, k: int) -> Array:
-    """[N] bool: whether the label is among the k most probable classes; of equal ones the lower number comes first."""
-    of_label = np.take_along_axis(probabilities, labels[:, None], axis=1)
-    lower = np.arange(probabilities.shape[1]) < labels[:, None]
-    before = (probabilities > of_label) | ((probabilities == of_label) & lower)
-    within: Array = before.sum(axis=1) < k
-    return within
-
-
-def _confusion_intervals(probabilities: Array, labels: Array, random: np.random.Generator) -> Bounds:
+def _confusion_intervals(predictions: Predictions, random: np.random.Generator) -> Bounds:
     """Precision, recall and F1 follow from how many images fall into each cell of the confusion matrix."""
-    count, classes = probabilities.shape
-    cells, held = np.unique(labels * classes + probabilities.argmax(axis=1), return_counts=True)
-    rows, columns = np.divmod(cells, classes)
+    count, classes = len(predictions.labels), predictions.classes
+    rows, columns, held = predictions.confusion()
     resampled: dict[str, list[float]] = {}
-    for drawn in random.multinomial(count, held / count, RESAMPLES):
+    for _ in range(RESAMPLES):  # one by one: there may be hundreds of thousands of cells
+        drawn = random.multinomial(count, held / count)
         hits = np.bincount(rows, weights=drawn * (rows == columns), minlength=classes)
         called = np.bincount(columns, weights=drawn, minlength=classes)
         support = np.bincount(rows, weights=drawn, minlength=classes)
@@ -70,13 +67,11 @@ def _confusion_intervals(probabilities: Array, labels: Array, random: np.random.
     return {name: _percentiles(np.array(values)) for name, values in resampled.items()}
 
 
-def _calibration_intervals(probabilities: Array, labels: Array, random: np.random.Generator) -> Bounds:
-    count = len(labels)
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    right = probabilities.argmax(axis=1) == labels
+def _calibration_intervals(predictions: Predictions, random: np.random.Generator) -> Bounds:
+    count, right = len(predictions.labels), predictions.correct
+    confidence = predictions.confidence.astype(np.float64)
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
-    of_label = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    losses = -np.log(np.maximum(of_label, np.exp(-NLL_CEILING)))
+    losses = -np.log(np.maximum(predictions.of_label.astype(np.float64), np.exp(-NLL_CEILING)))
     gaps = confidence - right
     errors, means = [], []
     for _ in range(CALIBRATION_RESAMPLES):

@@ -102,7 +102,8 @@ class Stage:
         if name not in self.read_once:
             content = self.read(name)
             self.read_once[name] = None if content is None else _confusion(self.folder / name, content, classes)
-        return self.read_once[name]
+        found: Array | None = self.read_once[name]
+        return found
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def _svg(fields: Any, texts: Iterator[Text], class_names: Sequence[str], title: 
         along, text = (at + 0.5) * step, _escaped(name)
         style = f"font-size: {size}px; {faint}"
         parts.append(
-            f'<text x="{left - 3:.5g}" y="{top + along + 0.35 * size:.5g}" text-anchor="end" style="{style}">{text}</text>'
+            f'<text x="{left - 3:.5g}" y="{top + along + 0.35 * size:.5g}" text-anchor="end" style="{style}">'
+            f"{text}</text>"
         )
         x, y = left + along, top + side + 3
         turned = (
@@ -104,8 +105,8 @@ def _svg(fields: Any, texts: Iterator[Text], class_names: Sequence[str], title: 
     parts.append(
         f'<text x="{centre:.5g}" y="{top + side + below - 4:.5g}" text-anchor="middle" style="font-size: 9px; {faint}">'
         f"predicted{every}</text>"
-        f'<text transform="translate(10 {middle:.5g}) rotate(-90)" text-anchor="middle" style="font-size: 9px; {faint}">'
-        "true</text>"
+        f'<text transform="translate(10 {middle:.5g}) rotate(-90)" text-anchor="middle" '
+        f'style="font-size: 9px; {faint}">true</text>'
     )
     for row, column, text, colour in texts if classes <= _ANNOTATED else ():
         written = text.split("\n")
