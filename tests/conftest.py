@@ -5,14 +5,23 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+
+from .own_process import plugin
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
 if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache, and find none there
     os.environ["POTSTILL_CACHE"] = tempfile.mkdtemp(prefix="potstill-cache-")
     atexit.register(shutil.rmtree, os.environ["POTSTILL_CACHE"], ignore_errors=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(plugin())
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +30,33 @@ def _seeded() -> None:
         import torch
 
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's number of threads can be set and read, and no thread is started: more of them than cores are slow."""
+    import torch
+
+    kept = [torch.get_num_threads()]
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: kept.__setitem__(0, number))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: kept[0])
+
+
+class _Blank:
+    """In place of a figure."""
+
+    def savefig(self, file: IO[bytes], *, format: str, **_: Any) -> None:
+        file.write(b"<svg></svg>" if format == "svg" else b"")
+
+
+@contextmanager
+def blank_pictures() -> Iterator[None]:
+    """Reports have empty pictures: to draw those of a small run takes five times as long as all else of it."""
+    from potstill.report.figures import canvas
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas, "_drawn", lambda draw, size: _Blank())
+        yield
 
 
 @pytest.fixture

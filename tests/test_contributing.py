@@ -90,7 +90,7 @@ def follow(text: str, tree: Path) -> None:
 def in_copy(tree: Path, *command: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=tree, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *command], cwd=tree, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -193,7 +193,7 @@ def build(folder: Path) -> subprocess.CompletedProcess:
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     return subprocess.run(
-        command, cwd=folder, env=os.environ | nowhere, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=folder, env=os.environ | nowhere, capture_output=True, text=True, timeout=600, check=False
     )
 
 

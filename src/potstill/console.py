@@ -175,6 +175,10 @@ def say_results(results: Mapping[str, Any], page: Path | None) -> None:
         lines += [*textwrap.wrap(plain(str(comparison["verdict"])), _WIDTH), ""]
     _print(lines)
     if page is not None:
+        from potstill.report.figures.fonts import labels
+
+        if warning := labels((results.get("data") or {}).get("class_names") or ()).warning:
+            _print(textwrap.wrap(plain(f"warning: {warning}"), _WIDTH))
         say_page(page)
 
 
@@ -236,9 +240,24 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
         yield ""
         yield f"{'class':<{width}}  precision   recall      F1  images"
     for name, row in zip(names, metrics.get("per_class", ()), strict=True):
-        figures = (percent(row[key]) for key in ("precision", "recall", "f1"))
+        figures = (percent(row[key] if row["support"] else None) for key in ("precision", "recall", "f1"))
         precision, recall, f1 = figures
         yield f"{name:<{width}}  {precision:>9}  {recall:>7}  {f1:>6}  {row['support']:>6}"
+    absent = [plain(str(name)) for name in metrics.get("absent_classes") or []]
+    if absent:
+        rest = len(names) - len(absent)
+        there = f"the other {rest} classes" if rest > 1 else "the one class that has images"
+        yield f"\nwarning: no image here is of {_listed(absent)}: macro figures are means over {there}"
+    never = [plain(str(name)) for name in metrics.get("never_predicted") or []]
+    if metrics.get("at_chance"):
+        largest = percent(metrics.get("largest_class"))
+        yield f"\nwarning: not clearly better than chance: always predicting the most frequent class gives {largest}"
+    elif never:
+        yield f"\nwarning: the model never predicts {_listed(never)}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def percent(share: float | None) -> str:

@@ -76,7 +76,7 @@ class Distiller(nn.Module):
         if networks:
             converts = _converts(student_input, _listed(teacher_input, InputSpec), len(networks))
             self.teacher = Teachers(networks, converts, weights=teacher_weights, combine=combine)
-        self.method = per_teacher(method, len(networks))
+        self.method = per_teacher(method, self.teacher.shares if self.teacher is not None else ())
         if label_loss is not None:
             self.method.use_label_loss(label_loss)
         self.layers, self.train_labels, self.batch_size = layers, train_labels, batch_size

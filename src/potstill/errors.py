@@ -1,6 +1,7 @@
 """Errors that a user can mend: one to five plain lines and an exit code each; anything else is our bug (exit 1)."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -46,6 +47,10 @@ class WorkerError(PotstillError):
     exit_code = 7
 
 
+class RankLost(WorkerError):
+    """Another process of the run is gone or hangs."""
+
+
 class Stopped(BaseException):
     """A signal asked the process to end.  No ``Exception``, so that nothing takes it for a failure and goes on.
 
@@ -67,8 +72,43 @@ class Elsewhere(BaseException):
     """
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
+        super().__init__(f"another process of the run has ended with exit code {exit_code}, and shows the reason")
         self.exit_code = exit_code
+
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_MEMORY = "out of memory; a smaller training.batch_size or data.memory_share needs less"
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """A failing disk or too little memory, whichever library has raised it; None for any other error.
+
+    Example:
+        >>> storage_error(OSError(28, "No space left on device", "a.txt"))
+        StorageError('No space left on device: a.txt')
+        >>> storage_error(KeyError("a"))
+    """
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return StorageError(f"{error.strerror}: {error.filename or 'the disk is full or fails'}")
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    # torch's, of a GPU and of the CPU
+    if no_memory or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return StorageError(_MEMORY)
+    return None
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of the process that an error ends.
+
+    Example:
+        >>> exit_code_of(DataError("no images")), exit_code_of(MemoryError()), exit_code_of(KeyError())
+        (3, 5, 1)
+    """
+    if (code := getattr(error, "exit_code", None)) is not None:
+        return int(code)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return PotstillError.exit_code if storage_error(error) is None else StorageError.exit_code
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,14 @@
 """How a network wants its images.  No torch here: prediction with an exported model does without."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Triple = tuple[float, float, float]
+
+
+RESIZE_MODES = ("crop", "pad", "stretch")
 
 
 @dataclass(frozen=True)
@@ -12,5 +18,41 @@ class InputSpec:
     size: int  # height and width in pixels
     mean: Triple = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: Triple = (0.229, 0.224, 0.225)
-    fit: str = "crop"  # "crop": shorter side to size / crop_share, then the centre; "squash": both sides to size
+    # "crop": shorter side to size / crop_share, then the centre; "pad": longer side to size, black beside the picture;
+    # "stretch": both sides to size.
+    resize_mode: str = "crop"
     crop_share: float = 1.0  # share of the shorter side that the centre crop keeps
+    range: tuple[float, float] | None = None  # by which images of more than 8 bits are decoded; None: each by its own
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "InputSpec":
+        """What ``dataclasses.asdict`` gave, with JSON's lists for tuples.
+
+        Raises:
+            KeyError, TypeError or ValueError: something else.
+        """
+        values = today(values)
+        mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError("mean and std are three numbers each")
+        ends = values.get("range")
+        if ends is not None:
+            low, high = map(float, ends)
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise ValueError(f"range must be two numbers, the lower one first, got {ends!r}")
+            ends = (low, high)
+        return cls(**(values | {"mean": mean, "std": std, "range": ends}))
+
+
+def today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a spec by their present names; older versions call the resize mode ``fit``.
+
+    Example:
+        >>> today({"size": 32, "fit": "squash"})
+        {'size': 32, 'resize_mode': 'stretch'}
+    """
+    known = dict(values)
+    if "fit" in known:
+        former = known.pop("fit")
+        known["resize_mode"] = "stretch" if former == "squash" else former
+    return known

@@ -59,12 +59,16 @@ class Outputs:
     parts: "tuple[Outputs, ...]" = ()  # where methods are combined: what each of them asked for
 
     def with_logits(self, change: Callable[[Tensor], Tensor]) -> "Outputs":
-        """The same outputs with every [B, K] changed: those of second images and of each teacher too."""
+        """The same outputs with every [B, K] changed: those of second images, of each teacher, and of the parts of
+        combined methods too.
+        """
         return replace(
             self,
             logits=change(self.logits),
             second=None if self.second is None else self.second.with_logits(change),
             members=tuple(member.with_logits(change) for member in self.members),
+            # A single part is never read.
+            parts=tuple(part.with_logits(change) for part in self.parts) if len(self.parts) > 1 else (),
         )
 
 

@@ -76,6 +76,7 @@ def test_what_fails_or_is_late_costs_no_other_measure(gpu, monkeypatch, capsys):
     assert "early   2.00" in printed
 
 
+@pytest.mark.own_process
 def test_stopped_from_outside_it_prints_what_it_has(gpu, monkeypatch, capsys):
     def slow(bench):
         bench.row("first", "1.00")

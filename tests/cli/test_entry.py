@@ -152,7 +152,23 @@ def test_a_closed_pipe_is_no_error() -> None:
     )
 
     assert done.stderr == ""
-    assert done.stdout == "0\n"
+    assert done.stdout == "141\n"  # as of cat: 128 + SIGPIPE
+
+
+@pytest.mark.parametrize(("words", "code"), [("check nothing", 2), ("--nonsense", 2), ("check DATA", 3)])
+def test_a_closed_pipe_hides_no_error(tmp_path: Path, words: str, code: int) -> None:
+    words = words.replace("DATA", str(tmp_path))  # without class folders
+    for closing in ("2>&1 | true", "2>/dev/null | true"):
+        done = subprocess.run(
+            f"'{sys.executable}' -m potstill {words} {closing}; echo ${{PIPESTATUS[0]}}",
+            shell=True,
+            executable="/bin/bash",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+        assert (done.stdout, done.stderr) == (f"{code}\n", "")
 
 
 def test_a_shipped_recipe_is_printed_as_it_is_and_can_be_used_as_a_file(

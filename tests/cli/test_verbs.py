@@ -1,5 +1,7 @@
 """run, train and report hand the right things on and print what came of it; the parts behind them are stood in for."""
 
+import itertools
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +97,26 @@ def test_train_carries_out_one_stage_under_a_name_of_its_own(
         (("teacher",), "quickstart-teacher", False),
         (("baseline",), "alone", True),
     ]
-    assert "next:   potstill run quickstart --teacher runs/quickstart-teacher\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next:   potstill run quickstart --teacher runs/quickstart-teacher\n" in said
+    assert "next:   potstill run quickstart --baseline runs/alone --name alone-run\n" in said
+
+
+def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", "digits", "--skip-bad", "--student", "resnet18", "--seed", "3", "--root", "my runs"]
+    given += ["--set", "teacher.weights=null", "--set", "data.augment={hflip: true}"]
+    assert main(["train", "quickstart", "--stage", "teacher", "--teacher", "resnet34", "--name", "t", *given]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next:")]
+    kept = shlex.split(line.removeprefix("next:"))
+    assert kept[:3] == ["potstill", "run", "quickstart"]
+    pairs = set(itertools.pairwise(kept))
+    assert pairs >= {
+        ("--data", "digits"), ("--student", "resnet18"), ("--seed", "3"), ("--root", "my runs"),
+        ("--set", "data.augment={hflip: true}"), ("--teacher", "my runs/t"), ("--name", "t-run"),
+    }  # fmt: skip
+    assert "--skip-bad" in kept
+    assert "True" not in kept
+    assert kept.count("--set") == kept.count("--teacher") == 1  # the weights are those of the teacher just trained
 
 
 def test_a_report_that_fails_does_not_swallow_the_results(

@@ -1,8 +1,12 @@
+import contextlib
 import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
 
 import pytest
 
-from potstill.data.cores import in_turn
+from potstill.data.cores import in_turn, stop_if_abandoned
 
 
 @pytest.mark.parametrize("at_once", [1, 3, None])
@@ -39,3 +43,28 @@ def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
         next(results)
     assert len(begun) < 20
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+
+
+def test_work_that_nobody_wants_any_more_stops_before_its_next_image() -> None:
+    begun, done = threading.Event(), []
+
+    def work(piece: list[int]) -> list[int]:
+        for i in piece:
+            stop_if_abandoned()
+            begun.set()
+            with contextlib.suppress(CancelledError):  # this image takes until a signal has come
+                while True:
+                    stop_if_abandoned()
+                    time.sleep(0.001)
+            done.append(i)
+        return piece
+
+    def interrupted() -> Iterator[list[int]]:
+        yield [1, 2, 3]
+        begun.wait(60)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_turn(work, interrupted(), at_once=2))
+    assert done == [1]  # not 2 and 3
+    stop_if_abandoned()  # here it is wanted

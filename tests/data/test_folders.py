@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from potstill.data.datasets import load_data
-from potstill.data.folders import list_folder
+from potstill.data.doctor.folder import walk_folder
 from potstill.data.settings import DataSettings
 from potstill.errors import DataError
 
@@ -86,12 +86,12 @@ def test_hidden_files_and_clutter_do_not_count(make_folder) -> None:
     folder = make_folder({"a": 4, "b": 4, ".git": 1})
     for name in ("a/.DS_Store", "a/Thumbs.db", "b/desktop.ini", "readme.txt"):
         (folder / name).write_text("x")
-    assert len(list_folder(folder)) == 8
+    assert len(walk_folder(folder).entries) == 8
 
 
 def test_folders_within_classes_count(make_folder) -> None:
     folder = make_folder({"a": 3, "a/more": 2, "b": 3})
-    assert [e.name for e in list_folder(folder) if e.label == "a"][-2:] == ["a/more/0.png", "a/more/1.png"]
+    assert [e.name for e in walk_folder(folder).entries if e.label == "a"][-2:] == ["a/more/0.png", "a/more/1.png"]
 
 
 def test_all_unreadable_files_are_reported_at_once(make_folder) -> None:
@@ -115,8 +115,9 @@ def test_twenty_problems_and_a_count(make_folder) -> None:
         (folder / "a" / f"bad{i:02d}.jpg").write_text("no")
     lines = refused(folder).splitlines()
     assert lines[0].endswith("27 unreadable images")
-    assert len(lines) == 22
-    assert lines[-1] == "  and 7 more"
+    assert len(lines) == 23
+    assert lines[-2] == "  and 7 more"
+    assert lines[-1].endswith(": --skip-bad")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_bad_folders(make_folder, places: dict, words: list) -> None:
 def test_links(make_folder, tmp_path: Path) -> None:
     folder = make_folder({"a": 4, "b": 4})
     (folder / "a" / "inside.png").symlink_to(folder / "b" / "0.png")
-    assert "a/inside.png" in {entry.name for entry in list_folder(folder)}
+    assert "a/inside.png" in {entry.name for entry in walk_folder(folder).entries}
     outside = tmp_path / "secret.png"
     outside.write_bytes((folder / "a" / "0.png").read_bytes())
     (folder / "a" / "out.png").symlink_to(outside)

@@ -1,8 +1,11 @@
 """Files that stayed as they were are not read again; changed ones are."""
 
 import hashlib
+import itertools
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,26 @@ def test_a_second_look_reads_nothing_and_finds_the_same(folder: Path, reads: lis
     assert check_files(folder, NAMES, "test") == first
     assert check_files(folder, list(reversed(NAMES))[:2], "test") == {name: first[name] for name in ("4.png", "3.png")}
     assert reads == []
+
+
+def test_of_two_that_come_at_once_one_reads_and_the_other_waits(
+    folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found nothing known before either begins to read."""
+    both, below, looks = threading.Barrier(2), KnownFiles.below, itertools.count()
+
+    def look(root: Path, *, decoded: bool) -> KnownFiles:
+        found = below(root, decoded=decoded)
+        if next(looks) < 2:
+            both.wait(60)
+        return found
+
+    monkeypatch.setattr(KnownFiles, "below", look)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: check_files(folder, NAMES, "test"), range(2))
+    assert first == second
+    assert sorted(first) == NAMES
+    assert sorted(reads) == NAMES
 
 
 @pytest.mark.parametrize("restored", [False, True])

@@ -150,7 +150,8 @@ def test_what_a_worker_needs_can_be_pickled(tmp_path: Path) -> None:
     data = pickle.loads(pickle.dumps(files(tmp_path)))
     assert data.pixels(1).shape == (19, 20, 3)
     loader = Loader(data, SPEC, batch_size=2, workers=1, memory_share=NOTHING)
-    pickle.loads(pickle.dumps(loader._workers._loader.dataset))
+    assert loader.processes == 1
+    assert pickle.loads(pickle.dumps(loader._all)).pixels(1).shape == (19, 20, 3)
 
 
 def test_a_file_that_goes_bad_is_named_through_a_worker(tmp_path: Path) -> None:
@@ -174,6 +175,7 @@ class Deadly(ArraySet):
         return super().pixels(i)
 
 
+@pytest.mark.own_process
 def test_a_dead_worker_is_an_error_and_leaves_no_children() -> None:
     data = Deadly(images().images, images().labels, images().names)
     loader = Loader(data, SPEC, batch_size=4, workers=2, memory_share=NOTHING)

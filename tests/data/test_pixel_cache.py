@@ -139,7 +139,8 @@ def test_everything_that_decides_the_pixels_decides_the_key(cache: Path, monkeyp
     changes: list[tuple[Any, dict[str, Any]]] = [
         (Drawn(), {"identity": "other"}),
         (Drawn(), {"side": SIDE + 1}),
-        (Drawn(), {"how": "squash"}),
+        (Drawn(), {"how": "stretch"}),
+        (Drawn(), {"how": "pad"}),
         (Drawn(19), {}),
         (renamed, {}),
         (Drawn(seed=1), {}),  # other content under the same word: found by a look at one of them
@@ -262,6 +263,25 @@ def test_arrays_that_memory_has_no_room_for_are_kept_on_disk(cache: Path, monkey
     assert len(folders(cache)) == 1
 
 
+def test_processes_of_a_machine_share_one_file_and_divide_the_memory(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 images, half of the room: twice their size suffices on the disk, of memory twice that for each of four."""
+    room = {"disk": 40 * IMAGE, "memory": 160 * IMAGE - 1}
+    monkeypatch.setattr(stale_pixels.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
+    monkeypatch.setattr(packed, "free_bytes", lambda device: room["memory"])
+
+    def of_four(seed: int) -> torch.Tensor | None:
+        return pack(Drawn(seed=seed), SIDE, "crop", device=CPU, memory_share=0.5, processes=4, identity="drawn")
+
+    assert of_four(1) is not None
+    assert len(folders(cache)) == 1
+    room["disk"] = 0
+    assert of_four(2) is None
+    room["memory"] += 1
+    assert of_four(3) is not None
+
+
 def test_where_the_disk_has_no_room_it_is_said_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = {"disk": 40 * IMAGE - 1, "memory": 10**9}
     monkeypatch.setattr(stale_pixels.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
@@ -278,6 +298,7 @@ def test_where_the_disk_has_no_room_it_is_said_once(cache: Path, monkeypatch: py
     assert len(heard.notes) == 2
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("reserves", [True, False])
 def test_a_full_disk(
     tmp_path: Path, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, reserves: bool
@@ -298,6 +319,7 @@ def test_a_full_disk(
     assert os.statvfs(disk).f_bavail * 4096 > 1.9 * 2**20  # the room was given back
 
 
+@pytest.mark.own_process
 def test_a_read_only_cache_is_read_and_not_missed(
     tmp_path: Path, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,16 +418,27 @@ for word in range(10):
 KILLED = (
     CHILDREN
     + """
-import random, signal
+import itertools, random, signal
 chance, kills, finished, resumed = random.Random(0), 0, 0, 0
 child(-1, 0)  # loads what is loaded once
+
+def die_at(at):
+    calls = itertools.count()
+    def counted(call):
+        def one(*arguments):
+            if next(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments)
+        return one
+    Slow.pixels, os.pwrite, os.fsync = counted(Slow.pixels), counted(os.pwrite), counted(os.fsync)
+
 for turn in range(60):
+    at = chance.randrange(100)  # an image, a write or a sync; a whole file takes more of them
     def work():
-        if "already" in " ".join(child(finished, 0.001)):
+        die_at(at)
+        if "already" in " ".join(child(finished, 0)):
             os._exit(7)
     pid = forked(work)
-    time.sleep(chance.uniform(0.002, 0.2))
-    os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     if os.WIFEXITED(status):
         assert os.WEXITSTATUS(status) in (0, 7), status
@@ -422,7 +455,7 @@ print(kills, finished, resumed)
 def script(text: str, cache: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", text],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"POTSTILL_CACHE": str(cache.parent)},
+        capture_output=True, text=True, timeout=1200, env=os.environ | {"POTSTILL_CACHE": str(cache.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

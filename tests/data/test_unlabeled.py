@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from potstill.data.datasets import check_source, load_data
-from potstill.data.folders import list_images
 from potstill.data.images import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.settings import DataSettings
+from potstill.data.sources import list_images
 from potstill.data.unlabeled import Joined, UnlabeledFiles
 from potstill.errors import DataError, UsageError
 from potstill.inputs import InputSpec
@@ -76,7 +76,7 @@ def test_missing_and_empty_folders(photos: Path, tmp_path: Path) -> None:
     check_source(DataSettings(source=str(photos)))
     (tmp_path / "empty" / "deep").mkdir(parents=True)
     with pytest.raises(DataError, match="empty: no images"):
-        list_images(tmp_path / "empty")
+        list_images(tmp_path / "empty", DataSettings())
 
 
 def test_images_of_val_and_test_are_not_learned_from(photos: Path, more: Path) -> None:
@@ -111,6 +111,6 @@ def test_their_labels_never_count(more: Path) -> None:
     assert joined.labels.tolist() == [0, 1, 1, -100, -100]
     assert joined.names == ("a", "b", "c", "d", "e")
     assert [joined.pixels(i)[0, 0, 0] for i in range(5)] == [0, 0, 0, 1, 1]
-    files = UnlabeledFiles(more, list_images(more))
+    files = UnlabeledFiles(more, list_images(more, DataSettings())[0])
     loader = Loader(labeled, InputSpec(8), batch_size=3, unlabeled=files)
     assert next(loader.epoch()).labels.tolist() == [0, 1, 1, -100, -100, -100]

@@ -42,7 +42,8 @@ def words(made, second=False):
         ({}, {"spec": InputSpec(15)}),
         ({}, {"spec": InputSpec(16, mean=(0.5, 0.5, 0.5))}),
         ({}, {"spec": InputSpec(16, std=(0.5, 0.5, 0.5))}),
-        ({}, {"spec": InputSpec(16, fit="squash")}),
+        ({}, {"spec": InputSpec(16, resize_mode="stretch")}),
+        ({}, {"spec": InputSpec(16, resize_mode="pad")}),
         ({}, {"spec": InputSpec(16, crop_share=0.8)}),
         ({}, {"data": images(13)}),
         ({}, {"unlabeled": images(2)}),
@@ -117,7 +118,7 @@ def test_what_a_description_holds_is_spelled_out():
     assert loader(view_seed=7, augment=AugmentSettings(hflip=True)).describe_views() == {
         "version": view_identity.VERSION,
         "decoder": view_identity.decoder(),
-        "input": {"size": 16, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "fit": "crop",
+        "input": {"size": 16, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize_mode": "crop",
                   "crop_share": 1.0},
         "side": 16,
         "samples": [12, 0],

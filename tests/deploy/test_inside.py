@@ -8,7 +8,8 @@ from potstill.data.square import normalised, squared
 from potstill.deploy.inside import Resize, dynamic, example, preparation
 from potstill.inputs import InputSpec
 
-SPECS = (InputSpec(20), InputSpec(20, fit="squash"), InputSpec(28, crop_share=0.875))
+SPECS = (InputSpec(20), InputSpec(20, resize_mode="stretch"), InputSpec(28, crop_share=0.875),
+         InputSpec(20, resize_mode="pad"), InputSpec(33, resize_mode="pad"))  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", SPECS)

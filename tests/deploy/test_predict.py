@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from potstill.cli import main
-from potstill.deploy.predict import list_images, predict
+from potstill.deploy.predict import find_images, predict
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.inputs import InputSpec
 from potstill.models.classifier import Classifier
@@ -81,10 +81,53 @@ def test_folders_are_walked_in_sorted_order_and_only_images_are_taken(tmp_path: 
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
 
-    found = [str(path.relative_to(tmp_path)) for path in list_images([tmp_path])]
+    found = [str(path.relative_to(tmp_path)) for path in find_images([tmp_path]).images]
 
-    assert found == ["A.bmp", "z.tiff", "a/x.webp", "b/10.jpg", "b/2.PNG"]
-    assert list_images([tmp_path / "b/notes.txt"]) == [tmp_path / "b/notes.txt"]  # named: the content decides
+    assert found == ["A.bmp", "a/x.webp", "b/10.jpg", "b/2.PNG", "z.tiff"]
+    assert find_images([tmp_path / "b/notes.txt"]).images == [tmp_path / "b/notes.txt"]  # named: the content decides
+
+
+def test_nothing_in_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
+    inside = tmp_path / "in"
+    picture(inside / "a.png", (0, 0, 0)).rename(inside / "no-ending")
+    picture(tmp_path / "elsewhere" / "b.png", (0, 0, 0))
+    (inside / "text.TXT").write_text("BM is how bitmaps begin")
+    (inside / "photo.HEIC").write_text("not read")
+    picture(inside / "Thumbs.db" / "x.png", (0, 0, 0))  # a folder of that name is no system's
+    picture(inside / "@eaDir" / "x.png", (0, 0, 0))
+    picture(inside / ".hidden" / "x.png", (0, 0, 0))
+    (inside / "file.png").symlink_to(tmp_path / "elsewhere" / "b.png")
+    (inside / "folder").symlink_to(tmp_path / "elsewhere")
+    found = find_images([inside])
+
+    assert [path.relative_to(inside).as_posix() for path in found.images] == [
+        "Thumbs.db/x.png", "no-ending", "photo.HEIC",
+    ]  # fmt: skip
+    reasons = {Path(path).name: reason for path, reason in found.left_out}
+    assert reasons.pop("text.TXT") == "no image, by its name and its content"
+    assert reasons.pop(".hidden").startswith("a hidden folder with 1 image")
+    assert set(reasons) == {"file.png", "folder"}
+    assert all(reason.endswith("--follow-links reads it") for reason in reasons.values())
+    assert found.passed_over == {"@eaDir": 1}
+    followed = {path.name for path in find_images([inside], follow_links=True).images}
+    assert followed == {"x.png", "no-ending", "photo.HEIC", "file.png", "b.png"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [([], 3, "error: 1 of 2 images could not be read"), (["--skip-bad"], 0, "1 file is left out\n  {0}/bad.jpg: ")],
+)
+def test_the_verb_names_what_it_leaves_out(run: Path, tmp_path: Path, capsys, flags, code: int, words: str) -> None:
+    folder = tmp_path / "images"
+    picture(folder / "good.png", (0, 0, 0))
+    (folder / "bad.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("x")
+
+    assert main(["predict", str(run), str(folder), *flags]) == code
+    said = capsys.readouterr()
+    assert f"{folder}: 1 file is left out\n  {folder}/notes.txt: no image" in said.err
+    assert words.format(folder) in said.err
+    assert said.out.count("\n") == 2
 
 
 def test_missing_paths_are_named_before_any_model_is_loaded(tmp_path: Path) -> None:

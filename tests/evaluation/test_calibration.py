@@ -44,6 +44,14 @@ def test_figures_are_those_of_scikit_learn() -> None:
     assert found["after"]["ece"] < found["before"]["ece"] / 2
 
 
+def test_the_temperature_is_that_of_val_and_the_figures_are_those_of_test() -> None:
+    (val, val_labels), (test, labels) = overconfident(3000, 3.0, seed=5), overconfident(3000, 0.5, seed=6)
+    found = calibration(val, val_labels, test, labels)
+    assert found is not None
+    assert found["temperature"] == pytest.approx(3.0, rel=0.1)
+    assert found["after"]["nll"] > found["before"]["nll"]  # on test it was the wrong thing to do, and that is said
+
+
 def test_ece_by_hand_and_scaling_changes_no_answer() -> None:
     # 3 of 4 right at 0.9: off by 0.15.  On val 3 of 4 right too, so the best temperature turns 0.9 into 0.75.
     shown, labels = np.tile([[0.9, 0.1]], (4, 1)), np.array([0, 0, 0, 1])

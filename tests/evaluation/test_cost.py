@@ -35,6 +35,34 @@ def test_resnet18_has_its_published_costs():
     assert flops(net, InputSpec(224)) / 2 == pytest.approx(1.8e9, rel=0.02)
 
 
+def transformer_flops(width, depth, tokens, patch, classes=1000):
+    """By hand, two per multiply-add: projections, the two products of attention, the MLP; patches and head."""
+    block = 2 * tokens * width * 3 * width + 2 * tokens * width * width + 2 * 2 * tokens**2 * width
+    block += 2 * 2 * tokens * width * 4 * width
+    return depth * block + 2 * (tokens - 1) * 3 * patch**2 * width + 2 * width * classes
+
+
+def test_fused_attention_of_torchvision_is_counted():
+    """ViT-B/16: 35.1 billion.  In eval mode ``nn.MultiheadAttention`` runs as one kernel unknown to torch's counter."""
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        net = torchvision.models.vit_b_16()
+    counted = flops(net, InputSpec(224))
+    assert counted == transformer_flops(768, 12, 197, 16)
+    assert counted == pytest.approx(35.1e9, rel=0.002)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_fused_attention_of_timm_is_counted():
+    """ViT-Ti/16 by hand; Swin-T: 4.5 billion multiply-adds (Liu et al. 2021, table 1)."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        vit = timm.create_model("vit_tiny_patch16_224")
+    assert flops(vit, InputSpec(224)) == transformer_flops(192, 12, 197, 16)
+    swin = timm.create_model("swin_tiny_patch4_window7_224")
+    assert flops(swin, InputSpec(224)) / 2 == pytest.approx(4.5e9, rel=0.01)
+
+
 def test_attention_is_counted():
     """4 projections and the two products of 16 tokens of width 8, two heads."""
     timm = pytest.importorskip("timm")

@@ -38,7 +38,7 @@ def check_against_sklearn(p, y):
         )
     for kind in ("micro", "macro", "weighted"):
         expected = sk.precision_recall_fscore_support(
-            y, predicted, labels=range(classes), average=kind, zero_division=0
+            y, predicted, labels=np.unique(y) if kind == "macro" else range(classes), average=kind, zero_division=0
         )[:3]
         mine = [figures[f"{name}_{kind}"] for name in ("precision", "recall", "f1")]
         assert mine == pytest.approx(expected, abs=1e-12), kind
@@ -177,3 +177,38 @@ def test_not_a_number_is_refused():
     p[2, 1] = np.nan
     with pytest.raises(NonFiniteError, match="image 2 "):
         final_metrics(p, y, names(3))
+
+
+def test_macro_figures_leave_out_absent_classes_and_name_them():
+    """A perfect model on images of a and c alone: everything is 1, and b is named."""
+    p = np.eye(3, dtype=np.float32)[[0, 0, 2, 2]]
+    figures = final_metrics(p, np.array([0, 0, 2, 2]), ["a", "b", "c"])
+    assert [figures[f"{name}_macro"] for name in ("precision", "recall", "f1", "auc")] == [1, 1, 1, 1]
+    assert (figures["absent_classes"], figures["never_predicted"]) == (["b"], [])
+    assert (figures["largest_class"], figures["at_chance"]) == (0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "never", "at_chance"),
+    [
+        ([0] * 100, ["b", "c"], True),  # always the most frequent class
+        ([0] * 70 + [1] * 20 + [0] * 10, ["c"], False),
+        (list(np.random.default_rng(0).permutation([0] * 70 + [1] * 20 + [2] * 10)), [], True),
+        ([0] * 63 + [1] * 27 + [2] * 10, [], False),
+    ],
+)
+def test_chance_and_classes_that_are_never_predicted(predicted, never, at_chance):
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    figures = final_metrics(np.eye(3, dtype=np.float32)[predicted], labels, ["a", "b", "c"])
+    assert (figures["never_predicted"], figures["at_chance"]) == (never, at_chance)
+    assert figures["largest_class"] == pytest.approx(0.7)
+
+
+def test_rare_classes_that_are_found_are_above_chance():
+    """600 and 6 images: top-1 cannot say it, recall does."""
+    labels = np.repeat([0, 1], [600, 6])
+    predicted = labels.copy()
+    predicted[[0, 1, 2, 3, 4, 5, 605]] ^= 1
+    figures = final_metrics(np.eye(2, dtype=np.float32)[predicted], labels, ["most", "few"])
+    assert figures["top1"] < figures["largest_class"]
+    assert not figures["at_chance"]

@@ -75,7 +75,8 @@ def test_a_network_without_maps_is_refused():
     [
         (64, 64, InputSpec(32), [0, 0, 1, 1]),
         (100, 200, InputSpec(32), [0.25, 0, 0.5, 1]),  # the square in the middle
-        (100, 200, InputSpec(32, fit="squash"), [0, 0, 1, 1]),
+        (100, 200, InputSpec(32, resize_mode="stretch"), [0, 0, 1, 1]),
+        (100, 200, InputSpec(32, resize_mode="pad"), [0, -0.5, 1, 2]),  # 50 pixels above and below
         (300, 100, InputSpec(80, crop_share=0.8), [0.1, 0.36667, 0.8, 0.26667]),  # 80 of the square's 100 pixels
     ],
 )

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn import metrics as sk
 
 from potstill.errors import UsageError
 from potstill.evaluation.exact import final_metrics
@@ -28,33 +27,86 @@ def resampled():
     return [final_metrics(probabilities[draw], labels[draw], NAMES) for draw in draws]
 
 
-@pytest.mark.parametrize("name", ["top1", "precision_macro", "recall_weighted", "f1_macro", "f1_micro", "nll"])
-def test_intervals_are_those_of_resampled_images(resampled, name):
+@pytest.mark.parametrize(
+    "name", ["precision_macro", "recall_macro", "recall_weighted", "f1_macro", "f1_weighted", "f1_micro"]
+)
+def test_intervals_are_as_wide_as_resamples_of_the_images(resampled, name):
     low, high = metric_intervals(*made())[name]
     expected = np.percentile([found[name] for found in resampled], [2.5, 97.5])
-    assert (low, high) == pytest.approx(tuple(expected), abs=0.12 * (expected[1] - expected[0]) + 0.004)
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.2 * (expected[1] - expected[0]) + 0.004)
 
 
 @pytest.mark.parametrize("name", ["auc_micro", "auc_macro", "auc_weighted"])
 def test_auc_without_resampling_is_as_wide_as_with_it(resampled, name):
     low, high = metric_intervals(*made())[name]
     spread = np.std([found[name] for found in resampled], ddof=1)
-    assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.12)
+    assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.2)
+
+
+def test_a_perfect_class_or_model_is_not_sure():
+    """60 images right of 60 say at least 94 % (Wilson's 1 / (1 + 1.96^2 / 60)), for each figure of them."""
+    labels = np.repeat([0, 1], 30)
+    found = metric_intervals(np.eye(2)[labels] * 0.8 + 0.1, labels)
+    for name in ("recall_macro", "precision_macro", "f1_macro", "auc_macro"):
+        low, high = found[name]
+        assert high == 1
+        assert low == pytest.approx(1 / (1 + 1.959964**2 / 60)), name
+    assert "ece" not in found
+
+
+def test_intervals_of_small_classes_are_left_out():
     probabilities, labels = made()
-    assert (low + high) / 2 == pytest.approx(final_metrics(probabilities, labels, NAMES)[name])
+    kept = (labels != 3) | (np.cumsum(labels == 3) <= 19)
+    found = metric_intervals(probabilities[kept], labels[kept])
+    assert not {"f1_macro", "recall_macro", "auc_macro", "auc_weighted"} & found.keys()
+    assert {"top1", "f1_weighted", "auc_micro"} <= found.keys()
 
 
-def test_two_classes_are_delongs_formula():
-    random = np.random.default_rng(3)
-    labels = np.repeat([0, 1], [30, 20])
-    score = np.clip(random.normal(0.3 + 0.3 * labels, 0.2), 0.01, 0.99).round(2)  # with ties
-    low, high = metric_intervals(np.stack([1 - score, score], axis=1), labels)["auc_macro"]
-    wins = np.sign(score[labels == 1][:, None] - score[labels == 0][None]) / 2 + 0.5
-    variance = wins.mean(axis=1).var() / 20 + wins.mean(axis=0).var() / 30
-    area = sk.roc_auc_score(labels, score)
-    assert (low, high) == pytest.approx(
-        (area - 1.959964 * np.sqrt(variance), min(1.0, area + 1.959964 * np.sqrt(variance))), abs=1e-6
-    )
+def coverage(skill, shares, count, repeats, seed=0):
+    """Share of intervals that hold what 200,000 images give, by figure."""
+    random = np.random.default_rng(seed)
+
+    def draw(n):
+        labels = random.choice(len(shares), n, p=shares)
+        logits = random.normal(size=(n, len(shares)))
+        logits[np.arange(n), labels] += np.asarray(skill)[labels]
+        odds = np.exp(2 * logits)
+        return odds / odds.sum(axis=1, keepdims=True), labels
+
+    names = [f"{figure}_{kind}" for figure in ("precision", "recall", "f1", "auc") for kind in ("macro", "weighted")]
+    truth = final_metrics(*draw(200_000), [str(k) for k in range(len(shares))])
+    held = {name: [] for name in [*names, "nll"]}
+    for _ in range(repeats):
+        found = metric_intervals(*draw(count))
+        for name in held:
+            if name in found:
+                held[name].append(found[name][0] <= truth[name] <= found[name][1])
+    return {name: np.mean(each) for name, each in held.items() if len(each) > repeats / 4}
+
+
+WORLDS = {
+    "four classes": ([2, 2, 2, 2], [0.4, 0.3, 0.2, 0.1], 360),
+    "small class": ([3, 3, 2], [0.6, 0.35, 0.05], 360),
+    "nearly perfect": ([6, 5, 4, 5, 5], [0.2] * 5, 360),
+    "few images": ([2.5, 2, 3], [0.4, 0.3, 0.3], 60),
+}
+
+
+@pytest.mark.parametrize("world", ["four classes", "small class"])
+def test_intervals_hold_the_truth(world):
+    """300 repeats of a share of 0.92 lie above 0.873 (three standard deviations)."""
+    found = coverage(*WORLDS[world], 300)
+    assert min(found.values()) >= 0.873, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+def test_table_of_coverage(world, capsys):
+    """92 to 98 %, within three standard deviations of the simulation; more where a figure can hardly fall."""
+    found = coverage(*WORLDS[world], 1000)
+    with capsys.disabled():
+        print(f"\n{world:<14}", ", ".join(f"{name} {share:.1%}" for name, share in found.items()), end="")
+    assert min(found.values()) >= 0.92 - 3 * np.sqrt(0.05 * 0.95 / 1000)
 
 
 def test_shares_have_wilsons_interval():
@@ -67,40 +119,14 @@ def test_shares_have_wilsons_interval():
     assert metric_intervals(probabilities, labels)["top3"] == pytest.approx((expected.low, expected.high))
 
 
-def test_calibration_error_holds_what_many_images_tell():
-    """Resampling adds to the error; the reflected interval takes that away again: it holds the truth 9 times in 10."""
-    truth = final_metrics(*made(60_000, 1), NAMES)["ece"]
-    ends = [metric_intervals(*made(240, seed))["ece"] for seed in range(2, 62)]
-    assert np.mean([low <= truth <= high for low, high in ends]) >= 0.8
-    assert all(0 <= low <= high for low, high in ends)
-
-
-def test_a_calibrated_model_may_have_no_error_at_all():
-    """Labels drawn from the probabilities themselves: resamples alone would say that there surely is an error."""
-    shares = []
-    for seed in range(8):
-        random = np.random.default_rng(seed)
-        probabilities = random.dirichlet(np.ones(4), 300)
-        labels = np.array([random.choice(4, p=row) for row in probabilities])
-        low, high = metric_intervals(probabilities, labels)["ece"]
-        value = final_metrics(probabilities, labels, NAMES)["ece"]
-        assert low <= value <= high
-        shares.append(low / value)
-    assert np.mean(shares) < 0.3  # of plain percentiles: 0.8
-
-
 def test_a_class_without_images_is_left_out_and_nothing_breaks():
     probabilities, labels = made()
-    few = labels < 2
+    few = labels < 2  # 96 and 72 images, more or less
     found = metric_intervals(probabilities[few], labels[few])
-    assert {"auc_macro", "f1_macro", "ece"} <= found.keys()
+    assert {"auc_macro", "f1_macro"} <= found.keys()
     assert metric_intervals(probabilities[:0], labels[:0]) == {}
     alone = metric_intervals(probabilities[labels == 0], labels[labels == 0])
     assert "auc_macro" not in alone  # nothing to set the class against
-
-
-def test_the_seed_decides():
-    assert metric_intervals(*made()) == metric_intervals(*made())
 
 
 def test_shapes_are_checked():

@@ -6,7 +6,15 @@ from PIL import Image
 
 from potstill.experiments.recipe import load_recipe
 
+from ..conftest import blank_pictures
+
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 40, 30)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures():
+    with blank_pictures():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +30,7 @@ def photographs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(photographs):
     """A recipe on these photographs; keywords are changes as after --set."""
 

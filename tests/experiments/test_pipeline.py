@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import numpy as np
@@ -110,6 +111,25 @@ def test_metrics_equal_scikit_learns_on_the_saved_predictions(run, stage, split)
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, abs=1e-6), name
     assert found["loss"] == found["nll"]
+
+
+def test_the_temperature_is_fitted_on_val_alone(photographs, recipe, tmp_path):
+    from potstill.evaluation.calibration import fit_temperature
+
+    paths = sorted(shutil.copytree(photographs, tmp_path / "confused").rglob("*.png"))
+    pixels, random = [path.read_bytes() for path in paths], np.random.default_rng(0)
+    for path, at in zip(paths, random.permutation(len(paths)), strict=True):  # no network is ever sure and right
+        path.write_bytes(pixels[at])
+    confused = recipe(**{"data.source": tmp_path / "confused", "training.epochs": 1})
+    run = pipeline.run(confused, root=tmp_path / "runs", stages=("baseline",))
+    fitted = {}
+    for split in ("val", "test"):
+        classes, rows = predictions(run, "baseline", split)
+        labels = np.array([classes.index(row[1]) for row in rows])
+        fitted[split] = fit_temperature(np.array([row[3:] for row in rows], dtype=np.float64), labels)
+    assert fitted["val"] != pytest.approx(fitted["test"], rel=0.05)
+    shown = results(run)["stages"]["baseline"]["calibration"]["temperature"]
+    assert shown == pytest.approx(fitted["val"], rel=1e-2)
 
 
 def test_comparison_is_counted_on_the_test_images(run):
@@ -284,12 +304,16 @@ def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):
         root=tmp_path,
         observer=Listening(),
     )
-    warned = [
-        i for i, event in enumerate(events) if "no better than chance" in event or "worse than the baseline" in event
-    ]
+    warned = [i for i, event in enumerate(events) if "no better than chance" in event or "below the baseline" in event]
     assert warned
     assert warned[0] < events.index("distilled")
-    assert results(path)["warnings"]
+    found = results(path)
+    assert found["warnings"]
+    (below,) = found["teacher_below_baseline"]
+    assert below["teacher"] == "teacher"
+    assert below["teacher_val_top1"] < below["baseline_val_top1"] == found["stages"]["baseline"]["val"]["top1"]
+    assert found["comparison"]["teacher_below_baseline"] == [below]
+    assert any("--set teacher.training.epochs=4" in warning for warning in found["warnings"])
 
 
 def test_all_mistakes_come_at_once_before_any_training(recipe, tmp_path):
@@ -312,7 +336,7 @@ def test_a_broken_image_stops_the_run_before_training(photographs, recipe, tmp_p
 
 
 def test_stages_must_make_sense(recipe, tmp_path):
-    with pytest.raises(UsageError, match="distilled needs teacher"):
+    with pytest.raises(UsageError, match="needs a teacher that is trained already"):
         pipeline.run(recipe(), root=tmp_path, stages=("distilled",))
 
 
@@ -320,10 +344,28 @@ def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
     from potstill.data.datasets import load_data
     from potstill.experiments.stage import label_loss
 
-    data = load_data(recipe().data)
-    weighted = recipe(**{"data.balance": "weights"})
+    folder = shutil.copytree(photographs, tmp_path / "uneven")
+    for at, name in enumerate(sorted(path.name for path in folder.iterdir())):  # 20, 14 and 8 are left
+        for path in sorted((folder / name).iterdir())[: 6 * at]:
+            path.unlink()
+    weighted = recipe(**{"data.balance": "weights", "data.source": folder})
+    data = load_data(weighted.data)
     counts = np.bincount(data.train.labels)
+    assert counts[0] > counts[1] > counts[2]
     found = label_loss(weighted, weighted.training, data).weight.numpy()
     np.testing.assert_allclose(found, counts.sum() / (3 * counts), rtol=1e-6)
     assert (found * counts).sum() / counts.sum() == pytest.approx(1, rel=1e-6)
     assert label_loss(recipe(), recipe().training, data).weight is None
+
+
+@pytest.mark.parametrize("balance", ["none", "weights"])
+def test_label_smoothing_reaches_the_loss(recipe, balance):
+    from potstill.data.datasets import load_data
+    from potstill.experiments.stage import label_loss
+
+    smoothed = recipe(**{"training.label_smoothing": 0.3, "data.balance": balance})
+    loss = label_loss(smoothed, smoothed.training, load_data(smoothed.data))
+    logits = torch.tensor([[2.0, 0.0, 0.0]])
+    normaliser = math.log(math.exp(2) + 2)
+    by_hand = 0.8 * (normaliser - 2) + 0.2 * normaliser  # 0.7 + 0.1 of class 0, 0.1 of each other one
+    assert loss(logits, torch.tensor([0])).item() == pytest.approx(by_hand, rel=1e-6)

@@ -78,7 +78,7 @@ def test_the_cifar_protocol(name):
     assert (augment.pad_crop * 32, augment.pad_mode, augment.hflip, augment.policy) == (4, "black", True, "none")
     assert recipe.data.mean == (0.5071, 0.4867, 0.4408)
     assert recipe.data.std == (0.2675, 0.2565, 0.2761)
-    assert recipe.training.pick_by == "top1"  # of val: nothing is ever chosen by test
+    assert recipe.training.selection_metric == "top1"  # of val: nothing is ever chosen by test
 
 
 @pytest.mark.parametrize("name", CIFAR)

@@ -143,6 +143,39 @@ epochs: 3
             {"training": {"warmup_epochs": 6}, "teacher": {"model": "vgg16", "training": {"epochs": 5}}},
             "teacher.training.warmup_epochs must be at most epochs, 5, got 6",
         ),
+        *(
+            ({"training": training}, f"training.{message}")
+            for training, message in [
+                ({"momentum": 0.5}, "momentum has no effect but with optimizer: sgd or dot"),
+                ({"optimizer": "sgd", "dot_delta": 0.05}, "dot_delta has no effect but with optimizer: dot"),
+                ({"gamma": 0.5}, "gamma has no effect but with schedule: step"),
+                ({"final_lr_share": 0.1}, "final_lr_share has no effect but with schedule: cosine"),
+                ({"decay_all": True, "weight_decay": 0}, "decay_all has no effect with weight_decay: 0"),
+                ({"schedule": "cosine", "final_lr_share": 1}, "final_lr_share 1 leaves nothing to schedule cosine"),
+                ({"schedule": "step", "milestones": [3], "gamma": 1}, "gamma 1 leaves nothing to schedule step"),
+                (
+                    {"schedule": "step", "milestones": [3], "warmup_epochs": 3},
+                    "milestones must come after warmup_epochs, 3, got [3]",
+                ),
+                ({"optimizer_options": {"lr": 0.5}}, "optimizer_options.lr would contradict training.lr: leave it out"),
+                (
+                    {"optimizer": "sgd", "optimizer_options": {"momentum": 0.5}},
+                    "optimizer_options.momentum would contradict training.momentum",
+                ),
+                (
+                    {"optimizer_options": {"weight_decay": 0.5}},
+                    "optimizer_options.weight_decay would contradict training.weight_decay",
+                ),
+            ]
+        ),
+        (
+            {"teacher": {"model": "vgg16", "training": {"momentum": 0.5}}},
+            "teacher.training.momentum has no effect but with optimizer: sgd or dot",
+        ),
+        (
+            {"data": {"balance": "weights"}, "training": {"batch_size": 1}},
+            "training.batch_size is 1: data.balance: weights weighs the images of a batch against each other",
+        ),
         ({"training": {"nesterov": True}}, "training.nesterov needs optimizer: sgd and momentum above 0"),
         ({"training": {"device": "gpu"}}, "training.device must be auto, cpu, cuda"),
         ({"training": {"threads": 0}}, "training.threads must be at least 1 or 'auto', got 0"),
@@ -201,6 +234,38 @@ epochs: 3
         ),
         ({"method": {"name": "dkd", "preset": "cifar"}}, "method.preset: no preset 'cifar'"),
         ({"method": {"name": "kd", "schedule": 3}}, "method.schedule must be a mapping of terms or options, got 3"),
+        *(
+            ({"method": {"name": "kd", "schedule": schedule}}, f"method.{message}")
+            for schedule, message in [
+                ({"temperature": {"start": 0}}, "schedule.temperature.start must be above 0, got 0"),
+                ({"alpha": {"shape": "linear", "start": 0.5, "end": 2}}, "schedule.alpha.end must be from 0 to 1"),
+                ({"kd": {"shape": "linear", "start": 1, "end": -1}}, "schedule.kd.end must be at least 0, got -1"),
+                ({"kd": {"start": 1, "end": 0}}, "schedule.kd.end has no effect with shape constant; give a shape"),
+                ({"kd": {"shape": "step", "begin": 0.5}}, "schedule.kd.begin has no effect with shape step"),
+                ({"kd": {"shape": "linear", "finish": 2}}, "schedule.kd: begin and finish are shares of the training"),
+                ({"kd": {"shape": "cosine", "begin": 1}}, "schedule.kd: begin and finish are shares of the training"),
+            ]
+        ),
+        (
+            {"method": {"name": "vid", "schedule": {"variance": {"start": 2}}}},
+            "method.schedule.variance: variance of vid cannot change during training; what can: weight, ce_weight, the",
+        ),
+        (
+            {"method": {"name": "at", "schedule": {"power": {"start": 2}}}},
+            "method.schedule.power: power of at cannot change during training",
+        ),
+        (
+            {"training": {"pick_by": "nll"}},
+            "training.pick_by: unknown key; it is called 'selection_metric' now",
+        ),
+        (
+            {"teacher": {"model": "a", "training": {"pick_by": "nll"}}},
+            "teacher.training.pick_by: unknown key; it is called 'selection_metric' now",
+        ),
+        (
+            {"training": {"selection_metric": "loss"}},
+            "training.selection_metric must be 'top1', 'top3', 'f1_macro', 'auc_macro' or 'nll', got 'loss'; the",
+        ),
     ],
 )
 def test_each_kind_of_mistake_is_one_sentence(changes: dict[str, object], expected: str) -> None:
@@ -208,6 +273,18 @@ def test_each_kind_of_mistake_is_one_sentence(changes: dict[str, object], expect
 
     assert len(found) == 1, found
     assert found[0].startswith(expected)
+
+
+def test_a_shared_setting_may_be_meant_for_one_network() -> None:
+    """The teacher is trained by sgd with this momentum, the student by adamw."""
+    teacher = {"model": "vgg16", "training": {"optimizer": "sgd"}}
+    recipe = load_recipe({**SMALL, "teacher": teacher, "training": {"momentum": 0.5}})
+    assert recipe.stage_training("teacher").momentum == 0.5
+
+
+def test_options_of_an_optimizer_that_are_no_settings_of_ours_are_its_own() -> None:
+    training = {"optimizer": "rmsprop", "optimizer_options": {"momentum": 0.5}}
+    assert load_recipe({**SMALL, "training": training}).training.optimizer_options == {"momentum": 0.5}
 
 
 def test_a_setting_that_cannot_be_read_is_not_compared_with_others() -> None:
@@ -282,6 +359,16 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
         "--set seed=[1: expected ',' or ']', but got '<stream end>'",
         "--set training.lr=1e999: training.lr must be a finite number, got inf",
     ]
+
+
+def test_a_renamed_key_names_the_new_one() -> None:
+    assert problems("quickstart", "data.fit=squash") == [
+        "--set data.fit=squash: data.fit: unknown key; it is called 'resize_mode' now"
+    ]
+    assert problems("quickstart", "data.view_seed=1") == [
+        "--set data.view_seed=1: data.view_seed: unknown key; it is called 'augmentation_seed' now"
+    ]
+    assert "'crop', 'pad' or 'stretch'" in problems("quickstart", "data.resize_mode=squash")[0]
 
 
 def test_a_misspelt_option_by_set_gets_the_nearest_name() -> None:

@@ -44,7 +44,7 @@ REFUSED = {
     ),
     "a schedule of nothing": (
         {"method": "{name: kd, schedule: {hint: {shape: linear}}}"},
-        "the schedule names 'hint', which this method has not",
+        "the schedule of KD names 'hint', which is neither",
     ),
     "an assistant that cannot be joined": (
         {"method": "{name: ofd}", "assistants": "[{model: convnext_atto}]", "data.size": 32},

@@ -31,7 +31,7 @@ def test_gains_go_from_baseline_to_distilled():
     assert found["gap"] == pytest.approx(0.2)
     assert found["gap_closed"] == pytest.approx(0.5)
     assert (found["parameter_ratio"], found["file_ratio"], found["latency_ratio"]) == (10, 8, 4)
-    assert "gained 10.0 points" in found["verdict"]
+    assert "10.0 points above the baseline's" in found["verdict"]
 
 
 def test_a_teacher_that_does_not_lead_has_no_gap_to_close():
@@ -68,5 +68,7 @@ def test_without_a_teacher_there_is_no_gap():
     found = compare(stages, correct)
     assert (found["teachers"], found["gap"], found["gap_closed"]) == (0, None, None)
     assert "parameter_ratio" not in found
-    assert found["verdict"].startswith("Distillation helped: the student gained 30.0 points")
+    assert found["verdict"].startswith(
+        "On this seed, the distilled student's top-1 is 30.0 points above the baseline's"
+    )
     assert "teacher" not in found["verdict"].lower()

@@ -7,7 +7,7 @@ import pytest
 
 from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.evaluation.predictions import Predictions
-from potstill.experiments.run_folder import RunFolder, as_csv, find_model
+from potstill.experiments.run_folder import RunFolder, as_csv, cell_text, find_model
 
 
 def begin(run):
@@ -199,3 +199,17 @@ def test_results_list_the_digests_of_what_was_written(tmp_path):
     # sha256sum of "split,name,class\ntrain,a.png,a\n", and of "path,label,prediction,p:a\nx.png,a,a,1\n"
     assert files["splits.csv"] == "6873b7a5dcbe96382c809e570bf932c1a57a5fd9173cdab3f5b52e4930cc9652"
     assert files["teacher/predictions_test.csv"] == "287994911f214aee32d04a2546d3ad1bec016afe92077c147cdca15d5d992c94"
+
+
+FORMULAS = ("=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(A1)", "'=quoted", "''-x")
+HARMLESS = ("cat", "'cat'", "a=b")
+
+
+def test_cells_that_a_spreadsheet_would_run_begin_with_an_apostrophe():
+    rows = list(csv.reader(as_csv(("name",), [(name,) for name in FORMULAS + HARMLESS]).splitlines()))[1:]
+    assert [row[0] for row in rows] == [f"'{name}" for name in FORMULAS] + list(HARMLESS)
+    assert [cell_text(row[0]) for row in rows] == [*FORMULAS, *HARMLESS]
+
+
+def test_numbers_stay_numbers():
+    assert as_csv(("a", "b"), [(-1, -0.5)]) == "a,b\n-1,-0.5\n"

@@ -13,6 +13,8 @@ from potstill.experiments import run_lock
 from potstill.experiments.run_folder import RunFolder
 from potstill.experiments.run_lock import RunLock
 
+pytestmark = pytest.mark.own_process
+
 
 @contextmanager
 def held_elsewhere(folder):

@@ -24,9 +24,9 @@ class Counting(Silent):
 
 
 @pytest.fixture
-def four_cores(monkeypatch):
+def four_cores(monkeypatch, thread_count):
     """Of which one is found best; the calls that found it are counted."""
-    before, calls = torch.get_num_threads(), []
+    calls = []
     torch.set_num_threads(4)
 
     def calibrate(step, candidates):
@@ -36,8 +36,7 @@ def four_cores(monkeypatch):
 
     monkeypatch.setattr(threads_module, "usable_cores", lambda: 4)
     monkeypatch.setattr(threads_module, "calibrate", calibrate)
-    yield calls
-    torch.set_num_threads(before)
+    return calls
 
 
 def environment(folder):

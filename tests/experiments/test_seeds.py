@@ -107,7 +107,9 @@ def test_the_teacher_is_trained_once_and_asked_once(two):
     assert [name for name, _ in observer.stages] == ["teacher", "baseline", "distilled", "baseline-2", "distilled-2"]
     found = results(path)
     assert found["stages"]["distilled"]["teaching"]["asked"] > 0
-    assert found["repeats"]["distilled-2"]["teaching"]["asked"] == 0
+    # Each seed has views of its own, so its answers are new ones.
+    assert found["repeats"]["distilled-2"]["teaching"]["asked"] == found["stages"]["distilled"]["teaching"]["asked"]
+    assert found["looks"]["augmentation_seeds"] == 2
     assert "seed 1" in dict(observer.stages)["baseline-2"]
 
 
@@ -132,7 +134,7 @@ def test_results_hold_every_seed(two):
     assert seeds["seeds"] == [0, 1]
     assert [each["top1_gain"] for each in seeds["each"]] == pytest.approx(gains)
     assert seeds["figures"]["top1"]["difference"] == pytest.approx(np.mean(gains))
-    assert seeds["images"]["gain"] == pytest.approx(np.mean(gains))
+    assert seeds["top1_gain"]["value"] == pytest.approx(np.mean(gains))
     assert seeds["gap"] == pytest.approx(tops["teacher"] - (tops["baseline"] + tops["baseline-2"]) / 2)
     for name in ("baseline-2", "distilled-2"):
         assert {f"{name}/metrics.jsonl", f"{name}/predictions_test.csv", f"{name}/metrics.json"} <= found[
@@ -158,7 +160,12 @@ def test_a_run_goes_on_with_more_seeds_and_not_with_fewer(two, made, root):
     assert cost.startswith("the further seed takes about ")  # of the two, one is there
     assert stamps == {name: (path / name / "model.safetensors").stat().st_mtime_ns for name in before}
     assert list(results(path)["repeats"]) == ["baseline-2", "distilled-2", "baseline-3", "distilled-3"]
-    assert results(path)["comparison"]["seeds"]["figures"]["top1"]["n"] == 3
+    found = results(path)
+    assert found["comparison"]["seeds"]["figures"]["top1"]["n"] == 3
+    assert found["looks"] == found["comparison"]["looks"]
+    assert found["looks"]["test_evaluations"] == 2
+    assert (found["looks"]["seeds_at_first_look"], found["looks"]["seeds_added_after_look"]) == (2, 1)
+    assert found["looks"]["augmentation_seeds"] == 3
     with pytest.raises(UsageError, match="seeds: was 3, now 2"):
         pipeline.run(made(seeds=2, **{"store.folder": store}), root=root, resume=True)
     with pytest.raises(UsageError, match="seed: was 0, now 5"):

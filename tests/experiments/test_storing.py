@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from potstill.errors import ArtifactError, DataError
+from potstill.experiments import view_plan
 from potstill.experiments.pipeline import run
 from potstill.experiments.recipe import load_recipe
 from potstill.experiments.store_check import verify_store
@@ -119,7 +121,7 @@ def test_temperature_alpha_method_and_seed_share_a_store(first, stores):
             {"method.temperature": "4"},
             {"method.alpha": "0.9"},
             {"method.name": "dist"},
-            {"seed": "7"},
+            {"seed": "7", "data.augmentation_seed": "0"},
             {"training.epochs": "5"},
         ]
     ):
@@ -130,7 +132,8 @@ def test_temperature_alpha_method_and_seed_share_a_store(first, stores):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data.view_seed": "1"},
+        {"seed": "1"},
+        {"data.augmentation_seed": "1"},
         {"data.augment": "{hflip: true, pad_crop: 0.2}"},
         {"data.augment": "{hflip: true, pad_crop: 0.1, mixup: 1.0}"},
         {"data.size": "24"},
@@ -181,16 +184,24 @@ def test_a_damaged_block_is_asked_for_again(first, stores):
     assert weights(second) == weights(done)
 
 
-def test_without_room_or_rights_training_goes_on_and_says_so_once(recipe, tmp_path, monkeypatch):
+def test_on_a_full_disk_the_live_teacher_gives_the_same_weights(first, monkeypatch):
+    done, again = first
+    monkeypatch.setattr(view_plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    live = again("live")
+    assert asked_and_read(live) == (None, None)
+    assert weights(live) == weights(done)
+    assert load_recipe(live / "recipe.yaml").store == load_recipe(done / "recipe.yaml").store
+
+
+def test_without_room_or_rights_training_goes_on_and_says_so_once(first, recipe, tmp_path):
+    whole, _ = first
     (tmp_path / "file").write_text("no folder")
     watching = Watching()
-    done = run(
-        recipe(**{"store.folder": str(tmp_path / "file" / "stores"), "store.views": 2}),
-        root=tmp_path,
-        name="blocked",
-        observer=watching,
-    )
+    changes = {"training.epochs": 3, "store.views": 2, "teacher.weights": str(whole)}
+    changes["store.folder"] = str(tmp_path / "file" / "stores")
+    done = run(recipe(**changes), root=tmp_path, name="blocked", observer=watching)
     assert asked_and_read(done) == (None, None)
+    assert weights(done) == weights(whole)
     told = [message for message in watching.warnings if "stored" in message]
     assert len(told) == 1
     assert "asked in every step" in told[0]

@@ -1,18 +1,22 @@
 """How many views are drawn in turn, and whether the teacher's answers to them are kept."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from potstill.data.settings import AugmentSettings
 from potstill.errors import UsageError
 from potstill.experiments import view_plan
 from potstill.experiments.recipe import dump_recipe, load_recipe
 from potstill.experiments.rehearsal import create_stage_method
-from potstill.experiments.view_plan import plan_views, record_kind, with_views, with_views_of
+from potstill.experiments.view_plan import Plan, plan_views, record_kind, with_plan, with_plan_of
 
 
-def planned(*sets, augment=None, images=1000, classes=10, free=10**12, monkeypatch=None):
+def planned(*sets, augment=None, images=1000, classes=10, free=10**13):
+    """The plan for a recipe, so many images and classes, and bytes free on the disk."""
     recipe = load_recipe("quickstart", sets)
     data = SimpleNamespace(
         augment=augment or AugmentSettings(hflip=True),
@@ -21,39 +25,65 @@ def planned(*sets, augment=None, images=1000, classes=10, free=10**12, monkeypat
         class_names=tuple(map(str, range(classes))),
     )
     data.measured = data  # there is no target
-    if monkeypatch is not None:
-        monkeypatch.setattr(view_plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    found = plan_views(recipe, create_stage_method(recipe), data)
-    return found.views, found.stores, found.note
+    with mock.patch.object(view_plan.shutil, "disk_usage", return_value=SimpleNamespace(free=free)):
+        return plan_views(recipe, create_stage_method(recipe), data)
 
 
 @pytest.mark.parametrize(
     ("epochs", "views"), [(1, 1), (5, 5), (8, 8), (12, 8), (30, 8), (32, 8), (33, 9), (100, 25), (240, 60)]
 )
 def test_one_view_for_four_epochs_but_eight_at_least(epochs, views):
-    assert planned(f"training.epochs={epochs}") == (views, True, "")
+    assert planned(f"training.epochs={epochs}") == Plan(views, "float16", True)
 
 
-def test_where_views_are_equal_one_suffices():
-    assert planned("training.epochs=12", "data.augment={}") == (1, True, "")
+@settings(max_examples=30, deadline=None)
+@given(
+    free=st.lists(st.integers(10**9, 10**13), min_size=2, max_size=2),
+    images=st.sampled_from([1_797, 50_000, 1_281_167]),
+    classes=st.sampled_from([10, 100, 1000]),
+    epochs=st.integers(1, 300),
+    views=st.sampled_from(["auto", "all", "4"]),
+    method=st.sampled_from(["kd", "dist", "srrl", "mlld", "reviewkd"]),
+    seeds=st.integers(1, 9),
+)
+def test_neither_views_nor_records_depend_on_the_free_disk(free, images, classes, epochs, views, method, seeds):
+    sets = [f"training.epochs={epochs}", f"store.views={views}", f"method.name={method}", f"seeds={seeds}"]
+    one, other = (planned(*sets, images=images, classes=classes, free=each) for each in free)
+    assert (one.views, one.record) == (other.views, other.record)
+    # ... nor views on the method, on whether answers are stored, or on how many seeds and images there are
+    plain = [f"training.epochs={epochs}", f"store.views={views}", "store.mode=off"]
+    assert planned(*plain, images=7, free=0).views == one.views
 
 
-def test_as_many_views_as_fit_into_a_tenth_of_the_free_disk(monkeypatch):
-    # 1,000 images of 10 float16 logits: 20,000 bytes a view; a tenth of 650,000 holds 3 of them
-    views, stores, note = planned("training.epochs=12", free=650_000, monkeypatch=monkeypatch)
-    assert (views, stores) == (3, True)
-    assert "3 of 8 views" in note
-    views, stores, note = planned("training.epochs=12", free=150_000, monkeypatch=monkeypatch)
-    assert (views, stores) == ("all", False)
-    assert "no room" in note
+def test_imagenet_with_40_gb_free_has_all_its_views():
+    """1,281,167 x 23 views: 59 GB in float16, 2.1 GB with the 16 largest of 1,000 logits (72 bytes)."""
+    imagenet = {"images": 1_281_167, "classes": 1000, "free": 40 * 10**9}
+    assert planned("training.epochs=90", **imagenet) == Plan(23, "top16", True)
+    for method in ("dist", "srrl"):  # which read all logits
+        found = planned("training.epochs=90", f"method.name={method}", **imagenet)
+        assert (found.views, found.record, found.keeps) == (23, "float16", False)
+        assert "the teacher runs in every step, on the same views" in found.note
 
 
-def test_what_somebody_asks_for_is_done_whatever_the_disk_says(monkeypatch):
-    assert planned("store.views=40", monkeypatch=monkeypatch)[:2] == (40, True)
-    assert planned("store.views=all", monkeypatch=monkeypatch)[:2] == ("all", True)
-    views, stores, note = planned("store.views=40", "training.epochs=90", free=1_000_000, monkeypatch=monkeypatch)
-    assert (views, stores) == (40, False)
-    assert "800 kB" in note
+def test_a_record_that_is_too_large_for_the_disk_is_not_kept():
+    # 1,000 images x 8 views x 100 float16 logits = 1.6 MB; with 72 bytes for the 16 largest 576 kB
+    room = {"classes": 100, "free": 4 * 1_600_000}
+    assert planned("training.epochs=12", **room) == Plan(8, "float16", True)
+    room["free"] -= 4
+    found = planned("training.epochs=12", **room)
+    assert (found.views, found.record, found.keeps) == (8, "float16", False)
+    assert "8 views take 1.60 MB" in found.note
+    assert "--set store.record=top16 takes 576 kB" in found.note
+    assert planned("training.epochs=12", "store.record=top16", **room) == Plan(8, "top16", True)
+    assert "8 views of 5 seeds take 8.00 MB" in planned("training.epochs=12", "seeds=5", **room).note
+
+
+def test_what_the_recipe_says_is_done_whatever_the_disk_says():
+    assert planned("store.views=40", free=0).views == 40
+    assert planned("store.views=all", free=0).views == "all"
+    assert planned("store.record=float32", images=10**9, free=0).record == "float32"
+    # equal views need no more than one record
+    assert planned("data.augment={}", free=4 * 1000 * 20).keeps
 
 
 @pytest.mark.parametrize(
@@ -73,18 +103,17 @@ def test_what_somebody_asks_for_is_done_whatever_the_disk_says(monkeypatch):
     ],
 )
 def test_methods_that_read_no_feature_maps_are_stored(method, stores):
-    assert planned(f"method.name={method}")[1] is stores
-    assert planned(f"method.name={method}")[0] == (8 if stores else "all")
+    assert planned(f"method.name={method}") == Plan(8, "float16" if stores else None, stores)
 
 
 def test_methods_combined_are_stored_only_where_each_can_be():
-    assert planned("method=[{name: kd}, {name: crd, factor: 0.8}]")[1]
-    assert not planned("method=[{name: kd}, {name: fitnet}]")[1]
+    assert planned("method=[{name: kd}, {name: crd, factor: 0.8}]").keeps
+    assert not planned("method=[{name: kd}, {name: fitnet}]").keeps
 
 
-def test_off_asks_anew_and_draws_new_views_unless_told_otherwise():
-    assert planned("store=off") == ("all", False, "")
-    assert planned("store.mode=off", "store.views=4") == (4, False, "")
+def test_off_asks_anew_on_the_same_views():
+    assert planned("store=off") == Plan(8, None, False)
+    assert planned("store.mode=off", "store.views=4") == Plan(4, None, False)
 
 
 def test_the_sixteen_largest_are_for_kd_and_many_classes():
@@ -99,9 +128,10 @@ def test_the_sixteen_largest_are_for_kd_and_many_classes():
         kind(100, "method.name=dist")
 
 
-def test_a_run_that_goes_on_draws_as_many_views_as_it_began_with(tmp_path):
-    recipe = load_recipe("quickstart")
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(with_views(recipe, 3)))
-    assert with_views_of(tmp_path / "recipe.yaml", recipe).store.views == 3
-    explicit = load_recipe("quickstart", ["store.views=5"])
-    assert with_views_of(tmp_path / "recipe.yaml", explicit).store.views == 5
+def test_a_run_that_goes_on_means_by_auto_what_it_meant_when_it_began(tmp_path):
+    recipe, path = load_recipe("quickstart"), tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(with_plan(recipe, Plan(3, "top16", True))))
+    found = with_plan_of(path, recipe).store
+    assert (found.views, found.record) == (3, "top16")
+    found = with_plan_of(path, load_recipe("quickstart", ["store.views=5", "store.record=float32"])).store
+    assert (found.views, found.record) == (5, "float32")

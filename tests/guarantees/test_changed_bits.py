@@ -21,6 +21,8 @@ from potstill.store.manifest import Manifest
 from potstill.store.shelf import Store
 from potstill.training.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.own_process
+
 Tiny = Any  # the fixtures of conftest.py
 Faults = Any
 Said = pytest.CaptureFixture[str]

@@ -21,6 +21,8 @@ from potstill.experiments.run_folder import RunFolder
 from potstill.models.model_file import load_model
 from potstill.training.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.own_process
+
 Faults = Any  # the fixture of conftest.py
 STAGES = ("teacher", "baseline", "distilled")
 SAID = r"^error: (cannot write (to )?\S+: )?{reason}(: \S+)?$"
@@ -34,7 +36,7 @@ def carried_out(recipe: Path, root: Path, *flags: str, before: tuple[str, ...] =
     """Exit code and errors of the real command."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "POTSTILL_CACHE": str(recipe.parent / "cache")}
     call = [*before, sys.executable, "-m", "potstill", *command(recipe, root, *flags)]
-    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=1200, check=False)
     return done.returncode, done.stderr
 
 

@@ -11,6 +11,8 @@ from potstill.cli import main
 from potstill.experiments.run_folder import RunFolder
 from potstill.training.checkpoint import load_checkpoint, within
 
+pytestmark = pytest.mark.own_process
+
 Tiny = Any  # the fixtures of conftest.py
 Faults = Any
 Said = pytest.CaptureFixture[str]

@@ -62,7 +62,7 @@ def leaves(model, prefix=""):
 LEAVES = dict(leaves(Recipe)) | {"method.temperature": float, "method.alpha": float}
 KEYS = sorted(LEAVES.keys() - {"method", "data.options", "assistants", "teacher"})
 OTHERS = [
-    True, False, 0, 1, 2, 3, 5, 24, 0.05, 0.3, 0.6, 0.97, 7.5, "cifar/resnet14", "cifar/resnet20", "squash", "else",
+    True, False, 0, 1, 2, 3, 5, 24, 0.05, 0.3, 0.6, 0.97, 7.5, "cifar/resnet14", "cifar/resnet20", "stretch", "else",
     "cpu", "sgd", "fashion-mnist", "tensorboard", [0.4, 0.9],
     {"hflip": True}, [0.4, 0.5, 0.6], [["stage1", "stage1"]],
 ]  # fmt: skip
@@ -129,8 +129,9 @@ def test_every_setting_is_refused_by_name(key, begun):
 @given(data=st.data())
 def test_any_settings_together(data, begun):
     """Refused if and only if one of them is not free; all that are not, up to eight, are named."""
+    may_grow = {"seeds", "training.epochs", "teacher.training.epochs", "student.training.epochs"}
     keys = data.draw(
-        st.lists(st.sampled_from(sorted(set(KEYS) - ONLY_WITH_ANOTHER - {"seeds"})), max_size=4, unique=True)
+        st.lists(st.sampled_from(sorted(set(KEYS) - ONLY_WITH_ANOTHER - may_grow)), max_size=4, unique=True)
     )
     sets = []
     for key in keys:
@@ -152,6 +153,24 @@ def test_any_settings_together(data, begun):
     assert len(named) <= 8
     for key in bound:  # in alphabetical order; of more than eight, the first ones
         assert f"  {key}" in text or (len(named) == 8 and " more" in text and key > named[-1])
+
+
+def test_epochs_may_grow_while_no_stage_is_in_the_midst_of_them(begun, tmp_path):
+    longer = load_recipe("quickstart", ["training.epochs=24"])  # 12 before
+    refuse_changes(begun, longer)
+    refuse_changes(begun, load_recipe("quickstart", ["teacher.training.epochs=6"]))  # 5
+    with pytest.raises(UsageError, match=r"training\.lr: was") as raised:
+        refuse_changes(begun, load_recipe("quickstart", ["training.epochs=24", "training.lr=0.5"]))
+    assert "epochs" not in str(raised.value)
+    with pytest.raises(UsageError, match=r"teacher\.training\.epochs: was 5, now 4"):
+        refuse_changes(begun, load_recipe("quickstart", ["training.epochs=24", "teacher.training.epochs=4"]))
+    under_way = RunFolder(tmp_path)
+    under_way.write_recipe(begun.read_recipe())
+    checkpoint = tmp_path / "baseline" / "checkpoints" / "last.checkpoint"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    with pytest.raises(UsageError, match=r"training\.epochs: was 12, now 24"):
+        refuse_changes(under_way, longer)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_environment_has_all_that_results_depend_on(finished_run):
     assert {"python", "platform", "potstill", "processor", "source_sha256"} <= facts.keys()
     assert facts["recipe_sha256"] == hashlib.sha256(RunFolder(finished_run).read_recipe().encode()).hexdigest()
     assert {"torch", "torchvision", "timm", "numpy", "pillow"} <= facts["packages"].keys()
-    assert facts["seeds"] == {"seed": 0, "split_seed": 0, "view_seed": 0}
+    assert facts["seeds"] == {"seed": 0, "split_seed": 0, "augmentation_seed": 0}
 
 
 def test_differences_of_environments():

@@ -1,13 +1,15 @@
-"""G14: a run of several processes ends as a whole, says which of them was lost, and goes on where it was.
+"""G13, G14: a run of several processes ends as a whole, shows why, and goes on where it was.
 
-Real commands under torchrun, two gloo processes; time-outs are 6 seconds in place of ten minutes.
+Real commands under torchrun, two gloo processes.  What happens to a rank happens at a step of its training
+(``faulty.py``), so that no test depends on how far a process has come in a given time.  A launch costs some seconds:
+what needs none of torchrun is tried in ``tests/processes/test_watching.py``, and the rarer mishaps are ``slow``.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,15 +25,18 @@ from potstill.deploy.evaluate import evaluate
 RECIPE = """
 name: tiny
 data: {{source: "{source}", size: 16, workers: 0, augment: {{hflip: true}}}}
-teacher: {{model: cifar/resnet8, training: {{epochs: 3}}}}
+teacher: {{model: cifar/resnet8, training: {{epochs: 2}}}}
 student: {{model: cifar/resnet8}}
 method: {{name: kd, temperature: 2.0, alpha: 0.5}}
 store: {{views: 2}}
-training: {{epochs: 6, batch_size: 16, lr: 0.003, precision: float32, checkpoint_seconds: 0.001, threads: 1}}
+training: {{epochs: 3, batch_size: 16, lr: 0.003, precision: float32, checkpoint_seconds: 0.001, threads: 1}}
 """
 STAGES = ("teacher", "baseline", "distilled")
-LONG, SOON = 120, 15  # seconds: to whatever end; until all are gone
+LONG = 300  # seconds after which a process counts as hanging
+LATE = 14  # steps: the teacher's 8 are done, the baseline is in its second epoch
 GO_ON = "What was saved is intact: start all again, with --resume"
+INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume"
+FAULTY = Path(__file__).with_name("faulty.py")
 
 
 @pytest.fixture(scope="module")
@@ -48,46 +53,43 @@ def place(tmp_path_factory):
     return folder
 
 
-class Started:
-    """torchrun and its processes, in a session of their own."""
+class Launch:
+    """torchrun and its processes.
 
-    def __init__(self, place, name, *flags, options=(), what=("-m", "potstill"), verb="run", before=()):
-        self.folder = place / "runs" / name
+    Args:
+        place: with images and a recipe.
+        name: of the run.
+        flags: of the verb.
+        mishap: of rank 1, and the step at which it happens.
+        before, options: of torchrun.
+    """
+
+    def __init__(self, place, name, *flags, mishap=("none", 0), options=("--nproc-per-node", "2"), before=()):
+        self.cache = place / f"cache-{name}"
         environment = os.environ | {
-            "POTSTILL_CACHE": str(place / f"cache-{name}"), "OMP_NUM_THREADS": "1", "POTSTILL_TIMEOUT": "6",
-
+            "POTSTILL_CACHE": str(self.cache), "OMP_NUM_THREADS": "1", "POTSTILL_TIMEOUT": "6",
         }  # fmt: skip
-        run = [verb, str(place / "tiny.yaml"), "--root", str(place / "runs"), "--name", name, *flags]
-        launcher = [sys.executable, "-m", "torch.distributed.run", *(options or ("--nproc-per-node", "2"))]
+        run = ["run", str(place / "tiny.yaml"), "--root", str(place / "runs"), "--name", name, *flags]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *options, str(FAULTY), *map(str, mishap)]
         self.process = subprocess.Popen(
-            [*before, *launcher, *what, *run],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-        )  # fmt: skip
+            [*before, *launcher, *run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
 
-    @property
-    def ranks(self):
-        """Process ids, in the order of their start."""
-        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in listed.split()]
-
-    def wait_for_checkpoint(self):
-        """Until some training has been saved; the processes that train."""
-        since = time.monotonic()
-        while not list(self.folder.glob("*/checkpoints/last.checkpoint")):
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() - since < LONG
-            time.sleep(0.02)
-        return self.ranks
-
-    def end(self, ranks=()):
-        """The status, the errors that potstill has said, and how many seconds it took until all were gone."""
-        since = time.monotonic()
+    def end(self):
+        """The exit status, and the errors that potstill has shown, when all processes are gone."""
         _, errors = self.process.communicate(timeout=LONG)
-        while any(alive(pid) for pid in ranks):
-            assert time.monotonic() - since < LONG, "a process was left behind"
+        until = time.monotonic() + LONG
+        while any(alive(int(path.read_text())) for path in (self.cache / "pids").glob("*")):
+            assert time.monotonic() < until, "a process was left behind"
             time.sleep(0.05)
-        said = errors.split("error: ")[1:]
-        return self.process.returncode, ["\n".join(text.splitlines()[:2]) for text in said], time.monotonic() - since
+        self.errors = errors
+        shown = errors.split("error: ")[1:]
+        return self.process.returncode, ["\n".join(text.splitlines()[:2]) for text in shown]
+
+    def code(self, rank):
+        """The exit code of a rank, as torchrun reports it."""
+        found = re.search(rf"rank +: {rank} .*\n +exitcode +: (-?\d+)", self.errors)
+        return found and int(found[1])
 
 
 def alive(pid):
@@ -102,21 +104,18 @@ def weights(place, name):
 
 @pytest.fixture(scope="module")
 def whole(place):
-    """The weights of a run that nothing happened to."""
-    started = Started(place, "whole")
-    status, errors, _ = started.end()
-    assert (status, errors) == (0, [])
+    """The weights of a run to which nothing happened."""
+    assert Launch(place, "whole").end() == (0, [])
     return weights(place, "whole")
 
 
-def go_on(place, name, whole):
-    status, errors, _ = Started(place, name, "--resume").end()
-    assert (status, errors) == (0, [])
-    assert weights(place, name) == whole
+def lost(rank, how):
+    who = re.escape(f"rank {rank} of 2 (process ") + r"\d+" + re.escape(f" on {socket.gethostname()})")
+    return f"{who} does not answer: it {how}\\.\n{re.escape(GO_ON)}"
 
 
 def test_figures_are_those_of_a_single_process(place, whole):
-    """The same weights, asked by one process: every figure on test."""
+    """The same weights in one process: every figure on test."""
     results = json.loads((place / "runs" / "whole" / "results.json").read_text())["stages"]
     for stage in STAGES:
         single = evaluate(place / "runs" / "whole" / stage, str(place / "images"), device="cpu")
@@ -127,120 +126,107 @@ def test_figures_are_those_of_a_single_process(place, whole):
     assert environment["processes"] == 2
 
 
-def test_told_to_stop_all_save_and_go_on(place, whole):
-    started = Started(place, "told")
-    ranks = started.wait_for_checkpoint()
-    started.process.terminate()
-    status, errors, seconds = started.end(ranks)
+@pytest.fixture(scope="module")
+def unlucky(place):
+    """One run, to which four mishaps happen before it is done: how each launch ended, by mishap.
+
+    A run has 8 steps of the teacher, 12 of the baseline and 12 of the distilled student.
+    """
+    found = {}
+    for mishap, step in (("hangs", 3), ("memory", 6), ("told", 6)):
+        launch = Launch(place, "unlucky", *(["--resume"] if found else []), mishap=(mishap, step))
+        found[mishap] = launch, *launch.end()
+    options = ("--nproc-per-node", "2", "--max-restarts", "1")
+    launch = Launch(place, "unlucky", "--resume", mishap=("killed", 10), options=options)
+    return found | {"killed": (launch, *launch.end())}
+
+
+def test_a_process_that_hangs_in_a_step_is_named_and_ended(unlucky):
+    """It lives, but does not get on."""
+    _, status, errors = unlucky["hangs"]
     assert status != 0
-    assert seconds < SOON
-    assert errors[0].startswith("interrupted; a run goes on from its last checkpoint with --resume")
     assert len(errors) == 1
-    go_on(place, "told", whole)
+    assert re.fullmatch(lost(1, r"stands still after \d+ exchanges with the others"), errors[0])
 
 
-def test_a_killed_process_is_named(place, whole):
-    started = Started(place, "killed")
-    ranks = started.wait_for_checkpoint()
-    os.kill(ranks[1], signal.SIGKILL)
-    status, errors, seconds = started.end(ranks)
+def test_an_error_of_one_process_is_shown_as_what_it_is(unlucky):
+    launch, status, errors = unlucky["memory"]
     assert status != 0
-    assert seconds < SOON
-    said = f"rank 1 of 2 (process {ranks[1]} on {socket.gethostname()}) does not answer: it has died, or is stopped."
-    assert errors == [f"{said}\n{GO_ON}"]
-    go_on(place, "killed", whole)
+    shown = "rank 1 of 2: out of memory; a smaller training.batch_size or data.memory_share needs less"
+    assert [text.splitlines()[0] for text in errors] == [shown]
+    assert launch.code(1) == 5
+    assert launch.code(0) in (5, None)  # torchrun may have reported one only
+    assert "does not answer" not in launch.errors
+
+
+def test_a_run_whose_launcher_was_sent_sigterm_is_interrupted(unlucky):
+    _, status, errors = unlucky["told"]
+    assert status != 0
+    assert [text.splitlines()[0] for text in errors] == [INTERRUPTED]
+
+
+def test_a_killed_process_is_named_and_torchrun_starts_the_run_again(unlucky):
+    launch, status, errors = unlucky["killed"]
+    assert status == 0, launch.errors
+    assert len(errors) == 1
+    assert re.fullmatch(lost(1, "has died, or is stopped"), errors[0])
+
+
+def test_what_happened_to_a_run_changes_no_weight(unlucky, place, whole):
+    assert unlucky["killed"][1] == 0
+    assert weights(place, "unlucky") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mishap", "code", "shown"),
+    [
+        ("data", 3, "rank 1 of 2: photographs/cat.png can no longer be read"),
+        ("bug", 1, "this is a bug in potstill; please report it with the lines above and the command"),
+        ("wrong device", 1, "this is a bug in potstill; please report it with the lines above and the command"),
+    ],
+)
+def test_any_error_of_one_process_is_shown_as_what_it_is(place, mishap, code, shown):
+    launch = Launch(place, mishap.replace(" ", "-"), mishap=(mishap, 4))
+    status, errors = launch.end()
+    assert status != 0
+    assert [text.splitlines()[0] for text in errors] == [shown]
+    assert launch.code(1) == code
+    assert launch.code(0) in (code, None)
+    assert "does not answer" not in launch.errors
 
 
 @pytest.mark.slow
 def test_a_stopped_process_is_named_and_ended(place):
     """SIGSTOP: nothing of it runs, so the other one ends it."""
-    started = Started(place, "stopped")
-    ranks = started.wait_for_checkpoint()
-    os.kill(ranks[0], signal.SIGSTOP)
-    status, errors, seconds = started.end(ranks)
+    status, errors = Launch(place, "stopped", mishap=("stopped", 4)).end()
     assert status != 0
-    assert seconds < SOON
-    who = f"rank 0 of 2 (process {ranks[0]} on {socket.gethostname()})"
-    assert errors == [f"{who} does not answer: it has died, or is stopped.\n{GO_ON}"]
-
-
-def test_a_hanging_process_is_named_and_ended(place):
-    """It lives, but does not get on."""
-    started = Started(place, "hangs", what=(Path(__file__).parent / "faulty.py", "hang", "4"))
-    ranks = started.wait_for_checkpoint()
-    status, errors, seconds = started.end(ranks)
-    assert status != 0
-    assert seconds < 6 + SOON
     assert len(errors) == 1
-    assert errors[0].startswith("rank 1 of 2 (process ")
-    assert "does not answer: it stands still after " in errors[0]
-
-
-@pytest.mark.parametrize(
-    ("mistake", "said"),
-    [
-        pytest.param(
-            "bug",
-            "this is a bug in potstill; please report it with the lines above and the command",
-            marks=pytest.mark.slow,
-        ),
-        ("data", "rank 1 of 2: photographs/cat.png can no longer be read"),
-    ],
-)
-def test_an_error_of_one_process_ends_all(place, mistake, said):
-    started = Started(place, mistake, what=(Path(__file__).parent / "faulty.py", mistake, "4"))
-    ranks = started.wait_for_checkpoint()
-    status, errors, seconds = started.end(ranks)
-    assert status != 0
-    assert seconds < SOON
-    assert said in [text.splitlines()[0] for text in errors]
-
-
-def test_nobody_outlives_the_launcher(place, whole):
-    started = Started(place, "orphans")
-    ranks = started.wait_for_checkpoint()
-    os.kill(started.process.pid, signal.SIGKILL)
-    _, _, seconds = started.end(ranks)
-    assert seconds < SOON
-    go_on(place, "orphans", whole)
+    assert re.fullmatch(lost(1, "has died, or is stopped"), errors[0])
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_lost_run_again(place, whole):
-    """With --max-restarts it goes on by itself, from the last checkpoint."""
-    started = Started(place, "restarted", options=("--nproc-per-node", "2", "--max-restarts", "1"))
-    ranks = started.wait_for_checkpoint()
-    os.kill(ranks[1], signal.SIGKILL)
-    status, _, _ = started.end(ranks)
-    assert status == 0
-    assert weights(place, "restarted") == whole
+def test_no_process_outlives_the_launcher(place, whole):
+    Launch(place, "orphans", mishap=("orphaned", LATE)).end()
+    assert Launch(place, "orphans", "--resume").end() == (0, [])
+    assert weights(place, "orphans") == whole
 
 
-def test_a_mistake_of_all_is_said_once(place):
-    started = Started(place, "mistaken", "--set", "method.name=kid")
-    status, errors, _ = started.end()
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ("method.name=kid", "kid"),
+        ("method={name: crd}", "CRD remembers every training image"),
+        ("training.batch_size=3", "a batch of 3 is too small"),
+    ],
+)
+def test_a_mistake_of_all_is_shown_once(place, change, shown):
+    status, errors = Launch(place, "mistaken", "--set", change).end()
     assert status != 0
     assert len(errors) == 1
-    assert "kid" in errors[0]
-    assert not started.folder.exists()
-
-
-def test_what_several_processes_cannot_share_is_refused(place):
-    for changes, said in [
-        (["method={name: crd}"], "CRD remembers every training image"),
-        (["training.batch_size=3"], "a batch of 3 is too small"),
-    ]:
-        flags = [part for change in changes for part in ("--set", change)]
-        started = Started(place, "refused", *flags)
-        _, errors, _ = started.end()
-        assert len(errors) == 1
-        assert said in errors[0], errors
-
-
-def test_only_trainings_are_shared(place):
-    started = Started(place, "verb", verb="report")
-    _, errors, _ = started.end()
-    assert "torchrun has started `potstill report` 2 times; only run and train share their work" in errors[0]
+    assert shown in errors[0]
+    assert not (place / "runs" / "mistaken").exists()
 
 
 @pytest.fixture
@@ -276,14 +262,14 @@ def two_machines():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
+@pytest.mark.slow
 def test_two_machines_are_as_two_processes(place, whole, two_machines):
     """Of the same kind, with a root that both see: the same weights."""
     ends = []
     for node, before in enumerate(two_machines):
         options = ("--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1")
         where = ("--master-addr", "10.87.65.1", "--master-port", "29511")
-        ends.append(Started(place, "far", options=(*options, *where), before=before))
-    for started in ends:
-        status, errors, _ = started.end()
-        assert (status, errors) == (0, [])
+        ends.append(Launch(place, "far", options=(*options, *where), before=before))
+    for launch in ends:
+        assert launch.end() == (0, [])
     assert weights(place, "far") == whole

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from potstill.experiments.run_folder import RunFolder
 
 STAGES = ("teacher", "baseline", "distilled")
-LONG = 120  # seconds after which a process counts as hanging
+LONG = 1200  # seconds after which a process counts as hanging
 
 # phase -> the place in which it is, and how often that is passed before the signal comes
 PHASES = {
@@ -61,7 +61,7 @@ def signalled(recipe: Path, root: Path, phase: str, number: str) -> tuple[int, s
     script = str(Path(__file__).with_name("signalled.py"))
     process = start(root, script, place, number, str(times), *arguments(recipe, root))
     _, errors = process.communicate(timeout=LONG)
-    assert left(process.pid, patience=1) == []
+    assert left(process.pid, patience=60) == []
     return process.returncode, errors
 
 
@@ -152,7 +152,7 @@ def test_a_batch_system_kills_after_a_grace_time(
     assert process.poll() is None
     process.kill()
     process.communicate()
-    assert left(process.pid, patience=1) == []
+    assert left(process.pid, patience=60) == []
     assert resumed(tiny_recipe, tmp_path) == weights(finished_run)
 
 
@@ -169,5 +169,5 @@ def test_no_worker_outlives_the_run(tiny_recipe: Path, tmp_path: Path, number: s
     assert len(left(process.pid, patience=0)) >= 3, "there were no workers"
     process.send_signal(getattr(signal, number))
     process.communicate(timeout=LONG)
-    assert left(process.pid, patience=15) == []  # torch's workers look for their parent every five seconds
+    assert left(process.pid, patience=120) == []  # workers look for their parent every second
     shutil.rmtree(tmp_path / "tiny")

@@ -16,6 +16,8 @@ from potstill.artifacts import write_bytes
 from potstill.errors import StorageError
 from potstill.experiments.run_folder import RunFolder
 
+pytestmark = pytest.mark.own_process
+
 Tiny = Any  # the fixtures of conftest.py
 Faults = Any
 Said = pytest.CaptureFixture[str]

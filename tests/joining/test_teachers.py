@@ -70,6 +70,18 @@ def test_all_stay_frozen_and_out_of_the_state():
     assert list(distiller.state_dict()) == ["student.logits"]
 
 
+@pytest.mark.parametrize("path", ["", "1"])  # the whole teacher, or one of its layers
+def test_a_teacher_that_somebody_puts_into_train_mode_answers_as_before(path):
+    teacher = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Dropout(0.5), nn.Linear(192, 2))
+    distiller = Distiller(Constant(0.0, 0.0), teacher, KD())
+    before = distiller.ask_teacher(IMAGES).logits
+    state = {key: value.clone() for key, value in teacher.state_dict().items()}
+    teacher.get_submodule(path).train()
+    assert torch.equal(distiller.ask_teacher(IMAGES).logits, before)
+    assert all(torch.equal(value, state[key]) for key, value in teacher.state_dict().items())
+    assert not any(module.training for module in teacher.modules())
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0]])
 def test_weights_that_do_not_fit_are_refused(weights):
     with pytest.raises(UsageError, match="each of the 2 teachers a weight"):

@@ -11,15 +11,22 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
-GOLDEN = Path(os.environ.get("POTSTILL_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+OWN = Path(__file__).with_name("golden")  # stands in the repository
+LARGE = Path(os.environ.get("POTSTILL_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))  # is there or is not
 
 
 def read_index() -> list[tuple[str, dict[str, Any]]]:
-    """(method, case) for every case of the set; empty where there is no set."""
-    if not (GOLDEN / "index.json").exists():
-        return []
-    index = json.loads((GOLDEN / "index.json").read_text())
-    return [(entry["method"], case) for entry in index["methods"] for case in entry["cases"]]
+    """(method, case) for every case of the repository's set, and for every other case of the large one."""
+    found: dict[tuple[str, str, int], tuple[str, dict[str, Any]]] = {}
+    for folder in (OWN, LARGE):
+        if not (folder / "index.json").exists():
+            continue
+        index = json.loads((folder / "index.json").read_text())
+        for method in index["methods"]:
+            for case in method["cases"]:
+                key = (method["method"], case["name"], case["seed"])
+                found.setdefault(key, (method["method"], case | {"folder": folder}))
+    return list(found.values())
 
 
 class Case:
@@ -28,9 +35,8 @@ class Case:
     def __init__(self, method: str, entry: dict[str, Any], dtype: torch.dtype) -> None:
         self.name: str = entry["name"]
         self.hyper: dict[str, Any] = entry["hyperparameters"]
-        self.notes: str = entry.get("notes", "")
         self.dtype = dtype
-        self.arrays = _arrays(method, self.name)
+        self.arrays = _arrays(entry["folder"] / f"{method}.npz", self.name)
         self.inputs = {
             name: self._tensor(array, grad=name in self.arrays["grad"]) for name, array in self.arrays["in"].items()
         }
@@ -78,11 +84,11 @@ class Case:
         return tensor.to(self.dtype).requires_grad_(grad) if tensor.is_floating_point() else tensor
 
 
-def _arrays(method: str, case: str) -> dict[str, dict[str, np.ndarray]]:
+def _arrays(path: Path, case: str) -> dict[str, dict[str, np.ndarray]]:
     arrays: dict[str, dict[str, np.ndarray]] = {
         kind: {} for kind in ("in", "param", "out", "out32", "grad", "gradparam", "paper")
     }
-    with np.load(GOLDEN / f"{method}.npz", allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file:
         for key in file.files:
             name, kind, rest = key.split("/", 2)
             if name == case:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from potstill.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.methods import METHODS, create_method, list_methods, method_class
 from potstill.methods.base import Method
-from potstill.methods.catalog import REQUIRED, check_method, entry, options
+from potstill.methods.catalog import REQUIRED, check_method, entry, movable_options, options
 from potstill.options import OPTION_TYPES
 from potstill.types import Batch
 
@@ -74,14 +75,19 @@ def networks(name: str, classes: int = K) -> tuple[nn.Module, nn.Module]:
 
 
 def make(
-    name: str, *, seed: int = 0, label_loss: nn.Module | None = None, teacher: nn.Module | None = None
+    name: str,
+    *,
+    seed: int = 0,
+    label_loss: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Distiller:
     torch.manual_seed(seed)
     student, made = networks(name)
     distiller = Distiller(
         student,
         listed(teacher if teacher is not None else made),
-        create_method(name, **OPTIONS.get(name, {})),
+        create_method(name, **OPTIONS.get(name, {}), **(settings or {})),
         example=IMAGES,
         train_labels=LABELS,
         batch_size=B,
@@ -112,6 +118,33 @@ def all_phases(distiller: Distiller):
 
 
 each_method = pytest.mark.parametrize("name", list_methods())
+
+
+@each_method
+def test_terms_come_and_go_only_where_the_method_says_so(name):
+    """``staged``: a schedule that names no term is then looked for in the first and the last epoch together."""
+    distiller = make(name)
+    first, last = (list(result.terms) for result in all_phases(distiller))
+    assert (first != last) == distiller.method.staged
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name in list_methods() for option in movable_options(name)]
+)
+def test_an_option_that_a_schedule_may_move_counts_at_every_step(name, option):
+    """A method whose schedule gives a value is the method that was made with it."""
+    default = options(name)[option].default
+    value = 0.6 * default if default else 0.3
+    made, moved = (
+        make(name, settings=settings) for settings in ({option: value}, {"schedule": {option: {"start": value}}})
+    )
+    for epoch in (0, 1, EPOCHS - 1):
+        found = []
+        for distiller in (made, moved):
+            torch.manual_seed(1)
+            distiller.start_epoch(epoch, EPOCHS)
+            found.append({key: term.item() for key, term in step(distiller).terms.items()})
+        assert found[0] == found[1]
 
 
 @each_method

@@ -108,6 +108,25 @@ def test_step_sets_the_constants_once_and_moves_both_banks():
     assert torch.equal(method.constants, constants)
 
 
+def test_a_step_compares_with_the_banks_as_they_were_before_it():
+    method, student, teacher = built(momentum=0.9)
+    banks = [bank.clone() for bank in (method.student_memory, method.teacher_memory)]
+    batch = made_batch()
+    torch.manual_seed(5)
+    found = method.distill(student, teacher, batch)["contrast"]
+    torch.manual_seed(5)
+    contrast = method.draw(batch.index)
+    embedded = [
+        F.normalize(layer(outputs.embedding), dim=1)
+        for layer, outputs in ((method.embed_student, student), (method.embed_teacher, teacher))
+    ]
+    wanted = crd_loss(*embedded, *banks, contrast, crd_constants(*embedded, *banks, contrast))
+    assert found.item() == pytest.approx(0.8 * wanted.item(), rel=1e-6)
+    for old, unit, new in zip(banks, embedded, (method.student_memory, method.teacher_memory), strict=True):
+        moved = 0.9 * old[:6] + 0.1 * unit  # momentum is the share of the old row
+        torch.testing.assert_close(new[:6], moved / moved.norm(dim=1, keepdim=True))
+
+
 def test_banks_and_constants_survive_a_checkpoint():
     method, student, teacher = built()
     method.distill(student, teacher, made_batch())

@@ -1,7 +1,8 @@
 """Every method that reads hidden layers, between networks of unlike families: it trains, or says why it cannot.
 
 Each family is both teacher and student.  By default every method takes two of the twelve pairs, others than its
-neighbours in the list; ``POTSTILL_PAIRS=ring`` takes the twelve for each, ``POTSTILL_PAIRS=all`` all 144.
+neighbours in the list; ``POTSTILL_PAIRS=ring`` takes the twelve for each, ``POTSTILL_PAIRS=all`` all 144.  By default
+VGG is the small one for CIFAR: timm's has 129 million weights, and each of its cases takes seconds.
 """
 
 import copy
@@ -21,10 +22,12 @@ from potstill.types import Batch
 OPTIONS = {
     "combined": {"methods": [{"name": "kd"}, {"name": "at"}, {"name": "fitnet", "factor": 0.5}]},
     "crd": {"negatives": 2},
+    "ft": {"paraphraser_epochs": 1},
 }
+PAIRS = os.environ.get("POTSTILL_PAIRS")
 FAMILIES = (
     "timm/resnet18",
-    "timm/vgg11_bn",
+    "timm/vgg11_bn" if PAIRS else "cifar/vgg8",
     "timm/mobilenetv3_small_100",
     "timm/efficientnet_lite0",
     "timm/regnety_002",
@@ -69,10 +72,9 @@ def made(name: str, teacher: str, student: str) -> Distiller:
 
 def chosen() -> list[tuple[str, str, str]]:
     names = [name for name in list_methods() if reads_hidden_layers(name)]
-    wish = os.environ.get("POTSTILL_PAIRS")
-    if wish == "all":
+    if PAIRS == "all":
         return [(name, teacher, student) for name in names for teacher in FAMILIES for student in FAMILIES]
-    if wish == "ring":
+    if PAIRS == "ring":
         return [(name, *pair) for name in names for pair in RING]
     return [(name, *RING[(5 * at + shift) % 12]) for at, name in enumerate(names) for shift in (0, 6)]
 

@@ -137,7 +137,7 @@ def test_an_infinite_term_of_a_confident_student(plant):
         chosen = logits.softmax(dim=1).gather(1, targets[:, None])
         return torch.cat([chosen, 1 - chosen], dim=1).log()
 
-    plant("potstill.methods.dkd.target_or_not", overflows)
+    plant("potstill.methods.pieces.divergence.target_or_not", overflows)
     from potstill.functional import tckd_loss
 
     sure = torch.tensor([[900.0, 0.0, 0.0]])

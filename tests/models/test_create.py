@@ -222,8 +222,8 @@ def test_input_spec_takes_the_networks_own_normalisation():
         "vit_tiny_patch16_224": half,
         "efficientnet-lite0": half,
     }.items():
-        spec = input_spec(name, 48, fit="squash")
-        assert (spec.size, spec.mean, spec.std, spec.fit) == (48, *expected, "squash")
+        spec = input_spec(name, 48, resize_mode="stretch")
+        assert (spec.size, spec.mean, spec.std, spec.resize_mode) == (48, *expected, "stretch")
 
 
 def test_creating_warns_of_nothing():

@@ -1,5 +1,6 @@
 """Saving and loading gives the same function; whatever was changed on disk is noticed before it is parsed."""
 
+import dataclasses
 import json
 import random
 
@@ -18,6 +19,7 @@ from potstill.models.input_spec import input_spec
 from potstill.models.model_file import load_model, save_model
 from potstill.sealed import write_sealed_json
 
+SPEC = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
 NAMES = ("naïve café", "鸟", 'a,b\n"c"', "<script>", "\udcff.jpg")
 
 
@@ -124,13 +126,25 @@ def forge(folder, **changes):
         ({"architecture": "cifar/resnet14"}, "missing: .*stage1.1"),
         ({"architecture": "cifar/wrn_16_1"}, "not in the network"),
         ({"architecture": "no_such_network"}, "no model 'no_such_network'"),
-        ({"architecture": 7}, "cannot be used"),
+        ({"architecture": 7}, "architecture"),
+        ({"class_names": ["a", "b", "c", "d", "a"]}, "stands twice"),
+        ({"class_names": ["a", 1, "c", "d", "e"]}, "class_names.1"),
+        ({"class_names": "abcde"}, "class_names"),
         ({"class_names": ["a", "b"]}, "another number of classes"),
         ({"class_names": None}, "class_names"),
         ({"input": {"size": 32}}, "mean"),
-        ({"input": "small"}, "cannot be used"),
-        ({"sha256": None}, "damaged"),
-        ({"remodelled": 7}, "cannot be used"),
+        ({"input": "small"}, "input"),
+        ({"input": SPEC | {"size": 10**9}}, "input.size"),
+        ({"input": SPEC | {"size": 32.5}}, "input.size"),
+        ({"input": SPEC | {"std": [0.2, 0.0, 0.2]}}, "input.std.1"),
+        ({"input": SPEC | {"mean": [0.5, 0.5]}}, "input.mean"),
+        ({"input": SPEC | {"mean": [0.5, "0.5", 0.5]}}, "input.mean.1"),
+        ({"input": SPEC | {"crop_share": 0}}, "input.crop_share"),
+        ({"input": SPEC | {"other": 1}}, "input.other"),
+        ({"sha256": None}, "sha256"),
+        ({"sha256": "../../etc/passwd"}, "sha256"),
+        ({"facts": [1]}, "facts"),
+        ({"remodelled": 7}, "remodelled"),
         ({"remodelled": {"name": "merged_stage", "stage": "stage2", "channels": 32}}, "missing: network"),
         ({"facts": {"epochs": 4}}, None),
     ],
@@ -224,3 +238,15 @@ def test_facts_of_no_remodelled_network_are_refused(tmp_path):
 def test_a_plain_network_says_nothing_of_remodelling(saved):
     assert "remodelled" not in json.loads((saved / "model.json").read_text())
     assert load_model(saved).remodelled is None
+
+
+def test_the_resize_mode_is_kept(tmp_path) -> None:
+    before = classifier()
+    before.input = dataclasses.replace(before.input, resize_mode="pad")
+    save_model(before, tmp_path)
+    assert load_model(tmp_path).input.resize_mode == "pad"
+
+    body = json.loads((tmp_path / "model.json").read_text())
+    write_sealed_json(tmp_path / "model.json", {**body, "input": body["input"] | {"resize_mode": "fold"}})
+    with pytest.raises(ArtifactError, match="'crop', 'pad' or 'stretch'"):
+        load_model(tmp_path)

@@ -78,7 +78,7 @@ class RunBuilder:
         if not ready:
             self._epochs(folder, name)
         training = {"epochs": self.epochs, "best_epoch": max(1, self.epochs - 2), "seconds": 83.0}
-        training |= {"images_per_second": 321.0, "pick_by": "top1"}
+        training |= {"images_per_second": 321.0, "selection_metric": "top1"}
         latency = {
             "p50": LATENCY[like(name)],
             "p95": 1.2 * LATENCY[like(name)],

@@ -145,18 +145,21 @@ def test_wide_gap_and_harm() -> None:
     assert students.wide_gap(run(comparison=unclear | {"gap": 0.09})) is None
     assert students.wide_gap(run(comparison=unclear | {"parameter_ratio": 19.0})) is None
     assert students.wide_gap(run({"assistant-1": {}}, comparison=unclear)) is None
-    assert students.wide_gap(run(comparison=unclear | gain(0.02, 0.01, 0.03))) is None
-    hurt = gain(-0.02, -0.03, -0.01, gap=0.1)
+    helped = several(3, 0.001, 0.1) | {"gap": 0.1, "parameter_ratio": 20.0}
+    helped["seeds"] |= {"gap": 0.1}
+    assert students.wide_gap(run(comparison=helped)) is None
+    hurt = several(3, -0.03, -0.01) | {"gap": 0.1}
+    hurt["seeds"] |= {"gap": 0.1}
     assert students.harmed(run(comparison=hurt)) is not None
-    assert students.harmed(run(comparison=hurt | {"gap": -0.1})) is None  # the teacher is to blame, and that is said
+    hurt["seeds"] |= {"gap": -0.1}
+    assert students.harmed(run(comparison=hurt)) is None  # the teacher is to blame, which another rule names
     assert students.harmed(run(comparison=unclear)) is None
 
 
 def several(count: int, low: float, high: float) -> dict[str, Any]:
-    top1 = {"n": count, "difference": 0.01, "difference_low": low, "difference_high": high}
-    return gain(0.01, 0.0, 0.02) | {
-        "seeds": {"figures": {"top1": top1}, "images": {"low": 0.002, "high": 0.02, "p": 0.01}}
-    }
+    value, p = (low + high) / 2, 0.01 if low > 0 or high < 0 else 0.5
+    whole = {"value": value, "low": low, "high": high, "p": p, "confidence": 0.95, "seed_share": 0.7}
+    return gain(0.01, 0.0, 0.02) | {"seeds": {"figures": {"top1": {"n": count}}, "top1_gain": whole}}
 
 
 def test_one_seed_and_few_seeds() -> None:

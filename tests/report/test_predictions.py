@@ -59,3 +59,11 @@ def test_other_bytes_than_the_run_wrote_are_never_parsed(tmp_path: Path) -> None
         read_predictions(stage, "test")
     with pytest.raises(ArtifactError, match=r"none of the files that results\.json lists"):
         read_predictions(Stage("teacher", tmp_path, {}), "test")
+
+
+def test_apostrophes_before_formulas_are_taken_off(tmp_path: Path) -> None:
+    text = "path,label,prediction,p:=a,p:'b\n'=x.png,'=a,'b,0.2,0.8\n"
+    found = read_predictions(stage_with(tmp_path, text), "test")
+    assert found is not None
+    assert found.class_names == ["=a", "'b"]
+    assert (found.paths, found.labels.tolist(), found.predicted.tolist()) == (["=x.png"], [0], [1])

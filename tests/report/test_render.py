@@ -78,8 +78,9 @@ def test_page_says_what_the_files_say(four: Path) -> None:
     found, run = Page(html), read_run(four)
     assert not found.open
     comparison = run.comparison or {}
-    assert f"the student gained {100 * comparison['top1_gain']:.1f} points of top-1 on 392 test images" in found.text
-    assert "One seed cannot tell" in found.text
+    gained = f"{100 * comparison['top1_gain']:.1f} points above the baseline's on 392 test images"
+    assert f"On this seed, the distilled student's top-1 is {gained}" in found.text
+    assert "One seed cannot separate" in found.text
     assert f"{comparison['fixed']} / {comparison['broken']}" in found.text
     for stage in run.stages.values():
         assert f"{100 * stage.metrics['test']['top1']:.1f} %" in found.text

@@ -123,7 +123,7 @@ def start(root: Path, log: Path, **limits: float) -> tuple[subprocess.Popen[byte
     assert process.stdout is not None
     with selectors.DefaultSelector() as waiting:
         waiting.register(process.stdout, selectors.EVENT_READ)
-        assert waiting.select(timeout=120), "the server did not start"
+        assert waiting.select(timeout=600), "the server did not start"
     line = process.stdout.readline().decode()
     found = re.search(r":(\d+)/", line)
     assert found, log.read_text()

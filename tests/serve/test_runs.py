@@ -1,9 +1,15 @@
-"""What is said of a run that potstill has really carried out."""
+"""Figures of runs: one that was really carried out, and folders that hold odd things."""
 
 import json
+import socket
+
+import pytest
 
 from potstill.cli.entry import main
-from potstill.serve.runs import known_runs, progress
+from potstill.sealed import write_sealed_json
+from potstill.serve import schemas
+from potstill.serve.runs import known_runs, progress, report, summary
+from potstill.serve.server import _listen
 
 SMALL = ("teacher.model=cifar/resnet8", "teacher.training.epochs=1", "training.epochs=1", "data.size=8")
 
@@ -18,3 +24,75 @@ def test_a_finished_run_has_its_figures(tmp_path):
         name: results["stages"][name]["test"]["top1"] for name in ("teacher", "baseline", "distilled")
     }
     assert found["verdict"] == results["comparison"]["verdict"]
+
+
+def _made(folder, results=None, epochs=()):
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("x")
+    if results is not None:
+        write_sealed_json(folder / "results.json", {"schema": 1, **results})
+    (folder / "baseline").mkdir()
+    (folder / "baseline" / "metrics.jsonl").write_text("\n".join(epochs))
+    return folder
+
+
+ODD_RESULTS = (
+    {"stages": ["a", "list"], "method": "kd", "created": 7, "comparison": []},
+    {"stages": {"baseline": {"test": {"top1": "a lot"}}}, "method": {"name": ["x"]}, "created": None},
+    {"stages": {"baseline": 3}, "comparison": {"verdict": {"not": "text"}}},
+)
+
+
+@pytest.mark.parametrize("results", ODD_RESULTS)
+def test_a_run_with_odd_results_is_listed_beside_the_others(tmp_path, results):
+    _made(tmp_path / "odd", results)
+    _made(tmp_path / "good", {"stages": {"baseline": {"test": {"top1": 0.5}}}, "created": "2026", "method": {}})
+    listed = {run: schemas.Run.model_validate(summary(run, folder)) for run, folder in known_runs(tmp_path).items()}
+    assert listed["good"].stages[0].test_top1 == 0.5
+    assert listed["odd"].state == "finished"
+    assert listed["odd"].stages[0].test_top1 is None
+    schemas.Progress.model_validate(progress("odd", tmp_path / "odd"))
+
+
+def test_figures_that_json_cannot_carry_are_left_out(tmp_path):
+    record = '{"epoch": %s, "seconds": %s, "train": {"loss": NaN, "top1": 0.5}, "val": {"loss": Infinity}}'
+    lines = [record % (1, 2.5), record % ("1e999", 2), record % (2, "NaN"), "[" * 100_000, record % ("null", 1)]
+    folder = _made(tmp_path / "run", epochs=lines)
+    found = schemas.Progress.model_validate(progress("run", folder))
+    json.dumps(found.model_dump(), allow_nan=False)
+    assert [each.epoch for each in found.stages[0].epochs] == [1]
+    assert (found.stages[0].epochs[0].train_loss, found.stages[0].epochs[0].train_top1) == (None, 0.5)
+
+
+def test_a_run_that_vanishes_is_damaged_and_no_error(tmp_path):
+    assert summary("gone", tmp_path / "gone")["state"] == "damaged"
+    assert progress("gone", tmp_path / "gone")["state"] == "damaged"
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "results.json", "report.html", "baseline/metrics.jsonl"])
+def test_links_inside_a_run_are_not_followed(tmp_path, name):
+    outside = tmp_path / "outside"
+    good = '{"epoch": 1, "seconds": 1, "train": {"loss": 1}, "val": {"loss": 1}}'
+    _made(outside, {"stages": {}, "comparison": {"verdict": "secret"}}, [good])
+    (outside / "report.html").write_text("secret")
+    folder = _made(tmp_path / "runs" / "run", {"stages": {}}, [good])
+    (folder / "report.html").write_text("own")
+    (folder / name).unlink()
+    (folder / name).symlink_to(outside / name)
+    assert "run" in known_runs(tmp_path / "runs") or name == "recipe.yaml"
+    assert report(folder) == (None if name == "report.html" else b"own")
+    found = progress("run", folder)
+    assert found["verdict"] is None
+    assert bool(found["stages"][0]["epochs"]) == (name != "baseline/metrics.jsonl")
+
+
+def test_a_stage_folder_that_is_a_link_is_no_stage(tmp_path):
+    other = _made(tmp_path / "other")
+    folder = _made(tmp_path / "runs" / "run")
+    (folder / "distilled").symlink_to(other / "baseline", target_is_directory=True)
+    assert [each["stage"] for each in progress("run", folder)["stages"]] == ["baseline"]
+
+
+def test_the_address_can_be_connected_to_before_it_is_printed():
+    with _listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()[:2], timeout=5):
+        pass  # refused, if it were only bound

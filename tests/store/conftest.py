@@ -58,7 +58,7 @@ def script():
     def run(text, *arguments):
         whole = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom conftest import Known\n{text}"
         done = subprocess.run(
-            [sys.executable, "-c", whole, *map(str, arguments)], capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", whole, *map(str, arguments)], capture_output=True, text=True, timeout=1200
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

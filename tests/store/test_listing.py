@@ -141,12 +141,12 @@ for turn in range(150):
     store.close()
 """
     remover = """
-import pathlib, time
+import pathlib
 from potstill.errors import StorageError
 from potstill.store.listing import list_stores, remove
-root, count = pathlib.Path(sys.argv[1]), 0
-end = time.monotonic() + 1.5
-while time.monotonic() < end:
+root, over, count, last = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 0, False
+while not last:
+    last = over.exists()  # then once more
     for each in list_stores(root):
         try:
             count += remove(each.path) > 0
@@ -154,10 +154,16 @@ while time.monotonic() < end:
             assert "in use" in str(error) or "No such file" in str(error), error
 print(count)
 """
+    stores, over = tmp_path / "stores", tmp_path / "over"
     with ThreadPoolExecutor(3) as pool:
-        first, second = pool.submit(script, opener, tmp_path), pool.submit(script, opener, tmp_path)
-        removed = int(pool.submit(script, remover, tmp_path).result())
-        first.result(), second.result()
+        removing = pool.submit(script, remover, stores, over)
+        opening = [pool.submit(script, opener, stores) for _ in range(2)]
+        try:
+            for each in opening:
+                each.result()
+        finally:
+            over.touch()
+        removed = int(removing.result())
     assert removed > 0
 
 

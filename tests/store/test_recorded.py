@@ -184,14 +184,32 @@ class Broken:
     close = flush
 
 
-def test_a_store_that_fails_is_reported_once_and_the_teacher_is_asked_from_then_on(images):
+def test_a_store_that_fails_is_reported_once_and_the_live_answers_are_rounded_as_before(images, tmp_path):
     train = loader(images)
     distiller = Distiller(Network(), Network(), KD())
+    intact = recorded(distiller, train, [shelf(tmp_path)])
+    expected = [outputs(intact, train, epoch) for epoch in (0, 1)]
     told = []
     answers = recorded(distiller, train, [Broken()], warn=told.append)
-    assert outputs(answers, train, 0) == [None, None, None]
-    assert outputs(answers, train, 1) == [None, None, None]
+    for epoch in (0, 1):
+        for ours, theirs in zip(outputs(answers, train, epoch), expected[epoch], strict=True):
+            assert torch.equal(ours.logits, theirs.logits)
+            assert torch.equal(ours.logits, ours.logits.half().float())
     answers.close()
     assert len(told) == 1
     assert "No space left on device" in told[0]
     assert "asked in every step" in told[0]
+
+
+def test_the_16_largest_are_read_at_the_temperature_of_the_method(images, tmp_path):
+    networks = Network(), Network()
+    for network in networks:
+        network.fc = nn.Linear(4, 80)
+    record, train = Record("top16", 80), loader(images, views=1)
+    store = Store.open(tmp_path, {"name": "a"}, record, COUNT, {})
+    answers = recorded(Distiller(*networks, KD(temperature=4.0)), train, [store])
+    for batch, answer in zip(train.epoch(0), outputs(answers, train, 0), strict=True):
+        kept = record.encode(networks[1](batch.images).detach().numpy())
+        softened, plain = (torch.from_numpy(record.decode(kept, at)[0]) for at in (4.0, None))
+        assert torch.equal(answer.logits, softened)
+        assert not torch.allclose(softened, plain, atol=1e-3)

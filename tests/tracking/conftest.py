@@ -9,9 +9,9 @@ from potstill.tracking import tracked as module
 from potstill.tracking.sender import Sender
 from potstill.training.observer import Silent
 
-from ..experiments.conftest import photographs, recipe
+from ..experiments.conftest import photographs, pictures, recipe
 
-__all__ = ["photographs", "recipe"]  # the run of a second
+__all__ = ["photographs", "pictures", "recipe"]  # the run of a second
 
 KEEPS = "import sys; open(sys.argv[1], 'a').writelines(sys.stdin)"
 FAILS = "import sys; sys.stdin.readline(); print('ConnectionError: the server is gone', flush=True); sys.exit(1)"

@@ -1,6 +1,7 @@
 """The loop, on numbers small enough to follow: a loader of two-pixel images."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 
 from potstill.distiller import Distiller
 from potstill.errors import NonFiniteError
+from potstill.evaluation.evaluate import collect
+from potstill.methods import create_method
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
 from potstill.training.devices import Compute
@@ -119,10 +122,57 @@ def test_student_is_in_train_mode_in_every_epoch(tmp_path):
     assert student.modes == per_epoch * 3
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_update_is_made_at_the_rate_of_its_schedule(tmp_path, accumulate):
+    settings = TrainingSettings(
+        epochs=3, lr=0.4, schedule="cosine", warmup_epochs=1, accumulate=accumulate, checkpoint_seconds=0
+    )
+    torch.manual_seed(0)
+    student = Counting()
+    training = Training(
+        Distiller(student, None, Supervised()), Numbers(16), Numbers(9, seed=1), settings, CPU,
+        folder=tmp_path, observer=Silent(), classes=3,
+    )  # fmt: skip
+    rates = []
+    training.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    training.run()
+    each = 4 // accumulate  # updates an epoch
+    rising = [0.4 * (step + 1) / each for step in range(each)]
+    falling = [0.4 * (1 + math.cos(math.pi * step / (2 * each))) / 2 for step in range(2 * each)]
+    assert rates == pytest.approx(rising + falling)
+
+
+def test_a_training_that_is_made_longer_goes_on_at_the_rate_of_the_longer_schedule(tmp_path):
+    settings = {"lr": 0.4, "schedule": "cosine", "checkpoint_seconds": 0}
+    train(tmp_path, TrainingSettings(epochs=2, **settings))
+    torch.manual_seed(0)
+    training = Training(
+        Distiller(Counting(), None, Supervised()), Numbers(18), Numbers(9, seed=1),
+        TrainingSettings(epochs=4, **settings), CPU, folder=tmp_path, observer=Silent(), classes=3,
+    )  # fmt: skip
+    rates = []
+    training.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    training.run(resume=True)
+    assert rates == pytest.approx([0.4 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(10, 20)])
+
+
+def test_the_layers_of_a_method_are_trained_too(tmp_path):
+    torch.manual_seed(0)
+    distiller = Distiller(Counting(), Counting(), create_method("cc", dim=4), example=torch.randn(4, 3, 2, 2))
+    before = {name: parameter.clone() for name, parameter in distiller.method.named_parameters()}
+    assert {name.partition(".")[0] for name in before} == {"embed_student", "embed_teacher"}
+    Training(
+        distiller, Numbers(18), Numbers(9, seed=1), TrainingSettings(epochs=1, lr=0.05), CPU,
+        folder=tmp_path, observer=Silent(), classes=3,
+    ).run()  # fmt: skip
+    for name, parameter in distiller.method.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
 def test_the_best_epochs_weights_are_what_remains(tmp_path):
     # Far too large a rate from epoch 2 on: epoch 1 stays the best.
     settings = TrainingSettings(epochs=3, optimizer="sgd", lr=0.05, schedule="step", milestones=[1], gamma=1e-6)
-    history, student = train(tmp_path, settings.model_copy(update={"pick_by": "loss"}))
+    history, student = train(tmp_path, settings.model_copy(update={"selection_metric": "nll"}))
     best = min(lines(tmp_path), key=lambda record: record["val"]["loss"])
     assert history.best_epoch == best["epoch"]
     student.eval()
@@ -168,7 +218,7 @@ def test_test_is_never_looked_at_unless_asked(tmp_path):
 
 
 def test_a_better_test_split_never_changes_the_choice(tmp_path):
-    settings = TrainingSettings(epochs=5, lr=0.01, pick_by="loss")
+    settings = TrainingSettings(epochs=5, lr=0.01, selection_metric="nll")
     without, one = train(tmp_path / "a", settings)
     contrary = Numbers(9, seed=1)
     contrary.labels = (contrary.labels + 1) % 3  # the better the student, the worse it looks here
@@ -251,8 +301,9 @@ def test_averaged_weights_follow_the_definition(tmp_path):
     )
     training.run()
     expected = seen[0]  # the first update takes the weights as they are
-    for weight in seen[1:]:
-        expected = decay * expected + (1 - decay) * weight
+    for updates, weight in enumerate(seen[1:], start=1):
+        kept = min(decay, (1 + updates) / (10 + updates))
+        expected = kept * expected + (1 - kept) * weight
     torch.testing.assert_close(student.net[1].weight, expected)
 
 
@@ -268,3 +319,28 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path)
         train(tmp_path, settings, loader=Numbers(18, poison=(1, 2)))
     history, _ = train(tmp_path, settings, resume=True)  # healthy data now
     assert [record["epoch"] for record in history.records] == [1, 2, 3, 4]
+
+
+def test_what_picks_an_epoch_is_what_is_reported_of_it(tmp_path):
+    """Trained in bf16, val is evaluated in float32: to the last digit but rounding the final evaluation's figures."""
+    torch.manual_seed(0)
+    student = Counting()
+    compute = Compute(torch.device("cpu"), bf16=True, channels_last=False)
+    training = Training(
+        Distiller(student, None, Supervised()),
+        Numbers(18),
+        Numbers(30, seed=1),
+        TrainingSettings(epochs=3, lr=0.05),
+        compute,
+        folder=tmp_path,
+        observer=Silent(),
+        classes=3,
+    )
+    history = training.run()
+    picked = history.records[history.best_epoch - 1]["val"]
+    logged = {}
+    for precision in ("float32", "bf16"):
+        probabilities, labels, _ = collect(student, Numbers(30, seed=1), classes=3, precision=precision)
+        logged[precision] = -float(np.log(probabilities[np.arange(30), labels]).mean())
+    assert picked["nll"] == pytest.approx(logged["float32"], rel=1e-6)
+    assert logged["bf16"] != pytest.approx(logged["float32"], rel=1e-5)  # or this would show nothing

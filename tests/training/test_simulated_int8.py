@@ -94,8 +94,8 @@ SETTINGS = TrainingSettings(epochs=4, optimizer="sgd", lr=0.05, schedule="step",
 
 
 def test_the_last_epochs_are_trained_under_it_and_picked_from(tmp_path):
-    train(tmp_path / "plain", SETTINGS.model_copy(update={"pick_by": "loss"}))
-    history, _ = train(tmp_path / "int8", SETTINGS.model_copy(update={"pick_by": "loss", "int8_share": 0.5}))
+    train(tmp_path / "plain", SETTINGS.model_copy(update={"selection_metric": "nll"}))
+    history, _ = train(tmp_path / "int8", SETTINGS.model_copy(update={"selection_metric": "nll", "int8_share": 0.5}))
     loss = [[each["train"]["loss"] for each in lines(tmp_path / name)] for name in ("plain", "int8")]
     assert loss[0][:2] == loss[1][:2]
     assert loss[0][2] != loss[1][2]
@@ -105,7 +105,7 @@ def test_the_last_epochs_are_trained_under_it_and_picked_from(tmp_path):
 
 def test_an_earlier_epoch_is_not_picked_even_if_it_is_better(tmp_path):
     rising = TrainingSettings(epochs=4, optimizer="sgd", lr=0.05, schedule="step", milestones=[1], gamma=1.0)
-    worse = rising.model_copy(update={"pick_by": "loss", "weight_decay": 5.0, "int8_share": 0.25})
+    worse = rising.model_copy(update={"selection_metric": "nll", "weight_decay": 5.0, "int8_share": 0.25})
     history, _ = train(tmp_path, worse)
     assert history.best_epoch == 4
 

@@ -21,6 +21,8 @@ from potstill.training.observer import Silent
 from potstill.training.settings import TrainingSettings
 from potstill.training.stopping import Stopping
 
+pytestmark = pytest.mark.own_process
+
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
 CLASSES, IMAGES, BATCH = 3, 22, 4
 STEPS = 6  # batches of an epoch, the last of two images

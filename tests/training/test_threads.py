@@ -1,11 +1,12 @@
 import os
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from potstill.training import threads as threads_module
-from potstill.training.calibration import Calibration
+from potstill.training.calibration import Calibration, calibrate
 from potstill.training.devices import Compute
 from potstill.training.observer import Silent
 from potstill.training.settings import TrainingSettings
@@ -17,13 +18,10 @@ AUTO = TrainingSettings()
 
 
 @pytest.fixture(autouse=True)
-def eight_threads(monkeypatch):
+def eight_threads(monkeypatch, thread_count):
     """On a machine of eight cores, whatever this one has."""
-    before = torch.get_num_threads()
     torch.set_num_threads(8)
     monkeypatch.setattr(threads_module, "usable_cores", lambda: 8)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -113,7 +111,9 @@ def test_never_more_threads_than_were_allowed(asked):
     assert asked == [[4, 1]]
 
 
-def test_for_real():
+def test_for_real(monkeypatch):
+    set_threads = torch.set_num_threads  # calibrate's default is PyTorch's own, which would start eight
+    monkeypatch.setattr(threads_module, "calibrate", partial(calibrate, set_threads=set_threads))
     with Threads() as threads:
         settle(threads)
         assert threads.found.threads in (1, 8)

@@ -1,5 +1,6 @@
 """The verb that examines data: check."""
 
+import contextlib
 import json
 import sys
 import time
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from potstill.cli.left_out import FollowLinks
 from potstill.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for warnings too.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show every finding, not the first of each kind.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Check what is left without bad files and classes that are too small.")
+    ] = False,
+    follow_links: FollowLinks = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the data, as for run; may be repeated."),
@@ -32,17 +38,19 @@ def check(
     from potstill.data.doctor.examination import examine
     from potstill.data.native_noise import silenced
 
-    chosen = _settings(data, settings or [])
+    flags = {"skip_bad": skip_bad, "follow_links": follow_links}
+    chosen = _settings(data, settings or []).model_copy(update={key: True for key, on in flags.items() if on})
     with silenced(), Waiting() as waiting:
         report = examine(chosen, waiting)
-    if as_json:
-        sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-    else:
-        from potstill.console import plain
-        from potstill.data.doctor.text import lines
+    with contextlib.suppress(BrokenPipeError):  # `| head` does not change the exit code
+        if as_json:
+            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+        else:
+            from potstill.console import plain
+            from potstill.data.doctor.text import lines
 
-        sys.stdout.write("".join(f"{plain(line)}\n" for line in lines(report, everything=everything)))
-    sys.stdout.flush()
+            sys.stdout.write("".join(f"{plain(line)}\n" for line in lines(report, everything=everything)))
+        sys.stdout.flush()
     _judge(report, strict)
 
 

@@ -1,6 +1,6 @@
 """The entry point: the verbs, and the one place where errors become exit codes."""
 
-import errno
+import contextlib
 import io
 import os
 import sys
@@ -12,18 +12,17 @@ import typer
 
 from potstill import __version__
 from potstill.cli import catalogs, checking, experiments, exporting, federating, serving, stores, sweeping, using
-from potstill.cli.several import first, refuse_verb
+from potstill.cli.several import first, refuse_verb, who
 from potstill.console import plain
-from potstill.errors import Elsewhere, PotstillError, Stopped, StorageError
+from potstill.errors import Elsewhere, PotstillError, RankLost, Stopped, UsageError, storage_error
 from potstill.training.stopping import Stopping
 
 OUR_BUG = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell shows of other programs whose reader has gone
 _HELP = ["-h", "--help"]
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume"
-_NO_MEMORY = "out of memory; a smaller training.batch_size or data.memory_share needs less"
 
 app = typer.Typer(
     name="potstill",
@@ -78,6 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows ``potstill`` on the command line; None takes ``sys.argv``.
     """
+    try:
+        return _exit_code(arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _let_go(stream)
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file's name can be shown in any locale
@@ -88,12 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code == INTERRUPTED:  # the parser has caught the KeyboardInterrupt
             return _say(_INTERRUPTED, INTERRUPTED)
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:
-        _close_output()
-        return 0
-    except SystemExit:  # what the parser makes of a BrokenPipeError inside a verb
-        _close_output()
-        return 0
+    except (BrokenPipeError, SystemExit):  # SystemExit: what the parser makes of a BrokenPipeError inside a verb
+        return CLOSED_PIPE
     except KeyboardInterrupt:
         return _say(_INTERRUPTED, INTERRUPTED)
     except Stopped as stopped:
@@ -101,9 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Elsewhere as error:
         return error.exit_code
     except PotstillError as error:
-        return _say(str(error), error.exit_code)
-    except MemoryError:
-        return _say(_NO_MEMORY, StorageError.exit_code)
+        return _say(_named(error), error.exit_code)
     except Exception as error:
         return _other(error)
 
@@ -122,25 +123,33 @@ def _obey(arguments: list[str]) -> Any:
 
 
 def _other(error: Exception) -> int:
-    if isinstance(error, OSError) and error.errno in _STORAGE:
-        return _say(f"{error.strerror}: {error.filename or 'the disk is full or fails'}", StorageError.exit_code)
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
-        return _say(_NO_MEMORY, StorageError.exit_code)
+    if (storage := storage_error(error)) is not None:
+        return _say(_named(storage), storage.exit_code)
     if isinstance(error, typer.Abort):
         return _say(_INTERRUPTED, INTERRUPTED)
     # Parser errors: their class is typer's in new versions and click's in older ones.
     if hasattr(error, "format_message") and hasattr(error, "show"):
-        error.show()
+        with contextlib.suppress(BrokenPipeError):
+            error.show()
         return WRONG_USAGE
-    sys.stderr.write(plain("".join(traceback.format_exception(error)), keep="\n"))
+    sys.stderr.write(plain(who() + "".join(traceback.format_exception(error)), keep="\n"))
     return _say("this is a bug in potstill; please report it with the lines above and the command", OUR_BUG)
 
 
+def _named(error: PotstillError) -> str:
+    """The message, with the rank that has it: not for a recipe, wrong for all, nor for a lost rank, which is named."""
+    return str(error) if isinstance(error, UsageError | RankLost) else f"{who()}{error}"
+
+
 def _say(message: str, code: int) -> int:
-    sys.stderr.write(plain(f"error: {message}", keep="\n") + "\n")
+    with contextlib.suppress(BrokenPipeError):  # `potstill ... 2>&1 | head`
+        sys.stderr.write(plain(f"error: {message}", keep="\n") + "\n")
     return code
 
 
-def _close_output() -> None:
-    """Point stdout at nothing, or the interpreter complains about the closed pipe when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _let_go(stream: Any) -> None:
+    """Point a stream whose reader has gone at nothing, or the interpreter complains about it when it exits."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,6 +1,8 @@
 """Verbs that train and report: run, train, report."""
 
 import enum
+import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,7 @@ from potstill.cli.several import first, go_on_where_restarted, together
 from potstill.errors import UsageError
 
 OUR_BUG = 1
+_TEACHER_WEIGHTS = re.compile(r"\s*teacher\.(\d+\.)?weights\s*=")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
 Data = Annotated[
@@ -23,22 +26,36 @@ Teacher = Annotated[
         help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder to start from; repeat it for several.",
     ),
 ]
-Student = Annotated[str | None, typer.Option(metavar="M", help="Likewise, once.")]
+Student = Annotated[
+    str | None, typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder.")
+]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder; the recipe's where not given.")]
 Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds the run folders.")]
 Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
 Seeds = Annotated[
     int | None,
     typer.Option(
-        metavar="N", help="Train baseline and distilled with N seeds, the teacher once; 5 tell gain from luck."
+        metavar="N", help="Train baseline and distilled with N seeds, the teacher once; 5 tell gain from chance."
     ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the recipe; may be repeated."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")]
+SkipBad = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-bad", help="Leave out files that cannot be read and classes that are too small; list them in the run."
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run of this name; more --seeds or training.epochs extend it.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of this name first.")]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Take the baseline of this run, if it was trained in the same way."),
+]
 Replay = Annotated[
     Path | None,
     typer.Option(metavar="RUN", help="In place of RECIPE: repeat a run, and say whether the weights are the same."),
@@ -50,6 +67,7 @@ class Stage(enum.StrEnum):
 
     teacher = "teacher"
     baseline = "baseline"
+    distilled = "distilled"
 
 
 def run(
@@ -57,6 +75,7 @@ def run(
         str | None, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")
     ] = None,
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
@@ -66,24 +85,32 @@ def run(
     seeds: Seeds = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    baseline: Baseline = None,
     replay: Replay = None,
 ) -> None:
     """Train teacher, baseline and distilled student, and report."""
     flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed, "--seeds": seeds}
+    flags["--skip-bad"] = skip_bad
     if replay is not None:
-        given = {"RECIPE": recipe, "--set": settings, **flags}
+        given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
         _replay(replay, given, root=root, name=name, resume=resume, overwrite=overwrite)
         return
     if recipe is None:
         raise UsageError("give a RECIPE: a name from `potstill recipes`, or a YAML file; or --replay RUN")
-    folder = _pipeline(recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None)
+    others: dict[str, Any] = {"baseline": baseline} if baseline is not None else {}
+    folder = _pipeline(
+        recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None, **others
+    )
     _finish(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
 
 
 def train(
     recipe: RecipeName,
-    stage: Annotated[Stage, typer.Option(help="A teacher, or the student on labels alone.")],
+    stage: Annotated[
+        Stage, typer.Option(help="The teacher; the student on labels alone; or distilled from a ready --teacher.")
+    ],
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
@@ -95,19 +122,34 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train one stage alone: a teacher or a baseline."""
+    """Train one stage alone: teacher, baseline or distilled student."""
     flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags["--skip-bad"] = skip_bad
     folder = _pipeline(
         recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
     )
-    if stage is Stage.teacher:
-        same_data = ["--data", data] if data else []
-        trained = sorted(folder.glob("teacher*/model.json"))
-        teachers = [folder] if len(trained) < 2 else [model.parent for model in trained]
-        flags_again = [part for teacher_folder in teachers for part in ("--teacher", str(teacher_folder))]
-        _finish(folder, next_command=["potstill", "run", recipe, *same_data, *flags_again])
-    else:
+    if stage is Stage.distilled:
         _finish(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
+        return
+    again: dict[str, Any] = flags | {"--teacher": teacher}
+    if stage is Stage.teacher:
+        trained = sorted(folder.glob("teacher*/model.json"))
+        again["--teacher"] = [str(folder)] if len(trained) < 2 else [str(model.parent) for model in trained]
+        settings = [text for text in settings or [] if not _TEACHER_WEIGHTS.match(text)]  # --teacher names them now
+    else:
+        again["--baseline"] = str(folder)
+    again["--set"] = settings
+    again["--root"] = None if root == Path("runs") else str(root)
+    again["--name"] = None if name is None else f"{name[:60]}-run"
+    _finish(folder, next_command=["potstill", "run", recipe, *_as_arguments(again)])
+
+
+def _as_arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Flags with their values as a command line has them: those without a value left out, switches alone."""
+    values = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items()}
+    words = [(flag,) if one is True else (flag, str(one)) for flag, each in values.items() for one in each
+             if one is not None and one is not False]  # fmt: skip
+    return [part for pair in words for part in pair]
 
 
 def report(

@@ -5,7 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill.cli.experiments import Data, Overwrite, RecipeName, Resume, Root, Seed, Settings, Student, Teacher
+from potstill.cli.experiments import (
+    Data,
+    Overwrite,
+    RecipeName,
+    Resume,
+    Root,
+    Seed,
+    Settings,
+    SkipBad,
+    Student,
+    Teacher,
+)
 
 app = typer.Typer(
     help="Train one student with clients that keep their images.",
@@ -45,6 +56,7 @@ def run(
         str, typer.Option(metavar="process|flower", help="Who plays the clients: this process, or Flower's simulation.")
     ] = "process",
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
@@ -66,6 +78,7 @@ def run(
     player = parse_engine(engine)
     names, beside, how = parse_algorithms(algorithms), parse_baselines(baselines), parse_partition(partition)
     flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags["--skip-bad"] = skip_bad
     loaded = load_recipe(recipe, settings or (), flags=flags)
 
     from potstill.console import Progress, say_lines, say_next

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import UsageError
+from potstill.errors import Elsewhere, UsageError
 from potstill.processes.launch import attempt, launched
 
 VERBS = ("run", "train")
@@ -17,13 +17,20 @@ def first() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
+def who() -> str:
+    """What a message of another process than the first begins with."""
+    return "" if first() else f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: "
+
+
 def refuse_verb(arguments: list[str]) -> None:
     """Only training is worth several processes.
 
     Raises:
-        UsageError: another verb, started by torchrun.
+        UsageError: another verb, started by torchrun; ``Elsewhere`` in all processes but the first.
     """
     if launched() and arguments and arguments[0] not in VERBS:
+        if not first():
+            raise Elsewhere(UsageError.exit_code)
         raise UsageError(
             f"torchrun has started `potstill {arguments[0]}` {os.environ['WORLD_SIZE']} times; "
             f"only {' and '.join(VERBS)} share their work: start it without torchrun"

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill.cli.experiments import Data, RecipeName, Root, Seed, Settings, Student, Teacher
+from potstill.cli.experiments import Data, RecipeName, Root, Seed, Settings, SkipBad, Student, Teacher
 from potstill.errors import UsageError
 
 _NAME = 64  # characters of a folder's name
@@ -27,12 +27,21 @@ def sweep(
         bool | None, typer.Option("--grid/--no-grid", help="Every combination; so it is where no range is given.")
     ] = None,
     data: Data = None,
+    skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
     settings: Settings = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the sweep; RECIPE-sweep if not given.")] = None,
     root: Root = Path("runs"),
     seed: Seed = None,
+    confirm_seeds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Fresh seeds on which the winner meets a baseline that was searched as long; 0: no verdict.",
+        ),
+    ] = 5,
     slurm: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Submit N SLURM jobs that take part, and return.")
     ] = None,
@@ -54,6 +63,7 @@ def sweep(
     require_optuna()
     sets = settings or []
     flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags["--skip-bad"] = skip_bad
     space = parse_space(over or [], recipe, sets, flags)
     if grid and not space.listed:
         raise UsageError("--grid tries every combination, so each --over must list its values; a range has no end")
@@ -64,9 +74,12 @@ def sweep(
 
     if slurm or ray or job_option:
         repeated = {"--over": over, "--set": sets, "--teacher": teacher}
-        once = {"--trials": trials, "--timeout": timeout, **flags, "--teacher": None, "--name": name, "--root": root}
+        once = {"--trials": trials, "--timeout": timeout, **flags, "--teacher": None, "--skip-bad": None}
+        once |= {"--name": name, "--root": root}
+        once |= {"--confirm-seeds": confirm_seeds}
         words = [word for flag, texts in repeated.items() for text in texts or [] for word in (flag, text)]
         words += [word for flag, value in once.items() if value is not None for word in (flag, str(value))]
+        words += ["--skip-bad"] if skip_bad else []
         grids = "--grid" if grid else "--no-grid"
         _launch(["sweep", recipe, *words, grids], root / name, slurm, ray, job_option or [])
         return
@@ -95,6 +108,7 @@ def sweep(
             observer=progress,
             stopping=stopping,
             told=told,
+            confirm_seeds=confirm_seeds,
         )
         over_now = work.work(timeout)
     page, lines = render_sweep(folder)
@@ -102,7 +116,8 @@ def sweep(
     if not over_now:
         say_lines("not over yet", ["the same command goes on; the test split has not been read"])
         return
-    say_next(["potstill", "report", str(work.winner())])
+    if confirm_seeds:
+        say_next(["potstill", "report", *(str(folder / "confirmation" / name) for name in ("distilled", "baseline"))])
 
 
 def _launch(arguments: list[str], folder: Path, slurm: int | None, ray: int | None, options: list[str]) -> None:

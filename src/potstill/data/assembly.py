@@ -84,6 +84,11 @@ class Assembly:
         """Whether two views of an image differ."""
         return self.second != "none" or not (self.augment is None or self.augment.changes_nothing)
 
+    @property
+    def has_partners(self) -> bool:
+        """Whether a batch needs the pixels of twice as many samples."""
+        return self.mixing is not None or self.partners is not None
+
     def describe(self, second: bool) -> dict[str, Any]:
         """All that decides a view's pixels besides the images themselves, as ``Loader.describe_views``."""
         if second:

@@ -12,12 +12,13 @@ from potstill.data.bundled import solar as _solar
 from potstill.data.bundled.digits import DigitsOptions, digits
 from potstill.data.bundled.options import read_options
 from potstill.data.check import check_images
+from potstill.data.doctor.manifest import SUFFIXES
 from potstill.data.images import ImageSet, Subset, TorchSet
-from potstill.data.manifest import SUFFIXES
+from potstill.data.listing import looks_like_image
 from potstill.data.settings import DataSettings
 from potstill.data.shards.source import check_shards, from_shards
 from potstill.data.shards.urls import is_shards
-from potstill.data.sources import AUGMENT, from_folder, from_manifest
+from potstill.data.sources import AUGMENT, from_files
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
 from potstill.data.target import target_settings, with_target
 from potstill.data.unlabeled import check_unlabeled, with_unlabeled
@@ -79,8 +80,7 @@ def _labeled(settings: DataSettings, progress: Watcher | None) -> DataSplits:
         return DATASETS[settings.source](settings)
     if is_shards(settings.source):
         return from_shards(settings, AUGMENT, progress)
-    path = Path(settings.source).expanduser()
-    return from_folder(settings, path, progress) if path.is_dir() else from_manifest(settings, path, progress)
+    return from_files(settings, progress)
 
 
 def check_source(settings: DataSettings) -> None:
@@ -102,7 +102,8 @@ def check_source(settings: DataSettings) -> None:
     path = Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in SUFFIXES):
         if path.exists():
-            raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(SUFFIXES)}")
+            image = "; for an image, give the folder that holds the class folders" if looks_like_image(name) else ""
+            raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(SUFFIXES)}{image}")
         raise UsageError(
             f"no data set, folder or manifest {name!r}{nearest(name, DATASETS)}\n"
             f"Known names: {', '.join(DATASETS)}; or give a folder of class folders, a .csv or .jsonl manifest, or "

@@ -2,15 +2,14 @@
 
 Rules, the same for training, evaluation and prediction:
 
-* JPEG, PNG, WebP, BMP, GIF and TIFF, recognised by their content; of several frames, the first.
-* At most 64 MiB of file and 40 megapixels, compared before a pixel is decoded.
+* JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF and HEIC, recognised by their content; of several frames, the first.
+* At most 64 MiB of file and 40 megapixels, and nothing that ``image_structure`` bounds, before a pixel is decoded.
 * EXIF orientation is applied.
 * Alpha, a transparent palette entry or a transparent colour: composited over white.
 * CMYK: R = (255 - C)(255 - K) / 255, and so on; colour profiles are not applied.
-* 16 bits: the high byte, which is exact for 8-bit images stored as v * 257 or as v * 256.  (``convert("RGB")`` of
-  Pillow clips them to white.)  12 bits: the high 8 of them.
-* 32-bit integers and floats do not say their range: the smallest of [0, 1] (floats only), [0, 255], [0, 65535] and
-  [0, 2**32 - 1] that holds the largest value; negative values become 0.
+* Gray images of 12 to 32 bits: by one range for a data set, see ``value_range``; where none is given, by the image's
+  own.  (``convert("RGB")`` of Pillow clips them to white.)
+* Colours of 16 bits: the high byte of each channel.
 """
 
 import io
@@ -18,25 +17,27 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
+from potstill.data import isolated
+from potstill.data.cores import stop_if_abandoned
+from potstill.data.image_structure import FORMATS as FORMATS
+from potstill.data.image_structure import MAX_PIXELS, check_pixels, examine
 from potstill.data.quiet import quiet_pillow
+from potstill.data.value_range import Range, Span, data_range, to_8_bits
 from potstill.errors import DataError
 
 Pixels = NDArray[np.uint8]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 40_000_000
-VERSION = 1  # another one whenever a file gives other pixels than before, here or in ``preprocess.fit``
+VERSION = 2  # another one whenever a file gives other pixels than before, here or in ``preprocess.fit``
 
-_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tags
+_ORIENTATION = 0x0112  # EXIF tag
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
-_RANGES = (255.0, 65535.0, 4294967295.0)
 
 
 def decoder() -> str:
@@ -45,37 +46,57 @@ def decoder() -> str:
     return ", ".join([f"rules {VERSION}", *libraries])
 
 
-def decode(source: Path | bytes) -> Pixels:
+class Decoded(NamedTuple):
+    """An image."""
+
+    pixels: Pixels
+    span: Span | None  # of the values in the file, where it has more than 8 bits
+
+
+def decode(source: Path | bytes, ends: Range | None = None) -> Pixels:
     """Decode one image.
 
     Args:
         source: a path, or the content of a file.
+        ends: the range of images of more than 8 bits; None: the image's own.
 
     Returns:
         uint8 RGB pixels [H, W, 3].
 
     Raises:
-        DataError: no such file, no image of the six formats, damaged, or over a limit; names path and reason.
+        DataError: no such file, no image of the formats, damaged, or over a limit; names path and reason.
     """
     content = read_file(source) if isinstance(source, Path) else source
-    return decode_bytes(content, str(source) if isinstance(source, Path) else "image")
+    return decode_bytes(content, str(source) if isinstance(source, Path) else "image", ends)
 
 
-def decode_bytes(content: bytes, name: str) -> Pixels:
+def decode_bytes(content: bytes, name: str, ends: Range | None = None) -> Pixels:
     """``decode`` of a file that was read already; ``name`` is what messages call it.
 
     Raises:
         DataError: as ``decode``.
     """
+    return read_image(content, name, ends).pixels
+
+
+def read_image(content: bytes, name: str, ends: Range | None = None) -> Decoded:
+    """``decode_bytes``, with the span of the file's values.
+
+    Raises:
+        DataError: as ``decode``.
+    """
+    stop_if_abandoned()
+    if not content:
+        raise DataError(f"{name}: empty file")
     if len(content) > MAX_BYTES:
         raise DataError(f"{name}: more than {MAX_BYTES // 2**20} MiB of file")
     try:
         with quiet_pillow():
-            return _decode(content)
+            return _decode(content, ends)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and more
-        raise DataError(f"{name}: {_reason(content, error)}") from error
+        raise DataError(f"{name}: {_reason(error)}") from error
 
 
 def read_file(path: Path) -> bytes:
@@ -112,22 +133,28 @@ def to_rgb(image: Image.Image) -> Pixels:
     return _in_bands(image)
 
 
-def _decode(content: bytes) -> Pixels:
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        _check_size(image)
-        bits = _bits(image)
+def to_upright_rgb(image: Image.Image) -> Pixels:
+    """``to_rgb``, with the orientation applied."""
+    return np.ascontiguousarray(_upright(to_rgb(image), _orientation(image)))
+
+
+def _decode(content: bytes, ends: Range | None) -> Decoded:
+    structure = examine(content)
+    if structure.isolated:
+        return Decoded(isolated.decode(structure.content, structure.format), None)
+    with Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
+        check_pixels(*image.size)
         image.load()
-        _check_size(image)  # a GIF's first frame may be larger than its header says
-        pixels = _wide_to_rgb(image, bits) if image.mode in _WIDE_MODES else to_rgb(image)
-        return np.ascontiguousarray(_upright(pixels, _orientation(image)))
-
-
-def _check_size(image: Image.Image) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise DataError(f"no pixels: {width} x {height}")
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{width} x {height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels")
+        check_pixels(*image.size)  # a GIF's first frame may be larger than its header says
+        span: Span | None = None
+        if image.mode in _WIDE_MODES:
+            span = _span(image)
+            pixels = _wide_to_rgb(image, data_range([span]) if ends is None else ends)
+        else:
+            pixels = to_rgb(image)
+            if structure.wide:
+                span = Span("colour", *_high_bytes(pixels))
+        return Decoded(np.ascontiguousarray(_upright(pixels, _orientation(image))), span)
 
 
 def _over_white(image: Image.Image) -> Pixels:
@@ -159,40 +186,36 @@ def _bands(height: int, width: int) -> Iterator[slice]:
         yield slice(top, min(top + step, height))
 
 
-def _wide_to_rgb(image: Image.Image, bits: int = 16) -> Pixels:
-    values: NDArray[Any] = np.asarray(image)
-    if image.mode in ("I", "F"):
-        gray = _unknown_range(values)
-    else:
-        gray = np.minimum(values >> max(0, min(bits, 16) - 8), 255).astype(np.uint8)
+def _wide_to_rgb(image: Image.Image, ends: Range | None = None) -> Pixels:
+    width, height = image.size
+    ends = ends or data_range([_span(image)])
+    assert ends is not None
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
     key = image.info.get("transparency")
-    if isinstance(key, int) and not isinstance(key, bool):
-        gray = np.where(values == key, np.uint8(255), gray)
-    return np.repeat(gray[..., None], 3, axis=2)
+    for rows in _bands(height, width):
+        values: NDArray[Any] = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+        gray = to_8_bits(values, ends)
+        if isinstance(key, int) and not isinstance(key, bool):
+            gray[values == key] = 255
+        pixels[rows] = gray[..., None]
+    return pixels
 
 
-def _unknown_range(values: NDArray[Any]) -> Pixels:
-    if not np.isfinite(values).all():
-        raise DataError("a pixel is NaN or infinite")
-    largest = float(values.max())
-    ranges = (1.0, *_RANGES) if values.dtype.kind == "f" else _RANGES
-    full = next((end for end in ranges if largest <= end), None)
-    if full is None:
-        raise DataError(f"a pixel of {largest:g} is above every known range")
-    gray = np.empty(values.shape, dtype=np.uint8)
-    for rows in _bands(*values.shape):
-        floats = values[rows].astype(np.float64)
-        # The same cut to the high byte as for 16 bits; floats in [0, 1] are rounded.
-        gray[rows] = np.clip(floats * 255 + 0.5 if full == 1 else floats / ((full + 1) / 256), 0, 255)
-    return gray
+def _span(image: Image.Image) -> Span:
+    """Smallest and largest value."""
+    width, height = image.size
+    low, high = np.inf, -np.inf
+    for rows in _bands(height, width):
+        values: NDArray[Any] = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+        if not np.isfinite(values).all():
+            raise DataError("a pixel is NaN or infinite")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    return Span("float" if image.mode == "F" else "integer", low, high)
 
 
-def _bits(image: Image.Image) -> int:
-    """Bits per sample that a TIFF declares; 16 elsewhere."""
-    tags = getattr(image, "tag_v2", None)
-    found = tags.get(_BITS_PER_SAMPLE, (16,)) if tags is not None else (16,)
-    first = found[0] if isinstance(found, tuple) else found
-    return int(first)
+def _high_bytes(pixels: Pixels) -> tuple[float, float]:
+    """The span of 16-bit values of which these are the high bytes."""
+    return 256.0 * int(pixels.min()), 256.0 * int(pixels.max()) + 255
 
 
 def _orientation(image: Image.Image) -> int:
@@ -216,13 +239,9 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
-def _reason(content: bytes, error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return (
-            f"no image of the formats {', '.join(FORMATS)} (it starts with {content[:8].decode('latin-1')!a})"
-            if content
-            else "empty file"
-        )
+        return "damaged image (its header cannot be read)"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS // 1_000_000} megapixels"
     if isinstance(error, MemoryError):

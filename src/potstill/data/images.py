@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from potstill.data.decode import Pixels, decode_bytes, read_file, to_rgb
+from potstill.data.value_range import Range
 from potstill.errors import DataError
 
 Labels = NDArray[np.int64]
@@ -73,6 +74,7 @@ class FileSet:
         self.root, self.names = root, tuple(names)
         self.labels = _checked_labels(labels, len(self.names), len(self.names))
         self.digests: NDArray[np.uint8] | None = None
+        self.range: Range | None = None  # of images of more than 8 bits; None: each image's own
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,7 +98,7 @@ class FileSet:
         content = read_file(path)
         if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{path}: the file has changed since it was checked; start again")
-        return decode_bytes(content, str(path))
+        return decode_bytes(content, str(path), self.range)
 
 
 class TorchSet:

@@ -1,5 +1,6 @@
 """Batches of a split: images as a network wants them, with labels, sample ids and view numbers."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from potstill.data.assembly import Assembly, Second, Wanted
 from potstill.data.cores import threads
+from potstill.data.image_files import read_by
 from potstill.data.images import ImageSet
 from potstill.data.orders import Epochs, Ids, Order
 from potstill.data.packed import pack, squares
@@ -38,9 +40,12 @@ class Loader:
         order: "listed"; "shuffled": a new permutation each epoch; "balanced": N draws with replacement, each class
             equally likely (an image drawn twice in an epoch is seen in the same view).
         seed: of order and views.
-        workers: processes that decode, where the pixels do not fit into memory; "auto": half of the cores.
+        workers: processes that decode, where the pixels do not fit into memory; "auto": half of the cores.  Fewer, down
+            to none, where shared memory does not suffice for their batches.
         device: where the batches are wanted.
         memory_share: of free memory, and of the free disk, that decoded pixels may take.
+        local_processes: of this machine that load the same images: they share its memory and cores, and one file of
+            decoded pixels.
         second: what ``Batch.second`` holds for each sample: "strong", another view with RandAugment on top; "same
             class", another sample of its class in that sample's own view (itself where the class has no other).
         classes: K; needed where images are mixed.
@@ -77,6 +82,7 @@ class Loader:
         workers: int | Literal["auto"] = 0,
         device: torch.device | str = "cpu",
         memory_share: float = 0.3,
+        local_processes: int = 1,
         second: Second = "none",
         classes: int | None = None,
         unlabeled: ImageSet | None = None,
@@ -95,6 +101,10 @@ class Loader:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
         if len(images) == 0 or (unlabeled is not None and len(unlabeled) == 0):
             raise DataError("there are no images to load")
+        if spec.range is not None:
+            for each in (images, unlabeled):
+                if each is not None:
+                    read_by(each, spec.range)
         mixes = augment is not None and augment.mixes
         _refuse_conflicts(second, mixes, unlabeled is not None, unlabeled_share, whole_batches, classes)
         self.images, self.spec, self.seed = images, spec, seed
@@ -136,15 +146,22 @@ class Loader:
         self._packed = pack(
             self._all,
             self.side,
-            spec.fit,
+            spec.resize_mode,
             device=self.device,
             memory_share=memory_share,
+            processes=local_processes,
             identity=identity,
             progress=progress,
         )
-        processes = max(1, threads() // 2) if workers == "auto" else workers
-        self.processes = processes if self._packed is None else 0
-        self._workers = Workers(self._all, self.side, spec.fit, processes) if self.processes else None
+        wanted = max(1, threads() // 2 // local_processes) if workers == "auto" else workers
+        self._workers = None
+        if wanted and self._packed is None:
+            images_of_batch = self.epochs.largest * (2 if self.assembly.has_partners else 1)
+            warn = progress.warn if progress is not None else warnings.warn
+            self._workers = Workers(self._all, self.side, spec.resize_mode, wanted, batch=images_of_batch, warn=warn)
+            if self._workers.count == 0:
+                self._workers = None
+        self.processes = self._workers.count if self._workers is not None else 0
 
     @property
     def resident(self) -> bool:
@@ -260,7 +277,7 @@ class Loader:
     def _at(self, ids: Ids) -> Tensor:
         if self._packed is not None:
             return self._packed.index_select(0, torch.from_numpy(ids).to(self._packed.device, non_blocking=True))
-        return squares(self._all, ids.tolist(), self.side, self.spec.fit)
+        return squares(self._all, ids.tolist(), self.side, self.spec.resize_mode)
 
 
 def _plain(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:

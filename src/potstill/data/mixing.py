@@ -131,7 +131,7 @@ def cutmix_boxes(size: int, share: Numbers, row: Numbers, column: Numbers) -> Id
 
 def _beta(alpha: Numbers, drawn: Numbers) -> Numbers:
     """From Beta(alpha, alpha), by inverting its distribution function: one hash, one number."""
-    from scipy.special import betaincinv  # type: ignore[import-untyped]  # here, since most recipes do without
+    from scipy.special import betaincinv  # here, since most recipes do without
 
     found: Numbers = betaincinv(alpha, alpha, drawn)
     return found

@@ -52,6 +52,13 @@ class Epochs:
         """Batches per epoch."""
         return math.ceil(self.labeled / self.batch_size)
 
+    @property
+    def largest(self) -> int:
+        """Images that one process has at most of a batch."""
+        labeled = min(self.batch_size, self.labeled)
+        more = math.ceil(labeled * self.unlabeled_share / (1 - self.unlabeled_share)) if self.unlabeled else 0
+        return labeled + more if self.order == "listed" else math.ceil((labeled + more) / self.processes)
+
     def batches(self, epoch: int) -> list[Ids]:
         """Sample ids of each batch: first the labeled ones, then the others."""
         ids = self._in_order(epoch)[: self.labeled]

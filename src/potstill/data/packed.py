@@ -26,6 +26,7 @@ def pack(
     *,
     device: torch.device,
     memory_share: float,
+    processes: int = 1,
     identity: str | None = None,
     progress: Watcher | None = None,
 ) -> Tensor | None:
@@ -35,9 +36,10 @@ def pack(
     Args:
         images: N of them.
         side: R, of the square in pixels.
-        how: "crop" or "squash", as ``preprocess.fit``.
+        how: "crop", "pad" or "stretch", as ``preprocess.fit``.
         device: where the tensor is wanted; it stays on the CPU where the device has no room.
         memory_share: of free memory, and of the free disk, that it may take.
+        processes: of this machine that call this: each has its share of the memory, and all map one file.
         identity: a word for the images and their content; None: they are not kept on disk.
         progress: is told about what takes long.
 
@@ -54,7 +56,7 @@ def pack(
     for place in places:
         if (side, how, place) in known:
             return known[side, how, place]
-    roomy = [place for place in places if size <= memory_share * free_bytes(place)]
+    roomy = [place for place in places if size <= memory_share / processes * free_bytes(place)]
     packed = None
     # Arrays lie in memory already, and are quickly made to squares.
     if identity is not None and not (roomy and are_arrays(images)):

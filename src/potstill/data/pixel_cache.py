@@ -20,7 +20,7 @@ from potstill.artifacts import write_text
 from potstill.cache import cache_folder
 from potstill.data.cores import in_turn
 from potstill.data.decode import decoder
-from potstill.data.image_files import digests_of, from_files
+from potstill.data.image_files import digests_of, from_files, ranges_of
 from potstill.data.images import ImageSet
 from potstill.data.pixel_file import PixelFile
 from potstill.data.preprocess import fit
@@ -49,7 +49,7 @@ class Wanted:
     Args:
         images: N of them.
         side: R.
-        how: "crop" or "squash", as ``preprocess.fit``.
+        how: "crop", "pad" or "stretch", as ``preprocess.fit``.
         identity: a word for the images and their content.
     """
 
@@ -73,8 +73,9 @@ class Wanted:
             "names": hashlib.sha256(names).hexdigest(),
             "images": len(self.images),
             "side": self.side,
-            "fit": self.how,
+            "resize_mode": self.how,
             "decoder": decoder(),
+            "ranges": ranges_of(self.images),
         }
         return json.dumps(found, indent=2, sort_keys=True) + "\n"
 

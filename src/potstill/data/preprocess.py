@@ -18,13 +18,13 @@ def prepare(pixels: Pixels, spec: InputSpec) -> Tensor:
 
     Args:
         pixels: uint8 [H, W, 3].
-        spec: size, fit and normalisation.
+        spec: size, resize mode and normalisation.
 
     Returns:
         float32 [3, size, size].
     """
     side = packed_side(spec)
-    square = torch.from_numpy(fit(pixels, side, spec.fit))
+    square = torch.from_numpy(fit(pixels, side, spec.resize_mode))
     return normalise(centre(square[None], spec.size), spec)[0]
 
 

@@ -1,8 +1,9 @@
 """Every setting of the data: where it comes from, how it is split, what is seen of an image."""
 
+import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Pacing = Literal["linear", "root", "step"]  # of a curriculum: how its share of the images grows
 
@@ -51,8 +52,23 @@ class DataSettings(BaseModel):
         "digits", description="a name of `potstill.data.datasets.DATASETS`, a folder, or a .csv/.jsonl manifest"
     )
     options: dict[str, Any] = Field({}, description="options of the named data set, e.g. {classes: 2} for solar")
+    follow_links: bool = Field(
+        False, description="read links and a manifest's paths to files and folders outside the data folder too"
+    )
+    skip_bad: bool = Field(
+        False,
+        description="leave out files that cannot be read and classes that are too small, and list them in skipped.csv",
+    )
     size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
-    fit: Literal["crop", "squash"] = Field("crop", description="how an image that is not square becomes square")
+    range: Literal["auto"] | tuple[float, float] = Field(
+        "auto",
+        description="ends between which images of more than 8 bits are read, e.g. [0, 4095]; auto: found once, over "
+        "the training images",
+    )
+    resize_mode: Literal["crop", "pad", "stretch"] = Field(
+        "crop",
+        description="how an image that is not square becomes square: its centre, black borders, or other proportions",
+    )
     unlabeled: str | None = Field(
         None, description="a second folder, of images without labels at any depth: they join the teacher's terms only"
     )
@@ -74,11 +90,21 @@ class DataSettings(BaseModel):
     test: float = Field(0.15, gt=0, lt=1, description="share split off for test where the source has none")
     split_seed: int = Field(0, ge=0, description="of the split; separate from `seed`, so that seeds share a split")
     augment: AugmentSettings | None = Field(None, description="null: the light default of the data set")
-    view_seed: int = Field(
-        0, ge=0, description="of the views; separate from `seed`, so that seeds share stored answers"
+    augmentation_seed: int | None = Field(
+        None,
+        ge=0,
+        description="of the views; null: `seed`, so that each seed has views of its own; a number: all seeds see the "
+        "same views and share stored answers",
     )
     balance: Literal["none", "weights", "sampling"] = Field(
         "none", description="against imbalance: class weights in the label loss, or balanced sampling"
     )
     workers: int | Literal["auto"] = Field("auto", description="processes that decode; results do not depend on it")
     memory_share: float = Field(0.3, gt=0, lt=1, description="share of free memory that decoded pixels may take")
+
+    @field_validator("range")
+    @classmethod
+    def _low_and_high(cls, value: Literal["auto"] | tuple[float, float]) -> Literal["auto"] | tuple[float, float]:
+        if value != "auto" and not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] < value[1]):
+            raise ValueError("must be auto or two numbers, the lower one first, e.g. [0, 4095]")
+        return value

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.data.doctor.findings import Finding
 from potstill.data.images import ImageSet
+from potstill.data.listing import Skipped
 from potstill.data.pacing import Admitted
 from potstill.data.settings import AugmentSettings
+from potstill.data.value_range import Range
 from potstill.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -41,11 +44,20 @@ class DataSplits:
     unlabeled: ImageSet | None = None  # further training images that nobody has labeled
     target: "DataSplits | None" = None  # another domain of the same classes
     draws: Draws | None = None  # what an epoch shows of train; None: each image once
+    range: Range | None = None  # by which images of more than 8 bits are read; None: there are none
+    skipped: tuple[Skipped, ...] = ()  # left out by data.skip_bad
+    doubts: tuple[Finding, ...] = ()  # warnings of the listing: images that are not used
+    notes: tuple[str, ...] = ()  # what else is not used
 
     @property
     def measured(self) -> "DataSplits":
         """The domain in which figures are measured: the target, where there is one."""
         return self if self.target is None else self.target
+
+    @property
+    def all_skipped(self) -> tuple[Skipped, ...]:
+        """What was left out, of the target too."""
+        return (*self.skipped, *(() if self.target is None else self.target.skipped))
 
     def split(self, name: str) -> ImageSet:
         """The images of "train", "val" or "test"."""

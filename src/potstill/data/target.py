@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from potstill.data.image_files import read_by
 from potstill.data.images import ImageSet
 from potstill.data.relabelled import Relabelled
 from potstill.data.settings import DataSettings
@@ -42,9 +43,14 @@ def with_target(data: DataSplits, target: DataSplits) -> DataSplits:
     _refuse_shared(data, target)
     ids = np.array([data.class_names.index(name) for name in target.class_names], dtype=np.int64)
     train, val, test = (_renamed(target.split(split), ids) for split in SPLITS)
-    target = replace(target, class_names=data.class_names, train=train, val=val, test=test)
+    ends = data.range if data.range is not None else target.range  # the student works in both domains
+    if ends is not None:
+        for images in (data.train, data.val, data.test, train, val, test):
+            read_by(images, ends)
+    target = replace(target, class_names=data.class_names, train=train, val=val, test=test, range=ends)
     return replace(
         data,
+        range=ends,
         target=target,
         origin=f"{data.origin}; target {target.source}: {target.origin}",
         fingerprint=joint_fingerprint(data.fingerprint, target.fingerprint),

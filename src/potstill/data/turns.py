@@ -1,10 +1,13 @@
 """One process at a time: a lock file, which the system frees however its holder ends."""
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from potstill.data.watcher import Watcher
 
 try:
     import fcntl
@@ -13,6 +16,7 @@ except ImportError:  # Windows
 
 LOCKS = fcntl is not None  # whether this system has such locks
 _AGAIN = 0.1  # seconds between two looks
+_LOOKS = 20  # until a message says what is waited for
 
 
 @contextmanager
@@ -35,6 +39,29 @@ def turn(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
         yield waited
     finally:
         os.close(handle)
+
+
+@contextmanager
+def one_process(path: Path, what: str, progress: Watcher | None) -> Iterator[None]:
+    """Of several processes on a machine (of one run, or of a sweep) one works, and keeps what it has found for the
+    others, which wait meanwhile; where nothing can be locked, each works by itself.
+
+    Args:
+        path: of the lock file.
+        what: that the other process does; for a note, if it takes longer.
+        progress: receives the note.
+    """
+    looks = itertools.count(1)
+
+    def waiting() -> None:
+        if next(looks) == _LOOKS and progress is not None:
+            progress.note(f"another process {what}; waiting for it")
+
+    with ExitStack() as held:
+        if LOCKS:
+            with suppress(OSError):  # a cache that is read-only, or on a disk without locks
+                held.enter_context(turn(path, waiting))
+        yield
 
 
 @contextmanager

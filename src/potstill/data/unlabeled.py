@@ -8,10 +8,10 @@ import numpy as np
 
 from potstill.data.check import check_files
 from potstill.data.decode import Pixels
-from potstill.data.folders import list_images
 from potstill.data.images import FileSet, ImageSet, Subset
 from potstill.data.relabelled import Relabelled
 from potstill.data.settings import DataSettings
+from potstill.data.sources import as_skipped, bad_files, list_images
 from potstill.data.splits import DataSplits
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError
@@ -78,16 +78,24 @@ def with_unlabeled(settings: DataSettings, data: DataSplits, progress: Watcher |
         raise UsageError("unlabeled images come from data.unlabeled or with the data from Python, not from both")
     check_unlabeled(settings)
     root = Path(settings.unlabeled).expanduser()
-    names = list_images(root)
+    names, skipped = list_images(root, settings)
+    bad: dict[str, str] | None = {} if settings.skip_bad else None
+    _refuse_seen(UnlabeledFiles(root, names), data)
+    contents = check_files(root, names, str(root), progress=progress, bad=bad)
+    if bad:
+        names = [name for name in names if name not in bad]
+        skipped += bad_files(root, bad)
+    if not names:
+        raise DataError(f"{root}: no unlabeled image is left: {len(skipped):,} files cannot be read")
     found = UnlabeledFiles(root, names)
-    _refuse_seen(found, data)
-    contents = check_files(root, names, str(root), progress=progress)
     found.expect(contents)
+    found.range = data.range
     return replace(
         data,
         unlabeled=found,
         origin=f"{data.origin}; {len(found):,} unlabeled from {settings.unlabeled}",
         fingerprint=_fingerprint(data.fingerprint, contents),
+        skipped=(*data.skipped, *as_skipped([replace(each, path=str(root / each.path)) for each in skipped])),
     )
 
 

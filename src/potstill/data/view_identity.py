@@ -47,7 +47,8 @@ def describe(
     found: dict[str, Any] = {
         "version": VERSION,
         "decoder": decoder(),
-        "input": dataclasses.asdict(spec) | {"mean": list(spec.mean), "std": list(spec.std)},
+        "input": dataclasses.asdict(spec)
+        | {"mean": list(spec.mean), "std": list(spec.std), "range": None if spec.range is None else list(spec.range)},
         "side": side,
         "samples": [len(labels), unlabeled],
         "strong": strong,
@@ -60,7 +61,7 @@ def describe(
         content = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
         found["partners"] = {"same class": same_class, "balanced": augment.mixes and balanced, "labels": content}
     if augment.mixes:
-        import scipy  # type: ignore[import-untyped]  # whose function gives the shares
+        import scipy  # whose function gives the shares
 
         found["scipy"] = scipy.__version__
     if strong or augment.policy != "none":

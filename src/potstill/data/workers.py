@@ -1,127 +1,317 @@
 """Processes that decode images which do not fit into memory.
 
 They only decode and resize: views are drawn in the main process, so that results cannot depend on their number.
+
+Each process has a pipe, over which it receives sample ids and answers with nothing or with an error, and room for its
+next batches in shared memory, which is reserved before it starts.  There is no queue with a thread of its own, and no
+signal handler: a process that dies is noticed where its batch is fetched, and nowhere else.
 """
 
+import multiprocessing
+import os
+import pickle  # nosec B403: between this process and its own children
+import shutil
 import signal
+import threading
+import time
+import traceback
 import warnings
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from potstill.amounts import scaled
 from potstill.data.images import ImageSet
-from potstill.data.packed import squares
-from potstill.errors import DataError, WorkerError
+from potstill.data.preprocess import fit
+from potstill.errors import StorageError, UsageError, WorkerError
 from potstill.processes.launch import TIMEOUT, timeout
 
-_SHOWN = 3  # images that a message names
+_AHEAD = 2  # batches that a process decodes before the first of them is fetched
+_LISTED = 3  # images that a message names
+_SHM = Path("/dev/shm")  # nosec B108: where Linux keeps shared memory; containers limit it to 64 MB
 
 
 class Workers:
     """``squares(batches)`` gives the batches' pixels in order, one epoch at a time; the processes live as long as this
-    object.
-
-    They end with the main process, even if that is killed: torch's workers look for their parent every few seconds.
+    object, and end with the main process, even if that is killed.
 
     Args:
         images: an image set that can be pickled.
         side: R.
-        how: "crop" or "squash".
+        how: "crop", "pad" or "stretch".
         processes: at least 1.
+        batch: images of the largest batch, for which shared memory is reserved at once; None: at the first use.
+        warn: receives a message if shared memory suffices for fewer processes only.
+
+    Attributes:
+        count: processes for which there is shared memory; 0 only if ``batch`` is given.
+
+    Raises:
+        UsageError: ``POTSTILL_TIMEOUT`` is no number of seconds.
     """
 
-    def __init__(self, images: ImageSet, side: int, how: str, processes: int) -> None:
-        self._batches, self._names = _Batches(), images.names
-        with warnings.catch_warnings():
-            # How many processes are sensible is said in the settings.
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            self._loader = DataLoader(
-                _Squares(images, side, how),
-                batch_sampler=self._batches,
-                collate_fn=_same,
-                num_workers=processes,
-                prefetch_factor=2,
-                persistent_workers=True,
-                timeout=timeout(),
-                # torch's base seed comes from here, so that the global generator is left as it was
-                generator=torch.Generator().manual_seed(0),
-                worker_init_fn=_leave_signals,
-            )
+    def __init__(
+        self,
+        images: ImageSet,
+        side: int,
+        how: str,
+        processes: int,
+        *,
+        batch: int | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self._images, self._side, self._how, self._warn = images, side, how, warn
+        self._timeout = timeout()
+        self._wanted = self.count = processes
+        self._members: list[_Member] = []
+        self._pixels = self._decoded = torch.empty(0)
+        self._epoch = 0
+        if batch is not None:
+            self._reserve(batch)
 
     def squares(self, batches: list[list[int]]) -> Iterator[Tensor]:
         """uint8 [B, 3, R, R] for each batch of sample ids.
 
         Raises:
             DataError: an image cannot be decoded.
-            WorkerError: a process has died, or has not answered for ``POTSTILL_TIMEOUT`` seconds.
+            WorkerError: a process has died, or has decoded nothing for ``POTSTILL_TIMEOUT`` seconds.
+            StorageError: there is no shared memory for a single process.
         """
-        self._batches.lists = batches
-        taken = 0
-        try:
-            for found in self._loader:
-                if isinstance(found, str):
-                    raise DataError(found)
-                taken += 1
-                yield found
-        except RuntimeError as error:
-            # torch: "DataLoader worker (pid(s) 123) exited unexpectedly", "DataLoader timed out after 600 seconds"
-            if "DataLoader" not in str(error):
-                raise
-            timed_out = "timed out" in str(error)
-            what = f"has not answered for {timeout():g} seconds" if timed_out else "has died"
-            way_out = (
-                f"Storage that is only slow needs another {TIMEOUT} (seconds, in the environment)"
-                if timed_out
-                else "It may have been killed for lack of memory; try data.workers=0, or a smaller batch_size"
+        self._start(max(map(len, batches), default=1))
+        self._epoch += 1
+        epoch, ahead = self._epoch, self.count * _AHEAD
+        for position in range(min(ahead, len(batches))):
+            self._order(position, batches)
+        for position, ids in enumerate(batches):
+            if epoch != self._epoch:
+                raise UsageError("one loader gives one epoch at a time: a second one has begun before the first ended")
+            member = self._members[position % self.count]
+            self._fetch(member)
+            found = self._pixels[position % self.count, self._slot(position), : len(ids)].clone()
+            if position + ahead < len(batches):
+                self._order(position + ahead, batches)
+            yield found
+
+    def close(self) -> None:
+        """End the processes."""
+        for member in self._members:
+            member.end()
+        self._members = []
+
+    # shared memory
+
+    def _reserve(self, batch: int) -> None:
+        """Take shared memory for as many processes as it suffices for."""
+        each = _AHEAD * batch * 3 * self._side**2
+        self._pixels = self._decoded = torch.empty(0)  # gives back what is held
+        self.count, free = 0, _free()
+        most = self._wanted if free is None else min(self._wanted, free // each)
+        for count in range(most, 0, -1):
+            try:
+                self._pixels = _shared((count, _AHEAD, batch, 3, self._side, self._side), torch.uint8)
+                self._decoded = _shared((count,), torch.int64)
+                self.count = count
+                break
+            except (RuntimeError, OSError):  # other processes have taken it meanwhile
+                self._pixels = torch.empty(0)
+        if self.count < self._wanted and self._warn is not None:
+            there = "" if free is None else f" has {free:,} bytes free;"
+            need, used = self._wanted * each, f"{self.count} of them" if self.count else "the main process alone"
+            self._warn(
+                f"shared memory ({_SHM}){there} {self._wanted} processes that decode need {need:,} ({scaled(need, 'B')}"
+                f"): {used} will decode. For more, enlarge it (docker run --shm-size 1g), lower training.batch_size, "
+                "or set data.workers"
             )
-            raise WorkerError(
-                f"a process that decodes images {what}; the next images were {self._listed(batches[taken])}\n{way_out}"
-            ) from error
 
-    def _listed(self, ids: list[int]) -> str:
-        names = [self._names[i] for i in ids[:_SHOWN]]
-        return ", ".join(names) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+    # processes
 
+    def _start(self, batch: int) -> None:
+        """Have running, idle processes that can take a batch of this size."""
+        if self._members and batch <= self._pixels.shape[2]:
+            for member in self._members:  # batches of an epoch that was given up
+                while member.orders:
+                    self._fetch(member, drop=True)
+            return
+        self.close()
+        if self._pixels.numel() == 0 or batch > self._pixels.shape[2]:
+            self._reserve(batch)
+        if self.count == 0:
+            raise StorageError(
+                f"shared memory ({_SHM}) has {_free() or 0:,} bytes free, and a process that decodes needs "
+                f"{_AHEAD * batch * 3 * self._side**2:,}: enlarge it (docker run --shm-size 1g), or set data.workers=0"
+            )
+        context = multiprocessing.get_context()
+        self._decoded.zero_()
+        for number in range(self.count):
+            own, theirs = context.Pipe()
+            what = (
+                theirs,
+                self._images,
+                self._side,
+                self._how,
+                self._pixels[number],
+                self._decoded[number : number + 1],
+            )
+            process = context.Process(target=_work, args=what, name=f"potstill-decode-{number}", daemon=True)
+            with warnings.catch_warnings():
+                # Python 3.12 and later, on fork: the child needs no lock that another thread may hold.
+                warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+                process.start()
+            theirs.close()
+            self._members.append(_Member(process, own))
+        weakref.finalize(self, _end_all, os.getpid(), list(self._members))
 
-class _Batches:
-    """The batch sampler: the lists of the current epoch."""
+    def _slot(self, position: int) -> int:
+        return position // self.count % _AHEAD
 
-    def __init__(self) -> None:
-        self.lists: list[list[int]] = []
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.lists)
-
-    def __len__(self) -> int:
-        return len(self.lists)
-
-
-class _Squares(Dataset[Tensor | str]):
-    """Batches of fitted pixels; an image that cannot be decoded comes back as the sentence that says so, since an
-    exception would lose its type on the way between processes.
-    """
-
-    def __init__(self, images: ImageSet, side: int, how: str) -> None:
-        self.images, self.side, self.how = images, side, how
-
-    def __getitems__(self, index: list[int]) -> Tensor | str:
+    def _order(self, position: int, batches: list[list[int]]) -> None:
+        member, ids = self._members[position % self.count], batches[position]
+        member.orders.append(ids)
         try:
-            return squares(self.images, index, self.side, self.how)
-        except DataError as error:
-            return str(error)
+            member.connection.send((self._slot(position), ids))
+        except OSError:  # it is dead: whoever fetches its batch says so
+            return
 
-    def __getitem__(self, index: int) -> Tensor | str:
-        return self.__getitems__([index])
+    def _fetch(self, member: "_Member", *, drop: bool = False) -> None:
+        """Wait until a process has answered its oldest order.
+
+        Args:
+            member: the process.
+            drop: pass over an error that it answers with.
+        """
+        number = self._members.index(member)
+        decoded, since = -1, time.monotonic()
+        while True:
+            ready = wait([member.connection, *(each.process.sentinel for each in self._members)], self._timeout / 10)
+            if member.connection in ready:
+                try:
+                    answer = member.connection.recv()
+                except (EOFError, OSError):
+                    raise self._died(member) from None
+                member.orders.popleft()
+                if answer is not None and not drop:
+                    self.close()  # a traceback would keep this object, and with it the processes
+                    raise answer
+                return
+            if ready:
+                raise self._died(next(each for each in self._members if each.process.sentinel in ready))
+            if (now := int(self._decoded[number])) != decoded:  # slow, but it gets on
+                decoded, since = now, time.monotonic()
+            elif time.monotonic() - since >= self._timeout:
+                raise self._stalled(member)
+
+    def _died(self, member: "_Member") -> WorkerError:
+        member.process.join(1)
+        code, next_images = member.process.exitcode, self._next_images(member)
+        self.close()
+        ended = "" if code is None or code >= 0 else f", ended by {_signal_name(-code)}"
+        return WorkerError(
+            f"a process that decodes images has died; {next_images}\n"
+            f"It may have been killed for lack of memory{ended}; try data.workers=0, or a smaller batch_size"
+        )
+
+    def _stalled(self, member: "_Member") -> WorkerError:
+        next_images = self._next_images(member)
+        self.close()
+        return WorkerError(
+            f"a process that decodes images has not answered for {self._timeout:g} seconds; {next_images}\n"
+            f"Storage that is only slow needs another {TIMEOUT} (seconds, in the environment)"
+        )
+
+    def _next_images(self, member: "_Member") -> str:
+        if not member.orders:
+            return "it had nothing to do"
+        names = [self._images.names[i] for i in member.orders[0]]
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        return f"the next images were {', '.join(names[:_LISTED])}{more}"
 
 
-def _leave_signals(_: int) -> None:
-    """Ctrl-C at a terminal reaches every process: the main one finishes its step first, and needs the others for it."""
+@dataclass
+class _Member:
+    process: BaseProcess
+    connection: Connection
+    orders: deque[list[int]] = field(default_factory=deque)  # that it has not answered
+
+    def end(self) -> None:
+        """Nothing that it does is worth waiting for."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _end_all(owner: int, members: list[_Member]) -> None:
+    if os.getpid() == owner:  # not in a child that inherited the object
+        for member in members:
+            member.end()
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """RuntimeError where there is no room: torch takes it from the file system at once."""
+    found = torch.empty(shape, dtype=dtype)
+    found.share_memory_()  # type: ignore[no-untyped-call]
+    return found
+
+
+def _free() -> int | None:
+    """Bytes of shared memory that are free; None where the system does not say."""
+    try:
+        return shutil.disk_usage(_SHM).free
+    except OSError:
+        return None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+# in the process
+
+
+def _work(connection: Connection, images: ImageSet, side: int, how: str, pixels: Tensor, decoded: Tensor) -> None:
+    """Decode what is ordered until the main process ends this one."""
+    # Ctrl-C at a terminal reaches every process: the main one finishes its step first, and needs the others for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    target, count = pixels.numpy(), decoded.numpy()
+    while True:
+        slot, ids = connection.recv()
+        answer: BaseException | None = None
+        try:
+            for place, i in enumerate(ids):
+                target[slot, place] = fit(images.pixels(i), side, how)
+                count += 1
+        except BaseException as error:
+            answer = _sendable(error)
+        connection.send(answer)
 
 
-def _same(found: Any) -> Any:
-    return found
+def _sendable(error: BaseException) -> BaseException:
+    """The error, with the place where it arose as a note; another one that quotes it where it cannot be pickled."""
+    where = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))  # nosec B301: what was just dumped
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"in a process that decodes images:\n{where}")
+    return error
+
+
+def _end_with_parent() -> None:
+    parent, before = multiprocessing.parent_process(), os.getppid()
+    assert parent is not None
+    # A sibling may hold the pipe open of which the sentinel is the end; with a fork server the parent is another.
+    while not wait([parent.sentinel], 1) and os.getppid() == before:
+        pass
+    os._exit(1)

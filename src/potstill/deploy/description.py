@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.errors import ArtifactError
-from potstill.input_spec import InputSpec
+from potstill.input_spec import RESIZE_MODES, InputSpec
 
 KEY = "potstill"  # of the entry in a file's own metadata
 SCHEMA = 1
@@ -49,8 +49,7 @@ def description(text: str, origin: str) -> Description:
             raise ArtifactError(
                 f"{origin} was exported by another version of potstill; update potstill, or export anew"
             )
-        wish = found.pop("input")
-        spec = InputSpec(**(wish | {"mean": _three(wish["mean"]), "std": _three(wish["std"])}))
+        spec = InputSpec.from_dict(found.pop("input"))
         names = tuple(map(str, found.pop("class_names")))
         made = Description(class_names=names, input=spec, **found)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -60,17 +59,12 @@ def description(text: str, origin: str) -> Description:
     return made
 
 
-def _three(values: Any) -> tuple[float, float, float]:
-    first, second, third = map(float, values)
-    return first, second, third
-
-
 def _sensible(made: Description) -> bool:
     spec = made.input
     return (
         isinstance(spec.size, int)
         and 1 <= spec.size <= 4096
-        and spec.fit in ("crop", "squash")
+        and spec.resize_mode in RESIZE_MODES
         and 0.1 <= spec.crop_share <= 1
         and all(0 < each < 1e6 for each in spec.std)
         and all(abs(each) < 1e6 for each in spec.mean)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from potstill.data.listing import Skipped
 from potstill.errors import DataError, nearest
 from potstill.experiments.recipe import load_recipe
 from potstill.experiments.run_folder import find_model
@@ -12,7 +13,9 @@ from potstill.sealed import read_sealed_text
 BATCH = 64
 
 
-def evaluate(model: Path | str, source: str, *, device: str = "auto") -> dict[str, Any]:
+def evaluate(
+    model: Path | str, source: str, *, device: str = "auto", follow_links: bool = False, skip_bad: bool = False
+) -> dict[str, Any]:
     """Every figure of the final metrics, on images that the model may never have seen.
 
     Which images: of the data that the run itself was trained on, its test split, as it was split then; of any other
@@ -22,9 +25,12 @@ def evaluate(model: Path | str, source: str, *, device: str = "auto") -> dict[st
         model: a run folder (distilled, else baseline, else teacher), a model folder or file.
         source: a folder, a manifest, or a data set's name.
         device: "auto", "cpu", "cuda", ...
+        follow_links: read links and paths to files elsewhere too.
+        skip_bad: leave out files that cannot be read.
 
     Returns:
-        The keys of ``evaluation.exact.split_metrics``, and ``model`` and ``data``: a sentence on each.
+        The keys of ``evaluation.exact.split_metrics``, and ``model`` and ``data``: a sentence on each, and ``skipped``:
+        path and reason of each file that was left out.
 
     Raises:
         UsageError: no such data.
@@ -41,7 +47,7 @@ def evaluate(model: Path | str, source: str, *, device: str = "auto") -> dict[st
     from potstill.training.settings import TrainingSettings
 
     classifier = load_model(folder)
-    images, names, which = _test_images(source, folder)
+    images, names, which, skipped = _test_images(source, folder, follow_links=follow_links, skip_bad=skip_bad)
     labels = _matched(names, classifier.class_names)
     where = choose(TrainingSettings(device=device)).device
     classifier.module.to(where)
@@ -51,37 +57,41 @@ def evaluate(model: Path | str, source: str, *, device: str = "auto") -> dict[st
     return {
         "model": f"{classifier.architecture} of {folder}",
         "data": f"{source}, {which}",
+        **({"skipped": [[each.path, each.reason] for each in skipped]} if skipped else {}),
         **split_metrics(found, classifier.class_names),
     }
 
 
-def _test_images(source: str, model: Path) -> tuple[Any, list[str], str]:
-    """The images to measure on, the class name of each, and which of the source's images they are."""
+def _test_images(source: str, model: Path, **how: bool) -> tuple[Any, list[str], str, Sequence[Skipped]]:
+    """The images to measure on, the class name of each, which of the source's images they are, and what is left out."""
     from potstill.data.check import check_files
     from potstill.data.datasets import DATASETS, check_source, load_data
-    from potstill.data.folders import list_folder
     from potstill.data.images import FileSet
-    from potstill.data.manifest import list_manifest
     from potstill.data.settings import DataSettings
+    from potstill.data.sources import as_skipped, list_source, read_files, refuse_findings
 
-    settings = DataSettings(source=source)
+    settings = DataSettings.model_validate({"source": source, **how})
     check_source(settings)
     known = _as_split_by(data_of_run(model), source)
     if known is not None or source in DATASETS:
-        splits = load_data(known or settings)
+        asked = {key: True for key, value in how.items() if value}
+        splits = load_data(settings if known is None else known.model_copy(update=asked))
         names = [splits.class_names[label] for label in splits.test.labels]
-        return splits.test, names, "test split of the run" if known is not None else "test split"
-    path = Path(source).expanduser()
-    root, entries = (path, list_folder(path)) if path.is_dir() else (path.parent, list_manifest(path))
+        which = "test split of the run" if known is not None else "test split"
+        return splits.test, names, which, splits.skipped
+    listing, skipped, contents = read_files(list_source(settings), settings)
+    refuse_findings(settings, listing.findings, listing.root)
+    entries = listing.entries
     which = "all images"
     if any(entry.split for entry in entries):
         entries, which = [entry for entry in entries if entry.split == "test"], "its test images"
     if not entries:
         raise DataError(f"{source} has splits, but no test images; to measure on others give their own folder")
     # The ids do not count: classes are matched by name.
-    images = FileSet(root, [entry.name for entry in entries], [0] * len(entries))
-    check_files(root, images.names, source)
-    return images, [entry.label for entry in entries], which
+    images = FileSet(listing.root, [entry.name for entry in entries], [0] * len(entries))
+    if not contents:
+        check_files(listing.root, images.names, source)
+    return images, [entry.label for entry in entries], which, as_skipped(skipped)
 
 
 def data_of_run(model: Path) -> Any:

@@ -35,28 +35,47 @@ class Resize(nn.Module):
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
-        self.side, self.size, self.crop = packed_side(spec), spec.size, spec.fit == "crop"
+        self.side, self.size, self.mode = packed_side(spec), spec.size, spec.resize_mode
 
     def forward(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[1], pixels.shape[2]
-        short = torch.sym_min(height, width)
-        rows = self._weights(height, short if self.crop else height)
-        columns = self._weights(width, short if self.crop else width)
+        if self.mode == "pad":
+            longer = torch.sym_max(height, width)
+            rows, columns = self._padded(height, longer), self._padded(width, longer)
+        else:
+            short = torch.sym_min(height, width)
+            rows = self._weights(height, short if self.mode == "crop" else height)
+            columns = self._weights(width, short if self.mode == "crop" else width)
         across = torch.floor(pixels.permute(0, 3, 1, 2).to(torch.float64) @ columns.T + 0.5)
         return torch.floor(rows @ across + 0.5).to(torch.uint8)
 
     def _weights(self, whole: int | torch.SymInt, length: int | torch.SymInt) -> Tensor:
         """How much of each of ``whole`` source pixels makes a target pixel: [S, whole], of a centred ``length``."""
-        double = torch.float64
-        scale = torch.scalar_tensor(1.0, dtype=double).mul(length).div(self.side)
-        support = scale.clamp(min=1.0)
+        scale = torch.scalar_tensor(1.0, dtype=torch.float64).mul(length).div(self.side)
         first = (self.side - self.size) // 2
-        targets = torch.arange(first, first + self.size, dtype=double) + 0.5
-        middle = (targets * scale + (whole - length) / 2)[:, None]
-        pixel = torch.arange(whole, dtype=double)
-        near = (pixel >= torch.floor(middle - support + 0.5)) & (pixel < torch.floor(middle + support + 0.5))
-        weights = (1 - ((pixel + 0.5 - middle) / support).abs()).clamp(min=0) * near
-        return torch.floor(weights / weights.sum(1, keepdim=True) * _UNITS + 0.5) / _UNITS
+        targets = torch.arange(first, first + self.size, dtype=torch.float64) + 0.5
+        return _bilinear(targets * scale + (whole - length) / 2, scale, whole)
+
+    def _padded(self, whole: int | torch.SymInt, longer: int | torch.SymInt) -> Tensor:
+        """Likewise where the longer side of the image fills the square: target pixels of the border weigh nothing."""
+        one = torch.scalar_tensor(1.0, dtype=torch.float64)
+        exact = one.mul(whole).mul(self.side).div(one.mul(longer))
+        filled = torch.floor(exact + 0.5).clamp(min=1.0)  # as ``data.square.padded_shape``
+        before = torch.floor((self.side - filled) / 2)
+        place = torch.arange(self.side, dtype=torch.float64) - before
+        inside = ((place >= 0) & (place < filled))[:, None]
+        scale = one.mul(whole).div(filled)
+        middle = (place.clamp(min=0.0).minimum(filled - 1) + 0.5) * scale
+        return _bilinear(middle, scale, whole) * inside
+
+
+def _bilinear(middle: Tensor, scale: Tensor, whole: int | torch.SymInt) -> Tensor:
+    """Pillow's weights, [S, whole], of the source pixels around each of S places; a target pixel covers ``scale``."""
+    middle, support = middle[:, None], scale.clamp(min=1.0)
+    pixel = torch.arange(whole, dtype=torch.float64)
+    near = (pixel >= torch.floor(middle - support + 0.5)) & (pixel < torch.floor(middle + support + 0.5))
+    weights = (1 - ((pixel + 0.5 - middle) / support).abs()).clamp(min=0) * near
+    return torch.floor(weights / weights.sum(1, keepdim=True) * _UNITS + 0.5) / _UNITS
 
 
 def preparation(spec: InputSpec, inside: str) -> nn.Sequential:

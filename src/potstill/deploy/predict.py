@@ -1,19 +1,25 @@
 """Predictions for images that nobody has labelled."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill.data.decode import Pixels, decode
+from potstill.data.doctor.folder import walk_images
+from potstill.data.doctor.listing import LINK_TO_FOLDER
+from potstill.data.listing import looks_like_image
 from potstill.deploy.onnx_model import SUFFIX, load_onnx
 from potstill.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from potstill.models.classifier import Classifier
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_HEAD = 16  # bytes by which an image without a name of one is known
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,25 @@ def predict(
     Args:
         model: a run folder (distilled, else baseline, else teacher), a model folder or file, a
             loaded Classifier, or an ``.onnx`` file that was exported (then torch is not needed).
-        inputs: images, and folders whose images are taken recursively, in sorted order.
+        inputs: images, and folders whose images are taken recursively, in sorted order; see ``find_images``.
         top: how many classes at most.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
 
     Returns:
         One Prediction for each image, in order; an image that cannot be decoded has ``error`` set and no classes.
+        A UserWarning names what a folder holds that is not read.
 
     Raises:
         UsageError: a path that does not exist.
         DataError: no image at all.
         ArtifactError: no model, or a damaged one.
     """
-    paths = list_images(inputs)
+    found = find_images(inputs)
+    if found.left_out:
+        some = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:3])
+        warnings.warn(f"{len(found.left_out)} files are left out, such as {some}", stacklevel=2)
+    paths = found.images
     chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     exported = isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() == SUFFIX
     asked = _onnx(Path(str(model)), device) if exported else _torch(model, device)
@@ -72,13 +83,17 @@ class _Asked:
     prepare: Callable[[Pixels], Any]  # at once after decoding: a batch of whole photographs would fill the memory
     answer: Callable[[list[Any]], list[list[float]]]  # what ``prepare`` made -> probabilities [B, K]
     names: Sequence[str]
+    range: tuple[float, float] | None  # by which images of more than 8 bits are decoded
 
 
 def _onnx(path: Path, device: str) -> _Asked:
     if device not in ("auto", "cpu"):
         raise UsageError(f"an ONNX model is asked on the CPU here, got device={device!r}")
     found = load_onnx(path)
-    return _Asked(found.prepare, lambda images: found.probabilities(images).tolist(), found.what.class_names)
+    what = found.what
+    return _Asked(
+        found.prepare, lambda images: found.probabilities(images).tolist(), what.class_names, what.input.range
+    )
 
 
 def _torch(model: "Path | str | Classifier", device: str) -> _Asked:
@@ -101,42 +116,78 @@ def _torch(model: "Path | str | Classifier", device: str) -> _Asked:
         rows: list[list[float]] = classifier.predict(torch.stack(images)).tolist()
         return rows
 
-    return _Asked(lambda pixels: prepare(pixels, classifier.input), answer, classifier.class_names)
+    spec = classifier.input
+    return _Asked(lambda pixels: prepare(pixels, spec), answer, classifier.class_names, spec.range)
 
 
-def list_images(inputs: Sequence[Path | str]) -> list[Path]:
-    """The named files, and from folders all files with an image's suffix, hidden ones left out.
+@dataclass(frozen=True)
+class Found:
+    """What there is to predict."""
+
+    images: list[Path]
+    left_out: list[tuple[str, str]]  # path and reason of every other file
+    passed_over: Counter[str]  # what systems keep in folders, and hidden files
+
+
+def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> Found:
+    """The named files, and from folders all files that are images by their name or by their first bytes.
+
+    Args:
+        inputs: files and folders.
+        follow_links: also read links to folders, and to files outside a folder.
 
     Raises:
         UsageError: paths that do not exist; all of them at once.
         DataError: not one image.
     """
-    given = [Path(each) for each in inputs]
+    given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UsageError(f"no such image or folder: {', '.join(missing[:3])}{more}")
-    found = [image for path in given for image in (_walk(path) if path.is_dir() else [path])]
-    if not found:
-        raise DataError(f"no images in {', '.join(map(str, given))}; looked for {', '.join(IMAGE_SUFFIXES)}")
+    found = Found([], [], Counter())
+    for path in given:
+        if path.is_dir():
+            _add_folder(found, path, follow_links=follow_links)
+        else:
+            found.images.append(path)
+    if not found.images:
+        others = "".join(f"\n  {path}: {reason}" for path, reason in found.left_out[:3])
+        raise DataError(f"no images in {', '.join(map(str, given))}{others}")
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for where, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(where, name)
-            # is_file: a named pipe would be waited for.
-            if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                yield path
+def _add_folder(found: Found, folder: Path, *, follow_links: bool) -> None:
+    listing = walk_images(folder, follow_links=follow_links)
+    found.passed_over.update(listing.passed_over)
+    for entry in listing.entries:
+        path = folder / entry.name
+        if looks_like_image(entry.name) or _begins_like_image(path):
+            found.images.append(path)
+        else:
+            found.left_out.append((str(path), "no image, by its name and its content"))
+    for each in listing.findings:
+        if each.kind not in ("name", "empty-class"):
+            more = "; --follow-links reads it" if each.kind == "link-out" or each.reason == LINK_TO_FOLDER else ""
+            found.left_out.append((str(folder / each.path), each.reason + more))
+
+
+def _begins_like_image(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return False
+    boxed = head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
+    return head.startswith(_BEGINNINGS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or boxed or bitmap
 
 
 def _predict(asked: _Asked, paths: Sequence[Path], top: int) -> list[Prediction]:
     images, errors = {}, {}
     for i, path in enumerate(paths):
         try:
-            images[i] = asked.prepare(decode(path))
+            images[i] = asked.prepare(decode(path, asked.range))
         except DataError as error:
             errors[i] = str(error)
     rows = dict(zip(images, asked.answer(list(images.values())), strict=True)) if images else {}

@@ -1,4 +1,4 @@
-"""How closely the student follows the teacher, right or wrong."""
+"""How closely the student follows the teacher, right or wrong; and whether a model has the classes in another order."""
 
 import numpy as np
 
@@ -34,3 +34,31 @@ def agreement(student: Rows | Array, teacher: Rows | Array) -> dict[str, float |
         p, q = p.astype(np.float64), np.maximum(q.astype(np.float64), smallest)
         divergence += float((p * (np.log(np.maximum(p, smallest)) - np.log(q))).sum())
     return {"agreement": same / student.shape[0], "kl_to_teacher": divergence / student.shape[0]}
+
+
+def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
+    """Return the order of the classes that a model's outputs seem to have, where it is another one than the labels'.
+
+    Outputs and classes are assigned one to one so that most images are right (Kuhn, "The Hungarian method for the
+    assignment problem", 1955, by scipy).  Only an order that leaves less than half of the errors counts: among K!
+    orders there is always one that is a little better by chance.
+
+    Args:
+        predicted: indices [N] of the outputs.
+        labels: indices [N] of the classes.
+        classes: K.
+
+    Returns:
+        Indices [K]: the class of each output; None where the outputs are in order, or where no order explains them.
+
+    Example:
+        >>> labels = np.repeat([0, 1, 2], 10)
+        >>> class_order(np.repeat([2, 0, 1], 10), labels, 3)
+        array([1, 2, 0])
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    matrix = np.bincount(predicted * classes + labels, minlength=classes * classes).reshape(classes, classes)
+    outputs, order = linear_sum_assignment(matrix, maximize=True)
+    errors, left = len(labels) - int(np.trace(matrix)), len(labels) - int(matrix[outputs, order].sum())
+    return np.asarray(order) if errors - left >= 5 and 2 * left < errors else None

@@ -22,8 +22,8 @@ def precision_recall_f1(hits: Array, predicted: Array, support: Array) -> tuple[
 def classification_figures(hits: Array, predicted: Array, support: Array) -> Figures:
     """``precision_``, ``recall_`` and ``f1_`` + ``micro``, ``macro`` and ``weighted``.
 
-    Equal to scikit-learn with ``labels=range(K), zero_division=0``: macro is the mean over all K classes of the data,
-    so a class without images in this split counts as 0; weighted goes by the number of images.
+    Macro is the mean over the classes that have images here: equal to scikit-learn with ``labels=np.unique(y_true),
+    zero_division=0``.  Weighted goes by the number of images; micro pools all K classes.
     """
     names = ("precision", "recall", "f1")
     per_class = precision_recall_f1(hits, predicted, support)
@@ -31,7 +31,7 @@ def classification_figures(hits: Array, predicted: Array, support: Array) -> Fig
     figures: Figures = {}
     for name, values, micro in zip(names, per_class, pooled, strict=True):
         figures[f"{name}_micro"] = float(micro[0])
-        figures[f"{name}_macro"] = float(values.mean())
+        figures[f"{name}_macro"] = float(values[support > 0].mean())
         figures[f"{name}_weighted"] = float(np.average(values, weights=support))
     return figures
 

@@ -25,12 +25,19 @@ def flops(module: nn.Module, spec: InputSpec) -> int:
     """Floating-point operations for one image, two per multiply-add.
 
     Convolutions, matrix products and attention are counted, as ``torch.utils.flop_counter`` does; normalisation,
-    activations and pooling are not (about 1 % in usual networks).
+    activations and pooling are not (about 1 % in usual networks).  Fused attention is run as the matrix products that
+    it consists of: the counter does not know every fused kernel, and counts those that it does not know as nothing.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # here, since it brings what compiles for GPUs
 
-    with evaluating(module), FlopCounterMode(display=False) as counter:
-        module(_blank(module, spec, 1))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluating(module), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(_blank(module, spec, 1))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops())
 
 

@@ -1,5 +1,6 @@
 """Final figures of a split, from what was predicted for every image."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from potstill.errors import NonFiniteError, UsageError
 from potstill.evaluation.averages import Array, auc_figures, classification_figures, precision_recall_f1
 from potstill.evaluation.metrics import CALIBRATION_BINS, FIGURES, NLL_CEILING
 from potstill.evaluation.predictions import Predictions
+from potstill.evaluation.significance import wilson_interval
 
 
 def final_metrics(probabilities: Array, labels: Array, class_names: Sequence[str]) -> dict[str, Any]:
@@ -65,7 +67,39 @@ def split_metrics(found: Predictions, class_names: Sequence[str]) -> dict[str, A
         **figures,
         "count": count,
         "per_class": per_class,
+        **(class_facts(hits, called, support, class_names) if count else {}),
         "auc_skipped": [entry["class"] for entry in per_class if entry["auc"] is None],
+    }
+
+
+def class_facts(hits: Array, predicted: Array, support: Array, class_names: Sequence[str]) -> dict[str, Any]:
+    """What figures of means may hide.
+
+    Args:
+        hits: [K] images of the class that were called so.
+        predicted: [K] images that were called so.
+        support: [K] images of the class.
+        class_names: K names.
+
+    Returns:
+        ``absent_classes``: those without images here, which macro figures leave out; ``never_predicted``: those with
+        images that the model never predicts; ``largest_class``: share of images of the most frequent class;
+        ``at_chance``: whether neither top-1 is clearly above that share nor macro recall clearly above 1 / K.
+    """
+    present = support > 0
+    count, classes = int(support.sum()), int(present.sum())
+    largest = float(support.max() / count)
+    recall = float((hits[present] / support[present]).mean())
+    chance = 1 / classes
+    error = math.sqrt(chance * (1 - chance) * float((1 / support[present]).sum())) / classes
+    unclear = wilson_interval(int(hits.sum()), count).low <= largest and recall <= chance + 2 * error
+    return {
+        "absent_classes": [name for name, there in zip(class_names, present, strict=True) if not there],
+        "never_predicted": [
+            name for name, calls, there in zip(class_names, predicted, present, strict=True) if there and not calls
+        ],
+        "largest_class": largest,
+        "at_chance": bool(classes > 1 and unclear),
     }
 
 
@@ -76,7 +110,8 @@ def _calibration_error(confidence: Array, right: Array) -> float:
 
 
 def _negative_log_likelihood(of_label: Array) -> float:
-    return float(-np.log(np.maximum(of_label.astype(np.float64), np.exp(-NLL_CEILING))).mean())
+    losses = -np.log(np.maximum(of_label.astype(np.float64), np.exp(-NLL_CEILING)))
+    return float(losses.mean()) + 0.0  # no negative zero
 
 
 def _check(probabilities: Array, labels: Array, class_names: Sequence[str]) -> None:

@@ -71,14 +71,15 @@ def seen_region(height: int, width: int, spec: InputSpec) -> list[float]:
         spec: how the network wants its images.
 
     Returns:
-        left, top, width and height as shares of the image's sides, 0 to 1.
+        left, top, width and height as shares of the image's sides; with black borders more than the image, so that
+        left or top is below 0.
 
     Example:
         >>> seen_region(100, 200, InputSpec(32))  # the largest centred square
         [0.25, 0.0, 0.5, 1.0]
     """
     share = spec.size / packed_side(spec)
-    short = min(height, width)
-    across, down = (short / width, short / height) if spec.fit == "crop" else (1.0, 1.0)
+    side = {"crop": min(height, width), "pad": max(height, width)}.get(spec.resize_mode)
+    across, down = (side / width, side / height) if side else (1.0, 1.0)
     across, down = across * share, down * share
     return [round(value, 5) for value in ((1 - across) / 2, (1 - down) / 2, across, down)]

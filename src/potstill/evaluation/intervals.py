@@ -1,89 +1,138 @@
 """How sure each figure of one model on one split is: from its images alone."""
 
+import math
+
 import numpy as np
 
 from potstill.errors import UsageError
-from potstill.evaluation.averages import Array, auc_figures, classification_figures
-from potstill.evaluation.metrics import CALIBRATION_BINS, NLL_CEILING
+from potstill.evaluation.averages import Array, auc_figures, precision_recall_f1
+from potstill.evaluation.metrics import NLL_CEILING
 from potstill.evaluation.predictions import Held, Predictions
 from potstill.evaluation.significance import Z_975, wilson_interval
 
-RESAMPLES = 1000
-CALIBRATION_RESAMPLES = 400  # of N numbers each
 MOST_SCORES = 20_000_000  # N * K up to which scores are sorted for AUC: some seconds
+COCHRAN = 25.0  # times the squared skewness: images that make a mean normal (Cochran, Sampling techniques, 1977)
+NO_VARIANCE = 1e-15
+FEWEST_FOR_AUC, FEWEST_FOR_MACRO = 30, 20  # images of each class: of fewer, less than 92 % hold the truth
 
 Bounds = dict[str, tuple[float, float]]
 
 
-def metric_intervals(probabilities: Array, labels: Array, seed: int = 0) -> Bounds:
+def metric_intervals(probabilities: Array, labels: Array) -> Bounds:
     """95 % intervals of the figures of ``final_metrics``, by name: (low, high).
 
-    Top-1 and top-3 are shares of images: Wilson's interval.  AUC: DeLong's; left out where it is undefined, or where
-    there are more than ``MOST_SCORES`` scores.  All others: percentiles of bootstrap resamples of the images; the
-    calibration error by the reflected percentiles, since resampling adds to it what it is off by.
+    Top-1 and top-3 are shares of images: Wilson's interval.  Precision, recall, F1 and AUC are treated as shares of as
+    many images as would give their variance (an effective number of images, as in surveys), which stays right where a
+    class is small or perfect; their variance is that of the delta method, for AUC DeLong's.  Macro figures have at most
+    the geometric mean of that number and of the harmonic number of their classes' images.  Left out: AUC where it is
+    undefined or of more than ``MOST_SCORES`` scores; AUC and macro figures where a class has fewer than
+    ``FEWEST_FOR_AUC`` and ``FEWEST_FOR_MACRO`` images; NLL where it is too skewed for so few images; ECE, which the
+    choice of images biases upwards.
 
     Args:
         probabilities: [N, K], rows that sum to 1.
         labels: [N], int64 in [0, K).
-        seed: of the resampling.
 
     Raises:
         UsageError: shapes that do not fit each other.
     """
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
         raise UsageError(f"needs [N, K] and [N], got {list(probabilities.shape)} and {list(labels.shape)}")
-    return split_intervals(Predictions.of(probabilities, labels), seed)
+    return split_intervals(Predictions.of(probabilities, labels))
 
 
-def split_intervals(predictions: Predictions, seed: int = 0) -> Bounds:
+def split_intervals(predictions: Predictions) -> Bounds:
     """``metric_intervals`` of what was predicted for each image."""
     labels, classes, count = predictions.labels, predictions.classes, len(predictions.labels)
     if not count:
         return {}
-    random = np.random.default_rng(seed)
     found: Bounds = {}
     for name, k in (("top1", 1), ("top3", min(3, classes))):
         _, low, high = wilson_interval(int((predictions.before < k).sum()), count)
         found[name] = (low, high)
-    found |= _confusion_intervals(predictions, random)
-    found |= _calibration_intervals(predictions, random)
+    found |= _confusion_intervals(predictions)
+    found |= _nll_interval(predictions.of_label)
     if isinstance(predictions.rows, Held) and count * classes <= MOST_SCORES:
         found |= _auc_intervals(predictions.rows.array, labels)
     return found
 
 
-def _confusion_intervals(predictions: Predictions, random: np.random.Generator) -> Bounds:
-    """Precision, recall and F1 follow from how many images fall into each cell of the confusion matrix."""
+def _macro_images(value: float, variance: float, harmonic: float) -> float:
+    """Effective number of images of a macro figure; ``harmonic``: what equal errors in all classes would give."""
+    images = value * (1 - value) / variance if variance > NO_VARIANCE else harmonic
+    return math.sqrt(images * harmonic) if images > harmonic else images
+
+
+def _caution(by_class: Array, support: Array) -> float:
+    """By how much fewer images count, since the variance of small classes is itself uncertain: to first order
+    ``(z / t)^2`` with Satterthwaite's degrees of freedom, and one less in the denominator.
+
+    Args:
+        by_class: [K] the part of the variance that comes from the images of each class.
+        support: [K] images of each class.
+    """
+    uncertain = float((by_class**2 / np.maximum(support - 1, 0.5)).sum())
+    if uncertain <= NO_VARIANCE**2:
+        return 1.0
+    degrees = float(by_class.sum()) ** 2 / uncertain
+    return 1 / ((1 + 1 / degrees) * (1 + (1 + Z_975**2) / (2 * degrees)))
+
+
+def _share_interval(value: float, images: float) -> tuple[float, float]:
+    """Wilson's interval of a share of an effective number of images."""
+    middle = (value + Z_975**2 / (2 * images)) / (1 + Z_975**2 / images)
+    half = Z_975 * math.sqrt(value * (1 - value) / images + Z_975**2 / (4 * images**2)) / (1 + Z_975**2 / images)
+    return max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half))
+
+
+def _confusion_intervals(predictions: Predictions) -> Bounds:
+    """Precision, recall and F1: by how much one image of each cell of the confusion matrix moves them."""
     count, classes = len(predictions.labels), predictions.classes
     rows, columns, held = predictions.confusion()
-    resampled: dict[str, list[float]] = {}
-    for _ in range(RESAMPLES):  # one by one: there may be hundreds of thousands of cells
-        drawn = random.multinomial(count, held / count)
-        hits = np.bincount(rows, weights=drawn * (rows == columns), minlength=classes)
-        called = np.bincount(columns, weights=drawn, minlength=classes)
-        support = np.bincount(rows, weights=drawn, minlength=classes)
-        for name, value in classification_figures(hits, called, support).items():
-            resampled.setdefault(name, []).append(float(value or 0.0))
-    return {name: _percentiles(np.array(values)) for name, values in resampled.items()}
+    right = (rows == columns).astype(np.float64)
+    support, called = (np.bincount(at, weights=held, minlength=classes) for at in (rows, columns))
+    hits = np.bincount(rows, weights=held * right, minlength=classes)
+    precision, recall, f1 = precision_recall_f1(hits, called, support)
+    present = support > 0
+    equal = present / present.sum()
+    harmonic = float(present.sum() ** 2 / (1 / support[present]).sum())
+    found: Bounds = {}
+    for kind, weights in (("macro", equal), ("weighted", support / count)):
+        both = weights / np.maximum(called + support, 1)
+        if kind == "macro" and support[present].min() < FEWEST_FOR_MACRO:
+            continue
+        moved = {
+            "precision": (precision, (right - precision[columns]) * (weights / np.maximum(called, 1))[columns]),
+            "recall": (recall, (right - recall[rows]) * (weights / np.maximum(support, 1))[rows]),
+            "f1": (f1, 2 * right * both[rows] - (f1 * both)[rows] - (f1 * both)[columns]),
+        }
+        for name, (values, influence) in moved.items():
+            value = float(weights @ values)
+            if kind == "weighted":  # one more image of a class gives this class more weight
+                influence = influence + (values[rows] - value) / count
+            by_class = np.bincount(rows, weights=held * influence**2, minlength=classes)
+            variance = float(by_class.sum())
+            if kind == "macro":
+                images = _macro_images(value, variance, harmonic)
+            else:
+                images = value * (1 - value) / variance if variance > NO_VARIANCE else count
+            found[f"{name}_{kind}"] = _share_interval(value, min(images, count) * _caution(by_class, support))
+    _, low, high = wilson_interval(int(hits.sum()), count)
+    return found | {f"{name}_micro": (low, high) for name in ("precision", "recall", "f1")}
 
 
-def _calibration_intervals(predictions: Predictions, random: np.random.Generator) -> Bounds:
-    count, right = len(predictions.labels), predictions.correct
-    confidence = predictions.confidence.astype(np.float64)
-    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
-    losses = -np.log(np.maximum(predictions.of_label.astype(np.float64), np.exp(-NLL_CEILING)))
-    gaps = confidence - right
-    errors, means = [], []
-    for _ in range(CALIBRATION_RESAMPLES):
-        drawn = random.integers(0, count, count)
-        sums = np.bincount(bins[drawn], weights=gaps[drawn], minlength=CALIBRATION_BINS)
-        errors.append(np.abs(sums).sum() / count)
-        means.append(losses[drawn].mean())
-    value = float(np.abs(np.bincount(bins, weights=gaps, minlength=CALIBRATION_BINS)).sum() / count)
-    low, high = _percentiles(np.array(errors))
-    nll = _percentiles(np.array(means))
-    reflected = (max(0.0, 2 * value - high), min(1.0, max(value, 2 * value - low)))  # the figure itself stays inside
-    return {"ece": reflected, "nll": nll, "loss": nll}
+def _nll_interval(of_label: Array) -> Bounds:
+    """Student's interval of the mean, where the images are enough for its skewness."""
+    losses = -np.log(np.maximum(of_label.astype(np.float64), np.exp(-NLL_CEILING)))
+    count, deviation = len(losses), float(losses.std())
+    if count < 2 or deviation == 0:
+        return {}
+    skewness = float((((losses - losses.mean()) / deviation) ** 3).mean())
+    if count < COCHRAN * skewness**2:
+        return {}
+    half = Z_975 * deviation / math.sqrt(count - 1)
+    ends = (float(losses.mean()) - half, float(losses.mean()) + half)
+    return {"nll": ends, "loss": ends}
 
 
 def _auc_intervals(probabilities: Array, labels: Array) -> Bounds:
@@ -106,10 +155,19 @@ def _auc_intervals(probabilities: Array, labels: Array) -> Bounds:
         parts["auc_macro"] = influences[:, defined].mean(axis=1)
         parts["auc_weighted"] = influences[:, defined] @ (support[defined] / support[defined].sum())
     values = auc_figures(areas, micro, support)
+    # Of a perfect order the variance is 0: each area is then a share of the images of the class, or of all others.
+    smaller = np.minimum(support, count - support)[defined]
+    harmonic = len(smaller) ** 2 / float((1 / smaller).sum()) if len(smaller) else float(count)
+    fewest = int(smaller.min(initial=count))
     found: Bounds = {}
     for name, part in parts.items():
-        half = Z_975 * float(np.sqrt((part**2).sum()))
-        found[name] = (max(0.0, (values[name] or 0.0) - half), min(1.0, (values[name] or 0.0) + half))
+        value, variance = values[name] or 0.0, float((part**2).sum())
+        images = value * (1 - value) / variance if variance > NO_VARIANCE else harmonic
+        if name != "auc_micro":
+            if fewest < FEWEST_FOR_AUC:
+                continue
+            images *= _caution(np.bincount(labels, weights=part**2, minlength=classes), support)
+        found[name] = _share_interval(value, images)
     return found
 
 
@@ -133,8 +191,3 @@ def _below(ranked: Array, values: Array) -> Array:
     found = np.empty(len(values))
     found[order] = np.searchsorted(ranked, queries, "left") + np.searchsorted(ranked, queries, "right")
     return found / (2 * len(ranked))
-
-
-def _percentiles(resampled: Array) -> tuple[float, float]:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return float(low), float(high)

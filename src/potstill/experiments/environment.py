@@ -34,7 +34,11 @@ def describe_environment(recipe: Recipe, recipe_text: str, fingerprint: str, com
         "precision": compute.precision,
         "channels_last": compute.channels_last,
         "byte_order": sys.byteorder,
-        "seeds": {"seed": recipe.seed, "split_seed": recipe.data.split_seed, "view_seed": recipe.data.view_seed},
+        "seeds": {
+            "seed": recipe.seed,
+            "split_seed": recipe.data.split_seed,
+            "augmentation_seed": recipe.augmentation_seed,
+        },
         "recipe_sha256": hashlib.sha256(recipe_text.encode()).hexdigest(),
         "data_fingerprint": fingerprint,
         "source_sha256": _source(),

@@ -45,7 +45,7 @@ class Forecast:
 
     @property
     def later(self) -> float:
-        """The same for a run that finds everything recorded: another seed, temperature, alpha, method or student."""
+        """The same for a run that finds everything recorded: another temperature, alpha, method or student."""
         return (self.teacher + self.student) / self.student
 
     def __str__(self) -> str:

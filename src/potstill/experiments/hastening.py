@@ -70,7 +70,7 @@ def hasten(
     convertible, taught = can_store(distiller.method), []
     for at, (teacher, folder, name) in enumerate(zip(teachers, folders, names, strict=True)):
         one = Taught(teacher, folder, digest_of(teacher.module)) if convertible else None
-        if recipe.network(name).precision == "float32" or (convertible and not compute.bf16):
+        if recipe.network(name).precision == "float32" or (convertible and not compute.teachers_in_bf16):
             asked.in_float32(at, compute.memory_format)
         elif one is not None:
             observer.note(f"{name} {_hasten_one(asked, at, one, train, data, compute)}")

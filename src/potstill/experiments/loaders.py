@@ -1,5 +1,9 @@
 """The batches of a stage as its recipe says."""
 
+import json
+from typing import Any
+
+from potstill.artifacts import digest
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.experiments.plan import Planned
@@ -8,7 +12,7 @@ from potstill.experiments.seeds import derive
 from potstill.inputs import InputSpec
 from potstill.methods.needs import Needs
 from potstill.training.devices import Compute
-from potstill.training.observer import Observer
+from potstill.training.observer import Observer, Silent
 from potstill.training.settings import TrainingSettings
 
 
@@ -38,19 +42,40 @@ def train_loader(
         seed=derive(recipe.seed, f"{planned.seed}/order"),
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share / compute.processes.local_count,
+        memory_share=recipe.data.memory_share,
+        local_processes=compute.processes.local_count,
         second=needs.second,
         classes=len(data.class_names),
         unlabeled=data.unlabeled if needs.teacher or needs.peers else None,
         unlabeled_share=recipe.data.unlabeled_share,
         whole_batches=needs.batch_size,
         views=None if planned.role == "teacher" or isinstance(views, str) else views,
-        view_seed=derive(recipe.data.view_seed, f"{planned.seed}/views"),
+        view_seed=derive(recipe.augmentation_seed, f"{planned.seed}/views"),
         identity=f"{data.fingerprint}/train",
         progress=observer,
         draws=data.draws,
         share=(compute.processes.rank, compute.processes.count),
     )
+
+
+def views_seen(loader: Loader, recipe: Recipe, data: DataSplits, epochs: int) -> dict[str, Any]:
+    """What identifies the views that a student is trained on, whatever its method.
+
+    Args:
+        loader: of its training images.
+        recipe: with the stage's own seed.
+        data: what the loader shows.
+        epochs: that are planned.
+
+    Returns:
+        ``count`` of different views of an image, ``augmentation_seed``, and ``sha256`` over all that decides them:
+        equal digests, equal views.  Unlabeled images beside the labeled ones are left out.
+    """
+    described = loader.describe_views()
+    described["samples"] = described["samples"][0]
+    count = min(loader.views_in_turn or epochs, epochs) if described["augment"] is not None else 1
+    content = json.dumps([data.fingerprint, count, described], sort_keys=True, default=str)
+    return {"count": count, "augmentation_seed": recipe.augmentation_seed, "sha256": digest(content.encode())}
 
 
 def split_loader(
@@ -74,7 +99,9 @@ def split_loader(
         batch_size=settings.batch_size,
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share / processes.local_count,
+        memory_share=recipe.data.memory_share,
+        local_processes=processes.local_count,
         identity=f"{data.fingerprint}/{split}",
+        progress=Silent(),  # what there is to say has been said of the training images
         share=(processes.rank, processes.count) if shared else (0, 1),
     )

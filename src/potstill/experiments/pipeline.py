@@ -1,25 +1,39 @@
 """From a recipe to a run folder: teacher, baseline, distilled, figures."""
 
+import json
+import shlex
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from potstill.artifacts import read_bytes, write_bytes
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
+from potstill.evaluation.agreement import class_order
 from potstill.evaluation.evaluate import collect
 from potstill.experiments.curriculum.order import in_order
 from potstill.experiments.domain.domains import Domains
 from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader, train_loader
+from potstill.experiments.looks import KEY as LOOKS
+from potstill.experiments.looks import add_look, describe_looks, different_views, looks_so_far
 from potstill.experiments.method_settings import describe, needs_teacher
 from potstill.experiments.plan import PARTS, Planned, of_stage, plan
-from potstill.experiments.preflight import check_all, doubt_data
+from potstill.experiments.preflight import check_all, doubt_data, doubt_settings
 from potstill.experiments.recipe import Recipe, StageSettings, dump_recipe
-from potstill.experiments.refusals import refuse_changes, refuse_other_data, refuse_own_weights
+from potstill.experiments.refusals import (
+    extended_stages,
+    refuse_changes,
+    refuse_other_baseline,
+    refuse_other_data,
+    refuse_own_weights,
+)
 from potstill.experiments.rehearsal import create_stage_method
 from potstill.experiments.replay import Record, refuse_other_images
 from potstill.experiments.results import describe_run, evaluate_stages
@@ -28,9 +42,9 @@ from potstill.experiments.seeds import derive
 from potstill.experiments.seeds_forecast import seconds_text, seeds_text
 from potstill.experiments.shared_folder import open_folder
 from potstill.experiments.stage import train_stage
-from potstill.experiments.stage_names import role
+from potstill.experiments.stage_names import number, numbered, role
 from potstill.experiments.start import Start, start_network
-from potstill.experiments.view_plan import plan_views, with_views, with_views_of
+from potstill.experiments.view_plan import Plan, plan_views, with_plan, with_plan_of
 from potstill.methods import create_method
 from potstill.models.classifier import Classifier
 from potstill.models.model_file import load_model, save_model
@@ -38,7 +52,10 @@ from potstill.processes.group import ALONE, Processes
 from potstill.tracking.tracked import tracked
 from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
+from potstill.training.optimizers import lr_factor
+from potstill.training.precisions import Precisions
 from potstill.training.saving import restore_lines
+from potstill.training.settings import TrainingSettings
 from potstill.training.stopping import Stopping
 from potstill.training.threads import Threads
 
@@ -57,6 +74,7 @@ def run(
     processes: Processes = ALONE,
     replay: Record | None = None,
     evaluate: bool = True,
+    baseline: Path | None = None,
 ) -> Path:
     """Carry out a recipe; returns the run folder.
 
@@ -67,13 +85,14 @@ def run(
         resume: go on with an existing run of the same recipe.
         overwrite: delete an existing run of this name first.
         stages: which of teacher, baseline, distilled to carry out (all teachers; with assistants and generations);
-            distilled needs the teacher where the method has one.
+            distilled alone needs a ready-made teacher where the method has one.
         data: data sets from Python in place of ``recipe.data.source``.
         observer: is told what happens.
         stopping: hears signals; a training then ends after its step, with all that it needs to go on saved.
         processes: that carry it out together; the first one writes, into a folder that all of them see.
         replay: of the run that this one is to repeat: on the same images, with as many threads.
         evaluate: False ends after training: no figures on test, no results.json.  ``resume`` adds them later.
+        baseline: folder of another run, whose baseline is taken in place of training the same one again.
 
     Raises:
         PotstillError: anything that a user can mend; see ``potstill.errors`` for kinds and exit codes.
@@ -81,24 +100,32 @@ def run(
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in PARTS]
-    alone = "distilled" in stages and "teacher" not in stages and needs_teacher(recipe.method)
-    if unknown or not stages or alone:
-        raise UsageError(f"stages are some of {', '.join(PARTS)}, and distilled needs teacher; got {list(stages)}")
+    if unknown or not stages:
+        raise UsageError(f"stages are some of {', '.join(PARTS)}, got {list(stages)}")
+    if "distilled" in stages and "teacher" not in stages and needs_teacher(recipe.method):
+        if any(teacher.weights is None for teacher in recipe.each_teacher):
+            raise UsageError(
+                "the distilled stage alone needs a teacher that is trained already: name its run or model folder with "
+                "--teacher, or train all stages with `potstill run`"
+            )
+        stages = ("teacher", *stages)
     planned, observer = plan(recipe, stages), observer or Silent()
     if not planned:
         raise UsageError(f"there is no teacher to train: method {describe(recipe.method)} learns from none")
     name = recipe.name if name is None else name
+    extended: dict[str, list[int]] = {}
+    reused = None if baseline is None else _folder_of_baseline(baseline, root / name)
     with open_folder(root, name, processes, resume=resume, overwrite=overwrite) as folder, ExitStack() as beside:
         if resume:
-            recipe = with_views_of(folder.recipe, recipe)
+            recipe = with_plan_of(folder.recipe, recipe)
             refuse_changes(folder, recipe)
+            extended = extended_stages(folder, recipe, planned)
         if overwrite:
             refuse_own_weights(folder, recipe)
-        threads = Threads(
-            folder.read_environment() if resume else replay.environment if replay is not None else None,
-            folder.add_to_environment if processes.first else None,
-            processes=processes,
-        )
+        recorded = folder.read_environment() if resume else replay.environment if replay is not None else None
+        keep = folder.add_to_environment if processes.first else None
+        threads = Threads(recorded, keep, processes=processes)
+        precisions = Precisions(recorded, keep, processes=processes)
         once = [stage for stage in planned if not stage.repeat]  # further seeds train the same networks again
         splits, compute, layers = check_all(recipe, data, once, observer, processes)
         if resume:
@@ -108,14 +135,18 @@ def run(
         if overwrite and processes.first:
             folder.clear()
         storing = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
-        recipe = with_views(recipe, storing.views)
+        recipe = with_plan(recipe, storing)
         text = dump_recipe(recipe)
+        if reused is not None:
+            refuse_other_baseline(reused, recipe, splits)
         processes.highest(0)  # nobody reads what the first process now writes
         if processes.first:
             folder.write_recipe(text)
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
-            folder.write_environment(facts | threads.facts)
+            before = {LOOKS: looks_so_far(folder)} if resume else {}
+            folder.write_environment(facts | threads.facts | precisions.facts | before)
             folder.write_splits(splits.as_rows())
+            folder.write_skipped((each.path, each.kind, each.reason) for each in splits.all_skipped)
             trackers = beside.enter_context(
                 tracked(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
             )
@@ -130,14 +161,37 @@ def run(
         if text := seeds_text(recipe, planned):
             observer.note(text)
         experiment = _Experiment(
-            folder, recipe, splits, compute, observer, resume, storing.stores, threads, stopping, planned
+            folder,
+            recipe,
+            splits,
+            compute,
+            observer,
+            resume,
+            storing,
+            threads,
+            precisions,
+            stopping,
+            planned,
+            extended,
+            reused,
         )
-        experiment.warnings += doubt_data(splits, observer)
+        experiment.warnings += doubt_data(splits, observer, recipe.data.resize_mode)
+        experiment.warnings += doubt_settings(recipe, planned, splits, observer)
         with threads:
-            models = {stage.name: experiment.carry_out(stage) for stage in planned}
+            # Ready-made teachers first: how good they are is said before anything is trained.
+            for each in sorted(planned, key=lambda planned_one: not _starts_from_weights(recipe, planned_one)):
+                experiment.carry_out(each)
+            models = {stage.name: experiment.models[stage.name] for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
-            evaluated = evaluate_stages(folder, models, recipe, splits, compute)
+            known: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
+            if processes.first:
+                add_look(folder, recipe, planned)
+                known["looks"] = describe_looks(looks_so_far(folder), recipe, planned)
+            known["views_differ"] = _views_that_differ(models)
+            for sentence in known["views_differ"]:
+                experiment.warn(sentence)
+            evaluated = evaluate_stages(folder, models, recipe, splits, compute, known)
         if not processes.first:
             return folder.path
         seconds = time.monotonic() - started
@@ -158,20 +212,24 @@ class _Experiment:
     compute: Compute
     observer: Observer
     resume: bool
-    stores: bool  # whether the teacher's answers are kept
+    storing: Plan  # whether and how the teacher's answers are kept
     threads: Threads
+    precisions: Precisions
     stopping: Stopping | None
     planned: tuple[Planned, ...]
+    extended: dict[str, list[int]]  # stages that are done, and trained longer now
+    reused: RunFolder | None  # the run whose baseline is taken
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
+    teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # by val
 
     def __post_init__(self) -> None:
-        self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self._warn)
+        self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
 
     def carry_out(self, stage: Planned) -> Classifier:
         """Train a stage, or load it where it is done already."""
         started = time.monotonic()
-        if self.resume and self.folder.trained(stage.name):
+        if self._done(stage):
             self.observer.note(f"{stage.name}: already trained")
             model = load_model(self.folder.stage(stage.name))
             if self.compute.processes.first:
@@ -179,6 +237,8 @@ class _Experiment:
                 self.folder.check_epochs(stage.name, model.facts.get("lines"))
             model.module.to(self.compute.device)
             self._foresee_seeds(stage, model, self.compute)
+        elif self.reused is not None and stage.role == "baseline" and self.reused.trained(stage.name):
+            model = self._reuse(stage, self.reused)
         else:
             model = self._train(stage)
         self.models[stage.name] = model
@@ -188,6 +248,25 @@ class _Experiment:
         elif stage.name == "baseline" and not self.recipe.data.target_labels:  # else they are picked by other images
             self._compare_with_baseline()
         self.observer.stage_end(stage.name, time.monotonic() - started)
+        return model
+
+    def _done(self, stage: Planned) -> bool:
+        return self.resume and self.folder.trained(stage.name) and stage.name not in self.extended
+
+    def _reuse(self, stage: Planned, other: RunFolder) -> Classifier:
+        """The baseline of another run, copied."""
+        model = load_model(other.stage(stage.name))
+        self.observer.stage(stage.name, f"{model.architecture}, reused from {other.path}")
+        model.facts["reused_from"] = str(other.path)
+        if self.compute.processes.first:
+            other.check_epochs(stage.name, model.facts.get("lines"))
+            folder = self.folder.stage(stage.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(folder / "metrics.jsonl", read_bytes(other.stage(stage.name) / "metrics.jsonl"))
+            self.folder.check_epochs(stage.name, model.facts.get("lines"))
+            save_model(model, folder)
+        model.module.to(self.compute.device)
+        self._foresee_seeds(stage, model, self.compute)
         return model
 
     def _train(self, stage: Planned) -> Classifier:
@@ -214,7 +293,18 @@ class _Experiment:
         self.threads.settle(
             model.module, model.input.size, settings, compute, workers=train.processes, observer=self.observer
         )
+        compute = self.precisions.settle(
+            model.module,
+            model.architecture,
+            model.input.size,
+            settings,
+            compute,
+            images=train.count,
+            observer=self.observer,
+        )
         self.observer.stage(stage.name, self._detail(stage, model, settings.epochs, compute))
+        if lengths := self.extended.get(stage.name):
+            self.observer.note(_extension_text(stage.name, lengths[-1], settings, train.steps))
         self._foresee_seeds(stage, model, compute)
         train_stage(
             stage,
@@ -229,7 +319,9 @@ class _Experiment:
             observer=self.observer,
             resume=self.resume,
             stopping=self.stopping,
-            teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.stores else None,
+            teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.storing.record else None,
+            keeps=self.storing.keeps,
+            extended_from=self.extended.get(stage.name, ()),
         )
         return model
 
@@ -241,15 +333,15 @@ class _Experiment:
         return f"{learns}{seed}, {epochs} epoch{'' if epochs == 1 else 's'}, {compute}"
 
     def _start(self, network: StageSettings) -> Start:
-        start = start_network(self.recipe, network, self.data.class_names)
+        start = start_network(self.recipe, network, self.data.class_names, self.data.range)
         for note in start.notes:
             self.observer.note(note)
         for warning in start.warnings:
-            self._warn(warning)
+            self.warn(warning)
         return start
 
     def _foresee_seeds(self, stage: Planned, student: Classifier, compute: Compute) -> None:
-        to_come = [each for each in self.planned if not (self.resume and self.folder.trained(each.name))]
+        to_come = [each for each in self.planned if not self._done(each)]
         if stage.name == "baseline" and any(each.repeat for each in to_come):
             self.observer.note(seconds_text(self.recipe, to_come, student, len(self.data.train), compute))
 
@@ -258,8 +350,10 @@ class _Experiment:
     def _doubt_teacher(self, name: str) -> None:
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
+        if "training" not in self.models[name].facts:
+            self.observer.note(f"{name}: top-1 {self._val_top1(name):.1%} on {len(labels):,} val images")
         if self._val_top1(name) <= chance:
-            self._warn(
+            self.warn(
                 f"the {name} is no better than chance: top-1 {self._val_top1(name):.1%} on val, "
                 f"where always naming the largest class gives {chance:.1%}. Train it longer or with another "
                 "learning rate, or give a better one with --teacher"
@@ -268,11 +362,27 @@ class _Experiment:
     def _compare_with_baseline(self) -> None:
         baseline = self._val_top1("baseline")
         for name in (name for name in self.models if role(name) == "teacher"):
-            if self._val_top1(name) < baseline:
-                self._warn(
-                    f"the {name} is worse than the baseline: top-1 {self._val_top1(name):.1%} against {baseline:.1%} "
-                    "on val. Distilling from it may hurt; interrupt now to train a better one"
+            top1 = self._val_top1(name)
+            if top1 < baseline:
+                images = len(self.data.val)
+                found = {"teacher": name, "teacher_val_top1": top1, "baseline_val_top1": baseline, "val_images": images}
+                self.teacher_below_baseline.append(found)
+                self.warn(
+                    f"the {name} is below the baseline: top-1 {top1:.1%} against {baseline:.1%} on {images:,} "
+                    f"val images. Distilling from it may hurt. {self._remedy(name)}"
                 )
+
+    def _remedy(self, teacher: str) -> str:
+        """What to do about a teacher that is worse than its student."""
+        remedy = "Give another one with --teacher"
+        if "training" in self.models[teacher].facts:  # it was trained here
+            key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{number(teacher) - 1}"
+            epochs = self.recipe.stage_training(teacher).epochs
+            remedy = f"Train it longer, e.g. --set {key}.training.epochs={4 * epochs}, or give another with --teacher"
+        method = self.recipe.method
+        if method.get("name") == "kd":
+            remedy += "; or weigh the labels more: --set method.alpha=0.9 (at 1, nothing is learned from the teacher)"
+        return remedy
 
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
@@ -287,12 +397,65 @@ class _Experiment:
                 processes=self.compute.processes,
                 names=[f"the {stage} on val, {name}," for name in self.data.val.names],
             )
-            model.facts["val"] = {"top1": float((found.argmax(axis=1) == labels).mean())}
+            predicted = found.argmax(axis=1)
+            model.facts["val"] = {"top1": float((predicted == labels).mean())}
+            self._doubt_order(stage, predicted, labels)
         return float(model.facts["val"]["top1"])
 
-    def _warn(self, message: str) -> None:
+    def _doubt_order(self, stage: str, predicted: Any, labels: Any) -> None:
+        """Warn of a ready-made teacher that is right but for the order of its classes."""
+        classes = self.data.class_names
+        order = class_order(predicted, labels, len(classes))
+        if order is None:
+            return
+        names = [classes[i] for i in order]
+        key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{number(stage) - 1}"
+        self.warn(
+            f"the {stage} has the classes in another order: with its outputs assigned to them one to one, "
+            f"{float((order[predicted] == labels).mean()):.1%} of the val images are right in place of "
+            f"{float((predicted == labels).mean()):.1%}. Name the class of each output with\n"
+            f"  --set {shlex.quote(f'{key}.classes={json.dumps(names, ensure_ascii=False)}')}"
+        )
+
+    def warn(self, message: str) -> None:
         self.warnings.append(message)
         self.observer.warn(message)
+
+
+def _starts_from_weights(recipe: Recipe, stage: Planned) -> bool:
+    return stage.role == "teacher" and recipe.network(stage.name).weights is not None
+
+
+def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
+    """The run that ``--baseline`` names, by its folder or that of its baseline."""
+    path = path.parent if (path / "model.json").is_file() else path
+    if path.resolve() == own.resolve():
+        raise UsageError(f"--baseline {path} is this run itself; name another one, or go on with --resume")
+    return RunFolder(path)
+
+
+def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:
+    """How a training that was done goes on."""
+    steps = -(-steps // settings.accumulate)
+    former = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
+    now = lr_factor(settings, steps)(before * steps)
+    return (
+        f"{name}: extended from {before} to {settings.epochs} epochs. It goes on from its last checkpoint, by the "
+        f"schedule of {settings.epochs} epochs: the learning rate ended at {settings.lr * former:.3g} and goes on at "
+        f"{settings.lr * now:.3g}"
+    )
+
+
+def _views_that_differ(models: Mapping[str, Classifier]) -> list[str]:
+    """A sentence for each seed whose baseline and distilled student were not trained on the same views."""
+    found = []
+    for name in (name for name in models if role(name) == "distilled"):
+        other = numbered("baseline", number(name))
+        if other in models and "domain" not in models[name].facts:  # there the images differ on purpose
+            ours, theirs = models[name].facts.get("views"), models[other].facts.get("views")
+            if sentence := different_views(other, theirs, name, ours):
+                found.append(sentence)
+    return found
 
 
 def _named(teacher: str) -> str:

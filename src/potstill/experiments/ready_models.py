@@ -9,6 +9,7 @@ from potstill.experiments.recipe_yaml import KeyPath
 from potstill.experiments.settings_errors import dotted
 from potstill.sealed import read_sealed_json
 
+_MOST_BYTES = 10_000_000  # of a file of class names
 # Of a whole run, a teacher starts from the teacher; a student from the best student there is.
 _PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
 
@@ -20,9 +21,19 @@ def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillErr
     """
     failures: list[tuple[KeyPath, PotstillError]] = []
     for path, section in networks(value):
-        if not isinstance(section.get("weights"), str):
-            continue
         name = dotted(path)
+        if isinstance(section.get("classes"), str):
+            try:
+                section["classes"] = _lines(section["classes"], f"{name}.classes")
+            except PotstillError as error:
+                failures.append(((*path, "classes"), error))
+                section["classes"] = None
+        if not isinstance(section.get("weights"), str):
+            if section.get("classes") is not None:
+                failures.append(
+                    ((*path, "classes"), UsageError(f"{name}.classes is for ready weights; none are given"))
+                )
+            continue
         try:
             _fill(section, name)
         except PotstillError as error:
@@ -42,6 +53,18 @@ def model_card(path: Path, stage: str = "student") -> Path | None:
         return card if card.is_file() and path.stem == "model" else None
     folders = [path, *(path / name for name in _PREFERENCE["teacher" if stage.startswith("teacher") else "student"])]
     return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
+
+
+def _lines(file: str, key: str) -> list[str]:
+    """The class names in a text file, one a line."""
+    path = Path(file).expanduser()
+    try:
+        text = path.read_bytes()[:_MOST_BYTES].decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UsageError(f"{key}: {file} cannot be read as class names, one a line: {reason}") from error
+    names = [line.strip() for line in text.splitlines()]
+    return [name for name in names if name]
 
 
 def _fill(section: dict[str, Any], stage: str) -> None:

@@ -39,6 +39,12 @@ class StageSettings(BaseModel):
     weights: str | None = Field(
         None, description='"pretrained", a run folder, a model of ours, a state dict; null: random initialisation'
     )
+    classes: list[str] | None = Field(
+        None,
+        min_length=2,
+        description="class names of the outputs of bare weights, in their order: a list, or a text file with a name a "
+        "line; null: those of the data, in its order",
+    )
     new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
     size: int | None = Field(None, ge=8, le=4096, description="its own height and width in pixels; null: data.size")
     precision: Literal["auto", "float32"] = Field(
@@ -52,8 +58,13 @@ class TeachersSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    combine: Literal["logits", "probabilities"] = Field("logits", description="what is averaged")
-    weights: list[float] | None = Field(None, description="one for each teacher, at least 0; null: equal")
+    combine: Literal["logits", "probabilities"] = Field(
+        "logits", description="what is averaged where a method compares logits"
+    )
+    weights: list[float] | None = Field(
+        None,
+        description="one for each teacher, at least 0: of its logits and of terms that read its layers; null: equal",
+    )
 
 
 Teachers = Annotated[
@@ -70,7 +81,10 @@ class Recipe(BaseModel):
     name: str = Field(pattern=NAME_PATTERN, description="the run folder's name unless --name gives another")
     description: str = Field("", description="one sentence for lists and reports")
     seed: int = Field(
-        0, ge=0, le=2**32 - 1, description="of initialisation, order and dropout; views have data.view_seed"
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="of initialisation, order, dropout, and of augmentation where data.augmentation_seed is null",
     )
     seeds: int = Field(
         1,
@@ -139,6 +153,11 @@ class Recipe(BaseModel):
         return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
 
     @property
+    def augmentation_seed(self) -> int:
+        """The seed of the views: ``data.augmentation_seed``, or else ``seed``."""
+        return self.seed if self.data.augmentation_seed is None else self.data.augmentation_seed
+
+    @property
     def domains(self) -> DomainSettings:
         """How the student gets to the target, where there is one."""
         return self.domain or DomainSettings()
@@ -168,7 +187,7 @@ def load_recipe(
     Args:
         source: name of a shipped recipe, a YAML file, or the same content as a dict.
         sets: ``"training.epochs=5"``, as after ``--set``; values are YAML.
-        flags: ``{"--data": .., "--teacher": .., "--student": .., "--seed": .., "--seeds": ..}``, None where not given.
+        flags: by their names in ``recipe_changes.FLAGS``, such as ``{"--data": "photos"}``; None where not given.
         data_needed: False leaves ``data.source`` unchecked: the images come from Python, or are no longer needed.
 
     Raises:

@@ -12,7 +12,7 @@ from potstill.experiments.recipe_yaml import Document, KeyPath, read
 from potstill.experiments.settings_errors import dotted
 from potstill.methods.catalog import entry
 
-FLAGS = ("--data", "--teacher", "--student", "--seed", "--seeds")
+FLAGS = ("--data", "--skip-bad", "--teacher", "--student", "--seed", "--seeds")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".json")
 
 
@@ -59,6 +59,8 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         if isinstance(data, dict) and data.get("source") != value:
             data.pop("options", None)  # they belong to the data set that the recipe had before
         _put(document, ("data", "source"), os.fspath(value), place)
+    elif flag == "--skip-bad":
+        _put(document, ("data", "skip_bad"), bool(value), flag)
     elif flag in ("--seed", "--seeds"):
         _put(document, (flag.removeprefix("--"),), value, place)
     elif flag == "--teacher":

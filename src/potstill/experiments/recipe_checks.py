@@ -4,7 +4,7 @@ import ast
 import importlib.util
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,24 @@ def _teachers(value: dict[str, Any]) -> Iterator[Finding]:
             yield path, f"teachers.weights must be at least 0, and not all 0, got {weights}"
 
 
+# Settings that count with certain others only: what those are, and how a person says it.
+_COUNTS: dict[str, tuple[Callable[[TrainingSettings], bool], str]] = {
+    "momentum": (
+        lambda training: training.optimizer.lower() in ("sgd", "dot"),
+        "has no effect but with optimizer: sgd or dot; others take what they have in optimizer_options",
+    ),
+    "dot_delta": (lambda training: training.optimizer.lower() == "dot", "has no effect but with optimizer: dot"),
+    "gamma": (lambda training: training.schedule == "step", "has no effect but with schedule: step"),
+    "final_lr_share": (lambda training: training.schedule == "cosine", "has no effect but with schedule: cosine"),
+    "decay_all": (lambda training: training.weight_decay > 0, "has no effect with weight_decay: 0"),
+}
+
+
 def _training(shared: dict[str, Any], value: dict[str, Any]) -> Iterator[Finding]:
     """Checks that need several settings at once are made on what each network really gets."""
+    data = value.get("data")
+    weighted = isinstance(data, dict) and data.get("balance") == "weights"
+    inherited: dict[str, list[bool]] = {}  # of each shared setting: whether it counts for a network that has it
     for place, section in networks(value):
         own = section.get("training", {})
         if not isinstance(own, dict):
@@ -122,6 +138,15 @@ def _training(shared: dict[str, Any], value: dict[str, Any]) -> Iterator[Finding
         left_out = set() if place[0] == "student" else {"int8_share"}  # as Recipe.stage_training has it
         common = {key: item for key, item in shared.items() if key not in left_out}
         merged, wrong = parse_rest({**common, **own}, TrainingSettings)
+        for key, (counts, message) in _COUNTS.items():
+            if key in own and own[key] != TrainingSettings.model_fields[key].default and not (wrong or counts(merged)):
+                yield (*place, "training", key), f"{dotted(place)}.training.{key} {message}"
+            elif key not in own:
+                inherited.setdefault(key, []).append(bool(wrong) or counts(merged))
+        if weighted and merged.batch_size == 1 and "batch_size" not in wrong:
+            where = (*place, "training") if "batch_size" in own else ("training",)
+            message = "data.balance: weights weighs the images of a batch against each other, so it needs two or more"
+            yield (*where, "batch_size"), f"{dotted(where)}.batch_size is 1: {message}"
         for keys, message in _schedule(merged):
             if wrong.intersection(keys):
                 continue
@@ -130,6 +155,9 @@ def _training(shared: dict[str, Any], value: dict[str, Any]) -> Iterator[Finding
                 yield (*place, "training", here), f"{dotted(place)}.training.{message}"
             else:
                 yield ("training", next((key for key in keys if key in shared), keys[0])), f"training.{message}"
+    for key, counted in inherited.items():
+        if key in shared and shared[key] != TrainingSettings.model_fields[key].default and not any(counted):
+            yield ("training", key), f"training.{key} {_COUNTS[key][1]}"
 
 
 def _schedule(training: TrainingSettings) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -141,6 +169,21 @@ def _schedule(training: TrainingSettings) -> Iterator[tuple[tuple[str, ...], str
         yield ("schedule", "milestones"), "schedule step needs milestones, for example: milestones: [60, 80]"
     elif marks and (marks != sorted(set(marks)) or marks[0] < 1 or marks[-1] >= training.epochs):
         yield ("milestones", "epochs"), f"milestones must rise from 1 to below epochs {training.epochs}, got {marks}"
+    if marks and training.schedule == "step" and marks[0] <= training.warmup_epochs:
+        yield (
+            ("milestones", "warmup_epochs"),
+            f"milestones must come after warmup_epochs, {training.warmup_epochs:g}, got {marks}",
+        )
+    still = {"cosine": ("final_lr_share", training.final_lr_share), "step": ("gamma", training.gamma)}
+    key, end = still.get(training.schedule, ("", 0.0))
+    if end == 1:
+        yield (key, "schedule"), f"{key} 1 leaves nothing to schedule {training.schedule}; set schedule: constant"
+    for key in sorted({"params", *_own_settings(training.optimizer)} & training.optimizer_options.keys()):
+        own = f"training.{'dot_delta' if key == 'delta' else key}" if key != "params" else "the student's weights"
+        yield (
+            ("optimizer_options",),
+            f"optimizer_options.{key} would contradict {own}: leave it out",
+        )
     if training.warmup_epochs > training.epochs:
         yield (
             ("warmup_epochs", "epochs"),
@@ -169,6 +212,12 @@ def _schedule(training: TrainingSettings) -> Iterator[tuple[tuple[str, ...], str
         yield ("device",), f"device must be auto, cpu, cuda, cuda:<number> or mps, got {training.device!r}"
     if isinstance(training.threads, int) and training.threads < 1:
         yield ("threads",), f"threads must be at least 1 or 'auto', got {training.threads}"
+
+
+def _own_settings(optimizer: str) -> tuple[str, ...]:
+    """Keywords of an optimizer that are settings of the training themselves."""
+    more = {"sgd": ("momentum", "nesterov"), "dot": ("momentum", "delta")}
+    return ("lr", "weight_decay", *more.get(optimizer.lower(), ()))
 
 
 @cache

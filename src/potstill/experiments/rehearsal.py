@@ -20,7 +20,7 @@ from potstill.methods.base import Method
 from potstill.models.classifier import Classifier
 from potstill.training.batch_norm import refuse_without_batch_norm
 from potstill.training.devices import Compute, choose
-from potstill.training.label_loss import KnownLabels
+from potstill.training.label_loss import LabelLoss
 from potstill.training.settings import TrainingSettings
 from potstill.types import UNLABELED, Batch
 
@@ -63,7 +63,7 @@ def _rehearse(
     settings = recipe.stage_training(stage.name)
     for name in (*stage.teachers, stage.name):
         if name not in networks:
-            start = start_network(recipe, recipe.network(name), data.class_names)
+            start = start_network(recipe, recipe.network(name), data.class_names, data.range)
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
     if data.target is not None and recipe.domains.adapt_batch_norm:
         for name in (name for name in stage.teachers if role(name) == "teacher"):
@@ -84,7 +84,7 @@ def _rehearse(
         data=data,
         compute=compute,
         example=images.batch().images,
-        label_loss=torch.nn.CrossEntropyLoss() if data.target is None else KnownLabels(),
+        label_loss=torch.nn.CrossEntropyLoss() if data.target is None else LabelLoss(),
     )
     try:
         _step(distiller, images, settings, compute)
@@ -101,13 +101,13 @@ def _rehearse(
 
 
 def _step(distiller: Distiller, images: "_Images", settings: TrainingSettings, compute: Compute) -> None:
-    """Forward in train mode and as on val; no gradient is taken."""
+    """Forward in train mode and as on val; no gradient is taken.  A method that trains in stages is tried in both."""
     if distiller.method.needs.prepare:
         distiller.prepare(images.passes)
-    distiller.start_epoch(0, settings.epochs)
-    batch = images.batch()
+    batch, staged = images.batch(), distiller.method.staged
     with torch.no_grad(), compute.autocast():
-        for training in (True, False):
+        for epoch, training in ((0, True), *([(settings.epochs - 1, True)] if staged else []), (0, False)):
+            distiller.start_epoch(epoch, settings.epochs)
             distiller.train(training)
             distiller(
                 batch.images,
@@ -117,7 +117,9 @@ def _step(distiller: Distiller, images: "_Images", settings: TrainingSettings, c
                 second=batch.second if training else None,
                 soft_labels=batch.soft_labels if training else None,
             )
-            batch.labels = batch.labels.clamp(min=0)  # on val every image has a label
+            if not training or not staged:
+                batch.labels = batch.labels.clamp(min=0)  # on val every image has a label
+    distiller.method.refuse_idle_schedules()
 
 
 class _Images:

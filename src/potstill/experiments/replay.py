@@ -13,7 +13,7 @@ from potstill.experiments.run_folder import SPLITS, RunFolder
 from potstill.experiments.stage_names import in_order, role
 from potstill.sealed import read_sealed_json
 
-_BESIDE = {"calibration", "recipe_sha256", "data_fingerprint"}  # timings; what is compared before
+_BESIDE = {"calibration", "recipe_sha256", "data_fingerprint", "looks"}  # timings; what is compared before; history
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,19 @@ def read_record(path: Path) -> Record:
     folder.read_recipe()
     if not folder.results.exists():
         raise ArtifactError(f"{path} is not finished, so there is nothing to compare with; go on with --resume first")
-    planned = folder.read_results()["planned"]
+    results = folder.read_results()
+    planned = results["planned"]
+    for name, entry in (results["stages"] | (results.get("repeats") or {})).items():
+        if lengths := (entry.get("training") or {}).get("extended_from"):
+            raise UsageError(
+                f"{path}: the {name} was extended after {lengths[-1]} epochs (--resume), which --replay does not "
+                "repeat: train from its recipe.yaml instead"
+            )
+        if entry.get("reused_from"):
+            raise UsageError(
+                f"{path}: the {name} is that of {entry['reused_from']} (--baseline), so there is nothing to repeat: "
+                "replay that run, or train from this recipe.yaml"
+            )
     _check_splits(folder)
     for stage in planned:
         _check_weights(folder.stage(stage))

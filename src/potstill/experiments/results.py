@@ -6,8 +6,10 @@ from typing import Any
 
 from potstill import __version__
 from potstill.artifacts import write_text
+from potstill.data.image_files import sizes_of
 from potstill.data.images import ImageSet
 from potstill.data.splits import DataSplits
+from potstill.data.square import unseen
 from potstill.evaluation.agreement import agreement
 from potstill.evaluation.calibration import calibration
 from potstill.evaluation.cost import flops, latency, parameters, summary_text
@@ -32,11 +34,17 @@ _LONG = ("per_class",)  # kept in metrics.json, left out of results.json
 
 
 def evaluate_stages(
-    run: RunFolder, models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
+    run: RunFolder,
+    models: dict[str, Classifier],
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages``, ``repeats``,
     ``together``, ``comparison`` and ``cka`` of results.json.  Where there is a target, all of these are of its images.
 
+    ``known``: further facts that the comparison and results.json repeat: ``looks``, ``teacher_below_baseline``.
     The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``
     and ``evaluate`` compute, so that they give the same answers.  Of several processes all are asked, and the first one
     writes; the others get nothing.
@@ -72,6 +80,8 @@ def evaluate_stages(
                 "size": model.input.size,
             },
             "training": model.facts.get("training"),
+            **({"reused_from": model.facts["reused_from"]} if "reused_from" in model.facts else {}),
+            **({"views": model.facts["views"]} if "views" in model.facts else {}),
             **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
             **costs.get(name, {}),
             **{split: _short(metrics[split]) for split in SPLITS},
@@ -91,7 +101,7 @@ def evaluate_stages(
     }
     both = {"baseline", "distilled"} <= stages.keys()
     domain = describe_domains(recipe, source, models, before, adapted)
-    comparison = compare(stages, correct, described, entries, recipe.seed, domain) if both else None
+    comparison = compare(stages, correct, described, entries, recipe.seed, domain, known) if both else None
     examples = describe_examples(once, {name: found[name]["test"] for name in once}, data.test, data.class_names)
     if examples is not None:
         run.write_examples(examples)
@@ -101,6 +111,7 @@ def evaluate_stages(
         "together": described,
         "comparison": comparison,
         "cka": describe_similarity(once, recipe, data, compute),
+        **(known or {}),
     }
 
 
@@ -131,6 +142,9 @@ def describe_run(
             "class_names": list(data.class_names),
             "counts": data.counts(),
             "size": recipe.data.size,
+            "resize_mode": recipe.data.resize_mode,
+            "unseen": unseen(*sizes_of(data.train), recipe.data.resize_mode),
+            "skipped": len(source.all_skipped),
             **({} if source is data else {"source_domain": before}),
         },
         "method": recipe.method,

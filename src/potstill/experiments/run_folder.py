@@ -32,7 +32,14 @@ STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
 _LOCKS = (run_lock.NAME, run_lock.HOLDER)
-_FIRST = (*_LOCKS, "recipe.yaml", "environment.json", "splits.csv")  # all that a run has before it trains
+_FORMULA = re.compile(r"'*[=+\-@]")  # how a cell begins that a spreadsheet runs, or that was made harmless
+_FIRST = (
+    *_LOCKS,
+    "recipe.yaml",
+    "environment.json",
+    "splits.csv",
+    "skipped.csv",
+)  # all that a run has before it trains
 _EPOCHS = "metrics.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -208,6 +215,14 @@ class RunFolder:
         """Keep (split, name, class) of every image."""
         self._write("splits.csv", encoded(as_csv(("split", "name", "class"), rows)))
 
+    def write_skipped(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        """Keep (path, kind, reason) of every file and class that was left out; no file where there is none."""
+        listed = list(rows)
+        if listed:
+            self._write("skipped.csv", encoded(as_csv(("path", "kind", "reason"), listed)))
+        else:  # what was bad when the run began may be gone by now
+            (self.path / "skipped.csv").unlink(missing_ok=True)
+
     def write_metrics(self, stage: str, metrics: dict[str, Any]) -> None:
         """Keep a stage's final figures on each split."""
         self._write(f"{stage}/metrics.json", as_json(metrics))
@@ -249,8 +264,10 @@ class RunFolder:
             header = ["path", "label", "prediction", "label_index", "prediction_index", "p_1", *others]
             best = zip(map(_plain, found.top), map(_plain, found.top_probabilities), strict=True)
             rows = (
-                (name, classes[label], classes[said], label, said, f"{shares[0]:.6g}")
-                + tuple(t for i, p in zip(top[1:], shares[1:], strict=True) for t in (classes[i], f"{p:.6g}"))
+                (
+                    *(name, classes[label], classes[said], label, said, f"{shares[0]:.6g}"),
+                    *(t for i, p in zip(top[1:], shares[1:], strict=True) for t in (classes[i], f"{p:.6g}")),
+                )
                 for name, (label, said), (top, shares) in zip(names, indices, best, strict=True)
             )
         self._write_rows(f"{stage}/predictions_{split}.csv", header, rows)
@@ -309,7 +326,11 @@ class RunFolder:
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Comma-separated text; control characters in names become visible escapes, so that a line stays a line."""
+    """Return comma-separated text.
+
+    Control characters in names become visible escapes, so that a line stays a line.  Texts that a spreadsheet would run
+    as formulas get a leading apostrophe, which ``cell_text`` takes off.
+    """
     return "".join(csv_texts(header, rows))
 
 
@@ -345,4 +366,15 @@ def _plain(values: Array) -> list[Any]:
 
 def _visible(cell: Any) -> str:
     text = str(cell)
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return f"'{text}" if isinstance(cell, str) and _FORMULA.match(text) else text
+
+
+def cell_text(cell: str) -> str:
+    """Return the text that ``as_csv`` wrote as ``cell``.
+
+    Example:
+        >>> cell_text("'=1+1.jpg"), cell_text("'cat'.jpg")
+        ('=1+1.jpg', "'cat'.jpg")
+    """
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

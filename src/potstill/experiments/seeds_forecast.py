@@ -27,7 +27,9 @@ def seeds_text(recipe: Recipe, planned: Sequence[Planned]) -> str:
     trained = [stage.role for stage in planned if stage.role in ("baseline", "distilled")]
     who = " and ".join(dict.fromkeys(trained)) + (" is" if len(set(trained)) == 1 else " are")
     teacher = ", all with the same teacher" if any(stage.teachers for stage in planned) else ""
-    return f"seeds {shown}: {who} trained with each of them, {count(len(trained))} trainings{teacher}"
+    fixed = recipe.data.augmentation_seed
+    views = "" if fixed is None else f"; data.augmentation_seed={fixed}: no seed varies the views"
+    return f"seeds {shown}: {who} trained with each of them, {count(len(trained))} trainings{teacher}{views}"
 
 
 def seconds_text(recipe: Recipe, planned: Sequence[Planned], student: Classifier, images: int, compute: Compute) -> str:

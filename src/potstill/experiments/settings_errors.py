@@ -26,6 +26,15 @@ _KINDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
+RENAMED = {  # former keys, and what they are called now
+    "pick_by": "selection_metric",
+    "view_seed": "augmentation_seed",
+    "fit": "resize_mode",
+}
+_INSTEAD = {  # values that cannot be, and why
+    ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs, so it is no "
+    "measure: use nll, the cross-entropy of the labels alone"
+}
 ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
 _LIMITS = {
     "greater_than": ("above", "gt"),
@@ -74,6 +83,8 @@ def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel])
     for path, texts in wishes.items():
         got = _at(section, path)
         hint = nearest(got, _choices(path, model)) if isinstance(got, str) else ""
+        if isinstance(got, str):
+            hint = _INSTEAD.get((str(path[-1]) if path else "", got), hint)
         findings[path] = f"{dotted(path)} must be {' or '.join(texts)}, got {shown(got)}{hint}"
     return list(findings.items())
 
@@ -142,6 +153,8 @@ def _within(annotation: Any) -> Iterator[Any]:
 
 def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:
     key, siblings = str(path[-1]), _fields(path[:-1], model)
+    if siblings and (new := RENAMED.get(key)) in siblings.model_fields:
+        return f"; it is called {new!r} now"
     if near := nearest(key, siblings.model_fields if siblings else ()):
         return near
     elsewhere = [

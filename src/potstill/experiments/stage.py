@@ -18,7 +18,7 @@ from potstill.evaluation.cost import parameters
 from potstill.experiments.forecast import forecast
 from potstill.experiments.hastening import hasten
 from potstill.experiments.joining import join, layers_text, settle, teaching_cost
-from potstill.experiments.loaders import split_loader
+from potstill.experiments.loaders import split_loader, views_seen
 from potstill.experiments.plan import Planned
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.seeds import derive
@@ -28,7 +28,7 @@ from potstill.models.classifier import Classifier
 from potstill.models.model_file import save_model
 from potstill.training.devices import Compute
 from potstill.training.history import History
-from potstill.training.label_loss import KnownLabels
+from potstill.training.label_loss import LabelLoss, balanced_class_weights
 from potstill.training.loop import Training
 from potstill.training.observer import Observer
 from potstill.training.settings import TrainingSettings
@@ -49,11 +49,14 @@ def train_stage(
     observer: Observer,
     resume: bool,
     teacher_folders: Sequence[Path] | None = None,
+    keeps: bool = True,
+    extended_from: Sequence[int] = (),
     stopping: Stopping | None = None,
 ) -> History:
     """Train ``student`` in place by ``method`` on the images of ``train`` and save it to ``folder``.
 
-    ``teacher_folders``: where the teachers' models stand; given where their answers are to be stored.
+    ``teacher_folders``: where the teachers' models stand; given where the student is to learn from records of their
+    answers, which are kept on disk if ``keeps``.  ``extended_from``: numbers of epochs with which it was done before.
     """
     settings = recipe.stage_training(planned.name)
     size = student.input.size
@@ -107,8 +110,9 @@ def train_stage(
             data=data,
             compute=compute,
             observer=observer,
+            keeps=keeps,
         )
-    if "train" in stored.by_split and cost is not None:
+    if stored.kept and cost is not None:
         with contextlib.suppress(StorageError):  # of reading the store; training meets it again, and says so
             observer.note(
                 str(
@@ -146,8 +150,9 @@ def train_stage(
         "stage": planned.name,
         "seed": recipe.seed,
         "method": recipe.method if planned.distils else {"name": "supervised"},
-        "training": training_facts(history, settings),
+        "training": training_facts(history, settings, extended_from),
         **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **stored.counts(processes)}}),
+        "views": views_seen(train, recipe, data, settings.epochs),
         "val": best["val"],
         "lines": history.lines,  # of metrics.jsonl
         "data": {"source": data.source, "fingerprint": data.fingerprint},
@@ -160,27 +165,26 @@ def train_stage(
     return history
 
 
-def training_facts(history: History, settings: TrainingSettings) -> dict[str, Any]:
+def training_facts(history: History, settings: TrainingSettings, extended_from: Sequence[int] = ()) -> dict[str, Any]:
     """What results.json says of a stage's training."""
     return {
         "epochs": len(history.records),
+        "planned_epochs": settings.epochs,
+        **({"extended_from": list(extended_from)} if extended_from else {}),
         "best_epoch": history.best_epoch,
         "seconds": round(history.seconds, 3),
         "images_per_second": history.images_per_second,
-        "pick_by": settings.pick_by,
+        "selection_metric": settings.selection_metric,
     }
 
 
 def label_loss(recipe: Recipe, settings: TrainingSettings, data: DataSplits) -> nn.Module:
-    """Cross-entropy with the recipe's label smoothing and class weights.
-
-    Class k of n images weighs N / (K n): the mean weight over the training images is 1.
-    """
+    """Cross-entropy with the recipe's label smoothing and class weights, over the images that have a label."""
     weight, labels = None, np.asarray(data.train.labels)
     known = labels[labels >= 0]
     if recipe.data.balance == "weights" and len(known):
         counts = np.bincount(known, minlength=len(data.class_names))
-        weight = torch.tensor(counts.sum() / (len(counts) * counts), dtype=torch.float32)
-    if len(known) < len(labels):
-        return KnownLabels(weight, settings.label_smoothing)
-    return nn.CrossEntropyLoss(weight=weight, label_smoothing=settings.label_smoothing)
+        weight = balanced_class_weights(torch.as_tensor(counts))
+    if weight is None and len(known) == len(labels):
+        return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    return LabelLoss(weight, settings.label_smoothing)

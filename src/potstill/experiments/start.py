@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from potstill.errors import ArtifactError
+from potstill.data.value_range import Range, shown
+from potstill.errors import ArtifactError, UsageError
 from potstill.experiments.recipe import Recipe, StageSettings
 from potstill.experiments.run_folder import find_model
 from potstill.inputs import InputSpec
 from potstill.models.create import create_model
 from potstill.models.input_spec import input_spec
 from potstill.models.model_file import load_model
-from potstill.models.weights import load_weights
+from potstill.models.weights import load_for_classes, load_weights
 
 
 @dataclass
@@ -30,21 +31,58 @@ class Start:
     warnings: list[str] = field(default_factory=list)  # a head that starts anew
 
 
-def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> Start:
+def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], ends: Range | None = None) -> Start:
     """A new network, or one that starts from ``network.weights``.
 
     The global random generator decides the initialisation.
 
+    Args:
+        recipe: of the run.
+        network: which of its networks.
+        classes: of the data, in order.
+        ends: the data's range, by which images of more than 8 bits are read; None: it has none.
+
+    Raises:
+        ArtifactError: weights of other classes where no new head was asked for, or of another range; damaged or
+            foreign files.
+        UsageError: pretrained weights that cannot be had.
+    """
+    start = _started(recipe, network, classes)
+    own = start.input.range
+    if ends is None or own == ends:
+        return start
+    if own is not None:
+        raise ArtifactError(
+            f"{network.weights} was trained on images of more than 8 bits read by the range {shown(own)}, and this "
+            f"data is read by {shown(ends)}: the same gray would be another one.\n"
+            f"Set data.range=[{own[0]:.10g},{own[1]:.10g}], or train the network on this data"
+        )
+    start.input = replace(start.input, range=ends)
+    return start
+
+
+def _started(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> Start:
+    """As ``start_network``, before the range of the data is known.
+
     Raises:
         ArtifactError: weights of other classes where no new head was asked for; damaged or foreign files.
-        UsageError: pretrained weights that cannot be had.
+        UsageError: pretrained weights that cannot be had; class names that do not fit weights or data.
     """
     size = network.size or recipe.data.size
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
         return Start(module, network.model, _spec(recipe, network), ready=False)
+    key = _key(recipe, network)
     if network.weights != "pretrained" and _is_ours(Path(network.weights)):
-        return _from_our_model(Path(network.weights), network, classes, _key(recipe, network))
+        if network.classes is not None:
+            raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
+        return _from_our_model(Path(network.weights), network, classes, key)
+    if network.classes is not None:
+        setting = f"{key}.classes"
+        loaded = load_for_classes(network.model, network.weights, network.classes, classes, size=size, key=setting)
+        facts = {"weights": network.weights, "classes": network.classes}
+        spec = _spec(recipe, network)
+        return Start(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
     if loaded.new_head and network.weights != "pretrained" and not network.new_head:
         raise ArtifactError(
@@ -63,7 +101,8 @@ def start_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ..
     else:
         start.notes += [
             *loaded.notes,
-            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_list(classes)}",
+            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_list(classes)}; "
+            f"{key}.classes names another order",
         ]
     return start
 
@@ -101,7 +140,7 @@ def _from_our_model(path: Path, network: StageSettings, classes: tuple[str, ...]
 def _spec(recipe: Recipe, network: StageSettings) -> InputSpec:
     """How the network wants its images; published weights know one normalisation, others take the recipe's."""
     data = recipe.data
-    spec = input_spec(network.model, network.size or data.size, data.fit)
+    spec = input_spec(network.model, network.size or data.size, data.resize_mode)
     if network.weights == "pretrained":
         return spec
     return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)

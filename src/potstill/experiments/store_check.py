@@ -148,4 +148,4 @@ def _loader(recipe: Recipe, stage: str, split: str, spec: InputSpec, data: DataS
 
 
 def _spec(facts: dict[str, Any]) -> InputSpec:
-    return InputSpec(**(facts | {"mean": tuple(facts["mean"]), "std": tuple(facts["std"])}))
+    return InputSpec.from_dict(facts)

@@ -20,7 +20,7 @@ from potstill.inputs import InputSpec
 from potstill.joining.hastened import Asking
 from potstill.models.classifier import Classifier
 from potstill.processes.group import ALONE, Processes
-from potstill.store.recorded import Recorded
+from potstill.store.recorded import Recorded, Shelf, Unkept
 from potstill.store.records import Record
 from potstill.store.shelf import Store
 from potstill.training.devices import Compute
@@ -29,9 +29,10 @@ from potstill.training.observer import Observer
 
 @dataclass
 class Stored:
-    """A stage's answers by split; nothing where no store could be opened."""
+    """A stage's answers by split, as records; nothing where the method trains on the live answers."""
 
     by_split: dict[str, Recorded] = field(default_factory=dict)
+    kept: bool = False  # on disk
 
     def close(self) -> None:
         """Make everything last; other processes may write then."""
@@ -40,7 +41,7 @@ class Stored:
 
     def counts(self, processes: Processes = ALONE) -> dict[str, int]:
         """Training images of which the teacher was asked, and whose answers were read, by all processes."""
-        if not self.by_split:
+        if not self.kept:
             return {}
         every = [dataclasses.asdict(counts) for counts in processes.gather(self.by_split["train"].counts)]
         return {name: sum(counts[name] for counts in every) for name in every[0]}
@@ -67,6 +68,7 @@ def open_stores(
     data: DataSplits,
     compute: Compute,
     observer: Observer,
+    keeps: bool = True,
 ) -> Stored:
     """Stores for the teachers' answers to the images of each split.
 
@@ -79,21 +81,23 @@ def open_stores(
         recipe: says where and how.
         data: whose fingerprint is part of the keys.
         compute: where the teachers are asked.
-        observer: is warned once where a store cannot be used; training then goes on without.
+        observer: is warned once where a store cannot be used; training then goes on with the live teacher, whose
+            answers are rounded as their records would be, so that the weights are the same.
+        keeps: False: no store is opened at all, with the same effect.
     """
     method, classes = distiller.method, len(data.class_names)
-    kind, found = record_kind(recipe, method, classes), Stored()
+    kind = record_kind(recipe, method, classes)
     failed: StorageError | ArtifactError | None = None
     described = [describe_teacher(teacher) for teacher in teachers]
     widths = embedding_widths(distiller) if method.needs.embedding else [0] * len(teachers)
     opened: list[Store] = []
-    try:
-        for split, loader in loaders.items():
-            if split != "train" and method.needs.training_only:
-                continue  # there nobody asks the teacher
-            shelves: dict[bool, list[Store]] = {False: [], True: []}
-            for second in (False, True) if split == "train" and method.needs.second == "strong" else (False,):
-                for teacher, description, width in zip(teachers, described, widths, strict=True):
+
+    def shelves_of(split: str, loader: Loader, kept: bool) -> dict[bool, list[Shelf]]:
+        shelves: dict[bool, list[Shelf]] = {False: [], True: []}
+        for second in (False, True) if split == "train" and method.needs.second == "strong" else (False,):
+            for teacher, description, width in zip(teachers, described, widths, strict=True):
+                record = Record(kind, classes, width)
+                if kept:
                     facts = {
                         "teacher": teacher.classifier.architecture,
                         "folder": str((teacher.folder or Path()).resolve()),
@@ -102,32 +106,40 @@ def open_stores(
                         "student input": dataclasses.asdict(student),
                         "recipe": dump_recipe(recipe),
                     }
-                    store = Store.open(
-                        root_folder(recipe),
-                        identity(description, loader, split, data, second=second),
-                        Record(kind, classes, width),
-                        loader.samples,
-                        facts,
-                    )
-                    opened.append(store)
-                    shelves[second].append(store)
-            found.by_split[split] = Recorded(
+                    key = identity(description, loader, split, data, second=second)
+                    opened.append(Store.open(root_folder(recipe), key, record, loader.samples, facts))
+                    shelves[second].append(opened[-1])
+                else:
+                    shelves[second].append(Unkept(record))
+        return shelves
+
+    # Where the method asks the teacher in training only, val has no answers.
+    answered = {split: each for split, each in loaders.items() if split == "train" or not method.needs.training_only}
+    try:
+        shelves = {split: shelves_of(split, loader, keeps) for split, loader in answered.items()}
+    except (StorageError, ArtifactError) as error:
+        failed = error
+        observer.warn(f"teacher outputs are not stored, so the teacher is asked in every step: {error}")
+    kept = keeps and not any(compute.processes.highest(int(failed is not None)))  # all processes record, or none
+    if not kept:
+        for store in opened:
+            store.close()
+        shelves = {split: shelves_of(split, loader, False) for split, loader in answered.items()}
+    return Stored(
+        {
+            split: Recorded(
                 distiller,
                 loader,
-                shelves[False],
-                shelves[True],
+                shelves[split][False],
+                shelves[split][True],
                 autocast=compute.autocast,
                 warn=observer.warn,
                 processes=compute.processes,
             )
-    except (StorageError, ArtifactError) as error:
-        failed = error
-        observer.warn(f"teacher outputs are not stored, so the teacher is asked in every step: {error}")
-    if any(compute.processes.highest(int(failed is not None))):  # all processes record, or none
-        for store in opened:
-            store.close()
-        return Stored()
-    return found
+            for split, loader in answered.items()
+        },
+        kept,
+    )
 
 
 def describe_teacher(teacher: Taught) -> dict[str, Any]:

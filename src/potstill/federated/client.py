@@ -154,7 +154,7 @@ def client_loader(
         device=compute.device,
         memory_share=recipe.data.memory_share,
         classes=len(student.class_names),
-        view_seed=derive(recipe.data.view_seed, f"client {number}/views"),
+        view_seed=derive(recipe.augmentation_seed, f"client {number}/views"),
     )
 
 

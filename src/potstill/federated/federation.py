@@ -16,6 +16,7 @@ from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiments.environment import describe_environment
 from potstill.experiments.loaders import split_loader
+from potstill.experiments.preflight import skipped_text
 from potstill.experiments.recipe import Recipe, dump_recipe
 from potstill.experiments.run_folder import RunFolder
 from potstill.experiments.seeds import derive
@@ -117,6 +118,9 @@ def federate(
         folder.write_recipe(text)
         folder.write_environment(describe_environment(recipe, text, data.fingerprint, compute))
         folder.write_splits(whole.data.as_rows())
+        folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
+        if data.all_skipped:
+            observer.warn(skipped_text(data.all_skipped))
         record.found |= whole.facts()
         record.write()
         whole.carry_out(folder, record, engine)
@@ -219,7 +223,7 @@ class _Federation:
     def _server(self, algorithm: Algorithm, clients: Clients) -> Server:
         recipe, classes = self.recipe, self.data.class_names
         torch.manual_seed(derive(recipe.seed, "student"))  # as the student of `potstill run` begins
-        start = start_network(recipe, recipe.student, classes)
+        start = start_network(recipe, recipe.student, classes, self.data.range)
         student = Classifier(start.module, start.architecture, classes, start.input)
         teacher = public = None
         if algorithm.guide == "teacher":

@@ -15,8 +15,9 @@ from flwr.app import Message as Envelope
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from potstill.data.folders import list_images
 from potstill.data.images import ImageSet
+from potstill.data.settings import DataSettings
+from potstill.data.sources import list_images
 from potstill.data.unlabeled import UnlabeledFiles
 from potstill.errors import PotstillError, UsageError
 from potstill.federated.client import Client
@@ -121,11 +122,12 @@ def _client(config: Mapping[str, Any]) -> Client:
     if not folder:
         raise UsageError("this SuperNode has no images: start it with --node-config 'folder=\"DIR\"'")
     asked = None if not public else (lambda: _public(Path(str(public)).expanduser()))
-    return Client(lambda classes: own_images(Path(str(folder)).expanduser(), classes), asked)
+    how = {key: bool(config.get(key, False)) for key in ("follow_links", "skip_bad")}
+    return Client(lambda classes: own_images(Path(str(folder)).expanduser(), classes, **how), asked)
 
 
 def _public(root: Path) -> ImageSet:
-    return UnlabeledFiles(root, list_images(root))
+    return UnlabeledFiles(root, list_images(root, DataSettings())[0])
 
 
 def _arrays(record: ArrayRecord) -> Arrays:

@@ -53,7 +53,7 @@ def unpack(content: bytes) -> Message:
         length = int.from_bytes(content[:_HEAD], "little")
         rest = json.loads(content[_HEAD : _HEAD + length])["__metadata__"]
         return Message(rest["task"], arrays, json.loads(rest["numbers"]), json.loads(rest["texts"]))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"a message cannot be read: {error}") from error
 
 

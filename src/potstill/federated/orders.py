@@ -53,8 +53,7 @@ def classes_of(message: Message) -> tuple[str, ...]:
 def network_of(message: Message, which: str) -> Classifier:
     """The student or the teacher as described, untrained."""
     described: dict[str, Any] = json.loads(message.texts[which])
-    wish = described["input"]
-    spec = InputSpec(**(wish | {"mean": tuple(wish["mean"]), "std": tuple(wish["std"])}))
+    spec = InputSpec.from_dict(described["input"])
     classes = classes_of(message)
     module = create_model(described["architecture"], len(classes), size=spec.size)
     return Classifier(module, described["architecture"], classes, spec)

@@ -79,7 +79,7 @@ class Teachers(nn.Module):
         Raises:
             UsageError: they know different numbers of classes.
         """
-        if any(network.training for network in self.networks):  # somebody called teacher.train() behind our back
+        if any(module.training for module in self.networks.modules()):  # somebody has called train() on a teacher
             self.train()
         said = [
             reader.ask(network, converted(images), how)

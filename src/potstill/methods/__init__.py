@@ -118,7 +118,7 @@ def create_method(
         return method
     from potstill.methods.wrapping.scheduled import Scheduled
 
-    return Scheduled(method, schedule)
+    return Scheduled(method, schedule, [key for key in schedule if key in entry(name).options])
 
 
 def _given(**settings: Any) -> dict[str, Any]:

@@ -87,6 +87,10 @@ class AB(Method):
         self.margin = margin
         self.init_share = init_share
 
+    @property
+    def staged(self) -> bool:
+        return self.init_share > 0
+
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         pairs = zip(student.outputs.maps, teacher.outputs.maps, strict=True)

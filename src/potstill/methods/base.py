@@ -1,7 +1,8 @@
 """The one interface that every distillation method has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -45,10 +46,13 @@ class Method(nn.Module):
     student_taps: tuple[str, ...] = ()  # submodules whose outputs are read into ``Outputs.features``, by path
     teacher_taps: tuple[str, ...] = ()
 
+    FIXED: ClassVar[tuple[str, ...]] = ()  # options that take effect when the method is built, and no longer
+
     label_loss: nn.Module
     ce_weight: float = 1.0
     epoch: int | None = None  # from 0; None: nobody has said yet where training stands
     epochs: int | None = None
+    _unchecked = True  # no training step so far
 
     def __init__(self, *, ce_weight: float = 1.0) -> None:
         super().__init__()
@@ -73,8 +77,18 @@ class Method(nn.Module):
         """The methods that read the networks on their own account; more than one where methods are combined."""
         return (self,)
 
-    def for_teachers(self, count: int) -> "Method":
-        """The method for ``count`` teachers; see ``wrapping.per_teacher``, which asks this first.
+    @property
+    def staged(self) -> bool:
+        """Whether the terms themselves, and not only their weights, change with the epochs."""
+        return False
+
+    @property
+    def warmup_length(self) -> float:
+        """Epochs after which every term has its full weight; 0 where all have it from the first on."""
+        return float(getattr(self, "warmup_epochs", 0))
+
+    def for_teachers(self, shares: Sequence[float]) -> "Method":
+        """The method for several teachers, each with its share; see ``wrapping.per_teacher``, which calls this first.
 
         Raises:
             UsageError: it can do with one only.
@@ -106,8 +120,33 @@ class Method(nn.Module):
         """Learn from the teacher's outputs alone, before training; each call of ``passes`` is one pass."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Weighted terms by name, each a scalar; training minimises their sum."""
-        return self.label_terms(student, batch) | self.distill(student, teacher, batch)
+        """Weighted terms by name, each a scalar; training minimises their sum.
+
+        No method overrides it: ``label_terms`` and ``distill`` are all that a method around another calls.
+
+        Raises:
+            UsageError: at the first training step, a schedule that names no term.
+        """
+        terms = self.label_terms(student, batch) | self.distill(student, teacher, batch)
+        if self.training and self._unchecked:
+            self._unchecked = False
+            if not self.staged:
+                self.refuse_idle_schedules()
+        return terms
+
+    def refuse_idle_schedules(self) -> None:
+        """Check that every scheduled factor, here and in every method inside this one, has been applied to a term.
+
+        Raises:
+            UsageError: one names a term that does not exist, or that does not count where its method stands.
+        """
+        for module in self.modules():
+            if isinstance(module, Method) and (problem := module.idle_schedule()):
+                raise UsageError(problem)
+
+    def idle_schedule(self) -> str:
+        """What is wrong with this method's own schedule, judged by the terms so far; empty where nothing is."""
+        return ""
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         """What the labels say; nothing where their weight is 0."""

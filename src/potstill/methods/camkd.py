@@ -17,6 +17,7 @@ from potstill.errors import UsageError
 from potstill.features.adapters import Projection, resized
 from potstill.methods.base import Method, Side, TrainingFacts
 from potstill.methods.needs import Needs
+from potstill.methods.pieces.divergence import softened_kl
 from potstill.options import NonNegative, Positive, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
@@ -72,9 +73,7 @@ def camkd_logit_loss(
         tensor(0.4344)
     """
     teachers = [at_least_float32(one.detach()) for one in teachers]
-    ours = F.log_softmax(at_least_float32(student) / temperature, dim=1)
-    theirs = [F.log_softmax(one / temperature, dim=1) for one in teachers]
-    divergences = torch.stack([F.kl_div(ours, one, reduction="none", log_target=True).sum(dim=1) for one in theirs])
+    divergences = torch.stack([softened_kl(student, one, temperature) for one in teachers])
     return temperature**2 * (camkd_weights(teachers, labels) * divergences).mean()
 
 
@@ -140,6 +139,10 @@ class CAMKD(Method):
         if feature_weight == 0:
             self.needs = self.LOGITS
 
+    @property
+    def warmup_length(self) -> float:
+        return self.features_from and self.features_from + 1
+
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
         assert teacher is not None
         if len(teacher.members) < 2:
@@ -147,6 +150,8 @@ class CAMKD(Method):
                 f"camkd weighs teachers against each other: it needs 2 or more, got {len(teacher.members)}; "
                 "with one teacher use srrl, which also asks the teacher's head"
             )
+        if self.needs.maps == "none":  # made for logits alone
+            return
         self.projectors = nn.ModuleList(
             Projection(ours.outputs.maps[-1].shape, theirs.outputs.maps[-1].shape, norm=True, activation=True)
             for ours, theirs in zip(student.members, teacher.members, strict=True)
@@ -157,6 +162,10 @@ class CAMKD(Method):
         logits = [member.logits for member in teacher.members]
         soft = camkd_logit_loss(student.logits, logits, batch.labels, temperature=self.temperature)
         terms = {"kd": self.kd_weight * soft}
+        if self.feature_weight and self.needs.maps == "none":
+            raise UsageError(
+                "camkd was made with feature_weight: 0, so no schedule can raise it: give it a value above 0"
+            )
         if self.feature_weight:
             weight = self.feature_weight if self.progress >= self.features_from else 0
             terms["feature"] = weight * self._features(student, teacher, batch)

@@ -58,6 +58,7 @@ class Entry:
     options: dict[str, Option]
     presets: dict[str, dict[str, Any]]  # by name: options that the authors chose for one pair of networks
     published: dict[str, float]  # top-1 in percent, by the same names
+    fixed: tuple[str, ...]  # options that take effect when the method is built, and no longer
 
 
 @cache
@@ -81,6 +82,7 @@ def entry(name: str) -> Entry:
         _options(definition),
         _literal(definition, "PRESETS"),
         _literal(definition, "PUBLISHED"),
+        tuple(_literal(definition, "FIXED")),
     )
 
 
@@ -101,7 +103,9 @@ def check_method(name: str, given: dict[str, Any]) -> list[Problem]:
         if key == "preset":
             problems += _preset_problems(method, value)
         elif key == "schedule":
-            problems += [Problem(key, message) for message in schedule_problems(value)]
+            problems += [
+                Problem(key, message) for message in schedule_problems(value) or _schedule_problems(method, value)
+            ]
         elif key not in known:
             takes = ", ".join(known) or "no options"
             problems.append(Problem(key, f"no option {key!r}{nearest(key, known) or '.'} It takes {takes}"))
@@ -110,6 +114,36 @@ def check_method(name: str, given: dict[str, Any]) -> list[Problem]:
     filled = {*given, *method.presets.get(preset, {})} if isinstance(preset, str) else set(given)
     missing = [key for key, option in known.items() if option.default is REQUIRED and key not in filled]
     problems += [Problem(key, f"{key} must be given ({known[key].allowed})") for key in missing]
+    return problems
+
+
+def movable_options(name: str) -> list[str]:
+    """The options of a method that a schedule can change: numbers that count at every step.
+
+    Example:
+        >>> movable_options("vid")
+        ['weight', 'ce_weight']
+    """
+    return [
+        key
+        for key, option in entry(name).options.items()
+        if option.annotation in ("Positive", "NonNegative", "Share", "float") and key not in entry(name).fixed
+    ]
+
+
+def _schedule_problems(method: Entry, schedule: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with the values that a schedule gives to options and to the weights of terms."""
+    problems, movable = [], movable_options(method.name)
+    for name, fields in schedule.items():
+        if name in method.options and name not in movable:
+            problems.append(
+                f"schedule.{name}: {name} of {method.name} cannot change during training; what can: "
+                f"{', '.join([*movable, 'the weight of a term, by its name'])}"
+            )
+            continue
+        annotation = method.options[name].annotation if name in movable else "NonNegative"
+        for key in ("start",) if fields.get("shape", "constant") == "constant" else ("start", "end"):
+            problems += option_problems(f"schedule.{name}.{key}", annotation, fields.get(key, 1.0))
     return problems
 
 
@@ -180,7 +214,7 @@ def _options(definition: ast.ClassDef) -> dict[str, Option]:
 
 
 def _literal(definition: ast.ClassDef, name: str) -> dict[str, Any]:
-    """A class attribute that is written out; {} where the class has none of that name."""
+    """A class attribute that is written out; empty where the class has none of that name."""
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
             assert node.value is not None

@@ -4,6 +4,7 @@ The published combinations are sums of this kind: CRD + KD (Tian et al., "Contra
 ICLR 2020, https://arxiv.org/abs/1910.10699), ReviewKD + DKD, WKD-L + WKD-F.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from potstill.methods import create_method
 from potstill.methods.base import Method, Passes, Side, TrainingFacts
 from potstill.methods.ls import LS
 from potstill.methods.needs import Needs
-from potstill.methods.wrapping.around import Around
+from potstill.methods.wrapping.around import Around, refuse_idle_label_weight
 from potstill.methods.wrapping.per_teacher import per_teacher
 from potstill.options import MethodSettings, NonNegative, checked
 from potstill.types import Batch, Outputs
@@ -39,9 +40,11 @@ class Combined(Method):
         self.factors = [float(settings.get("factor", 1.0)) for settings in methods]
         self.names = [str(settings["name"]) for settings in methods]
         self.methods = nn.ModuleList(create_method(**_without_factor(settings)) for settings in methods)
-        for name, method in zip(self.names, self.each(), strict=True):
+        for settings, method in zip(methods, self.each(), strict=True):
+            name = settings["name"]
             if len(method.parts) > 1 or not _has_plain_label_terms(method):
                 raise UsageError(f"{name} decides over the label term itself and cannot be combined with other methods")
+            refuse_idle_label_weight(settings, method, "combined")
         self.needs = _united([method.needs for method in self.each()])
         self.student_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.student_taps))
         self.teacher_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.teacher_taps))
@@ -58,8 +61,16 @@ class Combined(Method):
     def parts(self) -> tuple[Method, ...]:
         return tuple(method.parts[0] for method in self.each())
 
-    def for_teachers(self, count: int) -> Method:
-        self.methods = nn.ModuleList(per_teacher(method, count) for method in self.each())
+    @property
+    def staged(self) -> bool:
+        return any(method.staged for method in self.each())
+
+    @property
+    def warmup_length(self) -> float:
+        return max(method.warmup_length for method in self.each())
+
+    def for_teachers(self, shares: Sequence[float]) -> Method:
+        self.methods = nn.ModuleList(per_teacher(method, shares) for method in self.each())
         return self
 
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
@@ -107,7 +118,9 @@ def _without_factor(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _has_plain_label_terms(method: Method) -> bool:
     """Whether the combination's own cross-entropy may stand in for the method's."""
-    return type(method).label_terms in (Method.label_terms, Around.label_terms, LS.label_terms)
+    if isinstance(method, Around) and not isinstance(method, LS):
+        return _has_plain_label_terms(method.inner)
+    return type(method).label_terms in (Method.label_terms, LS.label_terms)
 
 
 def _united(needs: list[Needs]) -> Needs:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.needs import Needs
+from potstill.methods.pieces.divergence import softened_kl
 from potstill.options import NonNegative, Positive, Share, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
@@ -107,9 +108,7 @@ def crld_cross_loss(
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """[B]."""
-    student = F.log_softmax(at_least_float32(student) / temperature, dim=1)
-    teacher = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+    return temperature**2 * softened_kl(student, teacher, temperature)
 
 
 def _sure(teacher: Tensor, threshold: float) -> Tensor:

@@ -11,13 +11,12 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.methods.base import Method
 from potstill.methods.needs import Needs
+from potstill.methods.pieces.divergence import softened_kl
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
 
 
@@ -100,9 +99,7 @@ def ctkd_loss(
     fixed = tau.detach()
     # The value of tau, with a gradient multiplied by strength.
     temperature = ctkd_temperature(fixed + strength * (tau - fixed), start=start, span=span).reshape(())
-    student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
-    return temperature.square() * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature.square() * softened_kl(student_logits, teacher_logits, temperature).mean()
 
 
 class CTKD(Method):

@@ -8,12 +8,12 @@ The authors choose beta for each pair of networks (presets): larger where the te
 
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method, Side, TrainingFacts
 from potstill.methods.needs import Needs
-from potstill.methods.pieces.target_class import refuse_two_classes, target_or_not, without_target
+from potstill.methods.pieces.divergence import softened_kl, softened_target_kl
+from potstill.methods.pieces.target_class import refuse_two_classes, without_target
 from potstill.options import NonNegative, Positive, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
@@ -44,9 +44,7 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
         >>> tckd_loss(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log(), torch.tensor([0]), temperature=1.0)
         tensor(0.1308)
     """
-    student = target_or_not(at_least_float32(student_logits) / temperature, labels)
-    teacher = target_or_not(at_least_float32(teacher_logits.detach()) / temperature, labels)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * softened_target_kl(student_logits, teacher_logits, labels, temperature).mean()
 
 
 @checked
@@ -76,9 +74,8 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
         >>> nckd_loss(torch.zeros(1, 3), torch.tensor([[9.0, 3.0, 1.0]]).log(), torch.tensor([0]), temperature=1.0)
         tensor(0.1308)
     """
-    student = F.log_softmax(without_target(at_least_float32(student_logits), labels) / temperature, dim=1)
-    teacher = F.log_softmax(without_target(at_least_float32(teacher_logits.detach()), labels) / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    student, teacher = (without_target(at_least_float32(each), labels) for each in (student_logits, teacher_logits))
+    return temperature**2 * softened_kl(student, teacher, temperature).mean()
 
 
 @checked

@@ -7,12 +7,12 @@ with a largest logit below 0.01, of either network, take the plain temperature f
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
 from potstill.methods.needs import Needs
+from potstill.methods.pieces.divergence import softened_kl
 from potstill.options import NonNegative, Positive, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
@@ -45,12 +45,9 @@ def dtkd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Po
     """
     student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
     student_temperature, teacher_temperature = _shared(student, teacher, temperature)
-    divergence = F.kl_div(
-        F.log_softmax(student / student_temperature, dim=1),
-        F.log_softmax(teacher / teacher_temperature, dim=1),
-        reduction="none",
-        log_target=True,
-    ).sum(dim=1, keepdim=True)
+    # The student's logits at the teacher's temperature.
+    moved = student * (teacher_temperature / student_temperature)
+    divergence = softened_kl(moved, teacher, teacher_temperature)[:, None]
     return (student_temperature * teacher_temperature * divergence).mean()
 
 

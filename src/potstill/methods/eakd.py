@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
+from potstill.methods.pieces.divergence import softened_kl
 from potstill.options import NonNegative, Positive, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
@@ -60,13 +61,7 @@ def eakd_loss(
     bound = math.log(student.shape[1]) if form == "paper" else 100.0
     teacher_entropy = _entropy(teacher / entropy_temperature)
     weight = teacher_entropy * (1 + _entropy(student.detach() / entropy_temperature) / bound) / 2
-    divergence = F.kl_div(
-        F.log_softmax(student / temperature, dim=1),
-        F.log_softmax(teacher / temperature, dim=1),
-        reduction="none",
-        log_target=True,
-    ).sum(dim=1)
-    return temperature**2 * (weight * divergence).mean()
+    return temperature**2 * (weight * softened_kl(student, teacher, temperature)).mean()
 
 
 def _entropy(logits: Tensor) -> Tensor:

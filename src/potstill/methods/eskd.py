@@ -33,7 +33,16 @@ class ESKD(Around):
         """Whether the teacher is no longer heard."""
         return self.progress >= self.stop * (self.epochs or 1)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    @property
+    def staged(self) -> bool:
+        return True
+
+    def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         if self.training and self.stopped:
             return {"ce": self.label_loss(student.logits, batch.targets)}
-        return super().forward(student, teacher, batch)
+        return super().label_terms(student, batch)
+
+    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        if self.training and self.stopped:
+            return {}
+        return super().distill(student, teacher, batch)

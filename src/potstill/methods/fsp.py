@@ -86,6 +86,10 @@ class FSP(Method):
         self.weight = weight
         self.init_share = init_share
 
+    @property
+    def staged(self) -> bool:
+        return self.init_share > 0
+
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))

@@ -135,6 +135,7 @@ class FT(Method):
         "cifar100/vgg13-mobilenetv2": 61.78,
     }
     trained: Tensor
+    FIXED: ClassVar[tuple[str, ...]] = ("rate", "paraphraser_lr")
 
     @checked
     def __init__(

@@ -14,12 +14,11 @@ Traps:
 
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
+from potstill.methods.pieces.divergence import softened_kl
 from potstill.options import Positive, Share, checked
-from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
 
 
@@ -49,10 +48,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Posi
         >>> kd_loss(torch.zeros(1, 2), torch.tensor([[4.0, 0.0]]), temperature=2.0)
         tensor(1.3113)
     """
-    student_log_probs = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
-    teacher_log_probs = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
-    divergence = F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
-    return temperature**2 * divergence
+    return temperature**2 * softened_kl(student_logits, teacher_logits, temperature).mean()
 
 
 class KD(Method):

@@ -13,7 +13,7 @@ from torch import Tensor
 from potstill.errors import UsageError
 from potstill.methods import create_method
 from potstill.methods.base import Method
-from potstill.methods.wrapping.around import Around
+from potstill.methods.wrapping.around import Around, refuse_idle_label_weight
 from potstill.options import MethodSettings, NonNegative, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Outputs
@@ -87,7 +87,8 @@ class LS(Around):
         settings = around or {"name": "kd", "temperature": 2.0, "alpha": 0.0}
         super().__init__(create_method(**settings))
         name = settings["name"]
-        if hasattr(self.inner, "standardise"):
+        refuse_idle_label_weight(settings, self.inner, "ls")
+        if any(hasattr(method, "standardise") for method in self.inner.modules()):
             raise UsageError(f"{name} standardises some of its terms only: use it alone, with standardise: true")
         if not self.inner.needs.logits_only or self.inner.student_taps:
             raise UsageError(f"ls standardises logits, and {name} compares other things; use it around kd or dkd")
@@ -95,6 +96,9 @@ class LS(Around):
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return Method.label_terms(self, student, batch)
+
+    def plain_label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return Method.plain_label_terms(self, student, batch)
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # `logits_only` methods have one

@@ -86,6 +86,7 @@ class ND(Method):
     }
 
     class_means: Tensor
+    FIXED: ClassVar[tuple[str, ...]] = ("warmup",)
 
     @checked
     def __init__(
@@ -101,6 +102,10 @@ class ND(Method):
         self.weight, self.kd_weight, self.temperature, self.warm_epochs = weight, kd_weight, temperature, warmup
         self.translate: nn.Module = nn.Identity()
         self._means_known = False
+
+    @property
+    def warmup_length(self) -> float:
+        return self.warm_epochs and self.warm_epochs + 1  # the weight begins at 0
 
     def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
         assert teacher is not None

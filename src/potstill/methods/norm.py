@@ -9,6 +9,7 @@ leaves them as they are), and the weight rises and falls with the epochs; the re
 0.0625, 0.125, 0.25 and 0.5.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -96,6 +97,7 @@ class NORM(Method):
         "imagenet/resnet34-resnet18": 72.14,
         "imagenet/resnet50-mobilenetv1": 74.26,
     }
+    FIXED: ClassVar[tuple[str, ...]] = ("logit_scale",)
 
     @checked
     def __init__(
@@ -113,9 +115,10 @@ class NORM(Method):
         self.weight, self.representations, self.profile = weight, representations, profile
         self.kd_weight, self.temperature, self.logit_scale = kd_weight, temperature, logit_scale
 
-    def for_teachers(self, count: int) -> Method:
-        if count > 1:
-            raise UsageError(f"norm widens the student for one teacher, got {count} teachers; fitnet takes several")
+    def for_teachers(self, shares: Sequence[float]) -> Method:
+        if len(shares) > 1:
+            got = f"got {len(shares)} teachers; fitnet takes several"
+            raise UsageError(f"norm widens the student for one teacher, {got}")
         self.student_taps = ()  # of a student that was remodelled before
         return self
 

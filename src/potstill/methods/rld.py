@@ -13,6 +13,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method, Side, TrainingFacts
 from potstill.methods.needs import Needs
+from potstill.methods.pieces.divergence import softened_kl
 from potstill.methods.pieces.target_class import refuse_two_classes, target_or_not
 from potstill.options import NonNegative, Positive, checked
 from potstill.precision import at_least_float32
@@ -82,9 +83,12 @@ def mcd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, 
     """
     teacher_logits = at_least_float32(teacher_logits.detach())
     mask = teacher_logits >= teacher_logits.gather(1, labels[:, None])
-    student = F.log_softmax((at_least_float32(student_logits) / temperature).masked_fill(mask, MASKED), dim=1)
-    teacher = F.log_softmax((teacher_logits / temperature).masked_fill(mask, MASKED), dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    masked = MASKED * temperature
+    student, teacher = (
+        at_least_float32(student_logits).masked_fill(mask, masked),
+        teacher_logits.masked_fill(mask, masked),
+    )
+    return temperature**2 * softened_kl(student, teacher, temperature).mean()
 
 
 @checked

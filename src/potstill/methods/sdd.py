@@ -16,8 +16,9 @@ from torch import Tensor
 from potstill.errors import UsageError
 from potstill.methods.base import Method, Side, TrainingFacts
 from potstill.methods.needs import Needs
+from potstill.methods.pieces.divergence import softened_kl, softened_target_kl
 from potstill.methods.pieces.relations import products
-from potstill.methods.pieces.target_class import refuse_two_classes, target_or_not, without_target
+from potstill.methods.pieces.target_class import refuse_two_classes, without_target
 from potstill.options import Count, NonNegative, Positive, checked
 from potstill.precision import at_least_float32
 from potstill.types import Batch, Head, Outputs
@@ -72,9 +73,9 @@ def sdd_kd_loss(
         >>> sdd_kd_loss(torch.zeros(1, 2, 2), teacher, torch.tensor([0]), temperature=1.0)
         tensor(0.1962)
     """
-    student, teacher = (at_least_float32(each) / temperature for each in (student_regions, teacher_regions.detach()))
-    divergence = _divergence(F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1))
-    return temperature**2 * (_weights(teacher_regions, labels) * divergence).mean()
+    student, teacher = (each.transpose(1, 2).flatten(0, 1) for each in (student_regions, teacher_regions))
+    divergence = softened_kl(student, teacher, temperature)
+    return temperature**2 * (_weights(teacher_regions, labels).flatten() * divergence).mean()
 
 
 @checked
@@ -113,19 +114,13 @@ def sdd_dkd_loss(
     """
     regions = student_regions.shape[2]
     student, teacher = (
-        at_least_float32(each).transpose(1, 2).flatten(0, 1) / temperature
-        for each in (student_regions, teacher_regions.detach())
+        at_least_float32(each).transpose(1, 2).flatten(0, 1) for each in (student_regions, teacher_regions.detach())
     )
     targets = labels.repeat_interleave(regions)
-    target = _divergence(target_or_not(student, targets), target_or_not(teacher, targets))
-    others = _divergence(*(F.log_softmax(without_target(each, targets), dim=1) for each in (student, teacher)))
+    target = softened_target_kl(student, teacher, targets, temperature)
+    others = softened_kl(without_target(student, targets), without_target(teacher, targets), temperature)
     weights = _weights(teacher_regions, labels).flatten()
     return temperature**2 * (weights * (alpha * target + beta * others)).mean()
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence over dimension 1 of log-probabilities."""
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
 
 
 def _weights(teacher_regions: Tensor, labels: Tensor) -> Tensor:

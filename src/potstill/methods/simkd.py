@@ -7,6 +7,7 @@ and head: it has more parameters than the student, and the student's own classif
 label term and no KD.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -68,9 +69,10 @@ class SimKD(Method):
         super().__init__(ce_weight=ce_weight)
         self.weight, self.factor = weight, factor
 
-    def for_teachers(self, count: int) -> Method:
-        if count > 1:
-            raise UsageError(f"simkd gives the student one teacher's head, got {count} teachers; camkd asks several")
+    def for_teachers(self, shares: Sequence[float]) -> Method:
+        if len(shares) > 1:
+            got = f"got {len(shares)} teachers; camkd takes several"
+            raise UsageError(f"simkd gives the student one teacher's head, {got}")
         self.student_taps = ()  # of a student that was remodelled before
         return self
 

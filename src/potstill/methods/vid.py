@@ -92,6 +92,7 @@ class VID(Method):
         "cifar100/resnet50-mobilenetv2": 67.57,
         "cifar100/vgg13-mobilenetv2": 65.56,
     }
+    FIXED: ClassVar[tuple[str, ...]] = ("variance",)
 
     @checked
     def __init__(self, *, weight: NonNegative = 1.0, variance: Positive = 5.0, ce_weight: NonNegative = 1.0) -> None:

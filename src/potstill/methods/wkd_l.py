@@ -158,6 +158,7 @@ class WKDL(Method):
     }
 
     cost: Tensor
+    FIXED: ClassVar[tuple[str, ...]] = ("sharpness",)
 
     @checked
     def __init__(

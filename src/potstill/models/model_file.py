@@ -3,7 +3,7 @@
 ``model.json``, schema 1::
 
     {"schema": 1, "architecture": "resnet18", "class_names": ["cat", "dog"],
-     "input": {"size": 224, "mean": [...], "std": [...], "fit": "crop", "crop_share": 1.0},
+     "input": {"size": 224, "mean": [...], "std": [...], "resize_mode": "crop", "crop_share": 1.0, "range": null},
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
 and, only where a method put other layers into the network, ``"remodelled"``: what ``features.remodel.rebuild`` takes.
@@ -12,17 +12,18 @@ and, only where a method put other layers into the network, ``"remodelled"``: wh
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from potstill.artifacts import digest, digest_of, move, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.remodel import rebuild
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec, today
 from potstill.models import state_dict
 from potstill.models.build import build
 from potstill.models.classifier import Classifier
@@ -31,6 +32,65 @@ from potstill.sealed import read_sealed_json, write_sealed_json
 WEIGHTS, FACTS = "model.safetensors", "model.json"
 SCHEMA = 1
 _NEXT = "model-next.safetensors"  # weights on their way to replace older ones
+_MOST_CLASSES = 1_000_000
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _name(value: Any) -> str:
+    # pydantic's own str refuses what file systems allow: names that are no UTF-8.
+    if not isinstance(value, str) or not 1 <= len(value) <= 1_000:
+        raise ValueError("Input should be a text of 1 to 1,000 characters")
+    return value
+
+
+Name = Annotated[Any, AfterValidator(_name)]
+
+
+class _Input(BaseModel):
+    """The fields of ``InputSpec``, within the ranges that prediction can work with."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    size: Annotated[int, Field(ge=1, le=4096)]
+    mean: Annotated[tuple[Finite, Finite, Finite], Field(strict=False)]
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+    resize_mode: Literal["crop", "pad", "stretch"] = "crop"
+    crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    range: Annotated[tuple[Finite, Finite] | None, Field(strict=False)] = None
+
+    @field_validator("range")
+    @classmethod
+    def _low_first(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and ends[0] >= ends[1]:
+            raise ValueError("the lower end stands first")
+        return ends
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, values: Any) -> Any:
+        return today(values) if isinstance(values, dict) else values
+
+
+class ModelFacts(BaseModel):
+    """A ``model.json``: a stranger's file is validated whole before any field of it is used."""
+
+    model_config = ConfigDict(strict=True)
+
+    architecture: Name
+    class_names: Annotated[tuple[Name, ...], Field(min_length=2, max_length=_MOST_CLASSES, strict=False)]
+    input: _Input
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    facts: dict[str, Any] = {}
+    remodelled: dict[str, Any] | None = None
+
+    @field_validator("class_names")
+    @classmethod
+    def _unique(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("a class name stands twice")
+        return names
 
 
 def save_model(classifier: Classifier, folder: Path) -> None:
@@ -90,38 +150,42 @@ def load_model(path: Path) -> Classifier:
     folder = path.parent if path.name in (WEIGHTS, FACTS) else path
     if not folder.is_dir():
         raise ArtifactError(f"no model at {path}: expected a folder with {WEIGHTS} and {FACTS}, or one of the two")
-    body = _read_facts(folder / FACTS)
-    waiting = _waiting(folder, body)
-    weights = read_bytes(folder / (_NEXT if waiting else WEIGHTS), sha256=str(body.get("sha256")))
+    body = read_facts(folder / FACTS)
+    waiting = _waiting(folder, body.sha256)
+    weights = read_bytes(folder / (_NEXT if waiting else WEIGHTS), sha256=body.sha256)
+    spec, names = InputSpec(**body.input.model_dump()), body.class_names
     try:
-        spec = _input_spec(body["input"])
-        names = tuple(map(str, body["class_names"]))
         with torch.random.fork_rng(devices=[]):
-            module = build(body["architecture"], len(names), size=spec.size)
-            remodelled = body.get("remodelled")
-            module = module if remodelled is None else rebuild(module, remodelled)
+            module = build(body.architecture, len(names), size=spec.size)
+            module = module if body.remodelled is None else rebuild(module, body.remodelled)
         new_head = state_dict.load(module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS))
-    except (KeyError, TypeError, AttributeError, UsageError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UsageError, SafetensorError) as error:
+        # Only weights that somebody made up to fit their SHA-256 get here: a damaged file is found before.
         raise ArtifactError(f"{folder / FACTS} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS} has a head for another number of classes than {FACTS} names")
-    return Classifier(module.eval(), body["architecture"], names, spec, body.get("facts", {}), remodelled)
+    return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled)
 
 
-def _input_spec(wish: dict[str, Any]) -> InputSpec:
-    return InputSpec(**(wish | {"mean": tuple(wish["mean"]), "std": tuple(wish["std"])}))
+def read_facts(path: Path) -> ModelFacts:
+    """Return the content of a ``model.json``, every field of it validated.
 
-
-def _read_facts(path: Path) -> dict[str, Any]:
+    Raises:
+        ArtifactError: missing, damaged, of another schema, or with a field of the wrong type or out of range.
+    """
     body = read_sealed_json(path)
     if body.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {body.get('schema')!r}, this potstill reads {SCHEMA}; update potstill")
-    return body
+    try:
+        return ModelFacts.model_validate(body)
+    except ValidationError as error:
+        fields = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
+        raise ArtifactError(f"{path} describes no model that this potstill can load: {fields}") from None
 
 
-def _waiting(folder: Path, body: dict[str, Any]) -> bool:
+def _waiting(folder: Path, sha256: str) -> bool:
     """Whether ``save_model`` ended before it moved the weights that model.json means."""
-    return (folder / _NEXT).exists() and digest_of(folder / _NEXT) == body.get("sha256")
+    return (folder / _NEXT).exists() and digest_of(folder / _NEXT) == sha256
 
 
 def _finish_replacing(folder: Path) -> None:
@@ -130,7 +194,7 @@ def _finish_replacing(folder: Path) -> None:
         return
     meant = False
     with contextlib.suppress(ArtifactError):
-        meant = _waiting(folder, read_sealed_json(folder / FACTS))
+        meant = _waiting(folder, read_facts(folder / FACTS).sha256)
     if meant:
         move(folder / _NEXT, folder / WEIGHTS)
     else:

@@ -1,13 +1,18 @@
 """Bare state dicts from anywhere: read without running code from them, and loaded without leaving anything out."""
 
+import argparse
+import contextlib
 import io
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy._core import multiarray
 from torch import Tensor, nn
 
 from potstill.artifacts import read_bytes
@@ -15,6 +20,17 @@ from potstill.errors import ArtifactError
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which training loops keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+# What training scripts keep beside the weights, and what is plain data: their settings, and numpy's numbers and arrays.
+_NUMPY = (multiarray.scalar, multiarray._reconstruct)
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.ndarray,
+    # numpy 2 and numpy 1 name the same two functions in their pickles in different ways.
+    *((each, f"numpy.{core}.multiarray.{each.__name__}") for each in _NUMPY for core in ("_core", "core")),
+    *{type(np.dtype(kind)) for kind in np.typecodes["All"] if kind != "O"},  # no objects
+]
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -32,11 +48,7 @@ def read(path: Path) -> dict[str, Tensor]:
     except ArtifactError:
         raise
     except Exception as error:  # damaged bytes make these parsers raise nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ArtifactError(
-            f"{path} cannot be read as a state dict ({reason}).\n"
-            "It is damaged, or holds other objects than tensors, which are never loaded: they could run code"
-        ) from error
+        raise ArtifactError(_unreadable(data, path, error)) from error
     return _unwrap(content, path)
 
 
@@ -76,7 +88,31 @@ def _unpickle(data: bytes, path: Path) -> Any:
                 raise ArtifactError(f"{path} is a compressed archive, which torch.save never writes; it is not opened")
             if sum(entry.file_size for entry in entries) > len(data):  # many names for the same bytes
                 raise ArtifactError(f"{path} is an archive that would become larger when it is read; it is not opened")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(_PLAIN):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _unreadable(data: bytes, path: Path, error: Exception) -> str:
+    """The message for a file that gave ``error``: which classes it would need, and how to convert it."""
+    needed: list[str] = []
+    with contextlib.suppress(Exception):  # no pickle at all, or a damaged one
+        allowed = {each[1] if isinstance(each, tuple) else f"{each.__module__}.{each.__qualname__}" for each in _PLAIN}
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+        needed = sorted(name for name in set(found) - allowed if name.isprintable())
+    if not needed:
+        text = _ESCAPES.sub("", str(error)).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = (text.splitlines() or [type(error).__name__])[0][:200]
+        return (
+            f"{path} cannot be read as a state dict ({reason}).\n"
+            "It is damaged, or holds other objects than tensors, which are never loaded: they could run code"
+        )
+    return (
+        f"{path} holds other objects than tensors ({_few(needed)}), which are never loaded: they could run code.\n"
+        "If you trust the file, convert it once, with the code that it was written by at hand:\n"
+        f'  checkpoint = torch.load({path.name!r}, map_location="cpu", weights_only=False)\n'
+        '  torch.save(checkpoint["state_dict"], "weights.pth")  # or another key; of a whole module its '
+        ".state_dict()"
+    )
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:

@@ -1,11 +1,14 @@
 """A network that does not start from random weights."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from potstill.errors import UsageError
+from potstill.errors import UsageError, nearest
 from potstill.models import packaged, state_dict
 from potstill.models.build import build, try_forward
 from potstill.models.names import resolve
@@ -18,6 +21,52 @@ class Loaded:
     module: nn.Module
     new_head: bool  # the head was made for another number of classes and is random now
     notes: list[str] = field(default_factory=list)
+
+
+def load_for_classes(
+    architecture: str, source: str, theirs: Sequence[str], ours: Sequence[str], *, size: int, key: str
+) -> Loaded:
+    """Return a network whose outputs are of the classes ``ours``, from weights whose outputs are of ``theirs``.
+
+    The rows of the head are put into the order of ``ours``, and rows of further classes are left out; all other weights
+    stay.  So a softmax of its logits is over ``ours`` alone.
+
+    Args:
+        architecture: a name for ``create_model``.
+        source: of the weights, as for ``load_weights``.
+        theirs: class names of the weights' outputs, in order.
+        ours: class names that are wanted, in order; each must be among ``theirs``.
+        size: height and width of the images in pixels.
+        key: of the setting that gave ``theirs``, for messages.
+
+    Raises:
+        UsageError: a name twice, one of ``ours`` that is not among ``theirs``, or another number of names than outputs.
+        ArtifactError: as ``load_weights``.
+    """
+    if twice := [name for name, count in Counter(theirs).items() if count > 1]:
+        raise UsageError(f"{key} names a class twice: {', '.join(map(repr, twice[:3]))}")
+    if missing := [name for name in ours if name not in theirs]:
+        close = nearest(missing[0], theirs)
+        raise UsageError(
+            f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: {', '.join(map(repr, missing[:3]))}"
+            f"{close}\nIt has to name the class of each output of {source}, in order; further classes are left out"
+        )
+    loaded = load_weights(architecture, source, len(theirs), size=size)
+    if loaded.new_head:
+        raise UsageError(
+            f"{key} names {len(theirs)} classes, and {source} has outputs for another number of them: name the class "
+            "of each output, in order"
+        )
+    if tuple(theirs) == tuple(ours):
+        return loaded
+    rows = torch.tensor([list(theirs).index(name) for name in ours])
+    with torch.random.fork_rng(devices=[]):
+        module = build(architecture, len(ours), size=size)
+        other = build(architecture, len(ours) + 1, size=size).state_dict()
+    head = {name for name, value in module.state_dict().items() if value.shape != other[name].shape}
+    chosen = {name: value[rows] if name in head else value for name, value in loaded.module.state_dict().items()}
+    module.load_state_dict(chosen)
+    return Loaded(module.train(loaded.module.training), new_head=False, notes=loaded.notes)
 
 
 def load_weights(architecture: str, source: str, num_classes: int, *, size: int) -> Loaded:

@@ -17,13 +17,11 @@ Value = TypeVar("Value")
 
 
 class Watch(Protocol):
-    """Who knows which of the others is gone."""
+    """What other processes see of this one; ``watching.Watching``."""
 
-    def progress(self) -> None:
-        """Note that this process has come a step further."""
-
-    def lost(self) -> BaseException:
-        """What ends this process, as the others no longer answer."""
+    place: int
+    moves: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Processes:
         rank: which one, from 0.
         count: of all machines.
         local_rank, local_count: the same among those of this machine.
-        watch: finds out which process does not answer; None: nobody asks.
+        watch: notes how far this process is, for the others; None: there are none.
     """
 
     rank: int = 0
@@ -113,26 +111,37 @@ class Processes:
         self.share_tensors(list(module.state_dict(keep_vars=True).values()))
 
     def progress(self) -> None:
-        """Tell whoever watches that this process gets on."""
+        """Note that this process gets on."""
         if self.watch is not None:
-            self.watch.progress()
+            self.watch.moves += 1
+
+    def mark(self) -> None:
+        """Note that this process has come to a point that all processes pass in the same order."""
+        if self.watch is not None:
+            self.watch.place += 1
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around whatever waits for the others.
+        """Around whatever waits for the others."""
+        self.mark()
+        yield
+        self.mark()
 
-        Raises:
-            WorkerError: one of them has died, or has not answered for too long; says which.
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around a training step: a process that stands still in it for ``POTSTILL_TIMEOUT`` seconds counts as lost.
+
+        Elsewhere (files are read, decoded or written) a process may take as long as it needs.
         """
         if self.watch is None:
             yield
             return
-        self.watch.progress()
+        self.watch.steps += 1
         try:
             yield
-        except RuntimeError as error:  # torch's DistBackendError and its kin; gloo raises plain ones
-            raise self.watch.lost() from error
-        self.watch.progress()
+        finally:
+            self.watch.steps -= 1
+            self.watch.moves += 1
 
 
 ALONE = Processes()

@@ -1,181 +1,151 @@
-"""Which process of a run has died or stands still; nobody is waited for in vain, and nobody is left behind.
+"""Which process of a run is lost, and how all of them end: by the first failure, which is shown once, where it arose.
 
-Every process tells a store, twice a second, that it lives and how far it has come.  The store is torchrun's own, and
-outlives the processes.
+A thread in every process notes in a store, twice a second, that the process lives and how far it has come, and looks
+at the next rank.  The store is torchrun's own, and outlives the processes.  A rank counts as lost
+
+- if it has noted nothing for ``POTSTILL_TIMEOUT`` seconds (it is dead, stopped, or cut off), or
+- if others wait for it while it neither gets on nor computes, within a training step for that time, elsewhere (reading
+  and writing files takes as long as it takes) for ten times that.
+
+No collective has a time-out of its own that matters: who is merely later is waited for.
 """
 
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from potstill.errors import Elsewhere, PotstillError, Stopped, WorkerError
+from potstill.errors import Elsewhere, PotstillError, RankLost, Stopped, WorkerError, exit_code_of
+from potstill.processes.launch import timeout
 
 BEAT = 0.5  # seconds
-_GRACE = 5.0  # that a process has, after another has failed, to notice it by itself
-_ORPHANED = 12.0  # that it has to save and end, after what started it is gone
+_SILENT = 3 * BEAT  # without a beat after a connection broke: that rank is gone
+_GRACE = 10.0  # that the main thread has to end, after another process has failed or what started it is gone
+_IDLE = 0.05  # of a core; who uses less computes nothing
+_PATIENCE = 10.0  # times the time-out, outside of training steps
 _GO_ON = "What was saved is intact: start all again, with --resume"
-
-
-class _Lost(WorkerError):
-    """Another process is gone, as this one has found out."""
+_CONNECTION = re.compile(r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|Socket", re.ASCII)
 
 
 class Watching:
-    """The thread that tells and listens; ``end`` says how this process ends.
+    """The thread that notes and looks; ``end`` gives how this process ends.
 
     Args:
         store: that all processes of the run reach.
         rank, count: of this process, and how many there are.
+
+    Attributes:
+        place: how many exchanges have begun or ended; comparable between processes.
+        moves: whatever else shows that this process gets on.
+        steps: how many training steps it is within, 0 or 1.
     """
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
         # Two connections: the thread's and the main thread's calls must not wait for each other.
         self.store, self._own = store.clone(), store.clone()
         self.rank, self.count = rank, count
-        self.steps = self.beats = 0
+        self.place = self.moves = self.steps = self._beats = 0
+        self._timeout, self._next = timeout(), (rank + 1) % count
+        self._seen: _Seen | None = None
         self._over = threading.Event()
-        self._parent, self._alone_since, self._failed_since = os.getppid(), 0.0, 0.0
+        self._parent, self._failed_since, self._alone_since = os.getppid(), 0.0, 0.0
         self._thread = threading.Thread(target=self._watch, name="potstill-watching", daemon=True)
         self._beat()
         self._thread.start()
 
-    def progress(self) -> None:
-        """Note that this process has come a step further."""
-        self.steps += 1
-
-    def lost(self) -> BaseException:
-        """What ends this process, as the others no longer answer.
-
-        Returns:
-            ``Elsewhere`` where another process has said why it ended; else a ``WorkerError`` that names the process.
-        """
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun ends all others as soon as one is dead
-            with contextlib.suppress(ValueError):
-                signal.signal(number, signal.SIG_IGN)
-        try:
-            time.sleep(2 * BEAT)  # whoever failed may be about to say so
-            if (said := self._said()) is not None:
-                return said
-            before = self._lives()
-            time.sleep(3 * BEAT)
-            if (said := self._said()) is not None:
-                return said
-            return self._name(before, self._lives())
-        except RuntimeError:  # the store's
-            return _Lost(f"the process or machine that started the run no longer answers.\n{_GO_ON}")
+    def all_here(self, seconds: float) -> bool:
+        """Whether all processes begin within so many seconds; a signal is obeyed meanwhile."""
+        until = time.monotonic() + seconds
+        while not self.store.check([f"life/{rank}" for rank in range(self.count)]):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
 
     def end(self, error: BaseException | None) -> BaseException | None:
-        """Tell the others how this process ends, and the thread to stop.
+        """Note for the others how this process ends, and stop the thread.
 
         Returns:
-            What is to be raised in place of ``error``: a process told to stop because another is dead says so; of an
-            error that all have, only the first process speaks.
+            What is to be raised: ``error`` itself if it is the first failure of the run; ``RankLost`` if it follows
+            from the loss of another process; ``Elsewhere`` if it follows from, or is the same as, a failure that
+            another process shows.
         """
+        if error is not None and not isinstance(error, Stopped):
+            _ignore_signals()  # torchrun sends SIGTERM as soon as one process is gone: what failed is still to be shown
+        found: BaseException | None = error
         try:
-            if isinstance(error, Stopped):
-                dead = self._dead_besides(error)
-                self._post({"code": dead.exit_code, "text": ""})
-                return dead
-            if isinstance(error, Elsewhere | _Lost):
-                return error
-            if isinstance(error, PotstillError):
-                self._post({"code": error.exit_code, "text": str(error)})
-                return error if self.rank == 0 else self._unless_said(error)
-            if error is not None:
-                self._post({"code": WorkerError.exit_code, "text": f"{type(error).__name__}: {error}", "bug": True})
+            if error is None or isinstance(error, Elsewhere):
+                pass
+            elif isinstance(error, Stopped):
+                found = self._failure() or self._lost_beside(_SILENT) or error
+            elif is_connection_error(error):
+                found = self._behind(error)
             else:
-                self._post({"code": 0, "text": ""})
-            return error
-        except RuntimeError:  # there is no store left to tell
-            return error
+                found = self._claimed(error, exit_code_of(error), str(error))
+            self.store.set(f"ended/{self.rank}", str(getattr(found, "exit_code", 0)))
+            return found
+        except RuntimeError:  # the store's
+            if error is None or not is_connection_error(error):
+                return error
+            return RankLost(f"the process or machine that started the run no longer answers.\n{_GO_ON}")
         finally:
             self._over.set()
 
-    # what is in the store
+    # the first failure
 
-    def _post(self, how: dict[str, Any]) -> None:
-        self.store.set(f"end/{self.rank}", json.dumps(how))
+    def _claimed(self, error: BaseException, code: int, text: str) -> BaseException:
+        """``error``, if it is the first failure of the run, else ``Elsewhere``: one process shows one message."""
+        claim = json.dumps({"rank": self.rank, "code": code, "text": text})
+        first = self.store.compare_set("failure", "", claim).decode()
+        return error if first == claim else Elsewhere(json.loads(first)["code"])
 
-    def _ends(self, store: Store) -> dict[int, dict[str, Any]]:
-        """How processes have ended, by rank; those that have."""
-        found = {}
+    def _failure(self, store: Store | None = None) -> Elsewhere | None:
+        """The first failure of the run, if there is one."""
+        store = store or self.store
+        return Elsewhere(json.loads(store.get("failure"))["code"]) if store.check(["failure"]) else None
+
+    def _behind(self, error: BaseException) -> BaseException:
+        """What has broken a connection."""
+        for wait in (_SILENT, 2 * _SILENT):  # a process that has failed may be about to note it
+            if (found := self._failure() or self._lost_beside(wait)) is not None:
+                return found
         for rank in range(self.count):
-            if rank != self.rank and store.check([f"end/{rank}"]):
-                found[rank] = json.loads(store.get(f"end/{rank}"))
-        return found
+            if rank != self.rank and self.store.check([f"ended/{rank}"]):
+                return Elsewhere(int(self.store.get(f"ended/{rank}")) or WorkerError.exit_code)
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lost = RankLost(f"a connection between the processes of the run broke: {text}\n{_GO_ON}")
+        return self._claimed(lost, lost.exit_code, str(lost))
 
-    def _lives(self) -> dict[int, dict[str, Any]]:
-        return {
-            rank: json.loads(self.store.get(f"life/{rank}"))
-            for rank in range(self.count)
-            if rank != self.rank and self.store.check([f"life/{rank}"])
-        }
-
-    def _beat(self) -> None:
-        self.beats += 1
-        life = {"beats": self.beats, "steps": self.steps, "pid": os.getpid(), "host": socket.gethostname()}
-        self._own.set(f"life/{self.rank}", json.dumps(life))
-
-    # what follows from it
-
-    def _said(self) -> WorkerError | Elsewhere | None:
-        for rank, how in sorted(self._ends(self.store).items()):
-            if how.get("bug"):
-                return WorkerError(f"rank {rank} of {self.count} has ended with an error: {how['text']}")
-            if how["code"]:
-                return Elsewhere(how["code"])
+    def _lost_beside(self, seconds: float) -> BaseException | None:
+        """The error that names a process which has not beaten for so long, and has not ended by itself."""
+        before = self._lives()
+        time.sleep(seconds)
+        if (failure := self._failure()) is not None:
+            return failure
+        for rank, life in self._lives().items():
+            if rank in before and life.beats == before[rank].beats and not self.store.check([f"ended/{rank}"]):
+                lost = self._lost(rank, life, "has died, or is stopped")
+                return self._claimed(lost, lost.exit_code, str(lost))
         return None
 
-    def _name(self, before: dict[int, Any], after: dict[int, Any]) -> "_Lost | Elsewhere":
-        dead = [rank for rank in after if after[rank]["beats"] == before.get(rank, after[rank])["beats"]]
-        absent = [rank for rank in range(self.count) if rank != self.rank and rank not in after]
-        least = min(after, key=lambda rank: after[rank]["steps"], default=None)
-        if dead:
-            rank, what = dead[0], "has died, or is stopped"
-        elif absent:
-            rank, what = absent[0], "has never begun"
-        else:
-            assert least is not None
-            rank, what = least, f"stands still after {after[least]['steps']} steps"
-        life = after.get(rank)
-        who = f"rank {rank} of {self.count}" + (f" (process {life['pid']} on {life['host']})" if life else "")
-        if life is not None:
-            _end_sibling(life)
-        lost = _Lost(f"{who} does not answer: it {what}.\n{_GO_ON}")
-        return self._unless_lower(lost)
+    def _lives(self) -> "dict[int, _Life]":
+        others = [rank for rank in range(self.count) if rank != self.rank and self.store.check([f"life/{rank}"])]
+        return {rank: _Life(**json.loads(self.store.get(f"life/{rank}"))) for rank in others}
 
-    def _unless_lower(self, lost: "_Lost") -> "_Lost | Elsewhere":
-        """All that are left know which one is lost: the first of them says it."""
-        self.store.set(f"lost/{self.rank}", str(lost))
-        time.sleep(2 * BEAT)
-        lower = [f"lost/{rank}" for rank in range(self.rank)]
-        return Elsewhere(lost.exit_code) if any(self.store.check([key]) for key in lower) else lost
-
-    def _dead_besides(self, stopped: Stopped) -> "Stopped | _Lost | Elsewhere":
-        """A signal may come from torchrun, that has seen another process die."""
-        before = self._lives()
-        time.sleep(3 * BEAT)
-        after, ended = self._lives(), self._ends(self.store)
-        silent = {rank: life for rank, life in after.items() if rank not in ended}
-        dead = [rank for rank, life in silent.items() if rank in before and before[rank]["beats"] == life["beats"]]
-        return self._name(before, {rank: after[rank] for rank in dead}) if dead else stopped
-
-    def _unless_said(self, error: PotstillError) -> PotstillError | Elsewhere:
-        """All processes meet the same mistake of a user: the first one says it."""
-        for _ in range(4):
-            time.sleep(BEAT / 2)
-            if self._ends(self.store).get(0, {}).get("text") == str(error):
-                return Elsewhere(error.exit_code)
-        return type(error)(f"rank {self.rank} of {self.count}: {error}")
+    def _lost(self, rank: int, life: "_Life", what: str) -> RankLost:
+        who = f"rank {rank} of {self.count} (process {life.pid} on {life.host})"
+        return RankLost(f"{who} does not answer: it {what}.\n{_GO_ON}")
 
     # the thread
 
@@ -183,37 +153,108 @@ class Watching:
         while not self._over.wait(BEAT):
             try:
                 self._beat()
-                self._notice(time.monotonic())
+                self._look(time.monotonic())
             except RuntimeError:  # the store is gone, with what started the run or on its machine
                 self._orphaned(time.monotonic())
 
-    def _notice(self, now: float) -> None:
+    def _beat(self) -> None:
+        self._beats += 1
+        life = _Life(self._beats, self.place, self.moves, self.steps, time.process_time(), os.getpid(), _HOST)
+        self._own.set(f"life/{self.rank}", json.dumps(vars(life)))
+
+    def _look(self, now: float) -> None:
         if os.getppid() != self._parent:
             self._orphaned(now)
-        bad = [rank for rank, how in self._ends(self._own).items() if how["code"]]
-        if not bad:
-            return
-        self._failed_since = self._failed_since or now
-        if now - self._failed_since > _GRACE:  # busy with something that does not end
-            sys.stderr.write(f"error: rank {bad[0]} of {self.count} has failed; rank {self.rank} ends too\n")
-            os._exit(WorkerError.exit_code)
+        if (failure := self._failure(self._own)) is not None:
+            # The main thread notices it by itself, unless it waits for something that does not end.
+            self._failed_since = self._failed_since or now
+            if now - self._failed_since > _GRACE:
+                os._exit(failure.exit_code)
+        elif self._own.check([f"life/{self._next}"]) and not self._own.check([f"ended/{self._next}"]):
+            life = _Life(**json.loads(self._own.get(f"life/{self._next}")))
+            self._seen = self._seen or _Seen(life, now)
+            what = self._seen.lost(life, now, self._timeout, waited_for=life.place < self.place)
+            if what:
+                self._say_lost(life, what)
+
+    def _say_lost(self, life: "_Life", what: str) -> None:
+        lost = self._lost(self._next, life, what)
+        claim = json.dumps({"rank": self.rank, "code": lost.exit_code, "text": str(lost)})
+        if self._own.compare_set("failure", "", claim).decode() == claim:
+            sys.stderr.write(f"error: {lost}\n")
+            sys.stderr.flush()
+        # Its end breaks the connections, which wakes whoever waits for it.
+        _end_sibling(life)
 
     def _orphaned(self, now: float) -> None:
-        """Ask the main thread to save and end; end it where that takes too long."""
+        """Have the main thread save and end; end it if that takes too long."""
         if not self._alone_since:
             self._alone_since = now
             os.kill(os.getpid(), signal.SIGTERM)
-        elif now - self._alone_since > _ORPHANED:
+        elif now - self._alone_since > _GRACE:
             os._exit(128 + signal.SIGTERM)
 
 
-def _end_sibling(life: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Life:
+    beats: int
+    place: int
+    moves: int
+    steps: int
+    cpu: float  # seconds that all its threads have computed
+    pid: int
+    host: str
+
+
+@dataclass
+class _Seen:
+    """Another process, as it is seen from here: by this clock, since no two machines have the same."""
+
+    life: _Life  # when it last got on
+    since: float
+    beats: int = 0
+    beaten: float = 0.0  # when
+
+    def lost(self, life: _Life, now: float, seconds: float, *, waited_for: bool) -> str:
+        """What is wrong with it, or ""."""
+        if life.beats != self.beats:
+            self.beats, self.beaten = life.beats, now
+        elif now - self.beaten > seconds:
+            return "has died, or is stopped"
+        if (life.place, life.moves, life.steps) != (self.life.place, self.life.moves, self.life.steps):
+            self.life, self.since = life, now
+        idle = now - self.since
+        if not waited_for or idle <= seconds * (1 if life.steps else _PATIENCE):
+            return ""
+        if life.cpu - self.life.cpu > _IDLE * idle:  # slow, but it works
+            self.life, self.since = life, now
+            return ""
+        return f"stands still after {life.place} exchanges with the others"
+
+
+_HOST = socket.gethostname()
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error may follow from the end of another process: gloo raises plain RuntimeErrors."""
+    if isinstance(error, PotstillError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, DistError) or bool(_CONNECTION.search(str(error)))
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _end_sibling(life: _Life) -> None:
     """Kill a process that does not answer, where the same launcher has started it on this machine; else leave it."""
-    if life["host"] != socket.gethostname():
+    if life.host != _HOST:
         return
     try:
-        fields = Path(f"/proc/{life['pid']}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        fields: Any = Path(f"/proc/{life.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
         if int(fields.split()[1]) == os.getppid():
-            os.kill(life["pid"], signal.SIGKILL)
+            os.kill(life.pid, signal.SIGKILL)
     except (OSError, ValueError, IndexError):  # it is gone; or there is no /proc
         return

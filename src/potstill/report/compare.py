@@ -5,7 +5,7 @@ A run of several seeds counts with each of them.
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,14 @@ import numpy as np
 from potstill.amounts import NONE, count, decimal, number, percent, points, scaled
 from potstill.artifacts import write_text
 from potstill.errors import UsageError
-from potstill.evaluation.significance import seeds_bootstrap, seeds_summary, sign_flip
+from potstill.evaluation.averages import Array
+from potstill.evaluation.significance import crossed_interval, mcnemar, paired_interval, seeds_summary
+from potstill.experiments.looks import different_views
+from potstill.experiments.refusals import flat, is_free
 from potstill.experiments.run_folder import RunFolder
+from potstill.experiments.settings_errors import shown
 from potstill.experiments.stage_names import repeated
-from potstill.experiments.verdict.several_seeds import over_all_seeds, over_seeds, verdict_over_seeds
+from potstill.experiments.verdict.several_seeds import over_all_seeds
 from potstill.experiments.verdict.verdict import headline
 from potstill.report.contents import STAGES, Run, Stage, read_run
 from potstill.report.metric_names import Format
@@ -35,6 +39,9 @@ _METRICS: tuple[tuple[str, str, Format, bool], ...] = (
     ("auc_macro", "AUC, macro", decimal, False),
     ("ece", "ECE (lower is better)", percent, True),
 )
+
+
+_ABSENT = object()  # a setting that a recipe does not have
 
 
 @dataclass(frozen=True)
@@ -79,17 +86,62 @@ def _compare(found: list[Run], target: Path) -> Path:
     summaries = [_summary(each) for each in groups if len(each.runs) > 1 or _pairs(each, "top1")]
     entrants = [enter(_name(each), each.of("distilled") or each.of("baseline")) for each in groups]
     meetings, notes = meet(entrants)
+    notes += _different_views(entrants)
     values: dict[str, Any] = {"title": title, "subtitle": "", "stages": STAGES, "runs": [_row(run) for run in found]}
     values |= {"groups": summaries, "meetings": [words(each) for each in meetings], "notes": notes}
-    values |= {"seeds": _by_seed(entrants)}
+    values |= {"seeds": _by_seed(entrants), "differing": _different_settings(groups)}
     write_text(target, fill("compare.html.j2", values))
     return target
 
 
 def _name(found: Group) -> str:
-    """``quickstart (kd)``: its first run, and its method."""
+    """``quickstart (kd)``: its first run, and its method; of one that was not distilled, "baseline" or "teacher"."""
     first = found.runs[0]
-    return f"{first.name} ({first.method})" if first.method else first.name
+    what = _what(first)
+    return f"{first.name} ({what})" if what else first.name
+
+
+def _what(run: Run) -> str:
+    """What stands for a run: its method where there is a distilled student, else the stage that there is."""
+    return run.method if "distilled" in run.stages else next((name for name in STAGES[::-1] if name in run.stages), "")
+
+
+def _different_settings(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """A row for each setting of the recipes in which the groups differ; None where there is but one group."""
+    if len(groups) < 2:
+        return None
+    recipes = [flat(_recipe(each.runs[0])) for each in groups]
+    keys = [key for key in dict.fromkeys(key for recipe in recipes for key in recipe) if key and not is_free(key)]
+    rows = []
+    for key in keys:
+        values = [recipe.get(key, _ABSENT) for recipe in recipes]
+        if any(value != values[0] for value in values):
+            rows.append((key, ["" if value is _ABSENT else shown(value) for value in values]))
+    return {"names": [_name(each) for each in groups], "rows": rows}
+
+
+def _recipe(run: Run) -> Any:
+    """recipe.yaml as plain values; the text itself where it is no YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(run.recipe or "")
+    except yaml.YAMLError:
+        return run.recipe
+
+
+def _different_views(entrants: Sequence[Entrant]) -> list[str]:
+    """A sentence on each entrant whose students saw other views than those of the first, in the seeds they share."""
+    if not entrants:
+        return []
+    first, notes = entrants[0], []
+    for other in entrants[1:]:
+        for seed in sorted(first.students.keys() & other.students.keys()):
+            views, others = (each.students[seed][1].facts.get("views") for each in (first, other))
+            if sentence := different_views(first.name, views, other.name, others):
+                notes.append(sentence)
+                break
+    return notes
 
 
 def _by_seed(entrants: Sequence[Entrant]) -> dict[str, Any] | None:
@@ -143,12 +195,7 @@ def _likeness(run: Run, teacher: str | None) -> str:
 
     ``teacher``: digest of a teacher that several runs share; then it does not matter which of them trained it.
     """
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(run.recipe or "")
-    except yaml.YAMLError:
-        recipe = run.recipe
+    recipe = _recipe(run)
     if isinstance(recipe, dict):
         unlike = {"seed", "seeds", "name", "description"} | ({"teacher"} if teacher is not None else set())
         recipe = {key: value for key, value in recipe.items() if key not in unlike}
@@ -169,7 +216,7 @@ def _row(run: Run) -> dict[str, Any]:
         "name": run.name,
         "recipe": str(run.results.get("recipe") or NONE),
         "seed": _seeds(seed, comparison),
-        "method": run.method or NONE,
+        "method": _what(run) or NONE,
         "cells": [percent(_test(run, name, "top1")) for name in STAGES],
         "f1": percent(tests.get("distilled", {}).get("f1_macro")),
         "gain": NONE if gain is None else points(gain) + interval,
@@ -195,7 +242,7 @@ def _summary(found: Group) -> dict[str, Any]:
         "networks": ", ".join(dict.fromkeys(networks)),
         "data": str(first.data.get("source") or NONE),
         "fingerprint": str(first.data.get("fingerprint") or NONE)[:12],
-        "method": first.method or NONE,
+        "method": _what(first) or NONE,
         "seeds": ", ".join(str(seed) for seed in seeds),
         "repeated": found.repeated,
         "verdict": _verdict(found, differences) if differences else None,
@@ -204,16 +251,26 @@ def _summary(found: Group) -> dict[str, Any]:
 
 
 def _verdict(found: Group, differences: Sequence[float]) -> str:
-    """As a run of these seeds would say it; of the seeds alone, where predictions are missing."""
+    """As a run of these seeds gives it; none where the test predictions of a seed are missing."""
     before, after = (enter("", found.of(role)).correct for role in ("baseline", "distilled"))
+    if not before or before.keys() != after.keys() or len(before) != len(differences):
+        return (
+            "No verdict: it takes the test predictions of baseline and distilled student of every seed, and some are "
+            "missing or are of other images."
+        )
+    return headline(compared(before, after))
+
+
+def compared(before: Mapping[int, Array], after: Mapping[int, Array]) -> dict[str, Any]:
+    """What the headline takes of ``comparison``, from the images that each student has right: seed -> [N] bool."""
     shared = sorted(before.keys() & after.keys())
-    if len(shared) < 2 or len(shared) != len(differences):
-        return verdict_over_seeds(differences)
     a, b = (np.stack([correct[seed] for seed in shared]) for correct in (before, after))
-    summary = seeds_summary(a.mean(axis=1).tolist(), b.mean(axis=1).tolist())
-    gain, low, high = seeds_bootstrap(a, b)
-    images = {"gain": gain, "low": low, "high": high, "p": sign_flip(a, b)}
-    return headline({"test_images": a.shape[1], "seeds": {"figures": {"top1": summary}, "images": images}})
+    if len(shared) == 1:
+        gain, test = paired_interval(a[0], b[0]), mcnemar(a[0], b[0])
+        ends = {"top1_gain": gain.value, "top1_gain_low": gain.low, "top1_gain_high": gain.high}
+        return {"test_images": a.shape[1], **ends, "fixed": test["fixed"], "broken": test["broken"]}
+    whole = crossed_interval(a, b)._asdict()
+    return {"test_images": a.shape[1], "seeds": {"figures": {"top1": {"n": len(shared)}}, "top1_gain": whole}}
 
 
 def _metric_row(found: Group, key: str, name: str, form: Format, in_points: bool) -> dict[str, Any] | None:
@@ -226,13 +283,15 @@ def _metric_row(found: Group, key: str, name: str, form: Format, in_points: bool
     for values in columns:
         text = form(statistics.fmean(values)) if values else NONE
         cells.append(f"{text} ± {spread(statistics.stdev(values), signed=False)}" if len(values) > 1 else text)
-    differences = [b - a for a, b in _pairs(found, key)]
+    pairs = _pairs(found, key)
     paired, interval = NONE, NONE
-    if differences:
-        mean, deviation, low, high = over_seeds(differences)
+    if pairs:
+        found_here = seeds_summary([a for a, _ in pairs], [b for _, b in pairs])
+        mean, deviation, low, high = (found_here[f"difference{end}"] for end in ("", "_sd", "_low", "_high"))
+        assert mean is not None
         paired = spread(mean) if deviation is None else f"{spread(mean)} ± {spread(deviation, signed=False)}"
         interval = NONE if low is None or high is None else f"{spread(low)} to {spread(high)}"
-    return {"name": name, "cells": cells, "paired": paired, "interval": interval, "count": len(differences)}
+    return {"name": name, "cells": cells, "paired": paired, "interval": interval, "count": len(pairs)}
 
 
 def _pairs(found: Group, key: str) -> list[tuple[float, float]]:

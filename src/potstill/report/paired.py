@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from potstill.amounts import NONE, count, decimal, points
+from potstill.amounts import count, decimal, points
 from potstill.evaluation.averages import Array
-from potstill.evaluation.significance import Interval, seeds_bootstrap, seeds_summary, sign_flip
+from potstill.evaluation.significance import Interval, crossed_interval, mcnemar, paired_interval
+from potstill.experiments.verdict.several_seeds import FEWEST
 from potstill.report.contents import Run, Stage
 from potstill.report.predictions import read_predictions
 
@@ -34,10 +35,8 @@ class Meeting:
     first: str
     second: str
     seeds: int
-    gain: Interval  # of top-1, mean over the seeds; interval over test images
-    low: float | None  # interval over seeds
-    high: float | None
-    p: float  # exact test over images
+    gain: Interval  # of top-1, mean over the seeds; interval over seeds and test images, with one seed over these alone
+    p: float  # of the test that goes with the interval
     adjusted: float = 1.0  # p, allowing for how many pairs were looked at
 
 
@@ -106,9 +105,10 @@ def _meeting(first: Entrant, second: Entrant) -> Meeting:
         few = min(len(first.correct), len(second.correct))
         before, after = (list(entrant.correct.values())[:few] for entrant in (first, second))
     a, b = np.stack(before), np.stack(after)
-    summary = seeds_summary(a.mean(axis=1).tolist(), b.mean(axis=1).tolist())
-    low, high = summary["difference_low"], summary["difference_high"]
-    return Meeting(first.name, second.name, len(a), seeds_bootstrap(a, b), low, high, sign_flip(a, b))
+    if len(a) == 1:
+        return Meeting(first.name, second.name, 1, paired_interval(a[0], b[0]), float(mcnemar(a[0], b[0])["p"]))
+    found = crossed_interval(a, b)
+    return Meeting(first.name, second.name, len(a), Interval(found.value, found.low, found.high), found.p)
 
 
 def _adjusted(meetings: Sequence[Meeting]) -> list[Meeting]:
@@ -122,22 +122,20 @@ def _adjusted(meetings: Sequence[Meeting]) -> list[Meeting]:
 
 
 def words(meeting: Meeting) -> dict[str, Any]:
-    """A row of the page; ``clear`` only where images and, with several, seeds agree and p allows for all pairs."""
+    """A row of the page; better only with ``FEWEST`` seeds or more, where p allows for all pairs and is below 0.05."""
     low, high = meeting.gain.low, meeting.gain.high
-    if meeting.low is not None and meeting.high is not None:
-        low, high = min(low, meeting.low), max(high, meeting.high)
-    clear = (low > 0 or high < 0) and meeting.adjusted < 0.05
-    better = meeting.second if meeting.gain.value > 0 else meeting.first
-    over_seeds = (
-        NONE if meeting.low is None or meeting.high is None else f"{points(meeting.low)} to {points(meeting.high)}"
-    )
+    if meeting.seeds < FEWEST:
+        says = f"too few seeds for a verdict: {FEWEST} or more are needed"
+    elif (low > 0 or high < 0) and meeting.adjusted < 0.05:
+        says = f"{meeting.second if meeting.gain.value > 0 else meeting.first} is better"
+    else:
+        says = "no clear difference"
     return {
         "first": meeting.first,
         "second": meeting.second,
         "gain": points(meeting.gain.value),
-        "images": f"{points(meeting.gain.low)} to {points(meeting.gain.high)}",
-        "seeds": over_seeds,
+        "interval": f"{points(low)} to {points(high)}",
         "count": count(meeting.seeds),
         "p": decimal(meeting.adjusted, 3),
-        "says": f"{better} is better" if clear else "no clear difference",
+        "says": says,
     }

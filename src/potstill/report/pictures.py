@@ -9,6 +9,7 @@ from potstill.report.contents import SPLITS, Run, Stage
 from potstill.report.figures.canvas import as_both, as_png
 from potstill.report.figures.confusion import draw_pair, pair_size
 from potstill.report.figures.curves import draw_accuracy, draw_loss, draw_top
+from potstill.report.figures.fonts import labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,5 +68,9 @@ _CURVES: dict[str, tuple[Callable[["Figure", Stage, int], None], str, str]] = {
 
 def _confusion_png(run: Run, stage: Stage, split: str, matrix: Array) -> bytes:
     """Counts and row shares beside each other."""
-    title = f"{stage.name}, {split}"
-    return as_png(lambda figure: draw_pair(figure, matrix, run.class_names, title), pair_size(len(matrix)))
+    title, shown = f"{stage.name}, {split}", labels(run.class_names)
+
+    def draw(figure: "Figure") -> None:
+        draw_pair(figure, matrix, shown.names, title, legend=shown.legend)
+
+    return as_png(draw, pair_size(len(matrix)), families=shown.families)

@@ -9,6 +9,7 @@ import numpy as np
 
 from potstill.errors import ArtifactError
 from potstill.evaluation.averages import Array
+from potstill.experiments.run_folder import cell_text
 from potstill.report.contents import Stage
 
 PROBABILITY = "p:"
@@ -57,7 +58,8 @@ def _parse(path: Path, text: str) -> Predictions:
     few = header[3:5] == NUMBERS
     if few:
         index = {}
-    for row in rows:
+    for cells in rows:
+        row = [*map(cell_text, cells[:3]), *cells[3:]]
         try:
             if len(row) != len(header):
                 raise ValueError

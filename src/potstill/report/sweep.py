@@ -1,16 +1,21 @@
 """The page and the table of a sweep, from its files alone: neither torch nor Optuna is loaded."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from potstill.amounts import NONE, decimal, duration, percent
+from potstill.amounts import NONE, decimal, duration, percent, points
 from potstill.artifacts import write_text
 from potstill.errors import ArtifactError
+from potstill.experiments.verdict.verdict import headline
+from potstill.report.compare import compared, group
+from potstill.report.contents import read_run
 from potstill.report.figures.canvas import as_svg
 from potstill.report.figures.sweep import draw_importance, draw_slice
 from potstill.report.page import fill
+from potstill.report.paired import enter
 from potstill.sealed import read_sealed_json
 
 _STATES = {"complete": "done", "pruned": "pruned", "fail": "failed", "running": "running"}
@@ -28,7 +33,7 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
         raise ArtifactError(f"{folder} holds no sweep: sweep.json is missing")
     sweep = read_sealed_json(folder / "sweep.json")
     found = read_sealed_json(folder / "trials.json") if (folder / "trials.json").exists() else {"trials": []}
-    final = read_sealed_json(folder / "final.json") if (folder / "final.json").exists() else None
+    final = _final(folder)
     trials = ranked(found["trials"], sweep["measure"])
     best = trials[0]["number"] if trials and trials[0]["value"] is not None else None
     values = {
@@ -42,11 +47,11 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
         "slices": [_slice(trials, each, best, at) for at, each in enumerate(sweep["space"])]
         if best is not None
         else [],
-        "final": None if final is None else _final(folder, final),
+        "final": final,
     }
     target = folder / "sweep.html"
     write_text(target, fill("sweep.html.j2", values))
-    return target, table(trials, sweep["measure"]) + ([] if final is None else _final_lines(_final(folder, final)))
+    return target, table(trials, sweep["measure"]) + ([] if final is None else _final_lines(final))
 
 
 def ranked(trials: Sequence[Mapping[str, Any]], measure: str) -> list[Mapping[str, Any]]:
@@ -98,13 +103,41 @@ def _slice(trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], be
     return {"key": dimension["key"], "svg": as_svg(draw, (4.2, 3.0), name=f"slice{at}", label=label)}
 
 
-def _final(folder: Path, final: Mapping[str, Any]) -> dict[str, Any]:
-    run = folder / "trials" / str(final["folder"])
-    stages = read_sealed_json(run / "results.json")["stages"]
-    rows = [(name, percent(found["val"]["top1"]), percent(found["test"]["top1"])) for name, found in stages.items()]
-    return {"trial": final["trial"], "folder": f"trials/{final['folder']}", "rows": rows}
+def _final(folder: Path) -> dict[str, Any] | None:
+    """The winner, and what fresh seeds gave where it was confirmed; None while trials run."""
+    if not (folder / "final.json").exists():
+        return None
+    final = read_sealed_json(folder / "final.json")
+    found: dict[str, Any] = {"trial": final["trial"], "folder": f"trials/{final['folder']}", "rows": [], "verdict": ""}
+    if not (folder / "confirmation.json").exists():
+        return found
+    facts = read_sealed_json(folder / "confirmation.json")
+    correct = {}
+    for student in ("baseline", "distilled"):
+        run = read_run(folder / "confirmation" / student)
+        students = group([run])[0].of(student)
+        correct[student] = enter(student, students).correct
+        top1 = [stage.metrics["test"]["top1"] for _, stage in students.values()]
+        spread = f" ± {points(statistics.stdev(top1), signed=False)}" if len(top1) > 1 else ""
+        found["rows"].append((student, f"{percent(statistics.fmean(top1))}{spread}"))
+    seeds = range(facts["first_seed"], facts["first_seed"] + facts["seeds"])
+    found |= {"seeds": ", ".join(map(str, seeds)), "trials": facts["trials"]}
+    return found | {"verdict": headline(compared(correct["baseline"], correct["distilled"]))}
 
 
 def _final_lines(final: Mapping[str, Any]) -> list[str]:
-    lines = [f"{name}: top-1 {val} on val, {test} on test" for name, val, test in final["rows"]]
-    return ["", f"trial {final['trial']} won on val, and met the test split once:", *lines]
+    best = f"trial {final['trial']} won on val"
+    if not final["rows"]:
+        return [
+            "",
+            f"{best}: a search, unconfirmed. Its val figure is the best of many and so too high; no verdict follows",
+            "from it. The same command with --confirm-seeds 5 trains it again on fresh seeds, against a baseline that",
+            "was searched as long.",
+        ]
+    return [
+        "",
+        f"{best}; trained again with seeds {final['seeds']}, against a baseline that was searched with "
+        f"{final['trials']} trials:",
+        *(f"{name}: top-1 {test} on test" for name, test in final["rows"]),
+        final["verdict"],
+    ]

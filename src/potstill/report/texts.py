@@ -77,10 +77,14 @@ def training_text(stage: Stage) -> str:
     if not training:
         return "not here: it came ready-made"
     text = f"{_several(training.get('epochs'), 'epoch')} in {duration(training.get('seconds'))}"
+    if training.get("extended_from"):
+        text += f", extended after {' and '.join(count(each) for each in training['extended_from'])} with --resume"
+    if stage.facts.get("reused_from"):
+        text += f", reused from {plain(str(stage.facts['reused_from']))}"
     if number(training.get("images_per_second")) is not None:
         text += f" ({count(training['images_per_second'])} images/s)"
     if stage.best_epoch is not None:
-        text += f", best epoch {stage.best_epoch} by {plain(str(training.get('pick_by') or 'top1'))} on val"
+        text += f", best epoch {stage.best_epoch} by {plain(str(training.get('selection_metric') or 'top1'))} on val"
     return text
 
 

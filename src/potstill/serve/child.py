@@ -73,11 +73,15 @@ def _answer(models: dict[str, "Classifier"], head: dict[str, Any], image: bytes)
     from potstill.data.decode import decode_bytes
 
     try:
-        pixels = decode_bytes(image, "image")
+        # Images of more than 8 bits are read by the range that a model was trained with.
+        ranges = {model.input.range for model in models.values()}
+        by_range = {ends: decode_bytes(image, "image", ends) for ends in ranges}
+        pixels = next(iter(by_range.values()))
     except DataError as error:
-        # Of all reasons this one alone is about a limit rather than about the file.
-        return {"error": str(error), "status": 413 if "megapixels" in str(error) else 415}
-    answers = [_ask(stage, model, pixels, head) for stage, model in models.items()]
+        # Other reasons are about the file rather than about a limit.
+        large = any(word in str(error) for word in ("megapixels", "beyond the limits"))
+        return {"error": str(error), "status": 413 if large else 415}
+    answers = [_ask(stage, model, by_range[model.input.range], head) for stage, model in models.items()]
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],
@@ -106,26 +110,15 @@ def _ask(stage: str, model: "Classifier", pixels: "Pixels", head: dict[str, Any]
 
 
 def _gradcam(model: "Classifier", images: Any, wanted: int, pixels: "Pixels") -> dict[str, Any]:
-    from potstill.evaluation.gradcam import grad_cam
+    from potstill.evaluation.gradcam import grad_cam, seen_region
 
     try:
         cam = grad_cam(model.module, images, [wanted])[0]
     except PotstillError as error:
         return {"error": str(error)}
     rows = [[round(value, 3) for value in row] for row in cam.tolist()]
-    return {"rows": rows, "region": _region(model, pixels)}
-
-
-def _region(model: "Classifier", pixels: "Pixels") -> list[float]:
-    """Which part of the image the network has seen: left, top, width, height, as shares of the image's sides."""
-    from potstill.data.square import packed_side
-
     height, width = pixels.shape[:2]
-    share = model.input.size / packed_side(model.input)
-    short = min(height, width)
-    across, down = (short / width, short / height) if model.input.fit == "crop" else (1.0, 1.0)
-    across, down = across * share, down * share
-    return [round(value, 5) for value in ((1 - across) / 2, (1 - down) / 2, across, down)]
+    return {"rows": rows, "region": seen_region(height, width, model.input)}
 
 
 def _agreement(answers: list[dict[str, Any]]) -> bool | None:

@@ -1,6 +1,11 @@
-"""What the runs below one folder have come to, also those that are still training."""
+"""Figures of the runs below one folder, also of those that are still training.
+
+A run folder may come from anywhere: links inside it are not followed, and whatever its files hold, the figures here
+are finite numbers and text.
+"""
 
 import json
+import math
 import re
 import statistics
 import time
@@ -19,58 +24,107 @@ _QUIET = 120.0  # seconds without a new epoch after which a run counts as stoppe
 
 
 def known_runs(root: Path, own: Path | None = None) -> dict[str, Path]:
-    """The runs below ``root`` and the one that was named, by id, the newest first.
+    """Return the runs below ``root`` and the one that was named, by id, the newest first.
 
     Requests are looked up here: none of their text becomes part of a path.
     """
-    found = {}
-    if root.is_dir():
-        folders = (each for each in root.iterdir() if _ID.fullmatch(each.name) and not each.is_symlink())
-        found = {each.name: each for each in folders if (each / "recipe.yaml").is_file()}
-    if own is not None and (own / "recipe.yaml").is_file() and _ID.fullmatch(own.resolve().name):
+    found: dict[str, Path] = {}
+    try:
+        found = {each.name: each for each in root.iterdir() if not each.is_symlink()} if root.is_dir() else {}
+    except OSError:  # a root that may not be listed: the named run is served all the same
+        found = {}
+    if own is not None:
         found[own.resolve().name] = own
-    newest = sorted(found.items(), key=lambda each: (each[1] / "recipe.yaml").stat().st_mtime, reverse=True)
-    return dict(newest[:_MOST_RUNS])
+    dated = [(_date(folder), name, folder) for name, folder in found.items() if _ID.fullmatch(name)]
+    newest = sorted((each for each in dated if each[0] is not None), key=lambda each: each[0] or 0.0, reverse=True)
+    return {name: folder for _, name, folder in newest[:_MOST_RUNS]}
 
 
 def summary(run: str, folder: Path) -> dict[str, Any]:
-    """State and figures of a run, without its curves."""
+    """Return state and figures of a run, without its curves; a run that cannot be read has the state "damaged"."""
+    try:
+        return _summary(run, folder)
+    except Exception:  # any content, or a folder that vanishes meanwhile: one run never breaks the list of all
+        return _damaged(run)
+
+
+def progress(run: str, folder: Path) -> dict[str, Any]:
+    """Return ``summary``, the verdict, the curves of each stage, and how long the present one still takes."""
+    try:
+        return _progress(run, folder)
+    except Exception:  # likewise
+        return _damaged(run)
+
+
+def _damaged(run: str) -> dict[str, Any]:
+    return {"id": run, "state": "damaged", "report": False, "stages": []}
+
+
+def _summary(run: str, folder: Path) -> dict[str, Any]:
     stages, results = _stages(folder), _results(folder)
-    finished = (folder / "results.json").is_file()
-    figures = results.get("stages", {})
+    finished = _regular(folder / "results.json")
+    figures = _mapping(results.get("stages"))
     return {
         "id": run,
         "state": ("finished" if results else "damaged") if finished else _state(folder, stages),
-        "created": results.get("created"),
-        "method": (results.get("method") or {}).get("name"),
-        "report": (folder / "report.html").is_file(),
+        "created": _text(results.get("created")),
+        "method": _text(_mapping(results.get("method")).get("name")),
+        "report": _regular(folder / "report.html"),
         "stages": [{"stage": each, "test_top1": _top1(figures.get(each))} for each in stages],
     }
 
 
-def progress(run: str, folder: Path) -> dict[str, Any]:
-    """``summary``, the verdict, the curves of each stage, and how long the present one still takes."""
-    about, results = summary(run, folder), _results(folder)
+def _progress(run: str, folder: Path) -> dict[str, Any]:
+    about, results = _summary(run, folder), _results(folder)
     planned = _planned(folder)
     stages: list[dict[str, Any]] = []
     for each in about["stages"]:
         epochs = _epochs(folder / each["stage"] / "metrics.jsonl")
         total = planned.get("teacher" if role(each["stage"]) == "teacher" else "student")
-        done = (folder / each["stage"] / "model.json").is_file()
+        done = _regular(folder / each["stage"] / "model.json")
         stages.append({**each, "done": done, "planned": total, "epochs": _thin(epochs), "eta_seconds": None})
         if about["state"] == "training" and not done and total and epochs:
             pace = statistics.median(point["seconds"] for point in epochs)
             stages[-1]["eta_seconds"] = round(max(0, total - epochs[-1]["epoch"]) * pace, 1)
-    verdict = (results.get("comparison") or {}).get("verdict")
+    verdict = _mapping(results.get("comparison")).get("verdict")
     return {**about, "stages": stages, "verdict": str(verdict) if verdict else None}
 
 
 def report(folder: Path) -> bytes | None:
-    """The run's report.html, if it has one."""
+    """Return the run's report.html, or None where it has none."""
     path = folder / "report.html"
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+    try:
+        return path.read_bytes() if _regular(path) and path.stat().st_size <= _MOST_BYTES else None
+    except OSError:
         return None
-    return path.read_bytes()
+
+
+def _regular(path: Path) -> bool:
+    """Whether ``path`` is a file itself: a link in a run folder could show any file of this machine."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _date(folder: Path) -> float | None:
+    """When the run was started, in seconds; None for what is no run, or cannot be read."""
+    try:
+        recipe = folder / "recipe.yaml"
+        return recipe.stat().st_mtime if _regular(recipe) else None
+    except OSError:
+        return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _finite(value: Any) -> float | None:
+    """``value`` as a finite number, which JSON can carry; else None."""
+    number = float(value) if isinstance(value, int | float) else math.nan
+    return number if math.isfinite(number) else None
 
 
 def _stages(folder: Path) -> list[str]:
@@ -79,21 +133,21 @@ def _stages(folder: Path) -> list[str]:
 
 
 def _results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
     try:
-        return RunFolder(folder).read_results() if (folder / "results.json").is_file() else {}
+        return _mapping(RunFolder(folder).read_results()) if _regular(path) else {}
     except ArtifactError:
         return {}
 
 
 def _top1(figures: Any) -> float | None:
-    value = ((figures or {}).get("test") or {}).get("top1")
-    return float(value) if isinstance(value, int | float) else None
+    return _finite(_mapping(_mapping(figures).get("test")).get("top1"))
 
 
 def _state(folder: Path, stages: list[str]) -> str:
     files = [folder / "recipe.yaml", folder / "environment.json"]
     files += [folder / stage / name for stage in stages for name in ("metrics.jsonl", "checkpoints")]
-    newest = max(path.stat().st_mtime for path in files if path.exists())
+    newest = max(path.lstat().st_mtime for path in files if path.exists())
     last = [_epochs(folder / stage / "metrics.jsonl")[-1:] for stage in stages]
     longest = max([each[0]["seconds"] for each in last if each], default=0.0)
     return "training" if time.time() - newest < max(_QUIET, 5 * longest) else "stopped"
@@ -103,34 +157,47 @@ def _planned(folder: Path) -> dict[str, int]:
     """Epochs of the teacher and of the student, by the recipe."""
     import yaml
 
+    if not _regular(folder / "recipe.yaml"):
+        return {}
     try:
         recipe = yaml.safe_load(RunFolder(folder).read_recipe())
         common = recipe["training"]["epochs"]
         own = {each: ((recipe.get(each) or {}).get("training") or {}).get("epochs") for each in ("teacher", "student")}
         return {each: int(value or common) for each, value in own.items()}
-    except (ArtifactError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+    except (
+        ArtifactError,
+        yaml.YAMLError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+    ):
         return {}
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
     """The points of a metrics.jsonl; a line that is just being written, or damaged, is left out."""
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+    if not _regular(path) or path.stat().st_size > _MOST_BYTES:
         return []
     points = []
     for line in path.read_bytes().splitlines():
         try:
             points.append(_point(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
     return points
 
 
 def _point(record: dict[str, Any]) -> dict[str, Any]:
-    point: dict[str, Any] = {"epoch": int(record["epoch"]), "seconds": float(record["seconds"])}
+    seconds = float(record["seconds"])
+    if not math.isfinite(seconds):
+        raise ValueError("seconds must be finite")
+    point: dict[str, Any] = {"epoch": int(record["epoch"]), "seconds": seconds}
     for split in ("train", "val"):
         for figure in ("loss", "top1"):
-            value = record[split].get(figure)
-            point[f"{split}_{figure}"] = None if value is None else float(value)
+            point[f"{split}_{figure}"] = _finite(record[split].get(figure))
     return point
 
 

@@ -99,6 +99,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen(128)  # before the address is printed: who opens it at once waits, and is not refused
     except OSError as error:
         listening.close()
         said = f"cannot listen at {host} port {port}: {error.strerror or error}; --port gives another"

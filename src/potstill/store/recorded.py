@@ -3,6 +3,7 @@
 So the first epochs, in which the teacher runs, and all later ones train on the same numbers.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -43,6 +44,28 @@ class Shelf(Protocol):
     def coverage(self, views: int | None = None) -> list[int]: ...
 
 
+class Unkept:
+    """A shelf that keeps nothing: every answer is asked anew, and rounded as its record would be."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def read(self, view: int, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]:
+        return np.zeros((len(ids), self.record.nbytes), np.uint8), np.zeros(len(ids), bool)
+
+    def write(self, view: int, ids: Ids, records: Bytes) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def coverage(self, views: int | None = None) -> list[int]:
+        return [0] * (views or 0)
+
+
 class Listed(Protocol):
     """The part of a ``Loader`` that is needed here: which samples come in which view."""
 
@@ -67,7 +90,8 @@ class Recorded:
         loader: of the split; tells beforehand which samples come, so that nobody waits for a device to say so.
         shelves: a store for each teacher; for the second images too where the method needs such.
         autocast: in which the teachers are asked.
-        warn: is told once if the stores fail; training then goes on with the live teachers.
+        warn: is told once if the stores fail; training then goes on with the live teachers, whose answers are rounded
+            as before.
         processes: that share each batch.  One of each machine records what all of them asked, whenever it is to last;
             each uses at once what it asked itself.
     """
@@ -84,10 +108,11 @@ class Recorded:
         processes: Processes = ALONE,
     ) -> None:
         self.distiller, self.loader, self.autocast, self.warn = distiller, loader, autocast, warn
-        self.shelves, self.second = list(shelves), list(second)
+        self.shelves: list[Shelf] = list(shelves)
+        self.second: list[Shelf] = list(second)
         self.processes = processes
         self.counts = Counts()
-        self.broken = False
+        self.broken = any(isinstance(shelf, Unkept) for shelf in self.shelves)  # nothing is kept
         self._coming: Iterator[Ids] = iter(())
         self._view = 0
         self._told: list[_Told] = []  # what this process has asked and nobody has recorded yet
@@ -96,17 +121,15 @@ class Recorded:
         """The batches of this epoch come next, the first ``step`` of them left out."""
         self._coming, self._view = iter(self.loader.ids_of(epoch)[step:]), self.loader.view_of(epoch)
 
-    def __call__(self, batch: Batch) -> Outputs | None:
-        """The teacher's outputs for the next batch; None once the stores have failed."""
+    def __call__(self, batch: Batch) -> Outputs:
+        """The teacher's outputs for the next batch."""
         ids = next(self._coming)
         assert len(ids) == len(batch)  # the loader's own order
-        if self.broken:
-            return None
         try:
             return self._answer(ids, batch)
         except (StorageError, ArtifactError) as error:
             self._give_up(error)
-            return None
+            return self._answer(ids, batch)
 
     def flush(self) -> None:
         """Make what has been recorded last; all processes at the same time."""
@@ -150,7 +173,7 @@ class Recorded:
                 features = None if said.embedding is None else _plain(said.embedding)
                 told = shelf.record.encode(_plain(said.logits), features)
                 records[~present] = told[~present]
-                if self.processes.several:
+                if self.processes.several and not self.broken:
                     which = place + (len(self.shelves) if shelves is self.second else 0)
                     self._told.append((which, self._view, ids[~present], told[~present]))
                 else:
@@ -179,7 +202,12 @@ class Recorded:
 
     def _give_up(self, error: Exception) -> None:
         if not self.broken:
-            self.broken = True
+            self.broken, self._told = True, []
+            for shelf in (*self.shelves, *self.second):
+                with contextlib.suppress(StorageError, ArtifactError):
+                    shelf.close()
+            self.shelves = [Unkept(shelf.record) for shelf in self.shelves]
+            self.second = [Unkept(shelf.record) for shelf in self.second]
             self.warn(f"the store of teacher outputs cannot be used, so the teacher is asked in every step: {error}")
 
 

@@ -17,13 +17,13 @@ class StoreSettings(BaseModel):
     )
     views: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto", "all"] = Field(
         "auto",
-        description="how many augmented versions of an image are drawn in turn; auto: by epochs and disk; all: a new "
-        "one in each epoch",
+        description="how many augmented versions of an image are drawn in turn, by whatever method; auto: one for four "
+        "epochs, eight at least; all: a new one in each epoch",
     )
     record: Record = Field(
         "auto",
         description="what is kept of the logits: float16, float32, or top16: the 16 largest and the mass of the rest; "
-        "auto: float16",
+        "auto: float16, or top16 where float16 takes more than 10 GB for one seed and 16 suffice",
     )
     folder: str | None = Field(None, description="where stores stand; null: the cache folder")
 

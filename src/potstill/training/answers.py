@@ -3,7 +3,6 @@
 from typing import Protocol
 
 from potstill.distiller import Distiller
-from potstill.training.devices import Compute
 from potstill.types import Batch, Outputs
 
 
@@ -38,9 +37,9 @@ class Remembered:
     Feature maps are too large to keep, and methods that live on the training images do not ask at all.
     """
 
-    def __init__(self, distiller: Distiller, compute: Compute) -> None:
+    def __init__(self, distiller: Distiller) -> None:
         needs = distiller.method.needs
-        self.distiller, self.compute = distiller, compute
+        self.distiller = distiller
         self.keeps = not (
             distiller.teacher is None or needs.features or distiller.method.teacher_taps or needs.training_only
         )
@@ -56,8 +55,7 @@ class Remembered:
         if not self.keeps:
             return None
         if self.position == len(self.known):
-            with self.compute.autocast():
-                answer = self.distiller.ask_teacher(batch.images)
+            answer = self.distiller.ask_teacher(batch.images)
             assert answer is not None  # there is a teacher
             self.known.append(answer)
         self.position += 1

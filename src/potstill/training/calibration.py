@@ -1,15 +1,17 @@
-"""One thread or several: a training step is timed with each.
+"""One thread or several, bf16 or float32: a training step is timed with each.
 
 Two threads are 1.1 to 2 times as fast as one on idle cores, and several times slower than one beside a busy neighbour,
-since each waits for the other at every layer.  Nothing but a clock tells which it is.
+since each waits for the other at every layer.  Networks of depthwise convolutions take 1.5 times as long in bf16, in
+which others take half as long.  Nothing but a clock tells which it is.
 """
 
 import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from potstill.training.devices import Compute
 CLEARLY = 1.1  # times faster than the first candidate: less may be chance
 ROUNDS, FEWEST = 5, 3
 SECONDS, LONGEST = 0.2, 4.0  # after which no further round begins: past the fewest rounds; at all
+Candidate = TypeVar("Candidate")
 PIXELS = 16 * 64 * 64  # of the batch that is timed: enough to keep several cores busy, soon over on one
 
 
@@ -70,37 +73,63 @@ def calibrate(
         set_threads: sets the process's number of threads.
         clock: in seconds.
     """
-    preferred, kept = candidates[0], candidates[0]
-    rounds: list[dict[int, float]] = []
+    return Calibration(*fastest(step, candidates, choose=set_threads, clock=clock))
 
-    def timed(threads: int) -> float:
-        set_threads(threads)
+
+def fastest(
+    step: Callable[[], None],
+    candidates: Sequence[Candidate],
+    *,
+    choose: Callable[[Candidate], None],
+    clock: Callable[[], float] = time.perf_counter,
+    most: int = ROUNDS,
+) -> tuple[Candidate, dict[Candidate, float]]:
+    """What ``calibrate`` does, for anything that ``choose`` puts in force.
+
+    Args:
+        step: see ``calibrate``.
+        candidates: the preferred one first.
+        choose: puts a candidate in force; the one that is kept stays so.
+        clock: in seconds.
+        most: rounds.
+
+    Returns:
+        The candidate that is kept, and the median of a step in seconds by candidate; empty where nothing was timed.
+    """
+    preferred, kept = candidates[0], candidates[0]
+    rounds: list[dict[Candidate, float]] = []
+
+    def timed(candidate: Candidate) -> float:
+        choose(candidate)
         started = clock()
         step()
         return clock() - started
 
     try:
         if len(candidates) > 1:
-            for threads in candidates:  # the first step of each prepares kernels and memory
-                timed(threads)
+            for candidate in candidates:  # the first step of each prepares kernels and memory
+                timed(candidate)
             started = clock()
             while not rounds or (
-                len(rounds) < ROUNDS and clock() - started < (LONGEST if len(rounds) < FEWEST else SECONDS)
+                len(rounds) < most and clock() - started < (LONGEST if len(rounds) < FEWEST else SECONDS)
             ):
-                rounds.append({threads: timed(threads) for threads in candidates})
-            gains = {
-                threads: statistics.median(row[preferred] / row[threads] for row in rounds) for threads in candidates
-            }
-            best = max(candidates, key=lambda threads: gains[threads])
+                rounds.append({candidate: timed(candidate) for candidate in candidates})
+            gains = {each: statistics.median(row[preferred] / row[each] for row in rounds) for each in candidates}
+            best = max(candidates, key=lambda each: gains[each])
             kept = best if gains[best] >= CLEARLY else preferred
     finally:
-        set_threads(kept)
-    return Calibration(
-        kept, {threads: statistics.median(row[threads] for row in rounds) for threads in candidates} if rounds else {}
-    )
+        choose(kept)
+    return kept, {each: statistics.median(row[each] for row in rounds) for each in candidates} if rounds else {}
 
 
-def training_step(student: nn.Module, size: int, images: int, compute: Compute) -> Callable[[], None]:
+def training_step(
+    student: nn.Module,
+    size: int,
+    images: int,
+    compute: Compute,
+    *,
+    autocast: Callable[[], AbstractContextManager[object]] | None = None,
+) -> Callable[[], None]:
     """Forward and backward of a copy of ``student`` on noise; leaves the student and the random state as they are.
 
     Args:
@@ -108,19 +137,22 @@ def training_step(student: nn.Module, size: int, images: int, compute: Compute) 
         size: height and width in pixels.
         images: of a batch; fewer are taken where they are large.
         compute: device, precision and memory layout.
+        autocast: in place of the precision of ``compute``.
     """
-    network = copy.deepcopy(student).train()
+    network = copy.deepcopy(student).train().to(compute.device, memory_format=compute.memory_format)  # type: ignore[call-overload]
     count = images_timed(images, size)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 3, size, size, generator=generator).to(compute.device)
     noise = noise.contiguous(memory_format=compute.memory_format)
 
     def step() -> None:
-        with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-            with compute.autocast():
+        # Dropout draws from the global generator.
+        with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
+            with (autocast or compute.autocast)():
                 logits = network(noise)
             logits.float().logsumexp(dim=1).sum().backward()
             network.zero_grad(set_to_none=True)
+        compute.wait()
 
     return step
 

@@ -18,10 +18,16 @@ class Compute:
     bf16: bool
     channels_last: bool
     processes: Processes = ALONE
+    fast_bf16: bool | None = None  # whether the hardware and the settings allow bf16; None: as ``bf16``
 
     def autocast(self) -> AbstractContextManager[object]:
         """bf16 for convolutions and matrix products, or nothing; weights stay float32, so no gradient scaling."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    @property
+    def teachers_in_bf16(self) -> bool:
+        """Whether frozen teachers may answer with bf16 weights, in whichever precision the student is trained."""
+        return self.bf16 if self.fast_bf16 is None else self.fast_bf16
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from potstill.distiller import Distiller
 from potstill.errors import Stopped
@@ -21,6 +20,7 @@ from potstill.training.answers import Answers, Asked, Remembered
 from potstill.training.averages import TermAverages
 from potstill.training.compiling import Compiling
 from potstill.training.devices import Compute
+from potstill.training.ema import WeightAverage
 from potstill.training.gradients import Gradients
 from potstill.training.history import History, Record
 from potstill.training.observer import Observer
@@ -80,8 +80,7 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lr_factor(settings, steps))
         self.average = None
         if settings.ema_decay is not None:
-            follow = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(distiller.student, multi_avg_fn=follow, use_buffers=True)
+            self.average = WeightAverage(distiller.student, settings.ema_decay)
         self.saving = Saving(
             folder / "checkpoints",
             settings,
@@ -92,7 +91,7 @@ class Training:
             self.average,
             self.history,
         )
-        asked: dict[str, Answers] = {name: Remembered(distiller, compute) for name in self.others}
+        asked: dict[str, Answers] = {name: Remembered(distiller) for name in self.others}
         self.answers: dict[str, Answers] = {"train": Asked(), **asked, **(answers or {})}
         self.stopping = stopping or Stopping()
 
@@ -153,7 +152,7 @@ class Training:
         trained = under_way.seconds
         with _EvaluatedWeights(self.distiller, self.average):
             splits = {name: self._evaluate(number, name, loader) for name, loader in self.others.items()}
-            value = _comparable(self.settings.pick_by, splits["val"])
+            value = _comparable(self.settings.selection_metric, splits["val"])
             # Weights that have not met int8's rounding are no candidates, however good they are without it.
             best = value > self.history.best_value or number == self.plain_epochs
             if best:
@@ -184,14 +183,16 @@ class Training:
                 self.compiling.begin(batch.images)
             first = position - position % group
             complete = (position + 1) % group == 0 or position + 1 == self.train.steps
-            with self.sharing.step(complete):
-                step = self._ask(batch, answers, self.sharing.call)
-                share = self.sharing.share_of(len(batch), sizes[position])
-                self.gradients.add(step, min(group, self.train.steps - first), share)
-            if complete:
-                self._update()
-            under_way.metrics.update(step.logits.detach(), batch.labels)
-            under_way.averages.update(step.terms, len(batch), position + 1)
+            with self.compute.processes.stepping():
+                with self.sharing.step(complete):
+                    step = self._ask(batch, answers, self.sharing.call, self.compute.autocast())
+                    self.compute.processes.mark()
+                    share = self.sharing.share_of(len(batch), sizes[position])
+                    self.gradients.add(step, min(group, self.train.steps - first), share)
+                if complete:
+                    self._update()
+                under_way.metrics.update(step.logits.detach(), batch.labels)
+                under_way.averages.update(step.terms, len(batch), position + 1)
             self.observer.step(sizes[position])
             if complete:
                 under_way.step = position + 1
@@ -222,12 +223,14 @@ class Training:
         self.answers["train"].flush()
         self.saving.save(number, replace(under_way, metrics=metrics, averages=averages))
 
-    def _ask(self, batch: Batch, answers: Answers, distiller: nn.Module) -> Step:
+    def _ask(
+        self, batch: Batch, answers: Answers, distiller: nn.Module, precision: AbstractContextManager[object]
+    ) -> Step:
         batch = replace(batch, images=self._laid_out(batch.images))
         if batch.second is not None:
             batch = replace(batch, second=self._laid_out(batch.second))
         known = answers(batch)
-        with self.compute.autocast():
+        with precision:
             step: Step = distiller(
                 batch.images,
                 batch.labels,
@@ -254,6 +257,7 @@ class Training:
 
     @torch.no_grad()
     def _evaluate(self, epoch: int, split: str, loader: "Loader") -> Record:
+        """In float32, as the final figures are: what picks an epoch is what is reported of it."""
         self.distiller.eval()
         metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
         answers = self.answers[split]
@@ -263,9 +267,10 @@ class Training:
             if common:
                 self._agreed()
                 self.stopping.check()
-            step = self._ask(batch, answers, self.distiller)
-            metrics.update(step.logits, batch.labels)
-            averages.update(step.terms, len(batch), number)
+            with self.compute.processes.stepping():
+                step = self._ask(batch, answers, self.distiller, nullcontext())
+                metrics.update(step.logits, batch.labels)
+                averages.update(step.terms, len(batch), number)
         answers.flush()
         return self._figures(UnderWay(metrics, averages, lr=0.0), f"epoch {epoch + 1}, {split}", loader, 0)
 
@@ -282,7 +287,7 @@ class Training:
 class _EvaluatedWeights:
     """Within the block, the student has its averaged weights, where there are such."""
 
-    def __init__(self, distiller: Distiller, average: AveragedModel | None) -> None:
+    def __init__(self, distiller: Distiller, average: WeightAverage | None) -> None:
         self.student, self.average = distiller.student, average
 
     def __enter__(self) -> None:
@@ -300,4 +305,4 @@ def _comparable(metric: str, figures: Record) -> float:
     value = figures[metric]
     if value is None:
         return -1e300
-    return -value if metric in ("loss", "nll") else float(value)
+    return -value if metric == "nll" else float(value)

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from potstill.distiller import Distiller
 from potstill.errors import ArtifactError, NonFiniteError
 from potstill.sealed import check_lines, write_json_lines
 from potstill.training import checkpoint as ckpt
 from potstill.training.devices import Compute
+from potstill.training.ema import WeightAverage
 from potstill.training.history import History
 from potstill.training.settings import TrainingSettings
 from potstill.training.under_way import UnderWay
@@ -32,7 +32,7 @@ class Saving:
     distiller: Distiller
     optimizer: Optimizer
     schedule: LambdaLR
-    average: AveragedModel | None
+    average: WeightAverage | None
     history: History
     best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights after its best epoch
     _last: float = field(default_factory=time.monotonic)

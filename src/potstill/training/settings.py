@@ -4,7 +4,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PickBy = Literal["top1", "top3", "f1_macro", "auc_macro", "loss", "nll"]
+# The training loss is none of them: weights that move with the epochs, or differ between the trials of a sweep, would
+# decide.
+SelectionMetric = Literal["top1", "top3", "f1_macro", "auc_macro", "nll"]
 
 
 class TrainingSettings(BaseModel):
@@ -32,7 +34,12 @@ class TrainingSettings(BaseModel):
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, which are then evaluated")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of averaged weights, which are then evaluated; min(decay, (1 + n) / (10 + n)) after n steps",
+    )
     int8_share: float = Field(
         0.0,
         ge=0,
@@ -40,9 +47,13 @@ class TrainingSettings(BaseModel):
         description="share of a student's epochs, the last ones, under int8's rounding (quantization-aware training)",
     )
     early_stopping: int | None = Field(None, ge=1, description="epochs without a better val metric before stopping")
-    pick_by: PickBy = Field("top1", description="val metric that picks the best epoch")
+    selection_metric: SelectionMetric = Field(
+        "top1", description="val metric that picks the best epoch; nll: cross-entropy of the labels alone"
+    )
     evaluate_test_every_epoch: bool = Field(False, description="test curves; never used to choose")
-    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it and a step of the network is not slower in it"
+    )
     channels_last: bool | Literal["auto"] = Field(
         "auto", description="memory layout of images and weights; auto: everywhere but on mps"
     )

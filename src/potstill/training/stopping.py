@@ -34,7 +34,8 @@ class Stopping:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._heard:  # else something else has been decided meanwhile
+                signal.signal(number, handler)
         self._before = {}
 
     @contextlib.contextmanager

@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-# Pillow cannot turn a premultiplied gray TIFF into RGB at once; by way of LA it can be read.
-READ_THOUGH_EXPECTED_TO_FAIL = {"0541_strongcourage_6fcb5238.tiff"}
+# By Pillow's own rules these are refused, though all pixels are there: metadata is cut short or too large, an animation
+# behind the image is damaged, or (a premultiplied gray TIFF) it cannot be turned into RGB at once.
+READ_THOUGH_EXPECTED_TO_FAIL = {
+    "0366_pillow_c76009a8.png",
+    "0414_strongcourage_72a0dab6.png",
+    "0415_libpng-pngsuite_bdc133d5.png",
+    "0486_strongcourage_49275fef.png",
+    "0541_strongcourage_6fcb5238.tiff",
+    "0571_pillow_8eb03a3c.png",
+    "0683_strongcourage_55474eaa.png",
+}
 OF_FILES = {"unreadable", "empty-file", "truncated", "damaged", "no-image", "oversize"}
 
 _SCRIPT = """
@@ -38,7 +47,7 @@ def as_data(corpus: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
 def test_the_corpus_goes_through_check(as_data: tuple[Path, dict[str, str]]) -> None:
     folder, expected = as_data
     command = [sys.executable, "-c", _SCRIPT, "check", str(folder), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if not line.startswith(("peak ", "error: ", "checking images: "))]
     assert said == []  # libtiff has hundreds of lines on these files

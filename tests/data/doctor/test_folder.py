@@ -146,7 +146,9 @@ def test_hidden_files_and_clutter_are_counted_and_passed_over(make_folder) -> No
         (folder / name).write_text("x")
     found = walk_folder(folder)
 
-    assert (len(found.entries), found.passed_over, found.findings) == (8, 3, [])
+    assert (len(found.entries), found.findings) == (8, [])
+    assert found.passed_over == {".git": 1, ".DS_Store": 1, "Thumbs.db": 1, "desktop.ini": 1}
+    assert found.notes == ["1 other file beside the class folders not read: readme.txt"]
 
 
 def test_a_folder_that_cannot_be_read(make_folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,3 +214,118 @@ def test_images_of_no_class(make_folder, tmp_path: Path) -> None:
     assert [each.kind for each in found.findings] == ["link-out"]
     (tmp_path / "none").mkdir()
     assert [each.reason for each in walk_images(tmp_path / "none").findings] == ["no images"]
+
+
+# what is not used is counted and named
+
+
+def test_what_systems_keep_in_folders_is_counted_by_name(make_folder) -> None:
+    systems = [
+        "@eaDir",
+        "a/.thumbnails",
+        "__MACOSX",
+        "a/.ipynb_checkpoints",
+        "lost+found",
+        "$RECYCLE.BIN",
+        "b/#recycle",
+    ]
+    systems += ["a/@eaDir", ".Trash-1000", "System Volume Information"]
+    folder = make_folder({"a": 4, "b": 4} | dict.fromkeys(systems, 2))
+    for name in ("a/Thumbs.db", "a/.DS_Store", "b/._0.png", "DESKTOP.INI", "b/.directory", "b/.hidden-notes"):
+        (folder / name).write_text("x")
+    found = walk_folder(folder)
+
+    assert (len(found.entries), found.findings) == (8, [])
+    assert found.passed_over == {
+        "@eaDir": 2, ".thumbnails": 1, "__MACOSX": 1, ".ipynb_checkpoints": 1, "lost+found": 1, "$RECYCLE.BIN": 1,
+        "#recycle": 1, ".Trash-1000": 1, "System Volume Information": 1, "Thumbs.db": 1, ".DS_Store": 1, "._*": 1,
+        "DESKTOP.INI": 1, ".directory": 1, "hidden files": 1,
+    }  # fmt: skip
+
+
+def test_hidden_images_and_classes_are_named(make_folder) -> None:
+    folder = make_folder({"a": 3, "b": 3, ".cats": 3, "a/.more": 1, ".empty": 0})
+    (folder / "a/0.png").rename(folder / "a/.0.PNG")
+    found = walk_folder(folder)
+
+    assert [(each.kind, each.path, each.reason.split(";")[0]) for each in found.findings] == [
+        ("hidden", ".cats", "a hidden folder with 3 images"),
+        ("hidden", "a/.0.PNG", "a hidden file"),
+        ("hidden", "a/.more", "a hidden folder with 1 image"),
+    ]
+    assert found.passed_over == {"hidden folders": 1}
+    assert len(found.entries) == 5
+
+
+def test_what_lies_beside_the_split_folders_is_named(make_folder) -> None:
+    folder = make_folder({"training/a": 2, "training/b": 2, "testing/a": 1, "testing/b": 1, "backup/a": 5, ".": 1})
+    (folder / "labels.csv").write_text("x")
+    found = walk_folder(folder)
+
+    assert {entry.split for entry in found.entries} == {"train", "test"}
+    assert [(each.kind, each.path, *each.others) for each in found.findings] == [
+        ("beside-classes", ".", "0.png"),
+        ("beside-classes", "backup"),
+    ]
+    assert "5 images beside the split folders" in found.findings[1].reason
+    assert found.notes == ["1 other file beside the class folders not read: labels.csv"]
+
+
+def test_splits_within_the_classes_are_refused(make_folder) -> None:
+    places = {f"{name}/{split}": 2 for name in ("cat", "dog") for split in ("train", "test")}
+    (finding,) = walk_folder(make_folder(places)).findings
+
+    assert (finding.kind, finding.path) == ("split-folders", ".")
+    assert "put the classes into the splits (train/cat)" in finding.reason
+
+
+def test_folders_within_classes_are_said_to_count(make_folder) -> None:
+    found = walk_folder(make_folder({"a": 2, "a/2021": 2, "b": 2, "b/test": 1}))
+
+    assert found.findings == []
+    assert found.notes == [
+        "3 images lie in folders within class folders, such as a/2021/0.png; they count for the class"
+    ]
+
+
+# links
+
+
+def test_links_elsewhere_are_read_where_they_may_be(make_folder, tmp_path: Path) -> None:
+    store = make_folder({"a": 3, "b": 2, "b/deep": 1}, tmp_path / "store")
+    view = make_folder({"a": 0})
+    for i in range(3):
+        (view / "a" / f"{i}.png").symlink_to(store / "a" / f"{i}.png")
+    (view / "b").symlink_to(store / "b")
+
+    found = walk_folder(view)  # and no class is called empty
+    assert {each.kind for each in found.findings} == {"link-out"}
+    found = walk_folder(view, follow_links=True)
+    assert found.findings == []
+    assert [e.name for e in found.entries] == ["a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/deep/0.png"]
+
+
+def test_followed_links_count_no_image_twice_and_end(make_folder, tmp_path: Path) -> None:
+    first = make_folder({"x": 1}, tmp_path / "first")
+    second = make_folder({"y": 1}, tmp_path / "second")
+    (first / "x" / "to-second").symlink_to(second / "y")
+    (second / "y" / "to-first").symlink_to(first / "x")
+    view = make_folder({"b": 2, "c": 2})
+    (view / "a").symlink_to(first / "x")
+    (view / "b" / "up").symlink_to(view)
+    (view / "b" / "self").symlink_to("self")
+    (view / "d").symlink_to(view / "c")
+    (view / "c" / "gone.png").symlink_to("nothing")
+    found = walk_folder(view, follow_links=True)
+
+    twice = "the same folder as {}, by a link: its images would count twice"
+    assert {each.path: each.reason for each in found.findings} == {
+        "a/to-second/to-first": twice.format("a"),
+        "b/up": "a link to a folder that holds the link: a loop",
+        "b/self": "a link that leads round in a circle",
+        "d": twice.format("c"),
+        "c/gone.png": "a link to nothing",
+    }
+    assert sorted(entry.name for entry in found.entries) == [
+        "a/0.png", "a/to-second/0.png", "b/0.png", "b/1.png", "c/0.png", "c/1.png",
+    ]  # fmt: skip

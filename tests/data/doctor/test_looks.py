@@ -5,7 +5,6 @@ import io
 import os
 import struct
 import threading
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data.decode import decode
+from potstill.data.decode import Decoded, decode
 from potstill.data.doctor import large as large_images
 from potstill.data.doctor import looks
 from potstill.data.doctor.findings import Finding
@@ -148,24 +147,25 @@ def test_one_odd_pixel_is_not_blank(odd: tuple[int, int]) -> None:
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch, picture) -> None:
     inside, most = 0, 0
-    lock = threading.Lock()
+    lock, together = threading.Lock(), threading.Barrier(1)
 
-    def slow(content: bytes, name: str) -> np.ndarray:
+    def slow(content: bytes, name: str) -> Decoded:
         nonlocal inside, most
         with lock:
             inside += 1
             most = max(most, inside)
-        time.sleep(0.02)
+        together.wait(60)
         with lock:
             inside -= 1
-        return np.zeros((2, 2, 3), np.uint8)
+        return Decoded(np.zeros((2, 2, 3), np.uint8), None)
 
-    monkeypatch.setattr(looks, "decode_bytes", slow)
+    monkeypatch.setattr(looks, "read_image", slow)
     monkeypatch.setattr(large_images, "MOST_PIXELS", 12 * 10 - 1)
     large, small = encoded(picture(0), "PNG"), encoded(picture(0, (11, 10)), "PNG")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: look_at_content(large, str(i)), range(8)))
         assert most == 1
+        together = threading.Barrier(2)  # each waits until another one is looked at as well
         list(pool.map(lambda i: look_at_content(small, str(i)), range(8)))
     assert most > 1
 

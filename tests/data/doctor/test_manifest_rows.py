@@ -46,9 +46,9 @@ def test_all_bad_rows_and_all_good_ones(make_folder, tmp_path: Path) -> None:
         ("link-out", "list.csv", "line 4"),
         ("link-out", "list.csv", "line 5"),
         ("link-out", "list.csv", "line 6"),
-        ("manifest", "list.csv", "line 7"),
-        ("manifest", "list.csv", "line 8"),
-        ("manifest", "list.csv", "line 9"),
+        ("manifest-row", "list.csv", "line 7"),
+        ("manifest-row", "list.csv", "line 8"),
+        ("manifest-row", "list.csv", "line 9"),
         ("name", "p/\x07.png", "control characters in the name; rename it"),
         ("name", "p/n\x00l.png", "control characters in the name; rename it"),
         ("name", "ca\x1bt", "control characters in the name; rename it"),
@@ -97,6 +97,95 @@ def test_bad_files(make_folder, content: bytes, reason: str) -> None:
     assert reason in findings[0].reason
 
 
+def listed(found) -> list[tuple[str, str, str | None]]:
+    assert found.findings == []
+    return [(entry.name, entry.label, entry.split) for entry in found.entries]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file,class\np/0.png,cat\np/1.png,dog\n",
+        "Filename,TARGET\r\np/0.png,cat\r\np/1.png,dog\r\n",
+        "\ufeffimage;label\np/0.png;cat\np/1.png;dog\n",
+        "path\tlabel\np/0.png\tcat\np/1.png\tdog\n",
+        '"path", "label", "note"\n"p/0.png", "cat", "a, b"\np/1.png,dog,\n\n',
+        "id,filename,path,label,width\n1,x.png,p/0.png,cat,12\n2,y.png,p/1.png,dog,12\n",
+        "path,label\np\\0.png,cat\n.\\p\\1.png,dog\n",
+        "path,label\nROOT/p/0.png,cat\nROOT/p/../p/1.png,dog\n",
+        "path,label\n./p/0.png,cat\np/../p/1.png,dog\n",
+    ],
+)
+def test_manifests_as_other_programs_write_them(make_folder, text: str) -> None:
+    folder = make_folder({"p": 2})
+    found = read(folder, text.replace("ROOT", str(folder)))
+
+    assert listed(found) == [("p/0.png", "cat", None), ("p/1.png", "dog", None)]
+
+
+def test_columns_that_are_not_used_are_named(make_folder) -> None:
+    folder = make_folder({"p": 2})
+    rows = "id,path,class,subset,w\n1,p/0.png,cat,train,3\n2,p/1.png,dog,val,4\n"
+    found = read(folder, rows)
+    lines = read(folder, '{"image": "p/0.png", "category": "cat", "w": 3, "h": 4}\n', "list.jsonl")
+
+    assert listed(found) == [("p/0.png", "cat", "train"), ("p/1.png", "dog", "val")]
+    assert found.notes == ["columns of the manifest that are not used: id, w"]
+    assert listed(lines) == [("p/0.png", "cat", None)]
+    assert lines.notes == ["columns of the manifest that are not used: w, h"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("file,image,label\na,b,c\n", "'file' and 'image' may both be the path; rename or remove one"),
+        ("path,class,category\na,b,c\n", "'class' and 'category' may both be the label; rename or remove one"),
+        ("path,label,splits\na,b,train\n", "unknown column 'splits'; did you mean 'split'?"),
+        ("p/0.png,cat\np/1.png,dog\n", "there is no column path and label, got p/0.png,cat"),
+    ],
+)
+def test_what_is_ambiguous_in_a_header_is_said(make_folder, text: str, reason: str) -> None:
+    (finding,) = read(make_folder({"p": 2}), text).findings
+
+    assert finding.reason.endswith(reason)
+
+
+def test_a_backslash_that_may_be_part_of_a_name(make_folder) -> None:
+    folder = make_folder({"p": 2})
+    (folder / "q\\0.png").write_bytes((folder / "p/0.png").read_bytes())
+    assert listed(read(folder, "path,label\nq\\0.png,cat\n")) == [("q\\0.png", "cat", None)]
+    (folder / "p\\0.png").write_bytes((folder / "p/0.png").read_bytes())
+    rows = "path,label\np\\0.png,cat\nC:\\data\\1.png,dog\n"
+    reasons = [each.reason for each in read(folder, rows).findings]
+
+    assert "may be two files" in reasons[0]
+    assert "a path of a Windows drive" in reasons[1]
+
+
+def test_paths_elsewhere_need_follow_links(make_folder, tmp_path: Path) -> None:
+    store = make_folder({"s": 2}, tmp_path / "store")
+    folder = make_folder({"p": 1})
+    (folder / "link.png").symlink_to(store / "s/1.png")
+    (folder / "list.csv").write_text(
+        f"path,label\n{store}/s/0.png,cat\nlink.png,dog\n../store/s/1.png,dog\np/0.png,cat\n"
+    )
+
+    assert [each.kind for each in read_manifest(folder / "list.csv").findings] == ["link-out"] * 3
+    found = read_manifest(folder / "list.csv", follow_links=True)
+    assert listed(found) == [
+        (f"{store}/s/0.png", "cat", None), (f"{store}/s/1.png", "dog", None),
+        ("link.png", "dog", None), ("p/0.png", "cat", None),
+    ]  # fmt: skip
+
+
+def test_a_manifest_in_a_folder_that_is_reached_by_a_link(make_folder, tmp_path: Path) -> None:
+    folder = make_folder({"p": 2})
+    (tmp_path / "link").symlink_to(folder)
+    text = f"path,label\n{folder}/p/0.png,cat\n{tmp_path}/link/p/1.png,dog\n"
+
+    assert [name for name, *_ in listed(read(tmp_path / "link", text))] == ["p/0.png", "p/1.png"]
+
+
 def test_no_manifest_is_too_long_for_memory(make_folder) -> None:
     path = make_folder({"p": 1}) / "list.csv"
     with path.open("w") as file:
@@ -111,7 +200,7 @@ def test_rows_are_told_in_their_order(make_folder) -> None:
     (folder / "list.csv").write_text("path,label\n" + "p/0.png\n" * 12)
     report = examine(DataSettings(source=str(folder / "list.csv")))
 
-    lines = [each.reason.split(":")[0] for each in report.findings if each.kind == "manifest"]
+    lines = [each.reason.split(":")[0] for each in report.findings if each.kind == "manifest-row"]
     assert lines == [f"line {i}" for i in range(2, 14)]
 
 

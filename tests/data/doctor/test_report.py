@@ -82,7 +82,7 @@ def test_errors_come_first_and_each_once() -> None:
 
 
 def test_memory_does_not_grow_with_the_size_of_the_images() -> None:
-    assert Table(1000).rows.nbytes == 99 * 1000
+    assert Table(1000).rows.nbytes == 116 * 1000
 
 
 def test_every_kind_stands_in_the_page_as_it_is() -> None:

@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from potstill.data import check, cores
 from potstill.data.check import check_files
 from potstill.data.datasets import load_data
+from potstill.data.decode import Decoded
 from potstill.data.doctor import quick
 from potstill.data.doctor.examination import examine
 from potstill.data.doctor.findings import Finding
@@ -37,7 +37,7 @@ def test_a_run_after_check_decodes_nothing_and_has_the_same_fingerprint(
     settle(monkeypatch)
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "two"))
     examine(settings)
-    monkeypatch.setattr(check, "decode_bytes", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(check, "read_image", lambda *_: pytest.fail("decoded again"))
 
     assert load_data(settings).fingerprint == fingerprint
 
@@ -196,23 +196,27 @@ def test_a_run_tells_and_records_it(repeated: DataSettings) -> None:
         "images under two labels", "images in more than one split",
     ]  # fmt: skip
     assert told["warn"] == recorded
-    assert [note.split("; ")[0] for note in told["note"]] == [f"{repeated.source}: 1 x duplicates"]
+    assert [note.split("; ")[0] for note in told["note"]] == [
+        f"{repeated.source}: 1 x duplicates",
+        f"{repeated.source}: the centre crop cuts off 17 % of the median image",  # of 12 x 10 pixels
+    ]
 
 
 def test_large_images_are_decoded_one_at_a_time_by_runs_too(make_folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder({"p": 8})
     inside, most = 0, 0
-    lock = threading.Lock()
+    lock, together = threading.Lock(), threading.Barrier(1)
 
-    def slow(content: bytes, name: str) -> None:
+    def slow(content: bytes, name: str) -> Decoded:
         nonlocal inside, most
         with lock:
             inside, most = inside + 1, max(most, inside + 1)
-        time.sleep(0.02)
+        together.wait(60)
         with lock:
             inside -= 1
+        return Decoded(np.zeros((2, 2, 3), np.uint8), None)
 
-    monkeypatch.setattr(check, "decode_bytes", slow)
+    monkeypatch.setattr(check, "read_image", slow)
     monkeypatch.setattr(check, "_PIECE", 1)
     monkeypatch.setattr(cores, "threads", lambda: 4)
     names = [f"p/{i}.png" for i in range(8)]
@@ -220,5 +224,6 @@ def test_large_images_are_decoded_one_at_a_time_by_runs_too(make_folder, monkeyp
     check_files(folder, names, "x")
     assert most == 1
     monkeypatch.setattr(check, "MOST_PIXELS", 12 * 10)
+    together = threading.Barrier(2)  # each waits until another one is decoded as well
     check_files(folder, names, "x")
     assert most > 1

@@ -40,7 +40,8 @@ def test_the_verdict_names_the_domain_of_each_figure():
     stages = {name: {"test": {"top1": top1}} for name, top1 in (("baseline", 0.6), ("distilled", 0.65))}
     text = verdict(comparison, stages)
     assert text.startswith(
-        "Distillation helped: the student gained 5.0 points of top-1 on 800 test images of the target"
+        "On this seed, the distilled student's top-1 is 5.0 points above the baseline's on 800 test images of the "
+        "target"
     )
     assert "Top-1 on the target's test: baseline 60.0 %, distilled 65.0 %." in text
     plain = verdict({key: value for key, value in comparison.items() if key != "domain"}, stages)

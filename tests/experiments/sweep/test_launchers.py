@@ -56,7 +56,7 @@ def test_slurm_jobs_carry_the_sweep_out(source, tmp_path, monkeypatch, capsys):
     assert main(typed(source, tmp_path, "--slurm", "2", "--job-option", "slurm_partition=gpu")) == 0
     assert "submitted: 42, 43" in capsys.readouterr().out
     ended = [tmp_path / "s" / "slurm" / f"{number}_0_result.pkl" for number in (42, 43)]
-    for _ in range(1800):
+    for _ in range(12_000):
         if all(each.is_file() for each in ended):
             break
         time.sleep(0.1)

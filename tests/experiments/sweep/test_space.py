@@ -79,7 +79,7 @@ def test_the_options_of_a_method_count_only_there():
         ("teacher.model=cifar/vgg8,cifar/vgg11", "share teacher"),
         ("data.source=digits,other", "share teacher"),
         ("seed=1,2", "seed"),
-        ("training.pick_by=top1,loss", "measure"),
+        ("training.selection_metric=top1,nll", "measure"),
         ("training.lr", "KEY=a,b,c"),
         ("training.lr=1,,2", "between two commas"),
         ("training.lr=1..2:lin", ":log"),

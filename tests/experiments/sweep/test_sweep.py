@@ -1,11 +1,10 @@
 """A sweep on small photographs: joined, killed, gone on with, refused; and the test split left alone."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +17,8 @@ from potstill.sealed import read_sealed_json, write_sealed_json
 
 pytest.importorskip("optuna", reason='needs the extra "sweep"')
 
+SIGNALLED = Path(__file__).parents[2] / "guarantees" / "signalled.py"
+LONG = 1200  # seconds after which a process counts as hanging
 OVER = ["method.temperature=1,2", "method.alpha=0.2,0.8"]
 
 
@@ -32,6 +33,7 @@ def source(recipe, tmp_path):
 def make(source, folder, over=OVER, sets=(), **options):
     space = parse_space(over, source, sets, {})
     options.setdefault("grid", space.listed)
+    options.setdefault("confirm_seeds", 0)
     return Sweep(source, sets, {}, space, folder=folder, **options)
 
 
@@ -39,49 +41,76 @@ def rows(folder):
     return read_sealed_json(folder / "trials.json")["trials"]
 
 
-def command(source, folder, *more):
+def command(source, folder, *more, through=("-m", "potstill")):
     over = [part for text in OVER for part in ("--over", text)]
+    more = ("--confirm-seeds", "0", *more)
     where = ["--root", str(folder.parent), "--name", folder.name]
-    return [sys.executable, "-m", "potstill", "sweep", source, *over, *where, *more]
+    return [sys.executable, *through, "sweep", source, *over, *where, *more]
 
 
-def test_only_the_winner_meets_the_test_split_and_once(source, tmp_path):
-    folder, seen = tmp_path / "sweep", []
-
-    def told(_):
-        seen.extend(path for path in folder.rglob("*test*") if path.is_file())
-        seen.extend(folder.rglob("results.json"))
-
-    work = make(source, folder, told=told)
+def test_an_unconfirmed_search_never_reads_test(source, tmp_path):
+    folder = tmp_path / "sweep"
+    work = make(source, folder)
     assert work.work()
-    assert seen == []  # while trials ran
     found = rows(folder)
     assert len(found) == 4
-    best = max(found, key=lambda row: row["value"])["value"]
-    final = read_sealed_json(folder / "final.json")
-    assert final["value"] == best
-    assert [path.parent.name for path in folder.rglob("results.json")] == [final["folder"]]
-    stages = read_sealed_json(work.winner() / "results.json")["stages"]
-    assert list(stages) == ["teacher", "baseline", "distilled"]
-    assert stages["distilled"]["val"]["top1"] == pytest.approx(best)  # the same weights, not trained again
+    final = work.winner()
+    assert final["value"] == max(row["value"] for row in found)
+    assert not list(folder.rglob("results.json"))
+    assert not list(folder.rglob("*test*"))
     assert len(list(folder.glob("teacher/teacher/metrics.jsonl"))) == 1  # the one training of a teacher
     assert not list(folder.glob("trials/*/teacher/metrics.jsonl"))
-
-    before = (work.winner() / "results.json").stat().st_mtime_ns
-    assert make(source, folder).work()  # the same command again does nothing more
-    assert (work.winner() / "results.json").stat().st_mtime_ns == before
-    with pytest.raises(UsageError, match="has met the test split"):
-        make(source, folder, trials=2).work()
+    _, lines = render_sweep(folder)
+    text = "\n".join(lines)
+    assert f"trial {final['trial']} won on val: a search, unconfirmed" in text
+    assert "elped" not in text
     with pytest.raises(UsageError, match=r"(?s)training.lr: was 0.003, now 0.5.*--name"):
         make(source, folder, sets=["training.lr=0.5"]).work()
     with pytest.raises(UsageError, match=r"method.temperature=1,2: was there before"):
         make(source, folder, over=["method.temperature=1,3", OVER[1]]).work()
 
+
+def test_a_winner_is_confirmed_on_fresh_seeds_against_a_baseline_searched_as_long(source, tmp_path):
+    folder, over, seen = tmp_path / "sweep", ["method.alpha=0.2,0.8"], []
+
+    def told(_):
+        seen.extend(folder.rglob("results.json"))
+
+    assert make(source, folder, over=over, told=told, confirm_seeds=3).work()
+    assert seen == []  # while trials ran
+    assert len(rows(folder)) == len(rows(folder / "baseline")) == 2
+    tried = [row["chosen"]["student.training.lr"] for row in rows(folder / "baseline")]
+    assert float(tried[0]) == 0.003  # the recipe's own
+    assert 0.003 / 4 <= float(tried[1]) <= 0.003 * 4
+    assert {path.parent.name for path in folder.rglob("results.json")} == {"distilled", "baseline"}
+    stages = {
+        student: read_sealed_json(folder / "confirmation" / student / "results.json")
+        for student in ("distilled", "baseline")
+    }
+    assert {found["seed"] for found in stages.values()} == {1}  # trials had seed 0
+    assert list(stages["distilled"]["repeats"]) == ["distilled-2", "distilled-3"]
+    assert list(stages["baseline"]["repeats"]) == ["baseline-2", "baseline-3"]
     page, lines = render_sweep(folder)
     text = page.read_text(encoding="utf-8")
     assert "http://" not in text.replace("http://www.w3.org", "")
-    assert "https://" not in text
-    assert f"trial {final['trial']} won" in "\n".join(lines)
+    assert "trained again with seeds 1, 2, 3" in "\n".join(lines)
+    assert lines[-1].startswith(("Distillation", "No clear difference"))
+
+    before = [path.stat().st_mtime_ns for path in folder.rglob("results.json")]
+    assert make(source, folder, over=over, confirm_seeds=3).work()  # the same command again does nothing more
+    assert [path.stat().st_mtime_ns for path in folder.rglob("results.json")] == before
+    with pytest.raises(UsageError, match="has met the test split"):
+        make(source, folder, over=over, trials=1).work()
+
+
+def test_trials_of_any_method_and_length_see_the_same_views(source, tmp_path):
+    folder = tmp_path / "sweep"
+    make(source, folder, over=["training.epochs=1,2", "method.name=kd,at"], confirm_seeds=0).work()
+    facts = [read_sealed_json(path)["facts"] for path in folder.glob("trials/*/distilled/model.json")]
+    assert sorted((each["method"]["name"], each["training"]["planned_epochs"]) for each in facts) == [
+        ("at", 1), ("at", 2), ("kd", 1), ("kd", 2),
+    ]  # fmt: skip
+    assert len({each["views"]["sha256"] for each in facts}) == 1
 
 
 def test_time_out_leaves_the_rest_to_the_same_command(source, tmp_path):
@@ -103,22 +132,20 @@ def test_other_images_are_another_sweep(source, tmp_path):
 
 def test_a_killed_process_loses_nothing_and_two_share_the_rest(source, tmp_path):
     folder = tmp_path / "sweep"
-    slow = ("--set", "training.epochs=12")
-    with subprocess.Popen(
-        command(source, folder, *slow), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as first:
-        deadline = time.monotonic() + 60
-        while not list(folder.glob("trials/*/distilled/metrics.jsonl")):
-            assert time.monotonic() < deadline
-            assert first.poll() is None
-            time.sleep(0.05)
-        os.kill(first.pid, signal.SIGKILL)
-    home = next(folder.glob("trials/*/distilled/metrics.jsonl")).parents[1].name
+    longer = ("--set", "training.epochs=3")
+    # Killed in the second epoch of the first trial.
+    killing = (str(SIGNALLED), "potstill.training.loop:write_json_lines", "SIGKILL", "4")
+    first = subprocess.run(
+        command(source, folder, *longer, through=killing), capture_output=True, text=True, check=False
+    )
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    (begun,) = folder.glob("trials/*/distilled/metrics.jsonl")
+    home = begun.parents[1].name
     pair = [
-        subprocess.Popen(command(source, folder, *slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(command(source, folder, *longer), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [each.communicate(timeout=120) for each in pair]
+    said = [each.communicate(timeout=LONG) for each in pair]
     assert [each.returncode for each in pair] == [0, 0], said
     found = rows(folder)
     assert [row["state"] for row in found] == ["complete"] * 4
@@ -127,4 +154,4 @@ def test_a_killed_process_loses_nothing_and_two_share_the_rest(source, tmp_path)
     assert len(combinations) == 4
     assert len(list((folder / "workers").iterdir())) == 3
     assert sum("its process has ended" in errors for _, errors in said) == 1
-    assert len(list(folder.rglob("results.json"))) == 1
+    assert (folder / "final.json").exists()

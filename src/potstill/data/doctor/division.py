@@ -1,5 +1,6 @@
 """Which images are for train, val and test, as `potstill run` would have it, and whether each class is in each."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,8 +105,11 @@ def _missing(division: Division, listing: Listing) -> list[Finding]:
     if not names and listing.findings:
         return []  # they say why
     if len(names) < 2:
+        if any(each.kind.startswith(("link", "unreadable")) for each in listing.findings):
+            return []  # whose images may be those of the other classes
         found = f"only {names[0]!r}" if names else "none"
-        return [Finding("one-class", ".", f"a classifier needs at least two classes, found {found}")]
+        reason = f"a classifier needs at least two classes, found {found}{_deeper(listing)}"
+        return [Finding("one-class", ".", reason)]
     if not division.split or listing.kind == "folders":  # whose walk has compared the folders
         return []
     return [
@@ -114,6 +118,37 @@ def _missing(division: Division, listing: Listing) -> list[Finding]:
         for name, count in zip(names, counts, strict=True)
         if split != "all" and not count
     ]
+
+
+def _deeper(listing: Listing) -> str:
+    """A hint where the class folders lie one folder further down."""
+    paths = [entry.name.split("/")[int(entry.split is not None) :] for entry in listing.entries]
+    inner = sorted({path[1] for path in paths if len(path) > 2})
+    if listing.kind != "folders" or len(inner) < 2 or any(entry.split for entry in listing.entries):
+        return ""
+    return f"; with folders {', '.join(inner[:3])} in it: if these are the classes, give {paths[0][0]} as the data"
+
+
+def small_classes(listing: Listing, settings: DataSettings) -> list[Finding]:
+    """Classes that a run cannot take: without an image in one of the given splits, or with fewer than are to be split
+    off; ``path`` is the name of the class.
+    """
+    counts: dict[str, Counter[str | None]] = {}
+    for entry in listing.entries:
+        counts.setdefault(entry.label, Counter())[entry.split] += 1
+    given = [split for split in SPLITS if any(found[split] for found in counts.values())]
+    shares = [split for split in ("val", "test") if split not in given]
+    needed = len(shares) + 1
+    found = []
+    for name, own in sorted(counts.items()):
+        missing = [split for split in given if not own[split]]
+        pool = own["train" if given else None]
+        if missing:
+            found.append(Finding("missing-class", name, f"class {name!r} has no images in {' and '.join(missing)}"))
+        elif pool < needed:
+            reason = f"class {name!r} has {pool} of the {needed} images needed for {', '.join(['train', *shares])}"
+            found.append(Finding("too-few", name, reason))
+    return found
 
 
 def _imbalance(division: Division) -> list[Finding]:

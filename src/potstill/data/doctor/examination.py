@@ -1,17 +1,15 @@
 """The examination: list, divide, look at every image, compare."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from potstill.data.cores import in_turn
 from potstill.data.datasets import DATASETS, check_source
 from potstill.data.doctor.division import Division, divide
 from potstill.data.doctor.duplicates import Pictures, Repeats, find_repeats
 from potstill.data.doctor.findings import Finding
-from potstill.data.doctor.folder import walk_folder
 from potstill.data.doctor.listing import Listing
 from potstill.data.doctor.looks import TINY, Look, Looker, files_looker, images_looker, other_format
-from potstill.data.doctor.manifest import read_manifest
+from potstill.data.doctor.ranges import examine_ranges
 from potstill.data.doctor.ready_splits import list_splits
 from potstill.data.doctor.remembered import remember_files, remember_findings
 from potstill.data.doctor.report import Report, in_order
@@ -20,9 +18,11 @@ from potstill.data.doctor.statistics import Table
 from potstill.data.settings import DataSettings
 from potstill.data.shards.source import from_shards
 from potstill.data.shards.urls import is_shards
-from potstill.data.sources import AUGMENT
+from potstill.data.sources import AUGMENT, leave_out, leave_out_classes, list_source, notes_of
+from potstill.data.square import unseen
 from potstill.data.watcher import Watcher
 
+_SHOWN = 5  # names in a note
 _PIECE = 16  # images handed to a thread at once
 
 
@@ -43,30 +43,44 @@ def examine(settings: DataSettings, watcher: Watcher | None = None) -> Report:
 
 def examine_listing(listing: Listing, settings: DataSettings, watcher: Watcher | None = None) -> Report:
     """As ``examine``, of what was listed before."""
-    division, findings = divide(listing, settings)
-    findings = [*listing.findings, *findings, *similar_classes(division.class_names)]
     names = [entry.name for entry in listing.entries]
     table = Table(len(names))
     looker = files_looker(listing.root, names) if listing.images is None else images_looker(listing.images)
+    bad, odd = list[Finding](), list[Finding]()
     for i, look in enumerate(_looks(looker, len(names), watcher)):
         if isinstance(look, Finding):
-            findings.append(look)
+            bad.append(look)
         else:
             table.put(i, look)
-            findings += _oddities(names[i], look)
+            odd += _oddities(names[i], look)
+    skipped = list[Finding]()
+    if settings.skip_bad and not listing.ready:
+        listing, skipped = leave_out(listing, bad)
+        listing, small = leave_out_classes(listing, settings)
+        skipped, bad = skipped + small, []
+        kept = {entry.name for entry in listing.entries}
+        table.keep([i for i, name in enumerate(names) if name in kept])
+        odd = [each for each in odd if each.path in kept]
+        names = [entry.name for entry in listing.entries]
+    division, findings = divide(listing, settings)
+    findings = [*listing.findings, *findings, *similar_classes(division.class_names), *bad, *odd]
+    ends, ranges = examine_ranges(names, division, table, settings.range)
+    findings += ranges
     repeats = _compare(names, division, table)
     if listing.images is None:
         findings += similar_files(names)
     found = in_order([*findings, *repeats.findings])
     if not listing.ready:
         remember_files(listing, table)
-    remember_findings(listing, division, table, found)
+    remember_findings(listing, division, table, found, settings.range)
     return Report(
         source=settings.source,
         images=len(names),
-        passed_over=listing.passed_over,
+        passed_over=listing.passed_over.total(),
+        notes=[*_notes(listing, division), *unseen(table.rows["width"], table.rows["height"], settings.resize_mode)],
+        skipped=in_order(skipped),
         division=division,
-        figures=table.figures(),
+        figures=table.figures() | {"range": None if ends is None else list(ends)},
         repeats={k: v for k, v in vars(repeats).items() if k != "findings"},
         findings=found,
     )
@@ -78,8 +92,22 @@ def _list(settings: DataSettings) -> Listing:
         return list_splits(DATASETS[settings.source](settings))
     if is_shards(settings.source):
         return list_splits(from_shards(settings, AUGMENT))
-    path = Path(settings.source).expanduser()
-    return walk_folder(path) if path.is_dir() else read_manifest(path)
+    return list_source(settings)
+
+
+def _notes(listing: Listing, division: Division) -> Iterator[str]:
+    yield from notes_of(listing)
+    names = division.class_names
+    if blanks := [name for name in names if name != name.strip() or name.endswith(".")]:
+        yield f"class names that end in blanks or dots, which Windows drops: {', '.join(map(repr, blanks[:_SHOWN]))}"
+    if not listing.ready and len(names) > 1 and all(name.isdecimal() for name in names):
+        by_number = sorted(names, key=int)
+        if by_number != list(names):
+            at = next(i for i, pair in enumerate(zip(names, by_number, strict=True)) if pair[0] != pair[1])
+            yield (
+                f"class names are sorted as text, so that output {at} is {names[at]!r} and not {by_number[at]!r}; "
+                "weights of other programs may have the order of the numbers"
+            )
 
 
 def _looks(looker: Looker, count: int, watcher: Watcher | None) -> Iterator[Look | Finding]:

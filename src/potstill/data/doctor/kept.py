@@ -60,7 +60,10 @@ def kept(fingerprint: str) -> tuple[Short, ...] | None:
     checksum, content = stored[:64], stored[64:]
     if digest(content).encode() != checksum:
         return None
-    return tuple(Short(kind, count, example) for kind, count, example in json.loads(content))
+    try:
+        return tuple(Short(kind, count, example) for kind, count, example in json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def _sentence(each: Finding) -> str:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from PIL import Image
 
-from potstill.data.decode import FORMATS
+from potstill.data.image_structure import examine
 from potstill.data.quiet import quiet_pillow
 
 MOST_PIXELS = 4_000_000  # of an image, and
@@ -24,8 +24,10 @@ def one_at_a_time(large: bool) -> AbstractContextManager[object]:
 def header(content: bytes) -> tuple[str, str, int]:
     """Format, mode and number of pixels; what cannot be opened is refused by the decoder, with its reason."""
     try:
-        with quiet_pillow(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            kind = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with further pictures behind it
-            return kind, image.mode, image.width * image.height
+        structure = examine(content)
+        if structure.isolated:  # in a process of its own, whose memory is limited
+            return structure.format, "RGB", 0
+        with quiet_pillow(), Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
+            return structure.format, image.mode, image.width * image.height
     except Exception:  # as around decode: Pillow raises nearly anything
         return "", "", 0

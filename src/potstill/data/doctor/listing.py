@@ -1,12 +1,15 @@
 """What is to be examined: images with labels and, where the source gives them, splits."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from potstill.data.doctor.findings import Finding
 from potstill.data.images import ImageSet
 from potstill.data.listing import Entry, name_problem
+
+LINK_TO_FOLDER = "a link to a folder"
 
 
 @dataclass
@@ -19,8 +22,11 @@ class Listing:
     fingerprint: str = ""  # of data that comes split
     entries: list[Entry] = field(default_factory=list)  # sorted by name
     findings: list[Finding] = field(default_factory=list)
-    passed_over: int = 0  # hidden files and clutter
+    passed_over: Counter[str] = field(default_factory=Counter)  # hidden and system files and folders, by name
+    notes: list[str] = field(default_factory=list)  # sentences on what is not wrong
     images: ImageSet | None = None  # in the order of the entries, where they are no files below the root
+    follow_links: bool = False
+    _reached: dict[str, str] = field(default_factory=dict)  # folder without links -> where it was read first
 
     def find(self, kind: str, path: Path | str, reason: str, *others: str) -> None:
         """Note a problem; ``path`` as it is below the root, or beginning with it."""
@@ -32,26 +38,37 @@ class Listing:
         if problem := name_problem(name):
             self.find("name", path, problem.removeprefix(f"{name!r}: "))
 
+    def enter(self, folder: str) -> bool:
+        """Whether to read a folder, given as it is below the root; one that links lead to twice is a problem."""
+        if not self.follow_links:
+            return True
+        real = os.path.realpath(self.root / folder)
+        first = self._reached.setdefault(real, folder)
+        if first != folder:
+            self.find("link-folder", folder, f"the same folder as {first}, by a link: its images would count twice")
+        return first == folder
 
-def link_problem(path: str, root: str) -> tuple[str, str] | None:
-    """Why a link must not be followed: kind of finding and reason; None where it leads to a file below the root.
+    def link_problem(self, path: str, root: str) -> tuple[str, str] | None:
+        """Why a link must not be followed: kind of finding and reason; None where it leads to a file below the root,
+        or, with ``follow_links``, to a file or folder anywhere.
 
-    Args:
-        path: the link.
-        root: the data folder, without links.
-    """
-    target = os.path.realpath(path)
-    if os.path.islink(target):
-        return "link-broken", broken(path)
-    if not below(target, root):
-        to = "to a folder " if os.path.isdir(target) else ""
-        return "link-out", f"a link {to}out of the data folder, to {target}"
-    if os.path.isdir(target):
-        loop = below(os.path.realpath(os.path.dirname(path)), target)
-        return "link-folder", "a link to a folder that holds the link: a loop" if loop else "a link to a folder"
-    if not os.path.exists(target):
-        return "link-broken", broken(path)
-    return None if os.path.isfile(target) else ("unreadable", "a link to what is no regular file")
+        Args:
+            path: the link.
+            root: the data folder, without links.
+        """
+        target = os.path.realpath(path)
+        if os.path.islink(target):
+            return "link-broken", broken(path)
+        is_folder = os.path.isdir(target)
+        if not below(target, root) and not self.follow_links:
+            return "link-out", f"a link {'to a folder ' if is_folder else ''}out of the data folder, to {target}"
+        if is_folder:
+            if below(os.path.realpath(os.path.dirname(path)), target):
+                return "link-folder", "a link to a folder that holds the link: a loop"
+            return None if self.follow_links else ("link-folder", LINK_TO_FOLDER)
+        if not os.path.exists(target):
+            return "link-broken", broken(path)
+        return None if os.path.isfile(target) else ("unreadable", "a link to what is no regular file")
 
 
 def broken(path: str) -> str:

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from potstill.data.decode import Pixels, decode_bytes, read_file
+from potstill.data.decode import Pixels, read_file, read_image
 from potstill.data.doctor import large
 from potstill.data.doctor.findings import Finding
 from potstill.data.doctor.large import header, one_at_a_time
 from potstill.data.images import ImageSet
 from potstill.data.known_files import State, state_of, trusted
+from potstill.data.value_range import Span
 from potstill.errors import DataError
 
 EXTENSIONS = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP",
-    ".bmp": "BMP", ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF",
+    ".bmp": "BMP", ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF", ".heic": "HEIC",
+    ".heif": "HEIC", ".hif": "HEIC",
 }  # fmt: skip
 
 TINY = 8  # pixels: the smallest data.size
@@ -32,6 +34,8 @@ _WORDS = (
     ("empty file", "empty-file"),
     ("megapixels", "oversize"),
     ("MiB of file", "oversize"),
+    ("beyond the limits", "oversize"),
+    ("needs the extra", "unreadable"),
     ("truncated", "truncated"),
 )
 
@@ -49,6 +53,7 @@ class Look:
     content: bytes  # 32: SHA-256 of the file
     pixels: bytes  # 16: of shape and RGB pixels
     state: State = UNKNOWN  # of the file, where it can be trusted not to have changed since
+    span: Span | None = None  # of the values, where they have more than 8 bits
 
 
 Looker = Callable[[int], Look | Finding]
@@ -70,7 +75,7 @@ def look_at_file(root: Path, name: str) -> Look | Finding:
             return look_at_content(content, name, state or UNKNOWN)
     except DataError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        return Finding(_kind(reason, "unreadable"), name, reason)
+        return Finding(kind_of(reason, "unreadable"), name, reason)
 
 
 def look_at_content(content: bytes, name: str, state: State = UNKNOWN) -> Look | Finding:
@@ -78,11 +83,11 @@ def look_at_content(content: bytes, name: str, state: State = UNKNOWN) -> Look |
     kind, mode, pixels = header(content)
     with one_at_a_time(pixels > large.MOST_PIXELS):
         try:
-            found = decode_bytes(content, name)
+            found, span = read_image(content, name)
         except DataError as error:
             reason = str(error).removeprefix(f"{name}: ")
-            return Finding(_kind(reason, "damaged"), name, reason)
-        return _look(found, len(content), kind, mode, hashlib.sha256(content).digest(), state)
+            return Finding(kind_of(reason, "damaged"), name, reason)
+        return _look(found, len(content), kind, mode, hashlib.sha256(content).digest(), state, span)
 
 
 def images_looker(images: ImageSet) -> Looker:
@@ -106,12 +111,20 @@ def other_format(name: str, kind: str) -> str | None:
     return f"a {kind} file whose name ends in {ending}"
 
 
-def _look(pixels: Pixels, size: int, kind: str, mode: str, content: bytes, state: State = UNKNOWN) -> Look:
+def _look(
+    pixels: Pixels,
+    size: int,
+    kind: str,
+    mode: str,
+    content: bytes,
+    state: State = UNKNOWN,
+    span: Span | None = None,
+) -> Look:
     height, width, _ = pixels.shape
     shape = f"{height} {width} ".encode()
     own = hashlib.blake2b(shape, digest_size=16)
     own.update(np.ascontiguousarray(pixels).data)
-    return Look(size, kind, mode, width, height, _blank(pixels), content, own.digest(), state)
+    return Look(size, kind, mode, width, height, _blank(pixels), content, own.digest(), state, span)
 
 
 def _blank(pixels: Pixels) -> bool:
@@ -119,5 +132,6 @@ def _blank(pixels: Pixels) -> bool:
     return all(bool((row == pixels[0, 0]).all()) for row in pixels)
 
 
-def _kind(reason: str, otherwise: str) -> str:
+def kind_of(reason: str, otherwise: str) -> str:
+    """The kind of finding that the decoder's reason is."""
     return next((kind for words, kind in _WORDS if words.lower() in reason.lower()), otherwise)

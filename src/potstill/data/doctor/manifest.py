@@ -1,15 +1,17 @@
 """A reading of a manifest that goes on after every problem.
 
-A CSV file with the header ``path,label`` or ``path,label,split``, or JSON lines with these keys.  Paths are relative
-to the manifest's folder.
+A CSV file with the header ``path,label`` or ``path,label,split``, or JSON lines with these keys; the columns may have
+other usual names, and further columns are not used.  Paths are relative to the manifest's folder, or absolute.
 """
 
 import csv
+import difflib
 import io
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,14 +21,21 @@ from potstill.errors import nearest
 
 SUFFIXES = (".csv", ".jsonl")
 MOST_BYTES = 256 * 2**20  # of a manifest: some millions of rows
-_KEYS = ("path", "label", "split")
+COLUMNS = {
+    "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path"),
+    "label": ("label", "class", "target", "class_name", "category"),
+    "split": ("split", "subset", "partition"),
+}  # the first of each wins; of the others one at most
+_DELIMITERS = ",;\t"
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_SHOWN = 5  # names in a note
 
-Row = tuple[int, dict[str, Any]]  # number of its line, and what it holds
+Row = tuple[int, dict[str, Any]]  # number of its line, and path, label and split as far as it has them
 
 
-def read_manifest(path: Path) -> Listing:
+def read_manifest(path: Path, *, follow_links: bool = False) -> Listing:
     """All rows that can be used, and all problems of the others; of a file that is listed twice, the first row."""
-    found = Listing(path.parent, "manifest")
+    found = Listing(path.parent, "manifest", follow_links=follow_links)
     text = _text(found, path)
     rows = _csv_rows(found, path, text) if path.suffix.lower() == ".csv" else _json_rows(found, path, text)
     real = os.path.realpath(path.parent)
@@ -52,41 +61,76 @@ def _text(found: Listing, path: Path) -> str:
 
 
 def _csv_rows(found: Listing, path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    first = text.partition("\n")[0]
+    delimiter = max(_DELIMITERS, key=lambda each: (first.count(each), each == ","))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        header = list(reader.fieldnames or [])
-        unknown = [name for name in header if name not in _KEYS]
-        if unknown or not {"path", "label"} <= set(header) or len(set(header)) < len(header):
+        header = next(reader, [])
+        columns, problem = _columns(header)
+        if problem:
             if not found.findings:  # else there is no text
-                hint = nearest(unknown[0], _KEYS) if unknown else ""
-                got = ",".join(header)
-                found.find("manifest", path, f"the header must be path,label or path,label,split, got {got}{hint}")
+                found.find("manifest", path, f"the header must be path,label or path,label,split: {problem}")
             return
+        _note_unused(found, [name for name in header if name not in columns.values() and name.strip()])
+        places = {role: header.index(name) for role, name in columns.items()}
         for row in reader:
-            if None in row or None in row.values():
-                found.find("manifest", path, f"line {reader.line_num}: {len(header)} columns expected")
-            else:
-                yield reader.line_num, row
+            if row and len(row) != len(header):
+                reason = f"line {reader.line_num}: {len(header)} columns expected, got {len(row)}"
+                found.find("manifest-row", path, reason)
+            elif row:
+                yield reader.line_num, {role: row[at] for role, at in places.items()}
     except csv.Error as error:
         found.find("manifest", path, f"line {reader.line_num}: {error}; what follows was not read")
 
 
 def _json_rows(found: Listing, path: Path, text: str) -> Iterator[Row]:
+    unused: dict[str, None] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            found.find("manifest", path, f"line {number}: no JSON ({error})")
+            words = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+            found.find("manifest-row", path, f"line {number}: no JSON that can be read ({words})")
             continue
         if not isinstance(row, dict):
-            found.find("manifest", path, f"line {number}: the keys are path, label and split; got no object")
-        elif unknown := sorted(set(row) - set(_KEYS)):
-            got = f"the unknown key {unknown[0]!r}{nearest(unknown[0], _KEYS)}"
-            found.find("manifest", path, f"line {number}: the keys are path, label and split; got {got}")
-        else:
-            yield number, row
+            found.find("manifest-row", path, f"line {number}: the keys are path, label and split; got no object")
+            continue
+        columns, problem = _columns(list(row))
+        if problem:
+            found.find("manifest-row", path, f"line {number}: the keys are path, label and split: {problem}")
+            continue
+        unused |= dict.fromkeys(name for name in row if name not in columns.values())
+        yield number, {role: row[name] for role, name in columns.items()}
+    _note_unused(found, list(unused))
+
+
+def _columns(header: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Which column is path, label and split, and what is wrong with the header; unused ones may be there."""
+    known: dict[str, str] = {}
+    for role, names in COLUMNS.items():
+        fitting = [name for name in header if name.strip().lower() in names]
+        own = [name for name in fitting if name.strip().lower() == role] or fitting
+        if len(own) > 1:
+            return {}, f"{' and '.join(map(repr, own))} may both be the {role}; rename or remove one"
+        if own:
+            known[role] = own[0]
+    rest = [name for name in header if name not in known.values()]
+    lacking = [role for role in ("path", "label") if role not in known]
+    if lacking:
+        near = next((each for name in rest if (each := nearest(name.strip().lower(), lacking))), "")
+        return {}, f"there is no column {' and '.join(lacking)}, got {','.join(header)[:200] or 'nothing'}{near}"
+    typos = [name for name in rest if difflib.get_close_matches(name.lower(), ["split"], cutoff=0.75)]
+    if typos and "split" not in known:
+        return {}, f"unknown column {typos[0]!r}; did you mean 'split'?"
+    return known, ""
+
+
+def _note_unused(found: Listing, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        found.notes.append(f"columns of the manifest that are not used: {shown}")
 
 
 def _entry(found: Listing, manifest: Path, line: int, row: dict[str, Any], real: str) -> Entry | None:
@@ -94,21 +138,45 @@ def _entry(found: Listing, manifest: Path, line: int, row: dict[str, Any], real:
     if isinstance(label, int) and not isinstance(label, bool):
         label = str(label)
     if not (isinstance(path, str) and path and isinstance(label, str) and label):
-        found.find("manifest", manifest, f"line {line}: path and label must be text and not empty")
+        found.find("manifest-row", manifest, f"line {line}: path and label must be text and not empty")
         return None
-    if not isinstance(split, str | None) or (split and split.lower() not in SPLIT_WORDS):
-        found.find("manifest", manifest, f"line {line}: split must be train, val or test, got {split!r}")
+    if not isinstance(split, str | None) or (split and split.strip().lower() not in SPLIT_WORDS):
+        found.find("manifest-row", manifest, f"line {line}: split must be train, val or test, got {split!r}")
         return None
     before = len(found.findings)
     found.find_name(path, path)
     found.find_name(label, label)
     if len(found.findings) > before:  # a path with such characters could not even be looked up
         return None
-    name = PurePosixPath(path)
-    if name.is_absolute() or ".." in name.parts or not below(os.path.realpath(manifest.parent / name), real):
-        found.find("link-out", manifest, f"line {line}: {path!r} leads out of the manifest's folder")
+    name, kind, problem = _name(manifest.parent, path, real, follow=found.follow_links)
+    if problem:
+        found.find(kind, manifest, f"line {line}: {problem}")
         return None
-    return Entry(name.as_posix(), label, SPLIT_WORDS[split.lower()] if split else None)
+    return Entry(name, label, SPLIT_WORDS[split.strip().lower()] if split else None)
+
+
+def _name(folder: Path, path: str, real: str, *, follow: bool) -> tuple[str, str, str]:
+    """A row's path as the name of an entry, or the kind and the reason why there is none."""
+    if "\\" in path and not os.path.lexists(folder / path):
+        if _DRIVE.match(path):
+            return "", "link-out", f"{path!r} is a path of a Windows drive; give paths relative to the manifest"
+        path = path.replace("\\", "/")
+    elif "\\" in path and os.path.lexists(folder / path.replace("\\", "/")):
+        return "", "manifest-row", f"{path!r} may be two files, with a backslash in the name or in a folder; rename one"
+    name = PurePosixPath(path)
+    target = os.path.realpath(folder / name)
+    inside = below(target, real)
+    if not inside and not follow:
+        return "", "link-out", f"{path!r} leads out of the manifest's folder, {real}"
+    if name.is_absolute() or ".." in name.parts:
+        plain = os.path.normpath(os.path.join(os.path.abspath(folder), name))
+        beside = os.path.abspath(folder)
+        if below(plain, beside) and plain != beside and os.path.realpath(plain) == target:
+            return os.path.relpath(plain, beside).replace(os.sep, "/"), "", ""
+        if inside and target != real:
+            return os.path.relpath(target, real).replace(os.sep, "/"), "", ""
+        return PurePosixPath(plain).as_posix(), "", ""
+    return name.as_posix(), "", ""
 
 
 def _each_once(found: Listing, path: Path, entries: list[Entry]) -> list[Entry]:

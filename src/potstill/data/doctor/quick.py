@@ -15,6 +15,8 @@ from potstill.data.image_files import are_arrays, digests_of
 from potstill.data.images import ImageSet
 from potstill.data.splits import SPLITS, DataSplits
 
+UNUSED = ("beside-classes", "hidden")  # kinds of images that a run does not use
+
 
 def findings_of(data: DataSplits) -> tuple[Short, ...]:
     """What ``potstill check`` has found in this very data, else what can be found without reading a file again.
@@ -25,13 +27,14 @@ def findings_of(data: DataSplits) -> tuple[Short, ...]:
         data: that was checked.
 
     Returns:
-        By kind; errors first.
+        By kind; errors first, images that are not used last.
     """
     found = kept(data.fingerprint)
     if found is None:
         found = shorten(find_repeated(data))
         keep(data.fingerprint, found)
-    return found
+    # What is not used is no part of the fingerprint, and may have changed.
+    return (*(each for each in found if each.kind not in UNUSED), *shorten(data.doubts))
 
 
 def find_repeated(data: DataSplits) -> list[Finding]:
@@ -84,7 +87,11 @@ def sentences(found: Sequence[Short], source: str) -> tuple[list[str], list[str]
         for each in found
         if KINDS[each.kind].severity == "error"
     ]
-    others = [f"{each.count:,} x {KINDS[each.kind].what}" for each in found if KINDS[each.kind].severity == "warning"]
+    others = [
+        f"{each.count:,} x {KINDS[each.kind].what}" + (f" ({each.example})" if each.kind in UNUSED else "")
+        for each in found
+        if KINDS[each.kind].severity == "warning"
+    ]
     return warnings, [f"{source}: {', '.join(others)}; {command} says which"] if others else []
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from potstill.data.doctor.division import Division
@@ -19,11 +19,13 @@ class Report:
 
     source: str  # as it was asked for
     images: int  # that are listed
-    passed_over: int  # hidden files and clutter
+    passed_over: int  # hidden and system files and folders
     division: Division
     figures: dict[str, Any]  # of ``statistics.Table``
     repeats: dict[str, Any]  # counts of ``duplicates.Repeats``
     findings: list[Finding]  # errors first, by kind, by path
+    skipped: list[Finding] = field(default_factory=list)  # left out by data.skip_bad
+    notes: list[str] = field(default_factory=list)  # what is not wrong, and worth knowing
 
     def count(self, severity: Severity) -> int:
         """Findings that are so bad."""
@@ -51,6 +53,8 @@ class Report:
             "counts": counts,
             "figures": self.figures,
             "repeats": self.repeats,
+            "notes": self.notes,
+            "skipped": [each.as_dict() for each in self.skipped],
             "findings": [each.as_dict() for each in self.findings],
         }
 

@@ -7,17 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.doctor.looks import Look
+from potstill.data.value_range import KINDS, Span
 
 _ROW = np.dtype(
     [
         ("good", np.bool_), ("bytes", np.int64), ("format", np.uint8), ("mode", np.uint8), ("width", np.int32),
         ("height", np.int32), ("content", np.uint8, 32), ("pixels", np.uint8, 16), ("state", np.int64, 4),
+        ("span", np.uint8), ("low", np.float64), ("high", np.float64),
     ]
 )  # fmt: skip
 
 
 class Table:
-    """Looks at N images, 99 bytes each whatever their size."""
+    """Looks at N images, 116 bytes each whatever their size."""
 
     def __init__(self, count: int) -> None:
         self.rows = np.zeros(count, dtype=_ROW)
@@ -27,7 +29,16 @@ class Table:
         """Keep what was seen of image i."""
         content, pixels = (np.frombuffer(value, np.uint8) for value in (look.content, look.pixels))
         kind, mode = self._number(look.format), self._number(look.mode)
-        self.rows[i] = (True, look.size, kind, mode, look.width, look.height, content, pixels, look.state)
+        self.rows[i] = (True, look.size, kind, mode, look.width, look.height, content, pixels, look.state, *_span(look))
+
+    def span(self, i: int) -> Span | None:
+        """Of the values of image i, where they have more than 8 bits."""
+        kind, low, high = (self.rows[i][key].item() for key in ("span", "low", "high"))
+        return Span(KINDS[kind - 1], low, high) if kind else None
+
+    def keep(self, positions: list[int]) -> None:
+        """Forget all other images."""
+        self.rows = self.rows[positions]
 
     @property
     def good(self) -> NDArray[np.int64]:
@@ -55,6 +66,10 @@ class Table:
 
     def _counted(self, numbers: NDArray[np.uint8]) -> dict[str, int]:
         return {self._words[at]: count for at, count in Counter(numbers.tolist()).most_common()}
+
+
+def _span(look: Look) -> tuple[int, float, float]:
+    return (0, 0.0, 0.0) if look.span is None else (KINDS.index(look.span.kind) + 1, look.span.low, look.span.high)
 
 
 def _spread(values: NDArray[Any]) -> dict[str, int] | None:

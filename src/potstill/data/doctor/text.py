@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from potstill.amounts import count, scaled
-from potstill.data.doctor.findings import KINDS, Finding
+from potstill.data.doctor.findings import KINDS, Finding, hints
 from potstill.data.doctor.report import Report
+from potstill.data.value_range import shown
 
 SHOWN = 20  # findings of a kind, and classes
 
@@ -21,12 +22,20 @@ def lines(report: Report, *, everything: bool = False) -> Iterator[str]:
     yield from _overview(report)
     yield from _classes(report, most)
     yield from _sizes(report.figures)
+    if report.notes:
+        yield ""
+    yield from (f"note: {each}" for each in report.notes)
+    if report.skipped:
+        yield ""
+        yield f"left out ({len(report.skipped):,}), as data.skip_bad asks:"
+        yield from _findings(report.skipped, most)
     for kind, number in report.kinds().items():
         about = KINDS[kind]
         yield ""
         yield f"{about.severity}: {about.what} ({number:,}): {about.why}"
         yield from _findings([each for each in report.findings if each.kind == kind], most)
     yield ""
+    yield from hints(report.findings)
     yield verdict(report)
 
 
@@ -43,8 +52,6 @@ def _overview(report: Report) -> Iterator[str]:
     size = f", {scaled(report.figures['bytes'], 'B')}" if _are_files(report.figures) else ""
     yield f"{report.source}: {_plural(report.images, 'image')}, {_plural(len(names), 'class')}{size}"
     yield f"splits   {report.division.origin}"
-    if report.passed_over:
-        yield f"         {_plural(report.passed_over, 'hidden or system file')} passed over"
 
 
 def _classes(report: Report, most: int) -> Iterator[str]:
@@ -74,6 +81,8 @@ def _sizes(figures: dict[str, Any]) -> Iterator[str]:
     if files:
         yield f"formats  {_counted(figures['formats'])}"
         yield f"modes    {_counted(figures['modes'])}"
+    if figures.get("range"):
+        yield f"range    {shown(tuple(figures['range']))}, for images of more than 8 bits"
     for key in ("width", "height"):
         yield f"{key:<8} {_spread(figures[key], 'px')}"
     if files:

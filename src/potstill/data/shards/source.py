@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.artifacts import digest
+from potstill.cache import cache_folder
 from potstill.data.bundled.options import Options, read_options
 from potstill.data.decode import Pixels, decode_bytes
 from potstill.data.images import ImageSet, Subset
@@ -15,6 +17,8 @@ from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.shards.reading import Sample, Shard, read_shard
 from potstill.data.shards.urls import expand, read_range
 from potstill.data.splits import DataSplits, check_splits, fingerprint, stratified
+from potstill.data.turns import one_process
+from potstill.data.value_range import Range, range_of, ranged
 from potstill.data.watcher import Watcher
 from potstill.errors import DataError, UsageError
 
@@ -41,6 +45,11 @@ class ShardSet:
         self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
         digests = b"".join(bytes.fromhex(each.digest) for _, each in places)
         self.digests: NDArray[np.uint8] = np.frombuffer(digests, np.uint8).reshape(len(places), 32)
+        self.contents = {
+            name: f"{each.size} {each.digest} {each.span}".rstrip()
+            for name, (_, each) in zip(self.names, places, strict=True)
+        }
+        self.range: Range | None = None  # as of a ``FileSet``
 
     def __len__(self) -> int:
         return len(self.places)
@@ -54,7 +63,7 @@ class ShardSet:
         content = read_range(*self.places[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{self.places[i][0]}: {self.names[i]} has changed since it was checked; start again")
-        return decode_bytes(content, self.names[i])
+        return decode_bytes(content, self.names[i], self.range)
 
 
 def check_shards(settings: DataSettings) -> None:
@@ -64,6 +73,11 @@ def check_shards(settings: DataSettings) -> None:
         UsageError: names or options that are wrong, or a shard on this machine that is not there.
     """
     options = read_options(settings, ShardOptions)
+    if settings.skip_bad:
+        raise UsageError(
+            f"data {settings.source!r}: --skip-bad (data.skip_bad) takes folders and manifests; write the shards "
+            "without the members that `potstill check` names"
+        )
     for source in filter(None, (settings.source, options.val, options.test)):
         for url in expand(source):
             if "://" not in url and not Path(url).expanduser().is_file():
@@ -86,8 +100,7 @@ def from_shards(settings: DataSettings, augment: AugmentSettings, progress: Watc
     refuse(settings.source, [problem for shard in every for problem in shard.problems])
     names, sets = _labelled(settings.source, shards, _class_names(options))
     origin = f"{len(every)} tar shard{'s' if len(every) != 1 else ''}"
-    if ignored := sum(shard.ignored for shard in every):
-        origin += f"; {ignored} links and devices in them are left alone"
+    origin += _left_alone(every)
     parts: dict[str, ImageSet] = dict(sets)
     if shares := {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}:
         pool = sets["train"]
@@ -98,19 +111,34 @@ def from_shards(settings: DataSettings, augment: AugmentSettings, progress: Watc
     digests = {name: each.tobytes().hex() for images in sets.values()
                for name, each in zip(images.names, images.digests, strict=True)}  # fmt: skip
     contents = {split: [digests[name] for name in images.names] for split, images in parts.items()}
+    words = {name: word for images in sets.values() for name, word in images.contents.items()}
+    ends = range_of(parts["train"].names, words, settings.range)
+    for images in sets.values():
+        images.range = ends
     return DataSplits(
         names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
-        fingerprint=fingerprint(parts, names, contents), augment=augment,
+        fingerprint=ranged(fingerprint(parts, names, contents), ends), augment=augment, range=ends,
     )  # fmt: skip
 
 
+def _left_alone(shards: Sequence[Shard]) -> str:
+    """What of the shards is not used, counted and with examples."""
+    found = ""
+    for why in dict.fromkeys(why for shard in shards for why in shard.left):
+        names = [name for shard in shards for name in shard.left.get(why, [])]
+        examples = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
+        found += f"; {len(names):,} {why} are left alone ({examples}{', ...' if len(names) > 3 else ''})"
+    return found
+
+
 def _read(source: str, progress: Watcher | None) -> list[Shard]:
-    urls = expand(source)
-    found = []
-    for at, url in enumerate(urls):
-        found.append(read_shard(url))
-        if progress is not None:
-            progress.wait("reading shards", at + 1, len(urls))
+    urls, found = expand(source), []
+    lock = cache_folder("locks", f"{digest(source.encode('utf-8', 'surrogateescape'))[:16]}.lock")
+    with one_process(lock, "reads these shards", progress):
+        for at, url in enumerate(urls):
+            found.append(read_shard(url))
+            if progress is not None:
+                progress.wait("reading shards", at + 1, len(urls))
     return found
 
 

@@ -12,6 +12,7 @@ from potstill.experiments.sweep.space import Space
 from potstill.sealed import read_sealed_json, write_sealed_json
 
 SWEEP, TRIALS, FINAL = "sweep.json", "trials.json", "final.json"
+CONFIRMATION = "confirmation.json"  # once winner and baseline were trained again on fresh seeds
 SLURM = "slurm"  # a folder: what SLURM jobs print
 _SHOWN = 8  # differences that are named
 _FREE = ("data.workers", "data.memory_share", "store.folder", "training.checkpoint_seconds")
@@ -26,7 +27,7 @@ def describe(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool, tria
         "space": [dimension.facts() | {"text": str(dimension)} for dimension in space.dimensions],
         "grid": grid,
         "trials": trials,
-        "measure": recipe.stage_training("distilled").pick_by,
+        "measure": recipe.stage_training("distilled").selection_metric,
     }
 
 
@@ -52,11 +53,12 @@ def agree(folder: Path, wanted: dict[str, Any]) -> None:
             + "\nRepeat the command with which it began, or give this one another --name"
         )
     if before["trials"] != wanted["trials"]:
-        if (folder / FINAL).exists():
+        if (folder / CONFIRMATION).exists():
             raise UsageError(
                 f"the sweep in {folder} ended after {before['trials']} trials, and its winner has met the test split.\n"
                 "Further trials would make that a second look: start another sweep with --name"
             )
+        (folder / FINAL).unlink(missing_ok=True)  # the winner is chosen again
         write_sealed_json(path, wanted)
 
 

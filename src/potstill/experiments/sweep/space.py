@@ -30,11 +30,12 @@ _SHARED = (
     "data.test",
     "data.split_seed",
     "store",
-    "training.pick_by",
+    "training.selection_metric",
     "training.evaluate_test_every_epoch",
-    "student.training.pick_by",
+    "student.training.selection_metric",
     "student.training.evaluate_test_every_epoch",
 )
+_NOT_OF_BASELINE = ("method", "teachers", "assistants", "generations", "curriculum", "layers", "domain")
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,25 @@ def read_dimension(text: str) -> Dimension:
         raise UsageError(f"--over {text}: a logarithmic range begins above 0")
     whole = all(re.fullmatch(r"[-+]?\d+", match[at]) for at in (1, 2))
     return Dimension(key, low=low, high=high, log=bool(how), whole=whole)
+
+
+def baseline_space(space: Space, recipe: Recipe, trials: int) -> Space:
+    """What a baseline is searched over, beside a search of ``trials`` trials over ``space``.
+
+    The dimensions that concern a student on labels alone: all but those of methods and of whom it learns from.  Where
+    these have fewer combinations than there are trials, its learning rate is searched too (a quarter to four times that
+    of the recipe), or its weight decay where the learning rate is varied already, so that it gets as many trials.
+    """
+    own = [each for each in space.dimensions if each.key.partition(".")[0] not in _NOT_OF_BASELINE]
+    if all(each.choices for each in own) and math.prod(len(each.choices) for each in own) < trials:
+        training = recipe.stage_training("baseline")
+        keys = {each.key.rpartition(".")[2] for each in own}
+        if "lr" not in keys:
+            own.append(Dimension("student.training.lr", low=training.lr / 4, high=training.lr * 4, log=True))
+        elif "weight_decay" not in keys:
+            middle = training.weight_decay or 1e-4
+            own.append(Dimension("student.training.weight_decay", low=middle / 10, high=middle * 10, log=True))
+    return Space(tuple(own), space.base_method)
 
 
 def _checked(

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from potstill.training.stopping import Stopping
 
-STAGES = ("teacher", "distilled")
-
 
 class Pruned(Exception):
     """A trial that is not worth its remaining epochs.  Raised inside training, caught here."""
@@ -24,8 +22,8 @@ class Pruned(Exception):
 class Pruning(Silent):
     """Passes everything on, reports the student's val figure to the study, and ends a hopeless trial."""
 
-    def __init__(self, trial: "optuna.Trial", measure: str, inner: Observer) -> None:
-        self._trial, self._measure, self._inner, self._stage = trial, measure, inner, ""
+    def __init__(self, trial: "optuna.Trial", measure: str, student: str, inner: Observer) -> None:
+        self._trial, self._measure, self._student, self._inner, self._stage = trial, measure, student, inner, ""
 
     def stage(self, name: str, detail: str) -> None:
         """A stage begins."""
@@ -45,7 +43,7 @@ class Pruning(Silent):
         """An epoch is over; the student's are reported."""
         self._inner.epoch_end(record)
         value = record.get("val", {}).get(self._measure)
-        if self._stage != "distilled" or value is None:
+        if self._stage != self._student or value is None:
             return
         self._trial.report(float(value), int(record["epoch"]))
         if not self._last and self._trial.should_prune():
@@ -75,6 +73,7 @@ def carry_out(
     trial: "optuna.Trial",
     *,
     measure: str,
+    student: str,
     observer: Observer,
     stopping: "Stopping | None",
 ) -> float:
@@ -85,7 +84,8 @@ def carry_out(
         trials: folder of the trials' run folders.
         name: of its run folder.
         trial: is told each epoch's figure.
-        measure: ``training.pick_by``.
+        measure: ``training.selection_metric``.
+        student: "distilled", or "baseline" where that is searched.
         observer: is told what happens.
         stopping: hears signals.
 
@@ -103,16 +103,16 @@ def carry_out(
         root=trials,
         name=name,
         resume=RunFolder(trials / name).known,
-        stages=STAGES,
-        observer=Pruning(trial, measure, observer),
+        stages=("teacher", "distilled") if student == "distilled" else (student,),
+        observer=Pruning(trial, measure, student, observer),
         stopping=stopping,
         evaluate=False,
     )
-    return best_on_val(folder, measure)
+    return best_on_val(folder, student, measure)
 
 
-def best_on_val(folder: Path, measure: str) -> float:
-    """The val figure of the epoch whose weights the distilled student has."""
-    best = read_sealed_json(folder / "distilled" / "model.json")["facts"]["training"]["best_epoch"]
-    lines = (folder / "distilled" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def best_on_val(folder: Path, student: str, measure: str) -> float:
+    """The val figure of the epoch whose weights the student has."""
+    best = read_sealed_json(folder / student / "model.json")["facts"]["training"]["best_epoch"]
+    lines = (folder / student / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return float(json.loads(lines[best - 1])["val"][measure])

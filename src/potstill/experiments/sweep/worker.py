@@ -12,7 +12,7 @@ from potstill.experiments.recipe import Recipe, load_recipe
 from potstill.experiments.run_folder import RunFolder
 from potstill.experiments.run_lock import RunLock
 from potstill.experiments.sweep import record, study
-from potstill.experiments.sweep.space import Space
+from potstill.experiments.sweep.space import Space, baseline_space
 from potstill.experiments.sweep.trial import Pruned, carry_out
 from potstill.sealed import read_sealed_json, write_sealed_json
 from potstill.training.observer import Observer, Silent
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from potstill.training.stopping import Stopping
 
 TRIALS = 20  # where neither --trials nor a grid says how many
+CONFIRM_SEEDS = 5  # fresh ones, on which winner and baseline are compared
 RETRIES = 2  # a trial that has killed three processes would kill the next one too
 POLL = 0.3  # seconds between two looks at what others do
 _BEGINNING = 30.0  # seconds within which a process has said which trial it took
@@ -44,6 +45,8 @@ class Sweep:
         observer: Observer | None = None,
         stopping: "Stopping | None" = None,
         told: Callable[[dict[str, Any]], None] | None = None,
+        student: str = "distilled",
+        confirm_seeds: int = CONFIRM_SEEDS,
     ) -> None:
         self.source, self.sets, self.flags, self.space = source, tuple(sets), dict(flags), space
         self.folder, self.observer, self.stopping, self.told = folder, observer or Silent(), stopping, told
@@ -53,11 +56,12 @@ class Sweep:
         if grid:
             self.trials = min(self.trials, len(self.combinations))
         self.recipe = load_recipe(source, sets, flags=flags)
-        self.measure = self.recipe.stage_training("distilled").pick_by
+        self.measure = self.recipe.stage_training("distilled").selection_metric
+        self.student, self.confirm_seeds = student, confirm_seeds
         self.worker = secrets.token_hex(6)
 
     def work(self, timeout: float | None = None) -> bool:
-        """Take part; returns whether the sweep is over: winner and baseline evaluated.
+        """Take part; returns whether the sweep is over: the winner chosen and, where wanted, confirmed.
 
         ``timeout``: seconds after which no further trial begins here.
 
@@ -82,8 +86,8 @@ class Sweep:
                 time.sleep(POLL)
             else:
                 return False
-            self._end(teachers)
-            return True
+            self._end()
+            return self._confirm(teachers, until) if self.confirm_seeds else True
         finally:
             lock.release()
 
@@ -116,7 +120,7 @@ class Sweep:
             record.agree(self.folder, wanted)
             self.study = study.open_study(
                 self.folder,
-                minimize=self.measure in ("loss", "nll"),
+                minimize=self.measure == "nll",
                 seed=self.recipe.seed + int(self.worker, 16) % 2**31 * (self.folder / study.JOURNAL).exists(),
                 grid=self.grid,
                 epochs=self.recipe.stage_training("distilled").epochs,
@@ -125,12 +129,20 @@ class Sweep:
             for cell, combination in enumerate(self.combinations[: self.trials]):
                 if cell not in cells:
                     self.study.enqueue_trial(combination, user_attrs={"cell": cell})
+            if self.student == "baseline" and not cells:  # its first trial has the recipe's own settings
+                training = self.recipe.stage_training("baseline").model_dump()
+                keys = [each.key for each in self.space.dimensions if each.key.startswith("student.training.")]
+                own = {key: training[key.removeprefix("student.training.")] for key in keys}
+                if own and not self.combinations:
+                    self.study.enqueue_trial(own)
         (self.folder / "trials").mkdir(exist_ok=True)
 
     def _teachers(self) -> tuple[str, ...]:
         """Train the teacher, once for all trials; returns the settings by which a recipe takes it ready-made."""
         from potstill.experiments.pipeline import run
 
+        if self.student == "baseline":
+            return ()
         several = isinstance(self.recipe.teacher, list)
         networks = self.recipe.each_teacher
         if not networks:
@@ -233,13 +245,17 @@ class Sweep:
         lock.release()
         return False
 
-    def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str]) -> Recipe:
+    def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str], more: Sequence[str] = ()) -> Recipe:
         from potstill.experiments.method_settings import needs_teacher
+        from potstill.experiments.view_plan import views_in_turn
 
-        varied = [f"{key}={text}" for key, text in chosen.items() if text != self._base(key)]
+        varied = [*(f"{key}={text}" for key, text in chosen.items() if text != self._base(key)), *more]
         recipe = load_recipe(self.source, [*self.sets, *varied], flags=self.flags)
         if teachers and needs_teacher(recipe.method):
             recipe = load_recipe(self.source, [*self.sets, *varied, *teachers], flags=self.flags)
+        if recipe.store.views == "auto":  # trials of other lengths are compared on the same views
+            views = views_in_turn(self.recipe)
+            recipe = recipe.model_copy(update={"store": recipe.store.model_copy(update={"views": views})})
         return recipe
 
     def _base(self, key: str) -> str | None:
@@ -260,6 +276,7 @@ class Sweep:
                 home,
                 trial,
                 measure=self.measure,
+                student=self.student,
                 observer=self.observer,
                 stopping=self.stopping,
             )
@@ -302,14 +319,13 @@ class Sweep:
             if each.state.name != "WAITING" and not each.user_attrs.get("died")
         ]
 
-    def winner(self) -> Path:
-        """The run folder of the best trial, once the sweep is over."""
-        return self.folder / "trials" / str(read_sealed_json(self.folder / record.FINAL)["folder"])
+    def winner(self) -> dict[str, Any]:
+        """The best trial, once the trials are over: its number, folder, chosen values and figure on val."""
+        found: dict[str, Any] = read_sealed_json(self.folder / record.FINAL)
+        return found
 
-    def _end(self, teachers: Sequence[str]) -> None:
-        """Train the baseline with the winner's settings, and evaluate both on test: once."""
-        from potstill.experiments.pipeline import run
-
+    def _end(self) -> None:
+        """Choose the best trial by val; test is not read."""
         with self._alone():
             if (self.folder / record.FINAL).exists():
                 return
@@ -318,19 +334,62 @@ class Sweep:
                 reasons = sorted({str(row["error"]) for row in self.rows() if row["error"]})
                 raise UsageError("no trial came to an end:\n" + "\n".join(reasons[:5]))
             best = (min if self.measure in ("loss", "nll") else max)(done, key=lambda row: row["value"])
-            self.observer.note(f"trial {best['number']} is the best on val; now the baseline, then test, once")
-            run(
-                self._recipe(best["chosen"], teachers),
-                root=self.folder / "trials",
-                name=best["folder"],
-                resume=True,
-                observer=self.observer,
-                stopping=self.stopping,
-            )
-            write_sealed_json(
-                self.folder / record.FINAL,
-                {"schema": 1, "trial": best["number"], "folder": best["folder"], "value": best["value"]},
-            )
+            self.observer.note(f"trial {best['number']} is the best on val, a figure that the search makes too high")
+            kept = {key: best[key] for key in ("folder", "chosen", "value")}
+            write_sealed_json(self.folder / record.FINAL, {"schema": 1, "trial": best["number"], **kept})
+
+    def _confirm(self, teachers: Sequence[str], until: float) -> bool:
+        """Search the baseline as long, train both winners again on fresh seeds, and evaluate them on test."""
+        from potstill.experiments.pipeline import run
+
+        if (self.folder / record.CONFIRMATION).exists():
+            return True
+        rival = self.rival()
+        count = f"{rival.trials} trials" if rival.trials > 1 else "one trial"
+        self.observer.note(
+            f"the baseline is searched as well: {count} over {', '.join(map(str, rival.space.dimensions))}"
+        )
+        if not rival.work(None if until == float("inf") else max(0.0, until - time.monotonic())):
+            return False
+        fresh = [f"seed={self.recipe.seed + 1}", f"seeds={self.confirm_seeds}"]
+        recipes = {
+            "distilled": self._recipe(self.winner()["chosen"], teachers, fresh),
+            "baseline": rival._recipe(rival.winner()["chosen"], (), fresh),
+        }
+        with self._alone():
+            if (self.folder / record.CONFIRMATION).exists():
+                return True
+            for student, recipe in recipes.items():
+                home = RunFolder(self.folder / "confirmation" / student)
+                run(
+                    recipe,
+                    root=home.path.parent,
+                    name=student,
+                    resume=home.known,
+                    stages=("teacher", "distilled") if student == "distilled" else (student,),
+                    observer=self.observer,
+                    stopping=self.stopping,
+                )
+            facts = {"seeds": self.confirm_seeds, "first_seed": self.recipe.seed + 1, "trials": rival.trials}
+            write_sealed_json(self.folder / record.CONFIRMATION, {"schema": 1, **facts})
+        return True
+
+    def rival(self) -> "Sweep":
+        """The search for the baseline's settings, with as many trials."""
+        space = baseline_space(self.space, self.recipe, self.trials)
+        return Sweep(
+            self.source,
+            self.sets,
+            self.flags,
+            space,
+            folder=self.folder / "baseline",
+            trials=self.trials,
+            grid=bool(space.dimensions) and space.listed and len(space.grid()) <= self.trials,
+            observer=self.observer,
+            stopping=self.stopping,
+            student="baseline",
+            confirm_seeds=0,
+        )
 
 
 _WAIT = object()

@@ -7,15 +7,16 @@ import numpy as np
 
 from potstill.evaluation.averages import Array
 from potstill.evaluation.significance import (
+    crossed_interval,
     gap_closed,
+    look_confidence,
     mcnemar,
-    paired_bootstrap,
-    seeds_bootstrap,
+    paired_interval,
     seeds_summary,
-    sign_flip,
 )
 from potstill.experiments.groups import members
 from potstill.experiments.stage_names import in_order, numbered, role
+from potstill.experiments.verdict.several_seeds import FEWEST, figure
 from potstill.experiments.verdict.verdict import verdict
 
 OVER_SEEDS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll")  # figures that are averaged over the seeds
@@ -29,6 +30,7 @@ def compare(
     repeats: Mapping[str, Any] | None = None,
     seed: int = 0,
     domain: Mapping[str, Any] | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that sets distilled and baseline side by side.
 
@@ -39,6 +41,7 @@ def compare(
         repeats: of results.json: baseline and distilled of further seeds.
         seed: the first one.
         domain: what ``domain_results.describe_domains`` says, where there is a target.
+        known: further facts for the verdict: ``looks`` and ``teacher_below_baseline``, as in results.json.
     """
     groups = groups or {}
     baseline, distilled = (stages[name]["test"] for name in ("baseline", "distilled"))
@@ -55,22 +58,34 @@ def compare(
         "others": {name: _gain(correct["baseline"], correct[name]) for name in others},
     }
     if repeats:
-        comparison["seeds"] = _over_seeds(stages | dict(repeats), correct, teacher, seed)
+        comparison["seeds"] = _over_seeds(stages | dict(repeats), correct, teacher, seed, looks(known))
     if domain is not None:
         comparison["domain"] = dict(domain)
+    comparison |= known or {}
     return comparison | {"verdict": verdict(comparison, stages)}
 
 
+def looks(known: Mapping[str, Any] | None) -> int:
+    """How many times a verdict could be read from the test split, the present one included.
+
+    A first look at fewer seeds than a verdict takes does not count: none could be read there.
+    """
+    found = (known or {}).get("looks") or {}
+    evaluations = int(figure(found, "test_evaluations") or 1)
+    first = figure(found, "seeds_at_first_look")
+    return max(1, evaluations - (evaluations > 1 and first is not None and first < FEWEST))
+
+
 def _over_seeds(
-    stages: Mapping[str, Any], correct: Mapping[str, Array], teacher: Array | None, seed: int
+    stages: Mapping[str, Any], correct: Mapping[str, Array], teacher: Array | None, seed: int, looks: int
 ) -> dict[str, Any]:
-    """The same over all seeds: by seed, their mean with Student's t, and the mean gain over the images."""
+    """The same over all seeds: by seed, their means, and the mean gain with one interval over seeds and images."""
     count = 1
     while {numbered("baseline", count + 1), numbered("distilled", count + 1)} <= stages.keys():
         count += 1
     pairs = [(numbered("baseline", each), numbered("distilled", each)) for each in range(1, count + 1)]
     before, after = (np.stack([correct[pair[at]] for pair in pairs]) for at in (0, 1))
-    gain, low, high = seeds_bootstrap(before, after)
+    whole = crossed_interval(before, after, look_confidence(looks))
     tests = [[stages[name]["test"] for name in pair] for pair in pairs]
     figures = {}
     for key in OVER_SEEDS:
@@ -83,17 +98,17 @@ def _over_seeds(
         "seeds": list(range(seed, seed + count)),
         "each": [{"seed": seed + at, **_gain(before[at], after[at])} for at in range(count)],
         "figures": figures,
-        "images": {"gain": gain, "low": low, "high": high, "p": sign_flip(before, after)},
+        "top1_gain": {**whole._asdict(), "looks": looks},
     }
     if teacher is not None:
         lead = float(teacher.mean() - before.mean())
-        found |= {"gap": lead, "gap_closed": gain / lead if lead > 0 else None}
+        found |= {"gap": lead, "gap_closed": whole.value / lead if lead > 0 else None}
         found |= _sure_of_gap(teacher, before, after)
     return found
 
 
 def _gain(before: Array, after: Array) -> dict[str, Any]:
-    gain, low, high = paired_bootstrap(before, after)
+    gain, low, high = paired_interval(before, after)
     test = mcnemar(before, after)
     return {
         "top1_gain": gain,

@@ -1,13 +1,55 @@
-"""What the verdict says after its headline: each sentence is "" where its figures are missing."""
+"""The sentences around the verdict's headline: each is "" where its figures are missing."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from potstill.amounts import duration, points
-from potstill.experiments.stage_names import in_order
+from potstill.amounts import duration, percent, points
+from potstill.experiments.stage_names import in_order, role
 from potstill.experiments.verdict.several_seeds import figure, several
 
-Finding = Literal["helped", "hurt", "unclear", "unknown"]
+Finding = Literal["helped", "hurt", "unclear", "one_seed", "unknown"]
+MOST_NAMED = 5  # classes
+
+
+def doubts(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> list[str]:
+    """What makes the figures void, the worst first: a network at chance, classes that one never predicts, and a
+    teacher that is below the baseline on val.
+    """
+    tests = {name: (stages.get(name) or {}).get("test") or {} for name in in_order(stages)}
+    judged = {name: test for name, test in tests.items() if role(name) in ("teacher", "baseline", "distilled")}
+    at_chance = [name for name, test in judged.items() if test.get("at_chance")]
+    said = [
+        f"The {_named(name)} is not clearly better than chance on test: top-1 "
+        f"{percent(judged[name].get('top1'))}, where always "
+        f"predicting the most frequent class gives {percent(judged[name].get('largest_class'))}; "
+        + ("the distilled student had nothing to learn from it." if role(name) == "teacher" else "it has not learned.")
+        for name in at_chance
+    ]
+    for name, test in judged.items():
+        missing = [] if name in at_chance else list(test.get("never_predicted") or [])
+        if missing:
+            more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+            listed = ", ".join(map(str, missing[:MOST_NAMED])) + more
+            classes = "one class" if len(missing) == 1 else f"{len(missing)} classes"
+            said.append(f"The {_named(name)} never predicts {classes} of the test split: {listed}.")
+    for each in comparison.get("teacher_below_baseline") or []:
+        if each.get("teacher") not in at_chance:
+            top1 = f"{percent(each.get('teacher_val_top1'))} against {percent(each.get('baseline_val_top1'))}"
+            said.append(
+                f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): train it longer or give a "
+                "better one."
+            )
+    said += [f"{str(each).rstrip('.')}." for each in comparison.get("views_differ") or []]
+    return said
+
+
+def _named(stage: str) -> str:
+    return "distilled student" if stage == "distilled" else stage
+
+
+def percent_of(confidence: float) -> str:
+    """``95 %``, ``99.75 %``."""
+    return f"{100 * confidence:.4g} %"
 
 
 def accuracies(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
@@ -43,7 +85,11 @@ def gap(comparison: Mapping[str, Any], found: Finding) -> str:
     lead = f"{who} the baseline by {points(gap, signed=False)} points"
     low, high = figure(comparison, "gap_low"), figure(comparison, "gap_high")
     if low is not None and high is not None and figure(comparison, "gap_closed_low") is None:
-        return f"{lead}, which may be the luck of the test images (95 % interval {points(low)} to {points(high)})."
+        return f"{lead}, which may be sampling noise in the test set (95 % interval {points(low)} to {points(high)})."
+    if found == "one_seed":
+        if closed is None or closed <= 0:
+            return f"{lead}."
+        return f"{lead}; on this seed the distilled student closed {_share(closed)} of this gap{_ends(comparison)}."
     if found == "unclear":
         what = "this test split" if figure(comparison, "seeds_count") is None else "these seeds and this test split"
         return f"{lead}; {what} cannot tell how much of that gap distillation closed."
@@ -51,11 +97,16 @@ def gap(comparison: Mapping[str, Any], found: Finding) -> str:
         return f"{lead}; distillation did not close this gap but widened it."
     if closed is None or closed <= 0:
         return f"{lead}."
+    return f"{lead}; the distilled student closed {_share(closed)} of this gap{_ends(comparison)}."
+
+
+def _share(closed: float) -> str:
+    return "all" if closed >= 1 else f"{100 * closed:.0f} %"
+
+
+def _ends(comparison: Mapping[str, Any]) -> str:
     low, high = figure(comparison, "gap_closed_low"), figure(comparison, "gap_closed_high")
-    interval = "" if low is None or high is None else f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
-    if closed >= 1:
-        return f"{lead}; the distilled student closed all of this gap."
-    return f"{lead}; the distilled student closed {100 * closed:.0f} % of this gap{interval}."
+    return "" if low is None or high is None else f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def cost(comparison: Mapping[str, Any]) -> str:
@@ -89,17 +140,21 @@ def limits(comparison: Mapping[str, Any]) -> str:
     seeds = several(comparison)
     if seeds is None:
         return (
-            "One seed cannot tell such a gain or loss from the luck of the seed: "
-            "the interval covers the choice of test images only, so repeat with other seeds before deciding "
-            "(--resume --seeds 5)."
+            "One seed cannot separate what distillation does from what another seed would do: the interval covers the "
+            "choice of test images only (--resume --seeds 5 goes on from here)."
         )
-    if seeds["figures"]["top1"]["n"] == 2:
-        return (
-            "Two seeds say little of a third, hence the wide interval over seeds: more narrow it (--resume --seeds 5)."
+    said = []
+    looks = figure(seeds.get("top1_gain"), "looks") or 1
+    if looks > 1:
+        said.append(
+            f"This is look {looks:.0f} at the test split, so the interval is wider than 95 %: seeds or epochs that are "
+            "added after a look give chance another try."
         )
-    if not figure(comparison, "teachers"):
-        return ""
-    return "All seeds learn from the same teacher: what another teacher would have given is not covered."
+    if figure(comparison.get("looks"), "augmentation_seeds") == 1:
+        said.append("All seeds saw the same augmented views: what other views would give is not covered either.")
+    if figure(comparison, "teachers"):
+        said.append("All seeds learn from the same teacher: another teacher is not covered by the interval.")
+    return " ".join(said)
 
 
 def _ratio(ratio: float | None, more: str, less: str) -> str:

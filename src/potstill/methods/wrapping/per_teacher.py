@@ -1,25 +1,28 @@
 """Several teachers for a method that reads hidden layers: one copy of it for each, their terms averaged."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from potstill.errors import UsageError
 from potstill.methods.base import Method, Passes, Side, TrainingFacts
 from potstill.methods.wrapping.around import Around
 from potstill.types import Batch, Outputs
 
 
 class PerTeacher(Around):
-    """``inner`` once for each of ``count`` teachers.
+    """``inner`` once for each teacher; of each term the mean, weighted by the teachers' shares.
 
     Logits can be averaged, feature maps cannot: networks of different families have nothing in common place by place.
     """
 
-    def __init__(self, inner: Method, count: int) -> None:
+    def __init__(self, inner: Method, shares: Sequence[float]) -> None:
         super().__init__(inner)
+        self.shares = tuple(shares)
         # The first is `inner` itself, so that its options and label terms have one home.
-        self.others = nn.ModuleList(copy.deepcopy(inner) for _ in range(count - 1))
+        self.others = nn.ModuleList(copy.deepcopy(inner) for _ in self.shares[1:])
 
     @property
     def parts(self) -> tuple[Method, ...]:
@@ -36,12 +39,15 @@ class PerTeacher(Around):
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         super().start_epoch(epoch, epochs)
-        for method in self.copies():
+        for method in self.copies()[1:]:
             method.start_epoch(epoch, epochs)
 
     def prepare(self, passes: Passes) -> None:
         for position, method in enumerate(self.copies()):
             method.prepare(lambda at=position: ((outputs.members[at], batch) for outputs, batch in passes()))  # type: ignore[misc]
+
+    def refuse_idle_schedules(self) -> None:
+        self.inner.refuse_idle_schedules()  # the label terms are the first one's alone
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
@@ -49,18 +55,36 @@ class PerTeacher(Around):
             method.distill(_member(student, position), _member(teacher, position), batch)
             for position, method in enumerate(self.copies())
         ]
-        return {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
+        shares = self.shares
+        if len(set(shares)) == 1:
+            return {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
+        return {
+            name: torch.stack([share * terms[name] for share, terms in zip(shares, each, strict=True)]).sum()
+            for name in each[0]
+        }
 
 
-def per_teacher(method: Method, count: int) -> Method:
-    """``method`` for ``count`` teachers: one that reads hidden layers works on each of them by itself.
+def per_teacher(method: Method, shares: Sequence[float]) -> Method:
+    """``method`` for so many teachers, each with its share: one that reads hidden layers works on each by itself.
 
     Raises:
-        UsageError: it can do with one only.
+        UsageError: it can do with one only, or weighs the teachers itself.
     """
-    method = method.for_teachers(count)
-    alone = count < 2 or method.needs.members or not method.needs.features
-    return method if alone or len(method.parts) > 1 else PerTeacher(method, count)
+    method = method.for_teachers(shares)
+    if method.needs.members and len(method.parts) == 1 and len(set(shares)) > 1:
+        raise UsageError(
+            f"{type(innermost(method)).__name__} weighs the teachers by itself, image by image: "
+            "leave teachers.weights out, or use a method that takes them, such as kd"
+        )
+    alone = len(shares) < 2 or method.needs.members or not method.needs.features
+    return method if alone or len(method.parts) > 1 else PerTeacher(method, shares)
+
+
+def innermost(method: Method) -> Method:
+    """The method that is not around another."""
+    while isinstance(method, Around):
+        method = method.inner
+    return method
 
 
 def _member(outputs: Outputs, position: int) -> Outputs:

@@ -44,6 +44,7 @@ def schedule_problems(schedule: Any) -> list[str]:
         if not isinstance(fields, dict):
             problems.append(f"schedule.{name} must be a mapping such as {{shape: linear, start: 1, end: 0}}")
             continue
+        before = len(problems)
         for key, value in fields.items():
             if key not in Schedule.__dataclass_fields__:
                 known = ", ".join(Schedule.__dataclass_fields__)
@@ -54,4 +55,22 @@ def schedule_problems(schedule: Any) -> list[str]:
                 problems.append(f"schedule.{name}.shape must be one of {', '.join(get_args(Shape))}, got {value!r}")
             elif key != "shape" and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 problems.append(f"schedule.{name}.{key} must be a number, got {value!r}")
+        if len(problems) == before:
+            problems += _without_effect(name, fields)
     return problems
+
+
+def _without_effect(name: str, fields: dict[str, Any]) -> list[str]:
+    """Fields of the right kind that would do nothing, or not what they say."""
+    shape, begin, finish = fields.get("shape", "constant"), fields.get("begin", 0.0), fields.get("finish", 1.0)
+    used = {"constant": ("start",), "step": ("start", "end", "finish")}.get(shape, ("start", "end", "begin", "finish"))
+    idle = [key for key in fields if key != "shape" and key not in used]
+    if idle:
+        how = "give a shape that moves: linear, cosine or step" if shape == "constant" else "leave it out"
+        return [f"schedule.{name}.{idle[0]} has no effect with shape {shape}; {how}"]
+    if not 0 <= begin < finish <= 1:
+        return [
+            f"schedule.{name}: begin and finish are shares of the training, 0 <= begin < finish <= 1, got "
+            f"{begin:g} and {finish:g}"
+        ]
+    return []

@@ -14,7 +14,7 @@ UNSURE = 0.03  # half the interval of the gain
 
 
 def one_seed(run: Run) -> Advice | None:
-    """One pair of baseline and distilled cannot tell a gain from the luck of the seed."""
+    """One pair of baseline and distilled cannot separate distillation from the seed."""
     if finding(run.comparison) == "unknown" or "seeds" in (run.comparison or {}):
         return None
     took = [
@@ -24,7 +24,7 @@ def one_seed(run: Run) -> Advice | None:
     price = f" They took {duration(seconds)} with this seed, so that is what each further one takes." if seconds else ""
     return Advice(
         "One seed only",
-        "Baseline and distilled were trained once each; another seed may turn a small difference round." + price,
+        "Baseline and distilled were trained once each; another seed may reverse a difference of this size." + price,
         f"Go on with {SEEDS} seeds; the teacher is not trained again.",
         flags=("--resume", "--seeds", str(SEEDS)),
     )
@@ -56,19 +56,26 @@ def val_too_small(run: Run) -> Advice | None:
         "val is too small to choose by",
         f"It has {count(total)} images: at {percent(top1)} the standard error of top-1 is "
         f"{points(error, signed=False)} points, and epochs that differ by less look alike.",
-        "Give val more images, or pick the epoch by the loss, which moves less by chance.",
-        settings=("training.pick_by=loss",),
+        "Give val more images, or pick the epoch by nll, which moves less by chance.",
+        settings=("training.selection_metric=nll",),
     )
 
 
 def test_too_small(run: Run) -> Advice | None:
     """The interval over test images is too wide for the gain at hand."""
     whole = over_all_seeds(run.comparison or {})
-    several = "images_low" in whole
-    ends = ("images_low", "images_high") if several else ("top1_gain_low", "top1_gain_high")
     gain, total = number(whole.get("top1_gain")), number(whole.get("test_images"))
-    low, high = (number(whole.get(end)) for end in ends)
-    if gain is None or low is None or high is None or not total or finding(run.comparison) != "unclear":
+    low, high = (number(whole.get(f"top1_gain_{end}")) for end in ("low", "high"))
+    share = number(whole.get("seed_share")) or 0.0
+    if (
+        gain is None
+        or low is None
+        or high is None
+        or not total
+        or finding(run.comparison) not in ("unclear", "one_seed")
+    ):
+        return None
+    if share > 0.5:  # more seeds would narrow it further than more images
         return None
     half = (high - low) / 2
     if half < UNSURE or not low <= 0 <= high:

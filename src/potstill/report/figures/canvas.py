@@ -6,15 +6,17 @@ half of the time of a report.
 """
 
 import io
+import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree  # nosec B405 # parses what matplotlib has just drawn
 
 from potstill.report import theme
+from potstill.report.figures.fonts import DEFAULT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +26,7 @@ DPI = 144
 _PAD = 0.06  # inches around the axes with their labels
 
 _STYLE: dict[str, Any] = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans"],  # it comes with matplotlib, so pictures are the same everywhere
+    "font.family": [DEFAULT],  # it comes with matplotlib, so pictures are the same everywhere
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titleweight": "bold",
@@ -60,9 +61,12 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def as_png(draw: Draw, size: tuple[float, float], *, dpi: int = DPI) -> bytes:
-    """The drawing, ``size`` inches wide and high, as a PNG file on white."""
-    with _style():
+def as_png(draw: Draw, size: tuple[float, float], *, dpi: int = DPI, families: Sequence[str] = ()) -> bytes:
+    """Return the drawing, ``size`` inches wide and high, as a PNG file on white.
+
+    ``families``: fonts for letters that the default font lacks.
+    """
+    with _style(families=families):
         return _png(_drawn(draw, size), dpi)
 
 
@@ -95,19 +99,24 @@ def _svg(figure: "Figure", label: str) -> str:
 
 
 @contextmanager
-def _style(name: str = "") -> Iterator[None]:
+def _style(name: str = "", families: Sequence[str] = ()) -> Iterator[None]:
     """Within the block, matplotlib has the report's settings; ``name``: of what SVG ids are made."""
     import matplotlib as mpl
 
-    kept = dict.copy(mpl.rcParams)
+    kept, log = dict.copy(mpl.rcParams), logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a font that has one weight only is reported each time it is used
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # shown as a box; still a picture
         try:
             # As a plain dict: checking 300 settings anew for each picture takes longer than drawing some of them.
-            dict.update(mpl.rcParams, _settings() | {"svg.hashsalt": name or None})
+            fonts = [DEFAULT, *families]  # by name: of a generic family matplotlib takes the first font alone
+            ours = _settings() | {"svg.hashsalt": name or None, "font.family": fonts}
+            dict.update(mpl.rcParams, ours)  # type: ignore[misc]
             yield
         finally:
             dict.update(mpl.rcParams, kept)
+            log.setLevel(level)
 
 
 @cache
@@ -127,7 +136,7 @@ def _drawn(draw: Draw, size: tuple[float, float]) -> "Figure":
     figure = Figure(figsize=size)
     canvas = FigureCanvasAgg(figure)
     draw(figure)
-    _lay_out(figure, canvas.get_renderer())
+    _lay_out(figure, canvas.get_renderer())  # type: ignore[no-untyped-call]
     return figure
 
 

@@ -29,11 +29,14 @@ _VARIABLES = {light: f"var(--{name})" for name, (light, _) in CSS.items()}
 _LABELLED = 40  # tick labels at most; of more classes every second, fifth, ... is named
 
 
-def draw_pair(figure: "Figure", matrix: Matrix, class_names: Sequence[str], title: str) -> None:
-    """Counts on the left, shares of the true class on the right."""
+def draw_pair(figure: "Figure", matrix: Matrix, class_names: Sequence[str], title: str, *, legend: str = "") -> None:
+    """Draw counts on the left, shares of the true class on the right; ``legend`` explains the class names."""
     left, right = figure.subplots(1, 2)
     draw_matrix(left, matrix, class_names, "counts", f"{title}: images")
     draw_matrix(right, matrix, class_names, "shares", f"{title}: share of row")
+    if legend:
+        for axes in (left, right):
+            axes.set_xlabel(f"{axes.get_xlabel()} {legend}")
 
 
 def matrix_svg(matrix: Matrix, class_names: Sequence[str], title: str, label: str) -> str:
@@ -91,10 +94,8 @@ def _svg(fields: Any, texts: Iterator[Text], class_names: Sequence[str], title: 
     for at, name in zip(places, names, strict=True):
         along, text = (at + 0.5) * step, _escaped(name)
         style = f"font-size: {size}px; {faint}"
-        parts.append(
-            f'<text x="{left - 3:.5g}" y="{top + along + 0.35 * size:.5g}" text-anchor="end" style="{style}">'
-            f"{text}</text>"
-        )
+        y = top + along + 0.35 * size
+        parts.append(f'<text x="{left - 3:.5g}" y="{y:.5g}" text-anchor="end" style="{style}">{text}</text>')
         x, y = left + along, top + side + 3
         turned = (
             f'x="{x:.5g}" y="{y + size:.5g}" text-anchor="middle"'
@@ -106,7 +107,8 @@ def _svg(fields: Any, texts: Iterator[Text], class_names: Sequence[str], title: 
         f'<text x="{centre:.5g}" y="{top + side + below - 4:.5g}" text-anchor="middle" style="font-size: 9px; {faint}">'
         f"predicted{every}</text>"
         f'<text transform="translate(10 {middle:.5g}) rotate(-90)" text-anchor="middle" '
-        f'style="font-size: 9px; {faint}">true</text>'
+        f'style="font-size: 9px; {faint}">'
+        "true</text>"
     )
     for row, column, text, colour in texts if classes <= _ANNOTATED else ():
         written = text.split("\n")

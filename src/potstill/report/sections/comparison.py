@@ -117,6 +117,8 @@ def _difference(run: Run, key: str, change: Change) -> tuple[str, str]:
     if number(summary.get("difference")) is not None:
         value = change(summary["difference"])
         low, high = (number(summary.get(f"difference_{end}")) for end in ("low", "high"))
+        if key == "top1":  # the interval of the verdict, over seeds and images; the others are over seeds alone
+            low, high = (number((_seeds(run).get("top1_gain") or {}).get(end)) for end in ("low", "high"))
     else:
         tests = [run.stages[name].metrics.get("test", {}) if name in run.stages else {} for name in _PAIR]
         before, after = (number(test.get(key)) for test in tests)

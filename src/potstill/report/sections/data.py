@@ -30,6 +30,8 @@ def context(run: Run) -> dict[str, Any] | None:
             f"{count(sum(totals))} ({', '.join(f'{s} {count(n)}' for s, n in zip(splits, totals, strict=True))})",
         ),
         ("Size", f"{count(size)} × {count(size)} pixels" if size else None),
+        ("Not square", f"{data.get('resize_mode')}: {data['unseen'][0]}" if data.get("unseen") else None),
+        ("Left out", f"{count(skipped)}, listed in skipped.csv" if (skipped := number(data.get("skipped"))) else None),
         ("Fingerprint", data.get("fingerprint")),
     ]
     return {

@@ -21,6 +21,7 @@ _KINDS = {
     "repaired": "images that baseline gets wrong and distilled right, the largest change first",
     "broken": "images that baseline gets right and distilled wrong, the largest change first",
 }
+_MOST = 4096.0  # sides of a picture that a heat map may stretch over: with black borders, more than the picture
 _TYPES = ("png", "jpeg")
 
 
@@ -95,7 +96,7 @@ def _look(stage: str, named: str, found: Any) -> dict[str, Any]:
     """Where ``stage`` looked for the class that it named: a heat map and the part of the picture that it covers."""
     try:
         rows = [bytes.fromhex(row) for row in found["rows"]]
-        left, top, width, height = (100 * min(1.0, max(0.0, float(share))) for share in found["region"])
+        left, top, width, height = (100 * min(_MOST, max(-_MOST, float(share))) for share in found["region"])
     except (KeyError, TypeError, ValueError):
         rows, left, top, width, height = [], 0.0, 0.0, 100.0, 100.0
     whole = bool(rows and rows[0]) and len({len(row) for row in rows}) == 1

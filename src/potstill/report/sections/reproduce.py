@@ -60,7 +60,9 @@ def _machine(environment: str | None) -> list[tuple[str, str]]:
     """What the result may depend on besides the recipe, in a line each."""
     try:
         found = json.loads(environment or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(found, dict):
         return []
     packages = found.get("packages")
     versions = [f"Python {found['python']}"] if found.get("python") else []

@@ -3,11 +3,17 @@
 from typing import Any
 
 from potstill.amounts import count, decimal, number, points, ratio
+from potstill.experiments.verdict.sentences import percent_of
 from potstill.experiments.verdict.several_seeds import over_all_seeds
 from potstill.experiments.verdict.verdict import finding, sentences
 from potstill.report.contents import Run
 
-MARKS = {"helped": "Distillation helped", "hurt": "Distillation hurt", "unclear": "No clear difference"}
+MARKS = {
+    "helped": "Distillation helped",
+    "hurt": "Distillation hurt",
+    "unclear": "No clear difference",
+    "one_seed": "One seed: no verdict",
+}
 
 
 def context(run: Run) -> dict[str, Any] | None:
@@ -22,40 +28,33 @@ def context(run: Run) -> dict[str, Any] | None:
         "headline": headline,
         "sentences": others,
         "facts": _facts(whole, found) if comparison else [],
-        "lines": interval_lines(whole) if found != "unknown" else [],
+        "lines": [interval_line(whole)] if found != "unknown" else [],
     }
 
 
-def interval_lines(whole: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where 0, gain and interval lie on a line from 0 to 100, with their labels.
-
-    One line; with several seeds one for the interval over seeds and one, of the same scale, for that over test images.
-    """
+def interval_line(whole: dict[str, Any]) -> dict[str, Any]:
+    """Where 0, gain and interval lie on a line from 0 to 100, with its label."""
     gain, low, high = (float(whole[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
-    ends = {"": (low, high)}
-    if "images_low" in whole:
-        ends = {
-            " over seeds": (low, high),
-            " over test images": (float(whole["images_low"]), float(whole["images_high"])),
-        }
-    left = min(0.0, *(low for low, _ in ends.values()))
-    right = max(0.0, *(high for _, high in ends.values()))
+    left, right = min(0.0, low), max(0.0, high)
     room = 0.12 * (right - left) or 0.01
     left, right = left - room, right + room
 
     def place(value: float) -> float:
         return round(100 * (value - left) / (right - left), 2)
 
-    return [
-        {
-            "zero": place(0.0),
-            "low": place(low),
-            "gain": place(gain),
-            "width": round(place(high) - place(low), 2),
-            "label": f"{points(gain)} points, 95 % interval {points(low)} to {points(high)}{what}",
-        }
-        for what, (low, high) in ends.items()
-    ]
+    return {
+        "zero": place(0.0),
+        "low": place(low),
+        "gain": place(gain),
+        "width": round(place(high) - place(low), 2),
+        "label": f"{points(gain)} points, {_interval(whole, low, high)}",
+    }
+
+
+def _interval(whole: dict[str, Any], low: float, high: float) -> str:
+    confidence = number(whole.get("confidence"))
+    over = "test images only" if confidence is None else "seeds and test images"
+    return f"{percent_of(confidence or 0.95)} interval {points(low)} to {points(high)} over {over}"
 
 
 def _facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
@@ -64,18 +63,17 @@ def _facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
     gain, low, high = (number(whole.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
     seeds = number(whole.get("seeds_count"))
     if gain is not None:
-        over = "" if seeds is None else " over seeds"
-        more = f"95 % interval {points(low)} to {points(high)}{over}" if low is not None and high is not None else ""
+        more = _interval(whole, low, high) if low is not None and high is not None else ""
         facts.append((points(gain), "points of top-1, distilled − baseline", more))
     if seeds is not None:
-        p = number(whole.get("images_p"))
-        more = "" if p is None else f"exact test over images: p = {decimal(p, 3)}"
+        p = number(whole.get("p"))
+        more = "" if p is None else f"test over seeds and images: p = {decimal(p, 3)}"
         facts.append((count(seeds), "seeds, all with the same teacher", more))
     elif number(whole.get("fixed")) is not None:
         p = number(whole.get("mcnemar_p"))
         changed = f"{count(whole['fixed'])} / {count(whole.get('broken'))}"
         more = "" if p is None else f"McNemar's exact test: p = {decimal(p, 3)}"
-        facts.append((changed, "test images repaired / broken", more))
+        facts.append((changed, "test images newly right / newly wrong", more))
     facts += _gap_facts(whole, found)
     for key, what in (
         ("parameter_ratio", "parameters, teacher : student"),

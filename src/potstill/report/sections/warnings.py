@@ -3,6 +3,7 @@
 from typing import Any
 
 from potstill.report.contents import STAGES, Run
+from potstill.report.figures.fonts import labels
 
 
 def context(run: Run) -> dict[str, Any] | None:
@@ -16,6 +17,8 @@ def context(run: Run) -> dict[str, Any] | None:
             said.append(f"No test results of {name}.")
     for split, skipped in sorted(_skipped(run).items()):
         said.append(f"AUC on {split} leaves out classes that it cannot be had for: {', '.join(skipped)}.")
+    if warning := labels(run.class_names).warning:
+        said.append(warning)
     return {"warnings": said} if said else None
 
 

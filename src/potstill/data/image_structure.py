@@ -1,0 +1,429 @@
+"""What the structure of an image file asks for, read before a decoder sees it.
+
+A few kilobytes can ask a decoder for hours of work or gigabytes of memory: scans that repeat, tiles larger than the
+image, millions of chunks.  Each format's structure is therefore walked here, without decoding a pixel, and refused
+where the work or the memory would pass a limit.  Metadata that no pixel depends on, and on which Pillow would fail or
+spend time, is left out of what the decoder gets.
+"""
+
+import itertools
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from potstill.data.foreign_files import foreign
+from potstill.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIC")
+MAX_PIXELS = 40_000_000
+MAX_EXTRA = 190 * 2**20  # bytes that decoding may take above 3 for each pixel; 10 MiB less than what is promised
+
+_MAX_SEGMENTS = 5_000  # of a JPEG before its first scan
+_MAX_HEADER = 2**18  # bytes of such segments that Pillow may see: it joins those of EXIF one by one
+_MAX_JUNK = 2**20  # bytes between segments or blocks, over which Pillow goes one by one
+_MAX_SCANS = 500
+_MAX_SCANNED_BLOCKS = 40_000_000  # blocks times scans: some 70 ns each where a scan says next to nothing
+_ARITHMETIC = 16  # times slower than Huffman codes where a code takes next to no bits
+_MAX_CHUNKS = 200_000
+_MAX_DATA_CHUNKS = 1_000  # that Pillow may see: it joins them one by one
+_MAX_KEPT_CHUNK = 2**16
+_MAX_TEXTS = 4
+_MAX_INFLATED = 2**19
+_MAX_SUB_BLOCKS = 100_000
+_MAX_TAGS = 1_000
+_MAX_TAG_VALUES = 2**20
+_MAX_TILES = 100_000
+_MAX_RLE_STEPS = 10_000_000  # Pillow reads run lengths in Python, some 0.3 us a step
+
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_BMP_RLE = (1, 2)
+_PNG_PIXELS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
+_PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # in which Pillow looks for an orientation
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A file that may be decoded."""
+
+    format: str  # of FORMATS
+    content: bytes  # what the decoder gets: the file, or the file without metadata
+    isolated: bool = False  # to be decoded in a process of its own: its structure does not bound the work
+    wide: bool = False  # 16 bits a colour channel, of which Pillow reads the high byte
+
+
+def examine(content: bytes) -> Structure:
+    """Recognise a file by its content and bound what its decoder would do.
+
+    Raises:
+        DataError: none of the formats, or over a limit; the reason without the file's name.
+    """
+    if content.startswith(b"\xff\xd8\xff"):
+        return Structure("JPEG", _bounded_jpeg(content))
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return Structure("PNG", _lean_png(content), wide=content[24:25] == b"\x10" and content[25] in (2, 4, 6))
+    if content.startswith((b"GIF87a", b"GIF89a")):
+        return Structure("GIF", _lean_gif(content))
+    if content.startswith(b"BM"):
+        _bound_bmp(content)
+        return Structure("BMP", content)
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        _bound_webp(content)
+        return Structure("WEBP", content)
+    if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and not content.startswith(b"II*\0\x10\0\0\0CR"):
+        return Structure("TIFF", content, wide=_bound_tiff(content))
+    if kind := _iso_image(content):
+        return Structure(kind, content, isolated=True)
+    raise DataError(f"no image of the formats {', '.join(FORMATS)}{foreign(content)}")
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Compare the size of an image with the limit.
+
+    Raises:
+        DataError: no pixel, or too many.
+    """
+    if width < 1 or height < 1:
+        raise DataError(f"no pixels: {width} x {height}")
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{width} x {height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels")
+
+
+def check_extra(width: int, height: int, bytes_per_pixel: float, fixed: int, what: str) -> None:
+    """Compare the memory that a decoder takes, above the pixels' own 3 bytes each, with the limit.
+
+    Args:
+        width: in pixels.
+        height: in pixels; Pillow keeps 8 bytes for each row.
+        bytes_per_pixel: at the peak, beside the file.
+        fixed: further bytes.
+        what: the kind of image, for the message.
+
+    Raises:
+        DataError: it is more.
+    """
+    extra = int(width * height * max(0.0, bytes_per_pixel - 3)) + 8 * height + fixed
+    if extra > MAX_EXTRA:
+        raise DataError(
+            f"decoding {width} x {height} pixels of {what} takes {extra // 2**20:,} MiB more than the pixels, "
+            f"beyond the limits ({MAX_EXTRA // 2**20} MiB); save it smaller, or as a JPEG that is not progressive"
+        )
+
+
+# JPEG ----------------------------------------------------------------------------------------------------------------
+
+
+def _bounded_jpeg(content: bytes) -> bytes:
+    """The file, or where its header is long the file without metadata; bounds scans times blocks, and the coefficients
+    that are kept where there is more than one scan.
+    """
+    segments, scan = _jpeg_segments(content)
+    frames = [(marker, start) for marker, start, _ in segments if marker in _JPEG_FRAMES]
+    if scan is None or not frames:
+        return content  # the decoder says what is wrong
+    coding, start = frames[-1]
+    frame = content[start + 4 : scan]
+    if len(frame) < 6:
+        return content
+    height, width = struct.unpack_from(">HH", frame, 1)
+    check_pixels(width, height)
+    # libjpeg reads one scan where that has all components of a frame that is not progressive.
+    single = coding in (0xC0, 0xC1, 0xC3, 0xC9) and content[scan + 4 : scan + 5] == frame[5:6]
+    scans = 1 if single else content.count(b"\xff\xda", scan)
+    blocks = _jpeg_blocks(frame, width, height)
+    work = scans * (blocks + 2_000) * (_ARITHMETIC if coding >= 0xC9 else 1)  # beginning a scan costs some blocks
+    if scans > _MAX_SCANS or (scans > 1 and work > _MAX_SCANNED_BLOCKS):
+        raise DataError(
+            f"a JPEG of {width} x {height} pixels in {scans:,} scans takes too long to decode, beyond the limits; a "
+            "progressive JPEG has about 10"
+        )
+    kept = 128 * blocks / (width * height) if scans > 1 or coding in (0xC2, 0xCA) else 0
+    if scan > _MAX_HEADER:
+        lean = b"".join([content[:2], *_needed(content, segments), content[scan:]])
+    else:
+        lean = content
+    files = len(content) + (len(lean) if lean is not content else 0)
+    check_extra(width, height, max(7.0, 4 + kept), files, "this progressive JPEG" if scans > 1 else "this JPEG")
+    return lean
+
+
+def _jpeg_segments(content: bytes) -> tuple[list[tuple[int, int, int]], int | None]:
+    """Marker, start and end of each segment before the first scan, and where that begins; None: there is none."""
+    found: list[tuple[int, int, int]] = []
+    at, steps, size = 2, 0, len(content)
+    while (start := at if content[at : at + 1] == b"\xff" else content.find(b"\xff", at)) >= 0:
+        steps += 1 + (start - at)
+        at = start + 1
+        while at < size and content[at] == 0xFF and steps <= _MAX_JUNK:
+            at, steps = at + 1, steps + 1
+        if steps > _MAX_JUNK or len(found) > _MAX_SEGMENTS:
+            raise DataError("a JPEG of too many segments, or too much between them: beyond the limits")
+        if at >= size or content[at] == 0xD9:
+            break
+        marker = content[at]
+        if marker == 0xDA:
+            return found, at - 1
+        end = at + 1
+        if marker not in (0x00, 0x01) and not 0xD0 <= marker <= 0xD8:
+            end += max(2, int.from_bytes(content[at + 1 : at + 3], "big"))
+        found.append((marker, at - 1, end))
+        at = end
+    return found, None
+
+
+def _needed(content: bytes, segments: list[tuple[int, int, int]]) -> Iterator[bytes]:
+    """Tables and frames, the first JFIF, EXIF, XMP and Adobe segments."""
+    seen: set[bytes] = set()
+    for marker, start, end in segments:
+        if marker in (0xC4, 0xCC, 0xDB, 0xDD) or marker in _JPEG_FRAMES:
+            yield content[start:end]
+        elif marker in (0xE0, 0xE1, 0xEE) and (key := bytes([marker]) + content[start + 4 : start + 8]) not in seen:
+            seen.add(key)
+            yield content[start:end]
+
+
+def _jpeg_blocks(frame: bytes, width: int, height: int) -> int:
+    """8 x 8 blocks of all components, padded to whole units."""
+    factors = [frame[at] for at in range(7, 6 + 3 * frame[5], 3) if at < len(frame)]
+    across = max((each >> 4 for each in factors), default=1) or 1
+    down = max((each & 15 for each in factors), default=1) or 1
+    units = -(-width // (8 * across)) * -(-height // (8 * down))
+    return int(units * sum((each >> 4) * (each & 15) for each in factors))
+
+
+# PNG -----------------------------------------------------------------------------------------------------------------
+
+
+def _lean_png(content: bytes) -> bytes:
+    """The chunks that pixels and orientation depend on; as many IDAT chunks as there are become one."""
+    if content[12:16] == b"IHDR":
+        width, height, bits, colour = struct.unpack_from(">IIBB", content, 16) if len(content) > 25 else (1, 1, 8, 2)
+        check_pixels(width, height)
+        channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 4)
+        row = width * channels * bits // 8
+        check_extra(width, height, 7 if channels > 1 else 5, 3 * row + len(content), "this PNG")
+    chunks = list(_png_chunks(content))
+    kinds = [kind for kind, _, _ in chunks]
+    if kinds.count(b"IDAT") < _MAX_DATA_CHUNKS and len(kinds) < 2 * _MAX_DATA_CHUNKS and _PNG_PIXELS.issuperset(kinds):
+        return content
+    pieces = [content[:8]]
+    texts = 0
+    for kind, group in itertools.groupby(chunks, key=lambda chunk: chunk[0]):
+        for _, start, end in [(kind, 0, 0)] if kind == b"IDAT" else group:
+            if kind == b"IDAT":
+                pieces += _one_chunk(content, [(first, last) for _, first, last in group])
+            elif kind in _PNG_PIXELS:
+                pieces.append(content[start : end + 12])
+            elif kind == b"eXIf" and end - start <= _MAX_KEPT_CHUNK:
+                pieces += _chunk(kind, content[start + 8 : end + 8])
+            elif texts < _MAX_TEXTS and _has_orientation(kind, content[start + 8 : end + 8]):
+                pieces += _chunk(kind, content[start + 8 : end + 8])
+                texts += 1
+    return b"".join(pieces)
+
+
+def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start, and start plus length of each; the last may be cut off."""
+    at, size, count = 8, len(content), 0
+    while at + 8 <= size:
+        length = int.from_bytes(content[at : at + 4], "big")
+        kind = content[at + 4 : at + 8]
+        yield kind, at, at + length
+        if kind == b"IEND" or not kind.isalpha():
+            return
+        at += length + 12
+        count += 1
+        if count > _MAX_CHUNKS:
+            raise DataError(f"a PNG of more than {_MAX_CHUNKS:,} chunks: beyond the limits")
+
+
+def _one_chunk(content: bytes, places: list[tuple[int, int]]) -> list[bytes]:
+    """IDAT chunks as one where they are many; as they are where the last is cut off."""
+    if len(places) < _MAX_DATA_CHUNKS or places[-1][1] + 12 > len(content):
+        return [content[places[0][0] : places[-1][1] + 12]]
+    return _chunk(b"IDAT", b"".join(content[start + 8 : end + 8] for start, end in places))
+
+
+def _chunk(kind: bytes, data: bytes) -> list[bytes]:
+    return [len(data).to_bytes(4, "big"), kind, data, zlib.crc32(data, zlib.crc32(kind)).to_bytes(4, "big")]
+
+
+def _has_orientation(kind: bytes, data: bytes) -> bool:
+    """Whether a text chunk may hold an orientation, and can be read in no time."""
+    key, _, text = data.partition(b"\0")
+    if key not in _PNG_TEXTS or len(data) > _MAX_KEPT_CHUNK:
+        return False
+    if kind != b"zTXt":
+        return kind == b"tEXt" or (kind == b"iTXt" and text.startswith(b"\0\0"))
+    inflater = zlib.decompressobj()
+    try:
+        inflater.decompress(text[1:], _MAX_INFLATED)
+    except zlib.error:
+        return False
+    return text.startswith(b"\0") and not inflater.unconsumed_tail
+
+
+# GIF -----------------------------------------------------------------------------------------------------------------
+
+
+def _lean_gif(content: bytes) -> bytes:
+    """The file without comments and other extensions before its first image: Pillow joins them one by one."""
+    if len(content) < 13:
+        return content
+    width, height, flags = struct.unpack_from("<HHB", content, 6)
+    at = start = 13 + (3 * 2 ** ((flags & 7) + 1) if flags & 128 else 0)
+    control, steps, size = b"", 0, len(content)
+    while at < size and content[at] not in (0x2C, 0x3B):
+        if content[at] != 0x21:
+            at, steps = at + 1, steps + 1
+        else:
+            end = at + 2
+            while end < size and content[end]:
+                end, steps = end + 1 + content[end], steps + 1
+                if steps > _MAX_SUB_BLOCKS:
+                    break
+            end += 1
+            if content[at + 1 : at + 2] == b"\xf9":
+                control = content[at:end]
+            at, steps = end, steps + 1
+        if steps > _MAX_SUB_BLOCKS:
+            raise DataError(f"a GIF of more than {_MAX_SUB_BLOCKS:,} blocks before its first image: beyond the limits")
+    if content[at : at + 1] == b"\x2c" and at + 9 <= size:
+        left, top, own_width, own_height = struct.unpack_from("<HHHH", content, at + 1)
+        width, height = max(width, left + own_width), max(height, top + own_height)
+    check_pixels(width, height)
+    check_extra(width, height, 5, 2 * size, "this GIF")
+    return content if at - len(control) == start else content[:start] + control + content[at:]
+
+
+# BMP, WebP -----------------------------------------------------------------------------------------------------------
+
+
+def _bound_bmp(content: bytes) -> None:
+    """Run lengths: Pillow decodes them in Python."""
+    if len(content) < 34 or int.from_bytes(content[14:18], "little") < 40:
+        return  # of the oldest kind, at most 65535 x 65535, and without run lengths
+    width, height = struct.unpack_from("<ii", content, 18)
+    compression = int.from_bytes(content[30:34], "little")
+    check_pixels(width, abs(height))
+    if compression not in _BMP_RLE:
+        check_extra(width, abs(height), 7, len(content), "this BMP")
+        return
+    steps = len(content) // 2 + width * abs(height)
+    if steps > _MAX_RLE_STEPS:
+        raise DataError(
+            f"a BMP of {width} x {abs(height)} pixels in run lengths takes too long to decode: beyond the limits"
+        )
+
+
+def _bound_webp(content: bytes) -> None:
+    """The canvas, for which libwebp takes memory as soon as it opens a file."""
+    kind, data = content[12:16], content[20:30]
+    if len(data) < 10:
+        return
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (4, 7))
+    elif kind == b"VP8L":
+        word = int.from_bytes(data[1:5], "little")
+        width, height = (word & 0x3FFF) + 1, (word >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    else:
+        return
+    check_pixels(width, height)
+    check_extra(width, height, 16, len(content), "WebP")
+
+
+# TIFF ----------------------------------------------------------------------------------------------------------------
+
+_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_CODES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _STRIPS, _SAMPLES, _ROWS = 256, 257, 258, 259, 273, 277, 278
+_PLANES, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _SUBFILE, _CHILDREN, _DNG = 284, 322, 323, 324, 254, 330, 50706
+_JPEG_IN_TIFF, _LIBTIFF_SCANS = (6, 7), 100  # of which libtiff itself refuses more
+_POINTERS = (330, 34665, 34853, 40965)  # to further directories, which Pillow reads
+
+Tags = dict[int, tuple[int, int, int]]  # tag -> type, number of values, place of the first
+
+
+def _bound_tiff(content: bytes) -> bool:
+    """Bound tags, values, strips and tiles of the first image; whether its colour channels have 16 bits."""
+    order = "<" if content.startswith(b"I") else ">"
+    big = content[2:4] in (b"+\0", b"\0+")
+    at = _number(content, order + "Q", 8) if big else _number(content, order + "I", 4)
+    tags = _directory(content, order, big, at)
+
+    def value(tag: int, otherwise: int) -> int:
+        kind, count, place = tags.get(tag, (0, 0, 0))
+        return _number(content, order + _CODES[kind], place) if count and kind in _CODES else otherwise
+
+    if _DNG in tags or (value(_SUBFILE, 0) & 1 and _CHILDREN in tags):
+        raise DataError(
+            f"no image of the formats {', '.join(FORMATS)}, but a camera's raw file (DNG, NEF, ARW), of which only a "
+            "small preview could be read; develop it to JPEG or TIFF first"
+        )
+    for tag in _POINTERS:
+        if tag in tags:
+            _directory(content, order, big, value(tag, 0))
+    width, height = value(_WIDTH, 1), value(_HEIGHT, 1)
+    check_pixels(width, height)
+    bits, samples = value(_BITS, 1), value(_SAMPLES, tags.get(_BITS, (0, 1, 0))[1])
+    separate = value(_PLANES, 1) == 2
+    tiled = _TILES in tags or _TILE_WIDTH in tags
+    across, down = value(_TILE_WIDTH, width), value(_TILE_HEIGHT, height)
+    if not tiled:
+        across, down = width, min(height, value(_ROWS, height) or height)
+    pieces = -(-width // max(1, across)) * -(-height // max(1, down)) * (samples if separate else 1)
+    pieces = max(pieces, tags.get(_TILES if tiled else _STRIPS, (0, 0, 0))[1])
+    if pieces > _MAX_TILES:
+        raise DataError(f"a TIFF in {pieces:,} tiles or strips: beyond the limits ({_MAX_TILES:,})")
+    piece = across * down * -(-bits * (1 if separate else samples) // 8)
+    kind = value(_COMPRESSION, 1)
+    if kind in _JPEG_IN_TIFF and b"\xff\xc2" in content:
+        scans = min(content.count(b"\xff\xda"), _LIBTIFF_SCANS)
+        if scans * width * height * samples > 64 * _MAX_SCANNED_BLOCKS:
+            raise DataError("a TIFF of progressive JPEGs in many scans takes too long to decode: beyond the limits")
+    check_extra(
+        width, height, 7, len(content) + (piece if kind != 1 or tiled else 0), "this TIFF with its strips or tiles"
+    )
+    return bits > 8 and samples > 1
+
+
+def _directory(content: bytes, order: str, big: bool, at: int) -> Tags:
+    """The tags of one directory; as many as the file has, where it is cut off."""
+    count = _number(content, order + ("Q" if big else "H"), at)
+    if count > _MAX_TAGS:
+        raise DataError(f"a TIFF with {count:,} tags in a directory: beyond the limits ({_MAX_TAGS:,})")
+    head, step, form, inline = (8, 20, "HHQ", 8) if big else (2, 12, "HHI", 4)
+    found: Tags = {}
+    for place in range(at + head, min(at + head + count * step, len(content) - step + 1), step):
+        tag, kind, values = struct.unpack_from(order + form, content, place)
+        size = values * _SIZES.get(kind, 1)
+        first = place + step - inline
+        if size > inline:
+            first = _number(content, order + ("Q" if big else "I"), first)
+        if values > _MAX_TAG_VALUES and kind not in (1, 2, 6, 7) and first + size <= len(content):
+            raise DataError(f"a TIFF with {values:,} values in tag {tag}: beyond the limits ({_MAX_TAG_VALUES:,})")
+        found.setdefault(tag, (kind, values, first))
+    return found
+
+
+def _number(content: bytes, form: str, at: int) -> int:
+    """One whole number; 0 beyond the file's end."""
+    if at < 0 or at + struct.calcsize(form) > len(content):
+        return 0
+    return int(struct.unpack_from(form, content, at)[0])
+
+
+# AVIF, HEIC ----------------------------------------------------------------------------------------------------------
+
+
+def _iso_image(content: bytes) -> str | None:
+    """AVIF or HEIC by the brands of the file's first box."""
+    if content[4:8] != b"ftyp":
+        return None
+    end = min(int.from_bytes(content[:4], "big"), 4096)
+    brands = {content[8:12], *(content[at : at + 4] for at in range(16, end, 4))}
+    if brands & {b"avif", b"avis"}:
+        return "AVIF"
+    return "HEIC" if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"} else None

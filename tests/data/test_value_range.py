@@ -1,0 +1,247 @@
+"""Images of 12 to 32 bits: one range for a data set, from the training images to the models and what they see later."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from potstill.cli import main
+from potstill.data.check import check_files
+from potstill.data.datasets import load_data
+from potstill.data.decode import decode, decode_bytes
+from potstill.data.pixel_cache import Wanted
+from potstill.data.settings import DataSettings
+from potstill.data.value_range import Span, data_range, to_8_bits
+from potstill.deploy.predict import predict
+from potstill.errors import ArtifactError
+from potstill.experiments.recipe import load_recipe
+from potstill.experiments.start import start_network
+from potstill.input_spec import InputSpec
+from potstill.models.classifier import Classifier
+from potstill.models.model_file import load_model, save_model
+
+RECIPE = """
+name: wide
+data: {{source: "{source}", size: 16, workers: 0}}
+student: {{model: cifar/resnet8}}
+method: {{name: supervised}}
+training: {{epochs: 1, batch_size: 8, precision: float32}}
+store: off
+"""
+
+
+def save(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of images of 12 bits in 16; within each image, values stay below 2048 but in one."""
+    for label, offset in (("dark", 0), ("light", 1000)):
+        for split, count in (("train", 8), ("val", 2), ("test", 2)):
+            for i in range(count):
+                values = np.random.default_rng([offset, i, count]).integers(offset, offset + 1000, (16, 16))
+                save(tmp_path / f"data/{split}/{label}/{i}.png", values.astype(np.uint16))
+    save(tmp_path / "data/train/light/most.png", np.full((16, 16), 4000, np.uint16) - np.eye(16, dtype=np.uint16))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("spans", "wanted"),
+    [
+        ([("integer", 0, 255)], (0, 255)),
+        ([("integer", 0, 256)], (0, 511)),
+        ([("integer", 0, 4095), ("integer", 7, 9)], (0, 4095)),
+        ([("integer", 0, 4096)], (0, 8191)),
+        ([("integer", 0, 65280)], (0, 65535)),
+        ([("integer", 0, 2**32 - 1)], (0, 2**32 - 1)),
+        ([("integer", -1000, 3000)], (-1000, 3000)),
+        ([("float", 0, 1), ("float", 0, 0.2)], (0, 1)),
+        ([("float", 0, 1), ("float", 0, 1.02)], (0, 1.02)),
+        ([("float", 0.5, 3)], (0, 3)),
+        ([("float", -2, 0.5)], (-2, 0.5)),
+        ([("float", 0, 1), ("integer", 0, 4095)], (0, 4095)),
+        ([("colour", 0, 4095)], None),
+    ],
+)
+def test_the_range_of_a_data_set(spans, wanted):
+    assert data_range([None, *(Span(*each) for each in spans)]) == wanted
+
+
+def test_values_between_the_ends():
+    # 256 (v - low) / (high - low + 1), cut: 16 -> 1, 4080 -> 255; beyond the ends 0 and 255
+    whole = np.array([0, 15, 16, 2048, 4079, 4080, 4095, 9000], np.uint16)
+    assert to_8_bits(whole, (0, 4095)).tolist() == [0, 0, 1, 128, 254, 255, 255, 255]
+    # 255 (v - low) / (high - low), rounded: -1 -> 0, 0 -> 85, 0.5 -> 127.5 -> 128
+    assert to_8_bits(np.array([-2, -1, 0, 0.5, 2, 7], np.float32), (-1, 2)).tolist() == [0, 0, 85, 128, 255, 255]
+
+
+def test_all_images_of_a_set_are_read_by_the_range_of_the_training_images(folder):
+    save(folder / "test/light/outlier.png", np.full((16, 16), 60_000, np.uint16))
+    for _ in range(2):  # the second time, files are known and not read
+        data = load_data(DataSettings(source=str(folder)))
+        assert data.range == (0, 4095)
+        for images in (data.train, data.val, data.test):
+            for i, name in enumerate(images.names):
+                values = np.asarray(Image.open(folder / name)).astype(int)
+                np.testing.assert_array_equal(images.pixels(i)[..., 0], np.minimum(values // 16, 255))
+
+
+def test_a_range_that_is_given_counts_for_pixels_fingerprint_and_caches(folder):
+    auto = load_data(DataSettings(source=str(folder)))
+    given = load_data(DataSettings(source=str(folder), range=(0, 65535)))
+    same = load_data(DataSettings(source=str(folder), range=(0, 4095)))
+    assert given.range == (0, 65535)
+    assert auto.fingerprint == same.fingerprint != given.fingerprint
+    manifests = [Wanted(each.train, 16, "crop", "x").manifest() for each in (auto, same, given)]
+    assert manifests[0] == manifests[1] != manifests[2]
+    assert given.train.pixels(0).max() <= 4000 // 256
+
+
+def test_images_of_8_bits_are_as_ever(tmp_path):
+    for label in "ab":
+        for i in range(6):
+            save(tmp_path / label / f"{i}.png", np.random.default_rng(i).integers(0, 9, (8, 8), dtype=np.uint8))
+    plain = load_data(DataSettings(source=str(tmp_path)))
+    assert plain.range is None
+    assert plain.train.pixels(0).max() < 9
+    names = [f"{label}/{i}.png" for label in "ab" for i in range(6)]
+    assert all(len(word.split()) == 2 for word in check_files(tmp_path, names, "x").values())
+
+
+@pytest.mark.parametrize("bad", ["wide", [4095, 0], [0, 0], [0, float("inf")], [1], [0, 1, 2]])
+def test_a_range_that_is_none_is_refused(bad):
+    with pytest.raises(ValidationError):
+        DataSettings(range=bad)
+
+
+def test_the_model_keeps_the_range_for_all_that_it_sees_later(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(source=folder))
+    assert main(["train", "recipe.yaml", "--stage", "baseline"]) == 0
+    model = next((tmp_path / "runs").glob("*/baseline"))
+    assert json.loads((model / "model.json").read_text())["input"]["range"] == [0.0, 4095.0]
+
+    # An image whose own range is smaller is read as in training: doubled values are another image.
+    name = folder / "test/dark/0.png"
+    values = np.asarray(Image.open(name))
+    save(tmp_path / "halved.png", values // 2)
+    assert decode(tmp_path / "halved.png", (0, 4095)).max() < decode(name, (0, 4095)).max()
+    seen = {}
+    real = Classifier.predict
+
+    def spy(self, images):
+        seen["images"] = images.clone()
+        return real(self, images)
+
+    monkeypatch.setattr(Classifier, "predict", spy)
+    for path in (name, tmp_path / "halved.png"):
+        predict(model, [path])
+        classifier = load_model(model)
+        pixels = (np.asarray(Image.open(path)).astype(np.float64) // 16 / 255)[None]
+        for channel in range(3):
+            wanted = (pixels[0] - classifier.input.mean[channel]) / classifier.input.std[channel]
+            np.testing.assert_allclose(seen["images"][0, channel].numpy(), wanted, atol=1e-5)
+
+    capsys.readouterr()
+    assert main(["evaluate", str(model), "--data", str(folder)]) == 0
+
+
+def test_serve_reads_by_the_range_of_the_model(folder, tmp_path):
+    from potstill.models.create import create_model
+    from potstill.serve.child import _answer
+
+    model = Classifier(
+        create_model("cifar/resnet8", 2, size=16).eval(),
+        "cifar/resnet8",
+        ("dark", "light"),
+        InputSpec(16, range=(0, 65535)),
+    )
+    save_model(model, tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    assert model.input.range == (0, 65535)
+    content = (folder / "train/dark/0.png").read_bytes()
+    answer = _answer({"distilled": model}, {"top": 2, "gradcam": False}, content)
+    from potstill.data.preprocess import prepare
+
+    shares = model.predict(prepare(decode_bytes(content, "x", (0, 65535)), model.input)[None])[0]
+    given = {each["class"]: each["probability"] for each in answer["models"][0]["predictions"]}
+    assert given == pytest.approx({"dark": float(shares[0]), "light": float(shares[1])})
+
+
+def test_a_teacher_of_another_range_is_refused(tmp_path):
+    from potstill.models.create import create_model
+
+    model = Classifier(
+        create_model("cifar/resnet8", 2, size=16), "cifar/resnet8", ("a", "b"), InputSpec(16, range=(0, 1023))
+    )
+    save_model(model, tmp_path / "model")
+    teacher = {"model": "cifar/resnet8", "weights": str(tmp_path / "model")}
+    recipe = load_recipe({"student": {"model": "cifar/resnet8"}, "teacher": teacher, "data": {"size": 16}})
+    assert start_network(recipe, recipe.network("teacher"), ("a", "b"), (0.0, 1023.0)).input.range == (0, 1023)
+    assert start_network(recipe, recipe.student, ("a", "b"), (0.0, 4095.0)).input.range == (0, 4095)
+    with pytest.raises(ArtifactError, match=r"read by the range \[0, 1023\].*\[0, 4095\](.|\n)*data\.range=\[0,1023\]"):
+        start_network(recipe, recipe.network("teacher"), ("a", "b"), (0.0, 4095.0))
+
+
+def test_check_warns_of_images_that_use_a_small_part_or_lie_beyond(folder, capsys):
+    save(folder / "train/dark/black.png", np.arange(256, dtype=np.uint16).reshape(16, 16))
+    save(folder / "test/light/outlier.png", np.full((16, 16), 60_000, np.uint16) + np.eye(16, dtype=np.uint16))
+    save(folder / "test/light/plain.png", np.arange(256, dtype=np.uint8).reshape(16, 16))
+    main(["check", str(folder), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["figures"]["range"] == [0, 4095]
+    kinds = {}
+    for each in report["findings"]:
+        kinds.setdefault(each["kind"], []).append(each["path"])
+    assert kinds["narrow-range"] == ["train/dark/black.png"]
+    assert kinds["beyond-range"] == ["test/light/outlier.png"]
+    assert kinds["mixed-range"] == ["."]
+    main(["check", str(folder)])
+    assert "range    [0, 4095], for images of more than 8 bits" in capsys.readouterr().out
+
+
+def test_16_bit_colours_of_which_little_is_used_are_warned_of(tmp_path, capsys):
+    import struct
+    import zlib
+
+    for label in "ab":
+        for i in range(6):
+            values = np.random.default_rng(i).integers(0, 4096, (8, 8, 3)).astype(">u2")
+            rows = b"".join(b"\0" + row.tobytes() for row in values)
+            chunks = [
+                (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+                (b"IDAT", zlib.compress(rows)),
+                (b"IEND", b""),
+            ]
+            png = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+    main(["check", str(tmp_path), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["kinds"]["narrow-range"] == 12
+
+
+def test_floats_in_shards_have_one_range(tmp_path):
+    import tarfile
+
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for i in range(12):
+            buffer = io.BytesIO()
+            Image.fromarray(np.linspace(0, 1.02 if i == 7 else 0.9, 64, dtype=np.float32).reshape(8, 8)).save(
+                buffer, "TIFF"
+            )
+            info = tarfile.TarInfo(f"{'ab'[i % 2]}/{i}.tif")
+            info.size = len(buffer.getvalue())
+            tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    for _ in range(2):
+        data = load_data(DataSettings(source=str(tmp_path / "s.tar"), val=0.2, test=0.2))
+        assert data.range in ((0, pytest.approx(1.02)), (0, 1))
+        tops = {int(images.pixels(i).max()) for images in (data.train, data.val, data.test) for i in range(len(images))}
+        assert max(tops) == 255
+        assert min(tops) == (225 if data.range[1] > 1 else 229)  # of 0.9 as float32

@@ -1,0 +1,94 @@
+"""Settings that are right by themselves and have no effect in a training of this length, on this data."""
+
+import pytest
+
+from potstill.data.datasets import load_data
+from potstill.errors import UsageError
+from potstill.experiments.pipeline import run
+from potstill.experiments.plan import plan
+from potstill.experiments.preflight import check_all, doubt_settings
+from potstill.training.observer import Silent
+
+IMAGES = 42  # of training: 60, less 15 % for val and for test
+
+
+def warnings(recipe):
+    heard = []
+
+    class Listening(Silent):
+        def warn(self, message):
+            heard.append(message)
+
+    data = load_data(recipe.data)
+    assert len(data.train) == IMAGES
+    found = doubt_settings(recipe, plan(recipe), data, Listening())
+    assert heard == found
+    return found
+
+
+def test_settings_that_all_have_their_effect_are_not_doubted(recipe):
+    assert warnings(recipe()) == []
+
+
+ALL, STUDENTS = ["teacher", "baseline", "distilled"], ["baseline", "distilled"]  # the teacher has three epochs
+
+
+@pytest.mark.parametrize(
+    ("changes", "roles", "message"),
+    [
+        ({"training.batch_size": 43}, ALL, "training.batch_size 43 is more than the 42 training images"),
+        (
+            {"training.accumulate": 4},
+            ALL,
+            "training.accumulate 4 is more than the 3 batches of an epoch: a step averag",
+        ),
+        ({"training.early_stopping": 2}, STUDENTS, "training.early_stopping 2 cannot act within training.epochs 2"),
+        (
+            {"training.warmup_epochs": 2, "training.schedule": "cosine"},
+            STUDENTS,
+            "training.warmup_epochs 2 is the whole training, so the learning rate reaches training.lr in the last step "
+            "only, and its schedule never acts",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_said_of_each_network(recipe, changes, roles, message):
+    found = warnings(recipe(**changes))
+    assert [text.split(": ", 1)[0] for text in found] == roles
+    assert all(text.split(": ", 1)[1].startswith(message) for text in found)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("{name: dkd}", "method dkd reaches its full weight after 20 epochs, and training ends at 10% of it"),
+        ("[{name: kd}, {name: dkd, warmup_epochs: 4}]", "method kd + dkd reaches its full weight after 4 epochs, and"),
+        ("{name: eskd, around: {name: reviewkd, warmup_epochs: 5}}", "method eskd around reviewkd reaches its full"),
+        ("{name: nd, warmup: 1}", None),
+        ("{name: nd, warmup: 2}", "method nd reaches its full weight after 3 epochs, and training ends at 67% of it"),
+        ("{name: dkd, warmup_epochs: 2}", None),
+    ],
+)
+def test_a_methods_warm_up_that_is_longer_than_the_training(recipe, method, message):
+    found = warnings(recipe(method=method))
+    if message is None:
+        assert found == []
+    else:
+        (text,) = found
+        assert text.startswith(f"distilled: {message}")
+
+
+def test_a_methods_schedule_in_a_training_of_one_epoch(recipe):
+    method = "[{name: kd, schedule: {kd: {shape: linear, start: 1, end: 0}}}, {name: logit_mse}]"
+    (text,) = warnings(recipe(method=method, **{"training.epochs": 1}))
+    assert text == "distilled: the method's schedule stays at its start in a training of one epoch"
+    assert warnings(recipe(method=method)) == []
+
+
+def test_a_metric_that_is_always_one_is_refused(recipe):
+    with pytest.raises(UsageError, match=r"top3 is 1 for any student of 3 classes.*use top1 or nll"):
+        check_all(recipe(**{"training.selection_metric": "top3"}), None)
+
+
+def test_doubts_stand_in_the_results(recipe, tmp_path):
+    folder = run(recipe(**{"training.early_stopping": 2}), root=tmp_path, stages=("baseline",))
+    assert "baseline: training.early_stopping 2 cannot act" in (folder / "results.json").read_text(encoding="utf-8")
