@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ def write_bytes(path: Path, *chunks: bytes, previous: Path | None = None) -> Non
     Raises:
         StorageError: no space, no permission, or an I/O error; names path and reason.
     """
+    _write(path, chunks, previous)
+
+
+def _write(path: Path, chunks: Iterable[bytes], previous: Path | None) -> None:
     temporary: Path | None = None
     try:
         target = _writable(path)
@@ -50,6 +54,23 @@ def write_bytes(path: Path, *chunks: bytes, previous: Path | None = None) -> Non
     finally:
         if temporary is not None:
             _unlink(temporary)
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> str:
+    """As ``write_bytes``, of chunks that are made one by one; returns the SHA-256 of the file, in hex.
+
+    Raises:
+        StorageError: as ``write_bytes``.
+    """
+    sha256 = hashlib.sha256()
+
+    def digested() -> Iterator[bytes]:
+        for chunk in chunks:
+            sha256.update(chunk)
+            yield chunk
+
+    _write(path, digested(), None)
+    return sha256.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,8 +5,9 @@ import pytest
 from sklearn import metrics as sk
 
 from potstill.errors import NonFiniteError, UsageError
-from potstill.evaluation import exact
+from potstill.evaluation import predictions
 from potstill.evaluation.exact import final_metrics
+from potstill.evaluation.predictions import Predictions
 
 
 def sample(classes, count, *, present=None, seed=0):
@@ -41,7 +42,10 @@ def check_against_sklearn(p, y):
         )[:3]
         mine = [figures[f"{name}_{kind}"] for name in ("precision", "recall", "f1")]
         assert mine == pytest.approx(expected, abs=1e-12), kind
-    assert figures["confusion"] == sk.confusion_matrix(y, predicted, labels=range(classes)).tolist()
+    matrix = np.zeros((classes, classes), dtype=int)
+    for true, said, images in zip(*Predictions.of(p, y).confusion(), strict=True):
+        matrix[true, said] = images
+    assert matrix.tolist() == sk.confusion_matrix(y, predicted, labels=range(classes)).tolist()
     truth = y[:, None] == np.arange(classes)
     defined = [k for k in range(classes) if 0 < truth[:, k].sum() < len(y)]
     assert figures["auc_skipped"] == [f"class {k}" for k in range(classes) if k not in defined]
@@ -142,7 +146,7 @@ def test_too_many_scores_to_sort_take_bins(monkeypatch):
     p, y = sample(5, 6000)
     p[0] = [1, 0, 0, 0, 0]
     expected = final_metrics(p, y, names(5))
-    monkeypatch.setattr(exact, "MOST_SCORES", 20_000)
+    monkeypatch.setattr(predictions, "MOST_SCORES", 20_000)
     figures = final_metrics(p, y, names(5))
     for kind in ("micro", "macro", "weighted"):
         assert figures[f"auc_{kind}"] != expected[f"auc_{kind}"]
@@ -153,7 +157,6 @@ def test_too_many_scores_to_sort_take_bins(monkeypatch):
 def test_no_images():
     figures = final_metrics(np.zeros((0, 3), np.float32), np.zeros(0, np.int64), names(3))
     assert (figures["count"], figures["top1"], figures["auc_skipped"]) == (0, None, names(3))
-    assert figures["confusion"] == [[0] * 3] * 3
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 import csv
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from potstill.errors import ArtifactError, StorageError, UsageError
+from potstill.evaluation.predictions import Predictions
 from potstill.experiments.run_folder import RunFolder, as_csv, cell_text, find_model
 
 
@@ -75,7 +78,8 @@ def test_nothing_to_resume_and_contradictions(tmp_path):
 def test_predictions_are_what_a_csv_reader_expects(tmp_path):
     run = RunFolder(tmp_path / "a")
     names = ['quote".png', "comma,.png", "line\nbreak\x1b[31m.png"]
-    run.write_predictions("teacher", "test", names, [0, 1, 1], [[0.75, 0.25], [1 / 3, 2 / 3], [0.5, 0.5]], ["a", "b"])
+    found = Predictions.of(np.array([[0.75, 0.25], [1 / 3, 2 / 3], [0.5, 0.5]]), np.array([0, 1, 1]))
+    run.write_predictions("teacher", "test", names, found, ["a", "b"])
     with (run.stage("teacher") / "predictions_test.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
@@ -84,6 +88,22 @@ def test_predictions_are_what_a_csv_reader_expects(tmp_path):
         ["comma,.png", "b", "b", "0.333333333", "0.666666667"],
         ["line\\nbreak\\x1b[31m.png", "b", "a", "0.5", "0.5"],
     ]
+
+
+def test_of_many_numbers_the_most_probable_classes_are_kept(tmp_path):
+    run, labels = RunFolder(tmp_path / "a"), np.array([2, 0])
+    shares = np.array([[0.4, 0.3, 0.15, 0.1, 0.03, 0.02], [0.02, 0.03, 0.1, 0.15, 0.3, 0.4]])
+    found = dataclasses.replace(Predictions.of(shares, labels), rows=None)
+    run.write_predictions("teacher", "test", ["x.png", "y.png"], found, list("abcdef"))
+    run.write_confusion("teacher", "test", found, list("abcdef"))
+    lines = (run.stage("teacher") / "predictions_test.csv").read_text().splitlines()
+    assert lines == [
+        "path,label,prediction,label_index,prediction_index,p_1,class_2,p_2,class_3,p_3,class_4,p_4,class_5,p_5",
+        "x.png,c,a,2,0,0.4,b,0.3,c,0.15,d,0.1,e,0.03",
+        "y.png,a,f,0,5,0.4,e,0.3,d,0.15,c,0.1,b,0.03",
+    ]
+    pairs = (run.stage("teacher") / "confusion_test.csv").read_text()
+    assert pairs == "true_index,predicted_index,images,true,predicted\n0,5,1,a,f\n2,0,1,c,a\n"
 
 
 def test_csv_has_no_raw_control_characters():
@@ -166,7 +186,9 @@ def test_results_list_the_digests_of_what_was_written(tmp_path):
     run = RunFolder(tmp_path)
     begin(run)
     run.write_metrics("teacher", {"test": {"top1": 1.0}})
-    run.write_predictions("teacher", "test", ["x.png"], [0], [[1.0]], ["a"])
+    run.write_predictions(
+        "teacher", "test", ["x.png"], Predictions.of(np.ones((1, 1)), np.zeros(1, dtype=np.int64)), ["a"]
+    )
     (tmp_path / "teacher" / "metrics.jsonl").write_text('{"epoch": 1}\n')
     (tmp_path / "teacher" / "predictions_test.csv").write_text("changed meanwhile\n")
     run.write_results({"schema": 1, "stages": {"teacher": {}, "baseline": {}}})

@@ -29,7 +29,7 @@ def evaluate(
         skip_bad: leave out files that cannot be read.
 
     Returns:
-        The keys of ``evaluation.exact.final_metrics``, and ``model`` and ``data``: a sentence on each, and ``skipped``:
+        The keys of ``evaluation.exact.split_metrics``, and ``model`` and ``data``: a sentence on each, and ``skipped``:
         path and reason of each file that was left out.
 
     Raises:
@@ -40,8 +40,8 @@ def evaluate(
     folder = find_model(Path(model))
 
     from potstill.data.loader import Loader
-    from potstill.evaluation.evaluate import collect
-    from potstill.evaluation.exact import final_metrics
+    from potstill.evaluation.exact import split_metrics
+    from potstill.evaluation.predictions import predict_split
     from potstill.models.model_file import load_model
     from potstill.training.devices import choose
     from potstill.training.settings import TrainingSettings
@@ -52,12 +52,13 @@ def evaluate(
     where = choose(TrainingSettings(device=device)).device
     classifier.module.to(where)
     loader = Loader(images, classifier.input, batch_size=BATCH, device=where)
-    probabilities, *_ = collect(classifier.module, loader, classes=len(classifier.class_names), device=where)
+    classes = len(classifier.class_names)
+    found = predict_split(classifier.module, loader, classes=classes, device=where, labels=labels)
     return {
         "model": f"{classifier.architecture} of {folder}",
         "data": f"{source}, {which}",
         **({"skipped": [[each.path, each.reason] for each in skipped]} if skipped else {}),
-        **final_metrics(probabilities, labels, classifier.class_names),
+        **split_metrics(found, classifier.class_names),
     }
 
 

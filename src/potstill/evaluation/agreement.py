@@ -4,9 +4,10 @@ import numpy as np
 
 from potstill.errors import UsageError
 from potstill.evaluation.averages import Array
+from potstill.evaluation.predictions import Rows, as_rows, blocks_of
 
 
-def agreement(student: Array, teacher: Array) -> dict[str, float | None]:
+def agreement(student: Rows | Array, teacher: Rows | Array) -> dict[str, float | None]:
     """Fidelity of a student's probabilities [N, K] to its teacher's, of the same images.
 
     Returns:
@@ -20,18 +21,19 @@ def agreement(student: Array, teacher: Array) -> dict[str, float | None]:
         >>> agreement(np.array([[0.5, 0.5], [0.1, 0.9]]), np.array([[1.0, 0.0], [0.9, 0.1]]))["agreement"]
         0.5
     """
-    if student.shape != teacher.shape or student.ndim != 2:
+    student, teacher = as_rows(student), as_rows(teacher)
+    if student.shape != teacher.shape or len(student.shape) != 2:
         raise UsageError(f"student and teacher must have the same [N, K], got {student.shape} and {teacher.shape}")
-    if not len(student):
+    if not student.shape[0]:
         return {"agreement": None, "kl_to_teacher": None}
     # What float32 rounded to 0 counts as its smallest number: the divergence stays finite.
     smallest = float(np.finfo(np.float32).tiny)
-    p, q = teacher.astype(np.float64), np.maximum(student.astype(np.float64), smallest)
-    terms = p * (np.log(np.maximum(p, smallest)) - np.log(q))
-    return {
-        "agreement": float((student.argmax(axis=1) == teacher.argmax(axis=1)).mean()),
-        "kl_to_teacher": float(terms.sum(axis=1).mean()),
-    }
+    same, divergence = 0, 0.0
+    for _, (q, p) in blocks_of(student, teacher):
+        same += int((q.argmax(axis=1) == p.argmax(axis=1)).sum())
+        p, q = p.astype(np.float64), np.maximum(q.astype(np.float64), smallest)
+        divergence += float((p * (np.log(np.maximum(p, smallest)) - np.log(q))).sum())
+    return {"agreement": same / student.shape[0], "kl_to_teacher": divergence / student.shape[0]}
 
 
 def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:

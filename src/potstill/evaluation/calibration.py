@@ -10,14 +10,15 @@ import numpy as np
 
 from potstill.errors import UsageError
 from potstill.evaluation.averages import Array
+from potstill.evaluation.predictions import Rows, as_rows
 
 BINS = 15
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _COLDEST, _HOTTEST = 0.05, 20.0  # a network that is never wrong on val has no best temperature: it stops here
-_STEPS = 40  # of the golden section: the range of log T shrinks to 3e-8
+_STEPS, _CLOSE = 60, 1e-9  # at most; share of 1 / T by which the last step moves it
 
 
-def calibration(val: Array, val_labels: Array, test: Array, test_labels: Array) -> dict[str, Any] | None:
+def calibration(val: Rows | Array, val_labels: Array, test: Rows | Array, test_labels: Array) -> dict[str, Any] | None:
     """What scaling does on test, with the temperature that fits val best.
 
     ``val`` and ``test`` are probabilities [N, K], the labels whole numbers [N].
@@ -30,38 +31,49 @@ def calibration(val: Array, val_labels: Array, test: Array, test_labels: Array) 
     Raises:
         UsageError: labels that do not go with the probabilities.
     """
-    if not len(val) or not len(test):
+    val, test = as_rows(val), as_rows(test)
+    if not val.shape[0] or not test.shape[0]:
         return None
     temperature = fit_temperature(val, val_labels)
     return {
         "temperature": temperature,
-        "before": _figures(test, test_labels),
-        "after": _figures(scaled(test, temperature), test_labels),
+        "before": _figures(test, test_labels, 1.0),
+        "after": _figures(test, test_labels, temperature),
     }
 
 
-def fit_temperature(probabilities: Array, labels: Array) -> float:
-    """The temperature in [0.05, 20] that gives the least NLL, by golden section: NLL has one valley in log T.
+def fit_temperature(probabilities: Rows | Array, labels: Array) -> float:
+    """The temperature in [0.05, 20] that gives the least NLL, by Newton's method: NLL is convex in 1 / T.
 
     Raises:
         UsageError: labels that do not go with the probabilities.
     """
-    logs = _logs(probabilities)
-    _check(probabilities, labels)
-    golden = (math.sqrt(5) - 1) / 2
-    low, high = math.log(_COLDEST), math.log(_HOTTEST)
-    left, right = high - golden * (high - low), low + golden * (high - low)
-    at_left, at_right = _nll_at(logs, labels, left), _nll_at(logs, labels, right)
+    probabilities = as_rows(probabilities)
+    _check(probabilities.shape, labels)
+    low, high, inverse = 1 / _HOTTEST, 1 / _COLDEST, 1.0
     for _ in range(_STEPS):
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - golden * (high - low)
-            at_left = _nll_at(logs, labels, left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + golden * (high - low)
-            at_right = _nll_at(logs, labels, right)
-    return math.exp((low + high) / 2)
+        slope, curvature = _slope(probabilities, labels, inverse)
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+        step = inverse - slope / curvature if curvature > 0 else math.nan
+        # Outside of what is left, or at its end: halve it instead, in logarithms.
+        after = step if low < step < high else math.sqrt(low * high)
+        if abs(after - inverse) <= _CLOSE * inverse:
+            inverse = after
+            break
+        inverse = after
+    return 1 / inverse
+
+
+def _slope(probabilities: Rows, labels: Array, inverse: float) -> tuple[float, float]:
+    """First and second derivative of the NLL with respect to 1 / T."""
+    slope = curvature = 0.0
+    for which, block in probabilities.blocks():
+        logs = _logs(block)
+        shares = np.exp(_log_softmax(logs * inverse))
+        mean = (shares * logs).sum(axis=1)
+        slope += float((mean - logs[np.arange(len(logs)), labels[which]]).sum())
+        curvature += float(((shares * logs**2).sum(axis=1) - mean**2).sum())
+    return slope / probabilities.shape[0], curvature / probabilities.shape[0]
 
 
 def scaled(probabilities: Array, temperature: float) -> Array:
@@ -76,8 +88,11 @@ def scaled(probabilities: Array, temperature: float) -> Array:
 
 def bins(probabilities: Array, labels: Array) -> list[list[float]]:
     """Of each bin (low, high] with images: their number, mean confidence, share right; from least to most confident."""
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    right = probabilities.argmax(axis=1) == labels
+    confidence = probabilities.max(axis=1, initial=0).astype(np.float64)
+    return _bins(confidence, probabilities.argmax(axis=1) == labels)
+
+
+def _bins(confidence: Array, right: Array) -> list[list[float]]:
     place = np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1).astype(int)
     return [
         [int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean())]
@@ -86,16 +101,17 @@ def bins(probabilities: Array, labels: Array) -> list[list[float]]:
     ]
 
 
-def _figures(probabilities: Array, labels: Array) -> dict[str, Any]:
-    found = bins(probabilities, labels)
-    wrong_by = sum(images * abs(confidence - right) for images, confidence, right in found)
-    picked = _logs(probabilities)[np.arange(len(labels)), labels]
-    return {"ece": wrong_by / len(labels), "nll": float(-picked.mean()), "bins": found}
-
-
-def _nll_at(logs: Array, labels: Array, log_temperature: float) -> float:
-    scaled_logs = _log_softmax(logs / math.exp(log_temperature))
-    return float(-scaled_logs[np.arange(len(labels)), labels].mean())
+def _figures(probabilities: Rows, labels: Array, temperature: float) -> dict[str, Any]:
+    count = len(labels)
+    confidence, right, loss = np.zeros(count), np.zeros(count, dtype=bool), 0.0
+    for which, block in probabilities.blocks():
+        logs = _logs(block) if temperature == 1 else _log_softmax(_logs(block) / temperature)
+        confidence[which] = block.max(axis=1) if temperature == 1 else np.exp(logs.max(axis=1))
+        right[which] = block.argmax(axis=1) == labels[which]
+        loss -= float(logs[np.arange(len(logs)), labels[which]].sum())
+    found = _bins(confidence, right)
+    wrong_by = sum(images * abs(sure - share) for images, sure, share in found)
+    return {"ece": wrong_by / count, "nll": loss / count, "bins": found}
 
 
 def _log_softmax(logits: Array) -> Array:
@@ -108,8 +124,6 @@ def _logs(probabilities: Array) -> Array:
     return np.asarray(np.log(np.maximum(probabilities.astype(np.float64), _SMALLEST)))
 
 
-def _check(probabilities: Array, labels: Array) -> None:
-    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
-        raise UsageError(
-            f"calibration needs probabilities [N, K] and labels [N], got {probabilities.shape} and {labels.shape}"
-        )
+def _check(shape: tuple[int, ...], labels: Array) -> None:
+    if len(shape) != 2 or labels.shape != shape[:1]:
+        raise UsageError(f"calibration needs probabilities [N, K] and labels [N], got {shape} and {labels.shape}")

@@ -1,6 +1,6 @@
 """What a model says of every image of a split."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -57,7 +57,7 @@ def collect(
     device: torch.device | str = "cpu",
     precision: Literal["float32", "bf16"] = "float32",
     processes: Processes = ALONE,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | Callable[[int], str] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Ask ``model`` once for every image that ``loader`` lists, in eval mode and without gradients.
 
@@ -68,7 +68,7 @@ def collect(
         device: where the model is.
         precision: "bf16": the network runs under autocast; the softmax is always float32.
         processes: each of them has some of the batches; all get the answers to all.
-        names: [N], of the images, for messages.
+        names: [N], of the images, for messages; or what gives the name of one.
 
     Returns:
         probabilities [N, K] float32, labels [N] int64 and index [N] int64 (0, 1, 2, ...); row i is image i.
@@ -100,18 +100,23 @@ def collect(
     if not every:
         raise DataError("there is no image to evaluate")
     probabilities, finite, labels, index = (np.concatenate(column) for column in zip(*every, strict=True))
-    _check_complete(index, loader.count)
+    check_complete(index, loader.count)
     order = np.argsort(index)
     if not finite.all():
         first = int(order[~finite[order]][0])
         count = int((~finite).sum())
         image = int(index[first])
-        who = f"image {image}" if names is None else names[image]
+        who = f"image {image}" if names is None else names(image) if callable(names) else names[image]
         raise NonFiniteError(f"a logit of {who} is NaN or infinite ({count} of {len(index)} images)")
     return probabilities[order], labels[order], index[order]
 
 
-def _check_complete(index: np.ndarray[Any, Any], count: int) -> None:
+def check_complete(index: np.ndarray[Any, Any], count: int) -> None:
+    """Check that each of ``count`` images was evaluated once.
+
+    Raises:
+        DataError: an image was left out or came twice.
+    """
     seen = np.bincount(index, minlength=count)
     if len(seen) == count and (seen == 1).all():
         return

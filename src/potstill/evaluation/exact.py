@@ -1,57 +1,56 @@
-"""Final figures of a split, from the probabilities of every image."""
+"""Final figures of a split, from what was predicted for every image."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from potstill.errors import NonFiniteError, UsageError
-from potstill.evaluation.auc import exact_auc_per_class
 from potstill.evaluation.averages import Array, auc_figures, classification_figures, precision_recall_f1
-from potstill.evaluation.metrics import CALIBRATION_BINS, FIGURES, NLL_CEILING, StreamingMetrics
+from potstill.evaluation.metrics import CALIBRATION_BINS, FIGURES, NLL_CEILING
+from potstill.evaluation.predictions import Predictions
 from potstill.evaluation.significance import wilson_interval
-
-MOST_SCORES = 100_000_000  # N * K up to which scores are sorted; beyond that AUC comes from bins
 
 
 def final_metrics(probabilities: Array, labels: Array, class_names: Sequence[str]) -> dict[str, Any]:
-    """The keys of ``StreamingMetrics`` and, for reports, the figures of each class.
-
-    Args:
-        probabilities: [N, K], rows that sum to 1.
-        labels: [N], int64 in [0, K).
-        class_names: K names, in the order of the columns.
-
-    Returns:
-        The flat figures, and
-        ``per_class``: for each a dict of ``class``, ``precision``, ``recall``, ``f1``, ``auc`` (or None), ``support``;
-        ``confusion``: K x K counts, rows are true classes;
-        ``absent_classes``, ``never_predicted``, ``largest_class``, ``at_chance``: see ``class_facts``;
-        ``auc_skipped``: names of classes without AUC, since no image here is of them, or every image is.
+    """``split_metrics`` of probabilities [N, K], rows that sum to 1, and labels [N], int64 in [0, K).
 
     Raises:
         UsageError: shapes that do not fit each other, a label outside [0, K).
         NonFiniteError: a probability is NaN or infinite.
     """
     _check(probabilities, labels, class_names)
-    count, classes = probabilities.shape
-    predicted = probabilities.argmax(axis=1)
-    confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-    hits, called, support = confusion.diagonal(), confusion.sum(axis=0), confusion.sum(axis=1)
+    return split_metrics(Predictions.of(probabilities, labels), class_names)
+
+
+def split_metrics(found: Predictions, class_names: Sequence[str]) -> dict[str, Any]:
+    """The keys of ``StreamingMetrics`` and, for reports, the figures of each class.
+
+    Args:
+        found: what was predicted for each image.
+        class_names: K names, by number.
+
+    Returns:
+        The flat figures, and
+        ``per_class``: for each a dict of ``class``, ``precision``, ``recall``, ``f1``, ``auc`` (or None), ``support``;
+        ``auc_skipped``: names of classes without AUC, since no image here is of them, or every image is.
+    """
+    count, classes, labels = len(found.labels), found.classes, found.labels
+    hits = np.bincount(labels[found.correct], minlength=classes)
+    called, support = (np.bincount(each, minlength=classes) for each in (found.predicted, labels))
+    areas = found.areas
     if count:
-        areas, micro = _areas(probabilities, labels)
         figures: dict[str, Any] = {
             "top1": float(hits.sum() / count),
-            "top3": _top(probabilities, labels, min(3, classes)),
+            "top3": float((found.before < min(3, classes)).mean()),
             **classification_figures(hits, called, support),
-            **auc_figures(areas, micro, support),
-            "ece": _calibration_error(probabilities.max(axis=1), predicted == labels),
-            "nll": _negative_log_likelihood(probabilities, labels),
+            **auc_figures(areas, found.area, support),
+            "ece": _calibration_error(found.confidence, found.correct),
+            "nll": _negative_log_likelihood(found.of_label),
         }
     else:
-        areas, figures = np.full(classes, np.nan), dict.fromkeys(FIGURES)
+        figures = dict.fromkeys(FIGURES)
     columns = zip(class_names, *precision_recall_f1(hits, called, support), areas, support, strict=True)
     per_class = [
         {
@@ -68,7 +67,6 @@ def final_metrics(probabilities: Array, labels: Array, class_names: Sequence[str
         **figures,
         "count": count,
         "per_class": per_class,
-        "confusion": confusion.tolist(),
         **(class_facts(hits, called, support, class_names) if count else {}),
         "auc_skipped": [entry["class"] for entry in per_class if entry["auc"] is None],
     }
@@ -105,35 +103,15 @@ def class_facts(hits: Array, predicted: Array, support: Array, class_names: Sequ
     }
 
 
-def _areas(probabilities: Array, labels: Array) -> tuple[Array, float]:
-    if probabilities.size <= MOST_SCORES:
-        return exact_auc_per_class(probabilities, labels)
-    metrics = StreamingMetrics(probabilities.shape[1])
-    smallest = np.finfo(np.float32).tiny  # the logarithm of a probability that was rounded to 0 must stay finite
-    for start in range(0, len(labels), 4096):
-        rows = slice(start, start + 4096)
-        logits = np.log(np.maximum(probabilities[rows], smallest))
-        metrics.update(torch.from_numpy(logits), torch.from_numpy(labels[rows]))
-    return metrics.areas()
-
-
-def _top(probabilities: Array, labels: Array, k: int) -> float:
-    """Share of images with fewer than k classes before their label; of equal ones the lower number comes first."""
-    of_label = np.take_along_axis(probabilities, labels[:, None], axis=1)
-    lower = np.arange(probabilities.shape[1]) < labels[:, None]
-    before = (probabilities > of_label) | ((probabilities == of_label) & lower)
-    return float((before.sum(axis=1) < k).mean())
-
-
 def _calibration_error(confidence: Array, right: Array) -> float:
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
     gaps = np.bincount(bins, weights=confidence - right.astype(np.float64), minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def _negative_log_likelihood(probabilities: Array, labels: Array) -> float:
-    of_label = np.take_along_axis(probabilities, labels[:, None], axis=1).astype(np.float64)
-    return float(-np.log(np.maximum(of_label, np.exp(-NLL_CEILING))).mean()) + 0.0  # no negative zero
+def _negative_log_likelihood(of_label: Array) -> float:
+    losses = -np.log(np.maximum(of_label.astype(np.float64), np.exp(-NLL_CEILING)))
+    return float(losses.mean()) + 0.0  # no negative zero
 
 
 def _check(probabilities: Array, labels: Array, class_names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from potstill.errors import UsageError
 from potstill.evaluation.averages import Array, auc_figures, precision_recall_f1
 from potstill.evaluation.metrics import NLL_CEILING
+from potstill.evaluation.predictions import Held, Predictions
 from potstill.evaluation.significance import Z_975, wilson_interval
 
 MOST_SCORES = 20_000_000  # N * K up to which scores are sorted for AUC: some seconds
@@ -37,17 +38,22 @@ def metric_intervals(probabilities: Array, labels: Array) -> Bounds:
     """
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
         raise UsageError(f"needs [N, K] and [N], got {list(probabilities.shape)} and {list(labels.shape)}")
-    count, classes = probabilities.shape
+    return split_intervals(Predictions.of(probabilities, labels))
+
+
+def split_intervals(predictions: Predictions) -> Bounds:
+    """``metric_intervals`` of what was predicted for each image."""
+    labels, classes, count = predictions.labels, predictions.classes, len(predictions.labels)
     if not count:
         return {}
     found: Bounds = {}
     for name, k in (("top1", 1), ("top3", min(3, classes))):
-        _, low, high = wilson_interval(int(_within(probabilities, labels, k).sum()), count)
+        _, low, high = wilson_interval(int((predictions.before < k).sum()), count)
         found[name] = (low, high)
-    found |= _confusion_intervals(probabilities, labels)
-    found |= _nll_interval(probabilities, labels)
-    if probabilities.size <= MOST_SCORES:
-        found |= _auc_intervals(probabilities, labels)
+    found |= _confusion_intervals(predictions)
+    found |= _nll_interval(predictions.of_label)
+    if isinstance(predictions.rows, Held) and count * classes <= MOST_SCORES:
+        found |= _auc_intervals(predictions.rows.array, labels)
     return found
 
 
@@ -79,20 +85,10 @@ def _share_interval(value: float, images: float) -> tuple[float, float]:
     return max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half))
 
 
-def _within(probabilities: Array, labels: Array, k: int) -> Array:
-    """[N] bool: whether the label is among the k most probable classes; of equal ones the lower number comes first."""
-    of_label = np.take_along_axis(probabilities, labels[:, None], axis=1)
-    lower = np.arange(probabilities.shape[1]) < labels[:, None]
-    before = (probabilities > of_label) | ((probabilities == of_label) & lower)
-    within: Array = before.sum(axis=1) < k
-    return within
-
-
-def _confusion_intervals(probabilities: Array, labels: Array) -> Bounds:
+def _confusion_intervals(predictions: Predictions) -> Bounds:
     """Precision, recall and F1: by how much one image of each cell of the confusion matrix moves them."""
-    count, classes = probabilities.shape
-    cells, held = np.unique(labels * classes + probabilities.argmax(axis=1), return_counts=True)
-    rows, columns = np.divmod(cells, classes)
+    count, classes = len(predictions.labels), predictions.classes
+    rows, columns, held = predictions.confusion()
     right = (rows == columns).astype(np.float64)
     support, called = (np.bincount(at, weights=held, minlength=classes) for at in (rows, columns))
     hits = np.bincount(rows, weights=held * right, minlength=classes)
@@ -125,10 +121,9 @@ def _confusion_intervals(probabilities: Array, labels: Array) -> Bounds:
     return found | {f"{name}_micro": (low, high) for name in ("precision", "recall", "f1")}
 
 
-def _nll_interval(probabilities: Array, labels: Array) -> Bounds:
+def _nll_interval(of_label: Array) -> Bounds:
     """Student's interval of the mean, where the images are enough for its skewness."""
-    of_label = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    losses = -np.log(np.maximum(of_label, np.exp(-NLL_CEILING)))
+    losses = -np.log(np.maximum(of_label.astype(np.float64), np.exp(-NLL_CEILING)))
     count, deviation = len(losses), float(losses.std())
     if count < 2 or deviation == 0:
         return {}

@@ -1,15 +1,17 @@
 """Several networks of a run as one: its teachers, and the generations of its student."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from potstill.evaluation.averages import Array
+from potstill.evaluation.predictions import MOST, Held, Predictions, Rows, blocks_of
 from potstill.experiments.recipe import TeachersSettings
 from potstill.experiments.run_folder import SPLITS
 from potstill.experiments.stage_names import in_order, role
 
-Probabilities = dict[str, Array]  # by split, each [N, K]
+Split = dict[str, Predictions]  # by split
 
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)  # in place of a probability that has become 0
 
@@ -20,26 +22,63 @@ def members(group: str, stages: Iterable[str]) -> list[str]:
     return in_order(name for name in stages if role(name) in roles)
 
 
-def together(probabilities: dict[str, Probabilities], settings: TeachersSettings) -> dict[str, Probabilities]:
+@dataclass(frozen=True)
+class Mean:
+    """Probabilities of several networks as one, computed block by block."""
+
+    each: tuple[Rows, ...]
+    shares: Array  # [M, 1, 1]
+    by_logits: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.each[0].shape
+
+    def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """Blocks of the mean."""
+        for which, blocks in blocks_of(*self.each):
+            yield which, _mean(np.stack(blocks), self.shares, self.by_logits)
+
+
+def together(stages: Mapping[str, Mapping[str, Predictions]], settings: TeachersSettings) -> dict[str, Split]:
     """What several networks say as one: the teachers as the recipe combines them, the generations by their mean.
 
-    A lone teacher is its own group; generations are one where there are several.
+    A lone teacher is its own group; generations are one where there are several.  Splits whose probabilities were not
+    kept are left out.
 
     Averaged logits are, after softmax, the weighted geometric mean of the probabilities.
+
+    Args:
+        stages: stage -> split -> what it predicted.
+        settings: how teachers are combined.
     """
-    groups: dict[str, Probabilities] = {}
+    groups: dict[str, Split] = {}
     for group in ("teachers", "generations"):
-        names = members(group, probabilities)
+        names = members(group, stages)
         if not names or (group == "generations" and len(names) < 2):
+            continue
+        if len(names) == 1:
+            groups[group] = dict(stages[names[0]])
             continue
         by_logits = group == "teachers" and settings.combine == "logits"
         given = settings.weights if group == "teachers" and settings.weights is not None else [1.0] * len(names)
         shares = np.asarray(given, dtype=np.float64)[:, None, None] / sum(given)
-        groups[group] = {
-            split: _mean(np.stack([probabilities[name][split] for name in names]), shares, by_logits)
-            for split in SPLITS
-        }
+        groups[group] = {}
+        for split in SPLITS:
+            found = [stages[name][split] for name in names]
+            rows = [each.rows for each in found if each.rows is not None]
+            if len(rows) == len(names):
+                groups[group][split] = Predictions.of(_held(Mean(tuple(rows), shares, by_logits)), found[0].labels)
     return groups
+
+
+def _held(rows: Mean) -> Rows:
+    """As an array, where that is small."""
+    if rows.shape[0] * rows.shape[1] > MOST:
+        return rows
+    blocks = [block for _, block in rows.blocks()]
+    return Held(np.concatenate(blocks)) if blocks else Held(np.zeros(rows.shape))
 
 
 def as_one(each: Sequence[Array], settings: TeachersSettings) -> Array:

@@ -120,6 +120,10 @@ class Recipe(BaseModel):
     layers: list[tuple[str, str]] | None = Field(
         None, description="[path in the student, path in the teacher] of each joined pair; null: found by depth"
     )
+    train_predictions: bool = Field(
+        False,
+        description="predictions on train too where images x classes > 10 million; of fewer they are always written",
+    )
     store: StoreSettings = StoreSettings()
     training: TrainingSettings = TrainingSettings()
     tracker: list[TrackerSettings] = Field(

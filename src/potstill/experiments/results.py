@@ -1,26 +1,25 @@
 """The last part of a run: every stage on train, val and test, once; then the comparison."""
 
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
-
-import numpy as np
 
 from potstill import __version__
 from potstill.artifacts import write_text
 from potstill.data.image_files import sizes_of
+from potstill.data.images import ImageSet
 from potstill.data.splits import DataSplits
 from potstill.data.square import unseen
 from potstill.evaluation.agreement import agreement
-from potstill.evaluation.averages import Array
 from potstill.evaluation.calibration import calibration
 from potstill.evaluation.cost import flops, latency, parameters, summary_text
-from potstill.evaluation.evaluate import collect
-from potstill.evaluation.exact import final_metrics
-from potstill.evaluation.intervals import metric_intervals
+from potstill.evaluation.exact import split_metrics
+from potstill.evaluation.intervals import split_intervals
 from potstill.evaluation.memory import memory
+from potstill.evaluation.predictions import MOST, Predictions, predict_split
 from potstill.experiments.domain.results import adapted_baselines, describe_domains, in_source
 from potstill.experiments.gallery.examples import describe_examples
-from potstill.experiments.groups import Probabilities, members, together
+from potstill.experiments.groups import Split, members, together
 from potstill.experiments.loaders import split_loader
 from potstill.experiments.recipe import Recipe
 from potstill.experiments.run_folder import SPLITS, RunFolder
@@ -31,7 +30,7 @@ from potstill.models.classifier import Classifier
 from potstill.training.devices import Compute
 
 BATCH = 16  # images at once, where it is timed how many a second are answered
-_LONG = ("per_class", "confusion")  # kept in metrics.json, left out of results.json
+_LONG = ("per_class",)  # kept in metrics.json, left out of results.json
 
 
 def evaluate_stages(
@@ -53,20 +52,19 @@ def evaluate_stages(
     source, data = data, data.measured
     before = in_source(models, recipe, source, compute)
     adapted = adapted_baselines(models, recipe, source, compute)
-    probabilities = {name: _predict(run, name, model, recipe, data, compute) for name, model in models.items()}
+    found = {name: _predict(run, name, model, recipe, data, compute) for name, model in models.items()}
     if not compute.processes.first:
         return {}
-    labels = {split: np.asarray(getattr(data, split).labels) for split in SPLITS}
     once = {name: model for name, model in models.items() if not repeated(name)}
     costs = _costs(once)
-    groups = together({name: probabilities[name] for name in once}, recipe.teachers)
+    groups = together({name: found[name] for name in once}, recipe.teachers)
     entries = {}
     for name, model in models.items():
-        folder, own = run.stage(name), probabilities[name]
+        folder, own = run.stage(name), found[name]
         learns = role(name) not in ("teacher", "baseline")
         metrics = {
-            split: _metrics(own[split], labels[split], data.class_names)
-            | (agreement(own[split], groups["teachers"][split]) if learns and "teachers" in groups else {})
+            split: _metrics(own[split], data.class_names)
+            | (_fidelity(own[split], groups["teachers"].get(split)) if learns and "teachers" in groups else {})
             for split in SPLITS
         }
         run.write_metrics(name, metrics)
@@ -88,26 +86,23 @@ def evaluate_stages(
             **costs.get(name, {}),
             **{split: _short(metrics[split]) for split in SPLITS},
             **({"source_test": _short(before[name])} if name in before else {}),
-            "test_intervals": metric_intervals(own["test"], labels["test"]),
-            "calibration": calibration(own["val"], labels["val"], own["test"], labels["test"]),
+            "test_intervals": split_intervals(own["test"]),
+            "calibration": _calibration(own["val"], own["test"]),
         }
     stages = {name: entries.pop(name) for name in once}
-    correct = {name: found["test"].argmax(axis=1) == labels["test"] for name, found in probabilities.items()}
-    correct |= {name: found["test"].argmax(axis=1) == labels["test"] for name, found in groups.items()}
+    correct = {name: own["test"].correct for name, own in (found | groups).items()}
     described = {
         name: {
             "of": members(name, once),
-            **{split: _short(_metrics(found[split], labels[split], data.class_names)) for split in SPLITS},
+            **{split: _short(_metrics(own[split], data.class_names)) for split in SPLITS if split in own},
         }
-        for name, found in groups.items()
+        for name, own in groups.items()
         if len(members(name, once)) > 1
     }
     both = {"baseline", "distilled"} <= stages.keys()
     domain = describe_domains(recipe, source, models, before, adapted)
     comparison = compare(stages, correct, described, entries, recipe.seed, domain, known) if both else None
-    examples = describe_examples(
-        once, {name: probabilities[name]["test"] for name in once}, data.test, data.class_names
-    )
+    examples = describe_examples(once, {name: found[name]["test"] for name in once}, data.test, data.class_names)
     if examples is not None:
         run.write_examples(examples)
     return {
@@ -173,33 +168,56 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _predict(
-    run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
-) -> Probabilities:
+def _predict(run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute) -> Split:
+    """On every split, with the files of it; of train, where it is large and nobody wants them, the figures alone."""
     settings = recipe.stage_training(name)
     model.module.to(compute.device)
-    found: Probabilities = {}
+    found: Split = {}
     for split in SPLITS:
-        images = getattr(data, split)
-        loader = split_loader(data, split, model.input, recipe, settings, compute)
-        found[split], _, _ = collect(
+        images, classes = getattr(data, split), len(model.class_names)
+        large = len(images) * classes > MOST
+        kept = split != "train" or recipe.train_predictions or not large
+        path = run.stage(name) / f"log_probabilities_{split}.npy"
+        found[split] = predict_split(
             model.module,
-            loader,
-            classes=len(model.class_names),
+            split_loader(data, split, model.input, recipe, settings, compute),
+            classes=classes,
             device=compute.device,
             processes=compute.processes,
-            names=[f"the {name} on {split}, {image}," for image in images.names],
+            name_of=partial(_named, f"the {name} on {split}, ", images),
+            file=path if kept and large else None,
         )
         if compute.processes.first:
-            run.write_predictions(
-                name, split, images.names, images.labels.tolist(), found[split].tolist(), model.class_names
-            )
+            run.write_confusion(name, split, found[split], model.class_names)
+            if kept:
+                run.write_predictions(name, split, images.names, found[split], model.class_names)
+            if kept and large:
+                run.add_file(f"{name}/{path.name}")
     return found
 
 
-def _metrics(probabilities: Array, labels: Array, classes: tuple[str, ...]) -> dict[str, Any]:
-    metrics = final_metrics(probabilities, labels, classes)
+def _named(where: str, images: ImageSet, image: int) -> str:
+    return f"{where}{images.names[image]},"
+
+
+def _metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
+    metrics = split_metrics(found, classes)
     return metrics | {"loss": metrics["nll"]}
+
+
+def _fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:
+    """Agreement and, where the probabilities of both were kept, the divergence."""
+    if teacher is None:
+        return {"agreement": None, "kl_to_teacher": None}
+    if student.rows is None or teacher.rows is None:
+        return {"agreement": float((student.predicted == teacher.predicted).mean()), "kl_to_teacher": None}
+    return agreement(student.rows, teacher.rows)
+
+
+def _calibration(val: Predictions, test: Predictions) -> dict[str, Any] | None:
+    assert val.rows is not None
+    assert test.rows is not None
+    return calibration(val.rows, val.labels, test.rows, test.labels)
 
 
 def _short(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -10,18 +10,23 @@ their own.
 import contextlib
 import csv
 import io
+import itertools
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from potstill.artifacts import PART, as_json, digest, digest_of, encoded, remove_leftovers, write_bytes
+from potstill.artifacts import PART, as_json, digest, digest_of, encoded, remove_leftovers, write_bytes, write_chunks
 from potstill.errors import ArtifactError, StorageError, UsageError
+from potstill.evaluation.averages import Array
 from potstill.experiments import run_lock
 from potstill.experiments.run_lock import RunLock
 from potstill.sealed import check_lines, read_sealed_json, read_sealed_text, write_sealed_json, write_sealed_text
+
+if TYPE_CHECKING:  # no torch here
+    from potstill.evaluation.predictions import Predictions
 
 STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
@@ -240,21 +245,43 @@ class RunFolder:
         self._write("examples.json", as_json(examples))
 
     def write_predictions(
-        self,
-        stage: str,
-        split: str,
-        names: Sequence[str],
-        labels: Sequence[int],
-        probabilities: Sequence[Sequence[float]],
-        classes: Sequence[str],
+        self, stage: str, split: str, names: Sequence[str], found: "Predictions", classes: Sequence[str]
     ) -> None:
-        """Keep a stage's class probabilities on a split, in the order of its images."""
-        header = ("path", "label", "prediction", *(f"p:{name}" for name in classes))
-        rows = (
-            (name, classes[label], classes[max(range(len(row)), key=row.__getitem__)], *(f"{p:.9g}" for p in row))
-            for name, label, row in zip(names, labels, probabilities, strict=True)
-        )
-        self._write(f"{stage}/predictions_{split}.csv", encoded(as_csv(header, rows)))
+        """Keep a stage's class probabilities on a split, in the order of its images: all of them, or, of more than
+        ``predictions.MOST``, those of the most probable classes.
+        """
+        indices = zip(found.labels.tolist(), found.predicted.tolist(), strict=True)
+        if found.array is not None:
+            header = ["path", "label", "prediction", *(f"p:{name}" for name in classes)]
+            shares = (row.tolist() for row in found.array)
+            rows: Iterable[Sequence[Any]] = (
+                (name, classes[label], classes[said], *(f"{p:.9g}" for p in row))
+                for name, (label, said), row in zip(names, indices, shares, strict=True)
+            )
+        else:
+            few = found.top.shape[1]
+            others = [text for place in range(2, few + 1) for text in (f"class_{place}", f"p_{place}")]
+            header = ["path", "label", "prediction", "label_index", "prediction_index", "p_1", *others]
+            best = zip(map(_plain, found.top), map(_plain, found.top_probabilities), strict=True)
+            rows = (
+                (
+                    *(name, classes[label], classes[said], label, said, f"{shares[0]:.6g}"),
+                    *(t for i, p in zip(top[1:], shares[1:], strict=True) for t in (classes[i], f"{p:.6g}")),
+                )
+                for name, (label, said), (top, shares) in zip(names, indices, best, strict=True)
+            )
+        self._write_rows(f"{stage}/predictions_{split}.csv", header, rows)
+
+    def write_confusion(self, stage: str, split: str, found: "Predictions", classes: Sequence[str]) -> None:
+        """Keep the number of images of each pair of true and predicted class that has any."""
+        header = ("true_index", "predicted_index", "images", "true", "predicted")
+        pairs = zip(*map(_plain, found.confusion()), strict=True)
+        rows = ((true, said, images, classes[true], classes[said]) for true, said, images in pairs)
+        self._write_rows(f"{stage}/confusion_{split}.csv", header, rows)
+
+    def add_file(self, name: str) -> None:
+        """Note the digest of a file that was written into the folder by others."""
+        self._files[name] = digest_of(self.path / name)
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Keep the figures of all stages, and which files they go together with."""
@@ -273,6 +300,9 @@ class RunFolder:
         if results.get("schema") != 1:
             raise ArtifactError(f"{self.results} is not of schema 1, the one that this version reads")
         return results
+
+    def _write_rows(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        self._files[name] = write_chunks(self.path / name, map(encoded, csv_texts(header, rows)))
 
     def _write(self, name: str, content: bytes) -> None:
         write_bytes(self.path / name, content)
@@ -301,11 +331,16 @@ def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     Control characters in names become visible escapes, so that a line stays a line.  Texts that a spreadsheet would run
     as formulas get a leading apostrophe, which ``cell_text`` takes off.
     """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([_visible(cell) for cell in header])
-    writer.writerows([_visible(cell) for cell in row] for row in rows)
-    return out.getvalue()
+    return "".join(csv_texts(header, rows))
+
+
+def csv_texts(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """The same in parts of some thousand lines."""
+    every = itertools.chain([header], rows)
+    while some := list(itertools.islice(every, 4096)):
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([_visible(cell) for cell in row] for row in some)
+        yield out.getvalue()
 
 
 def find_model(path: Path) -> Path:
@@ -322,6 +357,11 @@ def find_model(path: Path) -> Path:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; give a run folder or a folder with model.json")
     raise ArtifactError(f"{path} holds no model: neither model.json nor a trained stage ({', '.join(STAGES)})")
+
+
+def _plain(values: Array) -> list[Any]:
+    found: list[Any] = values.tolist()
+    return found
 
 
 def _visible(cell: Any) -> str:

@@ -11,15 +11,22 @@ from torch import nn
 
 from potstill.data.images import ArraySet
 from potstill.errors import DataError
+from potstill.evaluation.predictions import Predictions
 from potstill.experiments.gallery.examples import describe_examples
 from potstill.input_spec import InputSpec
 from potstill.models.classifier import Classifier
 
 NAMES = ("dark", "light")
 LABELS = [0, 1, 1, 0]
-STUDENT = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])  # wrong: 1 (0.6), 3 (0.7)
-BASELINE = np.array([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4], [0.8, 0.2]])  # wrong: 2
-TEACHER = np.array([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.9, 0.1]])
+
+
+def said(rows):
+    return Predictions.of(np.array(rows), np.array(LABELS))
+
+
+STUDENT = said([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])  # wrong: 1 (0.6), 3 (0.7)
+BASELINE = said([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4], [0.8, 0.2]])  # wrong: 2
+TEACHER = said([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.9, 0.1]])
 
 
 class Corner(nn.Module):

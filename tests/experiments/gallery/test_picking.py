@@ -2,14 +2,15 @@
 
 import numpy as np
 
+from potstill.evaluation.predictions import Predictions
 from potstill.experiments.gallery.picking import Pick, pick
 
 LABELS = np.array([0, 0, 1, 1, 0, 1])
 
 
 def two(*first):
-    """Probabilities of two classes from those of the first."""
-    return np.array([[p, 1 - p] for p in first])
+    """What was predicted for two classes, from the probabilities of the first."""
+    return Predictions.of(np.array([[p, 1 - p] for p in first]), LABELS[: len(first)])
 
 
 STUDENT = two(0.9, 0.2, 0.7, 0.1, 0.3, 0.4)  # wrong: 1 (0.8 sure), 2 (0.7), 4 (0.7)
@@ -18,7 +19,7 @@ BASELINE = two(0.4, 0.6, 0.2, 0.3, 0.2, 0.9)  # wrong: 0, 4, 5
 
 
 def test_the_groups_and_their_order():
-    found = pick({"student": STUDENT, "teacher": TEACHER, "baseline": BASELINE}, LABELS)
+    found = pick({"student": STUDENT, "teacher": TEACHER, "baseline": BASELINE})
     assert found == {
         "mistakes": Pick(3, (1, 2, 4)),  # 2 and 4 are equally sure: the earlier first
         "disagreements": Pick(2, (1, 5)),  # 0.8 * 0.9 against 0.6 * 0.7
@@ -28,9 +29,9 @@ def test_the_groups_and_their_order():
 
 
 def test_no_more_than_asked_for_and_all_are_counted():
-    assert pick({"student": STUDENT}, LABELS, most=1) == {"mistakes": Pick(3, (1,))}
+    assert pick({"student": STUDENT}, most=1) == {"mistakes": Pick(3, (1,))}
 
 
 def test_a_perfect_student_has_no_mistakes():
     right = np.eye(2)[LABELS]
-    assert pick({"student": right, "baseline": right}, LABELS)["mistakes"] == Pick(0, ())
+    assert pick({"student": right, "baseline": right})["mistakes"] == Pick(0, ())

@@ -16,8 +16,8 @@ from potstill.data.decode import Pixels
 from potstill.data.images import ImageSet
 from potstill.data.preprocess import prepare
 from potstill.errors import PotstillError
-from potstill.evaluation.averages import Array
 from potstill.evaluation.gradcam import grad_cam, seen_region
+from potstill.evaluation.predictions import Predictions
 from potstill.experiments.gallery.picking import pick
 from potstill.experiments.gallery.thumbnail import thumbnail
 from potstill.models.classifier import Classifier
@@ -29,7 +29,7 @@ _FINEST = 14  # rows and columns of a heat map at most
 
 
 def describe_examples(
-    models: dict[str, Classifier], answers: dict[str, Array], images: ImageSet, class_names: Sequence[str]
+    models: dict[str, Classifier], answers: dict[str, Predictions], images: ImageSet, class_names: Sequence[str]
 ) -> dict[str, Any] | None:
     """What examples.json holds; None where there is no student, or no image.
 
@@ -38,7 +38,7 @@ def describe_examples(
 
     Args:
         models: by stage; of several teachers the first one counts.
-        answers: by stage, probabilities [N, K] on ``images``.
+        answers: by stage, what it predicted for ``images``.
         images: of the test split.
         class_names: of the K columns.
     """
@@ -50,7 +50,7 @@ def describe_examples(
         parts["baseline"] = "baseline"
     parts = {part: stage for part, stage in parts.items() if stage in models}
     labels = images.labels
-    groups = pick({part: answers[stage] for part, stage in parts.items()}, labels)
+    groups = pick({part: answers[stage] for part, stage in parts.items()})
     chosen = list(dict.fromkeys(place for group in groups.values() for place in group.images))
     pixels = _read(images, chosen)
     looks, failed = _looks(
@@ -68,7 +68,7 @@ def describe_examples(
             str(place): {
                 "name": images.names[place],
                 "class": class_names[labels[place]],
-                "said": {stage: _said(answers[stage][place], class_names) for stage in parts.values()},
+                "said": {stage: _said(answers[stage], place, class_names) for stage in parts.values()},
                 "thumbnail": thumbnail(pixels[place]) if place in pixels else None,
                 "looks": looks.get(place, {}),
             }
@@ -78,9 +78,9 @@ def describe_examples(
     }
 
 
-def _said(shares: Array, class_names: Sequence[str]) -> dict[str, Any]:
-    best = int(shares.argmax())
-    return {"class": class_names[best], "probability": round(float(shares[best]), 4)}
+def _said(found: Predictions, place: int, class_names: Sequence[str]) -> dict[str, Any]:
+    probability = round(float(found.confidence[place]), 4)
+    return {"class": class_names[int(found.predicted[place])], "probability": probability}
 
 
 def _read(images: ImageSet, places: Sequence[int]) -> dict[int, Pixels]:
@@ -93,14 +93,14 @@ def _read(images: ImageSet, places: Sequence[int]) -> dict[int, Pixels]:
 
 
 def _looks(
-    models: dict[str, Classifier], answers: dict[str, Array], pixels: dict[int, Pixels]
+    models: dict[str, Classifier], answers: dict[str, Predictions], pixels: dict[int, Pixels]
 ) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
     """Heat maps: position -> stage -> ``rows`` (two hex digits a field) and ``region``; and stage -> why none."""
     looks: dict[int, dict[str, Any]] = {place: {} for place in pixels}
     failed: dict[str, str] = {}
     places = list(pixels)
     for stage, model in models.items():
-        wanted = answers[stage].argmax(axis=1)
+        wanted = answers[stage].predicted
         try:
             for start in range(0, len(places), _TOGETHER):
                 some = places[start : start + _TOGETHER]

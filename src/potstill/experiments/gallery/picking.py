@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from potstill.evaluation.averages import Array
+from potstill.evaluation.predictions import Predictions
 
 MOST = 6  # images of a group
 
@@ -18,7 +19,7 @@ class Pick:
     images: tuple[int, ...]
 
 
-def pick(answers: Mapping[str, Array], labels: Array, most: int = MOST) -> dict[str, Pick]:
+def pick(answers: Mapping[str, Predictions], most: int = MOST) -> dict[str, Pick]:
     """Images by group, the clearest first; of two equally clear ones the earlier in the split.
 
     ``mistakes``: the student is wrong, by its confidence.  ``disagreements``: student and teacher name different
@@ -26,8 +27,7 @@ def pick(answers: Mapping[str, Array], labels: Array, most: int = MOST) -> dict[
     is right, by how much the probability of the true class changed.
 
     Args:
-        answers: ``student`` (required), ``teacher``, ``baseline`` -> probabilities [N, K] on the same images.
-        labels: [N], whole numbers.
+        answers: ``student`` (required), ``teacher``, ``baseline`` -> what was predicted for the same images.
         most: images of a group.
 
     Returns:
@@ -35,20 +35,19 @@ def pick(answers: Mapping[str, Array], labels: Array, most: int = MOST) -> dict[
 
     Example:
         >>> student = np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8]])
-        >>> pick({"student": student}, np.array([0, 0, 0]), most=1)
+        >>> pick({"student": Predictions.of(student, np.array([0, 0, 0]))}, most=1)
         {'mistakes': Pick(count=2, images=(2,))}
     """
     student = answers["student"]
-    said, rows = student.argmax(axis=1), np.arange(len(labels))
-    found = {"mistakes": _clearest(said != labels, student.max(axis=1, initial=0), most)}
+    found = {"mistakes": _clearest(~student.correct, student.confidence, most)}
     if "teacher" in answers:
         teacher = answers["teacher"]
-        both = student.max(axis=1, initial=0) * teacher.max(axis=1, initial=0)
-        found["disagreements"] = _clearest(said != teacher.argmax(axis=1), both, most)
+        both = student.confidence * teacher.confidence
+        found["disagreements"] = _clearest(student.predicted != teacher.predicted, both, most)
     if "baseline" in answers:
         baseline = answers["baseline"]
-        gain = student[rows, labels] - baseline[rows, labels]
-        before, after = baseline.argmax(axis=1) == labels, said == labels
+        gain = student.of_label - baseline.of_label
+        before, after = baseline.correct, student.correct
         found["repaired"] = _clearest(after & ~before, gain, most)
         found["broken"] = _clearest(before & ~after, -gain, most)
     return found
