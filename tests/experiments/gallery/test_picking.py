@@ -33,5 +33,5 @@ def test_no_more_than_asked_for_and_all_are_counted():
 
 
 def test_a_perfect_student_has_no_mistakes():
-    right = np.eye(2)[LABELS]
+    right = Predictions.of(np.eye(2)[LABELS], LABELS)
     assert pick({"student": right, "baseline": right})["mistakes"] == Pick(0, ())
