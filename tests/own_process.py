@@ -223,4 +223,6 @@ class InChild:
 
 def plugin() -> Parent | InChild:
     pipes = os.environ.pop(PIPES, None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # shells start background jobs so, and children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return InChild(pipes) if pipes else Parent()

@@ -76,7 +76,12 @@ def test_every_method_file_has_its_line():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_function_and_class_is_documented(name):
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("potstill"):
+            raise
+        pytest.skip(f"needs {error.name}, which an extra brings")
     if Path(module.__file__).read_text(encoding="utf-8").strip():
         assert module.__doc__, f"{name} has no docstring"
     family = set(vars(Family)) if name.startswith("potstill.models.families.") else set()  # documented there, for all

@@ -119,7 +119,7 @@ def test_what_a_description_holds_is_spelled_out():
         "version": view_identity.VERSION,
         "decoder": view_identity.decoder(),
         "input": {"size": 16, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize_mode": "crop",
-                  "crop_share": 1.0},
+                  "crop_share": 1.0, "range": None},
         "side": 16,
         "samples": [12, 0],
         "strong": False,

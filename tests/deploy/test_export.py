@@ -71,7 +71,9 @@ def test_one_file_that_says_all_that_is_needed(run: Path, plain: Path, digits) -
     assert (entry.key, said["class_names"], said["inside"], said["int8"]) == (
         "potstill", list(digits.class_names), "none", False,
     )  # fmt: skip
-    assert said["input"] == {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "crop", "crop_share": 1.0}
+    assert said["input"] == {
+        "size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "crop", "crop_share": 1.0, "range": None,
+    }  # fmt: skip
 
 
 def test_no_path_of_this_machine_is_in_the_file(plain: Path) -> None:

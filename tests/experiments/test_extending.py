@@ -7,10 +7,7 @@ from potstill.experiments import pipeline
 from potstill.experiments.replay import read_record
 from potstill.experiments.run_folder import RunFolder
 from potstill.training.observer import Silent
-from potstill.training.settings import TrainingSettings
 
-# Where checkpoints are removed at the end of a stage, a run that is to be extended keeps them.
-KEPT = {"training.keep_checkpoint": "true"} if "keep_checkpoint" in TrainingSettings.model_fields else {}
 STUDENTS = ("baseline", "distilled")
 
 
@@ -66,7 +63,7 @@ def baseline(ready):
 
 def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, root, teacher):
     """Where neither learning rate nor views depend on the length."""
-    same = {"teacher.weights": teacher, "store.views": 2, **KEPT}
+    same = {"teacher.weights": teacher, "store.views": 2}
     whole = pipeline.run(recipe(**same, **{"training.epochs": 4}), root=root, name="whole")
     short = pipeline.run(recipe(**same), root=root, name="part")
     assert results(short)["looks"]["epochs_added_after_look"] == 0
@@ -91,7 +88,7 @@ def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, r
 
 
 def test_a_run_is_not_shortened_and_needs_its_checkpoints(recipe, root, teacher):
-    same = {"teacher.weights": teacher, **KEPT}
+    same = {"teacher.weights": teacher}
     path = pipeline.run(recipe(**same), root=root, name="part")
     with pytest.raises(UsageError, match=r"training\.epochs: was 2, now 1"):
         pipeline.run(recipe(**same, **{"training.epochs": 1}), root=root, name="part", resume=True)
@@ -99,7 +96,7 @@ def test_a_run_is_not_shortened_and_needs_its_checkpoints(recipe, root, teacher)
         pipeline.run(recipe(**same, **{"training.epochs": 3, "training.lr": 0.1}), root=root, name="part", resume=True)
     (path / "baseline" / "checkpoints" / "last.checkpoint").unlink()
     before = (path / "recipe.yaml").read_bytes()
-    with pytest.raises(UsageError, match="baseline has its 2 epochs, and the checkpoint to go on from was removed"):
+    with pytest.raises(UsageError, match="baseline has its 2 epochs, and its last checkpoint is gone"):
         pipeline.run(recipe(**same, **{"training.epochs": 3}), root=root, name="part", resume=True)
     assert (path / "recipe.yaml").read_bytes() == before
 

@@ -138,10 +138,11 @@ def test_a_heat_map_of_nothing_is_none(run: Any, look: Any) -> None:
     assert found["groups"][0]["cards"][0]["looks"][0]["heat"] is None
 
 
-def test_a_region_outside_the_picture_is_cut(run: Any) -> None:
+def test_a_region_beyond_the_picture_stays_within_bounds(run: Any) -> None:
+    """A network that sees black borders looks at more than the picture, but not at a million times as much."""
     look = {"rows": ["ff"], "region": [-3, 7, 0.5, 1e9]}
     found = images.context(run(kept({"3": shot(looks={"teacher": look})})))
-    assert found["groups"][0]["cards"][0]["looks"][0]["place"] == ["0%", "100%", "50%", "100%"]
+    assert found["groups"][0]["cards"][0]["looks"][0]["place"] == ["-300%", "700%", "50%", "409600%"]
 
 
 def test_names_come_out_as_text(run: Any) -> None:

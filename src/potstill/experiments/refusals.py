@@ -21,7 +21,7 @@ from potstill.sealed import read_sealed_json
 _FREE = {"name", "description", "data.workers", "data.memory_share", "store.folder"}
 _SHOWN = 8  # changes that are named
 _NAMED = 3  # images that are
-_FREE_OF_TRAINING = ("checkpoint_seconds", "keep_checkpoint")
+_FREE_OF_TRAINING = ("checkpoint_seconds",)
 _FREE_SECTION = "tracker"  # who else gets the figures
 
 
@@ -69,9 +69,8 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
                     "this one anew with another --name"
                 )
             raise UsageError(
-                f"{stage.name} has its {epochs} epochs, and the checkpoint to go on from was removed at their end.\n"
-                "Only a run with `keep_checkpoint: true` under `training` can be extended; train for "
-                f"{now} epochs from the start with --overwrite or another --name"
+                f"{stage.name} has its {epochs} epochs, and its last checkpoint is gone: train for {now} epochs from "
+                "the start with --overwrite or another --name"
             )
         found[stage.name] = [*training.get("extended_from", []), epochs]
     return found
