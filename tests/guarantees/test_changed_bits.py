@@ -114,7 +114,7 @@ def test_an_empty_or_cut_file_is_one_sentence_and_exit_4(
         "results.json": ["report", str(run)],
         "teacher/metrics.jsonl": ["report", str(run)],
         "baseline/metrics.json": ["report", str(run)],
-        "distilled/predictions_val.csv": ["report", str(run)],
+        "distilled/confusion_val.csv": ["report", str(run)],
         "distilled/model.json": ["predict", str(run), str(image)],
         "distilled/model.safetensors": ["predict", str(run), str(image)],
         "recipe.yaml": resume,

@@ -28,6 +28,7 @@ EXCEPTIONS = {
     ("store/files.py", "os.open"): "grows in place; its marks and checksums are set after its bytes are synced",
     ("store/files.py", "os.pwrite"): "the same",
     ("store/listing.py", "rename"): "a store that is removed leaves the list at once",
+    ("evaluation/predictions.py", "open"): "a file beside, which is synced and takes its place when it is whole",
     ("report/figures/canvas.py", "savefig"): "into memory",
 }
 WRITING = {

@@ -34,6 +34,8 @@ ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file
     "training.nesterov", "teacher.training.nesterov", "student.training.nesterov", "student.training.milestones",
     "teacher.training.milestones", "training.ema_decay",
     "domain.confidence", "domain.balance", "domain.adapt_batch_norm", "data.target_labels", "data.target_options",
+    "teacher.classes", "student.classes",
+    *(f"{stage}training.{key}" for stage in ("", "teacher.", "student.") for key in ("momentum", "dot_delta", "gamma")),
 }  # fmt: skip
 
 
@@ -158,11 +160,11 @@ def test_any_settings_together(data, begun):
 def test_epochs_may_grow_while_no_stage_is_in_the_midst_of_them(begun, tmp_path):
     longer = load_recipe("quickstart", ["training.epochs=24"])  # 12 before
     refuse_changes(begun, longer)
-    refuse_changes(begun, load_recipe("quickstart", ["teacher.training.epochs=6"]))  # 5
+    refuse_changes(begun, load_recipe("quickstart", ["teacher.training.epochs=16"]))  # 15
     with pytest.raises(UsageError, match=r"training\.lr: was") as raised:
         refuse_changes(begun, load_recipe("quickstart", ["training.epochs=24", "training.lr=0.5"]))
     assert "epochs" not in str(raised.value)
-    with pytest.raises(UsageError, match=r"teacher\.training\.epochs: was 5, now 4"):
+    with pytest.raises(UsageError, match=r"teacher\.training\.epochs: was 15, now 4"):
         refuse_changes(begun, load_recipe("quickstart", ["training.epochs=24", "teacher.training.epochs=4"]))
     under_way = RunFolder(tmp_path)
     under_way.write_recipe(begun.read_recipe())

@@ -101,9 +101,9 @@ def test_the_seed_matters(train, expected):
 def test_workers(workers, train, expected, monkeypatch):
     started, begin = [], Workers.__init__
 
-    def counted(self, images, side, how, processes):
+    def counted(self, images, side, how, processes, **more):
         started.append(processes)
-        begin(self, images, side, how, processes)
+        begin(self, images, side, how, processes, **more)
 
     monkeypatch.setattr(Workers, "__init__", counted)
     assert train(f"data.workers={workers}") == expected
