@@ -33,7 +33,7 @@ def test_a_hopeless_trial_is_pruned_by_its_student_alone(tmp_path):
         for epoch in range(1, 5):
             good.report(0.9, epoch)
         found.tell(good, 0.9)
-    bad = Pruning(found.ask(), "top1", Silent())
+    bad = Pruning(found.ask(), "top1", "distilled", Silent())
     bad.stage("assistant-1", "")  # its figures are not the student's
     for epoch in range(1, 5):
         bad.epoch_start(epoch, 4, 1, 1)
