@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import struct
-import subprocess
+import subprocess  # nosec B404 # starts this module itself
 import sys
 import threading
 from importlib.util import find_spec
@@ -98,7 +98,7 @@ class _Child:
 
     def __init__(self) -> None:
         paths = os.pathsep.join(each for each in sys.path if each)
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # nosec B603 # a fixed command line, no shell
             [sys.executable, "-P", "-m", "potstill.data.isolated"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
