@@ -351,7 +351,8 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
     assert found[0] == "recipe.yaml:3:1: sed: unknown key; did you mean 'seed'?"
     assert sorted(found[1:]) == [
         "--set a=1: a: unknown key. Known here: name, description, seed, seeds, data, domain, teacher, teachers, "
-        "assistants, student, generations, method, curriculum, layers, store, training, tracker",
+        "assistants, student, generations, method, curriculum, layers, train_predictions, store, training, "
+        "tracker",
         "--set method.temperture=3: method.temperture: no option 'temperture'; did you mean 'temperature'? "
         "It takes temperature, alpha",
         "--set nonsense: write it as key=value, for example --set training.epochs=5",

@@ -109,7 +109,7 @@ def _unreadable(data: bytes, path: Path, error: Exception) -> str:
     return (
         f"{path} holds other objects than tensors ({_few(needed)}), which are never loaded: they could run code.\n"
         "If you trust the file, convert it once, with the code that it was written by at hand:\n"
-        f'  checkpoint = torch.load({path.name!r}, map_location="cpu", weights_only=False)\n'
+        f'  checkpoint = torch.load({path.name!r}, map_location="cpu", weights_only={False})\n'
         '  torch.save(checkpoint["state_dict"], "weights.pth")  # or another key; of a whole module its '
         ".state_dict()"
     )
