@@ -12,7 +12,7 @@ def input_spec(name: str, size: int, resize_mode: str = "crop") -> InputSpec:
 
     Example:
         >>> input_spec("cifar/vgg8", 32)
-        InputSpec(size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize_mode='crop', crop_share=1.0)
+        InputSpec(size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize_mode='crop', ...)
     """
     family, bare = resolve(name)
     mean, std = family.normalisation(bare)
