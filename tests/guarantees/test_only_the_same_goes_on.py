@@ -35,7 +35,6 @@ ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file
     "teacher.training.milestones", "training.ema_decay",
     "domain.confidence", "domain.balance", "domain.adapt_batch_norm", "data.target_labels", "data.target_options",
     "teacher.classes", "student.classes",
-    *(f"{stage}training.{key}" for stage in ("", "teacher.", "student.") for key in ("momentum", "dot_delta", "gamma")),
 }  # fmt: skip
 
 
@@ -86,12 +85,23 @@ def value_at(recipe, key):
     return value
 
 
+def beside(key):
+    """Settings without which another value of this one has no effect, and is refused for that."""
+    stage, _, name = key.rpartition(".")
+    needed = {
+        "momentum": ["optimizer=sgd"],
+        "dot_delta": ["optimizer=dot"],
+        "gamma": ["schedule=step", "milestones=[2]"],
+    }
+    return [f"{stage}.{each}" for each in needed.get(name, ())]
+
+
 def changed(key, other):
     """The recipe with another value of a setting; None where that is not allowed, or none."""
     before = load_recipe("quickstart")
     text = yaml.safe_dump(other, default_flow_style=True).replace("\n...", "").strip()
     try:
-        after = load_recipe("quickstart", [f"{key}={text}"])
+        after = load_recipe("quickstart", [f"{key}={text}", *beside(key)])
     except PotstillError:
         return None
     return None if value_at(before, key) == value_at(after, key) else after
