@@ -18,7 +18,7 @@ from potstill.store.manifest import Manifest
 from potstill.store.records import Record
 
 _KEY = re.compile(r"[0-9a-f]{16}")
-_REMOVED = re.compile(r"\.[0-9a-f]{16}\.removed")
+_LEFT = re.compile(r"\.[0-9a-f]{16}\.(removed|[0-9a-f]{8}\.new)")
 _SHORTEST = 4  # characters of a key that suffice where no other begins so
 _ATTEMPTS = 5
 
@@ -143,10 +143,10 @@ def _delete(folder: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Delete what interrupted removals have left."""
+    """Delete what an interrupted removal, or the making of a store, has left."""
     with contextlib.suppress(OSError):
         for folder in root.iterdir():
-            if _REMOVED.fullmatch(folder.name):
+            if _LEFT.fullmatch(folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

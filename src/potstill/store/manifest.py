@@ -1,15 +1,19 @@
 """A store's manifest: what its records are answers to.  Its key is a digest of that, so nothing stale is ever found."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import re
+import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from potstill.artifacts import read_bytes
-from potstill.errors import ArtifactError, UsageError
+from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.sealed import read_sealed_json, write_sealed_json
 from potstill.store.records import Record
 
@@ -41,12 +45,28 @@ class Manifest:
         return hashlib.sha256(canonical(self._content()).encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
-        """Put it into the store's folder, whole or not at all.
+        """Make the store's folder with the manifest in it.
+
+        The folder appears together with its manifest: a process that removes stores all the time never meets one that
+        is half made.  A folder that is there already only gets the manifest.
 
         Raises:
             StorageError: it cannot be written.
         """
-        write_sealed_json(folder / NAME, {**self._content(), "key": self.key, "facts": dict(self.facts)})
+        content = {**self._content(), "key": self.key, "facts": dict(self.facts)}
+        if folder.exists():
+            write_sealed_json(folder / NAME, content)
+            return
+        new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
+        try:
+            write_sealed_json(new / NAME, content)
+            with contextlib.suppress(FileExistsError):
+                new.rename(folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # else another process made the same store
+                raise StorageError(f"cannot make {folder}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
