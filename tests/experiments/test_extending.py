@@ -65,7 +65,7 @@ def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, r
     """Where neither learning rate nor views depend on the length."""
     same = {"teacher.weights": teacher, "store.views": 2}
     whole = pipeline.run(recipe(**same, **{"training.epochs": 4}), root=root, name="whole")
-    short = pipeline.run(recipe(**same), root=root, name="part")
+    short = pipeline.run(recipe(**same, **{"training.keep_checkpoint": True}), root=root, name="part")
     assert results(short)["looks"]["epochs_added_after_look"] == 0
     before = weights(short, "teacher")
     longer = recipe(**same, **{"training.epochs": 4})
@@ -87,18 +87,28 @@ def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, r
         read_record(short)
 
 
-def test_a_run_is_not_shortened_and_needs_its_checkpoints(recipe, root, teacher):
+def test_a_run_is_not_shortened(recipe, root, teacher):
     same = {"teacher.weights": teacher}
     path = pipeline.run(recipe(**same), root=root, name="part")
     with pytest.raises(UsageError, match=r"training\.epochs: was 2, now 1"):
         pipeline.run(recipe(**same, **{"training.epochs": 1}), root=root, name="part", resume=True)
     with pytest.raises(UsageError, match=r"training\.lr: was 0\.003, now 0\.1"):
         pipeline.run(recipe(**same, **{"training.epochs": 3, "training.lr": 0.1}), root=root, name="part", resume=True)
-    (path / "baseline" / "checkpoints" / "last.checkpoint").unlink()
-    before = (path / "recipe.yaml").read_bytes()
-    with pytest.raises(UsageError, match="baseline has its 2 epochs, and its last checkpoint is gone"):
-        pipeline.run(recipe(**same, **{"training.epochs": 3}), root=root, name="part", resume=True)
-    assert (path / "recipe.yaml").read_bytes() == before
+
+
+def test_a_run_without_its_checkpoints_is_trained_from_the_start(recipe, root, teacher):
+    same = {"teacher.weights": teacher, "store.views": 2}
+    whole = pipeline.run(recipe(**same, **{"training.epochs": 3}), root=root, name="whole")
+    path = pipeline.run(recipe(**same), root=root, name="part")
+    assert not (path / "baseline" / "checkpoints" / "last.checkpoint").exists()
+    longer = recipe(**same, **{"training.epochs": 3})
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(longer, root=root, name="part", resume=True, observer=Heard(("distilled", 2)))
+    heard = Heard()
+    assert pipeline.run(longer, root=root, name="part", resume=True, observer=heard) == path
+    assert any("distilled: from 2 to 3 epochs, all of them from the start" in note for note in heard.notes)
+    for stage in STUDENTS:
+        assert weights(path, stage) == weights(whole, stage)
 
 
 def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, teacher, baseline):

@@ -69,7 +69,7 @@ def test_every_file_of_the_run_folder_is_there(run):
         names += [f"predictions_{split}.csv" for split in ("train", "val", "test")]
         for name in names:
             assert (run / stage / name).stat().st_size > 0, f"{stage}/{name}"
-        assert (run / stage / "checkpoints" / "last.checkpoint").exists()
+        assert [path.name for path in (run / stage / "checkpoints").iterdir()] == ["figures.checkpoint"]
 
 
 def test_results_have_the_documented_shape(run):
@@ -158,9 +158,17 @@ def test_splits_are_disjoint_and_written(run, photographs):
 def test_no_student_file_holds_the_teacher(run):
     sizes = {stage: (run / stage / "model.safetensors").stat().st_size for stage in STAGES}
     assert sizes["distilled"] == sizes["baseline"] < sizes["teacher"]
-    student = (run / "distilled" / "checkpoints" / "last.checkpoint").stat().st_size
-    baseline = (run / "baseline" / "checkpoints" / "last.checkpoint").stat().st_size
-    assert abs(student - baseline) < 5000
+
+
+def test_checkpoints_are_kept_on_request_and_hold_no_teacher(recipe, tmp_path):
+    path = pipeline.run(recipe(**{"training.epochs": 1, "training.keep_checkpoint": True}), root=tmp_path)
+    sizes = {}
+    for stage in STAGES:
+        (last,) = (path / stage / "checkpoints").iterdir()
+        assert last.name == "last.checkpoint"
+        sizes[stage] = last.stat().st_size
+    assert abs(sizes["distilled"] - sizes["baseline"]) < 5000
+    assert sizes["baseline"] < sizes["teacher"]
 
 
 def test_same_seed_same_weights_whatever_the_workers(run, module_recipe, tmp_path):

@@ -43,7 +43,8 @@ def test_what_was_evaluated_is_what_is_saved(method, deployed, recipe, tmp_path)
 
 
 def test_a_merged_student_has_no_wide_layers_left(recipe, tmp_path):
-    path = pipeline.run(recipe(**{"method": "{name: norm}", "training.epochs": 1}), root=tmp_path)
+    settings = {"method": "{name: norm}", "training.epochs": 1, "training.keep_checkpoint": True}
+    path = pipeline.run(recipe(**settings), root=tmp_path)
     model, _ = answers(path)
     plain = results(path)["stages"]["baseline"]["model"]["parameters"]
     # One 1x1 convolution on 64 channels besides the student: 64 * 64 weights and 64 biases.

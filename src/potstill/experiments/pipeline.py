@@ -54,7 +54,7 @@ from potstill.training.devices import Compute, choose
 from potstill.training.observer import Observer, Silent
 from potstill.training.optimizers import lr_factor
 from potstill.training.precisions import Precisions
-from potstill.training.saving import restore_lines
+from potstill.training.saving import FIGURES, LAST, restore_lines
 from potstill.training.settings import TrainingSettings
 from potstill.training.stopping import Stopping
 from potstill.training.threads import Threads
@@ -304,7 +304,14 @@ class _Experiment:
         )
         self.observer.stage(stage.name, self._detail(stage, model, settings.epochs, compute))
         if lengths := self.extended.get(stage.name):
-            self.observer.note(_extension_text(stage.name, lengths[-1], settings, train.steps))
+            checkpoints = folder / "checkpoints"
+            if (checkpoints / LAST).exists() and not (checkpoints / FIGURES).exists():
+                self.observer.note(_extension_text(stage.name, lengths[-1], settings, train.steps))
+            else:
+                self.observer.note(
+                    f"{stage.name}: from {lengths[-1]} to {settings.epochs} epochs, all of them from the start: its "
+                    "last checkpoint was removed when it was done (training.keep_checkpoint=true keeps it)"
+                )
         self._foresee_seeds(stage, model, compute)
         train_stage(
             stage,

@@ -21,7 +21,7 @@ from potstill.sealed import read_sealed_json
 _FREE = {"name", "description", "data.workers", "data.memory_share", "store.folder"}
 _SHOWN = 8  # changes that are named
 _NAMED = 3  # images that are
-_FREE_OF_TRAINING = ("checkpoint_seconds",)
+_FREE_OF_TRAINING = ("checkpoint_seconds", "keep_checkpoint")
 _FREE_SECTION = "tracker"  # who else gets the figures
 
 
@@ -52,7 +52,7 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
     """The stages that are done and that the recipe now trains longer, with the lengths that they had so far.
 
     Raises:
-        UsageError: the last checkpoint, which such a training goes on from, is gone.
+        UsageError: such a stage is that of another run.
     """
     found: dict[str, list[int]] = {}
     for stage in planned:
@@ -62,15 +62,10 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
         epochs, now = _planned_epochs(folder, stage), recipe.stage_training(stage.name).epochs
         if epochs is None or epochs >= now:
             continue
-        if not (folder.stage(stage.name) / "checkpoints" / "last.checkpoint").exists():
-            if other := _facts(folder, stage).get("reused_from"):
-                raise UsageError(
-                    f"{stage.name} is that of {other}, which --baseline has taken: extend that run first, and begin "
-                    "this one anew with another --name"
-                )
+        if other := _facts(folder, stage).get("reused_from"):
             raise UsageError(
-                f"{stage.name} has its {epochs} epochs, and its last checkpoint is gone: train for {now} epochs from "
-                "the start with --overwrite or another --name"
+                f"{stage.name} is that of {other}, which --baseline has taken: extend that run first, and begin "
+                "this one anew with another --name"
             )
         found[stage.name] = [*training.get("extended_from", []), epochs]
     return found

@@ -31,6 +31,7 @@ from potstill.training.history import History
 from potstill.training.label_loss import LabelLoss, balanced_class_weights
 from potstill.training.loop import Training
 from potstill.training.observer import Observer
+from potstill.training.saving import finish_checkpoints
 from potstill.training.settings import TrainingSettings
 from potstill.training.stopping import Stopping
 
@@ -160,8 +161,7 @@ def train_stage(
     }
     if processes.first:
         save_model(student, folder)
-        # The model holds the best weights, and is whole.
-        (folder / "checkpoints" / "last-previous.checkpoint").unlink(missing_ok=True)
+        finish_checkpoints(folder, history, keep=settings.keep_checkpoint)
     return history
 
 

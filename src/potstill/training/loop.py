@@ -1,7 +1,7 @@
 """The one training loop: teacher, baseline and distilled student all go through it."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distiller import Distiller
-from potstill.errors import Stopped
+from potstill.errors import StorageError, Stopped
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.sealed import write_json_lines
 from potstill.training import checkpoint as ckpt
@@ -104,7 +104,14 @@ class Training:
             Stopped: a signal came; the step was finished, and all that has been done is saved.
         """
         with self.stopping.patiently():
-            return self._run(resume)
+            try:
+                history = self._run(resume)
+            except BaseException:
+                with suppress(StorageError):  # the first error is the one to show
+                    self.saving.wait()
+                raise
+            self.saving.wait()
+            return history
 
     def _run(self, resume: bool) -> History:
         under_way = self._beginning()
@@ -122,8 +129,9 @@ class Training:
                 self._save(number, under_way)
                 raise
             asked, due = self._agreed()
-            if number + 1 == self.settings.epochs or due or asked:
-                self.saving.save(number + 1)
+            last = number + 1 == self.settings.epochs
+            if last or due or asked:
+                self.saving.save(number + 1, beside=not (last or asked))
             self.stopping.check()
             under_way = self._beginning()
         if self.history.records[-1]["epoch"] != self.settings.epochs:
@@ -198,8 +206,8 @@ class Training:
                 under_way.step = position + 1
                 _, due = self._agreed()
                 self.stopping.check()
-                if due and self.settings.checkpoint_seconds > 0:  # else nobody asked for one in the midst of an epoch
-                    self._save(number, under_way)
+                if due and self.settings.checkpoint_seconds != 0:
+                    self._save(number, under_way, beside=True)
         answers.flush()
 
     def _rounding(self, number: int) -> AbstractContextManager[None]:
@@ -215,13 +223,13 @@ class Training:
         if self.compute.processes.first:
             self.history.lines = write_json_lines(self.folder / "metrics.jsonl", self.history.records)
 
-    def _save(self, number: int, under_way: UnderWay) -> None:
+    def _save(self, number: int, under_way: UnderWay, *, beside: bool = False) -> None:
         """In the midst of an epoch."""
         metrics, averages = self.sharing.figures(under_way.metrics, under_way.averages)
         # A loss that is not finite leaves no checkpoint.
         averages.compute(f"epoch {number + 1}, training", partial(self.train.names_at, number))
         self.answers["train"].flush()
-        self.saving.save(number, replace(under_way, metrics=metrics, averages=averages))
+        self.saving.save(number, replace(under_way, metrics=metrics, averages=averages), beside=beside)
 
     def _ask(
         self, batch: Batch, answers: Answers, distiller: nn.Module, precision: AbstractContextManager[object]

@@ -1,5 +1,7 @@
-"""Everything that a resumed training needs, written now and then."""
+"""Everything that a resumed training needs, written now and then, beside the training."""
 
+import json
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,11 @@ from potstill.training.history import History
 from potstill.training.settings import TrainingSettings
 from potstill.training.under_way import UnderWay
 
+LAST = "last.checkpoint"
+FIGURES = "figures.checkpoint"  # of a stage that is done: what its epochs gave, and no weights
+_LEAST_SECONDS = 60.0  # between two checkpoints, where the recipe says "auto"
+_LARGEST_SHARE = 0.02  # of the time goes into checkpoints then
+
 
 @dataclass
 class Saving:
@@ -35,27 +42,61 @@ class Saving:
     average: WeightAverage | None
     history: History
     best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights after its best epoch
-    _last: float = field(default_factory=time.monotonic)
+    _last: float = field(default_factory=lambda: time.monotonic())
+    _cost: float = 0.0  # seconds that the last checkpoint took
+    _writing: threading.Thread | None = None
+    _error: BaseException | None = None
 
     @property
     def is_due(self) -> bool:
-        """Whether the last checkpoint is old enough."""
-        return time.monotonic() - self._last >= self.settings.checkpoint_seconds
+        """Whether the last checkpoint is old enough.
+
+        Raises:
+            StorageError: the last one could not be written.
+        """
+        wanted = self.settings.checkpoint_seconds
+        if self._writing is not None:
+            if not self._writing.is_alive():
+                self.wait()
+            elif wanted == "auto":
+                return False
+        least = max(_LEAST_SECONDS, self._cost / _LARGEST_SHARE) if wanted == "auto" else wanted
+        return time.monotonic() - self._last >= least
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written any more.
+
+        Raises:
+            StorageError: the last one could not be written.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def keep_best(self) -> None:
         """Remember the student's weights as they are now."""
         self.best = ckpt.copy_state(self.distiller.student)
 
-    def save(self, epoch: int, under_way: UnderWay | None = None) -> None:
+    def save(self, epoch: int, under_way: UnderWay | None = None, *, beside: bool = False) -> None:
         """Write the state after ``epoch`` epochs, and those steps of the next that are done.
 
+        Args:
+            epoch: number of epochs that are done.
+            under_way: how far the next one has come.
+            beside: copy the state and return; a thread writes it while training goes on.  An error is raised by the
+                next call of ``is_due``, ``save`` or ``wait``.
+
         Raises:
-            StorageError: it could not be written.
+            StorageError: it, or the one before it, could not be written.
             NonFiniteError: a weight is NaN or infinite; what was written before stays.
         """
+        self.wait()
         self._refuse_nonfinite(epoch)
         random = self._random_states()
-        self._last = time.monotonic()
+        begin = self._last = time.monotonic()
         if not self.compute.processes.first:
             return
         optimizer, facts = ckpt.pack_optimizer(self.optimizer)
@@ -84,8 +125,24 @@ class Saving:
         tensors |= ckpt.under("best", self.best)
         student = "distiller/student." if self.average is None else "average/module."
         alike = {f"best/{name}": f"{student}{name}" for name in self.best if f"{student}{name}" in tensors}
-        ckpt.save_checkpoint(self.folder / "last.checkpoint", tensors, facts, alike=alike, keep_previous=True)
+        if beside:
+            tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+            facts = json.loads(json.dumps(facts))
+            self._writing = threading.Thread(
+                target=self._write, args=(tensors, facts, alike, begin), name="checkpoint", daemon=True
+            )
+            self._writing.start()
+        else:
+            self._write(tensors, facts, alike, begin)
+            self.wait()
+
+    def _write(self, tensors: dict[str, Tensor], facts: dict[str, Any], alike: dict[str, str], begin: float) -> None:
+        try:
+            ckpt.save_checkpoint(self.folder / LAST, tensors, facts, alike=alike, keep_previous=True)
+        except BaseException as error:
+            self._error = error
         self._last = time.monotonic()
+        self._cost = self._last - begin
 
     def resume(self, under_way: UnderWay) -> int:
         """Load the last checkpoint; the number of epochs that are done, 0 where there is none.
@@ -96,7 +153,7 @@ class Saving:
         Raises:
             ArtifactError: a checkpoint is damaged, or is of something else.
         """
-        last = self.folder / "last.checkpoint"
+        last = self.folder / LAST
         if not last.exists():
             return 0
         tensors, facts = ckpt.load_checkpoint(last)
@@ -150,16 +207,37 @@ class Saving:
                 )
 
 
-def restore_lines(folder: Path) -> None:
-    """Write metrics.jsonl of a stage that is done again, where somebody has deleted it: its checkpoint has the figures.
+def finish_checkpoints(folder: Path, history: History, *, keep: bool) -> None:
+    """Remove the checkpoints of a stage whose model is written; the figures of its epochs stay.
+
+    Args:
+        folder: of the stage.
+        history: of its epochs.
+        keep: the last checkpoint stays.
 
     Raises:
-        ArtifactError: the checkpoint is damaged.
+        StorageError: the figures cannot be written.
+    """
+    folder = folder / "checkpoints"
+    (folder / "last-previous.checkpoint").unlink(missing_ok=True)  # the model holds the best weights, and is whole
+    if keep:
+        (folder / FIGURES).unlink(missing_ok=True)
+    else:
+        ckpt.save_checkpoint(folder / FIGURES, {}, {"records": history.records})
+        (folder / LAST).unlink(missing_ok=True)
+
+
+def restore_lines(folder: Path) -> None:
+    """Write a missing metrics.jsonl of a stage that is done again, from the figures beside its checkpoints.
+
+    Raises:
+        ArtifactError: the file with the figures is damaged.
         StorageError: it cannot be written.
     """
-    lines, last = folder / "metrics.jsonl", folder / "checkpoints" / "last.checkpoint"
-    if last.exists() and not lines.exists():
-        write_json_lines(lines, ckpt.load_checkpoint(last)[1]["records"])
+    lines = folder / "metrics.jsonl"
+    found = [path for name in (LAST, FIGURES) if (path := folder / "checkpoints" / name).exists()]
+    if found and not lines.exists():
+        write_json_lines(lines, ckpt.load_checkpoint(found[0])[1]["records"])
 
 
 def _random_of(rank: int) -> str:

@@ -1,6 +1,6 @@
 """Every setting of the training loop."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -64,6 +64,11 @@ class TrainingSettings(BaseModel):
     compile: bool | Literal["auto"] = Field(
         "auto", description="the student's forward pass; auto: on cuda alone, where enough of the training is left"
     )
-    checkpoint_seconds: float = Field(
-        60.0, ge=0, description="least time between two checkpoints; 0: after every epoch only"
+    checkpoint_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="least time between two checkpoints; auto: 60, and so long that they take at most 2 % of it; "
+        "0: after every epoch only",
+    )
+    keep_checkpoint: bool = Field(
+        False, description="keep a stage's last checkpoint when it is done, so that more epochs can go on from it"
     )
