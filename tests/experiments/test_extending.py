@@ -89,7 +89,7 @@ def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, r
 
 def test_a_run_is_not_shortened(recipe, root, teacher):
     same = {"teacher.weights": teacher}
-    path = pipeline.run(recipe(**same), root=root, name="part")
+    pipeline.run(recipe(**same), root=root, name="part")
     with pytest.raises(UsageError, match=r"training\.epochs: was 2, now 1"):
         pipeline.run(recipe(**same, **{"training.epochs": 1}), root=root, name="part", resume=True)
     with pytest.raises(UsageError, match=r"training\.lr: was 0\.003, now 0\.1"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distiller import Distiller
-from potstill.errors import StorageError, Stopped
+from potstill.errors import Stopped, StorageError
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.sealed import write_json_lines
 from potstill.training import checkpoint as ckpt
