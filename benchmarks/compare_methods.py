@@ -58,8 +58,8 @@ def train(recipe: str, root: Path, name: str, method: str, seed: int, sets: list
 
 def work(recipe: str, sets: list[str], flags: dict[str, Any], root: str, name: str, stages: list[str]) -> None:
     """One order, carried out in this process."""
-    from potstill.experiments.pipeline import run
-    from potstill.experiments.recipe import load_recipe
+    from potstill.config.recipe import load_recipe
+    from potstill.experiment.pipeline import run
 
     checked = load_recipe(recipe, sets, flags=flags)
     run(checked, root=Path(root), name=name, overwrite=(Path(root) / name).exists(), stages=tuple(stages))

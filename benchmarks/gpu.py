@@ -22,29 +22,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks.speed.clock import Watch, mark_of
-from benchmarks.speed.ours import asking, hasten
+from benchmarks.speed.ours import asking, optimize_for_inference
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
-from potstill.distiller import Distiller
+from potstill.distillation.cached_outputs import CachedTeacherOutputs
+from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.evaluation.metrics import StreamingMetrics
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.methods.kd import KD, kd_loss
 from potstill.methods.supervised import Supervised
-from potstill.models.create import create_model
-from potstill.store.recorded import Recorded
-from potstill.store.records import Record
-from potstill.store.shelf import Store
-from potstill.training.averages import TermAverages
-from potstill.training.compiling import Compiling
-from potstill.training.devices import Compute, choose
-from potstill.training.gradients import Gradients
-from potstill.training.observer import Silent
-from potstill.training.optimizers import create_optimizer
+from potstill.models.factory import create_model
+from potstill.training.callbacks import SilentObserver
+from potstill.training.compile import StudentCompiler
+from potstill.training.devices import Compute, create_compute
+from potstill.training.optim import GradientAccumulator, create_optimizer
 from potstill.training.settings import TrainingSettings
+from potstill.training.state import TermAverages
 from potstill.types import Batch
 
 TEMPERATURE = 2.0
@@ -69,7 +68,7 @@ class Bench:
     teacher_name: str
     student_name: str
     folder: Path  # for stores
-    compute: Compute = field(default_factory=lambda: choose(TrainingSettings()))
+    compute: Compute = field(default_factory=lambda: create_compute(TrainingSettings()))
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
     asking: str = ""  # how its teachers are asked
     numbers: Iterator[int] = field(default_factory=itertools.count)  # of stores
@@ -162,7 +161,7 @@ class Student:
         self.bench, self.kind = bench, kind
         options = {"batch_size": batch, "compile": False, **settings}
         self.settings = TrainingSettings.model_validate(options)
-        self.compute = choose(self.settings)
+        self.compute = create_compute(self.settings)
         device, layout = self.compute.device, self.compute.memory_format
         torch.manual_seed(0)
         self.student = create_model(bench.student_name, 4, size=bench.size).to(device).to(memory_format=layout)
@@ -172,24 +171,24 @@ class Student:
         method = Supervised() if teacher is None else KD(temperature=TEMPERATURE)
         self.distiller = Distiller(self.student, teacher, method)
         self.optimizer = create_optimizer(self.distiller.trained_parameters(), self.settings)
-        self.gradients = Gradients(self.optimizer, list(self.student.parameters()))
+        self.gradients = GradientAccumulator(self.optimizer, list(self.student.parameters()))
         images = torch.randn(batch, 3, bench.size, bench.size, device=device)
         self.batch = Batch(images.contiguous(memory_format=layout), torch.arange(batch, device=device) % 4)
         self.listed = Listed(self.batch, bench.steps)
         if kind in ("live", "stored"):
-            hasten(self.distiller, self.listed, self.compute)
+            optimize_for_inference(self.distiller, self.listed, self.compute)
             bench.asking = asking(self.distiller)
         self.recorded = self._filled() if kind == "stored" else None
-        self.compiling = Compiling(self.distiller, self.optimizer, self.settings, self.compute, Silent())
+        self.compiling = StudentCompiler(self.distiller, self.optimizer, self.settings, self.compute, SilentObserver())
 
-    def _filled(self) -> Recorded:
+    def _filled(self) -> CachedTeacherOutputs:
         """Answers that are all there, in a store on disk."""
-        record = Record("float16", 4)
-        store = Store.open(self.bench.folder, {"number": next(self.bench.numbers)}, record, SAMPLES, {})
+        record = RecordFormat("float16", 4)
+        store = TeacherCache.open(self.bench.folder, {"number": next(self.bench.numbers)}, record, SAMPLES, {})
         logits = np.random.default_rng(0).normal(size=(SAMPLES, 4)).astype(np.float32)
         store.write(0, np.arange(SAMPLES), record.encode(logits))
         store.flush()
-        return Recorded(self.distiller, self.listed, [store], autocast=self.compute.autocast, warn=_fail)
+        return CachedTeacherOutputs(self.distiller, self.listed, [store], autocast=self.compute.autocast, warn=_fail)
 
     def block(self) -> None:
         """Some steps."""

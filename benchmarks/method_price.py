@@ -25,13 +25,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler is talkative, and
 import torch
 from torch import Tensor, nn
 
-from potstill.book.about import PRICES
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
-from potstill.methods import create_method, list_methods
+from potstill.methods import REQUIRED, create_method, list_methods, method_options
 from potstill.methods.base import Method
-from potstill.methods.catalog import REQUIRED, options
-from potstill.models.create import create_model
+from potstill.methods.documentation import COSTS_FILE
+from potstill.models.factory import create_model
 from potstill.types import Batch
 
 IMAGES = 50_000  # of the training set that memories are sized by: CIFAR-100's
@@ -76,7 +75,9 @@ class Bench:
 
     def run(self, name: str) -> "Run":
         """A method, ready for its first step."""
-        given = {key: EXAMPLES[each.annotation] for key, each in options(name).items() if each.default is REQUIRED}
+        given = {
+            key: EXAMPLES[each.annotation] for key, each in method_options(name).items() if each.default is REQUIRED
+        }
         method = create_method(name, **given, **QUICK.get(name, {}))
         student = copy.deepcopy(self.student)
         if "head_dist" in method.student_taps:
@@ -106,7 +107,7 @@ class Run:
         """Seconds of one training step, and what of them the teacher took."""
         bench = self.bench
         started = self._now()
-        said = self.distiller.ask_teacher(bench.images, self.second)
+        said = self.distiller.run_teacher(bench.images, self.second)
         taught = self._now()
         step = self.distiller(
             bench.images, bench.labels, index=bench.index, view=bench.view, second=self.second, teacher=said
@@ -204,7 +205,7 @@ def main() -> int:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=PRICES)
+    parser.add_argument("--output", type=Path, default=COSTS_FILE)
     arguments = parser.parse_args()
     names = arguments.methods or list_methods()
     bench = Bench(arguments)

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potstill.evaluation.agreement import agreement
-from potstill.evaluation.calibration import calibration
-from potstill.evaluation.exact import split_metrics
-from potstill.evaluation.intervals import split_intervals
-from potstill.evaluation.predictions import MOST, Predictions, predict_split
-from potstill.experiments.run_folder import SPLITS, RunFolder
+from potstill.evaluation.calibration import calibration_report
+from potstill.evaluation.fidelity import agreement
+from potstill.evaluation.final_metrics import split_intervals, split_metrics
+from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
+from potstill.experiment.run_folder import SPLITS, RunFolder
 from potstill.report.render import render
 from potstill.types import Batch
 
@@ -73,7 +72,7 @@ def _run(path: Path, count: int, classes: int, stages: tuple[str, ...]) -> None:
     clock = _Clock(path)
     names, class_names = [f"images/{i:08d}.jpg" for i in range(count)], [f"class {i}" for i in range(classes)]
     run, images = RunFolder(path), Images(count, classes)
-    large = count * classes > MOST
+    large = count * classes > MAX_VALUES_IN_MEMORY
     clock.lap("names of images and classes")
     entries: dict[str, Any] = {}
     teacher: Predictions | None = None
@@ -100,7 +99,7 @@ def _run(path: Path, count: int, classes: int, stages: tuple[str, ...]) -> None:
         val, test = found["val"], found["test"]
         assert val.rows is not None
         assert test.rows is not None
-        scaled = calibration(val.rows, val.labels, test.rows, test.labels)
+        scaled = calibration_report(val.rows, val.labels, test.rows, test.labels)
         clock.lap(f"{stage}: calibration")
         if teacher is not None and teacher.rows is not None:
             metrics["test"] |= agreement(test.rows, teacher.rows)

@@ -13,7 +13,7 @@ import math
 import random
 from dataclasses import dataclass, field, fields, replace
 
-from potstill.amounts import scaled
+from potstill.formatting import format_scaled
 
 
 def option(default: float, text: str) -> float:
@@ -155,10 +155,10 @@ def row(name: str, plan: Plan) -> str:
     paper, (live, stored) = on_paper(plan), simulated(plan)
     cells = [f"{paper.live:,.1f} h", f"{live:,.1f} h", f"{paper.stored:,.1f} h", f"{stored:,.1f} h"]
     cells += [
-        scaled(paper.store, "B"),
-        scaled(paper.pixels, "B"),
-        scaled(paper.reading, "B"),
-        scaled(paper.sending, "B"),
+        format_scaled(paper.store, "B"),
+        format_scaled(paper.pixels, "B"),
+        format_scaled(paper.reading, "B"),
+        format_scaled(paper.sending, "B"),
     ]
     return f"| {name} | " + " | ".join(cells) + " |"
 

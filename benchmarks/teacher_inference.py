@@ -18,8 +18,8 @@ import torch
 from benchmarks.speed.clock import Result, table, take_turns
 from torch import Tensor, nn
 
-from potstill.joining.hastened import Asking, convert
-from potstill.models.create import create_model
+from potstill.distillation.teacher_inference import InferenceSettings, convert_for_inference
+from potstill.models.factory import create_model
 
 NETWORKS = ("vgg16@64", "resnet50@64", "resnet50@224")
 FLOAT32 = "float32"
@@ -55,8 +55,8 @@ def contestants(network: nn.Module, images: Tensor) -> dict[str, Turn]:
     bf16, last = torch.bfloat16, torch.channels_last
     plain, laid_out = copy.deepcopy(network).to(bf16), copy.deepcopy(network).to(bf16).to(memory_format=last)
     wide = copy.deepcopy(network).to(memory_format=last)
-    quick, how = convert(network, bf16, last, images)
-    folded, exactly = convert(network, torch.float32, last, images)
+    quick, how = convert_for_inference(network, bf16, last, images)
+    folded, exactly = convert_for_inference(network, torch.float32, last, images)
 
     def ask(asked: nn.Module, *, dtype: torch.dtype = torch.float32, autocast: bool = False, **layout: object) -> Turn:
         def turn() -> None:
@@ -69,7 +69,7 @@ def contestants(network: nn.Module, images: Tensor) -> dict[str, Turn]:
 
         return turn
 
-    def answer(asked: nn.Module, how: Asking) -> Turn:
+    def answer(asked: nn.Module, how: InferenceSettings) -> Turn:
         def turn() -> None:
             how.logits(asked, images)
             _wait(images.device)

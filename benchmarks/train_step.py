@@ -13,9 +13,9 @@ import time
 import torch
 from torch import nn
 
-from potstill.models.create import create_model
-from potstill.training.devices import choose
-from potstill.training.optimizers import create_optimizer
+from potstill.models.factory import create_model
+from potstill.training.devices import create_compute
+from potstill.training.optim import create_optimizer
 from potstill.training.settings import TrainingSettings
 
 
@@ -25,7 +25,7 @@ class Variant:
     def __init__(self, name: str, channels_last: bool, size: int, batch: int) -> None:
         self.label = f"{name}, {'channels last' if channels_last else 'channels first'}"
         settings = TrainingSettings(channels_last=channels_last)
-        self.compute = choose(settings)
+        self.compute = create_compute(settings)
         self.network = create_model(name, 4, size=size).train().to(self.compute.device)
         self.network.to(memory_format=self.compute.memory_format)
         self.optimizer = create_optimizer(self.network.named_parameters(), settings)

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from potstill.artifacts import write_bytes, write_text
+from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
-from potstill.experiments.recipe import load_recipe
+from potstill.io import write_bytes, write_text
 from potstill.report import theme
-from potstill.report.contents import Run, read_run
-from potstill.report.figures.canvas import as_png
-from potstill.report.figures.curves import draw_loss, draw_stages
+from potstill.report.canvas import as_png
+from potstill.report.run_reader import Run, read_run
+from potstill.report.stage_figures import draw_loss, draw_stages
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "how-distillation-works.md"

@@ -24,13 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import method_pages
 
 from potstill import errors
-from potstill.artifacts import write_text
+from potstill.config.recipe import (
+    CurriculumSettings,
+    DomainSettings,
+    Recipe,
+    StageSettings,
+    TeachersSettings,
+    list_recipes,
+    load_recipe,
+)
 from potstill.data.settings import AugmentSettings, DataSettings
-from potstill.experiments.curriculum.settings import CurriculumSettings
-from potstill.experiments.domain.settings import DomainSettings
-from potstill.experiments.recipe import Recipe, StageSettings, TeachersSettings, list_recipes, load_recipe
-from potstill.store.settings import StoreSettings
-from potstill.tracking.settings import TrackerSettings
+from potstill.distillation.teacher_cache import TeacherCacheSettings
+from potstill.io import write_text
+from potstill.loggers import LoggerSettings
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,8 +169,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "DataSettings": lambda: settings_table(DataSettings),
     "AugmentSettings": lambda: settings_table(AugmentSettings),
     "CurriculumSettings": lambda: settings_table(CurriculumSettings),
-    "TrackerSettings": lambda: settings_table(TrackerSettings),
-    "StoreSettings": lambda: settings_table(StoreSettings),
+    "TrackerSettings": lambda: settings_table(LoggerSettings),
+    "StoreSettings": lambda: settings_table(TeacherCacheSettings),
     "TrainingSettings": lambda: settings_table(TrainingSettings),
     "methods": lambda: methods_table("docs/methods/"),
     "methods index": lambda: methods_table("methods/"),

@@ -15,12 +15,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from docs_figures import DOCS, save
 
+from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
 from potstill.data.splits import DataSplits
-from potstill.experiments.recipe import load_recipe
 from potstill.report import theme
-from potstill.report.contents import Run, read_run
-from potstill.report.figures.canvas import as_png
+from potstill.report.canvas import as_png
+from potstill.report.run_reader import Run, read_run
 
 SHOWN = 10  # classes
 BARS = (("teacher", theme.TEACHER), ("baseline", theme.BASELINE), ("distilled", theme.DISTILLED))

@@ -15,11 +15,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from docs_figures import DOCS, save
 
-from potstill.federated.algorithms import ALGORITHMS
-from potstill.federated.record import FILE
+from potstill.contrib.federated.algorithms import ALGORITHMS
+from potstill.contrib.federated.federation import RESULTS_FILE
+from potstill.io import read_checksummed_json
 from potstill.report import theme
-from potstill.report.figures.canvas import as_png
-from potstill.sealed import read_sealed_json
+from potstill.report.canvas import as_png
 
 COLOURS = dict(zip(ALGORITHMS, (theme.BASELINE, theme.DISTILLED, theme.VAL, theme.TEACHER, theme.TEST), strict=True))
 
@@ -28,7 +28,7 @@ def main() -> None:
     """Write the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    found = [read_sealed_json(run / FILE) for run in parser.parse_args().runs]
+    found = [read_checksummed_json(run / RESULTS_FILE) for run in parser.parse_args().runs]
     save(DOCS / "images" / "federated.png", as_png(lambda figure: draw(figure, found), (8.4, 3.4)))
 
 

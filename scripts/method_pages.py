@@ -8,13 +8,18 @@ from typing import Any
 
 import yaml
 
-from potstill.book.about import About, about, by_kind, measured
-from potstill.book.declared import declared_layers, declared_needs
-from potstill.cli.method_text import option_text, price_text
-from potstill.experiments.recipe import list_recipes
-from potstill.methods import list_methods
-from potstill.methods.catalog import REQUIRED, Option
-from potstill.methods.needs import Needs
+from potstill.cli.catalog import option_text, price_text
+from potstill.config.recipe import list_recipes
+from potstill.methods import REQUIRED, MethodOption, list_methods
+from potstill.methods.documentation import (
+    MethodDocumentation,
+    declared_requirements,
+    declared_student_layers,
+    measured_costs,
+    method_documentation,
+    methods_by_kind,
+)
+from potstill.methods.requirements import Requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "methods"
@@ -39,7 +44,7 @@ def pages() -> dict[Path, str]:
 def navigation(text: str) -> str:
     """The site's settings with the pages of the methods by kind."""
     lines = []
-    for kind, names in by_kind().items():
+    for kind, names in methods_by_kind().items():
         if names:
             listed = ", ".join(f'{{ "{name}" = "methods/{name}.md" }}' for name in names)
             lines.append(f'    {{ "{kind.capitalize()}" = [{listed}] }},\n')
@@ -49,12 +54,12 @@ def navigation(text: str) -> str:
 def table_of_methods(folder: str) -> list[tuple[str, ...]]:
     """Head and rows; ``folder`` leads from the page with the table to the pages of the methods."""
     rows: list[tuple[str, ...]] = [("method", "paper", "needs", "time", "memory")]
-    for names in by_kind().values():
-        rows += [_row(about(name), folder) for name in names]
+    for names in methods_by_kind().values():
+        rows += [_row(method_documentation(name), folder) for name in names]
     return rows
 
 
-def _row(found: About, folder: str) -> tuple[str, ...]:
+def _row(found: MethodDocumentation, folder: str) -> tuple[str, ...]:
     name = found.entry.name
     title = found.entry.summary.partition(":")[0].strip(" .")
     paper = f"[{found.paper.venue}]({found.paper.url})" if found.paper else ""
@@ -65,7 +70,7 @@ def _row(found: About, folder: str) -> tuple[str, ...]:
 
 def page(name: str) -> str:
     """The page of one method."""
-    found = about(name)
+    found = method_documentation(name)
     parts = [f"# {name}", MADE, _head(found), *_loss(found), f"**Needs**: {', '.join(found.needs)}."]
     parts += ["## Use", f"```yaml\n{recipe(found)}```", *_command(found), f"```python\n{snippet(name)}```"]
     if found.options:
@@ -86,7 +91,7 @@ def page(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def recipe(found: About) -> str:
+def recipe(found: MethodDocumentation) -> str:
     """The method's part of a recipe, every option at its default."""
     options = {key: _given(option) for key, (option, _) in found.options.items()}
     text: str = yaml.safe_dump(
@@ -99,14 +104,18 @@ def recipe(found: About) -> str:
 
 def snippet(name: str) -> str:
     """A loop of one step, with all that the method needs."""
-    needs = declared_needs(name) or Needs(epoch=True)  # around others: these may be anything
-    student = TWO_HEADS if "head_dist" in declared_layers(name) else "cifar/resnet8"
-    given = {key: _given(option) for key, (option, _) in about(name).options.items() if option.default is REQUIRED}
+    needs = declared_requirements(name) or Requirements(epoch=True)  # around others: these may be anything
+    student = TWO_HEADS if "head_dist" in declared_student_layers(name) else "cifar/resnet8"
+    given = {
+        key: _given(option)
+        for key, (option, _) in method_documentation(name).options.items()
+        if option.default is REQUIRED
+    }
     method = ", ".join([f'"{name}"', *(f"{key}={json.dumps(value)}" for key, value in given.items())])
     return "".join(f"{line}\n" for line in _lines(needs, method, student))
 
 
-def _lines(needs: Needs, method: str, student: str) -> Iterator[str]:
+def _lines(needs: Requirements, method: str, student: str) -> Iterator[str]:
     extra = ""
     yield "import torch"
     yield "from potstill import Distiller, create_method, create_model"
@@ -142,7 +151,7 @@ def _lines(needs: Needs, method: str, student: str) -> Iterator[str]:
     yield "print({name: term.item() for name, term in step.terms.items()})"
 
 
-def _given(option: Option) -> Any:
+def _given(option: MethodOption) -> Any:
     """The default; where there is none, an example."""
     if option.default is not REQUIRED:
         return option.default
@@ -151,7 +160,7 @@ def _given(option: Option) -> Any:
     return [{"name": "kd"}, {"name": "at", "factor": 0.5}] if option.annotation == "list[MethodSettings]" else 1
 
 
-def _head(found: About) -> str:
+def _head(found: MethodDocumentation) -> str:
     text = _prose(found.entry.summary)
     if found.paper is None:
         return text
@@ -159,7 +168,7 @@ def _head(found: About) -> str:
     return f"{text}\n\n{paper.authors}, [{paper.title}]({paper.url}), {paper.venue}."
 
 
-def _loss(found: About) -> list[str]:
+def _loss(found: MethodDocumentation) -> list[str]:
     parts = ["## Loss", _prose(found.loss)]
     if found.terms:
         width = max(map(len, found.terms))
@@ -168,7 +177,7 @@ def _loss(found: About) -> list[str]:
     return parts
 
 
-def _command(found: About) -> list[str]:
+def _command(found: MethodDocumentation) -> list[str]:
     """With a preset, on the pair of networks that it is for, where a recipe for that pair ships."""
     name, shipped = found.entry.name, list_recipes()
     if any(option.default is REQUIRED for option, _ in found.options.values()) or found.kind == "several teachers":
@@ -177,13 +186,13 @@ def _command(found: About) -> list[str]:
     pair = next(iter(pairs), None)
     if pair is None:
         networks = "--teacher cifar/resnet14" + (
-            f" --student {TWO_HEADS}" if "head_dist" in declared_layers(name) else ""
+            f" --student {TWO_HEADS}" if "head_dist" in declared_student_layers(name) else ""
         )
         return [f"```sh\npotstill run quickstart {networks} --set method.name={name}\n```"]
     return [f"```sh\npotstill run {pair} --set method.name={name} --set method.preset={pair}\n```"]
 
 
-def _options(options: dict[str, tuple[Option, str]]) -> str:
+def _options(options: dict[str, tuple[MethodOption, str]]) -> str:
     rows = []
     for key, (option, meaning) in options.items():
         allowed, default = option_text(option, "").rsplit(", ", 1)
@@ -191,7 +200,7 @@ def _options(options: dict[str, tuple[Option, str]]) -> str:
     return _table(("option", "default", "allowed", "what it is"), rows)
 
 
-def _price(found: About) -> str:
+def _price(found: MethodDocumentation) -> str:
     if found.price is None:
         return "Not measured yet."
     return price_text(found.price)[:1].upper() + price_text(found.price)[1:] + " [How](../methods.md#price)."
@@ -199,7 +208,7 @@ def _price(found: About) -> str:
 
 def measured_on() -> str:
     """The machine and the networks of the measured prices, in one paragraph."""
-    facts = measured()
+    facts = measured_costs()
     if not facts:
         return "Not measured yet."
     machine, plain = facts["machine"], facts["plain"]

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from docs_figures import save
 
 from potstill.report import theme
-from potstill.report.contents import Run, read_run
-from potstill.report.figures.canvas import as_png
+from potstill.report.canvas import as_png
+from potstill.report.run_reader import Run, read_run
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from docs_figures import DOCS, save
 
-from potstill.report.figures.canvas import as_png
-from potstill.report.figures.sweep import draw_importance, draw_slice
-from potstill.sealed import read_sealed_json
+from potstill.io import read_checksummed_json
+from potstill.report.canvas import as_png
+from potstill.report.sweep import draw_importance, draw_slice
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished sweep")
     folder = parser.parse_args().run
-    sweep, trials, final = (read_sealed_json(folder / f"{name}.json") for name in ("sweep", "trials", "final"))
+    sweep, trials, final = (read_checksummed_json(folder / f"{name}.json") for name in ("sweep", "trials", "final"))
     keys = sweep["space"]
 
     def draw(figure: Any) -> None:

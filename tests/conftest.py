@@ -52,10 +52,10 @@ class _Blank:
 @contextmanager
 def blank_pictures() -> Iterator[None]:
     """Reports have empty pictures: to draw those of a small run takes five times as long as all else of it."""
-    from potstill.report.figures import canvas
+    from potstill.report import canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas, "_drawn", lambda draw, size: _Blank())
+        patch.setattr(canvas, "_draw_figure", lambda draw, size: _Blank())
         yield
 
 

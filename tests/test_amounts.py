@@ -2,27 +2,54 @@ import math
 
 import pytest
 
-from potstill.amounts import NONE, count, decimal, duration, milliseconds, percent, ratio, scaled
+from potstill.formatting import (
+    MISSING,
+    format_count,
+    format_decimal,
+    format_duration,
+    format_milliseconds,
+    format_percent,
+    format_ratio,
+    format_scaled,
+)
 
 
-@pytest.mark.parametrize("form", [count, decimal, duration, milliseconds, percent, ratio, scaled])
+@pytest.mark.parametrize(
+    "form",
+    [format_count, format_decimal, format_duration, format_milliseconds, format_percent, format_ratio, format_scaled],
+)
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "7", True, [1]])
 def test_what_is_no_number_is_a_dash(form: object, value: object) -> None:
-    assert form(value) == NONE  # type: ignore[operator]
+    assert form(value) == MISSING  # type: ignore[operator]
 
 
 def test_forms() -> None:
-    assert [percent(0.841), percent(1), percent(0.98765, 2)] == ["84.1 %", "100.0 %", "98.77 %"]
-    assert [decimal(0.0123), decimal(0.000001), decimal(0)] == ["0.0123", "1.0e-06", "0.0000"]
-    assert [count(1234567), ratio(12.34), ratio(0.5), ratio(1234)] == ["1,234,567", "12.3 ×", "0.50 ×", "1,234 ×"]
-    assert [scaled(999), scaled(999_999), scaled(1e6), scaled(138.4e6), scaled(330_000, "B")] == [
+    assert [format_percent(0.841), format_percent(1), format_percent(0.98765, 2)] == ["84.1 %", "100.0 %", "98.77 %"]
+    assert [format_decimal(0.0123), format_decimal(0.000001), format_decimal(0)] == ["0.0123", "1.0e-06", "0.0000"]
+    assert [format_count(1234567), format_ratio(12.34), format_ratio(0.5), format_ratio(1234)] == [
+        "1,234,567",
+        "12.3 ×",
+        "0.50 ×",
+        "1,234 ×",
+    ]
+    assert [
+        format_scaled(999),
+        format_scaled(999_999),
+        format_scaled(1e6),
+        format_scaled(138.4e6),
+        format_scaled(330_000, "B"),
+    ] == [
         "999",
         "1.00 M",
         "1.00 M",
         "138 M",
         "330 kB",
     ]
-    assert [milliseconds(1.234), milliseconds(45.67), milliseconds(456.7)] == ["1.23 ms", "45.7 ms", "457 ms"]
+    assert [format_milliseconds(1.234), format_milliseconds(45.67), format_milliseconds(456.7)] == [
+        "1.23 ms",
+        "45.7 ms",
+        "457 ms",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -39,4 +66,4 @@ def test_forms() -> None:
     ],
 )
 def test_duration_at_the_edges(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

@@ -5,13 +5,13 @@ import stat
 
 import pytest
 
-from potstill import artifacts
+from potstill import io
 from potstill.errors import ArtifactError, StorageError
 
 
 def test_a_file_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "deep" / "er" / "value.bin"
-    artifacts.write_bytes(path, b"one", b"two")
+    io.write_bytes(path, b"one", b"two")
     assert path.read_bytes() == b"onetwo"
     assert os.listdir(path.parent) == ["value.bin"]
     mask = os.umask(0)
@@ -22,7 +22,7 @@ def test_a_file_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
 def test_what_the_system_writes_in_parts_is_whole_nevertheless(tmp_path, monkeypatch):
     write = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: write(handle, bytes(data)[:3]))
-    artifacts.write_bytes(tmp_path / "x", b"0123456789", b"", b"ab")
+    io.write_bytes(tmp_path / "x", b"0123456789", b"", b"ab")
     assert (tmp_path / "x").read_bytes() == b"0123456789ab"
 
 
@@ -39,7 +39,7 @@ def test_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", noted("fsync", os.fsync, lambda handle: os.readlink(f"/proc/self/fd/{handle}")))
     monkeypatch.setattr(os, "replace", noted("replace", os.replace, lambda a, b: str(a)))
-    artifacts.write_bytes(tmp_path / "new" / "x", b"1")
+    io.write_bytes(tmp_path / "new" / "x", b"1")
     temporary = calls[2][1]
     assert temporary.startswith(f"{tmp_path}/new/.x.")
     assert calls == [
@@ -51,7 +51,7 @@ def test_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_a_failed_write_keeps_the_older_file_and_says_why(tmp_path, monkeypatch, call, number):
     path, previous = tmp_path / "value.json", tmp_path / "value-previous.json"
-    artifacts.write_bytes(path, b"older")
+    io.write_bytes(path, b"older")
 
     def fail(*arguments):
         if call == "close":
@@ -61,7 +61,7 @@ def test_a_failed_write_keeps_the_older_file_and_says_why(tmp_path, monkeypatch,
     close = os.close
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(StorageError, match=rf"cannot write .*value\.json: {os.strerror(number)}"):
-        artifacts.write_bytes(path, b"newer", previous=previous)
+        io.write_bytes(path, b"newer", previous=previous)
     monkeypatch.undo()
     assert path.read_bytes() == b"older"
     assert os.listdir(tmp_path) == ["value.json"]
@@ -70,11 +70,11 @@ def test_a_failed_write_keeps_the_older_file_and_says_why(tmp_path, monkeypatch,
 def test_the_older_file_may_stay_under_a_second_name(tmp_path):
     path, previous = tmp_path / "x", tmp_path / "x-previous"
     for content in (b"1", b"2", b"3"):
-        artifacts.write_bytes(path, content, previous=previous)
+        io.write_bytes(path, content, previous=previous)
     assert (path.read_bytes(), previous.read_bytes()) == (b"3", b"2")
     previous.unlink()
     os.link(path, previous)  # as a process leaves it that is killed between the two renames
-    artifacts.write_bytes(path, b"4", previous=previous)
+    io.write_bytes(path, b"4", previous=previous)
     assert (path.read_bytes(), previous.read_bytes()) == (b"4", b"3")
     assert sorted(os.listdir(tmp_path)) == ["x", "x-previous"]
 
@@ -85,20 +85,20 @@ def test_where_files_have_one_name_only_the_older_one_is_copied(tmp_path, monkey
 
     monkeypatch.setattr(os, "link", link)
     for content in (b"1", b"2", b"3"):
-        artifacts.write_bytes(tmp_path / "x", content, previous=tmp_path / "p")
+        io.write_bytes(tmp_path / "x", content, previous=tmp_path / "p")
     assert ((tmp_path / "x").read_bytes(), (tmp_path / "p").read_bytes()) == (b"3", b"2")
 
 
 def test_a_link_stays_one_and_what_is_no_file_stays_what_it_is(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "x")
-    artifacts.write_bytes(tmp_path / "link", b"1")
+    io.write_bytes(tmp_path / "link", b"1")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "x").read_bytes() == b"1"
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path / "real"):
         with pytest.raises(StorageError, match=r"cannot write .*: it is there, and no regular file"):
-            artifacts.write_bytes(path, b"1")
+            io.write_bytes(path, b"1")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
@@ -111,32 +111,32 @@ def test_a_file_systems_folders_need_not_be_able_to_sync(tmp_path, monkeypatch):
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", only_files)
-    artifacts.write_bytes(tmp_path / "x", b"1")
+    io.write_bytes(tmp_path / "x", b"1")
     assert (tmp_path / "x").read_bytes() == b"1"
 
 
 def test_moving_takes_the_others_place(tmp_path, monkeypatch):
-    artifacts.write_bytes(tmp_path / "a", b"1")
-    artifacts.write_bytes(tmp_path / "b", b"2")
-    artifacts.move(tmp_path / "a", tmp_path / "b")
+    io.write_bytes(tmp_path / "a", b"1")
+    io.write_bytes(tmp_path / "b", b"2")
+    io.replace_file(tmp_path / "a", tmp_path / "b")
     assert os.listdir(tmp_path) == ["b"]
     assert (tmp_path / "b").read_bytes() == b"1"
     with pytest.raises(StorageError, match=r"cannot write .*b: No such file"):
-        artifacts.move(tmp_path / "a", tmp_path / "b")
+        io.replace_file(tmp_path / "a", tmp_path / "b")
 
 
 def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in (".x.0123.part", "deep/.y.0123.part", "deep/mine.part", ".z"):
         (tmp_path / name).touch()
-    artifacts.remove_leftovers(tmp_path)
+    io.remove_partial_files(tmp_path)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [".z", "deep", "deep/mine.part"]
 
 
 def test_nan_is_no_json():
     with pytest.raises(ValueError, match="Out of range float"):
-        artifacts.as_json({"a": float("nan")})
-    assert json.loads(artifacts.as_json({"é": [1, None]})) == {"é": [1, None]}
+        io.encode_json({"a": float("nan")})
+    assert json.loads(io.encode_json({"é": [1, None]})) == {"é": [1, None]}
 
 
 def test_reading_compares_the_digest_before_anything_else(tmp_path):
@@ -144,11 +144,11 @@ def test_reading_compares_the_digest_before_anything_else(tmp_path):
     path.write_bytes(b"abc")
     # SHA-256 of "abc", from FIPS 180-2 appendix B.1
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert artifacts.read_bytes(path, sha256=known) == b"abc"
-    assert artifacts.digest_of(path) == artifacts.digest(b"abc") == known
+    assert io.read_bytes(path, sha256=known) == b"abc"
+    assert io.file_sha256(path) == io.sha256_hex(b"abc") == known
     path.write_bytes(b"abd")
     with pytest.raises(ArtifactError, match="is damaged"):
-        artifacts.read_bytes(path, sha256=known)
-    for read in (artifacts.read_bytes, artifacts.digest_of):
+        io.read_bytes(path, sha256=known)
+    for read in (io.read_bytes, io.file_sha256):
         with pytest.raises(ArtifactError, match="cannot read"):
             read(tmp_path / "none")

@@ -21,10 +21,10 @@ import torch
 from potstill import create_model
 from potstill.data.datasets import load_data
 from potstill.data.settings import DataSettings
-from potstill.experiments.recipe import load_recipe
+from potstill.config.recipe import load_recipe
 from potstill.functional import hard_label_loss
 from potstill.methods import create_method, list_methods
-from potstill.models.names import list_models
+from potstill.models.registry import list_models
 
 
 def test_methods_are_known():

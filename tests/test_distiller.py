@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
 from potstill.types import Outputs

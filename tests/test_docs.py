@@ -17,16 +17,15 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from potstill import errors
-from potstill.data.bundled.cifar100 import CifarOptions
-from potstill.data.bundled.fashion_mnist import FashionOptions
-from potstill.data.bundled.solar import SolarOptions
+from potstill.config.recipe import Recipe, StageSettings, TeachersSettings
+from potstill.data.builtin.cifar100 import CifarOptions
+from potstill.data.builtin.fashion_mnist import FashionOptions
+from potstill.data.builtin.solar import SolarOptions
 from potstill.data.datasets import DATASETS
+from potstill.data.file_datasets import ShardOptions
 from potstill.data.settings import AugmentSettings, DataSettings
-from potstill.data.shards.source import ShardOptions
-from potstill.experiments.recipe import Recipe, StageSettings, TeachersSettings
-from potstill.methods import METHODS
-from potstill.methods.catalog import entry
-from potstill.store.settings import StoreSettings
+from potstill.distillation.teacher_cache import TeacherCacheSettings
+from potstill.methods import METHODS, method_info
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +56,7 @@ def worked(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "model",
-    [Recipe, StageSettings, TeachersSettings, DataSettings, AugmentSettings, StoreSettings, TrainingSettings],
+    [Recipe, StageSettings, TeachersSettings, DataSettings, AugmentSettings, TeacherCacheSettings, TrainingSettings],
 )
 def test_every_setting_and_its_default_stand_in_the_page(model):
     section = page("recipes").split(f"### {model.__name__}\n")[1].split("\n### ")[0]
@@ -84,7 +83,7 @@ def test_what_is_generated_is_up_to_date():
 def test_every_method_has_its_page_with_all_of_it():
     assert {path.stem for path in (DOCS / "methods").iterdir()} == set(METHODS)
     for name in METHODS:
-        text, found = page(f"methods/{name}"), entry(name)
+        text, found = page(f"methods/{name}"), method_info(name)
         for option in found.options:
             assert f"| `{option}` |" in text
         for preset in found.presets:

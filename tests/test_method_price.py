@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from potstill.book import about as told
-from potstill.methods.catalog import entry
+from potstill.methods import documentation as told
+from potstill.methods import method_info
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "method_price.py"
 NETWORKS = [
@@ -57,10 +57,10 @@ def test_prices_of_methods(benchmark, tmp_path, monkeypatch):
     # 16,384 negatives of 128 numbers for each of 4 images, twice: more than the small network ever holds
     assert methods["crd"]["memory"] > 10 > methods["kd"]["memory"] > 0.9
 
-    monkeypatch.setattr(told, "PRICES", output)
-    told.measured.cache_clear()
-    assert told.prices()["kd"].time == methods["kd"]["time"]
-    told.measured.cache_clear()
+    monkeypatch.setattr(told, "COSTS_FILE", output)
+    told.measured_costs.cache_clear()
+    assert told.step_costs()["kd"].time == methods["kd"]["time"]
+    told.measured_costs.cache_clear()
 
 
 def test_only_the_named_are_measured_anew_and_failures_are_said(benchmark, tmp_path, monkeypatch, capsys):
@@ -74,4 +74,4 @@ def test_only_the_named_are_measured_anew_and_failures_are_said(benchmark, tmp_p
     assert second["methods"]["supervised"]["teacher"] == 0
     assert benchmark("dkd", "--classes", "2", "--output", output) == 1
     assert "dkd: " in capsys.readouterr().err
-    assert "dkd" in entry("dkd").name  # the method is there; two classes are what it refuses
+    assert "dkd" in method_info("dkd").name  # the method is there; two classes are what it refuses

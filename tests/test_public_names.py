@@ -12,7 +12,7 @@ import pytest
 import potstill
 from potstill import functional, methods
 from potstill.methods.base import Method
-from potstill.models.families.family import Family
+from potstill.models.registry import Family
 
 MODULES = sorted(
     module.name

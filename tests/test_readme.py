@@ -11,8 +11,8 @@ import typer
 import yaml
 
 from potstill.cli.entry import app
+from potstill.config.recipe import load_recipe
 from potstill.errors import DataError, UsageError
-from potstill.experiments.recipe import load_recipe
 from potstill.models.model_file import load_model
 
 ROOT = Path(__file__).resolve().parent.parent

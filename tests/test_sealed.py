@@ -9,7 +9,7 @@ import re
 import pytest
 import yaml
 
-from potstill import sealed
+from potstill import io
 from potstill.errors import ArtifactError
 
 FACTS = {"schema": 1, "name": "né\ud800", "nested": {"a": [1, 2.5, None]}}
@@ -17,21 +17,21 @@ RECIPE = "name: tiny\nseed: 3\n"
 
 
 def write_json(path):
-    sealed.write_sealed_json(path, FACTS)
+    io.write_checksummed_json(path, FACTS)
 
 
 def write_text(path):
-    sealed.write_sealed_text(path, RECIPE)
+    io.write_checksummed_text(path, RECIPE)
 
 
 def write_bytes(path):
-    sealed.write_sealed(path, bytes(range(256)))
+    io.write_checksummed(path, bytes(range(256)))
 
 
 KINDS = [
-    (write_json, sealed.read_sealed_json, FACTS),
-    (write_text, sealed.read_sealed_text, RECIPE),
-    (write_bytes, sealed.read_sealed, bytes(range(256))),
+    (write_json, io.read_checksummed_json, FACTS),
+    (write_text, io.read_checksummed_text, RECIPE),
+    (write_bytes, io.read_checksummed, bytes(range(256))),
 ]
 
 
@@ -64,19 +64,19 @@ def test_every_single_changed_bit_and_every_cut_is_seen(tmp_path, write, read, v
 
 
 def test_json_stays_json_and_its_checksum_is_that_of_the_file_without_it(tmp_path):
-    sealed.write_sealed_json(tmp_path / "x.json", {"a": 1})
+    io.write_checksummed_json(tmp_path / "x.json", {"a": 1})
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text) == {"a": 1, "checksum": hashlib.sha256(b'{\n  "a": 1\n}\n').hexdigest()}
 
 
 def test_yaml_stays_yaml_and_sha256sum_can_check_it(tmp_path):
-    sealed.write_sealed_text(tmp_path / "x.yaml", RECIPE)
+    io.write_checksummed_text(tmp_path / "x.yaml", RECIPE)
     first, _, rest = (tmp_path / "x.yaml").read_text().partition("\n")
     assert first == f"# SHA-256 of the lines below: {hashlib.sha256(rest.encode()).hexdigest()}"
     assert yaml.safe_load((tmp_path / "x.yaml").read_text()) == {"name": "tiny", "seed": 3}
 
 
-@pytest.mark.parametrize(("text", "read"), [("{}\n", sealed.read_sealed_json), (RECIPE, sealed.read_sealed_text)])
+@pytest.mark.parametrize(("text", "read"), [("{}\n", io.read_checksummed_json), (RECIPE, io.read_checksummed_text)])
 def test_a_file_of_before_is_refused_in_one_sentence(tmp_path, text, read):
     (tmp_path / "x").write_text(text)
     with pytest.raises(ArtifactError, match=r"^\S+ is damaged, or was written before potstill 0\.1\.0: .*SHA-256$"):
@@ -89,22 +89,22 @@ def test_nothing_but_an_object_comes_from_a_file_that_was_made_up_to_fit(tmp_pat
     checksum = f',\n  "checksum": "{hashlib.sha256(data).hexdigest()}"\n}}\n'.encode()
     (tmp_path / "x").write_bytes(data.removesuffix(b"\n}\n") + checksum)
     with pytest.raises(ArtifactError, match="holds no JSON object"):
-        sealed.read_sealed_json(tmp_path / "x")
+        io.read_checksummed_json(tmp_path / "x")
 
 
 def test_the_newest_intact_older_file_is_named(tmp_path):
     path = tmp_path / "last.checkpoint"
     for content in (b"one", b"two", b"three"):
-        sealed.write_sealed(path, content, keep_previous=True)
+        io.write_checksummed(path, content, keep_previous=True)
     previous = tmp_path / "last-previous.checkpoint"
-    assert (sealed.read_sealed(path), sealed.read_sealed(previous)) == (b"three", b"two")
+    assert (io.read_checksummed(path), io.read_checksummed(previous)) == (b"three", b"two")
     assert sorted(os.listdir(tmp_path)) == ["last-previous.checkpoint", "last.checkpoint"]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=rf"; {re.escape(str(previous))} is older and intact: rename it to last\."):
-        sealed.read_sealed(path)
+        io.read_checksummed(path)
     previous.write_bytes(b"")
     with pytest.raises(ArtifactError) as caught:
-        sealed.read_sealed(path)
+        io.read_checksummed(path)
     assert "previous" not in str(caught.value)
 
 
@@ -114,23 +114,23 @@ def test_of_several_older_files_the_newest_intact_one_counts(tmp_path):
     ages = {"a": 3, "b": 1, "c": 2}  # c is newer than b; a, the newest, is damaged
     for name, age in ages.items():
         older = tmp_path / f"last-{name}.checkpoint"
-        sealed.write_sealed(older, b"x")
+        io.write_checksummed(older, b"x")
         if name == "a":
             older.write_bytes(random.Random(0).randbytes(80))
         os.utime(older, (age, age))
     with pytest.raises(ArtifactError, match=r"last-c\.checkpoint is older and intact"):
-        sealed.read_sealed(path)
+        io.read_checksummed(path)
 
 
 def test_one_value_a_line_and_which_line_was_changed(tmp_path):
     path = tmp_path / "log.jsonl"
-    digests = sealed.write_json_lines(path, [{"epoch": 1, "name": "né\n"}, {"epoch": 2}, {"epoch": 3}])
+    digests = io.write_json_lines(path, [{"epoch": 1, "name": "né\n"}, {"epoch": 2}, {"epoch": 3}])
     text = '{"epoch": 1, "name": "né\\n"}\n{"epoch": 2}\n{"epoch": 3}\n'
     assert path.read_text(encoding="utf-8") == text
     assert digests[1] == hashlib.sha256(b'{"epoch": 2}').hexdigest()[:16]
-    assert sealed.check_lines(path, digests) == text.encode()
-    assert sealed.check_lines(path, digests[:2], more=True) == text.encode()
-    assert sealed.check_lines(path, [], more=True) == text.encode()
+    assert io.verify_json_lines(path, digests) == text.encode()
+    assert io.verify_json_lines(path, digests[:2], more=True) == text.encode()
+    assert io.verify_json_lines(path, [], more=True) == text.encode()
     for changed, said in {
         text.replace('{"epoch": 2}', '{"epoch": 4}'): "line 2 is not the one that was written",
         text.replace("\n{", "\r\n{"): "line 1 is not the one",
@@ -142,7 +142,7 @@ def test_one_value_a_line_and_which_line_was_changed(tmp_path):
     }.items():
         path.write_text(changed, encoding="utf-8", newline="")
         with pytest.raises(ArtifactError, match=rf"log\.jsonl is damaged: .*{said}.*--resume writes it again"):
-            sealed.check_lines(path, digests)
+            io.verify_json_lines(path, digests)
     path.unlink()
     with pytest.raises(ArtifactError, match="cannot read"):
-        sealed.check_lines(path, digests)
+        io.verify_json_lines(path, digests)

@@ -8,13 +8,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from potstill.data.bundled.cifar100 import CifarOptions
-from potstill.data.bundled.fashion_mnist import FashionOptions
-from potstill.data.bundled.solar import SolarOptions
-from potstill.data.shards.source import ShardOptions
-from potstill.experiments.recipe import Recipe
-from potstill.methods import METHODS
-from potstill.methods.catalog import entry
+from potstill.config.recipe import Recipe
+from potstill.data.builtin.cifar100 import CifarOptions
+from potstill.data.builtin.fashion_mnist import FashionOptions
+from potstill.data.builtin.solar import SolarOptions
+from potstill.data.file_datasets import ShardOptions
+from potstill.methods import METHODS, method_info
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +23,7 @@ PLACEHOLDERS = {"key", "KEY"}
 TENSORS = {"student.maps", "teacher.maps"}  # of Python code in a page on methods
 
 METHOD_OPTIONS = {"name", "preset", "factor", "methods", "schedule"} | {
-    option for name in METHODS for option in entry(name).options
+    option for name in METHODS for option in method_info(name).options
 }
 DATA_OPTIONS = {
     option

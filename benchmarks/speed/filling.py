@@ -15,10 +15,10 @@ from benchmarks.speed.clock import table, take_turns
 from benchmarks.speed.ours import Ours, asking
 from benchmarks.speed.scene import add_arguments, make_scene, workplace
 
-from potstill.store.records import Kind, Record
-from potstill.store.shelf import Store
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import RecordFormat, RecordKind
 
-SIZES: tuple[tuple[int, Kind], ...] = (
+SIZES: tuple[tuple[int, RecordKind], ...] = (
     (4, "float16"),
     (64, "float16"),
     (100, "float16"),
@@ -42,8 +42,8 @@ def bytes_per_view(samples: int, folder: Path) -> str:
     """(d) for some numbers of classes."""
     rows = []
     for classes, kind in SIZES:
-        record, views = Record(kind, classes), 2
-        store = Store.open(folder / "sizes", {"classes": classes, "kind": kind}, record, samples, {})
+        record, views = RecordFormat(kind, classes), 2
+        store = TeacherCache.open(folder / "sizes", {"classes": classes, "kind": kind}, record, samples, {})
         logits = np.random.default_rng(0).normal(size=(samples, classes)).astype(np.float32)
         for view in range(views):
             store.write(view, np.arange(samples), record.encode(logits))

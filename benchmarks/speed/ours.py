@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from benchmarks.speed.scene import ALPHA, LR, SCALE, TEMPERATURE, Scene
 
-from potstill.data.images import FileSet, Subset
+from potstill.data.image_sets import FileSet, Subset
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
-from potstill.distiller import Distiller
-from potstill.inputs import InputSpec
-from potstill.joining.hastened import Fidelity
+from potstill.distillation.cached_outputs import CachedTeacherOutputs
+from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import RecordFormat
+from potstill.distillation.teacher_inference import Fidelity
+from potstill.input_spec import InputSpec
 from potstill.methods.base import Method
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
-from potstill.store.recorded import Recorded
-from potstill.store.records import Record
-from potstill.store.shelf import Store
-from potstill.training.devices import Compute, choose
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
+from potstill.training.devices import Compute, create_compute
 from potstill.training.settings import TrainingSettings
+from potstill.training.trainer import Trainer
 
 Teaching = Literal["labels", "live", "cold", "warm"]
 
@@ -67,7 +67,7 @@ def fifth(scene: Scene) -> Loader:
     return Loader(some, InputSpec(scene.size), batch_size=scene.batch, identity=f"{PIXELS}, every fifth")
 
 
-class Steps(Silent):
+class Steps(SilentObserver):
     """Notes when each step is over."""
 
     def __init__(self) -> None:
@@ -91,24 +91,28 @@ class Ours:
 
     def __init__(self, scene: Scene, folder: Path, teaching: Teaching, **changes: Any) -> None:
         given = settings(scene, **changes)
-        self.scene, self.compute = scene, choose(given)
+        self.scene, self.compute = scene, create_compute(given)
         self.loader = loader(scene, views=1 if teaching == "warm" else None)
         method: Method = Supervised() if teaching == "labels" else KD(temperature=TEMPERATURE, alpha=ALPHA)
         student, teacher = scene.student(), scene.teacher() if teaching != "labels" else None
         for network in (student, *([] if teacher is None else [teacher])):
             network.to(memory_format=self.compute.memory_format)
         self.distiller = Distiller(student, teacher, method)
-        hasten(self.distiller, self.loader, self.compute)
-        self.recorded: Recorded | None = None
+        optimize_for_inference(self.distiller, self.loader, self.compute)
+        self.recorded: CachedTeacherOutputs | None = None
         if teaching in ("cold", "warm"):
-            self.store = Store.open(
-                folder / "stores", {"teaching": teaching}, Record("float16", scene.classes), self.loader.samples, {}
+            self.store = TeacherCache.open(
+                folder / "stores",
+                {"teaching": teaching},
+                RecordFormat("float16", scene.classes),
+                self.loader.samples,
+                {},
             )
-            self.recorded = Recorded(
+            self.recorded = CachedTeacherOutputs(
                 self.distiller, self.loader, [self.store], autocast=self.compute.autocast, warn=_fail
             )
         self.observer = Steps()
-        self.training = Training(
+        self.training = Trainer(
             self.distiller,
             self.loader,
             fifth(scene),
@@ -123,14 +127,14 @@ class Ours:
 
     def epoch(self) -> None:
         """Train for one epoch and read its figures, without evaluation."""
-        under_way = self.training._beginning()
+        under_way = self.training._new_epoch_state()
         self.training._train_epoch(next(self._numbers), under_way)
         under_way.metrics.compute()
         under_way.averages.compute("the benchmark")
 
     def whole_epoch(self) -> None:
         """The same with evaluation, and with what the loop writes."""
-        self.training._epoch(next(self._numbers), self.training._beginning())
+        self.training._epoch(next(self._numbers), self.training._new_epoch_state())
 
     @property
     def asked(self) -> int:
@@ -149,7 +153,7 @@ def asking(distiller: Distiller) -> str:
     return "; ".join(str(how) for how in getattr(distiller.teacher, "asking", ()) if how is not None)
 
 
-def hasten(distiller: Distiller, batches: Loader, compute: Compute) -> None:
+def optimize_for_inference(distiller: Distiller, batches: Loader, compute: Compute) -> None:
     """The teacher as a run asks it: converted weights, where the hardware is fast in them.
 
     Nothing is trained here, so the agreement says nothing and is not asked for.
@@ -157,7 +161,9 @@ def hasten(distiller: Distiller, batches: Loader, compute: Compute) -> None:
     if distiller.teacher is not None and compute.bf16:
         images, agreed = next(iter(batches.epoch(0))).images[:2], Fidelity(1.0, 0.0, 0)
         for at in range(len(distiller.teacher)):
-            distiller.teacher.hasten_one(at, torch.bfloat16, compute.memory_format, images, known=agreed)
+            distiller.teacher.optimize_one_for_inference(
+                at, torch.bfloat16, compute.memory_format, images, known=agreed
+            )
 
 
 def _fail(message: str) -> None:

@@ -15,8 +15,8 @@ from benchmarks.speed.ours import loader, settings
 from benchmarks.speed.scene import Scene, add_arguments, make_scene, workplace
 
 from potstill.data.loader import Loader
-from potstill.training.devices import Compute, choose
-from potstill.training.optimizers import create_optimizer
+from potstill.training.devices import Compute, create_compute
+from potstill.training.optim import create_optimizer
 
 
 def main(arguments: list[str]) -> None:
@@ -36,7 +36,7 @@ def measure(given: argparse.Namespace, folder: Path) -> str:
     decoding = loader(scene, identity=None, memory_share=1e-12, workers=given.workers)
     assert packed.resident
     assert not decoding.resident
-    compute = choose(settings(scene))
+    compute = create_compute(settings(scene))
     step = _step(scene, compute)
     kept = next(iter(packed.epoch(0)))
     images = kept.images.contiguous(memory_format=compute.memory_format)

@@ -67,13 +67,13 @@ def point(folder: Path, images: int, classes: int, views: int, teachers: int) ->
 
     from potstill.data.loader import Loader
     from potstill.data.settings import AugmentSettings
-    from potstill.distiller import Distiller
-    from potstill.inputs import InputSpec
+    from potstill.distillation.cached_outputs import CachedTeacherOutputs
+    from potstill.distillation.distiller import Distiller
+    from potstill.distillation.teacher_cache.cache import TeacherCache
+    from potstill.distillation.teacher_cache.record_format import RecordFormat
+    from potstill.input_spec import InputSpec
     from potstill.methods.kd import KD
-    from potstill.models.create import create_model
-    from potstill.store.recorded import Recorded
-    from potstill.store.records import Record
-    from potstill.store.shelf import Store
+    from potstill.models.factory import create_model
 
     class Made:
         """Noise that depends on the image's number."""
@@ -101,9 +101,9 @@ def point(folder: Path, images: int, classes: int, views: int, teachers: int) ->
     )
     networks = [create_model("cifar/resnet8", classes, size=32).eval() for _ in range(teachers)]
     distiller = Distiller(create_model("cifar/resnet8", classes, size=32), networks, KD())
-    record = Record("float16", classes)
-    stores = [Store.open(folder / "stores", {"teacher": at}, record, images, {}) for at in range(teachers)]
-    recorded = Recorded(distiller, loader, stores, autocast=contextlib.nullcontext, warn=fail)
+    record = RecordFormat("float16", classes)
+    stores = [TeacherCache.open(folder / "stores", {"teacher": at}, record, images, {}) for at in range(teachers)]
+    recorded = CachedTeacherOutputs(distiller, loader, stores, autocast=contextlib.nullcontext, warn=fail)
 
     def epoch(number: int) -> float:
         started = time.perf_counter()

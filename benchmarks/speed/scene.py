@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from potstill.models.create import create_model
+from potstill.models.factory import create_model
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE = (0.35, 1.0)  # of the random resized crops that everybody draws

@@ -20,14 +20,14 @@ FIRST_STEP = 17
 STOP = f"""
 import os, sys
 from pathlib import Path
-from potstill.cli import experiments, main
+from potstill.cli import run, main
 import torch.optim.optimizer as optimizer
 root, name, teacher, recipe, stop, *sets = sys.argv[1:]
 if stop == "stop":
     optimizer.register_optimizer_step_pre_hook(lambda *_: os._exit({FIRST_STEP}))
 folder = dict(root=Path(root), name=name, resume=False, overwrite=True)
 flags = {{"--teacher": [teacher] if teacher else None}}
-experiments._pipeline(recipe, sets, flags, stages=("teacher", "distilled"), **folder)
+run._pipeline(recipe, sets, flags, stages=("teacher", "distilled"), **folder)
 """
 
 

@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.methods import METHODS
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from potstill.api import load as load
     from potstill.api import run as run
-    from potstill.deploy.predict import predict as predict
-    from potstill.distiller import Distiller as Distiller
+    from potstill.distillation.distiller import Distiller as Distiller
+    from potstill.export.predict import predict as predict
     from potstill.methods import create_method as create_method
-    from potstill.models.create import create_model as create_model
+    from potstill.models.factory import create_model as create_model
+
+
+__version__ = "0.1.0"
+
 
 # Imported at first use: `potstill --help` must not wait for torch.
 _HOMES = {
-    "Distiller": "potstill.distiller",
+    "Distiller": "potstill.distillation.distiller",
     "create_method": "potstill.methods",
-    "create_model": "potstill.models.create",
+    "create_model": "potstill.models.factory",
     "load": "potstill.api",
-    "predict": "potstill.deploy.predict",
+    "predict": "potstill.export.predict",
     "run": "potstill.api",
 } | {target.partition(":")[2]: target.partition(":")[0] for target in METHODS.values()}
 

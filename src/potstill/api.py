@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from potstill.config.recipe import load_recipe
 from potstill.data.splits import DataSplits
-from potstill.experiments import pipeline
-from potstill.experiments.recipe import load_recipe
-from potstill.experiments.run_folder import find_model
-from potstill.models.classifier import Classifier
-from potstill.models.model_file import load_model
+from potstill.experiment import pipeline
+from potstill.experiment.run_folder import find_model
+from potstill.loggers.observer import log_files
+from potstill.models.model_file import Classifier, load_model
 from potstill.report.render import render
-from potstill.tracking.tracked import send_files
-from potstill.training.observer import Observer, Silent
+from potstill.training.callbacks import Observer, SilentObserver
 
 
 def run(
@@ -46,7 +45,7 @@ def run(
         checked, root=Path(root), name=name, resume=resume, overwrite=overwrite, data=data, observer=observer
     )
     render(path)
-    send_files(path, observer or Silent())
+    log_files(path, observer or SilentObserver())
     return path
 
 

@@ -1,33 +1,28 @@
-"""What people see: progress while it trains, then the table, the verdict and what to type next.
-
-Progress goes to stderr: bars on a terminal, one plain line an epoch elsewhere.  Results go to stdout.
+"""Terminal output: progress on stderr (bars on a terminal, one plain line an epoch elsewhere), result lines on
+stdout.
 """
 
 import shlex
 import sys
-import textwrap
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from potstill.experiments.stage_names import in_order
-from potstill.experiments.verdict.several_seeds import seeds_lines
-
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH = 100  # characters of running text
-_SILENCE = 20.0  # seconds between two lines on a wait
-_COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
+
+TEXT_WIDTH = 100  # characters of running text
+_LINE_INTERVAL = 20.0  # seconds between two lines on a wait
 
 
-def plain(text: str, keep: str = "") -> str:
+def escape_control(text: str, keep: str = "") -> str:
     r"""``text`` with control characters as visible escapes: a file's name must not steer the terminal.
 
     Example:
-        >>> print(plain("cat" + chr(27) + "[2J.png"))
+        >>> print(escape_control("cat" + chr(27) + "[2J.png"))
         cat\x1b[2J.png
     """
     if text.isprintable():
@@ -43,7 +38,7 @@ class Progress:
 
         self._console = console or Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._interactive = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._bar = _bar(self._console) if self._interactive else None
+        self._bar = _progress_bar(self._console) if self._interactive else None
         self._task: Any = None
         self._stage = ""
         self._epochs = self._epoch = self._images = self._seen = 0
@@ -87,7 +82,7 @@ class Progress:
 
     def epoch_end(self, record: dict[str, Any]) -> None:
         """An epoch is over: its line of metrics.jsonl."""
-        val = percent(record.get("val", {}).get("top1"))
+        val = format_percent(record.get("val", {}).get("top1"))
         if record.get("best"):
             self._best = f"best epoch {record['epoch']}, val top-1 {val}"
         if self._bar is not None and self._task is not None:
@@ -99,7 +94,7 @@ class Progress:
             f"loss {loss:.4f}" if isinstance(loss, float) else "",
             f"val top-1 {val}",
             f"{record['images_per_second']:,.0f} images/s" if record.get("images_per_second") else "",
-            duration(record["seconds"]) if record.get("seconds") is not None else "",
+            format_duration(record["seconds"]) if record.get("seconds") is not None else "",
             "best" if record.get("best") else "",
         ]
         self._line("  ".join(part for part in parts if part))
@@ -123,7 +118,7 @@ class Progress:
             self._waiting = what, now
         if done >= total:
             self._waiting = None
-        elif now - self._waiting[1] >= _SILENCE:
+        elif now - self._waiting[1] >= _LINE_INTERVAL:
             self._waiting = what, now
             self._line(f"{what}: {done:,} of {total:,}")
 
@@ -140,15 +135,15 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
-        self._line(f"{name}: done in {duration(seconds)}" + (f", {self._best}" if self._best else ""))
+        self._line(f"{name}: done in {format_duration(seconds)}" + (f", {self._best}" if self._best else ""))
         self._best = ""  # the next stage may have been trained before, and then has no epochs here
 
     def _line(self, text: str, style: str | None = None) -> None:
         # Not wrapped: a log is searched by lines.
-        self._console.print(plain(text, keep="\n"), style=style, soft_wrap=True)
+        self._console.print(escape_control(text, keep="\n"), style=style, soft_wrap=True)
 
 
-def _bar(console: "Console") -> Any:
+def _progress_bar(console: "Console") -> Any:
     from rich import progress
 
     return progress.Progress(
@@ -165,107 +160,27 @@ def _bar(console: "Console") -> Any:
     )
 
 
-def say_results(results: Mapping[str, Any], page: Path | None) -> None:
-    """Print the table of the stages, the verdict and where the report is."""
-    lines = ["", *results_table(results["stages"]), ""]
-    comparison = results.get("comparison") or {}
-    if seeds := seeds_lines(comparison):
-        lines += [*seeds, ""]
-    if comparison.get("verdict"):
-        lines += [*textwrap.wrap(plain(str(comparison["verdict"])), _WIDTH), ""]
-    _print(lines)
-    if page is not None:
-        from potstill.report.figures.fonts import labels
-
-        if warning := labels((results.get("data") or {}).get("class_names") or ()).warning:
-            _print(textwrap.wrap(plain(f"warning: {warning}"), _WIDTH))
-        say_page(page)
-
-
-def say_page(page: Path) -> None:
+def print_report_path(page: Path) -> None:
     """Print where the report is."""
-    _print([f"report: {plain(str(page))}"])
+    print_lines([f"report: {escape_control(str(page))}"])
 
 
-def say_lines(title: str, lines: Iterable[str]) -> None:
+def print_section(title: str, lines: Iterable[str]) -> None:
     """A heading and what stands below it."""
-    _print(["", title, *(f"  {line}" for line in lines)])
+    print_lines(["", title, *(f"  {line}" for line in lines)])
 
 
-def say_next(command: list[str]) -> None:
+def print_next_command(command: list[str]) -> None:
     """Print the command that most people want next."""
-    _print([f"next:   {plain(shlex.join(command))}"])
+    print_lines([f"next:   {escape_control(shlex.join(command))}"])
 
 
-def results_table(stages: Mapping[str, Any]) -> list[str]:
-    """Every stage with its test figures, as aligned lines; absent stages are left out."""
-    rows = [_COLUMNS]
-    for name in in_order(stages):
-        stage = stages[name]
-        test, model = stage.get("test") or {}, stage.get("model") or {}
-        p50 = (stage.get("latency_ms") or {}).get("p50")
-        rows.append(
-            (
-                name,
-                percent(test.get("top1")),
-                percent(test.get("top3")),
-                percent(test.get("f1_macro")),
-                _four_digits(test.get("auc_macro")),
-                _count(model.get("parameters")),
-                size(model.get("file_bytes")),
-                "-" if p50 is None else f"{p50:.2f} ms",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return [
-        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-
-
-def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
-    """What `evaluate` prints: the model, the overall figures, then a line for each class."""
-    shares = ("top1", "top3", "precision_macro", "recall_macro", "f1_macro", "f1_weighted", "ece")
-    numbers = ("auc_macro", "auc_micro", "nll")
-    for key in ("model", "data", "count"):
-        if key in metrics:
-            yield f"{key:<16} {plain(str(metrics[key]))}"
-    for key in shares:
-        yield f"{key:<16} {percent(metrics.get(key)):>8}"
-    for key in numbers:
-        yield f"{key:<16} {_four_digits(metrics.get(key)):>8}"
-    names = [plain(str(row["class"])) for row in metrics.get("per_class", ())]
-    width = max([len("class"), *map(len, names)])
-    if names:
-        yield ""
-        yield f"{'class':<{width}}  precision   recall      F1  images"
-    for name, row in zip(names, metrics.get("per_class", ()), strict=True):
-        figures = (percent(row[key] if row["support"] else None) for key in ("precision", "recall", "f1"))
-        precision, recall, f1 = figures
-        yield f"{name:<{width}}  {precision:>9}  {recall:>7}  {f1:>6}  {row['support']:>6}"
-    absent = [plain(str(name)) for name in metrics.get("absent_classes") or []]
-    if absent:
-        rest = len(names) - len(absent)
-        there = f"the other {rest} classes" if rest > 1 else "the one class that has images"
-        yield f"\nwarning: no image here is of {_listed(absent)}: macro figures are means over {there}"
-    never = [plain(str(name)) for name in metrics.get("never_predicted") or []]
-    if metrics.get("at_chance"):
-        largest = percent(metrics.get("largest_class"))
-        yield f"\nwarning: not clearly better than chance: always predicting the most frequent class gives {largest}"
-    elif never:
-        yield f"\nwarning: the model never predicts {_listed(never)}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """``0.9731`` as ``97.3 %``; None as ``-``."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def size(count: int | None) -> str:
+def format_bytes(count: int | None) -> str:
     """Bytes for people, in powers of 1000."""
     if count is None:
         return "-"
@@ -275,7 +190,7 @@ def size(count: int | None) -> str:
     return f"{count} B"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds for people: ``3.2 s``, ``4 min 05 s``, ``2 h 03 min``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -285,13 +200,5 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _four_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _print(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -64,7 +64,7 @@ class Stopped(BaseException):
         self.signal, self.exit_code = signal, 128 + signal
 
 
-class Elsewhere(BaseException):
+class RemoteFailure(BaseException):
     """Another process of the run has failed, and has said why: this one ends and says nothing.
 
     Attributes:
@@ -111,13 +111,13 @@ def exit_code_of(error: BaseException) -> int:
     return PotstillError.exit_code if storage_error(error) is None else StorageError.exit_code
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause for messages: ``"; did you mean 'kd'?"``, or nothing where no known name is close.
 
     Example:
-        >>> nearest("resnet81", ["resnet18", "vgg16"])
+        >>> did_you_mean("resnet81", ["resnet18", "vgg16"])
         "; did you mean 'resnet18'?"
-        >>> nearest("zebra", ["resnet18"])
+        >>> did_you_mean("zebra", ["resnet18"])
         ''
     """
     near = difflib.get_close_matches(name, list(known), n=1)

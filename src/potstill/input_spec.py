@@ -1,4 +1,4 @@
-"""How a network wants its images.  No torch here: prediction with an exported model does without."""
+"""Preprocessing that a network expects.  No torch here: prediction with an exported model does without."""
 
 import math
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class InputSpec:
         Raises:
             KeyError, TypeError or ValueError: something else.
         """
-        values = today(values)
+        values = with_current_names(values)
         mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
         if len(mean) != 3 or len(std) != 3:
             raise ValueError("mean and std are three numbers each")
@@ -44,11 +44,11 @@ class InputSpec:
         return cls(**(values | {"mean": mean, "std": std, "range": ends}))
 
 
-def today(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a spec by their present names; older versions call the resize mode ``fit``.
 
     Example:
-        >>> today({"size": 32, "fit": "squash"})
+        >>> with_current_names({"size": 32, "fit": "squash"})
         {'size': 32, 'resize_mode': 'stretch'}
     """
     known = dict(values)

@@ -1,20 +1,19 @@
-"""How a network wants its images, and the way from one network's wish to another's."""
+"""Convert images from one network's normalisation and size to another's."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.input_spec import InputSpec as InputSpec
-from potstill.input_spec import Triple as Triple
+from potstill.input_spec import InputSpec
 
 
-class Convert(nn.Module):
+class InputConverter(nn.Module):
     """Images prepared for one network -> images as another network wants them (normalisation, size).
 
     Example:
         >>> half, imagenet = InputSpec(32, (0.5,) * 3, (0.5,) * 3), InputSpec(32)
         >>> black = torch.full((1, 3, 32, 32), -1.0)  # 0 under the first normalisation
-        >>> Convert(half, imagenet)(black)[0, 0, 0, 0].item()  # (0 - 0.485) / 0.229
+        >>> InputConverter(half, imagenet)(black)[0, 0, 0, 0].item()  # (0 - 0.485) / 0.229
         -2.1179...
     """
 

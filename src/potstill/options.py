@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ParamSpec, TypeVar
 
-from potstill.errors import UsageError, nearest
+from potstill.errors import UsageError, did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,14 +92,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 raise UsageError(f"{name} {problem}")
         for name, values in choices.items():
             if name in kwargs and kwargs[name] not in values:
-                close = nearest(str(kwargs[name]), map(str, values))
+                close = did_you_mean(str(kwargs[name]), map(str, values))
                 raise UsageError(f"{name} must be one of {', '.join(map(str, values))}, got {kwargs[name]!r}{close}")
         return function(*args, **kwargs)
 
     return wrapper
 
 
-def fits(annotation: Any, value: object) -> str | None:
+def range_problem(annotation: Any, value: object) -> str | None:
     """Why ``value`` does not fit an option's annotation, or None (annotations without a range always fit)."""
     for extra in getattr(annotation, "__metadata__", ()):
         if isinstance(extra, Range):

@@ -1,4 +1,4 @@
-"""The values that pass between modules.
+"""The values that pass between modules, and the precision in which losses are computed.
 
 Shape letters: B batch, K classes, C H W channels, height and width of a feature map, D embedding, N training images.
 """
@@ -10,6 +10,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """The same values in float32, or in float64 where they came so.
+
+    A log-softmax in bfloat16 keeps 3 digits: enough for a convolution, not for the difference of two logarithms.
+
+    Example:
+        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+        >>> at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype
+        torch.float64
+    """
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
 
 UNLABELED = -100  # in place of a label; torch's cross-entropy skips it
 

@@ -7,14 +7,20 @@ import sys
 
 import pytest
 
-from potstill.book import about as told
-from potstill.book.about import KINDS, Price, about, by_kind
-from potstill.book.declared import declared_layers, declared_needs, is_around
-from potstill.book.formulas import plain
 from potstill.errors import UsageError
-from potstill.methods import METHODS, create_method, list_methods, method_class
-from potstill.methods.catalog import REQUIRED
-from potstill.methods.needs import Needs
+from potstill.methods import METHODS, REQUIRED, create_method, list_methods, method_class
+from potstill.methods import documentation as told
+from potstill.methods.documentation import (
+    METHOD_KINDS,
+    StepCost,
+    declared_requirements,
+    declared_student_layers,
+    is_wrapper,
+    method_documentation,
+    methods_by_kind,
+    tex_to_text,
+)
+from potstill.methods.requirements import Requirements
 
 NO_PAPER = {"supervised", "combined"}
 
@@ -32,29 +38,29 @@ NO_PAPER = {"supervised", "combined"}
     ],
 )
 def test_formulas_as_text(tex, text):
-    assert plain(tex) == text
+    assert tex_to_text(tex) == text
 
 
 def ready(name):
     """A method with its defaults, and examples where it has none."""
     inner = {"MethodSettings": {"name": "kd"}, "list[MethodSettings]": [{"name": "kd"}, {"name": "at"}]}
-    found = about(name).entry.options
+    found = method_documentation(name).entry.options
     return create_method(name, **{key: inner[o.annotation] for key, o in found.items() if o.default is REQUIRED})
 
 
 @pytest.mark.parametrize("name", list_methods())
 def test_needs_read_from_source_are_those_of_the_class(name):
     method = ready(name)
-    if is_around(name):
-        assert declared_needs(name) is None
+    if is_wrapper(name):
+        assert declared_requirements(name) is None
     else:
-        assert declared_needs(name) == method.needs
-    assert declared_layers(name) == method_class(name).student_taps
+        assert declared_requirements(name) == method.needs
+    assert declared_student_layers(name) == method_class(name).student_taps
 
 
 @pytest.mark.parametrize("name", list_methods())
 def test_nothing_is_left_out(name):
-    found = about(name)
+    found = method_documentation(name)
     assert (found.paper is None) == (name in NO_PAPER)
     if found.paper is not None:
         assert re.fullmatch(r"[A-Z].*[\w.]", found.paper.authors), found.paper.authors
@@ -72,24 +78,26 @@ def test_nothing_is_left_out(name):
 
 def test_no_option_hides_a_word_that_every_method_understands():
     reserved = {"name", "preset", "schedule"}
-    assert {name: set(about(name).options) & reserved for name in METHODS} == {name: set() for name in METHODS}
+    assert {name: set(method_documentation(name).options) & reserved for name in METHODS} == {
+        name: set() for name in METHODS
+    }
 
 
 def test_kinds_follow_from_needs():
-    kinds = by_kind()
-    assert tuple(kinds) == KINDS
+    kinds = methods_by_kind()
+    assert tuple(kinds) == METHOD_KINDS
     assert sorted(name for names in kinds.values() for name in names) == sorted(METHODS)
     wanted = {
         "kd": "logits", "fitnet": "feature maps", "rkd": "embeddings", "wkd_l": "logits", "crd": "embeddings",
         "camkd": "several teachers",
         "supervised": "no teacher", "ls": "around other methods", "combined": "around other methods",
     }  # fmt: skip
-    assert {name: about(name).kind for name in wanted} == wanted
-    assert told._kind("kd", Needs(teacher=False, peers=True)) == "peers"
+    assert {name: method_documentation(name).kind for name in wanted} == wanted
+    assert told._method_kind("kd", Requirements(teacher=False, peers=True)) == "peers"
 
 
 def test_the_parts_of_a_docstring():
-    found = about("kd")
+    found = method_documentation("kd")
     assert found.paper == told.Paper(
         "Hinton, Vinyals and Dean",
         "Distilling the Knowledge in a Neural Network",
@@ -102,20 +110,20 @@ def test_the_parts_of_a_docstring():
     assert found.needs == ["teacher"]
     assert any("KLDivLoss" in trap for trap in found.traps)
     assert "Traps" not in found.notes
-    assert {"Two classes are refused: the non-target part is then 0."} < set(about("dkd").traps)
-    assert any("mixup" in trap for trap in about("crd").traps)
-    assert list(about("srd").terms) == ["srd_loss", "kd_loss"]  # a function of another method's file
+    assert {"Two classes are refused: the non-target part is then 0."} < set(method_documentation("dkd").traps)
+    assert any("mixup" in trap for trap in method_documentation("crd").traps)
+    assert list(method_documentation("srd").terms) == ["srd_loss", "kd_loss"]  # a function of another method's file
 
 
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'dkd'"):
-        about("dkdd")
+        method_documentation("dkdd")
 
 
 def test_nothing_of_it_imports_torch():
     code = (
         "import sys; from potstill.cli import main; main(['methods']); main(['methods', 'reviewkd']); "
-        "from potstill.methods import METHODS; from potstill.book.about import about; "
+        "from potstill.methods import METHODS; from potstill.methods.documentation import method_documentation; "
         "[about(name) for name in METHODS]; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
@@ -123,10 +131,10 @@ def test_nothing_of_it_imports_torch():
 
 def test_prices_are_read_where_they_are_measured(tmp_path, monkeypatch):
     values = {"time": 2.5, "low": 2.4, "high": 2.6, "teacher": 1.25, "memory": 1.5, "adapters": 3}
-    monkeypatch.setattr(told, "PRICES", tmp_path / "price.json")
-    told.measured.cache_clear()
-    assert told.prices() == {}
-    told.measured.cache_clear()
+    monkeypatch.setattr(told, "COSTS_FILE", tmp_path / "price.json")
+    told.measured_costs.cache_clear()
+    assert told.step_costs() == {}
+    told.measured_costs.cache_clear()
     (tmp_path / "price.json").write_text(json.dumps({"methods": {"kd": values}}))
-    assert told.prices() == {"kd": Price(2.5, 2.4, 2.6, 1.25, 1.5, 3)}
-    told.measured.cache_clear()
+    assert told.step_costs() == {"kd": StepCost(2.5, 2.4, 2.6, 1.25, 1.5, 3)}
+    told.measured_costs.cache_clear()

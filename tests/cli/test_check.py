@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from potstill.cli import main
-from potstill.cli.checking import Waiting
+from potstill.cli.check import WaitProgress
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_waits_are_shown_after_a_while_and_seldom(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with Waiting() as waiting:
+    with WaitProgress() as waiting:
         for done in range(101):
             now[0] = done / 4
             waiting.wait("checking images", done * 100, 10_000)
@@ -154,10 +154,10 @@ def test_waits_are_shown_after_a_while_and_seldom(
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    monkeypatch.setattr("potstill.cli.checking.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("potstill.cli.check.time.monotonic", lambda: now[0])
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Waiting() as waiting:
+    with WaitProgress() as waiting:
         waiting.wait("checking images", 0, 10)
         now[0] = 5.0
         waiting.wait("checking images", 4, 10)

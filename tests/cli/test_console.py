@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from potstill.console import Progress, duration, metrics_lines, percent, plain, results_table, say_results, size
+from potstill.cli.results import metrics_lines, print_results, results_table
+from potstill.console import Progress, escape_control, format_bytes, format_duration, format_percent
 
 STAGES: dict[str, Any] = {
     "teacher": {
@@ -85,7 +86,7 @@ def test_the_table_aligns_stages_and_leaves_absent_ones_out() -> None:
 
 
 def test_results_end_with_verdict_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
-    say_results({"stages": STAGES, "comparison": {"verdict": "It helped. " * 12}}, tmp_path / "report.html")
+    print_results({"stages": STAGES, "comparison": {"verdict": "It helped. " * 12}}, tmp_path / "report.html")
 
     lines = capsys.readouterr().out.splitlines()
     verdict = ["It helped. " * 8 + "It helped.", "It helped. It helped. It helped."]  # 98 characters, then the rest
@@ -93,15 +94,26 @@ def test_results_end_with_verdict_and_report(capsys: pytest.CaptureFixture[str],
 
 
 def test_numbers_for_people() -> None:
-    assert [percent(0.12345), percent(None)] == ["12.3 %", "-"]
-    assert [size(999), size(1_500), size(2_345_678), size(3_000_000_000), size(None)] == [
+    assert [format_percent(0.12345), format_percent(None)] == ["12.3 %", "-"]
+    assert [
+        format_bytes(999),
+        format_bytes(1_500),
+        format_bytes(2_345_678),
+        format_bytes(3_000_000_000),
+        format_bytes(None),
+    ] == [
         "999 B",
         "1.5 kB",
         "2.3 MB",
         "3.0 GB",
         "-",
     ]
-    assert [duration(s) for s in (0.04, 59.96, 245.4, 7384)] == ["0.0 s", "1 min 00 s", "4 min 05 s", "2 h 03 min"]
+    assert [format_duration(s) for s in (0.04, 59.96, 245.4, 7384)] == [
+        "0.0 s",
+        "1 min 00 s",
+        "4 min 05 s",
+        "2 h 03 min",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +127,7 @@ def test_numbers_for_people() -> None:
     ],
 )
 def test_names_cannot_steer_the_terminal(name: str, shown: str) -> None:
-    assert plain(name) == shown
+    assert escape_control(name) == shown
 
 
 def test_metrics_for_people_have_a_line_for_each_class() -> None:

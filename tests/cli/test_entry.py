@@ -174,7 +174,7 @@ def test_a_closed_pipe_hides_no_error(tmp_path: Path, words: str, code: int) -> 
 def test_a_shipped_recipe_is_printed_as_it_is_and_can_be_used_as_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from potstill.experiments.recipe import list_recipes, load_recipe
+    from potstill.config.recipe import list_recipes, load_recipe
 
     assert main(["recipes", "solar"]) == 0
     printed = capsys.readouterr().out
@@ -185,7 +185,7 @@ def test_a_shipped_recipe_is_printed_as_it_is_and_can_be_used_as_a_file(
 
 
 def test_catalogs_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    from potstill.experiments.recipe import list_recipes
+    from potstill.config.recipe import list_recipes
     from potstill.methods import METHODS
 
     assert main(["recipes"]) == 0
@@ -203,4 +203,4 @@ def _raise_in_run(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> Non
     def load_recipe(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr("potstill.experiments.recipe.load_recipe", load_recipe)
+    monkeypatch.setattr("potstill.config.recipe.load_recipe", load_recipe)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from potstill.cli import main
-from potstill.deploy.export import Wish
 from potstill.errors import ArtifactError
-from potstill.sealed import write_sealed_json
+from potstill.export.options import ExportOptions
+from potstill.io import write_checksummed_json
 
 
 def test_options_are_handed_on(
@@ -21,17 +21,17 @@ def test_options_are_handed_on(
         calls.append(given)
         note("compared \x1b[31mwell")
         path = tmp_path / "a b.onnx"
-        write_sealed_json(tmp_path / "a b.onnx.json", {"files": {"a b.onnx": {"bytes": 3 * 2**20}}})
+        write_checksummed_json(tmp_path / "a b.onnx.json", {"files": {"a b.onnx": {"bytes": 3 * 2**20}}})
         return path
 
-    monkeypatch.setitem(sys.modules, "potstill.deploy.export", SimpleNamespace(export=export, Wish=Wish))
+    monkeypatch.setitem(sys.modules, "potstill.export.options", SimpleNamespace(export=export, Wish=ExportOptions))
     options = ["--model", "teacher", "--format", "onnx", "--inside", "resize", "--int8", "--max-drop", "0.5"]
     assert main(["export", "runs/one", *options, "--output", "x.onnx", "--data", "here"]) == 0
     assert main(["export", "runs/one"]) == 0
 
     assert calls == [
-        (Path("runs/one"), "teacher", Wish("onnx", "resize", True, 0.5, Path("x.onnx"), "here")),
-        (Path("runs/one"), None, Wish()),
+        (Path("runs/one"), "teacher", ExportOptions("onnx", "resize", True, 0.5, Path("x.onnx"), "here")),
+        (Path("runs/one"), None, ExportOptions()),
     ]
     captured = capsys.readouterr()
     assert captured.out.splitlines()[:2] == [
@@ -52,7 +52,7 @@ def test_errors_have_their_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
-    from potstill.deploy.formats import FORMATS
+    from potstill.export.formats import FORMATS
 
     assert main(["export", "--help"]) == 0
     said = capsys.readouterr().out

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from potstill.cli import main
-from potstill.sealed import read_sealed_json
+from potstill.io import read_checksummed_json
 
 SMALL = [
     "federated", "run", "quickstart", "--student", "cifar/resnet8", "--rounds", "1", "--public-epochs", "1",
@@ -24,7 +24,7 @@ def test_a_run_leaves_students_a_record_and_a_table(here: Path, capsys: pytest.C
     assert main([*SMALL, "--clients", "2", "--partition", "iid", "--algorithms", "fedavg,fedmd"]) == 0
     shown = capsys.readouterr().out
     folder = here / "runs" / "quickstart-federated"
-    found: dict[str, Any] = read_sealed_json(folder / "federated.json")
+    found: dict[str, Any] = read_checksummed_json(folder / "federated.json")
     assert (
         sum(each["images"] for each in found["clients"]) + found["public"] == 1259
     )  # of 1,797, less 269 each of val and test

@@ -62,7 +62,7 @@ def whole(place):
 
 def stopped(place, name, count, number, *flags):
     """The same of a run that gets a signal before its next checkpoint after so many."""
-    through = (str(SIGNALLED), "potstill.training.checkpoint:save_checkpoint", number, str(count))
+    through = (str(SIGNALLED), "potstill.training.checkpointing:save_checkpoint", number, str(count))
     return run(place, name, *flags, through=through)
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from potstill.book.about import Price, about
-from potstill.cli import main, method_text
+from potstill.cli import catalog, main
 from potstill.methods import list_methods
+from potstill.methods.documentation import StepCost, method_documentation
 
 
 def shown(name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -32,10 +32,10 @@ def test_all_parts_of_one_method(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_a_price_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    priced = replace(about("kd"), price=Price(2.5, 2.4, 2.6, 1.25, 1.5, 1234))
+    priced = replace(method_documentation("kd"), price=StepCost(2.5, 2.4, 2.6, 1.25, 1.5, 1234))
     facts = {"teacher": "cifar/a", "student": "cifar/b", "batch": 64, "machine": {"processor": "A CPU"}}
-    monkeypatch.setattr(method_text, "about", lambda name: priced)
-    monkeypatch.setattr(method_text, "measured", lambda: facts)
+    monkeypatch.setattr(catalog, "method_documentation", lambda name: priced)
+    monkeypatch.setattr(catalog, "measured_costs", lambda: facts)
     assert " ".join(shown("kd", capsys).partition("Price:\n")[2].partition("\n\n")[0].split()) == (
         "a step takes 2.50 times that of the student on labels alone (quartiles 2.40 to 2.60, 1.25 of it the "
         "teacher's) and 1.50 times its memory; 1,234 trained numbers beside the student's. "

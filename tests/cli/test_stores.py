@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from potstill.cli import main
-from potstill.store.records import Record
-from potstill.store.shelf import Store
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import RecordFormat
 
 
 def make(root: Path, samples: int = 5000, views: int = 2, **facts: str) -> Path:
-    record = Record("float16", 4)
+    record = RecordFormat("float16", 4)
     facts = {"teacher": "vgg16", "data": "solar"} | facts
-    store = Store.open(root, {"samples": samples, "split": "train"}, record, samples, facts)
+    store = TeacherCache.open(root, {"samples": samples, "split": "train"}, record, samples, facts)
     for view in range(views):
         store.write(view, np.arange(samples), record.encode(np.ones((samples, 4), np.float32)))
     store.close()
@@ -36,7 +36,7 @@ class Again:
 def teacher(monkeypatch: pytest.MonkeyPatch) -> Again:
     """Answers in place of the teacher that ``verify`` would ask."""
     said = Again()
-    module = types.ModuleType("potstill.experiments.store_check")
+    module = types.ModuleType("potstill.experiment.cache_verification")
     module.verify_store = lambda path, samples: said  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return said
@@ -169,7 +169,7 @@ def test_unknown_keys_are_refused_with_the_nearest_before_anything_is_removed(
 
 def test_a_store_in_use_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path)
-    store = Store.existing(path)
+    store = TeacherCache.existing(path)
     assert main(["store", "rm", "--all", "--folder", str(tmp_path)]) == 5
     assert "is in use" in capsys.readouterr().err
     store.close()

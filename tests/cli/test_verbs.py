@@ -11,8 +11,8 @@ import pytest
 
 from potstill.cli import main
 from potstill.errors import ArtifactError
-from potstill.sealed import write_sealed_json
-from potstill.training.stopping import Stopping
+from potstill.io import write_checksummed_json
+from potstill.training.callbacks import SignalHandler
 
 STAGE = {"model": {"parameters": 7}, "latency_ms": None, "test": {"top1": 0.5}}
 
@@ -29,7 +29,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         folder = root / (name or recipe.name)
         folder.mkdir(parents=True)
         results = {"schema": 1, "stages": {"teacher": STAGE}, "comparison": None}
-        write_sealed_json(folder / "results.json", results)
+        write_checksummed_json(folder / "results.json", results)
         return folder
 
     def compare(runs: list[Path], output: Path) -> Path:
@@ -37,7 +37,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         return output
 
     stand_ins = {
-        "potstill.experiments.pipeline": SimpleNamespace(run=run),
+        "potstill.experiment.pipeline": SimpleNamespace(run=run),
         "potstill.report.render": SimpleNamespace(render=lambda folder: folder / "report.html"),
         "potstill.report.compare": SimpleNamespace(compare=compare),
         "potstill.data.datasets": SimpleNamespace(
@@ -58,7 +58,7 @@ def test_run_trains_everything_and_says_what_to_do_next(
     (call,) = calls
     recipe = call["recipe"]
     assert (recipe.training.epochs, recipe.training.lr, recipe.seed, recipe.student.model) == (3, 0.5, 4, "resnet18")
-    assert isinstance(call["stopping"], Stopping)
+    assert isinstance(call["stopping"], SignalHandler)
     assert {**call, "recipe": None, "stopping": None} == {
         "recipe": None, "root": Path("my runs"), "name": None, "resume": False, "overwrite": True, "stopping": None,
     }  # fmt: skip

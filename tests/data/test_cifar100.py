@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.data.bundled import cifar100
+from potstill.data.builtin import cifar100
 from potstill.data.datasets import check_source, load_data
 from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from potstill.data.colours import adjusted, jitter
-from potstill.data.draws import Draws, uniform
+from potstill.data.augment import adjust_colors, color_jitter
+from potstill.data.counter_rng import CounterRNG, uniform
 
 THEIRS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 
@@ -36,7 +36,7 @@ def factors_for(count, rounds, seed=1):
 def test_each_is_torchvisions(what):
     given, factors = images(300), factors_for(300, 1)
     orders = np.full((300, 1), what)
-    found, expected = adjusted(given, factors, orders), one_by_one(given, factors, orders)
+    found, expected = adjust_colors(given, factors, orders), one_by_one(given, factors, orders)
     difference = (found.int() - expected.int()).abs()
     if what == 0:
         assert torch.equal(found, expected)
@@ -49,7 +49,7 @@ def test_the_order_is_each_images_own():
     given, factors = images(300), factors_for(300, 3)
     orders = np.array(list(permutations(range(3))) * 50)
     expected = one_by_one(given, factors, orders)
-    difference = (adjusted(given, factors, orders).int() - expected.int()).abs()
+    difference = (adjust_colors(given, factors, orders).int() - expected.int()).abs()
     assert (difference > 2).float().mean() < 1e-4  # what is one off may grow in the next round
     assert (difference > 0).float().mean() < 3e-3
     swapped = (one_by_one(given, factors, np.roll(orders, 1, axis=0)).int() - expected.int()).abs()
@@ -60,7 +60,7 @@ def test_greys_are_rounded_down_as_if_worked_out_exactly():
     values = np.arange(0, 256, 5)
     red, green, blue = (each.reshape(-1) for each in np.meshgrid(values, values, values, indexing="ij"))
     pixels = torch.from_numpy(np.stack([red, green, blue]).astype(np.uint8))[None, :, None]  # [1, 3, 1, all]
-    found = adjusted(pixels, np.zeros((1, 1)), np.full((1, 1), 2))  # no saturation at all
+    found = adjust_colors(pixels, np.zeros((1, 1)), np.full((1, 1), 2))  # no saturation at all
     exact = (2989 * red + 5870 * green + 1140 * blue) // 10000
     for channel in range(3):
         assert found[0, channel, 0].tolist() == exact.tolist()
@@ -73,8 +73,8 @@ def test_factors_are_drawn_around_one_and_orders_evenly(monkeypatch):
         seen.update(factors=factors, orders=orders)
         return given
 
-    monkeypatch.setattr("potstill.data.colours.adjusted", see)
-    jitter(images(1).expand(6000, -1, -1, -1), 0.4, Draws(3, ids, 1))
+    monkeypatch.setattr("potstill.data.augment.adjust_colors", see)
+    color_jitter(images(1).expand(6000, -1, -1, -1), 0.4, CounterRNG(3, ids, 1))
     by_kind = np.take_along_axis(seen["factors"], np.argsort(seen["orders"], axis=1), axis=1)
     for kind, field in enumerate(("brightness", "contrast", "saturation")):
         expected = 0.6 + 0.8 * uniform(3, f"jitter {field}", ids, 1)
@@ -87,9 +87,9 @@ def test_factors_are_drawn_around_one_and_orders_evenly(monkeypatch):
 
 def test_batches_of_any_size_and_layout_give_the_same():
     given, factors, orders = images(40, side=60), factors_for(40, 3), np.array(list(permutations(range(3))) * 7)[:40]
-    together = adjusted(given, factors, orders)
-    alone = torch.cat([adjusted(given[i : i + 1], factors[i : i + 1], orders[i : i + 1]) for i in range(40)])
+    together = adjust_colors(given, factors, orders)
+    alone = torch.cat([adjust_colors(given[i : i + 1], factors[i : i + 1], orders[i : i + 1]) for i in range(40)])
     assert torch.equal(together, alone)
     last = given.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(adjusted(last, factors, orders), together)
+    assert torch.equal(adjust_colors(last, factors, orders), together)
     assert torch.equal(given, images(40, side=60))

@@ -6,18 +6,18 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from potstill.data.cores import in_turn, stop_if_abandoned
+from potstill.data.concurrency import raise_if_cancelled, threaded_map
 
 
 @pytest.mark.parametrize("at_once", [1, 3, None])
 def test_results_come_in_the_order_of_the_items(at_once: int | None) -> None:
-    assert list(in_turn(lambda i: i * i, range(50), at_once=at_once)) == [i * i for i in range(50)]
-    assert list(in_turn(lambda i: i, [], at_once=at_once)) == []
+    assert list(threaded_map(lambda i: i * i, range(50), at_once=at_once)) == [i * i for i in range(50)]
+    assert list(threaded_map(lambda i: i, [], at_once=at_once)) == []
 
 
 def test_only_a_few_are_begun_ahead() -> None:
     begun: list[int] = []
-    results = in_turn(lambda i: begun.append(i), range(10_000), at_once=2)
+    results = threaded_map(lambda i: begun.append(i), range(10_000), at_once=2)
     next(results)
     assert len(begun) <= 10
     results.close()  # whoever stops does not wait for the rest
@@ -25,7 +25,7 @@ def test_only_a_few_are_begun_ahead() -> None:
 
 
 def test_the_caller_does_it_all_where_one_is_enough() -> None:
-    assert set(in_turn(lambda _: threading.get_ident(), range(5), at_once=1)) == {threading.get_ident()}
+    assert set(threaded_map(lambda _: threading.get_ident(), range(5), at_once=1)) == {threading.get_ident()}
 
 
 def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
@@ -37,7 +37,7 @@ def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
             raise ValueError("five")
         return i
 
-    results = in_turn(work, range(1000), at_once=2)
+    results = threaded_map(work, range(1000), at_once=2)
     assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="five"):
         next(results)
@@ -50,11 +50,11 @@ def test_work_that_nobody_wants_any_more_stops_before_its_next_image() -> None:
 
     def work(piece: list[int]) -> list[int]:
         for i in piece:
-            stop_if_abandoned()
+            raise_if_cancelled()
             begun.set()
             with contextlib.suppress(CancelledError):  # this image takes until a signal has come
                 while True:
-                    stop_if_abandoned()
+                    raise_if_cancelled()
                     time.sleep(0.001)
             done.append(i)
         return piece
@@ -65,6 +65,6 @@ def test_work_that_nobody_wants_any_more_stops_before_its_next_image() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(in_turn(work, interrupted(), at_once=2))
+        list(threaded_map(work, interrupted(), at_once=2))
     assert done == [1]  # not 2 and 3
-    stop_if_abandoned()  # here it is wanted
+    raise_if_cancelled()  # here it is wanted

@@ -4,21 +4,27 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from potstill.data.boxes import Boxes, draw_boxes
-from potstill.data.crops import RATIO, resized_crops
-from potstill.data.draws import Draws
-from potstill.data.places import Places, draw_places, pick
+from potstill.data.counter_rng import CounterRNG
 from potstill.data.settings import AugmentSettings
+from potstill.data.transforms import (
+    CROP_RATIO,
+    Boxes,
+    SamplingGrid,
+    draw_grid,
+    resized_crops,
+    sample_boxes,
+    sample_grid,
+)
 
 CPU = torch.device("cpu")
 
 
 def boxes_of(count: int, side: int, scale: tuple[float, float], *, seed: int = 0, view: int = 0) -> Boxes:
-    return draw_boxes(scale, RATIO, side, Draws(seed, np.arange(count), view), "crop")[0]
+    return sample_boxes(scale, CROP_RATIO, side, CounterRNG(seed, np.arange(count), view), "crop")[0]
 
 
-def plain(count: int, size: int) -> Places:
-    return draw_places(AugmentSettings(), size, Draws(0, np.arange(count), 0), CPU)
+def plain(count: int, size: int) -> SamplingGrid:
+    return draw_grid(AugmentSettings(), size, CounterRNG(0, np.arange(count), 0), CPU)
 
 
 def squares(count: int, side: int) -> torch.Tensor:
@@ -50,8 +56,8 @@ def test_shifts_mirrors_and_turns_are_those_of_the_resized_crop() -> None:
     cropped = resized_crops(pixels, boxes, plain(60, 32))
     for mode in ("reflect", "black"):
         augment = AugmentSettings(pad_crop=0.3, pad_mode=mode, hflip=True, vflip=True, rotate90=True)
-        places = draw_places(augment, 32, Draws(1, np.arange(60), 0), CPU)
-        assert torch.equal(resized_crops(pixels, boxes, places), pick(cropped, places))
+        places = draw_grid(augment, 32, CounterRNG(1, np.arange(60), 0), CPU)
+        assert torch.equal(resized_crops(pixels, boxes, places), sample_grid(cropped, places))
 
 
 @pytest.mark.parametrize("level", [0, 1, 254, 255])
@@ -91,6 +97,6 @@ def test_boxes_lie_inside_and_follow_the_law_of_torchvision() -> None:
         assert abs(mine.mean() - theirs.mean()) < 0.8
         assert abs(mine.std() - theirs.std()) < 0.8
     # where ten attempts fail, the whole square: no box three times as wide as high holds 99.9 % of it
-    whole, found = draw_boxes((0.999, 1.0), (3.0, 4.0), 100, Draws(0, np.arange(50), 0), "crop")
+    whole, found = sample_boxes((0.999, 1.0), (3.0, 4.0), 100, CounterRNG(0, np.arange(50), 0), "crop")
     assert not found.any()
     assert (whole == [0, 0, 100, 100]).all()

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
-from potstill.data.bundled import fashion_mnist, solar
+from potstill.data.builtin import fashion_mnist, solar
 from potstill.data.datasets import DATASETS, check_source, from_torch, load_data
 from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError

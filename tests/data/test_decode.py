@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data import decode as module
-from potstill.data.decode import decode, to_rgb
-from potstill.data.quiet import quiet_pillow
+from potstill.data import image_io as module
+from potstill.data.image_io import decode, to_rgb
+from potstill.data.library_warnings import silence_pillow
 from potstill.errors import DataError
 
 # By Pillow's own rules these are refused, though all pixels are there: metadata is cut short or too large, an animation
@@ -243,7 +243,7 @@ def test_threads_leave_the_warning_filters_as_they_were(corpus: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(attempt, names))
     assert list(warnings.filters) == before
-    with quiet_pillow(), quiet_pillow():
+    with silence_pillow(), silence_pillow():
         pass
     assert list(warnings.filters) == before
 

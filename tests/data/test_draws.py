@@ -1,6 +1,6 @@
 import numpy as np
 
-from potstill.data.draws import Draws, splitmix64, uniform, words
+from potstill.data.counter_rng import CounterRNG, random_bits, splitmix64, uniform
 
 
 def test_splitmix64_reference_sequence() -> None:
@@ -24,7 +24,7 @@ def test_words_by_a_slow_reference() -> None:
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
 
-    found = words(2**62 + 1, "hflip", np.array([3, 70000]), np.array([9, 0]))
+    found = random_bits(2**62 + 1, "hflip", np.array([3, 70000]), np.array([9, 0]))
     for value, (sample, view) in zip(found.tolist(), [(3, 9), (70000, 0)], strict=True):
         assert value == step(step(step(step(2**62 + 1) ^ zlib.crc32(b"hflip")) ^ sample) ^ view)
 
@@ -41,7 +41,7 @@ def test_uniform_fills_the_interval_and_fields_are_independent() -> None:
 
 def test_draws_are_uniform_numbers_field_by_field() -> None:
     ids, view = np.array([5, 9, 5]), np.array([0, 1, 2])
-    draws = Draws(-3, ids, view)
+    draws = CounterRNG(-3, ids, view)
     assert len(draws) == 3
     assert draws("hflip").tolist() == uniform(-3, "hflip", ids, view).tolist()
     assert draws("hflip").tolist() == draws("hflip").tolist() != draws("vflip").tolist()

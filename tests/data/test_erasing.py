@@ -3,8 +3,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from potstill.data.draws import Draws
-from potstill.data.erasing import erase
+from potstill.data.counter_rng import CounterRNG
+from potstill.data.transforms import random_erase
 
 
 def rectangles(erased):
@@ -19,7 +19,7 @@ def rectangles(erased):
 def test_rectangles_follow_the_law_of_torchvision():
     count, side = 6000, 48
     white = torch.full((1, 3, side, side), 9, dtype=torch.uint8)
-    height, width = rectangles(erase(white.expand(count, -1, -1, -1), 1.0, Draws(0, np.arange(count), 0)))
+    height, width = rectangles(random_erase(white.expand(count, -1, -1, -1), 1.0, CounterRNG(0, np.arange(count), 0)))
     torch.manual_seed(0)
     peer = v2.RandomErasing(p=1.0)
     theirs = rectangles(torch.cat([peer(white) for _ in range(3000)]))
@@ -34,14 +34,14 @@ def test_rectangles_follow_the_law_of_torchvision():
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_as_often_as_asked(probability):
     white = torch.full((3000, 3, 16, 16), 9, dtype=torch.uint8)
-    erased = erase(white, probability, Draws(0, np.arange(3000), 4))
+    erased = random_erase(white, probability, CounterRNG(0, np.arange(3000), 4))
     share = (erased == 0).any(dim=(1, 2, 3)).float().mean().item()
     assert share == pytest.approx(probability, abs=0.03 if 0 < probability < 1 else 0)
     assert (white == 9).all()
 
 
 def test_places_are_even():
-    erased = erase(torch.full((8000, 3, 16, 16), 9, dtype=torch.uint8), 1.0, Draws(1, np.arange(8000), 0))
+    erased = random_erase(torch.full((8000, 3, 16, 16), 9, dtype=torch.uint8), 1.0, CounterRNG(1, np.arange(8000), 0))
     often = (erased[:, 0] == 0).float().mean(dim=0)
     assert torch.allclose(often, often.flip(0), atol=0.03)
     assert torch.allclose(often, often.flip(1), atol=0.03)

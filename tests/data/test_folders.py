@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from potstill.data.datasets import load_data
-from potstill.data.doctor.folder import walk_folder
 from potstill.data.settings import DataSettings
+from potstill.data.sources import walk_folder
 from potstill.errors import DataError
 
 THREE = {f"{split}/{name}": 3 for split in ("train", "val", "test") for name in ("cat", "dog")}

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from potstill.data.decode import decode_bytes
-from potstill.data.foreign_files import foreign
-from potstill.data.image_structure import examine
+from potstill.data.image_io import decode_bytes
+from potstill.data.image_structure import foreign_file_hint, parse_structure
 from potstill.errors import DataError
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -127,7 +126,7 @@ def test_limits_name_what_is_too_much() -> None:
 def test_ordinary_files_reach_the_decoder_as_they_are() -> None:
     for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP"):
         content = saved(kind, progressive=True)
-        found = examine(content)
+        found = parse_structure(content)
         assert found.content is content
         assert found.format == kind
 
@@ -135,7 +134,7 @@ def test_ordinary_files_reach_the_decoder_as_they_are() -> None:
 def test_avif_is_decoded_in_a_process_of_its_own() -> None:
     flat = Image.new("RGB", (32, 20), (200, 60, 10))
     content = saved("AVIF", flat, quality=100, subsampling="4:4:4")
-    assert examine(content).isolated
+    assert parse_structure(content).isolated
     found = decode_bytes(content, "x.avif")
     assert found.shape == (20, 32, 3)
     assert np.abs(found.astype(int) - (200, 60, 10)).max() <= 2
@@ -145,7 +144,7 @@ def test_avif_is_decoded_in_a_process_of_its_own() -> None:
 
 
 def test_heic_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potstill.data.isolated.find_spec", lambda name: None)
+    monkeypatch.setattr("potstill.data.isolated_decoder.find_spec", lambda name: None)
     heic = struct.pack(">I", 24) + b"ftypmif1" + bytes(4) + b"mif1heic" + bytes(100)
     with pytest.raises(DataError, match=r"IMG.HEIC: a HEIC image; .*potstill\[heif\]"):
         decode_bytes(heic, "IMG.HEIC")
@@ -175,7 +174,7 @@ def test_heic_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_foreign_files_are_named(content: bytes, word: str) -> None:
     with pytest.raises(DataError, match=f"x.jpg: no image of the formats JPEG.*{word}"):
         decode_bytes(content, "x.jpg")
-    assert "\n" not in foreign(content)
+    assert "\n" not in foreign_file_hint(content)
 
 
 def test_a_raw_file_is_not_taken_for_its_preview() -> None:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from potstill.data.images import ArraySet, FileSet, Subset, TorchSet
+from potstill.data.image_sets import ArraySet, FileSet, Subset, TorchSet
 from potstill.errors import DataError
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data import check, known_files
-from potstill.data.check import check_files
+from potstill.data import scan
 from potstill.data.datasets import load_data
-from potstill.data.known_files import KnownFiles, state_of, trusted
+from potstill.data.scan import FileIndex, check_files, file_state, stable_state
 from potstill.data.settings import DataSettings
 from potstill.errors import DataError
 
@@ -27,13 +26,13 @@ NAMES = [f"{i}.png" for i in range(5)]
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read, in any order."""
     found: list[str] = []
-    read = check.read_file
+    read = scan.read_file
 
     def counting(path: Path) -> bytes:
         found.append(path.name)
         return read(path)
 
-    monkeypatch.setattr(check, "read_file", counting)
+    monkeypatch.setattr(scan, "read_file", counting)
     return found
 
 
@@ -41,7 +40,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Five images, old enough to be trusted."""
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(known_files, "RACY", TICK)
+    monkeypatch.setattr(scan, "RACY", TICK)
     root = tmp_path / "images"
     root.mkdir()
     for name in NAMES:
@@ -70,15 +69,15 @@ def test_of_two_that_come_at_once_one_reads_and_the_other_waits(
     folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have found nothing known before either begins to read."""
-    both, below, looks = threading.Barrier(2), KnownFiles.below, itertools.count()
+    both, below, looks = threading.Barrier(2), FileIndex.below, itertools.count()
 
-    def look(root: Path, *, decoded: bool) -> KnownFiles:
+    def look(root: Path, *, decoded: bool) -> FileIndex:
         found = below(root, decoded=decoded)
         if next(looks) < 2:
             both.wait(60)
         return found
 
-    monkeypatch.setattr(KnownFiles, "below", look)
+    monkeypatch.setattr(FileIndex, "below", look)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: check_files(folder, NAMES, "test"), range(2))
     assert first == second
@@ -111,7 +110,7 @@ def test_a_file_that_took_the_place_of_another_is_read(folder: Path, reads: list
 
 
 def test_what_has_just_changed_is_not_trusted(folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_files, "RACY", 3600 * 10**9)
+    monkeypatch.setattr(scan, "RACY", 3600 * 10**9)
     check_files(folder, NAMES, "test")
     check_files(folder, NAMES, "test")
     assert len(reads) == 10
@@ -119,12 +118,12 @@ def test_what_has_just_changed_is_not_trusted(folder: Path, reads: list[str], mo
 
 def test_when_a_state_is_trusted() -> None:
     old, read_at = (7, 10**9, 10**9, 1), 3 * 10**9
-    assert trusted(old, old, read_at) == old
-    assert trusted(old, old, read_at - 1) is None  # less than two seconds
-    assert trusted((7, 10**9, 10**9 + 1, 1), (7, 10**9, 10**9 + 1, 1), read_at) is None  # the inode changed
-    assert trusted((7, 4 * 10**9, 0, 1), (7, 4 * 10**9, 0, 1), read_at) is None  # from the future
-    assert trusted(old, (8, *old[1:]), read_at) is None  # changed while it was read
-    assert trusted(state_of("/nowhere/at/all"), state_of("/nowhere/at/all"), read_at) is None
+    assert stable_state(old, old, read_at) == old
+    assert stable_state(old, old, read_at - 1) is None  # less than two seconds
+    assert stable_state((7, 10**9, 10**9 + 1, 1), (7, 10**9, 10**9 + 1, 1), read_at) is None  # the inode changed
+    assert stable_state((7, 4 * 10**9, 0, 1), (7, 4 * 10**9, 0, 1), read_at) is None  # from the future
+    assert stable_state(old, (8, *old[1:]), read_at) is None  # changed while it was read
+    assert stable_state(file_state("/nowhere/at/all"), file_state("/nowhere/at/all"), read_at) is None
 
 
 def test_bad_files_are_never_kept_and_good_ones_beside_them_are(folder: Path, reads: list[str]) -> None:
@@ -155,7 +154,7 @@ def test_another_decoder_reads_everything_again(
     folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = check_files(folder, NAMES, "test")
-    monkeypatch.setattr(known_files, "decoder", lambda: "Pillow 99")
+    monkeypatch.setattr(scan, "decoder_version", lambda: "Pillow 99")
     assert check_files(folder, NAMES, "test") == first
     assert len(reads) == 10
 
@@ -168,7 +167,7 @@ def test_what_is_kept_grows_and_shrinks_with_the_folder(folder: Path, reads: lis
     paint(folder / "1.png", 99)
     time.sleep(2 * TICK / 1e9)
     check_files(folder, NAMES[1:2], "test")
-    assert sorted(KnownFiles.below(folder, decoded=True).names) == NAMES[1:]
+    assert sorted(FileIndex.below(folder, decoded=True).names) == NAMES[1:]
 
 
 def test_each_of_400_changed_bits_is_found(folder: Path, reads: list[str]) -> None:
@@ -179,7 +178,7 @@ def test_each_of_400_changed_bits_is_found(folder: Path, reads: list[str]) -> No
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
-        assert len(KnownFiles.below(folder, decoded=True).names) == 0, bit
+        assert len(FileIndex.below(folder, decoded=True).names) == 0, bit
     for wrong in (b"", data[:-1], data[:20], data + b"x"):
         path.write_bytes(wrong)
         reads.clear()
@@ -211,7 +210,7 @@ def test_odd_names(folder: Path, reads: list[str]) -> None:
 def test_the_fingerprint_does_not_depend_on_what_is_known(
     make_folder, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known_files, "RACY", TICK)
+    monkeypatch.setattr(scan, "RACY", TICK)
     settings = DataSettings(source=str(make_folder({"a": 6, "b": 6})))
     time.sleep(2 * TICK / 1e9)
     found = []

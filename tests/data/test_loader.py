@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data.images import ArraySet, FileSet
+from potstill.data.decoded_cache import decode_all
+from potstill.data.image_sets import ArraySet, FileSet
 from potstill.data.loader import Loader
-from potstill.data.packed import pack
-from potstill.data.preprocess import prepare
 from potstill.data.settings import AugmentSettings
+from potstill.data.transforms import preprocess
 from potstill.errors import DataError, UsageError, WorkerError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.types import Batch
 
 SPEC = InputSpec(16)
@@ -54,7 +54,7 @@ def test_listed_without_augmentation_is_what_prediction_prepares(share: float, c
     assert loader.resident == (share != NOTHING)
     assert found.index.tolist() == list(range(21))
     assert found.labels.tolist() == data.labels.tolist()
-    assert torch.equal(found.images, torch.stack([prepare(data.pixels(i), spec) for i in range(21)]))
+    assert torch.equal(found.images, torch.stack([preprocess(data.pixels(i), spec) for i in range(21)]))
     assert found.images.dtype == torch.float32
     assert found.images.is_contiguous()
 
@@ -205,14 +205,14 @@ def test_an_image_set_that_cannot_be_hashed_works() -> None:
         __hash__ = None  # type: ignore[assignment]
 
     data = Unhashable(images().images, images().labels, images().names)
-    assert torch.equal(everything(Loader(data, SPEC, batch_size=4)).images[5], prepare(data.pixels(5), SPEC))
+    assert torch.equal(everything(Loader(data, SPEC, batch_size=4)).images[5], preprocess(data.pixels(5), SPEC))
 
 
 def test_pack_respects_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potstill.data.packed.free_bytes", lambda device: 21 * 3 * 16 * 16 * 2)
+    monkeypatch.setattr("potstill.data.decoded_cache.free_bytes", lambda device: 21 * 3 * 16 * 16 * 2)
     cpu = torch.device("cpu")
-    assert pack(images(), 16, "crop", device=cpu, memory_share=0.49) is None
-    packed = pack(images(), 16, "crop", device=cpu, memory_share=0.5)
+    assert decode_all(images(), 16, "crop", device=cpu, memory_share=0.49) is None
+    packed = decode_all(images(), 16, "crop", device=cpu, memory_share=0.5)
     assert packed is not None
     assert packed.shape == (21, 3, 16, 16)
 

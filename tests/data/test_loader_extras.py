@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data.draws import Draws, another_seed
-from potstill.data.images import ArraySet, FileSet
+from potstill.data.augment import AugmentPolicy, BatchMixer, ViewTransform
+from potstill.data.counter_rng import CounterRNG, derive_seed
+from potstill.data.image_sets import ArraySet, FileSet
 from potstill.data.loader import Loader
-from potstill.data.mixing import Mixing
-from potstill.data.operations import Policy
-from potstill.data.preprocess import fit, normalise
+from potstill.data.preprocessing import resize_to_square
 from potstill.data.settings import AugmentSettings
-from potstill.data.views import Views
+from potstill.data.transforms import normalize
 from potstill.errors import DataError, UsageError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.types import Batch
 
 SPEC = InputSpec(16)
@@ -76,12 +75,12 @@ def test_the_first_view_does_not_change_with_a_second(second: str) -> None:
 def test_a_strong_view_is_randaugment_2_10_on_another_ordinary_view() -> None:
     data, seed = images(), 11
     found = everything(Loader(data, SPEC, batch_size=6, augment=LIGHT, seed=seed, second="strong"), 4)
-    other, ids = another_seed(seed, "strong"), np.arange(21)
-    squares = torch.stack([torch.from_numpy(fit(data.pixels(i), 16, "crop")) for i in range(21)])
-    ordinary = Views(LIGHT, size=16, seed=other)(squares, ids, 4)
-    expected = Policy("strong", count=2, magnitude=10)(ordinary, Draws(other, ids, 4))
-    assert torch.equal(found.second, normalise(expected, SPEC))
-    assert not torch.equal(found.second, normalise(ordinary, SPEC))
+    other, ids = derive_seed(seed, "strong"), np.arange(21)
+    squares = torch.stack([torch.from_numpy(resize_to_square(data.pixels(i), 16, "crop")) for i in range(21)])
+    ordinary = ViewTransform(LIGHT, size=16, seed=other)(squares, ids, 4)
+    expected = AugmentPolicy("strong", count=2, magnitude=10)(ordinary, CounterRNG(other, ids, 4))
+    assert torch.equal(found.second, normalize(expected, SPEC))
+    assert not torch.equal(found.second, normalize(ordinary, SPEC))
 
 
 def test_the_same_class_view_is_the_partners_own_ordinary_view() -> None:
@@ -178,7 +177,7 @@ def test_images_are_mixed_after_normalisation_with_the_partners_own_view() -> No
     data = images()
     plain = Loader(data, SPEC, batch_size=4, augment=LIGHT, seed=2)
     loader = Loader(data, SPEC, batch_size=4, augment=MIX, order="shuffled", seed=2, classes=3)
-    mixing = Mixing(data.labels, mixup=0.5, cutmix=1.0, classes=3, size=16, seed=2)
+    mixing = BatchMixer(data.labels, mixup=0.5, cutmix=1.0, classes=3, size=16, seed=2)
     for mixed in loader.epoch(3):
         drawn = mixing.draw(mixed.index.numpy(), 3)
         partners = torch.from_numpy(drawn.partners)

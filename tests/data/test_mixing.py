@@ -3,14 +3,14 @@ import pytest
 import torch
 from scipy import stats
 
-from potstill.data.draws import uniform
-from potstill.data.mixing import Mixing, Mixture, cutmix_boxes
+from potstill.data.augment import BatchMixer, MixParams, cutmix_boxes
+from potstill.data.counter_rng import uniform
 
 LABELS = np.arange(30) % 3
 
 
-def mixing(**options: object) -> Mixing:
-    return Mixing(**({"labels": LABELS, "mixup": 0, "cutmix": 0, "classes": 3, "size": 8, "seed": 5} | options))
+def mixing(**options: object) -> BatchMixer:
+    return BatchMixer(**({"labels": LABELS, "mixup": 0, "cutmix": 0, "classes": 3, "size": 8, "seed": 5} | options))
 
 
 def test_mixup_by_a_slow_reference() -> None:
@@ -89,7 +89,7 @@ def test_cutmix_pastes_a_box_for_each_image_and_shares_by_area() -> None:
 
 def test_labels_are_those_of_the_larger_share() -> None:
     shares = np.array([0.5, 0.499, 0.9, 0.1])
-    drawn = Mixture(np.arange(4), shares, np.ones(4, dtype=bool), np.zeros((4, 4), dtype=np.int64))
+    drawn = MixParams(np.arange(4), shares, np.ones(4, dtype=bool), np.zeros((4, 4), dtype=np.int64))
     labels, soft = mixing(mixup=1.0).labels(torch.tensor([0, 0, 0, 2]), torch.tensor([1, 1, 0, 2]), drawn)
     assert labels.tolist() == [0, 1, 0, 2]
     assert soft.sum(dim=1).tolist() == pytest.approx([1.0] * 4)
@@ -110,7 +110,7 @@ def test_both_are_used_with_equal_chance_one_an_image() -> None:
 
 
 def test_a_mixture_is_a_function_of_seed_sample_and_view_alone() -> None:
-    def rows(drawn: Mixture) -> list[tuple[object, ...]]:
+    def rows(drawn: MixParams) -> list[tuple[object, ...]]:
         return list(zip(drawn.partners, drawn.shares, drawn.blends, map(tuple, drawn.boxes), strict=True))
 
     ids = np.arange(30)

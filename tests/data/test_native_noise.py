@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from potstill.data.native_noise import silenced
+from potstill.data.library_warnings import silence_native_stderr
 
 _SCRIPT = """
 import os, sys
-from potstill.data.native_noise import silenced
+from potstill.data.library_warnings import silence_native_stderr
 try:
-    with silenced():
+    with silence_native_stderr():
         os.write(2, b"noise\\n")
         sys.stderr.write("ours \\udcff\\n")
         {failing}
@@ -32,7 +32,7 @@ def test_only_the_descriptor_is_silent_and_only_within(failing: str, more: list[
 
 def test_no_descriptor_is_left_open() -> None:
     script = (
-        "import os\nfrom potstill.data.native_noise import silenced\n"
+        "import os\nfrom potstill.data.library_warnings import silence_native_stderr\n"
         "def free():\n    pair = os.pipe()\n    [os.close(each) for each in pair]\n    return pair\n"
         "before = free()\nwith silenced(): pass\nassert free() == before"
     )
@@ -41,7 +41,7 @@ def test_no_descriptor_is_left_open() -> None:
 
 def test_another_stderr_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     own = sys.stderr
-    with silenced():
+    with silence_native_stderr():
         assert sys.stderr is own
         sys.stderr.write("x")
     assert capsys.readouterr().err == "x"

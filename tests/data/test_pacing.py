@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from potstill.data.orders import Epochs
-from potstill.data.pacing import Admitted, in_turn, share_admitted
+from potstill.data.samplers import Curriculum, EpochSampler, curriculum_order, curriculum_share
 
 
 @pytest.mark.parametrize(
@@ -18,7 +17,7 @@ from potstill.data.pacing import Admitted, in_turn, share_admitted
     ],
 )
 def test_shares_by_hand(pacing, shares):
-    found = [share_admitted(pacing, epoch, 5, start=0.2, until=0.5) for epoch in range(5)]
+    found = [curriculum_share(pacing, epoch, 5, start=0.2, until=0.5) for epoch in range(5)]
     assert found == pytest.approx(shares, abs=1e-12)
 
 
@@ -26,18 +25,18 @@ def test_shares_by_hand(pacing, shares):
 def test_shares_never_fall_and_end_with_all(pacing):
     for epochs in (2, 3, 7, 40):
         for until in (0.1, 0.5, 1.0):
-            shares = [share_admitted(pacing, epoch, epochs, start=0.05, until=until) for epoch in range(epochs)]
+            shares = [curriculum_share(pacing, epoch, epochs, start=0.05, until=until) for epoch in range(epochs)]
             assert shares == sorted(shares)
             assert shares[0] == pytest.approx(0.05)
             assert shares[-1] == 1.0
-    assert share_admitted(pacing, 0, 1, start=0.05, until=0.5) == 0.05  # of one epoch, the first is the last
+    assert curriculum_share(pacing, 0, 1, start=0.05, until=0.5) == 0.05  # of one epoch, the first is the last
 
 
 def test_classes_enter_at_the_same_rate_whatever_their_size_and_difficulty():
     random = np.random.default_rng(0)
     labels = random.permutation(np.repeat([0, 1, 2], [100, 40, 10]))
     difficulty = random.random(150) + 10 * (labels == 2)  # each of class 2 is harder than every other image
-    order = in_turn(difficulty, labels)
+    order = curriculum_order(difficulty, labels)
     assert sorted(order.tolist()) == list(range(150))
     for share in (0.1, 0.3, 0.5, 0.9):
         first = np.bincount(labels[order[: round(share * 150)]], minlength=3)
@@ -48,14 +47,14 @@ def test_classes_enter_at_the_same_rate_whatever_their_size_and_difficulty():
 
 
 def test_of_equal_difficulty_the_smaller_id_comes_first():
-    assert in_turn(np.zeros(4), np.zeros(4, dtype=np.int64)).tolist() == [0, 1, 2, 3]
+    assert curriculum_order(np.zeros(4), np.zeros(4, dtype=np.int64)).tolist() == [0, 1, 2, 3]
 
 
 @pytest.fixture
 def epochs():
     """Ten images, the last ones first: three in the first epoch, five in the second, then all."""
-    admitted = Admitted(np.arange(10)[::-1].copy(), (3, 5, 10))
-    return Epochs(np.arange(10) % 2, 4, "shuffled", 5, curriculum=admitted)
+    admitted = Curriculum(np.arange(10)[::-1].copy(), (3, 5, 10))
+    return EpochSampler(np.arange(10) % 2, 4, "shuffled", 5, curriculum=admitted)
 
 
 def test_an_epoch_draws_from_those_admitted_as_evenly_as_it_can(epochs):
@@ -67,20 +66,20 @@ def test_an_epoch_draws_from_those_admitted_as_evenly_as_it_can(epochs):
 
 
 def test_there_are_as_many_steps_as_without(epochs):
-    plain = Epochs(epochs.labels, 4, "shuffled", 5)
+    plain = EpochSampler(epochs.labels, 4, "shuffled", 5)
     assert (epochs.steps, epochs.count) == (plain.steps, plain.count) == (3, 10)
     for epoch in range(5):
         assert [len(batch) for batch in epochs.batches(epoch)] == [len(batch) for batch in plain.batches(epoch)]
 
 
 def test_what_is_evaluated_follows_no_curriculum(epochs):
-    listed = Epochs(epochs.labels, 4, "listed", 5, curriculum=epochs.curriculum)
+    listed = EpochSampler(epochs.labels, 4, "listed", 5, curriculum=epochs.curriculum)
     assert np.concatenate(listed.batches(0)).tolist() == list(range(10))
 
 
 def test_a_draw_depends_on_seed_and_epoch_and_not_on_the_batch_size(epochs):
-    other = Epochs(epochs.labels, 5, "shuffled", 5, curriculum=epochs.curriculum)
-    again = Epochs(epochs.labels, 4, "shuffled", 6, curriculum=epochs.curriculum)
+    other = EpochSampler(epochs.labels, 5, "shuffled", 5, curriculum=epochs.curriculum)
+    again = EpochSampler(epochs.labels, 4, "shuffled", 6, curriculum=epochs.curriculum)
     for epoch in range(3):
         drawn = np.concatenate(epochs.batches(epoch)).tolist()
         assert np.concatenate(other.batches(epoch)).tolist() == drawn

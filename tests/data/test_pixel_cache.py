@@ -16,19 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-from potstill.data import known_files, memory, packed, pixel_cache, pixel_file, stale_pixels
+from potstill.data import decoded_cache, decoded_file, scan
+from potstill.data.concurrency import HAS_FILE_LOCKS, file_lock
 from potstill.data.datasets import load_data
-from potstill.data.images import ArraySet, FileSet, Subset
+from potstill.data.decoded_cache import decode_all
+from potstill.data.image_sets import ArraySet, FileSet, SemiSupervisedSet, Subset
 from potstill.data.loader import Loader
-from potstill.data.packed import pack
-from potstill.data.preprocess import fit
+from potstill.data.preprocessing import resize_to_square
 from potstill.data.settings import DataSettings
-from potstill.data.turns import LOCKS, turn
-from potstill.data.unlabeled import Joined
 from potstill.errors import DataError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 
-pytestmark = pytest.mark.skipif(not LOCKS, reason="without file locks, pixels are kept in memory")
+pytestmark = pytest.mark.skipif(not HAS_FILE_LOCKS, reason="without file locks, pixels are kept in memory")
 
 SIDE = 8
 IMAGE = 3 * SIDE * SIDE
@@ -78,15 +77,15 @@ class Drawn:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty one, where even small sets are worth a file, in blocks of two images."""
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(pixel_cache, "SMALLEST", 1)
-    monkeypatch.setattr(pixel_cache, "_PROBED", 1)
-    monkeypatch.setattr(pixel_file, "BLOCK", 2 * IMAGE)
+    monkeypatch.setattr(decoded_cache, "SMALLEST", 1)
+    monkeypatch.setattr(decoded_cache, "_PROBED", 1)
+    monkeypatch.setattr(decoded_file, "BLOCK", 2 * IMAGE)
     return tmp_path / "cache" / "pixels"
 
 
 def packed_pixels(images: Any, heard: Heard | None = None, **options: Any) -> torch.Tensor | None:
     given = {"side": SIDE, "how": "crop", "memory_share": 0.5, "identity": "id", "device": CPU} | options
-    return pack(images, progress=heard, **given)
+    return decode_all(images, progress=heard, **given)
 
 
 def folders(cache: Path) -> list[Path]:
@@ -149,11 +148,11 @@ def test_everything_that_decides_the_pixels_decides_the_key(cache: Path, monkeyp
     for number, (images, options) in enumerate(changes):
         found = packed_pixels(images, **options)
         side, how = options.get("side", SIDE), options.get("how", "crop")
-        expected = np.stack([fit(image, side, how) for image in images.all])
+        expected = np.stack([resize_to_square(image, side, how) for image in images.all])
         assert found is not None
         assert torch.equal(found, torch.from_numpy(expected))
         assert len(folders(cache)) == number + 2
-    monkeypatch.setattr(pixel_cache, "decoder", lambda: "Pillow 99")
+    monkeypatch.setattr(decoded_cache, "decoder_version", lambda: "Pillow 99")
     packed_pixels(Drawn())
     assert len(folders(cache)) == len(changes) + 2
 
@@ -161,7 +160,7 @@ def test_everything_that_decides_the_pixels_decides_the_key(cache: Path, monkeyp
 def test_an_edited_image_is_found_at_the_next_start(
     make_folder: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known_files, "RACY", 50_000_000)
+    monkeypatch.setattr(scan, "RACY", 50_000_000)
     root = make_folder({f"{split}/{name}": 3 for split in ("train", "val", "test") for name in "ab"})
 
     def start() -> tuple[list[str], torch.Tensor, str]:
@@ -232,7 +231,7 @@ def test_what_cannot_be_decoded_is_an_error_and_the_rest_is_kept(cache: Path, mo
                 raise DataError("13: damaged")
             return super().pixels(i)
 
-    monkeypatch.setattr(pixel_cache, "_SYNC_SECONDS", -1.0)
+    monkeypatch.setattr(decoded_cache, "_SYNC_SECONDS", -1.0)
     with pytest.raises(DataError, match="13: damaged"):
         packed_pixels(Bad())
     images, heard = Drawn(), Heard()
@@ -248,16 +247,16 @@ def test_small_sets_arrays_and_sets_of_nobody_knows_what_stay_in_memory(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrays = ArraySet(Drawn().all, Drawn().labels, Drawn().names)
-    for images in (arrays, Subset(arrays, range(10)), Joined(arrays, arrays)):
+    for images in (arrays, Subset(arrays, range(10)), SemiSupervisedSet(arrays, arrays)):
         assert packed_pixels(images) is not None
     assert packed_pixels(Drawn(), identity=None) is not None
-    monkeypatch.setattr(pixel_cache, "SMALLEST", 20 * IMAGE + 1)
+    monkeypatch.setattr(decoded_cache, "SMALLEST", 20 * IMAGE + 1)
     assert packed_pixels(Drawn()) is not None
     assert not cache.exists()
 
 
 def test_arrays_that_memory_has_no_room_for_are_kept_on_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(decoded_cache, "free_bytes", lambda device: 0)
     arrays = ArraySet(Drawn().all, Drawn().labels, Drawn().names)
     assert torch.equal(packed_pixels(arrays), Drawn().expected)
     assert len(folders(cache)) == 1
@@ -268,11 +267,11 @@ def test_processes_of_a_machine_share_one_file_and_divide_the_memory(
 ) -> None:
     """20 images, half of the room: twice their size suffices on the disk, of memory twice that for each of four."""
     room = {"disk": 40 * IMAGE, "memory": 160 * IMAGE - 1}
-    monkeypatch.setattr(stale_pixels.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
-    monkeypatch.setattr(packed, "free_bytes", lambda device: room["memory"])
+    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
+    monkeypatch.setattr(decoded_cache, "free_bytes", lambda device: room["memory"])
 
     def of_four(seed: int) -> torch.Tensor | None:
-        return pack(Drawn(seed=seed), SIDE, "crop", device=CPU, memory_share=0.5, processes=4, identity="drawn")
+        return decode_all(Drawn(seed=seed), SIDE, "crop", device=CPU, memory_share=0.5, processes=4, identity="drawn")
 
     assert of_four(1) is not None
     assert len(folders(cache)) == 1
@@ -284,8 +283,8 @@ def test_processes_of_a_machine_share_one_file_and_divide_the_memory(
 
 def test_where_the_disk_has_no_room_it_is_said_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = {"disk": 40 * IMAGE - 1, "memory": 10**9}
-    monkeypatch.setattr(stale_pixels.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
-    monkeypatch.setattr(packed, "free_bytes", lambda device: room["memory"])
+    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
+    monkeypatch.setattr(decoded_cache, "free_bytes", lambda device: room["memory"])
     heard = Heard()
     for seed in range(2):
         assert torch.equal(packed_pixels(Drawn(seed=seed), heard), Drawn(seed=seed).expected)
@@ -305,10 +304,10 @@ def test_a_full_disk(
 ) -> None:
     disk = mounted("size=2m")
     monkeypatch.setenv("POTSTILL_CACHE", str(disk))
-    monkeypatch.setattr(pixel_cache, "make_room", lambda *args: True)  # others were quicker
+    monkeypatch.setattr(decoded_cache, "make_room", lambda *args: True)  # others were quicker
     if not reserves:
         monkeypatch.delattr(os, "posix_fallocate")
-    monkeypatch.setattr(pixel_file, "BLOCK", 2**18)
+    monkeypatch.setattr(decoded_file, "BLOCK", 2**18)
     heard = Heard()
     for seed in range(2):
         images = Drawn(15_000, seed=seed)
@@ -361,9 +360,9 @@ CHILDREN = """
 import os, sys, time
 import numpy as np, torch
 torch.set_num_threads(1)
-from potstill.data import pixel_cache, pixel_file
-from potstill.data.packed import pack
-pixel_cache.SMALLEST, pixel_cache._SYNC_SECONDS, pixel_file.BLOCK = 1, -1.0, 384
+from potstill.data import decoded_cache, decoded_file
+from potstill.data.decoded_cache import decode_all
+decoded_cache.SMALLEST, decoded_cache._SYNC_SECONDS, decoded_file.BLOCK = 1, -1.0, 384
 
 class Slow:
     names, labels = tuple(map(str, range(40))), np.zeros(40, np.int64)
@@ -386,7 +385,7 @@ class Says:
 
 def child(word, seconds):
     images, says = Slow(word, seconds), Says()
-    found = pack(images, 8, "crop", device=torch.device("cpu"), memory_share=0.5, identity=f"id {word}", progress=says)
+    found = decode_all(images, 8, "crop", device=torch.device("cpu"), memory_share=0.5, identity=f"id {word}", progress=says)
     expected = (torch.arange(40) * 7 + word) % 256
     assert torch.equal(found, expected.to(torch.uint8).view(-1, 1, 1, 1).expand(40, 3, 8, 8)), word
     return says.said
@@ -478,12 +477,12 @@ def test_killed_while_filling_60_times(cache: Path) -> None:
 
 
 def test_a_process_that_does_not_get_on_is_not_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixel_cache, "_STALLED", 0.3)
+    monkeypatch.setattr(decoded_cache, "_STALLED", 0.3)
     packed_pixels(Drawn())
     (folder,) = folders(cache)
     (folder / "done.bin").unlink()
     heard = Heard()
-    with turn(folder / "lock", lambda: None):
+    with file_lock(folder / "lock", lambda: None):
         assert torch.equal(packed_pixels(Drawn(), heard), Drawn().expected)
     assert heard.waits[0] == ("waiting for another process that decodes images", 0, 10)
     assert "has not got on" in heard.warnings[0]
@@ -511,7 +510,7 @@ def made(cache: Path, days: dict[int, float]) -> dict[int, Path]:
 def test_pixels_unused_for_a_month_make_way_when_others_come(cache: Path) -> None:
     there = made(cache, {0: 40, 1: 31, 2: 29, 3: 0})
     held = there[1] / "lock"
-    with turn(held, lambda: None):  # somebody fills it
+    with file_lock(held, lambda: None):  # somebody fills it
         packed_pixels(Drawn(seed=9))
     assert [there[seed].exists() for seed in range(4)] == [False, True, True, True]
     packed_pixels(Drawn(seed=2))  # found, which counts as a use
@@ -524,10 +523,10 @@ def test_where_room_is_short_what_was_not_used_today_makes_way(cache: Path, monk
     there = made(cache, {0: 3, 1: 5, 2: 0.5})
     count = lambda: sum((folder / "manifest.json").exists() for folder in folders(cache))  # noqa: E731
     free = lambda: (5 - count()) * 20 * IMAGE  # noqa: E731
-    monkeypatch.setattr(stale_pixels.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free()))
+    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free()))
     packed_pixels(Drawn(seed=9), memory_share=0.4)  # 0.4 of two such files is too little, 0.4 of three is enough
     assert [there[seed].exists() for seed in range(3)] == [True, False, True]
-    monkeypatch.setattr(stale_pixels.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
     heard = Heard()
     packed_pixels(Drawn(seed=10), heard)
     assert [there[seed].exists() for seed in range(3)] == [False, False, True]
@@ -544,7 +543,7 @@ def test_a_files_content_is_part_of_the_key_whatever_its_owner_calls_it(tmp_path
         for i in range(4):
             Image.new("RGB", (SIDE, SIDE), (i, colour if i == 2 else 0, 0)).save(root / f"{i}.png")
         images = FileSet(root, [f"{i}.png" for i in range(4)], [0, 1, 0, 1])
-        from potstill.data.check import check_files
+        from potstill.data.scan import check_files
 
         images.expect(check_files(root, images.names, "test"))
         return Subset(images, [3, 2, 0])
@@ -556,14 +555,14 @@ def test_a_files_content_is_part_of_the_key_whatever_its_owner_calls_it(tmp_path
 
 
 def test_what_files_hold_of_a_containers_memory_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_available", lambda: 10**12)
+    monkeypatch.setattr(decoded_cache, "_CGROUP", tmp_path)
+    monkeypatch.setattr(decoded_cache, "_available", lambda: 10**12)
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_file 250\nactive_file 150\nshmem 200\n")
-    assert memory.free_bytes(CPU) == 1000 - (900 - 250 - 150)
+    assert decoded_cache.free_bytes(CPU) == 1000 - (900 - 250 - 150)
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(CPU) == 10**12
+    assert decoded_cache.free_bytes(CPU) == 10**12
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from potstill.data.preprocess import fit, packed_side, prepare
-from potstill.data.square import unseen_share
-from potstill.inputs import InputSpec
+from potstill.data.preprocessing import cropped_share, decoded_side, resize_to_square
+from potstill.data.transforms import preprocess
+from potstill.input_spec import InputSpec
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -16,7 +16,7 @@ def noise(height: int, width: int) -> np.ndarray:
 def test_normalisation_by_hand() -> None:
     spec = InputSpec(2, mean=(0.5, 0.0, 0.2), std=(0.5, 1.0, 0.25))
     pixels = np.full((2, 2, 3), (255, 51, 102), dtype=np.uint8)
-    found = prepare(pixels, spec)
+    found = preprocess(pixels, spec)
     assert found.shape == (3, 2, 2)
     # (1 - .5) / .5, .2, (.4 - .2) / .25
     assert found[:, 0, 0].tolist() == pytest.approx([1.0, 0.2, 0.8], abs=1e-6)
@@ -31,29 +31,29 @@ def test_crop_is_resize_of_the_shorter_side_and_centre_crop(height: int, width: 
     wanted = Image.fromarray(pixels).resize(
         (16, 16), Image.Resampling.BILINEAR, box=(left, top, left + short, top + short)
     )
-    found = fit(pixels, 16, "crop")
+    found = resize_to_square(pixels, 16, "crop")
     np.testing.assert_array_equal(found.transpose(1, 2, 0), np.asarray(wanted))
     whole = F.resize(torch.from_numpy(pixels).permute(2, 0, 1).float(), [16, 16], antialias=True)
-    assert np.abs(fit(pixels, 16, "stretch") - whole.numpy()).max() < 1.6
+    assert np.abs(resize_to_square(pixels, 16, "stretch") - whole.numpy()).max() < 1.6
 
 
 def test_exact_centre_for_a_stripe() -> None:
     pixels = np.zeros((4, 12, 3), dtype=np.uint8)
     pixels[:, 4:8] = 200
-    assert (fit(pixels, 4, "crop") == 200).all()
-    assert fit(pixels, 4, "stretch")[0, 0].tolist() != [200] * 4
+    assert (resize_to_square(pixels, 4, "crop") == 200).all()
+    assert resize_to_square(pixels, 4, "stretch")[0, 0].tolist() != [200] * 4
 
 
 def test_crop_share_keeps_the_centre() -> None:
     spec = InputSpec(14, crop_share=0.875)
-    assert packed_side(spec) == 16
+    assert decoded_side(spec) == 16
     pixels = noise(16, 16)
-    found = prepare(pixels, spec)
+    found = preprocess(pixels, spec)
     mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
     wanted = (torch.from_numpy(pixels[1:15, 1:15]).permute(2, 0, 1) / 255 - mean) / std
     assert torch.allclose(found, wanted, atol=1e-5)
-    assert packed_side(InputSpec(64), random_crops=True) == 73
-    assert packed_side(InputSpec(14, resize_mode="stretch", crop_share=0.875)) == 14
+    assert decoded_side(InputSpec(64), random_crops=True) == 73
+    assert decoded_side(InputSpec(14, resize_mode="stretch", crop_share=0.875)) == 14
 
 
 def test_padding_by_hand() -> None:
@@ -61,9 +61,9 @@ def test_padding_by_hand() -> None:
     # parts are 100 and 0.25 are 200: 112.5.
     pixels = np.zeros((4, 8, 3), dtype=np.uint8)
     pixels[:, :4], pixels[:, 4:] = 100, 200
-    found = fit(pixels, 4, "pad")
+    found = resize_to_square(pixels, 4, "pad")
     assert found[0].tolist() == [[0] * 4, [100, 113, 188, 200], [100, 113, 188, 200], [0] * 4]
-    assert fit(pixels.transpose(1, 0, 2), 4, "pad")[0].T.tolist() == found[0].tolist()
+    assert resize_to_square(pixels.transpose(1, 0, 2), 4, "pad")[0].T.tolist() == found[0].tolist()
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(40, 60, 24), (61, 33, 24), (7, 90, 31), (9, 9, 32)])
@@ -71,7 +71,7 @@ def test_padding_is_what_pillow_calls_pad(height: int, width: int, side: int) ->
     # ImageOps.pad: resized to fit, centred, black beside it.  It rounds halves to even and the border up.
     pixels = noise(height, width)
     whole = ImageOps.pad(Image.fromarray(pixels), (side, side), Image.Resampling.BILINEAR, color=0)
-    found = fit(pixels, side, "pad").transpose(1, 2, 0)
+    found = resize_to_square(pixels, side, "pad").transpose(1, 2, 0)
     inside, wanted = (np.argwhere(each.any(axis=2)) for each in (found, np.asarray(whole)))
     assert np.abs(inside.min(0) - wanted.min(0)).max() <= 1
     if (np.ptp(inside, axis=0) == np.ptp(wanted, axis=0)).all():
@@ -82,13 +82,13 @@ def test_padding_is_what_pillow_calls_pad(height: int, width: int, side: int) ->
 def test_nothing_of_a_padded_image_is_lost() -> None:
     # The mean over the square, times its area, is that of the image on the same scale.
     pixels = noise(30, 60)
-    found = fit(pixels, 30, "pad").astype(float)
+    found = resize_to_square(pixels, 30, "pad").astype(float)
     assert found.mean() * 2 == pytest.approx(pixels.mean(), abs=1.0)
-    assert fit(np.full((1, 300, 3), 9, np.uint8), 16, "pad").any()
+    assert resize_to_square(np.full((1, 300, 3), 9, np.uint8), 16, "pad").any()
 
 
 @pytest.mark.parametrize(
     ("shape", "how", "share"), [((300, 400), "crop", 0.25), ((400, 100), "crop", 0.75), ((300, 400), "pad", 0.0)]
 )
 def test_the_share_that_is_not_seen(shape: tuple[int, int], how: str, share: float) -> None:
-    assert unseen_share(*shape, how) == pytest.approx(share)
+    assert cropped_share(*shape, how) == pytest.approx(share)

@@ -8,11 +8,10 @@ import pytest
 from PIL import Image
 
 from potstill.data.datasets import load_data
-from potstill.data.doctor.examination import examine
-from potstill.data.image_files import sizes_of
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet, image_sizes
 from potstill.data.settings import DataSettings
 from potstill.data.splits import DataSplits
+from potstill.data.validation.validate import validate_data
 from potstill.errors import DataError, UsageError
 
 
@@ -61,7 +60,7 @@ def test_what_is_left_is_what_one_would_clean_up_by_hand(ill: Path, make_folder,
 
 
 def test_check_leaves_out_the_same(ill: Path) -> None:
-    report = examine(DataSettings(source=str(ill), skip_bad=True))
+    report = validate_data(DataSettings(source=str(ill), skip_bad=True))
 
     assert {each.path: each.kind for each in report.skipped} == BAD
     assert (report.count("error"), report.images) == (0, 16)
@@ -122,16 +121,16 @@ def test_unlabeled_images(make_folder, tmp_path: Path) -> None:
 
 
 def test_files_elsewhere_are_known_again_when_they_have_not_changed(make_folder, tmp_path: Path, monkeypatch) -> None:
-    from potstill.data import check, known_files
+    from potstill.data import scan
 
     store = make_folder({"s": 12}, tmp_path / "store")
     rows = "".join(f"{store}/s/{i}.png,{'ab'[i % 2]}\n" for i in range(12))
     (tmp_path / "list").mkdir()
     (tmp_path / "list/list.csv").write_text("path,label\n" + rows)
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(known_files, "RACY", 0)
+    monkeypatch.setattr(scan, "RACY", 0)
     first = load(tmp_path / "list/list.csv", follow_links=True)
-    monkeypatch.setattr(check, "read_file", lambda path: pytest.fail(f"read {path} again"))
+    monkeypatch.setattr(scan, "read_file", lambda path: pytest.fail(f"read {path} again"))
 
     assert load(tmp_path / "list/list.csv", follow_links=True).fingerprint == first.fingerprint
 
@@ -145,7 +144,7 @@ def test_a_folder_one_too_high_is_said(make_folder) -> None:
 
 def test_classes_that_are_numbers_are_said_to_be_in_the_order_of_text(make_folder) -> None:
     def notes(names: list[str]) -> list[str]:
-        report = examine(DataSettings(source=str(make_folder(dict.fromkeys(names, 3)))))
+        report = validate_data(DataSettings(source=str(make_folder(dict.fromkeys(names, 3)))))
         return [each for each in report.notes if "order" in each]
 
     assert notes(["0", "1", "2"]) == []
@@ -156,7 +155,7 @@ def test_classes_that_are_numbers_are_said_to_be_in_the_order_of_text(make_folde
 
 
 def test_class_names_that_other_systems_change_are_said(make_folder) -> None:
-    report = examine(DataSettings(source=str(make_folder({"cat ": 3, "dog.": 3, "e": 3}))))
+    report = validate_data(DataSettings(source=str(make_folder({"cat ": 3, "dog.": 3, "e": 3}))))
 
     assert report.notes[0] == "class names that end in blanks or dots, which Windows drops: 'cat ', 'dog.'"
 
@@ -171,9 +170,9 @@ def test_shards_and_images_are_no_place_for_it(make_folder, tmp_path: Path) -> N
 
 def test_sizes_of_files_and_arrays(make_folder) -> None:
     data = load(make_folder({"a": 4, "b": 4}))
-    widths, heights = sizes_of(data.train)
+    widths, heights = image_sizes(data.train)
 
     assert (set(widths.tolist()), set(heights.tolist())) == ({12}, {10})
     arrays = ArraySet(np.zeros((700, 5, 7), np.uint8), [0] * 700, ["x"] * 700)
-    widths, heights = sizes_of(arrays)
+    widths, heights = image_sizes(arrays)
     assert (set(widths.tolist()), set(heights.tolist()), len(widths)) == ({7}, {5}, 256)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet
 from potstill.data.settings import AugmentSettings
-from potstill.data.splits import DataSplits, check_splits, fingerprint, stratified, stratified_subset
+from potstill.data.splits import DataSplits, check_splits, fingerprint, stratified_split, stratified_subset
 from potstill.errors import DataError
 
 NAMES = [f"image {i}" for i in range(200)]
@@ -13,7 +13,7 @@ SHARES = {"val": 0.15, "test": 0.25}
 
 
 def test_parts_are_stratified_disjoint_and_exhaustive() -> None:
-    parts = stratified(NAMES, LABELS, SHARES, 0, CLASSES)
+    parts = stratified_split(NAMES, LABELS, SHARES, 0, CLASSES)
     assert np.sort(np.concatenate(list(parts.values()))).tolist() == list(range(200))
     counts = {part: np.bincount(LABELS[index]).tolist() for part, index in parts.items()}
     assert counts == {"train": [60, 36, 24], "val": [15, 9, 6], "test": [25, 15, 10]}
@@ -23,11 +23,11 @@ def test_seed_decides_and_the_order_of_files_does_not() -> None:
     def named(parts: dict, names: list) -> dict:
         return {part: {names[i] for i in index} for part, index in parts.items()}
 
-    first = named(stratified(NAMES, LABELS, SHARES, 0, CLASSES), NAMES)
+    first = named(stratified_split(NAMES, LABELS, SHARES, 0, CLASSES), NAMES)
     order = np.random.default_rng(0).permutation(200)
     shuffled = [NAMES[i] for i in order]
-    assert named(stratified(shuffled, LABELS[order], SHARES, 0, CLASSES), shuffled) == first
-    other = named(stratified(NAMES, LABELS, SHARES, 1, CLASSES), NAMES)
+    assert named(stratified_split(shuffled, LABELS[order], SHARES, 0, CLASSES), shuffled) == first
+    other = named(stratified_split(NAMES, LABELS, SHARES, 1, CLASSES), NAMES)
     assert other != first
     # independent seeds overlap by chance only: 30 of 200, so 4.5 of 30 expected
     assert len(other["val"] & first["val"]) < 14
@@ -35,20 +35,20 @@ def test_seed_decides_and_the_order_of_files_does_not() -> None:
 
 def test_small_classes_are_in_every_part() -> None:
     labels = np.array([0] * 3 + [1] * 4)
-    parts = stratified(NAMES[:7], labels, {"val": 0.1, "test": 0.1}, 0, ("a", "b"))
+    parts = stratified_split(NAMES[:7], labels, {"val": 0.1, "test": 0.1}, 0, ("a", "b"))
     counts = {part: np.bincount(labels[index]).tolist() for part, index in parts.items()}
     assert counts == {"train": [1, 2], "val": [1, 1], "test": [1, 1]}
-    greedy = stratified(NAMES[:7], labels, {"val": 0.45, "test": 0.5}, 0, ("a", "b"))
+    greedy = stratified_split(NAMES[:7], labels, {"val": 0.45, "test": 0.5}, 0, ("a", "b"))
     assert min(np.bincount(labels[index]).min() for index in greedy.values()) == 1
 
 
 def test_too_few_images_names_class_and_need() -> None:
     with pytest.raises(DataError) as caught:
-        stratified(NAMES[:7], np.array([0] * 5 + [1] * 2), SHARES, 0, ("cat", "dog"))
+        stratified_split(NAMES[:7], np.array([0] * 5 + [1] * 2), SHARES, 0, ("cat", "dog"))
     assert caught.value.exit_code == 3
     assert "needs at least 3, but 'dog' has 2" in str(caught.value)
     with pytest.raises(DataError, match="below 1"):
-        stratified(NAMES, LABELS, {"val": 0.5, "test": 0.5}, 0, CLASSES)
+        stratified_split(NAMES, LABELS, {"val": 0.5, "test": 0.5}, 0, CLASSES)
 
 
 def test_subset_keeps_shares() -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data.preprocess import prepare
-from potstill.data.square import normalised, squared, unseen
-from potstill.inputs import InputSpec
+from potstill.data.preprocessing import crop_notes, crop_to_input, normalize_array
+from potstill.data.transforms import preprocess
+from potstill.input_spec import InputSpec
 
 SPECS = (
     InputSpec(24),
@@ -24,17 +24,19 @@ SPECS = (
 def test_the_same_bits_as_with_torch(spec: InputSpec, shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
-    found = normalised(squared(pixels, spec), spec)
+    found = normalize_array(crop_to_input(pixels, spec), spec)
 
     assert found.dtype == np.float32
-    assert torch.equal(torch.from_numpy(found), prepare(pixels, spec))
+    assert torch.equal(torch.from_numpy(found), preprocess(pixels, spec))
 
 
 def test_by_hand() -> None:
     spec = InputSpec(2, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
     pixels = np.full((2, 2, 3), 255, np.uint8)
 
-    assert normalised(squared(pixels, spec), spec)[:, 0, 0].tolist() == pytest.approx([2.0, 1.0, 0.5], abs=1e-6)
+    assert normalize_array(crop_to_input(pixels, spec), spec)[:, 0, 0].tolist() == pytest.approx(
+        [2.0, 1.0, 0.5], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,12 +54,12 @@ def test_by_hand() -> None:
 )
 def test_how_much_is_not_seen(sizes: list[tuple[int, int]], how: str, words: list[str]) -> None:
     widths, heights = np.array(sizes, np.int64).reshape(-1, 2).T
-    found = unseen(widths, heights, how)
+    found = crop_notes(widths, heights, how)
 
     assert len(found) == len(words)
     assert all(word in sentence for word, sentence in zip(words, found, strict=True))
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, potstill.data.square; sys.exit('torch' in sys.modules)"
+    code = "import sys, potstill.data.preprocessing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

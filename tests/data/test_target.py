@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data.datasets import check_target, load_data
-from potstill.data.image_files import are_arrays, digests_of, from_files
-from potstill.data.images import ArraySet
-from potstill.data.relabelled import Relabelled
+from potstill.data.datasets import check_target, load_data, target_settings
+from potstill.data.image_sets import ArraySet, RelabeledSet, file_digests, file_paths, is_array_based, is_file_based
 from potstill.data.settings import DataSettings
-from potstill.data.target import target_settings
-from potstill.data.unlabeled import paths_of
 from potstill.errors import DataError, UsageError
 
 
@@ -166,14 +162,14 @@ def test_a_missing_target_is_found_without_reading_an_image(source: Path, target
 
 def test_relabelled_images_are_the_same_images(source: Path) -> None:
     images = load_data(DataSettings(source=str(source), size=8)).train
-    hidden = Relabelled(images, np.full(len(images), -100))
+    hidden = RelabeledSet(images, np.full(len(images), -100))
     assert hidden.names == images.names
     assert set(hidden.labels.tolist()) == {-100}
     assert (hidden.pixels(4) == images.pixels(4)).all()
-    assert from_files(hidden)
-    assert not are_arrays(hidden)
-    assert paths_of(hidden) == paths_of(images)
-    kept, found = digests_of(images), digests_of(hidden)
+    assert is_file_based(hidden)
+    assert not is_array_based(hidden)
+    assert file_paths(hidden) == file_paths(images)
+    kept, found = file_digests(images), file_digests(hidden)
     assert kept is not None
     assert found is not None
     assert (kept == found).all()

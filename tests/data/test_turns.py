@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from potstill.data.turns import LOCKS, turn, turn_if_free
+from potstill.data.concurrency import HAS_FILE_LOCKS, file_lock, try_file_lock
 
-pytestmark = pytest.mark.skipif(not LOCKS, reason="no such locks on this system")
+pytestmark = pytest.mark.skipif(not HAS_FILE_LOCKS, reason="no such locks on this system")
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from potstill.data.turns import turn
-with turn(Path(sys.argv[1]), lambda: None):
+from potstill.data.concurrency import file_lock
+with file_lock(Path(sys.argv[1]), lambda: None):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -34,18 +34,18 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(GaveUp), turn(path, give_up):
+    with pytest.raises(GaveUp), file_lock(path, give_up):
         raise AssertionError("two at once")
-    with turn_if_free(path) as free:
+    with try_file_lock(path) as free:
         assert not free
 
     def kill() -> None:
         holder.kill()
         holder.communicate()
 
-    with turn(path, kill) as waited:
+    with file_lock(path, kill) as waited:
         assert waited
-    with turn(path, give_up) as waited:
+    with file_lock(path, give_up) as waited:
         assert not waited
 
 
@@ -54,7 +54,7 @@ def test_threads_take_turns(tmp_path: Path) -> None:
 
     def work() -> None:
         nonlocal inside, most
-        with turn(tmp_path / "lock", lambda: None):
+        with file_lock(tmp_path / "lock", lambda: None):
             with lock:
                 inside += 1
                 most = max(most, inside)
@@ -85,9 +85,9 @@ def test_a_lock_whose_folder_was_removed_meanwhile_is_made_anew(
         return handle
 
     monkeypatch.setattr(os, "open", removed_at_first)
-    with turn(path, give_up):
+    with file_lock(path, give_up):
         assert path.exists()
         assert len(tries) == 2
         monkeypatch.undo()
-        with turn_if_free(path) as free:
+        with try_file_lock(path) as free:
             assert not free

@@ -7,13 +7,12 @@ import pytest
 from PIL import Image
 
 from potstill.data.datasets import check_source, load_data
-from potstill.data.images import ArraySet
+from potstill.data.file_datasets import list_images
+from potstill.data.image_sets import ArraySet, SemiSupervisedSet, UnlabeledFileSet
 from potstill.data.loader import Loader
 from potstill.data.settings import DataSettings
-from potstill.data.sources import list_images
-from potstill.data.unlabeled import Joined, UnlabeledFiles
 from potstill.errors import DataError, UsageError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 
 
 def add(path: Path, seed: int) -> None:
@@ -107,10 +106,10 @@ def test_data_from_python_may_bring_them_or_take_the_folder(photos: Path, more: 
 def test_their_labels_never_count(more: Path) -> None:
     labeled = ArraySet(np.zeros((3, 8, 8), dtype=np.uint8), [0, 1, 1], ["a", "b", "c"])
     named = ArraySet(np.ones((2, 8, 8), dtype=np.uint8), [1, 1], ["d", "e"])
-    joined = Joined(labeled, named)
+    joined = SemiSupervisedSet(labeled, named)
     assert joined.labels.tolist() == [0, 1, 1, -100, -100]
     assert joined.names == ("a", "b", "c", "d", "e")
     assert [joined.pixels(i)[0, 0, 0] for i in range(5)] == [0, 0, 0, 1, 1]
-    files = UnlabeledFiles(more, list_images(more, DataSettings())[0])
+    files = UnlabeledFileSet(more, list_images(more, DataSettings())[0])
     loader = Loader(labeled, InputSpec(8), batch_size=3, unlabeled=files)
     assert next(loader.epoch()).labels.tolist() == [0, 1, 1, -100, -100, -100]

@@ -10,19 +10,17 @@ from PIL import Image
 from pydantic import ValidationError
 
 from potstill.cli import main
-from potstill.data.check import check_files
+from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
-from potstill.data.decode import decode, decode_bytes
-from potstill.data.pixel_cache import Wanted
+from potstill.data.decoded_cache import DecodeRequest
+from potstill.data.image_io import ValueSpan, compute_range, decode, decode_bytes, to_uint8
+from potstill.data.scan import check_files
 from potstill.data.settings import DataSettings
-from potstill.data.value_range import Span, data_range, to_8_bits
-from potstill.deploy.predict import predict
 from potstill.errors import ArtifactError
-from potstill.experiments.recipe import load_recipe
-from potstill.experiments.start import start_network
+from potstill.experiment.builders import build_network
+from potstill.export.predict import predict
 from potstill.input_spec import InputSpec
-from potstill.models.classifier import Classifier
-from potstill.models.model_file import load_model, save_model
+from potstill.models.model_file import Classifier, load_model, save_model
 
 RECIPE = """
 name: wide
@@ -70,15 +68,15 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_the_range_of_a_data_set(spans, wanted):
-    assert data_range([None, *(Span(*each) for each in spans)]) == wanted
+    assert compute_range([None, *(ValueSpan(*each) for each in spans)]) == wanted
 
 
 def test_values_between_the_ends():
     # 256 (v - low) / (high - low + 1), cut: 16 -> 1, 4080 -> 255; beyond the ends 0 and 255
     whole = np.array([0, 15, 16, 2048, 4079, 4080, 4095, 9000], np.uint16)
-    assert to_8_bits(whole, (0, 4095)).tolist() == [0, 0, 1, 128, 254, 255, 255, 255]
+    assert to_uint8(whole, (0, 4095)).tolist() == [0, 0, 1, 128, 254, 255, 255, 255]
     # 255 (v - low) / (high - low), rounded: -1 -> 0, 0 -> 85, 0.5 -> 127.5 -> 128
-    assert to_8_bits(np.array([-2, -1, 0, 0.5, 2, 7], np.float32), (-1, 2)).tolist() == [0, 0, 85, 128, 255, 255]
+    assert to_uint8(np.array([-2, -1, 0, 0.5, 2, 7], np.float32), (-1, 2)).tolist() == [0, 0, 85, 128, 255, 255]
 
 
 def test_all_images_of_a_set_are_read_by_the_range_of_the_training_images(folder):
@@ -98,7 +96,7 @@ def test_a_range_that_is_given_counts_for_pixels_fingerprint_and_caches(folder):
     same = load_data(DataSettings(source=str(folder), range=(0, 4095)))
     assert given.range == (0, 65535)
     assert auto.fingerprint == same.fingerprint != given.fingerprint
-    manifests = [Wanted(each.train, 16, "crop", "x").manifest() for each in (auto, same, given)]
+    manifests = [DecodeRequest(each.train, 16, "crop", "x").manifest() for each in (auto, same, given)]
     assert manifests[0] == manifests[1] != manifests[2]
     assert given.train.pixels(0).max() <= 4000 // 256
 
@@ -153,8 +151,8 @@ def test_the_model_keeps_the_range_for_all_that_it_sees_later(folder, tmp_path, 
 
 
 def test_serve_reads_by_the_range_of_the_model(folder, tmp_path):
-    from potstill.models.create import create_model
-    from potstill.serve.child import _answer
+    from potstill.models.factory import create_model
+    from potstill.serve.model_worker import _predict_all
 
     model = Classifier(
         create_model("cifar/resnet8", 2, size=16).eval(),
@@ -166,16 +164,16 @@ def test_serve_reads_by_the_range_of_the_model(folder, tmp_path):
     model = load_model(tmp_path / "model")
     assert model.input.range == (0, 65535)
     content = (folder / "train/dark/0.png").read_bytes()
-    answer = _answer({"distilled": model}, {"top": 2, "gradcam": False}, content)
-    from potstill.data.preprocess import prepare
+    answer = _predict_all({"distilled": model}, {"top": 2, "gradcam": False}, content)
+    from potstill.data.transforms import preprocess
 
-    shares = model.predict(prepare(decode_bytes(content, "x", (0, 65535)), model.input)[None])[0]
+    shares = model.predict(preprocess(decode_bytes(content, "x", (0, 65535)), model.input)[None])[0]
     given = {each["class"]: each["probability"] for each in answer["models"][0]["predictions"]}
     assert given == pytest.approx({"dark": float(shares[0]), "light": float(shares[1])})
 
 
 def test_a_teacher_of_another_range_is_refused(tmp_path):
-    from potstill.models.create import create_model
+    from potstill.models.factory import create_model
 
     model = Classifier(
         create_model("cifar/resnet8", 2, size=16), "cifar/resnet8", ("a", "b"), InputSpec(16, range=(0, 1023))
@@ -183,10 +181,10 @@ def test_a_teacher_of_another_range_is_refused(tmp_path):
     save_model(model, tmp_path / "model")
     teacher = {"model": "cifar/resnet8", "weights": str(tmp_path / "model")}
     recipe = load_recipe({"student": {"model": "cifar/resnet8"}, "teacher": teacher, "data": {"size": 16}})
-    assert start_network(recipe, recipe.network("teacher"), ("a", "b"), (0.0, 1023.0)).input.range == (0, 1023)
-    assert start_network(recipe, recipe.student, ("a", "b"), (0.0, 4095.0)).input.range == (0, 4095)
+    assert build_network(recipe, recipe.network("teacher"), ("a", "b"), (0.0, 1023.0)).input.range == (0, 1023)
+    assert build_network(recipe, recipe.student, ("a", "b"), (0.0, 4095.0)).input.range == (0, 4095)
     with pytest.raises(ArtifactError, match=r"read by the range \[0, 1023\].*\[0, 4095\](.|\n)*data\.range=\[0,1023\]"):
-        start_network(recipe, recipe.network("teacher"), ("a", "b"), (0.0, 4095.0))
+        build_network(recipe, recipe.network("teacher"), ("a", "b"), (0.0, 4095.0))
 
 
 def test_check_warns_of_images_that_use_a_small_part_or_lie_beyond(folder, capsys):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data import view_identity
-from potstill.data.images import ArraySet
+from potstill.data import collate
+from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
 from potstill.errors import UsageError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 
 SPEC = InputSpec(16)
 LIGHT = AugmentSettings(pad_crop=0.2, hflip=True)
@@ -109,15 +109,15 @@ def test_versions_count_where_they_matter(monkeypatch):
     monkeypatch.undo()
     for change in ({"VERSION": -1}, {"decoder": lambda: "another"}):
         for name, value in change.items():
-            monkeypatch.setattr(view_identity, name, value)
+            monkeypatch.setattr(collate, name, value)
         assert not {words(loader()), words(policy), words(mixed)} & set(before)
         monkeypatch.undo()
 
 
 def test_what_a_description_holds_is_spelled_out():
     assert loader(view_seed=7, augment=AugmentSettings(hflip=True)).describe_views() == {
-        "version": view_identity.VERSION,
-        "decoder": view_identity.decoder(),
+        "version": collate.VERSION,
+        "decoder": collate.decoder_version(),
         "input": {"size": 16, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize_mode": "crop",
                   "crop_share": 1.0, "range": None},
         "side": 16,

@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from potstill.data.draws import uniform
+from potstill.data.augment import ViewTransform
+from potstill.data.counter_rng import uniform
 from potstill.data.settings import AugmentSettings
-from potstill.data.views import Views
 
 EVERYTHING = {
     "pad_crop": 0.2, "crop_scale": (0.4, 1.0), "hflip": True, "vflip": True, "rotate90": True, "color_jitter": 0.3,
@@ -23,7 +23,7 @@ def test_every_single_setting_by_a_slow_reference(pad_mode: str, peer: str) -> N
     size, shift = 10, 3
     settings = AugmentSettings(pad_crop=0.3, pad_mode=pad_mode, hflip=True, vflip=True, rotate90=True)
     images, ids = squares(40), np.arange(100, 140)
-    found = Views(settings, size=size, seed=5)(images, ids, 7)
+    found = ViewTransform(settings, size=size, seed=5)(images, ids, 7)
     for i, sample in enumerate(ids):
         one = np.array([sample])
         dy, dx = (int(uniform(5, f"shift {axis}", one, 7)[0] * 7) - shift for axis in "yx")
@@ -41,14 +41,14 @@ def test_shifts_flips_and_turns_are_drawn_evenly() -> None:
     size = 8
     ramp = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(4000, 3, 8, 8)
     ids = np.arange(4000)
-    flipped = Views(AugmentSettings(hflip=True), size=size, seed=0)(ramp, ids, 0)[:, 0, 0, 0]
+    flipped = ViewTransform(AugmentSettings(hflip=True), size=size, seed=0)(ramp, ids, 0)[:, 0, 0, 0]
     assert set(flipped.tolist()) == {0, 7}
     assert 0.46 < (flipped == 7).float().mean() < 0.54
-    turned = Views(AugmentSettings(rotate90=True), size=size, seed=0)(ramp, ids, 0)[:, 0, 0, 0]
+    turned = ViewTransform(AugmentSettings(rotate90=True), size=size, seed=0)(ramp, ids, 0)[:, 0, 0, 0]
     assert {corner: round((turned == corner).float().mean().item(), 1) for corner in (0, 7, 63, 56)} == pytest.approx(
         {0: 0.25, 7: 0.25, 63: 0.25, 56: 0.25}, abs=0.06
     )
-    moved = Views(AugmentSettings(pad_crop=0.25), size=size, seed=0)(ramp, ids, 0)[:, 0, 4, 4].int() - 36
+    moved = ViewTransform(AugmentSettings(pad_crop=0.25), size=size, seed=0)(ramp, ids, 0)[:, 0, 4, 4].int() - 36
     assert sorted(set(moved.tolist())) == sorted(8 * dy + dx for dy in range(-2, 3) for dx in range(-2, 3))
     counts = np.unique(moved.numpy(), return_counts=True)[1]
     assert counts.min() > 100  # 160 of each expected
@@ -56,7 +56,7 @@ def test_shifts_flips_and_turns_are_drawn_evenly() -> None:
 
 
 def test_a_view_is_a_function_of_seed_sample_and_number_alone() -> None:
-    views, images, ids = Views(AugmentSettings(**EVERYTHING), size=16, seed=1), squares(12, 18), np.arange(12)
+    views, images, ids = ViewTransform(AugmentSettings(**EVERYTHING), size=16, seed=1), squares(12, 18), np.arange(12)
     together = views(images, ids, 3)
     order = np.random.default_rng(0).permutation(12)
     torch.manual_seed(99)  # the global generator has no say
@@ -66,7 +66,7 @@ def test_a_view_is_a_function_of_seed_sample_and_number_alone() -> None:
     mixed = views(images, ids, np.where(ids % 2 == 0, 3, 4))
     assert torch.equal(mixed[::2], together[::2])
     assert not torch.equal(mixed[1::2], together[1::2])
-    other_seed = Views(AugmentSettings(**EVERYTHING), size=16, seed=2)(images, ids, 3)
+    other_seed = ViewTransform(AugmentSettings(**EVERYTHING), size=16, seed=2)(images, ids, 3)
     same = [(other_seed[i] == together[i]).all().item() for i in range(12)]
     assert sum(same) == 0
     assert sum((views(images, ids + 12, 3)[i] == together[i]).all().item() for i in range(12)) == 0
@@ -74,14 +74,16 @@ def test_a_view_is_a_function_of_seed_sample_and_number_alone() -> None:
 
 def test_the_global_generator_is_left_as_it_was() -> None:
     before = torch.get_rng_state()
-    Views(AugmentSettings(color_jitter=0.5, policy="trivialaugment"), size=10, seed=0)(squares(3), np.arange(3), 0)
+    ViewTransform(AugmentSettings(color_jitter=0.5, policy="trivialaugment"), size=10, seed=0)(
+        squares(3), np.arange(3), 0
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_views_are_as_strong_as_asked() -> None:
-    jitter = Views(AugmentSettings(color_jitter=1.0), size=10, seed=0)(squares(60), np.arange(60), 0).float()
+    jitter = ViewTransform(AugmentSettings(color_jitter=1.0), size=10, seed=0)(squares(60), np.arange(60), 0).float()
     assert jitter.mean(dim=(1, 2, 3)).std() > 10
-    erased = Views(AugmentSettings(erasing=0.5), size=32, seed=0)(
+    erased = ViewTransform(AugmentSettings(erasing=0.5), size=32, seed=0)(
         torch.full((400, 3, 32, 32), 9).byte(), np.arange(400), 0
     )
     black = (erased == 0).float().mean(dim=(1, 2, 3))
@@ -92,4 +94,6 @@ def test_views_are_as_strong_as_asked() -> None:
 
 def test_no_augmentation_is_the_centre() -> None:
     images = squares(2, 12)
-    assert torch.equal(Views(AugmentSettings(), size=8, seed=0)(images, np.arange(2), 0), images[:, :, 2:10, 2:10])
+    assert torch.equal(
+        ViewTransform(AugmentSettings(), size=8, seed=0)(images, np.arange(2), 0), images[:, :, 2:10, 2:10]
+    )

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from potstill.data import workers as module
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
-from potstill.data.workers import Workers
+from potstill.data.workers import DecodeWorkers
 from potstill.errors import DataError, StorageError, UsageError, WorkerError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 
 pytestmark = pytest.mark.own_process
 
@@ -68,7 +68,7 @@ BATCHES = [list(range(start, start + 4)) for start in (0, 4, 8)]
 
 
 def read(images):
-    workers, found, said = Workers(images, 8, "stretch", 1), 0, ""
+    workers, found, said = DecodeWorkers(images, 8, "stretch", 1), 0, ""
     try:
         for _ in workers.squares(BATCHES):
             found += 1
@@ -87,7 +87,7 @@ def ends(workers):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_batches_come_in_order_whatever_their_sizes(count):
-    workers = Workers(Odd(), 8, "stretch", count)
+    workers = DecodeWorkers(Odd(), 8, "stretch", count)
     for batches in ([[3, 1], [0], [11, 10, 9], [5]], [[i] for i in range(12)], [], BATCHES, [list(range(12))]):
         found = [pixels[:, 0, 0, 0].tolist() for pixels in workers.squares(batches)]
         assert found == batches
@@ -96,13 +96,13 @@ def test_batches_come_in_order_whatever_their_sizes(count):
 
 
 def test_pixels_stay_as_they_are_while_later_batches_are_decoded():
-    workers = Workers(Odd(), 8, "stretch", 1)
+    workers = DecodeWorkers(Odd(), 8, "stretch", 1)
     kept = list(workers.squares([[i] for i in range(12)]))
     assert [int(each.unique()) for each in kept] == list(range(12))
 
 
 def test_an_epoch_that_was_given_up_leaves_nothing_to_the_next():
-    workers = Workers(Odd(is_slow=2), 8, "stretch", 2)
+    workers = DecodeWorkers(Odd(is_slow=2), 8, "stretch", 2)
     batches = [[0], [1], [2]]  # the first process is busy with 2 when the second epoch begins
     first = workers.squares(batches)
     next(first)
@@ -125,7 +125,7 @@ def test_a_stalled_process_is_noticed_in_time(monkeypatch):
 
 def test_a_stopped_process_is_noticed_in_time(monkeypatch):
     monkeypatch.setenv("POTSTILL_TIMEOUT", "1")
-    workers = Workers(Odd(), 8, "stretch", 1)
+    workers = DecodeWorkers(Odd(), 8, "stretch", 1)
     batches = workers.squares([[i] for i in range(12)])
     next(batches)
     os.kill(workers._members[0].process.pid, signal.SIGSTOP)
@@ -151,7 +151,7 @@ def test_a_dead_process_is_noticed_and_its_images_are_named(does, name):
 def test_a_death_surfaces_where_a_batch_is_fetched_and_nowhere_else(tmp_path):
     """Nothing is raised in other work of the main thread, neither in Python nor in a system call."""
     before = signal.getsignal(signal.SIGCHLD)
-    workers = Workers(Odd(), 8, "stretch", 2)
+    workers = DecodeWorkers(Odd(), 8, "stretch", 2)
     batches = workers.squares([[i] for i in range(12)])
     next(batches)
     assert signal.getsignal(signal.SIGCHLD) == before
@@ -165,7 +165,7 @@ def test_a_death_surfaces_where_a_batch_is_fetched_and_nowhere_else(tmp_path):
 
 
 def test_an_idle_process_that_dies_between_epochs_is_noticed():
-    workers = Workers(Odd(), 8, "stretch", 2)
+    workers = DecodeWorkers(Odd(), 8, "stretch", 2)
     list(workers.squares(BATCHES))
     workers._members[1].process.kill()
     ends(workers)
@@ -185,7 +185,7 @@ def test_an_idle_process_that_dies_between_epochs_is_noticed():
 )
 def test_an_error_arrives_as_what_it_is(does, kind, said):
     with pytest.raises(kind) as error:
-        list(Workers(Odd(**{does: 6}), 8, "stretch", 2).squares(BATCHES))
+        list(DecodeWorkers(Odd(**{does: 6}), 8, "stretch", 2).squares(BATCHES))
     assert str(error.value) == said
     assert does in error.value.__notes__[0]  # the line of the process in which it arose
 
@@ -195,7 +195,7 @@ def test_as_many_processes_as_shared_memory_suffices_for(monkeypatch, room, proc
     """By hand: two batches of four images of 8 x 8 x 3 bytes are 1,536 bytes for each process."""
     monkeypatch.setattr(module, "_free", lambda: room)
     warnings = []
-    workers = Workers(Odd(), 8, "stretch", 4, batch=4, warn=warnings.append)
+    workers = DecodeWorkers(Odd(), 8, "stretch", 4, batch=4, warn=warnings.append)
     assert workers.count == processes
     assert bool(warnings) == (processes < 4)
     if warnings:
@@ -224,15 +224,15 @@ def test_a_loader_without_shared_memory_decodes_by_itself(monkeypatch):
 def test_a_timeout_is_a_number_of_seconds(monkeypatch, text):
     monkeypatch.setenv("POTSTILL_TIMEOUT", text)
     with pytest.raises(UsageError, match=f"POTSTILL_TIMEOUT is a number of seconds above 0, got {text!r}"):
-        Workers(Odd(), 8, "stretch", 1)
+        DecodeWorkers(Odd(), 8, "stretch", 1)
 
 
 ORPHANS = """
 import os, signal, sys
 sys.path.insert(0, {here!r})
 from test_workers import BATCHES, Odd
-from potstill.data.workers import Workers
-workers = Workers(Odd(), 8, "stretch", 2)
+from potstill.data.workers import DecodeWorkers
+workers = DecodeWorkers(Odd(), 8, "stretch", 2)
 next(workers.squares(BATCHES))
 print(*(member.process.pid for member in workers._members), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

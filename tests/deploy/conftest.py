@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from potstill.data.datasets import load_data
+from potstill.data.preprocessing import crop_to_input, normalize_array
 from potstill.data.settings import DataSettings
-from potstill.data.square import normalised, squared
-from potstill.inputs import InputSpec
-from potstill.models.classifier import Classifier
-from potstill.models.create import create_model
-from potstill.models.model_file import save_model
+from potstill.input_spec import InputSpec
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier, save_model
 
 SPEC = InputSpec(16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 ARCHITECTURE = "cifar/resnet8"
@@ -38,11 +37,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits) -> Path:
 def solve_head(network: torch.nn.Module, digits) -> None:
     head = [part for part in network.modules() if isinstance(part, torch.nn.Linear)][-1]
     count = 400
-    images = np.stack([squared(digits.train.pixels(i), SPEC) for i in range(count)])
+    images = np.stack([crop_to_input(digits.train.pixels(i), SPEC) for i in range(count)])
     seen: list[torch.Tensor] = []
     handle = head.register_forward_pre_hook(lambda part, given: seen.append(given[0]))
     with torch.no_grad():
-        network(torch.from_numpy(normalised(images, SPEC)))
+        network(torch.from_numpy(normalize_array(images, SPEC)))
         handle.remove()
         targets = 8 * torch.nn.functional.one_hot(torch.from_numpy(digits.train.labels[:count]), 10).float()
         inputs = torch.cat([seen[0], torch.ones(count, 1)], dim=1).double()

@@ -8,20 +8,19 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 
 from potstill.cli import main
-from potstill.deploy.evaluate import evaluate
-from potstill.deploy.predict import predict
 from potstill.errors import DataError, UsageError
-from potstill.inputs import InputSpec
-from potstill.models.classifier import Classifier
-from potstill.models.model_file import save_model
-from potstill.sealed import write_sealed_text
+from potstill.export.evaluate import evaluate
+from potstill.export.predict import predict
+from potstill.input_spec import InputSpec
+from potstill.io import write_checksummed_text
+from potstill.models.model_file import Classifier, save_model
 
 CLASSES = ("red", "blue", "green")  # not in the order of the folders
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from potstill.models.create import create_model
+    from potstill.models.factory import create_model
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("run") / "distilled"
@@ -68,7 +67,7 @@ def test_of_a_folder_with_splits_only_test_counts(model: Path, tmp_path: Path) -
 def test_the_runs_own_data_is_measured_on_its_test_split(model: Path, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "d", 10)
     recipe = {"name": "r", "data": {"source": str(folder), "test": 0.2}, "teacher": {"model": "a"}}
-    write_sealed_text(model.parent / "recipe.yaml", json.dumps(recipe | {"student": {"model": "b"}}))
+    write_checksummed_text(model.parent / "recipe.yaml", json.dumps(recipe | {"student": {"model": "b"}}))
     try:
         metrics = evaluate(model.parent, f"{folder}/../d")
     finally:

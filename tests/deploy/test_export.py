@@ -11,16 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from potstill.artifacts import digest
-from potstill.deploy import exporting
-from potstill.deploy.export import Wish, export
-from potstill.deploy.formats import FORMATS, find_format
-from potstill.deploy.int8 import spread
-from potstill.deploy.measure import parity
-from potstill.deploy.onnx_model import load_onnx
-from potstill.deploy.predict import predict
 from potstill.errors import ArtifactError, DataError, UsageError
-from potstill.sealed import read_sealed_json
+from potstill.export import exporter
+from potstill.export.exporter import class_balanced_indices, compute_parity, export
+from potstill.export.formats import FORMATS, find_format
+from potstill.export.formats.onnx import load_onnx
+from potstill.export.options import ExportOptions
+from potstill.export.predict import predict
+from potstill.io import read_checksummed_json, sha256_hex
 
 for _name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(_name, reason="needs potstill[export]")
@@ -34,7 +32,7 @@ def quiet(line: str) -> None:
 
 
 def exported(run: Path, **wish) -> Path:
-    return export(run, wish=Wish(data="digits", **wish), note=quiet)
+    return export(run, wish=ExportOptions(data="digits", **wish), note=quiet)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +81,10 @@ def test_no_path_of_this_machine_is_in_the_file(plain: Path) -> None:
 
 
 def test_the_facts_beside_it(run: Path, plain: Path) -> None:
-    facts = read_sealed_json(plain.with_name("model.onnx.json"))
+    facts = read_checksummed_json(plain.with_name("model.onnx.json"))
     content = plain.read_bytes()
-    assert facts["files"] == {"model.onnx": {"bytes": len(content), "sha256": digest(content)}}
-    assert facts["model_sha256"] == digest((run / "distilled" / "model.safetensors").read_bytes())
+    assert facts["files"] == {"model.onnx": {"bytes": len(content), "sha256": sha256_hex(content)}}
+    assert facts["model_sha256"] == sha256_hex((run / "distilled" / "model.safetensors").read_bytes())
     assert (facts["format"], facts["stage"], facts["accuracy"]) == ("onnx", "distilled", None)
     assert facts["parity"]["images"] == 200
     assert 0 < facts["parity"]["max_difference"] < 1e-4
@@ -171,7 +169,7 @@ def test_int8_within_max_drop_is_written_with_its_accuracies(run: Path, pictures
     model = onnx.load(path)
     assert {"QuantizeLinear", "DequantizeLinear"} <= {each.op_type for each in model.graph.node}
     assert json.loads(model.metadata_props[0].value)["int8"] is True
-    facts = read_sealed_json(path.with_name("model-int8.onnx.json"))
+    facts = read_checksummed_json(path.with_name("model-int8.onnx.json"))
     found = predict(path, [pictures], top=1)
     agreed = np.mean([a.classes[0][0] == b.classes[0][0] for a, b in zip(found, wanted, strict=True)])
     assert agreed > 0.9
@@ -185,7 +183,7 @@ def test_int8_within_max_drop_is_written_with_its_accuracies(run: Path, pictures
 
 def test_int8_that_loses_more_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([0.95, 0.93])
-    monkeypatch.setattr(exporting, "accuracy", lambda logits, labels: next(found))
+    monkeypatch.setattr(exporter, "accuracy", lambda logits, labels: next(found))
     with pytest.raises(ArtifactError, match=r"int8 loses 2\.00 points .* \(95\.00% to 93\.00%\)"):
         exported(run, int8=True, max_drop=0.019, output=tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -196,8 +194,8 @@ def test_an_export_that_differs_is_refused(run: Path, tmp_path: Path, monkeypatc
         answer = torch_answer(*arguments)
         return lambda images: answer(images) * np.float32(1.0015)
 
-    torch_answer = exporting.torch_answer
-    monkeypatch.setattr(exporting, "torch_answer", off)
+    torch_answer = exporter.create_torch_predictor
+    monkeypatch.setattr(exporter, "create_torch_predictor", off)
     with pytest.raises(ArtifactError, match=r"differs from the original.* not written"):
         exported(run, output=tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -208,8 +206,8 @@ def test_an_export_that_differs_is_refused(run: Path, tmp_path: Path, monkeypatc
 )
 def test_the_limit_of_a_difference(scale: float, off: float, within: bool) -> None:
     logits = np.array([[scale, 0.0]])
-    assert parity(logits, logits + np.array([[0, off]])).within is within
-    assert not parity(logits, logits * np.nan).within
+    assert compute_parity(logits, logits + np.array([[0, off]])).within is within
+    assert not compute_parity(logits, logits * np.nan).within
 
 
 @pytest.mark.parametrize(
@@ -230,7 +228,7 @@ def test_other_formats(run: Path, tmp_path: Path, name: str, suffixes: list[str]
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
         [f"it{suffix}" for suffix in suffixes] + [f"it{suffixes[0]}.json"]
     )
-    facts = read_sealed_json(path.with_name(f"{path.name}.json"))
+    facts = read_checksummed_json(path.with_name(f"{path.name}.json"))
     assert set(facts["files"]) == {f"it{suffix}" for suffix in suffixes}
     assert facts["parity"] is None if name == "coreml" else facts["parity"]["agreement"] == 1
 
@@ -238,7 +236,7 @@ def test_other_formats(run: Path, tmp_path: Path, name: str, suffixes: list[str]
 def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
     def refused(error: type, match: str, stage: str | None = None, **wish) -> None:
         with pytest.raises(error, match=match):
-            export(run, stage, Wish(**({"data": "digits"} | wish)), note=quiet)
+            export(run, stage, ExportOptions(**({"data": "digits"} | wish)), note=quiet)
 
     refused(UsageError, r"no format 'onx'; did you mean 'onnx'\?\nKnown formats: onnx, openvino", format="onx")
     refused(UsageError, "--int8 goes with --format onnx", int8=True, format="torch-export")
@@ -253,7 +251,7 @@ def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potstill.deploy.formats.find_spec", lambda name: None)
+    monkeypatch.setattr("potstill.export.formats.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs onnx and onnxscript and onnxruntime.*\n.*potstill\[export\]"):
         find_format("onnx")
     for name in FORMATS:
@@ -269,14 +267,14 @@ def test_a_network_that_cannot_be_exported(run: Path, monkeypatch: pytest.Monkey
                 return images.mean(dim=(1, 2))
             return images.mean(dim=(2, 3))
 
-    load_model = exporting.load_model
+    load_model = exporter.load_model
 
     def other(folder: Path):
         found = load_model(folder)
         found.module = Wilful()
         return found
 
-    monkeypatch.setattr(exporting, "load_model", other)
+    monkeypatch.setattr(exporter, "load_model", other)
     with pytest.raises(ArtifactError, match="cannot be exported to ONNX"):
         exported(run)
 
@@ -291,7 +289,7 @@ def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:
                     path
                 )
     with pytest.raises(DataError, match="has the classes cat, dog, the model 0, 1"):
-        export(run, wish=Wish(data=str(tmp_path)), note=quiet)
+        export(run, wish=ExportOptions(data=str(tmp_path)), note=quiet)
 
 
 def test_one_changed_bit_is_found_before_the_file_is_parsed(plain: Path, tmp_path: Path) -> None:
@@ -331,6 +329,6 @@ def test_files_from_elsewhere_are_refused(plain: Path, tmp_path: Path) -> None:
 
 def test_calibration_takes_all_classes_in_turn() -> None:
     labels = [0] * 50 + [1] * 3 + [2] * 50
-    chosen = [labels[i] for i in spread(labels, 23)]
+    chosen = [labels[i] for i in class_balanced_indices(labels, 23)]
     assert [chosen.count(label) for label in (0, 1, 2)] == [10, 3, 10]
-    assert spread(labels, 1000) == list(range(103))
+    assert class_balanced_indices(labels, 1000) == list(range(103))

@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 
-from potstill.deploy.onnx_wire import metadata
 from potstill.errors import ArtifactError
+from potstill.export.formats.onnx import read_properties
 
 onnx = pytest.importorskip("onnx", reason="needs onnx (potstill[export])")
 
@@ -38,27 +38,27 @@ def model(*, where: str = "initializer", external: bool = False):
 
 
 def test_properties_are_read() -> None:
-    assert metadata(model(), "x") == {"one": "eins", "ü": "ö" * 300}
+    assert read_properties(model(), "x") == {"one": "eins", "ü": "ö" * 300}
 
 
 @pytest.mark.parametrize("where", ["initializer", "attribute", "subgraph", "subgraphs"])
 def test_a_tensor_elsewhere_is_refused_wherever_it_stands(where: str) -> None:
-    assert metadata(model(where=where), "x")
+    assert read_properties(model(where=where), "x")
     with pytest.raises(ArtifactError, match="weights in another file"):
-        metadata(model(where=where, external=True), "x")
+        read_properties(model(where=where, external=True), "x")
 
 
 @pytest.mark.parametrize("content", [b"\xff" * 50, b"\x0a\x05ab", b"<html>", b"\x0b\x00", b"\x80" * 9])
 def test_what_is_no_model_is_one_sentence(content: bytes) -> None:
     with pytest.raises(ArtifactError, match=r"^x is no ONNX model, or is damaged"):
-        metadata(content, "x")
+        read_properties(content, "x")
 
 
 def test_a_file_cut_anywhere_raises_nothing_else() -> None:
     content = model()
     for end in range(0, len(content), 3):
         with contextlib.suppress(ArtifactError):
-            metadata(content[:end], "x")
+            read_properties(content[:end], "x")
 
 
 def test_what_nests_without_end_is_refused() -> None:
@@ -72,4 +72,4 @@ def test_what_nests_without_end_is_refused() -> None:
     for _ in range(200):
         graph = field(1, field(5, field(6, graph)))  # node, attribute, graph
     with pytest.raises(ArtifactError, match="nested"):
-        metadata(field(7, graph), "x")
+        read_properties(field(7, graph), "x")

@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 
 from potstill.cli import main
-from potstill.deploy.predict import find_images, predict
 from potstill.errors import ArtifactError, DataError, UsageError
-from potstill.inputs import InputSpec
-from potstill.models.classifier import Classifier
-from potstill.models.model_file import save_model
+from potstill.export.predict import find_images, predict
+from potstill.input_spec import InputSpec
+from potstill.models.model_file import Classifier, save_model
 
 CLASSES = ("dark", "red", "green", "blue")
 HALF = InputSpec(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -145,7 +144,7 @@ def test_missing_paths_are_named_before_any_model_is_loaded(tmp_path: Path) -> N
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder whose distilled student is a real network, saved and untrained."""
-    from potstill.models.create import create_model
+    from potstill.models.factory import create_model
 
     torch.manual_seed(0)
     module = create_model("cifar/resnet8", 4, size=8)

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import entropy
 
 from potstill.errors import UsageError
-from potstill.evaluation.agreement import agreement, class_order
+from potstill.evaluation.fidelity import agreement, class_order
 
 
 def test_agreement_counts_equal_top_classes_right_or_wrong():

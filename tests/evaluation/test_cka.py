@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.evaluation.cka import hsic, linear_cka, stage_similarity
-from potstill.models.create import create_model
+from potstill.evaluation.fidelity import hsic, linear_cka, stage_similarity
+from potstill.models.factory import create_model
 
 
 def slow_hsic(k, m):

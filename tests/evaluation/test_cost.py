@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.evaluation.cost import MOST_ROWS, flops, latency, parameters, summary_text
-from potstill.inputs import InputSpec
+from potstill.evaluation.cost import MAX_SUMMARY_ROWS, count_flops, count_parameters, measure_latency, model_summary
+from potstill.input_spec import InputSpec
 
 
 def network():
@@ -13,26 +13,26 @@ def network():
 
 
 def test_parameters_by_hand():
-    assert parameters(network()) == 3 * 8 * 9 + 2 * 8 + (8 * 256 * 5 + 5)
+    assert count_parameters(network()) == 3 * 8 * 9 + 2 * 8 + (8 * 256 * 5 + 5)
 
 
 def test_shared_parameters_count_once():
     layer = nn.Linear(4, 4)
-    assert parameters(nn.Sequential(layer, layer)) == 20
+    assert count_parameters(nn.Sequential(layer, layer)) == 20
 
 
 def test_flops_are_two_per_multiply_add():
     convolution = 2 * (3 * 9) * 8 * 16 * 16
     linear = 2 * (8 * 256) * 5
-    assert flops(network(), InputSpec(16)) == convolution + linear
+    assert count_flops(network(), InputSpec(16)) == convolution + linear
 
 
 def test_resnet18_has_its_published_costs():
     """He et al. 2016, table 1: 1.8 billion multiply-adds at 224 px; 11.69 million parameters as in torchvision."""
     timm = pytest.importorskip("timm")
     net = timm.create_model("resnet18")
-    assert parameters(net) == 11_689_512
-    assert flops(net, InputSpec(224)) / 2 == pytest.approx(1.8e9, rel=0.02)
+    assert count_parameters(net) == 11_689_512
+    assert count_flops(net, InputSpec(224)) / 2 == pytest.approx(1.8e9, rel=0.02)
 
 
 def transformer_flops(width, depth, tokens, patch, classes=1000):
@@ -47,7 +47,7 @@ def test_fused_attention_of_torchvision_is_counted():
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
         net = torchvision.models.vit_b_16()
-    counted = flops(net, InputSpec(224))
+    counted = count_flops(net, InputSpec(224))
     assert counted == transformer_flops(768, 12, 197, 16)
     assert counted == pytest.approx(35.1e9, rel=0.002)
     assert torch.backends.mha.get_fastpath_enabled()
@@ -58,9 +58,9 @@ def test_fused_attention_of_timm_is_counted():
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         vit = timm.create_model("vit_tiny_patch16_224")
-    assert flops(vit, InputSpec(224)) == transformer_flops(192, 12, 197, 16)
+    assert count_flops(vit, InputSpec(224)) == transformer_flops(192, 12, 197, 16)
     swin = timm.create_model("swin_tiny_patch4_window7_224")
-    assert flops(swin, InputSpec(224)) / 2 == pytest.approx(4.5e9, rel=0.01)
+    assert count_flops(swin, InputSpec(224)) / 2 == pytest.approx(4.5e9, rel=0.01)
 
 
 def test_attention_is_counted():
@@ -76,15 +76,15 @@ def test_attention_is_counted():
         def forward(self, images):
             return self.attention(images.flatten(1)[:, : 16 * 8].view(-1, 16, 8))
 
-    assert flops(Tokens(), InputSpec(8)) == 2 * (16 * 8 * 8 * 4) + 2 * (16 * 16 * 8 * 2)
+    assert count_flops(Tokens(), InputSpec(8)) == 2 * (16 * 8 * 8 * 4) + 2 * (16 * 16 * 8 * 2)
 
 
 def test_looking_leaves_no_trace():
     net = network().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    flops(net, InputSpec(16))
-    summary_text(net, InputSpec(16), ["a", "b"])
-    latency({"net": (net, InputSpec(16))}, rounds=1)
+    count_flops(net, InputSpec(16))
+    model_summary(net, InputSpec(16), ["a", "b"])
+    measure_latency({"net": (net, InputSpec(16))}, rounds=1)
     assert all(module.training for module in net.modules())
     assert not any(module._forward_hooks for module in net.modules())
     for name, value in net.state_dict().items():
@@ -92,7 +92,7 @@ def test_looking_leaves_no_trace():
 
 
 def test_summary_names_layers_shapes_and_totals():
-    lines = summary_text(network(), InputSpec(16), ["cat", "dog\x1b[2J", "c", "d", "e"]).splitlines()
+    lines = model_summary(network(), InputSpec(16), ["cat", "dog\x1b[2J", "c", "d", "e"]).splitlines()
     assert lines[0].split() == ["layer", "type", "output", "parameters"]
     assert lines[2].split() == ["0", "Conv2d", "8", "x", "16", "x", "16", "216"]
     assert lines[6].split() == ["4", "Linear", "5", "10,245"]
@@ -103,18 +103,18 @@ def test_summary_names_layers_shapes_and_totals():
 
 
 def test_summary_of_half_precision_networks():
-    assert "Linear" in summary_text(network().bfloat16(), InputSpec(16), ["a", "b"])
+    assert "Linear" in model_summary(network().bfloat16(), InputSpec(16), ["a", "b"])
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50", "mobilenetv3_small_050"])
 def test_summary_of_deep_networks_stays_short_and_adds_up(name):
     timm = pytest.importorskip("timm")
     net = timm.create_model(name, num_classes=3)
-    text = summary_text(net, InputSpec(224), ["a", "b", "c"])
+    text = model_summary(net, InputSpec(224), ["a", "b", "c"])
     rows = text.split("\n\n")[0].splitlines()[2:]
-    assert 20 < len(rows) <= MOST_ROWS
+    assert 20 < len(rows) <= MAX_SUMMARY_ROWS
     assert max(map(len, text.splitlines())) <= 120
-    assert sum(int(row.split()[-1].replace(",", "")) for row in rows) == parameters(net)
+    assert sum(int(row.split()[-1].replace(",", "")) for row in rows) == count_parameters(net)
 
 
 def test_latency_takes_turns_and_records_its_circumstances():
@@ -130,7 +130,7 @@ def test_latency_takes_turns_and_records_its_circumstances():
             return images
 
     models = {name: (Recorder(name), InputSpec(size)) for name, size in (("teacher", 8), ("student", 4))}
-    result = latency(models, batch=2, rounds=6, warmup=1)
+    result = measure_latency(models, batch=2, rounds=6, warmup=1)
     assert calls == [("teacher", (2, 3, 8, 8), False, False), ("student", (2, 3, 4, 4), False, False)] * 7
     for entry in result.values():
         assert 0 < entry["p50"] <= entry["p95"]
@@ -141,5 +141,5 @@ def test_latency_stops_when_its_time_is_up():
     calls = []
     net = nn.Identity()
     net.register_forward_hook(lambda module, args, output: calls.append(1))
-    latency({"net": (net, InputSpec(4))}, rounds=1000, warmup=0, seconds=0)
+    measure_latency({"net": (net, InputSpec(4))}, rounds=1000, warmup=0, seconds=0)
     assert len(calls) == 5

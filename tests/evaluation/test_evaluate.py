@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from potstill.errors import DataError, NonFiniteError, UsageError
-from potstill.evaluation.evaluate import collect, evaluating
+from potstill.evaluation.predictions import evaluation_mode, predict_probabilities
 from potstill.types import Batch
 
 
@@ -36,7 +36,7 @@ def network(classes=3):
 def test_probabilities_are_the_softmax_of_each_image_alone():
     images, labels = split()
     net = network()
-    probabilities, seen, index = collect(net, Images(images, labels), classes=3)
+    probabilities, seen, index = predict_probabilities(net, Images(images, labels), classes=3)
     net.eval()
     with torch.no_grad():
         expected = torch.cat([net(image[None]).double().softmax(1) for image in images])
@@ -48,8 +48,8 @@ def test_probabilities_are_the_softmax_of_each_image_alone():
 
 def test_rows_follow_the_split_whatever_the_order():
     images, labels = split()
-    listed = collect(network(), Images(images, labels), classes=3)
-    mixed = collect(network(), Images(images, labels, order=[3, 1, 9, 0, 2, 4, 8, 7, 6, 5]), classes=3)
+    listed = predict_probabilities(network(), Images(images, labels), classes=3)
+    mixed = predict_probabilities(network(), Images(images, labels, order=[3, 1, 9, 0, 2, 4, 8, 7, 6, 5]), classes=3)
     np.testing.assert_allclose(mixed[0], listed[0], atol=1e-6)
     assert mixed[1].tolist() == listed[1].tolist()
 
@@ -58,7 +58,7 @@ def test_each_submodule_gets_its_mode_back_and_statistics_stay():
     net = network().train()
     net[1].eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    collect(net, Images(*split()), classes=3)
+    predict_probabilities(net, Images(*split()), classes=3)
     assert [module.training for module in net.modules()] == [True, True, False, True, True, True]
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -66,7 +66,7 @@ def test_each_submodule_gets_its_mode_back_and_statistics_stay():
 
 def test_modes_come_back_after_an_error():
     net = network().train()
-    with pytest.raises(RuntimeError), evaluating(net):
+    with pytest.raises(RuntimeError), evaluation_mode(net):
         raise RuntimeError
     assert all(module.training for module in net.modules())
 
@@ -81,14 +81,14 @@ def test_networks_that_cache_in_eval_mode_hear_of_training_again():
             return super().train(mode)
 
     net = nn.Sequential(Cached()).train()
-    with evaluating(net):
+    with evaluation_mode(net):
         net[0].cache = "of these weights"
     assert net[0].cache is None
 
 
 def test_training_goes_on_after_evaluation():
     net = network()
-    collect(net, Images(*split()), classes=3)
+    predict_probabilities(net, Images(*split()), classes=3)
     net(split()[0]).sum().backward()
     assert net[0].weight.grad is not None
 
@@ -104,7 +104,7 @@ def test_training_goes_on_after_evaluation():
 )
 def test_each_image_is_seen_exactly_once(order, message):
     with pytest.raises(DataError, match=message):
-        collect(network(), Images(*split(), order=order), classes=3)
+        predict_probabilities(network(), Images(*split(), order=order), classes=3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -118,7 +118,7 @@ def test_a_logit_that_is_not_finite_names_the_image(value):
     images, labels = split()
     images[6, 0, 0, 0] = images[8, 0, 0, 0] = 7
     with pytest.raises(NonFiniteError, match=r"image 6 is NaN or infinite \(2 of 10"):
-        collect(Broken(), Images(images, labels, order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]), classes=3)
+        predict_probabilities(Broken(), Images(images, labels, order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]), classes=3)
 
 
 def test_bf16_runs_the_network_in_bf16_and_the_softmax_in_float32():
@@ -126,7 +126,9 @@ def test_bf16_runs_the_network_in_bf16_and_the_softmax_in_float32():
     net = network()
     net.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
     images = Images(*split())
-    exact, half = (collect(net, images, classes=3, precision=precision)[0] for precision in ("float32", "bf16"))
+    exact, half = (
+        predict_probabilities(net, images, classes=3, precision=precision)[0] for precision in ("float32", "bf16")
+    )
     assert kinds[0] == torch.float32
     assert kinds[-1] == torch.bfloat16
     assert half.dtype == np.float32
@@ -137,13 +139,13 @@ def test_bf16_runs_the_network_in_bf16_and_the_softmax_in_float32():
 
 def test_wrong_logits_and_precision_are_refused():
     with pytest.raises(UsageError, match=r"must return logits \[4, 5\], got \[4, 3\]"):
-        collect(network(), Images(*split()), classes=5)
+        predict_probabilities(network(), Images(*split()), classes=5)
     with pytest.raises(UsageError, match="precision must be float32 or bf16"):
-        collect(network(), Images(*split()), classes=3, precision="float16")
+        predict_probabilities(network(), Images(*split()), classes=3, precision="float16")
 
 
 def test_batches_without_numbers_are_refused():
     images = Images(*split())
     images.epoch = lambda: iter([Batch(images.images, images.labels)])
     with pytest.raises(UsageError, match="number its images"):
-        collect(network(), images, classes=3)
+        predict_probabilities(network(), images, classes=3)

@@ -6,7 +6,7 @@ from sklearn import metrics as sk
 
 from potstill.errors import NonFiniteError, UsageError
 from potstill.evaluation import predictions
-from potstill.evaluation.exact import final_metrics
+from potstill.evaluation.final_metrics import final_metrics
 from potstill.evaluation.predictions import Predictions
 
 
@@ -146,7 +146,7 @@ def test_too_many_scores_to_sort_take_bins(monkeypatch):
     p, y = sample(5, 6000)
     p[0] = [1, 0, 0, 0, 0]
     expected = final_metrics(p, y, names(5))
-    monkeypatch.setattr(predictions, "MOST_SCORES", 20_000)
+    monkeypatch.setattr(predictions, "MAX_SORTED_SCORES", 20_000)
     figures = final_metrics(p, y, names(5))
     for kind in ("micro", "macro", "weighted"):
         assert figures[f"auc_{kind}"] != expected[f"auc_{kind}"]

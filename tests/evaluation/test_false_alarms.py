@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from potstill.evaluation.significance import crossed_interval, look_confidence, paired_interval
+from potstill.evaluation.significance import crossed_interval, interim_confidence, paired_interval
 
 IMAGE = 1.5  # standard deviation of how hard an image is
 # Accuracy, standard deviation of a seed, correlation between the methods of how hard an image is: from outcomes that
@@ -53,7 +53,7 @@ def false_alarms(seeds, images, world, repeats, number=0):
     return np.mean([called(each) for each in found]), np.mean([each.seed_share for each in found])
 
 
-def alarms_with_added_seeds(looks, images, world, repeats, number=0, level=look_confidence):
+def alarms_with_added_seeds(looks, images, world, repeats, number=0, level=interim_confidence):
     """Share of false alarms where further seeds are added, look by look, until something is called."""
     random, alarms = np.random.default_rng(number), 0
     for _ in range(repeats):
@@ -142,7 +142,7 @@ def test_table_of_added_seeds(looks, capsys):
     for world in ("images alone", "both", "mostly seeds"):
         spent, plain = (
             alarms_with_added_seeds(looks, 1000, world, repeats, level=level)
-            for level in (look_confidence, lambda look: 0.95)
+            for level in (interim_confidence, lambda look: 0.95)
         )
         with capsys.disabled():
             steps = ", ".join(map(str, looks))

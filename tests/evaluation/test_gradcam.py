@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.evaluation.gradcam import grad_cam, seen_region
+from potstill.evaluation.gradcam import grad_cam, visible_region
 from potstill.input_spec import InputSpec
-from potstill.models.create import create_model
+from potstill.models.factory import create_model
 
 
 def by_hand() -> nn.Module:
@@ -81,4 +81,4 @@ def test_a_network_without_maps_is_refused():
     ],
 )
 def test_the_part_of_the_image_that_a_network_sees(height, width, spec, region):
-    assert seen_region(height, width, spec) == pytest.approx(region, abs=1e-5)
+    assert visible_region(height, width, spec) == pytest.approx(region, abs=1e-5)

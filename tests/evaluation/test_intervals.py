@@ -3,8 +3,7 @@ import pytest
 from scipy import stats
 
 from potstill.errors import UsageError
-from potstill.evaluation.exact import final_metrics
-from potstill.evaluation.intervals import metric_intervals
+from potstill.evaluation.final_metrics import final_metrics, metric_intervals
 
 NAMES = [f"class {i}" for i in range(4)]
 

@@ -6,7 +6,7 @@ import torch
 from sklearn import metrics as sk
 
 from potstill.errors import NonFiniteError, UsageError
-from potstill.evaluation.metrics import BINS, ROWS, StreamingMetrics, log_odds
+from potstill.evaluation.metrics import AUC_BINS, BUFFER_ROWS, StreamingMetrics, log_odds
 from potstill.types import UNLABELED
 
 
@@ -66,7 +66,7 @@ def test_equals_sklearn_to_1e6_up_to_4096_images(classes):
 
 @pytest.mark.parametrize("classes", [2, 4, 100])
 def test_auc_from_bins_is_within_1e4_of_sklearn(classes):
-    logits, labels = sample(classes, 3 * ROWS + 5)
+    logits, labels = sample(classes, 3 * BUFFER_ROWS + 5)
     figures, expected = stream(logits, labels, batch=500).compute(), reference(logits, labels)
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value, abs=1e-4 if name.startswith("auc") else 1e-6), name
@@ -84,7 +84,7 @@ def test_bins_cover_timid_and_overconfident_networks(scale):
     assert figures["auc_micro"] == pytest.approx(sk.roc_auc_score(truth.ravel(), odds.ravel()), abs=1e-4)
 
 
-@pytest.mark.parametrize("count", [300, ROWS + 300])
+@pytest.mark.parametrize("count", [300, BUFFER_ROWS + 300])
 def test_absent_classes_are_left_out_of_auc_and_macro_figures(count):
     logits, labels = sample(6, count, present=4)
     assert stream(logits, labels).compute() == pytest.approx(reference(logits, labels), abs=1e-4)
@@ -143,9 +143,9 @@ def test_half_precision_is_raised_before_the_softmax(dtype):
 
 
 def test_batches_of_any_size_give_the_same():
-    logits, labels = sample(4, 2 * ROWS + 100)
+    logits, labels = sample(4, 2 * BUFFER_ROWS + 100)
     expected = stream(logits, labels, batch=len(labels)).compute()
-    for batch in (1000, ROWS, ROWS + 1):
+    for batch in (1000, BUFFER_ROWS, BUFFER_ROWS + 1):
         assert stream(logits, labels, batch).compute() == pytest.approx(expected, abs=1e-12)
 
 
@@ -167,7 +167,7 @@ def test_compute_changes_nothing_and_reset_forgets():
     assert metrics.compute()["count"] == 0
 
 
-@pytest.mark.parametrize("count", [900, 2 * ROWS])
+@pytest.mark.parametrize("count", [900, 2 * BUFFER_ROWS])
 def test_images_without_labels_are_left_out(count):
     logits, labels = sample(5, count)
     known = torch.arange(count) % 3 > 0
@@ -175,7 +175,7 @@ def test_images_without_labels_are_left_out(count):
     logits[0] = math.nan  # nobody asks of what
     figures, expected = stream(logits, labels).compute(), stream(logits[known], labels[known]).compute()
     assert figures["count"] == int(known.sum())
-    assert figures == pytest.approx(expected, abs=1e-12 if count < ROWS else 1e-6)
+    assert figures == pytest.approx(expected, abs=1e-12 if count < BUFFER_ROWS else 1e-6)
     assert stream(logits[:40], torch.full((40,), UNLABELED)).compute()["count"] == 0
 
 
@@ -194,17 +194,19 @@ def test_update_never_reads_from_the_device():
     """Tensors on the meta device have no values: any .item() would raise."""
     metrics = StreamingMetrics(3, device="meta")
     for _ in range(3):
-        metrics.update(torch.empty(ROWS, 3, device="meta"), torch.empty(ROWS, dtype=torch.int64, device="meta"))
+        metrics.update(
+            torch.empty(BUFFER_ROWS, 3, device="meta"), torch.empty(BUFFER_ROWS, dtype=torch.int64, device="meta")
+        )
     assert metrics.state()["histogram"].is_meta
 
 
 def test_state_does_not_grow_with_images():
-    sizes = [sum(t.numel() for t in stream(*sample(7, count), 500).state().values()) for count in (10, 2 * ROWS)]
-    assert sizes[0] == sizes[1] < 2 * 7 * (BINS + 10)
+    sizes = [sum(t.numel() for t in stream(*sample(7, count), 500).state().values()) for count in (10, 2 * BUFFER_ROWS)]
+    assert sizes[0] == sizes[1] < 2 * 7 * (AUC_BINS + 10)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("count", [10, ROWS + 10])
+@pytest.mark.parametrize("count", [10, BUFFER_ROWS + 10])
 def test_a_logit_that_is_not_finite_is_reported(value, count):
     logits, labels = sample(3, count)
     logits[4, 1] = value
@@ -244,7 +246,7 @@ def test_one_class_is_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_without_waiting():
-    logits, labels = sample(10, 2 * ROWS + 77)
+    logits, labels = sample(10, 2 * BUFFER_ROWS + 77)
     metrics = StreamingMetrics(10, device="cuda")
     batches = [(logits[i : i + 500].cuda(), labels[i : i + 500].cuda()) for i in range(0, len(labels), 500)]
     torch.cuda.set_sync_debug_mode("error")

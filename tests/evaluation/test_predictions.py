@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import DataError, NonFiniteError, StorageError
-from potstill.evaluation.agreement import agreement
 from potstill.evaluation.calibration import fit_temperature
-from potstill.evaluation.exact import split_metrics
-from potstill.evaluation.intervals import split_intervals
+from potstill.evaluation.fidelity import agreement
+from potstill.evaluation.final_metrics import split_intervals, split_metrics
 from potstill.evaluation.predictions import Predictions, predict_split
 from potstill.types import Batch
 
@@ -103,7 +102,7 @@ def test_improbable_classes_keep_their_size(tmp_path: Path) -> None:
     logits = torch.tensor([[0.0, -40.0], [-40.0, 0.0], [3e5, 0.0]])
     found = predict_split(Table(logits), Images(torch.tensor([0, 0, 1])), classes=2, file=tmp_path / "x.npy", most=0)
     assert np.load(tmp_path / "x.npy").tolist() == [[0, -40], [-40, 0], [0, -60_000]]
-    assert found.of_label[1] == pytest.approx(np.exp(-40), rel=1e-5)
+    assert found.label_probability[1] == pytest.approx(np.exp(-40), rel=1e-5)
 
 
 def test_confusion_lists_the_pairs_that_there_are() -> None:

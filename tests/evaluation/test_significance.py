@@ -10,7 +10,7 @@ from potstill.errors import UsageError
 from potstill.evaluation.significance import (
     crossed_interval,
     gap_closed,
-    look_confidence,
+    interim_confidence,
     mcnemar,
     paired_interval,
     seeds_summary,
@@ -168,7 +168,7 @@ def test_one_seed_has_no_interval_over_seeds():
 
 
 def test_later_looks_spend_less():
-    spent = [1 - look_confidence(look) for look in range(1, 60)]
+    spent = [1 - interim_confidence(look) for look in range(1, 60)]
     assert spent[0] == pytest.approx(0.05)
     assert sum(spent[1:]) <= 0.01 + 1e-9
     assert spent == sorted(spent, reverse=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.experiments.recipe import load_recipe
+from potstill.config.recipe import load_recipe
 
 from ..conftest import blank_pictures
 

@@ -8,21 +8,20 @@ import torch
 from PIL import Image
 from torch import nn
 
+from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
 from potstill.errors import UsageError
-from potstill.experiments import pipeline
-from potstill.experiments.data_needs import check_data_needs
-from potstill.experiments.loaders import train_loader
-from potstill.experiments.plan import Planned
-from potstill.experiments.preflight import check_all
-from potstill.experiments.recipe import load_recipe
-from potstill.experiments.stage import label_loss, train_stage
-from potstill.inputs import InputSpec
+from potstill.experiment import pipeline
+from potstill.experiment.builders import train_loader
+from potstill.experiment.plan import PlannedStage
+from potstill.experiment.preflight import check_all, check_data_requirements
+from potstill.experiment.stage import label_loss, train_stage
+from potstill.input_spec import InputSpec
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
-from potstill.models.classifier import Classifier
-from potstill.training.devices import choose
-from potstill.training.observer import Silent
+from potstill.methods.requirements import Requirements
+from potstill.models.model_file import Classifier
+from potstill.training.callbacks import SilentObserver
+from potstill.training.devices import create_compute
 
 
 @pytest.fixture
@@ -74,7 +73,7 @@ def test_class_weights_and_smoothing_skip_unlabeled_images(recipe):
 class Plain(Method):
     def __init__(self, **needs):
         super().__init__()
-        self.needs = Needs(**needs)
+        self.needs = Requirements(**needs)
 
 
 NOTHING = {"mixes": False, "unlabeled": False, "images": 40, "batch_size": 8}
@@ -96,14 +95,14 @@ NOTHING = {"mixes": False, "unlabeled": False, "images": 40, "batch_size": 8}
 )
 def test_what_cannot_work_is_refused(needs, data, message):
     with pytest.raises(UsageError, match=message):
-        check_data_needs(Plain(**needs), **(NOTHING | data))
-    check_data_needs(Plain(**needs), **NOTHING)
+        check_data_requirements(Plain(**needs), **(NOTHING | data))
+    check_data_requirements(Plain(**needs), **NOTHING)
 
 
 def test_what_can_work_is_not_refused():
-    check_data_needs(Plain(), **(NOTHING | {"mixes": True}))
-    check_data_needs(Plain(second="strong"), **(NOTHING | {"unlabeled": True}))
-    check_data_needs(Plain(teacher=False, peers=True), **(NOTHING | {"unlabeled": True}))
+    check_data_requirements(Plain(), **(NOTHING | {"mixes": True}))
+    check_data_requirements(Plain(second="strong"), **(NOTHING | {"unlabeled": True}))
+    check_data_requirements(Plain(teacher=False, peers=True), **(NOTHING | {"unlabeled": True}))
 
 
 def test_preflight_looks_at_the_method_and_the_data_together(recipe, unlabeled):
@@ -132,7 +131,7 @@ class Learning(Method):
 
     def __init__(self, second="none"):
         super().__init__()
-        self.needs = Needs(prepare=True, second=second)
+        self.needs = Requirements(prepare=True, second=second)
         self.register_buffer("mean", torch.zeros(3))
         self.index, self.images, self.seconds = [], [], []
 
@@ -156,17 +155,17 @@ def stage(recipe, method, folder, *, resume=False, observer=None):
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)) for _ in range(2)]
     student, teacher = (Classifier(net, "linear", data.class_names, InputSpec(16)) for net in networks)
-    planned, compute = Planned("distilled", ("teacher",), distils=True), choose(made.training)
+    planned, compute = PlannedStage("distilled", ("teacher",), distils=True), create_compute(made.training)
     train = train_loader(planned, method.needs, student.input, recipe=made, data=data, compute=compute)
     train_stage(
         planned, student, method, [teacher], train, recipe=made, data=data,
-        compute=compute, folder=folder, observer=observer or Silent(), resume=resume,
+        compute=compute, folder=folder, observer=observer or SilentObserver(), resume=resume,
     )  # fmt: skip
     return data, teacher
 
 
 def test_a_method_may_learn_from_the_teacher_before_training(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("potstill.experiments.stage.save_model", lambda *_: None)
+    monkeypatch.setattr("potstill.experiment.stage.save_model", lambda *_: None)
     method = Learning(second="same class")
     data, teacher = stage(recipe, method, tmp_path)
     count = len(data.train)
@@ -179,7 +178,7 @@ def test_a_method_may_learn_from_the_teacher_before_training(recipe, tmp_path, m
 
 
 def test_what_was_learned_before_comes_back_on_resuming(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("potstill.experiments.stage.save_model", lambda *_: None)
+    monkeypatch.setattr("potstill.experiment.stage.save_model", lambda *_: None)
 
     class Changing(Learning):
         def distill(self, student, teacher, batch):
@@ -190,7 +189,7 @@ def test_what_was_learned_before_comes_back_on_resuming(recipe, tmp_path, monkey
     class Died(Exception):
         pass
 
-    class Mortal(Silent):
+    class Mortal(SilentObserver):
         def epoch_start(self, epoch, *_):
             if epoch == 2:
                 raise Died

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from potstill.experiments import pipeline
-from potstill.experiments.recipe import load_recipe
+from potstill.config.recipe import load_recipe
+from potstill.experiment import pipeline
 
 
 def test_the_recipe_of_the_package_has_different_families_and_sizes():

@@ -3,15 +3,15 @@
 import pytest
 
 from potstill.errors import UsageError
-from potstill.experiments import pipeline
-from potstill.experiments.replay import read_record
-from potstill.experiments.run_folder import RunFolder
-from potstill.training.observer import Silent
+from potstill.experiment import pipeline
+from potstill.experiment.reproduce import read_run_record
+from potstill.experiment.run_folder import RunFolder
+from potstill.training.callbacks import SilentObserver
 
 STUDENTS = ("baseline", "distilled")
 
 
-class Heard(Silent):
+class Heard(SilentObserver):
     """Keeps what a run says, and interrupts a stage after one of its epochs."""
 
     def __init__(self, interrupt=None):
@@ -84,7 +84,7 @@ def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, r
     assert (looks["test_evaluations"], looks["epochs_added_after_look"]) == (2, 2)
     assert "extended_from" not in results(whole)["stages"]["distilled"]["training"]
     with pytest.raises(UsageError, match="was extended after 2 epochs"):
-        read_record(short)
+        read_run_record(short)
 
 
 def test_a_run_is_not_shortened(recipe, root, teacher):
@@ -132,7 +132,7 @@ def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, t
     assert results(found)["views_differ"] == []
     assert {**results(found)["stages"]["baseline"]["test"]} == results(whole)["stages"]["baseline"]["test"]
     with pytest.raises(UsageError, match="the baseline is that of"):
-        read_record(found)
+        read_run_record(found)
 
 
 @pytest.mark.parametrize(

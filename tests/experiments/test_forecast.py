@@ -1,13 +1,13 @@
 import pytest
 
-from potstill.experiments.forecast import Forecast
-from potstill.experiments.pipeline import run
-from potstill.training.observer import Silent
+from potstill.experiment.estimate import CacheEstimate
+from potstill.experiment.pipeline import run
+from potstill.training.callbacks import SilentObserver
 
 
 def made(**changes):
     facts = {"views": 8, "images": 1000, "size": 8_150, "recorded": 0.0, "teacher": 0.003, "student": 0.001}
-    return Forecast(**{**facts, "epochs": 24, **changes})
+    return CacheEstimate(**{**facts, "epochs": 24, **changes})
 
 
 def test_speed_up_is_the_published_formula():
@@ -32,7 +32,7 @@ def test_one_view_is_no_plural():
     assert "50 % recorded" in str(made(recorded=0.5))
 
 
-class Listening(Silent):
+class Listening(SilentObserver):
     def __init__(self):
         self.said = []
 

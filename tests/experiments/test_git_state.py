@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from potstill.experiments.git_state import git_state
+from potstill.experiment.environment import git_state
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
 

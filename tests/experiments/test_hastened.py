@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from potstill.distillation import teachers as asked
+from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.errors import ArtifactError
-from potstill.experiments import hastening
-from potstill.experiments.pipeline import run
-from potstill.experiments.store_check import verify_store
-from potstill.joining import teachers as asked
-from potstill.store.shelf import Store
+from potstill.experiment import teacher_inference
+from potstill.experiment.cache_verification import verify_cache
+from potstill.experiment.pipeline import run
 
 BF16 = {"training.precision": "bf16", "training.epochs": 3, "store.views": 2}
 
@@ -85,7 +85,7 @@ PLAIN = {"precision": "float32", "folded": 0, "layout": "channels_last"}
 
 
 def test_it_is_said_once_and_part_of_the_key(carry_out, cache, monkeypatch):
-    monkeypatch.setattr(hastening, "LEAST_AGREEMENT", 0.0)
+    monkeypatch.setattr(teacher_inference, "MIN_AGREEMENT", 0.0)
     watching = Watching()
     done = carry_out("mine", watching)
     (note,) = watching.told
@@ -110,7 +110,7 @@ def test_verifying_asks_in_the_same_way(first, cache):
     shutil.rmtree(cache / "teachers")
     again("exactly", **{"store.record": "float32"})
     for store in (cache / "teachers").iterdir():
-        assert verify_store(store, 30).largest <= 1e-4  # bf16 alone is a thousand times as far away
+        assert verify_cache(store, 30).largest <= 1e-4  # bf16 alone is a thousand times as far away
 
 
 @pytest.mark.parametrize(
@@ -118,17 +118,17 @@ def test_verifying_asks_in_the_same_way(first, cache):
     [("bf16", "written by another version"), ({"folded": 3}, "asked in bf16, BN folded, channels_last, which is not")],
 )
 def test_answers_that_cannot_be_had_again_are_not_verified(first, cache, monkeypatch, told, message):
-    store = Store.existing(next((cache / "teachers").iterdir()))
+    store = TeacherCache.existing(next((cache / "teachers").iterdir()))
     teacher = store.identity["teacher"]
     monkeypatch.setitem(teacher, "asked in", CONVERTED | told if isinstance(told, dict) else told)
-    monkeypatch.setattr(Store, "existing", lambda path: store)
+    monkeypatch.setattr(TeacherCache, "existing", lambda path: store)
     with pytest.raises(ArtifactError, match=message):
-        verify_store(store.path, 10)
+        verify_cache(store.path, 10)
 
 
 def test_float32_on_demand_is_another_store(first, cache, monkeypatch):
     _, again = first
-    monkeypatch.setattr(hastening, "LEAST_AGREEMENT", 0.0)
+    monkeypatch.setattr(teacher_inference, "MIN_AGREEMENT", 0.0)
     watching = Watching()
     exact = again("exact", observer=watching, **{"teacher.precision": "float32"})
     assert watching.told == []
@@ -137,7 +137,7 @@ def test_float32_on_demand_is_another_store(first, cache, monkeypatch):
 
 
 def test_where_it_does_not_agree_float32_is_kept_and_said(carry_out, cache, monkeypatch):
-    monkeypatch.setattr(hastening, "LEAST_AGREEMENT", 1.01)
+    monkeypatch.setattr(teacher_inference, "MIN_AGREEMENT", 1.01)
     watching = Watching()
     carry_out("mine", watching)
     (note,) = watching.told
@@ -158,8 +158,8 @@ def test_going_on_gives_the_same_weights(carry_out, cache, known):
 def test_the_comparison_leaves_no_trace_in_training(first, monkeypatch, cache):
     done, again = first
     shutil.rmtree(cache / "fidelity")
-    before = hastening._count
-    monkeypatch.setattr(hastening, "_count", lambda *arguments: 7 + 0 * before(*arguments))
+    before = teacher_inference._count_compared
+    monkeypatch.setattr(teacher_inference, "_count_compared", lambda *arguments: 7 + 0 * before(*arguments))
     assert weights(again("fewer")) == weights(done)
 
 
@@ -169,7 +169,7 @@ def test_the_next_run_does_not_compare_again(first, monkeypatch):
     def refuse(*arguments):
         raise AssertionError
 
-    monkeypatch.setattr(asked, "fidelity", refuse)
+    monkeypatch.setattr(asked, "measure_fidelity", refuse)
     assert weights(again("second")) == weights(done)
 
 
@@ -207,5 +207,5 @@ def test_without_fast_bf16_nothing_is_converted(carry_out, cache):
 
 
 def test_images_are_spread_evenly():
-    assert hastening.spread(10, 4).tolist() == [0, 9, 3, 6]
-    assert hastening.spread(3, 40).tolist() == [0, 2, 1]
+    assert teacher_inference.spread_ids(10, 4).tolist() == [0, 9, 3, 6]
+    assert teacher_inference.spread_ids(3, 40).tolist() == [0, 2, 1]

@@ -1,16 +1,16 @@
 """How often a run has looked at test, and what was trained after a look."""
 
-from potstill.experiments.looks import add_look, describe_looks, looks_so_far
-from potstill.experiments.plan import plan
-from potstill.experiments.recipe import load_recipe
-from potstill.experiments.run_folder import RunFolder
+from potstill.config.recipe import load_recipe
+from potstill.experiment.plan import plan_stages
+from potstill.experiment.resume import describe_test_evaluations, record_test_evaluation, recorded_test_evaluations
+from potstill.experiment.run_folder import RunFolder
 
 
 def looked(folder, *sets):
     recipe = load_recipe("quickstart", sets)
-    stages = plan(recipe)
-    add_look(folder, recipe, stages)
-    return describe_looks(looks_so_far(folder), recipe, stages)
+    stages = plan_stages(recipe)
+    record_test_evaluation(folder, recipe, stages)
+    return describe_test_evaluations(recorded_test_evaluations(folder), recipe, stages)
 
 
 def test_seeds_and_epochs_that_are_added_after_a_look(tmp_path):

@@ -3,13 +3,13 @@ import inspect
 
 import pytest
 
-from potstill.experiments.method_settings import describe, inner_methods, needs_teacher
-from potstill.methods import METHODS, create_method
-from potstill.methods.catalog import REQUIRED, options
+from potstill.config.method_settings import describe_method, inner_methods, needs_teacher
+from potstill.methods import METHODS, REQUIRED, create_method, method_options
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if not any(option.default is REQUIRED for option in options(name).values())]
+    "name",
+    [name for name in METHODS if not any(option.default is REQUIRED for option in method_options(name).values())],
 )
 def test_what_the_source_says_of_a_teacher_is_what_the_method_says(name: str) -> None:
     assert needs_teacher({"name": name}) == create_method(name).needs.teacher
@@ -33,12 +33,12 @@ def test_methods_inside_a_method_come_with_their_paths() -> None:
 
 
 def test_whatever_a_method_is_it_can_be_described() -> None:
-    assert describe({"name": "ls", "around": {"name": "kd"}, "weight": 2}) == "ls around kd"
-    assert describe({"temperature": 2}) == describe("kd") == describe(None) == ""
+    assert describe_method({"name": "ls", "around": {"name": "kd"}, "weight": 2}) == "ls around kd"
+    assert describe_method({"temperature": 2}) == describe_method("kd") == describe_method(None) == ""
 
 
 def test_nothing_here_imports_torch() -> None:
-    from potstill.experiments import method_settings
+    from potstill.config import method_settings
 
     imported = {
         alias.name if isinstance(node, ast.Import) else node.module

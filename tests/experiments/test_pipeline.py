@@ -12,18 +12,17 @@ import yaml
 from sklearn import metrics as sk
 
 from potstill.errors import ArtifactError, DataError, UsageError
-from potstill.experiments import pipeline
-from potstill.models.classifier import Classifier
-from potstill.models.model_file import load_model, save_model
-from potstill.sealed import write_sealed_text
-from potstill.training.observer import Silent
+from potstill.experiment import pipeline
+from potstill.io import write_checksummed_text
+from potstill.models.model_file import Classifier, load_model, save_model
+from potstill.training.callbacks import SilentObserver
 
 STAGES = ("teacher", "baseline", "distilled")
 
 
 @pytest.fixture(scope="module")
 def module_recipe(photographs):
-    from potstill.experiments.recipe import load_recipe
+    from potstill.config.recipe import load_recipe
 
     return load_recipe(
         {
@@ -197,7 +196,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(run, module_recipe, tmp_path):
     class Killed(Exception):
         pass
 
-    class Killer(Silent):
+    class Killer(SilentObserver):
         def __init__(self, stage):
             self.doomed, self.current = stage, ""
 
@@ -230,7 +229,7 @@ def test_resume_fills_in_what_an_older_recipe_did_not_know(recipe, tmp_path):
     for key in ("generations", "layers", "assistants", "teachers"):
         del older[key]
     del older["teacher"]["size"]
-    write_sealed_text(path / "recipe.yaml", yaml.safe_dump(older))
+    write_checksummed_text(path / "recipe.yaml", yaml.safe_dump(older))
     pipeline.run(recipe(), root=tmp_path, stages=("baseline",), resume=True)
     with pytest.raises(UsageError, match="generations: was 1, now 2"):
         pipeline.run(recipe(generations=2), root=tmp_path, stages=("baseline",), resume=True)
@@ -288,7 +287,7 @@ def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photograp
 
     said = []
 
-    class Listening(Silent):
+    class Listening(SilentObserver):
         def warn(self, message):
             said.append(message)
 
@@ -300,7 +299,7 @@ def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photograp
 def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):
     events = []
 
-    class Listening(Silent):
+    class Listening(SilentObserver):
         def stage(self, name, detail):
             events.append(name)
 
@@ -350,7 +349,7 @@ def test_stages_must_make_sense(recipe, tmp_path):
 
 def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
     from potstill.data.datasets import load_data
-    from potstill.experiments.stage import label_loss
+    from potstill.experiment.stage import label_loss
 
     folder = shutil.copytree(photographs, tmp_path / "uneven")
     for at, name in enumerate(sorted(path.name for path in folder.iterdir())):  # 20, 14 and 8 are left
@@ -369,7 +368,7 @@ def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
 @pytest.mark.parametrize("balance", ["none", "weights"])
 def test_label_smoothing_reaches_the_loss(recipe, balance):
     from potstill.data.datasets import load_data
-    from potstill.experiments.stage import label_loss
+    from potstill.experiment.stage import label_loss
 
     smoothed = recipe(**{"training.label_smoothing": 0.3, "data.balance": balance})
     loss = label_loss(smoothed, smoothed.training, load_data(smoothed.data))

@@ -1,5 +1,5 @@
-from potstill.experiments.plan import plan
-from potstill.experiments.recipe import Recipe, load_recipe
+from potstill.config.recipe import Recipe, load_recipe
+from potstill.experiment.plan import plan_stages
 
 
 def recipe(**changes: object) -> Recipe:
@@ -8,12 +8,12 @@ def recipe(**changes: object) -> Recipe:
 
 
 def shown(made: Recipe, *parts: str) -> dict[str, tuple[str, ...]]:
-    return {stage.name: stage.teachers for stage in (plan(made, parts) if parts else plan(made))}
+    return {stage.name: stage.teachers for stage in (plan_stages(made, parts) if parts else plan_stages(made))}
 
 
 def test_a_plain_run() -> None:
     assert shown(recipe()) == {"teacher": (), "baseline": (), "distilled": ("teacher",)}
-    assert [stage.distils for stage in plan(recipe())] == [False, False, True]
+    assert [stage.distils for stage in plan_stages(recipe())] == [False, False, True]
 
 
 def test_several_teachers_teach_the_first_assistant_and_the_last_assistant_the_student() -> None:
@@ -38,14 +38,14 @@ def test_each_generation_learns_from_the_one_before_and_the_last_is_distilled() 
         "generation-2": ("generation-1",),
         "distilled": ("generation-2",),
     }
-    pairs = {stage.name: stage.layers for stage in plan(born_again)}
+    pairs = {stage.name: stage.layers for stage in plan_stages(born_again)}
     assert pairs["generation-1"] == (("x", "y"),)
     assert pairs["distilled"] == (("x", "x"),)  # the same network on both sides
     assert pairs["baseline"] is None
 
 
 def test_every_network_has_random_streams_of_its_own_but_for_the_two_that_are_compared() -> None:
-    stages = plan(recipe(teacher=[{"model": "a"}] * 2, generations=2))
+    stages = plan_stages(recipe(teacher=[{"model": "a"}] * 2, generations=2))
 
     assert [stage.seed for stage in stages] == ["teacher", "teacher-2", "student", "generation-1", "student"]
 

@@ -4,10 +4,10 @@ import pytest
 
 from potstill.data.datasets import load_data
 from potstill.errors import UsageError
-from potstill.experiments.pipeline import run
-from potstill.experiments.plan import plan
-from potstill.experiments.preflight import check_all, doubt_settings
-from potstill.training.observer import Silent
+from potstill.experiment.pipeline import run
+from potstill.experiment.plan import plan_stages
+from potstill.experiment.preflight import check_all, warn_about_settings
+from potstill.training.callbacks import SilentObserver
 
 IMAGES = 42  # of training: 60, less 15 % for val and for test
 
@@ -15,13 +15,13 @@ IMAGES = 42  # of training: 60, less 15 % for val and for test
 def warnings(recipe):
     heard = []
 
-    class Listening(Silent):
+    class Listening(SilentObserver):
         def warn(self, message):
             heard.append(message)
 
     data = load_data(recipe.data)
     assert len(data.train) == IMAGES
-    found = doubt_settings(recipe, plan(recipe), data, Listening())
+    found = warn_about_settings(recipe, plan_stages(recipe), data, Listening())
     assert heard == found
     return found
 

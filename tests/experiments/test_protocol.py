@@ -8,24 +8,22 @@ import pytest
 import torch
 from PIL import Image
 
+from potstill.config.recipe import Recipe, list_recipes, load_recipe
 from potstill.data.datasets import load_data
-from potstill.data.images import Subset
-from potstill.data.preprocess import normalise
+from potstill.data.image_sets import Subset
 from potstill.data.splits import DataSplits
+from potstill.data.transforms import normalize
 from potstill.errors import UsageError
-from potstill.experiments.loaders import train_loader
-from potstill.experiments.plan import plan
-from potstill.experiments.recipe import Recipe, list_recipes, load_recipe
-from potstill.experiments.rehearsal import create_stage_method
-from potstill.experiments.stage import train_stage
-from potstill.experiments.start import start_network
-from potstill.methods.catalog import entry
-from potstill.models.classifier import Classifier
-from potstill.models.model_file import load_model
-from potstill.models.names import check_model
-from potstill.training.devices import choose
-from potstill.training.observer import Silent
-from potstill.training.optimizers import create_optimizer, lr_factor
+from potstill.experiment.builders import build_network, train_loader
+from potstill.experiment.plan import plan_stages
+from potstill.experiment.preflight import create_stage_method
+from potstill.experiment.stage import train_stage
+from potstill.methods import method_info
+from potstill.models.model_file import Classifier, load_model
+from potstill.models.registry import check_model
+from potstill.training.callbacks import SilentObserver
+from potstill.training.devices import create_compute
+from potstill.training.optim import create_optimizer, lr_factor
 
 CIFAR = [name for name in list_recipes() if name.startswith("cifar100/")]
 OTHERS = [*(name for name in list_recipes() if name.startswith("imagenet/")), "funmatch"]
@@ -42,8 +40,8 @@ def pair(name: str) -> list[str]:
 
 
 def test_every_published_pair_has_its_recipe():
-    assert sorted(CIFAR) == sorted(set(entry("dkd").presets) & set(CIFAR))
-    assert set(entry("dkd").presets) <= {*CIFAR, *OTHERS}
+    assert sorted(CIFAR) == sorted(set(method_info("dkd").presets) & set(CIFAR))
+    assert set(method_info("dkd").presets) <= {*CIFAR, *OTHERS}
     assert len(CIFAR) == 11
 
 
@@ -139,7 +137,7 @@ def few(data: DataSplits) -> DataSplits:
 
 def network(recipe: Recipe, stage: str, data: DataSplits) -> Classifier:
     torch.manual_seed(0)
-    start = start_network(recipe, recipe.network(stage), data.class_names)
+    start = build_network(recipe, recipe.network(stage), data.class_names)
     return Classifier(start.module, start.architecture, data.class_names, start.input)
 
 
@@ -148,12 +146,12 @@ def distil(recipe: Recipe, folder: Path) -> None:
     data = few(load_data(recipe.data))
     student = network(recipe, "student", data)
     before = {key: value.clone() for key, value in student.module.named_parameters()}
-    (planned,) = [stage for stage in plan(recipe) if stage.name == "distilled"]
-    method, compute = create_stage_method(recipe), choose(recipe.stage_training("student"))
+    (planned,) = [stage for stage in plan_stages(recipe) if stage.name == "distilled"]
+    method, compute = create_stage_method(recipe), create_compute(recipe.stage_training("student"))
     train = train_loader(planned, method.needs, student.input, recipe=recipe, data=data, compute=compute)
     history = train_stage(
         planned, student, method, [network(recipe, "teacher", data)], train, recipe=recipe, data=data,
-        compute=compute, folder=folder, observer=Silent(), resume=False,
+        compute=compute, folder=folder, observer=SilentObserver(), resume=False,
     )  # fmt: skip
     (record,) = history.records
     terms = record["train"]["terms"]
@@ -180,9 +178,9 @@ def test_two_steps_of_the_others_in_small(name, image_folder, tmp_path):
 
 def test_images_are_normalised_as_the_recipe_says():
     recipe = load_recipe(CIFAR[0], data_needed=False)
-    spec = start_network(recipe, recipe.student, ("cat", "dog")).input
+    spec = build_network(recipe, recipe.student, ("cat", "dog")).input
     white = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
-    found = normalise(white, spec)[0, :, 0, 0].tolist()
+    found = normalize(white, spec)[0, :, 0, 0].tolist()
     assert found == pytest.approx([(1 - 0.5071) / 0.2675, (1 - 0.4867) / 0.2565, (1 - 0.4408) / 0.2761], abs=1e-5)
 
 
@@ -190,8 +188,8 @@ def test_published_weights_keep_their_own_normalisation(monkeypatch):
     recipe = load_recipe(CIFAR[0], data_needed=False)
     ready = recipe.student.model_copy(update={"model": "resnet18", "weights": "pretrained"})
     loaded = type("Loaded", (), {"module": torch.nn.Identity(), "new_head": False, "notes": []})
-    monkeypatch.setattr("potstill.experiments.start.load_weights", lambda *_, **__: loaded)
-    assert start_network(recipe, ready, ("cat", "dog")).input.mean == (0.485, 0.456, 0.406)
+    monkeypatch.setattr("potstill.experiment.builders.load_weights", lambda *_, **__: loaded)
+    assert build_network(recipe, ready, ("cat", "dog")).input.mean == (0.485, 0.456, 0.406)
 
 
 def test_a_standard_deviation_of_zero_is_refused():

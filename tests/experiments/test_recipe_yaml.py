@@ -3,12 +3,12 @@ import math
 import pytest
 import yaml
 
+from potstill.config.yaml import dump_yaml, parse_yaml
 from potstill.errors import UsageError
-from potstill.experiments.recipe_yaml import read, write
 
 
 def test_every_key_knows_its_line_and_column() -> None:
-    document = read("a: 1\nb:\n  c: [1, 2]\n  d: {e: 3}\n", "r.yaml")
+    document = parse_yaml("a: 1\nb:\n  c: [1, 2]\n  d: {e: 3}\n", "r.yaml")
 
     assert document.value == {"a": 1, "b": {"c": [1, 2], "d": {"e": 3}}}
     assert document.places.find(("a",)) == "r.yaml:1:1"
@@ -38,14 +38,14 @@ def test_every_key_knows_its_line_and_column() -> None:
     ],
 )
 def test_scalars_are_read_by_the_core_rules_of_yaml_1_2(text: str, value: object) -> None:
-    got = read(f"x: {text}", "r.yaml").value["x"]
+    got = parse_yaml(f"x: {text}", "r.yaml").value["x"]
 
     assert got == value
     assert type(got) is type(value)
 
 
 def test_a_key_that_comes_twice_is_a_problem_and_not_a_silent_choice() -> None:
-    document = read("training:\n  lr: 1\n  epochs: 2\n  lr: 3\n", "r.yaml")
+    document = parse_yaml("training:\n  lr: 1\n  epochs: 2\n  lr: 3\n", "r.yaml")
 
     assert document.problems == ["r.yaml:4:3: key 'lr' is given twice"]
 
@@ -56,7 +56,7 @@ def test_a_key_that_comes_twice_is_a_problem_and_not_a_silent_choice() -> None:
 )
 def test_what_is_no_yaml_is_refused_with_its_place(text: str, where: str) -> None:
     with pytest.raises(UsageError) as caught:
-        read(text, "r.yaml")
+        parse_yaml(text, "r.yaml")
 
     assert str(caught.value).startswith(f"{where}: ")
 
@@ -65,7 +65,7 @@ def test_anchors_are_refused_so_that_a_bomb_stays_small() -> None:
     bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
 
     with pytest.raises(UsageError, match="anchors and aliases"):
-        read(bomb, "r.yaml")
+        parse_yaml(bomb, "r.yaml")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_anchors_are_refused_so_that_a_bomb_stays_small() -> None:
 )
 def test_no_tag_makes_an_object(tag: str) -> None:
     try:
-        document = read(f"a: {tag}", "r.yaml")
+        document = parse_yaml(f"a: {tag}", "r.yaml")
     except UsageError:
         return
 
@@ -83,11 +83,11 @@ def test_no_tag_makes_an_object(tag: str) -> None:
 
 def test_deep_nesting_is_an_error_and_no_crash() -> None:
     with pytest.raises(UsageError):
-        read("[" * 20_000, "r.yaml")
+        parse_yaml("[" * 20_000, "r.yaml")
 
 
 def test_what_is_written_is_read_back_the_same() -> None:
     value = {"a": 1e-5, "b": "1e-4", "c": None, "d": [True, "true", "null", ""], "e": {"ü": "x: y # z"}, "f": -3}
 
-    assert read(write(value), "r.yaml").value == value
-    assert yaml.safe_load(write({"lr": 1e-5})) == {"lr": 1e-5}  # by other readers too
+    assert parse_yaml(dump_yaml(value), "r.yaml").value == value
+    assert yaml.safe_load(dump_yaml({"lr": 1e-5})) == {"lr": 1e-5}  # by other readers too

@@ -7,13 +7,13 @@ import torch
 
 from potstill.data.datasets import load_data
 from potstill.errors import UsageError
-from potstill.experiments import pipeline
-from potstill.experiments.plan import plan
-from potstill.experiments.rehearsal import rehearse
-from potstill.training.observer import Silent
+from potstill.experiment import pipeline
+from potstill.experiment.plan import plan_stages
+from potstill.experiment.preflight import dry_run
+from potstill.training.callbacks import SilentObserver
 
 
-class Refusing(Silent):
+class Refusing(SilentObserver):
     """Fails as soon as any stage begins."""
 
     def stage(self, name, detail):
@@ -82,7 +82,7 @@ def test_a_rehearsal_draws_nothing_from_the_random_stream(method, recipe):
     torch.manual_seed(3)
     expected = torch.randn(4)
     torch.manual_seed(3)
-    texts = rehearse(made, plan(made), data)
+    texts = dry_run(made, plan_stages(made), data)
     assert torch.equal(torch.randn(4), expected)
     assert list(texts) == ["generation-1", "distilled"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from potstill.errors import ArtifactError
-from potstill.experiments import pipeline
+from potstill.experiment import pipeline
 from potstill.models.model_file import load_model
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
 
 
 def results(path):
@@ -57,7 +57,7 @@ def test_a_killed_run_of_a_remodelled_student_ends_the_same(recipe, tmp_path):
     class Killed(Exception):
         pass
 
-    class Killer(Silent):
+    class Killer(SilentObserver):
         current = ""
 
         def stage(self, name, detail):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from potstill.experiments.results import compare
+from potstill.experiment.comparison import compare_with_baseline
 
 
 def stage(top1, f1, auc, parameters, size, latency):
@@ -21,7 +21,7 @@ def test_gains_go_from_baseline_to_distilled():
         "baseline": stage(0.7, 0.6, 0.8, 100, 500, 2.0),
         "distilled": stage(0.8, 0.75, None, 100, 500, 2.0),
     }
-    found = compare(stages, correct)
+    found = compare_with_baseline(stages, correct)
     assert found["top1_gain"] == pytest.approx(0.1)
     assert found["top1_gain_low"] < 0.1 < found["top1_gain_high"]
     assert (found["fixed"], found["broken"], found["test_images"]) == (15, 5, 100)
@@ -37,7 +37,7 @@ def test_gains_go_from_baseline_to_distilled():
 def test_a_teacher_that_does_not_lead_has_no_gap_to_close():
     correct = {name: np.ones(10, dtype=bool) for name in ("teacher", "baseline", "distilled")}
     stages = {name: stage(1.0, 1.0, 1.0, 10, 10, 1.0) for name in correct}
-    assert compare(stages, correct)["gap_closed"] is None
+    assert compare_with_baseline(stages, correct)["gap_closed"] is None
 
 
 def test_several_teachers_are_one_and_others_are_compared_too():
@@ -51,7 +51,7 @@ def test_several_teachers_are_one_and_others_are_compared_too():
         "distilled": stage(0.8, 0.75, 0.9, 100, 500, 2.0),
     }
     groups = {"teachers": {"test": {"top1": 0.95}}, "generations": {"test": {"top1": 0.6}}}
-    found = compare(stages, correct, groups)
+    found = compare_with_baseline(stages, correct, groups)
     assert (found["teachers"], found["gap"]) == (2, pytest.approx(0.25))  # together 0.95, not 0.8 or 0.9
     assert found["teachers_top1"] == 0.95
     assert (found["parameter_ratio"], found["file_ratio"], found["latency_ratio"]) == (15, 14, 6)
@@ -65,7 +65,7 @@ def test_several_teachers_are_one_and_others_are_compared_too():
 def test_without_a_teacher_there_is_no_gap():
     correct = {"baseline": np.arange(100) < 50, "distilled": np.arange(100) < 80}
     stages = {name: stage(0.5, 0.5, 0.5, 10, 10, 1.0) for name in correct}
-    found = compare(stages, correct)
+    found = compare_with_baseline(stages, correct)
     assert (found["teachers"], found["gap"], found["gap_closed"]) == (0, None, None)
     assert "parameter_ratio" not in found
     assert found["verdict"].startswith(

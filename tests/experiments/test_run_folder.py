@@ -7,7 +7,7 @@ import pytest
 
 from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.evaluation.predictions import Predictions
-from potstill.experiments.run_folder import RunFolder, as_csv, cell_text, find_model
+from potstill.experiment.run_folder import RunFolder, as_csv, find_model, unescape_cell
 
 
 def begin(run):
@@ -208,7 +208,7 @@ HARMLESS = ("cat", "'cat'", "a=b")
 def test_cells_that_a_spreadsheet_would_run_begin_with_an_apostrophe():
     rows = list(csv.reader(as_csv(("name",), [(name,) for name in FORMULAS + HARMLESS]).splitlines()))[1:]
     assert [row[0] for row in rows] == [f"'{name}" for name in FORMULAS] + list(HARMLESS)
-    assert [cell_text(row[0]) for row in rows] == [*FORMULAS, *HARMLESS]
+    assert [unescape_cell(row[0]) for row in rows] == [*FORMULAS, *HARMLESS]
 
 
 def test_numbers_stay_numbers():

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 from potstill.errors import StorageError
-from potstill.experiments import run_lock
-from potstill.experiments.run_folder import RunFolder
-from potstill.experiments.run_lock import RunLock
+from potstill.experiment import run_folder
+from potstill.experiment.run_folder import RunFolder, RunLock
 
 pytestmark = pytest.mark.own_process
 
@@ -62,7 +61,7 @@ def test_one_at_a_time_and_a_killed_one_keeps_nobody_out(folder):
             RunLock(folder).acquire()
         lock.release()
         lock.release()
-    assert not (folder / run_lock.HOLDER).exists()
+    assert not (folder / run_folder.LOCK_HOLDER_FILE).exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -73,7 +72,7 @@ def test_of_another_machine_nobody_can_know(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    holder = tmp_path / run_lock.HOLDER
+    holder = tmp_path / run_folder.LOCK_HOLDER_FILE
     for content, who in (("123\nnode7\n55\n", "process 123 on node7"), ("", "somebody who was interrupted")):
         holder.write_text(content)
         with pytest.raises(StorageError, match=rf"has no locks; \S+\.lock-holder was left by {who}.*delete the file"):
@@ -90,7 +89,7 @@ def test_a_run_folder_without_locks_is_begun_and_left_like_any_other(tmp_path, m
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with RunFolder.create(tmp_path, "a"):
-        assert (tmp_path / "a" / run_lock.HOLDER).exists()
+        assert (tmp_path / "a" / run_folder.LOCK_HOLDER_FILE).exists()
     assert not (tmp_path / "a").exists()
     with held_elsewhere_named(tmp_path / "a"), pytest.raises(StorageError, match="wait for it, or use --name"):
         RunFolder.create(tmp_path, "a")

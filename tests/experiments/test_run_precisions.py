@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from potstill.experiments.pipeline import run
-from potstill.experiments.replay import read_record
+from potstill.experiment.pipeline import run
+from potstill.experiment.reproduce import read_run_record
+from potstill.training import autotune as precisions_module
 from potstill.training import devices
-from potstill.training import precisions as precisions_module
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
 
 
-class Watching(Silent):
+class Watching(SilentObserver):
     """Notes the precision of each stage, by its role; ends after ``stop`` epochs."""
 
     def __init__(self, stop=None):
@@ -37,8 +37,8 @@ def hardware(monkeypatch):
         return name, {each: 0.01 if each == name else 0.02 for each in candidates}
 
     monkeypatch.setattr(devices, "_has_bf16", lambda device: True)
-    monkeypatch.setattr(precisions_module, "fastest", fastest)
-    monkeypatch.setattr(precisions_module, "SHARE", 1000.0)  # so that this short training is worth timing
+    monkeypatch.setattr(precisions_module, "select_fastest", fastest)
+    monkeypatch.setattr(precisions_module, "MAX_TIMING_SHARE", 1000.0)  # so that this short training is worth timing
     return kept
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_or_is_repeated_keeps_what_was_found(recipe, tmp_path
     assert observer.stages == {"baseline": "bf16", "distilled": "bf16"}  # not timed again: nothing is left to give
     assert environment(folder)["precision"] == "bf16, float32"
     observer = Watching()
-    again = run(recipe(**AUTO), root=tmp_path, name="again", observer=observer, replay=read_record(folder))
+    again = run(recipe(**AUTO), root=tmp_path, name="again", observer=observer, replay=read_run_record(folder))
     assert observer.stages == {"teacher": "float32", "baseline": "bf16", "distilled": "bf16"}
     assert environment(again)["precisions"] == environment(folder)["precisions"]
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from potstill.experiments.pipeline import run
-from potstill.training import threads as threads_module
-from potstill.training.calibration import Calibration
-from potstill.training.observer import Silent
+from potstill.experiment.pipeline import run
+from potstill.training import autotune as threads_module
+from potstill.training.autotune import ThreadChoice
+from potstill.training.callbacks import SilentObserver
 
 
-class Counting(Silent):
+class Counting(SilentObserver):
     """Notes the number of threads at each epoch; ends after ``stop`` of them."""
 
     def __init__(self, stop=None):
@@ -32,10 +32,10 @@ def four_cores(monkeypatch, thread_count):
     def calibrate(step, candidates):
         calls.append(list(candidates))
         torch.set_num_threads(1)
-        return Calibration(1, dict.fromkeys(candidates, 0.01))
+        return ThreadChoice(1, dict.fromkeys(candidates, 0.01))
 
     monkeypatch.setattr(threads_module, "usable_cores", lambda: 4)
-    monkeypatch.setattr(threads_module, "calibrate", calibrate)
+    monkeypatch.setattr(threads_module, "choose_threads", calibrate)
     return calls
 
 

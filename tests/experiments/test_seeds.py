@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.config.recipe import load_recipe
+from potstill.config.stage_names import repeat_index, sort_stages, stage_role
 from potstill.errors import UsageError
-from potstill.experiments import pipeline
-from potstill.experiments.plan import of_stage, plan
-from potstill.experiments.recipe import load_recipe
-from potstill.experiments.run_folder import find_model
-from potstill.experiments.stage_names import in_order, repeated, role
+from potstill.experiment import pipeline
+from potstill.experiment.plan import plan_stages, stage_recipe
+from potstill.experiment.run_folder import find_model
 from potstill.models.model_file import load_model
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
 
 
-class Heard(Silent):
+class Heard(SilentObserver):
     def __init__(self):
         self.notes, self.stages = [], []
 
@@ -75,19 +75,19 @@ def test_plan():
     recipe = load_recipe(
         {"teacher": {"model": "a"}, "student": {"model": "b"}, "seeds": 3, "seed": 7}, data_needed=False
     )
-    stages = plan(recipe)
+    stages = plan_stages(recipe)
     names = ["teacher", "baseline", "distilled", "baseline-2", "distilled-2", "baseline-3", "distilled-3"]
     assert [stage.name for stage in stages] == names
-    assert [of_stage(recipe, stage).seed for stage in stages] == [7, 7, 7, 8, 8, 9, 9]
+    assert [stage_recipe(recipe, stage).seed for stage in stages] == [7, 7, 7, 8, 8, 9, 9]
     assert {stage.seed for stage in stages[1:]} == {"student"}  # a further seed draws as the first one would with it
     assert all(stage.teachers == ("teacher",) and stage.distils for stage in stages if stage.role == "distilled")
-    assert in_order(names) == [*names[:2], "baseline-2", "baseline-3", "distilled", "distilled-2", "distilled-3"]
-    assert (role("distilled-1"), role("distilled-02"), repeated("teacher-3")) == ("", "", 0)
+    assert sort_stages(names) == [*names[:2], "baseline-2", "baseline-3", "distilled", "distilled-2", "distilled-3"]
+    assert (stage_role("distilled-1"), stage_role("distilled-02"), repeat_index("teacher-3")) == ("", "", 0)
 
 
 def test_assistants_and_earlier_generations_are_trained_once():
     source = {"teacher": {"model": "a"}, "student": {"model": "b"}, "assistants": [{"model": "c"}]}
-    found = plan(load_recipe(source | {"generations": 2, "seeds": 2}, data_needed=False))
+    found = plan_stages(load_recipe(source | {"generations": 2, "seeds": 2}, data_needed=False))
     assert [stage.name for stage in found[-2:]] == ["baseline-2", "distilled-2"]
     assert found[-1].teachers == ("generation-1",)
     assert len(found) == 7
@@ -173,7 +173,7 @@ def test_a_run_goes_on_with_more_seeds_and_not_with_fewer(two, made, root):
 
 
 def test_one_seed_is_a_run_as_it_ever_was(made):
-    assert [stage.name for stage in plan(made())] == ["teacher", "baseline", "distilled"]
+    assert [stage.name for stage in plan_stages(made())] == ["teacher", "baseline", "distilled"]
 
 
 def test_the_flag_and_the_key_are_one_setting():
@@ -187,7 +187,7 @@ def test_the_flag_and_the_key_are_one_setting():
 def test_the_command_line_hands_the_flag_on(monkeypatch):
     from typer.testing import CliRunner
 
-    from potstill.cli import experiments
+    from potstill.cli import run
     from potstill.cli.entry import app
 
     seen = {}
@@ -196,6 +196,6 @@ def test_the_command_line_hands_the_flag_on(monkeypatch):
         seen.update(flags)
         raise UsageError("enough")
 
-    monkeypatch.setattr(experiments, "_pipeline", caught)
+    monkeypatch.setattr(run, "_run_pipeline", caught)
     CliRunner().invoke(app, ["run", "quickstart", "--seeds", "5"])
     assert seen["--seeds"] == 5

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.experiments import joining, pipeline
-from potstill.experiments.recipe import load_recipe
+from potstill.config.recipe import load_recipe
+from potstill.experiment import builders, pipeline
 from potstill.models.model_file import load_model
-from potstill.report.contents import read_run
 from potstill.report.render import render
-from potstill.training.observer import Silent
+from potstill.report.run_reader import read_run
+from potstill.training.callbacks import SilentObserver
 
 
 def weights(path, stage):
@@ -45,7 +45,7 @@ class Recorder:
         return joining_distiller(student, teacher, method, **options)
 
 
-joining_distiller = joining.Distiller
+joining_distiller = builders.Distiller
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def chain(photographs, tmp_path_factory):
     )
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joining, "Distiller", recorder)
+        patch.setattr(builders, "Distiller", recorder)
         path = pipeline.run(recipe, root=tmp_path_factory.mktemp("runs"))
     trained = recorder.calls[3:]  # the first three are the rehearsal's
     names = ("teacher", "teacher-2", "baseline", "assistant-1", "generation-1", "distilled")
@@ -165,7 +165,7 @@ def test_a_chain_goes_on_where_it_was_killed(chain, tmp_path):
     class Killed(Exception):
         pass
 
-    class Killer(Silent):
+    class Killer(SilentObserver):
         def stage(self, name, detail):
             if name == "generation-1":
                 assert "learns from cifar/resnet14 (assistant-1)" in detail
@@ -183,7 +183,7 @@ def test_a_chain_goes_on_where_it_was_killed(chain, tmp_path):
 def test_a_method_without_teacher_trains_none(recipe, tmp_path):
     said = []
 
-    class Listening(Silent):
+    class Listening(SilentObserver):
         def note(self, message):
             said.append(message)
 
@@ -210,7 +210,7 @@ def test_a_student_may_be_its_own_teacher(chain, recipe, tmp_path):
 def test_layers_and_adapters_are_written_and_shown(recipe, tmp_path):
     said = []
 
-    class Listening(Silent):
+    class Listening(SilentObserver):
         def note(self, message):
             said.append(message)
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from potstill.artifacts import digest_of
-from potstill.experiments import pipeline
-from potstill.experiments.recipe import load_recipe
+from potstill.config.recipe import load_recipe
+from potstill.experiment import pipeline
+from potstill.io import file_sha256
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_row_for_each_stage_of_the_teacher(run):
 
 def test_examples_are_written_and_listed(run):
     results = json.loads((run / "results.json").read_text())
-    assert results["files"]["examples.json"] == digest_of(run / "examples.json")
+    assert results["files"]["examples.json"] == file_sha256(run / "examples.json")
     found = json.loads((run / "examples.json").read_text())
     comparison = results["comparison"]
     assert found["groups"]["repaired"]["count"] == comparison["fixed"]

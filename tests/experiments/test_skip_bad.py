@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from potstill.config.recipe import load_recipe
 from potstill.errors import UsageError
-from potstill.experiments import pipeline
-from potstill.experiments.recipe import load_recipe
+from potstill.experiment import pipeline
 from potstill.models.model_file import load_model
 from potstill.report.render import render
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def recipe(folder: Path, **data: object):
     )
 
 
-class Told(Silent):
+class Told(SilentObserver):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

@@ -11,13 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from potstill.config.recipe import load_recipe
 from potstill.errors import ArtifactError, DataError
-from potstill.experiments import view_plan
-from potstill.experiments.pipeline import run
-from potstill.experiments.recipe import load_recipe
-from potstill.experiments.store_check import verify_store
+from potstill.experiment import teacher_cache
+from potstill.experiment.cache_verification import verify_cache
+from potstill.experiment.pipeline import run
+from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.models.model_file import load_model, save_model
-from potstill.sealed import read_sealed_json, write_sealed_json
 
 STUDENTS = ("baseline", "distilled")
 
@@ -186,7 +186,7 @@ def test_a_damaged_block_is_asked_for_again(first, stores):
 
 def test_on_a_full_disk_the_live_teacher_gives_the_same_weights(first, monkeypatch):
     done, again = first
-    monkeypatch.setattr(view_plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     live = again("live")
     assert asked_and_read(live) == (None, None)
     assert weights(live) == weights(done)
@@ -210,8 +210,8 @@ def test_without_room_or_rights_training_goes_on_and_says_so_once(first, recipe,
 def test_a_foreign_version_is_left_alone_and_training_goes_on(first, stores, recipe, tmp_path):
     done, _ = first
     (store,) = train_stores(stores)
-    manifest = read_sealed_json(store / "manifest.json")
-    write_sealed_json(store / "manifest.json", manifest | {"format": 99})
+    manifest = read_checksummed_json(store / "manifest.json")
+    write_checksummed_json(store / "manifest.json", manifest | {"format": 99})
     watching = Watching()
     changes = {"training.epochs": 3, "store.views": 2, "teacher.weights": str(done)}
     second = run(recipe(**changes), root=tmp_path, name="second", observer=watching)
@@ -241,7 +241,7 @@ def test_resuming_keeps_the_number_of_views_and_the_store(recipe, tmp_path, stor
 
 def test_records_are_what_the_teacher_says_now(first, stores):
     for store in stores.iterdir():
-        found = verify_store(store, 30)
+        found = verify_cache(store, 30)
         assert 0 < found.records <= 30
         assert found.largest <= 2**-6  # float16 keeps differences of 32 to 64 in steps of 2**-5
         assert found.same_class == 1.0
@@ -252,13 +252,13 @@ def test_verify_refuses_when_teacher_or_images_have_changed(recipe, photographs,
     shutil.copytree(photographs, copied)
     done = run(recipe(**{"data.source": str(copied), "store.views": 1}), root=tmp_path, name="mine")
     (store,) = train_stores(stores)
-    verify_store(store, 10)
+    verify_cache(store, 10)
     teacher = load_model(done / "teacher")
     with torch.no_grad():
         next(teacher.module.parameters()).view(-1)[0].add_(1e-4)
     save_model(teacher, done / "teacher")
     with pytest.raises(ArtifactError, match="has changed since"):
-        verify_store(store, 10)
+        verify_cache(store, 10)
     os.remove(copied / "red" / "00.png")
     with pytest.raises(DataError, match="have changed since"):
-        verify_store(store, 10)
+        verify_cache(store, 10)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.data.settings import AugmentSettings
 from potstill.errors import UsageError
-from potstill.experiments import view_plan
-from potstill.experiments.recipe import dump_recipe, load_recipe
-from potstill.experiments.rehearsal import create_stage_method
-from potstill.experiments.view_plan import Plan, plan_views, record_kind, with_plan, with_plan_of
+from potstill.experiment import teacher_cache
+from potstill.experiment.preflight import create_stage_method
+from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, record_kind, restore_view_plan
 
 
 def planned(*sets, augment=None, images=1000, classes=10, free=10**13):
@@ -25,7 +25,7 @@ def planned(*sets, augment=None, images=1000, classes=10, free=10**13):
         class_names=tuple(map(str, range(classes))),
     )
     data.measured = data  # there is no target
-    with mock.patch.object(view_plan.shutil, "disk_usage", return_value=SimpleNamespace(free=free)):
+    with mock.patch.object(teacher_cache.shutil, "disk_usage", return_value=SimpleNamespace(free=free)):
         return plan_views(recipe, create_stage_method(recipe), data)
 
 
@@ -33,7 +33,7 @@ def planned(*sets, augment=None, images=1000, classes=10, free=10**13):
     ("epochs", "views"), [(1, 1), (5, 5), (8, 8), (12, 8), (30, 8), (32, 8), (33, 9), (100, 25), (240, 60)]
 )
 def test_one_view_for_four_epochs_but_eight_at_least(epochs, views):
-    assert planned(f"training.epochs={epochs}") == Plan(views, "float16", True)
+    assert planned(f"training.epochs={epochs}") == ViewPlan(views, "float16", True)
 
 
 @settings(max_examples=30, deadline=None)
@@ -58,7 +58,7 @@ def test_neither_views_nor_records_depend_on_the_free_disk(free, images, classes
 def test_imagenet_with_40_gb_free_has_all_its_views():
     """1,281,167 x 23 views: 59 GB in float16, 2.1 GB with the 16 largest of 1,000 logits (72 bytes)."""
     imagenet = {"images": 1_281_167, "classes": 1000, "free": 40 * 10**9}
-    assert planned("training.epochs=90", **imagenet) == Plan(23, "top16", True)
+    assert planned("training.epochs=90", **imagenet) == ViewPlan(23, "top16", True)
     for method in ("dist", "srrl"):  # which read all logits
         found = planned("training.epochs=90", f"method.name={method}", **imagenet)
         assert (found.views, found.record, found.keeps) == (23, "float16", False)
@@ -68,13 +68,13 @@ def test_imagenet_with_40_gb_free_has_all_its_views():
 def test_a_record_that_is_too_large_for_the_disk_is_not_kept():
     # 1,000 images x 8 views x 100 float16 logits = 1.6 MB; with 72 bytes for the 16 largest 576 kB
     room = {"classes": 100, "free": 4 * 1_600_000}
-    assert planned("training.epochs=12", **room) == Plan(8, "float16", True)
+    assert planned("training.epochs=12", **room) == ViewPlan(8, "float16", True)
     room["free"] -= 4
     found = planned("training.epochs=12", **room)
     assert (found.views, found.record, found.keeps) == (8, "float16", False)
     assert "8 views take 1.60 MB" in found.note
     assert "--set store.record=top16 takes 576 kB" in found.note
-    assert planned("training.epochs=12", "store.record=top16", **room) == Plan(8, "top16", True)
+    assert planned("training.epochs=12", "store.record=top16", **room) == ViewPlan(8, "top16", True)
     assert "8 views of 5 seeds take 8.00 MB" in planned("training.epochs=12", "seeds=5", **room).note
 
 
@@ -103,7 +103,7 @@ def test_what_the_recipe_says_is_done_whatever_the_disk_says():
     ],
 )
 def test_methods_that_read_no_feature_maps_are_stored(method, stores):
-    assert planned(f"method.name={method}") == Plan(8, "float16" if stores else None, stores)
+    assert planned(f"method.name={method}") == ViewPlan(8, "float16" if stores else None, stores)
 
 
 def test_methods_combined_are_stored_only_where_each_can_be():
@@ -112,8 +112,8 @@ def test_methods_combined_are_stored_only_where_each_can_be():
 
 
 def test_off_asks_anew_on_the_same_views():
-    assert planned("store=off") == Plan(8, None, False)
-    assert planned("store.mode=off", "store.views=4") == Plan(4, None, False)
+    assert planned("store=off") == ViewPlan(8, None, False)
+    assert planned("store.mode=off", "store.views=4") == ViewPlan(4, None, False)
 
 
 def test_the_sixteen_largest_are_for_kd_and_many_classes():
@@ -130,8 +130,8 @@ def test_the_sixteen_largest_are_for_kd_and_many_classes():
 
 def test_a_run_that_goes_on_means_by_auto_what_it_meant_when_it_began(tmp_path):
     recipe, path = load_recipe("quickstart"), tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(with_plan(recipe, Plan(3, "top16", True))))
-    found = with_plan_of(path, recipe).store
+    path.write_text(dump_recipe(apply_view_plan(recipe, ViewPlan(3, "top16", True))))
+    found = restore_view_plan(path, recipe).store
     assert (found.views, found.record) == (3, "top16")
-    found = with_plan_of(path, load_recipe("quickstart", ["store.views=5", "store.record=float32"])).store
+    found = restore_view_plan(path, load_recipe("quickstart", ["store.views=5", "store.record=float32"])).store
     assert (found.views, found.record) == (5, "float32")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import ConvAdapter, Projection, resized, same_size
+from potstill.features.adapters import ConvAdapter, Projection, pool_to_common_size, resize_map
 
 
 @pytest.mark.parametrize(
@@ -54,18 +54,18 @@ def test_only_maps_are_adapted(shape):
 def test_same_size_averages_the_larger():
     student = torch.tensor([[[[1.0, 3.0, 5.0, 7.0]]]])  # 1 x 4
     teacher = torch.tensor([[[[2.0], [6.0]]]])  # 2 x 1
-    ours, theirs = same_size(student, teacher)
+    ours, theirs = pool_to_common_size(student, teacher)
     assert ours.tolist() == [[[[4.0]]]]
     assert theirs.tolist() == [[[[4.0]]]]
     equal = torch.randn(2, 3, 4, 4)
-    assert same_size(equal, equal)[0] is equal
+    assert pool_to_common_size(equal, equal)[0] is equal
 
 
 def test_resizing_keeps_what_it_need_not_change():
     features = torch.randn(2, 3, 4, 6)
-    assert resized(features, (4, 6)) is features
-    torch.testing.assert_close(resized(features, (1, 1))[:, :, 0, 0], features.mean(dim=(2, 3)))
-    assert resized(features, (8, 2)).shape == (2, 3, 8, 2)
+    assert resize_map(features, (4, 6)) is features
+    torch.testing.assert_close(resize_map(features, (1, 1))[:, :, 0, 0], features.mean(dim=(2, 3)))
+    assert resize_map(features, (8, 2)).shape == (2, 3, 8, 2)
 
 
 @pytest.mark.parametrize(("norm", "activation"), [(False, False), (True, False), (True, True)])

@@ -4,14 +4,14 @@ import torch
 import torchvision
 
 from potstill.errors import UsageError
-from potstill.features.pairing import last, middle, pair, pairs_table
-from potstill.features.stages import Anatomy, Stage, stages
-from potstill.models.create import create_model
+from potstill.features.pairing import format_pairs, last_pair, middle_pair, pair_stages
+from potstill.features.stages import NetworkStructure, Stage, find_stages
+from potstill.models.factory import create_model
 
 
-def anatomy(image: int, *heights: int) -> Anatomy:
+def structure(image: int, *heights: int) -> NetworkStructure:
     found = tuple(Stage(f"s{i}", 8, height, height, "NCHW") for i, height in enumerate(heights))
-    return Anatomy(found, "head", 8, True, image=(image, image))
+    return NetworkStructure(found, "head", 8, True, image=(image, image))
 
 
 def numbers(pairs) -> list[tuple[int, int]]:
@@ -20,55 +20,59 @@ def numbers(pairs) -> list[tuple[int, int]]:
 
 PAIRS = [
     # student, teacher, pairs by position
-    (anatomy(64, 16, 8, 4, 2), anatomy(64, 16, 8, 4, 2), [(0, 0), (1, 1), (2, 2), (3, 3)]),
-    (anatomy(64, 32, 16, 8, 4, 2), anatomy(64, 16, 8, 4, 2), [(1, 0), (2, 1), (3, 2), (4, 3)]),  # the 32 px one is left
-    (anatomy(64, 16, 8, 4, 2), anatomy(64, 64, 32, 16, 8, 4), [(0, 2), (1, 3), (3, 4)]),
-    (anatomy(32, 32, 16, 8), anatomy(32, 32, 16, 8, 4), [(0, 0), (1, 1), (2, 3)]),  # last with last
-    (anatomy(32, 8, 4, 2), anatomy(224, 56, 28, 14, 7), [(0, 0), (1, 1), (2, 3)]),  # relative to the image
-    (anatomy(64, 4, 4, 4, 4), anatomy(64, 4, 4), [(1, 0), (3, 1)]),  # by depth where resolution says nothing
-    (anatomy(64, 4), anatomy(64, 16, 8, 4, 2), [(0, 3)]),
+    (structure(64, 16, 8, 4, 2), structure(64, 16, 8, 4, 2), [(0, 0), (1, 1), (2, 2), (3, 3)]),
+    (
+        structure(64, 32, 16, 8, 4, 2),
+        structure(64, 16, 8, 4, 2),
+        [(1, 0), (2, 1), (3, 2), (4, 3)],
+    ),  # the 32 px one is left
+    (structure(64, 16, 8, 4, 2), structure(64, 64, 32, 16, 8, 4), [(0, 2), (1, 3), (3, 4)]),
+    (structure(32, 32, 16, 8), structure(32, 32, 16, 8, 4), [(0, 0), (1, 1), (2, 3)]),  # last with last
+    (structure(32, 8, 4, 2), structure(224, 56, 28, 14, 7), [(0, 0), (1, 1), (2, 3)]),  # relative to the image
+    (structure(64, 4, 4, 4, 4), structure(64, 4, 4), [(1, 0), (3, 1)]),  # by depth where resolution says nothing
+    (structure(64, 4), structure(64, 16, 8, 4, 2), [(0, 3)]),
 ]
 
 
 @pytest.mark.parametrize(("student", "teacher", "expected"), [PAIRS[i] for i in (0, 1, 3, 4, 5, 6)])
 def test_pairs_by_resolution_then_depth(student, teacher, expected):
-    assert numbers(pair(student, teacher)) == expected
-    assert numbers(pair(teacher, student)) == [(theirs, ours) for ours, theirs in expected]
+    assert numbers(pair_stages(student, teacher)) == expected
+    assert numbers(pair_stages(teacher, student)) == [(theirs, ours) for ours, theirs in expected]
 
 
 def test_every_stage_of_the_network_with_fewer_has_a_partner():
     """Four stages and five of higher resolution: the last two of the four cannot both have their own size."""
     student, teacher, _ = PAIRS[2]
-    pairs = numbers(pair(student, teacher))
+    pairs = numbers(pair_stages(student, teacher))
     assert pairs == [(0, 1), (1, 2), (2, 3), (3, 4)]  # differences of 1 halving each; (0, 2), (1, 3) would leave none
 
 
 def test_middle_and_last():
-    four, five = anatomy(64, 16, 8, 4, 2), anatomy(64, 32, 16, 8, 4, 2)
-    assert numbers([middle(four, five), last(four, five)]) == [(1, 2), (3, 4)]
-    three = anatomy(32, 32, 16, 8)
-    assert numbers([middle(three, three)]) == [(1, 1)]  # where the published FitNet numbers have their hint
-    assert numbers([middle(five, five)]) == [(2, 2)]
+    four, five = structure(64, 16, 8, 4, 2), structure(64, 32, 16, 8, 4, 2)
+    assert numbers([middle_pair(four, five), last_pair(four, five)]) == [(1, 2), (3, 4)]
+    three = structure(32, 32, 16, 8)
+    assert numbers([middle_pair(three, three)]) == [(1, 1)]  # where the published FitNet numbers have their hint
+    assert numbers([middle_pair(five, five)]) == [(2, 2)]
 
 
 def test_a_network_without_stages():
     with pytest.raises(UsageError, match="no feature maps were found"):
-        pair(anatomy(64), anatomy(64, 16))
+        pair_stages(structure(64), structure(64, 16))
 
 
 def test_a_transformer_beside_a_convolutional_network():
     images = torch.randn(2, 3, 64, 64)
-    vit = stages(timm.create_model("vit_tiny_patch16_224", img_size=64), images)
-    resnet = stages(torchvision.models.resnet18(), images)
-    found = [(ours.path, theirs.path) for ours, theirs in pair(resnet, vit)]
+    vit = find_stages(timm.create_model("vit_tiny_patch16_224", img_size=64), images)
+    resnet = find_stages(torchvision.models.resnet18(), images)
+    found = [(ours.path, theirs.path) for ours, theirs in pair_stages(resnet, vit)]
     assert found == [("layer1", "blocks.2"), ("layer2", "blocks.5"), ("layer3", "blocks.8"), ("layer4", "blocks.11")]
 
 
 def test_the_table():
     images = torch.randn(2, 3, 64, 64)
-    small = stages(create_model("cifar/resnet8", 10, size=64), images)
-    large = stages(timm.create_model("vit_tiny_patch16_224", img_size=64), images)
-    assert pairs_table(pair(small, large)).splitlines() == [
+    small = find_stages(create_model("cifar/resnet8", 10, size=64), images)
+    large = find_stages(timm.create_model("vit_tiny_patch16_224", img_size=64), images)
+    assert format_pairs(pair_stages(small, large)).splitlines() == [
         "student            teacher                     channels  size",
         "stage1 [16,64,64]  blocks.2 [192,4,4] tokens   x 12      x 0.0625",
         "stage2 [32,32,32]  blocks.8 [192,4,4] tokens   x 6       x 0.125",

@@ -11,10 +11,10 @@ from odd_networks import Plain, Residual, Shared
 from torch import nn
 
 from potstill.errors import UsageError
+from potstill.features.hooks import FeatureRequest, capture_features
 from potstill.features.layout import Grid
-from potstill.features.reading import Request, read
-from potstill.features.stages import Stage, stages
-from potstill.models.create import create_model
+from potstill.features.stages import Stage, find_stages
+from potstill.models.factory import create_model
 
 
 def images(size: int, batch: int = 2):
@@ -45,16 +45,16 @@ def test_relu_of_the_map_before_activation_is_the_map(name, training):
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)  # timm starts with zeros, so that a block's sum is its shortcut
-    anatomy = stages(network, images(size))
+    structure = find_stages(network, images(size))
     network.train(training)
     plain = copy.deepcopy(network)
     with (
-        read(network, Request(anatomy.stages)) as after,
-        read(network, Request(anatomy.stages, before_activation=True)) as before,
+        capture_features(network, FeatureRequest(structure.stages)) as after,
+        capture_features(network, FeatureRequest(structure.stages, before_activation=True)) as before,
     ):
         logits = network(images(size))
     torch.testing.assert_close(logits, plain(images(size)), rtol=0, atol=0)  # reading changes nothing
-    for stage, activated, raw in zip(anatomy.stages, after.maps, before.maps, strict=True):
+    for stage, activated, raw in zip(structure.stages, after.maps, before.maps, strict=True):
         if stage.before == "activation" and stage.activation != stage.path and "resnetv2" in name:
             assert raw.shape == activated.shape  # here the next block activates: tested below
             continue
@@ -64,8 +64,8 @@ def test_relu_of_the_map_before_activation_is_the_map(name, training):
 
 def test_a_wide_residual_network_normalises_at_the_start_of_the_next_block():
     network = create_model("cifar/wrn_16_2", 10, size=32).eval()
-    anatomy = stages(network, images(32))
-    with torch.no_grad(), read(network, Request(anatomy.stages, before_activation=True)) as before:
+    structure = find_stages(network, images(32))
+    with torch.no_grad(), capture_features(network, FeatureRequest(structure.stages, before_activation=True)) as before:
         network(images(32))
         first = network.stage1(network.stem(images(32)))
         second = network.stage2(first)
@@ -76,8 +76,8 @@ def test_a_wide_residual_network_normalises_at_the_start_of_the_next_block():
 
 def test_timms_batchnorm_that_activates_itself():
     network = timm.create_model("resnetv2_50", layers=(1, 1, 1, 1)).eval()
-    anatomy = stages(network, images(64))
-    with torch.no_grad(), read(network, Request(anatomy.stages, before_activation=True)) as before:
+    structure = find_stages(network, images(64))
+    with torch.no_grad(), capture_features(network, FeatureRequest(structure.stages, before_activation=True)) as before:
         network(images(64))
         norm = network.stages[1].blocks[0].norm1
         summed = network.stages[0](network.stem(images(64)))
@@ -87,10 +87,10 @@ def test_timms_batchnorm_that_activates_itself():
 
 def test_without_an_activation_the_map_is_its_own_form_before_it():
     network = timm.create_model("convnext_atto").eval()
-    anatomy = stages(network, images(64))
+    structure = find_stages(network, images(64))
     with (
-        read(network, Request(anatomy.stages)) as after,
-        read(network, Request(anatomy.stages, before_activation=True)) as before,
+        capture_features(network, FeatureRequest(structure.stages)) as after,
+        capture_features(network, FeatureRequest(structure.stages, before_activation=True)) as before,
     ):
         network(images(64))
     assert all(torch.equal(*both) for both in zip(after.maps, before.maps, strict=True))
@@ -99,13 +99,13 @@ def test_without_an_activation_the_map_is_its_own_form_before_it():
 def test_a_map_that_the_network_overwrites_is_copied():
     """Densenet activates its last BatchNorm in place: without a copy, its output would be read activated."""
     network = torchvision.models.densenet121().eval()
-    anatomy = stages(network, images(64))
-    assert [stage.copied_before for stage in anatomy.stages] == [True] * 4
+    structure = find_stages(network, images(64))
+    assert [stage.copied_before for stage in structure.stages] == [True] * 4
     with torch.no_grad():
         expected = network.features(images(64))
         with (
-            read(network, Request(anatomy.stages[-1:])) as after,
-            read(network, Request(anatomy.stages[-1:], before_activation=True)) as before,
+            capture_features(network, FeatureRequest(structure.stages[-1:])) as after,
+            capture_features(network, FeatureRequest(structure.stages[-1:], before_activation=True)) as before,
         ):
             network(images(64))
     assert torch.equal(before.maps[0], expected)
@@ -114,8 +114,8 @@ def test_a_map_that_the_network_overwrites_is_copied():
 
 def test_the_embedding_is_what_the_head_reads():
     network = torchvision.models.resnet18(num_classes=7).eval()
-    anatomy = stages(network, images(64))
-    with read(network, Request(anatomy.stages[-1:], embedding=anatomy.embedder)) as reading:
+    structure = find_stages(network, images(64))
+    with capture_features(network, FeatureRequest(structure.stages[-1:], embedding=structure.embedder)) as reading:
         logits = network(images(64))
     torch.testing.assert_close(network.fc(reading.embedding), logits, rtol=0, atol=0)
     torch.testing.assert_close(reading.embedding, reading.maps[0].mean(dim=(2, 3)))
@@ -123,8 +123,8 @@ def test_the_embedding_is_what_the_head_reads():
 
 def test_deit_gives_the_class_token_as_its_embedding():
     network = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, num_classes=7).eval()
-    anatomy = stages(network, images(64))
-    with torch.no_grad(), read(network, Request(embedding=anatomy.embedder)) as reading:
+    structure = find_stages(network, images(64))
+    with torch.no_grad(), capture_features(network, FeatureRequest(embedding=structure.embedder)) as reading:
         logits = network(images(64))
         tokens = network.forward_features(images(64))
     torch.testing.assert_close(reading.embedding, tokens[:, 0], rtol=0, atol=0)
@@ -133,10 +133,10 @@ def test_deit_gives_the_class_token_as_its_embedding():
 
 def test_gradients_flow_through_everything_that_is_read():
     network = Residual().train()
-    anatomy = stages(network, images(16))
+    structure = find_stages(network, images(16))
     with (
-        read(network, Request(anatomy.stages, embedding=anatomy.embedder)) as after,
-        read(network, Request(anatomy.stages, before_activation=True)) as before,
+        capture_features(network, FeatureRequest(structure.stages, embedding=structure.embedder)) as after,
+        capture_features(network, FeatureRequest(structure.stages, before_activation=True)) as before,
     ):
         network(images(16))
     for tensor in (*after.maps, *before.maps, after.embedding):
@@ -146,22 +146,22 @@ def test_gradients_flow_through_everything_that_is_read():
 
 def test_under_autocast_and_without_gradients():
     network = torchvision.models.resnet18().eval()
-    anatomy = stages(network, images(64))
+    structure = find_stages(network, images(64))
     with (
         torch.no_grad(),
         torch.autocast("cpu", torch.bfloat16),
-        read(network, Request(anatomy.stages, before_activation=True)) as reading,
+        capture_features(network, FeatureRequest(structure.stages, before_activation=True)) as reading,
     ):
         network(images(64))
     assert all(one.dtype == torch.bfloat16 for one in reading.maps)
     with torch.inference_mode():
-        assert stages(network, images(64)) == anatomy
+        assert find_stages(network, images(64)) == structure
 
 
 def test_each_forward_pass_is_read_anew():
     network = Shared().eval()
-    anatomy = stages(network, images(16))
-    with read(network, Request(anatomy.stages)) as reading:
+    structure = find_stages(network, images(16))
+    with capture_features(network, FeatureRequest(structure.stages)) as reading:
         network(images(16))
         first = reading.maps
         network(images(16, batch=5))
@@ -175,8 +175,8 @@ def test_a_stage_that_is_not_reached_is_said():
             return super().forward(images) if images.shape[2] == 16 else self.head(torch.zeros(1, 12))
 
     network = Lazy()
-    anatomy = stages(network, images(16))
-    with read(network, Request(anatomy.stages)) as reading:
+    structure = find_stages(network, images(16))
+    with capture_features(network, FeatureRequest(structure.stages)) as reading:
         network(images(16))
         network(images(8))
     with pytest.raises(UsageError, match=r"did not come to 'relu\[0\]'"):
@@ -185,11 +185,14 @@ def test_a_stage_that_is_not_reached_is_said():
 
 def test_hooks_are_gone_even_when_the_network_raises():
     network = Plain()
-    anatomy = stages(network, images(16))
-    request = Request(anatomy.stages, embedding=anatomy.embedder, taps=("conv1",))
-    with pytest.raises(RuntimeError), read(network, request):
+    structure = find_stages(network, images(16))
+    request = FeatureRequest(structure.stages, embedding=structure.embedder, taps=("conv1",))
+    with pytest.raises(RuntimeError), capture_features(network, request):
         network(images(24))
-    with pytest.raises(UsageError, match="no layer 'conv9'"), read(network, Request(anatomy.stages, taps=("conv9",))):
+    with (
+        pytest.raises(UsageError, match="no layer 'conv9'"),
+        capture_features(network, FeatureRequest(structure.stages, taps=("conv9",))),
+    ):
         pass
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
     copy.deepcopy(network)
@@ -197,7 +200,7 @@ def test_hooks_are_gone_even_when_the_network_raises():
 
 def test_named_layers_are_read_beside_the_stages():
     network = Plain()
-    with read(network, Request(taps=("fc1",))) as reading:
+    with capture_features(network, FeatureRequest(taps=("fc1",))) as reading:
         network(images(16))
     assert reading.features["fc1"].shape == (2, 20)
     assert reading.maps == ()
@@ -224,8 +227,8 @@ def test_tokens_of_images_of_another_size():
 
 def test_swins_maps_are_those_of_its_layers_with_channels_first():
     network = timm.create_model("swin_tiny_patch4_window7_224", img_size=64).eval()
-    anatomy = stages(network, images(64))
-    with torch.no_grad(), read(network, Request(anatomy.stages, taps=("layers.1",))) as reading:
+    structure = find_stages(network, images(64))
+    with torch.no_grad(), capture_features(network, FeatureRequest(structure.stages, taps=("layers.1",))) as reading:
         network(images(64))
     assert reading.features["layers.1"].shape == (2, 8, 8, 192)
     assert torch.equal(reading.maps[1], reading.features["layers.1"].permute(0, 3, 1, 2))

@@ -6,9 +6,14 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.features.remodel import REMODELS, ExpandedStage, ProjectedHead, rebuild
-from potstill.features.remodelled import refuse_inner
 from potstill.features.stages import Stage
+from potstill.features.student_surgery import (
+    MODIFIED_STUDENTS,
+    ExpandedStage,
+    ProjectedHead,
+    rebuild_student,
+    require_module_output,
+)
 
 
 class Student(nn.Module):
@@ -57,11 +62,11 @@ def unusual(module):
     return module.eval()
 
 
-@pytest.mark.parametrize("name", sorted(REMODELS))
+@pytest.mark.parametrize("name", sorted(MODIFIED_STUDENTS))
 def test_facts_and_weights_make_the_same_network(name):
     images = torch.randn(2, 3, 8, 8)
-    built = unusual(REMODELS[name](Student(), **FACTS[name]))
-    again = rebuild(Student(), json.loads(json.dumps(built.facts))).eval()
+    built = unusual(MODIFIED_STUDENTS[name](Student(), **FACTS[name]))
+    again = rebuild_student(Student(), json.loads(json.dumps(built.facts))).eval()
     again.load_state_dict(built.state_dict())
     assert torch.equal(again(images), built(images))
     assert torch.equal(copy.deepcopy(built)(images), built(images))
@@ -137,22 +142,22 @@ def test_tap_is_the_expanded_map():
     assert expanded.get_submodule(expanded.tap)[0].out_channels == 16
 
 
-@pytest.mark.parametrize("name", sorted(REMODELS))
+@pytest.mark.parametrize("name", sorted(MODIFIED_STUDENTS))
 def test_can_be_exported(name):
     images = torch.randn(2, 3, 8, 8)
-    built = unusual(REMODELS[name](Student(), **FACTS[name]))
+    built = unusual(MODIFIED_STUDENTS[name](Student(), **FACTS[name]))
     exported = torch.export.export(built, (images,)).module()
     assert torch.allclose(exported(images), built(images), atol=1e-5)
 
 
 def test_refusals():
     with pytest.raises(UsageError, match="no remodelled network 'expanded_stag'; did you mean 'expanded_stage'"):
-        rebuild(Student(), {"name": "expanded_stag"})
+        rebuild_student(Student(), {"name": "expanded_stag"})
     with pytest.raises(UsageError, match=r"do not describe a merged_stage: .*unexpected keyword argument 'wide'"):
-        rebuild(Student(), {"name": "merged_stage", "stage": "stage", "channels": 6, "wide": 3})
+        rebuild_student(Student(), {"name": "merged_stage", "stage": "stage", "channels": 6, "wide": 3})
     with pytest.raises(UsageError, match="has no layer 'stag'; did you mean 'stage'"):
-        rebuild(Student(), {"name": "merged_stage", "stage": "stag", "channels": 6})
+        rebuild_student(Student(), {"name": "merged_stage", "stage": "stag", "channels": 6})
     with pytest.raises(UsageError, match="leaves a function, not a layer"):
-        refuse_inner(Stage("act(bn)", 8, 4, 4, "NCHW", module="bn", activated=True), "norm")
+        require_module_output(Stage("act(bn)", 8, 4, 4, "NCHW", module="bn", activated=True), "norm")
     with pytest.raises(UsageError, match="one of several outputs of 'relu'"):
-        refuse_inner(Stage("relu[3]", 8, 4, 4, "NCHW", module="relu", call=3), "norm")
+        require_module_output(Stage("relu[3]", 8, 4, 4, "NCHW", module="relu", call=3), "norm")

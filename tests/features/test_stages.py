@@ -10,21 +10,21 @@ from odd_networks import Plain, Pooled, Residual, Shared
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.features.reading import Request, read
-from potstill.features.stages import stage_at, stages
-from potstill.models.create import create_model
+from potstill.features.hooks import FeatureRequest, capture_features
+from potstill.features.stages import find_stage_at, find_stages
+from potstill.models.factory import create_model
 
 
 def images(size: int, batch: int = 2):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def paths(anatomy) -> list[str]:
-    return [stage.path for stage in anatomy.stages]
+def paths(structure) -> list[str]:
+    return [stage.path for stage in structure.stages]
 
 
-def shapes(anatomy) -> list[tuple[int, int, int]]:
-    return [(stage.channels, stage.height, stage.width) for stage in anatomy.stages]
+def shapes(structure) -> list[tuple[int, int, int]]:
+    return [(stage.channels, stage.height, stage.width) for stage in structure.stages]
 
 
 # name, paths, whether the head reads the mean of the last map, length of the embedding
@@ -57,14 +57,14 @@ def timm_network(request):
 def test_stages_of_timm_networks(timm_network):
     name, network = timm_network
     expected_paths, pooled, embedding = TIMM[name]
-    anatomy = stages(network, images(64))
-    assert paths(anatomy) == expected_paths
-    assert anatomy.pooled == pooled
-    assert anatomy.embedding == embedding
-    assert anatomy.head == (None if "distilled" in name else _classifier(network))
-    assert anatomy.embedder == _classifier(network)  # of DeiT's two heads the first
+    structure = find_stages(network, images(64))
+    assert paths(structure) == expected_paths
+    assert structure.pooled == pooled
+    assert structure.embedding == embedding
+    assert structure.head == (None if "distilled" in name else _classifier(network))
+    assert structure.embedder == _classifier(network)  # of DeiT's two heads the first
     prefix = {"vit": 1, "deit": 2}.get(name.split("_")[0], 0)
-    assert {stage.prefix for stage in anatomy.stages} == {prefix}
+    assert {stage.prefix for stage in structure.stages} == {prefix}
 
 
 def _classifier(network) -> str:
@@ -81,12 +81,12 @@ def test_maps_are_those_of_timm(timm_network):
         final = network.forward_features(images(64))
         if name.startswith("swin"):
             final = final.permute(0, 3, 1, 2)
-        anatomy = stages(network, images(64))
-        with read(network, Request(anatomy.stages)) as reading:
+        structure = find_stages(network, images(64))
+        with capture_features(network, FeatureRequest(structure.stages)) as reading:
             network(images(64))
     network.train()
     own = theirs if "vit" in name or "deit" in name else [*theirs, final]
-    for found, stage in zip(reading.maps, anatomy.stages, strict=True):
+    for found, stage in zip(reading.maps, structure.stages, strict=True):
         assert any(found.shape == one.shape and torch.equal(found, one) for one in own), stage.path
 
 
@@ -97,8 +97,8 @@ def test_leaves_the_network_as_it_was(timm_network):
     modes = [module.training for module in network.modules()]
     state = copy.deepcopy(network.state_dict())
     before = torch.get_rng_state()
-    stages(network, images(64))
-    stages(network, torch.zeros(2, 3, 64, 64))
+    find_stages(network, images(64))
+    find_stages(network, torch.zeros(2, 3, 64, 64))
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in network.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
@@ -109,7 +109,7 @@ def test_leaves_the_network_as_it_was(timm_network):
 
 def test_a_black_example_shows_the_same(timm_network):
     _, network = timm_network
-    assert stages(network, torch.zeros(1, 3, 64, 64)) == stages(network, images(64, 3))
+    assert find_stages(network, torch.zeros(1, 3, 64, 64)) == find_stages(network, images(64, 3))
 
 
 TORCHVISION = {
@@ -128,8 +128,8 @@ TORCHVISION = {
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_stages_of_torchvision_networks(name):
-    anatomy = stages(torchvision.models.get_model(name, num_classes=7), images(64))
-    assert (paths(anatomy), anatomy.head, anatomy.pooled) == TORCHVISION[name]
+    structure = find_stages(torchvision.models.get_model(name, num_classes=7), images(64))
+    assert (paths(structure), structure.head, structure.pooled) == TORCHVISION[name]
 
 
 @pytest.mark.parametrize(
@@ -144,18 +144,18 @@ def test_stages_of_torchvision_networks(name):
     ],
 )
 def test_stages_at_small_sizes(name, size, expected):
-    anatomy = stages(create_model(name, 10, size=size), images(size))
-    assert [(stage.path, stage.channels, stage.height) for stage in anatomy.stages] == expected
-    assert anatomy.pooled
+    structure = find_stages(create_model(name, 10, size=size), images(size))
+    assert [(stage.path, stage.channels, stage.height) for stage in structure.stages] == expected
+    assert structure.pooled
 
 
 def test_a_wide_residual_network_ends_behind_its_last_activation():
     """Its blocks put out bare sums; what the head averages is activated after them."""
     network = create_model("cifar/wrn_16_2", 10, size=32)
-    anatomy = stages(network, images(32))
-    assert shapes(anatomy) == [(32, 32, 32), (64, 16, 16), (128, 8, 8)]
-    assert anatomy.pooled
-    assert [stage.norm for stage in anatomy.stages] == ["stage2.0.bn1", "stage3.0.bn1", "bn"]
+    structure = find_stages(network, images(32))
+    assert shapes(structure) == [(32, 32, 32), (64, 16, 16), (128, 8, 8)]
+    assert structure.pooled
+    assert [stage.norm for stage in structure.stages] == ["stage2.0.bn1", "stage3.0.bn1", "bn"]
 
 
 @pytest.mark.parametrize(
@@ -169,35 +169,35 @@ def test_a_wide_residual_network_ends_behind_its_last_activation():
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_stages_of_networks_by_hand(network, expected, pooled):
-    anatomy = stages(network, images(16))
-    assert [(stage.path, stage.channels, stage.height) for stage in anatomy.stages] == expected
-    assert anatomy.pooled == pooled
+    structure = find_stages(network, images(16))
+    assert [(stage.path, stage.channels, stage.height) for stage in structure.stages] == expected
+    assert structure.pooled == pooled
 
 
 def test_a_last_layer_norm_counts_only_where_the_head_averages_it():
     options = {"num_classes": 7, "img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 1, 1, 1)}
     swin = timm.models.swin_transformer.SwinTransformer
-    assert paths(stages(swin(**options), images(64)))[-1] == "norm"
-    assert paths(stages(swin(**options, global_pool="max"), images(64)))[-1] == "layers.3"
+    assert paths(find_stages(swin(**options), images(64)))[-1] == "norm"
+    assert paths(find_stages(swin(**options, global_pool="max"), images(64)))[-1] == "layers.3"
 
 
 def test_batchnorm_of_the_blocks_own_path_not_of_its_shortcut():
-    resnet = stages(torchvision.models.resnet18(), images(64))  # one shortcut of three stages is called last
+    resnet = find_stages(torchvision.models.resnet18(), images(64))  # one shortcut of three stages is called last
     assert [stage.norm for stage in resnet.stages] == [f"layer{i}.1.bn2" for i in range(1, 5)]
-    small = stages(create_model("cifar/resnet8", 10, size=32), images(32))  # the only block of each stage has one
+    small = find_stages(create_model("cifar/resnet8", 10, size=32), images(32))  # the only block of each stage has one
     assert [stage.norm for stage in small.stages] == [f"stage{i}.0.bn2" for i in range(1, 4)]
-    regnet = stages(timm.create_model("regnety_002"), images(64))
+    regnet = find_stages(timm.create_model("regnety_002"), images(64))
     assert regnet.stages[0].norm == "s1.b1.conv3.bn"
-    assert [stage.norm for stage in stages(timm.create_model("convnext_atto"), images(64)).stages] == [None] * 4
-    assert [stage.norm for stage in stages(Residual(), images(16)).stages][-1] == "body.blocks.2.bn2"
+    assert [stage.norm for stage in find_stages(timm.create_model("convnext_atto"), images(64)).stages] == [None] * 4
+    assert [stage.norm for stage in find_stages(Residual(), images(16)).stages][-1] == "body.blocks.2.bn2"
 
 
 def test_images_need_not_be_square():
     example = torch.randn(2, 3, 64, 128)
-    anatomy = stages(torchvision.models.resnet18(), example)
-    assert shapes(anatomy) == [(64, 16, 32), (128, 8, 16), (256, 4, 8), (512, 2, 4)]
+    structure = find_stages(torchvision.models.resnet18(), example)
+    assert shapes(structure) == [(64, 16, 32), (128, 8, 16), (256, 4, 8), (512, 2, 4)]
     vit = timm.create_model("vit_tiny_patch16_224", img_size=(64, 128))
-    assert shapes(stages(vit, example)) == [(192, 4, 8)] * 4
+    assert shapes(find_stages(vit, example)) == [(192, 4, 8)] * 4
 
 
 def test_a_wrapper_changes_nothing_but_the_paths():
@@ -209,15 +209,15 @@ def test_a_wrapper_changes_nothing_but_the_paths():
         def forward(self, images):
             return self.inner(images).double()
 
-    anatomy = stages(Wrapper(), images(64))
-    assert paths(anatomy) == ["inner.layer1", "inner.layer2", "inner.layer3", "inner.layer4"]
-    assert (anatomy.head, anatomy.pooled) == ("inner.fc", True)
+    structure = find_stages(Wrapper(), images(64))
+    assert paths(structure) == ["inner.layer1", "inner.layer2", "inner.layer3", "inner.layer4"]
+    assert (structure.head, structure.pooled) == ("inner.fc", True)
 
 
 def test_the_mean_is_told_from_other_poolings():
     network = torchvision.models.resnet18()
     network.avgpool = nn.AdaptiveMaxPool2d(1)
-    assert not stages(network, images(64)).pooled
+    assert not find_stages(network, images(64)).pooled
 
 
 # by path
@@ -225,13 +225,13 @@ def test_the_mean_is_told_from_other_poolings():
 
 def test_a_stage_of_ones_own_choice():
     network = timm.create_model("resnet18")
-    stage = stage_at(network, images(64), "layer2.0")
+    stage = find_stage_at(network, images(64), "layer2.0")
     assert (stage.channels, stage.height, stage.norm, stage.activation) == (128, 8, "layer2.0.bn2", "layer2.0.act2")
-    assert stage_at(network, images(64), "layer3") == stages(network, images(64)).stages[2]
-    assert stage_at(Shared(), images(16), "relu[0]") == stages(Shared(), images(16)).stages[0]
-    assert stage_at(Shared(), images(16), "relu").height == 8
-    assert stage_at(Plain(), images(16), "act(conv2)").before == "output"
-    assert stage_at(Plain(), images(16), "conv2").before == "map"
+    assert find_stage_at(network, images(64), "layer3") == find_stages(network, images(64)).stages[2]
+    assert find_stage_at(Shared(), images(16), "relu[0]") == find_stages(Shared(), images(16)).stages[0]
+    assert find_stage_at(Shared(), images(16), "relu").height == 8
+    assert find_stage_at(Plain(), images(16), "act(conv2)").before == "output"
+    assert find_stage_at(Plain(), images(16), "conv2").before == "map"
 
 
 @pytest.mark.parametrize(
@@ -244,19 +244,19 @@ def test_a_stage_of_ones_own_choice():
 )
 def test_paths_that_cannot_be_stages(path, message):
     with pytest.raises(UsageError, match=message):
-        stage_at(torchvision.models.resnet18(), images(64), path)
+        find_stage_at(torchvision.models.resnet18(), images(64), path)
 
 
 def test_a_layer_that_is_never_used():
     network = Plain()
     network.spare = nn.Conv2d(3, 3, 1)
     with pytest.raises(UsageError, match="does not use its layer 'spare'"):
-        stage_at(network, images(16), "spare")
+        find_stage_at(network, images(16), "spare")
 
 
 def test_hooks_are_gone_when_the_network_raises():
     network = Plain()
     with pytest.raises(RuntimeError):
-        stages(network, images(24))  # the linear layer wants 16 px
+        find_stages(network, images(24))  # the linear layer wants 16 px
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
     assert network.training

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from potstill.data.images import ArraySet
+from potstill.config.recipe import load_recipe
+from potstill.data.image_sets import ArraySet
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import DataSplits
-from potstill.experiments.recipe import load_recipe
-from potstill.models.create import create_model
+from potstill.models.factory import create_model
 from potstill.models.model_file import save_model
 
 CLASSES = ("blue", "green", "red")
@@ -60,8 +60,8 @@ def recipe():
 @pytest.fixture
 def teacher_folder(tmp_path):
     """A model file of a teacher that knows the three classes (but nothing about them)."""
-    from potstill.inputs import InputSpec
-    from potstill.models.classifier import Classifier
+    from potstill.input_spec import InputSpec
+    from potstill.models.model_file import Classifier
 
     module = create_model("cifar/resnet8", 3, size=16)
     save_model(Classifier(module, "cifar/resnet8", CLASSES, InputSpec(16)), tmp_path / "teacher")
@@ -79,21 +79,20 @@ class Parts:
     def server(name, recipe, data, clients, *, public=None, rounds=1, local_epochs=1, teacher=None, fewest=1):
         import torch
 
-        from potstill.experiments.loaders import split_loader
-        from potstill.experiments.start import start_network
-        from potstill.federated.algorithms import ALGORITHMS
-        from potstill.federated.distilling import Public
-        from potstill.federated.rounds import Schedule, Server
-        from potstill.models.classifier import Classifier
-        from potstill.training.devices import choose
+        from potstill.contrib.federated.algorithms import ALGORITHMS
+        from potstill.contrib.federated.client import PublicDataset
+        from potstill.contrib.federated.server import Schedule, Server
+        from potstill.experiment.builders import build_network, split_loader
+        from potstill.models.model_file import Classifier
+        from potstill.training.devices import create_compute
 
         torch.manual_seed(5)
         settings = recipe.stage_training("student")
-        compute = choose(settings)
-        start = start_network(recipe, recipe.student, data.class_names)
+        compute = create_compute(settings)
+        start = build_network(recipe, recipe.student, data.class_names)
         student = Classifier(start.module, start.architecture, data.class_names, start.input)
         val = split_loader(data, "val", student.input, recipe, settings, compute)
-        images = None if public is None else Public(public, student.input, settings, compute, 0)
+        images = None if public is None else PublicDataset(public, student.input, settings, compute, 0)
         schedule = Schedule(rounds, local_epochs, 1, 1.0, fewest)
         return Server(
             ALGORITHMS[name], student, recipe, schedule, clients, val, compute, public=images, teacher=teacher

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from potstill.contrib.federated.algorithms import average_logits, average_states
 from potstill.errors import DataError, UsageError
-from potstill.federated.averaging import average_logits, average_states
 
 
 def state(weight, mean, variance, batches):

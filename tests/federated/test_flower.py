@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from potstill.data.images import Subset
+from potstill.contrib.federated.client import Client
+from potstill.contrib.federated.messages import Message
+from potstill.contrib.federated.server import InProcessClients
+from potstill.data.image_sets import Subset
 from potstill.errors import DataError
-from potstill.federated.client import Client
-from potstill.federated.messages import Message
-from potstill.federated.transport import InProcess
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture
 def flower(monkeypatch):
     pytest.importorskip("flwr", reason="needs the extra federated")
-    from potstill.federated import flower
+    from potstill.contrib.federated import flower_app
 
     # An envelope can be made inside a running app only; what is put into it is what counts here.
-    monkeypatch.setattr(flower, "Envelope", lambda content, reply_to: SimpleNamespace(content=content))
-    yield flower
+    monkeypatch.setattr(flower_app, "Envelope", lambda content, reply_to: SimpleNamespace(content=content))
+    yield flower_app
     gc.collect()
 
 
@@ -49,14 +49,14 @@ def test_records_hold_a_message_whole(flower):
 def test_flowers_reply_holds_no_image_and_no_name(flower, recipe, data, public, parts, name):
     sent = {}
 
-    class Listens(InProcess):
+    class Listens(InProcessClients):
         def ask(self, messages):
             sent.update(messages)
             return super().ask(messages)
 
     client = Client(lambda classes: Subset(data.train, range(30)), lambda: public)
     server = parts.server(name, recipe(), data, Listens({0: client}), public=public)
-    server.carry_out(Silent())
+    server.carry_out(SilentObserver())
     content, context = asked(flower, sent[0], client)
     assert set(content) == {"arrays", "numbers", "texts"}
     assert dict(content["texts"]) == {"task": sent[0].task}

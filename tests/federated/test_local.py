@@ -1,20 +1,19 @@
 import pytest
 import torch
 
+from potstill.contrib.federated.client import Client, client_loader, create_local_distiller, train_locally
+from potstill.contrib.federated.server import InProcessClients
 from potstill.data.loader import Loader
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import NonFiniteError, UsageError
-from potstill.experiments.loaders import split_loader
-from potstill.federated.client import Client, client_loader
-from potstill.federated.local import local_distiller, train_locally
-from potstill.federated.transport import InProcess
-from potstill.inputs import InputSpec
+from potstill.experiment.builders import split_loader
+from potstill.input_spec import InputSpec
 from potstill.methods import create_method
-from potstill.models.classifier import Classifier
-from potstill.models.create import create_model
-from potstill.training.devices import choose
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier
+from potstill.training.callbacks import SilentObserver
+from potstill.training.devices import create_compute
+from potstill.training.trainer import Trainer
 
 LOCAL_EPOCHS = 1
 
@@ -31,17 +30,17 @@ def test_one_client_with_all_images_is_plain_training_bit_for_bit(tmp_path, reci
     """The training loop of the package is the reference: same start, same batches, one epoch."""
     tiny = recipe(**{"training.optimizer": optimizer, "training.schedule": "cosine", "training.clip_norm": 1.0})
     settings = tiny.stage_training("student")
-    compute = choose(settings)
+    compute = create_compute(settings)
 
-    server = parts.server("fedavg", tiny, data, InProcess({0: Client(lambda classes: data.train)}))
-    server.carry_out(Silent())
+    server = parts.server("fedavg", tiny, data, InProcessClients({0: Client(lambda classes: data.train)}))
+    server.carry_out(SilentObserver())
 
     plain = network()
     plain.module.to(memory_format=compute.memory_format)
     loader = client_loader(data.train, plain, tiny, settings, compute, 0)
     val = split_loader(data, "val", plain.input, tiny, settings, compute)
     distiller = Distiller(plain.module, None, create_method("supervised"), label_loss=torch.nn.CrossEntropyLoss())
-    Training(distiller, loader, val, settings, compute, folder=tmp_path, observer=Silent(), classes=3).run()
+    Trainer(distiller, loader, val, settings, compute, folder=tmp_path, observer=SilentObserver(), classes=3).run()
 
     ours, theirs = server.student.module.state_dict(), plain.module.state_dict()
     assert list(ours) == list(theirs)
@@ -53,11 +52,11 @@ def test_one_client_with_all_images_is_plain_training_bit_for_bit(tmp_path, reci
 def test_a_guided_client_differs_from_one_that_is_not(recipe, data):
     tiny = recipe()
     settings = tiny.stage_training("student")
-    compute = choose(settings)
+    compute = create_compute(settings)
     found = []
     for teacher in (None, network(6)):
         student = network()
-        distiller = local_distiller(student, teacher, tiny, compute, 0.0)
+        distiller = create_local_distiller(student, teacher, tiny, compute, 0.0)
         loader = client_loader(data.train, student, tiny, settings, compute, 0)
         before = None if teacher is None else teacher.module.state_dict()["stem.0.weight"].clone()
         train_locally(distiller, loader, settings, compute, first=0, epochs=1)
@@ -71,14 +70,14 @@ def test_a_guided_client_differs_from_one_that_is_not(recipe, data):
 def test_later_rounds_see_other_views_and_a_lower_learning_rate(recipe, data):
     tiny = recipe(**{"training.epochs": 4, "training.schedule": "cosine"})
     settings = tiny.stage_training("student")
-    compute = choose(settings)
+    compute = create_compute(settings)
 
     def moved(first):
         student = network()
         start = student.module.stem[0].weight.detach().clone()
         loader = client_loader(data.train, student, tiny, settings, compute, 0)
         train_locally(
-            local_distiller(student, None, tiny, compute, 0.0), loader, settings, compute, first=first, epochs=1
+            create_local_distiller(student, None, tiny, compute, 0.0), loader, settings, compute, first=first, epochs=1
         )
         return float((student.module.stem[0].weight.detach() - start).norm())
 
@@ -89,13 +88,15 @@ def test_later_rounds_see_other_views_and_a_lower_learning_rate(recipe, data):
 def test_methods_that_a_round_cannot_carry_on_are_refused(recipe, method):
     tiny = recipe(**{"method.name": method, "method": f"{{name: {method}}}"})
     with pytest.raises(UsageError, match=rf"method {method} trains or remembers more .* kd, dkd, dist"):
-        local_distiller(network(), network(6), tiny, choose(tiny.stage_training("student")), 0.0)
+        create_local_distiller(network(), network(6), tiny, create_compute(tiny.stage_training("student")), 0.0)
 
 
 def test_a_loss_that_is_no_number_is_an_error(recipe, data):
     tiny = recipe(**{"training.lr": 1e30, "training.optimizer": "sgd"})
     settings = tiny.stage_training("student")
-    compute, student = choose(settings), network()
+    compute, student = create_compute(settings), network()
     loader = Loader(data.train, student.input, batch_size=16, order="shuffled")
     with pytest.raises(NonFiniteError, match="loss of a client"):
-        train_locally(local_distiller(student, None, tiny, compute, 0.0), loader, settings, compute, first=0, epochs=2)
+        train_locally(
+            create_local_distiller(student, None, tiny, compute, 0.0), loader, settings, compute, first=0, epochs=2
+        )

@@ -2,14 +2,23 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.contrib.federated.messages import (
+    Message,
+    arrays_to_state_dict,
+    check_reply,
+    pack,
+    state_dict_to_arrays,
+    unpack,
+)
 from potstill.errors import ArtifactError, UsageError
-from potstill.federated.messages import Message, as_arrays, as_state, check_reply, pack, unpack
 
 STATE = {"conv.weight": torch.zeros(2, 3), "bn.num_batches_tracked": torch.tensor(4)}
 
 
 def test_a_message_comes_back_whole():
-    message = Message("train", as_arrays(STATE) | {"logits": np.ones((2, 3), np.float32)}, {"images": 5.0}, {"a": "é"})
+    message = Message(
+        "train", state_dict_to_arrays(STATE) | {"logits": np.ones((2, 3), np.float32)}, {"images": 5.0}, {"a": "é"}
+    )
     again = unpack(pack(message))
     assert (again.task, again.numbers, again.texts) == ("train", {"images": 5.0}, {"a": "é"})
     assert {name: (value.shape, value.dtype) for name, value in again.arrays.items()} == {
@@ -17,7 +26,7 @@ def test_a_message_comes_back_whole():
         "state/bn.num_batches_tracked": ((), np.int64),
         "logits": ((2, 3), np.float32),
     }
-    assert int(as_state(again.arrays)["bn.num_batches_tracked"]) == 4
+    assert int(arrays_to_state_dict(again.arrays)["bn.num_batches_tracked"]) == 4
 
 
 def test_its_bytes_are_the_arrays_and_a_short_header():
@@ -27,9 +36,9 @@ def test_its_bytes_are_the_arrays_and_a_short_header():
 
 def test_channels_last_weights_keep_their_order():
     weight = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
-    assert as_state(unpack(pack(Message("train", as_arrays({"w": weight})))).arrays)["w"].flatten().tolist() == list(
-        range(24)
-    )
+    assert arrays_to_state_dict(unpack(pack(Message("train", state_dict_to_arrays({"w": weight})))).arrays)[
+        "w"
+    ].flatten().tolist() == list(range(24))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +50,7 @@ def test_other_bytes_are_refused(content):
 
 
 def test_a_client_may_send_weights_logits_and_counts():
-    good = Message("train", as_arrays(STATE), {"images": 3.0, "loss": 0.5})
+    good = Message("train", state_dict_to_arrays(STATE), {"images": 3.0, "loss": 0.5})
     assert check_reply(good, state=STATE) is good
     logits = Message("answer", {"logits": np.zeros((4, 3), np.float32)}, {"images": 3.0})
     assert check_reply(logits, state={}, logits=(4, 3)) is logits

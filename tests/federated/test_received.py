@@ -5,13 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from potstill.data.images import Subset
+from potstill.contrib.federated.client import Client
+from potstill.contrib.federated.messages import Message
+from potstill.contrib.federated.server import InProcessClients, RoundReplies, drop_invalid_replies
+from potstill.data.image_sets import Subset
 from potstill.errors import NonFiniteError
-from potstill.federated.client import Client
-from potstill.federated.messages import Message
-from potstill.federated.received import leave_out_unusable
-from potstill.federated.transport import Answers, InProcess
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
 
 STUDENT = {"w": np.zeros((2, 3), np.float32), "batches": np.array(3, np.int64)}
 GOOD = {"state/w": np.ones((2, 3), np.float32), "state/batches": np.array(4, np.int64)}
@@ -34,16 +33,16 @@ NAN = np.full((2, 3), np.nan, np.float32)
     ],
 )
 def test_one_is_left_out_and_the_other_stays(arrays, numbers, why):
-    answers = Answers({0: Message("train", arrays, numbers), 1: Message("train", GOOD, COUNTS)}, {2: "OSError"})
-    leave_out_unusable(answers, STUDENT, None)
+    answers = RoundReplies({0: Message("train", arrays, numbers), 1: Message("train", GOOD, COUNTS)}, {2: "OSError"})
+    drop_invalid_replies(answers, STUDENT, None)
     assert list(answers.replies) == [1]
     assert answers.failed == {0: why, 2: "OSError"}
 
 
 def test_logits_in_place_of_weights():
     said = [{"logits": np.zeros(shape, np.float32)} for shape in ((4, 3), (5, 3))]
-    answers = Answers({at: Message("answer", each, COUNTS) for at, each in enumerate([*said, GOOD])})
-    leave_out_unusable(answers, STUDENT, (4, 3))
+    answers = RoundReplies({at: Message("answer", each, COUNTS) for at, each in enumerate([*said, GOOD])})
+    drop_invalid_replies(answers, STUDENT, (4, 3))
     assert list(answers.replies) == [0]
     assert answers.failed == {1: "other arrays", 2: "other arrays"}
 
@@ -63,8 +62,8 @@ class Broken:
 def test_a_client_that_sends_nan_does_not_spoil_the_round(recipe, data, parts):
     halves = np.array_split(np.arange(len(data.train)), 2)
     good, other = (Client(lambda classes, part=part: Subset(data.train, part)) for part in halves)
-    server = parts.server("fedavg", recipe(), data, InProcess({0: good, 1: Broken(other)}))
-    record = server.carry_out(Silent()).records[0]
+    server = parts.server("fedavg", recipe(), data, InProcessClients({0: good, 1: Broken(other)}))
+    record = server.carry_out(SilentObserver()).records[0]
     assert (record["clients"], record["failed"]) == ([0], {"1": "NonFiniteError"})
     with pytest.raises(NonFiniteError, match=r"round 1: .* of 1 clients became NaN .*; lower training.lr"):
-        parts.server("fedavg", recipe(), data, InProcess({0: Broken(good)})).carry_out(Silent())
+        parts.server("fedavg", recipe(), data, InProcessClients({0: Broken(good)})).carry_out(SilentObserver())

@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data.images import Subset
+from potstill.contrib.federated.client import Client
+from potstill.contrib.federated.messages import pack, unpack
+from potstill.contrib.federated.server import InProcessClients, RoundCheckpoint, RoundReplies, ServerState
+from potstill.data.image_sets import Subset
 from potstill.errors import DataError, UsageError, WorkerError
-from potstill.federated.client import Client
-from potstill.federated.kept import Kept
-from potstill.federated.messages import pack, unpack
-from potstill.federated.rounds import Progress
-from potstill.federated.transport import Answers, InProcess
-from potstill.inputs import InputSpec
-from potstill.models.classifier import Classifier
-from potstill.models.create import create_model
-from potstill.training.observer import Silent
+from potstill.input_spec import InputSpec
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier
+from potstill.training.callbacks import SilentObserver
 
 
 @pytest.fixture
@@ -34,7 +32,7 @@ def wiretap(monkeypatch):
     """Every message in both directions, as bytes."""
     heard = {"down": [], "up": []}
 
-    class Tapped(InProcess):
+    class Tapped(InProcessClients):
         def ask(self, messages):
             heard["down"] += [pack(message) for message in messages.values()]
             answers = super().ask(messages)
@@ -54,8 +52,8 @@ def test_clients_send_weights_and_counts_and_nothing_that_is_an_image(
 ):
     tapped, heard = wiretap
     server = parts.server(name, recipe(), data, tapped(clients()), public=public, rounds=2)
-    server.greet()
-    progress = server.carry_out(Silent())
+    server.handshake()
+    progress = server.carry_out(SilentObserver())
     state = server.student.module.state_dict()
     pixels = [data.train.pixels(at).tobytes() for at in range(len(data.train))]
     hello, rounds = heard["up"][:2], heard["up"][2:]
@@ -81,7 +79,7 @@ def test_clients_send_weights_and_counts_and_nothing_that_is_an_image(
 def test_fedmd_sends_logits_of_public_images_alone(recipe, data, public, clients, parts, wiretap):
     tapped, heard = wiretap
     server = parts.server("fedmd", recipe(), data, tapped(clients()), public=public, rounds=2)
-    progress = server.carry_out(Silent())
+    progress = server.carry_out(SilentObserver())
     for sent in heard["up"]:
         message = unpack(sent)
         assert {key: value.shape for key, value in message.arrays.items()} == {"logits": (21, 3)}
@@ -99,18 +97,18 @@ def test_fedavg_is_the_mean_of_what_each_client_would_send(recipe, data, clients
     tiny, everybody = recipe(), clients()
     states = []
     for number in everybody:
-        one = parts.server("fedavg", tiny, data, InProcess({number: everybody[number]}))
-        one.carry_out(Silent())
+        one = parts.server("fedavg", tiny, data, InProcessClients({number: everybody[number]}))
+        one.carry_out(SilentObserver())
         states.append(one.student.module.state_dict())
-    both = parts.server("fedavg", tiny, data, InProcess(everybody))
-    both.carry_out(Silent())
+    both = parts.server("fedavg", tiny, data, InProcessClients(everybody))
+    both.carry_out(SilentObserver())
     weight = (states[0]["stem.0.weight"] + states[1]["stem.0.weight"]) / 2  # 30 images each
     torch.testing.assert_close(both.student.module.state_dict()["stem.0.weight"], weight, atol=1e-7, rtol=0)
 
 
 def test_rounds_learn_and_the_best_one_on_val_is_kept(recipe, data, clients, parts):
-    server = parts.server("fedavg", recipe(), data, InProcess(clients()), rounds=3, local_epochs=2)
-    progress = server.carry_out(Silent())
+    server = parts.server("fedavg", recipe(), data, InProcessClients(clients()), rounds=3, local_epochs=2)
+    progress = server.carry_out(SilentObserver())
     values = [record["val"]["top1"] for record in progress.records]
     assert max(values) > 0.8  # three colours: chance is a third
     assert progress.best == values.index(max(values)) + 1
@@ -119,7 +117,7 @@ def test_rounds_learn_and_the_best_one_on_val_is_kept(recipe, data, clients, par
 
 def test_each_round_goes_on_with_epochs_that_were_not_seen(recipe, data, clients, parts, wiretap):
     tapped, heard = wiretap
-    parts.server("fedavg", recipe(), data, tapped(clients()), rounds=3, local_epochs=2).carry_out(Silent())
+    parts.server("fedavg", recipe(), data, tapped(clients()), rounds=3, local_epochs=2).carry_out(SilentObserver())
     told = [unpack(sent) for sent in heard["down"]]
     assert [(each.numbers["client"], each.numbers["first"]) for each in told] == [
         (client, first) for first in (0, 2, 4) for client in (0, 1)
@@ -143,8 +141,8 @@ class Dies:
 def test_a_client_that_dies_does_not_stop_the_round(recipe, data, clients, parts):
     everybody = clients(3)
     everybody[1] = Dies(everybody[1], 1)
-    server = parts.server("fedavg", recipe(), data, InProcess(everybody), rounds=2)
-    progress = server.carry_out(Silent())
+    server = parts.server("fedavg", recipe(), data, InProcessClients(everybody), rounds=2)
+    progress = server.carry_out(SilentObserver())
     assert [record["clients"] for record in progress.records] == [[0, 1, 2], [0, 2]]
     assert [record["failed"] for record in progress.records] == [{}, {"1": "ConnectionResetError"}]
     assert progress.records[1]["bytes_up"] < progress.records[0]["bytes_up"]
@@ -152,14 +150,14 @@ def test_a_client_that_dies_does_not_stop_the_round(recipe, data, clients, parts
 
 def test_a_round_without_enough_answers_is_an_error(recipe, data, clients, parts):
     everybody = {number: Dies(client, 0) for number, client in clients().items()}
-    server = parts.server("fedavg", recipe(), data, InProcess(everybody))
+    server = parts.server("fedavg", recipe(), data, InProcessClients(everybody))
     with pytest.raises(WorkerError, match=r"round 1: 0 clients answered, 1 must \(client 0: ConnectionResetError"):
-        server.carry_out(Silent())
+        server.carry_out(SilentObserver())
     everybody = clients()
     everybody[1] = Dies(everybody[1], 0)
-    server = parts.server("fedavg", recipe(), data, InProcess(everybody), fewest=2)
+    server = parts.server("fedavg", recipe(), data, InProcessClients(everybody), fewest=2)
     with pytest.raises(WorkerError, match="1 clients answered, 2 must"):
-        server.carry_out(Silent())
+        server.carry_out(SilentObserver())
 
 
 def test_what_all_clients_say_is_wrong_is_heard_where_they_are_here(recipe, data, clients, parts):
@@ -167,10 +165,12 @@ def test_what_all_clients_say_is_wrong_is_heard_where_they_are_here(recipe, data
         def answer(self, message, memory):
             raise DataError("photos/1.png cannot be read")
 
-    server = parts.server("fedavg", recipe(), data, InProcess({0: Refuses(), 1: Refuses()}))
+    server = parts.server("fedavg", recipe(), data, InProcessClients({0: Refuses(), 1: Refuses()}))
     with pytest.raises(DataError, match=r"client 0: photos/1.png cannot be read"):
-        server.carry_out(Silent())
-    progress = parts.server("fedavg", recipe(), data, InProcess(clients() | {1: Refuses()})).carry_out(Silent())
+        server.carry_out(SilentObserver())
+    progress = parts.server("fedavg", recipe(), data, InProcessClients(clients() | {1: Refuses()})).carry_out(
+        SilentObserver()
+    )
     assert progress.records[0]["failed"] == {"1": "DataError"}
 
 
@@ -179,13 +179,13 @@ def test_the_teacher_is_sent_once_and_guides(recipe, data, clients, parts, wiret
     torch.manual_seed(1)
     teacher = Classifier(create_model("cifar/resnet14", 3, size=16), "cifar/resnet14", data.class_names, InputSpec(16))
     server = parts.server("guided", recipe(), data, tapped(clients()), rounds=2, teacher=teacher)
-    progress = server.carry_out(Silent())
+    progress = server.carry_out(SilentObserver())
     taught = [unpack(sent) for sent in heard["down"] if unpack(sent).task == "teach"]
     assert len(taught) == 2  # one for each client
     assert not any(name.startswith("teacher/") for sent in heard["up"] for name in unpack(sent).arrays)
     assert progress.records[0]["bytes_down"] > progress.records[1]["bytes_down"] + 2 * size(teacher.module)
-    plain = parts.server("fedavg", recipe(), data, InProcess(clients()), rounds=2)
-    plain.carry_out(Silent())
+    plain = parts.server("fedavg", recipe(), data, InProcessClients(clients()), rounds=2)
+    plain.carry_out(SilentObserver())
     assert not torch.equal(server.student.module.stem[0].weight, plain.student.module.stem[0].weight)
 
 
@@ -194,27 +194,27 @@ def test_a_run_goes_on_after_any_round_as_if_it_had_not_stopped(tmp_path, recipe
     def server(everybody):
         return parts.server(name, recipe(), data, everybody, public=public, rounds=3)
 
-    whole = server(InProcess(clients()))
-    whole.carry_out(Silent())
+    whole = server(InProcessClients(clients()))
+    whole.carry_out(SilentObserver())
 
-    first = InProcess(clients())
-    kept = Kept(tmp_path / "rounds.checkpoint", first.memories)
+    first = InProcessClients(clients())
+    kept = RoundCheckpoint(tmp_path / "rounds.checkpoint", first.memories)
 
     class Killed(BaseException):
         pass
 
-    def keep(progress: Progress):
+    def keep(progress: ServerState):
         kept.write(progress)
         if len(progress.records) == 2:
             raise Killed
 
     with pytest.raises(Killed):
-        server(first).carry_out(Silent(), None, keep)
-    second = InProcess(clients())
+        server(first).carry_out(SilentObserver(), None, keep)
+    second = InProcessClients(clients())
     again = server(second)
-    progress = Kept(tmp_path / "rounds.checkpoint", second.memories).read()
+    progress = RoundCheckpoint(tmp_path / "rounds.checkpoint", second.memories).read()
     assert len(progress.records) == 2
-    progress = again.carry_out(Silent(), progress)
+    progress = again.carry_out(SilentObserver(), progress)
     assert len(progress.records) == 3
     for key, value in whole.student.module.state_dict().items():
         assert torch.equal(value, again.student.module.state_dict()[key]), key
@@ -222,9 +222,9 @@ def test_a_run_goes_on_after_any_round_as_if_it_had_not_stopped(tmp_path, recipe
 
 def test_what_an_algorithm_needs_is_said_before_anything_is_sent(recipe, data, clients, parts):
     with pytest.raises(UsageError, match=r"needs public images: data.unlabeled, or --public"):
-        parts.server("feddf", recipe(), data, InProcess(clients()))
+        parts.server("feddf", recipe(), data, InProcessClients(clients()))
     with pytest.raises(UsageError, match=r"needs a trained teacher: --teacher RUN"):
-        parts.server("guided", recipe(), data, InProcess(clients()))
+        parts.server("guided", recipe(), data, InProcessClients(clients()))
 
 
 def test_the_greeting_tells_what_is_wrong_with_whom(recipe, data, public, clients, parts):
@@ -233,11 +233,11 @@ def test_the_greeting_tells_what_is_wrong_with_whom(recipe, data, public, client
 
     everybody = clients() | {2: Client(empty)}
     with pytest.raises(DataError, match="client 2: photos: this client has 0"):
-        parts.server("fedavg", recipe(), data, InProcess(everybody)).greet()
+        parts.server("fedavg", recipe(), data, InProcessClients(everybody)).handshake()
     everybody = clients()
     everybody[1] = Client(everybody[1].images, lambda: Subset(public, range(7)))
     with pytest.raises(WorkerError, match="client 1 has 7 public images and the server 21"):
-        parts.server("fedmd", recipe(), data, InProcess(everybody), public=public).greet()
+        parts.server("fedmd", recipe(), data, InProcessClients(everybody), public=public).handshake()
 
 
 def test_nobody_connected_is_an_error(recipe, data, parts):
@@ -246,7 +246,7 @@ def test_nobody_connected_is_an_error(recipe, data, parts):
             return []
 
         def ask(self, messages):
-            return Answers()
+            return RoundReplies()
 
     with pytest.raises(WorkerError, match="none is connected"):
-        parts.server("fedavg", recipe(), data, Nobody()).greet()
+        parts.server("fedavg", recipe(), data, Nobody()).handshake()

@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data.images import Subset
+from potstill.contrib.federated import federation
+from potstill.contrib.federated.client import Client
+from potstill.contrib.federated.federation import (
+    FederationOptions,
+    check_flower_installed,
+    federate,
+    parse_engine,
+    simulate,
+)
+from potstill.contrib.federated.server import InProcessClients
+from potstill.data.image_sets import Subset
 from potstill.errors import UsageError
-from potstill.federated import simulated
-from potstill.federated.client import Client
-from potstill.federated.federation import Wishes, federate
-from potstill.federated.simulated import parse_engine, refuse_without_flower, simulate
-from potstill.federated.transport import InProcess
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
 
 
 def test_engines_by_name():
@@ -23,15 +28,15 @@ def test_engines_by_name():
 
 
 def test_without_flower_the_command_that_installs_it_is_said(monkeypatch):
-    monkeypatch.setattr(simulated, "find_spec", lambda name: None)
+    monkeypatch.setattr(federation, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"no flwr and no ray: pip install 'potstill\[federated\]'"):
-        refuse_without_flower()
+        check_flower_installed()
 
 
 def test_a_simulation_is_not_resumed(monkeypatch, tmp_path, recipe, data):
-    monkeypatch.setattr(simulated, "find_spec", lambda name: object())
+    monkeypatch.setattr(federation, "find_spec", lambda name: object())
     with pytest.raises(UsageError, match="--resume goes on with --engine process only"):
-        federate(recipe(), Wishes(), root=tmp_path, data=data, engine="flower", resume=True)
+        federate(recipe(), FederationOptions(), root=tmp_path, data=data, engine="flower", resume=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,16 +60,16 @@ def test_the_weights_are_those_of_this_process(flower, recipe, data, public, par
         }
 
     for name in ("fedavg", "fedmd"):  # fedmd's clients keep their networks for themselves
-        here = parts.server(name, recipe(), data, InProcess(clients()), public=public, rounds=2)
-        there = parts.server(name, recipe(), data, InProcess({}), public=public, rounds=2)
+        here = parts.server(name, recipe(), data, InProcessClients(clients()), public=public, rounds=2)
+        there = parts.server(name, recipe(), data, InProcessClients({}), public=public, rounds=2)
         found = {}
 
         def work(grid, there=there, found=found):
             there.clients = grid
-            there.greet()
-            found["records"] = there.carry_out(Silent()).records
+            there.handshake()
+            found["records"] = there.carry_out(SilentObserver()).records
 
-        records = here.carry_out(Silent()).records
+        records = here.carry_out(SilentObserver()).records
         simulate(clients(), work)
         for key in ("val", "clients", "bytes_up", "bytes_down"):
             assert [each[key] for each in found["records"]] == [each[key] for each in records], key

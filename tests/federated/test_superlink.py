@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from potstill.contrib.federated.deployment import write_app
+from potstill.contrib.federated.federation import RESULTS_FILE
 from potstill.errors import ArtifactError
-from potstill.federated.app_files import write_app
-from potstill.federated.record import FILE
-from potstill.sealed import read_sealed_json
+from potstill.io import read_checksummed_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 40, 30)}
@@ -112,7 +112,7 @@ def write_images(folder: Path, each: int, seed: int, *, classes: bool = True) ->
 
 def record(root: Path, name: str):
     try:
-        return read_sealed_json(root / "runs" / name / FILE)
+        return read_checksummed_json(root / "runs" / name / RESULTS_FILE)
     except ArtifactError:  # not written yet
         return {}
 

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from potstill.cli import main
-from potstill.experiments.run_folder import RunFolder
+from potstill.experiment.run_folder import RunFolder
 from potstill.models.model_file import load_model
-from potstill.report.contents import read_run
-from potstill.training.checkpoint import load_checkpoint
+from potstill.report.run_reader import read_run
+from potstill.training.checkpointing import load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))  # hostile_images.py
 

@@ -23,7 +23,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from potstill.data.decode import decode_bytes
+from potstill.data.image_io import decode_bytes
 from potstill.errors import DataError
 
 SECONDS = 10

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from potstill.cli import main
+from potstill.distributed.launch import restart_count
 from potstill.errors import DataError
-from potstill.processes.launch import attempt
 from potstill.report import render
-from potstill.training.sharing import Sharing
+from potstill.training.ddp import DistributedDistiller
 
 
 def meet(mishap):
@@ -40,18 +40,18 @@ def meet(mishap):
 
 
 def begin(mishap, step):
-    settle, calls, rank = Sharing.settle, [], os.environ["RANK"]
+    settle, calls, rank = DistributedDistiller.settle, [], os.environ["RANK"]
     pids = Path(os.environ["POTSTILL_CACHE"]) / "pids"
     pids.mkdir(parents=True, exist_ok=True)
     (pids / rank).write_text(str(os.getpid()))
 
     def settle_once_more(self):
         calls.append(1)
-        if len(calls) == step and rank == "1" and attempt() == 0:
+        if len(calls) == step and rank == "1" and restart_count() == 0:
             meet(mishap)
         settle(self)
 
-    Sharing.settle = settle_once_more
+    DistributedDistiller.settle = settle_once_more
     render.render = lambda folder: folder / "report.html"  # seconds that show nothing of processes
 
 

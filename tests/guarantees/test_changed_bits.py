@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 
 from potstill.cli import main
-from potstill.deploy.evaluate import evaluate
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import CacheManifest
 from potstill.errors import ArtifactError
-from potstill.experiments.run_folder import RunFolder
+from potstill.experiment.run_folder import RunFolder
+from potstill.export.evaluate import evaluate
 from potstill.models.model_file import load_model
-from potstill.report.contents import SPLITS, read_run
-from potstill.report.predictions import read_predictions
-from potstill.store.manifest import Manifest
-from potstill.store.shelf import Store
-from potstill.training.checkpoint import load_checkpoint
+from potstill.report.run_reader import SPLITS, read_predictions, read_run
+from potstill.training.checkpointing import load_checkpoint
 
 pytestmark = pytest.mark.own_process
 
@@ -77,10 +76,10 @@ def test_four_hundred_flipped_bits_four_hundred_detected(finished_run: Path, tmp
 def test_flipped_bits_of_a_store_are_detected(finished_run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     """Of its records and its manifest (tests/store/test_faults.py has 400 of each); such records are never read."""
     (original,) = (path.parent for path in tiny_recipe.parent.glob("store/*/logits.bin") if path.stat().st_size > 90)
-    folder, manifest, draw = tmp_path / original.name, Manifest.read(original), random.Random(0)
+    folder, manifest, draw = tmp_path / original.name, CacheManifest.read(original), random.Random(0)
 
     def damaged() -> bool:
-        store = Store.open(tmp_path, manifest.identity, manifest.record, manifest.samples, manifest.facts)
+        store = TeacherCache.open(tmp_path, manifest.identity, manifest.record, manifest.samples, manifest.facts)
         try:
             _, present = store.read(0, np.arange(manifest.samples))
             assert present.all() or store.damaged()

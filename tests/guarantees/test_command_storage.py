@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from potstill.artifacts import remove_leftovers
-from potstill.experiments.run_folder import RunFolder
+from potstill.experiment.run_folder import RunFolder
+from potstill.io import remove_partial_files
 from potstill.models.model_file import load_model
-from potstill.training.checkpoint import load_checkpoint
+from potstill.training.checkpointing import load_checkpoint
 
 pytestmark = pytest.mark.own_process
 
@@ -203,5 +203,5 @@ def test_every_write_of_a_whole_run(
         flags = ["--resume"] if RunFolder(root / "runs" / "tiny").known else []
         assert faults.forked(lambda root=root, flags=flags: run(root, *flags)) == 0, (at, counted.seen[at])  # type: ignore[misc]
         assert weights(root / "runs" / "tiny") == weights(finished_run), (at, counted.seen[at])
-        remove_leftovers(root)
+        remove_partial_files(root)
         shutil.rmtree(root)

@@ -12,21 +12,21 @@ from safetensors.torch import load_file
 
 from potstill.cli import main
 from potstill.data import workers
-from potstill.experiments.run_folder import RunFolder
-from potstill.training.checkpoint import load_checkpoint
+from potstill.experiment.run_folder import RunFolder
+from potstill.training.checkpointing import load_checkpoint
 
 STAGES = ("teacher", "baseline", "distilled")
 
 # where the main thread is -> the function that it enters then, and how often it has done so before
 PLACES = {
-    "forward": ("potstill.training.loop:Training._ask", 2),
-    "backward": ("potstill.training.gradients:Gradients.add", 1),
-    "update": ("potstill.training.loop:Training._update", 1),
-    "serialising": ("potstill.training.checkpoint:save_checkpoint", 0),
+    "forward": ("potstill.training.trainer:Training._ask", 2),
+    "backward": ("potstill.training.optim:Gradients.add", 1),
+    "update": ("potstill.training.trainer:Training._update", 1),
+    "serialising": ("potstill.training.checkpointing:save_checkpoint", 0),
     "replacing a file": ("os:replace", 12),
-    "validation": ("potstill.training.loop:Training._evaluate", 0),
-    "keeping the best": ("potstill.training.saving:Saving.keep_best", 0),
-    "metrics.jsonl": ("potstill.training.loop:Training._write_records", 1),
+    "validation": ("potstill.training.trainer:Training._evaluate", 0),
+    "keeping the best": ("potstill.training.checkpointing:Saving.keep_best", 0),
+    "metrics.jsonl": ("potstill.training.trainer:Training._write_records", 1),
 }
 DEFAULT = {"backward"}  # all of them in tests/training/test_dead_decode_process.py, without the command
 STREAMED = [
@@ -108,7 +108,7 @@ def test_killed_while_the_main_thread_is_anywhere(
 # A run decodes 14 training images and some of val four times for each of two networks, and more for the figures.
 @pytest.mark.parametrize("image", [pytest.param(n, marks=pytest.mark.slow) for n in range(1, 100, 12)])
 def test_killed_at_any_image(tiny_recipe: Path, finished_run: Path, tmp_path: Path, monkeypatch, capfd, image) -> None:
-    count, fit = multiprocessing.Value("i", 0), workers.fit
+    count, fit = multiprocessing.Value("i", 0), workers.resize_to_square
 
     def fit_or_die(*arguments):
         with count.get_lock():
@@ -119,6 +119,6 @@ def test_killed_at_any_image(tiny_recipe: Path, finished_run: Path, tmp_path: Pa
         return fit(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "fit", fit_or_die)
+        patched.setattr(workers, "resize_to_square", fit_or_die)
         code = run(tiny_recipe, tmp_path)
     check(tiny_recipe, tmp_path, finished_run, code, capfd.readouterr().err)

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from potstill import artifacts
-from potstill.inputs import InputSpec
-from potstill.models.classifier import Classifier
-from potstill.models.create import create_model
-from potstill.models.model_file import load_model, save_model
-from potstill.training.checkpoint import load_checkpoint, save_checkpoint
+from potstill import io
+from potstill.input_spec import InputSpec
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier, load_model, save_model
+from potstill.training.checkpointing import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.own_process
 Faults = Any  # the fixture of conftest.py
@@ -50,7 +49,7 @@ def test_a_hundred_kills_in_mid_save(faults: Faults, tmp_path: Path) -> None:
     for _ in range(100):
         reported = killed(save, tmp_path, number, faults, draw)
         cut_short += any(0 < part.stat().st_size < 40_000 for part in tmp_path.glob(".*.part"))
-        artifacts.remove_leftovers(tmp_path)
+        io.remove_partial_files(tmp_path)
         for each in tmp_path.iterdir():  # the previous one is whole too
             tensors, facts = load_checkpoint(each)
             assert all(bool((tensor == facts["number"]).all()) for tensor in tensors.values())
@@ -109,6 +108,6 @@ def test_a_model_is_whole_whichever_write_was_the_last(faults: Faults, tmp_path:
             assert faults.forked(doomed) != 0 or number > 2, counted.seen[at]
             assert loaded(folder) in range(1, number + 1)
         save_model(classifier(9), folder)
-        artifacts.remove_leftovers(folder)
+        io.remove_partial_files(folder)
         assert loaded(folder) == 9
         assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]

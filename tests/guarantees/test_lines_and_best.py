@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from potstill.cli import main
-from potstill.experiments.run_folder import RunFolder
-from potstill.training.checkpoint import load_checkpoint, within
+from potstill.experiment.run_folder import RunFolder
+from potstill.training.checkpointing import load_checkpoint, strip_prefix
 
 pytestmark = pytest.mark.own_process
 
@@ -47,11 +47,11 @@ def test_either_checkpoint_is_all_that_is_needed(tiny: Tiny, faults: Faults, tmp
     assert sorted(path.name for path in folder.iterdir()) == ["last-previous.checkpoint", "last.checkpoint"]
     for name, epochs in (("last", 3), ("last-previous", 2)):
         tensors, facts = load_checkpoint(folder / f"{name}.checkpoint")
-        best = within("best", tensors)
+        best = strip_prefix("best", tensors)
         picked = [record["epoch"] for record in facts["records"] if record["best"]][-1]
         assert facts["epoch"] == epochs
         assert facts["best_epoch"] == picked
-        student = {name for name in within("distiller", tensors) if name.startswith("student.")}
+        student = {name for name in strip_prefix("distiller", tensors) if name.startswith("student.")}
         assert {f"student.{name}" for name in best} == student
     (folder / "last-previous.checkpoint").rename(folder / "last.checkpoint")
     root = tmp_path / "killed"

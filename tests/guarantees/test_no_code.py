@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from potstill import sealed
-from potstill.artifacts import digest, write_bytes
 from potstill.errors import ArtifactError
-from potstill.experiments.run_folder import find_model
-from potstill.inputs import InputSpec
+from potstill.experiment.run_folder import find_model
+from potstill.input_spec import InputSpec
+from potstill.io import read_checksummed_json, sha256_hex, write_bytes, write_checksummed, write_checksummed_json
 from potstill.models import state_dict
-from potstill.models.classifier import Classifier
-from potstill.models.create import create_model
-from potstill.models.model_file import load_model, save_model
-from potstill.training.checkpoint import load_checkpoint
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier, load_model, save_model
+from potstill.training.checkpointing import load_checkpoint
 
 
 class Malicious:
@@ -58,19 +56,19 @@ def test_pickles_whose_digest_fits_are_not_run(tmp_path: Path, canary: Path, pic
     save_model(
         Classifier(create_model("cifar/resnet8", 2, size=16), "cifar/resnet8", ("a", "b"), InputSpec(16)), folder
     )
-    facts = sealed.read_sealed_json(folder / "model.json")
+    facts = read_checksummed_json(folder / "model.json")
     for content in pickles:
-        sealed.write_sealed(tmp_path / "last.checkpoint", content)
+        write_checksummed(tmp_path / "last.checkpoint", content)
         with pytest.raises(ArtifactError, match=r"last\.checkpoint is no checkpoint"):
             load_checkpoint(tmp_path / "last.checkpoint")
         write_bytes(folder / "model.safetensors", content)
-        sealed.write_sealed_json(folder / "model.json", facts | {"sha256": digest(content)})
+        write_checksummed_json(folder / "model.json", facts | {"sha256": sha256_hex(content)})
         with pytest.raises(ArtifactError, match="cannot be used"):
             load_model(folder)
         for name in ("weights.pt", "weights.pth", "weights.safetensors"):
             write_bytes(tmp_path / name, content)
             with pytest.raises(ArtifactError, match="never loaded: they could run code"):
-                state_dict.read(tmp_path / name)
+                state_dict.read_state_dict(tmp_path / name)
     assert not canary.exists()
 
 
@@ -91,9 +89,9 @@ def test_many_names_for_the_same_bytes_are_no_archive(tmp_path: Path) -> None:
         place += 46 + name + extra + comment
     (tmp_path / "bomb.pt").write_bytes(data)
     with pytest.raises(ArtifactError, match="would become larger when it is read; it is not opened"):
-        state_dict.read(tmp_path / "bomb.pt")
+        state_dict.read_state_dict(tmp_path / "bomb.pt")
     (tmp_path / "plain.pt").write_bytes(file.getvalue())
-    assert len(state_dict.read(tmp_path / "plain.pt")) == 50
+    assert len(state_dict.read_state_dict(tmp_path / "plain.pt")) == 50
 
 
 def test_an_address_is_only_a_name_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +101,6 @@ def test_an_address_is_only_a_name_of_a_file(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     for address in ("https://example.org/model", "http://127.0.0.1/model.json", "hf-hub:timm/resnet18", "file:///etc"):
-        for read in (load_model, load_checkpoint, state_dict.read, find_model):
+        for read in (load_model, load_checkpoint, state_dict.read_state_dict, find_model):
             with pytest.raises(ArtifactError, match=re.escape(address.partition(":")[0])):
                 read(Path(address))

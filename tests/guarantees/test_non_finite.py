@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from potstill.cli import main
 from potstill.models.model_file import load_model, save_model
-from potstill.training import loop
-from potstill.training.checkpoint import load_checkpoint
+from potstill.training import trainer
+from potstill.training.checkpointing import load_checkpoint
 
 
 def stage_of(root, stage):
@@ -45,7 +45,7 @@ def test_the_last_finite_checkpoint_goes_on(tiny_recipe, tmp_path, capsys):
     flags = ["--set", "training.epochs=3", "--set", "training.clip_norm=1e30", "--set", "training.precision=float32"]
     arguments = ["train", tiny_recipe, "--stage", "baseline", "--root", root, "--name", "tiny", *flags]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Training, "_update", exploding(loop.Training._update, after=2))
+        patch.setattr(trainer.Trainer, "_update", exploding(trainer.Trainer._update, after=2))
         error = refused(capsys, *arguments)
     assert error.startswith("epoch 2, val: at step 1 ")
     assert ".png" in error

@@ -1,4 +1,4 @@
-"""G1: whatever is written below src goes through potstill.artifacts, but for a short list with reasons."""
+"""G1: whatever is written below src goes through potstill.io, but for a short list with reasons."""
 
 import ast
 import re
@@ -64,7 +64,7 @@ def writes(path: Path) -> Iterator[tuple[str, int]]:
     imported = {
         alias.asname or alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "potstill.artifacts"
+        if isinstance(node, ast.ImportFrom) and node.module == "potstill.io"
         for alias in node.names
     }
     for node in ast.walk(tree):
@@ -133,7 +133,7 @@ def test_a_planted_write_is_found(tmp_path: Path, text: str) -> None:
 
 def test_reading_and_our_own_names_are_not(tmp_path: Path) -> None:
     text = (
-        "from potstill import artifacts\nfrom potstill.artifacts import write_text\n"
+        "from potstill import io\nfrom potstill.io import write_text\n"
         "write_text(path, '')\nartifacts.write_bytes(path, b'')\nopen(path)\npath.open('rb')\nyaml.safe_dump(value)\n"
     )
     (tmp_path / "x.py").write_text(text)

@@ -17,12 +17,12 @@ from PIL import Image
 from pydantic import BaseModel
 
 from potstill.cli import main
+from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.errors import PotstillError, UsageError
-from potstill.experiments import pipeline
-from potstill.experiments.recipe import Recipe, dump_recipe, load_recipe
-from potstill.experiments.refusals import refuse_changes
-from potstill.experiments.run_folder import RunFolder
-from potstill.training.observer import Silent
+from potstill.experiment import pipeline
+from potstill.experiment.resume import check_same_recipe
+from potstill.experiment.run_folder import RunFolder
+from potstill.training.callbacks import SilentObserver
 from potstill.training.settings import TrainingSettings
 
 FREE = {  # docs/guarantees.md and docs/recipes.md say so
@@ -120,13 +120,13 @@ def test_every_setting_is_refused_by_name(key, begun):
     assert recipes, f"no other value of {key} is known to this test"
     for recipe in recipes:
         if key in FREE:
-            refuse_changes(begun, recipe)
+            check_same_recipe(begun, recipe)
             continue
         if key == "seeds":  # more of them only add stages
-            refuse_changes(begun, recipe)
+            check_same_recipe(begun, recipe)
             continue
         with pytest.raises(UsageError) as raised:
-            refuse_changes(begun, recipe)
+            check_same_recipe(begun, recipe)
         text, new = str(raised.value), value_at(recipe, key)
         if key.startswith("data.augment."):  # from null to all of its settings: the first eight are named
             assert "  data.augment." in text
@@ -156,10 +156,10 @@ def test_any_settings_together(data, begun):
         return  # each alone would do
     bound = [key for key, _ in sets if key not in FREE]
     if not bound:
-        refuse_changes(begun, recipe)
+        check_same_recipe(begun, recipe)
         return
     with pytest.raises(UsageError) as raised:
-        refuse_changes(begun, recipe)
+        check_same_recipe(begun, recipe)
     text = str(raised.value)
     named = [line.partition(":")[0].strip() for line in text.splitlines() if ": was " in line]
     assert len(named) <= 8
@@ -169,20 +169,20 @@ def test_any_settings_together(data, begun):
 
 def test_epochs_may_grow_while_no_stage_is_in_the_midst_of_them(begun, tmp_path):
     longer = load_recipe("quickstart", ["training.epochs=24"])  # 12 before
-    refuse_changes(begun, longer)
-    refuse_changes(begun, load_recipe("quickstart", ["teacher.training.epochs=16"]))  # 15
+    check_same_recipe(begun, longer)
+    check_same_recipe(begun, load_recipe("quickstart", ["teacher.training.epochs=16"]))  # 15
     with pytest.raises(UsageError, match=r"training\.lr: was") as raised:
-        refuse_changes(begun, load_recipe("quickstart", ["training.epochs=24", "training.lr=0.5"]))
+        check_same_recipe(begun, load_recipe("quickstart", ["training.epochs=24", "training.lr=0.5"]))
     assert "epochs" not in str(raised.value)
     with pytest.raises(UsageError, match=r"teacher\.training\.epochs: was 15, now 4"):
-        refuse_changes(begun, load_recipe("quickstart", ["training.epochs=24", "teacher.training.epochs=4"]))
+        check_same_recipe(begun, load_recipe("quickstart", ["training.epochs=24", "teacher.training.epochs=4"]))
     under_way = RunFolder(tmp_path)
     under_way.write_recipe(begun.read_recipe())
     checkpoint = tmp_path / "baseline" / "checkpoints" / "last.checkpoint"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     with pytest.raises(UsageError, match=r"training\.epochs: was 12, now 24"):
-        refuse_changes(under_way, longer)
+        check_same_recipe(under_way, longer)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_settings_of_a_second_domain_too(change, tmp_path):
     folder = RunFolder(tmp_path / "domain")
     folder.path.mkdir()
     folder.write_recipe(dump_recipe(load_recipe("domain", pair, data_needed=False)))
-    refuse_changes(folder, load_recipe("domain", pair, data_needed=False))
+    check_same_recipe(folder, load_recipe("domain", pair, data_needed=False))
     with pytest.raises(UsageError, match=f"  {change.partition('=')[0].replace('.', chr(92) + '.')}"):
-        refuse_changes(folder, load_recipe("domain", [*pair, change], data_needed=False))
+        check_same_recipe(folder, load_recipe("domain", [*pair, change], data_needed=False))
 
 
 # images
@@ -224,7 +224,7 @@ class Killed(Exception):
     pass
 
 
-class Killer(Silent):
+class Killer(SilentObserver):
     def epoch_start(self, epoch, *_):
         if epoch == 2:
             raise Killed

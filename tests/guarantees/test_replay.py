@@ -9,12 +9,17 @@ import pytest
 from PIL import Image
 
 from potstill.cli import main
-from potstill.experiments import pipeline
-from potstill.experiments.recipe import load_recipe
-from potstill.experiments.replay import differences, largest_difference, largest_of_figures, read_record
-from potstill.experiments.run_folder import RunFolder
+from potstill.config.recipe import load_recipe
+from potstill.experiment import pipeline
+from potstill.experiment.reproduce import (
+    environment_differences,
+    largest_metric_difference,
+    largest_weight_difference,
+    read_run_record,
+)
+from potstill.experiment.run_folder import RunFolder
+from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.models.model_file import load_model, save_model
-from potstill.sealed import read_sealed_json, write_sealed_json
 
 
 @pytest.fixture
@@ -43,9 +48,10 @@ def test_the_same_weights(replay, finished_run, tmp_path):
         again = tmp_path / "again" / "tiny-replay" / stage / "model.safetensors"
         assert again.read_bytes() == (finished_run / stage / "model.safetensors").read_bytes()
     environments = [
-        read_sealed_json(folder / "environment.json") for folder in (finished_run, tmp_path / "again" / "tiny-replay")
+        read_checksummed_json(folder / "environment.json")
+        for folder in (finished_run, tmp_path / "again" / "tiny-replay")
     ]
-    assert differences(*environments) == []
+    assert environment_differences(*environments) == []
 
 
 def test_the_same_stages(replay, tiny_recipe, tmp_path):
@@ -75,9 +81,9 @@ def test_other_weights_in_the_same_surroundings_are_a_bug(replay, changed_run):
 def test_other_weights_elsewhere_are_a_result(replay, changed_run):
     with_other_weights(changed_run)
     path = changed_run / "environment.json"
-    facts = read_sealed_json(path)
+    facts = read_checksummed_json(path)
     facts["packages"]["torch"] = "2.11.0"
-    write_sealed_json(path, facts)
+    write_checksummed_json(path, facts)
     code, out, _ = replay(run=changed_run)
     assert code == 0
     import torch
@@ -172,7 +178,7 @@ def test_a_replay_goes_on(replay, tiny_recipe, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             pipeline.run(
                 load_recipe(tmp_path / "one" / "recipe.yaml"), root=tmp_path / "again", name="one-replay",
-                stages=("baseline",), replay=read_record(tmp_path / "one"),
+                stages=("baseline",), replay=read_run_record(tmp_path / "one"),
             )  # fmt: skip
     code, out, _ = replay("--resume", run=tmp_path / "one")
     assert code == 0
@@ -208,22 +214,24 @@ def test_environment_has_all_that_results_depend_on(finished_run):
 def test_differences_of_environments():
     before = {"a": 1, "packages": {"torch": "1", "numpy": "2"}, "calibration": {"1": 0.5}}
     after = {"a": 1, "packages": {"torch": "2", "numpy": "2"}, "calibration": {}, "git": None}
-    assert differences(before, after) == ["packages.torch: was 1, is 2"]
+    assert environment_differences(before, after) == ["packages.torch: was 1, is 2"]
     here = {"git": {"here": None, "potstill": {"commit": "a", "changed": False}}, "source_sha256": "1"}
     there = {"git": {"here": {"commit": "b", "changed": True}, "potstill": {"commit": "c", "changed": False}}}
-    assert differences(here, there | {"source_sha256": "1"}) == []  # the commit changed other files
+    assert environment_differences(here, there | {"source_sha256": "1"}) == []  # the commit changed other files
     changes = ["git.potstill.commit: was a, is c", "source_sha256: was 1, is 2"]
-    assert differences(here, there | {"source_sha256": "2"}) == changes
+    assert environment_differences(here, there | {"source_sha256": "2"}) == changes
 
 
 def test_the_figure_that_differs_most():
     before = {"train": {"top1": 0.5, "nll": 1.0, "count": 9}, "test": {"top1": 0.5, "auc_macro": None}}
     after = {"train": {"top1": 0.25, "nll": 1.125, "count": 4}, "test": {"top1": 0.5, "auc_macro": 0.5}}
-    assert largest_of_figures(before, after) == "of all figures top1 on train differs most, by 0.25"
-    assert largest_of_figures(before, before) == "all figures are the same"
+    assert largest_metric_difference(before, after) == "of all figures top1 on train differs most, by 0.25"
+    assert largest_metric_difference(before, before) == "all figures are the same"
 
 
 def test_largest_difference(changed_run, finished_run):
     with_other_weights(changed_run)
-    assert largest_difference(finished_run / "baseline", changed_run / "baseline") == pytest.approx(0.25, abs=1e-6)
-    assert largest_difference(finished_run / "teacher", finished_run / "teacher") == 0
+    assert largest_weight_difference(finished_run / "baseline", changed_run / "baseline") == pytest.approx(
+        0.25, abs=1e-6
+    )
+    assert largest_weight_difference(finished_run / "teacher", finished_run / "teacher") == 0

@@ -15,9 +15,9 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from potstill.data.workers import Workers
-from potstill.experiments import pipeline
-from potstill.experiments.recipe import load_recipe
+from potstill.config.recipe import load_recipe
+from potstill.data.workers import DecodeWorkers
+from potstill.experiment import pipeline
 
 STAGES = ("teacher", "baseline", "distilled")
 SETTINGS = (
@@ -30,8 +30,8 @@ FAR = 253402300000.0  # seconds since 1970: the last day of the year 9999
 RUN = """
 import sys
 from pathlib import Path
-from potstill.experiments.pipeline import run
-from potstill.experiments.recipe import load_recipe
+from potstill.experiment.pipeline import run
+from potstill.config.recipe import load_recipe
 run(load_recipe(sys.argv[1], sys.argv[3:]), root=Path(sys.argv[2]))
 """
 
@@ -99,13 +99,13 @@ def test_the_seed_matters(train, expected):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers(workers, train, expected, monkeypatch):
-    started, begin = [], Workers.__init__
+    started, begin = [], DecodeWorkers.__init__
 
     def counted(self, images, side, how, processes, **more):
         started.append(processes)
         begin(self, images, side, how, processes, **more)
 
-    monkeypatch.setattr(Workers, "__init__", counted)
+    monkeypatch.setattr(DecodeWorkers, "__init__", counted)
     assert train(f"data.workers={workers}") == expected
     assert set(started) == {workers}
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.deploy.evaluate import evaluate
+from potstill.export.evaluate import evaluate
 
 RECIPE = """
 name: tiny

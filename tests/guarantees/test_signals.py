@@ -12,26 +12,26 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from potstill.experiments.run_folder import RunFolder
+from potstill.experiment.run_folder import RunFolder
 
 STAGES = ("teacher", "baseline", "distilled")
 LONG = 1200  # seconds after which a process counts as hanging
 
 # phase -> the place in which it is, and how often that is passed before the signal comes
 PHASES = {
-    "data check": ("potstill.data.check:_read", 3),
-    "packing pixels": ("potstill.data.packed:fit", 0),
-    "thread count": ("potstill.training.threads:Threads.settle", 0),
-    "training the teacher": ("potstill.training.loop:Training._update", 1),
-    "filling the store": ("potstill.store.shelf:Store.write", 1),
-    "flushing the store": ("potstill.store.shelf:Store.flush", 1),
-    "distilling": ("potstill.training.loop:Training._ask", 9),
-    "saving": ("potstill.training.checkpoint:save_checkpoint", 2),
-    "saving a model": ("potstill.experiments.stage:save_model", 1),
-    "val": ("potstill.training.loop:Training._evaluate", 1),
-    "evaluation": ("potstill.experiments.results:_predict", 1),
-    "latency": ("potstill.experiments.results:latency", 0),
-    "results": ("potstill.experiments.run_folder:RunFolder.write_results", 0),
+    "data check": ("potstill.data.scan:_read", 3),
+    "packing pixels": ("potstill.data.decoded_cache:fit", 0),
+    "thread count": ("potstill.training.autotune:Threads.settle", 0),
+    "training the teacher": ("potstill.training.trainer:Training._update", 1),
+    "filling the store": ("potstill.distillation.teacher_cache.cache:Store.write", 1),
+    "flushing the store": ("potstill.distillation.teacher_cache.cache:Store.flush", 1),
+    "distilling": ("potstill.training.trainer:Training._ask", 9),
+    "saving": ("potstill.training.checkpointing:save_checkpoint", 2),
+    "saving a model": ("potstill.experiment.stage:save_model", 1),
+    "val": ("potstill.training.trainer:Training._evaluate", 1),
+    "evaluation": ("potstill.experiment.results:_predict", 1),
+    "latency": ("potstill.experiment.results:latency", 0),
+    "results": ("potstill.experiment.run_folder:RunFolder.write_results", 0),
     "report": ("potstill.report.render:_render_stage", 1),
     "page": ("potstill.report.render:page", 0),
 }

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from potstill.artifacts import write_bytes
 from potstill.errors import StorageError
-from potstill.experiments.run_folder import RunFolder
+from potstill.experiment.run_folder import RunFolder
+from potstill.io import write_bytes
 
 pytestmark = pytest.mark.own_process
 

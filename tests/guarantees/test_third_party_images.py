@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from potstill.data.listing import looks_like_image
+from potstill.data.entries import has_image_suffix
 
 # By Pillow's own rules these are refused, though all pixels are there: metadata is cut short or too large, an animation
 # behind the image is damaged, or (a premultiplied gray TIFF) it cannot be turned into RGB at once.
@@ -76,7 +76,7 @@ def in_classes(corpus, names, folder):
 
 def as_image(name):
     """Only what is called an image is looked at."""
-    return name if looks_like_image(name) else f"{name}.png"
+    return name if has_image_suffix(name) else f"{name}.png"
 
 
 def train(folder, tmp_path, batch, **settings):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.joining.cpu_layers import rewrite
-from potstill.models.create import create_model
+from potstill.distillation.teacher_inference import use_fast_cpu_layers
+from potstill.models.factory import create_model
 
 
 def rewritten(layer):
     other = nn.Sequential(copy.deepcopy(layer))
-    rewrite(other)
+    use_fast_cpu_layers(other)
     return other[0]
 
 
@@ -71,7 +71,7 @@ def test_whole_networks(name):
     torch.manual_seed(0)
     network = create_model(name, num_classes=4, size=64).eval()
     other = copy.deepcopy(network)
-    rewrite(other)
+    use_fast_cpu_layers(other)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(other(images), network(images), rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from potstill.joining.folding import fold
+from potstill.distillation.teacher_inference import fold_batch_norms
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -29,7 +29,7 @@ def norms(network):
 def check(network, images=IMAGES, *, folded, left):
     with torch.no_grad():
         before = trained(network)(images)
-        assert fold(network, images) == folded
+        assert fold_batch_norms(network, images) == folded
         torch.testing.assert_close(network(images), before, atol=1e-5, rtol=1e-5)
     assert norms(network) == left
 
@@ -43,7 +43,7 @@ def test_by_hand():
             tensor.fill_(value)
         network[1].running_mean.fill_(7.0)
         network[1].running_var.fill_(4.0)
-    assert fold(network, torch.rand(2, 1, 2, 2)) == 1
+    assert fold_batch_norms(network, torch.rand(2, 1, 2, 2)) == 1
     # 2 (3x + 1 - 7) / 2 + 5 = 3x - 1
     assert (network[0].weight.item(), network[0].bias.item()) == (3.0, -1.0)
 
@@ -139,7 +139,7 @@ def test_a_norm_before_the_layer_or_without_statistics_is_left_alone():
     check(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), folded=0, left=1)
     check(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), folded=0, left=1)
     batch = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
-    assert fold(batch, IMAGES) == 0
+    assert fold_batch_norms(batch, IMAGES) == 0
 
 
 def test_each_where_it_can_be():
@@ -151,5 +151,5 @@ def test_each_where_it_can_be():
 
 def test_no_hooks_are_left():
     network = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    fold(network, IMAGES)
+    fold_batch_norms(network, IMAGES)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

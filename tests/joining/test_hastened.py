@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
-from potstill.joining.hastened import Asking, Fidelity, convert, fidelity
-from potstill.joining.teachers import Teachers
+from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_inference import Fidelity, InferenceSettings, convert_for_inference, measure_fidelity
+from potstill.distillation.teachers import Teachers
 from potstill.methods import create_method
 from potstill.methods.kd import KD
 
@@ -102,7 +102,7 @@ def test_a_copy_takes_the_place_and_the_original_stays(network):
     before, asked = snapshot(network), teachers(network)
     exact = asked.ask(IMAGES)[0].logits
     random = torch.get_rng_state()
-    (note,) = asked.hasten(BF16, LAST, IMAGES)
+    (note,) = asked.optimize_for_inference(BF16, LAST, IMAGES)
     assert torch.equal(torch.get_rng_state(), random)
     assert unchanged(network, before)
     assert asked.networks[0] is not network
@@ -122,17 +122,17 @@ def test_folded_alone_it_says_the_same():
     network = Net().eval()
     asked = teachers(network)
     exact = asked.ask(IMAGES)[0].logits
-    assert asked.hasten(torch.float32, torch.contiguous_format, IMAGES) == [
+    assert asked.optimize_for_inference(torch.float32, torch.contiguous_format, IMAGES) == [
         f"asked in float32, BN folded: agrees with float32 on 100.0 % of 16 images, largest logit difference "
         f"{(asked.ask(IMAGES)[0].logits - exact).abs().max():.2g}"
     ]
-    assert asked.asking == [Asking(torch.float32, torch.contiguous_format, 1)]
+    assert asked.asking == [InferenceSettings(torch.float32, torch.contiguous_format, 1)]
     torch.testing.assert_close(asked.ask(IMAGES)[0].logits, exact, atol=1e-5, rtol=1e-5)
 
 
 def test_autocast_around_it_changes_nothing():
     asked = teachers(Net())
-    asked.hasten(BF16, LAST, IMAGES)
+    asked.optimize_for_inference(BF16, LAST, IMAGES)
     plain = asked.ask(IMAGES)[0].logits
     with torch.autocast("cpu", dtype=torch.float16):
         assert torch.equal(asked.ask(IMAGES)[0].logits, plain)
@@ -148,8 +148,8 @@ def test_float32_on_demand_whatever_autocast_says():
 
 def test_answers_can_be_saved_for_a_backward_pass():
     distiller = Distiller(Net(4), Net(), create_method("rkd"), example=IMAGES)
-    assert distiller.teacher.hasten(BF16, LAST, IMAGES)[0].startswith("asked in bf16")
-    outputs = distiller.ask_teacher(IMAGES)
+    assert distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)[0].startswith("asked in bf16")
+    outputs = distiller.run_teacher(IMAGES)
     for answer in (outputs.logits, outputs.embedding):
         assert answer.dtype == torch.float32
         assert not answer.is_inference()
@@ -162,8 +162,8 @@ def test_answers_can_be_saved_for_a_backward_pass():
 def test_a_head_that_a_method_reads_stays_exact():
     teacher = Net()
     distiller = Distiller(Net(4), teacher, create_method("srrl", form="pooled"), example=IMAGES)
-    assert distiller.teacher.hasten(BF16, LAST, IMAGES)[0].startswith("asked in bf16")
-    head = distiller.ask_teacher(IMAGES).head
+    assert distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)[0].startswith("asked in bf16")
+    head = distiller.run_teacher(IMAGES).head
     assert torch.equal(head.weight, teacher.head.weight)
     assert torch.equal(head.bias, teacher.head.bias)
     with torch.autocast("cpu", dtype=BF16):
@@ -173,24 +173,26 @@ def test_a_head_that_a_method_reads_stays_exact():
 def test_where_maps_are_read_nothing_is_done():
     teacher = Net()
     distiller = Distiller(Net(4), teacher, create_method("at"), example=IMAGES)
-    assert distiller.teacher.hasten(BF16, LAST, IMAGES) == ["asked as autocast says, since its feature maps are read"]
+    assert distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES) == [
+        "asked as autocast says, since its feature maps are read"
+    ]
     assert distiller.teacher.networks[0] is teacher
     assert distiller.teacher.asking == [None]
 
 
 def test_maps_in_float32_on_demand():
     distiller = Distiller(Net(4), Net(), create_method("at"), example=IMAGES)
-    exact = distiller.ask_teacher(IMAGES).maps
+    exact = distiller.run_teacher(IMAGES).maps
     distiller.teacher.in_float32(0)
     with torch.autocast("cpu", dtype=BF16):
-        found = distiller.ask_teacher(IMAGES).maps
+        found = distiller.run_teacher(IMAGES).maps
     assert all(torch.equal(one, other) for one, other in zip(found, exact, strict=True))
 
 
 def test_the_original_is_let_go():
     teacher = Net()
     distiller = Distiller(Net(4), teacher, KD())
-    distiller.teacher.hasten(BF16, LAST, IMAGES)
+    distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)
     kept = weakref.ref(teacher)
     del teacher
     gc.collect()
@@ -200,24 +202,24 @@ def test_the_original_is_let_go():
 def test_copies_and_states_go_on_working():
     distiller = Distiller(Net(4), [Net(), Attention()], KD(), teacher_weights=[3, 1])
     keys = list(distiller.state_dict())
-    notes = distiller.teacher.hasten(BF16, LAST, IMAGES)
+    notes = distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)
     assert [note.startswith("asked in bf16") for note in notes] == [True, True]
     assert list(distiller.state_dict()) == keys
     assert not any(name.startswith("teacher.") for name, _ in distiller.trained_parameters())
     distiller.load_state_dict(distiller.state_dict())
     twin = copy.deepcopy(distiller)
-    said = distiller.ask_teacher(IMAGES)
-    assert torch.equal(twin.ask_teacher(IMAGES).logits, said.logits)
+    said = distiller.run_teacher(IMAGES)
+    assert torch.equal(twin.run_teacher(IMAGES).logits, said.logits)
     torch.testing.assert_close(said.logits, 0.75 * said.members[0].logits + 0.25 * said.members[1].logits)
     assert not any(module.training for module in distiller.train().teacher.modules())
 
 
 def test_second_images_are_asked_for_alike():
     distiller = Distiller(Net(4), Net(), create_method("mlld"), example=IMAGES)
-    distiller.teacher.hasten(BF16, LAST, IMAGES)
+    distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)
     flipped = IMAGES.flip(3)
-    said = distiller.ask_teacher(IMAGES, flipped)
-    assert torch.equal(said.second.logits, distiller.ask_teacher(flipped).logits)
+    said = distiller.run_teacher(IMAGES, flipped)
+    assert torch.equal(said.second.logits, distiller.run_teacher(flipped).logits)
     distiller(IMAGES, LABELS, second=flipped).loss.backward()
 
 
@@ -225,7 +227,7 @@ def test_where_it_does_not_agree_float32_stays():
     asked = teachers(Between())
     network = asked.networks[0]
     exact = asked.ask(IMAGES)[0].logits
-    (note,) = asked.hasten(BF16, LAST, IMAGES)
+    (note,) = asked.optimize_for_inference(BF16, LAST, IMAGES)
     assert note.startswith("asked in float32: in bf16 it would agree only on ")
     assert asked.networks[0] is network
     with torch.autocast("cpu", dtype=BF16):
@@ -234,31 +236,33 @@ def test_where_it_does_not_agree_float32_stays():
 
 def test_what_cannot_be_converted_stays():
     asked = teachers(OnlyFloat32())
-    assert asked.hasten(BF16, LAST, IMAGES) == ["asked in float32, since it could not be converted: no, thank you"]
-    assert asked.asking == [Asking(memory_format=LAST)]
+    assert asked.optimize_for_inference(BF16, LAST, IMAGES) == [
+        "asked in float32, since it could not be converted: no, thank you"
+    ]
+    assert asked.asking == [InferenceSettings(memory_format=LAST)]
 
 
 @pytest.mark.parametrize("kind", [Looks, Decays])
 def test_what_is_looked_into_from_outside_is_not_folded(kind):
     network = kind().eval()
-    copied, how = convert(network, torch.float32, torch.contiguous_format, IMAGES)
+    copied, how = convert_for_inference(network, torch.float32, torch.contiguous_format, IMAGES)
     assert how.folded == 0
     assert torch.equal(how.logits(copied, IMAGES), network(IMAGES))
 
 
 def test_other_weights_stay_and_twice_is_once():
     asked = teachers(Net().double())
-    assert asked.hasten(BF16, LAST, IMAGES) == ["asked as it is, since it has weights in torch.float64"]
+    assert asked.optimize_for_inference(BF16, LAST, IMAGES) == ["asked as it is, since it has weights in torch.float64"]
     asked = teachers(Net())
-    asked.hasten(BF16, LAST, IMAGES)
+    asked.optimize_for_inference(BF16, LAST, IMAGES)
     before = asked.networks[0]
-    assert asked.hasten(BF16, LAST, IMAGES) == ["asked in bf16, BN folded, channels_last already"]
+    assert asked.optimize_for_inference(BF16, LAST, IMAGES) == ["asked in bf16, BN folded, channels_last already"]
     assert asked.networks[0] is before
 
 
 def test_the_same_conversion_twice_gives_the_same_bits():
     network = Net().eval()
-    one, other = (convert(network, BF16, LAST, IMAGES) for _ in range(2))
+    one, other = (convert_for_inference(network, BF16, LAST, IMAGES) for _ in range(2))
     assert torch.equal(one[1].logits(one[0], IMAGES), other[1].logits(other[0], IMAGES))
 
 
@@ -273,14 +277,14 @@ class Says(nn.Module):
 
 def test_fidelity_by_hand():
     ours, theirs = Says([2.0, 1.0], [0.0, 3.0], [1.0, 2.0]), Says([2.5, 1.0], [0.0, 3.0], [2.0, 1.0])
-    assert fidelity(ours, Asking(), theirs, IMAGES[:3]) == Fidelity(2 / 3, 1.0, 3)
+    assert measure_fidelity(ours, InferenceSettings(), theirs, IMAGES[:3]) == Fidelity(2 / 3, 1.0, 3)
 
 
 def test_what_is_no_longer_finite_does_not_agree():
     ours, theirs = Says([float("inf"), 1.0], [0.0, 3.0]), Says([2.5, 1.0], [0.0, 3.0])
-    assert fidelity(ours, Asking(), theirs, IMAGES[:2]).agreement == 0.5
+    assert measure_fidelity(ours, InferenceSettings(), theirs, IMAGES[:2]).agreement == 0.5
 
 
-@pytest.mark.parametrize("how", [Asking(), Asking(BF16, LAST, 3)])
+@pytest.mark.parametrize("how", [InferenceSettings(), InferenceSettings(BF16, LAST, 3)])
 def test_facts_and_back(how):
-    assert Asking.of(how.facts()) == how
+    assert InferenceSettings.of(how.facts()) == how

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.methods import create_method
 from potstill.methods.kd import KD
 
@@ -25,7 +25,7 @@ IMAGES, LABELS = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
 
 
 def asked(*teachers, **options):
-    return Distiller(Constant(0.0, 0.0), list(teachers), KD(), **options).ask_teacher(IMAGES)
+    return Distiller(Constant(0.0, 0.0), list(teachers), KD(), **options).run_teacher(IMAGES)
 
 
 def test_logits_are_averaged():
@@ -74,10 +74,10 @@ def test_all_stay_frozen_and_out_of_the_state():
 def test_a_teacher_that_somebody_puts_into_train_mode_answers_as_before(path):
     teacher = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Dropout(0.5), nn.Linear(192, 2))
     distiller = Distiller(Constant(0.0, 0.0), teacher, KD())
-    before = distiller.ask_teacher(IMAGES).logits
+    before = distiller.run_teacher(IMAGES).logits
     state = {key: value.clone() for key, value in teacher.state_dict().items()}
     teacher.get_submodule(path).train()
-    assert torch.equal(distiller.ask_teacher(IMAGES).logits, before)
+    assert torch.equal(distiller.run_teacher(IMAGES).logits, before)
     assert all(torch.equal(value, state[key]) for key, value in teacher.state_dict().items())
     assert not any(module.training for module in teacher.modules())
 

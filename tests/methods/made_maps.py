@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.types import Batch, Outputs
 
 CLASSES = 5
@@ -27,8 +27,8 @@ def built(
     method: Method, student: Outputs, teacher: Outputs, *, norms: tuple[nn.BatchNorm2d | None, ...] = ()
 ) -> Method:
     """The method, sized by these outputs, in its first epoch of 270."""
-    facts = TrainingFacts(classes=CLASSES, batch_size=len(student.logits))
-    method.build(Side(student), Side(teacher, norms=norms), facts)
+    facts = TrainingInfo(classes=CLASSES, batch_size=len(student.logits))
+    method.build(NetworkInfo(student), NetworkInfo(teacher, norms=norms), facts)
     method.start_epoch(0, 270)
     return method
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from potstill.methods.base import Side
+from potstill.methods.base import NetworkInfo
 from potstill.types import Batch, Head, Outputs
 
 
@@ -26,6 +26,6 @@ def made_batch(images: int = 6, classes: int = 3) -> Batch:
     return Batch(torch.zeros(images, 3, 2, 2), labels, index=torch.arange(images))
 
 
-def side(outputs: Outputs) -> Side:
+def side(outputs: Outputs) -> NetworkInfo:
     """The same outputs as an example."""
-    return Side(outputs, members=tuple(Side(member) for member in outputs.members))
+    return NetworkInfo(outputs, members=tuple(NetworkInfo(member) for member in outputs.members))

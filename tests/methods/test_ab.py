@@ -3,7 +3,7 @@ import torch
 from made_maps import built, labelled, outputs
 
 from potstill.errors import UsageError
-from potstill.methods.ab import AB, ab_loss, acting
+from potstill.methods.ab import AB, ab_loss, active_terms
 from potstill.methods.fsp import FSP
 
 
@@ -44,7 +44,7 @@ def test_teacher_first_and_labels_afterwards(kind, teachers):
 def test_first_stage_never_takes_all_epochs():
     method = AB(init_share=1.0)
     method.start_epoch(9, 10)
-    assert acting(1.0, method) == (False, True)
+    assert active_terms(1.0, method) == (False, True)
 
 
 def test_asks_where_training_stands():

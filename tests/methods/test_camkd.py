@@ -4,10 +4,10 @@ import pytest
 import torch
 from made_outputs import made_batch, made_outputs, side
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.functional import camkd_feature_loss, camkd_logit_loss, camkd_weights
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.camkd import CAMKD
 from potstill.types import Outputs
 
@@ -22,7 +22,7 @@ def built(count=3, size=4, **options):
     student, teacher = made_outputs(), teachers(count, size=size)
     student.members = (student,) * count
     method = CAMKD(**options)
-    method.build(side(student), side(teacher), TrainingFacts(3))
+    method.build(side(student), side(teacher), TrainingInfo(3))
     return method, student, teacher
 
 

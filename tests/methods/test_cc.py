@@ -6,7 +6,7 @@ from parity_case import OWN
 
 from potstill.errors import UsageError
 from potstill.functional import cc_kernel_loss, cc_loss
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.cc import CC
 
 
@@ -37,7 +37,7 @@ def test_kernel_form_equals_the_public_implementation_of_the_papers():
 def test_both_embeddings_learn(form):
     student, teacher = made_outputs(), made_outputs(seed=1, width=8, grad=False)
     method = CC(form=form, dim=4, weight=0.5)
-    method.build(side(student), side(teacher), TrainingFacts(3))
+    method.build(side(student), side(teacher), TrainingInfo(3))
     term = method.distill(student, teacher, made_batch())["congruence"]
     loss = cc_loss if form == "neighbours" else cc_kernel_loss
     wanted = loss(method.embed_student(student.embedding), method.embed_teacher(teacher.embedding))

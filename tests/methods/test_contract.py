@@ -8,11 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
-from potstill.methods import METHODS, create_method, list_methods, method_class
+from potstill.methods import (
+    METHODS,
+    REQUIRED,
+    check_method,
+    create_method,
+    list_methods,
+    method_class,
+    method_info,
+    method_options,
+    schedulable_options,
+)
 from potstill.methods.base import Method
-from potstill.methods.catalog import REQUIRED, check_method, entry, movable_options, options
 from potstill.options import OPTION_TYPES
 from potstill.types import Batch
 
@@ -129,11 +138,11 @@ def test_terms_come_and_go_only_where_the_method_says_so(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [(name, option) for name in list_methods() for option in movable_options(name)]
+    ("name", "option"), [(name, option) for name in list_methods() for option in schedulable_options(name)]
 )
 def test_an_option_that_a_schedule_may_move_counts_at_every_step(name, option):
     """A method whose schedule gives a value is the method that was made with it."""
-    default = options(name)[option].default
+    default = method_options(name)[option].default
     value = 0.6 * default if default else 0.3
     made, moved = (
         make(name, settings=settings) for settings in ({option: value}, {"schedule": {option: {"start": value}}})
@@ -361,7 +370,7 @@ def test_label_loss_can_be_replaced(name):
 
 @each_method
 def test_is_documented_and_takes_keywords_only(name):
-    known = entry(name)
+    known = method_info(name)
     assert known.summary
     assert known.doc
     assert method_class(name).__doc__
@@ -373,24 +382,24 @@ def test_is_documented_and_takes_keywords_only(name):
 def test_catalog_read_from_source_equals_the_class(name):
     kind = method_class(name)
     signature = inspect.signature(kind)
-    assert list(options(name)) == list(signature.parameters)
-    for key, option in options(name).items():
+    assert list(method_options(name)) == list(signature.parameters)
+    for key, option in method_options(name).items():
         default = signature.parameters[key].default
         assert option.default == (REQUIRED if default is inspect.Parameter.empty else default)
-    assert entry(name).presets == getattr(kind, "PRESETS", {})
-    assert entry(name).published == getattr(kind, "PUBLISHED", {})
+    assert method_info(name).presets == getattr(kind, "PRESETS", {})
+    assert method_info(name).published == getattr(kind, "PUBLISHED", {})
 
 
 @each_method
 def test_defaults_and_presets_pass_their_own_checks(name):
-    for preset in [None, *entry(name).presets]:
+    for preset in [None, *method_info(name).presets]:
         method = create_method(name, preset=preset, **OPTIONS.get(name, {}))
         assert isinstance(method, Method)
 
 
 @each_method
 def test_ranges_are_checked_by_class_and_catalog_alike(name):
-    for key, option in options(name).items():
+    for key, option in method_options(name).items():
         if option.annotation in OPTION_TYPES:
             given = OPTIONS.get(name, {}) | {key: -1}
             assert [problem.option for problem in check_method(name, given)] == [key]

@@ -7,9 +7,8 @@ from made_outputs import made_batch, made_outputs, side
 
 from potstill.errors import UsageError
 from potstill.functional import crd_constants, crd_loss, crd_memory
-from potstill.methods.base import TrainingFacts
-from potstill.methods.crd import CRD
-from potstill.methods.pieces.negatives import ClassTable
+from potstill.methods.base import TrainingInfo
+from potstill.methods.crd import CRD, ClassSampler
 
 LABELS = torch.arange(30) % 3
 
@@ -17,7 +16,7 @@ LABELS = torch.arange(30) % 3
 def built(labels=LABELS, **options):
     student, teacher = made_outputs(), made_outputs(seed=1, width=8, grad=False)
     method = CRD(**{"negatives": 12, "dim": 4, **options})
-    method.build(side(student), side(teacher), TrainingFacts(3, labels))
+    method.build(side(student), side(teacher), TrainingInfo(3, labels))
     return method, student, teacher
 
 
@@ -65,7 +64,7 @@ def test_negatives_are_of_other_classes_and_differ():
 @pytest.mark.parametrize("k", [2, 15])  # sparse, dense
 def test_every_other_sample_is_equally_likely(k):
     labels = torch.tensor([0] * 5 + [1] * 9 + [2] * 11)
-    table = ClassTable(labels)
+    table = ClassSampler(labels)
     drawn = table.draw_other(torch.full((4000,), 1), k)
     share = drawn.flatten().bincount(minlength=25) / 4000
     assert share[5:14].eq(0).all()
@@ -75,7 +74,7 @@ def test_every_other_sample_is_equally_likely(k):
 
 
 def test_too_few_others_come_several_times():
-    table = ClassTable(torch.tensor([0, 0, 0, 1, 1]))
+    table = ClassSampler(torch.tensor([0, 0, 0, 1, 1]))
     drawn = table.draw_other(torch.tensor([0, 1]), 3)  # class 0 has 2 others, class 1 has 3
     assert set(drawn[0].tolist()) <= {3, 4}
     assert sorted(drawn[1].tolist()) == [0, 1, 2]

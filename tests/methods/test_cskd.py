@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.methods.cskd import CSKD
 from potstill.types import Batch, Outputs

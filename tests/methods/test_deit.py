@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.functional import deit_hard_loss, deit_soft_loss, kd_loss
 from potstill.methods.deit import DeiTHard, DeiTSoft

@@ -6,7 +6,7 @@ import torch
 from potstill.errors import UsageError
 from potstill.functional import dkd_loss, kd_loss, nckd_loss, tckd_loss
 from potstill.methods import create_method
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.dkd import DKD
 from potstill.types import Batch, Outputs
 
@@ -68,9 +68,9 @@ def test_two_classes_leave_nothing_of_the_other_part():
 
 def test_the_method_refuses_two_classes_before_training_and_in_it():
     student, teacher, labels = made(classes=2)
-    side = Side(Outputs(student))
+    side = NetworkInfo(Outputs(student))
     with pytest.raises(UsageError, match="Use method kd"):
-        DKD().build(side, side, TrainingFacts(classes=2))
+        DKD().build(side, side, TrainingInfo(classes=2))
     method = DKD(warmup_epochs=0)
     with pytest.raises(UsageError, match="Use method kd"):
         method(Outputs(student), Outputs(teacher), Batch(torch.zeros(6, 3, 1, 1), labels))

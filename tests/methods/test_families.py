@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.methods import create_method, list_methods
-from potstill.models.create import create_model
+from potstill.models.factory import create_model
 from potstill.types import Batch
 
 OPTIONS = {

@@ -3,7 +3,7 @@ import torch
 from made_maps import built, labelled, outputs
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.features.adapters import ConvAdapter
 from potstill.methods.fitnet import FitNet

@@ -4,7 +4,7 @@ from made_outputs import made_batch, made_outputs, side
 
 from potstill.errors import UsageError
 from potstill.functional import ickd_loss
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.ickd import ICKD
 
 
@@ -24,7 +24,7 @@ def test_against_loops_with_unequal_sizes():
 def test_adapter_learns_and_the_teacher_is_constant():
     student, teacher = made_outputs(), made_outputs(seed=1, width=8, size=2)
     method = ICKD()
-    method.build(side(student), side(teacher), TrainingFacts(3))
+    method.build(side(student), side(teacher), TrainingInfo(3))
     assert [name for name, _ in method.named_parameters()] == [
         "adapter.conv.weight",
         "adapter.norm.weight",

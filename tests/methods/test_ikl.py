@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from potstill.functional import gkl_wmse_loss, ikl_soft_ce_loss, ikl_wmse_loss
 from potstill.methods import create_method
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.gkl import GKL
 from potstill.methods.ikl import IKL
 from potstill.types import Batch, Outputs
@@ -69,7 +69,7 @@ def test_is_finite_at_a_gap_of_900():
 
 
 def ready(method):
-    method.build(Side(Outputs(torch.zeros(2, 2))), None, TrainingFacts(classes=2))
+    method.build(NetworkInfo(Outputs(torch.zeros(2, 2))), None, TrainingInfo(classes=2))
     method.start_epoch(0, 10)
     return method.train()
 

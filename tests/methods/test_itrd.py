@@ -6,7 +6,7 @@ from made_outputs import made_batch, made_outputs, side
 
 from potstill.errors import UsageError
 from potstill.functional import itrd_correlation_loss, itrd_mutual_loss
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.itrd import ITRD
 
 
@@ -59,7 +59,7 @@ def test_a_feature_that_never_changes_is_finite():
 def test_terms(width):
     student, teacher = made_outputs(), made_outputs(seed=1, width=width)
     method = ITRD()
-    method.build(side(student), side(teacher), TrainingFacts(3))
+    method.build(side(student), side(teacher), TrainingInfo(3))
     terms = method.distill(student, teacher, made_batch())
     embedded = method.embed(student.embedding)
     wanted = itrd_correlation_loss(embedded, teacher.embedding)

@@ -4,14 +4,14 @@ from made_outputs import made_batch, made_outputs, side
 
 from potstill.errors import UsageError
 from potstill.functional import kd_loss, nd_loss
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.nd import ND
 
 
 def built(width=5, **options):
     student, teacher = made_outputs(), made_outputs(seed=1, width=width, grad=False)
     method = ND(**options)
-    method.build(side(student), side(teacher), TrainingFacts(3))
+    method.build(side(student), side(teacher), TrainingInfo(3))
     return method, student, teacher
 
 

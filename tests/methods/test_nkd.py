@@ -5,7 +5,7 @@ import torch
 
 from potstill.errors import UsageError
 from potstill.functional import nkd_loss, nkd_others_loss, nkd_target_loss
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.nkd import NKD
 from potstill.types import Batch, Outputs
 
@@ -58,8 +58,8 @@ def test_is_finite_at_a_gap_of_900(dtype):
 def test_two_classes_leave_nothing_of_the_others_and_the_method_refuses_them():
     student, teacher, labels = made(classes=2)
     assert nkd_others_loss(student, teacher, labels, temperature=3.0).item() == 0
-    side = Side(Outputs(student))
+    side = NetworkInfo(Outputs(student))
     with pytest.raises(UsageError, match=r"nkd .* Use method kd"):
-        NKD().build(side, side, TrainingFacts(classes=2))
+        NKD().build(side, side, TrainingInfo(classes=2))
     with pytest.raises(UsageError, match=r"nkd .* Use method kd"):
         NKD()(Outputs(student), Outputs(teacher), Batch(torch.zeros(6, 3, 1, 1), labels))

@@ -3,7 +3,7 @@ import torch
 from test_simkd import IMAGES, LABELS, network
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.functional import kd_loss, norm_loss
 from potstill.methods.norm import NORM
@@ -51,7 +51,7 @@ def test_soft_targets_use_both_networks_scaled_logits():
     joined = distiller(kd_weight=1.0)
     step = joined(IMAGES, LABELS)
     with torch.no_grad():
-        theirs = joined.ask_teacher(IMAGES).logits
+        theirs = joined.run_teacher(IMAGES).logits
     deviation = theirs - theirs.mean(dim=1, keepdim=True)
     scaled = 2.5 * deviation / (deviation.square().mean(dim=1, keepdim=True) + 1e-7).sqrt()
     assert step.terms["kd"].item() == pytest.approx(kd_loss(step.logits, scaled, temperature=4.0).item(), rel=1e-4)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.functional import ofa_loss
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.ofa import OFA
 from potstill.types import Batch, Outputs
 
@@ -59,7 +59,7 @@ def ready(**options):
     maps = tuple(torch.randn(6, width, size, size, requires_grad=True) for width, size in ((3, 8), (4, 4), (7, 2)))
     student, teacher = Outputs(made()[0].requires_grad_(True), maps=maps), Outputs(made()[1].requires_grad_(True))
     method = OFA(**options)
-    method.build(Side(student), Side(teacher), TrainingFacts(classes=5))
+    method.build(NetworkInfo(student), NetworkInfo(teacher), TrainingInfo(classes=5))
     return method, student, teacher
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
+from potstill.distillation.teachers import Teachers
 from potstill.functional import kd_loss
-from potstill.joining.teachers import Teachers
 from potstill.methods.dkd import DKD
 from potstill.methods.fitnet import FitNet
 from potstill.methods.kd import KD
@@ -73,7 +73,7 @@ def test_a_student_left_in_eval_mode(plant):
 
 
 def test_a_teacher_in_the_checkpoint(plant):
-    plant("potstill.distiller._forget_teacher", lambda *_: None)
+    plant("potstill.distillation.distiller._drop_teacher_state", lambda *_: None)
     with pytest.raises(AssertionError):
         contract.test_state_dict_holds_no_teacher_and_can_be_loaded("kd")
 
@@ -117,7 +117,7 @@ def test_hooks_that_stay(plant):
         def __exit__(self, *_):
             self.pop_all()
 
-    plant("potstill.features.reading.ExitStack", Forever)
+    plant("potstill.features.hooks.ExitStack", Forever)
     with pytest.raises(AssertionError):
         contract.test_can_be_copied_and_leaves_no_hooks("at")
 
@@ -137,7 +137,7 @@ def test_an_infinite_term_of_a_confident_student(plant):
         chosen = logits.softmax(dim=1).gather(1, targets[:, None])
         return torch.cat([chosen, 1 - chosen], dim=1).log()
 
-    plant("potstill.methods.pieces.divergence.target_or_not", overflows)
+    plant("potstill.methods.numerics.binary_log_probs", overflows)
     from potstill.functional import tckd_loss
 
     sure = torch.tensor([[900.0, 0.0, 0.0]])

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.functional import pskd_loss, pskd_targets
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.pskd import PSKD
 from potstill.types import Batch, Outputs
 
@@ -19,7 +19,7 @@ SAID = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()  # (3/4, 1/4) and (1/2, 1/2)
 
 def ready(alpha=0.8):
     method = PSKD(alpha=alpha)
-    method.build(Side(Outputs(torch.zeros(2, 2))), None, TrainingFacts(classes=2, labels=LABELS))
+    method.build(NetworkInfo(Outputs(torch.zeros(2, 2))), None, TrainingInfo(classes=2, labels=LABELS))
     return method.train()
 
 

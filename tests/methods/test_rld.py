@@ -5,7 +5,7 @@ import torch
 
 from potstill.errors import UsageError
 from potstill.functional import mcd_loss, nckd_loss, rld_loss, scd_loss, tckd_loss
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.rld import RLD
 from potstill.types import Batch, Outputs
 
@@ -84,9 +84,9 @@ def test_a_student_sure_of_the_wrong_class_is_finite_where_one_minus_p_is_0():
 def test_two_classes_are_refused_by_the_method():
     student, teacher, labels = made(classes=2)
     assert mcd_loss(student, teacher, labels).item() == 0
-    side = Side(Outputs(student))
+    side = NetworkInfo(Outputs(student))
     with pytest.raises(UsageError, match=r"rld .* Use method kd"):
-        RLD().build(side, side, TrainingFacts(classes=2))
+        RLD().build(side, side, TrainingInfo(classes=2))
     with pytest.raises(UsageError, match=r"rld .* Use method kd"):
         RLD(warmup_epochs=0)(Outputs(student), Outputs(teacher), Batch(torch.zeros(8, 3, 1, 1), labels))
 

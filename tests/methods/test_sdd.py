@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.functional import dkd_loss, kd_loss, sdd_dkd_loss, sdd_kd_loss
 from potstill.methods.sdd import SDD, region_logits

@@ -3,7 +3,7 @@ import torch
 from made_maps import CLASSES, built, labelled, outputs
 
 from potstill.errors import UsageError
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.semckd import SemCKD, semckd_loss
 
 
@@ -38,7 +38,9 @@ def test_queries_have_a_quarter_of_the_batch_but_two_dimensions_at_least(batch, 
 def test_refuses_another_batch_size():
     student, teacher = outputs((4, 4), batch=2), outputs((5, 4), batch=2)
     method = SemCKD()
-    method.build(Side(student), Side(teacher), TrainingFacts(classes=CLASSES, batch_size=6))  # the example has 2
+    method.build(
+        NetworkInfo(student), NetworkInfo(teacher), TrainingInfo(classes=CLASSES, batch_size=6)
+    )  # the example has 2
     method(outputs((4, 4), batch=6), outputs((5, 4), batch=6), labelled(6))
     with pytest.raises(UsageError, match="built for 6 images a step and got 5"):
         method(outputs((4, 4), batch=5), outputs((5, 4), batch=5), labelled(5))

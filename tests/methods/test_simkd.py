@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
-from potstill.features.projected_head import ProjectedHead
+from potstill.features.student_surgery import ProjectedHead
 from potstill.functional import simkd_loss
 from potstill.methods.combined import Combined
 from potstill.methods.simkd import SimKD

@@ -5,14 +5,14 @@ import torch
 from made_outputs import made_batch, made_outputs, side
 
 from potstill.functional import kd_loss, srd_loss
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.srd import SRD
 
 
 def test_term_against_loops_through_projector_and_batch_statistics():
     student, teacher = made_outputs(), made_outputs(seed=1, width=8)
     method = SRD()
-    method.build(side(student), side(teacher), TrainingFacts(3))
+    method.build(side(student), side(teacher), TrainingInfo(3))
     terms = method.distill(student, teacher, made_batch())
     projected = student.embedding @ method.project.weight.T + method.project.bias
 

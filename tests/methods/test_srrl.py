@@ -4,14 +4,14 @@ import torch.nn.functional as F
 from made_outputs import made_batch, made_outputs, side
 
 from potstill.functional import kd_loss
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.srrl import SRRL, Connector
 
 
 def built(**options):
     student, teacher = made_outputs(), made_outputs(seed=1, width=8, grad=False)
     method = SRRL(**options)
-    method.build(side(student), side(teacher), TrainingFacts(3))
+    method.build(side(student), side(teacher), TrainingInfo(3))
     return method, student, teacher
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from potstill.errors import UsageError
 from potstill.functional import uskd_others_loss, uskd_target_loss, uskd_weak_loss
 from potstill.methods import create_method
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.uskd import USKD
 from potstill.types import Batch, Outputs
 
@@ -90,7 +90,7 @@ def outputs(classes=5):
 def test_the_weak_head_reads_the_last_but_one_stage():
     student, labels = outputs(), torch.arange(6) % 5
     method = USKD(alpha=2.0, beta=3.0, mu=0.5)
-    method.build(Side(student), None, TrainingFacts(classes=5))
+    method.build(NetworkInfo(student), None, TrainingInfo(classes=5))
     weak = method.weak_head(student.maps[1].mean(dim=(2, 3)))
     terms = method(student, None, Batch(torch.zeros(6, 3, 1, 1), labels))
     torch.testing.assert_close(terms["target"], 2 * uskd_target_loss(student.logits, labels))
@@ -105,7 +105,7 @@ def test_the_weak_head_reads_the_last_but_one_stage():
 def test_two_classes_are_refused_and_presets_are_the_authors():
     student = outputs(classes=2)
     with pytest.raises(UsageError, match="Use method kd"):
-        USKD().build(Side(student), None, TrainingFacts(classes=2))
+        USKD().build(NetworkInfo(student), None, TrainingInfo(classes=2))
     cifar, imagenet = (create_method("uskd", preset=name) for name in ("cifar100", "imagenet"))
     assert (cifar.alpha, cifar.beta, cifar.mu) == (0.1, 0.1, 0.1)
     assert (imagenet.alpha, imagenet.beta, imagenet.mu) == (1.0, 0.1, 0.005)

@@ -5,14 +5,14 @@ import torch
 from made_outputs import made_batch, made_outputs, side
 
 from potstill.functional import kd_loss
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.vkd import VkD
 
 
 def built(width):
     student, teacher = made_outputs(), made_outputs(seed=1, width=width)
     method = VkD()
-    method.build(side(student), side(teacher), TrainingFacts(3))
+    method.build(side(student), side(teacher), TrainingInfo(3))
     return method, student, teacher
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from potstill.errors import UsageError
 from potstill.functional import wkd_cost, wkd_distance_loss, wkd_target_loss
 from potstill.methods import create_method
-from potstill.methods.base import TrainingFacts
+from potstill.methods.base import TrainingInfo
 from potstill.methods.wkd_l import WKDL
 from potstill.types import Batch
 
@@ -103,7 +103,7 @@ def test_autocast_does_not_lower_the_precision_and_a_gap_of_900_stays_finite():
 
 def ready(method, epoch=0, classes=3):
     outputs = made_outputs(classes=classes, seed=1, grad=False)
-    method.build(side(made_outputs(classes=classes)), side(outputs), TrainingFacts(classes=classes))
+    method.build(side(made_outputs(classes=classes)), side(outputs), TrainingInfo(classes=classes))
     method.start_epoch(epoch, 240)
     return method, outputs
 

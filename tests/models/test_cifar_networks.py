@@ -7,8 +7,8 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
-from potstill.features.stages import stages
-from potstill.models.create import create_model
+from potstill.features.stages import find_stages
+from potstill.models.factory import create_model
 
 # Of the networks that RepDistiller publishes, for 100 classes.
 PUBLISHED = {
@@ -64,7 +64,7 @@ def test_the_parameters_of_a_grouped_network_by_hand():
 )
 def test_stages_have_the_published_resolutions(name, maps, embedding):
     # RepDistiller's features; where a 1x1 convolution follows the last stage, it is part of it here
-    found = stages(network(name), torch.zeros(2, 3, 32, 32))
+    found = find_stages(network(name), torch.zeros(2, 3, 32, 32))
     assert [(stage.channels, stage.height) for stage in found.stages] == maps
     assert (found.head, found.embedding, found.pooled) == ("head", embedding, True)
 

@@ -8,9 +8,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from potstill.errors import UsageError
-from potstill.models.create import create_model
-from potstill.models.input_spec import input_spec
-from potstill.models.names import check_model, list_models
+from potstill.models.factory import create_model
+from potstill.models.registry import check_model, input_spec, list_models
 
 
 def parameters(module: nn.Module) -> int:

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError
 
 from potstill.errors import UsageError
-from potstill.models import download
+from potstill.models import pretrained
 
 CONTENT = b"weights" * 1000
 HASH = hashlib.sha256(CONTENT).hexdigest()[:8]
@@ -50,7 +50,7 @@ def server(monkeypatch, tmp_path):
 
 def test_a_file_is_fetched_once(server, tmp_path):
     for _ in range(2):
-        path = download.from_url(f"{server.address}/net-{HASH}.pth", "the weights of 'net'")
+        path = pretrained.download_from_url(f"{server.address}/net-{HASH}.pth", "the weights of 'net'")
         assert path == tmp_path / "hub" / "checkpoints" / f"net-{HASH}.pth"
         assert path.read_bytes() == CONTENT
     assert server.requests == [f"/net-{HASH}.pth"]
@@ -58,14 +58,14 @@ def test_a_file_is_fetched_once(server, tmp_path):
 
 def test_a_file_with_another_hash_is_not_kept(server, tmp_path):
     with pytest.raises(UsageError, match="the download failed: invalid hash"):
-        download.from_url(f"{server.address}/net-00000000.pth", "the weights of 'net'")
+        pretrained.download_from_url(f"{server.address}/net-00000000.pth", "the weights of 'net'")
     assert list(tmp_path.rglob("*.pth")) == []
 
 
 def test_the_hub_is_asked_for_each_file_in_turn(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(download, "reachable", lambda url: True)
+    monkeypatch.setattr(pretrained, "is_reachable", lambda url: True)
     asked = []
 
     def fetch(repository, file):
@@ -75,17 +75,17 @@ def test_the_hub_is_asked_for_each_file_in_turn(monkeypatch, tmp_path):
         raise EntryNotFoundError("404") if file in "ac" else OSError("connection reset\nby peer")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert download.from_hub("owner/net", ["a", "b"], "the weights") == Path(tmp_path / "b")
+    assert pretrained.download_from_hub("owner/net", ["a", "b"], "the weights") == Path(tmp_path / "b")
     assert asked == [("owner/net", "a"), ("owner/net", "b")]
     with pytest.raises(UsageError, match="owner/net has none of the files a, c"):
-        download.from_hub("owner/net", ["a", "c"], "the weights")
+        pretrained.download_from_hub("owner/net", ["a", "c"], "the weights")
     with pytest.raises(UsageError, match=r"the download failed: connection reset\.\n"):
-        download.from_hub("owner/net", ["d"], "the weights")
+        pretrained.download_from_hub("owner/net", ["d"], "the weights")
 
 
 def test_importing_the_names_imports_neither_timm_nor_torchvision():
     program = (
-        "import sys, potstill.models.create as c, potstill.models.names as n, potstill.models.model_file\n"
+        "import sys, potstill.models.factory as c, potstill.models.registry as n, potstill.models.model_file\n"
         "n.check_model('cifar/vgg8'); c.create_model('cifar/resnet8', 2, size=32)\n"
         "print([m for m in ('timm', 'torchvision', 'huggingface_hub') if m in sys.modules])"
     )

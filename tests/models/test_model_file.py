@@ -8,16 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.artifacts import digest
 from potstill.errors import ArtifactError
-from potstill.features.remodel import rebuild
-from potstill.inputs import InputSpec
+from potstill.features.student_surgery import rebuild_student
+from potstill.input_spec import InputSpec
+from potstill.io import sha256_hex, write_checksummed_json
 from potstill.models import model_file
-from potstill.models.classifier import Classifier
-from potstill.models.create import create_model
-from potstill.models.input_spec import input_spec
-from potstill.models.model_file import load_model, save_model
-from potstill.sealed import write_sealed_json
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier, load_model, save_model
+from potstill.models.registry import input_spec
 
 SPEC = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
 NAMES = ("naïve café", "鸟", 'a,b\n"c"', "<script>", "\udcff.jpg")
@@ -73,7 +71,7 @@ def test_a_folder_or_either_file_may_be_named(saved, name):
 def test_json_says_what_it_promises(saved):
     body = json.loads((saved / "model.json").read_text())
     assert body["schema"] == 1
-    assert body["sha256"] == digest((saved / "model.safetensors").read_bytes())
+    assert body["sha256"] == sha256_hex((saved / "model.safetensors").read_bytes())
     assert (body["architecture"], body["class_names"], body["input"]["size"]) == ("cifar/resnet8", list(NAMES), 32)
     assert body["facts"] == {"epochs": 3, "lr": 1e-4, "nested": {"best": None}}
 
@@ -116,7 +114,7 @@ def forge(folder, **changes):
     body = json.loads((folder / "model.json").read_text())
     del body["checksum"]
     body = {key: value for key, value in (body | changes).items() if value is not None}
-    write_sealed_json(folder / "model.json", body)
+    write_checksummed_json(folder / "model.json", body)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +160,7 @@ def test_a_forged_description_never_gives_a_wrong_network(tmp_path, changes, mes
 def test_weights_that_are_no_safetensors_although_their_hash_fits(tmp_path):
     save_model(classifier(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04 not tensors")
-    forge(tmp_path, sha256=digest(b"\x80\x04 not tensors"))
+    forge(tmp_path, sha256=sha256_hex(b"\x80\x04 not tensors"))
     with pytest.raises(ArtifactError, match="cannot be used"):
         load_model(tmp_path)
 
@@ -181,7 +179,7 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_stay_tied(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_file, "build", lambda name, classes, size: Tied(classes))
+    monkeypatch.setattr(model_file, "build_model", lambda name, classes, size: Tied(classes))
     before = Classifier(Tied(2), "tied", ("a", "b"), InputSpec(8))
     save_model(before, tmp_path)
     after = load_model(tmp_path).module
@@ -217,7 +215,7 @@ def test_predict_gives_probabilities_and_keeps_the_mode():
 def test_a_remodelled_network_is_built_again_without_its_method(tmp_path):
     before = classifier()
     facts = {"name": "merged_stage", "stage": "stage2", "channels": 32}
-    before.module = rebuild(before.module, facts).eval()
+    before.module = rebuild_student(before.module, facts).eval()
     before.remodelled = before.module.facts
     save_model(before, tmp_path)
     after = load_model(tmp_path)
@@ -247,6 +245,6 @@ def test_the_resize_mode_is_kept(tmp_path) -> None:
     assert load_model(tmp_path).input.resize_mode == "pad"
 
     body = json.loads((tmp_path / "model.json").read_text())
-    write_sealed_json(tmp_path / "model.json", {**body, "input": body["input"] | {"resize_mode": "fold"}})
+    write_checksummed_json(tmp_path / "model.json", {**body, "input": body["input"] | {"resize_mode": "fold"}})
     with pytest.raises(ArtifactError, match="'crop', 'pad' or 'stretch'"):
         load_model(tmp_path)

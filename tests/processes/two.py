@@ -11,25 +11,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
-from potstill.distiller import Distiller
-from potstill.evaluation.evaluate import collect
-from potstill.evaluation.metrics import ROWS, StreamingMetrics
-from potstill.inputs import InputSpec
+from potstill.distillation.cached_outputs import CachedTeacherOutputs
+from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import RecordFormat
+from potstill.distributed.group import ProcessGroup, process_group
+from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics
+from potstill.evaluation.predictions import predict_probabilities
+from potstill.input_spec import InputSpec
 from potstill.methods.kd import KD
-from potstill.processes.group import Processes
-from potstill.processes.joining import joined
-from potstill.store.recorded import Recorded
-from potstill.store.records import Record
-from potstill.store.shelf import Store
-from potstill.training.averages import TermAverages
+from potstill.training.callbacks import SilentObserver
+from potstill.training.ddp import DistributedDistiller, gather_metrics
 from potstill.training.devices import Compute
-from potstill.training.gradients import Gradients
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
+from potstill.training.optim import GradientAccumulator
 from potstill.training.settings import TrainingSettings
-from potstill.training.sharing import Sharing, all_metrics
+from potstill.training.state import TermAverages
+from potstill.training.trainer import Trainer
 
 SPEC = InputSpec(size=4, mean=(0.5,) * 3, std=(0.25,) * 3)
 BATCH, IMAGES, CLASSES = 8, 45, 3  # the last training batch of 5 is shared 3 to 2
@@ -64,7 +63,7 @@ def metrics_of(processes, count):
     """The figures of logits of which each process has every second one."""
     metrics, (rows, labels) = StreamingMetrics(4), logits(count)
     metrics.update(rows[processes.rank :: processes.count], labels[processes.rank :: processes.count])
-    return all_metrics(metrics, processes).compute()
+    return gather_metrics(metrics, processes).compute()
 
 
 def terms_of(processes):
@@ -83,11 +82,13 @@ def train(processes, folder):
     compute = Compute(torch.device("cpu"), bf16=False, channels_last=False, processes=processes)
     settings = TrainingSettings(epochs=3, batch_size=BATCH, optimizer="sgd", lr=0.2, checkpoint_seconds=0)
     loaders = loader(processes), loader(processes, "listed")
-    training = Training(
-        found, *loaders, settings, compute, folder=folder, observer=Silent(), classes=CLASSES
+    training = Trainer(
+        found, *loaders, settings, compute, folder=folder, observer=SilentObserver(), classes=CLASSES
     )  # fmt: skip
     history = training.run()
-    probabilities, labels, index = collect(found.student, loaders[1], classes=CLASSES, processes=processes)
+    probabilities, labels, index = predict_probabilities(
+        found.student, loaders[1], classes=CLASSES, processes=processes
+    )
     return {
         "weights": [parameter.tolist() for parameter in found.student.parameters()],
         "records": [{key: record[key] for key in ("train", "val", "best")} for record in history.records],
@@ -101,8 +102,8 @@ def train(processes, folder):
 def held_back(processes):
     """Gradients after three of four batches of an update, and after the last: not exchanged, exchanged."""
     found = distiller()
-    sharing, weight = Sharing(found, processes), found.student[3].bias
-    gradients, norms = Gradients(torch.optim.SGD(found.student.parameters()), []), []
+    sharing, weight = DistributedDistiller(found, processes), found.student[3].bias
+    gradients, norms = GradientAccumulator(torch.optim.SGD(found.student.parameters()), []), []
     for position, batch in enumerate(loader(processes).epoch(0)):
         if position == 4:
             break
@@ -118,9 +119,9 @@ def fill(processes, folder):
     teacher = found.teacher.networks[0]
     teacher.register_forward_hook(lambda *_: asked.append(1))
     batches = loader(processes)
-    record = Record("float32", CLASSES, 0)
-    store = Store.open(folder, {"who": "two"}, record, IMAGES, {})
-    recorded = Recorded(
+    record = RecordFormat("float32", CLASSES, 0)
+    store = TeacherCache.open(folder, {"who": "two"}, record, IMAGES, {})
+    recorded = CachedTeacherOutputs(
         found, batches, [store], autocast=torch.no_grad, warn=lambda text: sys.exit(text), processes=processes
     )
     counts = []
@@ -136,7 +137,7 @@ def fill(processes, folder):
 
 
 def main(folder):
-    with joined() as processes:
+    with process_group() as processes:
         own = folder / str(processes.rank)
         own.mkdir()
         tensors = [torch.full((2, 2), float(processes.rank)), torch.tensor([processes.rank, 7])]
@@ -148,7 +149,7 @@ def main(folder):
             "highest": processes.highest(processes.rank, 5 - processes.rank),
             "add": processes.add({"a": torch.tensor([1, processes.rank])})["a"].tolist(),
             "shared tensors": [tensor.tolist() for tensor in tensors],
-            "metrics": {count: metrics_of(processes, count) for count in (7, 1001, ROWS + 501)},
+            "metrics": {count: metrics_of(processes, count) for count in (7, 1001, BUFFER_ROWS + 501)},
             "terms": terms_of(processes),
             "training": train(processes, own),
             "held back": held_back(processes),
@@ -159,7 +160,7 @@ def main(folder):
 
 def alone(folder):
     """The same training in a single process."""
-    return train(Processes(), folder)
+    return train(ProcessGroup(), folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.sealed import write_sealed_json, write_sealed_text
+from potstill.io import write_checksummed_json, write_checksummed_text
 
 SKILL = {"teacher": 0.92, "baseline": 0.80, "distilled": 0.86}
 ARCHITECTURE = {"teacher": "cifar/vgg8", "baseline": "cifar/resnet8", "distilled": "cifar/resnet8"}
@@ -62,11 +62,11 @@ class RunBuilder:
         recipe = (
             f"name: quickstart\nseed: {self.seed}\ndata:\n  source: digits\nmethod: {{name: kd, temperature: 2.0}}\n"
         )
-        write_sealed_text(self.folder / "recipe.yaml", recipe)
-        write_sealed_json(self.folder / "environment.json", {"python": "3.11.9", "torch": "2.15.0"})
+        write_checksummed_text(self.folder / "recipe.yaml", recipe)
+        write_checksummed_json(self.folder / "environment.json", {"python": "3.11.9", "torch": "2.15.0"})
         if self.examples is not None:
             (self.folder / "examples.json").write_text(json.dumps(self.examples), encoding="utf-8")
-        write_sealed_json(self.folder / "results.json", results | {"files": listed(self.folder)})
+        write_checksummed_json(self.folder / "results.json", results | {"files": listed(self.folder)})
         return self.folder
 
     def _stage(self, name: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from potstill.report.contents import read_run
-from potstill.report.figures.legible import channels, luminance
-from potstill.report.page import page
+from potstill.report.render import render_page
+from potstill.report.run_reader import read_run
+from potstill.report.theme import luminance, rgb_channels
 
 Full = Callable[[int], Path]  # the fixture of conftest.py
 ENOUGH = 4.5  # WCAG 2.2, AA, for text of any size
@@ -45,7 +45,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def text(full: Full) -> str:
-    return page(read_run(full(2)))
+    return render_page(read_run(full(2)))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_text_stands_out_from_page_and_card(text: str, theme: str) -> None:
     roots = re.findall(r":root \{([^}]*)\}", text)
     colours = dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", roots[0 if theme == "light" else 1]))
     for behind in ("paper", "card"):
-        below = luminance(channels(colours[behind])) + 0.05
+        below = luminance(rgb_channels(colours[behind])) + 0.05
         for name in ("ink", "faint", "accent", "good", "bad"):
-            above = luminance(channels(colours[name])) + 0.05
+            above = luminance(rgb_channels(colours[name])) + 0.05
             assert max(above, below) / min(above, below) >= ENOUGH, (theme, name, behind)

@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 
-from potstill.data.doctor.findings import KINDS
-from potstill.experiments.recipe import load_recipe
-from potstill.report.advice import RULES, advice, data, evidence, students, teachers
-from potstill.report.contents import Run, Stage
-from potstill.report.sections.advice import context
+from potstill.config.recipe import load_recipe
+from potstill.data.entries import FINDING_KINDS
+from potstill.report import advice
+from potstill.report.advice import RULES, collect_advice
+from potstill.report.run_reader import Run, StageResult
+from potstill.report.sections.overview import advice_context
 
 
 def run(stages: dict[str, dict[str, Any]] | None = None, *, recipe: str | None = "name: made\n", **results: Any) -> Run:
     """A run with these figures: {"teacher": {"test": {...}, "training": {...}}}."""
     made = {
-        name: Stage(
+        name: StageResult(
             name,
             Path("runs/made") / name,
             {"training": facts.get("training")},
@@ -31,9 +32,11 @@ def gain(value: float, low: float, high: float, **more: Any) -> dict[str, Any]:
 
 
 def test_nothing_is_said_where_nothing_is_known() -> None:
-    assert advice(run()) == []
-    assert advice(run({"teacher": {}, "baseline": {}, "distilled": {}}, comparison={}, method={}, data={})) == []
-    assert context(run()) is None
+    assert collect_advice(run()) == []
+    assert (
+        collect_advice(run({"teacher": {}, "baseline": {}, "distilled": {}}, comparison={}, method={}, data={})) == []
+    )
+    assert advice_context(run()) is None
 
 
 def test_every_rule_has_a_line_of_its_own() -> None:
@@ -43,14 +46,14 @@ def test_every_rule_has_a_line_of_its_own() -> None:
 
 def test_leakage_and_contradictory_labels() -> None:
     say = "photos: 1,234 x {0.what} ({0.why}), such as a.png; `potstill check photos` shows all"
-    leak = run(warnings=[say.format(KINDS["across-splits"])], data={"source": "photos of cats"})
-    found = data.leakage(leak)
+    leak = run(warnings=[say.format(FINDING_KINDS["across-splits"])], data={"source": "photos of cats"})
+    found = advice.leakage(leak)
     assert found is not None
-    assert "1,234 images lie in more than one split" in found.because
-    assert "potstill check 'photos of cats'" in found.todo
-    assert data.contradictory_labels(leak) is None
-    assert data.contradictory_labels(run(warnings=[say.format(KINDS["two-labels"])])) is not None
-    assert data.leakage(run(warnings=["the teacher is worse than the baseline"])) is None
+    assert "1,234 images lie in more than one split" in found.evidence
+    assert "potstill check 'photos of cats'" in found.action
+    assert advice.contradictory_labels(leak) is None
+    assert advice.contradictory_labels(run(warnings=[say.format(FINDING_KINDS["two-labels"])])) is not None
+    assert advice.leakage(run(warnings=["the teacher is worse than the baseline"])) is None
 
 
 @pytest.mark.parametrize(
@@ -64,19 +67,19 @@ def test_leakage_and_contradictory_labels() -> None:
     ],
 )
 def test_imbalance(counts: dict[str, int], f1: float, recipe: str, said: bool) -> None:
-    found = data.imbalance(
+    found = advice.imbalance(
         run({"distilled": {"test": {"top1": 0.9, "f1_macro": f1}}}, recipe=recipe, data={"counts": {"train": counts}})
     )
     assert (found is not None) == said
     if found is not None:
-        assert "5 times as many training images" in found.because
-        assert "6.0 points below top-1 (90.0 %)" in found.because
+        assert "5 times as many training images" in found.evidence
+        assert "6.0 points below top-1 (90.0 %)" in found.evidence
 
 
 def test_weak_teacher() -> None:
-    assert teachers.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.001))) is None
-    assert "3.0 points below" in str(teachers.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=-0.03))))
-    assert "that of the baseline" in str(teachers.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.0))))
+    assert advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.001))) is None
+    assert "3.0 points below" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=-0.03))))
+    assert "that of the baseline" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.0))))
 
 
 def test_still_improving() -> None:
@@ -84,12 +87,12 @@ def test_still_improving() -> None:
         facts = {"training": {"best_epoch": best, "epochs": epochs}, "val": {"top1": top1}}
         return run({"teacher": facts, "distilled": facts})
 
-    for rule in (teachers.teacher_still_improving, students.still_improving):
+    for rule in (advice.teacher_still_improving, advice.still_improving):
         assert rule(stopped(94, 100)) is None
         assert rule(stopped(4, 4)) is None  # so few epochs say nothing
         assert "95 of 100" in str(rule(stopped(95, 100)))
-    assert teachers.teacher_still_improving(stopped(100, 100, 0.995)) is None  # there is nothing to improve
-    assert teachers.teacher_still_improving(stopped(10, 10)).settings == ("teacher.training.epochs=20",)  # type: ignore[union-attr]
+    assert advice.teacher_still_improving(stopped(100, 100, 0.995)) is None  # there is nothing to improve
+    assert advice.teacher_still_improving(stopped(10, 10)).settings == ("teacher.training.epochs=20",)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -101,27 +104,27 @@ def test_overconfident_teacher(train: float, val: float, temperature: float, sai
         {"teacher": {"train": {"nll": train}, "val": {"nll": val, "ece": 0.1}}},
         method={"name": "kd", "temperature": temperature},
     )
-    found = teachers.overconfident_teacher(made)
+    found = advice.overconfident_teacher(made)
     assert (found is not None) == said
     if found is not None:
         assert found.settings == ("method.temperature=8",)
-        assert "0.0500 on train but 0.1510 on val" in found.because
-        assert "calibration error on val is 10.0 %" in found.because
+        assert "0.0500 on train but 0.1510 on val" in found.evidence
+        assert "calibration error on val is 10.0 %" in found.evidence
 
 
 def test_a_method_without_temperature_is_given_none() -> None:
     made = run({"teacher": {"train": {"nll": 0.001}, "val": {"nll": 0.5}}}, method={"name": "at"})
-    assert teachers.overconfident_teacher(made) is None
+    assert advice.overconfident_teacher(made) is None
 
 
 def test_no_room_and_as_good_as_teacher() -> None:
-    assert students.no_room(run({"baseline": {"test": {"top1": 0.989}}})) is None
-    assert students.no_room(run({"baseline": {"test": {"top1": 0.99}}})) is not None
+    assert advice.no_room(run({"baseline": {"test": {"top1": 0.989}}})) is None
+    assert advice.no_room(run({"baseline": {"test": {"top1": 0.99}}})) is not None
     level = {"teacher": {"test": {"top1": 0.9}}, "distilled": {"test": {"top1": 0.9}}}
-    assert students.as_good_as_teacher(run(level, comparison=gain(0.02, 0, 0, gap=0.02))) is not None
-    assert students.as_good_as_teacher(run(level, comparison=gain(0.02, 0, 0, gap=-0.02))) is None
+    assert advice.as_good_as_teacher(run(level, comparison=gain(0.02, 0, 0, gap=0.02))) is not None
+    assert advice.as_good_as_teacher(run(level, comparison=gain(0.02, 0, 0, gap=-0.02))) is None
     behind = level | {"distilled": {"test": {"top1": 0.899}}}
-    assert students.as_good_as_teacher(run(behind, comparison=gain(0.02, 0, 0, gap=0.02))) is None
+    assert advice.as_good_as_teacher(run(behind, comparison=gain(0.02, 0, 0, gap=0.02))) is None
 
 
 def test_overfitting() -> None:
@@ -129,31 +132,31 @@ def test_overfitting() -> None:
         training = {"best_epoch": best, "epochs": 20}
         return run({"distilled": {"train": {"top1": train}, "val": {"top1": 0.8}, "training": training}})
 
-    assert students.overfitting(made(0.89, 3)) is None
-    assert "best epoch" not in str(students.overfitting(made(0.95, 11)))
-    assert "best epoch was 10 of 20" in str(students.overfitting(made(0.95, 10)))
+    assert advice.overfitting(made(0.89, 3)) is None
+    assert "best epoch" not in str(advice.overfitting(made(0.95, 11)))
+    assert "best epoch was 10 of 20" in str(advice.overfitting(made(0.95, 10)))
 
 
 def test_cannot_follow() -> None:
-    assert students.cannot_follow(run({"distilled": {"train": {"agreement": 0.9}}})) is None
-    assert "89.0 %" in str(students.cannot_follow(run({"distilled": {"train": {"agreement": 0.89}}})))
+    assert advice.cannot_follow(run({"distilled": {"train": {"agreement": 0.9}}})) is None
+    assert "89.0 %" in str(advice.cannot_follow(run({"distilled": {"train": {"agreement": 0.89}}})))
 
 
 def test_wide_gap_and_harm() -> None:
     unclear = gain(0.0, -0.01, 0.01, gap=0.1, parameter_ratio=20.0)
-    assert students.wide_gap(run(comparison=unclear)) is not None
-    assert students.wide_gap(run(comparison=unclear | {"gap": 0.09})) is None
-    assert students.wide_gap(run(comparison=unclear | {"parameter_ratio": 19.0})) is None
-    assert students.wide_gap(run({"assistant-1": {}}, comparison=unclear)) is None
+    assert advice.wide_gap(run(comparison=unclear)) is not None
+    assert advice.wide_gap(run(comparison=unclear | {"gap": 0.09})) is None
+    assert advice.wide_gap(run(comparison=unclear | {"parameter_ratio": 19.0})) is None
+    assert advice.wide_gap(run({"assistant-1": {}}, comparison=unclear)) is None
     helped = several(3, 0.001, 0.1) | {"gap": 0.1, "parameter_ratio": 20.0}
     helped["seeds"] |= {"gap": 0.1}
-    assert students.wide_gap(run(comparison=helped)) is None
+    assert advice.wide_gap(run(comparison=helped)) is None
     hurt = several(3, -0.03, -0.01) | {"gap": 0.1}
     hurt["seeds"] |= {"gap": 0.1}
-    assert students.harmed(run(comparison=hurt)) is not None
+    assert advice.harmed(run(comparison=hurt)) is not None
     hurt["seeds"] |= {"gap": -0.1}
-    assert students.harmed(run(comparison=hurt)) is None  # the teacher is to blame, which another rule names
-    assert students.harmed(run(comparison=unclear)) is None
+    assert advice.harmed(run(comparison=hurt)) is None  # the teacher is to blame, which another rule names
+    assert advice.harmed(run(comparison=unclear)) is None
 
 
 def several(count: int, low: float, high: float) -> dict[str, Any]:
@@ -164,14 +167,14 @@ def several(count: int, low: float, high: float) -> dict[str, Any]:
 
 def test_one_seed_and_few_seeds() -> None:
     took = {"baseline": {"training": {"seconds": 60.0}}, "distilled": {"training": {"seconds": 65.0}}}
-    found = evidence.one_seed(run(took, comparison=gain(0.01, 0.0, 0.02)))
+    found = advice.one_seed(run(took, comparison=gain(0.01, 0.0, 0.02)))
     assert found is not None
-    assert "2 min 05 s with this seed" in found.because
-    assert evidence.one_seed(run(comparison=several(2, -0.1, 0.1))) is None
-    assert evidence.few_seeds(run(comparison=gain(0.01, 0.0, 0.02))) is None
-    assert evidence.few_seeds(run(comparison=several(4, -0.1, 0.1))) is not None
-    assert evidence.few_seeds(run(comparison=several(5, -0.1, 0.1))) is None
-    assert evidence.few_seeds(run(comparison=several(3, 0.001, 0.1))) is None  # clear already
+    assert "2 min 05 s with this seed" in found.evidence
+    assert advice.one_seed(run(comparison=several(2, -0.1, 0.1))) is None
+    assert advice.few_seeds(run(comparison=gain(0.01, 0.0, 0.02))) is None
+    assert advice.few_seeds(run(comparison=several(4, -0.1, 0.1))) is not None
+    assert advice.few_seeds(run(comparison=several(5, -0.1, 0.1))) is None
+    assert advice.few_seeds(run(comparison=several(3, 0.001, 0.1))) is None  # clear already
 
 
 def test_val_too_small() -> None:
@@ -180,18 +183,18 @@ def test_val_too_small() -> None:
         return run({"distilled": {"val": {"top1": 0.8}}}, data={"counts": counts})
 
     # sqrt(0.8 * 0.2 / 400) = 0.02
-    assert evidence.val_too_small(made(401)) is None
-    assert "standard error of top-1 is 2.0 points" in str(evidence.val_too_small(made(400)))
+    assert advice.val_too_small(made(401)) is None
+    assert "standard error of top-1 is 2.0 points" in str(advice.val_too_small(made(400)))
 
 
 def test_test_too_small() -> None:
     # +- 4 points where the gain is 1: 16 times the 400 images
-    found = evidence.test_too_small(run(comparison=gain(0.01, -0.03, 0.05)))
+    found = advice.test_too_small(run(comparison=gain(0.01, -0.03, 0.05)))
     assert found is not None
-    assert "about 6,400 images" in found.todo
-    assert evidence.test_too_small(run(comparison=gain(0.01, -0.019, 0.039))) is None
-    assert evidence.test_too_small(run(comparison=gain(0.05, 0.01, 0.09))) is None
-    assert "would tell" not in str(evidence.test_too_small(run(comparison=gain(0.0, -0.04, 0.04))))
+    assert "about 6,400 images" in found.action
+    assert advice.test_too_small(run(comparison=gain(0.01, -0.019, 0.039))) is None
+    assert advice.test_too_small(run(comparison=gain(0.05, 0.01, 0.09))) is None
+    assert "would tell" not in str(advice.test_too_small(run(comparison=gain(0.0, -0.04, 0.04))))
 
 
 def test_what_is_advised_can_be_typed() -> None:
@@ -214,12 +217,14 @@ def test_what_is_advised_can_be_typed() -> None:
         method={"name": "kd", "temperature": 4.0},
         data={"counts": {"train": {"a": 90, "b": 9}, "val": {"a": 9, "b": 9}}},
     )
-    found = advice(made)
+    found = collect_advice(made)
     settings = [each.settings for each in found if each.settings]
     assert len(settings) >= 6
     for each in settings:
         load_recipe("quickstart", each)
-    commands = [command for *_, command in (context(made) or {})["advice"] if command]
+    commands = [command for *_, command in (advice_context(made) or {})["advice"] if command]
     assert commands
     assert all(command.startswith("potstill run runs/made/recipe.yaml --") for command in commands)
-    assert not any(command for *_, command in (context(run(recipe=None, comparison=several(3, -1, 1))) or {})["advice"])
+    assert not any(
+        command for *_, command in (advice_context(run(recipe=None, comparison=several(3, -1, 1))) or {})["advice"]
+    )

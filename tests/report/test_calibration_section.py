@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from potstill.evaluation.calibration import fit_temperature
-from potstill.report.contents import read_run
-from potstill.report.page import page
-from potstill.report.sections import calibration, fidelity
+from potstill.report.render import render_page
+from potstill.report.run_reader import read_run
+from potstill.report.sections import diagnostics
 
 BuildRun = Callable[..., Any]
 FACTS = {
@@ -27,22 +27,22 @@ def with_calibration(build_run: BuildRun, facts: Any) -> Any:
 
 def test_page_of_a_hundred_classes_stays_light(build_run: BuildRun) -> None:
     run = with_calibration(build_run, FACTS)
-    found = calibration.context(run)
+    found = diagnostics.calibration_context(run)
     assert found is not None
     assert found["rows"][0] == ("teacher", ["1.75", "15.0 %", "1.0 %", "0.6000", "0.5000"])
-    assert 'id="calibration"' in page(run)
-    assert len(page(run).encode()) <= 3_000_000
+    assert 'id="calibration"' in render_page(run)
+    assert len(render_page(run).encode()) <= 3_000_000
 
 
 def test_a_temperature_at_the_end_of_its_range_is_no_advice(build_run: BuildRun) -> None:
     run = with_calibration(build_run, FACTS | {"temperature": calibration_of_val([True] * 20)})
-    found = calibration.context(run)
+    found = diagnostics.calibration_context(run)
     assert found is not None
     assert found["notes"][0].startswith("teacher makes no mistake on val")
-    assert "Leave teacher as it is" in page(run)
+    assert "Leave teacher as it is" in render_page(run)
     for stage in run.stages.values():
         stage.facts["calibration"] = FACTS | {"temperature": calibration_of_val([True] * 15 + [False] * 5)}
-    assert (calibration.context(run) or {})["notes"] == []
+    assert (diagnostics.calibration_context(run) or {})["notes"] == []
 
 
 def calibration_of_val(right: list[bool]) -> float:
@@ -56,12 +56,12 @@ def test_older_and_damaged_facts_say_nothing(build_run: BuildRun) -> None:
     for facts in (None, [], {"temperature": 2.0}, FACTS | {"after": {"bins": [[1, None, 2]]}}):
         for stage in run.stages.values():
             stage.facts["calibration"] = facts
-        assert calibration.context(run) is None
-    assert 'id="calibration"' not in page(run)
+        assert diagnostics.calibration_context(run) is None
+    assert 'id="calibration"' not in render_page(run)
 
 
 def test_fidelity_is_that_of_the_student(build_run: BuildRun) -> None:
-    found = fidelity.context(read_run(build_run(3).write()))
+    found = diagnostics.fidelity_context(read_run(build_run(3).write()))
     assert found is not None
     assert [name for name, _ in found["rows"]] == ["distilled"]
     assert found["rows"][0][1][2] == ("91.3 %", "0.2100")

@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from potstill.report.contents import read_run
 from potstill.report.render import render
+from potstill.report.run_reader import read_run
 
 
 def test_card_has_metrics_and_no_licence(build_run: Callable[..., Any]) -> None:

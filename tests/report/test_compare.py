@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from potstill.errors import UsageError
-from potstill.report.compare import compare, group
-from potstill.report.contents import read_run
-from potstill.sealed import read_sealed_json, write_sealed_json, write_sealed_text
+from potstill.io import read_checksummed_json, write_checksummed_json, write_checksummed_text
+from potstill.report.compare import compare, group_runs
+from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
@@ -47,9 +47,9 @@ def test_only_the_seed_may_differ(build_run: BuildRun) -> None:
     classes.seed = 3
     recipe = build_run(3, name="longer", epochs=1)
     recipe.seed = 4
-    write_sealed_text(recipe.write() / "recipe.yaml", "name: quickstart\nseed: 4\ntraining: {epochs: 9}\n")
+    write_checksummed_text(recipe.write() / "recipe.yaml", "name: quickstart\nseed: 4\ntraining: {epochs: 9}\n")
     runs = [read_run(folder) for folder in (*folders, other.write(), classes.write(), recipe.folder)]
-    assert [[run.name for run in found.runs] for found in group(runs)] == [
+    assert [[run.name for run in found.runs] for found in group_runs(runs)] == [
         ["run-0", "run-1"],
         ["hotter"],
         ["four"],
@@ -61,17 +61,17 @@ def test_seeds_that_share_one_teacher_belong_together_whichever_run_trained_it(b
     folders = seeds(build_run, 3)
     for folder, teacher, digest in zip(folders, ("null", "runs/run-0/teacher", "other"), "aab", strict=True):
         text = f"name: {folder.name}\nteacher: {{model: vgg8, weights: {teacher}}}\n"
-        write_sealed_text(folder / "recipe.yaml", text)
-        write_sealed_json(folder / "teacher" / "model.json", {"sha256": digest})
+        write_checksummed_text(folder / "recipe.yaml", text)
+        write_checksummed_json(folder / "teacher" / "model.json", {"sha256": digest})
     runs = [read_run(folder) for folder in folders]
-    assert [[run.name for run in found.runs] for found in group(runs)] == [["run-0", "run-1"], ["run-2"]]
+    assert [[run.name for run in found.runs] for found in group_runs(runs)] == [["run-0", "run-1"], ["run-2"]]
 
 
 def test_the_newest_run_of_a_seed_counts(build_run: BuildRun) -> None:
     old = build_run(2, name="old", epochs=1)
     new = build_run(2, name="new", epochs=1)
     new.changes = {"created": "2026-11-23T10:00:00Z"}
-    (found,) = group([read_run(new.write()), read_run(old.write())])
+    (found,) = group_runs([read_run(new.write()), read_run(old.write())])
     assert [run.name for run in found.runs] == ["new"]
     assert found.repeated == ["old"]
 
@@ -98,11 +98,11 @@ def test_settings_that_differ_views_that_differ_and_a_baseline_called_one(build_
         "name: alone\nseed: 0\ntraining: {lr: 0.2, epochs: 9}\n",
     )
     for folder, text, seed in zip(folders, texts, (0, 3), strict=True):
-        write_sealed_text(folder / "recipe.yaml", text)
-        results = read_sealed_json(folder / "results.json")
+        write_checksummed_text(folder / "recipe.yaml", text)
+        results = read_checksummed_json(folder / "results.json")
         for stage in results["stages"].values():
             stage["views"] = {"count": 8, "augmentation_seed": seed, "sha256": str(seed)}
-        write_sealed_json(folder / "results.json", results)
+        write_checksummed_json(folder / "results.json", results)
     text = compare(folders, tmp_path / "compare.html").read_text(encoding="utf-8")
     table = text.split("Settings that differ</h2>")[1].split("</table>")[0]
     assert re.findall(r'<th scope="row"[^>]*>([^<]+)</th>', table) == ["training.lr"]
@@ -115,11 +115,11 @@ def test_settings_that_differ_views_that_differ_and_a_baseline_called_one(build_
 def test_equal_views_are_not_worth_a_word(build_run: BuildRun, tmp_path: Path) -> None:
     folders = [build_run(3, name=name, epochs=1).write() for name in ("one", "two")]
     for folder, temperature in zip(folders, (2, 4), strict=True):
-        write_sealed_text(folder / "recipe.yaml", f"method: {{name: kd, temperature: {temperature}}}\n")
-        results = read_sealed_json(folder / "results.json")
+        write_checksummed_text(folder / "recipe.yaml", f"method: {{name: kd, temperature: {temperature}}}\n")
+        results = read_checksummed_json(folder / "results.json")
         for stage in results["stages"].values():
             stage["views"] = {"count": 8, "augmentation_seed": 0, "sha256": "same"}
-        write_sealed_json(folder / "results.json", results)
+        write_checksummed_json(folder / "results.json", results)
     text = compare(folders, tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "method.temperature" in text
     assert "same views" not in text

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from potstill.errors import ArtifactError
-from potstill.report.contents import read_run
-from potstill.sealed import read_sealed_json, write_sealed_json
+from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
@@ -58,9 +58,9 @@ def test_a_file_of_another_run_is_refused(build_run: BuildRun) -> None:
 def test_made_up_epochs_are_no_traceback(build_run: BuildRun, text: str) -> None:
     folder = build_run(2, epochs=3).write()
     (folder / "baseline" / "metrics.jsonl").write_text(text)
-    results = read_sealed_json(folder / "results.json")
+    results = read_checksummed_json(folder / "results.json")
     results["files"]["baseline/metrics.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
-    write_sealed_json(folder / "results.json", results)
+    write_checksummed_json(folder / "results.json", results)
     with pytest.raises(ArtifactError, match=r"metrics\.jsonl is damaged"):
         read_run(folder)
 
@@ -71,19 +71,19 @@ def test_no_run_folder(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"schema": 1, "stages": {}}\n')
     with pytest.raises(ArtifactError, match=r"is damaged, or was written before potstill 0\.1\.0"):
         read_run(tmp_path)
-    write_sealed_json(tmp_path / "results.json", {"schema": 1, "stages": {}})
+    write_checksummed_json(tmp_path / "results.json", {"schema": 1, "stages": {}})
     with pytest.raises(ArtifactError, match="'stages' and 'files'"):
         read_run(tmp_path)
-    write_sealed_json(tmp_path / "results.json", {"schema": 2, "stages": {}})
+    write_checksummed_json(tmp_path / "results.json", {"schema": 2, "stages": {}})
     with pytest.raises(ArtifactError, match="schema 2; this potstill reads schema 1"):
         read_run(tmp_path)
 
 
 def test_a_stage_name_is_no_path(build_run: BuildRun) -> None:
     folder = build_run(2, epochs=1).write()
-    results = read_sealed_json(folder / "results.json")
+    results = read_checksummed_json(folder / "results.json")
     results["stages"]["../elsewhere"] = results["stages"]["teacher"]
-    write_sealed_json(folder / "results.json", results)
+    write_checksummed_json(folder / "results.json", results)
     assert list(read_run(folder).stages) == ["teacher", "baseline", "distilled"]
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from potstill.errors import ArtifactError
-from potstill.report.contents import read_run
-from potstill.report.page import page
-from potstill.report.sections import exports
-from potstill.sealed import write_sealed_json
+from potstill.io import write_checksummed_json
+from potstill.report.render import render_page
+from potstill.report.run_reader import read_run
+from potstill.report.sections import provenance
 
 FACTS = {
     "schema": 1,
@@ -24,20 +24,20 @@ INT8 = {"int8": True, "accuracy": {"before": 0.9926, "after": 0.9889, "agreement
 
 def test_a_row_for_each_file(build_run: Callable[..., Any]) -> None:
     folder = build_run(3).write()
-    assert exports.context(read_run(folder)) is None
-    assert 'id="exports"' not in page(read_run(folder))
+    assert provenance.exports_context(read_run(folder)) is None
+    assert 'id="exports"' not in render_page(read_run(folder))
     (folder / "distilled" / "export").mkdir()
-    write_sealed_json(folder / "distilled" / "export" / "model.json", FACTS)
+    write_checksummed_json(folder / "distilled" / "export" / "model.json", FACTS)
     small = FACTS | INT8 | {"files": {"<b>.onnx": {"bytes": 90_000}}}
-    write_sealed_json(folder / "distilled" / "export" / "small.json", small)
-    found = exports.context(read_run(folder))
+    write_checksummed_json(folder / "distilled" / "export" / "small.json", small)
+    found = provenance.exports_context(read_run(folder))
     assert found is not None
     delays = "pytorch 0.70 / 0.90 ms, onnx 0.19 / 0.44 ms"
     assert found["rows"] == [
         ("distilled: model.onnx", ["onnx", "318 kB", "9.5e-07", "100.0 %", "", delays]),
         ("distilled: <b>.onnx", ["onnx, int8", "90.0 kB", "9.5e-07", "98.5 %", "99.3 % → 98.9 %", ""]),
     ]
-    text = page(read_run(folder))
+    text = render_page(read_run(folder))
     assert 'id="exports"' in text
     assert "&lt;b&gt;.onnx" in text
 
@@ -46,7 +46,7 @@ def test_a_damaged_description_is_an_error(build_run: Callable[..., Any]) -> Non
     folder = build_run(3).write()
     (folder / "teacher" / "export").mkdir()
     path = folder / "teacher" / "export" / "model.json"
-    write_sealed_json(path, FACTS)
+    write_checksummed_json(path, FACTS)
     path.write_text(path.read_text().replace("318000", "318001"))
     with pytest.raises(ArtifactError, match=r"model\.json"):
-        exports.context(read_run(folder))
+        provenance.exports_context(read_run(folder))

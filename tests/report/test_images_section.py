@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from potstill.errors import ArtifactError
-from potstill.report.contents import read_run
-from potstill.report.page import page
-from potstill.report.sections import images
+from potstill.report.render import render_page
+from potstill.report.run_reader import read_run
+from potstill.report.sections import error_analysis
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 Full = Callable[[int], Path]
@@ -55,7 +55,7 @@ def run(build_run: BuildRun) -> Callable[[dict[str, Any] | None], Any]:
 
 
 def test_a_card_says_what_everybody_said_and_where_they_looked(run: Any) -> None:
-    found = images.context(run(kept({"3": shot()})))
+    found = error_analysis.images_context(run(kept({"3": shot()})))
     (group,) = found["groups"]
     assert (group["title"], group["count"], group["all"]) == ("The most confident mistakes of distilled", "17", False)
     (card,) = group["cards"]
@@ -75,24 +75,24 @@ def test_a_card_says_what_everybody_said_and_where_they_looked(run: Any) -> None
 
 def test_a_picture_in_two_groups_is_in_the_page_once(run: Any) -> None:
     groups = {name: {"count": 1, "images": ["3"]} for name in ("mistakes", "broken")}
-    text = page(run(kept({"3": shot()}, **groups)))
+    text = render_page(run(kept({"3": shot()}, **groups)))
     assert text.count(shot()["thumbnail"]["data"]) == 1
     assert text.count('<use href="#shot-3"/>') == 2 * 3  # the picture, and beneath both heat maps, in each group
 
 
 def test_without_the_file_there_is_no_section(run: Any) -> None:
     alone = run(None)
-    assert images.context(alone) is None
-    assert 'id="images"' not in page(alone)
+    assert error_analysis.images_context(alone) is None
+    assert 'id="images"' not in render_page(alone)
 
 
 def test_photographs_that_must_not_be_passed_on_can_be_deleted(build_run: BuildRun) -> None:
     builder = build_run(["a", "b"], epochs=1, test_images=5)
     builder.examples = kept({"3": shot()})
     folder = builder.write()
-    assert 'id="images"' in page(read_run(folder))
+    assert 'id="images"' in render_page(read_run(folder))
     (folder / "examples.json").unlink()
-    assert 'id="images"' not in page(read_run(folder))
+    assert 'id="images"' not in render_page(read_run(folder))
 
 
 def test_a_changed_file_is_refused(build_run: BuildRun) -> None:
@@ -116,7 +116,7 @@ def test_a_changed_file_is_refused(build_run: BuildRun) -> None:
     ],
 )
 def test_what_is_no_picture_is_left_out_and_counted(run: Any, thumbnail: Any) -> None:
-    found = images.context(run(kept({"3": shot(thumbnail=thumbnail)})))
+    found = error_analysis.images_context(run(kept({"3": shot(thumbnail=thumbnail)})))
     assert found["pictures"] == {}
     assert found["groups"][0]["cards"][0]["looks"] == []
     assert found["notes"] == ["One image has no picture: the file could no longer be read when the run ended."]
@@ -134,39 +134,39 @@ def test_what_is_no_picture_is_left_out_and_counted(run: Any, thumbnail: Any) ->
     ],
 )
 def test_a_heat_map_of_nothing_is_none(run: Any, look: Any) -> None:
-    found = images.context(run(kept({"3": shot(looks={"teacher": look})})))
+    found = error_analysis.images_context(run(kept({"3": shot(looks={"teacher": look})})))
     assert found["groups"][0]["cards"][0]["looks"][0]["heat"] is None
 
 
 def test_a_region_beyond_the_picture_stays_within_bounds(run: Any) -> None:
     """A network that sees black borders looks at more than the picture, but not at a million times as much."""
     look = {"rows": ["ff"], "region": [-3, 7, 0.5, 1e9]}
-    found = images.context(run(kept({"3": shot(looks={"teacher": look})})))
+    found = error_analysis.images_context(run(kept({"3": shot(looks={"teacher": look})})))
     assert found["groups"][0]["cards"][0]["looks"][0]["place"] == ["-300%", "700%", "50%", "409600%"]
 
 
 def test_names_come_out_as_text(run: Any) -> None:
     nasty = '"><script>alert(1)</script>'
-    text = page(run(kept({"3": shot(nasty, **{"class": nasty})})))
+    text = render_page(run(kept({"3": shot(nasty, **{"class": nasty})})))
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
 def test_why_there_are_no_maps_is_said(run: Any) -> None:
     examples = kept({"3": shot(looks={})}) | {"failed": {"teacher": "no feature map"}}
-    found = images.context(run(examples))
+    found = error_analysis.images_context(run(examples))
     assert found["notes"] == ["No heat maps of teacher: no feature map."]
     assert not found["looking"]
 
 
 def test_nothing_broken_is_said_too(run: Any) -> None:
-    text = page(run(kept({}, broken={"count": 0, "images": []})))
+    text = render_page(run(kept({}, broken={"count": 0, "images": []})))
     assert re.search(r"What distillation broke</h3>\s*<p class=\"note\">None on test.", text)
 
 
 @pytest.mark.parametrize("classes", [2, 100])
 def test_with_everything_that_can_be_shown_a_page_stays_light(full: Full, classes: int) -> None:
-    text = page(read_run(full(classes)))
+    text = render_page(read_run(full(classes)))
     assert 'id="images"' in text
     assert "CKA" in text
     assert len(text.encode()) < 3_000_000

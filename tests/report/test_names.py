@@ -1,6 +1,6 @@
 import pytest
 
-from potstill.report.names import columns, plain, short
+from potstill.report.display_names import display_width, escape_invisible, shorten
 
 
 @pytest.mark.parametrize(
@@ -19,15 +19,15 @@ from potstill.report.names import columns, plain, short
     ],
 )
 def test_invisible_characters_become_text(name: str, shown: str) -> None:
-    assert plain(name) == shown
-    plain(name).encode("utf-8")
+    assert escape_invisible(name) == shown
+    escape_invisible(name).encode("utf-8")
 
 
 def test_short_keeps_both_ends() -> None:
-    assert short("abcdefghij", 10) == "abcdefghij"
-    assert short("abcdefghijk", 10) == "abcde…hijk"
-    assert len(short("x" * 500)) == 18
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghijk", 10) == "abcde…hijk"
+    assert len(shorten("x" * 500)) == 18
 
 
 def test_columns_of_wide_and_combining_characters() -> None:
-    assert (columns("abc"), columns("猫"), columns("e\u0301")) == (3, 2, 1)
+    assert (display_width("abc"), display_width("猫"), display_width("e\u0301")) == (3, 2, 1)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from potstill.amounts import points
 from potstill.evaluation.significance import crossed_interval, mcnemar
-from potstill.report.compare import compare, group
-from potstill.report.contents import read_run
-from potstill.report.paired import MOST_PAIRED, enter, meet, words
+from potstill.formatting import format_points
+from potstill.report.compare import compare, group_runs
+from potstill.report.pairing import MAX_ALL_PAIRS, pair_contenders, pairing_row, read_contender
+from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
@@ -27,8 +27,8 @@ def made(build_run: BuildRun, name: str, method: str, *, seed: int = 0, classes:
 
 
 def entrants(*folders: Path) -> list[Any]:
-    groups = group([read_run(folder) for folder in folders])
-    return [enter(each.runs[0].name, each.of("distilled")) for each in groups]
+    groups = group_runs([read_run(folder) for folder in folders])
+    return [read_contender(each.runs[0].name, each.of("distilled")) for each in groups]
 
 
 def right(folder: Path, stage: str = "distilled") -> np.ndarray[Any, Any]:
@@ -38,12 +38,12 @@ def right(folder: Path, stage: str = "distilled") -> np.ndarray[Any, Any]:
 
 def test_two_methods_on_the_same_images(build_run: BuildRun) -> None:
     first, second = made(build_run, "a", "kd"), made(build_run, "b", "dkd", seed=5)
-    (meeting,), notes = meet(entrants(first, second))
+    (meeting,), notes = pair_contenders(entrants(first, second))
     before, after = right(first), right(second)
     assert meeting.gain.value == pytest.approx(after.mean() - before.mean())
     assert meeting.p == pytest.approx(mcnemar(before, after)["p"])
     assert meeting.seeds == 1
-    assert words(meeting)["says"] == "too few seeds for a verdict: 3 or more are needed"
+    assert pairing_row(meeting)["says"] == "too few seeds for a verdict: 3 or more are needed"
     assert notes == ["a and b share no seed: they are paired in the order of their seeds"]
 
 
@@ -52,7 +52,7 @@ def test_seeds_are_paired_by_their_number(build_run: BuildRun) -> None:
     seconds = [made(build_run, f"b{seed}", "dkd", seed=seed) for seed in (2, 1)]
     found = entrants(*firsts, *seconds)
     assert [list(each.correct) for each in found] == [[0, 1, 2], [1, 2]]
-    (meeting,), notes = meet(found)
+    (meeting,), notes = pair_contenders(found)
     assert notes == []
     a = np.array([right(firsts[1]), right(firsts[2])])
     b = np.array([right(seconds[1]), right(seconds[0])])
@@ -62,7 +62,7 @@ def test_seeds_are_paired_by_their_number(build_run: BuildRun) -> None:
 
 def test_other_test_images_are_not_compared_and_it_is_said(build_run: BuildRun, tmp_path: Path) -> None:
     first, fewer = made(build_run, "a", "kd"), made(build_run, "few", "dkd", test_images=9)
-    meetings, (note,) = meet(entrants(first, fewer))
+    meetings, (note,) = pair_contenders(entrants(first, fewer))
     assert meetings == []
     # 27 images: nine of each class, of which the first nine are of the first class in both
     assert note == (
@@ -85,8 +85,8 @@ def test_the_same_names_under_other_labels_are_other_images(build_run: BuildRun)
         stage = run.stages["distilled"]
         content = (stage.folder / "predictions_test.csv").read_bytes()
         stage.files["predictions_test.csv"] = hashlib.sha256(content).hexdigest()
-        found.append(enter(run.name, {0: (run, stage)}))
-    meetings, (note,) = meet(found)
+        found.append(read_contender(run.name, {0: (run, stage)}))
+    meetings, (note,) = pair_contenders(found)
     assert meetings == []
     assert "of which 80 have the same name and label" in note
 
@@ -96,14 +96,14 @@ def test_other_data_under_the_same_names_are_mentioned(build_run: BuildRun) -> N
     other = build_run(3, name="b", epochs=1)
     data = {"source": "digits", "fingerprint": "e" * 64, "class_names": ["class 0", "class 1", "class 2"], "counts": {}}
     other.changes = {"data": data}
-    meetings, notes = meet(entrants(first.write(), other.write()))
+    meetings, notes = pair_contenders(entrants(first.write(), other.write()))
     assert len(meetings) == 1
     assert "their data differ elsewhere" in notes[0]
 
 
 def test_many_pairs_raise_p(build_run: BuildRun) -> None:
     folders = [made(build_run, name, name, seed=at) for at, name in enumerate(("kd", "dkd", "dist"))]
-    meetings, _ = meet(entrants(*folders))
+    meetings, _ = pair_contenders(entrants(*folders))
     assert [(each.first, each.second) for each in meetings] == [("kd", "dkd"), ("kd", "dist"), ("dkd", "dist")]
     by_p = sorted(meetings, key=lambda each: each.p)
     expected, highest = [], 0.0
@@ -111,13 +111,13 @@ def test_many_pairs_raise_p(build_run: BuildRun) -> None:
         highest = max(highest, min(1.0, times * each.p))
         expected.append(highest)
     assert [each.adjusted for each in by_p] == pytest.approx(expected)
-    assert all("better" not in words(each)["says"] for each in meetings)  # of one seed each
+    assert all("better" not in pairing_row(each)["says"] for each in meetings)  # of one seed each
 
 
 def test_of_many_runs_each_meets_the_first(build_run: BuildRun) -> None:
-    folders = [made(build_run, f"m{at}", f"m{at}") for at in range(MOST_PAIRED + 1)]
-    meetings, _ = meet(entrants(*folders))
-    assert [each.first for each in meetings] == ["m0"] * MOST_PAIRED
+    folders = [made(build_run, f"m{at}", f"m{at}") for at in range(MAX_ALL_PAIRS + 1)]
+    meetings, _ = pair_contenders(entrants(*folders))
+    assert [each.first for each in meetings] == ["m0"] * MAX_ALL_PAIRS
 
 
 def test_a_run_of_several_seeds_counts_with_each(build_run: BuildRun, tmp_path: Path) -> None:
@@ -145,4 +145,4 @@ def test_a_run_of_several_seeds_counts_with_each(build_run: BuildRun, tmp_path: 
         *(np.stack([right(folder, f"{role}{end}") for end in ("", "-2", "-3")]) for role in ("baseline", "distilled"))
     )
     assert whole.value == pytest.approx(np.mean(gains))
-    assert f"seeds and test images together {points(whole.low)} to {points(whole.high)}" in plain
+    assert f"seeds and test images together {format_points(whole.low)} to {format_points(whole.high)}" in plain

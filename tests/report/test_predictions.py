@@ -4,14 +4,13 @@ from pathlib import Path
 import pytest
 
 from potstill.errors import ArtifactError
-from potstill.report.contents import Stage
-from potstill.report.predictions import read_predictions
+from potstill.report.run_reader import StageResult, read_predictions
 
 
-def stage_with(folder: Path, text: str) -> Stage:
+def stage_with(folder: Path, text: str) -> StageResult:
     """A stage with these predictions, and their right digest."""
     (folder / "predictions_test.csv").write_bytes(text.encode())
-    return Stage("teacher", folder, {}, files={"predictions_test.csv": hashlib.sha256(text.encode()).hexdigest()})
+    return StageResult("teacher", folder, {}, files={"predictions_test.csv": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def test_names_with_commas_quotes_and_newlines(tmp_path: Path) -> None:
@@ -34,7 +33,7 @@ def test_the_most_probable_classes_alone(tmp_path: Path) -> None:
 
 
 def test_absent(tmp_path: Path) -> None:
-    assert read_predictions(Stage("teacher", tmp_path, {}), "test") is None
+    assert read_predictions(StageResult("teacher", tmp_path, {}), "test") is None
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_other_bytes_than_the_run_wrote_are_never_parsed(tmp_path: Path) -> None
     with pytest.raises(ArtifactError, match=r"predictions_test\.csv is damaged: its SHA-256"):
         read_predictions(stage, "test")
     with pytest.raises(ArtifactError, match=r"none of the files that results\.json lists"):
-        read_predictions(Stage("teacher", tmp_path, {}), "test")
+        read_predictions(StageResult("teacher", tmp_path, {}), "test")
 
 
 def test_apostrophes_before_formulas_are_taken_off(tmp_path: Path) -> None:

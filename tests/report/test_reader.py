@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from potstill.console import say_results
-from potstill.experiments.verdict.comparing import compare
-from potstill.report.contents import read_run
-from potstill.report.page import page
+from potstill.cli.results import print_results
+from potstill.experiment.comparison import compare_with_baseline
+from potstill.report.render import render_page
+from potstill.report.run_reader import read_run
 
 IMAGES = 400  # on test
 Write = Callable[..., Path]
@@ -52,7 +52,10 @@ def write(run_builder: Any, tmp_path: Path) -> Write:
             first = {name: stages[name] for name in ("teacher", "baseline", "distilled")}
             repeats = {name: stages[name] for name in stages if name not in first}
             found: dict[str, Any] = super()._results(first)
-            return found | {"repeats": repeats, "comparison": compare(first, self.right, None, repeats, 0)}
+            return found | {
+                "repeats": repeats,
+                "comparison": compare_with_baseline(first, self.right, None, repeats, 0),
+            }
 
     def make(teacher: Any, seeds: Sequence[tuple[Any, Any]]) -> Path:
         builder = Scripted(tmp_path / "runs" / "made", list("abcd"), epochs=2, test_images=IMAGES // 4)
@@ -71,8 +74,8 @@ def write(run_builder: Any, tmp_path: Path) -> Write:
 def read(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str, str]:
     """What stands in the verdict of the page, in its advice, and in the terminal; each as running text."""
     run = read_run(folder)
-    say_results(run.results, folder / "report.html")
-    source = page(run)
+    print_results(run.results, folder / "report.html")
+    source = render_page(run)
     parts = {name: _text(source, name) for name in ("verdict", "advice")}
     return parts["verdict"], parts["advice"], " ".join(capsys.readouterr().out.split())
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from potstill.report.contents import read_run
-from potstill.report.page import SECTIONS, page
-from potstill.report.render import render
-from potstill.sealed import write_sealed_text
+from potstill.io import write_checksummed_text
+from potstill.report.render import SECTIONS, render, render_page
+from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 PICTURES = ["loss_curve", "accuracy_curve", "top1_top3", *(f"confusion_matrix_{s}" for s in ("train", "val", "test"))]
@@ -136,7 +135,7 @@ def test_page_is_one_file_and_accessible(four: Path) -> None:
 
 
 def test_rendering_twice_gives_the_same_bytes(four: Path) -> None:
-    assert page(read_run(four)) == (four / "report.html").read_text(encoding="utf-8")
+    assert render_page(read_run(four)) == (four / "report.html").read_text(encoding="utf-8")
 
 
 def test_hostile_names_come_out_as_text(build_run: BuildRun) -> None:
@@ -144,8 +143,8 @@ def test_hostile_names_come_out_as_text(build_run: BuildRun) -> None:
     builder.stages = ("baseline", "distilled")
     builder.changes = {"name": "<i>x</i>", "warnings": [HOSTILE[1]], "recipe": HOSTILE[0]}
     folder = builder.write()
-    write_sealed_text(folder / "recipe.yaml", "a: </code></pre><script>\n# \u202e {{ 1 }}\n")
-    html = page(read_run(folder))
+    write_checksummed_text(folder / "recipe.yaml", "a: </code></pre><script>\n# \u202e {{ 1 }}\n")
+    html = render_page(read_run(folder))
     found = Page(html)
     assert not found.open
     assert not {"script", "img", "i"} & set(found.tags)
@@ -184,7 +183,7 @@ def test_folder_without_details(build_run: BuildRun) -> None:
 def test_a_hundred_classes_stay_light(build_run: BuildRun) -> None:
     builder = build_run([f"a class with quite a long name, number {i}" for i in range(100)], epochs=50, test_images=10)
     run = read_run(builder.write())
-    html = page(run)
+    html = render_page(run)
     assert len(html.encode()) < 3_000_000
     assert "All 100 classes" in html
     assert all(html.count(f"<bdi>{name}</bdi>") >= 2 for name in run.class_names)

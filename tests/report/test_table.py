@@ -9,20 +9,19 @@ from typing import Any
 import pytest
 
 from potstill.errors import ArtifactError
-from potstill.report.contents import read_run
-from potstill.report.page import page
-from potstill.report.render import render
-from potstill.report.sections import comparison, reproduce, verdict
-from potstill.sealed import read_sealed_json, write_sealed_json
+from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.report.render import render, render_page
+from potstill.report.run_reader import read_run
+from potstill.report.sections import overview, provenance
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
     """results.json with a change, sealed again."""
-    results = read_sealed_json(folder / "results.json")
+    results = read_checksummed_json(folder / "results.json")
     edit(results)
-    write_sealed_json(folder / "results.json", results)
+    write_checksummed_json(folder / "results.json", results)
     return folder
 
 
@@ -44,7 +43,7 @@ def text(source: str) -> str:
 
 
 def rows(run: Path) -> dict[str, Any]:
-    found = comparison.context(read_run(run))
+    found = overview.comparison_context(read_run(run))
     assert found is not None
     return found
 
@@ -55,7 +54,7 @@ def test_each_figure_has_its_interval_below(run: Path) -> None:
     assert found["F1, macro"][0][1] == ""  # not known, nothing said
     # metrics.json, which is read for the figures, has its own top-1
     assert [sure for _, sure in found["Top-1"]] == ["75.0 to 84.0 %"] * 3
-    assert "75.0 to 84.0 %" in text(page(read_run(run)))
+    assert "75.0 to 84.0 %" in text(render_page(read_run(run)))
 
 
 def test_costs(run: Path) -> None:
@@ -115,9 +114,9 @@ def test_several_seeds_are_means_with_deviations_and_a_row_each(build_run: Build
     assert found["seeds"][0][0] == "3"
     assert found["seeds"][0][3] == "+1.0 (-1.0 to +3.0)"
     assert found["seeds"][1][2:] == [f"{100 * second:.1f} %", "+3.0", "7 / 1", "0.070"]
-    lines = (verdict.context(made) or {})["lines"]
+    lines = (overview.verdict_context(made) or {})["lines"]
     assert [line["label"] for line in lines] == ["+2.0 points, 95 % interval -9.0 to +13.0 over seeds and test images"]
-    assert "Not part of this run" not in page(made)
+    assert "Not part of this run" not in render_page(made)
     render(folder)
     assert "distilled-2 of run quickstart" in (folder / "distilled-2" / "metrics.txt").read_text(encoding="utf-8")
     assert not list((folder / "distilled-2").glob("*.png"))
@@ -138,7 +137,7 @@ def test_how_to_reproduce(build_run: BuildRun) -> None:
     builder = build_run(3, epochs=1)
     builder.seed = 3
     folder = change(builder.write(), seeds)
-    found = reproduce.context(read_run(folder))
+    found = provenance.reproduce_context(read_run(folder))
     assert found is not None
     commands = [command for _, command in found["commands"]]
     assert commands == [
@@ -150,7 +149,7 @@ def test_how_to_reproduce(build_run: BuildRun) -> None:
     facts = dict(found["facts"])
     assert facts["Seeds"] == "3, 4 of baseline and distilled; 3 of all others"
     assert facts["Versions"] == "Python 3.11.9"  # the made-up environment knows no packages
-    assert "recipe.yaml" in page(read_run(folder))
+    assert "recipe.yaml" in render_page(read_run(folder))
 
 
 def test_the_text_file_says_the_same(run: Path) -> None:

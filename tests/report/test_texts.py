@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import classification_report, f1_score, precision_score, recall_score
 
-from potstill.evaluation.exact import final_metrics
-from potstill.report.contents import Stage, read_run
-from potstill.report.names import columns
-from potstill.report.predictions import read_predictions
-from potstill.report.texts import classification_report_text, metrics_text, teaching_text
+from potstill.evaluation.final_metrics import final_metrics
+from potstill.report.display_names import display_width
+from potstill.report.run_reader import StageResult, read_predictions, read_run
+from potstill.report.text_reports import classification_report_text, metrics_text, teaching_text
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
@@ -39,7 +38,7 @@ def test_columns_stand_under_each_other(build_run: BuildRun) -> None:
     run = read_run(build_run(["a", "猫" * 6, "\u202eb"], epochs=1).write())
     text = metrics_text(run, run.stages["teacher"])
     rows = text.split("Per class\n")[1].splitlines()
-    assert len({columns(row) for row in rows[1:]}) == 1
+    assert len({display_width(row) for row in rows[1:]}) == 1
     assert r"\u202eb" in rows[-1]
 
 
@@ -63,12 +62,12 @@ def test_classification_report_is_laid_out_as_scikit_learn_does() -> None:
             labels, predicted, labels=range(3), target_names=names, digits=4, zero_division=0
         )
     figures = final_metrics(np.eye(3)[predicted], np.array(labels), names)
-    assert classification_report_text(Stage("teacher", Path(), {}, metrics={"test": figures}), "test") == expected
+    assert classification_report_text(StageResult("teacher", Path(), {}, metrics={"test": figures}), "test") == expected
 
 
 def test_no_classification_report_of_no_images() -> None:
     figures = final_metrics(np.zeros((0, 2)), np.zeros(0, dtype=np.int64), ["a", "b"])
-    stage = Stage("teacher", Path(), {}, metrics={"test": figures})
+    stage = StageResult("teacher", Path(), {}, metrics={"test": figures})
     assert classification_report_text(stage, "test") is classification_report_text(stage, "val") is None
 
 
@@ -80,7 +79,7 @@ def _row(text: str, name: str) -> list[str]:
 def test_where_the_teachers_answers_came_from() -> None:
     teaching = {"by": ["teacher"], "parameters": 3_918_858, "bytes": 15_675_432, "ms_per_step": 12.3, "batch_size": 64}
     live = "teacher: 3.92 M parameters (15.7 MB), 12.3 ms in each step of 64 images"
-    assert teaching_text(Stage("distilled", Path(), {"teaching": teaching})) == live
+    assert teaching_text(StageResult("distilled", Path(), {"teaching": teaching})) == live
     teaching |= {"asked": 10_072, "read": 5_036}
     stored = f"{live}; 5,036 of 15,108 answers read from the store"
-    assert teaching_text(Stage("distilled", Path(), {"teaching": teaching})) == stored
+    assert teaching_text(StageResult("distilled", Path(), {"teaching": teaching})) == stored

@@ -20,22 +20,21 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: potstill[serve]")
 import torch
 from PIL import Image
 
-from potstill.inputs import InputSpec
-from potstill.models.classifier import Classifier
-from potstill.models.create import create_model
-from potstill.models.model_file import save_model
-from potstill.sealed import write_sealed_text
+from potstill.input_spec import InputSpec
+from potstill.io import write_checksummed_text
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier, save_model
 
 HOSTILE = "<img src=x onerror=document.title='owned'>"
 CLASSES = ("cat", HOSTILE, "=1+1\u202e")
 SERVE = """
 import sys
 from pathlib import Path
-from potstill.serve.limits import Limits
+from potstill.serve.middleware import ServerLimits
 from potstill.serve.server import serve
 
 if __name__ == "__main__":
-    limits = Limits(**eval(sys.argv[3], {}))
+    limits = ServerLimits(**eval(sys.argv[3], {}))
     say = lambda text: print(text, flush=True)
     serve(Path(sys.argv[1]), host="127.0.0.1", port=0, root=Path(sys.argv[2]), say=say, limits=limits)
 """
@@ -94,9 +93,9 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network = create_model("cifar/resnet8", 3, size=16).eval()
         save_model(Classifier(network, "cifar/resnet8", CLASSES, spec), root / "made" / stage)
     recipe = "training: {epochs: 10}\nteacher: {training: {epochs: 4}}\n"
-    write_sealed_text(root / "made" / "recipe.yaml", recipe)
+    write_checksummed_text(root / "made" / "recipe.yaml", recipe)
     (root / "made" / "report.html").write_text("<!doctype html><title>report</title><script>1</script>")
-    write_sealed_text(root / "live" / "recipe.yaml", recipe)
+    write_checksummed_text(root / "live" / "recipe.yaml", recipe)
     for stage, count in (("teacher", 4), ("distilled", 3)):
         (root / "live" / stage).mkdir()
         lines = [json.dumps(epoch(number + 1)) for number in range(count)]

@@ -6,7 +6,7 @@ import random
 import pytest
 from PIL import Image
 
-from potstill.deploy.predict import predict
+from potstill.export.predict import predict
 
 from .conftest import CLASSES, png
 

@@ -6,10 +6,10 @@ import socket
 import pytest
 
 from potstill.cli.entry import main
-from potstill.sealed import write_sealed_json
+from potstill.io import write_checksummed_json
 from potstill.serve import schemas
-from potstill.serve.runs import known_runs, progress, report, summary
-from potstill.serve.server import _listen
+from potstill.serve.runs import list_runs, progress, report, summary
+from potstill.serve.server import _open_socket
 
 SMALL = ("teacher.model=cifar/resnet8", "teacher.training.epochs=1", "training.epochs=1", "data.size=8")
 
@@ -18,7 +18,7 @@ def test_a_finished_run_has_its_figures(tmp_path):
     settings = [text for each in SMALL for text in ("--set", each)]
     assert main(["run", "quickstart", "--root", str(tmp_path), "--name", "done", *settings]) == 0
     results = json.loads((tmp_path / "done" / "results.json").read_text())
-    found = progress("done", known_runs(tmp_path)["done"])
+    found = progress("done", list_runs(tmp_path)["done"])
     assert found["state"] == "finished"
     assert {each["stage"]: each["test_top1"] for each in found["stages"]} == {
         name: results["stages"][name]["test"]["top1"] for name in ("teacher", "baseline", "distilled")
@@ -30,7 +30,7 @@ def _made(folder, results=None, epochs=()):
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("x")
     if results is not None:
-        write_sealed_json(folder / "results.json", {"schema": 1, **results})
+        write_checksummed_json(folder / "results.json", {"schema": 1, **results})
     (folder / "baseline").mkdir()
     (folder / "baseline" / "metrics.jsonl").write_text("\n".join(epochs))
     return folder
@@ -47,7 +47,7 @@ ODD_RESULTS = (
 def test_a_run_with_odd_results_is_listed_beside_the_others(tmp_path, results):
     _made(tmp_path / "odd", results)
     _made(tmp_path / "good", {"stages": {"baseline": {"test": {"top1": 0.5}}}, "created": "2026", "method": {}})
-    listed = {run: schemas.Run.model_validate(summary(run, folder)) for run, folder in known_runs(tmp_path).items()}
+    listed = {run: schemas.Run.model_validate(summary(run, folder)) for run, folder in list_runs(tmp_path).items()}
     assert listed["good"].stages[0].test_top1 == 0.5
     assert listed["odd"].state == "finished"
     assert listed["odd"].stages[0].test_top1 is None
@@ -79,7 +79,7 @@ def test_links_inside_a_run_are_not_followed(tmp_path, name):
     (folder / "report.html").write_text("own")
     (folder / name).unlink()
     (folder / name).symlink_to(outside / name)
-    assert "run" in known_runs(tmp_path / "runs") or name == "recipe.yaml"
+    assert "run" in list_runs(tmp_path / "runs") or name == "recipe.yaml"
     assert report(folder) == (None if name == "report.html" else b"own")
     found = progress("run", folder)
     assert found["verdict"] is None
@@ -94,5 +94,5 @@ def test_a_stage_folder_that_is_a_link_is_no_stage(tmp_path):
 
 
 def test_the_address_can_be_connected_to_before_it_is_printed():
-    with _listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()[:2], timeout=5):
+    with _open_socket("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()[:2], timeout=5):
         pass  # refused, if it were only bound

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.store.records import Record
-from potstill.store.shelf import Store
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import RecordFormat
 
 
 class Known:
     """Logits that are whole numbers, so that float16 holds them, with the largest at 0."""
 
-    record = Record("float16", 4)
+    record = RecordFormat("float16", 4)
 
     @staticmethod
     def answer(view, ids):
@@ -31,7 +31,7 @@ class Known:
     @classmethod
     def store(cls, root, samples=10_000, **identity):
         facts = {"teacher": "vgg16", "data": "some"}
-        return Store.open(Path(root), {"name": "a"} | identity, cls.record, samples, facts)
+        return TeacherCache.open(Path(root), {"name": "a"} | identity, cls.record, samples, facts)
 
     @classmethod
     def fill(cls, store, view, ids):

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from potstill.distillation.teacher_cache import files
 from potstill.errors import ArtifactError, StorageError
-from potstill.sealed import write_sealed_json
-from potstill.store import claims, files
+from potstill.io import write_checksummed_json
 
 
 def flip(path, at, bit):
@@ -121,7 +121,7 @@ def test_a_damaged_manifest_and_a_foreign_format_are_refused(known, tmp_path):
     flip(path / "manifest.json", 40, 0)
     with pytest.raises(ArtifactError, match=r"manifest\.json is damaged.*potstill store rm"):
         known.store(tmp_path, samples=5000)
-    write_sealed_json(path / "manifest.json", {"format": 9})
+    write_checksummed_json(path / "manifest.json", {"format": 9})
     with pytest.raises(ArtifactError, match="format 9"):
         known.store(tmp_path, samples=5000)
     assert (path / "logits.bin").stat().st_size == 80_000  # nothing was touched
@@ -253,7 +253,7 @@ def test_short_writes_are_continued(known, tmp_path, monkeypatch):
 
 
 def test_a_system_without_byte_range_locks_has_no_stores(known, tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     with pytest.raises(StorageError, match="byte-range locks"):
         known.store(tmp_path)
 
@@ -262,7 +262,7 @@ def test_a_file_system_without_locks_has_no_stores(known, tmp_path, monkeypatch)
     def fail(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(claims.fcntl, "lockf", fail)
+    monkeypatch.setattr(files.fcntl, "lockf", fail)
     with pytest.raises(StorageError, match="No locks available"):
         known.store(tmp_path)
 
@@ -409,6 +409,6 @@ print([Known.check(store, view) for view in range(2)])
 
 
 def test_stores_have_nothing_to_do_with_torch(script, tmp_path):
-    text = "Known.store(sys.argv[1]).close()\nimport potstill.store.listing\nprint('torch' in sys.modules)"
+    text = "Known.store(sys.argv[1]).close()\nimport potstill.distillation.teacher_cache.cache\nprint('torch' in sys.modules)"
     assert script(text, tmp_path).strip() == "False"
-    assert files.RECORDS == "logits.bin"
+    assert files.RECORDS_FILE == "logits.bin"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from potstill.distillation.teacher_cache.cache import delete_leftovers, find_cache, list_caches, remove_cache
 from potstill.errors import StorageError, UsageError
-from potstill.sealed import write_sealed_json
-from potstill.store.listing import find, list_stores, remove, sweep
+from potstill.io import write_checksummed_json
 
 
 def two(known, root):
@@ -27,7 +27,7 @@ def two(known, root):
 
 def test_size_views_share_and_last_use(known, tmp_path):
     one, other = two(known, tmp_path)
-    first, second = list_stores(tmp_path)
+    first, second = list_caches(tmp_path)
     assert (first.key, second.key) == (other.name, one.name)  # the last used first
     assert (first.recorded, first.share, first.used) == ((), None, 2_000)
     assert second.recorded == (10_000, 2_500, 0, 5_000)
@@ -54,60 +54,60 @@ def test_size_views_share_and_last_use(known, tmp_path):
 def test_looking_at_stores_changes_nothing(known, tmp_path):
     one, _ = two(known, tmp_path)
     before = {each: (each.stat().st_mtime_ns, each.stat().st_size) for each in one.iterdir()}
-    list_stores(tmp_path)
+    list_caches(tmp_path)
     assert {each: (each.stat().st_mtime_ns, each.stat().st_size) for each in one.iterdir()} == before
 
 
 def test_no_folder_is_no_stores_and_other_things_are_left_alone(known, tmp_path):
-    assert list_stores(tmp_path / "none") == []
+    assert list_caches(tmp_path / "none") == []
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "0123456789abcdef").write_text("a file")
     (tmp_path / "fedcba9876543210").symlink_to("/")
     (tmp_path / "more").mkdir()
-    assert list_stores(tmp_path) == []
+    assert list_caches(tmp_path) == []
     with pytest.raises(StorageError, match="cannot read"):
-        list_stores(tmp_path / "notes.txt")
+        list_caches(tmp_path / "notes.txt")
 
 
 def test_damaged_and_foreign_stores_are_listed_and_can_be_removed(known, tmp_path):
     one, other = two(known, tmp_path)
-    write_sealed_json(one / "manifest.json", {"format": 3})
+    write_checksummed_json(one / "manifest.json", {"format": 3})
     (other / "done.bin").unlink()
-    first, second = list_stores(tmp_path)
+    first, second = list_caches(tmp_path)
     assert "done.bin: No such file" in first.error or "No such file" in first.error
     assert "format 3" in second.error
     assert second.as_dict()["error"] == second.error
     for path in (one, other):
-        assert remove(path) > 0
+        assert remove_cache(path) > 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_keys_are_found_by_their_beginning_and_unknown_ones_refused(known, tmp_path):
     one, _ = two(known, tmp_path)
-    assert find(tmp_path, one.name) == one
-    assert find(tmp_path, one.name[:4]) == one
+    assert find_cache(tmp_path, one.name) == one
+    assert find_cache(tmp_path, one.name[:4]) == one
     wrong = one.name[:-1] + ("0" if one.name[-1] != "0" else "1")
     with pytest.raises(UsageError, match=f"did you mean '{one.name}'"):
-        find(tmp_path, wrong)
+        find_cache(tmp_path, wrong)
     for key in ("", one.name[:3], "../" + one.name, "..", "/"):
         with pytest.raises(UsageError, match="no store"):
-            find(tmp_path, key)
+            find_cache(tmp_path, key)
     (tmp_path / (one.name[:5] + "00000000000")).mkdir()
     with pytest.raises(UsageError, match="several stores begin with"):
-        find(tmp_path, one.name[:5])
+        find_cache(tmp_path, one.name[:5])
     with pytest.raises(UsageError, match="Known: none"):
-        find(tmp_path / "none", "abcd")
+        find_cache(tmp_path / "none", "abcd")
 
 
 def test_a_store_in_use_is_not_removed(known, tmp_path):
     store = known.store(tmp_path)
     known.fill(store, 0, range(10))
     with pytest.raises(StorageError, match="is in use"):
-        remove(store.path)
+        remove_cache(store.path)
     store.flush()
     assert known.check(store, 0) == (10, 0)
     store.close()
-    assert remove(store.path) > 0
+    assert remove_cache(store.path) > 0
     again = known.store(tmp_path)
     assert known.check(again, 0) == (0, 0)
     again.close()
@@ -123,11 +123,11 @@ def test_a_store_in_use_by_another_process_is_not_removed(known, tmp_path):
         assert other.stdout.readline() == b"ready\n"
         path = next(tmp_path.iterdir())
         with pytest.raises(StorageError, match="is in use"):
-            remove(path)
+            remove_cache(path)
     finally:
         other.kill()
         other.communicate()
-    remove(path)
+    remove_cache(path)
     assert not path.exists()
 
 
@@ -143,13 +143,13 @@ for turn in range(150):
     remover = """
 import pathlib
 from potstill.errors import StorageError
-from potstill.store.listing import list_stores, remove
+from potstill.distillation.teacher_cache.cache import list_caches, remove_cache
 root, over, count, last = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 0, False
 while not last:
     last = over.exists()  # then once more
-    for each in list_stores(root):
+    for each in list_caches(root):
         try:
-            count += remove(each.path) > 0
+            count += remove_cache(each.path) > 0
         except StorageError as error:
             assert "in use" in str(error) or "No such file" in str(error), error
 print(count)
@@ -171,6 +171,6 @@ def test_what_an_interrupted_removal_left_is_swept(known, tmp_path):
     one, other = two(known, tmp_path)
     gone = tmp_path / f".{one.name}.removed"
     one.rename(gone)
-    sweep(tmp_path)
+    delete_leftovers(tmp_path)
     assert not gone.exists()
     assert other.exists()

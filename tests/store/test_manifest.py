@@ -6,16 +6,17 @@ import random
 
 import pytest
 
+from potstill.distillation.teacher_cache.record_format import CacheManifest, RecordFormat, canonical_json
 from potstill.errors import ArtifactError, UsageError
-from potstill.sealed import read_sealed_json, write_sealed_json
-from potstill.store.manifest import Manifest, canonical
-from potstill.store.records import Record
+from potstill.io import read_checksummed_json, write_checksummed_json
 
 IDENTITY = {"teacher": {"weights": "ab", "mean": [0.5, 0.25]}, "classes": ["cat", "dög"], "views": {"seed": 1}}
 
 
 def manifest(identity=IDENTITY, record=None, samples=10, facts=None):
-    return Manifest(identity, record or Record("float16", 2), samples, {"teacher": "vgg16"} if facts is None else facts)
+    return CacheManifest(
+        identity, record or RecordFormat("float16", 2), samples, {"teacher": "vgg16"} if facts is None else facts
+    )
 
 
 def written(folder, **options):
@@ -26,10 +27,10 @@ def written(folder, **options):
 
 
 def test_canonical_json_is_the_one_that_anybody_would_write():
-    assert canonical({"b": [1, 2.5], "a": "ö\udcff"}) == '{"a":"\\u00f6\\udcff","b":[1,2.5]}'
+    assert canonical_json({"b": [1, 2.5], "a": "ö\udcff"}) == '{"a":"\\u00f6\\udcff","b":[1,2.5]}'
     for odd in ({"a": float("nan")}, {"a": {1, 2}}, {"a": object()}):
         with pytest.raises(UsageError, match="plain JSON values"):
-            canonical(odd)
+            canonical_json(odd)
 
 
 def test_the_key_is_the_digest_of_what_stands_in_the_file(tmp_path):
@@ -39,8 +40,8 @@ def test_the_key_is_the_digest_of_what_stands_in_the_file(tmp_path):
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert path.name == hashlib.sha256(text.encode()).hexdigest()[:16] == value["key"]
     assert value["record"] == {"kind": "float16", "classes": 2, "embedding": 0, "nbytes": 4, "byte_order": "little"}
-    found = Manifest.read(path)
-    assert (found.identity, found.record, found.samples) == (IDENTITY, Record("float16", 2), 10)
+    found = CacheManifest.read(path)
+    assert (found.identity, found.record, found.samples) == (IDENTITY, RecordFormat("float16", 2), 10)
     assert found.facts == {"teacher": "vgg16"}
 
 
@@ -51,9 +52,9 @@ def test_the_key_is_the_digest_of_what_stands_in_the_file(tmp_path):
         {"identity": IDENTITY | {"classes": ["dög", "cat"]}},
         {"identity": IDENTITY | {"views": {"seed": 2}}},
         {"identity": IDENTITY | {"teacher": {"weights": "ab", "mean": [0.5, 0.2500000001]}}},
-        {"record": Record("float32", 2)},
-        {"record": Record("float16", 3)},
-        {"record": Record("float16", 2, 8)},
+        {"record": RecordFormat("float32", 2)},
+        {"record": RecordFormat("float16", 3)},
+        {"record": RecordFormat("float16", 2, 8)},
         {"samples": 11},
     ],
 )
@@ -76,32 +77,32 @@ def test_each_of_400_changed_bits_is_found(tmp_path):
         at, bit = chance.randrange(len(whole)), chance.randrange(8)
         file.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :])
         with pytest.raises(ArtifactError, match=r"manifest\.json"):
-            Manifest.read(path)
+            CacheManifest.read(path)
         found += 1
     assert found == 400
     for cut in range(len(whole)):
         file.write_bytes(whole[:cut])
         with pytest.raises(ArtifactError, match="potstill store rm"):
-            Manifest.read(path)
+            CacheManifest.read(path)
     file.write_bytes(whole)
-    assert Manifest.read(path).samples == 10
+    assert CacheManifest.read(path).samples == 10
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"format": 1}', "[" * 100_000, '{"format": 2, "identity": NaN}'])
 def test_what_is_no_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match="is damaged"):
-        Manifest.read(tmp_path)
+        CacheManifest.read(tmp_path)
 
 
 def test_another_format_is_named(tmp_path):
-    write_sealed_json(tmp_path / "manifest.json", {"format": 3, "whatever": []})
+    write_checksummed_json(tmp_path / "manifest.json", {"format": 3, "whatever": []})
     with pytest.raises(ArtifactError, match=r"format 3, and this version of potstill reads 2.*potstill store rm"):
-        Manifest.read(tmp_path)
+        CacheManifest.read(tmp_path)
     # As the first format was written: its digest, of canonical JSON, is an entry like others.
     (tmp_path / "manifest.json").write_text('{\n  "format": 1,\n  "identity": {},\n  "sha256": "00"\n}\n')
     with pytest.raises(ArtifactError, match=r"format 1, and this version of potstill reads 2.*potstill store rm"):
-        Manifest.read(tmp_path)
+        CacheManifest.read(tmp_path)
 
 
 def test_nothing_is_parsed_before_it_is_compared(tmp_path, monkeypatch):
@@ -110,7 +111,7 @@ def test_nothing_is_parsed_before_it_is_compared(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes().replace(b"vgg16", b"vgg19"))
     monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed"))
     with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: its SHA-256.*potstill store rm"):
-        Manifest.read(path)
+        CacheManifest.read(path)
 
 
 @pytest.mark.parametrize(
@@ -118,18 +119,18 @@ def test_nothing_is_parsed_before_it_is_compared(tmp_path, monkeypatch):
 )
 def test_a_manifest_that_was_made_up_to_fit_is_refused(tmp_path, change):
     path = written(tmp_path)
-    write_sealed_json(path / "manifest.json", read_sealed_json(path / "manifest.json") | change)
+    write_checksummed_json(path / "manifest.json", read_checksummed_json(path / "manifest.json") | change)
     with pytest.raises(ArtifactError, match=r"is damaged"):
-        Manifest.read(path)
+        CacheManifest.read(path)
 
 
 def test_a_manifest_in_another_stores_folder_is_refused(tmp_path):
     path = written(tmp_path)
     path.rename(tmp_path / "0123456789abcdef")
     with pytest.raises(ArtifactError, match="is damaged"):
-        Manifest.read(tmp_path / "0123456789abcdef")
+        CacheManifest.read(tmp_path / "0123456789abcdef")
 
 
 def test_no_manifest(tmp_path):
     with pytest.raises(ArtifactError, match="cannot read"):
-        Manifest.read(tmp_path)
+        CacheManifest.read(tmp_path)

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
-from potstill.distiller import Distiller
+from potstill.distillation.cached_outputs import CachedTeacherOutputs
+from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.errors import StorageError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.methods.dist import DIST
 from potstill.methods.kd import KD
 from potstill.methods.mlld import MLLD
 from potstill.methods.srrl import SRRL
-from potstill.store.recorded import Recorded
-from potstill.store.records import Record
-from potstill.store.shelf import Store
 
 COUNT, CLASSES, SIZE = 10, 3, 8
 
@@ -60,15 +60,15 @@ def loader(images, views=2, **options):
 
 
 def shelf(root, name="a", kind="float16", embedding=0, samples=COUNT):
-    return Store.open(root, {"name": name}, Record(kind, CLASSES, embedding), samples, {})
+    return TeacherCache.open(root, {"name": name}, RecordFormat(kind, CLASSES, embedding), samples, {})
 
 
-def recorded(distiller, train, shelves, second=(), warn=None):
+def recorded(distiller, train, caches, second=(), warn=None):
     def fail(message):
         raise AssertionError(message)
 
-    return Recorded(
-        distiller, train, shelves, second, autocast=contextlib.nullcontext, warn=fail if warn is None else warn
+    return CachedTeacherOutputs(
+        distiller, train, caches, second, autocast=contextlib.nullcontext, warn=fail if warn is None else warn
     )
 
 
@@ -132,7 +132,7 @@ def test_every_teacher_has_its_own_store_and_they_are_combined_as_if_asked(image
     assert all(len(answer.members) == 2 for answer in outputs(answers, train, 2))
     answers.start_epoch(0)
     for batch in train.epoch(0):
-        assert torch.equal(answers(batch).logits, distiller.ask_teacher(batch.images).logits)
+        assert torch.equal(answers(batch).logits, distiller.run_teacher(batch.images).logits)
 
 
 def test_embeddings_are_kept_for_methods_that_read_them_and_the_head_is_the_teachers(images, tmp_path):
@@ -143,7 +143,7 @@ def test_embeddings_are_kept_for_methods_that_read_them_and_the_head_is_the_teac
     outputs(answers, train, 0)
     answers.start_epoch(0)
     for batch in train.epoch(0):
-        known, live = answers(batch), distiller.ask_teacher(batch.images)
+        known, live = answers(batch), distiller.run_teacher(batch.images)
         assert torch.equal(known.embedding, live.embedding)
         assert torch.equal(known.head.weight, teacher.fc.weight)
         step, expected = (distiller(batch.images, batch.labels, teacher=said) for said in (known, live))
@@ -162,7 +162,7 @@ def test_second_views_have_stores_of_their_own(images, tmp_path):
     known = [(batch, answers(batch)) for batch in train.epoch(0)]
     assert teacher.seen == seen
     for batch, answer in known:
-        live = distiller.ask_teacher(batch.images, batch.second)
+        live = distiller.run_teacher(batch.images, batch.second)
         assert torch.equal(answer.logits, live.logits)
         assert torch.equal(answer.second.logits, live.second.logits)
 
@@ -170,7 +170,7 @@ def test_second_views_have_stores_of_their_own(images, tmp_path):
 class Broken:
     """A shelf whose disk is full."""
 
-    record = Record("float16", CLASSES, 0)
+    record = RecordFormat("float16", CLASSES, 0)
 
     def read(self, view, ids):
         return np.zeros((len(ids), self.record.nbytes), np.uint8), np.zeros(len(ids), bool)
@@ -205,8 +205,8 @@ def test_the_16_largest_are_read_at_the_temperature_of_the_method(images, tmp_pa
     networks = Network(), Network()
     for network in networks:
         network.fc = nn.Linear(4, 80)
-    record, train = Record("top16", 80), loader(images, views=1)
-    store = Store.open(tmp_path, {"name": "a"}, record, COUNT, {})
+    record, train = RecordFormat("top16", 80), loader(images, views=1)
+    store = TeacherCache.open(tmp_path, {"name": "a"}, record, COUNT, {})
     answers = recorded(Distiller(*networks, KD(temperature=4.0)), train, [store])
     for batch, answer in zip(train.epoch(0), outputs(answers, train, 0), strict=True):
         kept = record.encode(networks[1](batch.images).detach().numpy())

@@ -5,8 +5,8 @@ import struct
 import numpy as np
 import pytest
 
+from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.errors import UsageError
-from potstill.store.records import Record
 
 TOP = 16
 
@@ -45,15 +45,15 @@ def by_hand(classes=100):
 @pytest.mark.parametrize(
     ("record", "nbytes"),
     [
-        (Record("float16", 4), 8),
-        (Record("float16", 64), 128),
-        (Record("float32", 4), 16),
-        (Record("float16", 4, 3), 14),
-        (Record("float32", 4, 3), 28),
-        (Record("top16", 65), 72),
-        (Record("top16", 65_536), 72),
-        (Record("top16", 65_537), 104),
-        (Record("top16", 1000, 512), 72 + 1024),
+        (RecordFormat("float16", 4), 8),
+        (RecordFormat("float16", 64), 128),
+        (RecordFormat("float32", 4), 16),
+        (RecordFormat("float16", 4, 3), 14),
+        (RecordFormat("float32", 4, 3), 28),
+        (RecordFormat("top16", 65), 72),
+        (RecordFormat("top16", 65_536), 72),
+        (RecordFormat("top16", 65_537), 104),
+        (RecordFormat("top16", 1000, 512), 72 + 1024),
     ],
 )
 def test_the_size_is_that_of_the_table(record, nbytes):
@@ -66,14 +66,14 @@ def test_the_size_is_that_of_the_table(record, nbytes):
 
 
 def test_float16_bytes_by_hand():
-    kept = Record("float16", 4, 1).encode(np.float32([[3, 1, 2.5, -1]]), np.float32([[7]]))
+    kept = RecordFormat("float16", 4, 1).encode(np.float32([[3, 1, 2.5, -1]]), np.float32([[7]]))
     assert kept.tobytes() == struct.pack("<5e", 0, -2, -0.5, -4, 7)
 
 
 def test_float32_bytes_are_the_logits_own():
     logits = np.float32([[-0.0, 1e-42, 3.4e38, -np.pi], [1, 2, 3, 4]])
     embedding = np.float32([[1 / 3], [-1e30]])
-    record = Record("float32", 4, 1)
+    record = RecordFormat("float32", 4, 1)
     kept = record.encode(logits, embedding)
     assert kept.tobytes() == struct.pack("<10f", *logits[0], *embedding[0], *logits[1], *embedding[1])
     again = record.decode(kept, 3.0)
@@ -82,7 +82,7 @@ def test_float32_bytes_are_the_logits_own():
 
 
 def test_top16_bytes_by_hand():
-    kept = Record("top16", 100).encode(by_hand())
+    kept = RecordFormat("top16", 100).encode(by_hand())
     index = [20, 7, *(i for i in range(16) if i != 7)][:16]  # of equals the lower class: 15 of them are at 4.0
     differences = [0, -0.5, *[-1] * 14]
     # The tail: one class at -1 and 83 at -3.
@@ -96,7 +96,7 @@ def test_top16_bytes_by_hand():
 @pytest.mark.parametrize("temperature", [0.5, 1, 4, 20])
 def test_float16_keeps_the_softened_shares_at_any_temperature(temperature):
     logits = realistic(64, 10) * 3
-    record = Record("float16", 10)
+    record = RecordFormat("float16", 10)
     found = record.decode(record.encode(logits), temperature)[0]
     assert found.dtype == np.float32
     assert np.abs(softmax(found, temperature) - softmax(logits, temperature)).max() < 2e-3
@@ -107,7 +107,7 @@ def test_float16_keeps_the_softened_shares_at_any_temperature(temperature):
 @pytest.mark.parametrize("temperature", [1, 2, 4, 8])
 def test_top16_keeps_the_shares_of_the_16_largest_and_the_mass_of_the_others(classes, temperature):
     logits = realistic(20, classes)
-    record = Record("top16", classes)
+    record = RecordFormat("top16", classes)
     found = record.decode(record.encode(logits), temperature)[0]
     top = np.argsort(-logits, axis=1)[:, :TOP]
     before, after = (np.take_along_axis(softmax(z, temperature), top, axis=1) for z in (logits, found))
@@ -124,7 +124,7 @@ def test_top16_keeps_the_shares_of_the_16_largest_and_the_mass_of_the_others(cla
 @pytest.mark.parametrize(("temperature", "error"), [(1.5, 0.02), (3, 0.01), (6, 0.01), (20, 0.01), (1000, 0.01)])
 def test_top16_between_the_kept_temperatures(temperature, error):
     logits = realistic(50, 1000)
-    record = Record("top16", 1000)
+    record = RecordFormat("top16", 1000)
     found = record.decode(record.encode(logits), temperature)[0]
     top = np.argsort(-logits, axis=1)[:, :TOP]
     before, after = (np.take_along_axis(softmax(z, temperature), top, axis=1).sum(axis=1) for z in (logits, found))
@@ -136,7 +136,7 @@ def test_the_kd_loss_of_a_top16_record_is_close(classes, temperature, error):
     """What is lost is how the tail's mass is spread: little at T = 1, more where T moves much of the mass there."""
     logits = realistic(200, classes)
     student = (0.6 * logits + np.random.default_rng(1).normal(0, 1, logits.shape)).astype(np.float32)
-    record = Record("top16", classes)
+    record = RecordFormat("top16", classes)
     found = record.decode(record.encode(logits), temperature)[0]
     live = kd(logits, student, temperature).mean()
     assert kd(found, student, temperature).mean() == pytest.approx(live, rel=error)
@@ -150,7 +150,7 @@ def test_the_kd_loss_of_a_top16_record_is_close(classes, temperature, error):
 @pytest.mark.parametrize("scale", [0, 1e-3, 1, 100, 1e6])
 def test_top16_stays_finite_and_in_order_whatever_comes(temperature, scale):
     logits = np.random.default_rng(2).normal(0, 1, (30, 65)).astype(np.float32) * np.float32(scale)
-    record = Record("top16", 65)
+    record = RecordFormat("top16", 65)
     kept = record.encode(logits)
     found = record.decode(kept, temperature)[0]
     assert record.finite(kept).all()
@@ -163,8 +163,8 @@ def test_top16_stays_finite_and_in_order_whatever_comes(temperature, scale):
 
 
 def test_differences_beyond_float16_become_its_largest():
-    kept = Record("float16", 3, 1).encode(np.float32([[1e6, 0, 999_999]]), np.float32([[1e9]]))
-    logits, embedding = Record("float16", 3, 1).decode(kept)
+    kept = RecordFormat("float16", 3, 1).encode(np.float32([[1e6, 0, 999_999]]), np.float32([[1e9]]))
+    logits, embedding = RecordFormat("float16", 3, 1).decode(kept)
     assert logits.tolist() == [[0, -65504, -1]]
     assert embedding.tolist() == [[65504]]
 
@@ -172,7 +172,7 @@ def test_differences_beyond_float16_become_its_largest():
 @pytest.mark.parametrize("kind", ["float16", "float32", "top16"])
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
 def test_what_is_not_finite_is_told(kind, odd):
-    record = Record(kind, 70, 2)
+    record = RecordFormat(kind, 70, 2)
     logits, embedding = np.random.default_rng(0).normal(size=(4, 70)).astype(np.float32), np.zeros((4, 2), np.float32)
     logits[1, 69] = odd
     embedding[2, 0] = np.nan
@@ -183,7 +183,7 @@ def test_what_is_not_finite_is_told(kind, odd):
 
 
 def test_no_images_are_no_records():
-    record = Record("top16", 70)
+    record = RecordFormat("top16", 70)
     kept = record.encode(np.zeros((0, 70), np.float32).reshape(0, 70))
     assert kept.shape == (0, 72)
     assert record.decode(kept)[0].shape == (0, 70)
@@ -201,4 +201,4 @@ def test_no_images_are_no_records():
 )
 def test_impossible_records_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
-        Record(*arguments)
+        RecordFormat(*arguments)

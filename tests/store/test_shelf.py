@@ -7,9 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.errors import ArtifactError, UsageError
-from potstill.store.records import Record
-from potstill.store.shelf import Store
 
 
 def test_records_are_read_at_once_and_last(known, tmp_path):
@@ -90,8 +90,8 @@ def test_another_identity_record_or_number_of_samples_is_another_store(known, tm
         known.store(tmp_path, name="b"),
         known.store(tmp_path, more=1),
         known.store(tmp_path, samples=9_999),
-        Store.open(tmp_path, {"name": "a"}, Record("float32", 4), 10_000, {}),
-        Store.open(tmp_path, {"name": "a"}, Record("float16", 5), 10_000, {}),
+        TeacherCache.open(tmp_path, {"name": "a"}, RecordFormat("float32", 4), 10_000, {}),
+        TeacherCache.open(tmp_path, {"name": "a"}, RecordFormat("float16", 5), 10_000, {}),
     ]
     for other in others:
         assert not other.read(0, np.arange(100))[1].any()
@@ -231,14 +231,14 @@ def test_existing_stores_alone_are_opened_by_their_folder(known, tmp_path):
     store = known.store(tmp_path)
     known.fill(store, 0, range(10))
     store.close()
-    again = Store.existing(store.path)
+    again = TeacherCache.existing(store.path)
     assert known.check(again, 0) == (10, 0)
     again.close()
     with pytest.raises(ArtifactError, match="cannot read"):
-        Store.existing(tmp_path / "nothing")
+        TeacherCache.existing(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 
 def test_an_identity_that_is_no_json_is_refused(tmp_path):
     with pytest.raises(UsageError, match="plain JSON values"):
-        Store.open(tmp_path, {"a": object()}, Record("float16", 4), 10, {})
+        TeacherCache.open(tmp_path, {"a": object()}, RecordFormat("float16", 4), 10, {})

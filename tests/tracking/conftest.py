@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from potstill.tracking import tracked as module
-from potstill.tracking.sender import Sender
-from potstill.training.observer import Silent
+from potstill.loggers import observer as module
+from potstill.loggers.process import LoggerProcess
+from potstill.training.callbacks import SilentObserver
 
 from ..experiments.conftest import photographs, pictures, recipe
 
@@ -18,7 +18,7 @@ FAILS = "import sys; sys.stdin.readline(); print('ConnectionError: the server is
 HANGS = "import time; time.sleep(600)"
 
 
-class Told(Silent):
+class Told(SilentObserver):
     """Keeps what it was warned of."""
 
     def __init__(self):
@@ -43,8 +43,8 @@ def stand_in(monkeypatch, tmp_path):
 
     def use(script):
         command = [sys.executable, "-c", script, str(kept)]
-        monkeypatch.setattr(module, "Sender", lambda name, first: Sender(name, first, command))
-        monkeypatch.setattr(module, "WAIT", 3.0)
+        monkeypatch.setattr(module, "LoggerProcess", lambda name, first: LoggerProcess(name, first, command))
+        monkeypatch.setattr(module, "CLOSE_SECONDS", 3.0)
         return lambda: [json.loads(line) for line in kept.read_text().splitlines()]
 
     return use

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from potstill.experiments import pipeline
-from potstill.tracking.tracked import send_files
+from potstill.experiment import pipeline
+from potstill.loggers.observer import log_files
 
 REASON = "the tracker's package is an extra of its own"
 
@@ -23,7 +23,7 @@ def carried_out(recipe, tmp_path, told, monkeypatch):
         monkeypatch.chdir(tmp_path)
         path = pipeline.run(recipe(tracker=tracker), root=tmp_path / "runs", stages=("baseline",), observer=told)
         (path / "report.html").write_text("<p>a report</p>")
-        send_files(path, told)
+        log_files(path, told)
         return path
 
     return carry_out

@@ -7,13 +7,13 @@ import threading
 import pytest
 import torch
 
+from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.errors import UsageError
-from potstill.experiments import pipeline
-from potstill.experiments.recipe import dump_recipe, load_recipe
+from potstill.experiment import pipeline
+from potstill.loggers import LoggerSettings, check_loggers_installed
+from potstill.loggers.observer import LoggingObserver, log_files, logging_observer
+from potstill.loggers.process import LoggerProcess
 from potstill.models.model_file import load_model
-from potstill.tracking.sender import Sender
-from potstill.tracking.settings import TrackerSettings, refuse_missing
-from potstill.tracking.tracked import Tracked, send_files, tracked
 
 from .conftest import FAILS, HANGS, KEEPS
 
@@ -24,7 +24,7 @@ BASE = {
     "teacher": {"model": "cifar/resnet8"},
     "student": {"model": "cifar/resnet8"},
 }
-TRACKIO = [TrackerSettings(name="trackio")]
+TRACKIO = [LoggerSettings(name="trackio")]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_what_is_wrong_with_a_tracker_is_said_in_a_sentence(said, sentence):
 def test_a_missing_package_is_an_error_before_anything_is_made(monkeypatch, recipe, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'potstill\[wandb,trackio\]'"):
-        refuse_missing([TrackerSettings(name="wandb"), TrackerSettings(name="trackio")])
+        check_loggers_installed([LoggerSettings(name="wandb"), LoggerSettings(name="trackio")])
     monkeypatch.undo()
-    monkeypatch.setattr("potstill.tracking.settings._installed", lambda name: False)
+    monkeypatch.setattr("potstill.loggers._is_installed", lambda name: False)
     with pytest.raises(UsageError, match="tracker mlflow: the package is not installed"):
         pipeline.run(recipe(tracker="mlflow"), root=tmp_path / "runs")
     assert not (tmp_path / "runs" / "tiny").exists()
@@ -76,12 +76,12 @@ def test_a_folder_of_figures_is_no_package(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "trackio", raising=False)  # another test may have used the real one
     with pytest.raises(UsageError, match="not installed"):
-        refuse_missing(TRACKIO)
+        check_loggers_installed(TRACKIO)
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr("potstill.tracking.settings._installed", lambda name: True)
+    monkeypatch.setattr("potstill.loggers._is_installed", lambda name: True)
 
 
 def test_a_run_tells_every_epoch_and_the_figures_on_test(recipe, tmp_path, stand_in, installed, told):
@@ -111,7 +111,7 @@ def test_a_run_tells_every_epoch_and_the_figures_on_test(recipe, tmp_path, stand
 
 def test_an_interrupted_run_is_no_finished_one(tmp_path, stand_in, told):
     read = stand_in(KEEPS)
-    with pytest.raises(KeyboardInterrupt), tracked(TRACKIO, tmp_path, {}, told):
+    with pytest.raises(KeyboardInterrupt), logging_observer(TRACKIO, tmp_path, {}, told):
         raise KeyboardInterrupt
     assert read()[-1] == {"kind": "end", "finished": False}
 
@@ -131,7 +131,7 @@ def test_a_tracker_that_fails_or_hangs_costs_one_warning_and_nothing_else(
 
 
 def test_nobody_waits_for_a_tracker_that_does_not_read(told):
-    sender = Sender("trackio", {}, [sys.executable, "-c", HANGS])
+    sender = LoggerProcess("trackio", {}, [sys.executable, "-c", HANGS])
     done = threading.Event()
 
     def send():
@@ -151,8 +151,8 @@ def test_a_program_that_cannot_be_started_is_a_warning(tmp_path, monkeypatch, to
     def refuse(name, first):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("potstill.tracking.tracked.Sender", refuse)
-    with tracked(TRACKIO, tmp_path, {}, told) as beside:
+    monkeypatch.setattr("potstill.loggers.observer.LoggerProcess", refuse)
+    with logging_observer(TRACKIO, tmp_path, {}, told) as beside:
         beside.stage("teacher", "")
     assert told.warnings == ["tracker trackio gets nothing of this run: Cannot allocate memory"]
 
@@ -171,27 +171,27 @@ def test_a_resumed_run_keeps_its_identity_and_may_change_its_trackers(recipe, tm
 def test_the_report_goes_to_those_that_keep_files(tmp_path, stand_in, told):
     read, run = stand_in(KEEPS), tmp_path / "run"
     run.mkdir()
-    send_files(run, told)  # nobody knows of this run
-    with tracked([TrackerSettings(name="tensorboard"), *TRACKIO], run, {}, told):
+    log_files(run, told)  # nobody knows of this run
+    with logging_observer([LoggerSettings(name="tensorboard"), *TRACKIO], run, {}, told):
         pass
     for name in ("report.html", "results.json", "recipe.yaml"):
         (run / name).write_text("x")
     before = len(read())
-    send_files(run, told)
+    log_files(run, told)
     first, files, end = read()[before:]
     assert first["settings"]["name"] == "trackio"
     assert files["paths"] == [str(run / name) for name in ("report.html", "results.json", "recipe.yaml")]
     assert end["finished"]
-    with tracked([], run, {}, told):  # gone on with, and no tracker asked for
+    with logging_observer([], run, {}, told):  # gone on with, and no tracker asked for
         pass
     before = len(read())
-    send_files(run, told)
+    log_files(run, told)
     assert len(read()) == before
 
 
 def test_without_trackers_nothing_is_started(tmp_path, monkeypatch, told):
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
-    with tracked([], tmp_path, {}, told) as beside:
-        assert isinstance(beside, Tracked)
+    with logging_observer([], tmp_path, {}, told) as beside:
+        assert isinstance(beside, LoggingObserver)
         beside.epoch_end({"epoch": 1})
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from potstill.errors import NonFiniteError
-from potstill.training.averages import TermAverages
+from potstill.training.state import TermAverages
 
 
 def test_means_are_weighted_by_images():

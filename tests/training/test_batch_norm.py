@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.models.create import create_model
-from potstill.training.batch_norm import adapt_batch_norm, batch_norms, refuse_without_batch_norm
+from potstill.models.factory import create_model
+from potstill.training.averaging import adapt_batch_norm, batch_norm_layers, check_batch_norm
 from potstill.types import Batch
 
 
@@ -100,11 +100,11 @@ def test_large_offsets_do_not_cancel() -> None:
 def test_networks_without_batch_norm_are_refused() -> None:
     vit = create_model("timm/vit_tiny_patch16_224", 3, size=32)
     with pytest.raises(UsageError, match=r"adapt_batch_norm: teacher vit has no BatchNorm.*leave it out"):
-        refuse_without_batch_norm(vit, "teacher vit")
+        check_batch_norm(vit, "teacher vit")
     resnet = create_model("resnet18", 3, size=32)
-    refuse_without_batch_norm(resnet, "teacher")
-    assert len(batch_norms(resnet)) == 20
-    assert batch_norms(nn.BatchNorm2d(3, track_running_stats=False)) == []
+    check_batch_norm(resnet, "teacher")
+    assert len(batch_norm_layers(resnet)) == 20
+    assert batch_norm_layers(nn.BatchNorm2d(3, track_running_stats=False)) == []
 
 
 def test_one_value_per_channel_is_no_statistic() -> None:

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.training.calibration import CLEARLY, FEWEST, LONGEST, ROUNDS, Calibration, calibrate, training_step
+from potstill.training.autotune import (
+    MAX_ROUNDS,
+    MAX_SECONDS,
+    MIN_ROUNDS,
+    MIN_SPEEDUP,
+    ThreadChoice,
+    choose_threads,
+    create_timed_step,
+)
 from potstill.training.devices import Compute
 
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
@@ -29,7 +37,7 @@ class Machine:
         self.steps.append(self.threads)
 
     def calibrate(self, candidates):
-        return calibrate(self.step, candidates, set_threads=self.set_threads, clock=self.clock)
+        return choose_threads(self.step, candidates, set_threads=self.set_threads, clock=self.clock)
 
 
 @pytest.mark.parametrize(
@@ -47,14 +55,14 @@ def test_several_threads_unless_one_is_clearly_faster(one, two, kept):
     found = machine.calibrate([2, 1])
     assert (found.threads, machine.threads) == (kept, kept)
     assert found.seconds == pytest.approx({1: one, 2: two})
-    assert CLEARLY == 1.1
+    assert MIN_SPEEDUP == 1.1
 
 
 def test_candidates_take_turns_after_one_step_each_that_does_not_count():
     machine = Machine({1: lambda count: 9.0 if count == 0 else 0.010, 4: lambda count: 0.0 if count == 0 else 0.030})
     found = machine.calibrate([4, 1])
-    assert machine.steps == [4, 1] * (1 + ROUNDS)
-    assert found == Calibration(1, pytest.approx({4: 0.030, 1: 0.010}))
+    assert machine.steps == [4, 1] * (1 + MAX_ROUNDS)
+    assert found == ThreadChoice(1, pytest.approx({4: 0.030, 1: 0.010}))
 
 
 def test_one_slow_moment_decides_nothing():
@@ -63,7 +71,7 @@ def test_one_slow_moment_decides_nothing():
 
 
 def test_slow_steps_are_timed_less_often():
-    for lasts, rounds in ((0.001, ROUNDS), (0.3, FEWEST), (1.5, 2), (LONGEST, 1)):
+    for lasts, rounds in ((0.001, MAX_ROUNDS), (0.3, MIN_ROUNDS), (1.5, 2), (MAX_SECONDS, 1)):
         machine = Machine({1: lasts, 2: lasts})
         machine.calibrate([2, 1])
         assert len(machine.steps) == 2 * (1 + rounds)
@@ -71,7 +79,7 @@ def test_slow_steps_are_timed_less_often():
 
 def test_with_one_candidate_nothing_is_timed():
     machine = Machine({})
-    assert machine.calibrate([3]) == Calibration(3)
+    assert machine.calibrate([3]) == ThreadChoice(3)
     assert machine.threads == 3
 
 
@@ -83,17 +91,17 @@ def test_a_step_that_fails_leaves_the_preferred_number():
 
 
 def test_facts_come_back():
-    found = Calibration(2, {2: 0.01, 1: 0.015})
+    found = ThreadChoice(2, {2: 0.01, 1: 0.015})
     assert found.record() == {"threads": 2, "calibration": {"1": 0.015, "2": 0.01}}
-    assert Calibration.recorded(found.record()) == found
-    assert Calibration.recorded(Calibration(1).record()) == Calibration(1)
-    assert Calibration.recorded({"threads": 2}) is None  # torch's own number: nobody has chosen it
-    assert Calibration.recorded({}) is None
+    assert ThreadChoice.recorded(found.record()) == found
+    assert ThreadChoice.recorded(ThreadChoice(1).record()) == ThreadChoice(1)
+    assert ThreadChoice.recorded({"threads": 2}) is None  # torch's own number: nobody has chosen it
+    assert ThreadChoice.recorded({}) is None
 
 
 def test_words():
-    assert str(Calibration(1)) == "1 CPU thread"
-    assert str(Calibration(2, {1: 0.0181, 2: 0.0124})) == (
+    assert str(ThreadChoice(1)) == "1 CPU thread"
+    assert str(ThreadChoice(2, {1: 0.0181, 2: 0.0124})) == (
         "2 CPU threads: a step on a small batch takes 0.0124 s, 0.0181 s with 1"
     )
 
@@ -114,7 +122,7 @@ def test_a_timed_step_leaves_no_trace(training):
     optimizer.step()
     before = copy.deepcopy((student.state_dict(), optimizer.state_dict()["state"]))
     random = torch.get_rng_state()
-    step = training_step(student, 16, 32, CPU)
+    step = create_timed_step(student, 16, 32, CPU)
     step()
     step()
     assert torch.equal(torch.get_rng_state(), random)
@@ -132,5 +140,5 @@ def test_large_images_are_timed_in_small_batches():
             return super().forward(images.mean(dim=(2, 3)))
 
     for size, batch in ((32, 256), (64, 8), (224, 128), (512, 1)):
-        training_step(Counting(3, 2), size, batch, CPU)()
+        create_timed_step(Counting(3, 2), size, batch, CPU)()
     assert sizes == [(64, 3, 32, 32), (8, 3, 64, 64), (2, 3, 224, 224), (2, 3, 512, 512)]

@@ -3,14 +3,14 @@ import torch
 from torch import nn
 
 from potstill.errors import ArtifactError
-from potstill.sealed import write_sealed
-from potstill.training.checkpoint import (
+from potstill.io import write_checksummed
+from potstill.training.checkpointing import (
+    add_prefix,
     load_checkpoint,
     pack_optimizer,
     save_checkpoint,
-    under,
+    strip_prefix,
     unpack_optimizer,
-    within,
 )
 
 
@@ -56,14 +56,14 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     optimizer = kind(net.parameters(), lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
     trained(3, net, optimizer)
     tensors, facts = pack_optimizer(optimizer)
-    save_checkpoint(tmp_path / "x", under("o", tensors) | under("n", net.state_dict()), facts)
+    save_checkpoint(tmp_path / "x", add_prefix("o", tensors) | add_prefix("n", net.state_dict()), facts)
     trained(2, net, optimizer)
 
     other = nn.Linear(3, 2)
     resumed = kind(other.parameters(), lr=0.5)
     loaded, facts = load_checkpoint(tmp_path / "x")
-    other.load_state_dict(within("n", loaded))
-    unpack_optimizer(resumed, within("o", loaded), facts)
+    other.load_state_dict(strip_prefix("n", loaded))
+    unpack_optimizer(resumed, strip_prefix("o", loaded), facts)
     trained(2, other, resumed)
     assert torch.equal(net.weight, other.weight)
 
@@ -91,6 +91,6 @@ def test_what_is_the_same_is_stored_once(tmp_path):
 
 def test_a_name_that_is_not_there_is_no_crash(tmp_path):
     text = b'{"__metadata__":{"facts":"{}","same":"{\\"a\\":\\"b\\"}"}}'
-    write_sealed(tmp_path / "x", len(text).to_bytes(8, "little") + text)
+    write_checksummed(tmp_path / "x", len(text).to_bytes(8, "little") + text)
     with pytest.raises(ArtifactError, match="is no checkpoint"):
         load_checkpoint(tmp_path / "x")

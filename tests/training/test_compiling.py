@@ -6,18 +6,25 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.methods.at import AT
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
-from potstill.training.checkpoint import load_checkpoint
-from potstill.training.compiling import COMPILE_SECONDS, GAIN, GRAPH_IMAGES, REHEARSALS, Compiling, pays
+from potstill.training.callbacks import SilentObserver
+from potstill.training.checkpointing import load_checkpoint
+from potstill.training.compile import (
+    COMPILE_SECONDS,
+    EXPECTED_SAVING,
+    MAX_CUDA_GRAPH_IMAGES,
+    WARMUP_STEPS,
+    StudentCompiler,
+    is_worth_compiling,
+)
 from potstill.training.devices import Compute
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
-from potstill.training.optimizers import create_optimizer
+from potstill.training.optim import create_optimizer
 from potstill.training.settings import TrainingSettings
+from potstill.training.trainer import Trainer
 from potstill.types import Batch
 
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
@@ -49,7 +56,7 @@ class Compiler:
         return compiled
 
 
-class Listening(Silent):
+class Listening(SilentObserver):
     def __init__(self):
         self.notes = []
 
@@ -69,9 +76,9 @@ class Case:
         optimizer = create_optimizer(self.distiller.trained_parameters(), self.settings)
         self.compiler, self.observer = compiler or Compiler(), Listening()
         if compute is GPU:  # rehearsing needs one
-            monkeypatch.setattr(Compiling, "_rehearse", lambda *_: None)
+            monkeypatch.setattr(StudentCompiler, "_rehearse", lambda *_: None)
             monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
-        self.compiling = Compiling(
+        self.compiling = StudentCompiler(
             self.distiller, optimizer, self.settings, compute, self.observer, compile=self.compiler,
             clock=lambda: self.now,
         )  # fmt: skip
@@ -92,8 +99,8 @@ class Case:
 
 
 def test_it_pays_when_what_is_saved_is_more_than_what_it_takes():
-    assert not pays(int(COMPILE_SECONDS / GAIN) - 1, 1.0)
-    assert pays(int(COMPILE_SECONDS / GAIN) + 1, 1.0)
+    assert not is_worth_compiling(int(COMPILE_SECONDS / EXPECTED_SAVING) - 1, 1.0)
+    assert is_worth_compiling(int(COMPILE_SECONDS / EXPECTED_SAVING) + 1, 1.0)
 
 
 def test_auto_leaves_a_cpu_alone(monkeypatch):
@@ -106,8 +113,8 @@ def test_auto_leaves_a_cpu_alone(monkeypatch):
 def test_auto_on_a_gpu_first_looks_at_a_plain_epoch(monkeypatch):
     case = Case(monkeypatch, GPU)
     assert case.epoch(seconds=10.0) == 0  # 1 s a step
-    assert case.epoch(left=int(COMPILE_SECONDS / GAIN) - 1, seconds=10.0) == 0
-    assert case.epoch(left=int(COMPILE_SECONDS / GAIN) + 1, seconds=8.0) == 2
+    assert case.epoch(left=int(COMPILE_SECONDS / EXPECTED_SAVING) - 1, seconds=10.0) == 0
+    assert case.epoch(left=int(COMPILE_SECONDS / EXPECTED_SAVING) + 1, seconds=8.0) == 2
     assert case.epoch(left=1, seconds=8.0) == 2  # it is there already
     assert len(case.compiler.asked) == 1
     assert len(case.observer.notes) == 1
@@ -129,8 +136,8 @@ def test_a_compiled_epoch_that_is_slower_was_the_last(monkeypatch):
 @pytest.mark.parametrize(
     ("images", "settings", "mode"),
     [
-        (GRAPH_IMAGES, {}, "reduce-overhead"),
-        (GRAPH_IMAGES + 1, {}, None),
+        (MAX_CUDA_GRAPH_IMAGES, {}, "reduce-overhead"),
+        (MAX_CUDA_GRAPH_IMAGES + 1, {}, None),
         (8, {"accumulate": 2}, None),  # gradients of one call must outlive the next
     ],
 )
@@ -150,7 +157,7 @@ def test_no_cuda_graphs_on_a_cpu(monkeypatch):
 def test_true_compiles_at_once_and_false_never(monkeypatch):
     case = Case(monkeypatch, compile=True)
     assert case.epoch(left=1) == 2
-    assert case.rehearsals == REHEARSALS
+    assert case.rehearsals == WARMUP_STEPS
     assert case.epoch(left=1) == 2
     assert case.rehearsals == 0
     assert Case(monkeypatch, GPU, compile=False).epoch() == 0
@@ -186,7 +193,7 @@ def test_rehearsing_leaves_no_trace(monkeypatch):
     before, random = copy.deepcopy(case.distiller.student.state_dict()), torch.get_rng_state()
     with case.compiling.epoch(1, 1):
         case.compiling.begin(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
-    assert case.compiler.calls == REHEARSALS
+    assert case.compiler.calls == WARMUP_STEPS
     torch.testing.assert_close(case.distiller.student.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in case.distiller.student.parameters())
@@ -236,8 +243,8 @@ def train(folder, **settings):
     torch.manual_seed(0)
     distiller = Distiller(network(), network(), KD())
     settings = TrainingSettings(epochs=2, lr=0.05, checkpoint_seconds=0, **settings)
-    training = Training(
-        distiller, Numbers(), Numbers(), settings, CPU, folder=folder, observer=Silent(), classes=3, test=None
+    training = Trainer(
+        distiller, Numbers(), Numbers(), settings, CPU, folder=folder, observer=SilentObserver(), classes=3, test=None
     )
     training.run()
     return distiller
@@ -247,14 +254,14 @@ def test_compiled_training_is_saved_as_plain_training_is(tmp_path, monkeypatch):
     """Torch's own compiler, with kernels left as they are: it must come to the same bits, under the same names."""
     torch.compiler.reset()
     compiled = []
-    defaults = dict(Compiling.__init__.__kwdefaults__)
+    defaults = dict(StudentCompiler.__init__.__kwdefaults__)
 
     def compile(forward, **options):
         compiled.append(options)
         return torch.compile(forward, backend="aot_eager", dynamic=options["dynamic"])
 
     plain = train(tmp_path / "plain", compile=False)
-    monkeypatch.setattr(Compiling.__init__, "__kwdefaults__", {**defaults, "compile": compile})
+    monkeypatch.setattr(StudentCompiler.__init__, "__kwdefaults__", {**defaults, "compile": compile})
     other = train(tmp_path / "compiled", compile=True)
     assert len(compiled) == 1
     assert list(other.state_dict()) == list(plain.state_dict())
@@ -276,7 +283,7 @@ def test_a_gpu_compiles_and_replays():
     distiller = Distiller(network(), None, Supervised()).cuda()
     settings = TrainingSettings(compile=True)
     optimizer = create_optimizer(distiller.trained_parameters(), settings)
-    compiling = Compiling(distiller, optimizer, settings, GPU, notes)
+    compiling = StudentCompiler(distiller, optimizer, settings, GPU, notes)
     images, labels = torch.randn(8, 3, 8, 8, device="cuda"), torch.arange(8, device="cuda") % 3
     with compiling.epoch(5, 5):
         compiling.begin(images)

@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from potstill import artifacts
+from potstill import io
 from potstill.data import workers
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import WorkerError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.methods import create_method
-from potstill.training import saving
-from potstill.training.checkpoint import load_checkpoint
+from potstill.training import checkpointing
+from potstill.training.callbacks import SilentObserver
+from potstill.training.checkpointing import load_checkpoint
 from potstill.training.devices import Compute
-from potstill.training.gradients import Gradients
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
+from potstill.training.optim import GradientAccumulator
 from potstill.training.settings import TrainingSettings
+from potstill.training.trainer import Trainer
 
 pytestmark = pytest.mark.own_process
 
@@ -43,14 +43,14 @@ def training(folder):
     ]
     torch.manual_seed(0)
     student = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.Tanh(), nn.Linear(8, CLASSES))
-    return Training(
+    return Trainer(
         Distiller(student, None, create_method("supervised")),
         *loaders,
         # a checkpoint after every step
         TrainingSettings(epochs=EPOCHS, batch_size=6, optimizer="sgd", lr=0.1, checkpoint_seconds=1e-9),
         Compute(torch.device("cpu"), bf16=False, channels_last=False),
         folder=folder,
-        observer=Silent(),
+        observer=SilentObserver(),
         classes=CLASSES,
     )
 
@@ -79,16 +79,16 @@ def check_goes_on(folder, undisturbed):
 # where the main thread is: what it enters then, and how often it has done so before
 PLACES = {
     "forward": (Distiller, "forward", 4),
-    "backward": (Gradients, "add", 3),
+    "backward": (GradientAccumulator, "add", 3),
     "in a backward hook": (nn.Tanh, "backward hook", 2),
     "optimizer": (torch.optim.SGD, "step hook", 3),
-    "gathering a checkpoint": (saving.ckpt, "pack_optimizer", 2),
-    "writing a checkpoint": (artifacts.os, "fsync", 5),
-    "replacing a checkpoint": (artifacts.os, "replace", 7),
-    "validation": (Training, "_evaluate", 0),
+    "gathering a checkpoint": (checkpointing.ckpt, "pack_optimizer", 2),
+    "writing a checkpoint": (io.os, "fsync", 5),
+    "replacing a checkpoint": (io.os, "replace", 7),
+    "validation": (Trainer, "_evaluate", 0),
     "within validation": (Distiller, "eval", 1),
-    "figures": (Training, "_figures", 1),
-    "keeping the best weights": (saving.Saving, "keep_best", 0),
+    "figures": (Trainer, "_figures", 1),
+    "keeping the best weights": (checkpointing.Checkpointer, "keep_best", 0),
 }
 
 
@@ -128,7 +128,7 @@ def test_killed_while_the_main_thread_is_anywhere(tmp_path, monkeypatch, undistu
 
 @pytest.mark.parametrize("image", range(1, DECODED + 1, 9))
 def test_killed_at_any_image(tmp_path, monkeypatch, undisturbed, image):
-    count, fit = multiprocessing.Value("i", 0), workers.fit
+    count, fit = multiprocessing.Value("i", 0), workers.resize_to_square
 
     def fit_or_die(*arguments):
         with count.get_lock():
@@ -139,7 +139,7 @@ def test_killed_at_any_image(tmp_path, monkeypatch, undisturbed, image):
         return fit(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "fit", fit_or_die)
+        patched.setattr(workers, "resize_to_square", fit_or_die)
         with pytest.raises(WorkerError, match="has died; the next images were "):
             training(tmp_path).run()
     check_goes_on(tmp_path, undisturbed)

@@ -3,9 +3,7 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.training.dot import DOT
-from potstill.training.gradients import Gradients
-from potstill.training.optimizers import create_optimizer, optimizer_class
+from potstill.training.optim import DOT, GradientAccumulator, create_optimizer, get_optimizer_class
 from potstill.training.settings import TrainingSettings
 from potstill.types import Step
 
@@ -45,7 +43,7 @@ def test_without_delta_it_is_sgd(clip, accumulate):
         net = network().double()
         settings = TrainingSettings(optimizer=name, lr=0.05, momentum=0.9, weight_decay=0.01, dot_delta=0.0)
         optimizer = create_optimizer(net.named_parameters(), settings)
-        gradients = Gradients(optimizer, list(net.parameters()))
+        gradients = GradientAccumulator(optimizer, list(net.parameters()))
         for step in range(6):
             for part in x.double().chunk(accumulate):
                 labels, distillation = losses(net, part, step)
@@ -84,7 +82,7 @@ def test_clipping_bounds_the_sum_and_keeps_the_proportion():
 def test_no_label_terms_at_all():
     weight = nn.Parameter(torch.tensor([1.0]))
     optimizer = DOT([weight], lr=0.1, momentum=0.5, delta=0.2)
-    gradients = Gradients(optimizer, [weight])
+    gradients = GradientAccumulator(optimizer, [weight])
     for _ in range(2):
         gradients.add(Step(torch.zeros(1, 2), {"kd": 2 * weight.sum()}))
         optimizer.step()
@@ -97,14 +95,14 @@ def test_only_the_named_terms_are_the_labels():
     optimizer = DOT([weight], lr=0.1)
     step = Step(torch.zeros(1, 2), {"ce": weight.sum(), "hard": 2 * weight.sum(), "kd": 4 * weight.sum()})
     step.label_terms = frozenset({"ce", "hard"})
-    Gradients(optimizer, [weight]).add(step)
+    GradientAccumulator(optimizer, [weight]).add(step)
     optimizer.step()
     assert optimizer.state[weight]["task"].item() == 3
     assert optimizer.state[weight]["distillation"].item() == 4
 
 
 def test_what_cannot_be():
-    assert optimizer_class("DOT") is DOT
+    assert get_optimizer_class("DOT") is DOT
     for momentum, delta in ((0.9, 0.1), (0.05, 0.075), (0.9, -0.1)):
         with pytest.raises(ValueError, match="delta"):
             DOT([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=momentum, delta=delta)

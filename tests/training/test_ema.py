@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.training.ema import WeightAverage, warmed_up_decay
+from potstill.training.averaging import ModelEma, warmed_up_decay
 
 
 def network(value: float) -> nn.Module:
@@ -24,7 +24,7 @@ def test_decays_by_hand(decay: float, updates: int, wanted: float) -> None:
 
 def test_three_updates_by_hand() -> None:
     """1 is copied; then 2/11 of it and 9/11 of 2; then 3/12 of that and 9/12 of 4.  Statistics as weights."""
-    average = WeightAverage(network(0.0), 0.9999)
+    average = ModelEma(network(0.0), 0.9999)
     for value in (1.0, 2.0, 4.0):
         average.update_parameters(network(value))
     wanted = 3 / 12 * (2 / 11 * 1 + 9 / 11 * 2) + 9 / 12 * 4
@@ -36,19 +36,19 @@ def test_three_updates_by_hand() -> None:
 
 def test_a_short_training_is_not_averaged_with_its_beginning() -> None:
     """80 steps whose weights rise from 0 to 79: with a constant decay of 0.9999 the average would be 0.3."""
-    average = WeightAverage(network(0.0), 0.9999)
+    average = ModelEma(network(0.0), 0.9999)
     for step in range(80):
         average.update_parameters(network(float(step)))
     assert average.module[0].bias[0].item() > 70
 
 
 def test_a_loaded_state_goes_on_with_its_decay() -> None:
-    whole, first = WeightAverage(network(0.0), 0.99), WeightAverage(network(0.0), 0.99)
+    whole, first = ModelEma(network(0.0), 0.99), ModelEma(network(0.0), 0.99)
     for value in range(6):
         whole.update_parameters(network(value))
     for value in range(3):
         first.update_parameters(network(value))
-    second = WeightAverage(network(0.0), 0.99)
+    second = ModelEma(network(0.0), 0.99)
     second.load_state_dict(first.state_dict())
     for value in range(3, 6):
         second.update_parameters(network(value))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.training.label_loss import LabelLoss, balanced_class_weights
+from potstill.training.trainer import LabelLoss, balanced_class_weights
 
 UNKNOWN = -100
 WEIGHT = torch.tensor([0.5, 2.0, 1.0])

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import NonFiniteError
-from potstill.evaluation.evaluate import collect
+from potstill.evaluation.predictions import predict_probabilities
 from potstill.methods import create_method
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
+from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
 from potstill.training.settings import TrainingSettings
+from potstill.training.trainer import Trainer
 from potstill.types import Batch
 
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
@@ -70,14 +70,14 @@ def train(folder, settings=None, method=None, teacher=None, resume=False, loader
     student = Counting()
     distiller = Distiller(student, teacher, method or Supervised())
     settings = settings or TrainingSettings(epochs=4, lr=0.05, checkpoint_seconds=0)
-    training = Training(
+    training = Trainer(
         distiller,
         loader or Numbers(18),
         Numbers(9, seed=1),
         settings,
         CPU,
         folder=folder,
-        observer=Silent(),
+        observer=SilentObserver(),
         classes=3,
         **kwargs,
     )
@@ -86,7 +86,7 @@ def train(folder, settings=None, method=None, teacher=None, resume=False, loader
         class Died(Exception):
             pass
 
-        class Mortal(Silent):
+        class Mortal(SilentObserver):
             def epoch_start(self, epoch, *_):
                 if epoch > epochs_run:
                     raise Died
@@ -129,9 +129,9 @@ def test_every_update_is_made_at_the_rate_of_its_schedule(tmp_path, accumulate):
     )
     torch.manual_seed(0)
     student = Counting()
-    training = Training(
+    training = Trainer(
         Distiller(student, None, Supervised()), Numbers(16), Numbers(9, seed=1), settings, CPU,
-        folder=tmp_path, observer=Silent(), classes=3,
+        folder=tmp_path, observer=SilentObserver(), classes=3,
     )  # fmt: skip
     rates = []
     training.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
@@ -146,9 +146,9 @@ def test_a_training_that_is_made_longer_goes_on_at_the_rate_of_the_longer_schedu
     settings = {"lr": 0.4, "schedule": "cosine", "checkpoint_seconds": 0}
     train(tmp_path, TrainingSettings(epochs=2, **settings))
     torch.manual_seed(0)
-    training = Training(
+    training = Trainer(
         Distiller(Counting(), None, Supervised()), Numbers(18), Numbers(9, seed=1),
-        TrainingSettings(epochs=4, **settings), CPU, folder=tmp_path, observer=Silent(), classes=3,
+        TrainingSettings(epochs=4, **settings), CPU, folder=tmp_path, observer=SilentObserver(), classes=3,
     )  # fmt: skip
     rates = []
     training.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
@@ -161,9 +161,9 @@ def test_the_layers_of_a_method_are_trained_too(tmp_path):
     distiller = Distiller(Counting(), Counting(), create_method("cc", dim=4), example=torch.randn(4, 3, 2, 2))
     before = {name: parameter.clone() for name, parameter in distiller.method.named_parameters()}
     assert {name.partition(".")[0] for name in before} == {"embed_student", "embed_teacher"}
-    Training(
+    Trainer(
         distiller, Numbers(18), Numbers(9, seed=1), TrainingSettings(epochs=1, lr=0.05), CPU,
-        folder=tmp_path, observer=Silent(), classes=3,
+        folder=tmp_path, observer=SilentObserver(), classes=3,
     ).run()  # fmt: skip
     for name, parameter in distiller.method.named_parameters():
         assert not torch.equal(parameter, before[name]), name
@@ -254,14 +254,14 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
     def weights(batch_size, accumulate, folder):
         torch.manual_seed(0)
         net = Linear()
-        Training(
+        Trainer(
             Distiller(net, None, Supervised()),
             Numbers(16, batch_size),
             Numbers(9, seed=1),
             TrainingSettings(epochs=1, optimizer="sgd", lr=0.1, accumulate=accumulate),
             CPU,
             folder=folder,
-            observer=Silent(),
+            observer=SilentObserver(),
             classes=3,
         ).run()
         return net[1].weight
@@ -283,13 +283,13 @@ def test_averaged_weights_follow_the_definition(tmp_path):
     settings = TrainingSettings(epochs=1, optimizer="sgd", lr=0.1, ema_decay=decay)
     seen = []
 
-    class Watching(Silent):
+    class Watching(SilentObserver):
         def step(self, images):
             seen.append(student.net[1].weight.detach().clone())
 
     torch.manual_seed(0)
     student = Counting()
-    training = Training(
+    training = Trainer(
         Distiller(student, None, Supervised()),
         Numbers(18),
         Numbers(9, seed=1),
@@ -326,21 +326,21 @@ def test_what_picks_an_epoch_is_what_is_reported_of_it(tmp_path):
     torch.manual_seed(0)
     student = Counting()
     compute = Compute(torch.device("cpu"), bf16=True, channels_last=False)
-    training = Training(
+    training = Trainer(
         Distiller(student, None, Supervised()),
         Numbers(18),
         Numbers(30, seed=1),
         TrainingSettings(epochs=3, lr=0.05),
         compute,
         folder=tmp_path,
-        observer=Silent(),
+        observer=SilentObserver(),
         classes=3,
     )
     history = training.run()
     picked = history.records[history.best_epoch - 1]["val"]
     logged = {}
     for precision in ("float32", "bf16"):
-        probabilities, labels, _ = collect(student, Numbers(30, seed=1), classes=3, precision=precision)
+        probabilities, labels, _ = predict_probabilities(student, Numbers(30, seed=1), classes=3, precision=precision)
         logged[precision] = -float(np.log(probabilities[np.arange(30), labels]).mean())
     assert picked["nll"] == pytest.approx(logged["float32"], rel=1e-6)
     assert logged["bf16"] != pytest.approx(logged["float32"], rel=1e-5)  # or this would show nothing

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.methods.base import Method
 from potstill.methods.kd import KD
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
+from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
 from potstill.training.settings import TrainingSettings
+from potstill.training.trainer import Trainer
 from potstill.types import Batch
 
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
@@ -48,7 +48,7 @@ class Watching(Method):
 
     def __init__(self, **needs):
         super().__init__()
-        self.needs = Needs(teacher=False, **needs)
+        self.needs = Requirements(teacher=False, **needs)
         self.seen, self.begun = [], []
 
     def start_epoch(self, epoch, epochs):
@@ -68,14 +68,14 @@ def network():
 def training(folder, method, loader=None, teacher=None, **settings):
     net = network()
     torch.manual_seed(0)
-    return Training(
+    return Trainer(
         Distiller(net, teacher, method),
         loader or Numbers(),
         Numbers(seed=1),
         TrainingSettings(**({"epochs": 3, "lr": 0.05, "checkpoint_seconds": 0} | settings)),
         CPU,
         folder=folder,
-        observer=Silent(),
+        observer=SilentObserver(),
         classes=3,
     )
 
@@ -92,7 +92,7 @@ def cut(folder, method, after, **options):
     """A training whose process dies at the start of an epoch."""
     dying = training(folder, method, **options)
 
-    class Mortal(Silent):
+    class Mortal(SilentObserver):
         def epoch_start(self, epoch, *_):
             if epoch > after:
                 raise Died

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.training.optimizers import create_optimizer, lr_factor, optimizer_class
+from potstill.training.optim import create_optimizer, get_optimizer_class, lr_factor
 from potstill.training.settings import TrainingSettings
 
 
@@ -47,7 +47,7 @@ def test_sgd_step_worked_by_hand():
 
 def test_unknown_names_come_with_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'adamw'"):
-        optimizer_class("adamww")
+        get_optimizer_class("adamww")
     with pytest.raises(UsageError, match="SGD takes no 'moment'; did you mean 'momentum'"):
         create_optimizer(
             nn.Linear(1, 1).named_parameters(), TrainingSettings(optimizer="sgd", optimizer_options={"moment": 1})

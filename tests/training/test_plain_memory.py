@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.training import checkpoint as ckpt
-from potstill.training.optimizers import create_optimizer
-from potstill.training.plain_memory import PlainMemory
+from potstill.training import checkpointing as ckpt
+from potstill.training.optim import ChannelsLastStep, create_optimizer
 from potstill.training.settings import TrainingSettings
 
 KINDS = {
@@ -42,7 +41,7 @@ def test_the_same_bits_as_without(kind):
         net = network()
         optimizer = KINDS[kind](net.parameters())
         if shown:
-            PlainMemory(optimizer)
+            ChannelsLastStep(optimizer)
         learn(net, optimizer, 4)
         found.append((net.state_dict(), optimizer.state_dict()))
         assert [weight.stride() for weight in net.parameters()] == [w.stride() for w in network().parameters()]
@@ -54,7 +53,7 @@ def test_resumed_equals_uninterrupted(kind, tmp_path):
     """Moments come back from a checkpoint in plain memory, beside weights that are channels last."""
     whole = network()
     optimizer = KINDS[kind](whole.parameters())
-    PlainMemory(optimizer)
+    ChannelsLastStep(optimizer)
     learn(whole, optimizer, 2)
     weights = copy.deepcopy(whole.state_dict())
     tensors, facts = ckpt.pack_optimizer(optimizer)
@@ -64,7 +63,7 @@ def test_resumed_equals_uninterrupted(kind, tmp_path):
     resumed = network()
     resumed.load_state_dict(weights)
     again = KINDS[kind](resumed.parameters())
-    PlainMemory(again)
+    ChannelsLastStep(again)
     ckpt.unpack_optimizer(again, *ckpt.load_checkpoint(tmp_path / "it"))
     learn(resumed, again, 2, start=2)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
@@ -74,7 +73,7 @@ def test_the_kernel_is_given_plain_memory():
     """Otherwise it copies: that is what takes the time."""
     net = network()
     optimizer = KINDS["adamw"](net.parameters())
-    PlainMemory(optimizer)
+    ChannelsLastStep(optimizer)
     layouts = []
     optimizer.register_step_pre_hook(
         lambda optimizer, *_: layouts.append([weight.is_contiguous() for weight in net.parameters()])
@@ -90,11 +89,11 @@ def test_weights_without_gradients_and_optimizers_that_are_not_fused_are_left_al
     net = network()
     net[0].requires_grad_(False)
     optimizer = KINDS["adamw"](net.parameters())
-    PlainMemory(optimizer)
+    ChannelsLastStep(optimizer)
     learn(net, optimizer, 1)
     assert net[0].weight.stride() == network()[0].weight.stride()
     loose = torch.optim.SGD(network().parameters(), lr=0.1, foreach=False)
-    PlainMemory(loose)
+    ChannelsLastStep(loose)
     assert not loose._optimizer_step_pre_hooks
 
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.training.calibration import CLEARLY
+from potstill.training.autotune import MAX_TIMING_SHARE, MIN_SPEEDUP, PrecisionSelector
+from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
-from potstill.training.observer import Silent
-from potstill.training.precisions import SHARE, Precisions
 from potstill.training.settings import TrainingSettings
 
 FAST = Compute(torch.device("cpu"), bf16=True, channels_last=False)
@@ -45,13 +44,13 @@ class Net(nn.Module):
 
 
 def settle(
-    precisions: Precisions,
+    precisions: PrecisionSelector,
     network: nn.Module,
     name: str = "net",
     settings: TrainingSettings = AUTO,
     compute: Compute = FAST,
     images: int = 10_000,
-    observer: Silent | None = None,
+    observer: SilentObserver | None = None,
 ) -> str:
     return precisions.settle(network, name, 16, settings, compute, images=images, observer=observer).precision
 
@@ -62,9 +61,9 @@ def settle(
 )
 def test_bf16_unless_float32_is_clearly_faster(bf16: float, float32: float, kept: str) -> None:
     clock, kept_facts = Clock(bf16, float32), []
-    precisions = Precisions(keep=kept_facts.append, clock=clock)
+    precisions = PrecisionSelector(keep=kept_facts.append, clock=clock)
     assert settle(precisions, Net(clock)) == kept
-    assert CLEARLY == 1.1
+    assert MIN_SPEEDUP == 1.1
     (facts,) = kept_facts
     assert facts["precision"] == kept
     assert facts["precisions"]["net at 16 px"]["precision"] == kept
@@ -73,7 +72,7 @@ def test_bf16_unless_float32_is_clearly_faster(bf16: float, float32: float, kept
 
 def test_baseline_and_distilled_are_one_network_and_another_is_timed_on_its_own() -> None:
     clock = Clock(0.015, 0.010)
-    precisions = Precisions(clock=clock)
+    precisions = PrecisionSelector(clock=clock)
     assert settle(precisions, Net(clock)) == "float32"
     clock.seconds[torch.bfloat16] = 0.001  # by now a neighbour is busy, or no longer
     assert settle(precisions, Net(clock)) == "float32"
@@ -82,11 +81,11 @@ def test_baseline_and_distilled_are_one_network_and_another_is_timed_on_its_own(
 
 def test_a_resumed_or_reproduced_run_takes_what_was_recorded() -> None:
     clock = Clock(0.015, 0.010)
-    first = Precisions(clock=clock)
+    first = PrecisionSelector(clock=clock)
     settle(first, Net(clock))
     recorded = json.loads(json.dumps({"threads": 1, **first.facts}))
     clock.seconds[torch.bfloat16], passed = 0.001, clock.images
-    second = Precisions(recorded, clock=clock)
+    second = PrecisionSelector(recorded, clock=clock)
     assert settle(second, Net(clock)) == "float32"
     assert clock.images == passed  # not timed again
     assert second.facts == first.facts
@@ -94,7 +93,7 @@ def test_a_resumed_or_reproduced_run_takes_what_was_recorded() -> None:
 
 def test_what_is_given_or_cannot_be_otherwise_is_not_timed() -> None:
     clock = Clock(0.015, 0.010)
-    precisions = Precisions(clock=clock)
+    precisions = PrecisionSelector(clock=clock)
     assert settle(precisions, Net(clock), settings=TrainingSettings(precision="bf16")) == "bf16"
     assert settle(precisions, Net(clock), compute=SLOW) == "float32"
     assert (clock.images, precisions.facts) == (0, {})
@@ -106,12 +105,12 @@ def test_timing_passes_at_most_a_fiftieth_of_the_trainings_images(images: int, d
     """Ten epochs; where 16 images in three steps of either precision are more than that, the network's kind decides."""
     clock, notes = Clock(0.010, 0.010), []
 
-    class Listening(Silent):
+    class Listening(SilentObserver):
         def note(self, message: str) -> None:
             notes.append(message)
 
-    found = settle(Precisions(clock=clock), Net(clock, depthwise=depthwise), images=images, observer=Listening())
-    assert SHARE == 0.02
+    found = settle(PrecisionSelector(clock=clock), Net(clock, depthwise=depthwise), images=images, observer=Listening())
+    assert MAX_TIMING_SHARE == 0.02
     assert clock.images <= images * 10 // 50
     timed = images * 10 // 50 >= 3 * 2 * 16
     assert (clock.images > 0) == timed == bool(notes)
@@ -120,7 +119,7 @@ def test_timing_passes_at_most_a_fiftieth_of_the_trainings_images(images: int, d
 
 def test_teachers_keep_their_own_precision() -> None:
     clock = Clock(0.015, 0.010)
-    compute = Precisions(clock=clock).settle(Net(clock), "net", 16, AUTO, FAST, images=10_000)
+    compute = PrecisionSelector(clock=clock).settle(Net(clock), "net", 16, AUTO, FAST, images=10_000)
     assert not compute.bf16
     assert compute.teachers_in_bf16
     assert not SLOW.teachers_in_bf16

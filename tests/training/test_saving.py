@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import StorageError
 from potstill.methods.supervised import Supervised
-from potstill.training import checkpoint, saving
+from potstill.training import checkpointing
 from potstill.training.devices import Compute
-from potstill.training.history import History
 from potstill.training.settings import TrainingSettings
+from potstill.training.state import History
 
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
 
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    monkeypatch.setattr(saving, "time", found)
+    monkeypatch.setattr(checkpointing, "time", found)
     return found
 
 
@@ -37,20 +37,20 @@ def saver(folder, **settings):
     distiller = Distiller(nn.Linear(3, 2), None, Supervised())
     optimizer = torch.optim.SGD(distiller.student.parameters(), lr=0.1)
     schedule = LambdaLR(optimizer, lambda _: 1.0)
-    return saving.Saving(
+    return checkpointing.Checkpointer(
         folder, TrainingSettings(epochs=4, **settings), CPU, distiller, optimizer, schedule, None, History()
     )
 
 
 @pytest.mark.parametrize(("cost", "interval"), [(0.1, 60), (3.0, 150), (16.0, 800)])
 def test_checkpoints_take_at_most_a_fiftieth_of_the_time(tmp_path, clock, monkeypatch, cost, interval):
-    write = checkpoint.save_checkpoint
+    write = checkpointing.save_checkpoint
 
     def slow(*args, **kwargs):
         write(*args, **kwargs)
         clock.now += cost
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", slow)
     found = saver(tmp_path)
     clock.now += 59.9
     assert not found.is_due
@@ -64,7 +64,7 @@ def test_checkpoints_take_at_most_a_fiftieth_of_the_time(tmp_path, clock, monkey
 
 
 def test_an_interval_that_is_given_is_kept_whatever_it_costs(tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *_, **__: setattr(clock, "now", clock.now + 100))
+    monkeypatch.setattr(checkpointing, "save_checkpoint", lambda *_, **__: setattr(clock, "now", clock.now + 100))
     found = saver(tmp_path, checkpoint_seconds=5)
     found.save(1)
     assert not found.is_due
@@ -74,13 +74,13 @@ def test_an_interval_that_is_given_is_kept_whatever_it_costs(tmp_path, clock, mo
 
 
 def test_what_is_written_beside_the_training_is_the_state_at_that_time(tmp_path, monkeypatch):
-    write, may_write = checkpoint.save_checkpoint, threading.Event()
+    write, may_write = checkpointing.save_checkpoint, threading.Event()
 
     def waiting(*args, **kwargs):
         assert may_write.wait(60)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", waiting)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", waiting)
     found = saver(tmp_path)
     weight = found.distiller.student.weight
     before = weight.detach().clone()
@@ -90,7 +90,7 @@ def test_what_is_written_beside_the_training_is_the_state_at_that_time(tmp_path,
         weight += 1  # training goes on
     may_write.set()
     found.wait()
-    tensors, facts = checkpoint.load_checkpoint(tmp_path / saving.LAST)
+    tensors, facts = checkpointing.load_checkpoint(tmp_path / checkpointing.LAST)
     assert facts["epoch"] == 1
     assert torch.equal(tensors["distiller/student.weight"], before)
     assert not torch.equal(weight, before)
@@ -101,7 +101,7 @@ def test_an_error_of_the_writing_thread_arrives(tmp_path, monkeypatch, call):
     def full(*_, **__):
         raise StorageError("cannot write last.checkpoint: No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", full)
     found = saver(tmp_path)
     found.save(1, beside=True)
     with pytest.raises(StorageError, match="No space left"):
@@ -115,9 +115,9 @@ def test_checkpoints_of_a_finished_stage_are_removed_and_its_figures_stay(tmp_pa
     for epoch in (1, 2):
         found.save(epoch)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-    saving.finish_checkpoints(tmp_path, found.history, keep=True)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [saving.LAST]
-    saving.finish_checkpoints(tmp_path, found.history, keep=False)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [saving.FIGURES]
-    saving.restore_lines(tmp_path)
+    checkpointing.finish_checkpoints(tmp_path, found.history, keep=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [checkpointing.LAST]
+    checkpointing.finish_checkpoints(tmp_path, found.history, keep=False)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [checkpointing.FIGURES]
+    checkpointing.restore_metrics_file(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text().startswith('{"epoch": 1, "best": true')

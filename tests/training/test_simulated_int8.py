@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from potstill.config.recipe import load_recipe
 from potstill.errors import UsageError
-from potstill.experiments.recipe import load_recipe
+from potstill.training.qat import fake_quantize_input, fake_quantize_weight, simulated_int8
 from potstill.training.settings import TrainingSettings
-from potstill.training.simulated_int8 import rounded_input, rounded_weight, simulated_int8
 
 from .test_loop import lines, train
 
@@ -24,17 +24,17 @@ def test_inputs_are_rounded_as_onnx_does():
     low, high = float(values.min()), float(values.max())
     scale = np.float32((high - low) / 255)
     expected = quantized_and_back(values.numpy(), scale, -128 - np.rint(low / scale))
-    np.testing.assert_allclose(rounded_input(values).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(fake_quantize_input(values).numpy(), expected, atol=1e-6)
     positive = values.abs() + 1  # of the range [0, high], as after ReLU: 0 is always among the steps
     scale = np.float32(float(positive.max()) / 255)
     expected = quantized_and_back(positive.numpy(), scale, -128)
-    np.testing.assert_allclose(rounded_input(positive).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(fake_quantize_input(positive).numpy(), expected, atol=1e-6)
 
 
 def test_weights_are_rounded_by_output_channel():
     weight = torch.randn(4, 3, 3, 3) * torch.tensor([0.01, 1.0, 10.0, 0.0]).view(4, 1, 1, 1)
     scale = np.maximum(np.abs(weight.numpy()).max((1, 2, 3), keepdims=True) / 127, 1e-12)
-    np.testing.assert_allclose(rounded_weight(weight).numpy(), np.rint(weight.numpy() / scale) * scale, atol=1e-6)
+    np.testing.assert_allclose(fake_quantize_weight(weight).numpy(), np.rint(weight.numpy() / scale) * scale, atol=1e-6)
 
 
 def network():
@@ -50,18 +50,18 @@ def network():
 
 def test_a_forward_pass_is_that_of_rounded_layers():
     made, images = network().eval(), torch.randn(5, 3, 4, 4)
-    hidden = rounded_input(images)
+    hidden = fake_quantize_input(images)
     for layer in made:
         if isinstance(layer, nn.Conv2d):
             hidden = nn.functional.conv2d(
-                rounded_input(hidden),
-                rounded_weight(layer.weight),
+                fake_quantize_input(hidden),
+                fake_quantize_weight(layer.weight),
                 layer.bias,
                 padding=layer.padding,
                 groups=layer.groups,
             )
         elif isinstance(layer, nn.Linear):
-            hidden = nn.functional.linear(rounded_input(hidden), rounded_weight(layer.weight), layer.bias)
+            hidden = nn.functional.linear(fake_quantize_input(hidden), fake_quantize_weight(layer.weight), layer.bias)
         else:
             hidden = layer(hidden)
     with simulated_int8(made):

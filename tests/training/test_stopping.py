@@ -8,18 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import NonFiniteError, Stopped
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.methods import create_method
+from potstill.training.callbacks import SignalHandler, SilentObserver
 from potstill.training.devices import Compute
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
 from potstill.training.settings import TrainingSettings
-from potstill.training.stopping import Stopping
+from potstill.training.trainer import Trainer
 
 pytestmark = pytest.mark.own_process
 
@@ -45,7 +44,7 @@ def network(seed):
     )
 
 
-class AtStep(Silent):
+class AtStep(SilentObserver):
     """Sends a signal to this process after so many steps in all, or so many batches of evaluation."""
 
     def __init__(self, after, number=signal.SIGTERM):
@@ -67,9 +66,9 @@ def training(folder, method="kd", observer=None, stopping=None, **settings):
         student, teacher, made, example=torch.zeros(2, 3, 8, 8), train_labels=train.labels, batch_size=BATCH
     )
     settings = {"epochs": EPOCHS, "lr": 0.02, "schedule": "cosine", "checkpoint_seconds": 0} | settings
-    return Training(
+    return Trainer(
         distiller, train, loader("listed"), TrainingSettings(**settings), CPU, folder=folder,
-        observer=observer or Silent(), classes=CLASSES, stopping=stopping,
+        observer=observer or SilentObserver(), classes=CLASSES, stopping=stopping,
     )  # fmt: skip
 
 
@@ -90,7 +89,7 @@ def same(one, two):
 
 def ended(folder, after, number=signal.SIGTERM, **settings):
     """Ends a training after so many of its steps."""
-    with Stopping() as stopping:
+    with SignalHandler() as stopping:
         run = training(folder, observer=AtStep(after, number), stopping=stopping, **settings)
         with pytest.raises(Stopped) as stopped:
             run.run()
@@ -117,7 +116,7 @@ def test_at_any_step(tmp_path, whole, after):
 def test_at_every_step_of_one_training(tmp_path, whole):
     ended(tmp_path, 1)
     for _ in range(EPOCHS * STEPS - 1):
-        with Stopping() as stopping:
+        with SignalHandler() as stopping:
             run = training(tmp_path, observer=AtStep(2), stopping=stopping)
             # The steps that were done are told first, so the second is new; none is new at an epoch's beginning.
             with pytest.raises(Stopped):
@@ -151,11 +150,11 @@ def test_whatever_there_is_besides_weights(tmp_path, method, settings):
 
 
 def test_while_it_is_evaluated(tmp_path, whole):
-    class InEvaluation(Silent):
+    class InEvaluation(SilentObserver):
         def epoch_start(self, *_):
             self.steps = 0
 
-    with Stopping() as stopping:
+    with SignalHandler() as stopping:
         run = training(tmp_path, stopping=stopping)
         plain, calls = run.others["val"].epoch, []
 
@@ -200,7 +199,7 @@ def test_killed_between_two_checkpoints_within_an_epoch(tmp_path, whole):
 def test_nothing_that_is_not_finite_is_saved(tmp_path):
     run = training(tmp_path, checkpoint_seconds=1e-9)
 
-    class Spoiling(Silent):
+    class Spoiling(SilentObserver):
         seen = 0
 
         def step(self, images):
@@ -218,13 +217,13 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path):
 
 
 def test_outside_of_training_it_ends_at_once():
-    with Stopping(), pytest.raises(Stopped):
+    with SignalHandler(), pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with Stopping():
+    with SignalHandler():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -233,7 +232,7 @@ def test_another_thread_may_train_and_hears_nothing():
     found = []
 
     def work():
-        with Stopping() as stopping, stopping.patiently():
+        with SignalHandler() as stopping, stopping.deferred():
             found.append(stopping.requested)
 
     thread = threading.Thread(target=work)
@@ -245,7 +244,7 @@ def test_another_thread_may_train_and_hears_nothing():
 def test_the_second_signal_does_not_wait():
     pid = os.fork()
     if pid == 0:
-        with Stopping() as stopping, stopping.patiently():
+        with SignalHandler() as stopping, stopping.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             if stopping.requested != signal.SIGTERM:
                 os._exit(3)

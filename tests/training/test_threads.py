@@ -5,12 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.training import threads as threads_module
-from potstill.training.calibration import Calibration, calibrate
+from potstill.training import autotune as threads_module
+from potstill.training.autotune import ThreadChoice, ThreadSelector, choose_threads, usable_cores
+from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
-from potstill.training.observer import Silent
 from potstill.training.settings import TrainingSettings
-from potstill.training.threads import Threads, usable_cores
 
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
 GPU = Compute(torch.device("cuda"), bf16=True, channels_last=True)
@@ -32,9 +31,9 @@ def asked(monkeypatch):
     def calibrate(step, candidates):
         step()
         calls.append(list(candidates))
-        return Calibration(candidates[-1], dict.fromkeys(candidates, 0.01))
+        return ThreadChoice(candidates[-1], dict.fromkeys(candidates, 0.01))
 
-    monkeypatch.setattr(threads_module, "calibrate", calibrate)
+    monkeypatch.setattr(threads_module, "choose_threads", calibrate)
     return calls
 
 
@@ -46,11 +45,11 @@ def settle(threads, settings=AUTO, compute=CPU, **kwargs):
 def test_the_first_training_is_timed_and_the_others_follow(asked):
     notes, kept = [], []
 
-    class Listening(Silent):
+    class Listening(SilentObserver):
         def note(self, message):
             notes.append(message)
 
-    with Threads(keep=kept.append) as threads:
+    with ThreadSelector(keep=kept.append) as threads:
         assert settle(threads, observer=Listening()) == 1
         torch.set_num_threads(5)
         assert settle(threads, observer=Listening()) == 1
@@ -62,7 +61,7 @@ def test_the_first_training_is_timed_and_the_others_follow(asked):
 
 def test_a_resumed_run_takes_what_its_first_process_found(asked):
     kept = []
-    with Threads({"threads": 3, "calibration": {"1": 0.5, "3": 0.2}}, kept.append) as threads:
+    with ThreadSelector({"threads": 3, "calibration": {"1": 0.5, "3": 0.2}}, kept.append) as threads:
         assert settle(threads) == 3
     assert asked == []
     assert kept == [{"threads": 3, "calibration": {"1": 0.5, "3": 0.2}}]  # environment.json is written anew
@@ -70,13 +69,13 @@ def test_a_resumed_run_takes_what_its_first_process_found(asked):
 
 @pytest.mark.parametrize("recorded", [{"threads": 3}, {"threads": 9, "calibration": {}}, {}, None])
 def test_what_nobody_chose_or_what_another_machine_had_is_found_anew(asked, recorded):
-    with Threads(recorded) as threads:
+    with ThreadSelector(recorded) as threads:
         assert settle(threads) == 1
     assert asked == [[8, 1]]
 
 
 def test_an_explicit_number_is_taken_as_it_is(asked):
-    with Threads() as threads:
+    with ThreadSelector() as threads:
         assert settle(threads, TrainingSettings(threads=3)) == 3
         assert settle(threads) == 1  # the next training's own setting
     assert asked == [[8, 1]]
@@ -84,7 +83,7 @@ def test_an_explicit_number_is_taken_as_it_is(asked):
 
 @pytest.mark.parametrize(("workers", "candidates"), [(2, [[6, 1]]), (6, [[2, 1]]), (7, []), (20, [])])
 def test_workers_need_cores_too(asked, workers, candidates):
-    with Threads() as threads:
+    with ThreadSelector() as threads:
         settle(threads, workers=workers)
     assert asked == candidates
 
@@ -92,29 +91,29 @@ def test_workers_need_cores_too(asked, workers, candidates):
 def test_one_thread_leaves_nothing_to_time(asked):
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
     kept = []
-    with Threads(keep=kept.append) as threads:
+    with ThreadSelector(keep=kept.append) as threads:
         assert settle(threads) == 1
     assert asked == []
     assert kept == [{"threads": 1, "calibration": {}}]
 
 
 def test_on_a_gpu_nothing_is_timed(asked):
-    with Threads() as threads:
+    with ThreadSelector() as threads:
         assert settle(threads, compute=GPU) == 8
     assert asked == []
 
 
 def test_never_more_threads_than_were_allowed(asked):
     torch.set_num_threads(4)  # as OMP_NUM_THREADS=4 does
-    with Threads() as threads:
+    with ThreadSelector() as threads:
         settle(threads)
     assert asked == [[4, 1]]
 
 
 def test_for_real(monkeypatch):
     set_threads = torch.set_num_threads  # calibrate's default is PyTorch's own, which would start eight
-    monkeypatch.setattr(threads_module, "calibrate", partial(calibrate, set_threads=set_threads))
-    with Threads() as threads:
+    monkeypatch.setattr(threads_module, "choose_threads", partial(choose_threads, set_threads=set_threads))
+    with ThreadSelector() as threads:
         settle(threads)
         assert threads.found.threads in (1, 8)
         assert sorted(threads.found.seconds) == [1, 8]
@@ -125,6 +124,6 @@ def test_for_real(monkeypatch):
 )
 def test_a_containers_share_counts(monkeypatch, tmp_path, text, cores):
     (tmp_path / "cpu.max").write_text(text + "\n")
-    monkeypatch.setattr(threads_module, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(threads_module, "_CPU_QUOTA_FILE", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
     assert usable_cores() == cores

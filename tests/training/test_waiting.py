@@ -10,21 +10,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from potstill.distiller import Distiller
-from potstill.evaluation.metrics import ROWS, StreamingMetrics
-from potstill.inputs import InputSpec
-from potstill.methods import create_method, list_methods
+from potstill.distillation.distiller import Distiller
+from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics
+from potstill.input_spec import InputSpec
+from potstill.methods import REQUIRED, create_method, list_methods, method_options
 from potstill.methods.at import AT
-from potstill.methods.catalog import REQUIRED, options
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
-from potstill.models.create import create_model
-from potstill.training.averages import TermAverages
+from potstill.models.factory import create_model
+from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
-from potstill.training.gradients import Gradients
-from potstill.training.loop import Training
-from potstill.training.observer import Silent
+from potstill.training.optim import GradientAccumulator
 from potstill.training.settings import TrainingSettings
+from potstill.training.state import TermAverages
+from potstill.training.trainer import Trainer
 from potstill.types import UNLABELED, Batch
 
 GPU = torch.device("cuda:0")
@@ -111,7 +110,7 @@ def distil(method):
 
 
 def made(name):
-    given = {key: GIVEN[each.annotation] for key, each in options(name).items() if each.default is REQUIRED}
+    given = {key: GIVEN[each.annotation] for key, each in method_options(name).items() if each.default is REQUIRED}
     return create_method(name, **given, **({"paraphraser_epochs": 1} if name == "ft" else {}))
 
 
@@ -163,15 +162,22 @@ def test_no_step_of_the_loop_waits(tmp_path, monkeypatch, optimizer, method):
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
 
-    monkeypatch.setattr(Gradients, "add", backward)
+    monkeypatch.setattr(GradientAccumulator, "add", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
         move(distiller)
         compute = Compute(GPU, bf16=False, channels_last=True)
-        loop = Training(
-            distiller, Numbers(), Numbers(), settings, compute, folder=tmp_path, observer=Silent(), classes=CLASSES
+        loop = Trainer(
+            distiller,
+            Numbers(),
+            Numbers(),
+            settings,
+            compute,
+            folder=tmp_path,
+            observer=SilentObserver(),
+            classes=CLASSES,
         )
         with Waits() as waits, pytest.raises(Over):
-            loop._train_epoch(0, loop._beginning())
+            loop._train_epoch(0, loop._new_epoch_state())
     assert waits.found == []
 
 
@@ -180,7 +186,7 @@ def test_metrics_wait_for_nothing_but_the_result():
         metrics, averages = StreamingMetrics(CLASSES, device=GPU), TermAverages()
         labels = torch.full((500,), UNLABELED, device=GPU)
         with Waits() as waits:
-            for _ in range(3 * ROWS // 500):
+            for _ in range(3 * BUFFER_ROWS // 500):
                 metrics.update(torch.empty(500, CLASSES, device=GPU, dtype=torch.bfloat16), labels)
                 averages.update({"ce": torch.empty((), device=GPU), "kd": torch.empty((), device=GPU)}, 500)
         assert waits.found == []
@@ -215,12 +221,19 @@ def test_a_real_gpu_is_not_waited_for(tmp_path, method):
     distiller, _ = distil(method())
     distiller.cuda()
     compute = Compute(GPU, bf16=True, channels_last=True)
-    loop = Training(
-        distiller, Numbers(), Numbers(), TrainingSettings(), compute, folder=tmp_path, observer=Silent(), classes=4
+    loop = Trainer(
+        distiller,
+        Numbers(),
+        Numbers(),
+        TrainingSettings(),
+        compute,
+        folder=tmp_path,
+        observer=SilentObserver(),
+        classes=4,
     )
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(Over):
-            loop._train_epoch(0, loop._beginning())
+            loop._train_epoch(0, loop._new_epoch_state())
     finally:
         torch.cuda.set_sync_debug_mode("default")

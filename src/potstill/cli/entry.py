@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from potstill import __version__
-from potstill.cli import catalogs, checking, experiments, exporting, federating, serving, stores, sweeping, using
-from potstill.cli.several import first, refuse_verb, who
-from potstill.console import plain
-from potstill.errors import Elsewhere, PotstillError, RankLost, Stopped, UsageError, storage_error
-from potstill.training.stopping import Stopping
+from potstill.cli import cache, catalog, check, deployment, federated, run, sweep
+from potstill.cli.run import check_verb, is_first_process, rank_prefix
+from potstill.console import escape_control
+from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, UsageError, storage_error
+from potstill.training.callbacks import SignalHandler
 
-OUR_BUG = 1
-WRONG_USAGE = 2
+INTERNAL_ERROR = 1
+USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell shows of other programs whose reader has gone
 _HELP = ["-h", "--help"]
@@ -53,22 +53,22 @@ def _options(
 
 
 for _verb in (
-    experiments.run,
-    experiments.train,
-    sweeping.sweep,
-    using.predict,
-    using.evaluate,
-    exporting.export,
-    serving.serve,
-    checking.check,
-    experiments.report,
-    catalogs.recipes,
-    catalogs.models,
-    catalogs.methods,
+    run.run,
+    run.train,
+    sweep.sweep,
+    deployment.predict,
+    deployment.evaluate,
+    deployment.export,
+    deployment.serve,
+    check.check,
+    run.report,
+    catalog.recipes,
+    catalog.models,
+    catalog.methods,
 ):
     app.command()(_verb)
-app.add_typer(stores.app, name="store")
-app.add_typer(federating.app, name="federated")
+app.add_typer(cache.cache_app, name="store")
+app.add_typer(federated.federated_app, name="federated")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _exit_code(arguments)
     finally:
         for stream in (sys.stdout, sys.stderr):
-            _let_go(stream)
+            _detach_closed_stream(stream)
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
@@ -89,29 +89,29 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # any file's name can be shown in any locale
     try:
-        with Stopping():  # whatever is being written when a signal comes is tidied up
-            code = _obey(list(sys.argv[1:] if arguments is None else arguments))
+        with SignalHandler():  # whatever is being written when a signal comes is tidied up
+            code = _run_verb(list(sys.argv[1:] if arguments is None else arguments))
             sys.stdout.flush()
         if code == INTERRUPTED:  # the parser has caught the KeyboardInterrupt
-            return _say(_INTERRUPTED, INTERRUPTED)
+            return _print_error(_INTERRUPTED, INTERRUPTED)
         return code if isinstance(code, int) else 0
     except (BrokenPipeError, SystemExit):  # SystemExit: what the parser makes of a BrokenPipeError inside a verb
         return CLOSED_PIPE
     except KeyboardInterrupt:
-        return _say(_INTERRUPTED, INTERRUPTED)
+        return _print_error(_INTERRUPTED, INTERRUPTED)
     except Stopped as stopped:
-        return _say(_INTERRUPTED, stopped.exit_code) if first() else stopped.exit_code
-    except Elsewhere as error:
+        return _print_error(_INTERRUPTED, stopped.exit_code) if is_first_process() else stopped.exit_code
+    except RemoteFailure as error:
         return error.exit_code
     except PotstillError as error:
-        return _say(_named(error), error.exit_code)
+        return _print_error(_message_with_rank(error), error.exit_code)
     except Exception as error:
-        return _other(error)
+        return _report_other_error(error)
 
 
-def _obey(arguments: list[str]) -> Any:
+def _run_verb(arguments: list[str]) -> Any:
     """Let typer run the verb; it returns an exit code, or None."""
-    refuse_verb(arguments)
+    check_verb(arguments)
     command: Any = typer.main.get_command(app)
     if len(arguments) == 2 and arguments[0] in command.commands and arguments[1] in _HELP:
         # Typer would first check the (absent) options before the verb, with pydantic: a tenth of a second.
@@ -122,32 +122,34 @@ def _obey(arguments: list[str]) -> Any:
     return command.main(args=arguments, prog_name="potstill", standalone_mode=False)
 
 
-def _other(error: Exception) -> int:
+def _report_other_error(error: Exception) -> int:
     if (storage := storage_error(error)) is not None:
-        return _say(_named(storage), storage.exit_code)
+        return _print_error(_message_with_rank(storage), storage.exit_code)
     if isinstance(error, typer.Abort):
-        return _say(_INTERRUPTED, INTERRUPTED)
+        return _print_error(_INTERRUPTED, INTERRUPTED)
     # Parser errors: their class is typer's in new versions and click's in older ones.
     if hasattr(error, "format_message") and hasattr(error, "show"):
         with contextlib.suppress(BrokenPipeError):
             error.show()
-        return WRONG_USAGE
-    sys.stderr.write(plain(who() + "".join(traceback.format_exception(error)), keep="\n"))
-    return _say("this is a bug in potstill; please report it with the lines above and the command", OUR_BUG)
+        return USAGE_ERROR
+    sys.stderr.write(escape_control(rank_prefix() + "".join(traceback.format_exception(error)), keep="\n"))
+    return _print_error(
+        "this is a bug in potstill; please report it with the lines above and the command", INTERNAL_ERROR
+    )
 
 
-def _named(error: PotstillError) -> str:
+def _message_with_rank(error: PotstillError) -> str:
     """The message, with the rank that has it: not for a recipe, wrong for all, nor for a lost rank, which is named."""
-    return str(error) if isinstance(error, UsageError | RankLost) else f"{who()}{error}"
+    return str(error) if isinstance(error, UsageError | RankLost) else f"{rank_prefix()}{error}"
 
 
-def _say(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     with contextlib.suppress(BrokenPipeError):  # `potstill ... 2>&1 | head`
-        sys.stderr.write(plain(f"error: {message}", keep="\n") + "\n")
+        sys.stderr.write(escape_control(f"error: {message}", keep="\n") + "\n")
     return code
 
 
-def _let_go(stream: Any) -> None:
+def _detach_closed_stream(stream: Any) -> None:
     """Point a stream whose reader has gone at nothing, or the interpreter complains about it when it exits."""
     try:
         stream.flush()

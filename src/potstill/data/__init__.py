@@ -1,1 +1,1 @@
-"""Images, classes and splits; what is seen of an image; batches."""
+"""Images, classes and splits; transforms and augmentation; batches."""

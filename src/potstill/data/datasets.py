@@ -1,29 +1,119 @@
-"""Data by name, folder, manifest or from Python: always three checked splits."""
+"""Load data by name, path or from Python as three checked splits, and a target domain beside them."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from potstill.data.bundled import cifar100 as _cifar100
-from potstill.data.bundled import fashion_mnist as _fashion
-from potstill.data.bundled import solar as _solar
-from potstill.data.bundled.digits import DigitsOptions, digits
-from potstill.data.bundled.options import read_options
-from potstill.data.check import check_images
-from potstill.data.doctor.manifest import SUFFIXES
-from potstill.data.images import ImageSet, Subset, TorchSet
-from potstill.data.listing import looks_like_image
-from potstill.data.settings import DataSettings
-from potstill.data.shards.source import check_shards, from_shards
-from potstill.data.shards.urls import is_shards
-from potstill.data.sources import AUGMENT, from_files
-from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified
-from potstill.data.target import target_settings, with_target
-from potstill.data.unlabeled import check_unlabeled, with_unlabeled
-from potstill.data.watcher import Watcher
-from potstill.errors import DataError, UsageError, nearest
+from potstill.data.builtin import cifar100 as _cifar100
+from potstill.data.builtin import fashion_mnist as _fashion
+from potstill.data.builtin import solar as _solar
+from potstill.data.builtin.digits import DigitsOptions, digits
+from potstill.data.concurrency import ProgressReporter
+from potstill.data.entries import has_image_suffix
+from potstill.data.file_datasets import (
+    DEFAULT_AUGMENT,
+    add_unlabeled,
+    check_shards,
+    check_unlabeled,
+    load_files,
+    load_shards,
+)
+from potstill.data.image_sets import ImageSet, RelabeledSet, Subset, TorchSet, file_paths, set_value_range
+from potstill.data.scan import check_images
+from potstill.data.settings import DataSettings, read_options
+from potstill.data.shard_reader import is_shards
+from potstill.data.sources import MANIFEST_SUFFIXES
+from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
+from potstill.errors import DataError, UsageError, did_you_mean
+
+_MAX_NAMES = 20  # class names of a domain that a message lists
+
+
+def target_settings(settings: DataSettings) -> DataSettings:
+    """Settings that load the target as if it were the source: split by the same shares and seed.
+
+    Raises:
+        UsageError: there is no target.
+    """
+    if settings.target is None:
+        raise UsageError("data.target is not given: name a folder of class folders, a manifest or a data set")
+    own = {"source": settings.target, "options": settings.target_options, "unlabeled": None}
+    return settings.model_copy(update={**own, "target": None, "target_options": {}, "target_labels": 0.0})
+
+
+def add_target(data: DataSplits, target: DataSplits) -> DataSplits:
+    """The source's splits with the target beside them; its classes get the source's ids, by name.
+
+    Args:
+        data: of the source.
+        target: of the target, checked by itself.
+
+    Raises:
+        DataError: classes that differ, or files that are in both.
+    """
+    _check_same_classes(data, target)
+    _check_disjoint(data, target)
+    ids = np.array([data.class_names.index(name) for name in target.class_names], dtype=np.int64)
+    train, val, test = (_with_source_ids(target.split(split), ids) for split in SPLITS)
+    ends = data.range if data.range is not None else target.range  # the student works in both domains
+    if ends is not None:
+        for images in (data.train, data.val, data.test, train, val, test):
+            set_value_range(images, ends)
+    target = replace(target, class_names=data.class_names, train=train, val=val, test=test, range=ends)
+    return replace(
+        data,
+        range=ends,
+        target=target,
+        origin=f"{data.origin}; target {target.source}: {target.origin}",
+        fingerprint=combine_fingerprints(data.fingerprint, target.fingerprint),
+    )
+
+
+def combine_fingerprints(*parts: str) -> str:
+    """SHA-256 over several words, in their order."""
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _with_source_ids(images: ImageSet, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> ImageSet:
+    return images if (ids == np.arange(len(ids))).all() else RelabeledSet(images, ids[images.labels])
+
+
+def _check_same_classes(data: DataSplits, target: DataSplits) -> None:
+    ours, theirs = data.class_names, target.class_names
+    if set(ours) == set(theirs):
+        return
+    lines = [f"source {data.source} and target {target.source} must have the same classes, by name:"]
+    for where, one, other in (("source", ours, theirs), ("target", theirs, ours)):
+        lacking = [f"{name!r}{did_you_mean(name, one)}" for name in other if name not in one]
+        lines.append(
+            f"  {where}, {len(one)}: {_format_names(one)}" + (f"; no {', '.join(lacking[:5])}" if lacking else "")
+        )
+    raise DataError("\n".join([*lines, "Rename the class folders of one of them, or leave classes out of the other"]))
+
+
+def _check_disjoint(data: DataSplits, target: DataSplits) -> None:
+    """A file in both domains may be trained on in one and measured in the other."""
+    ours, theirs = (
+        {path.resolve() for images in _all_sets(each) for path in file_paths(images)} for each in (data, target)
+    )
+    if shared := sorted(ours & theirs):
+        raise DataError(
+            f"source {data.source} and target {target.source} share {len(shared):,} files, for example {shared[0]}.\n"
+            "Two domains are two sets of images: what is trained on in one must not be measured in the other"
+        )
+
+
+def _all_sets(data: DataSplits) -> list[ImageSet]:
+    return [data.split(split) for split in SPLITS] + ([] if data.unlabeled is None else [data.unlabeled])
+
+
+def _format_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")
+
 
 DATASETS: dict[str, Callable[[DataSettings], DataSplits]] = {
     "digits": digits,
@@ -41,7 +131,9 @@ _CHECKS: dict[str, Callable[[DataSettings], object]] = {
 }
 
 
-def load_data(settings: DataSettings, data: DataSplits | None = None, *, progress: Watcher | None = None) -> DataSplits:
+def load_data(
+    settings: DataSettings, data: DataSplits | None = None, *, progress: ProgressReporter | None = None
+) -> DataSplits:
     """Find, split and check the data of a recipe; every file that is new or has changed is read once.
 
     Args:
@@ -57,30 +149,32 @@ def load_data(settings: DataSettings, data: DataSplits | None = None, *, progres
     for each in (data, None if data is None else data.target):
         if each is not None:
             check_splits(each.class_names, {split: each.split(split) for split in SPLITS}, each.source)
-    found = data if data is not None else _labeled(settings, progress)
-    target = _target(settings, data, progress)
+    found = data if data is not None else _load_labeled(settings, progress)
+    target = _load_target(settings, data, progress)
     if target is None:
-        return with_unlabeled(settings, found, progress)
+        return add_unlabeled(settings, found, progress)
     # Images without labels are more of what the student is to work on.
-    return with_target(found, with_unlabeled(settings, target, progress))
+    return add_target(found, add_unlabeled(settings, target, progress))
 
 
-def _target(settings: DataSettings, data: DataSplits | None, progress: Watcher | None) -> DataSplits | None:
+def _load_target(
+    settings: DataSettings, data: DataSplits | None, progress: ProgressReporter | None
+) -> DataSplits | None:
     given = None if data is None else data.target
     if settings.target is None:
         return given
     if given is not None:
         raise UsageError("the target comes from data.target or with the data from Python, not from both")
-    return _labeled(target_settings(settings), progress)
+    return _load_labeled(target_settings(settings), progress)
 
 
-def _labeled(settings: DataSettings, progress: Watcher | None) -> DataSplits:
+def _load_labeled(settings: DataSettings, progress: ProgressReporter | None) -> DataSplits:
     check_source(settings)
     if settings.source in DATASETS:
         return DATASETS[settings.source](settings)
     if is_shards(settings.source):
-        return from_shards(settings, AUGMENT, progress)
-    return from_files(settings, progress)
+        return load_shards(settings, DEFAULT_AUGMENT, progress)
+    return load_files(settings, progress)
 
 
 def check_source(settings: DataSettings) -> None:
@@ -100,12 +194,12 @@ def check_source(settings: DataSettings) -> None:
         check_shards(settings)
         return
     path = Path(name).expanduser()
-    if not path.is_dir() and not (path.is_file() and path.suffix.lower() in SUFFIXES):
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES):
         if path.exists():
-            image = "; for an image, give the folder that holds the class folders" if looks_like_image(name) else ""
-            raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(SUFFIXES)}{image}")
+            image = "; for an image, give the folder that holds the class folders" if has_image_suffix(name) else ""
+            raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(MANIFEST_SUFFIXES)}{image}")
         raise UsageError(
-            f"no data set, folder or manifest {name!r}{nearest(name, DATASETS)}\n"
+            f"no data set, folder or manifest {name!r}{did_you_mean(name, DATASETS)}\n"
             f"Known names: {', '.join(DATASETS)}; or give a folder of class folders, a .csv or .jsonl manifest, or "
             ".tar shards"
         )
@@ -155,14 +249,14 @@ def from_torch(
         pool = sets["train"]
         if len(pool.labels) and pool.labels.max() >= len(names):
             check_splits(names, {"train": pool}, "data from Python")
-        made = stratified(pool.names, pool.labels, shares, settings.split_seed, names)
+        made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, names)
         sets |= {split: Subset(pool, index) for split, index in made.items()}
         origin += f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
     check_splits(names, sets, "data from Python")
     contents = {split: check_images(images, f"data from Python, {split}") for split, images in sets.items()}
     return DataSplits(
         names, sets["train"], sets["val"], sets["test"], source="python", origin=origin,
-        fingerprint=fingerprint(sets, names, contents), augment=AUGMENT,
+        fingerprint=fingerprint(sets, names, contents), augment=DEFAULT_AUGMENT,
     )  # fmt: skip
 
 

@@ -1,9 +1,12 @@
-"""What the structure of an image file asks for, read before a decoder sees it.
+"""Read what the structure of an image file demands, before a decoder sees it.
 
-A few kilobytes can ask a decoder for hours of work or gigabytes of memory: scans that repeat, tiles larger than the
-image, millions of chunks.  Each format's structure is therefore walked here, without decoding a pixel, and refused
-where the work or the memory would pass a limit.  Metadata that no pixel depends on, and on which Pillow would fail or
-spend time, is left out of what the decoder gets.
+A few kilobytes can demand hours of work or gigabytes of memory from a decoder: scans that repeat, tiles larger than
+the image, millions of chunks.  The structure of each format is therefore walked here, without decoding a pixel, and
+refused where the work or the memory would exceed a limit.  Metadata that no pixel depends on, and on which Pillow would
+fail or spend time, is left out of what the decoder gets.
+
+``foreign_file_hint`` names what a file is that is no image of the formats, for messages: most are a download or an
+export that failed.
 """
 
 import itertools
@@ -12,8 +15,98 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from potstill.data.foreign_files import foreign
 from potstill.errors import DataError
+
+_TEXT_HEAD = 1024  # bytes in which a text file shows what it is
+
+# First bytes -> what it is, and what to do.
+_MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer in place of the file; fetch the files with: git lfs pull"),
+    (b"%PDF", "a PDF document; export its pages as images"),
+    (b"\xff\x0a", "a JPEG XL image; convert it"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image; convert it"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image; convert it"),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000 image; convert it"),
+    (b"II*\0\x10\0\0\0CR", "a camera's raw file (CR2); develop it to JPEG or TIFF first"),
+    (b"FUJIFILMCCD-RAW", "a camera's raw file (RAF); develop it to JPEG or TIFF first"),
+    (b"IIRO", "a camera's raw file (ORF); develop it to JPEG or TIFF first"),
+    (b"IIRS", "a camera's raw file (ORF); develop it to JPEG or TIFF first"),
+    (b"IIU\0", "a camera's raw file (RW2); develop it to JPEG or TIFF first"),
+    (b"8BPS", "a Photoshop document; export it"),
+    (b"PK\3\4", "a zip archive (or an Office document); unpack it"),
+    (b"PK\5\6", "an empty zip archive"),
+    (b"\x1f\x8b", "a gzip file; unpack it"),
+    (b"BZh", "a bzip2 file; unpack it"),
+    (b"\xfd7zXZ\0", "an xz file; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file; unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (b"Rar!", "a RAR archive; unpack it"),
+    (b"\x1aE\xdf\xa3", "a Matroska or WebM video; export frames as images"),
+    (b"\0\0\1\0", "a Windows icon; convert it"),
+    (b"\0\5\x16\7", "an AppleDouble file (macOS keeps attributes in it); delete it"),
+    (b"\x93NUMPY", "a NumPy array; save it as PNG or TIFF"),
+    (b"\x89HDF", "an HDF5 file; export its arrays as images"),
+    (b"SIMPLE  =", "a FITS file; export it as TIFF"),
+    (b"\x76\x2f\x31\x01", "an OpenEXR image; convert it"),
+    (b"#?RADIANCE", "a Radiance HDR image; convert it"),
+    (b"DDS ", "a DDS texture; convert it"),
+    (b"%!PS", "a PostScript file; convert it"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document or Thumbs.db"),
+    (b"SQLite format 3", "an SQLite data base"),
+    (b"ID3", "a sound file"),
+    (b"\x7fELF", "a program"),
+)
+_ISO_BRANDS = {b"crx ": "a camera's raw file (CR3); develop it to JPEG or TIFF first", b"jxl ": "a JPEG XL image"}
+
+
+def foreign_file_hint(content: bytes) -> str:
+    """The end of a sentence that says what a file is, or how it begins."""
+    found = _identify(content)
+    if found is not None:
+        return f", but {found}"
+    return f" (it starts with {content[:8].decode('latin-1')!a})"
+
+
+def _identify(content: bytes) -> str | None:
+    for magic, what in _MAGIC:
+        if content.startswith(magic):
+            return what
+    if content[4:8] == b"ftyp":
+        return _ISO_BRANDS.get(content[8:12], "a video (MP4 or MOV); export frames as images")
+    if content[4:8] in (b"moov", b"mdat", b"wide", b"free"):
+        return "a video (MOV); export frames as images"
+    if content[:4] == b"RIFF":
+        return {b"AVI ": "an AVI video; export frames as images", b"WAVE": "a sound file"}.get(content[8:12])
+    if content[128:132] == b"DICM":
+        return "a DICOM file; export its pixels as 16-bit PNG or TIFF"
+    if content[257:262] == b"ustar":
+        return "a tar archive; unpack it, or give it as shards (NAME.tar)"
+    if not content.strip(b"\0"):
+        return "a file of zero bytes alone; most likely a copy that broke off"
+    return _identify_text(content[:_TEXT_HEAD])
+
+
+def _identify_text(head: bytes) -> str | None:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "a text file (UTF-16)"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "an HTML page; most likely a download that ended at a login or an error page"
+    if b"<svg" in text:
+        return "an SVG drawing; export it as PNG"
+    if b"<html" in text:
+        return "an HTML page; most likely a download that ended at a login or an error page"
+    if text.startswith(b"<?xml") or (text.startswith(b"<") and b"<error" in text):
+        return "an XML text; most likely a storage's error message in place of the image"
+    if text.startswith((b"{", b"[")) and b'"' in text:
+        return "a JSON text; most likely a server's error message in place of the image"
+    try:
+        plain = head.decode("utf-8", "strict" if len(head) < _TEXT_HEAD else "ignore")
+    except UnicodeDecodeError:
+        return None
+    words = sum(each.isprintable() or each.isspace() for each in plain)
+    return "a text file" if plain and words == len(plain) and len(plain) > 3 else None
+
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIC")
 MAX_PIXELS = 40_000_000
@@ -43,7 +136,7 @@ _PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # in which Pillow
 
 
 @dataclass(frozen=True)
-class Structure:
+class ImageStructure:
     """A file that may be decoded."""
 
     format: str  # of FORMATS
@@ -52,32 +145,32 @@ class Structure:
     wide: bool = False  # 16 bits a colour channel, of which Pillow reads the high byte
 
 
-def examine(content: bytes) -> Structure:
+def parse_structure(content: bytes) -> ImageStructure:
     """Recognise a file by its content and bound what its decoder would do.
 
     Raises:
         DataError: none of the formats, or over a limit; the reason without the file's name.
     """
     if content.startswith(b"\xff\xd8\xff"):
-        return Structure("JPEG", _bounded_jpeg(content))
+        return ImageStructure("JPEG", _bounded_jpeg(content))
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return Structure("PNG", _lean_png(content), wide=content[24:25] == b"\x10" and content[25] in (2, 4, 6))
+        return ImageStructure("PNG", _lean_png(content), wide=content[24:25] == b"\x10" and content[25] in (2, 4, 6))
     if content.startswith((b"GIF87a", b"GIF89a")):
-        return Structure("GIF", _lean_gif(content))
+        return ImageStructure("GIF", _lean_gif(content))
     if content.startswith(b"BM"):
         _bound_bmp(content)
-        return Structure("BMP", content)
+        return ImageStructure("BMP", content)
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
         _bound_webp(content)
-        return Structure("WEBP", content)
+        return ImageStructure("WEBP", content)
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and not content.startswith(b"II*\0\x10\0\0\0CR"):
-        return Structure("TIFF", content, wide=_bound_tiff(content))
+        return ImageStructure("TIFF", content, wide=_bound_tiff(content))
     if kind := _iso_image(content):
-        return Structure(kind, content, isolated=True)
-    raise DataError(f"no image of the formats {', '.join(FORMATS)}{foreign(content)}")
+        return ImageStructure(kind, content, isolated=True)
+    raise DataError(f"no image of the formats {', '.join(FORMATS)}{foreign_file_hint(content)}")
 
 
-def check_pixels(width: int, height: int) -> None:
+def check_pixel_count(width: int, height: int) -> None:
     """Compare the size of an image with the limit.
 
     Raises:
@@ -89,7 +182,7 @@ def check_pixels(width: int, height: int) -> None:
         raise DataError(f"{width} x {height} pixels are more than {MAX_PIXELS // 1_000_000} megapixels")
 
 
-def check_extra(width: int, height: int, bytes_per_pixel: float, fixed: int, what: str) -> None:
+def check_extra_memory(width: int, height: int, bytes_per_pixel: float, fixed: int, what: str) -> None:
     """Compare the memory that a decoder takes, above the pixels' own 3 bytes each, with the limit.
 
     Args:
@@ -126,7 +219,7 @@ def _bounded_jpeg(content: bytes) -> bytes:
     if len(frame) < 6:
         return content
     height, width = struct.unpack_from(">HH", frame, 1)
-    check_pixels(width, height)
+    check_pixel_count(width, height)
     # libjpeg reads one scan where that has all components of a frame that is not progressive.
     single = coding in (0xC0, 0xC1, 0xC3, 0xC9) and content[scan + 4 : scan + 5] == frame[5:6]
     scans = 1 if single else content.count(b"\xff\xda", scan)
@@ -139,11 +232,11 @@ def _bounded_jpeg(content: bytes) -> bytes:
         )
     kept = 128 * blocks / (width * height) if scans > 1 or coding in (0xC2, 0xCA) else 0
     if scan > _MAX_HEADER:
-        lean = b"".join([content[:2], *_needed(content, segments), content[scan:]])
+        lean = b"".join([content[:2], *_check_jpeg_memory(content, segments), content[scan:]])
     else:
         lean = content
     files = len(content) + (len(lean) if lean is not content else 0)
-    check_extra(width, height, max(7.0, 4 + kept), files, "this progressive JPEG" if scans > 1 else "this JPEG")
+    check_extra_memory(width, height, max(7.0, 4 + kept), files, "this progressive JPEG" if scans > 1 else "this JPEG")
     return lean
 
 
@@ -171,7 +264,7 @@ def _jpeg_segments(content: bytes) -> tuple[list[tuple[int, int, int]], int | No
     return found, None
 
 
-def _needed(content: bytes, segments: list[tuple[int, int, int]]) -> Iterator[bytes]:
+def _check_jpeg_memory(content: bytes, segments: list[tuple[int, int, int]]) -> Iterator[bytes]:
     """Tables and frames, the first JFIF, EXIF, XMP and Adobe segments."""
     seen: set[bytes] = set()
     for marker, start, end in segments:
@@ -198,10 +291,10 @@ def _lean_png(content: bytes) -> bytes:
     """The chunks that pixels and orientation depend on; as many IDAT chunks as there are become one."""
     if content[12:16] == b"IHDR":
         width, height, bits, colour = struct.unpack_from(">IIBB", content, 16) if len(content) > 25 else (1, 1, 8, 2)
-        check_pixels(width, height)
+        check_pixel_count(width, height)
         channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 4)
         row = width * channels * bits // 8
-        check_extra(width, height, 7 if channels > 1 else 5, 3 * row + len(content), "this PNG")
+        check_extra_memory(width, height, 7 if channels > 1 else 5, 3 * row + len(content), "this PNG")
     chunks = list(_png_chunks(content))
     kinds = [kind for kind, _, _ in chunks]
     if kinds.count(b"IDAT") < _MAX_DATA_CHUNKS and len(kinds) < 2 * _MAX_DATA_CHUNKS and _PNG_PIXELS.issuperset(kinds):
@@ -291,8 +384,8 @@ def _lean_gif(content: bytes) -> bytes:
     if content[at : at + 1] == b"\x2c" and at + 9 <= size:
         left, top, own_width, own_height = struct.unpack_from("<HHHH", content, at + 1)
         width, height = max(width, left + own_width), max(height, top + own_height)
-    check_pixels(width, height)
-    check_extra(width, height, 5, 2 * size, "this GIF")
+    check_pixel_count(width, height)
+    check_extra_memory(width, height, 5, 2 * size, "this GIF")
     return content if at - len(control) == start else content[:start] + control + content[at:]
 
 
@@ -305,9 +398,9 @@ def _bound_bmp(content: bytes) -> None:
         return  # of the oldest kind, at most 65535 x 65535, and without run lengths
     width, height = struct.unpack_from("<ii", content, 18)
     compression = int.from_bytes(content[30:34], "little")
-    check_pixels(width, abs(height))
+    check_pixel_count(width, abs(height))
     if compression not in _BMP_RLE:
-        check_extra(width, abs(height), 7, len(content), "this BMP")
+        check_extra_memory(width, abs(height), 7, len(content), "this BMP")
         return
     steps = len(content) // 2 + width * abs(height)
     if steps > _MAX_RLE_STEPS:
@@ -330,8 +423,8 @@ def _bound_webp(content: bytes) -> None:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (6, 8))
     else:
         return
-    check_pixels(width, height)
-    check_extra(width, height, 16, len(content), "WebP")
+    check_pixel_count(width, height)
+    check_extra_memory(width, height, 16, len(content), "WebP")
 
 
 # TIFF ----------------------------------------------------------------------------------------------------------------
@@ -366,7 +459,7 @@ def _bound_tiff(content: bytes) -> bool:
         if tag in tags:
             _directory(content, order, big, value(tag, 0))
     width, height = value(_WIDTH, 1), value(_HEIGHT, 1)
-    check_pixels(width, height)
+    check_pixel_count(width, height)
     bits, samples = value(_BITS, 1), value(_SAMPLES, tags.get(_BITS, (0, 1, 0))[1])
     separate = value(_PLANES, 1) == 2
     tiled = _TILES in tags or _TILE_WIDTH in tags
@@ -383,7 +476,7 @@ def _bound_tiff(content: bytes) -> bool:
         scans = min(content.count(b"\xff\xda"), _LIBTIFF_SCANS)
         if scans * width * height * samples > 64 * _MAX_SCANNED_BLOCKS:
             raise DataError("a TIFF of progressive JPEGs in many scans takes too long to decode: beyond the limits")
-    check_extra(
+    check_extra_memory(
         width, height, 7, len(content) + (piece if kind != 1 or tiled else 0), "this TIFF with its strips or tiles"
     )
     return bits > 8 and samples > 1

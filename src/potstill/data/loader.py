@@ -8,20 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.data.assembly import Assembly, Second, Wanted
-from potstill.data.cores import threads
-from potstill.data.image_files import read_by
-from potstill.data.images import ImageSet
-from potstill.data.orders import Epochs, Ids, Order
-from potstill.data.packed import pack, squares
-from potstill.data.preprocess import packed_side
+from potstill.data.collate import BatchPlan, Collator, SecondImages
+from potstill.data.concurrency import ProgressReporter, thread_count
+from potstill.data.decoded_cache import decode_all, decode_squares
+from potstill.data.image_sets import ImageSet, SemiSupervisedSet, set_value_range
+from potstill.data.preprocessing import decoded_side
+from potstill.data.samplers import EpochSampler, Ids, SampleOrder
 from potstill.data.settings import AugmentSettings
-from potstill.data.splits import Draws
-from potstill.data.unlabeled import Joined
-from potstill.data.watcher import Watcher
-from potstill.data.workers import Workers
+from potstill.data.splits import EpochSampling
+from potstill.data.workers import DecodeWorkers
 from potstill.errors import DataError, UsageError
-from potstill.inputs import InputSpec
+from potstill.input_spec import InputSpec
 from potstill.types import Batch
 
 
@@ -77,13 +74,13 @@ class Loader:
         *,
         batch_size: int,
         augment: AugmentSettings | None = None,
-        order: Order = "listed",
+        order: SampleOrder = "listed",
         seed: int = 0,
         workers: int | Literal["auto"] = 0,
         device: torch.device | str = "cpu",
         memory_share: float = 0.3,
         local_processes: int = 1,
-        second: Second = "none",
+        second: SecondImages = "none",
         classes: int | None = None,
         unlabeled: ImageSet | None = None,
         unlabeled_share: float = 0.5,
@@ -91,8 +88,8 @@ class Loader:
         views: int | None = None,
         view_seed: int | None = None,
         identity: str | None = None,
-        progress: Watcher | None = None,
-        draws: Draws | None = None,
+        progress: ProgressReporter | None = None,
+        draws: EpochSampling | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
@@ -104,19 +101,19 @@ class Loader:
         if spec.range is not None:
             for each in (images, unlabeled):
                 if each is not None:
-                    read_by(each, spec.range)
+                    set_value_range(each, spec.range)
         mixes = augment is not None and augment.mixes
-        _refuse_conflicts(second, mixes, unlabeled is not None, unlabeled_share, whole_batches, classes)
+        _check_conflicts(second, mixes, unlabeled is not None, unlabeled_share, whole_batches, classes)
         self.images, self.spec, self.seed = images, spec, seed
         self.views_in_turn, self.view_seed = views, seed if view_seed is None else view_seed
         self.unlabeled, self.second = unlabeled, second
         self.device = torch.device(device)
-        self.side = packed_side(spec, random_crops=augment is not None and augment.crop_scale is not None)
+        self.side = decoded_side(spec, random_crops=augment is not None and augment.crop_scale is not None)
         self.labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
         more = 0 if unlabeled is None else len(unlabeled)
         self.share = share
-        _refuse_sharing(share[1], order, batch_size, len(images), whole_batches)
-        self.epochs = Epochs(
+        _check_sharing(share[1], order, batch_size, len(images), whole_batches)
+        self.epochs = EpochSampler(
             self.labels.numpy() if draws is None or draws.groups is None else draws.groups,
             batch_size,
             order,
@@ -130,7 +127,7 @@ class Loader:
         )
         if self.epochs.steps == 0:
             raise UsageError(f"{len(images)} images do not fill one batch of {batch_size}: lower the batch size")
-        self.assembly = Assembly(
+        self.assembly = Collator(
             spec,
             augment,
             labels=self.labels.numpy(),
@@ -142,8 +139,8 @@ class Loader:
             balanced=order == "balanced",
             device=self.device,
         )
-        self._all = images if unlabeled is None else Joined(images, unlabeled)
-        self._packed = pack(
+        self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
+        self._packed = decode_all(
             self._all,
             self.side,
             spec.resize_mode,
@@ -153,12 +150,14 @@ class Loader:
             identity=identity,
             progress=progress,
         )
-        wanted = max(1, threads() // 2 // local_processes) if workers == "auto" else workers
+        wanted = max(1, thread_count() // 2 // local_processes) if workers == "auto" else workers
         self._workers = None
         if wanted and self._packed is None:
             images_of_batch = self.epochs.largest * (2 if self.assembly.has_partners else 1)
             warn = progress.warn if progress is not None else warnings.warn
-            self._workers = Workers(self._all, self.side, spec.resize_mode, wanted, batch=images_of_batch, warn=warn)
+            self._workers = DecodeWorkers(
+                self._all, self.side, spec.resize_mode, wanted, batch=images_of_batch, warn=warn
+            )
             if self._workers.count == 0:
                 self._workers = None
         self.processes = self._workers.count if self._workers is not None else 0
@@ -249,7 +248,7 @@ class Loader:
             index: int64 [B], sample ids.
             view: view number of all, or int64 [B].
         """
-        wanted = self.assembly.wanted(*_plain(index, view), second=False)
+        wanted = self.assembly.wanted(*_to_numpy(index, view), second=False)
         return self.assembly.images(wanted, self._at(wanted.shown))
 
     def second_view(self, index: Tensor, view: int | Tensor) -> Tensor:
@@ -262,10 +261,10 @@ class Loader:
         Raises:
             UsageError: this loader has no second images.
         """
-        wanted = self.assembly.wanted(*_plain(index, view))
+        wanted = self.assembly.wanted(*_to_numpy(index, view))
         return self.assembly.seconds(wanted, self._at(wanted.shown))
 
-    def _with_squares(self, coming: Iterator[Wanted]) -> Iterator[tuple[Wanted, Tensor]]:
+    def _with_squares(self, coming: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         if self._workers is None:
             for wanted in coming:
                 yield wanted, self._at(wanted.shown)
@@ -277,14 +276,14 @@ class Loader:
     def _at(self, ids: Ids) -> Tensor:
         if self._packed is not None:
             return self._packed.index_select(0, torch.from_numpy(ids).to(self._packed.device, non_blocking=True))
-        return squares(self._all, ids.tolist(), self.side, self.spec.resize_mode)
+        return decode_squares(self._all, ids.tolist(), self.side, self.spec.resize_mode)
 
 
-def _plain(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:
+def _to_numpy(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:
     return index.cpu().numpy(), view.cpu().numpy() if isinstance(view, Tensor) else view
 
 
-def _refuse_sharing(processes: int, order: str, batch_size: int, images: int, whole_batches: bool) -> None:
+def _check_sharing(processes: int, order: str, batch_size: int, images: int, whole_batches: bool) -> None:
     if processes == 1 or order == "listed":
         return
     if min(batch_size, images) < 2 * processes:
@@ -299,7 +298,7 @@ def _refuse_sharing(processes: int, order: str, batch_size: int, images: int, wh
         )
 
 
-def _refuse_conflicts(
+def _check_conflicts(
     second: str, mixes: bool, unlabeled: bool, share: float, whole_batches: bool, classes: int | None
 ) -> None:
     if second not in ("none", "strong", "same class"):

@@ -1,9 +1,11 @@
-"""Every setting of the data: where it comes from, how it is split, what is seen of an image."""
+"""Settings of the data: source, splits, preprocessing, augmentation; base class of a named data set's options."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from potstill.errors import UsageError, did_you_mean
 
 Pacing = Literal["linear", "root", "step"]  # of a curriculum: how its share of the images grows
 
@@ -108,3 +110,32 @@ class DataSettings(BaseModel):
         if value != "auto" and not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] < value[1]):
             raise ValueError("must be auto or two numbers, the lower one first, e.g. [0, 4095]")
         return value
+
+
+class Options(BaseModel):
+    """Base of every data set's options: unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def read_options(settings: DataSettings, model: type[OptionsT]) -> OptionsT:
+    """``settings.options`` as the data set's own options.
+
+    Raises:
+        UsageError: unknown options or values; all of them, with the nearest known name.
+    """
+    try:
+        return model.model_validate(settings.options)
+    except ValidationError as error:
+        problems = []
+        for each in error.errors(include_url=False):
+            name = ".".join(map(str, each["loc"]))
+            if each["type"] == "extra_forbidden":
+                allowed = ", ".join(model.model_fields) or "none"
+                problems.append(f"unknown option {name!r} (allowed: {allowed}){did_you_mean(name, model.model_fields)}")
+            else:
+                problems.append(f"option {name}: {each['msg']}, got {each['input']!r}")
+        raise UsageError(f"data set {settings.source!r}: " + "; ".join(problems)) from error

@@ -1,18 +1,18 @@
-"""The three splits of a data set, and how they are made where the source has none."""
+"""The train, val and test splits of a data set: how they are made, their fingerprint, and checks of their classes."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.data.doctor.findings import Finding
-from potstill.data.images import ImageSet
-from potstill.data.listing import Skipped
-from potstill.data.pacing import Admitted
-from potstill.data.settings import AugmentSettings
-from potstill.data.value_range import Range
+from potstill.data.entries import Finding, Listing, SkippedFile
+from potstill.data.image_io import ValueRange
+from potstill.data.image_sets import ImageSet, Subset
+from potstill.data.samplers import Curriculum
+from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -21,12 +21,12 @@ Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Draws:
+class EpochSampling:
     """What an epoch shows of training images that are not simply shown once each."""
 
     length: int  # images per epoch
     groups: Index | None = None  # [N]: each group is equally likely in every draw; None: all images in turn
-    curriculum: Admitted | None = None  # of whom an epoch's images are drawn; None: of all
+    curriculum: Curriculum | None = None  # of whom an epoch's images are drawn; None: of all
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class DataSplits:
     augment: AugmentSettings  # the light default of this data
     unlabeled: ImageSet | None = None  # further training images that nobody has labeled
     target: "DataSplits | None" = None  # another domain of the same classes
-    draws: Draws | None = None  # what an epoch shows of train; None: each image once
-    range: Range | None = None  # by which images of more than 8 bits are read; None: there are none
-    skipped: tuple[Skipped, ...] = ()  # left out by data.skip_bad
+    draws: EpochSampling | None = None  # what an epoch shows of train; None: each image once
+    range: ValueRange | None = None  # by which images of more than 8 bits are read; None: there are none
+    skipped: tuple[SkippedFile, ...] = ()  # left out by data.skip_bad
     doubts: tuple[Finding, ...] = ()  # warnings of the listing: images that are not used
     notes: tuple[str, ...] = ()  # what else is not used
 
@@ -55,7 +55,7 @@ class DataSplits:
         return self if self.target is None else self.target
 
     @property
-    def all_skipped(self) -> tuple[Skipped, ...]:
+    def all_skipped(self) -> tuple[SkippedFile, ...]:
         """What was left out, of the target too."""
         return (*self.skipped, *(() if self.target is None else self.target.skipped))
 
@@ -79,7 +79,7 @@ class DataSplits:
         return rows + [(f"target {split}", name, class_name) for split, name, class_name in more]
 
 
-def stratified(
+def stratified_split(
     names: Sequence[str], labels: Index, shares: Mapping[str, float], seed: int, class_names: Sequence[str]
 ) -> dict[str, Index]:
     """Divide images so that every class has the same share in every part.
@@ -115,7 +115,7 @@ def stratified(
         )
     parts_found: dict[str, list[Index]] = {part: [] for part in ("train", *shares)}
     for label in range(len(class_names)):
-        members = _in_hash_order(names, np.flatnonzero(labels == label), seed)
+        members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
         sizes = _part_sizes(len(members), shares)
         start = 0
         for part, size in sizes.items():
@@ -129,7 +129,7 @@ def stratified_subset(names: Sequence[str], labels: Index, count: int, seed: int
     """About ``count`` positions, sorted, with the classes' shares kept and at least one image of each class."""
     chosen = []
     for label in np.unique(labels):
-        members = _in_hash_order(names, np.flatnonzero(labels == label), seed)
+        members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
         chosen.append(members[: max(1, round(count * len(members) / len(labels)))])
     return np.sort(np.concatenate(chosen))
 
@@ -185,8 +185,170 @@ def _part_sizes(count: int, shares: Mapping[str, float]) -> dict[str, int]:
     return sizes
 
 
-def _in_hash_order(names: Sequence[str], members: Index, seed: int) -> Index:
+def _sort_by_hash(names: Sequence[str], members: Index, seed: int) -> Index:
     def key(i: int) -> bytes:
         return hashlib.sha256(f"{seed}/{names[i]}".encode("utf-8", "surrogateescape")).digest()
 
     return np.array(sorted(members.tolist(), key=key), dtype=np.int64)
+
+
+UNSPLIT = -1
+MAX_IMBALANCE = 10.0  # images of the largest class of train for each of the smallest
+
+
+@dataclass(frozen=True)
+class SplitAssignment:
+    """Labels and splits of the images of a listing."""
+
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64]  # [N] class ids
+    splits: NDArray[np.int8]  # [N] positions in SPLITS, or UNSPLIT
+    origin: str  # one sentence: where the splits come from
+
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        """Split -> [K] images by class; "all" where they could not be split."""
+        names = {UNSPLIT: "all", **dict(enumerate(SPLITS))}
+        classes = len(self.class_names)
+        found = {name: np.bincount(self.labels[self.splits == at], minlength=classes) for at, name in names.items()}
+        return {name: counts for name, counts in found.items() if counts.any() or (name != "all" and self.split)}
+
+    @property
+    def split(self) -> bool:
+        """Whether there are splits."""
+        return bool((self.splits != UNSPLIT).any())
+
+
+def assign_splits(listing: Listing, settings: DataSettings) -> tuple[SplitAssignment, list[Finding]]:
+    """Splits as the source gives them; what it lacks is made as ``settings`` say, where classes are large enough.
+
+    Raises:
+        DataError: the shares of ``settings`` leave no images for train.
+    """
+    entries = listing.entries
+    class_names = tuple(sorted({entry.label for entry in entries}))
+    ids = {name: i for i, name in enumerate(class_names)}
+    labels = np.array([ids[entry.label] for entry in entries], dtype=np.int64)
+    at: dict[str | None, int] = {None: UNSPLIT, **{split: i for i, split in enumerate(SPLITS)}}
+    splits = np.array([at[entry.split] for entry in entries], dtype=np.int8)
+    if listing.ready:
+        origin, findings = listing.kind, list[Finding]()
+    else:
+        origin, findings = _fill_splits(listing, labels, splits, class_names, settings)
+    division = SplitAssignment(class_names, labels, splits, origin)
+    return division, findings + _find_missing_classes(division, listing) + _find_imbalance(division)
+
+
+def _fill_splits(
+    listing: Listing, labels: NDArray[np.int64], splits: NDArray[np.int8], class_names: tuple[str, ...],
+    settings: DataSettings,
+) -> tuple[str, list[Finding]]:  # fmt: skip
+    """Fill in ``splits``; a sentence on where they come from."""
+    given = [split for i, split in enumerate(SPLITS) if (splits == i).any()]
+    shares = {split: share for split, share in (("val", settings.val), ("test", settings.test)) if split not in given}
+    words = " ".join([listing.kind, ", ".join(given) if given else "without splits"])
+    if not shares or (given and "train" not in given):
+        return words, []
+    pool = np.flatnonzero(splits == (0 if given else UNSPLIT))
+    counts = np.bincount(labels[pool], minlength=len(class_names))
+    small = [i for i in range(len(class_names)) if 0 < counts[i] <= len(shares)]
+    if small or not len(pool):
+        return words, [
+            _too_few_finding(listing, pool[labels[pool] == i], class_names[i], ["train", *shares]) for i in small
+        ]
+    names = [listing.entries[i].name for i in pool]
+    for split, positions in _stratify_present(names, labels[pool], shares, settings.split_seed, class_names).items():
+        splits[pool[positions]] = SPLITS.index(split)
+    how = f"stratified, split seed {settings.split_seed}"
+    if given:
+        taken = " and ".join(f"{split} ({100 * share:g} %)" for split, share in shares.items())
+        return f"{words}; {taken} split from train here, {how}", []
+    parts = "/".join(f"{100 * share:g}" for share in (1 - sum(shares.values()), *shares.values()))
+    return f"made here: {how.replace('stratified', f'stratified {parts}')}", []
+
+
+def _stratify_present(
+    names: list[str], labels: NDArray[np.int64], shares: dict[str, float], seed: int, class_names: Sequence[str]
+) -> dict[str, NDArray[np.int64]]:
+    """As ``stratified_split``, for the classes that there are in this pool."""
+    present, own = np.unique(labels, return_inverse=True)
+    return stratified_split(names, own.astype(np.int64), shares, seed, [class_names[i] for i in present])
+
+
+def _too_few_finding(listing: Listing, members: NDArray[np.int64], name: str, parts: list[str]) -> Finding:
+    """``members``: of a class, not enough for those parts."""
+    first = listing.entries[int(members[0])]
+    place = "." if listing.kind != "folders" else "/".join(first.name.split("/")[: 1 if first.split is None else 2])
+    needed = f"not enough images for a split into {', '.join(parts)}: every class needs at least {len(parts)}"
+    return Finding("too-few", place, f"{needed}, but {name!r} has {len(members)}")
+
+
+def _find_missing_classes(division: SplitAssignment, listing: Listing) -> list[Finding]:
+    names = division.class_names
+    if not names and listing.findings:
+        return []  # they say why
+    if len(names) < 2:
+        if any(each.kind.startswith(("link", "unreadable")) for each in listing.findings):
+            return []  # whose images may be those of the other classes
+        found = f"only {names[0]!r}" if names else "none"
+        reason = f"a classifier needs at least two classes, found {found}{_nested_folder_hint(listing)}"
+        return [Finding("one-class", ".", reason)]
+    if not division.split or listing.kind == "folders":  # whose walk has compared the folders
+        return []
+    return [
+        Finding("missing-class", ".", f"class {name!r} has no images in {split}")
+        for split, counts in division.counts().items()
+        for name, count in zip(names, counts, strict=True)
+        if split != "all" and not count
+    ]
+
+
+def _nested_folder_hint(listing: Listing) -> str:
+    """A hint where the class folders lie one folder further down."""
+    paths = [entry.name.split("/")[int(entry.split is not None) :] for entry in listing.entries]
+    inner = sorted({path[1] for path in paths if len(path) > 2})
+    if listing.kind != "folders" or len(inner) < 2 or any(entry.split for entry in listing.entries):
+        return ""
+    return f"; with folders {', '.join(inner[:3])} in it: if these are the classes, give {paths[0][0]} as the data"
+
+
+def find_small_classes(listing: Listing, settings: DataSettings) -> list[Finding]:
+    """Classes that a run cannot take: without an image in one of the given splits, or with fewer than are to be split
+    off; ``path`` is the name of the class.
+    """
+    counts: dict[str, Counter[str | None]] = {}
+    for entry in listing.entries:
+        counts.setdefault(entry.label, Counter())[entry.split] += 1
+    given = [split for split in SPLITS if any(found[split] for found in counts.values())]
+    shares = [split for split in ("val", "test") if split not in given]
+    needed = len(shares) + 1
+    found = []
+    for name, own in sorted(counts.items()):
+        missing = [split for split in given if not own[split]]
+        pool = own["train" if given else None]
+        if missing:
+            found.append(Finding("missing-class", name, f"class {name!r} has no images in {' and '.join(missing)}"))
+        elif pool < needed:
+            reason = f"class {name!r} has {pool} of the {needed} images needed for {', '.join(['train', *shares])}"
+            found.append(Finding("too-few", name, reason))
+    return found
+
+
+def _find_imbalance(division: SplitAssignment) -> list[Finding]:
+    counts = division.counts().get("train" if division.split else "all", np.zeros(1, dtype=np.int64))
+    smallest, largest = int(counts.argmin()), int(counts.argmax())
+    if not counts[smallest] or counts[largest] < MAX_IMBALANCE * counts[smallest]:
+        return []
+    few, many = (f"{division.class_names[i]!r} has {counts[i]:,}" for i in (smallest, largest))
+    advice = "see data.balance, and pick the epoch by f1_macro"
+    return [Finding("imbalance", ".", f"of the images to train on, {many} and {few}; {advice}")]
+
+
+def split_by_settings(
+    settings: DataSettings, images: ImageSet, class_names: Sequence[str]
+) -> tuple[dict[str, ImageSet], str]:
+    """A stratified split by ``settings.val``, ``settings.test`` and ``settings.split_seed``, and a sentence on it."""
+    shares = {"val": settings.val, "test": settings.test}
+    parts = stratified_split(images.names, images.labels, shares, settings.split_seed, class_names)
+    percent = "/".join(f"{100 * share:g}" for share in (1 - settings.val - settings.test, settings.val, settings.test))
+    sentence = f"made here: stratified {percent}, split seed {settings.split_seed}"
+    return {split: Subset(images, parts[split]) for split in ("train", "val", "test")}, sentence

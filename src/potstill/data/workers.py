@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from potstill.amounts import scaled
-from potstill.data.images import ImageSet
-from potstill.data.preprocess import fit
+from potstill.data.image_sets import ImageSet
+from potstill.data.preprocessing import resize_to_square
+from potstill.distributed.launch import TIMEOUT_VARIABLE, heartbeat_timeout
 from potstill.errors import StorageError, UsageError, WorkerError
-from potstill.processes.launch import TIMEOUT, timeout
+from potstill.formatting import format_scaled
 
 _AHEAD = 2  # batches that a process decodes before the first of them is fetched
 _LISTED = 3  # images that a message names
 _SHM = Path("/dev/shm")  # nosec B108: where Linux keeps shared memory; containers limit it to 64 MB
 
 
-class Workers:
+class DecodeWorkers:
     """``squares(batches)`` gives the batches' pixels in order, one epoch at a time; the processes live as long as this
     object, and end with the main process, even if that is killed.
 
@@ -68,9 +68,9 @@ class Workers:
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self._images, self._side, self._how, self._warn = images, side, how, warn
-        self._timeout = timeout()
+        self._timeout = heartbeat_timeout()
         self._wanted = self.count = processes
-        self._members: list[_Member] = []
+        self._members: list[_WorkerProcess] = []
         self._pixels = self._decoded = torch.empty(0)
         self._epoch = 0
         if batch is not None:
@@ -125,7 +125,7 @@ class Workers:
             there = "" if free is None else f" has {free:,} bytes free;"
             need, used = self._wanted * each, f"{self.count} of them" if self.count else "the main process alone"
             self._warn(
-                f"shared memory ({_SHM}){there} {self._wanted} processes that decode need {need:,} ({scaled(need, 'B')}"
+                f"shared memory ({_SHM}){there} {self._wanted} processes that decode need {need:,} ({format_scaled(need, 'B')}"
                 f"): {used} will decode. For more, enlarge it (docker run --shm-size 1g), lower training.batch_size, "
                 "or set data.workers"
             )
@@ -165,7 +165,7 @@ class Workers:
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
                 process.start()
             theirs.close()
-            self._members.append(_Member(process, own))
+            self._members.append(_WorkerProcess(process, own))
         weakref.finalize(self, _end_all, os.getpid(), list(self._members))
 
     def _slot(self, position: int) -> int:
@@ -179,7 +179,7 @@ class Workers:
         except OSError:  # it is dead: whoever fetches its batch says so
             return
 
-    def _fetch(self, member: "_Member", *, drop: bool = False) -> None:
+    def _fetch(self, member: "_WorkerProcess", *, drop: bool = False) -> None:
         """Wait until a process has answered its oldest order.
 
         Args:
@@ -207,7 +207,7 @@ class Workers:
             elif time.monotonic() - since >= self._timeout:
                 raise self._stalled(member)
 
-    def _died(self, member: "_Member") -> WorkerError:
+    def _died(self, member: "_WorkerProcess") -> WorkerError:
         member.process.join(1)
         code, next_images = member.process.exitcode, self._next_images(member)
         self.close()
@@ -217,15 +217,15 @@ class Workers:
             f"It may have been killed for lack of memory{ended}; try data.workers=0, or a smaller batch_size"
         )
 
-    def _stalled(self, member: "_Member") -> WorkerError:
+    def _stalled(self, member: "_WorkerProcess") -> WorkerError:
         next_images = self._next_images(member)
         self.close()
         return WorkerError(
             f"a process that decodes images has not answered for {self._timeout:g} seconds; {next_images}\n"
-            f"Storage that is only slow needs another {TIMEOUT} (seconds, in the environment)"
+            f"Storage that is only slow needs another {TIMEOUT_VARIABLE} (seconds, in the environment)"
         )
 
-    def _next_images(self, member: "_Member") -> str:
+    def _next_images(self, member: "_WorkerProcess") -> str:
         if not member.orders:
             return "it had nothing to do"
         names = [self._images.names[i] for i in member.orders[0]]
@@ -234,7 +234,7 @@ class Workers:
 
 
 @dataclass
-class _Member:
+class _WorkerProcess:
     process: BaseProcess
     connection: Connection
     orders: deque[list[int]] = field(default_factory=deque)  # that it has not answered
@@ -246,7 +246,7 @@ class _Member:
         self.connection.close()
 
 
-def _end_all(owner: int, members: list[_Member]) -> None:
+def _end_all(owner: int, members: list[_WorkerProcess]) -> None:
     if os.getpid() == owner:  # not in a child that inherited the object
         for member in members:
             member.end()
@@ -290,7 +290,7 @@ def _work(connection: Connection, images: ImageSet, side: int, how: str, pixels:
         answer: BaseException | None = None
         try:
             for place, i in enumerate(ids):
-                target[slot, place] = fit(images.pixels(i), side, how)
+                target[slot, place] = resize_to_square(images.pixels(i), side, how)
                 count += 1
         except BaseException as error:
             answer = _sendable(error)

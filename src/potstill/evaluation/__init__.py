@@ -1,1 +1,1 @@
-"""Figures of a model: streaming and exact metrics, agreement with the teacher, significance, cost."""
+"""Evaluation of a model: streaming and final metrics, fidelity to the teacher, significance, calibration, cost."""

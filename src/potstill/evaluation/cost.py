@@ -1,27 +1,94 @@
-"""What a network costs: parameters, FLOPs, milliseconds."""
+"""Cost of a network: parameters, FLOPs, latency, and memory of its weights and of one forward pass."""
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from potstill.evaluation.evaluate import evaluating
-from potstill.inputs import InputSpec
-
-MOST_ROWS = 100  # of a summary
-MOST_NAMES = 12  # of classes in a summary
+from potstill.evaluation.predictions import evaluation_mode
+from potstill.input_spec import InputSpec
 
 
-def parameters(module: nn.Module) -> int:
+def measure_memory(module: nn.Module, spec: InputSpec, batch: int = 1) -> dict[str, int]:
+    """Bytes of ``weights`` (parameters and buffers) and of ``activations``: the most that the tensors of one forward
+    pass take at the same time, the images among them.
+
+    Tensors are counted as they are made and freed.  What a library takes for itself inside an operation (cuDNN's or
+    oneDNN's work space) is not among them.
+
+    Args:
+        module: images [B, 3, H, W] -> logits.
+        spec: the images' size.
+        batch: images at once.
+    """
+    kept = [*module.parameters(), *module.buffers()]
+    weight = next((each for each in kept if each.is_floating_point()), torch.zeros(0))
+    with evaluation_mode(module), _LiveTensors() as alive:
+        images = torch.zeros(batch, 3, spec.size, spec.size, device=weight.device, dtype=weight.dtype)
+        module(images)
+    return {
+        "weights": sum(each.numel() * each.element_size() for each in kept),
+        "activations": alive.most,
+        "batch": batch,
+    }
+
+
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of storages that came to be here, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        for each in tree_leaves((args, kwargs)):
+            self._track_storage(each, 0)  # made before: weights
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            self._track_storage(each, 1)
+        self.most = max(self.most, self.now)
+        return result
+
+    def _track_storage(self, value: Any, times: int) -> None:
+        if not isinstance(value, Tensor):
+            return
+        storage = value.untyped_storage()
+        key, size = id(storage), times * storage.nbytes()
+        if key in self._known and self._known[key]() is storage:
+            return
+
+        def freed(_: Any) -> None:
+            self._known.pop(key, None)
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.now += size
+
+
+MAX_SUMMARY_ROWS = 100  # of a summary
+MAX_CLASS_NAMES = 12  # of classes in a summary
+
+
+def count_parameters(module: nn.Module) -> int:
     """Trainable and frozen parameters; shared ones count once, buffers do not."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def flops(module: nn.Module, spec: InputSpec) -> int:
+def count_flops(module: nn.Module, spec: InputSpec) -> int:
     """Floating-point operations for one image, two per multiply-add.
 
     Convolutions, matrix products and attention are counted, as ``torch.utils.flop_counter`` does; normalisation,
@@ -34,39 +101,39 @@ def flops(module: nn.Module, spec: InputSpec) -> int:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(module), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            module(_blank(module, spec, 1))
+        with evaluation_mode(module), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(_blank_images(module, spec, 1))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops())
 
 
-def summary_text(module: nn.Module, spec: InputSpec, class_names: Sequence[str]) -> str:
+def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str]) -> str:
     """A table of layers (path, type, output shape, parameters) and the totals, for people to read.
 
-    A network of more than ``MOST_ROWS`` layers is shown as blocks: at the greatest depth that keeps the table so short.
+    A network of more than ``MAX_SUMMARY_ROWS`` layers is shown as blocks: at the greatest depth that keeps the table so short.
     """
     shapes = _output_shapes(module, spec)
-    rows = _rows(module, shapes)
+    rows = _layer_rows(module, shapes)
     columns = [("layer", "type", "output", "parameters"), *(row.cells() for row in rows)]
     path, kind, shape, count = (max(map(len, column)) for column in zip(*columns, strict=True))
     lines = [f"{a:<{path}}  {b:<{kind}}  {c:>{shape}}  {d:>{count}}" for a, b, c, d in columns]
     lines.insert(1, "-" * len(lines[0]))
-    total = parameters(module)
+    total = count_parameters(module)
     names = [_printable(name) for name in class_names]
-    listed = ", ".join(names[:MOST_NAMES]) + (f", ... {names[-1]}" if len(names) > MOST_NAMES else "")
+    listed = ", ".join(names[:MAX_CLASS_NAMES]) + (f", ... {names[-1]}" if len(names) > MAX_CLASS_NAMES else "")
     lines += [
         "",
         f"network      {type(module).__name__}",
         f"input        3 x {spec.size} x {spec.size}",
         f"classes      {len(names)}: {listed}",
         f"parameters   {total:,} ({4 * total / 2**20:,.1f} MiB in float32)",
-        f"FLOPs        {flops(module, spec):,} for one image, two per multiply-add",
+        f"FLOPs        {count_flops(module, spec):,} for one image, two per multiply-add",
     ]
     return "\n".join(lines) + "\n"
 
 
-def latency(
+def measure_latency(
     models: Mapping[str, tuple[nn.Module, InputSpec]],
     *,
     batch: int = 1,
@@ -86,17 +153,17 @@ def latency(
     Returns:
         name -> ``p50`` and ``p95`` in ms, ``batch``, ``threads`` (of torch on the CPU), ``device``.
     """
-    calls = {name: (module, _blank(module, spec, batch)) for name, (module, spec) in models.items()}
+    calls = {name: (module, _blank_images(module, spec, batch)) for name, (module, spec) in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     with contextlib.ExitStack() as stack:
         for module, _ in calls.values():
-            stack.enter_context(evaluating(module))
+            stack.enter_context(evaluation_mode(module))
         start = time.perf_counter()
         for turn in range(-warmup, rounds):
             if turn >= 5 and time.perf_counter() - start > seconds:
                 break
             for name, (module, images) in calls.items():
-                taken = _milliseconds(module, images)
+                taken = _time_forward(module, images)
                 if turn >= 0:
                     times[name].append(taken)
     return {
@@ -111,7 +178,7 @@ def latency(
     }
 
 
-class _Row(NamedTuple):
+class _LayerRow(NamedTuple):
     path: str
     kind: str
     shape: str
@@ -121,26 +188,28 @@ class _Row(NamedTuple):
         return self.path, self.kind, self.shape, f"{self.parameters:,}"
 
 
-def _rows(module: nn.Module, shapes: Mapping[str, str]) -> list[_Row]:
+def _layer_rows(module: nn.Module, shapes: Mapping[str, str]) -> list[_LayerRow]:
     """One row a layer, or a block where there are too many layers; rows never overlap, so parameters add up."""
     deepest = max(path.count(".") for path, _ in module.named_modules()) + 1
     for depth in range(deepest, 0, -1):
-        rows = _rows_at(module, shapes, depth)
-        if len(rows) <= MOST_ROWS:
+        rows = _layer_rows_at(module, shapes, depth)
+        if len(rows) <= MAX_SUMMARY_ROWS:
             break
     return rows
 
 
-def _rows_at(module: nn.Module, shapes: Mapping[str, str], depth: int) -> list[_Row]:
+def _layer_rows_at(module: nn.Module, shapes: Mapping[str, str], depth: int) -> list[_LayerRow]:
     rows = []
     for path, part in module.named_modules():
         level = path.count(".") + 1 if path else 0
         if level > depth or isinstance(part, nn.Identity):
             continue
         if level == depth or not any(part.children()):
-            rows.append(_Row(path or "(all)", type(part).__name__, shapes.get(path, "not used"), parameters(part)))
+            rows.append(
+                _LayerRow(path or "(all)", type(part).__name__, shapes.get(path, "not used"), count_parameters(part))
+            )
         elif own := sum(parameter.numel() for parameter in part.parameters(recurse=False)):
-            rows.append(_Row(f"{path or '(network)'}: own", type(part).__name__, "", own))
+            rows.append(_LayerRow(f"{path or '(network)'}: own", type(part).__name__, "", own))
     return rows
 
 
@@ -156,8 +225,8 @@ def _output_shapes(module: nn.Module, spec: InputSpec) -> dict[str, str]:
 
         handles.append(part.register_forward_hook(keep))
     try:
-        with evaluating(module):
-            module(_blank(module, spec, 1))
+        with evaluation_mode(module):
+            module(_blank_images(module, spec, 1))
     finally:
         for handle in handles:
             handle.remove()
@@ -168,21 +237,21 @@ def _printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
-def _milliseconds(module: nn.Module, images: Tensor) -> float:
-    _wait(images.device)
+def _time_forward(module: nn.Module, images: Tensor) -> float:
+    _synchronize(images.device)
     start = time.perf_counter()
     module(images)
-    _wait(images.device)
+    _synchronize(images.device)
     return 1000 * (time.perf_counter() - start)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def _blank(module: nn.Module, spec: InputSpec, batch: int) -> Tensor:
+def _blank_images(module: nn.Module, spec: InputSpec, batch: int) -> Tensor:
     weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(0))
     return torch.zeros(batch, 3, spec.size, spec.size, device=weight.device, dtype=weight.dtype)

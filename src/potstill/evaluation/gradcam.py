@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from potstill.data.square import packed_side
+from potstill.data.preprocessing import decoded_side
 from potstill.errors import UsageError
-from potstill.features.reading import Request, read
-from potstill.features.stages import stages
+from potstill.features.hooks import FeatureRequest, capture_features
+from potstill.features.stages import find_stages
 from potstill.input_spec import InputSpec
 
 
@@ -37,9 +37,13 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | Sequence[int]) 
     training = model.training
     model.eval()
     try:
-        chosen = stages(model, images.detach()).stages
+        chosen = find_stages(model, images.detach()).stages
         # Not the images themselves: frozen networks have gradients too, and layers that work in place refuse leaves.
-        with torch.inference_mode(False), torch.enable_grad(), read(model, Request(chosen)) as reading:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            capture_features(model, FeatureRequest(chosen)) as reading,
+        ):
             logits = model(images.detach().clone().requires_grad_() + 0)
             found = [each for each in reading.found if each is not None and each.requires_grad]
             score = logits.gather(1, wanted[:, None]).sum()
@@ -52,17 +56,17 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | Sequence[int]) 
         if each is not None and slope is not None:
             slope = stage.grid.to_map(slope).float()
             if slope.any():
-                return _weighted(stage.grid.to_map(each.detach()).float(), slope)
+                return _weighted_maps(stage.grid.to_map(each.detach()).float(), slope)
     raise UsageError(f"{type(model).__name__} has no feature map that its logits depend on: Grad-CAM needs one")
 
 
-def _weighted(maps: Tensor, slopes: Tensor) -> Tensor:
+def _weighted_maps(maps: Tensor, slopes: Tensor) -> Tensor:
     """[B, C, h, w] twice -> [B, h, w]."""
     cams = (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu()
     return cams / cams.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cams.dtype).tiny)
 
 
-def seen_region(height: int, width: int, spec: InputSpec) -> list[float]:
+def visible_region(height: int, width: int, spec: InputSpec) -> list[float]:
     """Which part of an image a network sees, and so what its map covers.
 
     Args:
@@ -75,10 +79,10 @@ def seen_region(height: int, width: int, spec: InputSpec) -> list[float]:
         left or top is below 0.
 
     Example:
-        >>> seen_region(100, 200, InputSpec(32))  # the largest centred square
+        >>> visible_region(100, 200, InputSpec(32))  # the largest centred square
         [0.25, 0.0, 0.5, 1.0]
     """
-    share = spec.size / packed_side(spec)
+    share = spec.size / decoded_side(spec)
     side = {"crop": min(height, width), "pad": max(height, width)}.get(spec.resize_mode)
     across, down = (side / width, side / height) if side else (1.0, 1.0)
     across, down = across * share, down * share

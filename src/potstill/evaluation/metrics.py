@@ -10,22 +10,28 @@ import torch
 from torch import Tensor
 
 from potstill.errors import NonFiniteError, UsageError
-from potstill.evaluation.auc import binned_auc_per_class, exact_auc_per_class
-from potstill.evaluation.averages import Array, Figures, auc_figures, classification_figures
+from potstill.evaluation.classification import (
+    Array,
+    MetricValues,
+    auc_averages,
+    binned_auc_per_class,
+    classification_averages,
+    exact_auc_per_class,
+)
 
-ROWS = 4096  # images held before they are folded; up to so many the AUC is exact
-CACHED = 2**17  # numbers that a CPU's cache holds together with what is made of them
-BINS = 4096  # of the log-odds, per class
+BUFFER_ROWS = 4096  # images held before they are folded; up to so many the AUC is exact
+CPU_CACHE_VALUES = 2**17  # numbers that a CPU's cache holds together with what is made of them
+AUC_BINS = 4096  # of the log-odds, per class
 CALIBRATION_BINS = 15
 NLL_CEILING = (
     36.043653389117154  # -log(2^-52): scikit-learn's log_loss takes a float64 probability below 2^-52 as 2^-52
 )
 
-_KINDS = ("micro", "macro", "weighted")
-FIGURES = (
+_AVERAGES = ("micro", "macro", "weighted")
+METRIC_NAMES = (
     "top1",
     "top3",
-    *(f"{name}_{kind}" for name in ("precision", "recall", "f1", "auc") for kind in _KINDS),
+    *(f"{name}_{kind}" for name in ("precision", "recall", "f1", "auc") for kind in _AVERAGES),
     "ece",
     "nll",
 )
@@ -36,9 +42,9 @@ class StreamingMetrics:
 
     - ``top1``, ``top3``: share of images whose label is the first, is among the first min(3, K) classes; of equal
       logits the lower class number comes first, as in ``argmax``.
-    - ``precision_``, ``recall_``, ``f1_`` + ``micro``, ``macro``, ``weighted``: see ``classification_figures``.
+    - ``precision_``, ``recall_``, ``f1_`` + ``micro``, ``macro``, ``weighted``: see ``classification_averages``.
     - ``auc_micro``, ``auc_macro``, ``auc_weighted``: one class against the rest; classes without positives or without
-      negatives are skipped; None where that leaves none.  Exact up to ``ROWS`` images, then from ``BINS`` bins of the
+      negatives are skipped; None where that leaves none.  Exact up to ``BUFFER_ROWS`` images, then from ``AUC_BINS`` bins of the
       log-odds ``log p - log(1 - p)``.
     - ``ece``: expected calibration error over 15 equal bins (low, high] of the top class's probability.
     - ``nll``: mean negative log-likelihood, at most 36.04 for one image.
@@ -60,8 +66,8 @@ class StreamingMetrics:
             raise UsageError(f"metrics need two classes or more, got {num_classes}")
         self.num_classes = num_classes
         self.device = torch.device(device)
-        self._logits = torch.empty(ROWS, num_classes, device=self.device)
-        self._labels = torch.empty(ROWS, dtype=torch.int64, device=self.device)
+        self._logits = torch.empty(BUFFER_ROWS, num_classes, device=self.device)
+        self._labels = torch.empty(BUFFER_ROWS, dtype=torch.int64, device=self.device)
         self.reset()
 
     def reset(self) -> None:
@@ -93,11 +99,11 @@ class StreamingMetrics:
             )
         taken = 0
         while taken < len(labels):
-            if self._held == ROWS:
+            if self._held == BUFFER_ROWS:
                 self._fold(self._sums)
                 self._histogram = self._with_scores(self._histogram)
                 self._held, self._binned = 0, True
-            rows = min(ROWS - self._held, len(labels) - taken)
+            rows = min(BUFFER_ROWS - self._held, len(labels) - taken)
             place, source = slice(self._held, self._held + rows), slice(taken, taken + rows)
             self._logits[place].copy_(logits[source], non_blocking=True)
             self._labels[place].copy_(labels[source], non_blocking=True)
@@ -146,7 +152,7 @@ class StreamingMetrics:
         if "histogram" in packed:
             self._histogram, self._binned = packed["histogram"].to(self.device), True
 
-    def compute(self) -> Figures:
+    def compute(self) -> MetricValues:
         """All figures so far; waits for the device.  Without any image all are None.
 
         Raises:
@@ -156,7 +162,7 @@ class StreamingMetrics:
         support, called, hits = sums["classes"]
         count = int(support.sum())
         if count == 0:
-            nothing: Figures = dict.fromkeys(FIGURES)
+            nothing: MetricValues = dict.fromkeys(METRIC_NAMES)
             return {**nothing, "count": 0}
         if sums["nonfinite"][0]:
             raise NonFiniteError(f"{sums['nonfinite'][0]} of {count} images have a logit that is NaN or infinite")
@@ -164,8 +170,8 @@ class StreamingMetrics:
         return {
             "top1": float(hits.sum() / count),
             "top3": float(sums["top3"][0] / count),
-            **classification_figures(hits, called, support),
-            **auc_figures(*self.areas(), support),
+            **classification_averages(hits, called, support),
+            **auc_averages(*self.areas(), support),
             "ece": float(abs(confidence - right).sum() / count),
             "nll": float(sums["nll"][0] / count),
             "count": count,
@@ -196,7 +202,7 @@ class StreamingMetrics:
         return histogram
 
     def _empty(self, histogram: Tensor | None) -> Tensor:
-        shape = 2, self.num_classes, BINS
+        shape = 2, self.num_classes, AUC_BINS
         return torch.zeros(shape, dtype=torch.int32, device=self.device) if histogram is None else histogram
 
     def _fold(self, sums: dict[str, Tensor]) -> None:
@@ -206,7 +212,7 @@ class StreamingMetrics:
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows that are held; on a CPU in pieces that stay in its cache."""
-        rows = max(1, CACHED // self.num_classes) if self.device.type == "cpu" else ROWS
+        rows = max(1, CPU_CACHE_VALUES // self.num_classes) if self.device.type == "cpu" else BUFFER_ROWS
         for start in range(0, self._held, rows):
             piece = slice(start, min(start + rows, self._held))
             yield self._logits[piece], self._labels[piece]
@@ -230,7 +236,7 @@ def _fold(sums: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
     """Add the rows to the sums, in place, without waiting for the device."""
     known = labels >= 0
     labels, one = labels.clamp(min=0), known.long()  # choosing rows would wait: unlabeled ones count 0 instead
-    of_label = logits.gather(1, labels[:, None])
+    label_probability = logits.gather(1, labels[:, None])
     predicted = logits.argmax(dim=1)
     right = (predicted == labels) & known
     support, called, hits = sums["classes"]
@@ -238,13 +244,13 @@ def _fold(sums: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
     called.scatter_add_(0, predicted, one)
     hits.scatter_add_(0, labels, right.long())
     numbers = torch.arange(logits.shape[1], device=logits.device)
-    before = (logits > of_label) | ((logits == of_label) & (numbers < labels[:, None]))
+    before = (logits > label_probability) | ((logits == label_probability) & (numbers < labels[:, None]))
     sums["top3"] += ((before.sum(dim=1) < min(3, logits.shape[1])) & known).sum()
 
     sums["nonfinite"] += ((~logits.isfinite()).any(dim=1) & known).sum()
     real = sums["nll"].dtype
     normaliser = logits.logsumexp(dim=1)
-    nll = (normaliser - of_label[:, 0]).clamp(max=NLL_CEILING)
+    nll = (normaliser - label_probability[:, 0]).clamp(max=NLL_CEILING)
     sums["nll"] += nll.where(known, 0.0).sum(dtype=real)
     confidence = (logits.amax(dim=1) - normaliser).exp()
     bins = ((confidence * CALIBRATION_BINS).ceil().long() - 1).clamp(0, CALIBRATION_BINS - 1)
@@ -258,9 +264,9 @@ def _fold_scores(histogram: Tensor, logits: Tensor, labels: Tensor) -> None:
     odds = log_odds(logits).clamp_(-1e6, 1e6)
     share = odds / (odds.abs() + 8)
     # The clamp of the bin numbers is for NaN, which compute() reports; it must not index outside the histogram.
-    index = (share + 1).mul_(BINS / 2).long().clamp_(0, BINS - 1)
-    index += torch.arange(logits.shape[1], device=logits.device) * BINS
+    index = (share + 1).mul_(AUC_BINS / 2).long().clamp_(0, AUC_BINS - 1)
+    index += torch.arange(logits.shape[1], device=logits.device) * AUC_BINS
     own = labels.clamp(min=0)[:, None]
-    index.scatter_add_(1, own, torch.full_like(own, logits.shape[1] * BINS))
+    index.scatter_add_(1, own, torch.full_like(own, logits.shape[1] * AUC_BINS))
     known = (labels >= 0).to(histogram.dtype)[:, None].expand_as(index)
     histogram.view(-1).scatter_add_(0, index.view(-1), known.reshape(-1))

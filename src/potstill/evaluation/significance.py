@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from potstill.errors import UsageError
-from potstill.evaluation.averages import Array
+from potstill.evaluation.classification import Array
 
 Z_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-SMALLEST_P = 1e-12  # that is told apart from 0
-FEW_CHANGED = 10  # images that differ, below which the exact test has a say: so few are not yet normal
+MIN_P_VALUE = 1e-12  # that is told apart from 0
+MIN_CHANGED_IMAGES = 10  # images that differ, below which the exact test has a say: so few are not yet normal
 _EXPONENTS = {2: 0.9, 3: 1.4}  # by seeds: those that bring the level nearest to its nominal value; 1.8 for more
 
 
@@ -40,8 +40,8 @@ def paired_interval(correct_a: Array, correct_b: Array) -> Interval:
     Raises:
         UsageError: no images, or different numbers of them.
     """
-    count = _images(correct_a, correct_b)
-    fixed, broken = _cells(correct_a, correct_b)
+    count = _count_images(correct_a, correct_b)
+    fixed, broken = _discordant_counts(correct_a, correct_b)
     middle = (fixed - broken) / (count + 2)
     half = Z_975 * math.sqrt(max(0.0, (fixed + broken + 2) / (count + 2) - middle**2) / (count + 2))
     return Interval((fixed - broken) / count, max(-1.0, middle - half), min(1.0, middle + half))
@@ -61,8 +61,8 @@ def mcnemar(correct_a: Array, correct_b: Array) -> dict[str, float | int]:
         >>> mcnemar(np.array([True, False, False, False]), np.array([True, True, True, True]))
         {'fixed': 3, 'broken': 0, 'p': 0.25}
     """
-    _images(correct_a, correct_b)
-    fixed, broken = _cells(correct_a, correct_b)
+    _count_images(correct_a, correct_b)
+    fixed, broken = _discordant_counts(correct_a, correct_b)
     trials = fixed + broken
     ways, below = 1, 0
     for successes in range(min(fixed, broken) + 1):
@@ -91,7 +91,7 @@ def wilson_interval(correct: int, count: int) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-class Crossed(NamedTuple):
+class CrossedInterval(NamedTuple):
     """A mean gain over several seeds with an interval that covers the choice of seeds and of images together."""
 
     value: float
@@ -102,7 +102,7 @@ class Crossed(NamedTuple):
     seed_share: float  # of the variance of the mean gain: what comes from the seeds, in [0, 1]
 
 
-def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.95) -> Crossed:
+def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.95) -> CrossedInterval:
     """Gain in accuracy of b over a, mean over seeds and images, with one interval for both.
 
     Seeds and images are crossed random effects: the gain on image i with seed s is the sum of a mean, a deviation of
@@ -113,7 +113,7 @@ def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.9
     intervals at 95 % miss whatever the share is (``tests/evaluation/test_false_alarms.py``; Satterthwaite's degrees of
     freedom: up to 7.8 % with three seeds).
 
-    Where fewer than ``FEW_CHANGED`` images differ, p is not below that of the exact test over images (``sign_flip``).
+    Where fewer than ``MIN_CHANGED_IMAGES`` images differ, p is not below that of the exact test over images (``sign_flip``).
 
     Args:
         correct_a: [S, N] bool, row i: the model compared with, of seed i; S >= 2.
@@ -123,36 +123,36 @@ def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.9
     Raises:
         UsageError: fewer than two seeds, no images, or different numbers of seeds or images.
     """
-    seeds = _gains(correct_a, correct_b)[1]
+    seeds = _gains_per_image(correct_a, correct_b)[1]
     if seeds < 2:
         raise UsageError("an interval over seeds needs two seeds or more, got one")
     difference = _differences(correct_a, correct_b)
-    spread = _spread(difference, difference)
+    spread = _variance_components(difference, difference)
     changed = int((difference != 0).any(axis=0).sum())
     value = float(difference.mean())
     error = math.sqrt(spread.total)
-    half = _critical(spread, seeds, 1 - confidence) * error
+    half = _critical_value(spread, seeds, 1 - confidence) * error
 
-    least, p = SMALLEST_P, 1.0
+    least, p = MIN_P_VALUE, 1.0
     for _ in range(40):  # bisection in logarithms: the level at which the interval would just reach 0
         between = math.sqrt(least * p)
-        if _critical(spread, seeds, between) * error > abs(value):
+        if _critical_value(spread, seeds, between) * error > abs(value):
             least = between
         else:
             p = between
-    if changed < FEW_CHANGED:
+    if changed < MIN_CHANGED_IMAGES:
         p = max(p, sign_flip(correct_a, correct_b))
-    return Crossed(value, max(-1.0, value - half), min(1.0, value + half), p, confidence, spread.share)
+    return CrossedInterval(value, max(-1.0, value - half), min(1.0, value + half), p, confidence, spread.share)
 
 
-def look_confidence(looks: int) -> float:
+def interim_confidence(looks: int) -> float:
     """Confidence of the interval at the ``looks``-th look at the test split, so that all looks together stay honest.
 
     Seeds that are added because the first look was not clear give chance another try.  The first look spends 5 %, the
     second 0.5 %, each further one half of that before: at most 6 % of false alarms together, whenever one stops.
 
     Example:
-        >>> [look_confidence(looks) for looks in (1, 2, 3)]
+        >>> [interim_confidence(looks) for looks in (1, 2, 3)]
         [0.95, 0.995, 0.9975]
     """
     return 0.95 if looks <= 1 else 1 - 0.005 / 2 ** (looks - 2)
@@ -174,27 +174,27 @@ def sign_flip(correct_a: Array, correct_b: Array) -> float:
         >>> sign_flip(a, b)  # gains 2, 1, 0: of the sums 3, 1, -1, -3 two are as far from 0
         0.5
     """
-    gains, seeds = _gains(correct_a, correct_b)
+    gains, seeds = _gains_per_image(correct_a, correct_b)
     by_size = np.bincount(np.abs(gains), minlength=seeds + 1)
     chances = np.ones(1)  # of the sums -top, -top + 2, ..., top, as far as they have been added
     for size, images in enumerate(by_size.tolist()):
         if size and images:
             coins = np.zeros(size * images + 1)
-            coins[::size] = _fair_coins(images)
+            coins[::size] = _binomial_half(images)
             chances = np.convolve(chances, coins)
     top = len(chances) - 1
     sums = np.arange(-top, top + 1, 2)
     return float(min(1.0, chances[np.abs(sums) >= abs(int(gains.sum()))].sum()))
 
 
-class Closed(NamedTuple):
+class GapClosed(NamedTuple):
     """How far the teacher leads the baseline, and how much of that the student has made up, with 95 % intervals."""
 
     gap: Interval  # accuracy(teacher) - accuracy(baseline)
     closed: Interval | None  # share of it; None where the gap may be none: a share of nothing is anything
 
 
-def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> Closed:
+def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> GapClosed:
     """The gap and the share of it that is closed, with intervals over images; with several seeds, over both together.
 
     The share is a ratio of two means: its interval holds the ratios r for which ``gain - r * gap`` may be 0 (E. C.
@@ -208,7 +208,7 @@ def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> Closed:
     Raises:
         UsageError: no images, or different numbers of them.
     """
-    _images(teacher, *baseline, *distilled)
+    _count_images(teacher, *baseline, *distilled)
     repeated = np.broadcast_to(np.asarray(teacher, dtype=bool), np.shape(baseline))
     seeds = len(baseline)
     if seeds == 1:
@@ -218,20 +218,20 @@ def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> Closed:
         whole = crossed_interval(baseline, repeated)
         gap, sure = Interval(*whole[:3]), whole.low > 0 and whole.p < 0.05
     if not sure:
-        return Closed(gap, None)
+        return GapClosed(gap, None)
     gain, lead = _differences(baseline, distilled), _differences(baseline, repeated)
     ratio = float(gain.mean() / lead.mean())
     residual = gain - ratio * lead
-    critical = _critical(_spread(residual, residual), seeds, 0.05)
+    critical = _critical_value(_variance_components(residual, residual), seeds, 0.05)
     of_gain, of_both, of_lead = (
-        critical**2 * _spread(x, y).total for x, y in ((gain, gain), (gain, lead), (lead, lead))
+        critical**2 * _variance_components(x, y).total for x, y in ((gain, gain), (gain, lead), (lead, lead))
     )
     square = lead.mean() ** 2 - of_lead
     middle = gain.mean() * lead.mean() - of_both
     root = middle**2 - square * (gain.mean() ** 2 - of_gain)
     if square <= 0 or root < 0:
-        return Closed(gap, None)
-    return Closed(gap, Interval(ratio, float((middle - root**0.5) / square), float((middle + root**0.5) / square)))
+        return GapClosed(gap, None)
+    return GapClosed(gap, Interval(ratio, float((middle - root**0.5) / square), float((middle + root**0.5) / square)))
 
 
 def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | int | None]:
@@ -253,7 +253,7 @@ def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | i
         raise UsageError(f"needs the same seeds for both settings, got {len(a)} and {len(b)} values")
     n = len(a)
     difference = np.subtract(b, a)
-    mean, deviation = float(difference.mean()), _deviation(difference)
+    mean, deviation = float(difference.mean()), _sample_deviation(difference)
     low = high = None
     if deviation is not None:
         from scipy import special  # here, since it takes a tenth of a second
@@ -263,9 +263,9 @@ def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | i
     return {
         "n": n,
         "mean_a": float(np.mean(a)),
-        "sd_a": _deviation(np.asarray(a)),
+        "sd_a": _sample_deviation(np.asarray(a)),
         "mean_b": float(np.mean(b)),
-        "sd_b": _deviation(np.asarray(b)),
+        "sd_b": _sample_deviation(np.asarray(b)),
         "difference": mean,
         "difference_sd": deviation,
         "difference_low": low,
@@ -273,19 +273,19 @@ def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | i
     }
 
 
-def _images(*columns: Array) -> int:
+def _count_images(*columns: Array) -> int:
     counts = {len(column) for column in columns}
     if len(counts) != 1 or counts == {0}:
         raise UsageError(f"needs the same images for both models, got {[len(column) for column in columns]}")
     return counts.pop()
 
 
-def _cells(correct_a: Array, correct_b: Array) -> tuple[int, int]:
+def _discordant_counts(correct_a: Array, correct_b: Array) -> tuple[int, int]:
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     return int((b & ~a).sum()), int((a & ~b).sum())
 
 
-def _gains(correct_a: Array, correct_b: Array) -> tuple[Array, int]:
+def _gains_per_image(correct_a: Array, correct_b: Array) -> tuple[Array, int]:
     """[S, N] bool, twice -> [N]: by how many seeds more b is right on an image; and S."""
     a, b = (np.atleast_2d(np.asarray(each, dtype=bool)) for each in (correct_a, correct_b))
     if a.shape != b.shape or not a.size:
@@ -293,7 +293,7 @@ def _gains(correct_a: Array, correct_b: Array) -> tuple[Array, int]:
     return b.sum(axis=0, dtype=np.int64) - a.sum(axis=0, dtype=np.int64), len(a)
 
 
-def _fair_coins(count: int) -> Array:
+def _binomial_half(count: int) -> Array:
     """[count + 1]: the chance of 0, 1, ... heads; by logarithms, since 2 ** count is soon too large."""
     heads = np.arange(count + 1)
     logs = np.array([math.lgamma(k + 1) for k in range(count + 1)])
@@ -307,7 +307,7 @@ def _differences(correct_a: Array, correct_b: Array) -> Array:
     return b - a
 
 
-class _Spread(NamedTuple):
+class _VarianceComponents(NamedTuple):
     """The variance of a mean over seeds and images, or the covariance of two, by where it comes from."""
 
     seeds: float
@@ -322,13 +322,13 @@ class _Spread(NamedTuple):
         return min(1.0, max(0.0, self.seeds / self.total)) if self.total > 0 else 0.0
 
 
-def _spread(x: Array, y: Array) -> _Spread:
+def _variance_components(x: Array, y: Array) -> _VarianceComponents:
     """Covariance of the means of x and y [S, N] over seeds and images; with one seed, over images alone."""
     seeds, images = x.shape
     by_image = [each.mean(axis=0) - each.mean() for each in (x, y)]
     between_images = float(by_image[0] @ by_image[1]) / max(1, images - 1)
     if seeds == 1:
-        return _Spread(0.0, _floored(between_images / images, x, y))
+        return _VarianceComponents(0.0, _floor_variance(between_images / images, x, y))
     by_seed = [each.mean(axis=1) - each.mean() for each in (x, y)]
     between_seeds = float(by_seed[0] @ by_seed[1]) / (seeds - 1)
     left = [
@@ -337,17 +337,17 @@ def _spread(x: Array, y: Array) -> _Spread:
     ]
     unexplained = float(np.vdot(*left)) / max(1, (seeds - 1) * (images - 1))
     own = between_images / images - unexplained / (seeds * images)
-    return _Spread(between_seeds / seeds, _floored(own, x, y))
+    return _VarianceComponents(between_seeds / seeds, _floor_variance(own, x, y))
 
 
-def _floored(variance: float, x: Array, y: Array) -> float:
+def _floor_variance(variance: float, x: Array, y: Array) -> float:
     """A variance over images is not below 0; where nothing varies at all, it is that of two changed images."""
     if x is not y:
         return variance
     return max(variance, 0.0) if (x != x[0, 0]).any() else 2 / x.shape[1] ** 2
 
 
-def _critical(spread: _Spread, seeds: int, alpha: float) -> float:
+def _critical_value(spread: _VarianceComponents, seeds: int, alpha: float) -> float:
     """By how many standard errors a mean may be off at level ``alpha`` (two-sided)."""
     from scipy import special
 
@@ -358,5 +358,5 @@ def _critical(spread: _Spread, seeds: int, alpha: float) -> float:
     return float(normal + spread.share ** _EXPONENTS.get(seeds, 1.8) * (student - normal))
 
 
-def _deviation(values: Array) -> float | None:
+def _sample_deviation(values: Array) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -1,1 +1,1 @@
-"""What networks see inside: their stages, how to read and pair them, and adapters between them.  Needs torch alone."""
+"""What networks compute inside: stages, reading and pairing them, and adapters between them. Needs torch alone."""

@@ -12,31 +12,31 @@ from potstill.errors import UsageError
 MAX_WEIGHTS = 10_000_000
 
 
-def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def pool_to_common_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps [B, C, H, W] averaged down to the smaller height and the smaller width of the two.
 
     Maps of equal size come back as they are.
 
     Example:
         >>> import torch
-        >>> student, teacher = same_size(torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]]), torch.zeros(1, 8, 1, 1))
+        >>> student, teacher = pool_to_common_size(torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]]), torch.zeros(1, 8, 1, 1))
         >>> student
         tensor([[[[4.]]]])
     """
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    return _pooled(student, size), _pooled(teacher, size)
+    return _pool_to(student, size), _pool_to(teacher, size)
 
 
-def resized(features: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_map(features: Tensor, size: tuple[int, int]) -> Tensor:
     """A map [B, C, H, W] brought to [B, C, *size]: averaged where it is larger, linearly interpolated where smaller.
 
     Example:
         >>> import torch
-        >>> resized(torch.tensor([[[[0.0, 4.0]]]]), (2, 1))  # twice as high, half as wide
+        >>> resize_map(torch.tensor([[[[0.0, 4.0]]]]), (2, 1))  # twice as high, half as wide
         tensor([[[[2.],
                   [2.]]]])
     """
-    features = _pooled(features, (min(features.shape[2], size[0]), min(features.shape[3], size[1])))
+    features = _pool_to(features, (min(features.shape[2], size[0]), min(features.shape[3], size[1])))
     if tuple(features.shape[2:]) == size:
         return features
     return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
@@ -78,7 +78,7 @@ class ConvAdapter(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, H, W] of the student -> the teacher's [B, C, H, W]."""
         if self.size is not None:
-            features = resized(features, self.size)
+            features = resize_map(features, self.size)
         projected: Tensor = self.relu(self.norm(self.conv(features)))
         return projected
 
@@ -111,7 +111,7 @@ class Projection(nn.Module):
         return projected
 
 
-def _pooled(features: Tensor, size: tuple[int, int]) -> Tensor:
+def _pool_to(features: Tensor, size: tuple[int, int]) -> Tensor:
     return features if tuple(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
 
 

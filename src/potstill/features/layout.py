@@ -11,7 +11,7 @@ from potstill.errors import UsageError
 
 Layout = Literal["NCHW", "NHWC", "tokens"]
 
-MAX_PREFIX = 8  # class, distillation and register tokens before those of the patches
+MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens before those of the patches
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Grid:
         return height, width
 
 
-class Layouts:
+class LayoutDetector:
     """Recognises maps by their shapes: a map has the proportions of the image.
 
     Args:
@@ -93,11 +93,11 @@ class Layouts:
 
     def _tokens(self, count: int, channels: int) -> Grid | None:
         for seen in reversed(self.patches):
-            if seen.channels == channels and 0 <= count - seen.area <= MAX_PREFIX and count > 1:
+            if seen.channels == channels and 0 <= count - seen.area <= MAX_PREFIX_TOKENS and count > 1:
                 return Grid("tokens", channels, seen.height, seen.width, count - seen.area)
         highest = round(math.sqrt(count * self.height / self.width))
         for height in range(highest, 0, -1):
             width = round(height * self.width / self.height)
-            if width and 0 <= count - height * width <= MAX_PREFIX and count > 1:
+            if width and 0 <= count - height * width <= MAX_PREFIX_TOKENS and count > 1:
                 return Grid("tokens", channels, height, width, count - height * width)
         return None

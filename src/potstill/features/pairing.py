@@ -5,12 +5,12 @@ import math
 from collections.abc import Sequence
 
 from potstill.errors import UsageError
-from potstill.features.stages import Anatomy, Stage
+from potstill.features.stages import NetworkStructure, Stage
 
-Pair = tuple[Stage, Stage]  # the student's, the teacher's
+StagePair = tuple[Stage, Stage]  # the student's, the teacher's
 
 
-def pair(student: Anatomy, teacher: Anatomy) -> tuple[Pair, ...]:
+def pair_stages(student: NetworkStructure, teacher: NetworkStructure) -> tuple[StagePair, ...]:
     """Every stage of the network that has fewer, each with one of the other network's, shallow to deep.
 
     The last belongs to the last.  Before it, partners are those whose resolutions differ least, in halvings relative to
@@ -19,44 +19,44 @@ def pair(student: Anatomy, teacher: Anatomy) -> tuple[Pair, ...]:
     Raises:
         UsageError: a network without stages.
     """
-    fewer, more = sorted((student, teacher), key=lambda anatomy: len(anatomy.stages))
+    fewer, more = sorted((student, teacher), key=lambda structure: len(structure.stages))
     if not fewer.stages:
         raise UsageError("no feature maps were found to be paired; name layers by their paths")
     count = len(fewer.stages) - 1
     chosen = min(
         itertools.combinations(range(len(more.stages) - 1), count),
-        key=lambda positions: _misfit(fewer, more, positions),
+        key=lambda positions: _mismatch(fewer, more, positions),
     )
     partners = [*(more.stages[position] for position in chosen), more.stages[-1]]
     ordered = zip(fewer.stages, partners, strict=True)
     return tuple(ordered) if fewer is student else tuple((ours, theirs) for theirs, ours in ordered)
 
 
-def middle(student: Anatomy, teacher: Anatomy) -> Pair:
+def middle_pair(student: NetworkStructure, teacher: NetworkStructure) -> StagePair:
     """The pair halfway, the shallower of two: the second of three or four, as FitNet's published numbers use."""
-    pairs = pair(student, teacher)
+    pairs = pair_stages(student, teacher)
     return pairs[(len(pairs) - 1) // 2]
 
 
-def last(student: Anatomy, teacher: Anatomy) -> Pair:
+def last_pair(student: NetworkStructure, teacher: NetworkStructure) -> StagePair:
     """The deepest pair."""
-    return pair(student, teacher)[-1]
+    return pair_stages(student, teacher)[-1]
 
 
-def pairs_table(pairs: Sequence[Pair]) -> str:
+def format_pairs(pairs: Sequence[StagePair]) -> str:
     """For people: the paths and shapes [C, H, W] of each pair, and how many times larger the teacher's is.
 
     Example:
         >>> small, large = Stage("stage2", 32, 8, 8, "NCHW"), Stage("blocks.5", 192, 4, 4, "tokens", 1)
-        >>> print(pairs_table([(small, large)]))
+        >>> print(format_pairs([(small, large)]))
         student          teacher                channels  size
         stage2 [32,8,8]  blocks.5 [192,4,4] tokens  x 6       x 0.5
     """
     rows = [("student", "teacher", "channels", "size")]
     rows += [
         (
-            _described(ours),
-            _described(theirs),
+            _format_stage(ours),
+            _format_stage(theirs),
             f"x {theirs.channels / ours.channels:.3g}",
             _ratio(theirs.height / ours.height, theirs.width / ours.width),
         )
@@ -67,7 +67,7 @@ def pairs_table(pairs: Sequence[Pair]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _described(stage: Stage) -> str:
+def _format_stage(stage: Stage) -> str:
     text = f"{stage.path} [{stage.channels},{stage.height},{stage.width}]"
     return text if stage.layout == "NCHW" else f"{text} {stage.layout}"
 
@@ -76,7 +76,7 @@ def _ratio(high: float, wide: float) -> str:
     return f"x {high:.3g}" if high == wide else f"x {high:.3g}, {wide:.3g}"
 
 
-def _misfit(fewer: Anatomy, more: Anatomy, positions: Sequence[int]) -> tuple[float, float]:
+def _mismatch(fewer: NetworkStructure, more: NetworkStructure, positions: Sequence[int]) -> tuple[float, float]:
     resolution = depth = 0.0
     for place, position in enumerate(positions):
         resolution += abs(_halvings(fewer, place) - _halvings(more, position))
@@ -84,9 +84,9 @@ def _misfit(fewer: Anatomy, more: Anatomy, positions: Sequence[int]) -> tuple[fl
     return round(resolution, 3), depth
 
 
-def _halvings(anatomy: Anatomy, position: int) -> float:
+def _halvings(structure: NetworkStructure, position: int) -> float:
     """How often the image was halved to come to this size."""
-    stage, (height, width) = anatomy.stages[position], anatomy.image
+    stage, (height, width) = structure.stages[position], structure.image
     if height and width:
         return math.log2(height * width / (stage.height * stage.width)) / 2
     return -math.log2(stage.height * stage.width) / 2

@@ -13,12 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from potstill.features.adapters import Projection, same_size
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.features.adapters import Projection, pool_to_common_size
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -82,7 +81,7 @@ class AB(Method):
         ce_weight: Positive = 1.0,
     ) -> None:
         super().__init__(ce_weight=ce_weight)
-        self.needs = Needs(maps="pairs", before_activation="both", epoch=init_share > 0)
+        self.needs = Requirements(maps="pairs", before_activation="both", epoch=init_share > 0)
         self.weight = weight
         self.margin = margin
         self.init_share = init_share
@@ -91,27 +90,27 @@ class AB(Method):
     def staged(self) -> bool:
         return self.init_share > 0
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         pairs = zip(student.outputs.maps, teacher.outputs.maps, strict=True)
         self.connectors = nn.ModuleList(_connector(ours.shape, theirs.shape) for ours, theirs in pairs)
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        _, labels = acting(self.init_share, self)
+        _, labels = active_terms(self.init_share, self)
         return super().label_terms(student, batch) if labels else {}
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        boundaries, _ = acting(self.init_share, self)
+        boundaries, _ = active_terms(self.init_share, self)
         if not boundaries:
             return {}
         connected = [join(features) for join, features in zip(self.connectors, student.maps, strict=True)]
-        pairs = [same_size(ours, theirs) for ours, theirs in zip(connected, teacher.maps, strict=True)]
+        pairs = [pool_to_common_size(ours, theirs) for ours, theirs in zip(connected, teacher.maps, strict=True)]
         loss = ab_loss([ours for ours, _ in pairs], [theirs for _, theirs in pairs], margin=self.margin)
         return {"boundaries": self.weight * loss}
 
 
-def acting(init_share: float, method: Method) -> tuple[bool, bool]:
+def active_terms(init_share: float, method: Method) -> tuple[bool, bool]:
     """Whether the teacher and whether the labels count in this epoch of a method that has two stages.
 
     The first stage has ``init_share`` of all epochs, rounded up, but never all of them: a run of one epoch has no
@@ -120,10 +119,10 @@ def acting(init_share: float, method: Method) -> tuple[bool, bool]:
     Example:
         >>> method = Method()
         >>> method.start_epoch(29, 270)
-        >>> acting(0.111, method)
+        >>> active_terms(0.111, method)
         (True, False)
         >>> method.start_epoch(30, 270)
-        >>> acting(0.111, method)
+        >>> active_terms(0.111, method)
         (False, True)
     """
     if init_share == 0 or method.epochs == 1:

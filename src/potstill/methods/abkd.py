@@ -14,8 +14,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def afd_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], attention: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class AFD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="all", several=True)
+    needs = Requirements(maps="all", several=True)
 
     @checked
     def __init__(self, *, weight: NonNegative = 200.0, dimension: Count = 128, ce_weight: NonNegative = 1.0) -> None:
@@ -106,7 +105,7 @@ class AFD(Method):
         self.weight = weight
         self.dimension = dimension
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         if len(ours) < 2:

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.features.adapters import same_size
+from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -57,7 +56,7 @@ def at_loss(
     """
     terms = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
-        student, teacher = same_size(at_least_float32(student), at_least_float32(teacher.detach()))
+        student, teacher = pool_to_common_size(at_least_float32(student), at_least_float32(teacher.detach()))
         if form == "paper":  # the release takes no absolute values; the same for even powers, or after a ReLU
             student, teacher = student.abs(), teacher.abs()
         difference = _attention(student, power) - _attention(teacher, power)
@@ -79,7 +78,7 @@ class AT(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="pairs")
+    needs = Requirements(maps="pairs")
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 70.55,
         "cifar100/resnet110-resnet32": 72.31,

@@ -8,26 +8,26 @@ from torch import Tensor, nn
 
 from potstill.errors import UsageError
 from potstill.features.stages import Stage
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.types import Batch, Outputs
 
-Passes = Callable[[], Iterator[tuple[Outputs, Batch]]]
+TeacherPasses = Callable[[], Iterator[tuple[Outputs, Batch]]]
 
 
 @dataclass(frozen=True)
-class Side:
+class NetworkInfo:
     """What a method may know of the student or the teacher when it is built."""
 
     outputs: Outputs  # of an example batch: adapters are sized by it
     norms: tuple[nn.BatchNorm2d | None, ...] = ()  # in front of each map; None where there is none
     stages: tuple[Stage, ...] = ()  # where each map is read
     fresh: Callable[[], nn.Module] | None = None  # an untrained copy of the network, where needed
-    members: "tuple[Side, ...]" = ()  # one for each teacher
-    parts: "tuple[Side, ...]" = ()  # where methods are combined: one for each of them
+    members: "tuple[NetworkInfo, ...]" = ()  # one for each teacher
+    parts: "tuple[NetworkInfo, ...]" = ()  # where methods are combined: one for each of them
 
 
 @dataclass(frozen=True)
-class TrainingFacts:
+class TrainingInfo:
     """What a method may know of the training to come."""
 
     classes: int
@@ -42,7 +42,7 @@ class Method(nn.Module):
     model that it does not own, no optimizer, device or recipe.  What it needs beyond logits it declares in ``needs``.
     """
 
-    needs: Needs = Needs()
+    needs: Requirements = Requirements()
     student_taps: tuple[str, ...] = ()  # submodules whose outputs are read into ``Outputs.features``, by path
     teacher_taps: tuple[str, ...] = ()
 
@@ -101,14 +101,16 @@ class Method(nn.Module):
             if isinstance(module, Method):
                 module.label_loss = loss
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         """Create adapters and memories, sized by an example's outputs.  Most methods have none.
 
         Raises:
             UsageError: these networks cannot be joined by this method; says why and which method can.
         """
 
-    def remodel(self, student: nn.Module, student_side: Side, teacher_side: Side | None) -> nn.Module:
+    def modify_student(
+        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
+    ) -> nn.Module:
         """The network that is trained and deployed in the student's place: the student itself, but for few methods."""
         return student
 
@@ -116,7 +118,7 @@ class Method(nn.Module):
         """Training is about to begin its epoch number ``epoch``, counted from 0, of ``epochs``."""
         self.epoch, self.epochs = epoch, epochs
 
-    def prepare(self, passes: Passes) -> None:
+    def prepare(self, passes: TeacherPasses) -> None:
         """Learn from the teacher's outputs alone, before training; each call of ``passes`` is one pass."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.options import NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def bkd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

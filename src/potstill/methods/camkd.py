@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import Projection, resized
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.divergence import softened_kl
+from potstill.features.adapters import Projection, resize_map
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import softened_kl
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def camkd_weights(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -120,8 +119,8 @@ class CAMKD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(members=True, maps="last", teacher_head=True, pooled=True, epoch=True, labels=True)
-    LOGITS = Needs(members=True, labels=True)  # of the first term alone
+    needs = Requirements(members=True, maps="last", teacher_head=True, pooled=True, epoch=True, labels=True)
+    LOGITS = Requirements(members=True, labels=True)  # of the first term alone
 
     @checked
     def __init__(
@@ -143,7 +142,7 @@ class CAMKD(Method):
     def warmup_length(self) -> float:
         return self.features_from and self.features_from + 1
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         if len(teacher.members) < 2:
             raise UsageError(
@@ -174,7 +173,7 @@ class CAMKD(Method):
     def _features(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         theirs = [member.maps[-1] for member in teacher.members]
         projected = [
-            projector(resized(member.maps[-1], (target.shape[2], target.shape[3])))
+            projector(resize_map(member.maps[-1], (target.shape[2], target.shape[3])))
             for projector, member, target in zip(self.projectors, student.members, theirs, strict=True)
         ]
         heads = [member.head for member in teacher.members]

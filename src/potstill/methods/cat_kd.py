@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import refuse_unequal
+from potstill.methods.numerics import require_equal_shapes
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Head, Outputs
+from potstill.types import Batch, Head, Outputs, at_least_float32
 
 
 @checked
@@ -46,7 +45,7 @@ def cat_kd_loss(student_maps: Tensor, teacher_maps: Tensor, *, resolution: Count
     ours, theirs = (
         F.adaptive_avg_pool2d(at_least_float32(maps), resolution) for maps in (student_maps, teacher_maps.detach())
     )
-    refuse_unequal(ours, theirs, "cat_kd: the pooled class activation maps")
+    require_equal_shapes(ours, theirs, "cat_kd: the pooled class activation maps")
     if normalize:
         ours, theirs = (F.normalize(maps.flatten(2), dim=2) for maps in (ours, theirs))
     return F.mse_loss(ours, theirs)
@@ -73,7 +72,7 @@ class CATKD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last", student_head=True, teacher_head=True, pooled=True)
+    needs = Requirements(maps="last", student_head=True, teacher_head=True, pooled=True)
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet56-resnet20": {"weight": 0.7},
         "cifar100/resnet110-resnet32": {"weight": 1.8},

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import products, refuse_single, refuse_unequal
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products, require_equal_shapes, require_two_images
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -40,8 +39,8 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> cc_loss(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))
         tensor(4.)
     """
-    refuse_single(student, "cc")
-    refuse_unequal(student, teacher, "cc: the embeddings")
+    require_two_images(student, "cc")
+    require_equal_shapes(student, teacher, "cc: the embeddings")
     deviation = (at_least_float32(student) - at_least_float32(teacher)).abs()
     return (deviation[:-1] * deviation[1:]).sum(dim=1).mean()
 
@@ -67,13 +66,13 @@ def cc_kernel_loss(student: Tensor, teacher: Tensor, *, gamma: Positive = 0.4, o
         >>> cc_kernel_loss(student, teacher)
         tensor(0.1266)
     """
-    refuse_single(student, "cc")
+    require_two_images(student, "cc")
     return F.mse_loss(_kernel(student, gamma, order), _kernel(teacher, gamma, order))
 
 
 def _kernel(embedding: Tensor, gamma: float, order: int) -> Tensor:
     rows = F.normalize(at_least_float32(embedding), dim=1)
-    cosines = products(rows, rows)
+    cosines = inner_products(rows, rows)
     series = [(2 * gamma) ** power / math.factorial(power) * cosines**power for power in range(order + 1)]
     return math.exp(-2 * gamma) * torch.stack(series).sum(dim=0)
 
@@ -90,7 +89,7 @@ class CC(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(embedding=True, several=True)
+    needs = Requirements(embedding=True, several=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.63,
         "cifar100/resnet110-resnet32": 71.48,
@@ -118,7 +117,7 @@ class CC(Method):
         super().__init__(ce_weight=ce_weight)
         self.weight, self.form, self.dim, self.gamma, self.order = weight, form, dim, gamma, order
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None

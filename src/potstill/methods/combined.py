@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from potstill.errors import UsageError
 from potstill.methods import create_method
-from potstill.methods.base import Method, Passes, Side, TrainingFacts
+from potstill.methods.base import Method, NetworkInfo, TeacherPasses, TrainingInfo
 from potstill.methods.ls import LS
-from potstill.methods.needs import Needs
-from potstill.methods.wrapping.around import Around, refuse_idle_label_weight
-from potstill.methods.wrapping.per_teacher import per_teacher
+from potstill.methods.requirements import Requirements
+from potstill.methods.wrappers import MethodWrapper, refuse_idle_label_weight, wrap_per_teacher
 from potstill.options import MethodSettings, NonNegative, checked
 from potstill.types import Batch, Outputs
 
@@ -45,7 +44,7 @@ class Combined(Method):
             if len(method.parts) > 1 or not _has_plain_label_terms(method):
                 raise UsageError(f"{name} decides over the label term itself and cannot be combined with other methods")
             refuse_idle_label_weight(settings, method, "combined")
-        self.needs = _united([method.needs for method in self.each()])
+        self.needs = _union_of_requirements([method.needs for method in self.each()])
         self.student_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.student_taps))
         self.teacher_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.teacher_taps))
 
@@ -70,17 +69,19 @@ class Combined(Method):
         return max(method.warmup_length for method in self.each())
 
     def for_teachers(self, shares: Sequence[float]) -> Method:
-        self.methods = nn.ModuleList(per_teacher(method, shares) for method in self.each())
+        self.methods = nn.ModuleList(wrap_per_teacher(method, shares) for method in self.each())
         return self
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         for position, method in enumerate(self.each()):
             method.build(student.parts[position], teacher.parts[position] if teacher else None, training)
 
-    def remodel(self, student: nn.Module, student_side: Side, teacher_side: Side | None) -> nn.Module:
+    def modify_student(
+        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
+    ) -> nn.Module:
         for position, method in enumerate(self.each()):
             theirs = teacher_side.parts[position] if teacher_side else None
-            student = method.remodel(student, student_side.parts[position], theirs)
+            student = method.modify_student(student, student_side.parts[position], theirs)
         # Some lie inside the new network.
         self.student_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.student_taps))
         return student
@@ -90,16 +91,18 @@ class Combined(Method):
         for method in self.each():
             method.start_epoch(epoch, epochs)
 
-    def prepare(self, passes: Passes) -> None:
+    def prepare(self, passes: TeacherPasses) -> None:
         for position, method in enumerate(self.each()):
             if method.needs.prepare:
-                method.prepare(lambda at=position: ((_part(outputs, at), batch) for outputs, batch in passes()))  # type: ignore[misc]
+                method.prepare(lambda at=position: ((_part_outputs(outputs, at), batch) for outputs, batch in passes()))  # type: ignore[misc]
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         for position, (name, method, factor) in enumerate(zip(self.names, self.each(), self.factors, strict=True)):
             found = method.distill(
-                _part(student, position), _part(teacher, position) if teacher is not None else None, batch
+                _part_outputs(student, position),
+                _part_outputs(teacher, position) if teacher is not None else None,
+                batch,
             )
             for term, value in found.items():
                 key = term if term not in terms else f"{name}_{term}"
@@ -107,7 +110,7 @@ class Combined(Method):
         return terms
 
 
-def _part(outputs: Outputs, position: int) -> Outputs:
+def _part_outputs(outputs: Outputs, position: int) -> Outputs:
     """Where the teacher's outputs come from elsewhere, they are logits, the same for all."""
     return outputs.parts[position] if outputs.parts else outputs
 
@@ -118,20 +121,20 @@ def _without_factor(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _has_plain_label_terms(method: Method) -> bool:
     """Whether the combination's own cross-entropy may stand in for the method's."""
-    if isinstance(method, Around) and not isinstance(method, LS):
+    if isinstance(method, MethodWrapper) and not isinstance(method, LS):
         return _has_plain_label_terms(method.inner)
     return type(method).label_terms in (Method.label_terms, LS.label_terms)
 
 
-def _united(needs: list[Needs]) -> Needs:
+def _union_of_requirements(needs: list[Requirements]) -> Requirements:
     seconds = {need.second for need in needs} - {"none"}
     if len(seconds) > 1:
         raise UsageError("these methods want different second images (a strong view; one of the same class)")
     flags: dict[str, Any] = {
         field.name: any(getattr(need, field.name) for need in needs)
-        for field in fields(Needs)
+        for field in fields(Requirements)
         if isinstance(field.default, bool)
     }
     flags["second_gradient"] = any(need.second_gradient for need in needs if need.second != "none")
     maps = [need.maps for need in needs if need.maps != "none"]
-    return Needs(**flags, maps=maps[0] if maps else "none", second=seconds.pop() if seconds else "none")
+    return Requirements(**flags, maps=maps[0] if maps else "none", second=seconds.pop() if seconds else "none")

@@ -6,6 +6,7 @@ the teacher's bank and the other way round.  The constants Z are taken from the 
 Memory: 2 N dim numbers for the banks, and B N for the comparison.
 """
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -13,13 +14,90 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.negatives import ClassTable
-from potstill.methods.pieces.relations import products
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
+
+
+class ClassSampler(nn.Module):
+    """The training set sorted by class: each class is one run of places, everything else lies before or behind it.
+
+    Args:
+        labels: [N], int64, by sample id.
+
+    Raises:
+        UsageError: fewer than two classes: there is no sample of another class.
+    """
+
+    labels: Tensor
+    order: Tensor  # sample ids by class
+    counts: Tensor  # of each class
+    starts: Tensor  # of each class's run in ``order``
+
+    def __init__(self, labels: Tensor) -> None:
+        super().__init__()
+        counts = labels.bincount()
+        present = counts[counts > 0]
+        if len(present) < 2:
+            raise UsageError(f"contrast needs samples of 2 classes or more, got {len(present)}; use kd instead")
+        # Not in checkpoints: they follow from the training set.
+        self.register_buffer("labels", labels, persistent=False)
+        self.register_buffer("order", labels.argsort(stable=True), persistent=False)
+        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
+        self.smallest_pool = len(labels) - int(present.max())
+
+    def draw_other(self, classes: Tensor, k: int) -> Tensor:
+        """[B, k] sample ids, row i of other classes than ``classes[i]``, drawn with torch's global generator.
+
+        No id comes twice in a row, unless all other classes together have fewer than ``k`` samples.
+        """
+        counts, starts = self._of(classes)
+        pools = len(self.labels) - counts
+        places = self._sparse(pools, k) if 2 * k < self.smallest_pool else self._dense(pools, k)
+        places = places + counts * (places >= starts)  # step over the row's own class
+        return self.order[places]
+
+    def draw_same(self, classes: Tensor) -> Tensor:
+        """[B] sample ids of the given classes."""
+        counts, starts = self._of(classes)
+        return self.order[(starts + _randint_below(counts, 1)).squeeze(1)]
+
+    def _of(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        return self.counts[classes].unsqueeze(1), self.starts[classes].unsqueeze(1)
+
+    def _dense(self, pools: Tensor, k: int) -> Tensor:
+        """By sorting one random key for each sample; where the pool is smaller than k, with repetition."""
+        repeated = _randint_below(pools, k)
+        if k > len(self.labels):
+            return repeated
+        keys = torch.rand(len(pools), len(self.labels), device=pools.device)
+        keys = keys.masked_fill(torch.arange(len(self.labels), device=pools.device) >= pools, 2)
+        return torch.where(pools >= k, keys.argsort(dim=1)[:, :k], repeated)
+
+    def _sparse(self, pools: Tensor, k: int) -> Tensor:
+        """By drawing more than needed with repetition and keeping the first k that differ.
+
+        Keys for all of a large training set would take B N numbers; this takes a little more than B k.
+        """
+        pool = self.smallest_pool
+        expected = pool * -math.log1p(-k / pool)  # draws until k differ
+        draws = _randint_below(pools, math.ceil(expected + 8 * math.sqrt(expected) + 8))
+        values, order = draws.sort(dim=1, stable=True)
+        repeats = torch.zeros_like(draws, dtype=torch.bool)
+        repeats[:, 1:] = values[:, 1:] == values[:, :-1]
+        # Back in the order of drawing: keeping the k smallest would favour small places.
+        late = torch.zeros_like(repeats).scatter_(1, order, repeats).to(torch.uint8)
+        return draws.gather(1, late.argsort(dim=1, stable=True)[:, :k])
+
+
+def _randint_below(bounds: Tensor, count: int) -> Tensor:
+    """[B, count] whole numbers, evenly from 0 to below each row's bound."""
+    # Of so many numbers the remainders are even to 13 digits; a float32 times the bound would skip ids above 2^24.
+    return torch.randint(2**62, (len(bounds), count), device=bounds.device) % bounds
+
 
 EPSILON = 1e-7  # of the authors' loss
 
@@ -102,9 +180,9 @@ def crd_memory(memory: Tensor, unit: Tensor, index: Tensor, *, momentum: Share =
 def _scores(unit: Tensor, memory: Tensor, contrast: Tensor, temperature: float) -> Tensor:
     """[B, 1 + k]: exp(u m / tau)."""
     if len(memory) <= contrast.shape[1] * memory.shape[1]:  # all N products are fewer numbers than copies of the rows
-        similarity = products(unit, memory).gather(1, contrast)
+        similarity = inner_products(unit, memory).gather(1, contrast)
     else:
-        similarity = products(memory[contrast], unit.unsqueeze(1)).squeeze(2)
+        similarity = inner_products(memory[contrast], unit.unsqueeze(1)).squeeze(2)
     return (similarity / temperature).exp()
 
 
@@ -132,7 +210,7 @@ class CRD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(embedding=True, index=True, labels=True)
+    needs = Requirements(embedding=True, index=True, labels=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 71.16,
         "cifar100/resnet110-resnet32": 73.48,
@@ -168,7 +246,7 @@ class CRD(Method):
         self.temperature, self.momentum, self.positive = temperature, momentum, positive
         self._constants_known = False
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
@@ -176,7 +254,7 @@ class CRD(Method):
             raise UsageError("crd keeps a memory of the training set: it needs the labels of all its images")
         self.embed_student = nn.Linear(student.outputs.embedding.shape[1], self.dim)
         self.embed_teacher = nn.Linear(teacher.outputs.embedding.shape[1], self.dim)
-        self.table = ClassTable(training.labels)
+        self.table = ClassSampler(training.labels)
         bound = (3 / self.dim) ** 0.5  # rows of length 1 on average
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, torch.empty(len(training.labels), self.dim).uniform_(-bound, bound))

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.divergence import softened_kl
+from potstill.methods.numerics import softened_kl
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -129,7 +128,7 @@ class CRLD(Method):
         ce_weight: of the label term, in each view.
     """
 
-    needs = Needs(second="strong", labels=True)
+    needs = Requirements(second="strong", labels=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
 from potstill.types import Batch, Outputs
 
@@ -25,7 +25,7 @@ class CSKD(Method):
         ce_weight: of the label term, for the first images only.
     """
 
-    needs = Needs(teacher=False, second="same class", second_gradient=False, labels=True)
+    needs = Requirements(teacher=False, second="same class", second_gradient=False, labels=True)
 
     @checked
     def __init__(self, *, weight: NonNegative = 1.0, temperature: Positive = 4.0, ce_weight: NonNegative = 1.0) -> None:

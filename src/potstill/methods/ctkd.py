@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.divergence import softened_kl
+from potstill.methods.numerics import softened_kl
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
 from potstill.types import Batch, Outputs
 
@@ -114,7 +114,7 @@ class CTKD(Method):
         ce_weight: weight of the label term.
     """
 
-    needs = Needs(epoch=True)
+    needs = Requirements(epoch=True)
     tau: nn.Parameter
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {

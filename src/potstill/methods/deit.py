@@ -17,8 +17,7 @@ from potstill.errors import UsageError
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
 from potstill.options import Positive, Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 Reduction = Literal["batchmean", "mean"]
 HEADS = ("head", "head_dist")  # paths in the student: for labels, and for the teacher
@@ -98,11 +97,11 @@ class DeiTHard(Method):
         self.alpha = alpha
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": (1 - self.alpha) * self.label_loss(said_by_head(student, "head"), batch.targets)}
+        return {"ce": (1 - self.alpha) * self.label_loss(head_logits(student, "head"), batch.targets)}
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
-        return {"hard": self.alpha * deit_hard_loss(said_by_head(student, "head_dist"), teacher.logits)}
+        return {"hard": self.alpha * deit_hard_loss(head_logits(student, "head_dist"), teacher.logits)}
 
 
 class DeiTSoft(Method):
@@ -130,12 +129,12 @@ class DeiTSoft(Method):
         self.reduction: Reduction = reduction
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": (1 - self.alpha) * self.label_loss(said_by_head(student, "head"), batch.targets)}
+        return {"ce": (1 - self.alpha) * self.label_loss(head_logits(student, "head"), batch.targets)}
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         loss = deit_soft_loss(
-            said_by_head(student, "head_dist"),
+            head_logits(student, "head_dist"),
             teacher.logits,
             temperature=self.temperature,
             reduction=self.reduction,
@@ -143,7 +142,7 @@ class DeiTSoft(Method):
         return {"soft": self.alpha * loss}
 
 
-def said_by_head(student: Outputs, path: str) -> Tensor:
+def head_logits(student: Outputs, path: str) -> Tensor:
     """Logits [B, K] of one of the two heads, in at least float32.
 
     Raises:

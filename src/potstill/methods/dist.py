@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def _mean_distance(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
@@ -146,7 +145,7 @@ class DIST(Method):
         ce_weight: weight of the label term.
     """
 
-    needs = Needs(several=True)
+    needs = Requirements(several=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0},

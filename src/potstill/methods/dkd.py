@@ -10,13 +10,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.divergence import softened_kl, softened_target_kl
-from potstill.methods.pieces.target_class import refuse_two_classes, without_target
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import drop_target, require_three_classes, softened_kl, softened_target_kl
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -74,7 +72,7 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
         >>> nckd_loss(torch.zeros(1, 3), torch.tensor([[9.0, 3.0, 1.0]]).log(), torch.tensor([0]), temperature=1.0)
         tensor(0.1308)
     """
-    student, teacher = (without_target(at_least_float32(each), labels) for each in (student_logits, teacher_logits))
+    student, teacher = (drop_target(at_least_float32(each), labels) for each in (student_logits, teacher_logits))
     return temperature**2 * softened_kl(student, teacher, temperature).mean()
 
 
@@ -134,7 +132,7 @@ class DKD(Method):
     Two classes are refused: the non-target part is then 0.
     """
 
-    needs = Needs(labels=True, epoch=True)
+    needs = Requirements(labels=True, epoch=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet56-resnet20": {"beta": 2.0},
@@ -181,12 +179,12 @@ class DKD(Method):
         self.beta = beta
         self.warmup_epochs = warmup_epochs
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
-        refuse_two_classes("dkd", training.classes)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+        require_three_classes("dkd", training.classes)
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
-        refuse_two_classes("dkd", student.logits.shape[1])
+        require_three_classes("dkd", student.logits.shape[1])
         given = (student.logits, teacher.logits, batch.labels)
         factor = self.warmup(self.warmup_epochs)
         return {

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -62,7 +61,7 @@ class DML(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(teacher=False, peers=True)
+    needs = Requirements(teacher=False, peers=True)
 
     @checked
     def __init__(
@@ -82,7 +81,7 @@ class DML(Method):
     def label_term_names(self) -> frozenset[str]:
         return frozenset({"ce", "peers_ce"})
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert student.fresh is not None  # needs.peers: the Distiller has seen to it
         self.others = nn.ModuleList(student.fresh() for _ in range(self.peers))
 

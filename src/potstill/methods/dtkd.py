@@ -11,11 +11,10 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.divergence import softened_kl
+from potstill.methods.numerics import softened_kl
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 SMALLEST_PEAK = 0.01
 
@@ -71,7 +70,7 @@ class DTKD(Method):
         ce_weight: weight of the label term.
     """
 
-    needs = Needs(epoch=True)
+    needs = Requirements(epoch=True)
 
     @checked
     def __init__(

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.pieces.divergence import softened_kl
+from potstill.methods.numerics import softened_kl
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 Form = Literal["paper", "release"]
 

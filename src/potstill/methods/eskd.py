@@ -9,12 +9,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from potstill.methods import create_method
-from potstill.methods.wrapping.around import Around
+from potstill.methods.wrappers import MethodWrapper
 from potstill.options import MethodSettings, Share, checked
 from potstill.types import Batch, Outputs
 
 
-class ESKD(Around):
+class ESKD(MethodWrapper):
     """What ``around`` does until the share ``stop`` of the epochs, plain cross-entropy from there on.
 
     Args:

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.features.adapters import ConvAdapter
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ class FitNet(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="middle")
+    needs = Requirements(maps="middle")
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.21,
         "cifar100/resnet110-resnet32": 71.06,
@@ -71,7 +70,7 @@ class FitNet(Method):
         super().__init__(ce_weight=ce_weight)
         self.weight = weight
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         (guided,), (hint,) = student.outputs.maps, teacher.outputs.maps
         self.adapter = ConvAdapter(guided.shape, hint.shape)

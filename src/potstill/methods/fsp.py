@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.errors import UsageError
-from potstill.features.adapters import same_size
-from potstill.methods.ab import acting
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.features.adapters import pool_to_common_size
+from potstill.methods.ab import active_terms
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def fsp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -55,7 +54,7 @@ def fsp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
 def _flows(maps: Sequence[Tensor]) -> list[Tensor]:
     flows = []
     for lower, upper in pairwise(maps):
-        first, second = (features.flatten(2) for features in same_size(lower, upper))
+        first, second = (features.flatten(2) for features in pool_to_common_size(lower, upper))
         with torch.autocast(first.device.type, enabled=False):  # it would lower products to half precision
             flows.append(torch.bmm(first, second.transpose(1, 2)) / first.shape[2])
     return flows
@@ -82,7 +81,7 @@ class FSP(Method):
     @checked
     def __init__(self, *, weight: NonNegative = 50.0, init_share: Share = 0.111, ce_weight: Positive = 1.0) -> None:
         super().__init__(ce_weight=ce_weight)
-        self.needs = Needs(maps="pairs", epoch=init_share > 0)
+        self.needs = Requirements(maps="pairs", epoch=init_share > 0)
         self.weight = weight
         self.init_share = init_share
 
@@ -90,7 +89,7 @@ class FSP(Method):
     def staged(self) -> bool:
         return self.init_share > 0
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         if len(ours) < 2:
@@ -104,10 +103,10 @@ class FSP(Method):
             )
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        _, labels = acting(self.init_share, self)
+        _, labels = active_terms(self.init_share, self)
         return super().label_terms(student, batch) if labels else {}
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        flow, _ = acting(self.init_share, self)
+        flow, _ = active_terms(self.init_share, self)
         return {"flow": self.weight * fsp_loss(student.maps, teacher.maps)} if flow else {}

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.features.adapters import same_size
-from potstill.methods.base import Method, Passes, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.features.adapters import pool_to_common_size
+from potstill.methods.base import Method, NetworkInfo, TeacherPasses, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 SLOPE = 0.1  # of the leaky ReLUs, as released
 
@@ -58,7 +57,7 @@ def ft_loss(
         >>> ft_loss(student, teacher)  # (1, 0) and (9, 16) / sqrt(337)
         tensor(0.6907)
     """
-    factors = same_size(at_least_float32(student_factor), at_least_float32(teacher_factor.detach()))
+    factors = pool_to_common_size(at_least_float32(student_factor), at_least_float32(teacher_factor.detach()))
     if form == "release":
         ours, theirs = (F.normalize(factor.pow(power).mean(dim=1).flatten(1), dim=1) for factor in factors)
     else:
@@ -122,7 +121,7 @@ class FT(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last", prepare=True)
+    needs = Requirements(maps="last", prepare=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.84,
         "cifar100/resnet110-resnet32": 72.37,
@@ -156,7 +155,7 @@ class FT(Method):
         self.paraphraser_lr = paraphraser_lr
         self.register_buffer("trained", torch.tensor(False))
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         ours, theirs = (side.outputs.maps[-1].shape[1] for side in (student, teacher))
         factor = max(1, int(theirs * self.rate))
@@ -164,7 +163,7 @@ class FT(Method):
         self.translator = Translator(ours, factor)
 
     @torch.enable_grad()
-    def prepare(self, passes: Passes) -> None:
+    def prepare(self, passes: TeacherPasses) -> None:
         """Teach the paraphraser: its factor must suffice to restore the map.  Once only, also when a run is resumed."""
         if self.trained:
             return

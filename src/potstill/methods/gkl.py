@@ -12,7 +12,7 @@ from torch import Tensor
 
 from potstill.methods.ikl import IKL, pairwise_squares
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
+from potstill.types import at_least_float32
 
 
 @checked

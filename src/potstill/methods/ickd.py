@@ -11,12 +11,11 @@ from torch import Tensor
 
 from potstill.errors import UsageError
 from potstill.features.adapters import Projection
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import products
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _correlations(features: Tensor) -> Tensor:
     channels = at_least_float32(features).flatten(2)
-    return F.normalize(products(channels, channels), dim=2)
+    return F.normalize(inner_products(channels, channels), dim=2)
 
 
 class ICKD(Method):
@@ -62,14 +61,14 @@ class ICKD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last")
+    needs = Requirements(maps="last")
 
     @checked
     def __init__(self, *, weight: NonNegative = 2.5, ce_weight: NonNegative = 1.0) -> None:
         super().__init__(ce_weight=ce_weight)
         self.weight = weight
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         self.adapter = Projection(student.outputs.maps[-1].shape, teacher.outputs.maps[-1].shape, norm=True)
 

@@ -8,15 +8,58 @@ cross-entropy without the factor T squared.  The double sum over classes is comp
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.class_prior import ClassPrior
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
+
+
+class ClassPrior(nn.Module):
+    """One row of probabilities for each class: uniform at first, then the mean over the last epoch's images.
+
+    Args:
+        classes: K.
+
+    Example:
+        >>> prior = ClassPrior(2)
+        >>> prior.add(torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([0, 0]))
+        >>> prior.turn()
+        >>> prior(torch.tensor([0, 1]))  # nobody has seen class 1, so its row stays
+        tensor([[0.7000, 0.3000],
+                [0.5000, 0.5000]])
+    """
+
+    rows: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.full((classes, classes), 1 / classes))
+        self.register_buffer("sums", torch.zeros(classes, classes))
+        self.register_buffer("counts", torch.zeros(classes))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """The rows of these classes: int64 [B] -> [B, K]."""
+        return self.rows[labels]
+
+    @torch.no_grad()
+    def add(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Gather a batch [B, K] for the next epoch."""
+        self.sums.index_add_(0, labels, probabilities.to(self.sums.dtype))
+        self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
+
+    @torch.no_grad()
+    def turn(self) -> None:
+        """Begin to use what was gathered, and to gather anew; a class that was not seen keeps its row."""
+        seen = (self.counts > 0)[:, None]
+        self.rows.copy_(torch.where(seen, self.sums / self.counts.clamp(min=1)[:, None], self.rows))
+        self.sums.zero_()
+        self.counts.zero_()
 
 
 def ikl_wmse_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
@@ -123,9 +166,9 @@ class IKL(Method):
         self.weight_temperature = weight_temperature
         self.class_prior = class_prior
         self.warmup_epochs = warmup_epochs
-        self.needs = Needs(epoch=True, classes=class_prior, labels=class_prior)
+        self.needs = Requirements(epoch=True, classes=class_prior, labels=class_prior)
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         if self.class_prior:
             self.prior = ClassPrior(training.classes)
 

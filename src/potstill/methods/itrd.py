@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import products, refuse_single, refuse_unequal
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products, require_equal_shapes, require_two_images
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -40,8 +39,8 @@ def itrd_correlation_loss(student: Tensor, teacher: Tensor, *, alpha: Positive =
         >>> itrd_correlation_loss(both, both)  # log2 of 0.5^3
         tensor(-3.)
     """
-    refuse_single(student, "itrd")
-    refuse_unequal(student, teacher, "itrd: the embeddings")
+    require_two_images(student, "itrd")
+    require_equal_shapes(student, teacher, "itrd: the embeddings")
     correlation = (_standardised(student) * _standardised(teacher.detach())).mean(dim=0)
     distance = (correlation - 1).abs().pow(2 * alpha).sum()
     return distance.clamp(min=torch.finfo(distance.dtype).tiny).log2()
@@ -68,10 +67,10 @@ def itrd_mutual_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> itrd_mutual_loss(student, teacher)
         tensor(0.5000)
     """
-    refuse_single(student, "itrd")
+    require_two_images(student, "itrd")
     ours, theirs = (F.normalize(at_least_float32(rows), dim=1) for rows in (student, teacher.detach()))
-    own = products(ours, ours)
-    shared = own * products(theirs, theirs)
+    own = inner_products(ours, ours)
+    shared = own * inner_products(theirs, theirs)
     tiny = torch.finfo(own.dtype).tiny  # a batch of embeddings of zeros has no similarities
     own, shared = own / own.trace().clamp(min=tiny), shared / shared.trace().clamp(min=tiny)
     return (own.square() - shared.square()).sum()
@@ -96,7 +95,7 @@ class ITRD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(embedding=True, several=True)
+    needs = Requirements(embedding=True, several=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 71.47,
         "cifar100/resnet110-resnet32": 74.26,
@@ -122,7 +121,7 @@ class ITRD(Method):
         super().__init__(ce_weight=ce_weight)
         self.correlation_weight, self.mutual_weight, self.alpha = correlation_weight, mutual_weight, alpha
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None

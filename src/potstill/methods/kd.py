@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.pieces.divergence import softened_kl
+from potstill.methods.numerics import softened_kl
 from potstill.options import Positive, Share, checked
 from potstill.types import Batch, Outputs
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from potstill.errors import UsageError
 from potstill.methods import create_method
 from potstill.methods.base import Method
-from potstill.methods.wrapping.around import Around, refuse_idle_label_weight
+from potstill.methods.wrappers import MethodWrapper, refuse_idle_label_weight
 from potstill.options import MethodSettings, NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -49,7 +48,7 @@ def standardise(logits: Tensor, *, eps: NonNegative = 1e-7) -> Tensor:
     return (logits - logits.mean(dim=1, keepdim=True)) / (eps + deviation)
 
 
-class LS(Around):
+class LS(MethodWrapper):
     """``ce_weight * CE`` on plain logits plus ``weight`` times the inner method's terms on standardised ones.
 
     Args:

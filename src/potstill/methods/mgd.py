@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from potstill.features.adapters import same_size
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.features.adapters import pool_to_common_size
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def mgd_loss(generated: Tensor, teacher_map: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ class MGD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last")
+    needs = Requirements(maps="last")
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet32x4-resnet8x4": {"weight": 1.2e-3},
         "imagenet/resnet34-resnet18": {"weight": 7e-5},
@@ -81,7 +80,7 @@ class MGD(Method):
         self.weight = weight
         self.mask_share = mask_share
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         self.generator = Generator(student.outputs.maps[-1].shape[1], teacher.outputs.maps[-1].shape[1])
 
@@ -91,6 +90,6 @@ class MGD(Method):
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        ours, theirs = same_size(student.maps[-1], teacher.maps[-1])
+        ours, theirs = pool_to_common_size(student.maps[-1], teacher.maps[-1])
         kept = (self.draw(theirs) >= self.mask_share).to(ours.dtype)
         return {"mgd": self.weight * mgd_loss(self.generator(ours, kept), theirs)}

@@ -19,11 +19,10 @@ from torch import Tensor
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
 from potstill.methods.ls import standardise as standardised
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import products
+from potstill.methods.numerics import inner_products
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 FURTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)  # besides the one that is an option
 View = tuple[Tensor, Tensor]  # logits of student and teacher, each [B, K]
@@ -54,7 +53,7 @@ def mlld_batch_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
         tensor(0.0156)
     """
     ours, theirs = _probabilities(student_logits, teacher_logits, temperature)
-    return (products(theirs, theirs) - products(ours, ours)).square().sum() / len(ours)
+    return (inner_products(theirs, theirs) - inner_products(ours, ours)).square().sum() / len(ours)
 
 
 @checked
@@ -81,7 +80,7 @@ def mlld_class_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
         tensor(0.0703)
     """
     ours, theirs = (each.T for each in _probabilities(student_logits, teacher_logits, temperature))
-    return (products(theirs, theirs) - products(ours, ours)).square().sum() / len(ours)
+    return (inner_products(theirs, theirs) - inner_products(ours, ours)).square().sum() / len(ours)
 
 
 def _probabilities(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -103,7 +102,7 @@ class MLLD(Method):
         ce_weight: of the label term, in each view.
     """
 
-    needs = Needs(second="strong", labels=True, several=True)
+    needs = Requirements(second="strong", labels=True, several=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.methods.base import Method, Passes, Side, TrainingFacts
+from potstill.methods.base import Method, NetworkInfo, TeacherPasses, TrainingInfo
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import refuse_single, refuse_unequal
+from potstill.methods.numerics import require_equal_shapes, require_two_images
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def nd_loss(student: Tensor, teacher: Tensor, labels: Tensor, class_means: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def nd_loss(student: Tensor, teacher: Tensor, labels: Tensor, class_means: Tenso
         >>> nd_loss(student, teacher, torch.tensor([0]), torch.tensor([[2.0, 0.0]]))  # by hand: 1 - 3 / max(5, 10)
         tensor(0.7000)
     """
-    refuse_unequal(student, teacher, "nd: the embeddings")
+    require_equal_shapes(student, teacher, "nd: the embeddings")
     ours, theirs = at_least_float32(student), at_least_float32(teacher.detach())
     directions = F.normalize(class_means.to(ours.dtype), dim=1)[labels]
     longer = torch.maximum(torch.linalg.vector_norm(ours, dim=1), torch.linalg.vector_norm(theirs, dim=1))
@@ -67,7 +66,7 @@ class ND(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(embedding=True, classes=True, epoch=True, prepare=True, labels=True)
+    needs = Requirements(embedding=True, classes=True, epoch=True, prepare=True, labels=True)
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet56-resnet20": {"kd_weight": 1.0, "weight": 2.0},
         "cifar100/resnet32x4-resnet8x4": {"kd_weight": 3.5, "weight": 2.0},
@@ -107,7 +106,7 @@ class ND(Method):
     def warmup_length(self) -> float:
         return self.warm_epochs and self.warm_epochs + 1  # the weight begins at 0
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
@@ -117,7 +116,7 @@ class ND(Method):
         self.register_buffer("class_means", torch.zeros(training.classes, outputs))
 
     @torch.no_grad()
-    def prepare(self, passes: Passes) -> None:
+    def prepare(self, passes: TeacherPasses) -> None:
         sums = torch.zeros_like(self.class_means)
         counts = torch.zeros(len(sums), device=sums.device)
         for outputs, batch in passes():
@@ -135,7 +134,7 @@ class ND(Method):
                 raise UsageError("nd points to the teacher's class means: call distiller.prepare(batches) first")
             self._means_known = True
         if self.training and not isinstance(self.translate, nn.Identity):
-            refuse_single(student.embedding, "nd")  # its BatchNorm
+            require_two_images(student.embedding, "nd")  # its BatchNorm
         translated = self.translate(student.embedding)
         terms = {"norm": self.weight * nd_loss(translated, teacher.embedding, batch.labels, self.class_means)}
         if self.kd_weight:

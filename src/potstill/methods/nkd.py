@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.target_class import refuse_two_classes, without_target
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import drop_target, require_three_classes
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def _ids(labels: Tensor) -> Tensor:
@@ -74,8 +73,8 @@ def nkd_others_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tens
         tensor(0.6931)
     """
     targets = _ids(labels)
-    student = F.log_softmax(without_target(at_least_float32(student_logits), targets) / temperature, dim=1)
-    teacher = F.softmax(without_target(at_least_float32(teacher_logits.detach()), targets) / temperature, dim=1)
+    student = F.log_softmax(drop_target(at_least_float32(student_logits), targets) / temperature, dim=1)
+    teacher = F.softmax(drop_target(at_least_float32(teacher_logits.detach()), targets) / temperature, dim=1)
     return -(temperature**2) * (teacher * student).sum(dim=1).mean()
 
 
@@ -126,7 +125,7 @@ class NKD(Method):
     Two classes are refused: the part on the others is then 0.
     """
 
-    needs = Needs(labels=True)
+    needs = Requirements(labels=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 3.0, "gamma": 3.5},
@@ -143,12 +142,12 @@ class NKD(Method):
         self.temperature = temperature
         self.gamma = gamma
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
-        refuse_two_classes("nkd", training.classes)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+        require_three_classes("nkd", training.classes)
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
-        refuse_two_classes("nkd", student.logits.shape[1])
+        require_three_classes("nkd", student.logits.shape[1])
         given = (student.logits, teacher.logits, batch.targets)
         return {
             "target": nkd_target_loss(*given),

@@ -16,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.expanded_stage import ExpandedStage, layer_normed
-from potstill.features.remodelled import Remodelled, refuse_inner
-from potstill.methods.base import Method, Side
+from potstill.features.student_surgery import ExpandedStage, ModifiedStudent, layer_norm_logits, require_module_output
+from potstill.methods.base import Method, NetworkInfo
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 # Shares of the run up to which a weight holds: of 240 epochs for CIFAR, of 100 for ImageNet.
 PROFILES: dict[str, list[tuple[float, float]]] = {
@@ -79,7 +77,7 @@ class NORM(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last", epoch=True)
+    needs = Requirements(maps="last", epoch=True)
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet/resnet34-resnet18": {"ce_weight": 1.0, "profile": "imagenet"},
         "imagenet/resnet50-mobilenetv1": {"ce_weight": 0.125, "profile": "imagenet"},
@@ -122,11 +120,13 @@ class NORM(Method):
         self.student_taps = ()  # of a student that was remodelled before
         return self
 
-    def remodel(self, student: nn.Module, student_side: Side, teacher_side: Side | None) -> nn.Module:
+    def modify_student(
+        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
+    ) -> nn.Module:
         assert teacher_side is not None
         stage = student_side.stages[-1]
-        refuse_inner(stage, "norm")
-        if isinstance(student, Remodelled):
+        require_module_output(stage, "norm")
+        if isinstance(student, ModifiedStudent):
             raise UsageError(
                 f"norm cannot change a network that was changed already ({student.name}); use one such method"
             )
@@ -152,7 +152,7 @@ class NORM(Method):
         scheduled = self.weight * self.scheduled()
         terms = {"matching": scheduled * norm_loss(student.features[tap], teacher.maps[-1])}
         if self.kd_weight:
-            theirs = layer_normed(teacher.logits) * self.logit_scale if self.logit_scale else teacher.logits
+            theirs = layer_norm_logits(teacher.logits) * self.logit_scale if self.logit_scale else teacher.logits
             terms["kd"] = self.kd_weight * kd_loss(student.logits, theirs, temperature=self.temperature)
         return terms
 

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.features.adapters import same_size
+from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def nst_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -45,7 +44,7 @@ def nst_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
     """
     terms = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
-        student, teacher = same_size(at_least_float32(student), at_least_float32(teacher.detach()))
+        student, teacher = pool_to_common_size(at_least_float32(student), at_least_float32(teacher.detach()))
         ours, theirs = (F.normalize(features.flatten(2), dim=2) for features in (student, teacher))
         terms.append(_kernel(theirs, theirs) + _kernel(ours, ours) - 2 * _kernel(ours, theirs))
     return torch.stack(terms).sum()
@@ -64,7 +63,7 @@ class NST(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="pairs")
+    needs = Requirements(maps="pairs")
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.60,
         "cifar100/resnet110-resnet32": 71.96,

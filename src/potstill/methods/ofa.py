@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -82,7 +81,7 @@ class OFA(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="all", classes=True, labels=True)
+    needs = Requirements(maps="all", classes=True, labels=True)
 
     @checked
     def __init__(
@@ -102,7 +101,7 @@ class OFA(Method):
         self.temperature = temperature
         self.form: Literal["release", "paper"] = form
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         widths = [each.shape[1] for each in student.outputs.maps]
         self.heads = nn.ModuleList(
             stage_head(widths[position:], training.classes) for position in range(len(widths))

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import same_size
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.features.adapters import pool_to_common_size
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def ofd_margin(norm: nn.BatchNorm2d) -> Tensor:
@@ -82,7 +81,7 @@ class OFD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="pairs", before_activation="both", norms=True)
+    needs = Requirements(maps="pairs", before_activation="both", norms=True)
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet/resnet34-resnet18": {"weight": 1e-4},
         "imagenet/resnet50-mobilenetv1": {"weight": 1e-4},
@@ -93,7 +92,7 @@ class OFD(Method):
         super().__init__(ce_weight=ce_weight)
         self.weight = weight
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         pairs = list(zip(student.outputs.maps, teacher.outputs.maps, strict=True))
         for position, norm in enumerate(teacher.norms):
@@ -108,7 +107,7 @@ class OFD(Method):
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         connected = [join(features) for join, features in zip(self.connectors, student.maps, strict=True)]
-        pairs = [same_size(ours, theirs) for ours, theirs in zip(connected, teacher.maps, strict=True)]
+        pairs = [pool_to_common_size(ours, theirs) for ours, theirs in zip(connected, teacher.maps, strict=True)]
         margins = [self.get_buffer(f"margin{position}") for position in range(len(pairs))]
         loss = ofd_loss([ours for ours, _ in pairs], [theirs for _, theirs in pairs], margins)
         return {"ofd": self.weight * loss}

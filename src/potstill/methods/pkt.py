@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import products, refuse_single
+from potstill.methods.numerics import inner_products, require_two_images
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -41,7 +40,7 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, epsilon: Positive = 1e-7) -> T
         >>> pkt_loss(student, teacher)  # by hand: (2/3 ln(4/3) + 1/3 ln(2/3)) / 2
         tensor(0.0283)
     """
-    refuse_single(student, "pkt")
+    require_two_images(student, "pkt")
     ours, theirs = _neighbours(student, epsilon), _neighbours(teacher.detach(), epsilon)
     return (theirs * ((theirs + epsilon) / (ours + epsilon)).log()).mean()
 
@@ -51,7 +50,7 @@ def _neighbours(embedding: Tensor, epsilon: float) -> Tensor:
     zero = (rows == 0).all(dim=1, keepdim=True)
     rows = torch.where(zero, rows.detach(), rows)  # 1e7, the slope of x / (|x| + epsilon) at 0, is no direction
     rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + epsilon)
-    similarities = (products(rows, rows) + 1) / 2
+    similarities = (inner_products(rows, rows) + 1) / 2
     return similarities / similarities.sum(dim=1, keepdim=True)
 
 
@@ -63,7 +62,7 @@ class PKT(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(embedding=True, several=True)
+    needs = Requirements(embedding=True, several=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 70.34,
         "cifar100/resnet110-resnet32": 72.61,

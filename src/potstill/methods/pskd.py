@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.errors import UsageError
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -72,7 +71,7 @@ class PSKD(Method):
         alpha: weight of the predictions in the last epoch (the paper's alpha, not that of method kd).
     """
 
-    needs = Needs(teacher=False, index=True, labels=True, epoch=True)
+    needs = Requirements(teacher=False, index=True, labels=True, epoch=True)
 
     previous: Tensor  # [N, K], what was said up to the last epoch; zeros: nothing
     current: Tensor  # [N, K], in this epoch too
@@ -82,7 +81,7 @@ class PSKD(Method):
         super().__init__()
         self.alpha = alpha
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         if training.labels is None:
             raise UsageError("pskd remembers the training set: it needs the labels of all its images; uskd does not")
         for name in ("previous", "current"):

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def hcl_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -164,7 +163,7 @@ class ReviewKD(Method):
         ce_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__(ce_weight=ce_weight)
-        self.needs = Needs(
+        self.needs = Requirements(
             maps="pairs",
             before_activation="both" if student_before_activation else "teacher",
             embedding=True,
@@ -175,7 +174,7 @@ class ReviewKD(Method):
         self.warmup_epochs = warmup_epochs
         self.max_mid = max_mid
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         ours, theirs = ([level.shape[1] for level in _levels(side.outputs)] for side in (student, teacher))
         self.review = Review(ours, theirs, max_mid=self.max_mid)

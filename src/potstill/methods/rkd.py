@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import products, refuse_single
+from potstill.methods.numerics import inner_products, require_two_images
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -44,7 +43,7 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, squared: bool = False
         >>> rkd_distance_loss(student, teacher)  # by hand: 2 / 9 (0.75^2 / 2 + 0 + 0.75^2 / 2)
         tensor(0.1250)
     """
-    refuse_single(student, "rkd")
+    require_two_images(student, "rkd")
     relations = _distances(student, squared, epsilon), _distances(teacher.detach(), squared, epsilon)
     return F.smooth_l1_loss(*relations)
 
@@ -70,7 +69,7 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> rkd_angle_loss(student, teacher)
         tensor(0.1296)
     """
-    refuse_single(student, "rkd")
+    require_two_images(student, "rkd")
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher.detach()))
 
 
@@ -89,7 +88,7 @@ def _cosines(features: Tensor) -> Tensor:
     """[B, B, B]: at image i, the cosine of the angle between the directions to j and to k."""
     rows = at_least_float32(features).flatten(1)
     directions = F.normalize(rows.unsqueeze(0) - rows.unsqueeze(1), dim=2)
-    return products(directions, directions)
+    return inner_products(directions, directions)
 
 
 class RKD(Method):
@@ -101,7 +100,7 @@ class RKD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(embedding=True, several=True)
+    needs = Requirements(embedding=True, several=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.61,
         "cifar100/resnet110-resnet32": 71.82,

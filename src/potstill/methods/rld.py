@@ -11,13 +11,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.divergence import softened_kl
-from potstill.methods.pieces.target_class import refuse_two_classes, target_or_not
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import binary_log_probs, require_three_classes, softened_kl
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 MASKED = -1e9  # finite, so that a row in which every class is masked is uniform on both sides and adds 0
 
@@ -48,8 +46,8 @@ def scd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, 
         tensor(0.1308)
     """
     teacher_logits = at_least_float32(teacher_logits.detach())
-    student = target_or_not(at_least_float32(student_logits) / temperature, labels)
-    teacher = target_or_not(teacher_logits / temperature, teacher_logits.argmax(dim=1))
+    student = binary_log_probs(at_least_float32(student_logits) / temperature, labels)
+    teacher = binary_log_probs(teacher_logits / temperature, teacher_logits.argmax(dim=1))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -147,7 +145,7 @@ class RLD(Method):
     Two classes are refused: at most one is then ranked below the label, and its part is 0.
     """
 
-    needs = Needs(labels=True, epoch=True)
+    needs = Requirements(labels=True, epoch=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet/resnet34-resnet18": {"temperature": 1.0, "beta": 0.5},
@@ -172,12 +170,12 @@ class RLD(Method):
         self.beta = beta
         self.warmup_epochs = warmup_epochs
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
-        refuse_two_classes("rld", training.classes)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+        require_three_classes("rld", training.classes)
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
-        refuse_two_classes("rld", student.logits.shape[1])
+        require_three_classes("rld", student.logits.shape[1])
         given = (student.logits, teacher.logits, batch.labels)
         factor = self.warmup(self.warmup_epochs)
         return {

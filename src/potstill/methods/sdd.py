@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.errors import UsageError
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.divergence import softened_kl, softened_target_kl
-from potstill.methods.pieces.relations import products
-from potstill.methods.pieces.target_class import refuse_two_classes, without_target
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import (
+    drop_target,
+    inner_products,
+    require_three_classes,
+    softened_kl,
+    softened_target_kl,
+)
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Head, Outputs
+from potstill.types import Batch, Head, Outputs, at_least_float32
 
 
 def region_logits(features: Tensor, head: Head, scales: list[int]) -> Tensor:
@@ -42,7 +45,7 @@ def region_logits(features: Tensor, head: Head, scales: list[int]) -> Tensor:
                  [-4., -1., -3., -5., -7.]]])
     """
     cells = [F.adaptive_avg_pool2d(at_least_float32(features), scale).flatten(2) for scale in scales]
-    logits = products(torch.cat(cells, dim=2).transpose(1, 2), head.weight)
+    logits = inner_products(torch.cat(cells, dim=2).transpose(1, 2), head.weight)
     return (logits if head.bias is None else logits + head.bias).transpose(1, 2)
 
 
@@ -118,7 +121,7 @@ def sdd_dkd_loss(
     )
     targets = labels.repeat_interleave(regions)
     target = softened_target_kl(student, teacher, targets, temperature)
-    others = softened_kl(without_target(student, targets), without_target(teacher, targets), temperature)
+    others = softened_kl(drop_target(student, targets), drop_target(teacher, targets), temperature)
     weights = _weights(teacher_regions, labels).flatten()
     return temperature**2 * (weights * (alpha * target + beta * others)).mean()
 
@@ -142,7 +145,7 @@ class SDD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last", student_head=True, teacher_head=True, pooled=True, labels=True)
+    needs = Requirements(maps="last", student_head=True, teacher_head=True, pooled=True, labels=True)
 
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet32x4-resnet8x4": 75.59,
@@ -171,9 +174,9 @@ class SDD(Method):
         if self.scales[:1] != [1]:
             raise UsageError(f"scales must begin with 1, the whole image, got {self.scales}")
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         if self.variant == "dkd":
-            refuse_two_classes("sdd (dkd)", training.classes)
+            require_three_classes("sdd (dkd)", training.classes)
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import same_size
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.features.adapters import pool_to_common_size
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def semckd_loss(
@@ -133,7 +132,7 @@ class Calibration(nn.Module):
         targets: list[list[Tensor]] = []
         for row, ours in zip(self.projections, student_maps, strict=True):
             assert isinstance(row, nn.ModuleList)
-            pairs = [same_size(ours, theirs) for theirs in teacher_maps]
+            pairs = [pool_to_common_size(ours, theirs) for theirs in teacher_maps]
             projected.append([project(features) for project, (features, _) in zip(row, pairs, strict=True)])
             targets.append([target for _, target in pairs])
         return projected, targets
@@ -155,7 +154,7 @@ class SemCKD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="all", batch_size=True, several=True)
+    needs = Requirements(maps="all", batch_size=True, several=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet32x4-resnet8x4": 76.23,
         "imagenet/resnet34-resnet18": 70.87,
@@ -175,7 +174,7 @@ class SemCKD(Method):
         self.softness = softness
         self.factor = factor
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         # In anybody's own loop the example is a batch like those to come.

@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import same_size
-from potstill.features.projected_head import ProjectedHead
-from potstill.features.remodelled import Remodelled, refuse_inner
-from potstill.methods.base import Method, Side
-from potstill.methods.needs import Needs
+from potstill.features.adapters import pool_to_common_size
+from potstill.features.student_surgery import ModifiedStudent, ProjectedHead, require_module_output
+from potstill.methods.base import Method, NetworkInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def simkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
@@ -44,7 +42,7 @@ def simkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
     if projected.shape[:2] != teacher.shape[:2]:
         shapes = f"{list(projected.shape)} and {list(teacher.shape)}"
         raise UsageError(f"simkd compares maps of as many images and channels, got {shapes}; project the student's")
-    ours, theirs = same_size(at_least_float32(projected), at_least_float32(teacher.detach()))
+    ours, theirs = pool_to_common_size(at_least_float32(projected), at_least_float32(teacher.detach()))
     return F.mse_loss(ours, theirs)
 
 
@@ -57,7 +55,7 @@ class SimKD(Method):
         ce_weight: of the label term, through the teacher's head; 0 in the paper.
     """
 
-    needs = Needs(maps="last", teacher_head=True, pooled=True)
+    needs = Requirements(maps="last", teacher_head=True, pooled=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet32x4-resnet8x4": 78.08,
         "cifar100/resnet32x4-shufflenetv1": 77.18,
@@ -77,13 +75,15 @@ class SimKD(Method):
         return self
 
     @torch.no_grad()
-    def remodel(self, student: nn.Module, student_side: Side, teacher_side: Side | None) -> nn.Module:
+    def modify_student(
+        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
+    ) -> nn.Module:
         assert teacher_side is not None
         head, target = teacher_side.outputs.head, teacher_side.outputs.maps[-1]
         assert head is not None
         stage = student_side.stages[-1]
-        refuse_inner(stage, "simkd")
-        if isinstance(student, Remodelled):
+        require_module_output(stage, "simkd")
+        if isinstance(student, ModifiedStudent):
             raise UsageError(
                 f"simkd cannot change a network that was changed already ({student.name}); use one such method"
             )

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import products, refuse_single
+from potstill.methods.numerics import inner_products, require_two_images
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -38,14 +37,14 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
         >>> sp_loss(student, teacher)  # by hand: 2 ((1 - 0.7071)^2 + 0.7071^2) / 4
         tensor(0.2929)
     """
-    refuse_single(student, "sp")
+    require_two_images(student, "sp")
     difference = _similarities(teacher.detach()) - _similarities(student)
     return difference.square().mean()
 
 
 def _similarities(features: Tensor) -> Tensor:
     rows = at_least_float32(features).flatten(1)
-    return F.normalize(products(rows, rows), dim=1)
+    return F.normalize(inner_products(rows, rows), dim=1)
 
 
 class SP(Method):
@@ -56,7 +55,7 @@ class SP(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last", several=True)
+    needs = Requirements(maps="last", several=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.67,
         "cifar100/resnet110-resnet32": 72.69,

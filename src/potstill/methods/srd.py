@@ -11,13 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import refuse_unequal
+from potstill.methods.numerics import require_equal_shapes
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -38,7 +37,7 @@ def srd_loss(student: Tensor, teacher: Tensor, *, exponent: Positive = 4.0) -> T
         >>> srd_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))  # ln(1 + 16)
         tensor(2.8332)
     """
-    refuse_unequal(student, teacher, "srd: the embeddings")
+    require_equal_shapes(student, teacher, "srd: the embeddings")
     difference = (at_least_float32(student) - at_least_float32(teacher.detach())).abs()
     total = difference.pow(exponent).sum()
     return total.clamp(min=torch.finfo(total.dtype).tiny).log()
@@ -55,7 +54,7 @@ class SRD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(embedding=True, several=True)
+    needs = Requirements(embedding=True, several=True)
     PUBLISHED: ClassVar[dict[str, float]] = {
         "imagenet/resnet34-resnet18": 71.63,
         "imagenet/resnet50-mobilenetv1": 71.87,
@@ -74,7 +73,7 @@ class SRD(Method):
         super().__init__(ce_weight=ce_weight)
         self.weight, self.exponent, self.kd_weight, self.temperature = weight, exponent, kd_weight, temperature
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None

@@ -12,13 +12,12 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import refuse_unequal
+from potstill.methods.numerics import require_equal_shapes
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def srrl_feature_loss(connected: Tensor, teacher: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ def srrl_feature_loss(connected: Tensor, teacher: Tensor) -> Tensor:
         >>> srrl_feature_loss(torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0, 1.0]]))  # (4 + 0) / 2
         tensor(2.)
     """
-    refuse_unequal(connected, teacher, "srrl: the embeddings")
+    require_equal_shapes(connected, teacher, "srrl: the embeddings")
     return F.mse_loss(at_least_float32(connected), at_least_float32(teacher.detach()))
 
 
@@ -59,7 +58,7 @@ def srrl_regression_loss(head_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         >>> srrl_regression_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))  # (1 + 4) / 2
         tensor(2.5000)
     """
-    refuse_unequal(head_logits, teacher_logits, "srrl: the logits")
+    require_equal_shapes(head_logits, teacher_logits, "srrl: the logits")
     return F.mse_loss(at_least_float32(head_logits), at_least_float32(teacher_logits.detach()))
 
 
@@ -119,11 +118,13 @@ class SRRL(Method):
         ce_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__(ce_weight=ce_weight)
-        self.needs = Needs(embedding=True, teacher_head=True, maps="last" if form == "map" else "none", several=True)
+        self.needs = Requirements(
+            embedding=True, teacher_head=True, maps="last" if form == "map" else "none", several=True
+        )
         self.form, self.feature_weight, self.regression_weight = form, feature_weight, regression_weight
         self.kd_weight, self.temperature = kd_weight, temperature
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         assert teacher.outputs.embedding is not None
         inputs = self._read(student.outputs).shape[1]

@@ -1,13 +1,13 @@
 """No distillation: train on labels alone.  The teacher's own training, and the baseline."""
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 
 
 class Supervised(Method):
     """Cross-entropy with the labels, mean over the batch."""
 
-    needs = Needs(teacher=False)
+    needs = Requirements(teacher=False)
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 Reduction = Literal["mean", "batchmean"]
 
@@ -109,7 +108,7 @@ class TfKDReg(Method):
         reduction: "mean" (the release) or "batchmean" (the paper: set ``multiplier=1``).
     """
 
-    needs = Needs(teacher=False, labels=True)
+    needs = Requirements(teacher=False, labels=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet18": {"alpha": 0.1, "temperature": 20.0, "multiplier": 100.0},

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def divergence_from_transformed(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> Tensor:

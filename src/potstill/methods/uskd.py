@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.target_class import refuse_two_classes, without_target
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import drop_target, require_three_classes
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 EPSILON = 1e-6  # of the authors' ranking
 SMOOTHING = 0.1  # of the weak head's labels
@@ -94,13 +93,13 @@ def uskd_others_loss(
     log_probs = F.log_softmax(student.detach(), dim=1)
     own = log_probs if form == "release" else log_probs.exp()
     shares = [
-        without_target(each, labels) / (1 - each.gather(1, labels[:, None]) + EPSILON)
+        drop_target(each, labels) / (1 - each.gather(1, labels[:, None]) + EPSILON)
         for each in (own, F.softmax(weak, dim=1))
     ]
     score = torch.stack(shares).sum(dim=0)
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     zipf = 1 / (rank + 1).to(student.dtype)
-    others = F.log_softmax(without_target(student, labels), dim=1)
+    others = F.log_softmax(drop_target(student, labels), dim=1)
     return -(zipf / zipf.sum(dim=1, keepdim=True) * others).sum(dim=1).mean()
 
 
@@ -117,7 +116,7 @@ class USKD(Method):
     Two classes are refused: without the labelled one there is nothing to rank.
     """
 
-    needs = Needs(teacher=False, maps="all", classes=True, labels=True)
+    needs = Requirements(teacher=False, maps="all", classes=True, labels=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
@@ -141,8 +140,8 @@ class USKD(Method):
         self.mu = mu
         self.form: Literal["paper", "release"] = form
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
-        refuse_two_classes("uskd", training.classes)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+        require_three_classes("uskd", training.classes)
         self.weak_head = nn.Linear(_weak_map(student.outputs).shape[1], training.classes)
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.features.adapters import same_size
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.features.adapters import pool_to_common_size
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 LEAST_VARIANCE = 1e-5
 
@@ -80,7 +79,7 @@ class VID(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="pairs")
+    needs = Requirements(maps="pairs")
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 70.38,
         "cifar100/resnet110-resnet32": 72.61,
@@ -100,7 +99,7 @@ class VID(Method):
         self.weight = weight
         self.variance = variance
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         pairs = zip(student.outputs.maps, teacher.outputs.maps, strict=True)
         self.predictions = nn.ModuleList(
@@ -112,6 +111,6 @@ class VID(Method):
         losses = []
         for prediction, ours, theirs in zip(self.predictions, student.maps, teacher.maps, strict=True):
             assert isinstance(prediction, Prediction)
-            features, target = same_size(ours, theirs)
+            features, target = pool_to_common_size(ours, theirs)
             losses.append(vid_loss(prediction(features), prediction.variance, target))
         return {"vid": self.weight * torch.stack(losses).sum()}

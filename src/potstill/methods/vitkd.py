@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import same_size
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.features.adapters import pool_to_common_size
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Share, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def vitkd_mimic_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -97,7 +96,7 @@ class ViTKD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="pairs")
+    needs = Requirements(maps="pairs")
 
     @checked
     def __init__(
@@ -115,7 +114,7 @@ class ViTKD(Method):
         self.generation_weight = generation_weight
         self.mask_share = mask_share
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         ours, theirs = (_chosen(side.outputs.maps) for side in (student, teacher))
         self.aligns = nn.ModuleList(
@@ -130,7 +129,7 @@ class ViTKD(Method):
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         aligned = [align(features) for align, features in zip(self.aligns, _chosen(student.maps), strict=True)]
-        pairs = [same_size(ours, theirs) for ours, theirs in zip(aligned, _chosen(teacher.maps), strict=True)]
+        pairs = [pool_to_common_size(ours, theirs) for ours, theirs in zip(aligned, _chosen(teacher.maps), strict=True)]
         (tokens, wanted), shallow = pairs[-1], pairs[:-1]
         masked = self._mask(tokens)
         generation = vitkd_generation_loss(self.generator(tokens, masked), wanted, masked)

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.kd import kd_loss
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import refuse_unequal
+from potstill.methods.numerics import require_equal_shapes
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 def vkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
@@ -36,7 +35,7 @@ def vkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
         >>> vkd_loss(torch.zeros(1, 2), torch.tensor([[10.0, 30.0]]))
         tensor(0.5000)
     """
-    refuse_unequal(projected, teacher, "vkd: the features")
+    require_equal_shapes(projected, teacher, "vkd: the features")
     theirs = at_least_float32(teacher.detach())
     return F.smooth_l1_loss(at_least_float32(projected), F.layer_norm(theirs, theirs.shape[1:]))
 
@@ -51,7 +50,7 @@ class VkD(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last")
+    needs = Requirements(maps="last")
 
     @checked
     def __init__(
@@ -65,7 +64,7 @@ class VkD(Method):
         super().__init__(ce_weight=ce_weight)
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
         inputs, outputs = student.outputs.maps[-1].shape[1], teacher.outputs.maps[-1].shape[1]
         self.project = nn.utils.parametrizations.orthogonal(nn.Linear(inputs, outputs, bias=False))

@@ -11,11 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -85,7 +84,7 @@ class WKDF(Method):
         ce_weight: of the label term.
     """
 
-    needs = Needs(maps="last")
+    needs = Requirements(maps="last")
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet32x4-resnet8x4": {"weight": 0.08, "mean_weight": 4.0, "grid": 1, "projection": "conv"},
         "imagenet/resnet34-resnet18": {"weight": 0.02, "mean_weight": 2.0, "grid": 4, "projection": "bottleneck"},
@@ -114,7 +113,7 @@ class WKDF(Method):
         self.grid = grid
         self.projection = projection
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
         ours, theirs = (side.outputs.maps[-1].shape[1] for side in (student, teacher))
         if self.projection == "conv":

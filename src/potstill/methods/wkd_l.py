@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.methods.base import Method, Side, TrainingFacts
-from potstill.methods.needs import Needs
-from potstill.methods.pieces.relations import products
-from potstill.methods.pieces.target_class import refuse_two_classes
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products, require_three_classes
+from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 EPSILON = 1e-8  # added to costs and to every sum that is divided by, as released
 
@@ -48,7 +46,7 @@ def wkd_cost(rows: Tensor, *, sharpness: NonNegative = 1.0) -> Tensor:
                 [0.6321, 0.0000]])
     """
     units = F.normalize(at_least_float32(rows.detach()), dim=1)
-    distance = 1 - products(units, units)
+    distance = 1 - inner_products(units, units)
     return 1 - torch.exp(-sharpness * distance) if sharpness > 0 else distance
 
 
@@ -124,9 +122,9 @@ def wkd_distance_loss(
     left = (~target).to(ours.dtype) / (ours.shape[1] - 1)
     right = left
     for _ in range(steps):
-        right = theirs / (products(left, kernel.T) + EPSILON)
-        left = ours / (products(right, kernel) + EPSILON)
-    return (left * products(right, kernel * cost)).sum(dim=1).mean()
+        right = theirs / (inner_products(left, kernel.T) + EPSILON)
+        left = ours / (inner_products(right, kernel) + EPSILON)
+    return (left * inner_products(right, kernel * cost)).sum(dim=1).mean()
 
 
 class WKDL(Method):
@@ -178,12 +176,12 @@ class WKDL(Method):
         self.temperature, self.sharpness = temperature, sharpness
         self.regularization, self.steps = regularization, steps
         self.fade_after = fade_after
-        self.needs = Needs(teacher_head=True, labels=True, epoch=fade_after is not None)
+        self.needs = Requirements(teacher_head=True, labels=True, epoch=fade_after is not None)
 
-    def build(self, student: Side, teacher: Side | None, training: TrainingFacts) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # declared in `needs`, as is the head
         assert teacher.outputs.head is not None
-        refuse_two_classes("wkd_l", training.classes)
+        require_three_classes("wkd_l", training.classes)
         self.register_buffer("cost", wkd_cost(teacher.outputs.head.weight, sharpness=self.sharpness))
 
     @property

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.needs import Needs
+from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked
-from potstill.precision import at_least_float32
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, at_least_float32
 
 
 @checked
@@ -62,7 +61,7 @@ class WSLD(Method):
         ce_weight: weight of the label term.
     """
 
-    needs = Needs(labels=True)
+    needs = Requirements(labels=True)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0, "alpha": 2.25},

@@ -1,16 +1,18 @@
-"""Our model files: ``model.safetensors`` (the tensors) and ``model.json`` (all that is needed to use them).
+"""``Classifier``, a network with all that is needed to use it, and its two files.
 
-``model.json``, schema 1::
+``model.safetensors`` holds the tensors, ``model.json`` all else.  ``model.json``, schema 1::
 
     {"schema": 1, "architecture": "resnet18", "class_names": ["cat", "dog"],
      "input": {"size": 224, "mean": [...], "std": [...], "resize_mode": "crop", "crop_share": 1.0, "range": null},
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
-and, only where a method put other layers into the network, ``"remodelled"``: what ``features.remodel.rebuild`` takes.
+and, only where a method put other layers into the network, ``"remodelled"``: the argument of ``rebuild`` in
+``features``.
 """
 
 import contextlib
 import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,47 +20,81 @@ import safetensors.torch
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from potstill.artifacts import digest, digest_of, move, read_bytes, write_bytes
 from potstill.errors import ArtifactError, UsageError
-from potstill.features.remodel import rebuild
-from potstill.input_spec import InputSpec, today
+from potstill.features.student_surgery import rebuild_student
+from potstill.input_spec import InputSpec, with_current_names
+from potstill.io import (
+    file_sha256,
+    read_bytes,
+    read_checksummed_json,
+    replace_file,
+    sha256_hex,
+    write_bytes,
+    write_checksummed_json,
+)
 from potstill.models import state_dict
-from potstill.models.build import build
-from potstill.models.classifier import Classifier
-from potstill.sealed import read_sealed_json, write_sealed_json
+from potstill.models.registry import build_model
 
-WEIGHTS, FACTS = "model.safetensors", "model.json"
+
+@dataclass
+class Classifier:
+    """What a model file holds."""
+
+    module: nn.Module  # images [B, 3, S, S] -> logits [B, K]
+    architecture: str  # a name for `create_model`
+    class_names: tuple[str, ...]  # of the K logits, in order
+    input: InputSpec
+    facts: dict[str, Any] = field(default_factory=dict)  # how it was trained: anything that JSON can say
+    remodelled: dict[str, Any] | None = None  # where other last layers took the architecture's place; see `rebuild`
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Probabilities [B, K] of images [B, 3, S, S] that were prepared as ``input`` says.
+
+        In float32 on the network's device, in eval mode and without gradients; the network's mode is put back.
+        """
+        device = next(self.module.parameters()).device
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                logits: Tensor = self.module(images.to(device))
+        finally:
+            self.module.train(training)
+        return logits.float().softmax(dim=1)
+
+
+WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
 SCHEMA = 1
-_NEXT = "model-next.safetensors"  # weights on their way to replace older ones
-_MOST_CLASSES = 1_000_000
+_NEXT_WEIGHTS = "model-next.safetensors"  # weights on their way to replace older ones
+_MAX_CLASSES = 1_000_000
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _name(value: Any) -> str:
+def _check_name(value: Any) -> str:
     # pydantic's own str refuses what file systems allow: names that are no UTF-8.
     if not isinstance(value, str) or not 1 <= len(value) <= 1_000:
         raise ValueError("Input should be a text of 1 to 1,000 characters")
     return value
 
 
-Name = Annotated[Any, AfterValidator(_name)]
+NameField = Annotated[Any, AfterValidator(_check_name)]
 
 
-class _Input(BaseModel):
+class _InputFields(BaseModel):
     """The fields of ``InputSpec``, within the ranges that prediction can work with."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     size: Annotated[int, Field(ge=1, le=4096)]
-    mean: Annotated[tuple[Finite, Finite, Finite], Field(strict=False)]
-    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+    mean: Annotated[tuple[FiniteFloat, FiniteFloat, FiniteFloat], Field(strict=False)]
+    std: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
     resize_mode: Literal["crop", "pad", "stretch"] = "crop"
     crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    range: Annotated[tuple[Finite, Finite] | None, Field(strict=False)] = None
+    range: Annotated[tuple[FiniteFloat, FiniteFloat] | None, Field(strict=False)] = None
 
     @field_validator("range")
     @classmethod
@@ -70,7 +106,7 @@ class _Input(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _former_names(cls, values: Any) -> Any:
-        return today(values) if isinstance(values, dict) else values
+        return with_current_names(values) if isinstance(values, dict) else values
 
 
 class ModelFacts(BaseModel):
@@ -78,9 +114,9 @@ class ModelFacts(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    architecture: Name
-    class_names: Annotated[tuple[Name, ...], Field(min_length=2, max_length=_MOST_CLASSES, strict=False)]
-    input: _Input
+    architecture: NameField
+    class_names: Annotated[tuple[NameField, ...], Field(min_length=2, max_length=_MAX_CLASSES, strict=False)]
+    input: _InputFields
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     facts: dict[str, Any] = {}
     remodelled: dict[str, Any] | None = None
@@ -115,15 +151,15 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "input": dataclasses.asdict(classifier.input),
         **({} if classifier.remodelled is None else {"remodelled": classifier.remodelled}),
         "facts": classifier.facts,
-        "sha256": digest(weights),
+        "sha256": sha256_hex(weights),
     }
-    _finish_replacing(folder)  # what an earlier save may have left
+    _finish_replacement(folder)  # what an earlier save may have left
     # Two files cannot be replaced at one instant: model.json says which weights are meant, wherever they stand by then.
-    write_bytes(folder / (_NEXT if (folder / FACTS).exists() else WEIGHTS), weights)
+    write_bytes(folder / (_NEXT_WEIGHTS if (folder / FACTS_FILE).exists() else WEIGHTS_FILE), weights)
     try:
-        write_sealed_json(folder / FACTS, body)
+        write_checksummed_json(folder / FACTS_FILE, body)
     finally:
-        _finish_replacing(folder)
+        _finish_replacement(folder)
 
 
 def load_model(path: Path) -> Classifier:
@@ -139,7 +175,7 @@ def load_model(path: Path) -> Classifier:
 
     Example:
         >>> import tempfile
-        >>> from potstill.models.create import create_model
+        >>> from potstill.models.factory import create_model
         >>> classifier = Classifier(create_model("cifar/vgg8", 2, size=32), "cifar/vgg8", ("cat", "dog"), InputSpec(32))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_model(classifier, Path(folder))
@@ -147,23 +183,27 @@ def load_model(path: Path) -> Classifier:
         ('cat', 'dog')
     """
     path = Path(path)
-    folder = path.parent if path.name in (WEIGHTS, FACTS) else path
+    folder = path.parent if path.name in (WEIGHTS_FILE, FACTS_FILE) else path
     if not folder.is_dir():
-        raise ArtifactError(f"no model at {path}: expected a folder with {WEIGHTS} and {FACTS}, or one of the two")
-    body = read_facts(folder / FACTS)
-    waiting = _waiting(folder, body.sha256)
-    weights = read_bytes(folder / (_NEXT if waiting else WEIGHTS), sha256=body.sha256)
+        raise ArtifactError(
+            f"no model at {path}: expected a folder with {WEIGHTS_FILE} and {FACTS_FILE}, or one of the two"
+        )
+    body = read_facts(folder / FACTS_FILE)
+    waiting = _is_replacement_pending(folder, body.sha256)
+    weights = read_bytes(folder / (_NEXT_WEIGHTS if waiting else WEIGHTS_FILE), sha256=body.sha256)
     spec, names = InputSpec(**body.input.model_dump()), body.class_names
     try:
         with torch.random.fork_rng(devices=[]):
-            module = build(body.architecture, len(names), size=spec.size)
-            module = module if body.remodelled is None else rebuild(module, body.remodelled)
-        new_head = state_dict.load(module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS))
+            module = build_model(body.architecture, len(names), size=spec.size)
+            module = module if body.remodelled is None else rebuild_student(module, body.remodelled)
+        new_head = state_dict.load_state_dict(
+            module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS_FILE)
+        )
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UsageError, SafetensorError) as error:
         # Only weights that somebody made up to fit their SHA-256 get here: a damaged file is found before.
-        raise ArtifactError(f"{folder / FACTS} cannot be used: {error}") from error
+        raise ArtifactError(f"{folder / FACTS_FILE} cannot be used: {error}") from error
     if new_head:
-        raise ArtifactError(f"{folder / WEIGHTS} has a head for another number of classes than {FACTS} names")
+        raise ArtifactError(f"{folder / WEIGHTS_FILE} has a head for another number of classes than {FACTS_FILE} names")
     return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled)
 
 
@@ -173,7 +213,7 @@ def read_facts(path: Path) -> ModelFacts:
     Raises:
         ArtifactError: missing, damaged, of another schema, or with a field of the wrong type or out of range.
     """
-    body = read_sealed_json(path)
+    body = read_checksummed_json(path)
     if body.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {body.get('schema')!r}, this potstill reads {SCHEMA}; update potstill")
     try:
@@ -183,20 +223,20 @@ def read_facts(path: Path) -> ModelFacts:
         raise ArtifactError(f"{path} describes no model that this potstill can load: {fields}") from None
 
 
-def _waiting(folder: Path, sha256: str) -> bool:
+def _is_replacement_pending(folder: Path, sha256: str) -> bool:
     """Whether ``save_model`` ended before it moved the weights that model.json means."""
-    return (folder / _NEXT).exists() and digest_of(folder / _NEXT) == sha256
+    return (folder / _NEXT_WEIGHTS).exists() and file_sha256(folder / _NEXT_WEIGHTS) == sha256
 
 
-def _finish_replacing(folder: Path) -> None:
+def _finish_replacement(folder: Path) -> None:
     """Move new weights to their place if model.json means them; else they are of no use."""
-    if not (folder / _NEXT).exists():
+    if not (folder / _NEXT_WEIGHTS).exists():
         return
     meant = False
     with contextlib.suppress(ArtifactError):
-        meant = _waiting(folder, read_facts(folder / FACTS).sha256)
+        meant = _is_replacement_pending(folder, read_facts(folder / FACTS_FILE).sha256)
     if meant:
-        move(folder / _NEXT, folder / WEIGHTS)
+        replace_file(folder / _NEXT_WEIGHTS, folder / WEIGHTS_FILE)
     else:
         with contextlib.suppress(OSError):
-            (folder / _NEXT).unlink()
+            (folder / _NEXT_WEIGHTS).unlink()

@@ -1,14 +1,95 @@
-"""Everything that a run shows, made again from its files: pictures and texts of each stage, and the page."""
+"""Render the files of a run from its results: pictures and text reports of each stage, report.md and report.html.
 
+The page is a list of sections; each has a function in ``report.sections`` and a template of the same name.
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from potstill.artifacts import write_bytes, write_text
-from potstill.experiments.run_folder import RunFolder
-from potstill.report.card import card
-from potstill.report.contents import SPLITS, Run, Stage, read_run
-from potstill.report.page import page
-from potstill.report.pictures import pictures
-from potstill.report.texts import classification_report_text, metrics_text
+from potstill.experiment.run_folder import RunFolder
+from potstill.io import write_bytes, write_text
+from potstill.report import theme
+from potstill.report.display_names import escape_invisible
+from potstill.report.model_card import model_card
+from potstill.report.run_reader import SPLITS, Run, StageResult, read_run
+from potstill.report.sections import diagnostics, error_analysis, overview, provenance
+from potstill.report.stage_figures import stage_pictures
+from potstill.report.text_reports import classification_report_text, metrics_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; ``name`` is its anchor and its template."""
+
+    name: str
+    title: str
+    context: Callable[[Run], dict[str, Any] | None]
+
+
+SECTIONS = (
+    Section("verdict", "Verdict", overview.verdict_context),
+    Section("warnings", "Warnings", overview.warnings_context),
+    Section("comparison", "Comparison", overview.comparison_context),
+    Section("curves", "Curves", diagnostics.curves_context),
+    Section("confusion", "Confusion matrices", error_analysis.confusion_context),
+    Section("classes", "Class by class", error_analysis.classes_context),
+    Section("fidelity", "Fidelity", diagnostics.fidelity_context),
+    Section("calibration", "Calibration", diagnostics.calibration_context),
+    Section("images", "Images", error_analysis.images_context),
+    Section("advice", "Advice", overview.advice_context),
+    Section("exports", "Exports", provenance.exports_context),
+    Section("data", "Data", provenance.data_context),
+    Section("reproduce", "How to reproduce", provenance.reproduce_context),
+)
+
+
+def render_page(run: Run) -> str:
+    """The whole page as HTML: one file, no script, nothing loaded from anywhere."""
+    found = [(section, section.context(run)) for section in SECTIONS]
+    shown = [(section, values) for section, values in found if values is not None]
+    results = run.results
+    subtitle = " · ".join(str(results[key]) for key in ("recipe", "created") if results.get(key))
+    return render_template("run.html.j2", {"title": run.name, "subtitle": subtitle, "sections": shown})
+
+
+def render_template(template: str, values: dict[str, Any]) -> str:
+    """A template of this package with the page's colours and ``values``."""
+    light, dark = theme.css_variables()
+    environment = _jinja_environment()
+    style = environment.get_template("style.css.j2").render(
+        light=light, dark=dark, brighter=theme.DARK_IMAGE_BRIGHTNESS
+    )
+    # The browser hashes what stands between <style> and </style>: no other style sheet can be smuggled in.
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return environment.get_template(template).render(style=style, style_hash=digest, **values)
+
+
+@cache
+def _jinja_environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # Every value is made visible text (finalize), then escaped; only `|safe`, for our own SVG and CSS, is not.
+    return Environment(
+        loader=PackageLoader("potstill.report", "templates"),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _finalize(value: Any) -> Any:
+    # Markup is a str subclass: our own SVG, CSS and <pre> text must keep their line ends.
+    return escape_invisible(value) if type(value) is str else value
 
 
 def render(run: Path | str) -> Path:
@@ -23,27 +104,27 @@ def render(run: Path | str) -> Path:
     """
     folder = RunFolder(Path(run))
     with folder.held(writing=True):
-        return _render(read_run(folder.path))
+        return _render_run(read_run(folder.path))
 
 
-def _render(found: Run) -> Path:
+def _render_run(found: Run) -> Path:
     for stage in found.stages.values():
         _render_stage(found, stage)
     for stage in found.repeats.values():  # the page and the pictures show the first seed
         write_text(stage.folder / "metrics.txt", metrics_text(found, stage))
-    text = card(found)
+    text = model_card(found)
     if text is not None:
         write_text(found.folder / "report.md", text)
     target = found.folder / "report.html"
-    write_text(target, page(found))
+    write_text(target, render_page(found))
     return target
 
 
-def _render_stage(run: Run, stage: Stage) -> None:
+def _render_stage(run: Run, stage: StageResult) -> None:
     write_text(stage.folder / "metrics.txt", metrics_text(run, stage))
     for split in SPLITS:
         text = classification_report_text(stage, split)
         if text is not None:
             write_text(stage.folder / f"classification_report_{split}.txt", text)
-    for name, data in pictures(run, stage):
+    for name, data in stage_pictures(run, stage):
         write_bytes(stage.folder / name, data)

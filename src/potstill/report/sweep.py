@@ -1,25 +1,73 @@
-"""The page and the table of a sweep, from its files alone: neither torch nor Optuna is loaded."""
+"""The page, table and figures of a sweep, from its files alone: neither torch nor Optuna is loaded."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from potstill.amounts import NONE, decimal, duration, percent, points
-from potstill.artifacts import write_text
 from potstill.errors import ArtifactError
-from potstill.experiments.verdict.verdict import headline
-from potstill.report.compare import compared, group
-from potstill.report.contents import read_run
-from potstill.report.figures.canvas import as_svg
-from potstill.report.figures.sweep import draw_importance, draw_slice
-from potstill.report.page import fill
-from potstill.report.paired import enter
-from potstill.sealed import read_sealed_json
+from potstill.experiment.verdict import headline
+from potstill.formatting import MISSING, format_decimal, format_duration, format_number, format_percent, format_points
+from potstill.io import read_checksummed_json, write_text
+from potstill.report.canvas import as_svg
+from potstill.report.compare import compare_predictions, group_runs
+from potstill.report.display_names import escape_invisible
+from potstill.report.pairing import read_contender
+from potstill.report.render import render_template
+from potstill.report.run_reader import read_run
+from potstill.report.theme import DISTILLED, FAINT, VAL
 
-_STATES = {"complete": "done", "pruned": "pruned", "fail": "failed", "running": "running"}
-_SMALLER_IS_BETTER = ("loss", "nll")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+_MAX_TICK_LABELS = 12  # values that are still written out below a slice
+
+
+def draw_importance(figure: "Figure", shares: Mapping[str, float]) -> None:
+    """A bar for each key, the largest on top."""
+    axes = figure.add_subplot()
+    ranked = sorted(shares.items(), key=lambda item: item[1])
+    axes.barh([escape_invisible(key) for key, _ in ranked], [share for _, share in ranked], color=DISTILLED, height=0.6)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the spread over trials")
+    axes.grid(axis="y", visible=False)
+
+
+def draw_slice(figure: "Figure", trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any) -> None:
+    """One dot a finished trial: its value of one key, and its figure; the winner's is marked."""
+    axes = figure.add_subplot()
+    key = dimension["key"]
+    shown = [trial for trial in trials if trial["value"] is not None and key in trial["chosen"]]
+    values = [trial["chosen"][key] for trial in shown]
+    if dimension["choices"]:
+        places = [float(dimension["choices"].index(value)) for value in values]
+        if len(dimension["choices"]) <= _MAX_TICK_LABELS:
+            axes.set_xticks(range(len(dimension["choices"])), [escape_invisible(text) for text in dimension["choices"]])
+        axes.set_xlim(-0.5, len(dimension["choices"]) - 0.5)
+    else:
+        places = [format_number(float(value)) or 0.0 for value in values]
+        if dimension["log"]:
+            axes.set_xscale("log")
+        axes.set_xlim(dimension["low"], dimension["high"])
+    axes.scatter(places, [trial["value"] for trial in shown], s=26, color=DISTILLED, alpha=0.7, clip_on=False)
+    won = [at for at, trial in enumerate(shown) if trial["number"] == best]
+    axes.scatter(
+        [places[at] for at in won],
+        [shown[at]["value"] for at in won],
+        s=90,
+        facecolors="none",
+        edgecolors=VAL,
+        clip_on=False,
+        zorder=4,
+    )
+    axes.set_xlabel(escape_invisible(key))
+    axes.set_ylabel("val", color=FAINT)
+
+
+_STATE_LABELS = {"complete": "done", "pruned": "pruned", "fail": "failed", "running": "running"}
+_MINIMIZED = ("loss", "nll")
 
 
 def render_sweep(folder: Path) -> tuple[Path, list[str]]:
@@ -31,10 +79,10 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
     """
     if not (folder / "sweep.json").is_file():
         raise ArtifactError(f"{folder} holds no sweep: sweep.json is missing")
-    sweep = read_sealed_json(folder / "sweep.json")
-    found = read_sealed_json(folder / "trials.json") if (folder / "trials.json").exists() else {"trials": []}
-    final = _final(folder)
-    trials = ranked(found["trials"], sweep["measure"])
+    sweep = read_checksummed_json(folder / "sweep.json")
+    found = read_checksummed_json(folder / "trials.json") if (folder / "trials.json").exists() else {"trials": []}
+    final = _read_final(folder)
+    trials = rank_trials(found["trials"], sweep["measure"])
     best = trials[0]["number"] if trials and trials[0]["value"] is not None else None
     values = {
         "title": folder.resolve().name,
@@ -42,87 +90,87 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
         "measure": sweep["measure"],
         "over": [each["text"] for each in sweep["space"]],
         "keys": [each["key"] for each in sweep["space"]],
-        "rows": [_row(trial, sweep) | {"best": trial["number"] == best} for trial in trials],
-        "importance": _importance(found.get("importance", {})),
-        "slices": [_slice(trials, each, best, at) for at, each in enumerate(sweep["space"])]
+        "rows": [_trial_row(trial, sweep) | {"best": trial["number"] == best} for trial in trials],
+        "importance": _importance_svg(found.get("importance", {})),
+        "slices": [_slice_svg(trials, each, best, at) for at, each in enumerate(sweep["space"])]
         if best is not None
         else [],
         "final": final,
     }
     target = folder / "sweep.html"
-    write_text(target, fill("sweep.html.j2", values))
-    return target, table(trials, sweep["measure"]) + ([] if final is None else _final_lines(final))
+    write_text(target, render_template("sweep.html.j2", values))
+    return target, trial_table(trials, sweep["measure"]) + ([] if final is None else _final_lines(final))
 
 
-def ranked(trials: Sequence[Mapping[str, Any]], measure: str) -> list[Mapping[str, Any]]:
+def rank_trials(trials: Sequence[Mapping[str, Any]], measure: str) -> list[Mapping[str, Any]]:
     """The best on val first; then those without a figure, in the order in which they began."""
-    sign = 1 if measure in _SMALLER_IS_BETTER else -1
+    sign = 1 if measure in _MINIMIZED else -1
     return sorted(trials, key=lambda each: (each["value"] is None, sign * (each["value"] or 0.0), each["number"]))
 
 
-def table(trials: Sequence[Mapping[str, Any]], measure: str, *, last: int | None = None) -> list[str]:
+def trial_table(trials: Sequence[Mapping[str, Any]], measure: str, *, last: int | None = None) -> list[str]:
     """Lines for a terminal: number, figure on val, state, values; ``last``: only so many, the newest."""
     if last is not None:
         ended = [trial for trial in trials if trial["state"] != "running"]
         trials = ended[-last:]
     return [
-        f"trial {trial['number']:>3}  val {measure} {_figure(trial['value'], measure):>7}  "
-        f"{_STATES[trial['state']]:<7}  {', '.join(f'{key}={text}' for key, text in trial['chosen'].items())}"
+        f"trial {trial['number']:>3}  val {measure} {_metric_text(trial['value'], measure):>7}  "
+        f"{_STATE_LABELS[trial['state']]:<7}  {', '.join(f'{key}={text}' for key, text in trial['chosen'].items())}"
         for trial in trials
     ]
 
 
-def _figure(value: Any, measure: str) -> str:
-    return NONE if value is None else decimal(value) if measure in _SMALLER_IS_BETTER else percent(value)
+def _metric_text(value: Any, measure: str) -> str:
+    return MISSING if value is None else format_decimal(value) if measure in _MINIMIZED else format_percent(value)
 
 
-def _row(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> dict[str, Any]:
+def _trial_row(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "number": trial["number"],
         "folder": f"trials/{trial['folder']}",
-        "value": _figure(trial["value"], sweep["measure"]),
-        "state": _STATES[trial["state"]] + (f": {trial['error']}" if trial["error"] else ""),
-        "cells": [trial["chosen"].get(each["key"], NONE) for each in sweep["space"]],
+        "value": _metric_text(trial["value"], sweep["measure"]),
+        "state": _STATE_LABELS[trial["state"]] + (f": {trial['error']}" if trial["error"] else ""),
+        "cells": [trial["chosen"].get(each["key"], MISSING) for each in sweep["space"]],
         "epochs": str(trial["epochs"]),
-        "seconds": duration(trial["seconds"]),
+        "seconds": format_duration(trial["seconds"]),
     }
 
 
-def _importance(shares: Mapping[str, float]) -> str | None:
+def _importance_svg(shares: Mapping[str, float]) -> str | None:
     if not shares:
         return None
-    label = "Importance: " + ", ".join(f"{key} {percent(share)}" for key, share in shares.items())
+    label = "Importance: " + ", ".join(f"{key} {format_percent(share)}" for key, share in shares.items())
     return as_svg(
         partial(draw_importance, shares=shares), (6.4, 0.8 + 0.4 * len(shares)), name="importance", label=label
     )
 
 
-def _slice(trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any, at: int) -> dict[str, str]:
+def _slice_svg(trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any, at: int) -> dict[str, str]:
     draw = partial(draw_slice, trials=trials, dimension=dimension, best=best)
     label = f"{dimension['key']} against the figure on val, one dot a trial"
     return {"key": dimension["key"], "svg": as_svg(draw, (4.2, 3.0), name=f"slice{at}", label=label)}
 
 
-def _final(folder: Path) -> dict[str, Any] | None:
+def _read_final(folder: Path) -> dict[str, Any] | None:
     """The winner, and what fresh seeds gave where it was confirmed; None while trials run."""
     if not (folder / "final.json").exists():
         return None
-    final = read_sealed_json(folder / "final.json")
+    final = read_checksummed_json(folder / "final.json")
     found: dict[str, Any] = {"trial": final["trial"], "folder": f"trials/{final['folder']}", "rows": [], "verdict": ""}
     if not (folder / "confirmation.json").exists():
         return found
-    facts = read_sealed_json(folder / "confirmation.json")
+    facts = read_checksummed_json(folder / "confirmation.json")
     correct = {}
     for student in ("baseline", "distilled"):
         run = read_run(folder / "confirmation" / student)
-        students = group([run])[0].of(student)
-        correct[student] = enter(student, students).correct
+        students = group_runs([run])[0].of(student)
+        correct[student] = read_contender(student, students).correct
         top1 = [stage.metrics["test"]["top1"] for _, stage in students.values()]
-        spread = f" ± {points(statistics.stdev(top1), signed=False)}" if len(top1) > 1 else ""
-        found["rows"].append((student, f"{percent(statistics.fmean(top1))}{spread}"))
+        spread = f" ± {format_points(statistics.stdev(top1), signed=False)}" if len(top1) > 1 else ""
+        found["rows"].append((student, f"{format_percent(statistics.fmean(top1))}{spread}"))
     seeds = range(facts["first_seed"], facts["first_seed"] + facts["seeds"])
     found |= {"seeds": ", ".join(map(str, seeds)), "trials": facts["trials"]}
-    return found | {"verdict": headline(compared(correct["baseline"], correct["distilled"]))}
+    return found | {"verdict": headline(compare_predictions(correct["baseline"], correct["distilled"]))}
 
 
 def _final_lines(final: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,10 @@
-"""Colours: Okabe and Ito's palette (told apart by colour-blind readers), one meaning each.
+"""Colors: Okabe and Ito's palette (told apart by color-blind readers), one meaning each, and legible text on them.
 
 Figures are drawn with the light values; in the page the same values become CSS variables, so that one drawing serves
 light and dark.  The values must differ from each other for that reason.
 """
+
+from functools import cache
 
 INK = "#1b1f24"
 FAINT = "#5b6570"
@@ -15,10 +17,10 @@ ASSISTANT, GENERATION = "#8a5a9e", "#56b4e8"
 RIGHT, WRONG = "#0074b4", "#d45d00"
 # Text on a coloured field, light page / dark page (``figures.legible`` chooses): black / white, black / black, ...
 ON_WEAK, ON_MIDDLE, ON_STRONG, ON_DEEP = "#000001", "#000002", "#fefefe", "#fefeff"
-BRIGHTER = 1.3  # pictures made of pixels, in the dark page
+DARK_IMAGE_BRIGHTNESS = 1.3  # pictures made of pixels, in the dark page
 
-SPLIT_COLOURS = {"train": TRAIN, "val": VAL, "test": TEST}
-ROLE_COLOURS = {
+SPLIT_COLORS = {"train": TRAIN, "val": VAL, "test": TEST}
+ROLE_COLORS = {
     "teacher": TEACHER,
     "baseline": BASELINE,
     "assistant": ASSISTANT,
@@ -27,7 +29,7 @@ ROLE_COLOURS = {
 }
 
 # CSS variable -> (light, dark)
-CSS = {
+CSS_COLORS = {
     "ink": (INK, "#e8ebef"),
     "faint": (FAINT, "#a3adb8"),
     "grid": (GRID, "#343b44"),
@@ -51,6 +53,58 @@ CSS = {
 
 def css_variables() -> tuple[str, str]:
     """Declarations for the light and for the dark page."""
-    light = " ".join(f"--{name}: {pair[0]};" for name, pair in CSS.items())
-    dark = " ".join(f"--{name}: {pair[1]};" for name, pair in CSS.items())
+    light = " ".join(f"--{name}: {pair[0]};" for name, pair in CSS_COLORS.items())
+    dark = " ".join(f"--{name}: {pair[1]};" for name, pair in CSS_COLORS.items())
     return light, dark
+
+
+# (dark letters in the light page, dark letters in the dark page) -> the colour that becomes them
+_TEXT_COLORS = {
+    (True, False): ON_WEAK,
+    (True, True): ON_MIDDLE,
+    (False, True): ON_STRONG,
+    (False, False): ON_DEEP,
+}
+_EQUAL_CONTRAST = 0.0525**0.5 - 0.05  # black and white stand out equally where (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
+
+
+@cache
+def text_color_on(colour: str, strength: float, *, raster: bool = False) -> str:
+    """The colour of text on ``colour``, laid over the page's paper with this strength (0 to 1).
+
+    In each theme black or white, whichever stands out more; so the contrast is 4.5 or more on every field.
+
+    Args:
+        colour: one of the theme's, its light value.
+        strength: opacity, 0 to 1.
+        raster: the fields are an image, whose colours the dark page makes brighter by ``theme.BRIGHTER``, rather than
+            shapes, which have the theme's dark colour there.
+    """
+    light, dark = (luminance(each) > _EQUAL_CONTRAST for each in field_colors(colour, strength, raster=raster))
+    return _TEXT_COLORS[light, dark]
+
+
+def field_colors(colour: str, strength: float, *, raster: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the eye sees of such a field in the light page and in the dark one: shares of red, green and blue."""
+    light, dark = next(pair for pair in CSS_COLORS.values() if pair[0] == colour)
+    bright = (
+        tuple(min(1.0, DARK_IMAGE_BRIGHTNESS * each) for each in rgb_channels(light)) if raster else rgb_channels(dark)
+    )
+    seen = (rgb_channels(light), bright)
+    papers = [rgb_channels(paper) for paper in CSS_COLORS["paper"]]
+    mixed = [
+        tuple(strength * a + (1 - strength) * b for a, b in zip(field, paper, strict=True))
+        for field, paper in zip(seen, papers, strict=True)
+    ]
+    return mixed[0], mixed[1]
+
+
+def luminance(shares: tuple[float, ...]) -> float:
+    """Relative luminance as WCAG 2.2 defines it, 0 (black) to 1 (white)."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def rgb_channels(colour: str) -> tuple[float, ...]:
+    """Shares of red, green and blue of ``#rrggbb``."""
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))

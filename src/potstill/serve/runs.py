@@ -12,18 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from potstill.config.stage_names import repeat_index, sort_stages, stage_role
 from potstill.errors import ArtifactError
-from potstill.experiments.run_folder import RunFolder
-from potstill.experiments.stage_names import in_order, repeated, role
+from potstill.experiment.run_folder import RunFolder
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_MOST_RUNS = 500
-_MOST_BYTES = 32_000_000  # of a file that is read
-_MOST_POINTS = 400  # of a curve
-_QUIET = 120.0  # seconds without a new epoch after which a run counts as stopped, if its epochs are short
+_MAX_RUNS = 500
+_MAX_BYTES = 32_000_000  # of a file that is read
+_MAX_POINTS = 400  # of a curve
+_IDLE_SECONDS = 120.0  # seconds without a new epoch after which a run counts as stopped, if its epochs are short
 
 
-def known_runs(root: Path, own: Path | None = None) -> dict[str, Path]:
+def list_runs(root: Path, own: Path | None = None) -> dict[str, Path]:
     """Return the runs below ``root`` and the one that was named, by id, the newest first.
 
     Requests are looked up here: none of their text becomes part of a path.
@@ -35,9 +35,9 @@ def known_runs(root: Path, own: Path | None = None) -> dict[str, Path]:
         found = {}
     if own is not None:
         found[own.resolve().name] = own
-    dated = [(_date(folder), name, folder) for name, folder in found.items() if _ID.fullmatch(name)]
+    dated = [(_start_time(folder), name, folder) for name, folder in found.items() if _ID.fullmatch(name)]
     newest = sorted((each for each in dated if each[0] is not None), key=lambda each: each[0] or 0.0, reverse=True)
-    return {name: folder for _, name, folder in newest[:_MOST_RUNS]}
+    return {name: folder for _, name, folder in newest[:_MAX_RUNS]}
 
 
 def summary(run: str, folder: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def summary(run: str, folder: Path) -> dict[str, Any]:
     try:
         return _summary(run, folder)
     except Exception:  # any content, or a folder that vanishes meanwhile: one run never breaks the list of all
-        return _damaged(run)
+        return _damaged_summary(run)
 
 
 def progress(run: str, folder: Path) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def progress(run: str, folder: Path) -> dict[str, Any]:
     try:
         return _progress(run, folder)
     except Exception:  # likewise
-        return _damaged(run)
+        return _damaged_summary(run)
 
 
-def _damaged(run: str) -> dict[str, Any]:
+def _damaged_summary(run: str) -> dict[str, Any]:
     return {"id": run, "state": "damaged", "report": False, "stages": []}
 
 
@@ -80,9 +80,9 @@ def _progress(run: str, folder: Path) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
     for each in about["stages"]:
         epochs = _epochs(folder / each["stage"] / "metrics.jsonl")
-        total = planned.get("teacher" if role(each["stage"]) == "teacher" else "student")
+        total = planned.get("teacher" if stage_role(each["stage"]) == "teacher" else "student")
         done = _regular(folder / each["stage"] / "model.json")
-        stages.append({**each, "done": done, "planned": total, "epochs": _thin(epochs), "eta_seconds": None})
+        stages.append({**each, "done": done, "planned": total, "epochs": _downsample(epochs), "eta_seconds": None})
         if about["state"] == "training" and not done and total and epochs:
             pace = statistics.median(point["seconds"] for point in epochs)
             stages[-1]["eta_seconds"] = round(max(0, total - epochs[-1]["epoch"]) * pace, 1)
@@ -94,7 +94,7 @@ def report(folder: Path) -> bytes | None:
     """Return the run's report.html, or None where it has none."""
     path = folder / "report.html"
     try:
-        return path.read_bytes() if _regular(path) and path.stat().st_size <= _MOST_BYTES else None
+        return path.read_bytes() if _regular(path) and path.stat().st_size <= _MAX_BYTES else None
     except OSError:
         return None
 
@@ -104,7 +104,7 @@ def _regular(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _date(folder: Path) -> float | None:
+def _start_time(folder: Path) -> float | None:
     """When the run was started, in seconds; None for what is no run, or cannot be read."""
     try:
         recipe = folder / "recipe.yaml"
@@ -129,7 +129,7 @@ def _finite(value: Any) -> float | None:
 
 def _stages(folder: Path) -> list[str]:
     names = (each.name for each in folder.iterdir() if each.is_dir() and not each.is_symlink())
-    return [name for name in in_order(names) if not repeated(name)]
+    return [name for name in sort_stages(names) if not repeat_index(name)]
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _state(folder: Path, stages: list[str]) -> str:
     newest = max(path.lstat().st_mtime for path in files if path.exists())
     last = [_epochs(folder / stage / "metrics.jsonl")[-1:] for stage in stages]
     longest = max([each[0]["seconds"] for each in last if each], default=0.0)
-    return "training" if time.time() - newest < max(_QUIET, 5 * longest) else "stopped"
+    return "training" if time.time() - newest < max(_IDLE_SECONDS, 5 * longest) else "stopped"
 
 
 def _planned(folder: Path) -> dict[str, int]:
@@ -179,7 +179,7 @@ def _planned(folder: Path) -> dict[str, int]:
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
     """The points of a metrics.jsonl; a line that is just being written, or damaged, is left out."""
-    if not _regular(path) or path.stat().st_size > _MOST_BYTES:
+    if not _regular(path) or path.stat().st_size > _MAX_BYTES:
         return []
     points = []
     for line in path.read_bytes().splitlines():
@@ -201,6 +201,6 @@ def _point(record: dict[str, Any]) -> dict[str, Any]:
     return point
 
 
-def _thin(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    step = -(-len(points) // _MOST_POINTS) or 1
+def _downsample(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    step = -(-len(points) // _MAX_POINTS) or 1
     return points[::-step][::-1]

@@ -1,27 +1,162 @@
-"""Starts the server, and says where it is."""
+"""The page, the API, and the server that runs both."""
 
 import ipaddress
 import socket
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
+from typing import Annotated, Any
 
 import uvicorn
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
+from potstill import __version__
 from potstill.errors import UsageError
-from potstill.experiments.run_folder import find_model
-from potstill.serve.app import application
-from potstill.serve.guard import Guard
-from potstill.serve.limits import Limits
-from potstill.serve.oracle import Oracle
-from potstill.serve.runs import known_runs
-from potstill.serve.slow_heads import bounded
+from potstill.experiment.run_folder import find_model
+from potstill.report.theme import css_variables
+from potstill.serve import runs, schemas
+from potstill.serve.middleware import RequestGuardMiddleware, ServerLimits, limited_protocol
+from potstill.serve.runs import list_runs
+from potstill.serve.worker_client import WorkerClient, WorkerUnavailable
+
+_CONTENT_TYPES = {"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}
+# The report is a page of its own without scripts; sandboxed, it is of no origin and can do nothing here.
+_REPORT_CSP = "sandbox allow-popups; default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
+_STATUSES: tuple[int, ...] = (400, 403, 405, 408, 413, 415, 421, 422, 429, 503)
+_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": schemas.Problem} for status in _STATUSES}
+_NOT_FOUND_RESPONSES: dict[int | str, dict[str, Any]] = {**_ERROR_RESPONSES, 404: {"model": schemas.Problem}}
+_IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    "parameters": [
+        {"name": "X-Potstill", "in": "header", "required": True, "schema": {"type": "string", "enum": ["1"]}}
+    ],
+}
+
+
+def create_app(oracle: WorkerClient, name: str, known: Callable[[], dict[str, Path]]) -> FastAPI:
+    """The application, without its guard.
+
+    Args:
+        oracle: is asked about images.
+        name: of the run whose models it has.
+        known: the runs that can be looked at, by id.
+    """
+    app = FastAPI(title="potstill", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    _add_error_handlers(app)
+    _add_page(app)
+    _add_model_routes(app, oracle, name)
+    _add_run_routes(app, known)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        said = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
+        return JSONResponse({"error": said}, 422)
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = files("potstill.serve") / "static"
+    light, dark = css_variables()
+    html = (folder / "page.html").read_bytes()
+    served = {name: (folder / name).read_text("utf-8") for name in _CONTENT_TYPES}
+    served["page.css"] = served["page.css"].replace("/* light */", light).replace("/* dark */", dark)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(html, media_type="text/html")
+
+    @app.get("/page.css", include_in_schema=False)
+    async def style() -> Response:
+        return Response(served["page.css"], media_type=_CONTENT_TYPES["page.css"])
+
+    @app.get("/page.js", include_in_schema=False)
+    async def script() -> Response:
+        return Response(served["page.js"], media_type=_CONTENT_TYPES["page.js"])
+
+
+def _add_model_routes(app: FastAPI, oracle: WorkerClient, name: str) -> None:
+    @app.get("/healthz", responses=_ERROR_RESPONSES)
+    async def healthz() -> schemas.Health:
+        """Whether the server answers; it does so while images are looked at."""
+        return schemas.Health(status="ok")
+
+    @app.get("/models", responses=_ERROR_RESPONSES)
+    async def models() -> schemas.Models:
+        """The networks that are asked."""
+        known = [schemas.Model(stage=stage, **about) for stage, about in oracle.models.items()]
+        return schemas.Models(run=name, models=known)
+
+    @app.post("/predict", responses=_ERROR_RESPONSES, openapi_extra=_IMAGE_BODY, response_model_exclude_none=True)
+    async def predict(
+        request: Request,
+        top: Annotated[int, Query(ge=1, le=1000, description="classes for each model")] = 5,
+        gradcam: Annotated[bool, Query(description="where each network looks")] = False,
+    ) -> schemas.Prediction:
+        """What the models say of an image, which is the raw body; nothing of it is kept."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not (kind.startswith("image/") or kind == "application/octet-stream"):
+            raise HTTPException(415, "the body is the image itself: Content-Type image/... or application/octet-stream")
+        image = await request.body()
+        if not image:
+            raise HTTPException(400, "the body is empty; it should be an image")
+        try:
+            answer = await run_in_threadpool(oracle.ask, image, top=top, gradcam=gradcam)
+        except WorkerUnavailable as error:
+            raise HTTPException(503, str(error), {"Retry-After": "2"}) from None
+        if "error" in answer:
+            raise HTTPException(answer["status"], answer["error"])
+        return schemas.Prediction.model_validate(answer)
+
+
+def _add_run_routes(app: FastAPI, known: Callable[[], dict[str, Path]]) -> None:
+    def folder(run: str) -> Path:
+        found = known().get(run)
+        if found is None:
+            raise HTTPException(404, "no such run; /runs lists them")
+        return found
+
+    @app.get("/runs", responses=_ERROR_RESPONSES)
+    def listing() -> schemas.Runs:
+        """All runs."""
+        return schemas.Runs.model_validate({"runs": [runs.summary(run, path) for run, path in known().items()]})
+
+    @app.get("/runs/{run}", responses=_NOT_FOUND_RESPONSES)
+    def one(run: str) -> schemas.Progress:
+        """One run with its curves; of a running training, up to the last epoch."""
+        return schemas.Progress.model_validate(runs.progress(run, folder(run)))
+
+    @app.get(
+        "/runs/{run}/report",
+        responses={**_NOT_FOUND_RESPONSES, 200: {"content": {"text/html": {}}}},
+        response_class=Response,
+    )
+    def report(run: str) -> Response:
+        """The run's report."""
+        content = runs.report(folder(run))
+        if content is None:
+            raise HTTPException(404, "this run has no report yet")
+        return Response(content, media_type="text/html", headers={"Content-Security-Policy": _REPORT_CSP})
+
 
 _STAGES = ("distilled", "teacher", "baseline")
-_LOCAL = ("127.0.0.1", "localhost", "[::1]")
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 def serve(
-    run: Path, *, host: str, port: int, root: Path, say: Callable[[str], None], limits: Limits | None = None
+    run: Path, *, host: str, port: int, root: Path, say: Callable[[str], None], limits: ServerLimits | None = None
 ) -> None:
     """Serve the page until SIGINT or SIGTERM.
 
@@ -37,20 +172,20 @@ def serve(
         UsageError: an address that stands for all of them, or that cannot be listened at.
         ArtifactError: no model there, or a damaged one.
     """
-    limits = limits or Limits()
-    folders = _folders(run)
-    listening = _listen(host, port)
+    limits = limits or ServerLimits()
+    folders = _model_folders(run)
+    listening = _open_socket(host, port)
     with listening:
         port = listening.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        oracle = Oracle(folders, limits)
+        oracle = WorkerClient(folders, limits)
         try:
             oracle.start()
-            app = application(oracle, run.resolve().name, lambda: known_runs(root, run))
-            guard = Guard(app, _hosts(shown, port), limits)
+            app = create_app(oracle, run.resolve().name, lambda: list_runs(root, run))
+            guard = RequestGuardMiddleware(app, _allowed_hosts(shown, port), limits)
             config = uvicorn.Config(
                 guard,
-                http=bounded(limits),
+                http=limited_protocol(limits),
                 ws="none",
                 lifespan="off",
                 log_level="error",
@@ -67,12 +202,12 @@ def serve(
             oracle.close()
 
 
-def _hosts(shown: str, port: int) -> set[str]:
-    names = {shown.lower(), *_LOCAL}
+def _allowed_hosts(shown: str, port: int) -> set[str]:
+    names = {shown.lower(), *_LOCAL_HOSTS}
     return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
 
 
-def _folders(run: Path) -> dict[str, Path]:
+def _model_folders(run: Path) -> dict[str, Path]:
     """The student, its teacher and its baseline; or the one model that was meant."""
     found = {stage: run / stage for stage in _STAGES if (run / stage / "model.json").is_file()}
     if found:
@@ -81,7 +216,7 @@ def _folders(run: Path) -> dict[str, Path]:
     return {folder.name if folder.name in _STAGES else "model": folder}
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _open_socket(host: str, port: int) -> socket.socket:
     try:
         everywhere = ipaddress.ip_address(host).is_unspecified
     except ValueError:

@@ -1,0 +1,1 @@
+"""The training loop and its parts: optimizers, checkpoints, devices, several processes."""

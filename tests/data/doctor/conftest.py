@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data.doctor.examination import examine
-from potstill.data.doctor.report import Report
 from potstill.data.settings import DataSettings
+from potstill.data.validation.report import ValidationReport
+from potstill.data.validation.validate import validate_data
 
 Found = dict[str, dict[str, str]]  # kind -> path -> reason
 
 
-def by_kind(report: Report) -> Found:
+def by_kind(report: ValidationReport) -> Found:
     found: Found = {}
     for each in report.findings:
         found.setdefault(each.kind, {})[each.path] = each.reason
@@ -23,7 +23,7 @@ def by_kind(report: Report) -> Found:
 @pytest.fixture
 def examined() -> Callable[..., Found]:
     """``examined(folder)``: kind -> path -> reason."""
-    return lambda source, **settings: by_kind(examine(DataSettings(source=str(source), **settings)))
+    return lambda source, **settings: by_kind(validate_data(DataSettings(source=str(source), **settings)))
 
 
 @pytest.fixture

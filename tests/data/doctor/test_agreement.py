@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from potstill.data.datasets import load_data
-from potstill.data.doctor.examination import examine
-from potstill.data.doctor.findings import KINDS
+from potstill.data.entries import FINDING_KINDS
 from potstill.data.settings import DataSettings
+from potstill.data.validation.validate import validate_data
 from potstill.errors import DataError
 
 THREE = {f"{split}/{name}": 3 for split in ("train", "val", "test") for name in ("cat", "dog")}
@@ -59,8 +59,8 @@ MANIFESTS = {
 
 def agrees(source: Path) -> None:
     settings = DataSettings(source=str(source))
-    report = examine(settings)
-    refusals = [each for each in report.findings if KINDS[each.kind].refused]
+    report = validate_data(settings)
+    refusals = [each for each in report.findings if FINDING_KINDS[each.kind].refused]
     try:
         load_data(settings)
         refused = None

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from potstill.data.datasets import load_data
-from potstill.data.doctor.examination import examine
 from potstill.data.settings import DataSettings
+from potstill.data.validation.validate import validate_data
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from potstill.data.settings import DataSettings
 )
 def test_the_splits_are_those_of_a_run(make_folder, places: dict, settings: dict) -> None:
     chosen = DataSettings(source=str(make_folder(places)), **settings)
-    division = examine(chosen).division
+    division = validate_data(chosen).division
     data = load_data(chosen)
 
     assert {s: dict(zip(division.class_names, c.tolist(), strict=True)) for s, c in division.counts().items()} == (
@@ -30,13 +30,12 @@ def test_the_splits_are_those_of_a_run(make_folder, places: dict, settings: dict
 
 
 def test_each_image_is_in_the_split_of_a_run(make_folder) -> None:
-    from potstill.data.doctor.division import divide
-    from potstill.data.doctor.folder import walk_folder
-    from potstill.data.splits import SPLITS
+    from potstill.data.sources import walk_folder
+    from potstill.data.splits import SPLITS, assign_splits
 
     folder = make_folder({"a": 20, "b": 11})
     listing = walk_folder(folder)
-    division, _ = divide(listing, DataSettings())
+    division, _ = assign_splits(listing, DataSettings())
     found = {(SPLITS[at], entry.name) for at, entry in zip(division.splits, listing.entries, strict=True)}
 
     assert found == {(split, name) for split, name, _ in load_data(DataSettings(source=str(folder))).as_rows()}

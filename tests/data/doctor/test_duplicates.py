@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.data.doctor.duplicates import Pictures, find_repeats, groups
-from potstill.data.doctor.examination import examine
 from potstill.data.settings import DataSettings
+from potstill.data.validation.checks import HashedImages, find_duplicates, group_equal_rows
+from potstill.data.validation.validate import validate_data
 
 SPLITS = {f"{split}/{name}": 4 for split in ("train", "val", "test") for name in ("cat", "dog")}
 
@@ -47,7 +47,7 @@ def test_the_same_file_and_the_same_pixels_are_told_apart(folder: Path, picture)
     picture(0).save(folder / "train/cat/a.png")
     picture(0).save(folder / "train/cat/b.bmp")
     shutil.copy(folder / "train/cat/a.png", folder / "train/cat/c.png")
-    report = examine(DataSettings(source=str(folder)))
+    report = validate_data(DataSettings(source=str(folder)))
 
     (finding,) = report.findings
     assert finding.reason.startswith("the same file as train/cat/c.png, the same pixels as train/cat/b.bmp, 'cat'")
@@ -97,7 +97,7 @@ def test_a_pile_is_compared_as_it_will_be_split(make_folder, examined) -> None:
     assert len(found["duplicate"]) + len(found["across-splits"]) == 40
 
 
-def numbers(count: int, **same: int) -> Pictures:
+def numbers(count: int, **same: int) -> HashedImages:
     """99 of train and ``count`` of test, where each of ``same`` has the pixels of an image of train."""
     total = 99 + count
     digests = np.zeros((total, 16), np.uint8)
@@ -106,14 +106,14 @@ def numbers(count: int, **same: int) -> Pictures:
         digests[99 + at] = digests[of]
     splits = np.array([0] * 99 + [2] * count, np.int8)
     content = np.zeros((total, 32), np.uint8)
-    return Pictures([f"{i}.png" for i in range(total)], ["a"], np.zeros(total, np.int64), splits, content, digests)
+    return HashedImages([f"{i}.png" for i in range(total)], ["a"], np.zeros(total, np.int64), splits, content, digests)
 
 
 @pytest.mark.parametrize(
     ("test", "same", "kind"), [(100, 1, "across-splits"), (101, 1, "few-across-splits"), (201, 2, "few-across-splits")]
 )
 def test_one_percent_of_a_split_makes_it_an_error(test: int, same: int, kind: str) -> None:
-    repeats = find_repeats(numbers(test, **{str(i): i for i in range(same)}))
+    repeats = find_duplicates(numbers(test, **{str(i): i for i in range(same)}))
 
     assert {each.kind for each in repeats.findings} == {kind}
     assert repeats.seen_before == {"val": 0, "test": same}
@@ -127,15 +127,17 @@ def test_groups_are_those_of_a_dictionary(where: slice) -> None:
     for i, row in enumerate(digests):
         slow.setdefault(row.tobytes(), []).append(i)
 
-    assert [group.tolist() for group in groups(digests)] == [group for group in slow.values() if len(group) > 1]
+    assert [group.tolist() for group in group_equal_rows(digests)] == [
+        group for group in slow.values() if len(group) > 1
+    ]
     assert len(slow) < 243 + 1
-    assert list(groups(digests[:0])) == list(groups(digests[:1])) == []
+    assert list(group_equal_rows(digests[:0])) == list(group_equal_rows(digests[:1])) == []
 
 
 def test_many_copies_are_one_finding_of_bounded_length(folder: Path) -> None:
     for i in range(30):
         shutil.copy(folder / "train/cat/0.png", folder / f"train/cat/copy{i:02d}.png")
-    (finding,) = examine(DataSettings(source=str(folder))).findings
+    (finding,) = validate_data(DataSettings(source=str(folder))).findings
 
     assert len(finding.others) == 30
     assert "and 27 more" in finding.reason

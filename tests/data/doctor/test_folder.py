@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from potstill.data.doctor.folder import walk_folder, walk_images
+from potstill.data.sources import walk_folder, walk_images
 
 THREE = {f"{split}/{name}": 3 for split in ("train", "val", "test") for name in ("cat", "dog")}
 

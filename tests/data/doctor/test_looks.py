@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data.decode import Decoded, decode
-from potstill.data.doctor import large as large_images
-from potstill.data.doctor import looks
-from potstill.data.doctor.findings import Finding
-from potstill.data.doctor.looks import Look, look_at_content, look_at_file
+from potstill.data import scan
+from potstill.data import scan as large_images
+from potstill.data.entries import Finding
+from potstill.data.image_io import DecodedImage, decode
+from potstill.data.scan import ImageScan, scan_content, scan_file
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -98,20 +98,20 @@ def test_each_ill_file_is_found_and_all_of_them(ill: Path, examined) -> None:
 )
 def test_the_usual_endings_are_right(name: str, kind: str, picture, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(encoded(picture(0), kind))
-    look = look_at_file(tmp_path, name)
+    look = scan_file(tmp_path, name)
 
-    assert isinstance(look, Look)
+    assert isinstance(look, ImageScan)
     assert look.format == kind
-    assert looks.other_format(name, look.format) is None
+    assert scan.format_mismatch(name, look.format) is None
 
 
 def test_what_is_kept_of_an_image(tmp_path: Path) -> None:
     image = Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7) * 1000)  # 16 bits
     image.save(tmp_path / "a.png")
-    look = look_at_file(tmp_path, "a.png")
+    look = scan_file(tmp_path, "a.png")
     content = (tmp_path / "a.png").read_bytes()
 
-    assert isinstance(look, Look)
+    assert isinstance(look, ImageScan)
     assert (look.size, look.format, look.mode) == (len(content), "PNG", "I;16")
     assert (look.width, look.height, look.blank) == (7, 5, False)
     assert look.content == hashlib.sha256(content).digest()
@@ -123,7 +123,7 @@ def test_equal_bytes_in_another_shape_are_other_pixels(tmp_path: Path) -> None:
     for name, shape in (("wide", (2, 8)), ("high", (8, 2))):
         Image.fromarray(np.arange(16, dtype=np.uint8).reshape(shape)).save(tmp_path / f"{name}.png")
 
-    assert look_at_file(tmp_path, "wide.png").pixels != look_at_file(tmp_path, "high.png").pixels
+    assert scan_file(tmp_path, "wide.png").pixels != scan_file(tmp_path, "high.png").pixels
 
 
 def test_a_picture_that_is_turned_by_exif_has_the_upright_pixels(picture, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_picture_that_is_turned_by_exif_has_the_upright_pixels(picture, tmp_pa
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees to the right
     picture(0).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    upright, turned = (look_at_file(tmp_path, name) for name in ("upright.png", "turned.png"))
+    upright, turned = (scan_file(tmp_path, name) for name in ("upright.png", "turned.png"))
 
     assert upright.content != turned.content
     assert (upright.pixels, upright.width, upright.height) == (turned.pixels, turned.width, turned.height)
@@ -140,16 +140,16 @@ def test_a_picture_that_is_turned_by_exif_has_the_upright_pixels(picture, tmp_pa
 @pytest.mark.parametrize("odd", [(0, 0), (4, 3), (8, 8)])
 def test_one_odd_pixel_is_not_blank(odd: tuple[int, int]) -> None:
     pixels = np.full((9, 9, 3), 200, np.uint8)
-    assert look_at_content(encoded(Image.fromarray(pixels), "PNG"), "a").blank
+    assert scan_content(encoded(Image.fromarray(pixels), "PNG"), "a").blank
     pixels[odd][1] = 201
-    assert not look_at_content(encoded(Image.fromarray(pixels), "PNG"), "a").blank
+    assert not scan_content(encoded(Image.fromarray(pixels), "PNG"), "a").blank
 
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch, picture) -> None:
     inside, most = 0, 0
     lock, together = threading.Lock(), threading.Barrier(1)
 
-    def slow(content: bytes, name: str) -> Decoded:
+    def slow(content: bytes, name: str) -> DecodedImage:
         nonlocal inside, most
         with lock:
             inside += 1
@@ -157,23 +157,23 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch,
         together.wait(60)
         with lock:
             inside -= 1
-        return Decoded(np.zeros((2, 2, 3), np.uint8), None)
+        return DecodedImage(np.zeros((2, 2, 3), np.uint8), None)
 
-    monkeypatch.setattr(looks, "read_image", slow)
+    monkeypatch.setattr(scan, "read_image", slow)
     monkeypatch.setattr(large_images, "MOST_PIXELS", 12 * 10 - 1)
     large, small = encoded(picture(0), "PNG"), encoded(picture(0, (11, 10)), "PNG")
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: look_at_content(large, str(i)), range(8)))
+        list(pool.map(lambda i: scan_content(large, str(i)), range(8)))
         assert most == 1
         together = threading.Barrier(2)  # each waits until another one is looked at as well
-        list(pool.map(lambda i: look_at_content(small, str(i)), range(8)))
+        list(pool.map(lambda i: scan_content(small, str(i)), range(8)))
     assert most > 1
 
 
 def test_a_file_that_is_gone_or_may_not_be_read(tmp_path: Path) -> None:
-    gone = look_at_file(tmp_path, "gone.png")
+    gone = scan_file(tmp_path, "gone.png")
     (tmp_path / "folder.png").mkdir()
 
     assert gone == Finding("unreadable", "gone.png", "No such file or directory")
-    assert look_at_file(tmp_path, "folder.png").kind == "unreadable"
-    assert look_at_file(tmp_path, "n\0l.png").kind == "unreadable"
+    assert scan_file(tmp_path, "folder.png").kind == "unreadable"
+    assert scan_file(tmp_path, "n\0l.png").kind == "unreadable"

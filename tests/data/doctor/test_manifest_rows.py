@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from potstill.data.doctor.examination import examine
-from potstill.data.doctor.manifest import read_manifest
 from potstill.data.settings import DataSettings
+from potstill.data.sources import read_manifest
+from potstill.data.validation.validate import validate_data
 
 
 def read(folder: Path, text: str | bytes, name: str = "list.csv"):
@@ -198,7 +198,7 @@ def test_no_manifest_is_too_long_for_memory(make_folder) -> None:
 def test_rows_are_told_in_their_order(make_folder) -> None:
     folder = make_folder({"p": 1})
     (folder / "list.csv").write_text("path,label\n" + "p/0.png\n" * 12)
-    report = examine(DataSettings(source=str(folder / "list.csv")))
+    report = validate_data(DataSettings(source=str(folder / "list.csv")))
 
     lines = [each.reason.split(":")[0] for each in report.findings if each.kind == "manifest-row"]
     assert lines == [f"line {i}" for i in range(2, 14)]

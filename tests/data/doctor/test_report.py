@@ -8,27 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data.doctor.division import Division
-from potstill.data.doctor.examination import examine
-from potstill.data.doctor.findings import KINDS, Finding
-from potstill.data.doctor.report import Report, in_order
-from potstill.data.doctor.statistics import Table
-from potstill.data.doctor.text import lines
+from potstill.data.entries import FINDING_KINDS, Finding
 from potstill.data.settings import DataSettings
+from potstill.data.splits import SplitAssignment
+from potstill.data.validation.report import ScanTable, ValidationReport, format_report, sort_findings
+from potstill.data.validation.validate import validate_data
 
 DOCS = Path(__file__).parents[3] / "docs" / "check.md"
 
 
 @pytest.fixture
-def report(make_folder, picture) -> Report:
+def report(make_folder, picture) -> ValidationReport:
     folder = make_folder({"a": 5, "b": 4})
     picture(1, (30, 20)).save(folder / "a" / "x.jpg")
     picture(2, (50, 10)).convert("L").save(folder / "b" / "y.png")
     (folder / "b" / "z.png").write_text("no")
-    return examine(DataSettings(source=str(folder)))
+    return validate_data(DataSettings(source=str(folder)))
 
 
-def test_figures(report: Report) -> None:
+def test_figures(report: ValidationReport) -> None:
     assert report.figures["decoded"] == 11
     assert report.figures["formats"] == {"PNG": 10, "JPEG": 1}
     assert report.figures["modes"] == {"RGB": 10, "L": 1}
@@ -39,7 +37,7 @@ def test_figures(report: Report) -> None:
     assert report.figures["bytes"] == sum(p.stat().st_size for p in root.rglob("*.*") if p.name != "z.png")
 
 
-def test_json_has_everything(report: Report) -> None:
+def test_json_has_everything(report: ValidationReport) -> None:
     found = json.loads(json.dumps(report.as_dict(), allow_nan=False))
 
     assert (found["format"], found["images"], found["errors"], found["warnings"]) == (1, 12, 1, 0)
@@ -53,8 +51,8 @@ def test_json_has_everything(report: Report) -> None:
     assert (finding["severity"], finding["path"]) == ("error", "b/z.png")
 
 
-def test_text(report: Report) -> None:
-    text = list(lines(report))
+def test_text(report: ValidationReport) -> None:
+    text = list(format_report(report))
 
     assert text[0].startswith(f"{report.source}: 12 images, 2 classes, ")
     assert "formats  PNG 10, JPEG 1" in text
@@ -65,10 +63,10 @@ def test_text(report: Report) -> None:
 
 
 def test_twenty_of_a_kind_and_a_count_or_all() -> None:
-    division = Division(("a",), np.zeros(0, np.int64), np.zeros(0, np.int8), "folders")
+    division = SplitAssignment(("a",), np.zeros(0, np.int64), np.zeros(0, np.int8), "folders")
     findings = [Finding("no-image", f"{i:03d}.png", "no") for i in range(50)]
-    report = Report("x", 0, 0, division, Table(0).figures(), {}, findings)
-    few, every = list(lines(report)), list(lines(report, everything=True))
+    report = ValidationReport("x", 0, 0, division, ScanTable(0).figures(), {}, findings)
+    few, every = list(format_report(report)), list(format_report(report, everything=True))
 
     assert sum(": no" in line and line.startswith("  ") for line in few) == 20
     assert "  and 30 more; --all shows them" in few
@@ -76,20 +74,20 @@ def test_twenty_of_a_kind_and_a_count_or_all() -> None:
 
 
 def test_errors_come_first_and_each_once() -> None:
-    found = in_order([Finding("tiny", "a", "r"), Finding("damaged", "b", "r"), Finding("damaged", "a", "r")] * 2)
+    found = sort_findings([Finding("tiny", "a", "r"), Finding("damaged", "b", "r"), Finding("damaged", "a", "r")] * 2)
 
     assert [(each.kind, each.path) for each in found] == [("damaged", "a"), ("damaged", "b"), ("tiny", "a")]
 
 
 def test_memory_does_not_grow_with_the_size_of_the_images() -> None:
-    assert Table(1000).rows.nbytes == 116 * 1000
+    assert ScanTable(1000).rows.nbytes == 116 * 1000
 
 
 def test_every_kind_stands_in_the_page_as_it_is() -> None:
     rows = dict(re.findall(r"^\| `([a-z][a-z-]+)` \| (.+) \|$", DOCS.read_text("utf-8"), re.MULTILINE))
 
-    assert list(rows) == list(KINDS)
-    for kind, about in KINDS.items():
+    assert list(rows) == list(FINDING_KINDS)
+    for kind, about in FINDING_KINDS.items():
         severity = "error, refused by `run`" if about.refused else about.severity
         assert rows[kind] == f"{severity} | {about.what} | {about.why}", kind
 
@@ -100,4 +98,4 @@ def test_wide_and_deep_images_count_by_their_upright_size(make_folder, picture) 
     exif[0x0112] = 6
     picture(0, (30, 90)).save(folder / "a" / "turned.jpg", exif=exif)
 
-    assert examine(DataSettings(source=str(folder))).figures["width"]["largest"] == 90
+    assert validate_data(DataSettings(source=str(folder))).figures["width"]["largest"] == 90

@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.data.doctor.examination import examine, examine_listing
-from potstill.data.doctor.ready_splits import Chained, list_splits
-from potstill.data.images import ArraySet, Subset
+from potstill.data.image_sets import ArraySet, Subset
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits
+from potstill.data.validation.validate import ConcatSet, list_splits, validate_data, validate_listing
 from potstill.errors import UsageError
 
 
@@ -26,7 +25,7 @@ class Watching:
 
 
 def test_digits() -> None:
-    report = examine(DataSettings(source="digits"))
+    report = validate_data(DataSettings(source="digits"))
 
     assert report.findings == []
     assert report.images == 1797
@@ -43,26 +42,26 @@ def test_repeats_among_arrays_of_several_sets() -> None:
     images = ArraySet(pixels, np.arange(30) % 2, [f"m/{i:02d}" for i in range(30)])
     train, val, test = (Subset(images, range(*ends)) for ends in ((0, 10), (10, 20), (20, 30)))
     data = DataSplits(("a", "b"), train, val, test, "made", "made", "", AugmentSettings())
-    report = examine_listing(list_splits(data), DataSettings(source="made"))
+    report = validate_listing(list_splits(data), DataSettings(source="made"))
 
     assert [(each.kind, each.path, each.others) for each in report.findings] == [
         ("across-splits", "m/03", ("m/25",)),
     ]
-    chained = Chained([data.split(split) for split in SPLITS])
+    chained = ConcatSet([data.split(split) for split in SPLITS])
     assert all(np.array_equal(chained.pixels(i), images.pixels(i)) for i in range(30))
 
 
 def test_unknown_sources(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'digits'"):
-        examine(DataSettings(source="digit"))
+        validate_data(DataSettings(source="digit"))
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UsageError, match="a file of data is a manifest"):
-        examine(DataSettings(source=str(tmp_path / "a.txt")))
+        validate_data(DataSettings(source=str(tmp_path / "a.txt")))
 
 
 def test_progress(make_folder) -> None:
     watching = Watching()
-    examine(DataSettings(source=str(make_folder({"a": 30, "b": 20}))), watching)
+    validate_data(DataSettings(source=str(make_folder({"a": 30, "b": 20}))), watching)
 
     assert watching.waits == [("checking images", done, 50) for done in (16, 32, 48, 50)]
 
@@ -70,8 +69,8 @@ def test_progress(make_folder) -> None:
 def test_a_changed_file_is_read_again(make_folder, picture) -> None:
     folder = make_folder({"a": 4, "b": 4})
     settings = DataSettings(source=str(folder))
-    assert examine(settings).findings == []
+    assert validate_data(settings).findings == []
     picture(1).save(folder / "a" / "0.png")
     (folder / "b" / "0.png").write_bytes((folder / "a" / "0.png").read_bytes())
 
-    assert [each.kind for each in examine(settings).findings] == ["two-labels"]
+    assert [each.kind for each in validate_data(settings).findings] == ["two-labels"]

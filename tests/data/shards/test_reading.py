@@ -7,10 +7,9 @@ import tarfile
 import pytest
 from PIL import Image
 
+from potstill.data.file_datasets import DEFAULT_AUGMENT, load_shards
 from potstill.data.settings import DataSettings
-from potstill.data.shards.reading import read_shard
-from potstill.data.shards.source import from_shards
-from potstill.data.sources import AUGMENT
+from potstill.data.shard_reader import read_shard
 from potstill.errors import DataError
 
 BLOCK = 512
@@ -92,7 +91,7 @@ def test_members_that_cannot_be_are_refused_in_one_message(tmp_path, harm):
     content += bytes(-len(content) % BLOCK) + HARMFUL[harm] + END
     (tmp_path / "s.tar").write_bytes(content)
     with pytest.raises(DataError) as caught:
-        from_shards(DataSettings(source=str(tmp_path / "s.tar")), AUGMENT)
+        load_shards(DataSettings(source=str(tmp_path / "s.tar")), DEFAULT_AUGMENT)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/s.tar: ")
     assert len(message.splitlines()) <= 2
@@ -104,7 +103,7 @@ def test_names_that_are_no_utf8_are_refused_with_their_reason(tmp_path):
     odd = pax(record(b"path=a/\xff\xfe.png")) + header("a/y.png", len(png(9))) + padded(png(9))
     (tmp_path / "s.tar").write_bytes(content + bytes(-len(content) % BLOCK) + odd + END)
     with pytest.raises(DataError, match="UTF-8"):
-        from_shards(DataSettings(source=str(tmp_path / "s.tar")), AUGMENT)
+        load_shards(DataSettings(source=str(tmp_path / "s.tar")), DEFAULT_AUGMENT)
 
 
 def test_archives_that_were_joined_lose_nothing_unseen(tmp_path):
@@ -127,13 +126,13 @@ def test_labels_that_cannot_be_read(tmp_path, label, said):
     members = [member for i in range(8) for member in ((f"{i}.png", png(i)), (f"{i}.cls", b"%d" % (i % 2)))]
     (tmp_path / "s.tar").write_bytes(tar(*members, ("x.png", png(99)), label))
     with pytest.raises(DataError, match=rf"s\.tar: \d problem(.|\n)*{said}"):
-        from_shards(DataSettings(source=str(tmp_path / "s.tar")), AUGMENT)
+        load_shards(DataSettings(source=str(tmp_path / "s.tar")), DEFAULT_AUGMENT)
 
 
 def test_dots_in_names_lose_no_image(tmp_path):
     names = [f"data/{c}/IMG_{i:03}{'.v2' if i >= 12 else ''}.jpg" for c in "abc" for i in range(20)]
     (tmp_path / "s.tar").write_bytes(tar(*((name, png(i)) for i, name in enumerate(names))))
-    data = from_shards(DataSettings(source=str(tmp_path / "s.tar")), AUGMENT)
+    data = load_shards(DataSettings(source=str(tmp_path / "s.tar")), DEFAULT_AUGMENT)
     found = [name for split in (data.train, data.val, data.test) for name in split.names]
     assert sorted(found) == sorted(f"s.tar/{name}" for name in names)
     assert data.class_names == ("a", "b", "c")

@@ -8,11 +8,11 @@ import threading
 import numpy as np
 import pytest
 
+from potstill.data import shard_reader
 from potstill.data.datasets import load_data
-from potstill.data.doctor.examination import examine
-from potstill.data.image_files import digests_of, from_files
+from potstill.data.image_sets import file_digests, is_file_based
 from potstill.data.settings import DataSettings
-from potstill.data.shards import reading
+from potstill.data.validation.validate import validate_data
 from potstill.errors import DataError, UsageError
 
 
@@ -35,7 +35,7 @@ def test_two_shards_become_three_splits(shards):
 
 
 def test_pixels_are_those_of_the_files(shards, tools, tmp_path):
-    from potstill.data.decode import decode
+    from potstill.data.image_io import decode
 
     images = load(f"{shards}/train-{{00..01}}.tar").train
     for i in range(0, len(images), 5):
@@ -43,8 +43,8 @@ def test_pixels_are_those_of_the_files(shards, tools, tmp_path):
         file = tmp_path / "one.png"
         file.write_bytes(tools.picture(number))
         np.testing.assert_array_equal(images.pixels(i), decode(file))
-    assert from_files(images)
-    assert digests_of(images).shape == (len(images), 32)
+    assert is_file_based(images)
+    assert file_digests(images).shape == (len(images), 32)
 
 
 def test_val_and_test_may_have_shards_of_their_own(shards, tools):
@@ -90,8 +90,8 @@ def test_numbers_get_names(shards, tmp_path):
 def test_a_shard_is_read_again_only_when_it_has_changed(shards, tools, monkeypatch):
     before = load(shards / "train-00.tar")
     decoded = []
-    real = reading.read_image
-    monkeypatch.setattr(reading, "read_image", lambda content, name: decoded.append(name) or real(content, name))
+    real = shard_reader.read_image
+    monkeypatch.setattr(shard_reader, "read_image", lambda content, name: decoded.append(name) or real(content, name))
     assert load(shards / "train-00.tar").fingerprint == before.fingerprint
     assert decoded == []
     tools.write_tar(shards / "train-00.tar", tools.samples(1, 21))
@@ -186,7 +186,7 @@ def test_the_package_webdataset_sees_the_same(shards):
 def test_the_data_doctor_looks_into_shards(shards, tools):
     tools.write_tar(shards / "test.tar", [("copy.png", tools.picture(3)), ("copy.cls", b"0"), *tools.samples(60, 68)])
     settings = DataSettings(source=f"{shards}/train-{{00..01}}.tar", options={"test": str(shards / "test.tar")})
-    report = examine(settings)
+    report = validate_data(settings)
     assert report.count("error") == 1  # the same picture twice, under two labels
     assert any("copy.png" in str(finding) for finding in report.findings)
 
@@ -261,6 +261,6 @@ def test_a_size_that_lies_and_links_do_no_harm(tmp_path, tools):
 
 
 def test_an_image_that_is_too_large_is_not_read(shards, monkeypatch):
-    monkeypatch.setattr(reading, "_LARGEST", 300)
+    monkeypatch.setattr(shard_reader, "_MAX_IMAGE_BYTES", 300)
     with pytest.raises(DataError, match=r"00000\.png: \d+ bytes; at most 300 are read"):
         load(shards / "train-00.tar")

@@ -1,6 +1,6 @@
 import pytest
 
-from potstill.data.shards.urls import MOST, expand, is_shards, opened, read_range
+from potstill.data.shard_reader import MAX_SHARDS, expand_shards, is_shards, open_filesystem, read_byte_range
 from potstill.errors import DataError, UsageError
 
 
@@ -16,7 +16,7 @@ from potstill.errors import DataError, UsageError
     ],
 )
 def test_braces_stand_for_many(source, found):
-    assert expand(source) == found
+    assert expand_shards(source) == found
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_braces_stand_for_many(source, found):
     [
         ("a-{5..2}.tar", r"\{5\.\.2\} is neither a range such as \{000\.\.146\}"),
         ("a-{x}.tar", r"\{x\} is neither"),
-        (f"a-{{0..{MOST}}}.tar", "is neither a range"),
+        (f"a-{{0..{MAX_SHARDS}}}.tar", "is neither a range"),
         ("{0..999}/{0..999}.tar", r"stands for 1,000,000 shards; 100,000 are the most"),
         ("{a,a}.tar", "names a shard twice"),
         ("a.tar.gz", "a compressed tar file cannot be read image by image"),
@@ -34,7 +34,7 @@ def test_braces_stand_for_many(source, found):
 )
 def test_what_is_wrong_is_said(source, said):
     with pytest.raises(UsageError, match=said) as caught:
-        expand(source)
+        expand_shards(source)
     assert "secret" not in str(caught.value)
 
 
@@ -44,18 +44,18 @@ def test_folders_and_names_are_no_shards():
 
 def test_a_protocol_that_cannot_be_read_names_its_package():
     with pytest.raises(UsageError, match=r"nosuch:// cannot be read here"):
-        opened("nosuch://bucket/a.tar")
+        open_filesystem("nosuch://bucket/a.tar")
     try:
         import s3fs  # noqa: F401
     except ImportError:
         with pytest.raises(UsageError, match="pip install s3fs"):
-            opened("s3://bucket/a.tar")
+            open_filesystem("s3://bucket/a.tar")
 
 
 def test_a_range_that_is_cut_off_is_an_error(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"0123456789")
-    assert read_range(str(tmp_path / "a.tar"), 2, 3) == b"234"
+    assert read_byte_range(str(tmp_path / "a.tar"), 2, 3) == b"234"
     with pytest.raises(DataError, match="2 of 5 bytes at byte 8; the shard has changed or is cut off"):
-        read_range(str(tmp_path / "a.tar"), 8, 5)
+        read_byte_range(str(tmp_path / "a.tar"), 8, 5)
     with pytest.raises(DataError, match=r"gone\.tar: cannot be read at byte 0"):
-        read_range(str(tmp_path / "gone.tar"), 0, 5)
+        read_byte_range(str(tmp_path / "gone.tar"), 0, 5)

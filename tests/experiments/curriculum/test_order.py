@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.config.recipe import CurriculumSettings, load_recipe
 from potstill.errors import UsageError
-from potstill.experiments import pipeline
-from potstill.experiments.curriculum import order as module
-from potstill.experiments.curriculum.order import admitted, difficulty_of
-from potstill.experiments.curriculum.settings import CurriculumSettings
-from potstill.experiments.recipe import load_recipe
+from potstill.experiment import curriculum as module
+from potstill.experiment import pipeline
+from potstill.experiment.curriculum import image_difficulty, images_per_epoch
 from potstill.models.model_file import load_model
-from potstill.training.observer import Silent
+from potstill.training.callbacks import SilentObserver
 
 BASE = {
     "name": "t",
@@ -28,12 +27,12 @@ LABELS = np.array([0, 1, 0])
 
 
 def test_difficulty_by_hand():
-    loss = difficulty_of(PROBABILITIES, LABELS, "loss")
+    loss = image_difficulty(PROBABILITIES, LABELS, "loss")
     assert loss[:2] == pytest.approx([0.356675, 0.916291], abs=1e-6)  # -ln 0.7, -ln 0.4
     assert np.isfinite(loss[2])
     assert loss[2] > 80
     # an image of which the teacher is sure is easy by its confidence, right or wrong
-    assert difficulty_of(PROBABILITIES, LABELS, "confidence") == pytest.approx([0.3, 0.5, 0.1])
+    assert image_difficulty(PROBABILITIES, LABELS, "confidence") == pytest.approx([0.3, 0.5, 0.1])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,7 @@ def test_difficulty_by_hand():
     ],
 )
 def test_counts_by_hand(images, classes, epochs, start, counts):
-    assert admitted(CurriculumSettings(start=start), images, classes, epochs) == counts
+    assert images_per_epoch(CurriculumSettings(start=start), images, classes, epochs) == counts
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_the_recipe_of_the_package_has_all_of_it():
     assert load_recipe("curriculum", ["curriculum=null", "method.schedule={}"]).curriculum is None
 
 
-class Notes(Silent):
+class Notes(SilentObserver):
     def __init__(self):
         self.notes, self.steps, self.current = [], {}, ""
 
@@ -91,14 +90,14 @@ class Notes(Silent):
 def drawn(monkeypatch):
     """By stage: the sample ids of each epoch that the training was given, in order."""
     found = {}
-    real = module.in_order
+    real = module.apply_curriculum
 
     def note(data, stage, *others):
         changed = real(data, stage, *others)
         found[stage.name] = changed.draws
         return changed
 
-    monkeypatch.setattr("potstill.experiments.pipeline.in_order", note)
+    monkeypatch.setattr("potstill.experiment.pipeline.apply_curriculum", note)
     return found
 
 
@@ -140,7 +139,7 @@ class Killed(Exception):
     pass
 
 
-class Killer(Silent):
+class Killer(SilentObserver):
     def stage(self, name, detail):
         self.current = name
 
@@ -172,11 +171,11 @@ def test_random_order_asks_for_no_ones_word_and_has_its_own_for_each_seed(recipe
 
 def test_several_teachers_are_asked_as_one(monkeypatch):
     said = iter([np.array([[0.8, 0.2]]), np.array([[0.2, 0.8]])])
-    monkeypatch.setattr(module, "collect", lambda *_, **__: (next(said), None, None))
+    monkeypatch.setattr(module, "predict_probabilities", lambda *_, **__: (next(said), None, None))
     monkeypatch.setattr(module, "split_loader", lambda *_: None)
     teacher = SimpleNamespace(module=torch.nn.Identity(), input=None)
     made = load_recipe({**BASE, "teachers": {"combine": "probabilities"}})
     data = SimpleNamespace(train=SimpleNamespace(names=["a"], labels=[0]), class_names=("a", "b"))
     compute = SimpleNamespace(device="cpu", processes=None)
-    found = module._difficulty(data, [teacher, teacher], CurriculumSettings(), made, compute)
+    found = module._predict_difficulty(data, [teacher, teacher], CurriculumSettings(), made, compute)
     assert found == pytest.approx([0.693147], abs=1e-6)  # -ln 0.5

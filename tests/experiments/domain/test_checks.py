@@ -1,8 +1,8 @@
 import pytest
 
+from potstill.config.recipe import dump_recipe, load_recipe
+from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
-from potstill.experiments.recipe import dump_recipe, load_recipe
-from potstill.experiments.recipe_yaml import read
 
 
 def problems(*sets, source="domain", **flags):
@@ -48,9 +48,9 @@ def test_settings_of_a_target_need_one(change):
 def test_a_recipe_without_a_target_is_written_and_read_as_before():
     recipe = load_recipe("quickstart")
     assert (recipe.domain, recipe.data.target) == (None, None)
-    again = load_recipe(read(dump_recipe(recipe), "again").value)
+    again = load_recipe(parse_yaml(dump_recipe(recipe), "again").value)
     assert again == recipe
     with_target = load_recipe("quickstart", ["data.target=digits"])
     assert with_target.domain is None
     assert with_target.domains.confidence == 0.9
-    assert load_recipe(read(dump_recipe(with_target), "again").value) == with_target
+    assert load_recipe(parse_yaml(dump_recipe(with_target), "again").value) == with_target

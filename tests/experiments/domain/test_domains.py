@@ -10,22 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
+from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
-from potstill.data.images import Subset
+from potstill.data.image_sets import RelabeledSet, Subset
 from potstill.data.loader import Loader
-from potstill.data.relabelled import Relabelled
-from potstill.deploy.evaluate import evaluate
 from potstill.errors import ArtifactError, DataError, UsageError
-from potstill.experiments import pipeline, replay
-from potstill.experiments.domain.domains import Domains
-from potstill.experiments.plan import Planned
-from potstill.experiments.recipe import load_recipe
-from potstill.experiments.store_check import verify_store
+from potstill.experiment import pipeline, reproduce
+from potstill.experiment.cache_verification import verify_cache
+from potstill.experiment.domain_adaptation import Domains
+from potstill.experiment.plan import PlannedStage
+from potstill.export.evaluate import evaluate
 from potstill.models.model_file import load_model, save_model
-from potstill.report.contents import read_run
-from potstill.report.sections import data as data_section
-from potstill.training.devices import choose
-from potstill.training.observer import Silent
+from potstill.report.run_reader import read_run
+from potstill.report.sections import provenance as data_section
+from potstill.training.callbacks import SilentObserver
+from potstill.training.devices import create_compute
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 40, 30)}
 NOW = {"store": "off"}
@@ -71,7 +70,7 @@ def done(between, tmp_path_factory):
     return pipeline.run(recipe, root=root)
 
 
-class Listening(Silent):
+class Listening(SilentObserver):
     def __init__(self):
         self.said = []
 
@@ -82,7 +81,7 @@ class Listening(Silent):
         self.said.append(message)
 
 
-class Impatient(Silent):
+class Impatient(SilentObserver):
     """Ends a run after an epoch of a stage."""
 
     def __init__(self, stage, epoch):
@@ -114,17 +113,17 @@ def rows(path, stage, split):
 
 
 def domains(recipe, data=None, observer=None):
-    observer = observer or Silent()
-    return Domains(recipe, data or load_data(recipe.data), choose(recipe.training), observer, observer.warn)
+    observer = observer or SilentObserver()
+    return Domains(recipe, data or load_data(recipe.data), create_compute(recipe.training), observer, observer.warn)
 
 
 def classifier(recipe, seed=0):
     """An untrained teacher."""
-    from potstill.experiments.start import start_network
-    from potstill.models.classifier import Classifier
+    from potstill.experiment.builders import build_network
+    from potstill.models.model_file import Classifier
 
     torch.manual_seed(seed)
-    start = start_network(recipe, recipe.network("teacher"), ("blue", "green", "red"))
+    start = build_network(recipe, recipe.network("teacher"), ("blue", "green", "red"))
     return Classifier(start.module, start.architecture, ("blue", "green", "red"), start.input)
 
 
@@ -169,7 +168,7 @@ def test_the_comparison_says_what_was_learned_from(done, between):
     assert "no label of the target took part" in verdict
     assert f"{found['images']} of 33 target images" in verdict
     assert "test images of the target" in verdict
-    facts = dict(data_section.context(read_run(done))["facts"])
+    facts = dict(data_section.data_context(read_run(done))["facts"])
     assert facts["Source domain"].startswith(str(data.source))
     assert facts["Target domain, of which all figures are"] == data.target.source
 
@@ -194,7 +193,7 @@ def test_labels_of_the_target_cannot_leak_into_training(between, tmp_path):
     recipe = between("domain.adapt_batch_norm=true", **NOW)
     data = load_data(recipe.data)
     random, target = np.random.default_rng(5), data.target
-    mixed = {split: Relabelled(target.split(split), random.permutation(target.split(split).labels)) for split in
+    mixed = {split: RelabeledSet(target.split(split), random.permutation(target.split(split).labels)) for split in
              ("train", "val")}  # fmt: skip
     assert (mixed["train"].labels != target.train.labels).any()
     plain = load_recipe(recipe.model_dump(), ["data.target=null", "domain=null"])
@@ -237,7 +236,7 @@ def test_the_student_sees_only_images_of_which_the_teacher_is_sure_in_balanced_d
     listening = Listening()
     own = domains(recipe, observer=listening)
     data, teacher = own.data, classifier(recipe)
-    seen = own.seen_by(Planned("distilled", ("teacher",), distils=True), {"teacher": teacher})
+    seen = own.stage_data(PlannedStage("distilled", ("teacher",), distils=True), {"teacher": teacher})
     teacher.module.eval()
     loader = Loader(data.target.train, teacher.input, batch_size=5)
     with torch.no_grad():
@@ -249,7 +248,7 @@ def test_the_student_sees_only_images_of_which_the_teacher_is_sure_in_balanced_d
     assert seen.draws.groups.tolist() == said.argmax(dim=1).numpy()[sure].tolist()
     assert seen.draws.length == len(data.train)  # as many images per epoch as the baseline sees
     assert seen.val is data.val
-    assert seen.test is data.target.test is own.seen_by(Planned("teacher"), {}).test
+    assert seen.test is data.target.test is own.stage_data(PlannedStage("teacher"), {}).test
     assert any(f"{sure.sum()} of {len(sure)} target images teach" in text for text in listening.said)
     unseen = set(range(3)) - set(seen.draws.groups.tolist())
     assert any("sure of no target image" in text for text in listening.said) == bool(unseen)
@@ -270,7 +269,7 @@ def test_statistics_are_taken_from_mixed_batches_of_all_images(between):
 def test_without_balancing_every_image_is_shown_equally_often(between):
     recipe = between("domain.confidence=0", "domain.balance=false")
     own = domains(recipe)
-    seen = own.seen_by(Planned("distilled", ("teacher",), distils=True), {"teacher": classifier(recipe)})
+    seen = own.stage_data(PlannedStage("distilled", ("teacher",), distils=True), {"teacher": classifier(recipe)})
     assert len(seen.train) == len(own.data.target.train)
     assert seen.draws.groups is None
     assert seen.draws.length == len(own.data.train)
@@ -280,8 +279,8 @@ def test_a_share_of_labels_teaches_both_students_and_picks_both(between):
     recipe = between("data.target_labels=0.4", "domain.confidence=1")
     own = domains(recipe)
     data, teacher = own.data, classifier(recipe)
-    baseline = own.seen_by(Planned("baseline"), {})
-    distilled = own.seen_by(Planned("distilled", ("teacher",), distils=True), {"teacher": teacher})
+    baseline = own.stage_data(PlannedStage("baseline"), {})
+    distilled = own.stage_data(PlannedStage("distilled", ("teacher",), distils=True), {"teacher": teacher})
     known = dict(zip(distilled.train.names, distilled.train.labels.tolist(), strict=True))
     true = dict(zip(data.target.train.names, data.target.train.labels, strict=True))
     assert known == {name: true[name] for name in known}
@@ -292,8 +291,8 @@ def test_a_share_of_labels_teaches_both_students_and_picks_both(between):
     assert set(baseline.val.names) <= set(data.target.val.names)
     assert sorted(set(baseline.val.labels.tolist())) == [0, 1, 2]
     assert distilled.draws.length == len(baseline.train)
-    assert own.seen_by(Planned("teacher"), {}).train is data.train
-    assert own.seen_by(Planned("teacher"), {}).val is data.val
+    assert own.stage_data(PlannedStage("teacher"), {}).train is data.train
+    assert own.stage_data(PlannedStage("teacher"), {}).val is data.val
 
 
 def test_a_run_with_some_labels(between, tmp_path):
@@ -318,7 +317,7 @@ def test_more_images_without_labels_join_those_of_the_target(between, night, tmp
         Image.fromarray(np.full((16, 20, 3), 20 * i, np.uint8)).save(tmp_path / f"more{i}.png")
     recipe = between("domain.confidence=0", f"data.unlabeled={tmp_path}")
     own = domains(recipe)
-    seen = own.seen_by(Planned("distilled", ("teacher",), distils=True), {"teacher": classifier(recipe)})
+    seen = own.stage_data(PlannedStage("distilled", ("teacher",), distils=True), {"teacher": classifier(recipe)})
     assert seen.train.names[-4:] == tuple(f"more{i}.png" for i in range(4))
     assert len(seen.train) == len(own.data.target.train) + 4
     assert seen.unlabeled is None
@@ -363,10 +362,10 @@ def test_a_ready_made_teacher_is_adapted_too(between, done, photographs, tmp_pat
 
 
 def test_a_run_is_repeated_byte_for_byte(done, tmp_path):
-    record = replay.read_record(done)
+    record = reproduce.read_run_record(done)
     recipe = load_recipe(done / "recipe.yaml")
     again = pipeline.run(recipe, root=tmp_path, replay=record)
-    outcome = replay.compare(record, pipeline.RunFolder(again))
+    outcome = reproduce.compare(record, pipeline.RunFolder(again))
     assert outcome.equal, outcome.lines
 
 
@@ -394,7 +393,7 @@ def test_stored_answers_give_the_same_weights_and_can_be_verified(done, between,
     for name, value in load_model(done / "distilled").module.state_dict().items():
         # Stored in half precision, and shown in the same views only where all epochs are drawn.
         assert torch.allclose(value.float(), kept[name].float(), atol=0.05), name
-    found = [verify_store(path) for path in stores]
+    found = [verify_cache(path) for path in stores]
     assert sum(each.records for each in found) > 0
     assert all(each.same_class == 1 for each in found)
     assert max(each.largest for each in found) < 0.05
@@ -461,13 +460,13 @@ def test_a_store_of_several_teachers_cannot_be_verified(between, tmp_path):
     run = pipeline.run(recipe, root=tmp_path)
     assert results(run)["together"]["teachers"]["of"] == ["teacher", "teacher-2"]
     with pytest.raises(ArtifactError, match=r"data\.target and several teachers"):
-        verify_store(next(path for path in (tmp_path / "stores").iterdir() if path.is_dir()))
+        verify_cache(next(path for path in (tmp_path / "stores").iterdir() if path.is_dir()))
 
 
 def test_a_subset_of_the_candidates_is_what_the_distilled_store_is_of(between):
     """Whoever changes the threshold gets other sample ids, and so another store."""
     recipe = between("domain.confidence=0.35")
     own = domains(recipe)
-    seen = own.seen_by(Planned("distilled", ("teacher",), distils=True), {"teacher": classifier(recipe)})
+    seen = own.stage_data(PlannedStage("distilled", ("teacher",), distils=True), {"teacher": classifier(recipe)})
     assert isinstance(seen.train.images, Subset)
     assert seen.fingerprint != own.data.fingerprint != own.data.target.fingerprint

@@ -1,5 +1,4 @@
-from potstill.experiments.domain.sentences import domains
-from potstill.experiments.verdict.verdict import verdict
+from potstill.experiment.verdict import domain_sentence, verdict
 
 FOUND = {
     "source": "day", "target": "night", "target_labels": 0.0, "confidence": 0.9, "balance": True, "adapted": False,
@@ -9,23 +8,23 @@ FOUND = {
 
 
 def test_what_was_learned_from_without_labels_of_the_target():
-    assert domains({"domain": FOUND}) == (
+    assert domain_sentence({"domain": FOUND}) == (
         "On the source's test: teacher 95.1 %, baseline 90.2 %, distilled 70.0 %. The baseline learned from the "
         "source's labels alone; the distilled student from 1,200 of 5,000 target images, of whose class the teacher "
         "was at least 90 % sure, and from no label. All were picked by the source's val: no label of the target took "
         "part."
     )
-    assert domains({}) == ""
+    assert domain_sentence({}) == ""
 
 
 def test_adapted_teachers_and_what_adapting_alone_brings():
-    text = domains({"domain": FOUND | {"adapted": True, "adapted_baseline_top1": 0.623}})
+    text = domain_sentence({"domain": FOUND | {"adapted": True, "adapted_baseline_top1": 0.623}})
     assert text.startswith("Given the target's BatchNorm statistics and nothing else, the baseline has 62.3 %.")
     assert "the teacher, given the target's BatchNorm statistics, was at least 90 % sure" in text
 
 
 def test_with_a_share_of_labels():
-    text = domains({"domain": FOUND | {"target_labels": 0.1, "labelled": 500}})
+    text = domain_sentence({"domain": FOUND | {"target_labels": 0.1, "labelled": 500}})
     assert "The baseline learned from the source's labels and 10 % of the target's;" in text
     assert "those with the same labels, and those of whose class the teacher was at least 90 % sure" in text
     assert "picked by the target's labelled val images, the teacher by the source's val" in text

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import UsageError
-from potstill.experiments.domain.trusted import choose
+from potstill.experiment.domain_adaptation import select_pseudo_labels
 
 SAID = np.array(
     [
@@ -19,17 +19,17 @@ NOBODY = np.full(5, -100)
 
 
 def test_images_of_which_the_teacher_is_sure_teach_without_labels() -> None:
-    found = choose(SAID, NOBODY, 0.9)
+    found = select_pseudo_labels(SAID, NOBODY, 0.9)
     assert found.index.tolist() == [0, 2, 4]
     assert found.labels.tolist() == [-100, -100, -100]
     assert found.groups.tolist() == [0, 1, 2]
-    assert choose(SAID, NOBODY, 0.0).index.tolist() == [0, 1, 2, 3, 4]
-    assert choose(SAID, NOBODY, 0.7).groups.tolist() == [0, 2, 1, 2]
+    assert select_pseudo_labels(SAID, NOBODY, 0.0).index.tolist() == [0, 1, 2, 3, 4]
+    assert select_pseudo_labels(SAID, NOBODY, 0.7).groups.tolist() == [0, 2, 1, 2]
 
 
 def test_a_label_that_may_be_used_overrules_threshold_and_teacher() -> None:
     labels = np.array([-100, -100, 0, 1, -100])
-    found = choose(SAID, labels, 0.95)
+    found = select_pseudo_labels(SAID, labels, 0.95)
     assert found.index.tolist() == [2, 3, 4]
     assert found.labels.tolist() == [0, 1, -100]
     assert found.groups.tolist() == [0, 1, 2]  # the teacher says 1 and 0 of the first two
@@ -38,7 +38,7 @@ def test_a_label_that_may_be_used_overrules_threshold_and_teacher() -> None:
 
 def test_a_threshold_that_leaves_nothing_says_what_lower_ones_would() -> None:
     with pytest.raises(UsageError) as caught:
-        choose(SAID, NOBODY, 0.99)
+        select_pseudo_labels(SAID, NOBODY, 0.99)
     assert str(caught.value).splitlines() == [
         "domain.confidence 0.99 leaves none of 5 target images to learn from: the teacher's confidence is 0.960 at "
         "most.",
@@ -49,7 +49,7 @@ def test_a_threshold_that_leaves_nothing_says_what_lower_ones_would() -> None:
 
 
 def test_the_sentence_counts_by_class_as_the_teacher_sees_it() -> None:
-    found = choose(SAID, np.array([-100, 1, -100, -100, -100]), 0.9)
+    found = select_pseudo_labels(SAID, np.array([-100, 1, -100, -100, -100]), 0.9)
     assert found.sentence(["cat", "dog", "owl"], 5, 0.9) == (
         "4 of 5 target images teach the student, 1 of them with their label (teacher's confidence at least 0.9); "
         "by class as the teacher sees it: cat 1, dog 2, owl 1"

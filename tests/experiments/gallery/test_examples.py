@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from potstill.data.images import ArraySet
+from potstill.data.image_sets import ArraySet
 from potstill.errors import DataError
 from potstill.evaluation.predictions import Predictions
-from potstill.experiments.gallery.examples import describe_examples
+from potstill.experiment.examples import describe_examples
 from potstill.input_spec import InputSpec
-from potstill.models.classifier import Classifier
+from potstill.models.model_file import Classifier
 
 NAMES = ("dark", "light")
 LABELS = [0, 1, 1, 0]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from potstill.evaluation.predictions import Predictions
-from potstill.experiments.gallery.picking import Pick, pick
+from potstill.experiment.examples import ExampleGroup, select_examples
 
 LABELS = np.array([0, 0, 1, 1, 0, 1])
 
@@ -19,19 +19,19 @@ BASELINE = two(0.4, 0.6, 0.2, 0.3, 0.2, 0.9)  # wrong: 0, 4, 5
 
 
 def test_the_groups_and_their_order():
-    found = pick({"student": STUDENT, "teacher": TEACHER, "baseline": BASELINE})
+    found = select_examples({"student": STUDENT, "teacher": TEACHER, "baseline": BASELINE})
     assert found == {
-        "mistakes": Pick(3, (1, 2, 4)),  # 2 and 4 are equally sure: the earlier first
-        "disagreements": Pick(2, (1, 5)),  # 0.8 * 0.9 against 0.6 * 0.7
-        "repaired": Pick(2, (0, 5)),  # of the true class 0.4 -> 0.9, and 0.1 -> 0.6: equal, the earlier first
-        "broken": Pick(2, (2, 1)),  # 0.8 -> 0.3 (less 0.5), 0.6 -> 0.2 (less 0.4)
+        "mistakes": ExampleGroup(3, (1, 2, 4)),  # 2 and 4 are equally sure: the earlier first
+        "disagreements": ExampleGroup(2, (1, 5)),  # 0.8 * 0.9 against 0.6 * 0.7
+        "repaired": ExampleGroup(2, (0, 5)),  # of the true class 0.4 -> 0.9, and 0.1 -> 0.6: equal, the earlier first
+        "broken": ExampleGroup(2, (2, 1)),  # 0.8 -> 0.3 (less 0.5), 0.6 -> 0.2 (less 0.4)
     }
 
 
 def test_no_more_than_asked_for_and_all_are_counted():
-    assert pick({"student": STUDENT}, most=1) == {"mistakes": Pick(3, (1,))}
+    assert select_examples({"student": STUDENT}, most=1) == {"mistakes": ExampleGroup(3, (1,))}
 
 
 def test_a_perfect_student_has_no_mistakes():
     right = Predictions.of(np.eye(2)[LABELS], LABELS)
-    assert pick({"student": right, "baseline": right})["mistakes"] == Pick(0, ())
+    assert select_examples({"student": right, "baseline": right})["mistakes"] == ExampleGroup(0, ())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.experiments.gallery.thumbnail import thumbnail
+from potstill.experiment.examples import encode_thumbnail
 
 
 def opened(found):
@@ -21,7 +21,7 @@ def opened(found):
 )
 def test_photographs_become_small_jpegs(height, width, shown):
     pixels = np.broadcast_to(np.linspace(0, 255, width, dtype=np.uint8)[None, :, None], (height, width, 3)).copy()
-    found = thumbnail(pixels)
+    found = encode_thumbnail(pixels)
     image = opened(found)
     assert (found["type"], image.format) == ("jpeg", "JPEG")
     assert image.size == (found["width"], found["height"]) == shown
@@ -30,13 +30,13 @@ def test_photographs_become_small_jpegs(height, width, shown):
 
 def test_a_few_pixels_stay_exactly_as_they_are():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    found = thumbnail(pixels)
+    found = encode_thumbnail(pixels)
     assert found["type"] == "png"
     assert (np.asarray(opened(found)) == pixels).all()
 
 
 def test_noise_stays_light():
-    found = thumbnail(np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8))
+    found = encode_thumbnail(np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8))
     assert len(base64.b64decode(found["data"])) <= 9_000
     dense = np.random.default_rng(0).integers(0, 2, (120, 120, 3), dtype=np.uint8) * 255
-    assert len(base64.b64decode(thumbnail(dense)["data"])) <= 12_000
+    assert len(base64.b64decode(encode_thumbnail(dense)["data"])) <= 12_000

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from potstill.cli.entry import main
+from potstill.config.yaml import dump_yaml
 from potstill.errors import UsageError
-from potstill.experiments.recipe_yaml import write
-from potstill.experiments.sweep import launchers
-from potstill.sealed import read_sealed_json
+from potstill.io import read_checksummed_json
+from potstill.sweep import launchers
 
 SBATCH = """#!/bin/sh
 # Begins with the script at once, and returns, as SLURM does.
@@ -36,7 +36,7 @@ exec "$@"
 def source(recipe, tmp_path):
     path = tmp_path / "tiny.yaml"
     settings = {"training.epochs": 1, "teacher.training.epochs": 1}
-    path.write_text(write(recipe(**settings).model_dump(mode="json")), encoding="utf-8")
+    path.write_text(dump_yaml(recipe(**settings).model_dump(mode="json")), encoding="utf-8")
     return str(path)
 
 
@@ -61,7 +61,7 @@ def test_slurm_jobs_carry_the_sweep_out(source, tmp_path, monkeypatch, capsys):
             break
         time.sleep(0.1)
     assert (tmp_path / "s" / "final.json").is_file(), (programs / "log-42").read_text()
-    found = read_sealed_json(tmp_path / "s" / "trials.json")["trials"]
+    found = read_checksummed_json(tmp_path / "s" / "trials.json")["trials"]
     assert [each["state"] for each in found] == ["complete", "complete"]
     script = Path((programs / "submitted").read_text().splitlines()[0]).read_text()
     assert "#SBATCH --partition=gpu" in script
@@ -106,17 +106,17 @@ def test_ray_tasks_carry_the_sweep_out(source, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="needs ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6399")
     with pytest.raises(UsageError, match="needs a running cluster"):
-        launchers.on_ray(["--help"], 1, {})
+        launchers.run_on_ray(["--help"], 1, {})
     short = tempfile.mkdtemp(prefix="r")  # Ray's sockets lie below it, and their names may not be long
     head = [sys.executable, "-m", "ray.scripts.scripts"]
     begin = ["start", "--head", "--port=6399", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
     subprocess.run([*head, *begin, f"--temp-dir={short}"], check=True, capture_output=True)
     try:
         assert main(typed(source, tmp_path, "--ray", "2")) == 0
-        found = read_sealed_json(tmp_path / "s" / "trials.json")["trials"]
+        found = read_checksummed_json(tmp_path / "s" / "trials.json")["trials"]
         assert [each["state"] for each in found] == ["complete", "complete"]
         with pytest.raises(UsageError, match="--job-option"):
-            launchers.on_ray(["--help"], 1, {"num_gpu": 1})
+            launchers.run_on_ray(["--help"], 1, {"num_gpu": 1})
     finally:
         subprocess.run([*head, "stop", "--force"], check=False, capture_output=True)
         shutil.rmtree(short, ignore_errors=True)

@@ -3,10 +3,10 @@
 import pytest
 
 from potstill.errors import ArtifactError
-from potstill.experiments.sweep import study
-from potstill.experiments.sweep.space import parse_space
-from potstill.experiments.sweep.trial import Pruned, Pruning
-from potstill.training.observer import Silent
+from potstill.sweep import study
+from potstill.sweep.space import parse_space
+from potstill.sweep.worker import Pruned, PruningObserver
+from potstill.training.callbacks import SilentObserver
 
 optuna = pytest.importorskip("optuna", reason='needs the extra "sweep"')
 
@@ -20,20 +20,20 @@ def test_a_planted_dominating_key_comes_first(tmp_path):
     found = opened(tmp_path)
     for _ in range(25):
         trial = found.ask()
-        chosen = study.suggest(trial, space)
+        chosen = study.suggest_settings(trial, space)
         found.tell(trial, 10 * float(chosen["method.alpha"]) + 0.001 * float(chosen["method.temperature"]))
-    shares = study.importances(found)
+    shares = study.parameter_importances(found)
     assert shares["method.alpha"] > 0.8 > 0.2 > shares["method.temperature"]
 
 
 def test_a_hopeless_trial_is_pruned_by_its_student_alone(tmp_path):
     found = opened(tmp_path)
-    for _ in range(study.FIRST_TRIALS):
+    for _ in range(study.STARTUP_TRIALS):
         good = found.ask()
         for epoch in range(1, 5):
             good.report(0.9, epoch)
         found.tell(good, 0.9)
-    bad = Pruning(found.ask(), "top1", "distilled", Silent())
+    bad = PruningObserver(found.ask(), "top1", "distilled", SilentObserver())
     bad.stage("assistant-1", "")  # its figures are not the student's
     for epoch in range(1, 5):
         bad.epoch_start(epoch, 4, 1, 1)
@@ -51,6 +51,6 @@ def test_a_grid_is_not_pruned(tmp_path):
 
 def test_a_damaged_journal_is_said(tmp_path):
     opened(tmp_path)
-    (tmp_path / study.JOURNAL).write_text("nonsense\n" * 3)
+    (tmp_path / study.JOURNAL_FILE).write_text("nonsense\n" * 3)
     with pytest.raises(ArtifactError, match="damaged"):
         opened(tmp_path)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from potstill.config.yaml import dump_yaml
 from potstill.errors import UsageError
-from potstill.experiments.recipe_yaml import write
-from potstill.experiments.sweep.space import parse_space
-from potstill.experiments.sweep.worker import Sweep
+from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.report.sweep import render_sweep
-from potstill.sealed import read_sealed_json, write_sealed_json
+from potstill.sweep.space import parse_space
+from potstill.sweep.worker import Sweep
 
 pytest.importorskip("optuna", reason='needs the extra "sweep"')
 
@@ -26,7 +26,7 @@ OVER = ["method.temperature=1,2", "method.alpha=0.2,0.8"]
 def source(recipe, tmp_path):
     path = tmp_path / "tiny.yaml"
     settings = {"training.epochs": 1, "teacher.training.epochs": 1}
-    path.write_text(write(recipe(**settings).model_dump(mode="json")), encoding="utf-8")
+    path.write_text(dump_yaml(recipe(**settings).model_dump(mode="json")), encoding="utf-8")
     return str(path)
 
 
@@ -38,7 +38,7 @@ def make(source, folder, over=OVER, sets=(), **options):
 
 
 def rows(folder):
-    return read_sealed_json(folder / "trials.json")["trials"]
+    return read_checksummed_json(folder / "trials.json")["trials"]
 
 
 def command(source, folder, *more, through=("-m", "potstill")):
@@ -84,7 +84,7 @@ def test_a_winner_is_confirmed_on_fresh_seeds_against_a_baseline_searched_as_lon
     assert 0.003 / 4 <= float(tried[1]) <= 0.003 * 4
     assert {path.parent.name for path in folder.rglob("results.json")} == {"distilled", "baseline"}
     stages = {
-        student: read_sealed_json(folder / "confirmation" / student / "results.json")
+        student: read_checksummed_json(folder / "confirmation" / student / "results.json")
         for student in ("distilled", "baseline")
     }
     assert {found["seed"] for found in stages.values()} == {1}  # trials had seed 0
@@ -106,7 +106,7 @@ def test_a_winner_is_confirmed_on_fresh_seeds_against_a_baseline_searched_as_lon
 def test_trials_of_any_method_and_length_see_the_same_views(source, tmp_path):
     folder = tmp_path / "sweep"
     make(source, folder, over=["training.epochs=1,2", "method.name=kd,at"], confirm_seeds=0).work()
-    facts = [read_sealed_json(path)["facts"] for path in folder.glob("trials/*/distilled/model.json")]
+    facts = [read_checksummed_json(path)["facts"] for path in folder.glob("trials/*/distilled/model.json")]
     assert sorted((each["method"]["name"], each["training"]["planned_epochs"]) for each in facts) == [
         ("at", 1), ("at", 2), ("kd", 1), ("kd", 2),
     ]  # fmt: skip
@@ -124,8 +124,8 @@ def test_time_out_leaves_the_rest_to_the_same_command(source, tmp_path):
 def test_other_images_are_another_sweep(source, tmp_path):
     folder = tmp_path / "sweep"
     make(source, folder).work(timeout=0)
-    before = read_sealed_json(folder / "sweep.json")
-    write_sealed_json(folder / "sweep.json", before | {"data": "0" * 64})
+    before = read_checksummed_json(folder / "sweep.json")
+    write_checksummed_json(folder / "sweep.json", before | {"data": "0" * 64})
     with pytest.raises(UsageError, match="images: were 000000000000"):
         make(source, folder).work(timeout=0)
 
@@ -134,7 +134,7 @@ def test_a_killed_process_loses_nothing_and_two_share_the_rest(source, tmp_path)
     folder = tmp_path / "sweep"
     longer = ("--set", "training.epochs=3")
     # Killed in the second epoch of the first trial.
-    killing = (str(SIGNALLED), "potstill.training.loop:write_json_lines", "SIGKILL", "4")
+    killing = (str(SIGNALLED), "potstill.training.trainer:write_json_lines", "SIGKILL", "4")
     first = subprocess.run(
         command(source, folder, *longer, through=killing), capture_output=True, text=True, check=False
     )

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from potstill.amounts import points
-from potstill.experiments.verdict.sentences import accuracies
-from potstill.experiments.verdict.verdict import finding, headline, sentences, verdict
+from potstill.experiment.verdict import accuracy_sentence, effect_of, headline, verdict, verdict_sentences
+from potstill.formatting import format_points
 
 
 def comparison(gain: float | None, low: float | None, high: float | None, **more: Any) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def of_seeds(
 def test_one_seed_never_helps_or_hurts(gain: float, low: float, high: float) -> None:
     """However clear it looks: on 10,000 images seeds alone exclude 0 in 20 to 56 of 100 cases."""
     made = comparison(gain, low, high, mcnemar_p=1e-9, test_images=10_000)
-    assert finding(made) == "one_seed"
+    assert effect_of(made) == "one_seed"
     text = verdict(made)
     assert text.startswith("On this seed, the distilled student's top-1 is")
     assert ("above" if gain > 0 else "below") in headline(made)
@@ -59,7 +58,7 @@ def test_one_seed_names_interval_gap_and_price() -> None:
     ],
 )
 def test_help_is_claimed_with_three_seeds_and_one_interval(made: dict[str, Any], found: str) -> None:
-    assert finding(made) == found
+    assert effect_of(made) == found
     text = headline(made)
     assert text.startswith("Distillation helped") == (found == "helped")
     assert text.startswith("Distillation hurt") == (found == "hurt")
@@ -88,15 +87,15 @@ def network(top1: float = 0.9, **more: Any) -> dict[str, Any]:
 def test_what_makes_the_figures_void_comes_first() -> None:
     made = of_seeds(-0.02, -0.03, -0.01)
     stages = {"teacher": network(), "baseline": network(), "distilled": network(0.103, at_chance=True)}
-    first, second, *_ = sentences(made, stages)
+    first, second, *_ = verdict_sentences(made, stages)
     assert first.startswith("The distilled student is not clearly better than chance on test: top-1 10.3 %")
     assert "the most frequent class gives 11.2 %" in first
     assert second == headline(made)
     stages |= {"teacher": network(0.103, at_chance=True), "distilled": network(never_predicted=["cat", "dog"])}
-    first, second, *_ = sentences(made, stages)
+    first, second, *_ = verdict_sentences(made, stages)
     assert first.startswith("The teacher is not clearly better than chance")
     assert second == "The distilled student never predicts 2 classes of the test split: cat, dog."
-    assert sentences(made, {"distilled": network(), "baseline": network()})[0] == headline(made)
+    assert verdict_sentences(made, {"distilled": network(), "baseline": network()})[0] == headline(made)
 
 
 def test_a_teacher_below_the_baseline_comes_first() -> None:
@@ -116,9 +115,9 @@ def test_a_teacher_below_the_baseline_comes_first() -> None:
     ],
 )
 def test_looks_at_which_no_verdict_was_possible_do_not_count(known: dict[str, Any] | None, expected: int) -> None:
-    from potstill.experiments.verdict.comparing import looks
+    from potstill.experiment.comparison import count_test_evaluations
 
-    assert looks(known) == expected
+    assert count_test_evaluations(known) == expected
 
 
 def test_teacher_worse_than_baseline() -> None:
@@ -160,17 +159,22 @@ def test_of_several_teachers_the_ensemble_has_its_figure_too() -> None:
         "Top-1 on test: teacher 90.0 %, teacher-2 88.0 %, baseline 84.0 %, distilled 85.8 %, "
         "the teachers together 91.5 %." in verdict(made, stages)
     )
-    assert "together" not in accuracies(stages, made | {"teachers": 1})
+    assert "together" not in accuracy_sentence(stages, made | {"teachers": 1})
 
 
 def test_rounding_never_hides_the_sign() -> None:
     assert "interval over test images +0.04 to +3.2" in headline(comparison(0.018, 0.0004, 0.032))
-    assert [points(0.00001), points(-0.001), points(0), points(0.012, signed=False)] == ["+0.001", "-0.1", "0.0", "1.2"]
+    assert [format_points(0.00001), format_points(-0.001), format_points(0), format_points(0.012, signed=False)] == [
+        "+0.001",
+        "-0.1",
+        "0.0",
+        "1.2",
+    ]
 
 
 def test_torch_stays_out() -> None:
     code = (
-        "import sys, potstill.experiments.verdict.verdict, potstill.report.render, potstill.report.compare;"
+        "import sys, potstill.experiment.verdict, potstill.report.render, potstill.report.compare;"
         "heavy = {'torch', 'matplotlib', 'sklearn', 'jinja2'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

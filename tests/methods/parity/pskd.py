@@ -5,7 +5,7 @@ from parity_case import Case
 from torch import Tensor
 
 from potstill.functional import pskd_loss, pskd_targets
-from potstill.methods.base import Side, TrainingFacts
+from potstill.methods.base import NetworkInfo, TrainingInfo
 from potstill.methods.pskd import PSKD
 from potstill.types import Batch, Outputs
 
@@ -14,7 +14,7 @@ def check(case: Case) -> dict[str, Tensor]:
     hyper, labels = case.hyper, case["y"]
     student = Outputs(case["zs"])
     method = PSKD(alpha=hyper["alpha_T"])
-    method.build(Side(student), None, TrainingFacts(classes=case["zs"].shape[1], labels=labels))
+    method.build(NetworkInfo(student), None, TrainingInfo(classes=case["zs"].shape[1], labels=labels))
     method.to(case.dtype).current.copy_(case["p_prev"])
     method.start_epoch(hyper["epoch0based"], hyper["end_epoch"])
     index = torch.arange(len(labels))

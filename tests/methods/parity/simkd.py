@@ -4,7 +4,7 @@ import torch
 from parity_case import Case
 from torch import Tensor, nn
 
-from potstill.features.projected_head import ProjectedHead
+from potstill.features.student_surgery import ProjectedHead
 from potstill.functional import simkd_loss
 
 

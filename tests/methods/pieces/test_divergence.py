@@ -17,7 +17,7 @@ from potstill.functional import (
     sdd_kd_loss,
     tckd_loss,
 )
-from potstill.methods.pieces.divergence import softened_kl
+from potstill.methods.numerics import softened_kl
 
 mpmath.mp.dps = 60
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distiller import Distiller
+from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
 from potstill.methods import create_method, list_methods
 from potstill.methods.base import Method

@@ -5,7 +5,7 @@ import torch
 
 from potstill.errors import UsageError
 from potstill.methods import create_method
-from potstill.methods.wrapping.schedule import Schedule, schedule_problems
+from potstill.methods.schedules import Schedule, check_schedule
 from potstill.types import Batch, Outputs
 
 STUDENT = Outputs(torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.2, 0.1]]))
@@ -80,10 +80,10 @@ def test_a_term_that_does_not_exist_is_named_with_its_neighbour():
 
 
 def test_settings_are_checked_before_anything_is_built():
-    assert schedule_problems({"kd": {"shape": "linear", "start": 1.0, "end": 0}}) == []
-    (problem,) = schedule_problems({"kd": {"shpe": "linear"}})
+    assert check_schedule({"kd": {"shape": "linear", "start": 1.0, "end": 0}}) == []
+    (problem,) = check_schedule({"kd": {"shpe": "linear"}})
     assert "did you mean 'shape'" in problem
-    (problem,) = schedule_problems({"kd": {"shape": "curved"}})
+    (problem,) = check_schedule({"kd": {"shape": "curved"}})
     assert "constant, linear, cosine, step" in problem
     with pytest.raises(UsageError, match=r"schedule\.kd\.start must be a number"):
         create_method("kd", schedule={"kd": {"start": "much"}})

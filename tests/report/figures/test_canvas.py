@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from potstill.report import theme
-from potstill.report.figures.canvas import as_png, as_svg
+from potstill.report.canvas import as_png, as_svg
 
 NAMES = ["<script>alert(1)</script>", "$x_1$", "\"'&", "猫", "--> <!--"]
 
@@ -44,6 +44,6 @@ def test_the_users_matplotlib_settings_neither_reach_nor_change() -> None:
 
 
 def test_colours_differ_so_that_each_has_its_variable() -> None:
-    light = [pair[0] for pair in theme.CSS.values()]
+    light = [pair[0] for pair in theme.CSS_COLORS.values()]
     assert len(set(light)) == len(light)
     assert all(colour == colour.lower() for colour in light)

@@ -3,7 +3,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from potstill.report.figures.confusion import draw_matrix, draw_pair
+from potstill.report.confusion_matrix import draw_matrix, draw_pair
 from potstill.report.theme import RIGHT, WRONG
 
 MATRIX = [[75, 25], [0, 16]]

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from potstill.report.contents import Stage
-from potstill.report.figures.curves import draw_accuracy, draw_loss, draw_top
+from potstill.report.run_reader import StageResult
+from potstill.report.stage_figures import draw_accuracy, draw_loss, draw_top
 
 
-def stage(epochs: int = 3) -> Stage:
+def stage(epochs: int = 3) -> StageResult:
     records = [
         {
             "epoch": epoch,
@@ -28,7 +28,7 @@ def stage(epochs: int = 3) -> Stage:
         }
         for epoch in range(1, epochs + 1)
     ]
-    return Stage("distilled", Path("distilled"), {}, records, {"test": {"top1": 0.55}})
+    return StageResult("distilled", Path("distilled"), {}, records, {"test": {"top1": 0.55}})
 
 
 def lines(figure: Figure) -> dict[str, list[float]]:

@@ -4,11 +4,11 @@ import io
 import numpy as np
 from PIL import Image
 
-from potstill.report.figures.heat import heat_uri
+from potstill.report.sections.error_analysis import heatmap_uri
 
 
 def pixels(rows: list[bytes]) -> np.ndarray:
-    head, _, data = heat_uri(rows).partition(",")
+    head, _, data = heatmap_uri(rows).partition(",")
     assert head == "data:image/png;base64"
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))
 

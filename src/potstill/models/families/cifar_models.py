@@ -6,14 +6,10 @@ from collections.abc import Callable
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.inputs import InputSpec, Triple
-from potstill.models.cifar.bottleneck_resnet import BottleneckResNet
-from potstill.models.cifar.mobilenet_v2 import MobileNetV2
-from potstill.models.cifar.resnet import WIDTHS_X4, ResNet
-from potstill.models.cifar.shufflenet_v1 import ShuffleNetV1
-from potstill.models.cifar.shufflenet_v2 import ShuffleNetV2
+from potstill.input_spec import InputSpec, Triple
+from potstill.models.cifar.mobile import MobileNetV2, ShuffleNetV1, ShuffleNetV2
+from potstill.models.cifar.resnet import RESNET_WIDTHS_X4, BottleneckResNet, ResNet, WideResNet
 from potstill.models.cifar.vgg import VGG
-from potstill.models.cifar.wide_resnet import WideResNet
 
 # Name -> network for (num_classes, in_chans).
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -24,8 +20,8 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet44": lambda classes, chans: ResNet(44, classes, chans),
     "resnet56": lambda classes, chans: ResNet(56, classes, chans),
     "resnet110": lambda classes, chans: ResNet(110, classes, chans),
-    "resnet8x4": lambda classes, chans: ResNet(8, classes, chans, WIDTHS_X4),
-    "resnet32x4": lambda classes, chans: ResNet(32, classes, chans, WIDTHS_X4),
+    "resnet8x4": lambda classes, chans: ResNet(8, classes, chans, RESNET_WIDTHS_X4),
+    "resnet32x4": lambda classes, chans: ResNet(32, classes, chans, RESNET_WIDTHS_X4),
     "resnet50": lambda classes, chans: BottleneckResNet(50, classes, chans),
     "wrn_16_1": lambda classes, chans: WideResNet(16, 1, classes, chans),
     "wrn_16_2": lambda classes, chans: WideResNet(16, 2, classes, chans),
@@ -47,12 +43,12 @@ def names() -> list[str]:
     return list(MODELS)
 
 
-def knows(name: str) -> bool:
-    return name in MODELS or _wide(name) is not None
+def is_model(name: str) -> bool:
+    return name in MODELS or _parse_wide_resnet(name) is not None
 
 
 def build(name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
-    wide = _wide(name)
+    wide = _parse_wide_resnet(name)
     return WideResNet(*wide, num_classes, in_chans) if wide else MODELS[name](num_classes, in_chans)
 
 
@@ -72,7 +68,7 @@ def pretrained(name: str, num_classes: int, size: int) -> tuple[nn.Module, int]:
     )
 
 
-def _wide(name: str) -> tuple[int, int] | None:
+def _parse_wide_resnet(name: str) -> tuple[int, int] | None:
     """Depth and width of ``wrn_d_w``: any d = 6n + 4 of at least 10, any w of at least 1."""
     match = re.fullmatch(r"wrn_([1-9]\d{1,3})_([1-9]\d?)", name, re.ASCII)
     if match is None or int(match[1]) % 6 != 4:

@@ -9,8 +9,9 @@ from typing import Any, cast
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.inputs import InputSpec, Triple
-from potstill.models import download, state_dict
+from potstill.input_spec import InputSpec, Triple
+from potstill.models import state_dict
+from potstill.models.pretrained import download_from_hub, download_from_url
 
 
 def names() -> list[str]:
@@ -19,7 +20,7 @@ def names() -> list[str]:
     return cast("list[str]", timm.list_models())
 
 
-def knows(name: str) -> bool:
+def is_model(name: str) -> bool:
     """A name may carry the tag of its weights, as in ``resnet18.a1_in1k``."""
     import timm
 
@@ -54,7 +55,7 @@ def pretrained(name: str, num_classes: int, size: int) -> tuple[nn.Module, int]:
     if _own_format(config):
         overlay: dict[str, Any] = {"file": str(path), "custom_load": True}
     else:  # read here, since older timm unpickles local files without weights_only
-        overlay = {"state_dict": state_dict.read(path), "custom_load": False}
+        overlay = {"state_dict": state_dict.read_state_dict(path), "custom_load": False}
     module = timm.create_model(
         name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **_size(name, size)
     )
@@ -77,9 +78,9 @@ def _size(name: str, size: int) -> dict[str, int]:
 def _weights_file(name: str, config: Any) -> Path:
     """The file in the cache, fetched if need be; timm itself would try the network for most of a minute."""
     if not config.hf_hub_id:
-        return download.from_url(config.url, f"the weights of {name!r}")
+        return download_from_url(config.url, f"the weights of {name!r}")
     files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    return download.from_hub(config.hf_hub_id, files, f"the weights of {name!r}")
+    return download_from_hub(config.hf_hub_id, files, f"the weights of {name!r}")
 
 
 def _own_format(config: Any) -> bool:

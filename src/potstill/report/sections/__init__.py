@@ -1,1 +1,1 @@
-"""One module per section of the page: ``context(run)`` gives its template's values, or None where there is nothing."""
+"""Sections of the page: ``..._context(run)`` returns the values of a template, or None where there are none."""

@@ -1,1 +1,0 @@
-"""What is told about the methods, in the terminal and on the pages, gathered from their source."""

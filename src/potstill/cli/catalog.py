@@ -1,0 +1,164 @@
+"""Verbs that list what is available: recipes, models, methods; and the text that `potstill methods NAME` prints."""
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from potstill.methods import REQUIRED, MethodOption
+from potstill.methods.documentation import (
+    MethodDocumentation,
+    StepCost,
+    measured_costs,
+    method_documentation,
+    methods_by_kind,
+)
+
+
+def list_text() -> list[tuple[str, str, str]]:
+    """(name, kind, one sentence) of every method, kind by kind."""
+    return [
+        (name, kind, method_documentation(name).entry.summary.rstrip())
+        for kind, names in methods_by_kind().items()
+        for name in names
+    ]
+
+
+def method_text(name: str) -> str:
+    """Everything that is known of a method.
+
+    Raises:
+        UsageError: unknown name; names the nearest known one.
+    """
+    found = method_documentation(name)
+    sections = [
+        _wrapped(found.entry.summary),
+        _paper(found),
+        _section("Loss", [_wrapped(_plain(found.loss), 2), *_rows(found.terms, wrap=False)]),
+        _section(f"Needs ({found.kind})", [_wrapped(", ".join(found.needs), 2)]),
+        _section("Options (method.NAME in a recipe)", _rows({k: option_text(*v) for k, v in found.options.items()})),
+        _section("Presets (method.preset)", _rows({k: settings_text(v) for k, v in found.entry.presets.items()})),
+        _section("Published top-1 of the student", _rows({k: f"{v:.2f} %" for k, v in found.entry.published.items()})),
+        _section("Price", [_wrapped(price_text(found.price), 2)] if found.price else []),
+        _section("Notes", [_wrapped(_plain(found.notes), 2)] if found.notes else []),
+        _section("Traps", [f"  - {_wrapped(_plain(trap), 4).lstrip()}" for trap in found.traps]),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def option_text(option: MethodOption, meaning: str) -> str:
+    """Range, default and meaning of an option."""
+    default = "required" if option.default is REQUIRED else f"default {option.default}"
+    return f"{option.allowed}, {default}" + (f": {_plain(meaning)}" if meaning else "")
+
+
+def settings_text(settings: dict[str, object]) -> str:
+    """Options of a preset, as after ``--set``."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def price_text(price: StepCost) -> str:
+    """What a step costs, in one sentence."""
+    facts = measured_costs()
+    teacher = f", {price.teacher:.2f} of it the teacher's" if price.teacher else ""
+    adapters = f"; {price.adapters:,} trained numbers beside the student's" if price.adapters else ""
+    return (
+        f"a step takes {price.time:.2f} times that of the student on labels alone (quartiles {price.low:.2f} to "
+        f"{price.high:.2f}{teacher}) and {price.memory:.2f} times its memory{adapters}. "
+        f"{facts['teacher']} -> {facts['student']}, batches of {facts['batch']}, {facts['machine']['processor']}."
+    )
+
+
+def _paper(found: MethodDocumentation) -> str:
+    if found.paper is None:
+        return ""
+    paper = found.paper
+    return _wrapped(f'{paper.authors}, "{paper.title}", {paper.venue}.') + f"\n{paper.url}"
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    lines = list(lines)
+    return "\n".join([f"{title}:", *lines]) if lines else ""
+
+
+def _rows(rows: dict[str, str], *, wrap: bool = True) -> list[str]:
+    """Two columns; long texts go on below their own beginning."""
+    width = max(map(len, rows), default=0)
+    room = max(_width() - width - 4, 30)
+    return [
+        f"  {key:<{width}}  "
+        + (f"\n{' ' * (width + 4)}".join(textwrap.wrap(text, room, break_on_hyphens=False)) if wrap else text)
+        for key, text in rows.items()
+    ]
+
+
+def _wrapped(text: str, indent: int = 0) -> str:
+    """Paragraphs filled to the terminal's width."""
+    return "\n".join(
+        textwrap.fill(
+            " ".join(paragraph.split()), _width(), initial_indent=" " * indent, subsequent_indent=" " * indent,
+            break_on_hyphens=False, break_long_words=False,
+        )
+        for paragraph in text.split("\n\n")
+    )  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "").replace("`", "")
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size((100, 24)).columns, 110)
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe's YAML.")] = None,
+) -> None:
+    """List the recipes, or print one to change.
+
+    For example: potstill recipes solar > mine.yaml
+    """
+    from potstill.config.recipe import list_recipes
+    from potstill.config.yaml import parse_yaml
+    from potstill.errors import UsageError, did_you_mean
+
+    known = list_recipes()
+    if name is None:
+        _columns({name: parse_yaml(path.read_text("utf-8"), name).value["description"] for name, path in known.items()})
+        return
+    if name not in known:
+        raise UsageError(f"no recipe {name!r}{did_you_mean(name, known)}\nKnown: {', '.join(known)}")
+    sys.stdout.write(known[name].read_text("utf-8"))
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help='Part of a name, or "resnet*".')] = "",
+) -> None:
+    """List the architectures, for teacher and student."""
+    from potstill.errors import UsageError
+    from potstill.models.registry import list_models
+
+    names = list_models(pattern)
+    if not names:
+        raise UsageError(f"no architecture matches {pattern!r}; `potstill models` lists all")
+    sys.stdout.write("".join(f"{name}\n" for name in names))
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show all about this method.")] = None,
+) -> None:
+    """List the methods by kind, or show one: paper, loss, needs, options, presets, published figures, price, traps."""
+    if name is not None:
+        sys.stdout.write(method_text(name))
+        return
+    rows = list_text()
+    names, kinds = (max(len(row[at]) for row in rows) for at in (0, 1))
+    sys.stdout.write("".join(f"{name:<{names}}  {kind:<{kinds}}  {summary}\n" for name, kind, summary in rows))
+
+
+def _columns(rows: dict[str, str]) -> None:
+    width = max(map(len, rows), default=0)
+    sys.stdout.write("".join(f"{key:<{width}}  {text}\n" for key, text in rows.items()))

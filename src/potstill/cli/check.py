@@ -1,0 +1,151 @@
+"""The verb that validates data: check; and the flags and stderr lines on skipped files that other verbs share."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from potstill.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from potstill.data.settings import DataSettings
+    from potstill.data.validation.report import ValidationReport
+
+
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, and name them on stderr.")
+]
+FollowLinks = Annotated[bool, typer.Option("--follow-links", help="Read links to files and folders elsewhere too.")]
+
+MAX_SHOWN = 20  # files that are named
+
+
+def print_skipped(source: str, skipped: Sequence[Sequence[str]]) -> None:
+    """Say on stderr how many files are left out, and which.
+
+    Args:
+        source: the data, as the user named it.
+        skipped: path and reason of each.
+    """
+    from potstill.console import escape_control
+
+    number = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
+    lines = [f"{source}: {number} left out", *(f"  {path}: {reason}" for path, reason in skipped[:MAX_SHOWN])]
+    if len(skipped) > MAX_SHOWN:
+        lines.append(f"  and {len(skipped) - MAX_SHOWN:,} more")
+    sys.stderr.write("".join(f"{escape_control(line)}\n" for line in lines))
+
+
+def check(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder, a manifest, .tar shards, or a name.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for warnings too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show every finding, not the first of each kind.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Check what is left without bad files and classes that are too small.")
+    ] = False,
+    follow_links: FollowLinks = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the data, as for run; may be repeated."),
+    ] = None,
+) -> None:
+    """Look for everything that is wrong with images, labels and splits.
+
+    Exits with 3 where there are errors.
+    """
+    from potstill.data.library_warnings import silence_native_stderr
+    from potstill.data.validation.validate import validate_data
+
+    flags = {"skip_bad": skip_bad, "follow_links": follow_links}
+    chosen = _data_settings(data, settings or []).model_copy(update={key: True for key, on in flags.items() if on})
+    with silence_native_stderr(), WaitProgress() as waiting:
+        report = validate_data(chosen, waiting)
+    with contextlib.suppress(BrokenPipeError):  # `| head` does not change the exit code
+        if as_json:
+            sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+        else:
+            from potstill.console import escape_control
+            from potstill.data.validation.report import format_report
+
+            sys.stdout.write(
+                "".join(f"{escape_control(line)}\n" for line in format_report(report, everything=everything))
+            )
+        sys.stdout.flush()
+    _raise_on_findings(report, strict)
+
+
+def _data_settings(data: str, changes: list[str]) -> "DataSettings":
+    """The data's part of a recipe."""
+    from potstill.data.settings import DataSettings
+
+    if not changes:
+        return DataSettings(source=data)
+    if others := [each for each in changes if not each.startswith("data.")]:
+        raise UsageError(f"--set {others[0]}: check looks at the data alone; give data.KEY=VALUE, as for run")
+    from potstill.config.recipe import load_recipe
+
+    networks = {"teacher": {"model": "cifar/resnet20"}, "student": {"model": "cifar/resnet8"}}  # of no matter here
+    return load_recipe({"name": "check", **networks}, changes, flags={"--data": data}).data
+
+
+def _raise_on_findings(report: "ValidationReport", strict: bool) -> None:
+    from potstill.data.validation.report import summary_line
+
+    if report.count("error") or (strict and report.count("warning")):
+        kinds = ", ".join(f"{number} {kind}" for kind, number in report.kinds().items())
+        raise DataError(f"{report.source}: {summary_line(report)} ({kinds})")
+
+
+class WaitProgress:
+    """Shows on stderr how far a wait is, once it has taken a second: a bar on a terminal, elsewhere some lines."""
+
+    DELAY_SECONDS = 1.0  # seconds
+    LINE_SECONDS = 10.0  # seconds between lines
+
+    def __init__(self) -> None:
+        self._next: float | None = None
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "WaitProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def wait(self, what: str, done: int, total: int) -> None:
+        """A longer wait: so much of it is over."""
+        if self._next is None:
+            self._next = time.monotonic() + self.DELAY_SECONDS
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, refresh=done == total)
+        elif time.monotonic() >= self._next and done < total:
+            self._show(what, done, total)
+
+    def note(self, message: str) -> None:
+        """Something worth reading."""
+
+    def warn(self, message: str) -> None:
+        """Something that makes it slower than it could be."""
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            sys.stderr.write(f"{what}: {done:,} of {total:,}\n")
+            self._next = time.monotonic() + self.LINE_SECONDS
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._bar.start()
+        self._task = self._bar.add_task(what, total=total, completed=done)

@@ -1,0 +1,161 @@
+"""Verbs that use a trained model: predict, evaluate, export, serve."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from potstill.cli.check import FollowLinks, SkipBad, print_skipped
+from potstill.data.library_warnings import silence_native_stderr
+from potstill.errors import DataError, RemoteFailure, Stopped, UsageError
+
+Model = Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder (its distilled student) or a model.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def predict(
+    model: Model,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Images, or folders of images.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    skip_bad: SkipBad = False,
+    follow_links: FollowLinks = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is on images, with probabilities.
+
+    Files of a folder that are no images are named on stderr.  Exits with 3 where an image cannot be read.
+    """
+    from potstill.console import escape_control
+    from potstill.data.sources import ignored_files_note
+    from potstill.export.predict import find_images
+    from potstill.export.predict import predict as predict_images
+
+    found = find_images(paths, follow_links=follow_links)
+    where = ", ".join(map(str, paths[:3])) + (" ..." if len(paths) > 3 else "")
+    if found.left_out:
+        print_skipped(where, found.left_out)
+    if found.passed_over:
+        sys.stderr.write(escape_control(f"{where}: {ignored_files_note(found.passed_over)}") + "\n")
+    with silence_native_stderr():
+        predictions = predict_images(model, found.images, top=top)
+    if as_json:
+        sys.stdout.write(json.dumps([each.as_dict() for each in predictions], indent=2) + "\n")
+    else:
+        for each in predictions:
+            classes = ", ".join(f"{escape_control(name)} {share:.1%}" for name, share in each.classes)
+            sys.stdout.write(f"{escape_control(str(each.path))}: {classes or 'error'}\n")
+    broken = [each for each in predictions if each.error is not None]
+    sys.stdout.flush()
+    if broken and skip_bad:
+        reasons = [(str(each.path), str(each.error).removeprefix(f"{each.path}: ")) for each in broken]
+        print_skipped(where, reasons)
+    elif broken:
+        lines = "".join(f"\n{escape_control(str(each.error))}" for each in broken)
+        raise DataError(
+            f"{len(broken)} of {len(predictions)} images could not be read:{lines}\n"
+            "To leave them out of the exit code: --skip-bad"
+        )
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(metavar="DIR", help="Labelled images: a folder, a manifest, or a name.")],
+    skip_bad: SkipBad = False,
+    follow_links: FollowLinks = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a trained model on labelled images.
+
+    Classes are matched by name, whatever their order.
+    """
+    from potstill.cli.results import metrics_lines
+    from potstill.export.evaluate import evaluate as evaluate_model
+
+    with silence_native_stderr():
+        metrics: dict[str, Any] = evaluate_model(model, data, skip_bad=skip_bad, follow_links=follow_links)
+    skipped = metrics.get("skipped", ())
+    if skipped:
+        print_skipped(data, skipped)
+    if as_json:
+        sys.stdout.write(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write("\n".join(metrics_lines(metrics)) + "\n")
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of one of its models.")]
+Stage = Annotated[
+    str | None, typer.Option("--model", metavar="STAGE", help="teacher, baseline or distilled.  [default: distilled]")
+]
+FormatName = Annotated[
+    str, typer.Option("--format", metavar="NAME", help="onnx, openvino, torch-export, executorch or coreml.")
+]
+Preprocessing = Annotated[
+    str,
+    typer.Option(
+        metavar="none|normalise|resize",
+        help="How much of the preparation of images becomes part of the file: none (it takes normalised numbers), "
+        "normalise (pixels of the network's size), resize (pixels of any size).",
+    ),
+]
+
+
+def export(
+    run: Run,
+    model: Stage = None,
+    form: FormatName = "onnx",
+    inside: Preprocessing = "none",
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize to 8 bits, calibrated on training images.")] = False,
+    max_drop: Annotated[float, typer.Option(help="Test accuracy that --int8 may lose; 0.01 is one point.")] = 0.01,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DIR", help="Where the run's data are now.")] = None,
+) -> None:
+    """Write a trained model as a file for other engines, compared with the original before.
+
+    The comparison is with PyTorch, on images of the run's test split.  A file NAME.json beside it holds its SHA-256
+    and what was measured.
+    """
+    from potstill.console import escape_control
+    from potstill.export.exporter import export as export_model
+    from potstill.export.formats.onnx import facts_path
+    from potstill.export.options import ExportOptions
+    from potstill.io import read_checksummed_json
+
+    def note(line: str) -> None:
+        sys.stderr.write(f"{escape_control(line)}\n")
+
+    wish = ExportOptions(form, inside, int8, max_drop, output, data)
+    path = export_model(run, model, wish, note=note)
+    sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
+    sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
+    if form == "onnx":
+        sys.stdout.write(f"next:   potstill predict {escape_control(shlex.quote(str(path)))} IMAGE\n")
+
+
+def serve(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a run's name below --root, or a model.")],
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    root: Annotated[Path, typer.Option(metavar="DIR", help="The runs to be browsed.")] = Path("runs"),
+) -> None:
+    """Try a run's models on images in a browser, on this machine alone."""
+    from potstill.console import escape_control
+
+    try:
+        from potstill.serve.server import serve as serve_page
+    except ImportError as error:
+        if error.name not in ("fastapi", "uvicorn", "starlette", "h11"):
+            raise
+        raise UsageError(f'serve needs {error.name}\nInstall: pip install "potstill[serve]"') from error
+
+    def say(address: str) -> None:
+        sys.stdout.write(escape_control(f"{address}  (Ctrl-C ends it)") + "\n")
+        sys.stdout.flush()
+
+    below = root / run
+    try:
+        serve_page(below if not run.exists() and below.is_dir() else run, host=host, port=port, root=root, say=say)
+    except Stopped as stopped:  # as it should end: nothing is left to be said
+        raise RemoteFailure(stopped.exit_code) from None

@@ -1,0 +1,103 @@
+"""Verbs of federated training: run, app."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from potstill.cli.run import Data, Overwrite, RecipeName, Resume, Root, Seed, Settings, SkipBad, Student, Teacher
+
+federated_app = typer.Typer(
+    help="Train one student with clients that keep their images.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@federated_app.callback()
+def _group() -> None:
+    """Train one student with clients that keep their images."""
+
+
+@federated_app.command()
+def run(
+    recipe: RecipeName,
+    clients: Annotated[int | None, typer.Option(metavar="N", help="Clients; 5, or the folders of folders:DIR.")] = None,
+    partition: Annotated[
+        str, typer.Option(metavar="HOW", help="Who has which images: iid, dirichlet:ALPHA or folders:DIR.")
+    ] = "dirichlet:0.3",
+    algorithms: Annotated[
+        str, typer.Option(metavar="A,B", help="Some of fedavg, feddf, fedmd, guided, selfguided.")
+    ] = "fedavg,feddf",
+    baselines: Annotated[
+        str, typer.Option(metavar="A,B", help="alone (each client by itself), central (all images in one place).")
+    ] = "",
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often server and clients talk.")] = 5,
+    local_epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Of each client in each round.")] = 1,
+    public: Annotated[
+        float,
+        typer.Option(metavar="SHARE", min=0, max=0.9, help="Of the training images, made public where none are given."),
+    ] = 0.2,
+    public_epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over public images per round.")] = 5,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0.01, help="Of the clients' averaged logits.")] = 1.0,
+    engine: Annotated[
+        str, typer.Option(metavar="process|flower", help="Who plays the clients: this process, or Flower's simulation.")
+    ] = "process",
+    data: Data = None,
+    skip_bad: SkipBad = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    settings: Settings = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the folder; RECIPE-federated where not given.")
+    ] = None,
+    root: Root = Path("runs"),
+    seed: Seed = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Play server and clients on this machine, and compare algorithms on the same clients."""
+    from potstill.config.recipe import load_recipe
+    from potstill.contrib.federated.algorithms import parse_algorithms, parse_baselines
+    from potstill.contrib.federated.federation import parse_engine
+    from potstill.contrib.federated.partition import parse_partition
+
+    player = parse_engine(engine)
+    names, beside, how = parse_algorithms(algorithms), parse_baselines(baselines), parse_partition(partition)
+    flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags["--skip-bad"] = skip_bad
+    loaded = load_recipe(recipe, settings or (), flags=flags)
+
+    from potstill.console import Progress, print_next_command, print_section
+    from potstill.contrib.federated.federation import RESULTS_FILE, FederationOptions, federate, format_table
+    from potstill.contrib.federated.server import Schedule
+    from potstill.io import read_checksummed_json
+
+    wishes = FederationOptions(
+        clients=clients,
+        partition=how,
+        algorithms=tuple(names),
+        baselines=tuple(beside),
+        public=public,
+        schedule=Schedule(rounds, local_epochs, public_epochs, temperature),
+    )
+    with Progress() as progress:
+        folder = federate(
+            loaded, wishes, root=root, name=name, resume=resume, overwrite=overwrite, observer=progress, engine=player
+        )
+    found = read_checksummed_json(folder / RESULTS_FILE)
+    print_section(f"{len(found['clients'])} clients, {partition}: {folder / RESULTS_FILE}", format_table(found))
+    print_next_command(["potstill", "predict", str(folder / names[-1]), "IMAGE"])
+
+
+@federated_app.command(name="app")
+def write_app(
+    recipe: RecipeName,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the two files.")],
+) -> None:
+    """Write a Flower app for `flwr run`: the same rounds between machines."""
+    from potstill.console import print_section
+    from potstill.contrib.federated.deployment import write_app as write
+
+    print_section("written", [str(path) for path in write(folder, recipe)])

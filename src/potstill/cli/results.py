@@ -1,0 +1,101 @@
+"""Results as text on stdout: the table of the stages with the verdict, and the metrics of `evaluate`."""
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from potstill.config.stage_names import sort_stages
+from potstill.console import TEXT_WIDTH, escape_control, format_bytes, format_percent, print_lines, print_report_path
+from potstill.experiment.verdict import seeds_lines
+
+
+def print_results(results: Mapping[str, Any], page: Path | None) -> None:
+    """Print the table of the stages, the verdict and where the report is."""
+    lines = ["", *results_table(results["stages"]), ""]
+    comparison = results.get("comparison") or {}
+    if seeds := seeds_lines(comparison):
+        lines += [*seeds, ""]
+    if comparison.get("verdict"):
+        lines += [*textwrap.wrap(escape_control(str(comparison["verdict"])), TEXT_WIDTH), ""]
+    print_lines(lines)
+    if page is not None:
+        from potstill.report.display_names import picture_labels
+
+        if warning := picture_labels((results.get("data") or {}).get("class_names") or ()).warning:
+            print_lines(textwrap.wrap(escape_control(f"warning: {warning}"), TEXT_WIDTH))
+        print_report_path(page)
+
+
+def results_table(stages: Mapping[str, Any]) -> list[str]:
+    """Every stage with its test figures, as aligned lines; absent stages are left out."""
+    rows = [_COLUMNS]
+    for name in sort_stages(stages):
+        stage = stages[name]
+        test, model = stage.get("test") or {}, stage.get("model") or {}
+        p50 = (stage.get("latency_ms") or {}).get("p50")
+        rows.append(
+            (
+                name,
+                format_percent(test.get("top1")),
+                format_percent(test.get("top3")),
+                format_percent(test.get("f1_macro")),
+                _format_metric(test.get("auc_macro")),
+                _format_count(model.get("parameters")),
+                format_bytes(model.get("file_bytes")),
+                "-" if p50 is None else f"{p50:.2f} ms",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return [
+        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+
+
+def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
+    """What `evaluate` prints: the model, the overall figures, then a line for each class."""
+    shares = ("top1", "top3", "precision_macro", "recall_macro", "f1_macro", "f1_weighted", "ece")
+    numbers = ("auc_macro", "auc_micro", "nll")
+    for key in ("model", "data", "count"):
+        if key in metrics:
+            yield f"{key:<16} {escape_control(str(metrics[key]))}"
+    for key in shares:
+        yield f"{key:<16} {format_percent(metrics.get(key)):>8}"
+    for key in numbers:
+        yield f"{key:<16} {_format_metric(metrics.get(key)):>8}"
+    names = [escape_control(str(row["class"])) for row in metrics.get("per_class", ())]
+    width = max([len("class"), *map(len, names)])
+    if names:
+        yield ""
+        yield f"{'class':<{width}}  precision   recall      F1  images"
+    for name, row in zip(names, metrics.get("per_class", ()), strict=True):
+        figures = (format_percent(row[key] if row["support"] else None) for key in ("precision", "recall", "f1"))
+        precision, recall, f1 = figures
+        yield f"{name:<{width}}  {precision:>9}  {recall:>7}  {f1:>6}  {row['support']:>6}"
+    absent = [escape_control(str(name)) for name in metrics.get("absent_classes") or []]
+    if absent:
+        rest = len(names) - len(absent)
+        there = f"the other {rest} classes" if rest > 1 else "the one class that has images"
+        yield f"\nwarning: no image here is of {_join_names(absent)}: macro figures are means over {there}"
+    never = [escape_control(str(name)) for name in metrics.get("never_predicted") or []]
+    if metrics.get("at_chance"):
+        largest = format_percent(metrics.get("largest_class"))
+        yield f"\nwarning: not clearly better than chance: always predicting the most frequent class gives {largest}"
+    elif never:
+        yield f"\nwarning: the model never predicts {_join_names(never)}"
+
+
+_COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
+
+
+def _join_names(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _format_metric(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _format_count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"

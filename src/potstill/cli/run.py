@@ -1,0 +1,305 @@
+"""Verbs that train and report: run, train, report; run and train in one process or in those that torchrun starts."""
+
+import enum
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from potstill.distributed.launch import is_torchrun_launched, restart_count
+from potstill.errors import RemoteFailure, UsageError
+
+DISTRIBUTED_VERBS = ("run", "train")
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process, or the first of several: the one that talks."""
+    return not is_torchrun_launched() or os.environ["RANK"] == "0"
+
+
+def rank_prefix() -> str:
+    """What a message of another process than the first begins with."""
+    return "" if is_first_process() else f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: "
+
+
+def check_verb(arguments: list[str]) -> None:
+    """Only training is worth several processes.
+
+    Raises:
+        UsageError: another verb, started by torchrun; ``RemoteFailure`` in all processes but the first.
+    """
+    if is_torchrun_launched() and arguments and arguments[0] not in DISTRIBUTED_VERBS:
+        if not is_first_process():
+            raise RemoteFailure(UsageError.exit_code)
+        raise UsageError(
+            f"torchrun has started `potstill {arguments[0]}` {os.environ['WORLD_SIZE']} times; "
+            f"only {' and '.join(DISTRIBUTED_VERBS)} share their work: start it without torchrun"
+        )
+
+
+@contextmanager
+def joined_processes() -> Iterator[dict[str, Any]]:
+    """Join the other processes, where there are any.
+
+    Yields:
+        Keyword arguments for the pipeline.
+    """
+    if not is_torchrun_launched():  # torch, which takes seconds, is not needed to find a mistake in a recipe
+        yield {}
+        return
+    # Before torch is loaded.  Else each process warns that no parameter is unused, which is what we want.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from potstill.distributed.group import process_group
+
+    with process_group() as processes:
+        yield {"processes": processes}
+
+
+def resume_after_restart(folder: dict[str, Any], name: str) -> None:
+    """A run that torchrun starts again, after it has lost a process, goes on from its last checkpoint."""
+    if restart_count() == 0:
+        return
+    from potstill.experiment.run_folder import RunFolder
+
+    if RunFolder(Path(folder["root"]) / name).known:
+        folder |= {"resume": True, "overwrite": False}
+
+
+INTERNAL_ERROR = 1
+_TEACHER_WEIGHTS = re.compile(r"\s*teacher\.(\d+\.)?weights\s*=")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
+Data = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or a data set's name.")
+]
+Teacher = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="M",
+        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder to start from; repeat it for several.",
+    ),
+]
+Student = Annotated[
+    str | None, typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder.")
+]
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder; the recipe's where not given.")]
+Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds the run folders.")]
+Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
+Seeds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Train baseline and distilled with N seeds, the teacher once; 5 tell gain from chance."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the recipe; may be repeated."),
+]
+SkipBad = Annotated[
+    bool | None,
+    typer.Option(
+        "--skip-bad", help="Leave out files that cannot be read and classes that are too small; list them in the run."
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run of this name; more --seeds or training.epochs extend it.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of this name first.")]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Take the baseline of this run, if it was trained in the same way."),
+]
+Reproduce = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="In place of RECIPE: repeat a run, and say whether the weights are the same."),
+]
+
+
+class Stage(enum.StrEnum):
+    """Stages that can be trained alone."""
+
+    teacher = "teacher"
+    baseline = "baseline"
+    distilled = "distilled"
+
+
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")
+    ] = None,
+    data: Data = None,
+    skip_bad: SkipBad = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    settings: Settings = None,
+    name: Name = None,
+    root: Root = Path("runs"),
+    seed: Seed = None,
+    seeds: Seeds = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    baseline: Baseline = None,
+    replay: Reproduce = None,
+) -> None:
+    """Train teacher, baseline and distilled student, and report."""
+    flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed, "--seeds": seeds}
+    flags["--skip-bad"] = skip_bad
+    if replay is not None:
+        given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
+        _reproduce(replay, given, root=root, name=name, resume=resume, overwrite=overwrite)
+        return
+    if recipe is None:
+        raise UsageError("give a RECIPE: a name from `potstill recipes`, or a YAML file; or --replay RUN")
+    others: dict[str, Any] = {"baseline": baseline} if baseline is not None else {}
+    folder = _run_pipeline(
+        recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None, **others
+    )
+    _report_results(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
+
+
+def train(
+    recipe: RecipeName,
+    stage: Annotated[
+        Stage, typer.Option(help="The teacher; the student on labels alone; or distilled from a ready --teacher.")
+    ],
+    data: Data = None,
+    skip_bad: SkipBad = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    settings: Settings = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the run folder; RECIPE-STAGE where not given.")
+    ] = None,
+    root: Root = Path("runs"),
+    seed: Seed = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train one stage alone: teacher, baseline or distilled student."""
+    flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
+    flags["--skip-bad"] = skip_bad
+    folder = _run_pipeline(
+        recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
+    )
+    if stage is Stage.distilled:
+        _report_results(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
+        return
+    again: dict[str, Any] = flags | {"--teacher": teacher}
+    if stage is Stage.teacher:
+        trained = sorted(folder.glob("teacher*/model.json"))
+        again["--teacher"] = [str(folder)] if len(trained) < 2 else [str(model.parent) for model in trained]
+        settings = [text for text in settings or [] if not _TEACHER_WEIGHTS.match(text)]  # --teacher names them now
+    else:
+        again["--baseline"] = str(folder)
+    again["--set"] = settings
+    again["--root"] = None if root == Path("runs") else str(root)
+    again["--name"] = None if name is None else f"{name[:60]}-run"
+    _report_results(folder, next_command=["potstill", "run", recipe, *_to_arguments(again)])
+
+
+def _to_arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Flags with their values as a command line has them: those without a value left out, switches alone."""
+    values = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items()}
+    words = [(flag,) if one is True else (flag, str(one)) for flag, each in values.items() for one in each
+             if one is not None and one is not False]  # fmt: skip
+    return [part for pair in words for part in pair]
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Page of the comparison; a single run's page is in its folder.")
+    ] = Path("comparison.html"),
+) -> None:
+    """Draw a run's report again, or compare several runs."""
+    from potstill.cli.results import print_results
+    from potstill.console import print_report_path
+
+    if len(runs) > 1:
+        from potstill.report.compare import compare
+
+        print_report_path(compare(runs, output))
+        return
+    from potstill.experiment.run_folder import RunFolder
+    from potstill.report.render import render
+
+    page = render(runs[0])
+    print_results(RunFolder(runs[0]).read_results(), page)
+
+
+def _reproduce(run: Path, given: dict[str, Any], *, name: str | None, **folder: Any) -> None:
+    from potstill.experiment.reproduce import check_other_folder, compare, read_run_record
+
+    if other := [flag for flag, value in given.items() if value not in (None, [])]:
+        raise UsageError(
+            f"--replay repeats {run} as it was; {', '.join(other)} would make it another run.\n"
+            "Beside it there may be --name, --root, --resume and --overwrite"
+        )
+    record = read_run_record(run)
+    name = f"{run.resolve().name[:57]}-replay" if name is None else name  # 64 characters are allowed
+    check_other_folder(record, folder["root"], name)
+    repeated = _run_pipeline(
+        str(record.folder.recipe), None, {}, name=name, stages=record.stages, replay=record, **folder
+    )
+    if not is_first_process():
+        return
+    _report_results(repeated, next_command=["potstill", "report", str(run), str(repeated)])
+
+    from potstill.console import print_section
+    from potstill.experiment.run_folder import RunFolder
+
+    outcome = compare(record, RunFolder(repeated))
+    print_section(f"replay of {run}", outcome.lines)
+    if not outcome.equal and outcome.guaranteed:
+        raise typer.Exit(INTERNAL_ERROR)
+
+
+def _run_pipeline(
+    source: str,
+    settings: list[str] | None,
+    flags: dict[str, Any],
+    *,
+    stages: tuple[str, ...] | None,
+    name: str | None,
+    **folder: Any,
+) -> Path:
+    from potstill.config.recipe import load_recipe
+
+    with joined_processes() as processes:
+        recipe = load_recipe(source, settings or (), flags=flags)
+
+        # From here on torch is loaded, which takes seconds.
+        from potstill.console import Progress
+        from potstill.experiment.pipeline import run as carry_out
+        from potstill.training.callbacks import SignalHandler
+
+        if stages is not None:
+            folder["stages"] = stages
+            name = f"{recipe.name}-{stages[0]}" if name is None else name
+        resume_after_restart(folder, recipe.name if name is None else name)
+        with SignalHandler() as stopping, Progress() if is_first_process() else nullcontext() as progress:
+            return carry_out(recipe, name=name, observer=progress, stopping=stopping, **processes, **folder)
+
+
+def _report_results(folder: Path, next_command: list[str]) -> None:
+    if not is_first_process():  # of several processes one reports
+        return
+    from potstill.cli.results import print_results
+    from potstill.console import Progress, print_next_command
+    from potstill.experiment.run_folder import RunFolder
+    from potstill.loggers.observer import log_files
+    from potstill.report.render import render
+
+    page: Path | None = None
+    try:
+        page = render(folder)
+    finally:
+        # Hours of training were not for nothing where only a picture failed.
+        print_results(RunFolder(folder).read_results(), page)
+    with Progress() as progress:
+        log_files(folder, progress)
+    print_next_command(next_command)

@@ -1,0 +1,264 @@
+"""Changes to a recipe's plain values before validation: daily flags, ``--set key=value``, and the architectures that
+pretrained weights of ours determine.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from potstill.config.method_settings import normalize_method
+from potstill.config.settings_errors import dotted_key
+from potstill.config.validation import network_sections
+from potstill.config.yaml import Document, KeyPath, parse_yaml
+from potstill.errors import ArtifactError, PotstillError, UsageError
+from potstill.io import read_checksummed_json
+from potstill.methods import method_info
+
+FLAGS = ("--data", "--skip-bad", "--teacher", "--student", "--seed", "--seeds")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".json")
+
+
+def apply_overrides(document: Document, flags: Mapping[str, Any], sets: Iterable[str]) -> None:
+    """Change ``document.value`` in place; flags come first, so that ``--set`` has the last word."""
+    for flag in FLAGS:
+        if flags.get(flag) is not None:
+            _apply_flag(document, flag, flags[flag])
+    changes = [change for text in sets if (change := _parse_assignment(document, text)) is not None]
+    _prepare_method(document, {path: value for path, value, _ in changes})
+    for path, value, text in changes:
+        _set_value(document, path, value, f"--set {text}")
+
+
+def split_model(text: str) -> tuple[str | None, str | None]:
+    """What ``--teacher`` and ``--student`` take, as (architecture, weights); either may be None.
+
+    Example:
+        >>> split_model("resnet18")
+        ('resnet18', None)
+        >>> split_model("resnet18@pretrained")
+        ('resnet18', 'pretrained')
+        >>> split_model("./weights/mine.safetensors")
+        (None, './weights/mine.safetensors')
+    """
+    if _is_path(text):
+        return None, text
+    architecture, _, weights = text.partition("@")
+    return architecture, weights or None
+
+
+def _is_path(text: str) -> bool:
+    if text.startswith((".", "/", "~")) or ("@" not in text and text.endswith(WEIGHT_FILES)):
+        return True
+    # A folder that happens to be called resnet18 does not hide the architecture of that name.
+    path = Path(text)
+    return path.is_file() or any((path / name).is_file() for name in ("model.json", "recipe.yaml", "results.json"))
+
+
+def _apply_flag(document: Document, flag: str, value: Any) -> None:
+    place = f"{flag} {value}"
+    if flag == "--data":
+        data = document.value.get("data")
+        if isinstance(data, dict) and data.get("source") != value:
+            data.pop("options", None)  # they belong to the data set that the recipe had before
+        _set_value(document, ("data", "source"), os.fspath(value), place)
+    elif flag == "--skip-bad":
+        _set_value(document, ("data", "skip_bad"), bool(value), flag)
+    elif flag in ("--seed", "--seeds"):
+        _set_value(document, (flag.removeprefix("--"),), value, place)
+    elif flag == "--teacher":
+        _name_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
+    else:
+        architecture, weights = split_model(os.fspath(value))
+        _set_value(document, ("student", "model"), architecture, place)
+        _set_value(document, ("student", "weights"), weights, place)
+
+
+def _name_teachers(document: Document, named: list[Any]) -> None:
+    """As many teachers as flags; each keeps what the recipe says of the teacher in its place, or of its last one."""
+    former = document.value.get("teacher")
+    sections = former if isinstance(former, list) else [former]
+    if not all(section is None or isinstance(section, dict) for section in sections):
+        sections = [None]  # whatever stands there is replaced
+    path: KeyPath
+    if len(named) > 1 or isinstance(former, list):
+        kept = [copy.deepcopy(sections[min(at, len(sections) - 1)] if sections else None) for at in range(len(named))]
+        document.value["teacher"] = kept if len(named) > 1 else kept[0]
+        document.places.replace(("teacher",), " ".join(f"--teacher {each}" for each in named))
+    for at, each in enumerate(named):
+        architecture, weights = split_model(os.fspath(each))
+        path = ("teacher", at) if len(named) > 1 else ("teacher",)
+        for key, text in (("model", architecture), ("weights", weights)):
+            _set_value(document, (*path, key), text, f"--teacher {each}")
+
+
+def _parse_assignment(document: Document, text: str) -> tuple[KeyPath, Any, str] | None:
+    key, equals, yaml_value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        document.problems.append(f"--set {text}: write it as key=value, for example --set training.epochs=5")
+        return None
+    try:
+        parsed = parse_yaml(yaml_value, f"--set {text}")
+    except UsageError as error:
+        document.problems.append(str(error))
+        return None
+    document.problems += parsed.problems
+    return tuple(parts), parsed.value, text
+
+
+def _set_value(document: Document, path: KeyPath, value: Any, place: str) -> None:
+    """Set one key; ``teacher.1.size`` reaches into a list."""
+    section, done = document.value, list[str | int]()
+    for key in path[:-1]:
+        inner = _resolve_key(document, section, key, done, place)
+        if inner is None:
+            return
+        section, at = inner
+        if section[at] is None:
+            section[at] = {}
+            document.places.replace((*done, at), place)
+        section = section[at]
+        done.append(at)
+    last = _resolve_key(document, section, path[-1], done, place)
+    if last is not None:
+        section, at = last
+        section[at] = value
+        document.places.replace((*done, at), place)
+
+
+def _resolve_key(
+    document: Document, section: Any, key: str | int, done: list[str | int], place: str
+) -> tuple[Any, str | int] | None:
+    """(The section, the key in it that exists now), or None and one problem more."""
+    enclosing = dotted_key(tuple(done))
+    if isinstance(section, dict):
+        section.setdefault(key, None)
+        return section, key
+    if isinstance(section, list):
+        if str(key).isdecimal() and int(key) < len(section):
+            return section, int(key)
+        known = f"{enclosing}.0" + (f" to {enclosing}.{len(section) - 1}" if len(section) > 1 else "")
+        document.problems.append(f"{place}: {enclosing} is a list, whose members are {known}")
+        return None
+    document.problems.append(f"{place}: {enclosing} is a single value and has no keys in it")
+    return None
+
+
+def _prepare_method(document: Document, changes: dict[KeyPath, Any]) -> None:
+    """What the recipe says of its method makes room for the changes that are about to come."""
+    ours = [path for path in changes if path[0] == "method" and len(path) > 1]
+    if isinstance(document.value.get("method"), list) and any(not str(path[1]).isdecimal() for path in ours):
+        document.value["method"] = normalize_method(document.value["method"])
+        document.places.move(("method",), ("method", "methods"))
+    method = document.value.get("method")
+    if not isinstance(method, dict):
+        return
+    if ("method", "name") in changes:
+        _drop_options(method, changes["method", "name"])
+    if ("method", "preset") in changes:
+        name = changes.get(("method", "name"), method.get("name"))
+        _drop_preset_options(method, name, changes["method", "preset"])
+
+
+def _drop_options(method: dict[str, Any], name: Any) -> None:
+    """Another method starts from its own defaults: alpha of one paper is not alpha of the next."""
+    if method.get("name") != name:
+        for key in [key for key in method if key != "name"]:
+            del method[key]
+
+
+def _drop_preset_options(method: dict[str, Any], name: Any, preset: Any) -> None:
+    """A preset overrules the file, like everything after ``--set``; in the file itself options overrule the preset."""
+    try:
+        chosen = method_info(str(name)).presets.get(str(preset), {})
+    except UsageError:
+        return  # reported by the check
+    for key in chosen:
+        method.pop(key, None)
+
+
+_MOST_BYTES = 10_000_000  # of a file of class names
+# Of a whole run, a teacher starts from the teacher; a student from the best student there is.
+_STAGE_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
+
+
+def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
+    """Complete ``model`` of each network from its ``weights`` and name the exact model folder of a run.
+
+    Changes ``value`` in place; returns which key has weights that cannot be used, and why.
+    """
+    failures: list[tuple[KeyPath, PotstillError]] = []
+    for path, section in network_sections(value):
+        name = dotted_key(path)
+        if isinstance(section.get("classes"), str):
+            try:
+                section["classes"] = _read_class_names(section["classes"], f"{name}.classes")
+            except PotstillError as error:
+                failures.append(((*path, "classes"), error))
+                section["classes"] = None
+        if not isinstance(section.get("weights"), str):
+            if section.get("classes") is not None:
+                failures.append(
+                    ((*path, "classes"), UsageError(f"{name}.classes is for ready weights; none are given"))
+                )
+            continue
+        try:
+            _fill_section(section, name)
+        except PotstillError as error:
+            failures.append(((*path, "weights"), type(error)(f"{name}.weights: {error}")))
+            section.setdefault("model", None)
+            section["model"] = section["model"] or "?"  # one message about these weights is enough
+    return failures
+
+
+def find_model_json(path: Path, stage: str = "student") -> Path | None:
+    """The model.json of a model file, a model folder or a run folder; None where ``path`` is none of ours.
+
+    ``stage``: for which key of a recipe, which decides what is taken of a whole run.
+    """
+    if path.is_file():
+        card = path if path.suffix == ".json" else path.with_suffix(".json")
+        return card if card.is_file() and path.stem == "model" else None
+    folders = [
+        path,
+        *(path / name for name in _STAGE_PREFERENCE["teacher" if stage.startswith("teacher") else "student"]),
+    ]
+    return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
+
+
+def _read_class_names(file: str, key: str) -> list[str]:
+    """The class names in a text file, one a line."""
+    path = Path(file).expanduser()
+    try:
+        text = path.read_bytes()[:_MOST_BYTES].decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UsageError(f"{key}: {file} cannot be read as class names, one a line: {reason}") from error
+    names = [line.strip() for line in text.splitlines()]
+    return [name for name in names if name]
+
+
+def _fill_section(section: dict[str, Any], stage: str) -> None:
+    """``stage`` is the section's key: "student", "teacher[1]"."""
+    weights = section["weights"]
+    if weights == "pretrained":
+        return
+    path = Path(weights).expanduser()
+    if not path.exists():
+        raise UsageError(f"no such file or folder: {weights}")
+    card = find_model_json(path, stage)
+    if card is None:
+        if path.is_dir():
+            raise UsageError(f"{weights} is neither a run folder with a finished model nor a model folder")
+        if not section.get("model"):
+            raise UsageError(f"{weights} holds weights alone; name their architecture as ARCHITECTURE@{weights}")
+        return
+    architecture = read_checksummed_json(card).get("architecture")
+    if not isinstance(architecture, str):
+        raise ArtifactError(f"{card} is damaged: it names no architecture")
+    if section.get("model") not in (None, architecture):
+        raise UsageError(f"{weights} is a {architecture}, but {stage}.model is {section['model']}")
+    section["model"] = architecture
+    section["weights"] = str(card.parent)

@@ -1,0 +1,237 @@
+"""Which images are public, and which belong to which client.
+
+One machine plays all clients, so the training images are divided among them; or each client has a folder of its own,
+``DIR/<class>/*``, with some of the server's classes, all of it for training.
+
+Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019
+(the Dirichlet partition).  https://arxiv.org/abs/1909.06335
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.data.file_datasets import raise_refused, read_files
+from potstill.data.image_sets import FileSet, ImageSet, Subset
+from potstill.data.scan import check_files
+from potstill.data.settings import DataSettings
+from potstill.data.sources import walk_folder
+from potstill.data.splits import DataSplits
+from potstill.errors import DataError, UsageError, did_you_mean
+from potstill.experiment.plan import derive_seed
+
+MIN_CLIENT_IMAGES = 2  # images of a client: batch normalisation cannot train on a single one
+_MAX_DRAWS = 200
+
+IndexArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How unlike the clients are."""
+
+    alpha: float | None = None  # of the Dirichlet distribution: small for clients that differ much; None: all alike
+    folders: Path | None = None  # each folder in here is a client's own
+
+    def __str__(self) -> str:
+        if self.folders is not None:
+            return f"folders:{self.folders}"
+        return "iid" if self.alpha is None else f"dirichlet:{self.alpha:g}"
+
+
+def parse_partition(text: str) -> Partition:
+    """``iid``, ``dirichlet:ALPHA`` or ``folders:DIR``.
+
+    Raises:
+        UsageError: anything else; says what is allowed.
+
+    Example:
+        >>> parse_partition("dirichlet:0.3").alpha
+        0.3
+    """
+    kind, _, value = text.partition(":")
+    if kind == "iid" and not value:
+        return Partition()
+    if kind == "folders" and value:
+        return Partition(folders=Path(value).expanduser())
+    if kind == "dirichlet":
+        try:
+            alpha = float(value)
+        except ValueError:
+            alpha = math.nan
+        if 0 < alpha < math.inf:
+            return Partition(alpha)
+        raise UsageError(f"--partition dirichlet:ALPHA wants a number above 0 such as dirichlet:0.3, got {text!r}")
+    raise UsageError(
+        f"--partition is iid, dirichlet:ALPHA (0.1: clients differ much; 100: hardly) or folders:DIR, got {text!r}"
+    )
+
+
+def partition_indices(labels: IndexArray, clients: int, partition: Partition, seed: int) -> list[IndexArray]:
+    """Positions of each client's images: every image belongs to one client, and each client has two or more.
+
+    A Dirichlet draw that leaves a client with less is drawn again, so that very uneven divisions come out a little
+    more even than the distribution is.
+
+    Args:
+        labels: [N] class ids.
+        clients: how many.
+        partition: how unlike they are.
+        seed: another seed gives another division; the same one the same.
+
+    Returns:
+        For each client sorted positions, [n_i] with the sum N.
+
+    Raises:
+        UsageError: more clients than the images are enough for.
+        DataError: no draw gives every client enough.
+    """
+    if clients < 1:
+        raise UsageError(f"--clients must be at least 1, got {clients}")
+    if clients * MIN_CLIENT_IMAGES > len(labels):
+        raise UsageError(
+            f"{len(labels)} training images cannot be divided among {clients} clients, {MIN_CLIENT_IMAGES} or more each: "
+            f"at most {len(labels) // MIN_CLIENT_IMAGES} clients"
+        )
+    random = np.random.default_rng(seed)
+    if partition.alpha is None:
+        return [np.sort(part) for part in np.array_split(random.permutation(len(labels)), clients)]
+    for _ in range(_MAX_DRAWS):
+        parts = _draw_dirichlet(labels, clients, partition.alpha, random)
+        if min(map(len, parts)) >= MIN_CLIENT_IMAGES:
+            return parts
+    raise DataError(
+        f"{partition} leaves one of {clients} clients without {MIN_CLIENT_IMAGES} of the {len(labels)} training images, in each "
+        f"of {_MAX_DRAWS} draws: take fewer clients, a larger alpha (dirichlet:{partition.alpha * 3:g}), or iid"
+    )
+
+
+def _draw_dirichlet(labels: IndexArray, clients: int, alpha: float, random: np.random.Generator) -> list[IndexArray]:
+    """Class by class: shuffled, and cut where the cumulative shares of a Dirichlet draw say."""
+    parts: list[list[IndexArray]] = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        shares = random.dirichlet(np.full(clients, alpha))
+        cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
+        for part, piece in zip(parts, np.split(members, cuts), strict=True):
+            part.append(piece)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+_LOG = logging.getLogger("potstill")
+
+
+def load_client_images(
+    root: Path, class_names: tuple[str, ...], *, follow_links: bool = False, skip_bad: bool = False
+) -> FileSet:
+    """A client's training images; of a folder with train, val and test those of train.
+
+    Args:
+        root: of class folders; classes may be missing.
+        class_names: the server's, class id -> name.
+        follow_links: read links to files and folders elsewhere too.
+        skip_bad: leave out files that cannot be read.
+
+    Raises:
+        DataError: no folder, fewer than two images, unreadable ones, or classes that the server does not know.
+    """
+    if not root.is_dir():
+        raise DataError(f"a client's images: no folder {root}; name one with a folder for each class")
+    settings = DataSettings(source=str(root), follow_links=follow_links, skip_bad=skip_bad)
+    listing, skipped, contents = read_files(walk_folder(root, follow_links=follow_links), settings)
+    if skipped:
+        _LOG.warning("%s: %d files are left out, such as %s", root, len(skipped), skipped[0].path)
+    entries = [entry for entry in listing.entries if entry.split in (None, "train")]
+    if len(entries) < MIN_CLIENT_IMAGES:
+        raise DataError(
+            f"{root}: this client has {len(entries)} training images, and needs at least {MIN_CLIENT_IMAGES}: put them into "
+            f"folders named after their classes ({_format_names(class_names)}), or leave the client out"
+        )
+    raise_refused(settings, listing.findings, root)
+    known = {name: label for label, name in enumerate(class_names)}
+    strange = sorted({entry.label for entry in entries} - set(known))
+    if strange:
+        near = "".join(did_you_mean(name, known) for name in strange[:1])
+        raise DataError(
+            f"{root}: the server does not know the class{'es' if len(strange) > 1 else ''} {_format_names(strange)}{near}\n"
+            f"It knows {_format_names(class_names)}: rename the folder, or move it away"
+        )
+    images = FileSet(root, [entry.name for entry in entries], [known[entry.label] for entry in entries])
+    images.expect(contents or check_files(root, images.names, str(root)))
+    return images
+
+
+def _format_names(names: tuple[str, ...] | list[str], most: int = 12) -> str:
+    shown = ", ".join(map(repr, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+ImageSource = Callable[[tuple[str, ...]], ImageSet]  # the server's classes -> a client's training images
+
+
+def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[DataSplits, ImageSet | None]:
+    """The data without the images that become public, and these.
+
+    Args:
+        data: with its own unlabeled images, which are the public ones, or without.
+        share: of the training images, where there are no unlabeled ones; 0: nothing is public.
+        seed: of the recipe; decides which.
+
+    Raises:
+        UsageError: the share leaves too few images on one of both sides.
+    """
+    if data.unlabeled is not None:
+        return replace(data, unlabeled=None), data.unlabeled
+    if share == 0:
+        return data, None
+    order = np.random.default_rng(derive_seed(seed, "public") % 2**32).permutation(len(data.train))
+    count = round(share * len(order))
+    if not MIN_CLIENT_IMAGES <= count <= len(order) - MIN_CLIENT_IMAGES:
+        raise UsageError(
+            f"--public {share:g} makes {count} of {len(order)} training images public: at least {MIN_CLIENT_IMAGES} must be, and "
+            "as many must be left; or name a folder with data.unlabeled"
+        )
+    return replace(data, train=Subset(data.train, np.sort(order[count:]))), Subset(data.train, np.sort(order[:count]))
+
+
+def client_image_sources(train: ImageSet, partition: Partition, clients: int | None, seed: int) -> list[ImageSource]:
+    """For each client the way to its images.
+
+    Args:
+        train: what is divided, where the clients have no folders.
+        partition: how.
+        clients: how many; None: 5, or as many as there are folders.
+        seed: of the recipe.
+
+    Raises:
+        UsageError: a number of clients that does not fit.
+        DataError: folders that are not there; a division that leaves a client without images.
+    """
+    if partition.folders is None:
+        parts = partition_indices(
+            train.labels, 5 if clients is None else clients, partition, derive_seed(seed, "partition") % 2**32
+        )
+        return [partial(_client_subset, train, part) for part in parts]
+    folders = _client_folders(partition.folders)
+    if clients not in (None, len(folders)):
+        raise UsageError(f"{partition.folders} holds {len(folders)} folders and --clients is {clients}; leave it out")
+    return [partial(load_client_images, each) for each in folders]
+
+
+def _client_subset(train: ImageSet, part: IndexArray, classes: tuple[str, ...]) -> ImageSet:
+    return Subset(train, part)
+
+
+def _client_folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise DataError(f"--partition folders:{root}: there is no such folder; it holds one folder for each client")
+    found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        raise DataError(f"{root}: no folders; make one for each client, with class folders inside")
+    return found

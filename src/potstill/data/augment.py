@@ -1,0 +1,363 @@
+"""Augmentation of whole batches: views of images, colour jitter, RandAugment, TrivialAugment, mixup and CutMix.
+
+What a view changes is a pure function of (seed, sample id, view number), so that a teacher's output for a view can be
+stored and the view reproduced exactly.  Order: crop, shift, flips, rotation, colour jitter, policy, erasing.
+
+Colour jitter follows torchvision's formulas, which apply to one image at a time.  Here each of three rounds applies to
+every image its next operation; all three are ``factor * pixels + something``.  Factors are multiples of 2**-10, and
+greys are computed in whole numbers, so that next to nothing is rounded: views are the same on every device.
+
+RandAugment and TrivialAugment call torchvision's operations, for all images at once that get the same one: Cubuk et
+al., "RandAugment", NeurIPS 2020, https://arxiv.org/abs/1909.13719; Müller and Hutter, "TrivialAugment: Tuning-free Yet
+State-of-the-Art Data Augmentation", ICCV 2021, https://arxiv.org/abs/2103.10158.
+
+Mixup and CutMix combine each image with another one, and the labels by the same shares: Zhang et al., "mixup: Beyond
+Empirical Risk Minimization", ICLR 2018, https://arxiv.org/abs/1710.09412; Yun et al., "CutMix: Regularization Strategy
+to Train Strong Classifiers with Localizable Features", ICCV 2019, https://arxiv.org/abs/1905.04899.  Student and
+teacher see the same mixed images (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent",
+CVPR 2022, https://arxiv.org/abs/2106.05237).  The papers mix the images of a batch with each other, all by one share.
+Here partner, share and kind follow from (seed, sample id, view) for each image alone, so that a mixed view does not
+depend on its batch and can be reproduced: the partner is any labeled training image, in its own view of the same
+number.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from potstill.data.counter_rng import CounterRNG, derive_seed, uniform
+from potstill.data.samplers import ClassIndex
+from potstill.data.settings import AugmentSettings
+from potstill.data.transforms import (
+    CROP_RATIO,
+    batch_slices,
+    center_crop,
+    draw_grid,
+    random_erase,
+    resized_crops,
+    sample_boxes,
+    sample_grid,
+)
+
+_STEPS = 2**10
+_CONTRAST, _SATURATION = 1, 2  # 0: brightness
+_ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+
+
+def color_jitter(images: Tensor, strength: float, draws: CounterRNG) -> Tensor:
+    """Brightness, contrast and saturation, in an order of its own for each image.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        strength: s; the factors are uniform in [1 - s, 1 + s].
+        draws: of these samples.
+
+    Returns:
+        The same shape and type.
+    """
+    drawn = np.stack([draws(f"jitter {what}") for what in ("brightness", "contrast", "saturation")], axis=1)
+    factors = np.rint((1 - strength + 2 * strength * drawn) * _STEPS) / _STEPS
+    orders = _ORDERS[(draws("jitter order") * len(_ORDERS)).astype(np.int64)]
+    return adjust_colors(images, np.take_along_axis(factors, orders, axis=1), orders)
+
+
+def adjust_colors(images: Tensor, factors: NDArray[np.float64], orders: NDArray[np.int64]) -> Tensor:
+    """Images changed in rounds; what is left of one round are whole numbers.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        factors: [B, rounds], multiples of 2**-10 of at least 0.
+        orders: [B, rounds]: 0 brightness, 1 contrast, 2 saturation.
+    """
+    rounds = torch.from_numpy(np.stack([factors, orders]).astype(np.float32)).to(images.device, non_blocking=True)
+    changed = torch.empty_like(images, memory_format=torch.contiguous_format)
+    for chosen in batch_slices(images):
+        some = images[chosen].to(torch.float32, memory_format=torch.contiguous_format)
+        for factor, what in rounds[:, chosen, :, None, None, None].unbind(2):
+            _adjust_round(some, factor, what)
+        changed[chosen] = some.to(torch.int16)  # from which bytes are made faster
+    return changed
+
+
+def _adjust_round(images: Tensor, factor: Tensor, what: Tensor) -> None:
+    """One round, in place; ``factor`` and ``what`` are [B, 1, 1, 1]."""
+    grey, rest = _grey(images), 1 - factor
+    lines = grey.sum(dim=3, keepdim=True)  # whole numbers: exact in any order, as are doubles of them
+    total = lines.sum(dim=2, keepdim=True, dtype=torch.float64)
+    mean = total / torch.full_like(total, grey[0].numel())  # by a plain number, some devices round otherwise
+    towards = torch.where(what == _CONTRAST, rest * mean, 0).float()
+    grey.mul_(torch.where(what == _SATURATION, rest, 0)).add_(towards)
+    images.mul_(factor).add_(grey).clamp_(0, 255).floor_()
+
+
+def _grey(images: Tensor) -> Tensor:
+    """[B, 1, S, S]: 0.2989 R + 0.587 G + 0.114 B, rounded down."""
+    red, green, blue = images.unbind(1)
+    weighted = torch.mul(red, 2989).add_(green, alpha=5870).add_(blue, alpha=1140)
+    # Half a unit away from where rounding down would depend on the last bit.
+    return weighted.add_(0.5).mul_(1e-4).floor_()[:, None]
+
+
+Operation = Callable[[Tensor, float], Tensor]  # uint8 [B, 3, S, S] and a magnitude -> the same shape and type
+
+_BINS = 31  # of magnitudes
+_SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
+
+
+@dataclass(frozen=True)
+class AugmentPolicy:
+    """``policy(images, draws)`` applies ``count`` operations to each image, each equally likely.
+
+    Magnitudes and operations are those of torchvision's ``v2.RandAugment`` and ``v2.TrivialAugmentWide``.
+    """
+
+    field: str  # of the draws
+    count: int = 1
+    magnitude: int | None = None  # bin of 31; None: drawn for each operation
+    space: Literal["randaugment", "trivialaugment"] = "randaugment"
+
+    def __call__(self, images: Tensor, draws: CounterRNG) -> Tensor:
+        """uint8 [B, 3, S, S] -> the same shape and type."""
+        operations = _operations()
+        names, largest = list(operations), _magnitudes(self.space, images.shape[-1])
+        images = images.clone()
+        for number in range(self.count):
+            chosen = (draws(f"{self.field} operation {number}") * len(names)).astype(np.int64)
+            bins = np.full(len(draws), self.magnitude)
+            if self.magnitude is None:
+                bins = (draws(f"{self.field} magnitude {number}") * _BINS).astype(np.int64)
+            signs = draws(f"{self.field} sign {number}") < 0.5
+            keys, group = np.unique(np.stack([chosen, bins, signs], axis=1), axis=0, return_inverse=True)
+            for place, (operation, level, negative) in enumerate(keys.tolist()):
+                name = names[operation]
+                magnitude = largest[name](level) if name in largest else 0.0
+                if negative and name in _SIGNED:
+                    magnitude = -magnitude
+                index = torch.from_numpy(np.flatnonzero(group.reshape(-1) == place)).to(images.device)
+                images[index] = operations[name](images[index], magnitude)
+        return images
+
+
+POLICIES = {
+    "randaugment": AugmentPolicy("randaugment", count=2, magnitude=9),
+    "trivialaugment": AugmentPolicy("trivialaugment", space="trivialaugment"),
+}
+STRONG_POLICY = AugmentPolicy("strong", count=2, magnitude=10)  # MLLD's and CRLD's transform
+
+
+def _magnitudes(space: str, size: int) -> dict[str, Callable[[int], float]]:
+    """Of each operation, by bin; those that have none are left out."""
+    wide = space == "trivialaugment"
+
+    def rising(largest: float) -> Callable[[int], float]:
+        return torch.linspace(0.0, largest, _BINS).tolist().__getitem__
+
+    tone, shift = rising(0.99 if wide else 0.9), rising(32.0 if wide else 150.0 / 331.0 * size)
+    bits = (8 - torch.arange(_BINS) / ((_BINS - 1) / (6 if wide else 4))).round().tolist()
+    return {
+        **dict.fromkeys(("ShearX", "ShearY"), rising(0.99 if wide else 0.3)),
+        **dict.fromkeys(("TranslateX", "TranslateY"), shift),
+        "Rotate": rising(135.0 if wide else 30.0),
+        **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), tone),
+        "Posterize": bits.__getitem__,
+        "Solarize": torch.linspace(1.0, 0.0, _BINS).tolist().__getitem__,
+    }
+
+
+def _operations() -> dict[str, Operation]:
+    """By torchvision's names, in its order."""
+    from torchvision.transforms.v2 import functional as F  # slow to import, and most recipes do without
+
+    def affine(images: Tensor, *, shear: list[float], translate: list[int], centre: list[float] | None) -> Tensor:
+        found: Tensor = F.affine(images, 0.0, translate, 1.0, shear, center=centre)
+        return found
+
+    def degrees(magnitude: float) -> float:
+        return math.degrees(math.atan(magnitude))
+
+    return {
+        "Identity": lambda images, _: images,
+        "ShearX": lambda images, m: affine(images, shear=[degrees(m), 0.0], translate=[0, 0], centre=[0, 0]),
+        "ShearY": lambda images, m: affine(images, shear=[0.0, degrees(m)], translate=[0, 0], centre=[0, 0]),
+        "TranslateX": lambda images, m: affine(images, shear=[0.0, 0.0], translate=[int(m), 0], centre=None),
+        "TranslateY": lambda images, m: affine(images, shear=[0.0, 0.0], translate=[0, int(m)], centre=None),
+        "Rotate": F.rotate,
+        "Brightness": lambda images, m: F.adjust_brightness(images, 1 + m),
+        "Color": lambda images, m: F.adjust_saturation(images, 1 + m),
+        "Contrast": lambda images, m: F.adjust_contrast(images, 1 + m),
+        "Sharpness": lambda images, m: F.adjust_sharpness(images, 1 + m),
+        "Posterize": lambda images, m: F.posterize(images, int(m)),
+        "Solarize": lambda images, m: F.solarize(images, 255 * m),
+        "AutoContrast": lambda images, _: F.autocontrast(images),
+        "Equalize": lambda images, _: F.equalize(images),
+    }
+
+
+Ids = NDArray[np.int64]
+
+
+class ViewTransform:
+    """``Views(...)(squares, ids, view)``: uint8 [B, 3, R, R] -> uint8 [B, 3, size, size].
+
+    Args:
+        augment: what a view may change.
+        size: side of a view, in pixels; at most R.
+        seed: of the draws.
+        strong: other draws than without, and RandAugment(2, 10) on top: the second view that MLLD and CRLD use.
+    """
+
+    def __init__(self, augment: AugmentSettings, *, size: int, seed: int, strong: bool = False) -> None:
+        self.augment, self.size = augment, size
+        self.seed = derive_seed(seed, "strong") if strong else seed
+        self.policies = [POLICIES[augment.policy]] if augment.policy != "none" else []
+        if strong:
+            self.policies.append(STRONG_POLICY)
+        self.moves = augment.pad_crop > 0 or augment.hflip or augment.vflip or augment.rotate90
+
+    def __call__(self, squares: Tensor, ids: Ids, view: Ids | int) -> Tensor:
+        """The views of samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
+        draws = CounterRNG(self.seed, ids, view)
+        images = self._moved(squares, draws)
+        if self.augment.color_jitter:
+            images = color_jitter(images, self.augment.color_jitter, draws)
+        for policy in self.policies:
+            images = policy(images, draws)
+        if self.augment.erasing:
+            images = random_erase(images, self.augment.erasing, draws)
+        return images
+
+    def _moved(self, squares: Tensor, draws: CounterRNG) -> Tensor:
+        scale = self.augment.crop_scale
+        if scale is None and not self.moves:
+            return center_crop(squares, self.size)
+        places = draw_grid(self.augment, self.size, draws, squares.device)
+        if scale is None:
+            return sample_grid(squares, places)
+        boxes, _ = sample_boxes(scale, CROP_RATIO, squares.shape[-1], draws, "crop")
+        return resized_crops(squares, boxes, places)
+
+
+Numbers = NDArray[np.float64]
+
+_UNITS = 2**24  # shares are multiples of one part in so many: 1 - share is exact in float32 then
+
+
+@dataclass(frozen=True)
+class MixParams:
+    """How the images of a batch are mixed, one entry for each."""
+
+    partners: Ids  # [B] sample ids
+    shares: Numbers  # [B] of the image itself, in [0, 1]
+    blends: NDArray[np.bool_]  # [B]: mixup; else CutMix
+    boxes: Ids  # [B, 4], what CutMix takes from the partner: top, bottom, left, right
+
+
+class BatchMixer:
+    """``draw(ids, view)`` says what is mixed and how; ``images`` and ``labels`` do it.
+
+    Args:
+        labels: [N] class ids of all labeled training images.
+        mixup: alpha of mixup's Beta(alpha, alpha), 0: off.
+        cutmix: alpha of CutMix'; where both are on, each image gets one of them, with equal chance.
+        classes: K.
+        size: S, of the views, in pixels.
+        seed: of the draws.
+        balanced: each class is equally likely to give the partner; else each image is.
+    """
+
+    def __init__(
+        self, labels: Ids, *, mixup: float, cutmix: float, classes: int, size: int, seed: int, balanced: bool = False
+    ) -> None:
+        self.count, self.mixup, self.cutmix = len(labels), mixup, cutmix
+        self.classes, self.size, self.seed = classes, size, seed
+        self.by_class = ClassIndex(labels) if balanced else None
+
+    def draw(self, ids: Ids, view: Ids | int) -> MixParams:
+        """For samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
+
+        def drawn(field: str) -> Numbers:
+            return uniform(self.seed, f"mix {field}", ids, view)
+
+        if self.by_class is not None:
+            partners = self.by_class.choose(drawn("class"), drawn("partner"))
+        else:
+            partners = (drawn("partner") * self.count).astype(np.int64)
+        if self.mixup and self.cutmix:
+            blends = drawn("kind") < 0.5
+        else:
+            blends = np.full(len(ids), self.mixup > 0)
+        shares = _beta(np.where(blends, self.mixup, self.cutmix), drawn("share"))
+        boxes = cutmix_boxes(self.size, shares, drawn("row"), drawn("column"))
+        pasted = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+        shares = np.where(blends, np.rint(shares * _UNITS) / _UNITS, 1 - pasted / self.size**2)
+        return MixParams(partners, shares, blends, boxes)
+
+    def images(self, own: Tensor, others: Tensor, mixture: MixParams) -> Tensor:
+        """Mixed images.
+
+        Args:
+            own: [B, 3, S, S], normalised.
+            others: likewise, those of the partners.
+            mixture: of these samples.
+        """
+        line = np.arange(self.size)
+        top, bottom, left, right = mixture.boxes.T[:, :, None]
+        rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
+        stays = ~(rows[:, :, None] & columns[:, None, :])
+        shares = np.where(mixture.blends[:, None, None], mixture.shares[:, None, None], stays).astype(np.float32)
+        share = torch.from_numpy(shares)[:, None].to(own.device, non_blocking=True)
+        # Products and sum one after the other, not fused: each is rounded the same way on every device.
+        return own * share + others * (1 - share)
+
+    def labels(self, own: Tensor, others: Tensor, mixture: MixParams) -> tuple[Tensor, Tensor]:
+        """Labels [B], those of the larger share, and the shares of the classes, [B, K].
+
+        Args:
+            own: int64 [B].
+            others: likewise, those of the partners.
+            mixture: of these samples.
+        """
+        share = torch.from_numpy(mixture.shares.astype(np.float32)).to(own.device, non_blocking=True)
+        soft = _one_hot(own, self.classes) * share[:, None] + _one_hot(others, self.classes) * (1 - share)[:, None]
+        return torch.where(share >= 0.5, own, others), soft
+
+
+def cutmix_boxes(size: int, share: Numbers, row: Numbers, column: Numbers) -> Ids:
+    """The squares that another image fills: 1 - share of the image's area, cut at the border.
+
+    Args:
+        size: side of the image, in pixels.
+        share: [B] of the image that stays, before the cut.
+        row: [B] centre of the square, in [0, 1).
+        column: likewise.
+
+    Returns:
+        int64 [B, 4]: top, bottom, left, right.
+
+    Example:
+        >>> cutmix_boxes(8, np.array([0.75]), np.array([0.5]), np.array([0.0]))  # sides of 4, around row 4 and column 0
+        array([[2, 6, 0, 2]])
+    """
+    half = (np.sqrt(1 - share) * size).astype(np.int64) // 2
+    middle = (np.stack([row, column]) * size).astype(np.int64)
+    first, last = np.maximum(middle - half, 0), np.minimum(middle + half, size)
+    return np.stack([first[0], last[0], first[1], last[1]], axis=1)
+
+
+def _beta(alpha: Numbers, drawn: Numbers) -> Numbers:
+    """From Beta(alpha, alpha), by inverting its distribution function: one hash, one number."""
+    from scipy.special import betaincinv  # here, since most recipes do without
+
+    found: Numbers = betaincinv(alpha, alpha, drawn)
+    return found
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    return F.one_hot(labels, classes).float()

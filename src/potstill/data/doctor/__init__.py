@@ -1,1 +1,0 @@
-"""The data doctor: every problem of a data set, all of them, each with path and reason (``potstill check``)."""

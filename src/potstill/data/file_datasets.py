@@ -1,0 +1,403 @@
+"""Load folders, manifests and tar shards as three checked splits, and unlabeled images beside them."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+
+from potstill.data.concurrency import ProgressReporter, interprocess_lock
+from potstill.data.entries import (
+    FINDING_KINDS,
+    Finding,
+    Listing,
+    SkippedFile,
+    format_refused,
+    name_problem,
+    raise_problems,
+    suggest_fixes,
+)
+from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
+from potstill.data.image_sets import FileSet, ImageSet, ShardSet, Subset, UnlabeledFileSet, file_paths, sample_name
+from potstill.data.scan import check_files, finding_kind
+from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
+from potstill.data.shard_reader import Shard, ShardSample, expand_shards, read_shard
+from potstill.data.sources import ignored_files_note, read_manifest, walk_folder, walk_images
+from potstill.data.splits import (
+    SPLITS,
+    DataSplits,
+    SplitAssignment,
+    assign_splits,
+    check_splits,
+    find_small_classes,
+    fingerprint,
+    stratified_split,
+)
+from potstill.errors import DataError, UsageError
+from potstill.io import cache_folder, sha256_hex
+
+
+def check_unlabeled(settings: DataSettings) -> None:
+    """Whether the folder is there, without reading an image.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if settings.unlabeled is not None and not Path(settings.unlabeled).expanduser().is_dir():
+        raise UsageError(f"data.unlabeled: no folder {settings.unlabeled!r}; name one with images, at any depth")
+
+
+def add_unlabeled(settings: DataSettings, data: DataSplits, progress: ProgressReporter | None = None) -> DataSplits:
+    """The data with the images of ``settings.unlabeled``; as it is where none are asked for.  ``progress`` is told
+    how far the check of the files is.
+
+    Raises:
+        UsageError: no such folder; or the data has unlabeled images already.
+        DataError: no images, files that are none, or images of val or test among them.
+    """
+    if settings.unlabeled is None:
+        return data
+    if data.unlabeled is not None:
+        raise UsageError("unlabeled images come from data.unlabeled or with the data from Python, not from both")
+    check_unlabeled(settings)
+    root = Path(settings.unlabeled).expanduser()
+    names, skipped = list_images(root, settings)
+    bad: dict[str, str] | None = {} if settings.skip_bad else None
+    _check_unseen(UnlabeledFileSet(root, names), data)
+    contents = check_files(root, names, str(root), progress=progress, bad=bad)
+    if bad:
+        names = [name for name in names if name not in bad]
+        skipped += unreadable_findings(root, bad)
+    if not names:
+        raise DataError(f"{root}: no unlabeled image is left: {len(skipped):,} files cannot be read")
+    found = UnlabeledFileSet(root, names)
+    found.expect(contents)
+    found.range = data.range
+    return replace(
+        data,
+        unlabeled=found,
+        origin=f"{data.origin}; {len(found):,} unlabeled from {settings.unlabeled}",
+        fingerprint=_fingerprint_with_unlabeled(data.fingerprint, contents),
+        skipped=(*data.skipped, *to_skipped([replace(each, path=str(root / each.path)) for each in skipped])),
+    )
+
+
+def _check_unseen(found: UnlabeledFileSet, data: DataSplits) -> None:
+    """The teacher's answers on val and test images would be learned, and then measured on the same images."""
+    unlabeled = {path.resolve() for path in file_paths(found)}
+    for split in ("val", "test"):
+        if seen := sorted(unlabeled.intersection(path.resolve() for path in file_paths(data.split(split)))):
+            raise DataError(
+                f"{found.root}: {len(seen)} of the unlabeled images are images of {split}, for example {seen[0]}.\n"
+                "Figures on images that were trained on say nothing; name a folder without them"
+            )
+
+
+def _fingerprint_with_unlabeled(labeled: str, contents: dict[str, str]) -> str:
+    lines = [labeled, *sorted(f"{name}\0{content}" for name, content in contents.items())]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+DEFAULT_AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # things look alike in a mirror more often than not
+
+
+def list_source(settings: DataSettings) -> Listing:
+    """What a folder or a manifest lists; see ``doctor.folder`` and ``doctor.manifest`` for their forms."""
+    path = Path(settings.source).expanduser()
+    read = walk_folder if path.is_dir() else read_manifest
+    return read(path, follow_links=settings.follow_links)
+
+
+def load_files(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
+    """The images of a folder or a manifest, in three splits.  ``progress`` is told how far the check of the files is.
+
+    Raises:
+        DataError: a listing or files that cannot be trained on, with all that is wrong in it; with
+            ``settings.skip_bad`` only where too little is left.
+    """
+    listing, skipped, contents = read_files(list_source(settings), settings, progress)
+    if settings.skip_bad:
+        listing, more = drop_small_classes(listing, settings)
+        skipped += more
+    division, findings = assign_splits(listing, settings)
+    raise_refused(settings, [*listing.findings, *findings], listing.root)
+    images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
+    if not contents:
+        contents = check_files(
+            listing.root, images.names, settings.source, progress=progress, hints=suggest_fixes([_UNREADABLE])
+        )
+    images.expect(contents)
+    parts = split_sets(images, division)
+    images.range = resolve_range(parts["train"].names, contents, settings.range)
+    check_splits(division.class_names, parts, settings.source)
+    return DataSplits(
+        division.class_names, parts["train"], parts["val"], parts["test"], source=settings.source,
+        origin=division.origin, augment=DEFAULT_AUGMENT, range=images.range,
+        fingerprint=fingerprint_by_name(parts, division.class_names, contents, settings.range),
+        skipped=to_skipped(skipped), doubts=unused_findings(listing), notes=listing_notes(listing),
+    )  # fmt: skip
+
+
+_UNREADABLE = Finding("unreadable", ".", "")
+
+
+def read_files(
+    listing: Listing, settings: DataSettings, progress: ProgressReporter | None = None
+) -> tuple[Listing, list[Finding], dict[str, str]]:
+    """With ``settings.skip_bad``: the listing without what cannot be read, what was left out, and name -> content of
+    the files that are left.  Else the listing as it is, and nothing read.
+    """
+    if not settings.skip_bad:
+        return listing, [], {}
+    listing, skipped = drop_bad_entries(listing, [])
+    bad: dict[str, str] = {}
+    names = [entry.name for entry in listing.entries]
+    contents = check_files(listing.root, names, settings.source, progress=progress, bad=bad)
+    listing, more = drop_bad_entries(listing, unreadable_findings(listing.root, bad))
+    return listing, skipped + more, contents
+
+
+def unreadable_findings(root: Path, bad: Mapping[str, str]) -> list[Finding]:
+    """What ``check.check_files`` said of files that cannot be decoded, as findings."""
+
+    def kind(name: str, reason: str) -> str:
+        readable = os.path.isfile(root / name) and os.access(root / name, os.R_OK)
+        return finding_kind(reason, "damaged" if readable else "unreadable")
+
+    return [Finding(kind(name, reason), name, reason) for name, reason in bad.items()]
+
+
+def drop_bad_entries(listing: Listing, bad: Sequence[Finding]) -> tuple[Listing, list[Finding]]:
+    """The listing without the files and folders that ``bad`` and its own findings are about, where these can be left
+    out; and these findings.
+    """
+    skipped = [each for each in (*listing.findings, *bad) if FINDING_KINDS[each.kind].skippable]
+    names = {entry.name for entry in listing.entries}
+    dropped = {each.path for each in skipped if each.kind not in ("listed-twice", "manifest-row")}
+    contradictory = (each for each in skipped if each.kind == "listed-twice" and "under the labels" in each.reason)
+    dropped |= {name for each in contradictory for name in each.others}
+    folders = tuple(f"{each.path}/" for each in skipped if each.kind == "name" and each.path not in names)
+    kept = [each for each in listing.entries if not (each.name in dropped or each.name.startswith(folders))]
+    rest = [each for each in listing.findings if not FINDING_KINDS[each.kind].skippable]
+    # Classes that are missing in a split are named by ``drop_small_classes``.
+    return replace(listing, entries=kept, findings=rest), [each for each in skipped if each.kind != "missing-class"]
+
+
+def drop_small_classes(listing: Listing, settings: DataSettings) -> tuple[Listing, list[Finding]]:
+    """The listing without the classes that are too small for the splits, and what is said of each of these."""
+    small = find_small_classes(listing, settings)
+    names = {each.path for each in small}
+    return replace(listing, entries=[each for each in listing.entries if each.label not in names]), small
+
+
+def list_images(root: Path, settings: DataSettings) -> tuple[list[str], list[Finding]]:
+    """Paths of all images below a folder, at any depth and of no class, relative to it and sorted; and what was left
+    out of them.
+
+    Raises:
+        DataError: none, or forbidden links or names; all of them in one message.
+    """
+    listing, skipped = walk_images(root, follow_links=settings.follow_links), list[Finding]()
+    if settings.skip_bad and listing.entries:
+        listing, skipped = drop_bad_entries(listing, [])
+    raise_refused(settings.model_copy(update={"source": str(root)}), listing.findings, root)
+    return [entry.name for entry in listing.entries], skipped
+
+
+def raise_refused(settings: DataSettings, findings: list[Finding], root: Path) -> None:
+    """One error for all findings that a run refuses.
+
+    Raises:
+        DataError: there are any.
+    """
+    refused = [each for each in findings if FINDING_KINDS[each.kind].refused]
+    raise_problems(
+        settings.source, format_refused(refused, root), hints=suggest_fixes(refused, skip_bad=settings.skip_bad)
+    )
+
+
+def to_skipped(findings: Sequence[Finding]) -> tuple[SkippedFile, ...]:
+    """What ``skipped.csv`` lists, each once."""
+    return tuple(dict.fromkeys(SkippedFile(each.path, each.kind, each.reason) for each in findings))
+
+
+def unused_findings(listing: Listing) -> tuple[Finding, ...]:
+    """What a listing shows of images that are not used."""
+    return tuple(each for each in listing.findings if not FINDING_KINDS[each.kind].refused)
+
+
+def listing_notes(listing: Listing) -> tuple[str, ...]:
+    """Sentences on what a listing does not use, though nothing is wrong with it."""
+    passed_over = [ignored_files_note(listing.passed_over)] if listing.passed_over else []
+    return (*listing.notes, *passed_over)
+
+
+def split_sets(images: ImageSet, division: SplitAssignment) -> dict[str, ImageSet]:
+    """Split -> its images."""
+    return {split: Subset(images, np.flatnonzero(division.splits == i)) for i, split in enumerate(SPLITS)}
+
+
+def fingerprint_by_name(
+    parts: Mapping[str, ImageSet],
+    class_names: Sequence[str],
+    contents: Mapping[str, str],
+    wanted: ValueRange | Literal["auto"],
+) -> str:
+    """``splits.fingerprint``, where ``contents`` are by name; the range counts."""
+    words = {split: [contents[name] for name in part.names] for split, part in parts.items()}
+    return fingerprint_with_range(
+        fingerprint(parts, class_names, words), resolve_range(parts["train"].names, contents, wanted)
+    )
+
+
+class ShardOptions(Options):
+    """What stands beside the shards of train."""
+
+    classes: str | list[str] | None = None  # names by number, or a text file of them, one a line
+    val: str | None = None  # further shards; split from those of train where there are none
+    test: str | None = None
+
+
+def check_shards(settings: DataSettings) -> None:
+    """What can be said before a shard is opened.
+
+    Raises:
+        UsageError: names or options that are wrong, or a shard on this machine that is not there.
+    """
+    options = read_options(settings, ShardOptions)
+    if settings.skip_bad:
+        raise UsageError(
+            f"data {settings.source!r}: --skip-bad (data.skip_bad) takes folders and manifests; write the shards "
+            "without the members that `potstill check` names"
+        )
+    for source in filter(None, (settings.source, options.val, options.test)):
+        for url in expand_shards(source):
+            if "://" not in url and not Path(url).expanduser().is_file():
+                raise UsageError(f"data {source!r}: there is no shard {url}")
+    if isinstance(options.classes, str) and not Path(options.classes).expanduser().is_file():
+        raise UsageError(f"option classes: no file {options.classes!r}; give one class name a line, or a list of names")
+
+
+def load_shards(
+    settings: DataSettings, augment: AugmentSettings, progress: ProgressReporter | None = None
+) -> DataSplits:
+    """Read every shard once, and check every image.
+
+    Raises:
+        UsageError: as ``check_shards``.
+        DataError: shards, images or labels that cannot be trained on.
+    """
+    options = read_options(settings, ShardOptions)
+    sources = {"train": settings.source, "val": options.val, "test": options.test}
+    shards = {split: _read_shards(source, progress) for split, source in sources.items() if source is not None}
+    every = [shard for found in shards.values() for shard in found]
+    raise_problems(settings.source, [problem for shard in every for problem in shard.problems])
+    names, sets = _label_samples(settings.source, shards, _class_names(options))
+    origin = f"{len(every)} tar shard{'s' if len(every) != 1 else ''}"
+    origin += _ignored_members(every)
+    parts: dict[str, ImageSet] = dict(sets)
+    if shares := {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}:
+        pool = sets["train"]
+        made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, names)
+        parts |= {split: Subset(pool, index) for split, index in made.items()}
+        origin += f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
+    check_splits(names, parts, settings.source)
+    digests = {name: each.tobytes().hex() for images in sets.values()
+               for name, each in zip(images.names, images.digests, strict=True)}  # fmt: skip
+    contents = {split: [digests[name] for name in images.names] for split, images in parts.items()}
+    words = {name: word for images in sets.values() for name, word in images.contents.items()}
+    ends = resolve_range(parts["train"].names, words, settings.range)
+    for images in sets.values():
+        images.range = ends
+    return DataSplits(
+        names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
+        fingerprint=fingerprint_with_range(fingerprint(parts, names, contents), ends), augment=augment, range=ends,
+    )  # fmt: skip
+
+
+def _ignored_members(shards: Sequence[Shard]) -> str:
+    """What of the shards is not used, counted and with examples."""
+    found = ""
+    for why in dict.fromkeys(why for shard in shards for why in shard.left):
+        names = [name for shard in shards for name in shard.left.get(why, [])]
+        examples = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
+        found += f"; {len(names):,} {why} are left alone ({examples}{', ...' if len(names) > 3 else ''})"
+    return found
+
+
+def _read_shards(source: str, progress: ProgressReporter | None) -> list[Shard]:
+    urls, found = expand_shards(source), []
+    lock = cache_folder("locks", f"{sha256_hex(source.encode('utf-8', 'surrogateescape'))[:16]}.lock")
+    with interprocess_lock(lock, "reads these shards", progress):
+        for at, url in enumerate(urls):
+            found.append(read_shard(url))
+            if progress is not None:
+                progress.wait("reading shards", at + 1, len(urls))
+    return found
+
+
+def _label_samples(
+    source: str, shards: dict[str, list[Shard]], given: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, ShardSet]]:
+    """Class names, and a set for each split; a class is what .cls or .json says, or else the directory."""
+    places = {
+        split: [(shard.url, each) for shard in found for each in shard.samples] for split, found in shards.items()
+    }
+    everything = [place for found in places.values() for place in found]
+    if not everything:
+        raise DataError(f"{source}: no image in any shard; a sample is KEY.jpg (or png, ...) with KEY.cls beside it")
+    said = [each.label is not None for _, each in everything]
+    if any(said) and not all(said):
+        without = sample_name(*everything[said.index(False)])
+        raise DataError(f"{source}: {said.count(False)} of {len(said)} images have no class, for example {without}")
+    texts = {split: [each.label or _directory(each) for _, each in found] for split, found in places.items()}
+    used = {text for found in texts.values() for text in found}
+    names = tuple(given) if given is not None else _names_of(used, source)
+    ids = {name: at for at, name in enumerate(names)}
+    if all(text.isdecimal() for text in used) and not used <= set(names):
+        ids = {str(at): at for at in range(len(names))}
+    strange = sorted(used - set(ids))
+    raise_problems(source, [f"class {text!r} is none of the {len(names)} names" for text in strange])
+    raise_problems(source, _name_problems(everything, names))
+    return names, {split: ShardSet(found, [ids[text] for text in texts[split]]) for split, found in places.items()}
+
+
+def _names_of(used: set[str], source: str) -> tuple[str, ...]:
+    if not all(text.isdecimal() for text in used):
+        return tuple(sorted(used))
+    most = max(map(int, used))
+    if most >= 10 * len(used) + 1000:
+        raise DataError(
+            f"{source}: the largest class is {most}, of {len(used)} that are used: name them by options.classes"
+        )
+    return tuple(str(at) for at in range(most + 1))
+
+
+def _class_names(options: ShardOptions) -> list[str] | None:
+    if not isinstance(options.classes, str):
+        return options.classes
+    try:
+        lines = Path(options.classes).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"option classes: {options.classes} cannot be read: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _name_problems(places: Sequence[tuple[str, ShardSample]], class_names: Sequence[str]) -> list[str]:
+    problems = [f"class {name!r}: {why}" for name in class_names if (why := name_problem(name))]
+    seen: set[str] = set()
+    for url, sample in places:
+        name = sample_name(url, sample)
+        if why := name_problem(name):
+            problems.append(f"{name!r}: {why}")
+        elif name in seen:
+            problems.append(f"{name}: there twice")
+        seen.add(name)
+    return problems
+
+
+def _directory(sample: ShardSample) -> str:
+    return PurePosixPath(sample.key).parent.name or "."

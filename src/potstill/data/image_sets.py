@@ -1,0 +1,393 @@
+"""Image sets: names, labels and pixels of one split, and combinations of sets.
+
+An image set consists of files, members of tar shards, arrays, or items of a data set that only its owner knows; a
+subset, a set with other labels and a set with unlabeled images wrap other sets.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, to_rgb
+from potstill.data.image_structure import parse_structure
+from potstill.data.library_warnings import silence_pillow
+from potstill.data.shard_reader import ShardSample, read_byte_range
+from potstill.errors import DataError
+
+
+class ShardSet:
+    """Images in shards, each read by its byte range when asked for.
+
+    Args:
+        places: [N] (shard, sample).
+        labels: [N] class ids.
+    """
+
+    def __init__(self, places: Sequence[tuple[str, ShardSample]], labels: Sequence[int]) -> None:
+        self.places = [(url, each.offset, each.size) for url, each in places]
+        self.names = tuple(sample_name(url, each) for url, each in places)
+        self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
+        digests = b"".join(bytes.fromhex(each.digest) for _, each in places)
+        self.digests: NDArray[np.uint8] = np.frombuffer(digests, np.uint8).reshape(len(places), 32)
+        self.contents = {
+            name: f"{each.size} {each.digest} {each.span}".rstrip()
+            for name, (_, each) in zip(self.names, places, strict=True)
+        }
+        self.range: ValueRange | None = None  # as of a ``FileSet``
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i, uint8 [H, W, 3].
+
+        Raises:
+            DataError: the shard cannot be read, or has changed since it was checked.
+        """
+        content = read_byte_range(*self.places[i])
+        if hashlib.sha256(content).digest() != self.digests[i].tobytes():
+            raise DataError(f"{self.places[i][0]}: {self.names[i]} has changed since it was checked; start again")
+        return decode_bytes(content, self.names[i], self.range)
+
+
+def sample_name(url: str, sample: ShardSample) -> str:
+    return f"{url.rpartition('/')[2]}/{sample.name.removeprefix('./')}"
+
+
+Labels = NDArray[np.int64]
+
+
+class ImageSet(Protocol):
+    """One split: N images with names and labels."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """[N]: the path relative to the data folder, or a made name such as "digits/00017"."""
+
+    @property
+    def labels(self) -> Labels:
+        """[N] int64 class ids."""
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i: uint8 RGB [H, W, 3] of any size.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+
+
+class ArraySet:
+    """Images that are arrays in memory.
+
+    Args:
+        images: uint8 [N, H, W] (gray) or [N, H, W, 3] (RGB).
+        labels: [N] class ids.
+        names: [N].
+    """
+
+    def __init__(self, images: Pixels, labels: Sequence[int] | NDArray[Any], names: Sequence[str]) -> None:
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+            raise DataError(f"images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {list(images.shape)}")
+        self.images, self.names = images, tuple(names)
+        self.labels = _validate_labels(labels, len(images), len(self.names))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i, uint8 [H, W, 3]."""
+        image: Pixels = self.images[i]
+        return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+class FileSet:
+    """Image files below a folder, decoded when asked for.
+
+    Args:
+        root: the folder.
+        names: [N] paths relative to ``root``, with forward slashes.
+        labels: [N] class ids.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int] | NDArray[Any]) -> None:
+        self.root, self.names = root, tuple(names)
+        self.labels = _validate_labels(labels, len(self.names), len(self.names))
+        self.digests: NDArray[np.uint8] | None = None
+        self.range: ValueRange | None = None  # of images of more than 8 bits; None: each image's own
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def expect(self, contents: Mapping[str, str]) -> None:
+        """From now on, a file with another content than was found in it is refused.
+
+        Args:
+            contents: name -> size and SHA-256, as ``check.check_files`` gives them.
+        """
+        found = "".join(contents[name].split()[1] for name in self.names)
+        self.digests = np.frombuffer(bytes.fromhex(found), np.uint8).reshape(len(self.names), 32)
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i, uint8 [H, W, 3].
+
+        Raises:
+            DataError: the file cannot be decoded, or is not the one that was expected.
+        """
+        path = self.root / self.names[i]
+        content = read_file(path)
+        if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
+            raise DataError(f"{path}: the file has changed since it was checked; start again")
+        return decode_bytes(content, str(path), self.range)
+
+
+class TorchSet:
+    """Any map-style torch data set whose items are (image, label, ...), without random transforms.
+
+    Args:
+        dataset: image: PIL image, or tensor [C, H, W] or array [H, W] or [H, W, C] with C of 1, 3 or 4; uint8, or
+            floats in [0, 1].
+        labels: [N] class ids; None: the data set's ``targets``, or read from its items one by one.
+        names: [N]; None: ``prefix/00000`` and so on.
+        prefix: of made names.
+
+    Raises:
+        DataError: no image, or labels that are no class ids.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        labels: Sequence[int] | NDArray[Any] | None = None,
+        names: Sequence[str] | None = None,
+        prefix: str = "image",
+    ) -> None:
+        self.dataset = dataset
+        count = len(dataset)
+        self.names = tuple(names) if names is not None else tuple(f"{prefix}/{i:05d}" for i in range(count))
+        self.labels = _validate_labels(_labels_of(dataset) if labels is None else labels, count, len(self.names))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i, uint8 [H, W, 3].
+
+        Raises:
+            DataError: an item that is no image, or floats outside [0, 1].
+        """
+        try:
+            item = self.dataset[i]
+        except Exception as error:  # the data set is the user's: whatever it raises, the item cannot be read
+            raise DataError(f"{self.names[i]}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+        try:
+            return _to_pixels(item[0])
+        except DataError as error:
+            raise DataError(f"{self.names[i]}: {error}") from None
+
+
+class Subset:
+    """Some images of another set, in the given order."""
+
+    def __init__(self, images: ImageSet, index: Sequence[int] | NDArray[Any]) -> None:
+        self.images, self.index = images, np.asarray(index, dtype=np.int64)
+        self.names = tuple(images.names[i] for i in self.index)
+        self.labels: Labels = images.labels[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i of the subset, uint8 [H, W, 3]."""
+        return self.images.pixels(int(self.index[i]))
+
+
+def _validate_labels(labels: Sequence[int] | NDArray[Any], images: int, names: int) -> Labels:
+    found = np.asarray(labels)
+    if found.ndim != 1 or not len(found) == images == names:
+        raise DataError(f"{images} images need as many labels and names, got {list(found.shape)} and {names}")
+    if (found.dtype.kind not in "iu" and images) or (images and found.min() < 0):
+        raise DataError(f"labels must be whole numbers from 0, got {found[:5].tolist()}")
+    return found.astype(np.int64)
+
+
+def _labels_of(dataset: Any) -> NDArray[Any]:
+    # A target_transform would change what `targets` holds.
+    known = getattr(dataset, "targets", None)
+    if known is not None and len(known) == len(dataset) and getattr(dataset, "target_transform", None) is None:
+        return np.asarray(known)
+    return np.asarray([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64)
+
+
+def _to_pixels(image: Any) -> Pixels:
+    if isinstance(image, Image.Image):
+        image.load()
+        return np.ascontiguousarray(to_rgb(image))
+    if hasattr(image, "detach"):  # a tensor: recognised without importing torch
+        image = image.detach().cpu().numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise DataError(f"an image has 1, 3 or 4 channels; got shape {list(array.shape)}")
+    if array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise DataError("floats must be in [0, 1]: give the data set without a normalising transform")
+        array = (array * 255 + 0.5).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise DataError(f"pixels must be uint8 or floats in [0, 1], got {array.dtype}")
+    if array.shape[2] == 4:
+        return to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+class RelabeledSet:
+    """Another set's images and names, with these labels.
+
+    Args:
+        images: N of them.
+        labels: [N] class ids; -100 where the label is unknown, or is not to be used.
+    """
+
+    def __init__(self, images: ImageSet, labels: Labels) -> None:
+        self.images, self.names = images, images.names
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i, uint8 [H, W, 3]."""
+        return self.images.pixels(i)
+
+
+UNLABELED = -100  # `potstill.types.UNLABELED`, which lies beside torch
+
+
+class UnlabeledFileSet(FileSet):
+    """Image files below a folder, of no class.
+
+    Args:
+        root: the folder.
+        names: [N] paths relative to ``root``, with forward slashes.
+    """
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        super().__init__(root, names, np.zeros(len(names), dtype=np.int64))
+        self.labels = np.full(len(names), UNLABELED, dtype=np.int64)
+
+
+class SemiSupervisedSet:
+    """Labeled images, then unlabeled ones, as one set; whatever labels the latter have do not count."""
+
+    def __init__(self, labeled: ImageSet, unlabeled: ImageSet) -> None:
+        self.labeled, self.unlabeled = labeled, unlabeled
+        self.names = (*labeled.names, *unlabeled.names)
+        self.labels = np.concatenate([labeled.labels, np.full(len(unlabeled), UNLABELED, dtype=np.int64)])
+
+    @property
+    def parts(self) -> tuple[ImageSet, ImageSet]:
+        """The two sets."""
+        return self.labeled, self.unlabeled
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i, uint8 [H, W, 3]; those without labels follow the others."""
+        own = len(self.labeled)
+        return self.labeled.pixels(i) if i < own else self.unlabeled.pixels(i - own)
+
+
+def file_paths(images: ImageSet) -> list[Path]:
+    """Files of a set, as far as it consists of files."""
+    if isinstance(images, RelabeledSet):
+        return file_paths(images.images)
+    if isinstance(images, Subset):
+        inner = file_paths(images.images)
+        return [inner[i] for i in images.index] if inner else []
+    return [images.root / name for name in images.names] if isinstance(images, FileSet) else []
+
+
+_MAX_SIZES = 256  # images whose size is looked at before a run
+
+
+def is_file_based(images: ImageSet) -> bool:
+    """Whether all images are files, which may be decoded in several threads."""
+    return all(isinstance(part, (FileSet, ShardSet)) for part in _leaf_sets(images))
+
+
+def is_array_based(images: ImageSet) -> bool:
+    """Whether all images lie in memory already."""
+    return all(isinstance(part, ArraySet) for part in _leaf_sets(images))
+
+
+def file_digests(images: ImageSet) -> NDArray[np.uint8] | None:
+    """uint8 [N, 32]: SHA-256 of each file's content, where all images are files that were checked; else None."""
+    if isinstance(images, RelabeledSet):
+        return file_digests(images.images)
+    if isinstance(images, Subset):
+        inner = file_digests(images.images)
+        return None if inner is None else inner[images.index]
+    if isinstance(images, SemiSupervisedSet):
+        found = [file_digests(part) for part in images.parts]
+        whole = [each for each in found if each is not None]
+        return np.concatenate(whole) if len(whole) == len(found) else None
+    return images.digests if isinstance(images, (FileSet, ShardSet)) else None
+
+
+def value_ranges(images: ImageSet) -> list[ValueRange | None]:
+    """By which its files are read, one for each part; without what the parts have in common."""
+    found = [part.range for part in _leaf_sets(images) if isinstance(part, (FileSet, ShardSet))]
+    return list(dict.fromkeys(found))
+
+
+def set_value_range(images: ImageSet, ends: ValueRange) -> None:
+    """From now on, files of more than 8 bits are read by this range: that of the model which is to see them."""
+    for part in _leaf_sets(images):
+        if isinstance(part, (FileSet, ShardSet)):
+            part.range = ends
+
+
+def image_sizes(images: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Widths and heights of at most ``_MAX_SIZES`` images, evenly from all, by the headers of their files; empty where
+    the images are neither files nor arrays.
+    """
+    found = [size for i in np.unique(np.linspace(0, len(images) - 1, _MAX_SIZES).astype(int)).tolist()
+             if (size := _image_size(images, i)) is not None] if len(images) else []  # fmt: skip
+    sizes = np.array(found, dtype=np.int64).reshape(-1, 2)
+    return sizes[:, 0], sizes[:, 1]
+
+
+def _image_size(images: ImageSet, i: int) -> tuple[int, int] | None:
+    while isinstance(images, (Subset, RelabeledSet)):
+        i = int(images.index[i]) if isinstance(images, Subset) else i
+        images = images.images
+    if isinstance(images, ArraySet):
+        return images.images.shape[2], images.images.shape[1]
+    if not isinstance(images, FileSet):
+        return None
+    try:
+        structure = parse_structure(read_file(images.root / images.names[i]))
+        with silence_pillow(), Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
+            return image.size
+    except Exception:  # Pillow raises nearly anything; the run says what is wrong with the file
+        return None
+
+
+def _leaf_sets(images: ImageSet) -> Sequence[ImageSet]:
+    """Without the sets that only arrange others."""
+    if isinstance(images, (Subset, RelabeledSet)):
+        return _leaf_sets(images.images)
+    if isinstance(images, SemiSupervisedSet):
+        return [inner for part in images.parts for inner in _leaf_sets(part)]
+    return [images]

@@ -1,0 +1,427 @@
+"""Read and decode every image once before training, so that no run fails in its tenth hour.
+
+All problems are reported at once.
+
+``FileIndex`` caches the content hash of each file below a folder for as long as the file is unchanged, judged by its
+size, its times of change (of content and of inode; no program can set the second one) and its inode, as git does.  A
+file that changed less than two seconds before it was read may change again within the same tick of the file system's
+clock: it is not trusted, and read again the next time.
+
+Large images are decoded one at a time, in whichever thread, so that memory does not grow with the cores.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from potstill.data.concurrency import ProgressReporter, interprocess_lock, threaded_map
+from potstill.data.entries import Finding, raise_problems
+from potstill.data.image_io import SPAN_KINDS, Pixels, ValueSpan, decoder_version, parse_span, read_file, read_image
+from potstill.data.image_sets import ImageSet
+from potstill.data.image_structure import parse_structure
+from potstill.data.library_warnings import silence_pillow
+from potstill.errors import ArtifactError, DataError, StorageError
+from potstill.io import cache_folder, read_bytes, sha256_hex, write_bytes
+
+FORMAT = 2
+RACY = 2_000_000_000  # nanoseconds; FAT has the coarsest clock, of two seconds
+_STATE = 4  # numbers
+_SHA256 = 32  # bytes
+_SPAN = 3  # numbers
+
+FileState = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
+_MISSING: FileState = (-1, 0, 0, 0)
+
+
+@dataclass
+class FileIndex:
+    """Files below one folder, by name.
+
+    Args:
+        path: the file that this is kept in.
+        names: [N].
+        states: int64 [N, 4], as ``file_state``.
+        digests: uint8 [N, 32], SHA-256 of the content.
+        spans: float64 [N, 3]: number of the kind in ``value_range.KINDS``, 0 for images of 8 bits, low and high.
+    """
+
+    path: Path
+    names: Sequence[str] = ()
+    states: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, _STATE), np.int64))
+    digests: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, _SHA256), np.uint8))
+    spans: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, _SPAN), np.float64))
+
+    @classmethod
+    def below(cls, root: Path, *, decoded: bool) -> "FileIndex":
+        """What is known of a folder; nothing where that is missing, damaged, or of another version.
+
+        Args:
+            root: the folder.
+            decoded: of files that this decoder could decode; False: of files that were only read.
+        """
+        subject = json.dumps([FORMAT, str(root.resolve()), decoder_version() if decoded else None])
+        path = cache_folder("known-files", f"{sha256_hex(os.fsencode(subject))[:16]}.bin")
+        try:
+            return cls(path, *_parse(read_bytes(path)))
+        except (ArtifactError, ValueError):
+            return cls(path)
+
+    def unchanged(self, root: Path, names: Sequence[str]) -> dict[str, str]:
+        """Of those files that are known and have not changed since: name -> the word that ``keep`` was given."""
+        if not self.names:
+            return {}
+        places = {name: i for i, name in enumerate(self.names)}
+        asked = [(name, places[name]) for name in names if name in places]
+        now = np.array([file_state(os.path.join(root, name)) for name, _ in asked], np.int64).reshape(-1, _STATE)
+        same = (now == self.states[[place for _, place in asked]]).all(axis=1)
+        return {
+            name: f"{size} {self.digests[place].tobytes().hex()}{_format_span(self.spans[place])}"
+            for (name, place), kept, size in zip(asked, same.tolist(), now[:, 0].tolist(), strict=True)
+            if kept
+        }
+
+    def keep(self, root: Path, read: Mapping[str, tuple[FileState | None, str]]) -> None:
+        """Add files that were read, and forget those that are gone; where nothing can be written, nothing is kept.
+
+        Args:
+            root: the folder.
+            read: name -> state, None where it must not be trusted, and size, SHA-256 and span of the content as
+                ``check.check_files`` has them.
+        """
+        new = {name: (state, word) for name, (state, word) in read.items() if state is not None}
+        old = [i for i, name in enumerate(self.names) if name not in read and os.path.exists(os.path.join(root, name))]
+        if not new and len(old) == len(self.names):
+            return
+        hexed = "".join(word.split()[1] for _, word in new.values())
+        digests = np.frombuffer(bytes.fromhex(hexed), np.uint8).reshape(-1, _SHA256)
+        states = np.array([state for state, _ in new.values()], np.int64).reshape(-1, _STATE)
+        self.names = [*(self.names[i] for i in old), *new]
+        self.states = np.concatenate([self.states[old], states])
+        self.digests = np.concatenate([self.digests[old], digests])
+        spans = np.array([_span_to_row(word) for _, word in new.values()], np.float64).reshape(-1, _SPAN)
+        self.spans = np.concatenate([self.spans[old], spans])
+        content = _render(self.names, self.states, self.digests, self.spans)
+        with contextlib.suppress(StorageError):
+            write_bytes(self.path, hashlib.sha256(content).digest(), content)
+
+
+def file_state(path: str | Path) -> FileState:
+    """What tells a file from its changed self; all negative or zero where there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return _MISSING
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & (2**63 - 1)
+
+
+def stable_state(before: FileState, after: FileState, read_at: int) -> FileState | None:
+    """The state of a file that was read, or None where it may have changed unseen.
+
+    Args:
+        before: its state before it was read.
+        after: and afterwards.
+        read_at: nanoseconds since 1970, when ``before`` was taken.
+    """
+    _, modified, changed, _ = before
+    return before if before == after != _MISSING and read_at - max(modified, changed) >= RACY else None
+
+
+def _span_to_row(word: str) -> tuple[float, float, float]:
+    span = parse_span(word)
+    return (0.0, 0.0, 0.0) if span is None else (SPAN_KINDS.index(span.kind) + 1.0, span.low, span.high)
+
+
+def _format_span(row: NDArray[np.float64]) -> str:
+    kind, low, high = row.tolist()
+    return f" {SPAN_KINDS[int(kind) - 1]} {low!r} {high!r}" if kind else ""
+
+
+def _render(
+    names: Sequence[str], states: NDArray[np.int64], digests: NDArray[np.uint8], spans: NDArray[np.float64]
+) -> bytes:
+    joined = os.fsencode("\0".join(names))
+    count = np.int64(len(names)).astype("<i8").tobytes()
+    return b"".join((count, states.astype("<i8").tobytes(), digests.tobytes(), spans.astype("<f8").tobytes(), joined))
+
+
+def _parse(data: bytes) -> tuple[list[str], NDArray[np.int64], NDArray[np.uint8], NDArray[np.float64]]:
+    content = memoryview(data)[_SHA256:]
+    if hashlib.sha256(content).digest() != data[:_SHA256]:
+        raise ValueError("damaged")
+    count = int(np.frombuffer(content, "<i8", 1)[0])
+    states = np.frombuffer(content, "<i8", _STATE * count, 8).reshape(count, _STATE).astype(np.int64)
+    start = 8 * (1 + _STATE * count)
+    digests = np.frombuffer(content, np.uint8, _SHA256 * count, start).reshape(count, _SHA256)
+    start += _SHA256 * count
+    spans = np.frombuffer(content, "<f8", _SPAN * count, start).reshape(count, _SPAN).astype(np.float64)
+    names = os.fsdecode(bytes(content[start + 8 * _SPAN * count :])).split("\0")
+    if len(names) != count:
+        raise ValueError("damaged")
+    return names, states, digests, spans
+
+
+MOST_PIXELS = 4_000_000  # of an image, and
+MOST_BYTES = 8 * 2**20  # of its file; what has more is large
+
+_large_lock = threading.RLock()
+
+
+def large_image_lock(large: bool) -> AbstractContextManager[object]:
+    """Whoever has a large image waits until no other thread has one."""
+    return _large_lock if large else contextlib.nullcontext()
+
+
+def read_header(content: bytes) -> tuple[str, str, int]:
+    """Format, mode and number of pixels; what cannot be opened is refused by the decoder, with its reason."""
+    try:
+        structure = parse_structure(content)
+        if structure.isolated:  # in a process of its own, whose memory is limited
+            return structure.format, "RGB", 0
+        with silence_pillow(), Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
+            return structure.format, image.mode, image.width * image.height
+    except Exception:  # as around decode: Pillow raises nearly anything
+        return "", "", 0
+
+
+_Result = TypeVar("_Result")
+
+_PIECE = 64  # files; fewer would make more of handing them to threads than of reading them
+
+_Read = tuple[FileState | None, str]  # a file's state and its content, as ``FileIndex.keep`` takes them
+
+
+def check_files(
+    root: Path,
+    names: Sequence[str],
+    source: str,
+    *,
+    decode: bool = True,
+    progress: ProgressReporter | None = None,
+    bad: dict[str, str] | None = None,
+    hints: Sequence[str] = (),
+) -> dict[str, str]:
+    """Read and decode files; those that were found good before, and have not changed since, are not read again.
+
+    Args:
+        root: the folder that names are relative to.
+        names: of the files.
+        source: what messages call the data.
+        decode: False: only read, for files that somebody else has verified.
+        progress: is told how much is done.
+        bad: receives name -> reason of files that cannot be decoded; None: these are an error.
+        hints: lines at the end of that error.
+
+    Returns:
+        name -> size and SHA-256 of the content, and where it has more than 8 bits the span of its values; of the good
+        files.
+
+    Raises:
+        DataError: files that cannot be decoded: path and reason of the first twenty, and their number.
+    """
+    known = FileIndex.below(root, decoded=decode)
+    unchanged = known.unchanged(root, names)
+    found: list[_Read | DataError] = []
+    new: list[str] = []
+    good: dict[str, _Read] = {}
+    if not all(name in unchanged for name in names):
+        with interprocess_lock(cache_folder("locks", f"{known.path.stem}.lock"), "checks these images", progress):
+            known = FileIndex.below(root, decoded=decode)  # another process may have checked them just now
+            unchanged = known.unchanged(root, names)
+            new = [name for name in names if name not in unchanged]
+            pieces = [new[start : start + _PIECE] for start in range(0, len(new), _PIECE)]
+            for results in threaded_map(partial(_check_piece, root, decode), pieces):
+                found += results
+                if progress is not None:
+                    progress.wait("checking images", len(found), len(new))
+            good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
+            if new:
+                known.keep(root, good)
+    if bad is None:
+        _raise_unreadable(found, source, hints)
+    else:
+        bad |= {
+            name: str(each).removeprefix(f"{root / name}: ")
+            for name, each in zip(new, found, strict=True)
+            if isinstance(each, DataError)
+        }
+    return {name: unchanged.get(name) or good[name][1] for name in names if bad is None or name not in bad}
+
+
+def _check_piece(root: Path, decode: bool, names: list[str]) -> list[_Read | DataError]:
+    return [_attempt(partial(_read, root / name, decode)) for name in names]
+
+
+def _read(path: Path, decode: bool) -> _Read:
+    read_at, before = time.time_ns(), file_state(path)
+    span = None
+    with large_image_lock(before[0] > MOST_BYTES):
+        content = read_file(path)
+        if decode:
+            with large_image_lock(read_header(content)[2] > MOST_PIXELS):
+                span = read_image(content, str(path)).span
+    word = f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+    return stable_state(before, file_state(path), read_at), word if span is None else f"{word} {span}"
+
+
+def check_images(images: ImageSet, source: str) -> list[str]:
+    """Read every image of a set; for each, the shape and SHA-256 of its pixels.
+
+    Raises:
+        DataError: images that cannot be read, as ``check_files``.
+    """
+
+    def look(i: int) -> str:
+        pixels = images.pixels(i)
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != "uint8" or 0 in pixels.shape:
+            raise DataError(f"{images.names[i]}: pixels must be uint8 [H, W, 3], got {pixels.dtype} {pixels.shape}")
+        return f"{pixels.shape} {hashlib.sha256(pixels.tobytes()).hexdigest()}"
+
+    return _raise_unreadable([_attempt(partial(look, i)) for i in range(len(images))], source)
+
+
+def _attempt(look: Callable[[], _Result]) -> _Result | DataError:
+    try:
+        return look()
+    except DataError as error:
+        return error
+
+
+def _raise_unreadable(results: Iterable[_Result | DataError], source: str, hints: Sequence[str] = ()) -> list[_Result]:
+    listed = list(results)
+    raise_problems(
+        source, [str(result) for result in listed if isinstance(result, DataError)], "unreadable image", hints
+    )
+    return [result for result in listed if not isinstance(result, DataError)]
+
+
+FORMAT_BY_SUFFIX = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP",
+    ".bmp": "BMP", ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF", ".heic": "HEIC",
+    ".heif": "HEIC", ".hif": "HEIC",
+}  # fmt: skip
+
+MIN_SIDE = 8  # pixels: the smallest data.size
+
+UNKNOWN_STATE: FileState = (-1, 0, 0, 0)
+
+# What the decoder says, in the order in which it is asked -> kind of finding.
+_REASON_KINDS = (
+    ("no image of the formats", "no-image"),
+    ("empty file", "empty-file"),
+    ("megapixels", "oversize"),
+    ("MiB of file", "oversize"),
+    ("beyond the limits", "oversize"),
+    ("needs the extra", "unreadable"),
+    ("truncated", "truncated"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScan:
+    """What is kept of an image."""
+
+    size: int  # bytes of the file; of the pixels where there is no file
+    format: str  # of FORMATS, or "array"
+    mode: str  # Pillow's word: "RGB", "L", "I;16"
+    width: int  # upright
+    height: int
+    blank: bool  # all pixels have one colour
+    content: bytes  # 32: SHA-256 of the file
+    pixels: bytes  # 16: of shape and RGB pixels
+    state: FileState = UNKNOWN_STATE  # of the file, where it can be trusted not to have changed since
+    span: ValueSpan | None = None  # of the values, where they have more than 8 bits
+
+
+Scanner = Callable[[int], ImageScan | Finding]
+
+
+def file_scanner(root: Path, names: list[str]) -> Scanner:
+    """Looks at file i of those names."""
+    return lambda i: scan_file(root, names[i])
+
+
+def scan_file(root: Path, name: str) -> ImageScan | Finding:
+    """Read and decode a file; a problem is returned, never raised."""
+    path = root / name
+    read_at, before = time.time_ns(), file_state(path)
+    try:
+        with large_image_lock(before[0] > MOST_BYTES):
+            content = read_file(path)
+            state = stable_state(before, file_state(path), read_at)
+            return scan_content(content, name, state or UNKNOWN_STATE)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        return Finding(finding_kind(reason, "unreadable"), name, reason)
+
+
+def scan_content(content: bytes, name: str, state: FileState = UNKNOWN_STATE) -> ImageScan | Finding:
+    """Decode what was read from a file."""
+    kind, mode, pixels = read_header(content)
+    with large_image_lock(pixels > MOST_PIXELS):
+        try:
+            found, span = read_image(content, name)
+        except DataError as error:
+            reason = str(error).removeprefix(f"{name}: ")
+            return Finding(finding_kind(reason, "damaged"), name, reason)
+        return _make_scan(found, len(content), kind, mode, hashlib.sha256(content).digest(), state, span)
+
+
+def image_set_scanner(images: ImageSet) -> Scanner:
+    """Looks at image i of a set that has no files."""
+
+    def look(i: int) -> ImageScan | Finding:
+        try:
+            pixels = images.pixels(i)
+        except DataError as error:
+            return Finding("damaged", images.names[i], str(error).removeprefix(f"{images.names[i]}: "))
+        return _make_scan(pixels, pixels.nbytes, "array", "RGB", bytes(32))
+
+    return look
+
+
+def format_mismatch(name: str, kind: str) -> str | None:
+    """Why a file's name says another format than its content, or None; a name without ending says nothing."""
+    ending = os.path.splitext(name)[1].lower()
+    if not ending or kind == "array" or FORMAT_BY_SUFFIX.get(ending) == kind:
+        return None
+    return f"a {kind} file whose name ends in {ending}"
+
+
+def _make_scan(
+    pixels: Pixels,
+    size: int,
+    kind: str,
+    mode: str,
+    content: bytes,
+    state: FileState = UNKNOWN_STATE,
+    span: ValueSpan | None = None,
+) -> ImageScan:
+    height, width, _ = pixels.shape
+    shape = f"{height} {width} ".encode()
+    own = hashlib.blake2b(shape, digest_size=16)
+    own.update(np.ascontiguousarray(pixels).data)
+    return ImageScan(size, kind, mode, width, height, _is_uniform(pixels), content, own.digest(), state, span)
+
+
+def _is_uniform(pixels: Pixels) -> bool:
+    """Row by row, since nearly every image says no in its first."""
+    return all(bool((row == pixels[0, 0]).all()) for row in pixels)
+
+
+def finding_kind(reason: str, otherwise: str) -> str:
+    """The kind of finding that the decoder's reason is."""
+    return next((kind for words, kind in _REASON_KINDS if words.lower() in reason.lower()), otherwise)

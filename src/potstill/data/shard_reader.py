@@ -1,0 +1,385 @@
+"""Read tar shards in WebDataset's layout: their names, and one pass over each.
+
+Names are such as ``train-{0000..0146}.tar``, on this machine or behind any protocol that fsspec reads.  The pass finds
+the images of a shard, their byte ranges and labels, and checks that every image can be decoded.
+"""
+
+import hashlib
+import json
+import re
+import struct
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path, PurePosixPath
+from tarfile import SOLARIS_XHDTYPE, XGLTYPE, XHDTYPE, HeaderError, ReadError
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from potstill.data.image_io import decoder_version, read_image
+from potstill.data.image_structure import FORMATS
+from potstill.errors import ArtifactError, DataError, StorageError, UsageError
+from potstill.io import cache_folder, read_checksummed_json, write_checksummed_json
+
+MAX_SHARDS = 100_000  # shards; a slip of the keyboard in a range is not tried for hours
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_COMPRESSED = re.compile(r"\.(tgz|tar\.\w+)$", re.IGNORECASE)
+_PACKAGES = {  # protocol -> what fsspec reads it with
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
+
+
+def is_shards(source: str) -> bool:
+    """Whether a source names tar files, compressed ones (which are refused later) among them.
+
+    Example:
+        >>> is_shards("s3://bucket/train-{000..019}.tar"), is_shards("photos"), is_shards("a.tar.gz")
+        (True, False, True)
+    """
+    return source.lower().endswith(".tar") or _COMPRESSED.search(source) is not None
+
+
+def expand_shards(source: str) -> list[str]:
+    """Every shard that a name stands for, in its order.
+
+    Args:
+        source: with any number of ``{000..146}`` (as many digits as are written) and ``{a,b}``.
+
+    Raises:
+        UsageError: compressed files, a password, a range that is none, or more than 100,000 shards.
+
+    Example:
+        >>> expand_shards("s-{08..10}-{a,b}.tar")[:3]
+        ['s-08-a.tar', 's-08-b.tar', 's-09-a.tar']
+    """
+    if _COMPRESSED.search(source):
+        raise UsageError(
+            f"{source}: a compressed tar file cannot be read image by image; images hardly shrink, so use .tar"
+        )
+    if "://" in source and "@" in urlsplit(source).netloc:
+        raise UsageError(
+            "a recipe is kept and shared, so an address of shards must carry no user or password: set the environment "
+            "variables that the storage's own client reads"
+        )
+    pieces = _BRACES.split(source)
+    choices = [[piece] if at % 2 == 0 else list(_brace_values(piece, source)) for at, piece in enumerate(pieces)]
+    count = 1
+    for each in choices:
+        count *= len(each)
+    if count > MAX_SHARDS:
+        raise UsageError(f"{source} stands for {count:,} shards; {MAX_SHARDS:,} are the most")
+    found = ["".join(parts) for parts in product(*choices)]
+    if len(set(found)) < len(found):
+        raise UsageError(f"{source} names a shard twice")
+    return found
+
+
+def _brace_values(text: str, source: str) -> Iterator[str]:
+    if "," in text:
+        yield from text.split(",")
+        return
+    match = _RANGE.fullmatch(text)
+    if match is None or int(match[2]) < int(match[1]) or int(match[2]) - int(match[1]) >= MAX_SHARDS:
+        raise UsageError(f"{source}: {{{text}}} is neither a range such as {{000..146}} nor a list such as {{a,b}}")
+    width = len(match[1]) if match[1].startswith("0") else 0
+    for number in range(int(match[1]), int(match[2]) + 1):
+        yield str(number).zfill(width)
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The file system of a shard, as fsspec has it, and the shard's name there.
+
+    Raises:
+        UsageError: an unknown protocol, or one whose package is not installed.
+    """
+    import fsspec  # 0.1 s that other data need not wait for
+
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        protocol = url.partition("://")[0]
+        package = _PACKAGES.get(protocol)
+        remedy = f"install it with: pip install {package}" if package else "see fsspec's list of protocols"
+        raise UsageError(f"{url}: {protocol}:// cannot be read here ({_first_line(error)}); {remedy}") from error
+    return system, path
+
+
+def read_byte_range(url: str, start: int, size: int) -> bytes:
+    """So many bytes of a shard.
+
+    Raises:
+        DataError: it cannot be read, or is shorter than it was.
+    """
+    system, path = open_filesystem(url)
+    try:
+        content: bytes = system.cat_file(path, start=start, end=start + size)
+    except Exception as error:  # each storage raises its own; all mean that the bytes are not to be had
+        raise DataError(f"{url}: cannot be read at byte {start}: {_first_line(error)}") from error
+    if len(content) != size:
+        raise DataError(f"{url}: {len(content)} of {size} bytes at byte {start}; the shard has changed or is cut off")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
+NOT_A_FILE, UNKNOWN_TYPE, FURTHER_IMAGE, LABEL_WITHOUT_IMAGE = (
+    "links and devices",
+    "members that are neither image nor label",
+    "further images of a sample, whose names end in more than one part (KEY.seg.png beside KEY.jpg)",
+    "labels without an image",
+)
+_MAX_IMAGE_BYTES = 64 * 2**20  # bytes of an image
+_MAX_LABEL_BYTES = 2**20
+_MAX_HEADER_BYTES = 2**20
+_MAX_CLASS_LENGTH = 255  # characters
+GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "md5",
+)  # by which storages tell changes
+
+
+@dataclass
+class ShardSample:
+    """An image of a shard, and what its companions say of it."""
+
+    key: str  # its name below the shard, without any suffix
+    name: str  # with the image's own
+    offset: int = -1  # of the image's bytes in the shard
+    size: int = 0
+    digest: str = ""  # SHA-256 of the image's bytes
+    span: str = ""  # of its values, where it has more than 8 bits; as a ``value_range.Span`` is written
+    label: str | None = None  # text of .cls, or "label" or "class" of .json
+
+
+@dataclass
+class Shard:
+    """What stands in one tar file."""
+
+    url: str
+    samples: list[ShardSample] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    left: dict[str, list[str]] = field(default_factory=dict)  # why members are left alone -> their names
+
+
+def read_shard(url: str) -> Shard:
+    """Read a shard from its beginning to its end, once; what was found is remembered until the shard changes.
+
+    Raises:
+        DataError: it is not there, or no tar file.
+        UsageError: its protocol cannot be read here.
+    """
+    remembered = _index_path(url)
+    if remembered is not None and remembered.exists():
+        try:
+            found = read_checksummed_json(remembered)
+            return Shard(url, [ShardSample(**each) for each in found["samples"]], found["problems"], found["left"])
+        except (ArtifactError, KeyError, TypeError):
+            pass  # damaged, or of another version: it is read anew
+    shard = Shard(url)
+    for member, content in _members(shard):
+        _add_member(shard, member, content)
+    for sample in shard.samples:
+        if sample.offset < 0:
+            shard.left.setdefault(LABEL_WITHOUT_IMAGE, []).append(sample.name)
+    shard.samples = [sample for sample in shard.samples if sample.offset >= 0]
+    if remembered is not None:
+        try:
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            write_checksummed_json(remembered, asdict(shard))
+        except (StorageError, OSError):
+            pass  # a cache that cannot be written costs time, not the run
+    return shard
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; one that cannot be is an error, where tarfile takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        """Read the next header."""
+        try:
+            found = super().fromtarfile(tarfile)
+        except HeaderError as error:
+            if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):  # others: the archive's end
+                raise ReadError(f"at byte {tarfile.offset:,}: {error}") from error
+            raise
+        return found
+
+    def _proc_member(self, tarfile: tarfile.TarFile) -> Any:
+        if self.size < 0:
+            raise ReadError(f"{self.name}: a size of {self.size:,} bytes")
+        if self.size > _MAX_HEADER_BYTES and self.type in (XHDTYPE, XGLTYPE, SOLARIS_XHDTYPE, *GNU_LONG):
+            raise ReadError(f"{self.name}: a header of {self.size:,} bytes; at most {_MAX_HEADER_BYTES:,} are read")
+        return super()._proc_member(tarfile)  # type: ignore[misc] # where tarfile itself tells the kinds apart
+
+
+class _Bounded:
+    """A file that may be read to its end, and not again and again behind it, as for a member of 2**80 bytes."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.ends = file, 0
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes."""
+        found: bytes = self.file.read(size)
+        self.ends += not found
+        if self.ends > 2:
+            raise ReadError("unexpected end of data")
+        return found
+
+
+def _members(shard: Shard) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Files of a shard that belong to samples, with their content."""
+    system, path = open_filesystem(shard.url)
+    try:
+        with (
+            system.open(path, "rb") as file,
+            tarfile.open(fileobj=_Bounded(file), mode="r|", tarinfo=_Header) as tar,  # type: ignore[call-overload]
+        ):
+            yield from _sample_members(tar, shard, system.info(path).get("size"))
+            _expect_end(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{shard.url}: there is no such shard") from error
+    except (
+        tarfile.TarError,
+        EOFError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        struct.error,
+        RecursionError,
+    ) as error:
+        # What tarfile raises on numbers and names that cannot be.
+        raise DataError(f"{shard.url}: damaged or no tar file ({_one_line(error)})") from error
+    except OSError as error:
+        raise DataError(f"{shard.url}: cannot be read: {_one_line(error)}") from error
+
+
+def _sample_members(tar: tarfile.TarFile, shard: Shard, total: int | None) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    for member in tar:
+        if member.isdir():
+            continue
+        _, suffix = split_member_name(member.name)
+        image = suffix.rpartition(".")[2] in IMAGE_EXTENSIONS
+        if not member.isfile():
+            shard.left.setdefault(NOT_A_FILE, []).append(member.name)
+            continue
+        if total is not None and not 0 <= member.size <= total - member.offset_data:
+            raise ReadError(f"{member.name[:200]!a}: {member.size:,} bytes, more than the file has")
+        if not image and suffix not in ("cls", "json"):
+            shard.left.setdefault(UNKNOWN_TYPE, []).append(member.name)
+            continue
+        if member.issparse():
+            shard.problems.append(f"{shard.url}/{member.name}: a sparse member; write the shard without --sparse")
+            continue
+        most = _MAX_IMAGE_BYTES if image else _MAX_LABEL_BYTES
+        if member.size > most:
+            shard.problems.append(f"{shard.url}/{member.name}: {member.size:,} bytes; at most {most:,} are read")
+            continue
+        stream = tar.extractfile(member)
+        content = b"" if stream is None else stream.read()
+        if len(content) != member.size:
+            raise ReadError("unexpected end of data")
+        yield member, content
+
+
+def _expect_end(file: Any) -> None:
+    """Behind the archive's end there is nothing but zeros: joined archives would lose all but the first."""
+    while rest := file.read(2**20):
+        if rest.strip(b"\0"):
+            raise ReadError("there is more behind the archive's end; join tar files with: tar --concatenate")
+
+
+def _add_member(shard: Shard, member: tarfile.TarInfo, content: bytes) -> None:
+    key, suffix = split_member_name(member.name)
+    if not shard.samples or shard.samples[-1].key != key:
+        shard.samples.append(ShardSample(key, member.name))
+    sample, where = shard.samples[-1], f"{shard.url}/{member.name}"
+    if suffix in ("cls", "json"):
+        sample.label = _label(content, suffix, where, shard) or sample.label
+        return
+    if sample.offset >= 0:
+        known = split_member_name(sample.name)[1]
+        if ("." in known) == ("." in suffix):
+            shard.problems.append(
+                f"{where}: a second image under the key {key!r}; its name up to the first dot must differ"
+            )
+            return
+        shard.left.setdefault(FURTHER_IMAGE, []).append(member.name if "." in suffix else sample.name)
+        if "." in suffix:
+            return
+    try:
+        span = read_image(content, where).span
+    except DataError as error:
+        shard.problems.append(str(error))
+        span = None
+    sample.span = "" if span is None else str(span)
+    sample.name, sample.offset, sample.size = member.name, member.offset_data, len(content)
+    sample.digest = hashlib.sha256(content).hexdigest()
+
+
+def _label(content: bytes, suffix: str, where: str, shard: Shard) -> str | None:
+    found: Any
+    try:
+        text = found = content.decode("utf-8").strip()
+        if suffix == "json":
+            said = json.loads(text)
+            found = said.get("label", said.get("class")) if isinstance(said, dict) else None
+        found = None if found is None or isinstance(found, (dict, list, bool, float)) else str(found)
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, thousands of digits, or nested too deeply
+        shard.problems.append(f"{where}: neither text nor JSON that can be read")
+        return None
+    if isinstance(found, str) and len(found) > _MAX_CLASS_LENGTH:
+        shard.problems.append(
+            f"{where}: a class of {len(found):,} characters ({found[:20]}...); at most {_MAX_CLASS_LENGTH}"
+        )
+        return None
+    return None if found is None else str(found)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """Key and suffix as WebDataset has them: the key ends before the first dot of the last part.
+
+    Example:
+        >>> split_member_name("a.b/000.seg.png"), split_member_name("./x/1.JPG")
+        (('a.b/000', 'seg.png'), ('x/1', 'jpg'))
+    """
+    path = PurePosixPath(name)
+    stem, _, suffix = path.name.partition(".")
+    return str(path.parent / stem), suffix.lower()
+
+
+def _index_path(url: str) -> Path | None:
+    """Where a shard's contents are remembered; None where its storage does not tell one state from another."""
+    system, path = open_filesystem(url)
+    try:
+        info = system.info(path)
+    except Exception:  # whatever is wrong is said when it is read
+        return None
+    state = [str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None]
+    if not state or info.get("size") is None:
+        return None
+    word = "\n".join([url, str(system.protocol), str(path), str(info["size"]), *state, decoder_version(), *FORMATS])
+    return cache_folder() / "shards" / f"{hashlib.sha256(word.encode('utf-8', 'surrogateescape')).hexdigest()}.json"

@@ -1,0 +1,1 @@
+"""Validation of a data set (``potstill check``): every problem, each with path and reason."""

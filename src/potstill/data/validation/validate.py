@@ -1,0 +1,419 @@
+"""Validate a data set: list, split, scan every image, compare; a quick form for ``potstill run``.
+
+The quick form compares content hashes that exist anyway.  Findings are cached by the fingerprint of the data (other
+content, labels or splits, another fingerprint), and file states in ``scan.FileIndex``, so that a run does not repeat
+what ``potstill check`` did.
+"""
+
+import contextlib
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.data.concurrency import ProgressReporter, threaded_map
+from potstill.data.datasets import DATASETS, check_source
+from potstill.data.entries import FINDING_KINDS, Entry, Finding, Listing
+from potstill.data.file_datasets import (
+    DEFAULT_AUGMENT,
+    drop_bad_entries,
+    drop_small_classes,
+    fingerprint_by_name,
+    list_source,
+    listing_notes,
+    load_shards,
+    split_sets,
+)
+from potstill.data.image_io import Pixels, ValueRange, decoder_version
+from potstill.data.image_sets import FileSet, ImageSet, Subset, file_digests, is_array_based
+from potstill.data.preprocessing import crop_notes
+from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
+from potstill.data.settings import DataSettings
+from potstill.data.shard_reader import is_shards
+from potstill.data.splits import SPLITS, DataSplits, SplitAssignment, assign_splits
+from potstill.data.validation.checks import (
+    Duplicates,
+    HashedImages,
+    check_ranges,
+    find_duplicates,
+    similar_classes,
+    similar_files,
+)
+from potstill.data.validation.report import ScanTable, ValidationReport, sort_findings
+from potstill.errors import ArtifactError, StorageError
+from potstill.io import cache_folder, read_bytes, sha256_hex, write_bytes
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FindingSummary:
+    """All findings of a kind."""
+
+    kind: str  # of KINDS
+    count: int
+    example: str  # the first of them
+
+
+def summarize_findings(findings: Sequence[Finding]) -> tuple[FindingSummary, ...]:
+    """By kind, in the order of KINDS.
+
+    Example:
+        >>> summarize_findings([Finding("tiny", "a.png", "2 x 2 pixels"), Finding("tiny", "b.png", "3 x 3 pixels")])
+        (Short(kind='tiny', count=2, example='a.png: 2 x 2 pixels'),)
+    """
+    first: dict[str, Finding] = {}
+    for each in findings:
+        first.setdefault(each.kind, each)
+    counts = Counter(each.kind for each in findings)
+    return tuple(FindingSummary(kind, counts[kind], _sentence(first[kind])) for kind in FINDING_KINDS if kind in first)
+
+
+def save_summary(fingerprint: str, found: Sequence[FindingSummary]) -> None:
+    """Keep what was found; where nothing can be written, nothing is kept.
+
+    Args:
+        fingerprint: of the data.
+        found: in it.
+    """
+    content = json.dumps([[each.kind, each.count, each.example] for each in found]).encode()
+    with contextlib.suppress(StorageError):
+        write_bytes(_summary_path(fingerprint), sha256_hex(content).encode(), content)
+
+
+def load_summary(fingerprint: str) -> tuple[FindingSummary, ...] | None:
+    """What was found before; None where that is not known, damaged, or of another version."""
+    try:
+        stored = read_bytes(_summary_path(fingerprint))
+    except ArtifactError:
+        return None
+    checksum, content = stored[:64], stored[64:]
+    if sha256_hex(content).encode() != checksum:
+        return None
+    try:
+        return tuple(FindingSummary(kind, count, example) for kind, count, example in json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _sentence(each: Finding) -> str:
+    return each.reason if each.path == "." else f"{each.path}: {each.reason}"
+
+
+def _summary_path(fingerprint: str) -> Path:
+    subject = json.dumps([FORMAT, fingerprint, decoder_version(), list(FINDING_KINDS)])
+    return cache_folder("checks", f"{sha256_hex(subject.encode())[:32]}.json")
+
+
+UNUSED_KINDS = ("beside-classes", "hidden")  # kinds of images that a run does not use
+
+
+def quick_findings(data: DataSplits) -> tuple[FindingSummary, ...]:
+    """What ``potstill check`` has found in this very data, else what can be found without reading a file again.
+
+    That is kept by the data's fingerprint, so that the next run need not look.
+
+    Args:
+        data: that was checked.
+
+    Returns:
+        By kind; errors first, images that are not used last.
+    """
+    found = load_summary(data.fingerprint)
+    if found is None:
+        found = summarize_findings(find_repeated_files(data))
+        save_summary(data.fingerprint, found)
+    # What is not used is no part of the fingerprint, and may have changed.
+    return (*(each for each in found if each.kind not in UNUSED_KINDS), *summarize_findings(data.doubts))
+
+
+def find_repeated_files(data: DataSplits) -> list[Finding]:
+    """The same content within and across splits and labels: of files, and of arrays in memory.
+
+    Nothing where the images are neither: only their owner knows what reading them costs.
+    """
+    sets = [data.split(split) for split in SPLITS]
+    digests = [_digests(images) for images in sets]
+    whole = [each for each in digests if each is not None]
+    if len(whole) < len(digests) or len({each.shape[1] for each in whole}) > 1:
+        return []
+    content = np.concatenate(whole)
+    pictures = HashedImages(
+        names=[name for images in sets for name in images.names],
+        class_names=data.class_names,
+        labels=np.concatenate([images.labels for images in sets]),
+        splits=np.repeat(np.arange(len(SPLITS), dtype=np.int8), [len(images) for images in sets]),
+        content=content if not is_array_based(sets[0]) else np.zeros((len(content), 32), np.uint8),
+        pixels=content,
+    )
+    return sort_findings([*find_duplicates(pictures).findings, *_among_unlabeled(data)])
+
+
+def _among_unlabeled(data: DataSplits) -> Iterator[Finding]:
+    """Unlabeled images that are also in val or test: the teacher's answers to them would be learned."""
+    unlabeled = None if data.unlabeled is None else file_digests(data.unlabeled)
+    if data.unlabeled is None or unlabeled is None:
+        return
+    names = dict(zip(map(bytes, unlabeled), data.unlabeled.names, strict=True))
+    for split in ("val", "test"):
+        digests = file_digests(data.split(split))
+        for name, digest in zip(data.split(split).names, [] if digests is None else map(bytes, digests), strict=False):
+            if digest in names:
+                reason = f"in {split}, the same file as {names[digest]} of the unlabeled images; take it out of these"
+                yield Finding("across-splits", name, reason, (names[digest],))
+
+
+def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list[str], list[str]]:
+    """For people: one warning for each kind of error, and at most one note for all the others.
+
+    Args:
+        found: of ``quick_findings``.
+        source: as `potstill check` takes it.
+    """
+    command = f"`potstill check {shlex.quote(source)}`"
+    warnings = [
+        f"{source}: {each.count:,} x {FINDING_KINDS[each.kind].what} ({FINDING_KINDS[each.kind].why}), such as "
+        f"{each.example}; {command} shows all"
+        for each in found
+        if FINDING_KINDS[each.kind].severity == "error"
+    ]
+    others = [
+        f"{each.count:,} x {FINDING_KINDS[each.kind].what}"
+        + (f" ({each.example})" if each.kind in UNUSED_KINDS else "")
+        for each in found
+        if FINDING_KINDS[each.kind].severity == "warning"
+    ]
+    return warnings, [f"{source}: {', '.join(others)}; {command} says which"] if others else []
+
+
+def _digests(images: ImageSet) -> NDArray[np.uint8] | None:
+    if not is_array_based(images):
+        return file_digests(images)
+    look = image_set_scanner(images)
+    found = [each.pixels for each in map(look, range(len(images))) if isinstance(each, ImageScan)]
+    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
+
+
+def list_splits(data: DataSplits) -> Listing:
+    """The images of the three splits; as files where they are files of one folder."""
+    sets = [data.split(split) for split in SPLITS]
+    entries = [
+        Entry(name, data.class_names[label], split)
+        for split, images in zip(SPLITS, sets, strict=True)
+        for name, label in zip(images.names, images.labels.tolist(), strict=True)
+    ]
+    root, *others = [_common_root(images) for images in sets]
+    if root is None or any(other != root for other in others):
+        return Listing(Path(), data.origin, True, data.fingerprint, entries, images=ConcatSet(sets))
+    return Listing(root, data.origin, True, data.fingerprint, entries)
+
+
+class ConcatSet:
+    """Several image sets, one after the other."""
+
+    def __init__(self, sets: list[ImageSet]) -> None:
+        self.sets = sets
+        self.names = tuple(name for images in sets for name in images.names)
+        self.labels = np.concatenate([images.labels for images in sets])
+        self._ends = np.array(list(accumulate(len(images) for images in sets)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pixels(self, i: int) -> Pixels:
+        """Image i, uint8 [H, W, 3]."""
+        at = int(np.searchsorted(self._ends, i, side="right"))
+        return self.sets[at].pixels(i - (int(self._ends[at - 1]) if at else 0))
+
+
+def _common_root(images: ImageSet) -> Path | None:
+    """The folder of a set's files; None where it has none."""
+    while isinstance(images, Subset):
+        images = images.images
+    return images.root if isinstance(images, FileSet) else None
+
+
+def cache_file_states(listing: Listing, table: ScanTable) -> None:
+    """Keep state and hash of the files that could be decoded, as the run's own check keeps them.
+
+    Args:
+        listing: of a folder or manifest.
+        table: of as many looks as it has entries.
+    """
+    states = map(tuple, table.rows["state"][table.good].tolist())
+    contents = _contents(listing, table)
+    read = {
+        name: (state if state[0] >= 0 else None, content)
+        for (name, content), state in zip(contents.items(), states, strict=True)
+    }
+    FileIndex.below(listing.root, decoded=True).keep(listing.root, read)
+
+
+def cache_findings(
+    listing: Listing,
+    division: SplitAssignment,
+    table: ScanTable,
+    findings: list[Finding],
+    wanted: ValueRange | Literal["auto"],
+) -> None:
+    """Keep what was found in data that a run would take, by the fingerprint that the run will give it.
+
+    Args:
+        listing: what was examined.
+        division: of its entries.
+        table: of as many looks.
+        findings: errors first.
+        wanted: the setting ``data.range``.
+    """
+    if any(FINDING_KINDS[each.kind].refused for each in findings):
+        return
+    fingerprint = listing.fingerprint
+    if not fingerprint:
+        images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
+        parts = split_sets(images, division)
+        fingerprint = fingerprint_by_name(parts, division.class_names, _contents(listing, table), wanted)
+    save_summary(fingerprint, summarize_findings(findings))
+
+
+def _contents(listing: Listing, table: ScanTable) -> dict[str, str]:
+    """Of the files that could be decoded: name -> size, SHA-256 and span, as ``check.check_files`` has them."""
+    rows = table.rows
+    found = {}
+    for i in table.good.tolist():
+        word, span = f"{rows['bytes'][i]} {rows['content'][i].tobytes().hex()}", table.span(i)
+        found[listing.entries[i].name] = word if span is None else f"{word} {span}"
+    return found
+
+
+_MAX_NAMES = 5  # names in a note
+_PIECE = 16  # images handed to a thread at once
+
+
+def validate_data(settings: DataSettings, watcher: ProgressReporter | None = None) -> ValidationReport:
+    """Everything that is wrong with the data of a recipe; every image is read and decoded.
+
+    Args:
+        settings: where from, and how it would be split.
+        watcher: is told how much is done.
+
+    Raises:
+        UsageError: there is no such data set, folder or manifest.
+        DataError: a bundled data set is damaged.
+    """
+    listing = _list_data(settings)
+    return validate_listing(listing, settings, watcher)
+
+
+def validate_listing(
+    listing: Listing, settings: DataSettings, watcher: ProgressReporter | None = None
+) -> ValidationReport:
+    """As ``validate_data``, of what was listed before."""
+    names = [entry.name for entry in listing.entries]
+    table = ScanTable(len(names))
+    looker = file_scanner(listing.root, names) if listing.images is None else image_set_scanner(listing.images)
+    bad, odd = list[Finding](), list[Finding]()
+    for i, look in enumerate(_scan_images(looker, len(names), watcher)):
+        if isinstance(look, Finding):
+            bad.append(look)
+        else:
+            table.put(i, look)
+            odd += _image_findings(names[i], look)
+    skipped = list[Finding]()
+    if settings.skip_bad and not listing.ready:
+        listing, skipped = drop_bad_entries(listing, bad)
+        listing, small = drop_small_classes(listing, settings)
+        skipped, bad = skipped + small, []
+        kept = {entry.name for entry in listing.entries}
+        table.keep([i for i, name in enumerate(names) if name in kept])
+        odd = [each for each in odd if each.path in kept]
+        names = [entry.name for entry in listing.entries]
+    division, findings = assign_splits(listing, settings)
+    findings = [*listing.findings, *findings, *similar_classes(division.class_names), *bad, *odd]
+    ends, ranges = check_ranges(names, division, table, settings.range)
+    findings += ranges
+    repeats = _compare_images(names, division, table)
+    if listing.images is None:
+        findings += similar_files(names)
+    found = sort_findings([*findings, *repeats.findings])
+    if not listing.ready:
+        cache_file_states(listing, table)
+    cache_findings(listing, division, table, found, settings.range)
+    return ValidationReport(
+        source=settings.source,
+        images=len(names),
+        passed_over=listing.passed_over.total(),
+        notes=[
+            *_notes(listing, division),
+            *crop_notes(table.rows["width"], table.rows["height"], settings.resize_mode),
+        ],
+        skipped=sort_findings(skipped),
+        division=division,
+        figures=table.figures() | {"range": None if ends is None else list(ends)},
+        repeats={k: v for k, v in vars(repeats).items() if k != "findings"},
+        findings=found,
+    )
+
+
+def _list_data(settings: DataSettings) -> Listing:
+    check_source(settings)
+    if settings.source in DATASETS:
+        return list_splits(DATASETS[settings.source](settings))
+    if is_shards(settings.source):
+        return list_splits(load_shards(settings, DEFAULT_AUGMENT))
+    return list_source(settings)
+
+
+def _notes(listing: Listing, division: SplitAssignment) -> Iterator[str]:
+    yield from listing_notes(listing)
+    names = division.class_names
+    if blanks := [name for name in names if name != name.strip() or name.endswith(".")]:
+        yield f"class names that end in blanks or dots, which Windows drops: {', '.join(map(repr, blanks[:_MAX_NAMES]))}"
+    if not listing.ready and len(names) > 1 and all(name.isdecimal() for name in names):
+        by_number = sorted(names, key=int)
+        if by_number != list(names):
+            at = next(i for i, pair in enumerate(zip(names, by_number, strict=True)) if pair[0] != pair[1])
+            yield (
+                f"class names are sorted as text, so that output {at} is {names[at]!r} and not {by_number[at]!r}; "
+                "weights of other programs may have the order of the numbers"
+            )
+
+
+def _scan_images(looker: Scanner, count: int, watcher: ProgressReporter | None) -> Iterator[ImageScan | Finding]:
+    pieces = [range(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE)]
+    done = 0
+    for piece in threaded_map(lambda piece: [looker(i) for i in piece], pieces):
+        yield from piece
+        done += len(piece)
+        if watcher is not None:
+            watcher.wait("checking images", done, count)
+
+
+def _image_findings(name: str, look: ImageScan) -> Iterator[Finding]:
+    if reason := format_mismatch(name, look.format):
+        yield Finding("other-format", name, reason)
+    if look.blank and look.width * look.height > 1:
+        yield Finding("blank", name, "all pixels have the same colour")
+    if min(look.width, look.height) < MIN_SIDE:
+        yield Finding("tiny", name, f"{look.width} x {look.height} pixels")
+
+
+def _compare_images(names: list[str], division: SplitAssignment, table: ScanTable) -> Duplicates:
+    good = table.good
+    rows = table.rows[good]
+    return find_duplicates(
+        HashedImages(
+            names=[names[i] for i in good],
+            class_names=division.class_names,
+            labels=division.labels[good],
+            splits=division.splits[good],
+            content=rows["content"],
+            pixels=rows["pixels"],
+        )
+    )

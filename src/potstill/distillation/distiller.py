@@ -1,0 +1,321 @@
+"""The Distiller: one student, frozen teachers where the method needs them, and the method that joins them."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.distillation.feature_extractor import ForwardOutput
+from potstill.distillation.output_router import (
+    LayerPaths,
+    OutputRouter,
+    attach_second_outputs,
+    build_output_router,
+    network_info,
+)
+from potstill.distillation.teachers import CombineMode, Teachers
+from potstill.errors import UsageError
+from potstill.input_spec import InputSpec
+from potstill.inputs import InputConverter
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.wrappers import wrap_per_teacher
+from potstill.types import UNLABELED, Batch, Outputs, Step
+
+
+class Distiller(nn.Module):
+    """Train ``student`` to imitate ``teacher`` by ``method``, in anybody's loop.
+
+    Teachers are frozen: always in eval mode, without gradients, and left out of the state dict.  ``student`` is the
+    module that was passed in (for the few methods that deploy another network, one that contains it); use it alone
+    after training.
+
+    Args:
+        student: maps images [B, 3, H, W] to logits [B, K]; this is what is trained.
+        teacher: likewise, one or several; None where the method needs none.  Its parameters stop requiring gradients.
+        method: see ``potstill.methods``.
+        example: images like those of training (two or more); needed by methods with adapters, which are sized by it.
+        student_input: how ``images`` are prepared.
+        teacher_input: how each teacher wants them; images are renormalised and resized from the one to the other.
+        label_loss: replaces plain cross-entropy in the method's label term (smoothing, class weights).
+        layers: pairs of paths (student's, teacher's), shallow to deep, in place of the stages found by themselves.
+        train_labels: [N], int64, labels by sample id; needed by methods with a memory of the training set.
+        batch_size: of the training to come; needed by methods whose layers are sized by it.
+        teacher_weights: for each of several teachers; equal where None.
+        combine: several teachers' "logits" or "probabilities" are averaged.
+
+    Raises:
+        UsageError: something that the method needs is missing; networks that it cannot join.
+
+    Example:
+        >>> from potstill.methods.kd import KD
+        >>> student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2))
+        >>> distiller = Distiller(student, teacher, KD(temperature=2.0, alpha=0.5))
+        >>> step = distiller(torch.zeros(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))
+        >>> sorted(step.terms), step.loss.shape
+        (['ce', 'kd'], torch.Size([]))
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module] | None,
+        method: Method,
+        *,
+        example: Tensor | None = None,
+        student_input: InputSpec | None = None,
+        teacher_input: InputSpec | Sequence[InputSpec] | None = None,
+        label_loss: nn.Module | None = None,
+        layers: LayerPaths | None = None,
+        train_labels: Tensor | None = None,
+        batch_size: int | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        combine: CombineMode = "logits",
+    ) -> None:
+        super().__init__()
+        networks = _as_list(teacher, nn.Module) if method.needs.teacher else []
+        if method.needs.teacher and not networks:
+            raise UsageError(f"{type(method).__name__} needs a teacher, got None")
+        self.student = student
+        self.teacher: Teachers | None = None
+        if networks:
+            input_converters = _input_converters(student_input, _as_list(teacher_input, InputSpec), len(networks))
+            self.teacher = Teachers(networks, input_converters, weights=teacher_weights, combine=combine)
+        self.method = wrap_per_teacher(method, self.teacher.shares if self.teacher is not None else ())
+        if label_loss is not None:
+            self.method.use_label_loss(label_loss)
+        self.layers, self.train_labels, self.batch_size = layers, train_labels, batch_size
+        self.shown = OutputRouter(self.method, max(1, len(networks)))
+        self._ready = not self.method.needs.prepare
+        if example is not None or self.method.needs.example or self.method.student_taps or self.method.teacher_taps:
+            self._build(example)
+        self.train()
+        self.register_state_dict_post_hook(_drop_teacher_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_ignore_missing_teacher_keys)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        index: Tensor | None = None,
+        view: Tensor | None = None,
+        second: Tensor | None = None,
+        soft_labels: Tensor | None = None,
+        teacher: Outputs | None = None,
+    ) -> Step:
+        """One forward pass.
+
+        In eval mode, methods that live on the training images themselves (memories, second views) give their label
+        terms only; so do methods that compare images with each other, of a last image alone.
+
+        Args:
+            images: [B, 3, H, W], prepared for the student.
+            labels: [B], int64.
+            index: [B], int64 sample ids, for methods with a memory.
+            view: [B], int64 view numbers.
+            second: [B, 3, H, W], for methods that need a second image for each.
+            soft_labels: [B, K], where images are mixed.
+            teacher: what the teacher says of these very images where it is known already; else the teacher is asked.
+
+        Raises:
+            UsageError: logits or labels of a wrong shape; student and teacher with different numbers of classes;
+                something missing that the method needs.
+        """
+        batch = Batch(images, labels, index, view, second, soft_labels)
+        names = self.method.label_term_names
+        needs = self.method.needs
+        if not self.training and (needs.training_only or (needs.several and len(labels) < 2)):
+            said = self.shown.reader.ask(self.student, images)
+            _check_shapes(said.logits, None, labels)
+            return Step(said.logits, self.method.plain_label_terms(said.outputs(), batch), names)
+        self._refuse_missing(batch)
+        student = self._run_student(images, second)
+        if teacher is None:
+            teacher = self.run_teacher(images, second)
+        _check_shapes(student.logits, teacher, labels)
+        return Step(student.logits, self.method(student, teacher, batch), names)
+
+    @torch.no_grad()
+    def run_teacher(self, images: Tensor, second: Tensor | None = None) -> Outputs | None:
+        """The teacher's outputs for images prepared for the student; None where the method needs no teacher."""
+        if self.teacher is None:
+            return None
+        said = self.teacher.ask(images)
+        if second is None or self.method.needs.second == "none":
+            return self.teacher_outputs(said)
+        return self.teacher_outputs(said, self.teacher.ask(second))
+
+    def teacher_outputs(self, said: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
+        """What the method is shown of what each teacher said, just now or long ago.
+
+        Args:
+            said: one for each teacher, of the images.
+            second: likewise, of the second images, where the method needs such.
+        """
+        assert self.teacher is not None  # somebody said it
+        outputs = self.shown.outputs_of_teachers(self.teacher, said)
+        return (
+            outputs
+            if second is None
+            else attach_second_outputs(outputs, self.shown.outputs_of_teachers(self.teacher, second))
+        )
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Tell the method where training stands: epoch number ``epoch``, from 0, of ``epochs`` is about to begin."""
+        self.method.start_epoch(epoch, epochs)
+
+    def prepare(self, batches: Callable[[], Iterator[Batch]]) -> None:
+        """Let the method learn from the teacher's outputs before training, where it needs that.
+
+        Args:
+            batches: each call is one pass over the training images.
+        """
+
+        def passes() -> Iterator[tuple[Outputs, Batch]]:
+            for batch in batches():
+                outputs = self.run_teacher(batch.images)
+                assert outputs is not None
+                yield outputs, batch
+
+        if self.method.needs.prepare:
+            self.method.prepare(passes)
+        self._ready = True
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters for the optimizer: the student's and the method's adapters'."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    @property
+    def table(self) -> str:
+        """For people: which layers of student and teacher are joined; empty where none are."""
+        return self.shown.table
+
+    def _refuse_missing(self, batch: Batch) -> None:
+        needs, name = self.method.needs, type(self.method).__name__
+        if not self._ready:
+            raise UsageError(f"{name} learns from the teacher first: call distiller.prepare(batches) before training")
+        if needs.index and batch.index is None:
+            raise UsageError(f"{name} remembers samples by their ids: pass index=, [B] positions in the training set")
+        if needs.second != "none" and batch.second is None:
+            what = "another view of each image" if needs.second == "strong" else "for each image one of the same class"
+            raise UsageError(f"{name} needs second=, {what}")
+        if needs.several and len(batch) < 2:
+            raise UsageError(f"{name} compares images with each other, and this batch has {len(batch)}")
+        if needs.labels and batch.labels.device.type == "cpu" and bool((batch.labels == UNLABELED).any()):
+            raise UsageError(f"{name} needs the label of every image; with unlabeled images use kd or dist")
+
+    # building
+
+    @torch.no_grad()
+    def _build(self, example: Tensor | None) -> None:
+        if example is None:
+            raise UsageError(f"{type(self.method).__name__} sizes its adapters by an example: pass example=images")
+        _require_taps(self.method, self.student)
+        self.eval()  # so that the example leaves no trace in BatchNorm
+        self.shown = build_output_router(self.method, self.student, self.teacher, example, self.layers)
+        sides = self._network_infos(example)
+        if sides[1] is not None:
+            _check_classes(sides[0].outputs.logits, sides[1].outputs.logits)
+        remodelled = self.method.modify_student(self.student, *sides)
+        if remodelled is not self.student:
+            self.student = remodelled.to(example.device).eval()
+            _freeze_unused_parameters(self.student, example)
+            within = [(f"network.{ours}", theirs) for ours, theirs in self.layers or ()]
+            self.shown = build_output_router(self.method, self.student, self.teacher, example, within)
+            sides = self._network_infos(example)
+        if self.method.needs.index and self.train_labels is None:
+            raise UsageError(f"{type(self.method).__name__} remembers the training set: pass train_labels=, [N] int64")
+        facts = TrainingInfo(sides[0].outputs.logits.shape[1], self.train_labels, self.batch_size)
+        self.method.build(*sides, facts)
+        self.method.to(example.device)
+
+    def _network_infos(self, example: Tensor) -> tuple[NetworkInfo, NetworkInfo | None]:
+        fresh = (lambda: _untrained_copy(self.student)) if self.method.needs.peers else None
+        student, teacher = self._run_student(example, None), self.run_teacher(example)
+        feature_pairs = self.shown.feature_pairs
+        own = network_info(student, [[joint.student for joint in each] for each in feature_pairs], fresh=fresh)
+        if teacher is None or self.teacher is None:
+            return own, None
+        stages = [[joint.teacher for joint in each] for each in feature_pairs]
+        return own, network_info(teacher, stages, self.shown.norms(self.teacher))
+
+    def _run_student(self, images: Tensor, second: Tensor | None) -> Outputs:
+        outputs = self.shown.outputs_of_student(self.shown.reader.ask(self.student, images))
+        if second is None or self.method.needs.second == "none":
+            return outputs
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.needs.second_gradient):
+            return attach_second_outputs(
+                outputs, self.shown.outputs_of_student(self.shown.reader.ask(self.student, second))
+            )
+
+
+def _untrained_copy(network: nn.Module) -> nn.Module:
+    """An untrained copy: every layer that knows how draws its parameters anew."""
+    fresh = copy.deepcopy(network)
+    for module in fresh.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    return fresh.requires_grad_(True)
+
+
+@torch.enable_grad()
+def _freeze_unused_parameters(network: nn.Module, example: Tensor) -> None:
+    """Layers that a remodelled student no longer uses are not trained: no gradient ever reaches them."""
+    network(example).sum().backward()
+    for parameter in network.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _require_taps(method: Method, student: nn.Module) -> None:
+    paths = {path for path, _ in student.named_modules()}
+    missing = [path for path in method.student_taps if path not in paths]
+    if missing:
+        raise UsageError(
+            f"{type(method).__name__} reads the student's layers {' and '.join(method.student_taps)}, and "
+            f"{type(student).__name__} has no {' and no '.join(missing)}; kd works with any student"
+        )
+
+
+def _as_list(value: Any, kind: type) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, kind) else list(value)
+
+
+def _input_converters(student: InputSpec | None, teachers: list[InputSpec], count: int) -> list[nn.Module]:
+    if (student is None) != (not teachers):
+        raise UsageError("give both student_input and teacher_input, or neither where both networks want the same")
+    if student is None:
+        return [nn.Identity() for _ in range(count)]
+    if len(teachers) != count:
+        raise UsageError(f"give one teacher_input for each of the {count} teachers, got {len(teachers)}")
+    return [InputConverter(student, teacher) for teacher in teachers]
+
+
+def _check_shapes(logits: Tensor, teacher: Outputs | None, labels: Tensor) -> None:
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise UsageError(f"labels must be int64 [{len(logits)}], got {labels.dtype} {list(labels.shape)}")
+    if teacher is not None:
+        _check_classes(logits, teacher.logits)
+
+
+def _check_classes(student: Tensor, teacher: Tensor) -> None:
+    if teacher.shape != student.shape:
+        raise UsageError(
+            f"teacher and student disagree: logits {list(teacher.shape)} and {list(student.shape)}; "
+            "both must know the same classes in the same order"
+        )
+
+
+def _drop_teacher_state(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}teacher.")]:
+        del state[key]
+
+
+def _ignore_missing_teacher_keys(module: nn.Module, incompatible: Any) -> None:
+    if isinstance(module, Distiller) and module.teacher is not None:
+        expected = tuple(f".teacher.{key}" for key in module.teacher.state_dict())
+        # The Distiller may sit inside another module, whose prefix the keys then carry.
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not f".{key}".endswith(expected)]

@@ -1,0 +1,262 @@
+"""Detect a lost process of a run, and end all of them by the first failure, which one process reports once.
+
+A thread in every process writes a heartbeat with its progress to a store, twice a second, and checks the next rank.
+The store is torchrun's own, and outlives the processes.  A rank counts as lost
+
+- if it has written nothing for ``POTSTILL_TIMEOUT`` seconds (it is dead, stopped, or cut off), or
+- if others wait for it while it neither makes progress nor computes, within a training step for that time, elsewhere
+  (reading and writing files takes as long as it takes) for ten times that.
+
+No collective has a time-out of its own that matters: a rank that is merely late is waited for.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import Store
+
+from potstill.distributed.launch import heartbeat_timeout
+from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, WorkerError, exit_code_of
+
+HEARTBEAT_SECONDS = 0.5  # seconds
+_SILENT_SECONDS = 3 * HEARTBEAT_SECONDS  # without a beat after a connection broke: that rank is gone
+_GRACE_SECONDS = 10.0  # that the main thread has to end, after another process has failed or what started it is gone
+_IDLE_CPU_SHARE = 0.05  # of a core; who uses less computes nothing
+_TIMEOUT_FACTOR = 10.0  # times the time-out, outside of training steps
+_RESUME_HINT = "What was saved is intact: start all again, with --resume"
+_CONNECTION_ERROR = re.compile(
+    r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|Socket", re.ASCII
+)
+
+
+class Watchdog:
+    """The thread that notes and looks; ``end`` gives how this process ends.
+
+    Args:
+        store: that all processes of the run reach.
+        rank, count: of this process, and how many there are.
+
+    Attributes:
+        place: how many exchanges have begun or ended; comparable between processes.
+        moves: whatever else shows that this process gets on.
+        steps: how many training steps it is within, 0 or 1.
+    """
+
+    def __init__(self, store: Store, rank: int, count: int) -> None:
+        # Two connections: the thread's and the main thread's calls must not wait for each other.
+        self.store, self._own = store.clone(), store.clone()
+        self.rank, self.count = rank, count
+        self.place = self.moves = self.steps = self._beats = 0
+        self._timeout, self._next = heartbeat_timeout(), (rank + 1) % count
+        self._seen: _PeerState | None = None
+        self._over = threading.Event()
+        self._parent, self._failed_since, self._alone_since = os.getppid(), 0.0, 0.0
+        self._thread = threading.Thread(target=self._watch, name="potstill-watching", daemon=True)
+        self._beat()
+        self._thread.start()
+
+    def wait_for_all(self, seconds: float) -> bool:
+        """Whether all processes begin within so many seconds; a signal is obeyed meanwhile."""
+        until = time.monotonic() + seconds
+        while not self.store.check([f"life/{rank}" for rank in range(self.count)]):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def end(self, error: BaseException | None) -> BaseException | None:
+        """Note for the others how this process ends, and stop the thread.
+
+        Returns:
+            What is to be raised: ``error`` itself if it is the first failure of the run; ``RankLost`` if it follows
+            from the loss of another process; ``RemoteFailure`` if it follows from, or is the same as, a failure that
+            another process shows.
+        """
+        if error is not None and not isinstance(error, Stopped):
+            _ignore_signals()  # torchrun sends SIGTERM as soon as one process is gone: what failed is still to be shown
+        found: BaseException | None = error
+        try:
+            if error is None or isinstance(error, RemoteFailure):
+                pass
+            elif isinstance(error, Stopped):
+                found = self._failure() or self._find_lost_peer(_SILENT_SECONDS) or error
+            elif is_connection_error(error):
+                found = self._find_cause(error)
+            else:
+                found = self._claim_failure(error, exit_code_of(error), str(error))
+            self.store.set(f"ended/{self.rank}", str(getattr(found, "exit_code", 0)))
+            return found
+        except RuntimeError:  # the store's
+            if error is None or not is_connection_error(error):
+                return error
+            return RankLost(f"the process or machine that started the run no longer answers.\n{_RESUME_HINT}")
+        finally:
+            self._over.set()
+
+    # the first failure
+
+    def _claim_failure(self, error: BaseException, code: int, text: str) -> BaseException:
+        """``error``, if it is the first failure of the run, else ``RemoteFailure``: one process shows one message."""
+        claim = json.dumps({"rank": self.rank, "code": code, "text": text})
+        first = self.store.compare_set("failure", "", claim).decode()
+        return error if first == claim else RemoteFailure(json.loads(first)["code"])
+
+    def _failure(self, store: Store | None = None) -> RemoteFailure | None:
+        """The first failure of the run, if there is one."""
+        store = store or self.store
+        return RemoteFailure(json.loads(store.get("failure"))["code"]) if store.check(["failure"]) else None
+
+    def _find_cause(self, error: BaseException) -> BaseException:
+        """What has broken a connection."""
+        for wait in (_SILENT_SECONDS, 2 * _SILENT_SECONDS):  # a process that has failed may be about to note it
+            if (found := self._failure() or self._find_lost_peer(wait)) is not None:
+                return found
+        for rank in range(self.count):
+            if rank != self.rank and self.store.check([f"ended/{rank}"]):
+                return RemoteFailure(int(self.store.get(f"ended/{rank}")) or WorkerError.exit_code)
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lost = RankLost(f"a connection between the processes of the run broke: {text}\n{_RESUME_HINT}")
+        return self._claim_failure(lost, lost.exit_code, str(lost))
+
+    def _find_lost_peer(self, seconds: float) -> BaseException | None:
+        """The error that names a process which has not beaten for so long, and has not ended by itself."""
+        before = self._is_alive()
+        time.sleep(seconds)
+        if (failure := self._failure()) is not None:
+            return failure
+        for rank, life in self._is_alive().items():
+            if rank in before and life.beats == before[rank].beats and not self.store.check([f"ended/{rank}"]):
+                lost = self._lost(rank, life, "has died, or is stopped")
+                return self._claim_failure(lost, lost.exit_code, str(lost))
+        return None
+
+    def _is_alive(self) -> "dict[int, _Heartbeat]":
+        others = [rank for rank in range(self.count) if rank != self.rank and self.store.check([f"life/{rank}"])]
+        return {rank: _Heartbeat(**json.loads(self.store.get(f"life/{rank}"))) for rank in others}
+
+    def _lost(self, rank: int, life: "_Heartbeat", what: str) -> RankLost:
+        who = f"rank {rank} of {self.count} (process {life.pid} on {life.host})"
+        return RankLost(f"{who} does not answer: it {what}.\n{_RESUME_HINT}")
+
+    # the thread
+
+    def _watch(self) -> None:
+        while not self._over.wait(HEARTBEAT_SECONDS):
+            try:
+                self._beat()
+                self._look(time.monotonic())
+            except RuntimeError:  # the store is gone, with what started the run or on its machine
+                self._end_orphan(time.monotonic())
+
+    def _beat(self) -> None:
+        self._beats += 1
+        life = _Heartbeat(self._beats, self.place, self.moves, self.steps, time.process_time(), os.getpid(), _HOST)
+        self._own.set(f"life/{self.rank}", json.dumps(vars(life)))
+
+    def _look(self, now: float) -> None:
+        if os.getppid() != self._parent:
+            self._end_orphan(now)
+        if (failure := self._failure(self._own)) is not None:
+            # The main thread notices it by itself, unless it waits for something that does not end.
+            self._failed_since = self._failed_since or now
+            if now - self._failed_since > _GRACE_SECONDS:
+                os._exit(failure.exit_code)
+        elif self._own.check([f"life/{self._next}"]) and not self._own.check([f"ended/{self._next}"]):
+            life = _Heartbeat(**json.loads(self._own.get(f"life/{self._next}")))
+            self._seen = self._seen or _PeerState(life, now)
+            what = self._seen.lost(life, now, self._timeout, waited_for=life.place < self.place)
+            if what:
+                self._report_lost(life, what)
+
+    def _report_lost(self, life: "_Heartbeat", what: str) -> None:
+        lost = self._lost(self._next, life, what)
+        claim = json.dumps({"rank": self.rank, "code": lost.exit_code, "text": str(lost)})
+        if self._own.compare_set("failure", "", claim).decode() == claim:
+            sys.stderr.write(f"error: {lost}\n")
+            sys.stderr.flush()
+        # Its end breaks the connections, which wakes whoever waits for it.
+        _kill_local_peer(life)
+
+    def _end_orphan(self, now: float) -> None:
+        """Have the main thread save and end; end it if that takes too long."""
+        if not self._alone_since:
+            self._alone_since = now
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif now - self._alone_since > _GRACE_SECONDS:
+            os._exit(128 + signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class _Heartbeat:
+    beats: int
+    place: int
+    moves: int
+    steps: int
+    cpu: float  # seconds that all its threads have computed
+    pid: int
+    host: str
+
+
+@dataclass
+class _PeerState:
+    """Another process, as it is seen from here: by this clock, since no two machines have the same."""
+
+    life: _Heartbeat  # when it last got on
+    since: float
+    beats: int = 0
+    beaten: float = 0.0  # when
+
+    def lost(self, life: _Heartbeat, now: float, seconds: float, *, waited_for: bool) -> str:
+        """What is wrong with it, or ""."""
+        if life.beats != self.beats:
+            self.beats, self.beaten = life.beats, now
+        elif now - self.beaten > seconds:
+            return "has died, or is stopped"
+        if (life.place, life.moves, life.steps) != (self.life.place, self.life.moves, self.life.steps):
+            self.life, self.since = life, now
+        idle = now - self.since
+        if not waited_for or idle <= seconds * (1 if life.steps else _TIMEOUT_FACTOR):
+            return ""
+        if life.cpu - self.life.cpu > _IDLE_CPU_SHARE * idle:  # slow, but it works
+            self.life, self.since = life, now
+            return ""
+        return f"stands still after {life.place} exchanges with the others"
+
+
+_HOST = socket.gethostname()
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error may follow from the end of another process: gloo raises plain RuntimeErrors."""
+    if isinstance(error, PotstillError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, DistError) or bool(_CONNECTION_ERROR.search(str(error)))
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_local_peer(life: _Heartbeat) -> None:
+    """Kill a process that does not answer, where the same launcher has started it on this machine; else leave it."""
+    if life.host != _HOST:
+        return
+    try:
+        fields: Any = Path(f"/proc/{life.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        if int(fields.split()[1]) == os.getppid():
+            os.kill(life.pid, signal.SIGKILL)
+    except (OSError, ValueError, IndexError):  # it is gone; or there is no /proc
+        return

@@ -1,0 +1,221 @@
+"""Fidelity of a student to its teacher: agreement and KL divergence of predictions, linear CKA of stages.
+
+Also whether a model has the classes in another order than the labels.
+
+CKA: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019 (arXiv:1905.00414);
+over batches with the unbiased estimator of HSIC:
+Nguyen et al., Do Wide and Deep Networks Learn the Same Things?, ICLR 2021
+(arXiv:2010.15327), section 3.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import UsageError
+from potstill.evaluation.classification import Array
+from potstill.evaluation.predictions import Probabilities, as_probabilities, evaluation_mode, iterate_blocks
+from potstill.features.hooks import FeatureRequest, capture_features
+from potstill.features.stages import Stage, find_stages
+
+
+def agreement(student: Probabilities | Array, teacher: Probabilities | Array) -> dict[str, float | None]:
+    """Fidelity of a student's probabilities [N, K] to its teacher's, of the same images.
+
+    Returns:
+        ``agreement``: share of images with the same top class; ``kl_to_teacher``: mean KL divergence of the teacher's
+        distribution from the student's, in nats, at T = 1.  None where there is no image.
+
+    Raises:
+        UsageError: different shapes.
+
+    Example:
+        >>> agreement(np.array([[0.5, 0.5], [0.1, 0.9]]), np.array([[1.0, 0.0], [0.9, 0.1]]))["agreement"]
+        0.5
+    """
+    student, teacher = as_probabilities(student), as_probabilities(teacher)
+    if student.shape != teacher.shape or len(student.shape) != 2:
+        raise UsageError(f"student and teacher must have the same [N, K], got {student.shape} and {teacher.shape}")
+    if not student.shape[0]:
+        return {"agreement": None, "kl_to_teacher": None}
+    # What float32 rounded to 0 counts as its smallest number: the divergence stays finite.
+    smallest = float(np.finfo(np.float32).tiny)
+    same, divergence = 0, 0.0
+    for _, (q, p) in iterate_blocks(student, teacher):
+        same += int((q.argmax(axis=1) == p.argmax(axis=1)).sum())
+        p, q = p.astype(np.float64), np.maximum(q.astype(np.float64), smallest)
+        divergence += float((p * (np.log(np.maximum(p, smallest)) - np.log(q))).sum())
+    return {"agreement": same / student.shape[0], "kl_to_teacher": divergence / student.shape[0]}
+
+
+def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
+    """Return the order of the classes that a model's outputs seem to have, where it is another one than the labels'.
+
+    Outputs and classes are assigned one to one so that most images are right (Kuhn, "The Hungarian method for the
+    assignment problem", 1955, by scipy).  Only an order that leaves less than half of the errors counts: among K!
+    orders there is always one that is a little better by chance.
+
+    Args:
+        predicted: indices [N] of the outputs.
+        labels: indices [N] of the classes.
+        classes: K.
+
+    Returns:
+        Indices [K]: the class of each output; None where the outputs are in order, or where no order explains them.
+
+    Example:
+        >>> labels = np.repeat([0, 1, 2], 10)
+        >>> class_order(np.repeat([2, 0, 1], 10), labels, 3)
+        array([1, 2, 0])
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    matrix = np.bincount(predicted * classes + labels, minlength=classes * classes).reshape(classes, classes)
+    outputs, order = linear_sum_assignment(matrix, maximize=True)
+    errors, left = len(labels) - int(np.trace(matrix)), len(labels) - int(matrix[outputs, order].sum())
+    return np.asarray(order) if errors - left >= 5 and 2 * left < errors else None
+
+
+MAX_MAP_VALUES = 2**20  # values of one image's map; above, a stage is left out: 64 images would take 256 MB
+MIN_BATCH_SIZE = 4  # images of a batch that the unbiased estimator needs
+
+_StageKey = tuple[str, int]  # name of a network, number of its stage
+_HsicSums = dict[tuple[_StageKey, _StageKey], float]
+
+
+def hsic(first: Tensor, second: Tensor) -> Tensor:
+    r"""HSIC_1, the unbiased estimator of Song et al. (JMLR 2012), of two Gram matrices.
+
+    .. math:: \frac{1}{n(n-3)} \left( tr(K L) + \frac{1'K1 \; 1'L1}{(n-1)(n-2)} - \frac{2}{n-2} 1'K L 1 \right)
+
+    with the diagonals of K and L set to 0.
+
+    Args:
+        first: [n, n], inner products of n representations.
+        second: likewise, of the same images.
+
+    Raises:
+        UsageError: fewer than 4 images, or matrices of different shapes.
+    """
+    n = len(first)
+    if n < MIN_BATCH_SIZE or first.shape != (n, n) or second.shape != (n, n):
+        raise UsageError(
+            f"hsic takes two [n, n] with n of {MIN_BATCH_SIZE} or more, got {first.shape} and {second.shape}"
+        )
+    k, m = (each - torch.diag(each.diagonal()) for each in (first.double(), second.double()))
+    rows, columns = k.sum(dim=0), m.sum(dim=0)
+    total = (k * m).sum() + rows.sum() * columns.sum() / ((n - 1) * (n - 2)) - 2 * (rows @ columns) / (n - 2)
+    return total / (n * (n - 3))
+
+
+def linear_cka(first: Tensor, second: Tensor) -> float | None:
+    """Linear CKA of two representations of the same images, by the unbiased estimator.
+
+    1: equal but for rotation and scale; 0: nothing in common, where chance may give a little less.
+
+    Args:
+        first: [n, ...], anything behind the first dimension counts as one vector.
+        second: likewise, of any length.
+
+    Returns:
+        None where one of them is the same for every image.
+
+    Raises:
+        UsageError: fewer than 4 images, or not the same number.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [1.0, 3.0], [0.0, 0.0]])
+        >>> round(linear_cka(x, 3 * x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])), 6)
+        1.0
+    """
+    a, b = _gram_matrix(first), _gram_matrix(second)
+    return _normalized_hsic(float(hsic(a, b)), float(hsic(a, a)), float(hsic(b, b)))
+
+
+@dataclass(frozen=True)
+class StageSimilarity:
+    """Linear CKA between the stages of a network and those of others."""
+
+    layers: dict[str, tuple[str, ...]]  # by network: paths of its stages, shallow to deep
+    values: dict[str, list[list[float | None]]]  # by other network: a row for each stage of the first, a column for
+    # each of its own; None where one of them does not vary
+    left_out: dict[str, tuple[str, ...]]  # by network: stages whose maps are too large
+    images: int  # that were compared
+
+
+def stage_similarity(
+    networks: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]], *, largest: int = MAX_MAP_VALUES
+) -> StageSimilarity:
+    """Compare the ends of the stages of the first network with those of each of the others.
+
+    HSIC is estimated in each batch and its mean over the batches taken, so that memory does not grow with the number
+    of images.  Batches should be of about the same size, each drawn from all classes.
+
+    Args:
+        networks: by name: images [B, 3, H, W] -> logits; each stays as it was.
+        batches: by network: the same images, as it wants them, on its device.  Fewer than 4 are left out.
+        largest: values of one image's map, above which a stage is left out.
+
+    Raises:
+        UsageError: no batch of 4 images or more.
+    """
+    chosen: dict[str, tuple[Stage, ...]] = {}
+    left_out: dict[str, tuple[str, ...]] = {}
+    sums: _HsicSums = {}
+    first, count = next(iter(networks)), 0
+    for batch in batches:
+        if len(batch[first]) < MIN_BATCH_SIZE:
+            continue
+        grams: dict[str, list[Tensor]] = {}
+        for name, module in networks.items():
+            if name not in chosen:
+                found = find_stages(module, batch[name]).stages
+                chosen[name] = tuple(each for each in found if each.channels * each.height * each.width <= largest)
+                left_out[name] = tuple(each.path for each in found if each not in chosen[name])
+            with evaluation_mode(module), capture_features(module, FeatureRequest(chosen[name])) as reading:
+                module(batch[name])
+            grams[name] = [_gram_matrix(each) for each in reading.maps]
+        count += len(batch[first])
+        _add_hsic(sums, first, grams)
+    if not count:
+        raise UsageError(f"CKA needs batches of {MIN_BATCH_SIZE} images or more")
+    return StageSimilarity(
+        layers={name: tuple(stage.path for stage in found) for name, found in chosen.items()},
+        values={name: _cka_matrix(sums, first, name, chosen) for name in networks if name != first},
+        left_out={name: paths for name, paths in left_out.items() if paths},
+        images=count,
+    )
+
+
+def _add_hsic(sums: _HsicSums, first: str, grams: dict[str, list[Tensor]]) -> None:
+    """Add the HSIC of each stage with itself, and of each of the first network's with each of the others'."""
+    places = [(name, i) for name, found in grams.items() for i in range(len(found))]
+    pairs = [(a, b) for a in places for b in places if a == b or (a[0] == first and b[0] != first)]
+    for a, b in pairs:
+        sums[a, b] = sums.get((a, b), 0.0) + float(hsic(grams[a[0]][a[1]], grams[b[0]][b[1]]))
+
+
+def _cka_matrix(
+    sums: _HsicSums, first: str, name: str, chosen: Mapping[str, Sequence[Stage]]
+) -> list[list[float | None]]:
+    rows, columns = ([(each, i) for i in range(len(chosen[each]))] for each in (first, name))
+    return [[_normalized_hsic(sums[a, b], sums[a, a], sums[b, b]) for b in columns] for a in rows]
+
+
+def _gram_matrix(features: Tensor) -> Tensor:
+    """[n, ...] -> [n, n]; of features less their mean, which changes no HSIC but keeps large means from rounding."""
+    flat = features.detach().flatten(1).float()
+    flat = flat - flat.mean(dim=0)
+    return (flat @ flat.T).cpu().double()
+
+
+def _normalized_hsic(both: float, first: float, second: float) -> float | None:
+    """None of what does not vary: then the estimate of its own HSIC is 0, or noise beside it."""
+    if not first > 0 or not second > 0:
+        return None
+    value = both / math.sqrt(first * second)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,410 @@
+"""What a stage is made of, built as the recipe says: networks (new or from weights), loaders, and the Distiller."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.config.method_settings import describe_method
+from potstill.config.recipe import Recipe, StageSettings
+from potstill.data.image_io import ValueRange, format_range
+from potstill.data.loader import Loader
+from potstill.data.splits import DataSplits
+from potstill.distillation.distiller import Distiller
+from potstill.errors import ArtifactError, UsageError
+from potstill.evaluation.cost import count_parameters
+from potstill.experiment.plan import PlannedStage, derive_seed
+from potstill.experiment.run_folder import find_model
+from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
+from potstill.input_spec import InputSpec
+from potstill.io import sha256_hex
+from potstill.methods.base import Method
+from potstill.methods.requirements import Requirements
+from potstill.models.factory import create_model, load_for_classes, load_weights
+from potstill.models.model_file import Classifier, load_model
+from potstill.models.registry import input_spec
+from potstill.training.callbacks import Observer, SilentObserver
+from potstill.training.devices import Compute
+from potstill.training.settings import TrainingSettings
+
+
+@dataclass
+class InitialNetwork:
+    """A network before this run trains it."""
+
+    module: nn.Module
+    architecture: str
+    input: InputSpec
+    ready: bool  # it knows these classes already: a teacher needs no training
+    facts: dict[str, Any] = field(default_factory=dict)  # where its weights come from
+    remodelled: dict[str, Any] | None = None  # of a model file whose network a method has changed
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # a head that starts anew
+
+
+def build_network(
+    recipe: Recipe, network: StageSettings, classes: tuple[str, ...], ends: ValueRange | None = None
+) -> InitialNetwork:
+    """A new network, or one that starts from ``network.weights``.
+
+    The global random generator decides the initialisation.
+
+    Args:
+        recipe: of the run.
+        network: which of its networks.
+        classes: of the data, in order.
+        ends: the data's range, by which images of more than 8 bits are read; None: it has none.
+
+    Raises:
+        ArtifactError: weights of other classes where no new head was asked for, or of another range; damaged or
+            foreign files.
+        UsageError: pretrained weights that cannot be had.
+    """
+    start = _build_network(recipe, network, classes)
+    own = start.input.range
+    if ends is None or own == ends:
+        return start
+    if own is not None:
+        raise ArtifactError(
+            f"{network.weights} was trained on images of more than 8 bits read by the range {format_range(own)}, and this "
+            f"data is read by {format_range(ends)}: the same gray would be another one.\n"
+            f"Set data.range=[{own[0]:.10g},{own[1]:.10g}], or train the network on this data"
+        )
+    start.input = replace(start.input, range=ends)
+    return start
+
+
+def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
+    """As ``build_network``, before the range of the data is known.
+
+    Raises:
+        ArtifactError: weights of other classes where no new head was asked for; damaged or foreign files.
+        UsageError: pretrained weights that cannot be had; class names that do not fit weights or data.
+    """
+    size = network.size or recipe.data.size
+    if network.weights is None:
+        module = create_model(network.model, len(classes), size=size)
+        return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
+    key = _network_key(recipe, network)
+    if network.weights != "pretrained" and _is_potstill_model(Path(network.weights)):
+        if network.classes is not None:
+            raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
+        return _from_model_file(Path(network.weights), network, classes, key)
+    if network.classes is not None:
+        setting = f"{key}.classes"
+        loaded = load_for_classes(network.model, network.weights, network.classes, classes, size=size, key=setting)
+        facts = {"weights": network.weights, "classes": network.classes}
+        spec = _spec(recipe, network)
+        return InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
+    loaded = load_weights(network.model, network.weights, len(classes), size=size)
+    if loaded.new_head and network.weights != "pretrained" and not network.new_head:
+        raise ArtifactError(
+            f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
+            f"To train it on with a new head, set {_network_key(recipe, network)}.new_head=true"
+        )
+    start = InitialNetwork(
+        loaded.module,
+        network.model,
+        _spec(recipe, network),
+        ready=not loaded.new_head,
+        facts={"weights": network.weights},
+    )
+    if loaded.new_head:
+        start.warnings += loaded.notes
+    else:
+        start.notes += [
+            *loaded.notes,
+            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_names(classes)}; "
+            f"{key}.classes names another order",
+        ]
+    return start
+
+
+def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
+    model = load_model(find_model(path))
+    facts = {"weights": str(path)}
+    if model.class_names == classes:
+        if network.size not in (None, model.input.size):
+            raise ArtifactError(
+                f"{path} takes images of {model.input.size} px, and the recipe says size: {network.size}"
+            )
+        return InitialNetwork(
+            model.module, model.architecture, model.input, ready=True, facts=facts, remodelled=model.remodelled
+        )
+    if model.remodelled is not None:
+        name = model.remodelled.get("name")
+        raise ArtifactError(f"{path} is a remodelled network ({name}), whose head cannot start anew for other classes")
+    if not network.new_head:
+        raise ArtifactError(
+            f"{path} knows other classes than this data, or the same in another order.\n"
+            f"It knows {len(model.class_names)}: {_names(model.class_names)}\n"
+            f"The data has {len(classes)}: {_names(classes)}\n"
+            f"Use data with the same class names, or train it on with a new head: {key}.new_head=true"
+        )
+    warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights stay"
+    module = create_model(model.architecture, len(classes), size=model.input.size)
+    own = module.state_dict()
+    kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
+    head = _head_keys(model.module, module, len(model.class_names) == len(classes))
+    module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
+    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=[warning])
+
+
+def _spec(recipe: Recipe, network: StageSettings) -> InputSpec:
+    """How the network wants its images; published weights know one normalisation, others take the recipe's."""
+    data = recipe.data
+    spec = input_spec(network.model, network.size or data.size, data.resize_mode)
+    if network.weights == "pretrained":
+        return spec
+    return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)
+
+
+def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
+    """Parameters of the last linear layer, which equal shapes alone would carry over to other classes."""
+    if not same_size:
+        return set()
+    last = [name for name, module in new.named_modules() if isinstance(module, nn.Linear)][-1:]
+    return {f"{name}.{part}" for name in last for part in ("weight", "bias")}
+
+
+def _network_key(recipe: Recipe, network: StageSettings) -> str:
+    """How ``--set`` names a network of the recipe: "teacher", "teacher.1", "student"."""
+    several = [("assistants", recipe.assistants)]
+    if isinstance(recipe.teacher, list):
+        several.append(("teacher", recipe.teacher))
+    found = (f"{key}.{at}" for key, networks in several for at, each in enumerate(networks) if each is network)
+    return next(found, "teacher" if network is recipe.teacher else "student")
+
+
+def _is_potstill_model(path: Path) -> bool:
+    try:
+        return (find_model(path) / "model.json").is_file()
+    except ArtifactError:
+        return False
+
+
+def _names(names: tuple[str, ...], most: int = 12) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
+
+
+def train_loader(
+    planned: PlannedStage,
+    needs: Requirements,
+    spec: InputSpec,
+    *,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    observer: Observer | None = None,
+) -> Loader:
+    """Augmented training images in a new order each epoch.
+
+    Baseline and distilled draw the same order and the same views from the seeds, so that only the method differs (one
+    that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
+    """
+    views = recipe.store.views
+    balances = recipe.data.balance == "sampling" if data.draws is None else data.draws.groups is not None
+    return Loader(
+        data.train,
+        spec,
+        batch_size=recipe.stage_training(planned.name).batch_size,
+        augment=recipe.data.augment or data.augment,
+        order="balanced" if balances else "shuffled",
+        seed=derive_seed(recipe.seed, f"{planned.seed}/order"),
+        workers=recipe.data.workers,
+        device=compute.device,
+        memory_share=recipe.data.memory_share,
+        local_processes=compute.processes.local_count,
+        second=needs.second,
+        classes=len(data.class_names),
+        unlabeled=data.unlabeled if needs.teacher or needs.peers else None,
+        unlabeled_share=recipe.data.unlabeled_share,
+        whole_batches=needs.batch_size,
+        views=None if planned.role == "teacher" or isinstance(views, str) else views,
+        view_seed=derive_seed(recipe.augmentation_seed, f"{planned.seed}/views"),
+        identity=f"{data.fingerprint}/train",
+        progress=observer,
+        draws=data.draws,
+        share=(compute.processes.rank, compute.processes.count),
+    )
+
+
+def describe_training_views(loader: Loader, recipe: Recipe, data: DataSplits, epochs: int) -> dict[str, Any]:
+    """What identifies the views that a student is trained on, whatever its method.
+
+    Args:
+        loader: of its training images.
+        recipe: with the stage's own seed.
+        data: what the loader shows.
+        epochs: that are planned.
+
+    Returns:
+        ``count`` of different views of an image, ``augmentation_seed``, and ``sha256`` over all that decides them:
+        equal digests, equal views.  Unlabeled images beside the labeled ones are left out.
+    """
+    described = loader.describe_views()
+    described["samples"] = described["samples"][0]
+    count = min(loader.views_in_turn or epochs, epochs) if described["augment"] is not None else 1
+    content = json.dumps([data.fingerprint, count, described], sort_keys=True, default=str)
+    return {"count": count, "augmentation_seed": recipe.augmentation_seed, "sha256": sha256_hex(content.encode())}
+
+
+def split_loader(
+    data: DataSplits,
+    split: str,
+    spec: InputSpec,
+    recipe: Recipe,
+    settings: TrainingSettings,
+    compute: Compute,
+    *,
+    shared: bool = True,
+) -> Loader:
+    """Every image of a split once, in its listed order, without augmentation.
+
+    ``shared``: among several processes, each of which has its own batches; else each has all of them.
+    """
+    processes = compute.processes
+    return Loader(
+        data.split(split),
+        spec,
+        batch_size=settings.batch_size,
+        workers=recipe.data.workers,
+        device=compute.device,
+        memory_share=recipe.data.memory_share,
+        local_processes=processes.local_count,
+        identity=f"{data.fingerprint}/{split}",
+        progress=SilentObserver(),  # what there is to say has been said of the training images
+        share=(processes.rank, processes.count) if shared else (0, 1),
+    )
+
+
+TIMING_ROUNDS = 3  # in which a teacher's answer is timed, after one that is thrown away
+
+
+def build_distiller(
+    planned: PlannedStage,
+    student: Classifier,
+    method: Method,
+    teachers: Sequence[Classifier],
+    *,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    example: Tensor,
+    label_loss: nn.Module,
+) -> Distiller:
+    """A Distiller on the compute's device; each teacher gets images of its own size and normalisation.
+
+    Raises:
+        UsageError: networks that the method cannot join.
+    """
+    if planned.layers and method.needs.maps == "none":
+        raise UsageError(
+            f"layers: method {describe_method(recipe.method)} joins no feature maps of student and teacher; leave layers out"
+        )
+    several = len(teachers) > 1
+    for network in (student, *teachers):
+        network.module.to(compute.device).to(memory_format=compute.memory_format)
+    return Distiller(
+        student.module,
+        [teacher.module for teacher in teachers] or None,
+        method,
+        example=example,
+        student_input=student.input if teachers else None,
+        teacher_input=[teacher.input for teacher in teachers] or None,
+        label_loss=label_loss,
+        layers=planned.layers,
+        train_labels=torch.as_tensor(data.train.labels, dtype=torch.int64, device=compute.device),
+        batch_size=recipe.stage_training(planned.name).batch_size,
+        teacher_weights=recipe.teachers.weights if several else None,
+        combine=recipe.teachers.combine,
+    ).to(compute.device)
+
+
+def take_deployed_network(student: Classifier, distiller: Distiller) -> None:
+    """Let ``student`` hold what is deployed: for few methods another network than the one that went in."""
+    network = distiller.student
+    if network is student.module:
+        return
+    if isinstance(network, ExpandedStage):
+        network = network.merged()
+    student.module = network
+    student.remodelled = network.facts if isinstance(network, ModifiedStudent) else None
+
+
+def describe_layers(distiller: Distiller, *, most: int | None = None) -> str:
+    """For people: which layers are joined and what is trained besides the student; empty where there is neither.
+
+    Args:
+        distiller: whose table and adapters are shown.
+        most: rows of adapters; of more, only the sum of each group is shown.
+
+    Example:
+        >>> from potstill.methods.kd import KD
+        >>> student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2))
+        >>> describe_layers(Distiller(student, teacher, KD()))
+        ''
+    """
+    parts = [f"Joined layers\n\n{distiller.table.rstrip()}"] if distiller.table else []
+    if isinstance(distiller.student, ModifiedStudent):
+        facts = ", ".join(f"{key} {value}" for key, value in distiller.student.facts.items() if value and key != "name")
+        parts.append(f"The student with other last layers: {distiller.student.name}\n\n{facts}")
+    adapters = [
+        (name.removeprefix("method."), parameter)
+        for name, parameter in distiller.trained_parameters()
+        if not name.startswith("student.")
+    ]
+    if adapters:
+        parts.append(
+            f"Trained besides the student, and left behind with the teacher\n\n{_adapter_table(adapters, most)}"
+        )
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def _adapter_table(adapters: list[tuple[str, nn.Parameter]], most: int | None) -> str:
+    rows = [(name, " x ".join(map(str, each.shape)) or "1", each.numel()) for name, each in adapters]
+    total = sum(count for *_, count in rows)
+    if most is not None and len(rows) > most:
+        groups: dict[str, list[int]] = {}
+        for name, _, count in rows:
+            groups.setdefault(".".join(name.split(".")[:2]), []).append(count)
+        rows = [(f"{name}.*", f"{len(counts)} tensors", sum(counts)) for name, counts in groups.items()]
+    cells = [("name", "shape", "parameters"), *((a, b, f"{c:,}") for a, b, c in rows), ("total", "", f"{total:,}")]
+    wide, middle, narrow = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return "\n".join(f"{a:<{wide}}  {b:>{middle}}  {c:>{narrow}}" for a, b, c in cells)
+
+
+def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:
+    """What the teachers' answers cost in each training step: ``count_parameters``, ``bytes`` that these take in memory, and
+    ``ms_per_step`` (median); None where there is no teacher.
+
+    Args:
+        distiller: on the compute's device.
+        batch_size: images of a step.
+        size: of the student's images in pixels.
+        compute: where and in which precision.
+    """
+    if distiller.teacher is None:
+        return None
+    images = torch.zeros(batch_size, 3, size, size, device=compute.device).to(memory_format=compute.memory_format)
+    times = []
+    for _ in range(TIMING_ROUNDS + 1):
+        compute.wait()
+        start = time.perf_counter()
+        with compute.autocast():
+            distiller.run_teacher(images)
+        compute.wait()
+        times.append(1000 * (time.perf_counter() - start))
+    held = list(distiller.teacher.parameters())
+    return {
+        "parameters": count_parameters(distiller.teacher),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in held),
+        "ms_per_step": round(sorted(times[1:])[TIMING_ROUNDS // 2], 3),
+        "batch_size": batch_size,
+    }

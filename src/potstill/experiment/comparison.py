@@ -1,0 +1,234 @@
+"""``comparison`` and ``cka`` of results.json: the distilled student against the baseline on the same test images, by
+every seed, and the CKA of teacher and students on val.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill.config.recipe import Recipe
+from potstill.config.stage_names import sort_stages, stage_name, stage_role
+from potstill.data.splits import DataSplits
+from potstill.errors import PotstillError
+from potstill.evaluation.classification import Array
+from potstill.evaluation.fidelity import MIN_BATCH_SIZE, stage_similarity
+from potstill.evaluation.significance import (
+    crossed_interval,
+    gap_closed,
+    interim_confidence,
+    mcnemar,
+    paired_interval,
+    seeds_summary,
+)
+from potstill.experiment.builders import split_loader
+from potstill.experiment.ensembles import group_members
+from potstill.experiment.verdict import MIN_SEEDS, finite_figure, verdict
+from potstill.models.model_file import Classifier
+from potstill.training.devices import Compute
+
+CKA_IMAGES = 512  # of val at most
+_CKA_BATCH = 64
+_CKA_SPLIT = "val"
+
+
+def describe_similarity(
+    models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
+) -> dict[str, Any] | None:
+    """Linear CKA between the stages of the first teacher and those of baseline and distilled, on images of val.
+
+    Returns:
+        ``split``, ``images``, ``layers`` (by stage of the run: paths), ``values`` (by student: a row for each stage of
+        the teacher, a column for each of its own) and ``left_out``; ``failed`` alone where it cannot be had; None where
+        there is no teacher or no student.
+    """
+    names = [name for name in ("teacher", "baseline", "distilled") if name in models]
+    if names[:1] != ["teacher"] or len(names) < 2:
+        return None
+    if len(data.val) < MIN_BATCH_SIZE:
+        return {"split": _CKA_SPLIT, "failed": f"val has fewer than {MIN_BATCH_SIZE} images"}
+    try:
+        found = stage_similarity(
+            {name: models[name].module for name in names},
+            _batches({name: models[name] for name in names}, recipe, data, compute),
+        )
+    except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, no memory among them
+        return {"split": _CKA_SPLIT, "failed": str(error).splitlines()[0] if str(error) else type(error).__name__}
+    return {
+        "split": _CKA_SPLIT,
+        "images": found.images,
+        "layers": {name: list(paths) for name, paths in found.layers.items()},
+        "values": {name: [[_rounded(value) for value in row] for row in rows] for name, rows in found.values.items()},
+        "left_out": {name: list(paths) for name, paths in found.left_out.items()},
+    }
+
+
+def _batches(
+    models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
+) -> Iterator[dict[str, Tensor]]:
+    """Images spread evenly over val, and so over its classes where it is sorted by them; so is each batch."""
+    count = min(CKA_IMAGES, len(data.val))
+    chosen = np.linspace(0, len(data.val) - 1, count).round().astype(np.int64)
+    loaders = {
+        name: split_loader(data, _CKA_SPLIT, model.input, recipe, recipe.stage_training(name), compute, shared=False)
+        for name, model in models.items()
+    }
+    batches = max(1, min(-(-count // _CKA_BATCH), count // MIN_BATCH_SIZE))
+    for start in range(batches):
+        ids = torch.from_numpy(chosen[start::batches])
+        yield {name: loader.view(ids, 0) for name, loader in loaders.items()}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+SEED_METRICS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll")  # figures that are averaged over the seeds
+_INTERMEDIATE_ROLES = ("assistant", "generation")  # stages on the way to the distilled student
+
+
+def compare_with_baseline(
+    stages: dict[str, Any],
+    correct: dict[str, Array],
+    groups: dict[str, Any] | None = None,
+    repeats: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    domain: Mapping[str, Any] | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All that sets distilled and baseline side by side.
+
+    Args:
+        stages: of results.json, with baseline and distilled; with teachers where there are any.
+        correct: stage, repeat or group -> [N] bool, whether each test image was classified correctly.
+        groups: ``together`` of results.json.
+        repeats: of results.json: baseline and distilled of further seeds.
+        seed: the first one.
+        domain: what ``domain_results.describe_domains`` says, where there is a target.
+        known: further facts for the verdict: ``count_test_evaluations`` and ``teacher_below_baseline``, as in results.json.
+    """
+    groups = groups or {}
+    baseline, distilled = (stages[name]["test"] for name in ("baseline", "distilled"))
+    gained = _gain(correct["baseline"], correct["distilled"])
+    others = [
+        name
+        for name in (*sort_stages(stages), *groups)
+        if name == "generations" or stage_role(name) in _INTERMEDIATE_ROLES
+    ]
+    teacher = _teacher_correct(correct, group_members("teachers", stages))
+    comparison = {
+        **gained,
+        "f1_macro_gain": distilled["f1_macro"] - baseline["f1_macro"],
+        "auc_macro_gain": _difference(distilled["auc_macro"], baseline["auc_macro"]),
+        **_compare_with_teachers(stages, groups, gained["top1_gain"]),
+        **_gap_intervals(teacher, correct["baseline"][None], correct["distilled"][None]),
+        "test_images": len(correct["baseline"]),
+        "others": {name: _gain(correct["baseline"], correct[name]) for name in others},
+    }
+    if repeats:
+        comparison["seeds"] = _over_seeds(stages | dict(repeats), correct, teacher, seed, count_test_evaluations(known))
+    if domain is not None:
+        comparison["domain"] = dict(domain)
+    comparison |= known or {}
+    return comparison | {"verdict": verdict(comparison, stages)}
+
+
+def count_test_evaluations(known: Mapping[str, Any] | None) -> int:
+    """How many times a verdict could be read from the test split, the present one included.
+
+    A first look at fewer seeds than a verdict takes does not count: none could be read there.
+    """
+    found = (known or {}).get("looks") or {}
+    evaluations = int(finite_figure(found, "test_evaluations") or 1)
+    first = finite_figure(found, "seeds_at_first_look")
+    return max(1, evaluations - (evaluations > 1 and first is not None and first < MIN_SEEDS))
+
+
+def _over_seeds(
+    stages: Mapping[str, Any], correct: Mapping[str, Array], teacher: Array | None, seed: int, looks: int
+) -> dict[str, Any]:
+    """The same over all seeds: by seed, their means, and the mean gain with one interval over seeds and images."""
+    count = 1
+    while {stage_name("baseline", count + 1), stage_name("distilled", count + 1)} <= stages.keys():
+        count += 1
+    pairs = [(stage_name("baseline", each), stage_name("distilled", each)) for each in range(1, count + 1)]
+    before, after = (np.stack([correct[pair[at]] for pair in pairs]) for at in (0, 1))
+    whole = crossed_interval(before, after, interim_confidence(looks))
+    tests = [[stages[name]["test"] for name in pair] for pair in pairs]
+    figures = {}
+    for key in SEED_METRICS:
+        columns: list[list[float]] = [
+            [pair[at][key] for pair in tests if pair[at].get(key) is not None] for at in (0, 1)
+        ]
+        if len(columns[0]) == len(columns[1]) == count:
+            figures[key] = seeds_summary(*columns)
+    found = {
+        "seeds": list(range(seed, seed + count)),
+        "each": [{"seed": seed + at, **_gain(before[at], after[at])} for at in range(count)],
+        "figures": figures,
+        "top1_gain": {**whole._asdict(), "looks": looks},
+    }
+    if teacher is not None:
+        lead = float(teacher.mean() - before.mean())
+        found |= {"gap": lead, "gap_closed": whole.value / lead if lead > 0 else None}
+        found |= _gap_intervals(teacher, before, after)
+    return found
+
+
+def _gain(before: Array, after: Array) -> dict[str, Any]:
+    gain, low, high = paired_interval(before, after)
+    test = mcnemar(before, after)
+    return {
+        "top1_gain": gain,
+        "top1_gain_low": low,
+        "top1_gain_high": high,
+        "mcnemar_p": test["p"],
+        "fixed": test["fixed"],
+        "broken": test["broken"],
+    }
+
+
+def _teacher_correct(correct: Mapping[str, Array], names: Sequence[str]) -> Array | None:
+    """[N] bool of the teacher, or of several together; None where there is none, or only their figures are known."""
+    if len(names) == 1:
+        return correct.get(names[0])
+    return correct.get("teachers") if names else None
+
+
+def _gap_intervals(teacher: Array | None, baseline: Array, distilled: Array) -> dict[str, float]:
+    """Ends of the intervals; those of the share that is closed only where there surely is a gap."""
+    if teacher is None:
+        return {}
+    gap, closed = gap_closed(teacher, baseline, distilled)
+    ends = {"gap_low": gap.low, "gap_high": gap.high}
+    return ends if closed is None else ends | {"gap_closed_low": closed.low, "gap_closed_high": closed.high}
+
+
+def _compare_with_teachers(stages: dict[str, Any], groups: dict[str, Any], gain: float) -> dict[str, Any]:
+    """How far the teacher, or the teachers together, lead, and what they cost beside the student."""
+    names, student = group_members("teachers", stages), stages["distilled"]
+    if not names:
+        return {"teachers": 0, "gap": None, "gap_closed": None}
+    reached = groups.get("teachers", stages[names[0]])["test"]["top1"]
+    lead = reached - stages["baseline"]["test"]["top1"]
+    sums = {
+        "parameter_ratio": ("model", "parameters"),
+        "file_ratio": ("model", "file_bytes"),
+        "latency_ratio": ("latency_ms", "p50"),
+    }
+    return {
+        "teachers": len(names),
+        "teachers_top1": reached,
+        "gap": lead,
+        "gap_closed": gain / lead if lead > 0 else None,
+        **{
+            name: sum(stages[teacher][part][key] for teacher in names) / student[part][key]
+            for name, (part, key) in sums.items()
+        },
+    }
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b

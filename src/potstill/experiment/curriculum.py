@@ -1,0 +1,111 @@
+"""Curriculum of a distilled student: its images in the order of their difficulty for its teachers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.config.recipe import CurriculumSettings, Recipe
+from potstill.data.counter_rng import uniform
+from potstill.data.samplers import Curriculum, curriculum_order, curriculum_share
+from potstill.data.splits import DataSplits, EpochSampling
+from potstill.evaluation.predictions import predict_probabilities
+from potstill.experiment.builders import split_loader
+from potstill.experiment.ensembles import average_probabilities
+from potstill.experiment.plan import PlannedStage, derive_seed
+from potstill.models.model_file import Classifier
+from potstill.training.callbacks import Observer
+from potstill.training.devices import Compute
+
+Array = NDArray[np.float64]
+
+
+def apply_curriculum(
+    data: DataSplits,
+    stage: PlannedStage,
+    models: Mapping[str, Classifier],
+    recipe: Recipe,
+    compute: Compute,
+    observer: Observer,
+) -> DataSplits:
+    """The data with the draws of a stage's curriculum; as it is where the recipe has none, or the stage distils not.
+
+    The teachers are asked once for every training image, without augmentation.  The order follows from their answers
+    alone (of "random": from the seed), so a run that goes on finds the same one.  An epoch has as many images as
+    without, so there are as many steps.
+    """
+    settings = recipe.curriculum
+    if settings is None or not stage.distils:
+        return data
+    difficulty = _predict_difficulty(data, [models[name] for name in stage.teachers], settings, recipe, compute)
+    labels = np.asarray(data.train.labels)
+    if settings.order == "random":
+        seed = derive_seed(recipe.seed, f"{stage.seed}/curriculum")
+        difficulty = uniform(seed, "curriculum", np.arange(len(labels), dtype=np.int64), 0)
+    order = curriculum_order(-difficulty if settings.order == "hard" else difficulty, labels)
+    epochs = recipe.stage_training(stage.name).epochs
+    counts = images_per_epoch(settings, len(labels), len(data.class_names), epochs)
+    observer.note(_describe_curriculum(settings, counts, difficulty))
+    return replace(data, draws=EpochSampling(len(labels), curriculum=Curriculum(order, counts)))
+
+
+def images_per_epoch(settings: CurriculumSettings, images: int, classes: int, epochs: int) -> tuple[int, ...]:
+    """How many images each epoch draws from; never fewer than there are classes, or than there are images."""
+    shares = (
+        curriculum_share(settings.pacing, epoch, epochs, start=settings.start, until=settings.until)
+        for epoch in range(epochs)
+    )
+    return tuple(min(images, max(classes, round(share * images))) for share in shares)
+
+
+def image_difficulty(probabilities: Array, labels: NDArray[np.int64], score: str) -> Array:
+    """How hard each image is.
+
+    Args:
+        probabilities: [N, K], the teachers' as one.
+        labels: [N].
+        score: "loss": -log p of the label; "confidence": 1 - the largest p.
+
+    Returns:
+        [N], at least 0.
+    """
+    if score == "confidence":
+        return np.asarray(1.0 - probabilities.max(axis=1), dtype=np.float64)
+    own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    loss: Array = -np.log(np.maximum(own, np.finfo(np.float32).tiny))
+    return loss
+
+
+def _predict_difficulty(
+    data: DataSplits,
+    teachers: Sequence[Classifier],
+    settings: CurriculumSettings,
+    recipe: Recipe,
+    compute: Compute,
+) -> Array:
+    said = []
+    for teacher in teachers:
+        teacher.module.to(compute.device)
+        loader = split_loader(data, "train", teacher.input, recipe, recipe.stage_training("student"), compute)
+        found, _, _ = predict_probabilities(
+            teacher.module,
+            loader,
+            classes=len(data.class_names),
+            device=compute.device,
+            processes=compute.processes,
+            names=[f"the teacher on train, {name}," for name in data.train.names],
+        )
+        said.append(found)
+    together = said[0] if len(said) == 1 else average_probabilities(said, recipe.teachers)
+    return image_difficulty(np.asarray(together), np.asarray(data.train.labels), settings.score)
+
+
+def _describe_curriculum(settings: CurriculumSettings, counts: Sequence[int], difficulty: Array) -> str:
+    full = next(epoch for epoch, count in enumerate(counts, start=1) if count == counts[-1])
+    first = {"easy": "the easiest", "hard": "the hardest", "random": "at random"}[settings.order]
+    by = "" if settings.order == "random" else f" by the teacher's {settings.score}, median {np.median(difficulty):.3g}"
+    return (
+        f"curriculum: {first}{by}: {counts[0]:,} images in the first epoch, {counts[-1]:,} from epoch {full} on; "
+        "as many steps in each"
+    )

@@ -1,0 +1,115 @@
+"""Predictions of several networks of a run as one: of its teachers, and of the generations of its student."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from potstill.config.recipe import TeachersSettings
+from potstill.config.stage_names import sort_stages, stage_role
+from potstill.evaluation.classification import Array
+from potstill.evaluation.predictions import (
+    MAX_VALUES_IN_MEMORY,
+    ArrayProbabilities,
+    Predictions,
+    Probabilities,
+    iterate_blocks,
+)
+from potstill.experiment.run_folder import SPLITS
+
+SplitPredictions = dict[str, Predictions]  # by split
+
+_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)  # in place of a probability that has become 0
+
+
+def group_members(group: str, stages: Iterable[str]) -> list[str]:
+    """The stages of a group: all ``teachers``; the ``generations``, of which distilled is the last."""
+    roles = ("teacher",) if group == "teachers" else ("generation", "distilled")
+    return sort_stages(name for name in stages if stage_role(name) in roles)
+
+
+@dataclass(frozen=True)
+class MeanPredictions:
+    """Probabilities of several networks as one, computed block by block."""
+
+    each: tuple[Probabilities, ...]
+    shares: Array  # [M, 1, 1]
+    by_logits: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.each[0].shape
+
+    def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """Blocks of the mean."""
+        for which, blocks in iterate_blocks(*self.each):
+            yield which, _mean(np.stack(blocks), self.shares, self.by_logits)
+
+
+def ensemble_predictions(
+    stages: Mapping[str, Mapping[str, Predictions]], settings: TeachersSettings
+) -> dict[str, SplitPredictions]:
+    """What several networks say as one: the teachers as the recipe combines them, the generations by their mean.
+
+    A lone teacher is its own group; generations are one where there are several.  Splits whose probabilities were not
+    kept are left out.
+
+    Averaged logits are, after softmax, the weighted geometric mean of the probabilities.
+
+    Args:
+        stages: stage -> split -> what it predicted.
+        settings: how teachers are combined.
+    """
+    groups: dict[str, SplitPredictions] = {}
+    for group in ("teachers", "generations"):
+        names = group_members(group, stages)
+        if not names or (group == "generations" and len(names) < 2):
+            continue
+        if len(names) == 1:
+            groups[group] = dict(stages[names[0]])
+            continue
+        by_logits = group == "teachers" and settings.combine == "logits"
+        given = settings.weights if group == "teachers" and settings.weights is not None else [1.0] * len(names)
+        shares = np.asarray(given, dtype=np.float64)[:, None, None] / sum(given)
+        groups[group] = {}
+        for split in SPLITS:
+            found = [stages[name][split] for name in names]
+            rows = [each.rows for each in found if each.rows is not None]
+            if len(rows) == len(names):
+                groups[group][split] = Predictions.of(
+                    _in_memory(MeanPredictions(tuple(rows), shares, by_logits)), found[0].labels
+                )
+    return groups
+
+
+def _in_memory(rows: MeanPredictions) -> Probabilities:
+    """As an array, where that is small."""
+    if rows.shape[0] * rows.shape[1] > MAX_VALUES_IN_MEMORY:
+        return rows
+    blocks = [block for _, block in rows.blocks()]
+    return ArrayProbabilities(np.concatenate(blocks)) if blocks else ArrayProbabilities(np.zeros(rows.shape))
+
+
+def average_probabilities(each: Sequence[Array], settings: TeachersSettings) -> Array:
+    """What several teachers say as one of the same images, [N, K]; a lone teacher's word as it is.
+
+    Args:
+        each: [N, K] probabilities of each, in their order.
+        settings: how they are combined.
+    """
+    given = settings.weights if settings.weights is not None else [1.0] * len(each)
+    shares = np.asarray(given, dtype=np.float64)[:, None, None] / sum(given)
+    return each[0] if len(each) == 1 else _mean(np.stack(each), shares, settings.combine == "logits")
+
+
+def _mean(stacked: Array, shares: Array, by_logits: bool) -> Array:
+    """[M, N, K] -> [N, K]."""
+    stacked = stacked.astype(np.float64)
+    mean: Array = (shares * stacked).sum(axis=0)
+    if len(stacked) == 1 or not by_logits:
+        return mean
+    logs = (shares * np.log(np.maximum(stacked, _SMALLEST))).sum(axis=0)
+    raised = np.exp(logs - logs.max(axis=1, keepdims=True))
+    combined: Array = raised / raised.sum(axis=1, keepdims=True)
+    return combined

@@ -1,0 +1,169 @@
+"""Estimates before training: size and speed-up of the teacher cache, and the time of further seeds."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from potstill.config.recipe import Recipe
+from potstill.data.loader import Loader
+from potstill.distillation.cached_outputs import CachedTeacherOutputs
+from potstill.experiment.plan import PlannedStage, stage_recipe
+from potstill.formatting import format_count, format_duration, format_percent, format_scaled
+from potstill.models.model_file import Classifier
+from potstill.training.autotune import create_timed_step, timed_batch_size
+from potstill.training.devices import Compute
+
+_ROUNDS = 3  # in which a step is timed, after one that is thrown away
+_NEGLIGIBLE_SPEED_UP = 1.05  # times as fast: less is not worth a word
+
+
+@dataclass(frozen=True)
+class CacheEstimate:
+    """Of one student's training.
+
+    Attributes:
+        views: drawn in turn.
+        images: N.
+        size: bytes that all views take on disk.
+        recorded: share of them that is there already.
+        teacher: seconds for an image.
+        student: seconds for an image, forward and backward.
+        epochs: to come.
+    """
+
+    views: int
+    images: int
+    size: int
+    recorded: float
+    teacher: float
+    student: float
+    epochs: int
+
+    @property
+    def speed_up(self) -> float:
+        """Times as fast as with a teacher that is asked in every step."""
+        asked = self.views * (1 - self.recorded)
+        return self.epochs * (self.teacher + self.student) / (asked * self.teacher + self.epochs * self.student)
+
+    @property
+    def later(self) -> float:
+        """The same for a run that finds everything recorded: another temperature, alpha, method or student."""
+        return (self.teacher + self.student) / self.student
+
+    def __str__(self) -> str:
+        """For people.
+
+        Example:
+            >>> print(CacheEstimate(8, 10_000, 640_000, 0.0, 3e-3, 1e-3, 24))
+            store: 8 views of 10,000 images, 640 kB, none recorded yet. Expected: 2.0 times as fast as asking the \
+teacher in every step, and 4.0 times in later runs
+            >>> print(CacheEstimate(8, 10_000, 640_000, 1.0, 3e-3, 1e-3, 24))
+            store: 8 views of 10,000 images, 640 kB, all recorded. Expected: 4.0 times as fast as asking the teacher \
+in every step
+        """
+        views = f"{self.views} view{'' if self.views == 1 else 's'} of {format_count(self.images)} images"
+        there = "all recorded" if self.recorded == 1 else f"{format_percent(self.recorded, 0)} recorded"
+        if self.recorded == 0:
+            there = "none recorded yet"
+        first = f"{self.speed_up:.1f} times as fast as asking the teacher in every step"
+        if self.speed_up < _NEGLIGIBLE_SPEED_UP:
+            first = "as fast as asking the teacher in every step"
+        later = "" if self.recorded == 1 else f", and {self.later:.1f} times in later runs"
+        return f"store: {views}, {format_scaled(self.size, 'B')}, {there}. Expected: {first}{later}"
+
+
+def estimate_cache(
+    recorded: CachedTeacherOutputs,
+    loader: Loader,
+    student: Classifier,
+    *,
+    teacher: float,
+    batch: int,
+    epochs: int,
+    compute: Compute,
+) -> CacheEstimate:
+    """Times a training step of a copy of the student; nothing else is touched.
+
+    Args:
+        recorded: of the training images.
+        loader: of the training images.
+        student: as it will be trained.
+        teacher: seconds for an image.
+        batch: images of a step.
+        epochs: at most.
+        compute: where.
+    """
+    caches = [*recorded.caches, *recorded.second]
+    views = 1 if not loader.distinct_views else min(loader.views_in_turn or epochs, epochs)
+    there = sum(sum(shelf.coverage(views)) for shelf in caches) / (views * loader.samples * len(caches))
+    return CacheEstimate(
+        views=views,
+        images=loader.samples,
+        size=views * loader.samples * sum(shelf.record.nbytes for shelf in caches),
+        recorded=there,
+        teacher=teacher,
+        student=seconds_per_image(student, batch, compute),
+        epochs=epochs,
+    )
+
+
+def seconds_per_image(student: Classifier, batch: int, compute: Compute) -> float:
+    """In a training step of a copy of the student, forward and backward."""
+    size = student.input.size
+    step, images = create_timed_step(student.module, size, batch, compute), timed_batch_size(batch, size)
+    times = []
+    for _ in range(_ROUNDS + 1):
+        started = time.perf_counter()
+        step()
+        compute.wait()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:]) / images
+
+
+def describe_seeds(recipe: Recipe, planned: Sequence[PlannedStage]) -> str:
+    """How many trainings the seeds make; "" where there is but one seed.
+
+    Example:
+        >>> from potstill.experiment.plan import plan_stages
+        >>> from potstill.config.recipe import load_recipe
+        >>> recipe = load_recipe("quickstart", ["seeds=3"])
+        >>> print(describe_seeds(recipe, plan_stages(recipe)))
+        seeds 0, 1, 2: baseline and distilled are trained with each of them, 6 trainings, all with the same teacher
+    """
+    if recipe.seeds == 1:
+        return ""
+    seeds = sorted({stage_recipe(recipe, stage).seed for stage in planned})
+    shown = ", ".join(map(str, seeds)) if len(seeds) <= 8 else f"{seeds[0]} to {seeds[-1]}"
+    trained = [stage.role for stage in planned if stage.role in ("baseline", "distilled")]
+    who = " and ".join(dict.fromkeys(trained)) + (" is" if len(set(trained)) == 1 else " are")
+    teacher = ", all with the same teacher" if any(stage.teachers for stage in planned) else ""
+    fixed = recipe.data.augmentation_seed
+    views = "" if fixed is None else f"; data.augmentation_seed={fixed}: no seed varies the views"
+    return f"seeds {shown}: {who} trained with each of them, {format_count(len(trained))} trainings{teacher}{views}"
+
+
+def estimate_further_seeds(
+    recipe: Recipe, planned: Sequence[PlannedStage], student: Classifier, images: int, compute: Compute
+) -> str:
+    """What the further seeds take, from one timed training step of the student; "" where there are none to come.
+
+    Args:
+        recipe: says how many seeds and epochs.
+        planned: the stages to come.
+        student: before its training; a copy of it is timed.
+        images: of the training split.
+        compute: where.
+    """
+    further = [stage for stage in planned if stage.repeat]
+    if not further:
+        return ""
+    settings = recipe.stage_training("student")
+    each = settings.epochs * images * seconds_per_image(student, settings.batch_size, compute)
+    total = each * len(further) / max(1, compute.processes.count)
+    seeds = len({stage.repeat for stage in further})
+    more = "the further seed takes" if seeds == 1 else f"the {format_count(seeds)} further seeds take"
+    return (
+        f"{more} about {format_duration(total)} ({format_count(len(further))} trainings of {format_count(settings.epochs)} "
+        f"epoch{'' if settings.epochs == 1 else 's'}; more where the teacher is asked in every step)"
+    )

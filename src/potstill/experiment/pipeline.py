@@ -1,0 +1,505 @@
+"""From a recipe to a run folder: teacher, baseline, distilled, figures; in one process, or in several of which the
+first writes.
+"""
+
+import json
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from potstill.config.method_settings import describe_method, needs_teacher
+from potstill.config.recipe import Recipe, StageSettings, dump_recipe
+from potstill.config.stage_names import stage_name, stage_number, stage_role
+from potstill.data.splits import DataSplits
+from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
+from potstill.errors import StorageError, UsageError
+from potstill.evaluation.fidelity import class_order
+from potstill.evaluation.predictions import predict_probabilities
+from potstill.experiment.builders import InitialNetwork, build_network, split_loader, train_loader
+from potstill.experiment.curriculum import apply_curriculum
+from potstill.experiment.domain_adaptation import Domains
+from potstill.experiment.environment import describe_environment
+from potstill.experiment.estimate import describe_seeds, estimate_further_seeds
+from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, plan_stages, stage_recipe
+from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
+from potstill.experiment.reproduce import RunRecord, check_same_images
+from potstill.experiment.results import describe_run, evaluate_stages
+from potstill.experiment.resume import TEST_EVALUATIONS_KEY as LOOKS
+from potstill.experiment.resume import (
+    check_same_baseline,
+    check_same_data,
+    check_same_recipe,
+    check_weights_outside,
+    describe_test_evaluations,
+    describe_view_difference,
+    extended_stages,
+    record_test_evaluation,
+    recorded_test_evaluations,
+)
+from potstill.experiment.run_folder import RunFolder
+from potstill.experiment.stage import train_stage
+from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
+from potstill.io import read_bytes, write_bytes
+from potstill.loggers.observer import logging_observer
+from potstill.methods import create_method
+from potstill.models.model_file import Classifier, load_model, save_model
+from potstill.training.autotune import PrecisionSelector, ThreadSelector
+from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
+from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
+from potstill.training.devices import Compute, create_compute
+from potstill.training.optim import lr_factor
+from potstill.training.settings import TrainingSettings
+
+_VISIBLE_TIMEOUT = 10.0  # seconds until a network's file system shows what another machine has made
+
+
+@contextmanager
+def open_run_folder(
+    root: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
+) -> Iterator[RunFolder]:
+    """The folder of a run that is about to begin or to go on, until it is over.
+
+    Args:
+        root: where run folders stand.
+        name: of this one.
+        processes: of which the first one writes.
+        resume: go on with a run that is there.
+        overwrite: delete it first.
+
+    Raises:
+        UsageError, StorageError, ArtifactError: as ``RunFolder.create``.
+        StorageError: a process does not see the folder that the first one has made.
+    """
+    if processes.first:
+        with RunFolder.create(root, name, resume=resume, overwrite=overwrite) as folder:
+            processes.share(None)
+            yield folder
+        return
+    processes.share(None)
+    path = root / name
+    patience = time.monotonic() + _VISIBLE_TIMEOUT
+    while not path.is_dir():
+        if time.monotonic() > patience:
+            raise StorageError(
+                f"{path} was made by the first process, and rank {processes.rank} does not see it: "
+                "give a --root that all machines share"
+            )
+        time.sleep(0.1)
+    yield RunFolder(path)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    root: Path = Path("runs"),
+    name: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    stages: tuple[str, ...] = STAGE_GROUPS,
+    data: DataSplits | None = None,
+    observer: Observer | None = None,
+    stopping: SignalHandler | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
+    replay: RunRecord | None = None,
+    evaluate: bool = True,
+    baseline: Path | None = None,
+) -> Path:
+    """Carry out a recipe; returns the run folder.
+
+    Args:
+        recipe: checked settings.
+        root: where run folders stand.
+        name: the folder's name; the recipe's own where None.
+        resume: go on with an existing run of the same recipe.
+        overwrite: delete an existing run of this name first.
+        stages: which of teacher, baseline, distilled to carry out (all teachers; with assistants and generations);
+            distilled alone needs a ready-made teacher where the method has one.
+        data: data sets from Python in place of ``recipe.data.source``.
+        observer: is told what happens.
+        stopping: hears signals; a training then ends after its step, with all that it needs to go on saved.
+        processes: that carry it out together; the first one writes, into a folder that all of them see.
+        replay: of the run that this one is to repeat: on the same images, with as many threads.
+        evaluate: False ends after training: no figures on test, no results.json.  ``resume`` adds them later.
+        baseline: folder of another run, whose baseline is taken in place of training the same one again.
+
+    Raises:
+        PotstillError: anything that a user can mend; see ``potstill.errors`` for kinds and exit codes.
+        Stopped: a signal came.
+    """
+    started = time.monotonic()
+    unknown = [stage for stage in stages if stage not in STAGE_GROUPS]
+    if unknown or not stages:
+        raise UsageError(f"stages are some of {', '.join(STAGE_GROUPS)}, got {list(stages)}")
+    if "distilled" in stages and "teacher" not in stages and needs_teacher(recipe.method):
+        if any(teacher.weights is None for teacher in recipe.each_teacher):
+            raise UsageError(
+                "the distilled stage alone needs a teacher that is trained already: name its run or model folder with "
+                "--teacher, or train all stages with `potstill run`"
+            )
+        stages = ("teacher", *stages)
+    planned, observer = plan_stages(recipe, stages), observer or SilentObserver()
+    if not planned:
+        raise UsageError(f"there is no teacher to train: method {describe_method(recipe.method)} learns from none")
+    name = recipe.name if name is None else name
+    extended: dict[str, list[int]] = {}
+    reused = None if baseline is None else _folder_of_baseline(baseline, root / name)
+    with open_run_folder(root, name, processes, resume=resume, overwrite=overwrite) as folder, ExitStack() as beside:
+        if resume:
+            recipe = restore_view_plan(folder.recipe, recipe)
+            check_same_recipe(folder, recipe)
+            extended = extended_stages(folder, recipe, planned)
+        if overwrite:
+            check_weights_outside(folder, recipe)
+        recorded = folder.read_environment() if resume else replay.environment if replay is not None else None
+        keep = folder.add_to_environment if processes.first else None
+        threads = ThreadSelector(recorded, keep, processes=processes)
+        precisions = PrecisionSelector(recorded, keep, processes=processes)
+        once = [stage for stage in planned if not stage.repeat]  # further seeds train the same networks again
+        splits, compute, layers = check_all(recipe, data, once, observer, processes)
+        if resume:
+            check_same_data(folder, splits)
+        if replay is not None:
+            check_same_images(replay, splits.fingerprint, splits.as_rows())
+        if overwrite and processes.first:
+            folder.clear()
+        storing = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
+        recipe = apply_view_plan(recipe, storing)
+        text = dump_recipe(recipe)
+        if reused is not None:
+            check_same_baseline(reused, recipe, splits)
+        processes.highest(0)  # nobody reads what the first process now writes
+        if processes.first:
+            folder.write_recipe(text)
+            facts = describe_environment(recipe, text, splits.fingerprint, compute)
+            before = {LOOKS: recorded_test_evaluations(folder)} if resume else {}
+            folder.write_environment(facts | threads.facts | precisions.facts | before)
+            folder.write_splits(splits.as_rows())
+            folder.write_skipped((each.path, each.kind, each.reason) for each in splits.all_skipped)
+            trackers = beside.enter_context(
+                logging_observer(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
+            )
+            observer = trackers
+        if recipe.each_teacher and "distilled" in stages and not needs_teacher(recipe.method):
+            observer.note(f"method {describe_method(recipe.method)} learns from no teacher: none is trained")
+        for stage, table in layers.items():
+            if table:
+                observer.note(f"{stage}: {table}")
+        if storing.note and "distilled" in stages:
+            observer.note(storing.note)
+        if text := describe_seeds(recipe, planned):
+            observer.note(text)
+        experiment = _Experiment(
+            folder,
+            recipe,
+            splits,
+            compute,
+            observer,
+            resume,
+            storing,
+            threads,
+            precisions,
+            stopping,
+            planned,
+            extended,
+            reused,
+        )
+        experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
+        experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
+        with threads:
+            # Ready-made teachers first: how good they are is said before anything is trained.
+            for each in sorted(planned, key=lambda planned_one: not _starts_from_weights(recipe, planned_one)):
+                experiment.carry_out(each)
+            models = {stage.name: experiment.models[stage.name] for stage in planned}
+            if not evaluate:  # a trial of a sweep, which must not see the test split
+                return folder.path
+            known: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
+            if processes.first:
+                record_test_evaluation(folder, recipe, planned)
+                known["looks"] = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
+            known["views_differ"] = _views_that_differ(models)
+            for sentence in known["views_differ"]:
+                experiment.warn(sentence)
+            evaluated = evaluate_stages(folder, models, recipe, splits, compute, known)
+        if not processes.first:
+            return folder.path
+        seconds = time.monotonic() - started
+        names = [stage.name for stage in planned]
+        found = describe_run(folder.path.name, recipe, splits, names, evaluated, seconds, experiment.warnings)
+        for stage, model in models.items():
+            folder.check_epochs(stage, model.facts.get("lines"))
+        folder.write_results(found)
+        trackers.results(found)
+    return folder.path
+
+
+@dataclass
+class _Experiment:
+    folder: RunFolder
+    recipe: Recipe
+    data: DataSplits
+    compute: Compute
+    observer: Observer
+    resume: bool
+    storing: ViewPlan  # whether and how the teacher's answers are kept
+    threads: ThreadSelector
+    precisions: PrecisionSelector
+    stopping: SignalHandler | None
+    planned: tuple[PlannedStage, ...]
+    extended: dict[str, list[int]]  # stages that are done, and trained longer now
+    reused: RunFolder | None  # the run whose baseline is taken
+    warnings: list[str] = field(default_factory=list)
+    models: dict[str, Classifier] = field(default_factory=dict)
+    teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # by val
+
+    def __post_init__(self) -> None:
+        self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
+
+    def carry_out(self, stage: PlannedStage) -> Classifier:
+        """Train a stage, or load it where it is done already."""
+        started = time.monotonic()
+        if self._done(stage):
+            self.observer.note(f"{stage.name}: already trained")
+            model = load_model(self.folder.stage(stage.name))
+            if self.compute.processes.first:
+                restore_metrics_file(self.folder.stage(stage.name))
+                self.folder.check_epochs(stage.name, model.facts.get("lines"))
+            model.module.to(self.compute.device)
+            self._estimate_seeds(stage, model, self.compute)
+        elif self.reused is not None and stage.role == "baseline" and self.reused.trained(stage.name):
+            model = self._reuse(stage, self.reused)
+        else:
+            model = self._train(stage)
+        self.models[stage.name] = model
+        if stage.role == "teacher":
+            self._check_teacher(stage.name)
+            self.domains.adapt(model, stage.name, self.folder.stage(stage.name))
+        elif stage.name == "baseline" and not self.recipe.data.target_labels:  # else they are picked by other images
+            self._compare_with_baseline()
+        self.observer.stage_end(stage.name, time.monotonic() - started)
+        return model
+
+    def _done(self, stage: PlannedStage) -> bool:
+        return self.resume and self.folder.trained(stage.name) and stage.name not in self.extended
+
+    def _reuse(self, stage: PlannedStage, other: RunFolder) -> Classifier:
+        """The baseline of another run, copied."""
+        model = load_model(other.stage(stage.name))
+        self.observer.stage(stage.name, f"{model.architecture}, reused from {other.path}")
+        model.facts["reused_from"] = str(other.path)
+        if self.compute.processes.first:
+            other.check_epochs(stage.name, model.facts.get("lines"))
+            folder = self.folder.stage(stage.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(folder / "metrics.jsonl", read_bytes(other.stage(stage.name) / "metrics.jsonl"))
+            self.folder.check_epochs(stage.name, model.facts.get("lines"))
+            save_model(model, folder)
+        model.module.to(self.compute.device)
+        self._estimate_seeds(stage, model, self.compute)
+        return model
+
+    def _train(self, stage: PlannedStage) -> Classifier:
+        recipe, classes, folder = stage_recipe(self.recipe, stage), self.data.class_names, self.folder.stage(stage.name)
+        torch.manual_seed(derive_seed(recipe.seed, stage.seed))  # baseline and distilled start from the same weights
+        start = self._start(recipe.network(stage.name))
+        model = Classifier(start.module, start.architecture, classes, start.input, dict(start.facts), start.remodelled)
+        if stage.role == "teacher" and start.ready:
+            self.observer.stage(stage.name, f"{start.architecture}, ready-made: {start.facts['weights']}")
+            model.module.to(self.compute.device)
+            if self.compute.processes.first:
+                save_model(model, folder)
+            return model
+        method = create_stage_method(recipe) if stage.distils else create_method("supervised")
+        data = self.domains.stage_data(stage, self.models)
+        if stage.distils and data is not self.data:
+            model.facts["domain"] = self.domains.facts()
+        settings = recipe.stage_training(stage.name)
+        compute = create_compute(settings, self.compute.processes)
+        data = apply_curriculum(data, stage, self.models, recipe, compute, self.observer)
+        train = train_loader(
+            stage, method.needs, model.input, recipe=recipe, data=data, compute=compute, observer=self.observer
+        )
+        self.threads.settle(
+            model.module, model.input.size, settings, compute, workers=train.processes, observer=self.observer
+        )
+        compute = self.precisions.settle(
+            model.module,
+            model.architecture,
+            model.input.size,
+            settings,
+            compute,
+            images=train.count,
+            observer=self.observer,
+        )
+        self.observer.stage(stage.name, self._detail(stage, model, settings.epochs, compute))
+        if lengths := self.extended.get(stage.name):
+            checkpoints = folder / "checkpoints"
+            if (checkpoints / LAST).exists() and not (checkpoints / FIGURES).exists():
+                self.observer.note(_extension_text(stage.name, lengths[-1], settings, train.steps))
+            else:
+                self.observer.note(
+                    f"{stage.name}: from {lengths[-1]} to {settings.epochs} epochs, all of them from the start: its "
+                    "last checkpoint was removed when it was done (training.keep_checkpoint=true keeps it)"
+                )
+        self._estimate_seeds(stage, model, compute)
+        train_stage(
+            stage,
+            model,
+            method,
+            [self.models[name] for name in stage.teachers],
+            train,
+            recipe=recipe,
+            data=data,
+            compute=compute,
+            folder=folder,
+            observer=self.observer,
+            resume=self.resume,
+            stopping=self.stopping,
+            teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.storing.record else None,
+            keeps=self.storing.keeps,
+            extended_from=self.extended.get(stage.name, ()),
+        )
+        return model
+
+    def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
+        several = (self.models[name].architecture + _teacher_label(name) for name in stage.teachers)
+        teachers = ", ".join(several)
+        learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
+        seed = f", seed {stage_recipe(self.recipe, stage).seed}" if stage.repeat else ""
+        return f"{learns}{seed}, {epochs} epoch{'' if epochs == 1 else 's'}, {compute}"
+
+    def _start(self, network: StageSettings) -> InitialNetwork:
+        start = build_network(self.recipe, network, self.data.class_names, self.data.range)
+        for note in start.notes:
+            self.observer.note(note)
+        for warning in start.warnings:
+            self.warn(warning)
+        return start
+
+    def _estimate_seeds(self, stage: PlannedStage, student: Classifier, compute: Compute) -> None:
+        to_come = [each for each in self.planned if not self._done(each)]
+        if stage.name == "baseline" and any(each.repeat for each in to_come):
+            self.observer.note(estimate_further_seeds(self.recipe, to_come, student, len(self.data.train), compute))
+
+    # a bad teacher is said before the student's training is spent
+
+    def _check_teacher(self, name: str) -> None:
+        labels = np.asarray(self.data.val.labels)
+        chance = np.bincount(labels).max() / len(labels)
+        if "training" not in self.models[name].facts:
+            self.observer.note(f"{name}: top-1 {self._val_top1(name):.1%} on {len(labels):,} val images")
+        if self._val_top1(name) <= chance:
+            self.warn(
+                f"the {name} is no better than chance: top-1 {self._val_top1(name):.1%} on val, "
+                f"where always naming the largest class gives {chance:.1%}. Train it longer or with another "
+                "learning rate, or give a better one with --teacher"
+            )
+
+    def _compare_with_baseline(self) -> None:
+        baseline = self._val_top1("baseline")
+        for name in (name for name in self.models if stage_role(name) == "teacher"):
+            top1 = self._val_top1(name)
+            if top1 < baseline:
+                images = len(self.data.val)
+                found = {"teacher": name, "teacher_val_top1": top1, "baseline_val_top1": baseline, "val_images": images}
+                self.teacher_below_baseline.append(found)
+                self.warn(
+                    f"the {name} is below the baseline: top-1 {top1:.1%} against {baseline:.1%} on {images:,} "
+                    f"val images. Distilling from it may hurt. {self._remedy(name)}"
+                )
+
+    def _remedy(self, teacher: str) -> str:
+        """What to do about a teacher that is worse than its student."""
+        remedy = "Give another one with --teacher"
+        if "training" in self.models[teacher].facts:  # it was trained here
+            key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{stage_number(teacher) - 1}"
+            epochs = self.recipe.stage_training(teacher).epochs
+            remedy = f"Train it longer, e.g. --set {key}.training.epochs={4 * epochs}, or give another with --teacher"
+        method = self.recipe.method
+        if method.get("name") == "kd":
+            remedy += "; or weigh the labels more: --set method.alpha=0.9 (at 1, nothing is learned from the teacher)"
+        return remedy
+
+    def _val_top1(self, stage: str) -> float:
+        model = self.models[stage]
+        if "val" not in model.facts:  # ready-made: measured once, here
+            settings = self.recipe.stage_training(stage)
+            loader = split_loader(self.data, "val", model.input, self.recipe, settings, self.compute)
+            found, labels, _ = predict_probabilities(
+                model.module,
+                loader,
+                classes=len(model.class_names),
+                device=self.compute.device,
+                processes=self.compute.processes,
+                names=[f"the {stage} on val, {name}," for name in self.data.val.names],
+            )
+            predicted = found.argmax(axis=1)
+            model.facts["val"] = {"top1": float((predicted == labels).mean())}
+            self._check_class_order(stage, predicted, labels)
+        return float(model.facts["val"]["top1"])
+
+    def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
+        """Warn of a ready-made teacher that is right but for the order of its classes."""
+        classes = self.data.class_names
+        order = class_order(predicted, labels, len(classes))
+        if order is None:
+            return
+        names = [classes[i] for i in order]
+        key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{stage_number(stage) - 1}"
+        self.warn(
+            f"the {stage} has the classes in another order: with its outputs assigned to them one to one, "
+            f"{float((order[predicted] == labels).mean()):.1%} of the val images are right in place of "
+            f"{float((predicted == labels).mean()):.1%}. Name the class of each output with\n"
+            f"  --set {shlex.quote(f'{key}.classes={json.dumps(names, ensure_ascii=False)}')}"
+        )
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.observer.warn(message)
+
+
+def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:
+    return stage.role == "teacher" and recipe.network(stage.name).weights is not None
+
+
+def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
+    """The run that ``--baseline`` names, by its folder or that of its baseline."""
+    path = path.parent if (path / "model.json").is_file() else path
+    if path.resolve() == own.resolve():
+        raise UsageError(f"--baseline {path} is this run itself; name another one, or go on with --resume")
+    return RunFolder(path)
+
+
+def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:
+    """How a training that was done goes on."""
+    steps = -(-steps // settings.accumulate)
+    former = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
+    now = lr_factor(settings, steps)(before * steps)
+    return (
+        f"{name}: extended from {before} to {settings.epochs} epochs. It goes on from its last checkpoint, by the "
+        f"schedule of {settings.epochs} epochs: the learning rate ended at {settings.lr * former:.3g} and goes on at "
+        f"{settings.lr * now:.3g}"
+    )
+
+
+def _views_that_differ(models: Mapping[str, Classifier]) -> list[str]:
+    """A sentence for each seed whose baseline and distilled student were not trained on the same views."""
+    found = []
+    for name in (name for name in models if stage_role(name) == "distilled"):
+        other = stage_name("baseline", stage_number(name))
+        if other in models and "domain" not in models[name].facts:  # there the images differ on purpose
+            ours, theirs = models[name].facts.get("views"), models[other].facts.get("views")
+            if sentence := describe_view_difference(other, theirs, name, ours):
+                found.append(sentence)
+    return found
+
+
+def _teacher_label(teacher: str) -> str:
+    """Which network it is, where the architecture alone does not say."""
+    return "" if stage_role(teacher) == "teacher" else f" ({teacher})"

@@ -1,0 +1,398 @@
+"""Everything that can be found wrong before the first training step, found together: settings, data, devices, and a
+dry run of one step of every stage on random images.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from potstill.config.method_settings import describe_method
+from potstill.config.recipe import Recipe
+from potstill.config.stage_names import stage_role
+from potstill.config.validation import TARGET_MISSING
+from potstill.data.datasets import load_data
+from potstill.data.entries import FINDING_KINDS, SkippedFile
+from potstill.data.image_sets import image_sizes
+from potstill.data.library_warnings import silence_native_stderr
+from potstill.data.preprocessing import crop_notes
+from potstill.data.settings import AugmentSettings
+from potstill.data.splits import DataSplits
+from potstill.data.validation.validate import quick_findings, summary_messages
+from potstill.distillation.distiller import Distiller
+from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
+from potstill.errors import PotstillError, UsageError
+from potstill.experiment.builders import build_distiller, build_network, describe_layers, take_deployed_network
+from potstill.experiment.plan import PlannedStage, plan_stages
+from potstill.experiment.teacher_cache import is_cacheable, record_kind
+from potstill.loggers import check_loggers_installed
+from potstill.methods import create_method
+from potstill.methods.base import Method
+from potstill.methods.wrappers import ScheduledMethod
+from potstill.models.model_file import Classifier
+from potstill.models.registry import check_model
+from potstill.training.averaging import check_batch_norm
+from potstill.training.callbacks import Observer
+from potstill.training.ddp import check_distributed_support
+from potstill.training.devices import Compute, create_compute
+from potstill.training.optim import get_optimizer_class
+from potstill.training.settings import TrainingSettings
+from potstill.training.trainer import LabelLoss
+from potstill.types import UNLABELED, Batch
+
+MAX_ADAPTER_ROWS = 12  # of adapters that are shown; layers.txt in the run folder lists all
+DRY_RUN_IMAGES = 4  # of a batch: enough for what compares images with each other
+
+
+def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -> dict[str, str]:
+    """Whatever a method refuses, it refuses here: networks, class counts, batch sizes, images without labels.
+
+    Every network is made for this alone, and torch's random state is put back.
+
+    Returns:
+        For each stage that a method trains: the table of joined layers and adapters, "" where there are none.
+
+    Raises:
+        UsageError: a stage that cannot be trained so.
+        ArtifactError: weights that do not fit.
+    """
+    texts, networks = {}, dict[str, Classifier]()
+    computes = [create_compute(recipe.stage_training(stage.name)) for stage in planned]
+    devices = {compute.device for compute in computes if compute.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(0)
+        for stage, compute in zip(planned, computes, strict=True):
+            if stage.distils:
+                texts[stage.name] = _dry_run_stage(stage, networks, recipe, data, compute)
+    return texts
+
+
+def create_stage_method(recipe: Recipe) -> Method:
+    """The recipe's method, new."""
+    options = dict(recipe.method)
+    return create_method(options.pop("name"), **options)
+
+
+def _dry_run_stage(
+    stage: PlannedStage, networks: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
+) -> str:
+    settings = recipe.stage_training(stage.name)
+    for name in (*stage.teachers, stage.name):
+        if name not in networks:
+            start = build_network(recipe, recipe.network(name), data.class_names, data.range)
+            networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
+    if data.target is not None and recipe.domains.adapt_batch_norm:
+        for name in (name for name in stage.teachers if stage_role(name) == "teacher"):
+            check_batch_norm(networks[name].module, f"{name} {networks[name].architecture}")
+    student, method = networks[stage.name], create_stage_method(recipe)
+    if method.needs.several and settings.batch_size < 2:
+        raise UsageError(
+            f"method {describe_method(recipe.method)} compares images with each other, and {stage.name} would see one at a "
+            "time: set training.batch_size to 2 or more, or use kd"
+        )
+    images = _RandomImages(data, student.input.size, settings, recipe.data.augment or data.augment, method, compute)
+    distiller = build_distiller(
+        stage,
+        student,
+        method,
+        [networks[name] for name in stage.teachers],
+        recipe=recipe,
+        data=data,
+        compute=compute,
+        example=images.batch().images,
+        label_loss=torch.nn.CrossEntropyLoss() if data.target is None else LabelLoss(),
+    )
+    try:
+        _dry_run_step(distiller, images, settings, compute)
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):  # what torch's BatchNorm says
+            raise UsageError(
+                f"{stage.name} cannot learn from one image at a time: its BatchNorm needs several; "
+                "set training.batch_size to 2 or more"
+            ) from error
+        raise
+    text = describe_layers(distiller, most=MAX_ADAPTER_ROWS)
+    take_deployed_network(student, distiller)
+    return text
+
+
+def _dry_run_step(distiller: Distiller, images: "_RandomImages", settings: TrainingSettings, compute: Compute) -> None:
+    """Forward in train mode and as on val; no gradient is taken.  A method that trains in stages is tried in both."""
+    if distiller.method.needs.prepare:
+        distiller.prepare(images.passes)
+    batch, staged = images.batch(), distiller.method.staged
+    with torch.no_grad(), compute.autocast():
+        for epoch, training in ((0, True), *([(settings.epochs - 1, True)] if staged else []), (0, False)):
+            distiller.start_epoch(epoch, settings.epochs)
+            distiller.train(training)
+            distiller(
+                batch.images,
+                batch.labels,
+                index=batch.index,
+                view=batch.view,
+                second=batch.second if training else None,
+                soft_labels=batch.soft_labels if training else None,
+            )
+            if not training or not staged:
+                batch.labels = batch.labels.clamp(min=0)  # on val every image has a label
+    distiller.method.refuse_idle_schedules()
+
+
+class _RandomImages:
+    """Noise with the labels and ids of real training images."""
+
+    def __init__(
+        self,
+        data: DataSplits,
+        size: int,
+        settings: TrainingSettings,
+        augment: AugmentSettings,
+        method: Method,
+        compute: Compute,
+    ) -> None:
+        self.data, self.size, self.augment, self.needs, self.compute = data, size, augment, method.needs, compute
+        self.count = settings.batch_size if self.needs.batch_size else min(settings.batch_size, DRY_RUN_IMAGES)
+
+    def batch(self) -> Batch:
+        """What the loader would give, as far as shapes and kinds go."""
+        device, classes = self.compute.device, len(self.data.class_names)
+        labels = np.asarray(self.data.train.labels)
+        index = np.linspace(0, len(labels) - 1, self.count).astype(np.int64)  # of various classes
+        chosen = torch.as_tensor(labels[index], dtype=torch.int64, device=device)
+        shares = torch.nn.functional.one_hot(chosen, classes).float()
+        if self.data.target is not None:
+            chosen[:] = UNLABELED
+        elif self.data.unlabeled is not None and (self.needs.teacher or self.needs.peers):
+            chosen[-1] = UNLABELED
+        return Batch(
+            self._noise(),
+            chosen,
+            index=torch.as_tensor(index, device=device),
+            view=torch.zeros(self.count, dtype=torch.int64, device=device),
+            second=self._noise() if self.needs.second != "none" else None,
+            soft_labels=0.7 * shares + 0.3 * shares.roll(1, dims=0) if self.augment.mixes else None,
+        )
+
+    def passes(self) -> Iterator[Batch]:
+        """One pass over the training images, as a method with a preparation asks for."""
+        batch = self.batch()
+        batch.labels = batch.labels.clamp(min=0)
+        yield batch
+
+    def _noise(self) -> torch.Tensor:
+        images = torch.randn(self.count, 3, self.size, self.size)
+        return images.to(self.compute.device).to(memory_format=self.compute.memory_format)
+
+
+def check_data_requirements(
+    method: Method, *, mixes: bool, unlabeled: bool, images: int, batch_size: int, target: bool = False
+) -> None:
+    """Refuse what could only fail, or silently mean something else, hours later.
+
+    Args:
+        method: of the distilled stage.
+        mixes: whether training images are mixed (mixup, cutmix).
+        unlabeled: whether images without labels join.
+        images: for training.
+        batch_size: of the student's training.
+        target: whether the student learns in another domain, whose images have no labels.
+
+    Raises:
+        UsageError: all conflicts, with what to do.
+    """
+    needs, name = method.needs, type(method).__name__
+    problems = []
+    if mixes and needs.second != "none":
+        problems.append(
+            f"{name} needs a second image for each, and mixed images have none: switch mixup and cutmix off"
+        )
+    if mixes and needs.index:
+        problems.append(f"{name} remembers samples, and a mixed image is none of them: switch mixup and cutmix off")
+    if mixes and unlabeled:
+        problems.append("mixup and cutmix mix labels, which unlabeled images do not have: switch one of them off")
+    if target and (reason := _why_not_unlabeled(method)):
+        problems.append(f"{name} {reason}: leave data.target out, or use kd or dist")
+    elif unlabeled and (reason := _why_not_unlabeled(method)):
+        problems.append(f"{name} {reason}: leave data.unlabeled out, or use kd or dist")
+    if needs.batch_size and images < batch_size:
+        problems.append(f"{name} needs full batches, and {images} images do not fill one of {batch_size}: lower it")
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def _why_not_unlabeled(method: Method) -> str | None:
+    needs = method.needs
+    reasons = {
+        "needs the label of every image": needs.labels,
+        "remembers the labeled samples by their ids": needs.index,
+        "compares images of the same class": needs.second == "same class",
+        "needs a fixed number of images in every batch": needs.batch_size,
+        "has no teacher or peer who would say something about unlabeled images": not (needs.teacher or needs.peers),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def check_all(
+    recipe: Recipe,
+    data: DataSplits | None,
+    planned: Sequence[PlannedStage] | None = None,
+    observer: Observer | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> tuple[DataSplits, Compute, dict[str, str]]:
+    """Check method, models, optimizers, device and data; load the data; rehearse what a method trains.
+
+    ``planned``: the stages to come; all that the recipe wants where None.  ``observer``: is told how far the check of
+    the files is.  ``processes``: that carry out the run together.
+
+    Returns:
+        Data, device, and for each stage that a method trains the table of its joined layers.
+
+    Raises:
+        PotstillError: all problems in one message, with the kind (and so the exit code) of the first.
+    """
+    planned = plan_stages(recipe) if planned is None else planned
+    settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}
+    checks: list[Callable[[], Any]] = [
+        lambda: create_stage_method(recipe),
+        lambda: check_loggers_installed(recipe.tracker),
+    ]
+    for stage in planned:
+        checks += [
+            lambda name=stage.name: check_model(recipe.network(name).model),  # type: ignore[misc]
+            lambda name=stage.name: get_optimizer_class(settings[name].optimizer),  # type: ignore[misc]
+            lambda name=stage.name: create_compute(settings[name]),  # type: ignore[misc]
+            lambda name=stage.name: check_distributed_support(  # type: ignore[misc]
+                create_stage_method(recipe), settings[name].optimizer, processes
+            ),
+        ]
+    checks += [lambda: create_compute(recipe.stage_training("student"), processes)]
+    checks += [lambda: _load(recipe, data, observer)]
+    results: list[Any] = []
+    problems: list[PotstillError] = []
+    for check in checks:
+        try:
+            results.append(check())
+        except PotstillError as error:
+            if str(error) not in map(str, problems):
+                problems.append(error)
+    if problems:
+        raise type(problems[0])("\n".join(map(str, problems)))
+    method, *_, compute, splits = results
+    if recipe.domain is not None and splits.target is None:
+        raise UsageError(TARGET_MISSING)
+    for stage in planned:
+        _check_metric(settings[stage.name], len(splits.class_names))
+    if not any(stage.distils for stage in planned):
+        for stage in planned:
+            network = recipe.network(stage.name)
+            if network.weights is not None:  # loaded again later; better twice than to fail after hours
+                build_network(recipe, network, splits.class_names, splits.range)
+        return splits, compute, {}
+    augment = recipe.data.augment or splits.augment
+    check_data_requirements(
+        method,
+        mixes=augment.mixes,
+        unlabeled=splits.unlabeled is not None,
+        images=len(splits.train),
+        batch_size=recipe.stage_training("student").batch_size,
+        target=splits.target is not None,
+    )
+    if recipe.store.mode == "auto" and is_cacheable(method):
+        record_kind(recipe, method, len(splits.class_names))
+    return splits, compute, dry_run(recipe, planned, splits)
+
+
+def _check_metric(training: TrainingSettings, classes: int) -> None:
+    if training.selection_metric == "top3" and classes <= 3:
+        raise UsageError(
+            f"training.selection_metric: top3 is 1 for any student of {classes} classes, so that it would always pick "
+            "the first epoch; use top1 or nll"
+        )
+
+
+def _load(recipe: Recipe, data: DataSplits | None, observer: Observer | None) -> DataSplits:
+    with silence_native_stderr():  # every file is read
+        return load_data(recipe.data, data, progress=observer)
+
+
+def warn_about_settings(
+    recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, observer: Observer
+) -> list[str]:
+    """Warn of settings without effect in trainings of this length, on this data.
+
+    Returns:
+        The warnings, for the report.
+    """
+    found: dict[str, None] = {}
+    images, method = len(data.train), create_stage_method(recipe)
+    for stage in planned:
+        settings = recipe.stage_training(stage.name)
+        for text in _without_effect(settings, images):
+            found[f"{stage.role}: {text}"] = None
+        if stage.distils:
+            if 1 < settings.epochs < method.warmup_length:
+                share = settings.epochs / method.warmup_length
+                found[
+                    f"{stage.role}: method {describe_method(recipe.method)} reaches its full weight after "
+                    f"{method.warmup_length:g} epochs, and training ends at {share:.0%} of it with training.epochs "
+                    f"{settings.epochs}; lower the method's warm-up, or train longer"
+                ] = None
+            if settings.epochs == 1 and any(isinstance(each, ScheduledMethod) for each in method.modules()):
+                found[f"{stage.role}: the method's schedule stays at its start in a training of one epoch"] = None
+    for warning in found:
+        observer.warn(warning)
+    return list(found)
+
+
+def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
+    batches = -(-images // training.batch_size)
+    if training.batch_size > images:
+        yield (
+            f"training.batch_size {training.batch_size} is more than the {images} training images: each epoch is one "
+            "step on all of them"
+        )
+    if training.accumulate > batches:
+        yield (
+            f"training.accumulate {training.accumulate} is more than the {batches} batches of an epoch: a step "
+            f"averages {batches}"
+        )
+    if training.early_stopping is not None and training.early_stopping >= training.epochs:
+        yield (f"training.early_stopping {training.early_stopping} cannot act within training.epochs {training.epochs}")
+    if 1 < training.epochs <= training.warmup_epochs:
+        also = "" if training.schedule == "constant" else ", and its schedule never acts"
+        yield (
+            f"training.warmup_epochs {training.warmup_epochs:g} is the whole training, so the learning rate reaches "
+            f"training.lr in the last step only{also}"
+        )
+
+
+def warn_about_data(data: DataSplits, observer: Observer, resize_mode: str = "crop") -> list[str]:
+    """Tell what is wrong with data that can be trained on: repeated images, what `potstill check` has found in it, what
+    is left out or not used, and what the network does not see of its images.
+
+    Returns:
+        What spoils the figures, for the report; the rest is only noted.
+    """
+    warnings, notes = list[str](), list[str]()
+    for each in (data, data.target):
+        if each is not None:
+            more, also = summary_messages(quick_findings(each), each.source)
+            warnings += more
+            notes += [*also, *(f"{each.source}: {note}" for note in each.notes)]
+            notes += [f"{each.source}: {note}" for note in crop_notes(*image_sizes(each.train), resize_mode)]
+    if skipped := data.all_skipped:
+        warnings.append(describe_skipped(skipped))
+    for warning in warnings:
+        observer.warn(warning)
+    for note in notes:
+        observer.note(note)
+    return warnings
+
+
+def describe_skipped(skipped: Sequence[SkippedFile]) -> str:
+    """How many files and classes ``data.skip_bad`` left out, by kind."""
+    counts = Counter(FINDING_KINDS[each.kind].what for each in skipped)
+    kinds = ", ".join(f"{count:,} x {what}" for what, count in counts.most_common())
+    return f"left out by data.skip_bad: {kinds}; skipped.csv lists them, such as {skipped[0].path}: {skipped[0].reason}"

@@ -1,0 +1,224 @@
+"""Reproduce a run from its record (same recipe, images and threads), and compare the weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.config.stage_names import sort_stages, stage_role
+from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.experiment.plan import STAGE_GROUPS
+from potstill.experiment.resume import changed_images
+from potstill.experiment.run_folder import SPLITS, RunFolder
+from potstill.io import read_bytes, read_checksummed_json, sha256_hex
+
+_IGNORED_KEYS = {
+    "calibration",
+    "recipe_sha256",
+    "data_fingerprint",
+    "looks",
+}  # timings; what is compared before; history
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a finished run is repeated from.
+
+    Attributes:
+        folder: the run's.
+        environment: its environment.json.
+        stages: which of teacher, baseline, distilled were carried out.
+        models: SHA-256 of each stage's weights.
+    """
+
+    folder: RunFolder
+    environment: dict[str, Any]
+    stages: tuple[str, ...]
+    models: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ReproductionResult:
+    """How a repetition came out.
+
+    Attributes:
+        lines: for people, one for each model, and what else differs.
+        equal: whether all weights are the same, byte for byte.
+        promised: whether they had to be: on a CPU, with nothing different that the weights may depend on.
+    """
+
+    lines: list[str]
+    equal: bool
+    guaranteed: bool
+
+
+def read_run_record(path: Path) -> RunRecord:
+    """The record of a run.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, or the run was never finished.
+    """
+    folder = RunFolder(path)
+    if not folder.known:
+        raise ArtifactError(f"{path} holds no run: there is no recipe.yaml with an environment.json beside it")
+    folder.read_recipe()
+    if not folder.results.exists():
+        raise ArtifactError(f"{path} is not finished, so there is nothing to compare with; go on with --resume first")
+    results = folder.read_results()
+    planned = results["planned"]
+    for name, entry in (results["stages"] | (results.get("repeats") or {})).items():
+        if lengths := (entry.get("training") or {}).get("extended_from"):
+            raise UsageError(
+                f"{path}: the {name} was extended after {lengths[-1]} epochs (--resume), which --replay does not "
+                "repeat: train from its recipe.yaml instead"
+            )
+        if entry.get("reused_from"):
+            raise UsageError(
+                f"{path}: the {name} is that of {entry['reused_from']} (--baseline), so there is nothing to repeat: "
+                "replay that run, or train from this recipe.yaml"
+            )
+    _check_splits(folder)
+    for stage in planned:
+        _check_weights(folder.stage(stage))
+    roles = {"teacher" if stage_role(stage) == "teacher" else stage for stage in planned}
+    stages = tuple(part for part in STAGE_GROUPS if part in roles)
+    return RunRecord(folder, folder.read_environment(), stages, _weights(folder, planned))
+
+
+def check_other_folder(record: RunRecord, root: Path, name: str) -> None:
+    """A run cannot be repeated in its own place.
+
+    Raises:
+        UsageError: ``root/name`` is the run's folder.
+    """
+    if (root / name).resolve() == record.folder.path.resolve():
+        raise UsageError(f"--replay compares with {record.folder.path}, so it needs another place; give another --name")
+
+
+def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Whoever repeats a run must see the same images.
+
+    Args:
+        record: of the run.
+        fingerprint: of the data that is there now.
+        rows: (split, name, class) of every image now.
+
+    Raises:
+        DataError: something else is there; names it where the list of images tells.
+    """
+    if record.environment.get("data_fingerprint") == fingerprint:
+        return
+    raise DataError(
+        f"--replay needs the images of {record.folder.path}, and they have changed:\n"
+        + "\n".join(changed_images(record.folder, rows))
+        + "\nPut the former images back, or start a new run from its recipe.yaml"
+    )
+
+
+def compare(record: RunRecord, repeated: RunFolder) -> ReproductionResult:
+    """Two runs of one recipe, model by model.
+
+    Raises:
+        ArtifactError: a file of either is damaged.
+    """
+    before, after = _stage_metrics(record.folder), _stage_metrics(repeated)
+    weights = _weights(repeated, repeated.read_results()["planned"])
+    lines, equal = [], True
+    for stage in sort_stages(record.models):
+        same = weights.get(stage) == record.models[stage]
+        equal &= same
+        if same:
+            lines.append(f"{stage}: the same weights, byte for byte")
+        else:
+            difference = largest_weight_difference(record.folder.stage(stage), repeated.stage(stage))
+            top1 = after[stage]["test"]["top1"] - before[stage]["test"]["top1"]
+            lines.append(
+                f"{stage}: other weights, by {difference:.3g} at most; top-1 on test {100 * top1:+.2f} points; "
+                + largest_metric_difference(before[stage], after[stage])
+            )
+    changes = environment_differences(record.environment, repeated.read_environment())
+    on_cpu = record.environment.get("device") == "cpu"
+    if not equal:
+        lines += [f"differs: {change}" for change in changes]
+        if not on_cpu:
+            lines.append("equal weights are promised on a CPU only")
+        elif not changes:
+            lines.append("nothing that is recorded differs: the weights should have been equal")
+    return ReproductionResult(lines, equal, guaranteed=on_cpu and not changes)
+
+
+def environment_differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What two environments differ in, as ``key: was, is``.
+
+    The commit that a run was started at does not matter, and potstill's own only where its source is not the same.
+    """
+    found = []
+    source = before.get("source_sha256")
+    same_source = source is not None and source == after.get("source_sha256")
+    for key in sorted(before.keys() | after.keys()):
+        was, now, path = before.get(key), after.get(key), f"{prefix}{key}"
+        if was == now or path in _IGNORED_KEYS or path == "git.here" or (path == "git" and same_source):
+            continue
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += environment_differences(was, now, f"{path}.")
+        else:
+            found.append(f"{path}: was {_format_value(was)}, is {_format_value(now)}")
+    return found
+
+
+def largest_metric_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Which figure of a stage differs most between two runs, in words.
+
+    Example:
+        >>> largest_metric_difference({"test": {"top1": 0.5, "nll": 1.0}}, {"test": {"top1": 0.5, "nll": 1.25}})
+        'of all figures nll on test differs most, by 0.25'
+    """
+    found = [
+        (abs(float(after[split][key]) - float(value)), f"{key} on {split}")
+        for split in SPLITS
+        if split in before and split in after
+        for key, value in before[split].items()
+        if key != "count" and isinstance(value, (int, float)) and isinstance(after[split].get(key), (int, float))
+    ]
+    difference, name = max(found, default=(0.0, ""))
+    return f"of all figures {name} differs most, by {difference:.3g}" if difference else "all figures are the same"
+
+
+def largest_weight_difference(first: Path, second: Path) -> float:
+    """The largest absolute difference of two models' weights; infinite where they have other shapes.
+
+    Raises:
+        ArtifactError: damaged files.
+    """
+    from potstill.models.model_file import load_model
+
+    one, two = (load_model(folder).module.state_dict() for folder in (first, second))
+    if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in two.items()}:
+        return float("inf")
+    return max(float((one[name].double() - two[name].double()).abs().max()) for name in one if one[name].numel())
+
+
+def _stage_metrics(folder: RunFolder) -> dict[str, Any]:
+    """By stage, those of further seeds among them."""
+    results = folder.read_results()
+    return {**results["stages"], **(results.get("repeats") or {})}
+
+
+def _check_weights(stage: Path) -> None:
+    from potstill.models.model_file import load_model
+
+    load_model(stage)
+
+
+def _check_splits(folder: RunFolder) -> None:
+    path = folder.path / "splits.csv"
+    if sha256_hex(read_bytes(path)) != folder.read_results()["files"].get(path.name):
+        raise ArtifactError(f"{path} is not what the run wrote: its SHA-256 differs")
+
+
+def _weights(folder: RunFolder, stages: Sequence[str]) -> dict[str, str]:
+    return {stage: read_checksummed_json(folder.stage(stage) / "model.json")["sha256"] for stage in stages}
+
+
+def _format_value(value: Any) -> str:
+    return "nothing" if value is None else str(value)

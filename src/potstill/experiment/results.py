@@ -1,0 +1,227 @@
+"""Final evaluation of a run: every stage on train, val and test (once), then the comparison, as results.json."""
+
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from potstill import __version__
+from potstill.config.recipe import Recipe
+from potstill.config.stage_names import repeat_index, stage_role
+from potstill.data.image_sets import ImageSet, image_sizes
+from potstill.data.preprocessing import crop_notes
+from potstill.data.splits import DataSplits
+from potstill.evaluation.calibration import calibration_report
+from potstill.evaluation.cost import count_flops, count_parameters, measure_latency, measure_memory, model_summary
+from potstill.evaluation.fidelity import agreement
+from potstill.evaluation.final_metrics import split_intervals, split_metrics
+from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
+from potstill.experiment.builders import split_loader
+from potstill.experiment.comparison import compare_with_baseline, describe_similarity
+from potstill.experiment.domain_adaptation import describe_domains, evaluate_adapted_baselines, evaluate_on_source
+from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members
+from potstill.experiment.examples import describe_examples
+from potstill.experiment.run_folder import SPLITS, RunFolder
+from potstill.io import write_text
+from potstill.models.model_file import Classifier
+from potstill.training.devices import Compute
+
+LATENCY_BATCH = 16  # images at once, where it is timed how many a second are answered
+_PER_CLASS_KEYS = ("per_class",)  # kept in metrics.json, left out of results.json
+
+
+def evaluate_stages(
+    run: RunFolder,
+    models: dict[str, Classifier],
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    known: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages``, ``repeats``,
+    ``ensemble_predictions``, ``comparison`` and ``cka`` of results.json.  Where there is a target, all of these are of its images.
+
+    ``known``: further facts that the comparison and results.json repeat: ``looks``, ``teacher_below_baseline``.
+    The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``
+    and ``evaluate`` compute, so that they give the same answers.  Of several processes all are asked, and the first one
+    writes; the others get nothing.
+    """
+    source, data = data, data.measured
+    before = evaluate_on_source(models, recipe, source, compute)
+    adapted = evaluate_adapted_baselines(models, recipe, source, compute)
+    found = {name: _predict(run, name, model, recipe, data, compute) for name, model in models.items()}
+    if not compute.processes.first:
+        return {}
+    once = {name: model for name, model in models.items() if not repeat_index(name)}
+    costs = _costs(once)
+    groups = ensemble_predictions({name: found[name] for name in once}, recipe.teachers)
+    entries = {}
+    for name, model in models.items():
+        folder, own = run.stage(name), found[name]
+        learns = stage_role(name) not in ("teacher", "baseline")
+        metrics = {
+            split: _metrics(own[split], data.class_names)
+            | (_fidelity(own[split], groups["teachers"].get(split)) if learns and "teachers" in groups else {})
+            for split in SPLITS
+        }
+        run.write_metrics(name, metrics)
+        write_text(folder / "summary.txt", model_summary(model.module, model.input, model.class_names))
+        entries[name] = {
+            **({"seed": recipe.seed + repeat_index(name)} if repeat_index(name) else {}),
+            "model": {
+                "architecture": model.architecture,
+                **({} if model.remodelled is None else {"remodelled": model.remodelled["name"]}),
+                "parameters": count_parameters(model.module),
+                "flops": count_flops(model.module, model.input),
+                "file_bytes": (folder / "model.safetensors").stat().st_size,
+                "size": model.input.size,
+            },
+            "training": model.facts.get("training"),
+            **({"reused_from": model.facts["reused_from"]} if "reused_from" in model.facts else {}),
+            **({"views": model.facts["views"]} if "views" in model.facts else {}),
+            **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
+            **costs.get(name, {}),
+            **{split: _without_per_class(metrics[split]) for split in SPLITS},
+            **({"source_test": _without_per_class(before[name])} if name in before else {}),
+            "test_intervals": split_intervals(own["test"]),
+            "calibration": _calibration(own["val"], own["test"]),
+        }
+    stages = {name: entries.pop(name) for name in once}
+    correct = {name: own["test"].correct for name, own in (found | groups).items()}
+    described = {
+        name: {
+            "of": group_members(name, once),
+            **{split: _without_per_class(_metrics(own[split], data.class_names)) for split in SPLITS if split in own},
+        }
+        for name, own in groups.items()
+        if len(group_members(name, once)) > 1
+    }
+    both = {"baseline", "distilled"} <= stages.keys()
+    domain = describe_domains(recipe, source, models, before, adapted)
+    comparison = (
+        compare_with_baseline(stages, correct, described, entries, recipe.seed, domain, known) if both else None
+    )
+    examples = describe_examples(once, {name: found[name]["test"] for name in once}, data.test, data.class_names)
+    if examples is not None:
+        run.write_examples(examples)
+    return {
+        "stages": stages,
+        "repeats": entries,
+        "together": described,
+        "comparison": comparison,
+        "cka": describe_similarity(once, recipe, data, compute),
+        **(known or {}),
+    }
+
+
+def describe_run(
+    name: str,
+    recipe: Recipe,
+    data: DataSplits,
+    planned: list[str],
+    evaluated: dict[str, Any],
+    seconds: float,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """The whole of results.json, schema 1."""
+    source, data = data, data.measured
+    before = {"source": source.source, "origin": source.origin, "counts": source.counts()}
+    return {
+        "schema": 1,
+        "name": name,
+        "recipe": recipe.name,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "potstill": __version__,
+        "seconds": round(seconds, 3),
+        "seed": recipe.seed,
+        "data": {
+            "source": data.source,
+            "origin": data.origin,
+            "fingerprint": data.fingerprint,
+            "class_names": list(data.class_names),
+            "counts": data.counts(),
+            "size": recipe.data.size,
+            "resize_mode": recipe.data.resize_mode,
+            "unseen": crop_notes(*image_sizes(data.train), recipe.data.resize_mode),
+            "skipped": len(source.all_skipped),
+            **({} if source is data else {"source_domain": before}),
+        },
+        "method": recipe.method,
+        "planned": planned,
+        **evaluated,
+        "warnings": warnings,
+    }
+
+
+def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
+    """What one image, and several at once, cost each network: time, taking turns, and memory."""
+    networks = {name: (model.module, model.input) for name, model in models.items()}
+    one, several = (
+        measure_latency(networks, batch=1),
+        measure_latency(networks, batch=LATENCY_BATCH, warmup=1, seconds=10.0),
+    )
+    return {
+        name: {
+            "latency_ms": one[name],
+            "latency_batch_ms": several[name],
+            "memory": measure_memory(model.module, model.input),
+        }
+        for name, model in models.items()
+    }
+
+
+def _predict(
+    run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
+) -> SplitPredictions:
+    """On every split, with the files of it; of train, where it is large and nobody wants them, the figures alone."""
+    settings = recipe.stage_training(name)
+    model.module.to(compute.device)
+    found: SplitPredictions = {}
+    for split in SPLITS:
+        images, classes = getattr(data, split), len(model.class_names)
+        large = len(images) * classes > MAX_VALUES_IN_MEMORY
+        kept = split != "train" or recipe.train_predictions or not large
+        path = run.stage(name) / f"log_probabilities_{split}.npy"
+        found[split] = predict_split(
+            model.module,
+            split_loader(data, split, model.input, recipe, settings, compute),
+            classes=classes,
+            device=compute.device,
+            processes=compute.processes,
+            name_of=partial(_image_label, f"the {name} on {split}, ", images),
+            file=path if kept and large else None,
+        )
+        if compute.processes.first:
+            run.write_confusion(name, split, found[split], model.class_names)
+            if kept:
+                run.write_predictions(name, split, images.names, found[split], model.class_names)
+            if kept and large:
+                run.add_file(f"{name}/{path.name}")
+    return found
+
+
+def _image_label(where: str, images: ImageSet, image: int) -> str:
+    return f"{where}{images.names[image]},"
+
+
+def _metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
+    metrics = split_metrics(found, classes)
+    return metrics | {"loss": metrics["nll"]}
+
+
+def _fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:
+    """Agreement and, where the probabilities of both were kept, the divergence."""
+    if teacher is None:
+        return {"agreement": None, "kl_to_teacher": None}
+    if student.rows is None or teacher.rows is None:
+        return {"agreement": float((student.predicted == teacher.predicted).mean()), "kl_to_teacher": None}
+    return agreement(student.rows, teacher.rows)
+
+
+def _calibration(val: Predictions, test: Predictions) -> dict[str, Any] | None:
+    assert val.rows is not None
+    assert test.rows is not None
+    return calibration_report(val.rows, val.labels, test.rows, test.labels)
+
+
+def _without_per_class(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key not in _PER_CLASS_KEYS}

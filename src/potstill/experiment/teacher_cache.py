@@ -1,0 +1,354 @@
+"""The teacher cache of a run: how many views are drawn in turn, what is kept of the teacher's outputs, and the open
+caches of one stage.
+
+The views and the kind of record follow from recipe and data alone, so that no weight depends on the free disk: that
+only decides whether the records are kept on disk, or made anew in every step from the live teacher's outputs. A cache
+is keyed by everything that determines the teacher's outputs.
+"""
+
+import dataclasses
+import hashlib
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from potstill.config.method_settings import describe_method
+from potstill.config.recipe import Recipe, dump_recipe, load_recipe
+from potstill.data.loader import Loader
+from potstill.data.splits import DataSplits
+from potstill.distillation.cached_outputs import CachedTeacherOutputs, NullTeacherCache, TeacherCacheProtocol
+from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.record_format import FEW_CLASSES, RecordFormat, RecordKind
+from potstill.distillation.teacher_inference import InferenceSettings
+from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
+from potstill.errors import ArtifactError, StorageError, UsageError
+from potstill.formatting import format_scaled
+from potstill.input_spec import InputSpec
+from potstill.io import cache_folder
+from potstill.methods.base import Method
+from potstill.models.model_file import Classifier
+from potstill.training.callbacks import Observer
+from potstill.training.devices import Compute
+
+MIN_VIEWS = 8  # views, where there are as many epochs
+EPOCHS_PER_VIEW = 4  # one view for so many epochs, where there are many
+TOP16_FROM_BYTES = (
+    10e9  # bytes of one seed's float16 records, from which the 16 largest logits are kept where they suffice
+)
+MAX_DISK_FRACTION = 0.25  # of what is free, that stores may take
+_ASSUMED_WIDTH = 2048  # of embeddings, before the teacher is loaded
+
+Views = int | Literal["all"]
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """What a run does about views and their answers.
+
+    Attributes:
+        views: drawn in turn, by baseline and distilled alike.
+        record: what is kept of a teacher's logits; None: the method trains on the live answers, not on records.
+        keeps: whether the records are kept on disk.
+        note: for people; empty where there is nothing to say.
+    """
+
+    views: Views
+    record: RecordKind | None
+    keeps: bool
+    note: str = ""
+
+
+def cache_root(recipe: Recipe) -> Path:
+    """Where the recipe's stores stand."""
+    return Path(recipe.store.folder).expanduser() if recipe.store.folder else cache_folder("teachers")
+
+
+def is_cacheable(method: Method) -> bool:
+    """Whether all that the method asks of the teacher can be kept."""
+    return method.needs.storable and not method.teacher_taps
+
+
+def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
+    """How many views are drawn in turn, and whether and how answers are kept.
+
+    Raises:
+        UsageError: a kind of record that does not suffice for the method.
+    """
+    views = count_views(recipe)
+    if recipe.store.mode == "off" or not is_cacheable(method):
+        return ViewPlan(views, None, False)
+    classes = len(data.class_names)
+    kind = record_kind(recipe, method, classes)
+    size = _bytes_of_seed(recipe, method, data, kind)
+    if recipe.store.record == "auto" and size > TOP16_FROM_BYTES and top16_suffices(method, classes):
+        kind = "top16"
+        size = _bytes_of_seed(recipe, method, data, kind)
+    needed, room = recipe.seeds * size, MAX_DISK_FRACTION * _free_bytes(cache_root(recipe))
+    if needed <= room:
+        return ViewPlan(views, kind, True)
+    seeds = f" of {recipe.seeds} seeds" if recipe.seeds > 1 else ""
+    note = (
+        f"teacher outputs are not stored: {_views_shown(recipe)} views{seeds} take {format_scaled(needed, 'B')}, more than a "
+        f"quarter of the free disk of {cache_root(recipe)}; the teacher runs in every step, on the same views"
+    )
+    if kind != "top16" and top16_suffices(method, classes):
+        smaller = recipe.seeds * _bytes_of_seed(recipe, method, data, "top16")
+        if smaller <= room:
+            note += f" (--set store.record=top16 takes {format_scaled(smaller, 'B')})"
+    return ViewPlan(views, kind, False, note)
+
+
+def count_views(recipe: Recipe) -> Views:
+    """How many views are drawn in turn; equal for all methods.
+
+    ``auto``: one view for every four epochs of the student, but eight at least, and no more than epochs.
+
+    Example:
+        >>> [count_views(load_recipe("quickstart", [f"training.epochs={epochs}"])) for epochs in (5, 12, 32, 240)]
+        [5, 8, 8, 60]
+    """
+    wish, epochs = recipe.store.views, recipe.stage_training("student").epochs
+    return min(epochs, max(MIN_VIEWS, math.ceil(epochs / EPOCHS_PER_VIEW))) if wish == "auto" else wish
+
+
+def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
+    """What the recipe keeps of a teacher's logits; float16 where it leaves that open.
+
+    Raises:
+        UsageError: the 16 largest do not suffice for this method, or are all there are.
+    """
+    kind = recipe.store.record
+    if kind != "top16":
+        return "float16" if kind == "auto" else kind
+    if classes <= FEW_CLASSES:
+        raise UsageError(
+            f"store.record top16 is for more than {FEW_CLASSES} classes, and there are {classes}: use float16"
+        )
+    if not top16_suffices(method, classes):
+        raise UsageError(
+            f"store.record top16 keeps the 16 largest logits and the mass of the others, which suffices for kd; method "
+            f"{describe_method(recipe.method)} reads all of them: use float16"
+        )
+    return kind
+
+
+def top16_suffices(method: Method, classes: int) -> bool:
+    """Whether the 16 largest logits and the mass of the others are enough for a method."""
+    return classes > FEW_CLASSES and method.soft_temperature is not None and not method.needs.embedding
+
+
+def apply_view_plan(recipe: Recipe, plan: ViewPlan) -> Recipe:
+    """The recipe with what "auto" means here, so that its file in the run folder says what was done."""
+    decided = {"views": plan.views} | ({"record": plan.record} if plan.record is not None else {})
+    return recipe.model_copy(update={"store": recipe.store.model_copy(update=decided)})
+
+
+def restore_view_plan(path: Path, recipe: Recipe) -> Recipe:
+    """For a run that goes on: "auto" means what it meant when the run began, whatever the number of epochs now.
+
+    Args:
+        path: recipe.yaml of the run folder.
+        recipe: as it is given now.
+    """
+    before = load_recipe(path, data_needed=False).store
+    kept = {
+        key: getattr(before, key)
+        for key in ("views", "record")
+        if getattr(recipe.store, key) == "auto" and getattr(before, key) != "auto"
+    }
+    return recipe.model_copy(update={"store": recipe.store.model_copy(update=kept)}) if kept else recipe
+
+
+def _views_shown(recipe: Recipe) -> int:
+    """How many views are shown to a student in the end."""
+    views, epochs = count_views(recipe), recipe.stage_training("student").epochs
+    return epochs if views == "all" else min(views, epochs)
+
+
+def _bytes_of_seed(recipe: Recipe, method: Method, data: DataSplits, kind: RecordKind) -> int:
+    """Of all records that the student of one seed trains on."""
+    classes = len(data.class_names)
+    distinct = method.needs.second != "none" or not (recipe.data.augment or data.augment).changes_nothing
+    data = data.measured  # of a target more may be stored than the teacher will be sure of
+    images = len(data.train) + (0 if data.unlabeled is None else len(data.unlabeled))
+    record = RecordFormat(kind, classes, _ASSUMED_WIDTH if method.needs.embedding else 0)
+    stores = max(1, len(recipe.each_teacher)) * (1 if method.needs.second == "none" else 2)
+    return (_views_shown(recipe) if distinct else 1) * images * record.nbytes * stores
+
+
+def _free_bytes(folder: Path) -> int:
+    """Bytes free where the folder is or will be."""
+    try:
+        existing = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
+        return shutil.disk_usage(existing).free
+    except OSError:
+        return 0
+
+
+@dataclass
+class StageCaches:
+    """A stage's answers by split, as records; nothing where the method trains on the live answers."""
+
+    by_split: dict[str, CachedTeacherOutputs] = field(default_factory=dict)
+    kept: bool = False  # on disk
+
+    def close(self) -> None:
+        """Make everything last; other processes may write then."""
+        for recorded in self.by_split.values():
+            recorded.close()
+
+    def counts(self, processes: ProcessGroup = SINGLE_PROCESS) -> dict[str, int]:
+        """Training images of which the teacher was asked, and whose answers were read, by all processes."""
+        if not self.kept:
+            return {}
+        every = [dataclasses.asdict(counts) for counts in processes.gather(self.by_split["train"].counts)]
+        return {name: sum(counts[name] for counts in every) for name in every[0]}
+
+
+@dataclass(frozen=True)
+class StageTeacher:
+    """A teacher, where its model stands, and how it is asked."""
+
+    classifier: Classifier  # as trained, in float32
+    folder: Path | None  # None where nothing is stored
+    weights: str  # digest of the classifier's
+    how: InferenceSettings | None = None  # decides how its answers are rounded; None: under autocast
+
+
+def open_caches(
+    distiller: Distiller,
+    loaders: dict[str, Loader],
+    teachers: Sequence[StageTeacher],
+    *,
+    stage: str,
+    student: InputSpec,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    observer: Observer,
+    keeps: bool = True,
+) -> StageCaches:
+    """Stores for the teachers' answers to the images of each split.
+
+    Args:
+        distiller: joined, with the teachers as they will be asked.
+        loaders: by split; "train" with its views.
+        teachers: in the distiller's order.
+        stage: whose views they are.
+        student: how the images are prepared.
+        recipe: says where and how.
+        data: whose fingerprint is part of the keys.
+        compute: where the teachers are asked.
+        observer: is warned once where a store cannot be used; training then goes on with the live teacher, whose
+            answers are rounded as their records would be, so that the weights are the same.
+        keeps: False: no store is opened at all, with the same effect.
+    """
+    method, classes = distiller.method, len(data.class_names)
+    kind = record_kind(recipe, method, classes)
+    failed: StorageError | ArtifactError | None = None
+    described = [describe_teacher(teacher) for teacher in teachers]
+    widths = embedding_widths(distiller) if method.needs.embedding else [0] * len(teachers)
+    opened: list[TeacherCache] = []
+
+    def shelves_of(split: str, loader: Loader, kept: bool) -> dict[bool, list[TeacherCacheProtocol]]:
+        caches: dict[bool, list[TeacherCacheProtocol]] = {False: [], True: []}
+        for second in (False, True) if split == "train" and method.needs.second == "strong" else (False,):
+            for teacher, description, width in zip(teachers, described, widths, strict=True):
+                record = RecordFormat(kind, classes, width)
+                if kept:
+                    facts = {
+                        "teacher": teacher.classifier.architecture,
+                        "folder": str((teacher.folder or Path()).resolve()),
+                        "data": data.source,
+                        "stage": stage,
+                        "student input": dataclasses.asdict(student),
+                        "recipe": dump_recipe(recipe),
+                    }
+                    key = cache_key(description, loader, split, data, second=second)
+                    opened.append(TeacherCache.open(cache_root(recipe), key, record, loader.samples, facts))
+                    caches[second].append(opened[-1])
+                else:
+                    caches[second].append(NullTeacherCache(record))
+        return caches
+
+    # Where the method asks the teacher in training only, val has no answers.
+    answered = {split: each for split, each in loaders.items() if split == "train" or not method.needs.training_only}
+    try:
+        caches = {split: shelves_of(split, loader, keeps) for split, loader in answered.items()}
+    except (StorageError, ArtifactError) as error:
+        failed = error
+        observer.warn(f"teacher outputs are not stored, so the teacher is asked in every step: {error}")
+    kept = keeps and not any(compute.processes.highest(int(failed is not None)))  # all processes record, or none
+    if not kept:
+        for store in opened:
+            store.close()
+        caches = {split: shelves_of(split, loader, False) for split, loader in answered.items()}
+    return StageCaches(
+        {
+            split: CachedTeacherOutputs(
+                distiller,
+                loader,
+                caches[split][False],
+                caches[split][True],
+                autocast=compute.autocast,
+                warn=observer.warn,
+                processes=compute.processes,
+            )
+            for split, loader in answered.items()
+        },
+        kept,
+    )
+
+
+def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
+    """All that decides what a teacher says of an image."""
+    network = teacher.classifier
+    return {
+        "architecture": network.architecture,
+        "weights": teacher.weights,
+        "remodelled": network.remodelled,
+        "input": dataclasses.asdict(network.input),
+        "asked in": None if teacher.how is None else teacher.how.facts(),
+    }
+
+
+def cache_key(teacher: dict[str, Any], loader: Loader, split: str, data: DataSplits, *, second: bool) -> dict[str, Any]:
+    """All that decides a store's records; any change of it is another key."""
+    names = "\n".join(data.split(split).names)  # the fingerprint does not depend on their order, but sample ids do
+    return {
+        "teacher": teacher,
+        "classes": list(data.class_names),
+        "data": data.fingerprint,
+        "split": split,
+        "names": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+        "views": loader.describe_views(second=second),
+    }
+
+
+def embedding_widths(distiller: Distiller) -> list[int]:
+    """D of each teacher: what its last linear layer reads."""
+    assert distiller.teacher is not None
+    found = []
+    for network, reader in zip(distiller.teacher.networks, distiller.teacher.readers, strict=True):
+        assert reader.wanted.embedding is not None  # the method needs it
+        layer = network.get_submodule(reader.wanted.embedding)
+        assert isinstance(layer, nn.Linear)
+        found.append(layer.in_features)
+    return found
+
+
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 over names, kinds, shapes and bytes of a network's tensors."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        plain = tensor.detach().cpu().contiguous()
+        found.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

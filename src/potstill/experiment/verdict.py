@@ -1,0 +1,369 @@
+"""The effect of distillation in plain and careful words; free of torch and scipy, so that the terminal can print it.
+
+"Helped" and "hurt" take three seeds or more, and an interval over seeds and test images together that excludes 0.
+With one seed the verdict states what was measured on that seed, and how to repeat it. Sentences are "" if their
+figures are missing.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from potstill.config.stage_names import sort_stages, stage_role
+from potstill.formatting import format_duration, format_number, format_percent, format_points
+from potstill.formatting import format_points as points
+
+MIN_SEEDS = 3  # seeds, from which "helped" and "hurt" are said
+
+
+def seeds_of(comparison: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What several seeds gave; None where there is but one."""
+    seeds = (comparison or {}).get("seeds")
+    if not isinstance(seeds, Mapping):
+        return None
+    top1 = (seeds.get("figures") or {}).get("top1")
+    return seeds if isinstance(top1, Mapping) and (finite_figure(top1, "n") or 0) > 1 else None
+
+
+def average_over_seeds(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison with gain, interval and gap over all seeds, where there are several; ``confidence`` is that of the
+    interval, and ``p`` that of the test of seeds and images together.
+    """
+    seeds, found = seeds_of(comparison), dict(comparison)
+    if seeds is None:
+        return found
+    top1, whole = seeds["figures"]["top1"], seeds.get("top1_gain") or {}
+    found |= {"top1_gain": whole.get("value"), "seeds_count": top1.get("n")}
+    found |= {f"top1_gain_{end}": whole.get(end) for end in ("low", "high")}
+    found |= {key: whole.get(key) for key in ("p", "confidence", "looks", "seed_share")}
+    keys = ("gap", "gap_low", "gap_high", "gap_closed", "gap_closed_low", "gap_closed_high")
+    return found | {key: seeds.get(key) for key in keys}
+
+
+def seeds_lines(comparison: Mapping[str, Any] | None) -> list[str]:
+    """A line for each seed, where there are several.
+
+    Example:
+        >>> pair = {"seed": 0, "top1_gain": 0.01, "fixed": 5, "broken": 2, "mcnemar_p": 0.45}
+        >>> comparison = {"seeds": {"each": [pair, pair | {"seed": 1}], "figures": {"top1": {"n": 2}}}}
+        >>> print(*seeds_lines(comparison), sep=chr(10))
+        seed 0: +1.0 points of top-1, distilled against baseline (5 images newly right, 2 newly wrong)
+        seed 1: +1.0 points of top-1, distilled against baseline (5 images newly right, 2 newly wrong)
+    """
+    seeds = seeds_of(comparison)
+    return [
+        f"seed {each.get('seed')}: {format_points(gain)} points of top-1, distilled against baseline "
+        f"({each.get('fixed')} images newly right, {each.get('broken')} newly wrong)"
+        for each in (seeds or {}).get("each") or []
+        if (gain := finite_figure(each, "top1_gain")) is not None
+    ]
+
+
+def finite_figure(values: Mapping[str, Any] | None, key: str) -> float | None:
+    """A finite number out of a mapping, or None."""
+    return format_number((values or {}).get(key))
+
+
+Effect = Literal["helped", "hurt", "unclear", "one_seed", "unknown"]
+MAX_CLASSES_NAMED = 5  # classes
+
+
+def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> list[str]:
+    """What makes the figures void, the worst first: a network at chance, classes that one never predicts, and a
+    teacher that is below the baseline on val.
+    """
+    tests = {name: (stages.get(name) or {}).get("test") or {} for name in sort_stages(stages)}
+    judged = {name: test for name, test in tests.items() if stage_role(name) in ("teacher", "baseline", "distilled")}
+    at_chance = [name for name, test in judged.items() if test.get("at_chance")]
+    said = [
+        f"The {_stage_label(name)} is not clearly better than chance on test: top-1 "
+        f"{format_percent(judged[name].get('top1'))}, where always "
+        f"predicting the most frequent class gives {format_percent(judged[name].get('largest_class'))}; "
+        + (
+            "the distilled student had nothing to learn from it."
+            if stage_role(name) == "teacher"
+            else "it has not learned."
+        )
+        for name in at_chance
+    ]
+    for name, test in judged.items():
+        missing = [] if name in at_chance else list(test.get("never_predicted") or [])
+        if missing:
+            more = f" and {len(missing) - MAX_CLASSES_NAMED} more" if len(missing) > MAX_CLASSES_NAMED else ""
+            listed = ", ".join(map(str, missing[:MAX_CLASSES_NAMED])) + more
+            classes = "one class" if len(missing) == 1 else f"{len(missing)} classes"
+            said.append(f"The {_stage_label(name)} never predicts {classes} of the test split: {listed}.")
+    for each in comparison.get("teacher_below_baseline") or []:
+        if each.get("teacher") not in at_chance:
+            top1 = f"{format_percent(each.get('teacher_val_top1'))} against {format_percent(each.get('baseline_val_top1'))}"
+            said.append(
+                f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): train it longer or give a "
+                "better one."
+            )
+    said += [f"{str(each).rstrip('.')}." for each in comparison.get("views_differ") or []]
+    return said
+
+
+def _stage_label(stage: str) -> str:
+    return "distilled student" if stage == "distilled" else stage
+
+
+def format_confidence(confidence: float) -> str:
+    """``95 %``, ``99.75 %``."""
+    return f"{100 * confidence:.4g} %"
+
+
+def accuracy_sentence(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
+    """Top-1 of every stage on test, and of several teachers together."""
+    top1 = ((seeds_of(comparison) or {}).get("figures") or {}).get("top1") or {}
+    means = {"baseline": finite_figure(top1, "mean_a"), "distilled": finite_figure(top1, "mean_b")}
+    said = []
+    for name in sort_stages(stages):
+        share = means.get(name)
+        if share is None:
+            share = finite_figure((stages.get(name) or {}).get("test"), "top1")
+        if share is not None:
+            said.append(f"{name} {100 * share:.1f} %")
+    together = finite_figure(comparison, "teachers_top1")
+    if said and together is not None and (finite_figure(comparison, "teachers") or 0) > 1:
+        said.append(f"the teachers together {100 * together:.1f} %")
+    mean = " (baseline and distilled: mean over the seeds)" if means["baseline"] is not None else ""
+    where = "the target's test" if comparison.get("domain") else "test"
+    return f"Top-1 on {where}: {', '.join(said)}{mean}." if len(said) > 1 else ""
+
+
+def gap_sentence(comparison: Mapping[str, Any], found: Effect) -> str:
+    """How far the teacher leads, and how much of that the student has made up."""
+    gap, closed = finite_figure(comparison, "gap"), finite_figure(comparison, "gap_closed")
+    if gap is None:
+        return ""
+    several = (finite_figure(comparison, "teachers") or 1) > 1
+    if gap <= 0:
+        how = "no better than" if gap == 0 else f"{format_points(-gap, signed=False)} points worse than"
+        who = "The teachers together are" if several else "The teacher is"
+        return f"{who} {how} the baseline, so there was no gap to close: a better teacher comes first."
+    who = "The teachers together lead" if several else "The teacher leads"
+    lead = f"{who} the baseline by {format_points(gap, signed=False)} points"
+    low, high = finite_figure(comparison, "gap_low"), finite_figure(comparison, "gap_high")
+    if low is not None and high is not None and finite_figure(comparison, "gap_closed_low") is None:
+        return f"{lead}, which may be sampling noise in the test set (95 % interval {format_points(low)} to {format_points(high)})."
+    if found == "one_seed":
+        if closed is None or closed <= 0:
+            return f"{lead}."
+        return f"{lead}; on this seed the distilled student closed {_closed(closed)} of this gap{_range(comparison)}."
+    if found == "unclear":
+        what = (
+            "this test split" if finite_figure(comparison, "seeds_count") is None else "these seeds and this test split"
+        )
+        return f"{lead}; {what} cannot tell how much of that gap distillation closed."
+    if found == "hurt":
+        return f"{lead}; distillation did not close this gap but widened it."
+    if closed is None or closed <= 0:
+        return f"{lead}."
+    return f"{lead}; the distilled student closed {_closed(closed)} of this gap{_range(comparison)}."
+
+
+def _closed(closed: float) -> str:
+    return "all" if closed >= 1 else f"{100 * closed:.0f} %"
+
+
+def _range(comparison: Mapping[str, Any]) -> str:
+    low, high = finite_figure(comparison, "gap_closed_low"), finite_figure(comparison, "gap_closed_high")
+    return "" if low is None or high is None else f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def cost_sentence(comparison: Mapping[str, Any]) -> str:
+    """How much smaller and faster the student is.
+
+    Ratios are teacher to student: 12.3 means that the teacher has 12.3 times as many.
+    """
+    small, fast = finite_figure(comparison, "parameter_ratio"), finite_figure(comparison, "latency_ratio")
+    size, speed = _format_ratio(small, "smaller", "larger"), _format_ratio(fast, "faster", "slower")
+    said = [text for text in (size and f"{size} in parameters", speed and f"{speed} for one image") if text]
+    several = (finite_figure(comparison, "teachers") or 1) > 1
+    return f"Against the teacher{'s together' if several else ''}, the student is {' and '.join(said)}." if said else ""
+
+
+def time_sentence(stages: Mapping[str, Any]) -> str:
+    """What distillation took beyond training the baseline: the teachers' training too, where it was done here."""
+    taken = {name: finite_figure((stages[name] or {}).get("training"), "seconds") for name in sort_stages(stages)}
+    baseline, distilled = taken.get("baseline"), taken.get("distilled")
+    if baseline is None or distilled is None:
+        return ""
+    others = {name: seconds for name, seconds in taken.items() if name not in ("baseline", "distilled")}
+    parts = [
+        f"{name} {'ready-made' if seconds is None else format_duration(seconds)}" for name, seconds in others.items()
+    ]
+    parts += [f"distilled {format_duration(distilled)}", f"baseline {format_duration(baseline)}"]
+    more = sum(seconds or 0.0 for seconds in others.values()) + distilled - baseline
+    cost = f"{format_duration(more)} more training than the baseline alone" if more > 0 else "no more training time"
+    return f"It cost {cost} ({', '.join(parts)})."
+
+
+def limits_sentence(comparison: Mapping[str, Any]) -> str:
+    """What the figures above cannot tell."""
+    seeds = seeds_of(comparison)
+    if seeds is None:
+        return (
+            "One seed cannot separate what distillation does from what another seed would do: the interval covers the "
+            "choice of test images only (--resume --seeds 5 goes on from here)."
+        )
+    said = []
+    looks = finite_figure(seeds.get("top1_gain"), "looks") or 1
+    if looks > 1:
+        said.append(
+            f"This is look {looks:.0f} at the test split, so the interval is wider than 95 %: seeds or epochs that are "
+            "added after a look give chance another try."
+        )
+    if finite_figure(comparison.get("looks"), "augmentation_seeds") == 1:
+        said.append("All seeds saw the same augmented views: what other views would give is not covered either.")
+    if finite_figure(comparison, "teachers"):
+        said.append("All seeds learn from the same teacher: another teacher is not covered by the interval.")
+    return " ".join(said)
+
+
+def _format_ratio(ratio: float | None, more: str, less: str) -> str:
+    if ratio is None or ratio <= 0:
+        return ""
+    if 0.95 < ratio < 1.05:
+        return f"neither {more} nor {less}"
+    word, factor = (more, ratio) if ratio > 1 else (less, 1 / ratio)
+    return f"{factor:.1f} times {word}" if factor < 100 else f"{factor:,.0f} times {word}"
+
+
+def format_test_images(comparison: Mapping[str, Any]) -> str:
+    """``270 test images``, "of the target" where there is one."""
+    count, whose = finite_figure(comparison, "test_images"), " of the target" if comparison.get("domain") else ""
+    if count is None:
+        return f"the test images{whose}"
+    return f"1 test image{whose}" if count == 1 else f"{count:,.0f} test images{whose}"
+
+
+def domain_sentence(comparison: Mapping[str, Any]) -> str:
+    """What adapting alone brings, top-1 on the source's test, and what was learned from and picked by; "" without a
+    target.
+
+    Args:
+        comparison: of results.json.
+    """
+    found = comparison.get("domain")
+    if not found:
+        return ""
+    said = [f"{name} {100 * share:.1f} %" for name, share in (found.get("source_top1") or {}).items()]
+    parts = [f"On the source's test: {', '.join(said)}."] if said else []
+    alone = finite_figure(found, "adapted_baseline_top1")
+    if alone is not None:
+        given = "Given the target's BatchNorm statistics and nothing else"
+        parts.insert(0, f"{given}, the baseline has {100 * alone:.1f} %.")
+    return " ".join([*parts, _training_images_sentence(found)])
+
+
+def _training_images_sentence(found: Mapping[str, Any]) -> str:
+    share, count, every = (finite_figure(found, key) or 0.0 for key in ("target_labels", "images", "of"))
+    teacher = "the teacher, given the target's BatchNorm statistics," if found.get("adapted") else "the teacher"
+    sure = f"{teacher} was at least {100 * (finite_figure(found, 'confidence') or 0.0):g} % sure"
+    images = f"{count:,.0f} of {every:,.0f} target images"
+    if share:
+        return (
+            f"The baseline learned from the source's labels and {100 * share:g} % of the target's; the distilled "
+            f"student from {images}: those with the same labels, and those of whose class {sure}. Both were picked by "
+            "the target's labelled val images, the teacher by the source's val."
+        )
+    return (
+        f"The baseline learned from the source's labels alone; the distilled student from {images}, of whose class "
+        f"{sure}, and from no label. All were picked by the source's val: no label of the target took part."
+    )
+
+
+def verdict(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | None = None) -> str:
+    """All that a run can say of distillation, as a few plain sentences.
+
+    Args:
+        comparison: ``comparison`` of results.json (gains as shares), or None where a stage is missing.
+        stages: ``stages`` of results.json; with it the sentences also give the accuracies themselves.
+
+    Example:
+        >>> found = {"top1_gain": 0.018, "top1_gain_low": 0.004, "top1_gain_high": 0.032, "test_images": 270}
+        >>> print(headline(found))  # doctest: +NORMALIZE_WHITESPACE
+        On this seed, the distilled student's top-1 is 1.8 points above the baseline's on 270 test images (95 %
+        interval over test images +0.4 to +3.2); repeat with --seeds 5 to know whether distillation helps.
+    """
+    return " ".join(verdict_sentences(comparison, stages))
+
+
+def verdict_sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | None = None) -> list[str]:
+    """The sentences of ``verdict``: what makes the figures void comes first, then the headline."""
+    found = effect_of(comparison)
+    said = [*warning_sentences(stages or {}, comparison or {}), headline(comparison)]
+    if comparison is None or found == "unknown":
+        return said
+    whole = average_over_seeds(comparison)
+    said += [
+        accuracy_sentence(stages or {}, comparison),
+        domain_sentence(comparison),
+        gap_sentence(whole, found),
+        cost_sentence(comparison),
+        time_sentence(stages or {}),
+    ]
+    said.append(limits_sentence(comparison))
+    return [sentence for sentence in said if sentence]
+
+
+def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
+    """``helped`` or ``hurt`` only with ``MIN_SEEDS`` seeds or more, where the whole interval of the top-1 gain over seeds
+    and test images lies on one side of 0 and the test agrees; ``one_seed`` for whatever one seed gave.
+    """
+    if comparison is None:
+        return "unknown"
+    whole = average_over_seeds(comparison)
+    gain, low, high = (finite_figure(whole, key) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
+    if gain is None or low is None or high is None:
+        return "unknown"
+    if seeds_of(comparison) is None:
+        return "one_seed"
+    p, confidence = finite_figure(whole, "p"), finite_figure(whole, "confidence")
+    if p is None or confidence is None:
+        return "unknown"
+    if (finite_figure(whole, "seeds_count") or 0) < MIN_SEEDS or p >= 1 - confidence:
+        return "unclear"
+    if low > 0:
+        return "helped"
+    return "hurt" if high < 0 else "unclear"
+
+
+def headline(comparison: Mapping[str, Any] | None) -> str:
+    """What distillation did, in one sentence."""
+    found = effect_of(comparison)
+    if comparison is None or found == "unknown":
+        return (
+            "Whether distillation helped cannot be said: it takes test results of both baseline and distilled student."
+        )
+    whole = average_over_seeds(comparison)
+    gain, low, high = (float(whole[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
+    size, images = points(abs(gain), signed=False), format_test_images(whole)
+    ends = f"{points(low)} to {points(high)}"
+    if found == "one_seed":
+        if finite_figure(comparison, "fixed") == 0 and finite_figure(comparison, "broken") == 0:
+            what = f"the distilled student and the baseline are right on the same of {images}"
+        elif gain == 0:
+            what = f"distilled student and baseline have the same top-1 on {images} "
+            what += f"(95 % interval over test images {ends})"
+        else:
+            side = "above" if gain > 0 else "below"
+            what = f"the distilled student's top-1 is {size} points {side} the baseline's on {images} "
+            what += f"(95 % interval over test images {ends})"
+        return f"On this seed, {what}; repeat with --seeds 5 to know whether distillation helps."
+    average = f"on average over {whole['seeds_count']:.0f} seeds, on {images}"
+    interval = f"{format_confidence(whole['confidence'])} interval over seeds and test images together {ends}"
+    if found == "helped":
+        return f"Distillation helped: the student gained {size} points of top-1 {average} ({interval})."
+    if found == "hurt":
+        return f"Distillation hurt: the student lost {size} points of top-1 {average} ({interval})."
+    changed = f"the student's top-1 changed by {points(gain)} points {average} ({interval}"
+    if whole["seeds_count"] < MIN_SEEDS:
+        return f"Two seeds are too few for a verdict: with distillation {changed}); go on with --resume --seeds 5."
+    if low <= 0 <= high:
+        return f"No clear difference: with distillation {changed}, which includes 0)."
+    return (
+        f"No clear difference: with distillation {changed}), but so few images changed that an exact test over the "
+        f"images gives p = {finite_figure(whole, 'p') or 0:.2f}."
+    )

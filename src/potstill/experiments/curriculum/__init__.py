@@ -1,1 +1,0 @@
-"""Images in the order of their difficulty."""

@@ -1,1 +1,0 @@
-"""From one domain to another: who sees which images, and what is said of it."""

@@ -1,1 +1,0 @@
-"""Test images that the report shows."""

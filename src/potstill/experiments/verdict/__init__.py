@@ -1,1 +1,0 @@
-"""Distilled against baseline, in figures and in sentences."""

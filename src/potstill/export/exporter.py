@@ -1,0 +1,461 @@
+"""``export``: convert a model, compare it with the network it comes from, quantize it, time it, write it.
+
+Static quantization to 8 bits is onnxruntime's own tool.  Nothing is written before the comparison has passed.
+"""
+
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from potstill.config.stage_names import sort_stages, stage_role
+from potstill.data.datasets import load_data
+from potstill.data.image_sets import ImageSet
+from potstill.data.preprocessing import crop_to_input, normalize_array
+from potstill.errors import ArtifactError, DataError, did_you_mean
+from potstill.evaluation.cost import measure_latency
+from potstill.experiment.run_folder import find_model
+from potstill.export.formats import (
+    ExportedFiles,
+    ExportFormat,
+    ExportMetadata,
+    Predictor,
+    find_format,
+    quiet,
+)
+from potstill.export.formats.onnx import INPUT_NAME, create_onnx_predictor, facts_path, prepare_batch
+from potstill.export.options import (
+    CALIBRATION_IMAGES,
+    COMPARED_IMAGES,
+    EXPORT_FOLDER,
+    NAME,
+    ExportOptions,
+    MessageCallback,
+    check_options,
+    create_metadata,
+    export_data_settings,
+    weights_sha256,
+    without_preprocessing,
+)
+from potstill.export.preprocessing import create_preprocessing
+from potstill.input_spec import InputSpec
+from potstill.io import sha256_hex, write_bytes, write_checksummed_json
+from potstill.models.model_file import load_model
+
+
+def export(
+    model: Path | str, stage: str | None = None, wish: ExportOptions | None = None, *, note: MessageCallback = print
+) -> Path:
+    """Write an exported model, and beside it ``NAME.json`` with its SHA-256 and what was measured.
+
+    Args:
+        model: a run folder, or the folder of one of its models.
+        stage: of a run folder: "teacher", "baseline", "distilled" and so on; None: distilled, else baseline, else
+            teacher.
+        wish: all else.
+        note: is told what was found, line by line.
+
+    Returns:
+        The file; of several, the one to open.
+
+    Raises:
+        UsageError: an unknown format, a wrong option, or a package that is not installed.
+        DataError: the run's images are not there, or have other classes.
+        ArtifactError: no such stage; a model that cannot be exported, or whose export differs; int8 that loses more
+            than ``max_drop``.
+        StorageError: it cannot be written.
+    """
+    wish = wish or ExportOptions()
+    form = find_format(wish.format)
+    check_options(wish, form)
+    folder = _model_folder(Path(model), stage)
+
+    job = Exporter(folder, wish, form, note)
+    files, facts = job.files()
+    return _write_files(folder, wish, form, files, facts)
+
+
+def _model_folder(model: Path, stage: str | None) -> Path:
+    if stage is None:
+        return find_model(model)
+    trained = sort_stages(each.parent.name for each in model.glob("*/model.json"))
+    if not trained:
+        raise ArtifactError(f"{model} is no run folder with a trained model, so it has no stage {stage!r}")
+    if not stage_role(stage) or stage not in trained:
+        raise ArtifactError(
+            f"{model} has no trained {stage!r}{did_you_mean(stage, trained)}; it has {', '.join(trained)}"
+        )
+    return model / stage
+
+
+def _write_files(
+    folder: Path, wish: ExportOptions, form: ExportFormat, files: ExportedFiles, facts: dict[str, Any]
+) -> Path:
+    suffix = form.suffix
+    main = wish.output or folder / EXPORT_FOLDER / f"{NAME}{'-int8' if wish.int8 else ''}{suffix}"
+    stem = main.name.removesuffix(suffix)
+    written = {f"{stem}{each}": content for each, content in files.items()}
+    for name, content in written.items():
+        write_bytes(main.with_name(name), content)
+    listed = {name: {"bytes": len(content), "sha256": sha256_hex(content)} for name, content in written.items()}
+    write_checksummed_json(facts_path(main), {"schema": FACTS_SCHEMA, "files": listed, **facts})
+    return main
+
+
+FACTS_SCHEMA = 1
+
+
+MAX_RELATIVE_DIFFERENCE = 1e-3  # largest difference of a logit, as a share of the largest logit where that is above 1
+COMPARISON_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an exported model is from the network it comes from, on the same images."""
+
+    images: int
+    max_difference: float  # of a logit
+    largest_logit: float  # of the network's, as an absolute value
+    agreement: float  # share of images with the same top class
+    limit: float = MAX_RELATIVE_DIFFERENCE
+
+    @property
+    def within(self) -> bool:
+        """Whether no logit differs by more than ``limit``, times the largest logit where that is above 1."""
+        return self.max_difference <= self.limit * max(1.0, self.largest_logit)  # False for NaN
+
+    def as_json(self) -> dict[str, Any]:
+        """For the facts."""
+        return asdict(self)
+
+
+def compute_parity(reference: NDArray[Any], found: NDArray[Any]) -> Parity:
+    """Compare logits [N, K] of the network with those of the exported model.
+
+    Example:
+        >>> compute_parity(np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([[2.0, 0.0], [1.0, 0.5]]))
+        Parity(images=2, max_difference=1.0, largest_logit=2.0, agreement=0.5, limit=0.001)
+    """
+    return Parity(
+        len(reference),
+        float(np.abs(reference.astype(np.float64) - found).max()),
+        float(np.abs(reference).max()),
+        float((reference.argmax(axis=1) == found.argmax(axis=1)).mean()),
+    )
+
+
+def create_torch_predictor(module: nn.Module, spec: InputSpec, inside: str) -> Predictor:
+    """The network, in eval mode on the CPU, with its preparation, as a function of arrays."""
+    whole = nn.Sequential(*create_preprocessing(spec, inside), module).eval()
+
+    def answer(images: NDArray[Any]) -> NDArray[Any]:
+        with torch.no_grad():
+            logits: NDArray[Any] = whole(torch.from_numpy(images)).float().numpy()
+        return logits
+
+    return answer
+
+
+def compute_logits(
+    answers: Sequence[Predictor],
+    images: ImageSet,
+    index: Sequence[int],
+    what: ExportMetadata,
+    *,
+    any_batch: bool = True,
+) -> list[NDArray[Any]]:
+    """What each of several models answers to the same images: logits [N, K] each.
+
+    Args:
+        answers: that take the same input.
+        images: a split.
+        index: positions of N images in it.
+        what: how they are prepared.
+        any_batch: whether the models take many images at once.
+
+    Raises:
+        DataError: an image that cannot be decoded.
+    """
+    step = (
+        COMPARISON_BATCH_SIZE if any_batch and what.inside != "resize" else 1
+    )  # "resize" takes images of one size at once
+    parts: list[list[NDArray[Any]]] = []
+    for i in range(0, len(index), step):
+        prepared = prepare_batch([images.pixels(each) for each in index[i : i + step]], what)
+        parts.append([answer(prepared) for answer in answers])
+    return [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+
+def accuracy(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Share in [0, 1] of images whose top class is their label."""
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+class _ExportedModule(nn.Module):
+    """An exported model in the place of a network, so that both are timed alike; it gets the same image each time."""
+
+    def __init__(self, answer: Predictor, image: NDArray[Any]) -> None:
+        super().__init__()
+        self.answer, self.image = answer, image
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.answer(self.image))
+
+
+def measure_exported_latency(answers: Mapping[str, Predictor], image: NDArray[Any], spec: InputSpec) -> dict[str, Any]:
+    """p50 and p95 for one image, the models taking turns; see ``evaluation.cost.measure_latency``.
+
+    Args:
+        answers: name -> model.
+        image: a batch of one, as they take it.
+        spec: of the network.
+    """
+    return measure_latency(
+        {name: (_ExportedModule(answer, image), spec) for name, answer in answers.items()}, rounds=50, warmup=10
+    )
+
+
+CALIBRATION_BATCH_SIZE = 32
+
+
+def quantize_network(network: Any, images: NDArray[np.float32]) -> Any:
+    """Weights and activations in 8 bits, with a scale for each output channel of the weights.
+
+    Args:
+        network: the bare network, an ``onnx.ModelProto`` in float32; it stays as it is.
+        images: [N, 3, S, S], prepared training images, from which the range of each activation is taken.
+
+    Returns:
+        An ``onnx.ModelProto`` in the QDQ form, which every engine reads.
+
+    Raises:
+        ArtifactError: onnxruntime cannot quantize it.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        given, prepared, target = (Path(scratch, name) for name in ("given.onnx", "prepared.onnx", "int8.onnx"))
+        try:
+            onnx.save(network, str(given))  # handed over as an object, it would be torn into several files
+            quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared), str(target), _CalibrationReader(images), quant_format=QuantFormat.QDQ, per_channel=True,
+                activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+            )  # fmt: skip
+        except Exception as error:  # onnxruntime's tool raises whatever it meets
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ArtifactError(f"onnxruntime cannot quantize this network: {line[:300]}") from error
+        return onnx.load(str(target))
+
+
+class _CalibrationReader:
+    """Batches, as onnxruntime's calibration asks for them."""
+
+    def __init__(self, images: NDArray[np.float32]) -> None:
+        self._parts: Iterator[NDArray[np.float32]] = iter(
+            [images[i : i + CALIBRATION_BATCH_SIZE] for i in range(0, len(images), CALIBRATION_BATCH_SIZE)]
+        )
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        """The next batch, or None at the end."""
+        part = next(self._parts, None)
+        return None if part is None else {INPUT_NAME: part}
+
+    def __iter__(self) -> "_CalibrationReader":
+        return self
+
+    def __next__(self) -> dict[str, NDArray[np.float32]]:
+        found = self.get_next()
+        if found is None:
+            raise StopIteration
+        return found
+
+
+def class_balanced_indices(labels: Sequence[int], count: int) -> list[int]:
+    """Positions of ``count`` images, all classes in turn, each from its first image on; all where there are fewer.
+
+    Example:
+        >>> class_balanced_indices([0, 0, 0, 1, 1, 2], 4)
+        [0, 1, 3, 5]
+    """
+    seen: dict[int, int] = {}
+    ranked = []
+    for position, label in enumerate(labels):
+        seen[int(label)] = seen.get(int(label), -1) + 1
+        ranked.append((seen[int(label)], int(label), position))
+    return sorted(position for *_, position in sorted(ranked)[:count])
+
+
+class Exporter:
+    """One export: everything but writing it.
+
+    Args:
+        folder: of the model.
+        wish: checked already.
+        form: the wished format.
+        note: is told what was found.
+    """
+
+    def __init__(self, folder: Path, wish: ExportOptions, form: ExportFormat, note: MessageCallback) -> None:
+        self.folder, self.wish, self.form, self.note = folder, wish, form, note
+        self.classifier = load_model(folder)
+        self.what = create_metadata(self.classifier, wish)
+        self.splits = load_data(export_data_settings(folder, wish.data)).measured
+        if tuple(self.splits.class_names) != tuple(self.classifier.class_names):
+            raise DataError(
+                f"{self.splits.source} has the classes {_format_names(self.splits.class_names)}, "
+                f"the model {_format_names(self.classifier.class_names)}: give the data that it was trained on"
+            )
+        self.compared = class_balanced_indices(self.splits.test.labels.tolist(), COMPARED_IMAGES)
+        self.reference = create_torch_predictor(self.classifier.module, self.classifier.input, wish.inside)
+
+    def files(self) -> tuple[ExportedFiles, dict[str, Any]]:
+        """The files and the facts about them.
+
+        Raises:
+            ArtifactError: it cannot be exported, differs from the original, or int8 loses too much.
+            DataError: an image that cannot be decoded.
+        """
+        self.note(f"exporting {self.classifier.architecture} of {self.folder} to {self.wish.format}")
+        files, facts = self._export_int8() if self.wish.int8 else self._plain()
+        return files, {
+            "format": self.wish.format,
+            "stage": self.folder.name,
+            "model_sha256": weights_sha256(self.folder),
+            **{key: value for key, value in self.what.as_json().items() if key != "schema"},
+            "data": self.splits.source,
+            **facts,
+            "versions": self._versions(),
+        }
+
+    def _plain(self) -> tuple[ExportedFiles, dict[str, Any]]:
+        files = self.form.convert(self.classifier.module, self.what)
+        if self.form.open is None:
+            self.note("this format runs on other machines only: converted, not compared with PyTorch")
+            return files, {"parity": None, "prepared": None, "accuracy": None, "calibration": None, "latency_ms": None}
+        answer = self.form.open(files)
+        found, prepared = self._compare(answer)
+        times = self._measure_latency(
+            {self.wish.format: answer if self.wish.format != "onnx" else _latency_predictor(files[".onnx"])}
+        )
+        return files, {
+            "parity": found.as_json(),
+            "prepared": prepared,
+            "accuracy": None,
+            "calibration": None,
+            "latency_ms": times,
+        }
+
+    def _compare(self, answer: Predictor) -> tuple[Parity, dict[str, Any] | None]:
+        """With PyTorch on the same input, and where images are resized inside, with images prepared outside too."""
+        images, any_batch = self.splits.test, self.form.any_batch
+        reference, found = compute_logits(
+            [self.reference, answer], images, self.compared, self.what, any_batch=any_batch
+        )
+        same = compute_parity(reference, found)
+        self.note(_parity_message("PyTorch", same))
+        if not same.within:
+            raise ArtifactError(
+                f"the export differs from the original: by {same.max_difference:.2g} in a logit (largest "
+                f"{same.largest_logit:.3g}) on {same.images} test images, more than {same.limit:g} of it; not written"
+            )
+        if self.wish.inside != "resize":
+            return same, None
+        plain = create_torch_predictor(self.classifier.module, self.classifier.input, "none")
+        (outside,) = compute_logits([plain], images, self.compared, without_preprocessing(self.what))
+        other = compute_parity(outside, found)
+        self.note(_parity_message("images that Pillow has resized", other))
+        return same, {"max_difference": other.max_difference, "agreement": other.agreement}
+
+    def _export_int8(self) -> tuple[ExportedFiles, dict[str, Any]]:
+        from potstill.export.formats.onnx import export_graph, finalize_model
+
+        network = export_graph(self.classifier.module, self.what)
+        plain = finalize_model(network, create_metadata(self.classifier, self.wish))
+        same, prepared = self._compare(create_onnx_predictor(plain))
+        images, chosen = self._calibration()
+        content = finalize_model(quantize_network(network, images), self.what)
+        test = range(len(self.splits.test))
+        reference, found = compute_logits(
+            [self.reference, create_onnx_predictor(content)], self.splits.test, test, self.what
+        )
+        labels = self.splits.test.labels
+        before, after = accuracy(reference, labels), accuracy(found, labels)
+        difference = compute_parity(reference, found)
+        self.note(
+            f"int8: {after:.2%} of {len(labels)} test images right, {before:.2%} before; "
+            f"{difference.agreement:.2%} with the same top class as before"
+        )
+        self._check_accuracy_drop(before, after, len(labels))
+        return {".onnx": content}, {
+            "parity": same.as_json(),
+            "prepared": prepared,
+            "accuracy": {
+                "images": len(labels),
+                "before": before,
+                "after": after,
+                "max_drop": self.wish.max_drop,
+                "agreement": difference.agreement,
+            },
+            "calibration": {"images": len(images), "split": "train", "classes": chosen, "method": "MinMax"},
+            "latency_ms": self._measure_latency(
+                {"onnx": _latency_predictor(plain), "int8": _latency_predictor(content)}
+            ),
+        }
+
+    def _calibration(self) -> tuple[NDArray[np.float32], int]:
+        train, spec = self.splits.train, self.classifier.input
+        index = class_balanced_indices(train.labels.tolist(), CALIBRATION_IMAGES)
+        squares = np.stack([crop_to_input(train.pixels(i), spec) for i in index])
+        return normalize_array(squares, spec), len(set(train.labels[index].tolist()))
+
+    def _check_accuracy_drop(self, before: float, after: float, images: int) -> None:
+        if before - after > self.wish.max_drop + 1e-9:
+            raise ArtifactError(
+                f"int8 loses {100 * (before - after):.2f} points of accuracy on {images} test images "
+                f"({before:.2%} to {after:.2%}), more than --max-drop {self.wish.max_drop:g} allows; not written.\n"
+                "Export without --int8, or allow more"
+            )
+
+    def _measure_latency(self, exported: dict[str, Predictor]) -> dict[str, Any]:
+        image = _black_image(self.what.inside, self.classifier.input.size)
+        found = measure_exported_latency({"pytorch": self.reference, **exported}, image, self.classifier.input)
+        for name, each in found.items():
+            self.note(f"{name:<12} {each['p50']:.2f} ms for one image (p50), {each['p95']:.2f} ms (p95)")
+        return found
+
+    def _versions(self) -> dict[str, str]:
+        names = ["torch", *self.form.packages]
+        return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _latency_predictor(content: bytes) -> Predictor:
+    return create_onnx_predictor(content, threads=torch.get_num_threads(), patient=True)
+
+
+def _black_image(inside: str, size: int) -> NDArray[Any]:
+    if inside == "resize":
+        return np.zeros((1, size, size, 3), np.uint8)
+    return np.zeros((1, 3, size, size), np.float32 if inside == "none" else np.uint8)
+
+
+def _parity_message(other: str, found: Parity) -> str:
+    return (
+        f"compared with {other} on {found.images} test images: largest difference of a logit "
+        f"{found.max_difference:.2g} (largest logit {found.largest_logit:.3g}), same top class on {found.agreement:.2%}"
+    )
+
+
+def _format_names(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,42 @@
+"""OpenVINO's intermediate representation, two files (``.xml`` and ``.bin``): for Intel's processors."""
+
+import io
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.export.formats import METADATA_KEY, ExportedFiles, ExportFormat, ExportMetadata, Predictor, onnx
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def convert(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
+    """By way of ONNX; the weights stay float32."""
+    import openvino
+
+    model = openvino.convert_model(io.BytesIO(onnx.convert_to_onnx(module, what)[".onnx"]))
+    model.set_rt_info(what.as_text(), [METADATA_KEY])
+    with tempfile.TemporaryDirectory() as scratch:
+        xml = Path(scratch, "model.xml")
+        openvino.serialize(model, xml)
+        return {".xml": xml.read_bytes(), ".bin": xml.with_suffix(".bin").read_bytes()}
+
+
+def open_files(files: ExportedFiles) -> Predictor:
+    """What OpenVINO answers on the CPU, in float32 (on some processors it would choose bfloat16)."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(files[".xml"], files[".bin"])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def answer(batch: Any) -> Any:
+        return compiled([batch])[0]
+
+    return answer
+
+
+FORMAT = ExportFormat(
+    convert, open_files, ".xml", packages=("openvino", "onnx", "onnxscript", "onnxruntime"), extra="openvino"
+)

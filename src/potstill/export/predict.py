@@ -1,0 +1,203 @@
+"""Predictions for images that nobody has labelled."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.data.entries import LINK_TO_FOLDER, has_image_suffix
+from potstill.data.image_io import Pixels, decode
+from potstill.data.sources import walk_images
+from potstill.errors import DataError, UsageError
+from potstill.export.formats.onnx import ONNX_SUFFIX, load_onnx
+
+if TYPE_CHECKING:
+    from potstill.models.model_file import Classifier
+
+
+_HEAD_BYTES = 16  # bytes by which an image without a name of one is known
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image, or why the image could not be read."""
+
+    path: Path
+    classes: tuple[tuple[str, float], ...]  # (class name, probability in [0, 1]), the most probable first
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        if self.error is not None:
+            return {"path": str(self.path), "error": self.error}
+        classes = [{"class": name, "probability": share} for name, share in self.classes]
+        return {"path": str(self.path), "predictions": classes}
+
+
+def predict(
+    model: "Path | str | Classifier",
+    inputs: Sequence[Path | str],
+    *,
+    top: int = 3,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> list[Prediction]:
+    """The most probable classes of each image, prepared exactly as for evaluation.
+
+    Args:
+        model: a run folder (distilled, else baseline, else teacher), a model folder or file, a
+            loaded Classifier, or an ``.onnx`` file that was exported (then torch is not needed).
+        inputs: images, and folders whose images are taken recursively, in sorted order; see ``find_images``.
+        top: how many classes at most.
+        batch_size: images per forward pass.
+        device: "auto", "cpu", "cuda", ...
+
+    Returns:
+        One Prediction for each image, in order; an image that cannot be decoded has ``error`` set and no classes.
+        A UserWarning names what a folder holds that is not read.
+
+    Raises:
+        UsageError: a path that does not exist.
+        DataError: no image at all.
+        ArtifactError: no model, or a damaged one.
+    """
+    found = find_images(inputs)
+    if found.left_out:
+        some = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:3])
+        warnings.warn(f"{len(found.left_out)} files are left out, such as {some}", stacklevel=2)
+    paths = found.images
+    chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+    exported = isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() == ONNX_SUFFIX
+    asked = _create_onnx_predictor(Path(str(model)), device) if exported else _create_torch_predictor(model, device)
+    return [each for chunk in chunks for each in _predict(asked, chunk, top)]
+
+
+@dataclass(frozen=True)
+class _Predictor:
+    """A model of either kind."""
+
+    prepare: Callable[[Pixels], Any]  # at once after decoding: a batch of whole photographs would fill the memory
+    answer: Callable[[list[Any]], list[list[float]]]  # what ``preprocess`` made -> probabilities [B, K]
+    names: Sequence[str]
+    range: tuple[float, float] | None  # by which images of more than 8 bits are decoded
+
+
+def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"an ONNX model is asked on the CPU here, got device={device!r}")
+    found = load_onnx(path)
+    what = found.what
+    return _Predictor(
+        found.prepare, lambda images: found.probabilities(images).tolist(), what.class_names, what.input.range
+    )
+
+
+def _create_torch_predictor(model: "Path | str | Classifier", device: str) -> _Predictor:
+    from potstill.experiment.run_folder import find_model
+
+    folder = find_model(Path(model)) if isinstance(model, (str, os.PathLike)) else None
+
+    import torch
+
+    from potstill.data.transforms import preprocess
+    from potstill.models.model_file import load_model
+    from potstill.training.devices import create_compute
+    from potstill.training.settings import TrainingSettings
+
+    classifier = model if folder is None else load_model(folder)
+    assert not isinstance(classifier, (str, os.PathLike))
+    classifier.module.to(create_compute(TrainingSettings(device=device)).device)
+
+    def answer(images: list[Any]) -> list[list[float]]:
+        rows: list[list[float]] = classifier.predict(torch.stack(images)).tolist()
+        return rows
+
+    spec = classifier.input
+    return _Predictor(lambda pixels: preprocess(pixels, spec), answer, classifier.class_names, spec.range)
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """What there is to predict."""
+
+    images: list[Path]
+    left_out: list[tuple[str, str]]  # path and reason of every other file
+    passed_over: Counter[str]  # what systems keep in folders, and hidden files
+
+
+def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> FoundImages:
+    """The named files, and from folders all files that are images by their name or by their first bytes.
+
+    Args:
+        inputs: files and folders.
+        follow_links: also read links to folders, and to files outside a folder.
+
+    Raises:
+        UsageError: paths that do not exist; all of them at once.
+        DataError: not one image.
+    """
+    given = [Path(each).expanduser() for each in inputs]
+    missing = [str(path) for path in given if not path.exists()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UsageError(f"no such image or folder: {', '.join(missing[:3])}{more}")
+    found = FoundImages([], [], Counter())
+    for path in given:
+        if path.is_dir():
+            _add_folder(found, path, follow_links=follow_links)
+        else:
+            found.images.append(path)
+    if not found.images:
+        others = "".join(f"\n  {path}: {reason}" for path, reason in found.left_out[:3])
+        raise DataError(f"no images in {', '.join(map(str, given))}{others}")
+    return found
+
+
+def _add_folder(found: FoundImages, folder: Path, *, follow_links: bool) -> None:
+    listing = walk_images(folder, follow_links=follow_links)
+    found.passed_over.update(listing.passed_over)
+    for entry in listing.entries:
+        path = folder / entry.name
+        if has_image_suffix(entry.name) or _has_image_signature(path):
+            found.images.append(path)
+        else:
+            found.left_out.append((str(path), "no image, by its name and its content"))
+    for each in listing.findings:
+        if each.kind not in ("name", "empty-class"):
+            more = "; --follow-links reads it" if each.kind == "link-out" or each.reason == LINK_TO_FOLDER else ""
+            found.left_out.append((str(folder / each.path), each.reason + more))
+
+
+def _has_image_signature(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return False
+    boxed = head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
+    return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or boxed or bitmap
+
+
+def _predict(asked: _Predictor, paths: Sequence[Path], top: int) -> list[Prediction]:
+    images, errors = {}, {}
+    for i, path in enumerate(paths):
+        try:
+            images[i] = asked.prepare(decode(path, asked.range))
+        except DataError as error:
+            errors[i] = str(error)
+    rows = dict(zip(images, asked.answer(list(images.values())), strict=True)) if images else {}
+    return [
+        Prediction(path, (), errors[i]) if i in errors else Prediction(path, _top_classes(rows[i], asked.names, top))
+        for i, path in enumerate(paths)
+    ]
+
+
+def _top_classes(row: Sequence[float], names: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:
+    # A stable sort: of equal probabilities the first class comes first.
+    ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
+    return tuple(ranked[:top])

@@ -1,0 +1,346 @@
+"""Networks that are trained and deployed in the student's place: the student with other last layers (NORM, SimKD).
+
+Each is built from a student and plain values, so that a saved model can be built again without teacher and method.
+"""
+
+import copy
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from potstill.errors import UsageError, did_you_mean
+from potstill.features.hooks import find_submodule
+from potstill.features.layout import Grid, Layout
+from potstill.features.stages import Stage
+from potstill.types import at_least_float32
+
+
+class ModifiedStudent(nn.Module):
+    """A network around a student's.
+
+    Attributes:
+        facts: numbers and texts from which ``rebuild`` makes the same module around an untouched student.
+    """
+
+    name: ClassVar[str]
+    network: nn.Module
+    facts: dict[str, Any]
+
+
+def require_module_output(stage: Stage, method: str) -> None:
+    """Layers can be put behind a map only where it leaves a submodule, once for each image.
+
+    Raises:
+        UsageError: the map is what a function makes of the submodule's output, or one of several outputs.
+    """
+    if stage.activated or stage.call is not None:
+        why = "leaves a function, not a layer" if stage.activated else f"is one of several outputs of {stage.module!r}"
+        raise UsageError(
+            f"{method} puts layers behind the student's last map, and that one ({stage.path}) {why}; "
+            "name another pair with layers, or use fitnet, which only reads it"
+        )
+
+
+def constructor_arguments(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """What ``locals()`` holds at the start of an ``__init__``: its arguments, without the network."""
+    left_out = ("self", "network", "__class__")
+    return {"name": name, **{key: value for key, value in given.items() if key not in left_out}}
+
+
+LAYER_NORM_EPSILON = 1e-7  # of the logits, in NORM's release
+
+
+class ExpandedStage(ModifiedStudent):
+    """The student with a linear block behind its last stage: 1x1 to many channels, 1x1 back, plus the map itself.
+
+    Args:
+        network: the student; its last stage is replaced in place.
+        stage: path of the submodule that puts out the last feature map.
+        channels: of that map.
+        expanded: channels in the middle of the block.
+        layout: how the submodule's output holds the map: "NCHW" or "NHWC".
+        logit_scale: logits get mean 0 and variance 1 over the classes and are multiplied by this; 0: left as they are.
+
+    Example:
+        >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> expanded = ExpandedStage(student, stage="0", channels=4, expanded=24).eval()
+        >>> images = torch.randn(2, 3, 4, 4)
+        >>> torch.allclose(expanded(images), expanded.merged()(images), atol=1e-5)
+        True
+    """
+
+    name = "expanded_stage"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        stage: str,
+        channels: int,
+        expanded: int,
+        layout: Layout = "NCHW",
+        logit_scale: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.facts = constructor_arguments(locals(), self.name)
+        self.stage, self.logit_scale = stage, logit_scale
+        self.network = network
+        block = ExpansionBlock(channels, expanded, layout)
+        network.set_submodule(stage, nn.Sequential(find_submodule(network, stage), block))
+
+    @property
+    def tap(self) -> str:
+        """Path of the submodule that puts out the expanded map [B, expanded, H, W]."""
+        return f"network.{self.stage}.1.expand"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, K]."""
+        return _scale_logits(self.network(images), self.logit_scale)
+
+    @torch.no_grad()
+    def merged(self) -> "MergedStage":
+        """The same function in eval mode with one 1x1 convolution in the block's place; this network stays as it is."""
+        network = copy.deepcopy(self.network)
+        old, block = cast(nn.Sequential, network.get_submodule(self.stage))
+        weight, bias = cast(ExpansionBlock, block).as_one()
+        network.set_submodule(self.stage, old)
+        given = {key: value for key, value in self.facts.items() if key not in ("name", "expanded")}
+        merged = MergedStage(network, **given)
+        conv = cast(PointwiseConv, network.get_submodule(f"{self.stage}.1")).conv
+        conv.to(weight.device)
+        conv.weight.copy_(weight[:, :, None, None])
+        assert conv.bias is not None
+        conv.bias.copy_(bias)
+        return merged.train(self.training)
+
+
+class MergedStage(ModifiedStudent):
+    """The student with one 1x1 convolution behind its last stage.
+
+    Args: as those of ``ExpandedStage``.
+    """
+
+    name = "merged_stage"
+
+    def __init__(
+        self, network: nn.Module, *, stage: str, channels: int, layout: Layout = "NCHW", logit_scale: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.facts = constructor_arguments(locals(), self.name)
+        self.logit_scale = logit_scale
+        self.network = network
+        place_wise = PointwiseConv(nn.Conv2d(channels, channels, kernel_size=1), layout)
+        network.set_submodule(stage, nn.Sequential(find_submodule(network, stage), place_wise))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, K]."""
+        return _scale_logits(self.network(images), self.logit_scale)
+
+
+class ExpansionBlock(nn.Module):
+    """BatchNorm(1x1 convolution) to many channels, the same back, and the input on top."""
+
+    def __init__(self, channels: int, expanded: int, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.expand = nn.Sequential(nn.Conv2d(channels, expanded, 1, bias=False), nn.BatchNorm2d(expanded))
+        self.back = nn.Sequential(nn.Conv2d(expanded, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        for layer in (self.expand, self.back):
+            nn.init.kaiming_normal_(cast(nn.Conv2d, layer[0]).weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Same shape and layout."""
+        given = _to_channels_first(features, self.layout)
+        return _to_layout(self.back(self.expand(given)) + given, self.layout)
+
+    def as_one(self) -> tuple[Tensor, Tensor]:
+        """Weight [C, C] and bias [C] of the one linear map that the block is in eval mode, in float64."""
+        wide, wide_bias = _fold_batch_norm(self.expand)
+        narrow, narrow_bias = _fold_batch_norm(self.back)
+        unit = torch.eye(len(narrow), dtype=narrow.dtype, device=narrow.device)
+        return narrow @ wide + unit, narrow @ wide_bias + narrow_bias
+
+
+class PointwiseConv(nn.Module):
+    """A 1x1 convolution on a map of either layout."""
+
+    def __init__(self, conv: nn.Conv2d, layout: Layout) -> None:
+        super().__init__()
+        self.conv, self.layout = conv, layout
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Same shape and layout."""
+        return _to_layout(self.conv(_to_channels_first(features, self.layout)), self.layout)
+
+
+def _to_channels_first(features: Tensor, layout: Layout) -> Tensor:
+    return features.permute(0, 3, 1, 2) if layout == "NHWC" else features
+
+
+def _to_layout(features: Tensor, layout: Layout) -> Tensor:
+    return features.permute(0, 2, 3, 1) if layout == "NHWC" else features
+
+
+def layer_norm_logits(logits: Tensor) -> Tensor:
+    """Logits [B, K] of mean 0 and variance 1 over the classes of each image.
+
+    Example:
+        >>> layer_norm_logits(torch.tensor([[1.0, 3.0]]))
+        tensor([[-1.,  1.]])
+    """
+    return F.layer_norm(at_least_float32(logits), logits.shape[1:], eps=LAYER_NORM_EPSILON)
+
+
+def _scale_logits(logits: Tensor, scale: float) -> Tensor:
+    return layer_norm_logits(logits) * scale if scale else logits
+
+
+def _fold_batch_norm(layer: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a 1x1 convolution and its BatchNorm in eval mode, in float64."""
+    conv, norm = cast(nn.Conv2d, layer[0]), cast(nn.BatchNorm2d, layer[1])
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = norm.bias.double() - scale * norm.running_mean.double()
+    return scale[:, None] * conv.weight.double()[:, :, 0, 0], bias
+
+
+class ProjectedHead(ModifiedStudent):
+    """The student up to its last stage, a projector to the teacher's channels, and the teacher's pooling and head.
+
+    The head is a copy that is never trained.  The student's own later layers are left in place, without effect.
+
+    Args:
+        network: the student; its last stage is wrapped in place.
+        stage: path of the submodule that puts out the last feature map.
+        channels: of that map.
+        outputs: channels of the teacher's last map.
+        classes: that the head knows.
+        factor: the projector's hidden layers have ``outputs // factor`` channels.
+        pool_height: to which the map is averaged before the projector; 0: not at all.
+        pool_width: likewise.
+        layout: how the submodule's output holds the map: "NCHW", "NHWC" or "tokens".
+        height: of a map of tokens.
+        width: of a map of tokens.
+        prefix: tokens before those of the map.
+        copied: the network writes into the map later, so that a copy must be kept.
+        bias: whether the head has one.
+
+    Example:
+        >>> import torch
+        >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> joined = ProjectedHead(student, stage="0", channels=4, outputs=6, classes=5)
+        >>> joined(torch.zeros(2, 3, 4, 4)).shape  # 5 classes: the teacher's head
+        torch.Size([2, 5])
+    """
+
+    name = "projected_head"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        stage: str,
+        channels: int,
+        outputs: int,
+        classes: int,
+        factor: int = 2,
+        pool_height: int = 0,
+        pool_width: int = 0,
+        layout: Layout = "NCHW",
+        height: int = 0,
+        width: int = 0,
+        prefix: int = 0,
+        copied: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.facts = constructor_arguments(locals(), self.name)
+        self.stage, self.pooled = stage, (pool_height, pool_width)
+        self.grid = Grid(layout, channels, height, width, prefix)
+        self.network = network
+        network.set_submodule(stage, OutputCapture(find_submodule(network, stage), copied=copied))
+        hidden = max(outputs // factor, 1)
+        self.projector = nn.Sequential(
+            *_conv_norm_relu(channels, hidden, kernel=1),
+            *_conv_norm_relu(hidden, hidden, kernel=3),
+            *_conv_norm_relu(hidden, outputs, kernel=1),
+        )
+        self.head = nn.Linear(outputs, classes, bias=bias).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, K]."""
+        self.network(images)
+        kept = cast(OutputCapture, self.network.get_submodule(self.stage)).take()
+        features = self.grid.to_map(kept)
+        if self.pooled != (0, 0):
+            features = F.adaptive_avg_pool2d(features, self.pooled)
+        logits: Tensor = self.head(self.projector(features).mean(dim=(2, 3)))
+        return logits
+
+
+class OutputCapture(nn.Module):
+    """A submodule whose last output can be taken once; nothing is left behind for copies and exports to trip over."""
+
+    def __init__(self, module: nn.Module, *, copied: bool) -> None:
+        super().__init__()
+        self.module, self.copied = module, copied
+        self._output: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the submodule itself."""
+        output: Tensor = self.module(*args, **kwargs)
+        self._output = output.clone() if self.copied else output
+        return output
+
+    def take(self) -> Tensor:
+        """The last output.
+
+        Raises:
+            UsageError: the submodule has not run.
+        """
+        output, self._output = self._output, None
+        if output is None:
+            raise UsageError("the student's last stage did not run; name a layer that every image passes")
+        return output
+
+
+def _conv_norm_relu(inputs: int, outputs: int, *, kernel: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
+
+
+MODIFIED_STUDENTS: dict[str, type[ModifiedStudent]] = {
+    "projected_head": ProjectedHead,
+    "expanded_stage": ExpandedStage,
+    "merged_stage": MergedStage,
+}
+
+
+def rebuild_student(network: nn.Module, facts: dict[str, Any]) -> ModifiedStudent:
+    """The module that ``facts`` describe, around an untouched student's network, ready for its saved weights.
+
+    Args:
+        network: the student as it is created; changed in place.
+        facts: the ``facts`` of a remodelled network.
+
+    Raises:
+        UsageError: facts of an unknown module, or that do not fit it.
+
+    Example:
+        >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> rebuild_student(student, {"name": "merged_stage", "stage": "0", "channels": 4}).facts["layout"]
+        'NCHW'
+    """
+    given = dict(facts)
+    name = given.pop("name", None)
+    if name not in MODIFIED_STUDENTS:
+        raise UsageError(
+            f"no remodelled network {name!r}{did_you_mean(str(name), MODIFIED_STUDENTS) or '.'} Known: {', '.join(MODIFIED_STUDENTS)}"
+        )
+    try:
+        return MODIFIED_STUDENTS[name](network, **given)
+    except TypeError as error:
+        raise UsageError(f"these facts do not describe a {name}: {error}") from None

@@ -1,0 +1,265 @@
+"""Record one forward pass: every call of a submodule and of an activation (as a module or as a function), and what the
+network did with the result.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from potstill.features.layout import Grid, LayoutDetector
+
+# What networks apply without a module.  Those that modules apply are seen here too; the module is what is kept then.
+ACTIVATIONS = frozenset(
+    [
+        *(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.prelu),
+        *(F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish),
+        *(F.softplus, F.tanh, torch.tanh, Tensor.tanh),
+    ]
+)
+_NO_ACTIVATIONS = ("Softmax", "Softmin", "LogSoftmax", "Softmax2d", "MultiheadAttention")
+
+
+class ActivationMode(TorchFunctionMode):
+    """Within the block, tells of every activation function: its input before the call, its input and result after."""
+
+    def __init__(self, before: Callable[[Tensor], Any], after: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch in place of each of its functions."""
+        kwargs = kwargs or {}
+        given = args[0] if args else kwargs.get("input")
+        if func not in ACTIVATIONS or not isinstance(given, Tensor):
+            return func(*args, **kwargs)
+        kept = self.before(given)
+        result = func(*args, **kwargs)
+        self.after(kept, result)
+        return result
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether it is one, torch's or (by the name of the file that defines it) of a library of networks."""
+    kind = type(module)
+    return (
+        "activation" in kind.__module__
+        and kind.__name__ not in _NO_ACTIVATIONS
+        and not any(True for _ in module.children())
+    )
+
+
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+@dataclass(eq=False)
+class ActivationCall:
+    """An activation, with the tensors before and after it and their versions then."""
+
+    path: str | None  # of the module; None where the network called a function
+    around: "tuple[ModuleCall, ...]"  # calls that were under way, outermost first
+    before: Tensor
+    before_version: int
+    after: Tensor
+    after_version: int = 0
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether it (or anything later) wrote into the tensor before it."""
+        return _version(self.before) != self.before_version
+
+    def produced(self, tensor: Tensor) -> bool:
+        """Whether the tensor is the result, and nothing was written into it since."""
+        return self.after is tensor and self.after_version == _version(tensor)
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of one submodule, or of an activation function on what that submodule put out (``behind``)."""
+
+    path: str
+    module: nn.Module
+    number: int  # of the calls of this module, from 0
+    around: "tuple[ModuleCall, ...]"  # calls that were under way, outermost first
+    start: int
+    source: Tensor | None  # the first tensor that it was given
+    grid_in: Grid | None
+    behind: bool = False
+    end: int = 0
+    output: Tensor | None = None  # what it put out: a tensor, or the first of several
+    grid: Grid | None = None
+    version: int = 0
+    mean: Tensor | None = None  # [B, C], over the map's places
+    activated: ActivationCall | None = None  # the activation that put out this very tensor
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the network wrote into the output later."""
+        return self.output is not None and _version(self.output) != self.version
+
+    @property
+    def productive(self) -> bool:
+        """Whether it computes features: pooling, dropout and rearrangement only pass them on.
+
+        A bare linear layer on a map is a part of attention, or scores each place.
+        """
+        if self.behind or is_activation(self.module):
+            return True
+        return not isinstance(self.module, nn.Linear) and any(True for _ in self.module.parameters())
+
+
+@dataclass
+class ForwardTrace:
+    """A forward pass."""
+
+    image: tuple[int, int]
+    containers: frozenset[str]  # paths of modules that hold others in a row
+    logits: Any = None
+    calls: list[ModuleCall] = field(default_factory=list)  # by their ends
+    activated: list[ActivationCall] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # calls of each path
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """A tensor itself, or the first of those that a module puts out together."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def map_grid(call: ModuleCall) -> Grid:
+    """The map that a call put out; for calls that did."""
+    assert call.grid is not None
+    return call.grid
+
+
+def map_size(call: ModuleCall) -> tuple[int, int]:
+    """Height and width of the map that a call put out."""
+    return map_grid(call).height, map_grid(call).width
+
+
+def count_weight_layers(module: nn.Module) -> int:
+    """The number of convolutions and linear layers in it."""
+    return sum(isinstance(part, _WEIGHTS) for part in module.modules())
+
+
+@contextmanager
+def eval_no_grad(model: nn.Module) -> Iterator[None]:
+    """Within the block every module is in eval mode and nothing has gradients; then each has its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def trace_forward(model: nn.Module, images: Tensor) -> ForwardTrace:
+    """Record one forward pass in eval mode; the model stays as it was.
+
+    Two images are enough, and black ones show nothing: noise takes their place.
+    """
+    images = images[:2]
+    if images.numel() and bool((images == images.flatten()[0]).all()):
+        images = _noise(images)
+    containers = frozenset(path for path, module in model.named_modules() if isinstance(module, CONTAINERS))
+    recorder = _Recorder(images, containers)
+    with eval_no_grad(model), ExitStack() as hooks:
+        for path, module in model.named_modules():
+            if path:
+                before, after = recorder.hooks(path)
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
+        hooks.enter_context(ActivationMode(recorder.activating, recorder.activated))
+        recorder.trace.logits = model(images)
+    return recorder.trace
+
+
+class _Recorder:
+    def __init__(self, images: Tensor, containers: frozenset[str]) -> None:
+        self.trace = ForwardTrace((images.shape[-2], images.shape[-1]), containers)
+        self.layouts = LayoutDetector(images.shape)
+        self.under_way: list[ModuleCall] = []
+        self.clock = 0
+        self.latest: ModuleCall | None = None  # the last call that ended with a tensor
+
+    def hooks(self, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """What runs before and after each call of this module."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            source = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            grid = None if source is None else self.layouts.grid(tuple(source.shape))
+            number = self.trace.counts[path]
+            self.trace.counts[path] += 1
+            self.under_way.append(ModuleCall(path, module, number, tuple(self.under_way), self._tick(), source, grid))
+            if source is not None and is_activation(module):
+                around = tuple(self.under_way[:-1])
+                self.under_way[-1].activated = ActivationCall(path, around, source, _version(source), source)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            call = self.under_way.pop()
+            begun, call.activated = call.activated, None
+            if isinstance(output, Tensor) and begun is not None:
+                self._keep(begun, output)
+            self._end(call, output)
+
+        return before, after
+
+    def activating(self, given: Tensor) -> tuple[Tensor, int]:
+        """An activation function is about to run."""
+        return given, _version(given)
+
+    def activated(self, kept: tuple[Tensor, int], result: Tensor) -> None:
+        """It has run."""
+        if self.under_way and is_activation(self.under_way[-1].module):
+            return
+        given, version = kept
+        self._keep(ActivationCall(None, tuple(self.under_way), given, version, given), result)
+        latest = self.latest
+        if latest is not None and latest.output is given and not latest.behind:
+            around = tuple(call for call in self.under_way if call is not latest)
+            behind = ModuleCall(
+                latest.path, latest.module, latest.number, around, self._tick(), given, latest.grid, True
+            )
+            self._end(behind, result)
+
+    def _keep(self, activated: ActivationCall, result: Tensor) -> None:
+        activated.after, activated.after_version = result, _version(result)
+        self.trace.activated.append(activated)
+
+    def _end(self, call: ModuleCall, output: Any) -> None:
+        call.end = self._tick()
+        self.trace.calls.append(call)
+        output = first_tensor(output)
+        if output is None:
+            return
+        call.output, call.version = output, _version(output)
+        call.grid = self.layouts.grid(tuple(output.shape))
+        if call.grid is not None:
+            call.mean = call.grid.to_map(output).float().mean(dim=(2, 3))
+        call.activated = next((one for one in reversed(self.trace.activated) if one.produced(output)), None)
+        self.latest = call
+
+    def _tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _noise(images: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(images.shape, generator=generator).to(images)

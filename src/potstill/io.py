@@ -1,0 +1,397 @@
+"""Write files atomically and read them checked; the location of the cache.
+
+A file appears whole or not at all: temporary file in the same folder, fsync, rename, fsync of the folder.
+(``torch.save`` to a path hides a full disk and destroys the old file, so tensors are serialised to memory and written
+here.)
+
+Files with a checksum carry their own SHA-256, which is compared before any parser reads a byte.  Each file for itself:
+two files that must agree cannot be replaced at one instant, and a run can be killed at any time.  The digest is the
+first line of a text, a comment, and the last entry of a JSON object.  Tables (CSV, JSON lines) have no place for it, so
+their digests are in a file with a checksum beside them that is written after them.  Of a table that grows line by line,
+each line has its own.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import ArtifactError, StorageError
+
+CACHE_VARIABLE = "POTSTILL_CACHE"
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder within the cache; it need not exist.
+
+    The cache is ``$POTSTILL_CACHE``, else ``$XDG_CACHE_HOME/potstill``, else ``~/.cache/potstill``.
+
+    Example:
+        >>> cache_folder("teachers").name
+        'teachers'
+    """
+    if own := os.environ.get(CACHE_VARIABLE):
+        root = Path(own).expanduser()
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "potstill"
+    return root.joinpath(*parts)
+
+
+PART = ".part"  # how the temporary files end that a killed process leaves
+DAMAGED = "is damaged: its SHA-256 is not the one that was recorded when it was written"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_SYNCING = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems whose folders cannot be synced
+
+
+def write_bytes(path: Path, *chunks: bytes, previous: Path | None = None) -> None:
+    """Put ``chunks``, one after the other, at ``path``, whole or not at all; an older file survives a failure.
+
+    Args:
+        path: a regular file, or nothing yet; of a link, what it leads to.
+        chunks: the content.
+        previous: beside ``path``; there the older file stays.
+
+    Raises:
+        StorageError: no space, no permission, or an I/O error; names path and reason.
+    """
+    _write(path, chunks, previous)
+
+
+def _write(path: Path, chunks: Iterable[bytes], previous: Path | None) -> None:
+    temporary: Path | None = None
+    try:
+        target = _writable(path)
+        _make_folder(target.parent)
+        temporary = _temporary_path(target)
+        _write_new(temporary, chunks)
+        if previous is not None and target.exists():
+            _link_previous(target, previous)
+        os.replace(temporary, target)
+        temporary = None
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            _unlink(temporary)
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> str:
+    """As ``write_bytes``, of chunks that are made one by one; returns the SHA-256 of the file, in hex.
+
+    Raises:
+        StorageError: as ``write_bytes``.
+    """
+    sha256 = hashlib.sha256()
+
+    def digested() -> Iterator[bytes]:
+        for chunk in chunks:
+            sha256.update(chunk)
+            yield chunk
+
+    _write(path, digested(), None)
+    return sha256.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put UTF-8 ``text`` at ``path``, whole or not at all; what UTF-8 does not have becomes a visible escape."""
+    write_bytes(path, encode_text(text))
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Let a written file take the place of another one in its folder.
+
+    Raises:
+        StorageError: it could not be renamed; names path and reason.
+    """
+    try:
+        os.replace(source, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def encode_json(value: Any) -> bytes:
+    """Indented JSON and a line end; NaN is refused, since JSON has none (write None)."""
+    return encode_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_bytes(path: Path, *, sha256: str | None = None) -> bytes:
+    """The file's bytes, compared with ``sha256`` (hex) before anybody parses them.
+
+    Raises:
+        ArtifactError: missing, unreadable, or other bytes than were written.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if sha256 is not None and sha256_hex(data) != sha256:
+        raise ArtifactError(f"{path} {DAMAGED}")
+    return data
+
+
+def sha256_hex(data: bytes) -> str:
+    """SHA-256 as 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file of any size.
+
+    Raises:
+        ArtifactError: missing or unreadable.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def encode_text(text: str) -> bytes:
+    """UTF-8; of a file name that is not UTF-8, Python's lone surrogates become visible escapes, as in JSON."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Delete temporary files that killed processes left below ``folder``; nobody else may be writing there.
+
+    Raises:
+        StorageError: one cannot be deleted.
+    """
+    try:
+        for leftover in folder.rglob(f".*{PART}"):
+            leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot tidy {folder}: {error.strerror or error}") from error
+
+
+def _unreadable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"cannot read {path}: {error.strerror or error}")
+
+
+def _writable(path: Path) -> Path:
+    # To rename something onto a link or a device (/dev/stdout) would replace that.
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "it is there, and no regular file")
+    return target
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{PART}")
+
+
+def _write_new(path: Path, chunks: Iterable[bytes]) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        for chunk in chunks:
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _link_previous(path: Path, previous: Path) -> None:
+    """Give the file a second name, in place of whatever has it; a copy where the file system has no second names."""
+    second = _temporary_path(previous)
+    try:
+        try:
+            os.link(path, second)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _write_new(second, [path.read_bytes()])
+        os.replace(second, previous)
+    finally:
+        _unlink(second)  # of a failure, or where ``previous`` was the same file already: then nothing is renamed
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _make_folder(folder: Path) -> None:
+    """With its parents, each lasting: a synced file is of no use in a folder that a power cut takes away."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    with contextlib.suppress(PermissionError):  # of the folder above, which may be somebody else's
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # has no handles of folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNCING:
+            raise
+    finally:
+        os.close(handle)
+
+
+_DIGITS = 64
+_TEXT = b"# SHA-256 of the lines below: "
+_CHECKSUM_PREFIX, _CHECKSUM_SUFFIX, _END = b',\n  "checksum": "', b'"\n}\n', b"\n}\n"
+_TAIL = len(_CHECKSUM_PREFIX) + _DIGITS + len(_CHECKSUM_SUFFIX)
+_BY_HAND = " (editing it by hand breaks it too)"
+_AGAIN = "; delete the file, and --resume writes it again"
+_NO_CHECKSUM = "is damaged, or was written before potstill 0.1.0: it carries no SHA-256"
+
+
+def write_checksummed(path: Path, content: bytes, *, keep_previous: bool = False) -> None:
+    """Write 64 hex digits of SHA-256, a line break, and ``content``.
+
+    Args:
+        path: of a file that ``read_checksummed`` reads.
+        content: any bytes.
+        keep_previous: the older file stays as ``NAME-previous.SUFFIX``.
+
+    Raises:
+        StorageError: as ``write_bytes``.
+    """
+    previous = path.with_name(f"{path.stem}-previous{path.suffix}") if keep_previous else None
+    write_bytes(path, sha256_hex(content).encode(), b"\n", content, previous=previous)
+
+
+def read_checksummed(path: Path) -> bytes:
+    """What ``write_checksummed`` wrote, without the digest.
+
+    Raises:
+        ArtifactError: missing, cut short or changed; names the newest intact older file of this name, if there is one.
+    """
+    content = _verified_content(read_bytes(path))
+    if content is None:
+        older = _newest_intact(path)
+        way_out = f"; {older} is older and intact: rename it to {path.name} to go on from there" if older else ""
+        raise ArtifactError(f"{path} {DAMAGED}{way_out}")
+    return content
+
+
+def write_checksummed_text(path: Path, text: str) -> None:
+    """Put UTF-8 ``text`` behind a first line ``# SHA-256 of the lines below: ...``.
+
+    Raises:
+        StorageError: as ``write_bytes``.
+    """
+    content = encode_text(text)
+    write_bytes(path, _TEXT, sha256_hex(content).encode(), b"\n", content)
+
+
+def read_checksummed_text(path: Path) -> str:
+    """What ``write_checksummed_text`` wrote, without the first line.
+
+    Raises:
+        ArtifactError: missing, cut short or changed, be it by hand.
+    """
+    data = read_bytes(path)
+    if not data.startswith(_TEXT):
+        raise ArtifactError(f"{path} {_NO_CHECKSUM}")
+    content = _verified_content(data[len(_TEXT) :])
+    if content is None:
+        raise ArtifactError(f"{path} {DAMAGED}{_BY_HAND}")
+    return content.decode("utf-8", "backslashreplace")
+
+
+def write_checksummed_json(path: Path, value: dict[str, Any]) -> None:
+    """Put an object that is not empty at ``path`` as indented JSON, with a last entry ``checksum``: the SHA-256 of the
+    file without this entry.
+
+    Raises:
+        StorageError: as ``write_bytes``.
+    """
+    body = encode_json(value)
+    write_bytes(path, body.removesuffix(_END), _CHECKSUM_PREFIX, sha256_hex(body).encode(), _CHECKSUM_SUFFIX)
+
+
+def read_checksummed_json(path: Path) -> dict[str, Any]:
+    """What ``write_checksummed_json`` wrote, without the checksum.
+
+    Raises:
+        ArtifactError: missing, cut short or changed, be it by hand.
+    """
+    data = read_bytes(path)
+    body, tail = data[:-_TAIL] + _END, data[-_TAIL:]
+    if not (tail.startswith(_CHECKSUM_PREFIX) and tail.endswith(_CHECKSUM_SUFFIX)):
+        raise ArtifactError(f"{path} {_NO_CHECKSUM}")
+    if tail[len(_CHECKSUM_PREFIX) : -len(_CHECKSUM_SUFFIX)] != sha256_hex(body).encode():
+        raise ArtifactError(f"{path} {DAMAGED}{_BY_HAND}")
+    found: Any = None
+    with contextlib.suppress(ValueError, RecursionError):  # of a file that was made up to fit
+        found = json.loads(body)
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} holds no JSON object")
+    return found
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> list[str]:
+    """Put one JSON value a line at ``path``; written anew each time, so that no reader ever sees half a line.
+
+    Returns:
+        16 hex digits for each line, the beginning of its SHA-256; for ``verify_json_lines``.
+
+    Raises:
+        StorageError: as ``write_bytes``.
+    """
+    lines = [encode_text(json.dumps(value, ensure_ascii=False, allow_nan=False)) for value in values]
+    write_bytes(path, b"".join(line + b"\n" for line in lines))
+    return [_short_digest(line) for line in lines]
+
+
+def verify_json_lines(path: Path, digests: Sequence[str], *, more: bool = False) -> bytes:
+    """The file's bytes, each line compared with its digest.
+
+    Args:
+        path: of what ``write_json_lines`` wrote.
+        digests: what it returned then.
+        more: lines may have come since; they are not looked at.
+
+    Raises:
+        ArtifactError: missing or unreadable, or a line is another one, missing, or too many; says which.
+    """
+    data = read_bytes(path)
+    *lines, rest = data.split(b"\n")
+    for number, digest_then in enumerate(digests, start=1):
+        if number > len(lines):
+            raise ArtifactError(f"{path} is damaged: line {number} of {len(digests)} is missing{_AGAIN}")
+        if _short_digest(lines[number - 1]) != digest_then:
+            changed = f"line {number} is not the one that was written{_BY_HAND}"
+            raise ArtifactError(f"{path} is damaged: {changed}{_AGAIN}")
+    if not more and (rest or len(lines) > len(digests)):
+        raise ArtifactError(f"{path} is damaged: there is more than the {len(digests)} lines that were written{_AGAIN}")
+    return data
+
+
+def _short_digest(line: bytes) -> str:
+    return sha256_hex(line)[:16]
+
+
+def _verified_content(data: bytes) -> bytes | None:
+    """The content behind 64 digits and a line break, where they are its digest."""
+    content = data[_DIGITS + 1 :]
+    return content if data[: _DIGITS + 1] == sha256_hex(content).encode() + b"\n" else None
+
+
+def _newest_intact(path: Path) -> Path | None:
+    def age(each: Path) -> int:
+        return each.stat().st_mtime_ns
+
+    with contextlib.suppress(OSError):
+        for each in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"), key=age, reverse=True):
+            if _verified_content(each.read_bytes()) is not None:
+                return each
+    return None

@@ -1,0 +1,71 @@
+"""MLflow: a server, or a database beside the runs."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+
+from potstill.loggers import LoggerSettings, Scalars
+
+# Read when it is imported, or at the first request.  A dead server is told from a slow one within half a minute.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
+_MAX_PARAMS_PER_REQUEST = 100  # parameters, and no more than 1000 figures, that a server takes in one request
+_MAX_PARAM_LENGTH = 500  # characters of a parameter that every server takes
+_TAG = "potstill.identity"
+
+
+class MLflow:
+    """One MLflow run for a run folder; the one with the same tag is gone on with."""
+
+    def __init__(self, settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> None:
+        uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        self.client = MlflowClient(tracking_uri=uri)
+        experiment = self._experiment(settings.project)
+        found = self.client.search_runs([experiment], f"tags.`{_TAG}` = '{identity}'", max_results=1)
+        if found:
+            self.id = found[0].info.run_id
+            self.client.update_run(self.id, status="RUNNING")
+            return  # parameters cannot be changed there
+        created = self.client.create_run(experiment, run_name=run.name, tags={_TAG: identity})
+        self.id = created.info.run_id
+        # A slash and a dot are allowed in names there, and little else: the recipe's keys have no more.
+        every = [Param(name, str(value)[:_MAX_PARAM_LENGTH]) for name, value in parameters.items()]
+        for start in range(0, len(every), _MAX_PARAMS_PER_REQUEST):
+            self.client.log_batch(self.id, params=every[start : start + _MAX_PARAMS_PER_REQUEST])
+
+    def _experiment(self, name: str) -> str:
+        if (known := self.client.get_experiment_by_name(name)) is not None:
+            return str(known.experiment_id)
+        try:
+            return str(self.client.create_experiment(name))
+        except MlflowException:  # another run has just made it
+            known = self.client.get_experiment_by_name(name)
+            if known is None:
+                raise
+            return str(known.experiment_id)
+
+    def epoch(self, stage: str, epoch: int, figures: Scalars) -> None:
+        self._numbers({f"{stage}/{name}": value for name, value in figures.items()}, epoch)
+
+    def final(self, figures: Scalars, verdict: str) -> None:
+        self._numbers({f"final/{name}": value for name, value in figures.items()}, 0)
+        self.client.set_tag(self.id, "potstill.verdict", verdict)
+
+    def files(self, paths: list[Path]) -> None:
+        for path in paths:
+            self.client.log_artifact(self.id, str(path))
+
+    def close(self, finished: bool) -> None:
+        self.client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
+
+    def _numbers(self, figures: Scalars, step: int) -> None:
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in figures.items()])

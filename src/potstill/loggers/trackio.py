@@ -1,0 +1,42 @@
+"""trackio: a database of its own on this machine; ``trackio show`` draws it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import trackio
+
+from potstill.loggers import LoggerSettings, Scalars
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
+
+
+class Trackio:
+    """Stays on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says otherwise."""
+
+    def __init__(self, settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> None:
+        self.run = trackio.init(
+            project=settings.project,
+            name=f"{run.name}-{identity}",  # what is gone on with is found by it
+            config=parameters,
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def epoch(self, stage: str, epoch: int, figures: Scalars) -> None:
+        self.run.log({f"{stage}/{name}": value for name, value in figures.items()}, step=epoch)
+
+    def final(self, figures: Scalars, verdict: str) -> None:
+        self.run.log({f"final/{name}": value for name, value in figures.items()} | {"verdict": verdict})
+
+    def files(self, paths: list[Path]) -> None:
+        kept = trackio.Artifact(f"potstill-{self.run.id}", type="potstill-run")
+        for path in paths:
+            kept.add_file(str(path))
+        self.run.log_artifact(kept)
+
+    def close(self, finished: bool) -> None:
+        self.run.finish()

@@ -1,1 +1,0 @@
-"""What losses of several papers are made of."""

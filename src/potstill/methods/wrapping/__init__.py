@@ -1,1 +1,0 @@
-"""Methods around other methods: one for each teacher, schedules, and what they have in common."""

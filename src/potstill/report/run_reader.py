@@ -1,0 +1,323 @@
+"""Read a run folder: results, metrics, confusion matrices, and the predictions of a stage on a split.
+
+A stage or file that was never made is absent, a damaged one is an error.
+"""
+
+import contextlib
+import csv
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potstill.config.method_settings import describe_method
+from potstill.config.stage_names import sort_stages, stage_role
+from potstill.errors import ArtifactError
+from potstill.evaluation.classification import Array
+from potstill.experiment.run_folder import unescape_cell
+from potstill.formatting import format_number
+from potstill.io import encode_json, read_bytes, read_checksummed_json, read_checksummed_text
+
+SCHEMA = 1
+STAGES = ("teacher", "baseline", "distilled")  # of a plain run, and what runs are compared by
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One trained (or ready-made) network of a run."""
+
+    name: str
+    folder: Path
+    facts: dict[str, Any]  # its entry in results.json
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, by epoch
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # split -> final metrics
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256, as results.json has it
+    parsed_files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what was made of the files
+
+    def read(self, name: str) -> bytes | None:
+        """One of its files, compared with its digest; None where it was never made or is gone.
+
+        Raises:
+            ArtifactError: other bytes than the run wrote.
+        """
+        return _read_verified(self.folder / name, self.files.get(name))
+
+    @property
+    def role(self) -> str:
+        """teacher, baseline, assistant, generation or distilled."""
+        return stage_role(self.name)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Architecture, parameters, FLOPs, file_bytes, size."""
+        return self.facts.get("model") or {}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Epochs, best_epoch, seconds, images_per_second; empty for a ready-made teacher."""
+        return self.facts.get("training") or {}
+
+    @property
+    def teaching(self) -> dict[str, Any]:
+        """Whom it learns from (``by``), and what their answers cost in each step; empty for teachers and baseline."""
+        return self.facts.get("teaching") or {}
+
+    @property
+    def latency(self) -> dict[str, Any]:
+        """Milliseconds ``p50`` and ``p95``, and how they were measured."""
+        return self.facts.get("latency_ms") or {}
+
+    @property
+    def latency_of_batch(self) -> dict[str, Any]:
+        """The same for several images at once; empty where it was not measured."""
+        return self.facts.get("latency_batch_ms") or {}
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Bytes of ``weights`` and ``activations``; empty where they were not measured."""
+        return self.facts.get("memory") or {}
+
+    def interval(self, key: str) -> tuple[float | None, float | None]:
+        """Ends of the 95 % interval of a figure on test; None where they are not known."""
+        found = (self.facts.get("test_intervals") or {}).get(key)
+        if not isinstance(found, list) or len(found) != 2:
+            return None, None
+        return format_number(found[0]), format_number(found[1])
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch whose weights were kept."""
+        picked = [record["epoch"] for record in self.epochs if record.get("best")]
+        best = self.training.get("best_epoch", picked[-1] if picked else None)
+        return best if isinstance(best, int) else None
+
+    def confusion(self, split: str, classes: int) -> Array | None:
+        """Images by true class (rows) and predicted class (columns), [K, K] int64; None where there is none.
+
+        Raises:
+            ArtifactError: the file is damaged, or is not for ``classes`` classes.
+        """
+        name = f"confusion_{split}.csv"
+        if name not in self.parsed_files:
+            content = self.read(name)
+            self.parsed_files[name] = (
+                None if content is None else _parse_confusion(self.folder / name, content, classes)
+            )
+        found: Array | None = self.parsed_files[name]
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+    results: dict[str, Any]
+    stages: dict[str, StageResult]  # teachers, baseline, assistants, generations, distilled
+    recipe: str | None = None  # recipe.yaml
+    environment: str | None = None  # environment.json
+    repeats: dict[str, StageResult] = field(default_factory=dict)  # baseline and distilled of further seeds
+    examples: dict[str, Any] | None = None  # examples.json
+
+    @property
+    def name(self) -> str:
+        return str(self.results.get("name") or self.folder.resolve().name)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self.results.get("data") or {}
+
+    @property
+    def class_names(self) -> list[str]:
+        return [str(name) for name in self.data.get("class_names") or []]
+
+    @property
+    def comparison(self) -> dict[str, Any] | None:
+        return self.results.get("comparison") or None
+
+    @property
+    def together(self) -> dict[str, dict[str, Any]]:
+        """What several teachers, or several generations, say as one: ``of`` and the figures of each split."""
+        found = self.results.get("together") or {}
+        return {name: found[name] for name in ("teachers", "generations") if isinstance(found.get(name), dict)}
+
+    @property
+    def method(self) -> str:
+        """The method in a few words; "" where results.json names none."""
+        return describe_method(self.results.get("method"))
+
+    @property
+    def best_k(self) -> int:
+        """The k that is written as top-3: no more than there are classes."""
+        return min(3, len(self.class_names) or 3)
+
+
+def read_run(folder: Path) -> Run:
+    """Read all small files of a run folder (predictions are read where they are needed).
+
+    Raises:
+        ArtifactError: no run folder, a damaged file, or results of a newer potstill.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is no finished run: it has no results.json; a run folder looks like runs/NAME")
+    results = read_checksummed_json(path)
+    if results.get("schema") != SCHEMA:
+        raise ArtifactError(f"{path} has schema {results.get('schema')!r}; this potstill reads schema {SCHEMA}")
+    if not all(isinstance(results.get(key), dict) for key in ("stages", "files")) or not isinstance(
+        results.get("repeats", {}), dict
+    ):
+        raise ArtifactError(f"{path} is damaged: it should hold an object with 'stages' and 'files'")
+    # Only known names: a stage's name becomes a folder that is written to.
+    stages, repeats = (_read_stages(folder, results.get(key, {}), results["files"]) for key in ("stages", "repeats"))
+    recipe, environment = folder / "recipe.yaml", folder / "environment.json"
+    return Run(
+        folder,
+        results,
+        stages,
+        read_checksummed_text(recipe) if recipe.is_file() else None,
+        encode_json(read_checksummed_json(environment)).decode() if environment.is_file() else None,
+        repeats,
+        _read_examples(folder / "examples.json", results["files"]),
+    )
+
+
+def _read_examples(path: Path, files: dict[str, Any]) -> dict[str, Any] | None:
+    """None where the run has made none, or somebody has deleted them: pictures need not go with every copy."""
+    if path.name not in files or not path.is_file():
+        return None
+    return _parse_object(path, read_bytes(path, sha256=str(files[path.name])))
+
+
+def _read_stages(folder: Path, entries: dict[str, Any], files: dict[str, Any]) -> dict[str, StageResult]:
+    known = {name: entries[name] for name in sort_stages(entries)}
+    return {name: _read_stage(folder / name, facts, files) for name, facts in known.items() if isinstance(facts, dict)}
+
+
+def _read_stage(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> StageResult:
+    start = f"{folder.name}/"
+    own = {name.removeprefix(start): str(sha256) for name, sha256 in files.items() if name.startswith(start)}
+    # results.json has the flat figures of each split, metrics.json also those of each class.
+    metrics = {split: dict(facts[split]) for split in SPLITS if isinstance(facts.get(split), dict)}
+    path, lines = folder / "metrics.json", folder / "metrics.jsonl"
+    content = _read_verified(path, own.get(path.name))
+    if content is not None:
+        detailed = _parse_object(path, content)
+        for split in SPLITS:
+            if isinstance(detailed.get(split), dict):
+                metrics[split] = metrics.get(split, {}) | detailed[split]
+    ordered = {split: metrics[split] for split in SPLITS if split in metrics}
+    epochs = _parse_epochs(lines, _read_verified(lines, own.get(lines.name)) or b"")
+    return StageResult(folder.name, folder, facts, epochs, ordered, own)
+
+
+def _parse_epochs(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """One record a line."""
+    records = [_parse_object(path, line) for line in content.splitlines()]
+    if not all(isinstance(record.get("epoch"), int) for record in records):
+        raise ArtifactError(f"{path} is damaged: each line should be an object with a whole 'epoch'")
+    return records
+
+
+def _parse_confusion(path: Path, content: bytes, classes: int) -> Array:
+    """One row of the file for each pair of classes that has images: true class, predicted class, images."""
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    rows = csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline=""))
+    try:
+        next(rows)
+        found = np.array([[int(cell) for cell in row[:3]] for row in rows], dtype=np.int64).reshape(-1, 3)
+    except (StopIteration, ValueError, OverflowError, csv.Error) as error:
+        raise ArtifactError(f"{path} is damaged in line {rows.line_num}: {error or 'it is empty'}") from error
+    if len(found) and not (found.min() >= 0 and found[:, :2].max() < classes):
+        raise ArtifactError(f"{path}: the confusion matrix is not for {classes} classes")
+    np.add.at(matrix, (found[:, 0], found[:, 1]), found[:, 2])
+    return matrix
+
+
+def _read_verified(path: Path, sha256: str | None) -> bytes | None:
+    if not path.is_file():
+        return None
+    if sha256 is None:
+        raise ArtifactError(f"{path} is none of the files that results.json lists: it is not of this run")
+    return read_bytes(path, sha256=sha256)
+
+
+def _parse_object(path: Path, content: bytes) -> dict[str, Any]:
+    found: Any = None
+    with contextlib.suppress(ValueError, RecursionError):  # of a file whose digest was made up to fit
+        found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} is damaged: it holds no JSON objects")
+    return found
+
+
+PROBABILITY_PREFIX = "p:"
+INDEX_COLUMNS = ["label_index", "prediction_index"]  # columns of a file that has the most probable classes alone
+
+
+@dataclass(frozen=True)
+class PredictedClasses:
+    """Names of the images and, in the same order, numbers of classes."""
+
+    class_names: list[str]  # "" of a class that the file does not mention
+    paths: list[str]
+    labels: Array  # [N] int64
+    predicted: Array  # [N] int64
+
+    def same_images(self, other: "PredictedClasses") -> bool:
+        """Whether both are of the same images, in the same order, with the same labels."""
+        return self.paths == other.paths and np.array_equal(self.labels, other.labels)
+
+
+def read_predictions(stage: StageResult, split: str) -> PredictedClasses | None:
+    """Read predictions_{split}.csv; None where there is none.
+
+    Raises:
+        ArtifactError: the file is damaged; names file and line.
+    """
+    path = stage.folder / f"predictions_{split}.csv"
+    content = stage.read(path.name)
+    if content is None:
+        return None
+    try:
+        return _parse_predictions(path, content.decode("utf-8"))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ArtifactError(f"cannot read {path}: {error}") from error
+
+
+def _parse_predictions(path: Path, text: str) -> PredictedClasses:
+    rows = csv.reader(io.StringIO(text, newline=""))
+    header = next(rows, [])
+    if header[:3] != ["path", "label", "prediction"]:
+        raise ArtifactError(f"{path} is damaged: its first line should begin with path,label,prediction")
+    paths: list[str] = []
+    numbers: list[tuple[int, int]] = []
+    names = [column.removeprefix(PROBABILITY_PREFIX) for column in header[3:]]
+    index = {name: i for i, name in enumerate(names)}
+    few = header[3:5] == INDEX_COLUMNS
+    if few:
+        index = {}
+    for cells in rows:
+        row = [*map(unescape_cell, cells[:3]), *cells[3:]]
+        try:
+            if len(row) != len(header):
+                raise ValueError
+            pair = (int(row[3]), int(row[4])) if few else (index[row[1]], index[row[2]])
+            if few and not (index.setdefault(row[1], pair[0]), index.setdefault(row[2], pair[1])) == pair:
+                raise ValueError
+        except (ValueError, KeyError) as error:
+            raise ArtifactError(
+                f"{path} is damaged in line {rows.line_num}: cells or class names do not fit its header"
+            ) from error
+        paths.append(row[0])
+        numbers.append(pair)
+    if few:
+        names = [""] * (1 + max(index.values(), default=-1))
+        for name, number in index.items():
+            names[number] = name
+    labels, predicted = np.array(numbers, dtype=np.int64).reshape(-1, 2).T
+    return PredictedClasses(names, paths, labels, predicted)

@@ -1,0 +1,376 @@
+"""Verdict, warnings, comparison of the stages, and what to try next."""
+
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+from potstill.config.stage_names import stage_name
+from potstill.experiment.verdict import average_over_seeds, effect_of, format_confidence, verdict_sentences
+from potstill.formatting import (
+    MISSING,
+    format_count,
+    format_decimal,
+    format_duration,
+    format_milliseconds,
+    format_number,
+    format_percent,
+    format_points,
+    format_ratio,
+    format_scaled,
+)
+from potstill.report.advice import Advice, collect_advice
+from potstill.report.display_names import escape_invisible, picture_labels
+from potstill.report.run_reader import SPLITS, STAGES, Run, StageResult
+from potstill.report.text_reports import ValueFormatter, latency_text, metric_rows, teaching_text, training_text
+
+FINDING_TITLES = {
+    "helped": "Distillation helped",
+    "hurt": "Distillation hurt",
+    "unclear": "No clear difference",
+    "one_seed": "One seed: no verdict",
+}
+
+
+def verdict_context(run: Run) -> dict[str, Any] | None:
+    """Sentences, facts and the intervals on a number line."""
+    comparison = run.comparison
+    headline, *others = verdict_sentences(comparison, run.results.get("stages"))
+    found = effect_of(comparison)
+    whole = average_over_seeds(comparison) if comparison else {}
+    return {
+        "finding": found,
+        "mark": FINDING_TITLES.get(found, "Nothing to compare"),
+        "headline": headline,
+        "sentences": others,
+        "facts": _verdict_facts(whole, found) if comparison else [],
+        "lines": [interval_line(whole)] if found != "unknown" else [],
+    }
+
+
+def interval_line(whole: dict[str, Any]) -> dict[str, Any]:
+    """Where 0, gain and interval lie on a line from 0 to 100, with its label."""
+    gain, low, high = (float(whole[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
+    left, right = min(0.0, low), max(0.0, high)
+    room = 0.12 * (right - left) or 0.01
+    left, right = left - room, right + room
+
+    def place(value: float) -> float:
+        return round(100 * (value - left) / (right - left), 2)
+
+    return {
+        "zero": place(0.0),
+        "low": place(low),
+        "gain": place(gain),
+        "width": round(place(high) - place(low), 2),
+        "label": f"{format_points(gain)} points, {_interval_text(whole, low, high)}",
+    }
+
+
+def _interval_text(whole: dict[str, Any], low: float, high: float) -> str:
+    confidence = format_number(whole.get("confidence"))
+    over = "test images only" if confidence is None else "seeds and test images"
+    return f"{format_confidence(confidence or 0.95)} interval {format_points(low)} to {format_points(high)} over {over}"
+
+
+def _verdict_facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
+    """(value, what it is, more)."""
+    facts = []
+    gain, low, high = (format_number(whole.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
+    seeds = format_number(whole.get("seeds_count"))
+    if gain is not None:
+        more = _interval_text(whole, low, high) if low is not None and high is not None else ""
+        facts.append((format_points(gain), "points of top-1, distilled − baseline", more))
+    if seeds is not None:
+        p = format_number(whole.get("p"))
+        more = "" if p is None else f"test over seeds and images: p = {format_decimal(p, 3)}"
+        facts.append((format_count(seeds), "seeds, all with the same teacher", more))
+    elif format_number(whole.get("fixed")) is not None:
+        p = format_number(whole.get("mcnemar_p"))
+        changed = f"{format_count(whole['fixed'])} / {format_count(whole.get('broken'))}"
+        more = "" if p is None else f"McNemar's exact test: p = {format_decimal(p, 3)}"
+        facts.append((changed, "test images newly right / newly wrong", more))
+    facts += _gap_facts(whole, found)
+    for key, what in (
+        ("parameter_ratio", "parameters, teacher : student"),
+        ("file_ratio", "file size, teacher : student"),
+        ("latency_ratio", "latency p50, teacher : student"),
+    ):
+        if format_number(whole.get(key)) is not None:
+            facts.append((format_ratio(whole[key]), what, ""))
+    return facts
+
+
+def _gap_facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
+    gap, closed = format_number(whole.get("gap")), format_number(whole.get("gap_closed"))
+    if gap is None:
+        return []
+    low, high = format_number(whole.get("gap_low")), format_number(whole.get("gap_high"))
+    more = "" if low is None or high is None else f"95 % interval {format_points(low)} to {format_points(high)}"
+    facts = [(format_points(gap), "points of top-1, teacher − baseline", more if gap > 0 else "no gap to close")]
+    share_low, share_high = format_number(whole.get("gap_closed_low")), format_number(whole.get("gap_closed_high"))
+    sure = low is None or share_low is not None
+    if gap > 0 and sure and closed is not None and found == "helped":
+        known = closed < 1 and share_low is not None and share_high is not None
+        more = f"95 % interval {100 * (share_low or 0):.0f} to {100 * (share_high or 0):.0f} %" if known else ""
+        facts.append((f"{100 * closed:.0f} %" if closed < 1 else "all", "of the gap to the teacher closed", more))
+    return facts
+
+
+def warnings_context(run: Run) -> dict[str, Any] | None:
+    """Sentences, the run's own first."""
+    said = [str(warning) for warning in run.results.get("warnings") or []]
+    absent = [str(name) for name in run.results.get("planned") or STAGES if name not in run.stages | run.repeats]
+    if absent and len(run.stages) > 1:  # a stage trained alone on purpose misses nothing
+        said.append(f"Not part of this run: {', '.join(absent)}.")
+    for name, stage in run.stages.items():
+        if "test" not in stage.metrics:
+            said.append(f"No test results of {name}.")
+    for split, skipped in sorted(_classes_without_auc(run).items()):
+        said.append(f"AUC on {split} leaves out classes that it cannot be had for: {', '.join(skipped)}.")
+    if warning := picture_labels(run.class_names).warning:
+        said.append(warning)
+    return {"warnings": said} if said else None
+
+
+def _classes_without_auc(run: Run) -> dict[str, list[str]]:
+    """Split -> classes, as any stage says (they depend on the images alone)."""
+    found: dict[str, list[str]] = {}
+    for stage in run.stages.values():
+        for split, metrics in stage.metrics.items():
+            if metrics.get("auc_skipped"):
+                found[split] = [str(name) for name in metrics["auc_skipped"]]
+    return found
+
+
+DifferenceFormatter = Callable[[float], str]  # how a difference is printed
+
+_INTERMEDIATE_ROLES = ("assistant", "generation")
+_STUDENTS = ("baseline", "distilled")
+
+
+def comparison_context(run: Run) -> dict[str, Any] | None:
+    """The short table on test, what each network costs, each seed, and all figures on all splits."""
+    if not run.stages:
+        return None
+    stages = list(run.stages.values())
+    return {
+        "stages": [(stage.name, stage.model.get("architecture") or MISSING) for stage in stages],
+        "difference": {"baseline", "distilled"} <= set(run.stages),
+        "several": len(_seeds_summary(run).get("seeds") or [0]),
+        "results": _test_rows(run),
+        "costs": _cost_rows(stages),
+        "seeds": _seed_rows(run),
+        "splits": [split for split in SPLITS if any(split in stage.metrics for stage in stages)],
+        "all_rows": _split_rows(run, stages),
+        "notes": [(stage.name, training_text(stage), latency_text(stage), teaching_text(stage)) for stage in stages],
+        "others": _intermediate_rows(run),
+    }
+
+
+def _seeds_summary(run: Run) -> dict[str, Any]:
+    """What several seeds gave; empty where there is but one."""
+    return (run.comparison or {}).get("seeds") or {}
+
+
+def _seed_rows(run: Run) -> list[list[str]]:
+    """A row for each seed: top-1 of baseline and distilled, the gain, and which images changed."""
+    rows = []
+    for at, each in enumerate(_seeds_summary(run).get("each") or [], start=1):
+        stages = [(run.stages | run.repeats).get(stage_name(role, at)) for role in ("baseline", "distilled")]
+        tests = [{} if stage is None else stage.metrics.get("test", {}) for stage in stages]
+        cells = [format_percent(test.get("top1")) for test in tests]
+        changed = f"{format_count(each.get('fixed'))} / {format_count(each.get('broken'))}"
+        rows.append(
+            [
+                format_count(each.get("seed")),
+                *cells,
+                _gain_with_interval(each),
+                changed,
+                format_decimal(each.get("mcnemar_p"), 3),
+            ]
+        )
+    return rows
+
+
+def _intermediate_rows(run: Run) -> list[dict[str, Any]]:
+    """A row for each stage between teacher and student, and for several networks as one."""
+    gains = (run.comparison or {}).get("others") or {}
+    tests = {
+        name: stage.metrics.get("test", {}) for name, stage in run.stages.items() if stage.role in _INTERMEDIATE_ROLES
+    }
+    titles = dict.fromkeys(tests, "")
+    for name, group in run.together.items():
+        tests[name] = group.get("test") or {}
+        titles[name] = ", ".join(map(str, group.get("of") or []))
+    return [
+        {
+            "name": f"{name} together" if name in run.together else name,
+            "of": titles[name],
+            "cells": [
+                format_percent(test.get("top1")),
+                format_percent(test.get("f1_macro")),
+                format_decimal(test.get("auc_macro")),
+            ],
+            "gain": _gain_with_interval(gains.get(name)),
+        }
+        for name, test in tests.items()
+    ]
+
+
+def _gain_with_interval(gain: Any) -> str:
+    ends = [
+        format_number(gain.get(f"top1_gain{end}")) if isinstance(gain, dict) else None for end in ("", "_low", "_high")
+    ]
+    value, low, high = ends
+    if value is None:
+        return MISSING
+    return (
+        format_points(value)
+        if low is None or high is None
+        else f"{format_points(value)} ({format_points(low)} to {format_points(high)})"
+    )
+
+
+def _test_rows(run: Run) -> list[dict[str, Any]]:
+    """Rows on test with the difference distilled - baseline."""
+    rows = [
+        ("top1", "Top-1", format_percent, _signed_points),
+        ("top3", f"Top-{run.best_k}", format_percent, _signed_points),
+        ("f1_macro", "F1, macro", format_percent, _signed_points),
+        ("auc_macro", "AUC, macro", format_decimal, _signed_decimals),
+        ("ece", "ECE (lower is better)", format_percent, _signed_points),
+        ("nll", "NLL (lower is better)", format_decimal, _signed_decimals),
+        ("agreement", "Agreement with teacher", format_percent, _signed_points),
+    ]
+    tests = {name: stage.metrics.get("test", {}) for name, stage in run.stages.items()}
+    return [
+        {
+            "name": name,
+            "cells": [_test_cell(run, stage, key, form, change) for stage in run.stages.values()],
+            "difference": _test_difference(run, key, change),
+        }
+        for key, name, form, change in rows
+        if any(format_number(test.get(key)) is not None for test in tests.values())
+    ]
+
+
+def _test_cell(
+    run: Run, stage: StageResult, key: str, form: ValueFormatter, change: DifferenceFormatter
+) -> tuple[str, str]:
+    """A figure on test and how sure it is: by its images; baseline and distilled of several seeds by these."""
+    summary = (_seeds_summary(run).get("figures") or {}).get(key) or {}
+    which = {"baseline": "a", "distilled": "b"}.get(stage.name)
+    mean, deviation = (format_number(summary.get(f"{part}_{which}")) for part in ("mean", "sd"))
+    if mean is not None and deviation is not None:
+        return form(mean), f"± {change(deviation).removeprefix('+')}"
+    return _with_interval(stage, "test", key, form)
+
+
+def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[str, str]:
+    """Distilled - baseline, and its interval: over seeds where there are several, else over images if known."""
+    summary = (_seeds_summary(run).get("figures") or {}).get(key) or {}
+    if format_number(summary.get("difference")) is not None:
+        value = change(summary["difference"])
+        low, high = (format_number(summary.get(f"difference_{end}")) for end in ("low", "high"))
+        if key == "top1":  # the interval of the verdict, over seeds and images; the others are over seeds alone
+            low, high = (
+                format_number((_seeds_summary(run).get("top1_gain") or {}).get(end)) for end in ("low", "high")
+            )
+    else:
+        tests = [run.stages[name].metrics.get("test", {}) if name in run.stages else {} for name in _STUDENTS]
+        before, after = (format_number(test.get(key)) for test in tests)
+        if before is None or after is None:
+            return MISSING, ""
+        value = change(after - before)
+        low, high = (format_number((run.comparison or {}).get(f"{key}_gain_{end}")) for end in ("low", "high"))
+    return value, "" if low is None or high is None else f"{change(low)} to {change(high)}"
+
+
+def _signed_points(difference: float) -> str:
+    return format_points(difference)
+
+
+def _signed_decimals(difference: float) -> str:
+    return f"{difference:+.4f}" if round(difference, 4) else "0.0000"
+
+
+def _cost_rows(stages: list[StageResult]) -> list[tuple[str, list[str]]]:
+    several: dict[str, Any] = next((stage.latency_of_batch for stage in stages if stage.latency_of_batch), {})
+    batch = format_count(several.get("batch"))
+    rows: list[tuple[str, list[str]]] = [
+        ("Parameters", [format_scaled(stage.model.get("parameters")) for stage in stages]),
+        ("FLOPs, one image", [format_scaled(stage.model.get("flops")) for stage in stages]),
+        ("File size", [format_scaled(stage.model.get("file_bytes"), "B") for stage in stages]),
+        ("Latency of one image, p50", [format_milliseconds(stage.latency.get("p50")) for stage in stages]),
+        ("Latency of one image, p95", [format_milliseconds(stage.latency.get("p95")) for stage in stages]),
+        (
+            f"Latency of {batch} images, p50",
+            [format_milliseconds(stage.latency_of_batch.get("p50")) for stage in stages],
+        ),
+        (
+            f"Latency of {batch} images, p95",
+            [format_milliseconds(stage.latency_of_batch.get("p95")) for stage in stages],
+        ),
+        (f"Images a second, {batch} at once", [_images_per_second(stage.latency_of_batch) for stage in stages]),
+        ("Memory: weights", [format_scaled(stage.memory.get("weights"), "B") for stage in stages]),
+        ("Memory: one image on its way", [format_scaled(stage.memory.get("activations"), "B") for stage in stages]),
+        ("Training time", [format_duration(stage.training.get("seconds")) for stage in stages]),
+        ("Epochs (best)", [_epochs_text(stage) for stage in stages]),
+        ("Teachers' answers, each step", [format_milliseconds(stage.teaching.get("ms_per_step")) for stage in stages]),
+    ]
+    return [(name, cells) for name, cells in rows if any(cell != MISSING for cell in cells)]
+
+
+def _images_per_second(latency: dict[str, Any]) -> str:
+    images, p50 = format_number(latency.get("batch")), format_number(latency.get("p50"))
+    return MISSING if images is None or not p50 else format_count(1000 * images / p50)
+
+
+def _epochs_text(stage: StageResult) -> str:
+    if not stage.training:
+        return MISSING
+    best = "" if stage.best_epoch is None else f" ({stage.best_epoch})"
+    return format_count(stage.training.get("epochs")) + best
+
+
+def _split_rows(run: Run, stages: list[StageResult]) -> list[tuple[str, list[list[tuple[str, str]]]]]:
+    """(metric, for each stage its cells over the splits)."""
+    splits = [split for split in SPLITS if any(split in stage.metrics for stage in stages)]
+    rows = []
+    for key, name, form in metric_rows(run.best_k):
+        cells = [[_with_interval(stage, split, key, form) for split in splits] for stage in stages]
+        if any(cell[0] != MISSING for stage_cells in cells for cell in stage_cells):
+            rows.append((name, cells))
+    return rows
+
+
+def _with_interval(stage: StageResult, split: str, key: str, form: ValueFormatter) -> tuple[str, str]:
+    low, high = stage.interval(key) if split == "test" else (None, None)
+    value = form(stage.metrics.get(split, {}).get(key))
+    sure = "" if low is None or high is None or value == MISSING else f"{form(low).removesuffix(' %')} to {form(high)}"
+    return value, sure
+
+
+def advice_context(run: Run) -> dict[str, Any] | None:
+    """Each piece of advice with its facts and the command that follows it; None where the facts give no cause."""
+    found = collect_advice(run)
+    if not found:
+        return None
+    return {"advice": [(each.title, each.evidence, each.action, _follow_up_command(run, each)) for each in found]}
+
+
+def _follow_up_command(run: Run, each: Advice) -> str:
+    """The same run with the change, under another name unless it goes on."""
+    if not (each.settings or each.flags) or not run.recipe:
+        return ""
+    folder = run.folder.resolve()
+    recipe = f"{folder.parent.name}/{folder.name}/recipe.yaml"
+    goes_on = "--resume" in each.flags
+    name = (
+        ["--name", escape_invisible(folder.name)]
+        if goes_on
+        else ["--name", f"{escape_invisible(folder.name)[:58]}-next"]
+    )
+    changes = [part for setting in each.settings for part in ("--set", setting)]
+    root = [] if folder.parent.name == "runs" else ["--root", folder.parent.name]
+    return shlex.join(["potstill", "run", recipe, *changes, *each.flags, *name, *root])

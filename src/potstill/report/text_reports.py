@@ -1,0 +1,252 @@
+"""Text files of a stage: metrics.txt and scikit-learn's classification reports, as tables for a fixed-width font."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from potstill.formatting import (
+    MISSING,
+    format_count,
+    format_decimal,
+    format_duration,
+    format_milliseconds,
+    format_number,
+    format_percent,
+    format_scaled,
+)
+from potstill.report.display_names import display_width, escape_invisible
+from potstill.report.run_reader import SPLITS, Run, StageResult
+
+ValueFormatter = Callable[[Any], str]
+
+
+def metric_rows(best_k: int = 3) -> list[tuple[str, str, ValueFormatter]]:
+    """(key in metrics.json, name, how to print it)."""
+    averages = ("micro", "macro", "weighted")
+    groups = (
+        ("precision", "Precision", format_percent),
+        ("recall", "Recall", format_percent),
+        ("f1", "F1", format_percent),
+    )
+    return [
+        ("loss", "Loss", format_decimal),
+        ("top1", "Top-1", format_percent),
+        ("top3", f"Top-{best_k}", format_percent),
+        *((f"{key}_{average}", f"{name}, {average}", form) for key, name, form in groups for average in averages),
+        *((f"auc_{average}", f"AUC, {average}", format_decimal) for average in averages),
+        ("ece", "ECE", format_percent),
+        ("nll", "NLL", format_decimal),
+        ("agreement", "Agreement with teacher", format_percent),
+        ("kl_to_teacher", "KL to teacher", format_decimal),
+    ]
+
+
+def aligned_table(rows: Sequence[Sequence[str]], *, heads: int = 1) -> str:
+    """The first column to the left, all others to the right; a rule under the first ``heads`` rows.
+
+    Example:
+        >>> print(aligned_table([["", "train"], ["Top-1", "98.1 %"]]))
+                train
+        -------------
+        Top-1  98.1 %
+    """
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    lines = [_aligned_line(row, widths) for row in rows]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([*lines[:heads], rule, *lines[heads:]])
+
+
+def aligned_pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    """One ``name  value`` line each, the values under each other."""
+    width = max((display_width(name) for name, _ in pairs), default=0)
+    return "\n".join(f"{_pad_right(name, width)}  {value}" for name, value in pairs)
+
+
+def _aligned_line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    return "  ".join(
+        [_pad_right(*first), *(" " * (width - display_width(cell)) + cell for cell, width in others)]
+    ).rstrip()
+
+
+def _pad_right(text: str, width: int) -> str:
+    return text + " " * (width - display_width(text))
+
+
+def metrics_text(run: Run, stage: StageResult) -> str:
+    """metrics.txt: what was trained, all figures on train, val and test, and the same for each class."""
+    title = f"{stage.name} of run {escape_invisible(run.name)}"
+    parts = [
+        f"{title}\n{'=' * len(title)}",
+        aligned_pairs(_stage_facts(run, stage)),
+        _metric_table(run, stage),
+        _class_table(stage),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def classification_report_text(stage: StageResult, split: str) -> str | None:
+    """Precision, recall and F1 of each class in the layout of scikit-learn's ``classification_report``; None where the
+    split has no images.
+    """
+    figures = stage.metrics.get(split, {})
+    classes, images = figures.get("per_class"), format_number(figures.get("count"))
+    if not classes or not images:
+        return None
+    names = [escape_invisible(str(row["class"])) for row in classes]
+    width = max(len("weighted avg"), *map(len, names))
+    keys = ("precision", "recall", "f1")
+    support = np.array([row["support"] for row in classes])
+    columns = np.array([[row[key] for key in keys] for row in classes])
+
+    def line(name: str, values: Iterable[float], count: object) -> str:
+        return f"{name:>{width}} " + "".join(f" {value:>9.4f}" for value in values) + f" {count:>9}"
+
+    rows = [line(name, values, n) for name, values, n in zip(names, columns, support, strict=True)]
+    accuracy = " " * 20 + f" {figures['top1']:>9.4f} {int(images):>9}"
+    return "\n".join(
+        [
+            " " * width + " " + "".join(f" {head:>9}" for head in ("precision", "recall", "f1-score", "support")),
+            "",
+            *rows,
+            "",
+            f"{'accuracy':>{width}} {accuracy}",
+            line("macro avg", columns.mean(axis=0), int(images)),
+            line("weighted avg", np.average(columns, axis=0, weights=support), int(images)),
+            "",
+        ]
+    )
+
+
+def latency_text(stage: StageResult) -> str:
+    """``1.20 ms (p95 1.40 ms), one image at a time, 2 threads, cpu``."""
+    latency = stage.latency
+    if format_number(latency.get("p50")) is None:
+        return MISSING
+    batch = format_number(latency.get("batch"))
+    how = ["one image at a time" if batch == 1 else f"batches of {format_count(batch)}" if batch else ""]
+    how += [_plural(latency["threads"], "thread") if format_number(latency.get("threads")) else ""]
+    how += [escape_invisible(str(latency.get("device") or ""))]
+    text = f"{format_milliseconds(latency['p50'])} (p95 {format_milliseconds(latency.get('p95'))})"
+    return ", ".join([text, *filter(None, how)])
+
+
+def memory_text(stage: StageResult) -> str:
+    """``15.7 MB of weights, 537 kB for one image on its way``."""
+    weights, on_its_way = (format_scaled(stage.memory.get(key), "B") for key in ("weights", "activations"))
+    return f"{weights} of weights, {on_its_way} for one image on its way"
+
+
+def training_text(stage: StageResult) -> str:
+    """``10 epochs in 1 min 23 s (321 images/s), best epoch 8 by top1 on val``."""
+    training = stage.training
+    if not training:
+        return "not here: it came ready-made"
+    text = f"{_plural(training.get('epochs'), 'epoch')} in {format_duration(training.get('seconds'))}"
+    if training.get("extended_from"):
+        text += (
+            f", extended after {' and '.join(format_count(each) for each in training['extended_from'])} with --resume"
+        )
+    if stage.facts.get("reused_from"):
+        text += f", reused from {escape_invisible(str(stage.facts['reused_from']))}"
+    if format_number(training.get("images_per_second")) is not None:
+        text += f" ({format_count(training['images_per_second'])} images/s)"
+    if stage.best_epoch is not None:
+        text += f", best epoch {stage.best_epoch} by {escape_invisible(str(training.get('selection_metric') or 'top1'))} on val"
+    return text
+
+
+def teaching_text(stage: StageResult) -> str:
+    """``assistant-1: 3.97 M parameters (15.9 MB), 12.3 ms in each step of 64 images``; "" where nobody teaches it."""
+    teaching = stage.teaching
+    if not teaching:
+        return ""
+    names = ", ".join(escape_invisible(str(name)) for name in teaching.get("by") or [])
+    memory = f"{format_scaled(teaching.get('parameters'))} parameters ({format_scaled(teaching.get('bytes'), 'B')})"
+    images = _plural(teaching.get("batch_size"), "image")
+    each = format_milliseconds(teaching.get("ms_per_step"))
+    return f"{names}: {memory}, {each} in each step of {images}{_cache_text(teaching)}"
+
+
+def _cache_text(teaching: Mapping[str, Any]) -> str:
+    asked, read = format_number(teaching.get("asked")), format_number(teaching.get("read"))
+    if asked is None or read is None:
+        return ""
+    return f"; {format_count(read)} of {format_count(asked + read)} answers read from the store"
+
+
+def _stage_facts(run: Run, stage: StageResult) -> list[tuple[str, str]]:
+    model = stage.model
+    size = format_number(model.get("size")) or format_number(run.data.get("size"))
+    return [
+        ("Architecture", escape_invisible(str(model.get("architecture") or MISSING))),
+        ("Input", f"{format_count(size)} × {format_count(size)} pixels" if size else MISSING),
+        ("Parameters", format_count(model.get("parameters"))),
+        ("FLOPs", f"{format_scaled(model.get('flops'))} for one image (2 for each multiply-add)"),
+        ("File", format_scaled(model.get("file_bytes"), "B")),
+        ("Training", training_text(stage)),
+        *([("Learns from", teaching_text(stage))] if stage.teaching else []),
+        ("Latency", latency_text(stage)),
+        *([("Memory", memory_text(stage))] if stage.memory else []),
+        *([("Seed", format_count(stage.facts["seed"]))] if format_number(stage.facts.get("seed")) is not None else []),
+    ]
+
+
+def _metric_table(run: Run, stage: StageResult) -> str:
+    splits = list(stage.metrics)
+    if not splits:
+        return ""
+    rows = [["Images", *(format_count(_image_count(stage.metrics[split])) for split in splits)]]
+    sure = [""]
+    for key, name, form in metric_rows(run.best_k):
+        if any(key in stage.metrics[split] for split in splits):
+            rows.append([name, *(form(stage.metrics[split].get(key)) for split in splits)])
+            low, high = stage.interval(key)
+            sure.append("" if low is None or high is None else f"{form(low).removesuffix(' %')} to {form(high)}")
+    heads = ["", *splits]
+    if any(sure):
+        heads.append("95 % interval on test")
+        rows = [[*row, interval] for row, interval in zip(rows, sure, strict=True)]
+    text = aligned_table([heads, *rows])
+    for split in splits:
+        skipped = stage.metrics[split].get("auc_skipped") or []
+        if skipped:
+            names = ", ".join(escape_invisible(str(name)) for name in skipped)
+            text += f"\nAUC on {split} leaves out classes that it cannot be had for: {names}"
+    return text
+
+
+def _image_count(metrics: dict[str, Any]) -> Any:
+    return metrics.get("count")
+
+
+def _class_table(stage: StageResult) -> str:
+    """Each class in a row; precision, recall and F1 of the splits beside each other."""
+    per_split = {
+        split: {row["class"]: row for row in stage.metrics[split]["per_class"]}
+        for split in SPLITS
+        if stage.metrics.get(split, {}).get("per_class")
+    }
+    if not per_split:
+        return ""
+    keys: tuple[tuple[str, str, ValueFormatter], ...] = (
+        ("support", "images", format_count),
+        ("precision", "precision", format_percent),
+        ("recall", "recall", format_percent),
+        ("f1", "F1", format_percent),
+        ("auc", "AUC", format_decimal),
+    )
+    wanted = [(split, key, form) for key, _, form in keys for split in per_split]
+    # Two head lines: the figure above the first of its splits, the splits below.
+    above = [name if i == 0 else "" for _, name, _ in keys for i in range(len(per_split))]
+    names = list(dict.fromkeys(name for rows in per_split.values() for name in rows))
+    rows = [
+        [escape_invisible(str(name)), *(form(per_split[split].get(name, {}).get(key)) for split, key, form in wanted)]
+        for name in names
+    ]
+    return "Per class\n" + aligned_table([["", *above], ["class", *(split for split, _, _ in wanted)], *rows], heads=2)
+
+
+def _plural(value: object, noun: str) -> str:
+    return f"{format_count(value)} {noun}{'' if value == 1 else 's'}"

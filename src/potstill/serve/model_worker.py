@@ -1,0 +1,141 @@
+"""The worker process that decodes and predicts: it may crash or hang, and is replaced then.
+
+Between the two processes go JSON and the image's bytes, never pickles: a broken decoder is not trusted.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import signal
+import time
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from potstill.errors import DataError, PotstillError
+
+if TYPE_CHECKING:
+    from potstill.data.image_io import Pixels
+    from potstill.models.model_file import Classifier
+
+
+_PREVIEW_PIXELS = 480  # pixels of the longer side
+
+
+def run_worker(pipe: Connection, folders: dict[str, str]) -> None:
+    """Answer requests until the other end is closed.
+
+    Args:
+        pipe: brings a JSON head and then an image's bytes; takes one JSON answer.
+        folders: of models, by stage.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    from potstill.data.library_warnings import silence_native_stderr
+
+    with silence_native_stderr(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            models = _load_models(folders)
+        except PotstillError as error:
+            _send(pipe, {"fatal": str(error), "exit_code": error.exit_code})
+            return
+        _send(pipe, {"models": {stage: _summarize_model(model) for stage, model in models.items()}})
+        while True:
+            head, image = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
+            _send(pipe, _predict_all(models, head, image))
+
+
+def _send(pipe: Connection, answer: dict[str, Any]) -> None:
+    pipe.send_bytes(json.dumps(answer).encode())
+
+
+def _load_models(folders: dict[str, str]) -> dict[str, "Classifier"]:
+    from pathlib import Path
+
+    import torch
+
+    from potstill.models.model_file import load_model
+
+    models = {stage: load_model(Path(folder)) for stage, folder in folders.items()}
+    for model in models.values():  # the first pass of a network is slow
+        model.predict(torch.zeros(1, 3, model.input.size, model.input.size))
+    return models
+
+
+def _summarize_model(model: "Classifier") -> dict[str, Any]:
+    return {
+        "architecture": model.architecture,
+        "classes": list(model.class_names),
+        "parameters": sum(each.numel() for each in model.module.parameters()),
+        "size": model.input.size,
+    }
+
+
+def _predict_all(models: dict[str, "Classifier"], head: dict[str, Any], image: bytes) -> dict[str, Any]:
+    from potstill.data.image_io import decode_bytes
+
+    try:
+        # Images of more than 8 bits are read by the range that a model was trained with.
+        ranges = {model.input.range for model in models.values()}
+        by_range = {ends: decode_bytes(image, "image", ends) for ends in ranges}
+        pixels = next(iter(by_range.values()))
+    except DataError as error:
+        # Other reasons are about the file rather than about a limit.
+        large = any(word in str(error) for word in ("megapixels", "beyond the limits"))
+        return {"error": str(error), "status": 413 if large else 415}
+    answers = [_predict_one(stage, model, by_range[model.input.range], head) for stage, model in models.items()]
+    return {
+        "width": pixels.shape[1],
+        "height": pixels.shape[0],
+        "preview": _preview(pixels),
+        "models": answers,
+        "agreement": _agreement(answers),
+    }
+
+
+def _predict_one(stage: str, model: "Classifier", pixels: "Pixels", head: dict[str, Any]) -> dict[str, Any]:
+    from potstill.data.transforms import preprocess
+
+    images = preprocess(pixels, model.input)[None]
+    began = time.perf_counter()
+    shares = model.predict(images)[0]
+    seconds = time.perf_counter() - began
+    best = shares.sort(descending=True, stable=True).indices[: head["top"]].tolist()
+    answer: dict[str, Any] = {
+        "stage": stage,
+        "milliseconds": round(seconds * 1000, 3),
+        "predictions": [{"class": model.class_names[i], "probability": float(shares[i])} for i in best],
+    }
+    if head["gradcam"]:
+        answer["gradcam"] = _gradcam(model, images, best[0], pixels)
+    return answer
+
+
+def _gradcam(model: "Classifier", images: Any, wanted: int, pixels: "Pixels") -> dict[str, Any]:
+    from potstill.evaluation.gradcam import grad_cam, visible_region
+
+    try:
+        cam = grad_cam(model.module, images, [wanted])[0]
+    except PotstillError as error:
+        return {"error": str(error)}
+    rows = [[round(value, 3) for value in row] for row in cam.tolist()]
+    height, width = pixels.shape[:2]
+    return {"rows": rows, "region": visible_region(height, width, model.input)}
+
+
+def _agreement(answers: list[dict[str, Any]]) -> bool | None:
+    """Whether the student says what the teacher says; None where one of them is missing."""
+    said = {each["stage"]: each["predictions"][0]["class"] for each in answers}
+    if "teacher" not in said or "distilled" not in said:
+        return None
+    return bool(said["teacher"] == said["distilled"])
+
+
+def _preview(pixels: "Pixels") -> str:
+    """A small JPEG as a data URL: browsers cannot show every format that is decoded here."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((_PREVIEW_PIXELS, _PREVIEW_PIXELS))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

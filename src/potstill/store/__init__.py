@@ -1,1 +1,0 @@
-"""Teacher outputs kept on disk by (sample, view): nobody waits for the teacher twice."""

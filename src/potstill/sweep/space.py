@@ -1,0 +1,266 @@
+"""What a sweep varies: ``--over KEY=a,b,c`` and ``--over KEY=low..high[:log]``, checked against the recipe."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from potstill.config.recipe import Recipe, load_recipe
+from potstill.errors import PotstillError, UsageError
+from potstill.methods import method_options
+
+METHOD = "method.name"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+_RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(:.*)?")
+# All trials share one teacher, and are judged by one measure on one val split.
+_NOT_SEARCHABLE = (
+    "name",
+    "description",
+    "seed",
+    "seeds",
+    "teacher",
+    "data.source",
+    "data.options",
+    "data.target",
+    "data.target_options",
+    "data.target_labels",
+    "data.val",
+    "data.test",
+    "data.split_seed",
+    "store",
+    "training.selection_metric",
+    "training.evaluate_test_every_epoch",
+    "student.training.selection_metric",
+    "student.training.evaluate_test_every_epoch",
+)
+_DISTILLATION_ONLY = ("method", "teachers", "assistants", "generations", "curriculum", "layers", "domain")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One key and what it may be: either ``choices``, YAML texts, or a range.
+
+    Attributes:
+        key: as after ``--set``.
+        choices: empty for a range.
+        low: of a range; included.
+        high: likewise.
+        log: whether the range is searched in orders of magnitude.
+        whole: whether only whole numbers are tried.
+    """
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"{self.key}={','.join(self.choices)}"
+        return f"{self.key}={self.low:g}..{self.high:g}{':log' if self.log else ''}"
+
+    def facts(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return asdict(self) | {"choices": list(self.choices)}
+
+
+@dataclass(frozen=True)
+class Space:
+    """All dimensions; a method's options count only where the method has them."""
+
+    dimensions: tuple[Dimension, ...]
+    base_method: str
+
+    @property
+    def listed(self) -> bool:
+        """Whether every dimension is a list, so that all combinations can be tried."""
+        return all(dimension.choices for dimension in self.dimensions)
+
+    def active(self, dimension: Dimension, chosen: Mapping[str, Any]) -> bool:
+        """Whether a dimension means anything for what has been chosen before it."""
+        key = dimension.key
+        if key == METHOD or not key.startswith("method.") or key.count(".") > 1:
+            return True
+        return _has_option(str(chosen.get(METHOD, self.base_method)), key.removeprefix("method."))
+
+    def grid(self) -> list[dict[str, str]]:
+        """Every combination, each once; choices that a method does not know are left out of it."""
+        found: dict[tuple[tuple[str, str], ...], None] = {}
+        for values in itertools.product(*(dimension.choices for dimension in self.dimensions)):
+            chosen = dict(zip((dimension.key for dimension in self.dimensions), values, strict=True))
+            kept = {each.key: chosen[each.key] for each in self.dimensions if self.active(each, chosen)}
+            found[tuple(kept.items())] = None
+        return [dict(items) for items in found]
+
+
+def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: Mapping[str, Any]) -> Space:
+    """The space of ``--over`` texts; each value is tried in the recipe, alone.
+
+    Args:
+        texts: as after ``--over``.
+        source: of the recipe, as ``load_recipe`` takes it.
+        sets: likewise.
+        flags: likewise.
+
+    Raises:
+        UsageError: no text, a key twice, an unknown key or a value that is not allowed; names the nearest known one.
+    """
+    if not texts:
+        raise UsageError("a sweep needs something to vary: --over method.temperature=1,2,4 or --over method.alpha=0..1")
+    base = load_recipe(source, sets, flags=flags)
+    _refuse_test_curves(base)
+    dimensions = [read_dimension(text) for text in texts]
+    keys = [dimension.key for dimension in dimensions]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise UsageError(f"--over names {', '.join(twice)} twice; list all its values in one")
+    dimensions.sort(key=lambda dimension: dimension.key != METHOD)  # its options depend on it
+    methods = next((d.choices for d in dimensions if d.key == METHOD), (str(base.method["name"]),))
+    found, problems = [], list[str]()
+    for dimension in dimensions:
+        try:
+            found.append(_checked(dimension, source, sets, flags, methods))
+        except PotstillError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Space(tuple(found), str(base.method["name"]))
+
+
+def read_dimension(text: str) -> Dimension:
+    """``KEY=a,b`` or ``KEY=low..high[:log]``, not yet compared with any recipe.
+
+    Raises:
+        UsageError: it is neither.
+
+    Example:
+        >>> read_dimension("method.temperature=1,2").choices
+        ('1', '2')
+        >>> str(read_dimension("training.lr=1e-4..1e-1:log"))
+        'training.lr=0.0001..0.1:log'
+    """
+    key, equals, values = (part.strip() for part in text.partition("="))
+    if not equals or not values or not all(key.split(".")):
+        raise UsageError(f"--over {text}: write it as KEY=a,b,c or KEY=low..high, e.g. --over method.temperature=1,2,4")
+    match = _RANGE.fullmatch(values)
+    if match is None:
+        choices = tuple(dict.fromkeys(_split(values)))
+        if not all(choices):
+            raise UsageError(f"--over {text}: there is nothing between two commas")
+        return Dimension(key, choices)
+    low, high, how = float(match[1]), float(match[2]), match[3]
+    if how not in (None, ":log"):
+        raise UsageError(f"--over {text}: after a range there may be :log, got {how!r}")
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UsageError(f"--over {text}: a range goes from a smaller to a larger number")
+    if how and low <= 0:
+        raise UsageError(f"--over {text}: a logarithmic range begins above 0")
+    whole = all(re.fullmatch(r"[-+]?\d+", match[at]) for at in (1, 2))
+    return Dimension(key, low=low, high=high, log=bool(how), whole=whole)
+
+
+def baseline_space(space: Space, recipe: Recipe, trials: int) -> Space:
+    """What a baseline is searched over, beside a search of ``trials`` trials over ``space``.
+
+    The dimensions that concern a student on labels alone: all but those of methods and of whom it learns from.  Where
+    these have fewer combinations than there are trials, its learning rate is searched too (a quarter to four times that
+    of the recipe), or its weight decay where the learning rate is varied already, so that it gets as many trials.
+    """
+    own = [each for each in space.dimensions if each.key.partition(".")[0] not in _DISTILLATION_ONLY]
+    if all(each.choices for each in own) and math.prod(len(each.choices) for each in own) < trials:
+        training = recipe.stage_training("baseline")
+        keys = {each.key.rpartition(".")[2] for each in own}
+        if "lr" not in keys:
+            own.append(Dimension("student.training.lr", low=training.lr / 4, high=training.lr * 4, log=True))
+        elif "weight_decay" not in keys:
+            middle = training.weight_decay or 1e-4
+            own.append(Dimension("student.training.weight_decay", low=middle / 10, high=middle * 10, log=True))
+    return Space(tuple(own), space.base_method)
+
+
+def _checked(
+    dimension: Dimension, source: Any, sets: Sequence[str], flags: Mapping[str, Any], methods: Sequence[str]
+) -> Dimension:
+    """The dimension, with ``whole`` as the recipe has it."""
+    key = dimension.key
+    if any(key == each or key.startswith(f"{each}.") for each in _NOT_SEARCHABLE):
+        raise UsageError(
+            f"--over {key}: all trials share teacher, data, seed and measure, so this cannot be varied; use --set"
+        )
+    if key.startswith("method.") and key != METHOD and key.count(".") == 1:
+        option = key.removeprefix("method.")
+        methods = [name for name in methods if _has_option(name, option)] or methods[:1]
+        before = [[f"{METHOD}={name}"] for name in methods]
+    else:
+        before = [[]]
+
+    def attempt(text: str) -> None:
+        for more in before:
+            _try_value(source, [*sets, *_without_default(more, source, sets, flags), f"{key}={text}"], flags, key, text)
+
+    if dimension.choices:
+        for text in dimension.choices:
+            attempt(text)
+        return dimension
+    whole = dimension.whole
+    if whole:  # 0..1 of a share are all numbers between, 1..9 of a count are not
+        try:
+            attempt(repr(dimension.low + 0.37 * (dimension.high - dimension.low)))
+            whole = False
+        except PotstillError:
+            pass
+    for end in (dimension.low, dimension.high):
+        attempt(str(int(end)) if whole else repr(end))
+    return Dimension(key, (), dimension.low, dimension.high, dimension.log, whole)
+
+
+def _without_default(more: list[str], source: Any, sets: Sequence[str], flags: Mapping[str, Any]) -> list[str]:
+    """Naming the method that the recipe has already must not drop its options."""
+    base = load_recipe(source, sets, flags=flags)
+    return [text for text in more if text != f"{METHOD}={base.method['name']}"]
+
+
+def _try_value(source: Any, sets: list[str], flags: Mapping[str, Any], key: str, text: str) -> None:
+    try:
+        load_recipe(source, sets, flags=flags)
+    except PotstillError as error:
+        raise type(error)(str(error).replace(f"--set {key}={text}", f"--over {key}={text}")) from error
+
+
+def _has_option(method: str, option: str) -> bool:
+    try:
+        return option in (*method_options(method), "preset", "schedule")
+    except UsageError:
+        return True  # the check of the name says so
+
+
+def _refuse_test_curves(recipe: Recipe) -> None:
+    if recipe.stage_training("student").evaluate_test_every_epoch:
+        raise UsageError(
+            "training.evaluate_test_every_epoch: in a sweep only the winner meets the test split; set it to false"
+        )
+    if recipe.seeds > 1:
+        raise UsageError(f"seeds: a sweep trains each trial with one seed, and the recipe says {recipe.seeds}")
+
+
+def _split(values: str) -> Iterator[str]:
+    """At commas outside brackets and quotes."""
+    depth, quote, part = 0, "", ""
+    for letter in values:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "[{":
+            depth += 1
+        elif letter in "]}":
+            depth -= 1
+        if letter == "," and depth == 0 and not quote:
+            yield part.strip()
+            part = ""
+        else:
+            part += letter
+    yield part.strip()

@@ -1,0 +1,180 @@
+"""The Optuna study of a sweep (a journal file that any number of processes append to), and the files that are read
+without Optuna: sweep.json, trials.json, final.json, confirmation.json.
+"""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from potstill.config.recipe import Recipe, dump_recipe
+from potstill.errors import ArtifactError, UsageError
+from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.sweep.space import Space
+
+if TYPE_CHECKING:
+    import optuna
+
+
+SWEEP_FILE, TRIALS_FILE, FINAL_FILE = "sweep.json", "trials.json", "final.json"
+CONFIRMATION_FILE = "confirmation.json"  # once winner and baseline were trained again on fresh seeds
+SLURM_FOLDER = "slurm"  # a folder: what SLURM jobs print
+_MAX_DIFFERENCES = 8  # differences that are named
+_NEUTRAL_KEYS = ("data.workers", "data.memory_share", "store.folder", "training.checkpoint_seconds")
+
+
+def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool, trials: int) -> dict[str, Any]:
+    """All that every process of one study must agree on, and how many trials are wanted."""
+    return {
+        "schema": 1,
+        "recipe": dump_recipe(recipe),
+        "data": fingerprint,
+        "space": [dimension.facts() | {"text": str(dimension)} for dimension in space.dimensions],
+        "grid": grid,
+        "trials": trials,
+        "measure": recipe.stage_training("distilled").selection_metric,
+    }
+
+
+def begin_or_join(folder: Path, wanted: dict[str, Any]) -> None:
+    """Begin a study, or join the one that is there; the sweep's lock must be held.
+
+    Raises:
+        UsageError: it is another study; names what differs.
+        ArtifactError: sweep.json is damaged.
+    """
+    path = folder / SWEEP_FILE
+    if not path.exists():
+        if any(not entry.name.startswith(".") and entry.name != SLURM_FOLDER for entry in folder.iterdir()):
+            raise UsageError(f"{folder} exists and is no sweep; choose another --name or --root")
+        write_checksummed_json(path, wanted)
+        return
+    before = read_checksummed_json(path)
+    if lines := _differences(before, wanted):
+        more = [f"  and {len(lines) - _MAX_DIFFERENCES} more"] if len(lines) > _MAX_DIFFERENCES else []
+        raise UsageError(
+            f"{folder} holds a sweep of something else:\n"
+            + "\n".join(lines[:_MAX_DIFFERENCES] + more)
+            + "\nRepeat the command with which it began, or give this one another --name"
+        )
+    if before["trials"] != wanted["trials"]:
+        if (folder / CONFIRMATION_FILE).exists():
+            raise UsageError(
+                f"the sweep in {folder} ended after {before['trials']} trials, and its winner has met the test split.\n"
+                "Further trials would make that a second look: start another sweep with --name"
+            )
+        (folder / FINAL_FILE).unlink(missing_ok=True)  # the winner is chosen again
+        write_checksummed_json(path, wanted)
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    old, new = _flatten(yaml.safe_load(before["recipe"])), _flatten(yaml.safe_load(after["recipe"]))
+    lines = [
+        f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in _NEUTRAL_KEYS
+    ]
+    spaces = [[each["text"] for each in facts["space"]] for facts in (before, after)]
+    lines += [f"  --over {text}: was there before" for text in spaces[0] if text not in spaces[1]]
+    lines += [f"  --over {text}: is new" for text in spaces[1] if text not in spaces[0]]
+    if before["grid"] != after["grid"]:
+        lines.append(f"  --grid: was {before['grid']}, now {after['grid']}")
+    if before["data"] != after["data"]:
+        lines.append(f"  images: were {before['data'][:12]}, are {after['data'][:12]} (files were added or changed)")
+    return lines
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+JOURNAL_FILE = "journal.log"
+STARTUP_TRIALS = 5  # that are drawn at random, and never pruned
+
+
+def require_optuna() -> None:
+    """Fail early where the extra is missing.
+
+    Raises:
+        UsageError: says what to install.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise UsageError('a sweep needs optuna, not installed here\nInstall: pip install "potstill[sweep]"')
+
+
+def open_study(folder: Path, *, minimize: bool, seed: int, grid: bool, epochs: int) -> "optuna.Study":
+    """The study in ``folder``, made where there is none.
+
+    Args:
+        folder: of the sweep.
+        minimize: whether a smaller figure is the better one.
+        seed: of the draws; a process that joins draws from another one, or all would draw the same.
+        grid: all combinations are wanted, so none is pruned.
+        epochs: of a trial; its first quarter is never pruned.
+
+    Raises:
+        ArtifactError: the journal is damaged.
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(logging.ERROR)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=max(1, epochs // 4) + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings that Optuna calls experimental
+            storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
+            return optuna.create_study(
+                storage=storage,
+                study_name="sweep",
+                load_if_exists=True,
+                direction="minimize" if minimize else "maximize",
+                pruner=optuna.pruners.NopPruner() if grid else pruner,
+                sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True),
+            )
+    except (ValueError, KeyError, TypeError, AssertionError) as error:  # what a damaged line comes to
+        raise ArtifactError(f"{folder / JOURNAL_FILE} is damaged; start another sweep with --name") from error
+
+
+def suggest_settings(trial: "optuna.Trial", space: Space) -> dict[str, str]:
+    """What a trial tries, as YAML texts by key."""
+    chosen: dict[str, str] = {}
+    for dimension in space.dimensions:
+        if not space.active(dimension, chosen):
+            continue
+        key = dimension.key
+        if dimension.choices:
+            chosen[key] = str(trial.suggest_categorical(key, dimension.choices))
+        elif dimension.whole:
+            chosen[key] = str(trial.suggest_int(key, int(dimension.low), int(dimension.high), log=dimension.log))
+        else:
+            chosen[key] = repr(trial.suggest_float(key, dimension.low, dimension.high, log=dimension.log))
+    return chosen
+
+
+def parameter_importances(study: "optuna.Study") -> dict[str, float]:
+    """Share of each key in the spread of the figure over finished trials (fANOVA); empty where that says nothing."""
+    import optuna
+
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    if len(done) < 4 or len({trial.value for trial in done}) < 2:
+        return {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: Mapping[str, Any] = optuna.importance.get_param_importances(
+                study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+            )
+    except (ValueError, RuntimeError, ImportError):  # one value of everything, or keys that no two trials share
+        return {}
+    return {key: float(share) for key, share in found.items()}

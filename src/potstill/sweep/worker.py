@@ -1,0 +1,503 @@
+"""One process of a sweep: run trials until there are enough, retry those of dead processes, choose and confirm the
+winner.
+
+A trial is a run folder whose student is evaluated on val, and never sees the test split.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.config.recipe import Recipe, load_recipe
+from potstill.errors import NonFiniteError, StorageError, UsageError
+from potstill.experiment.run_folder import RunFolder, RunLock
+from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.sweep import study
+from potstill.sweep.space import Space, baseline_space
+from potstill.training.callbacks import Observer, SilentObserver
+
+if TYPE_CHECKING:
+    import optuna
+
+    from potstill.training.callbacks import SignalHandler
+
+
+class Pruned(Exception):
+    """A trial that is not worth its remaining epochs.  Raised inside training, caught here."""
+
+
+class PruningObserver(SilentObserver):
+    """Passes everything on, reports the student's val figure to the study, and ends a hopeless trial."""
+
+    def __init__(self, trial: "optuna.Trial", measure: str, student: str, inner: Observer) -> None:
+        self._trial, self._measure, self._student, self._inner, self._stage = trial, measure, student, inner, ""
+
+    def stage(self, name: str, detail: str) -> None:
+        """A stage begins."""
+        self._stage = name
+        self._inner.stage(name, detail)
+
+    def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None:
+        """An epoch begins."""
+        self._last = epoch == epochs
+        self._inner.epoch_start(epoch, epochs, steps, images)
+
+    def step(self, images: int) -> None:
+        """More images have been trained on."""
+        self._inner.step(images)
+
+    def epoch_end(self, record: dict[str, Any]) -> None:
+        """An epoch is over; the student's are reported."""
+        self._inner.epoch_end(record)
+        value = record.get("val", {}).get(self._measure)
+        if self._stage != self._student or value is None:
+            return
+        self._trial.report(float(value), int(record["epoch"]))
+        if not self._last and self._trial.should_prune():
+            raise Pruned
+
+    def wait(self, what: str, done: int, total: int) -> None:
+        """A longer wait."""
+        self._inner.wait(what, done, total)
+
+    def note(self, message: str) -> None:
+        """Something worth reading."""
+        self._inner.note(message)
+
+    def warn(self, message: str) -> None:
+        """Something that probably spoils the result."""
+        self._inner.warn(message)
+
+    def stage_end(self, name: str, seconds: float) -> None:
+        """A stage is over."""
+        self._inner.stage_end(name, seconds)
+
+
+def run_trial(
+    recipe: Recipe,
+    trials: Path,
+    name: str,
+    trial: "optuna.Trial",
+    *,
+    measure: str,
+    student: str,
+    observer: Observer,
+    stopping: "SignalHandler | None",
+) -> float:
+    """Train a trial's student, or go on with what a killed process left of it.
+
+    Args:
+        recipe: of this trial, its teacher ready-made.
+        trials: folder of the trials' run folders.
+        name: of its run folder.
+        trial: is told each epoch's figure.
+        measure: ``training.selection_metric``.
+        student: "distilled", or "baseline" where that is searched.
+        observer: is told what happens.
+        stopping: hears signals.
+
+    Returns:
+        The figure on val of its best epoch.
+
+    Raises:
+        Pruned: it was not worth its remaining epochs.
+        PotstillError: as ``pipeline.run``.
+    """
+    from potstill.experiment.pipeline import run
+
+    folder = run(
+        recipe,
+        root=trials,
+        name=name,
+        resume=RunFolder(trials / name).known,
+        stages=("teacher", "distilled") if student == "distilled" else (student,),
+        observer=PruningObserver(trial, measure, student, observer),
+        stopping=stopping,
+        evaluate=False,
+    )
+    return best_on_val(folder, student, measure)
+
+
+def best_on_val(folder: Path, student: str, measure: str) -> float:
+    """The val figure of the epoch whose weights the student has."""
+    best = read_checksummed_json(folder / student / "model.json")["facts"]["training"]["best_epoch"]
+    lines = (folder / student / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(json.loads(lines[best - 1])["val"][measure])
+
+
+DEFAULT_TRIALS = 20  # where neither --trials nor a grid says how many
+CONFIRM_SEEDS = 5  # fresh ones, on which winner and baseline are compared
+RETRIES = 2  # a trial that has killed three processes would kill the next one too
+POLL_SECONDS = 0.3  # seconds between two looks at what others do
+_START_SECONDS = 30.0  # seconds within which a process has said which trial it took
+
+
+class Sweep:
+    """The sweep in one folder, as one process sees it."""
+
+    def __init__(
+        self,
+        source: Any,
+        sets: Sequence[str],
+        flags: Mapping[str, Any],
+        space: Space,
+        *,
+        folder: Path,
+        trials: int | None = None,
+        grid: bool = False,
+        observer: Observer | None = None,
+        stopping: "SignalHandler | None" = None,
+        told: Callable[[dict[str, Any]], None] | None = None,
+        student: str = "distilled",
+        confirm_seeds: int = CONFIRM_SEEDS,
+    ) -> None:
+        self.source, self.sets, self.flags, self.space = source, tuple(sets), dict(flags), space
+        self.folder, self.observer, self.stopping, self.told = folder, observer or SilentObserver(), stopping, told
+        self.grid = grid
+        self.combinations = space.grid() if grid else []
+        self.trials = trials if trials is not None else len(self.combinations) or DEFAULT_TRIALS
+        if grid:
+            self.trials = min(self.trials, len(self.combinations))
+        self.recipe = load_recipe(source, sets, flags=flags)
+        self.measure = self.recipe.stage_training("distilled").selection_metric
+        self.student, self.confirm_seeds = student, confirm_seeds
+        self.worker = secrets.token_hex(6)
+
+    def work(self, timeout: float | None = None) -> bool:
+        """Take part; returns whether the sweep is over: the winner chosen and, where wanted, confirmed.
+
+        ``timeout``: seconds after which no further trial begins here.
+
+        Raises:
+            PotstillError: it is another sweep's folder, or what a run raises.
+        """
+        until = time.monotonic() + timeout if timeout is not None else float("inf")
+        self._begin()
+        alive = self.folder / "workers" / self.worker
+        alive.mkdir(parents=True)
+        lock = RunLock(alive)
+        lock.acquire()
+        try:
+            teachers = self._teachers()
+            while time.monotonic() < until:
+                taken = self._take()
+                if taken is None:
+                    break
+                if taken is not _WAIT:
+                    self._try(taken, teachers)
+                    continue
+                time.sleep(POLL_SECONDS)
+            else:
+                return False
+            self._end()
+            return self._confirm(teachers, until) if self.confirm_seeds else True
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The sweep's lock; waits for it."""
+        lock = RunLock(self.folder)
+        while True:
+            try:
+                lock.acquire()
+                break
+            except StorageError as error:
+                if "another process" not in str(error):
+                    raise
+                time.sleep(POLL_SECONDS / 3)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _begin(self) -> None:
+        from potstill.data.datasets import load_data
+        from potstill.data.library_warnings import silence_native_stderr
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with silence_native_stderr():
+            fingerprint = load_data(self.recipe.data, None, progress=self.observer).fingerprint
+        wanted = study.describe_sweep(self.recipe, self.space, fingerprint, grid=self.grid, trials=self.trials)
+        with self._locked():
+            study.begin_or_join(self.folder, wanted)
+            self.study = study.open_study(
+                self.folder,
+                minimize=self.measure == "nll",
+                seed=self.recipe.seed + int(self.worker, 16) % 2**31 * (self.folder / study.JOURNAL_FILE).exists(),
+                grid=self.grid,
+                epochs=self.recipe.stage_training("distilled").epochs,
+            )
+            cells = {trial.user_attrs.get("cell") for trial in self.study.get_trials(deepcopy=False)}
+            for cell, combination in enumerate(self.combinations[: self.trials]):
+                if cell not in cells:
+                    self.study.enqueue_trial(combination, user_attrs={"cell": cell})
+            if self.student == "baseline" and not cells:  # its first trial has the recipe's own settings
+                training = self.recipe.stage_training("baseline").model_dump()
+                keys = [each.key for each in self.space.dimensions if each.key.startswith("student.training.")]
+                own = {key: training[key.removeprefix("student.training.")] for key in keys}
+                if own and not self.combinations:
+                    self.study.enqueue_trial(own)
+        (self.folder / "trials").mkdir(exist_ok=True)
+
+    def _teachers(self) -> tuple[str, ...]:
+        """Train the teacher, once for all trials; returns the settings by which a recipe takes it ready-made."""
+        from potstill.experiment.pipeline import run
+
+        if self.student == "baseline":
+            return ()
+        several = isinstance(self.recipe.teacher, list)
+        networks = self.recipe.each_teacher
+        if not networks:
+            return ()
+        home = RunFolder(self.folder / "teacher")
+        names = ["teacher" if at == 0 else f"teacher-{at + 1}" for at in range(len(networks))]
+        teacher_recipe = self._recipe_with_teacher()
+        if teacher_recipe is None:
+            return ()
+        while not all(home.trained(name) for name in names):
+            try:
+                run(
+                    teacher_recipe,
+                    root=self.folder,
+                    name="teacher",
+                    resume=home.known,
+                    stages=("teacher",),
+                    observer=self.observer,
+                    stopping=self.stopping,
+                    evaluate=False,
+                )
+            except StorageError as error:
+                if "another process" not in str(error):
+                    raise
+                time.sleep(POLL_SECONDS)
+            except UsageError:
+                if not home.known:  # else it has begun elsewhere between the look and the start
+                    raise
+        keys = [f"teacher.{at}" if several else "teacher" for at in range(len(names))]
+        return tuple(
+            text
+            for key, name in zip(keys, names, strict=True)
+            for text in (f"{key}.weights={home.stage(name).resolve()}", f"{key}.new_head=false")
+        )
+
+    def _recipe_with_teacher(self) -> Recipe | None:
+        """A recipe by which the teacher is trained: the first of the space's that wants one."""
+        from potstill.config.method_settings import needs_teacher
+
+        if needs_teacher(self.recipe.method):
+            return self.recipe
+        methods = next((each.choices for each in self.space.dimensions if each.key == "method.name"), ())
+        for name in methods:
+            recipe = load_recipe(self.source, [*self.sets, f"method.name={name}"], flags=self.flags)
+            if needs_teacher(recipe.method):
+                return recipe
+        return None
+
+    def _take(self) -> Any:
+        """A trial to try; _WAIT while others are at the last ones; None when all is done."""
+        from optuna.trial import TrialState
+
+        with self._locked():
+            self._retry_trials()
+            known = self.study.get_trials(deepcopy=False)
+            begun = [t for t in known if t.state != TrialState.WAITING and not t.user_attrs.get("died")]
+            retried = [t for t in known if t.state == TrialState.WAITING and "retry_of" in t.user_attrs]
+            if len(begun) + len(retried) >= self.trials and not retried:
+                return _WAIT if any(t.state == TrialState.RUNNING for t in begun) else None
+            trial = self.study.ask()
+            trial.set_user_attr("worker", self.worker)
+            if "home" not in trial.user_attrs:
+                trial.set_user_attr("home", f"{trial.number:04d}")
+            trial.set_user_attr("chosen", study.suggest_settings(trial, self.space))
+            return trial
+
+    def _retry_trials(self) -> None:
+        """Put trials back whose process holds its lock no longer."""
+        from datetime import datetime
+
+        import optuna
+        from optuna.trial import TrialState
+
+        for each in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            worker = each.user_attrs.get("worker")
+            if worker == self.worker:
+                continue
+            age = (datetime.now() - each.datetime_start).total_seconds() if each.datetime_start else 0.0
+            if (worker is None and age < _START_SECONDS) or (worker and self._is_alive(worker)):
+                continue
+            times = int(each.user_attrs.get("times", 0)) + (not each.user_attrs.get("let_go"))
+            again = times <= RETRIES
+            if again:  # before it is marked: were this process to die here, it would be tried twice rather than never
+                kept = {key: each.user_attrs[key] for key in ("home",) if key in each.user_attrs}
+                chosen = each.params or each.system_attrs.get("fixed_params", {})
+                self.study.enqueue_trial(chosen, user_attrs={"retry_of": each.number, "times": times, **kept})
+                self.observer.note(f"trial {each.number}: its process has ended; it is tried again")
+            optuna.trial.Trial(self.study, each._trial_id).set_user_attr("died" if again else "error", _DIED)
+            self.study.tell(each.number, state=TrialState.FAIL)
+
+    def _is_alive(self, worker: str) -> bool:
+        folder = self.folder / "workers" / worker
+        if not folder.is_dir():
+            return False
+        lock = RunLock(folder)
+        try:
+            lock.acquire()
+        except StorageError:
+            return True
+        lock.release()
+        return False
+
+    def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str], more: Sequence[str] = ()) -> Recipe:
+        from potstill.config.method_settings import needs_teacher
+        from potstill.experiment.teacher_cache import count_views
+
+        varied = [*(f"{key}={text}" for key, text in chosen.items() if text != self._base(key)), *more]
+        recipe = load_recipe(self.source, [*self.sets, *varied], flags=self.flags)
+        if teachers and needs_teacher(recipe.method):
+            recipe = load_recipe(self.source, [*self.sets, *varied, *teachers], flags=self.flags)
+        if recipe.store.views == "auto":  # trials of other lengths are compared on the same views
+            views = count_views(self.recipe)
+            recipe = recipe.model_copy(update={"store": recipe.store.model_copy(update={"views": views})})
+        return recipe
+
+    def _base(self, key: str) -> str | None:
+        return str(self.recipe.method["name"]) if key == "method.name" else None
+
+    def _try(self, trial: "optuna.Trial", teachers: Sequence[str]) -> None:
+        from optuna.trial import TrialState
+
+        started = time.monotonic()
+        state, value = TrialState.COMPLETE, None
+        chosen, home = trial.user_attrs["chosen"], trial.user_attrs["home"]
+        self.observer.note(f"trial {trial.number}: {', '.join(f'{key}={text}' for key, text in chosen.items())}")
+        try:
+            recipe = self._recipe(chosen, teachers)
+            value = run_trial(
+                recipe,
+                self.folder / "trials",
+                home,
+                trial,
+                measure=self.measure,
+                student=self.student,
+                observer=self.observer,
+                stopping=self.stopping,
+            )
+        except Pruned:
+            state = TrialState.PRUNED
+        except (NonFiniteError, UsageError) as error:  # this combination does not work; others may
+            state = TrialState.FAIL
+            trial.set_user_attr("error", str(error).splitlines()[0])
+            self.observer.warn(f"trial {trial.number} failed: {error}")
+        except BaseException:  # a signal, a full disk: not the trial's fault
+            trial.set_user_attr("let_go", True)
+            raise
+        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
+        with self._locked():
+            self.study.tell(trial, value, state=None if state == TrialState.COMPLETE else state)
+            self._write()
+
+    def _write(self) -> None:
+        rows = self.rows()
+        found = {"schema": 1, "trials": rows, "importance": study.parameter_importances(self.study)}
+        write_checksummed_json(self.folder / study.TRIALS_FILE, found)
+        if self.told is not None:
+            self.told({**found, "measure": self.measure, "wanted": self.trials})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every trial that was begun, in order; those of dead processes are left out, as they were tried again."""
+        return [
+            {
+                "number": each.number,
+                "folder": each.user_attrs.get("home"),
+                "state": each.state.name.lower(),
+                "chosen": each.user_attrs.get("chosen", {}),
+                "value": each.value if each.state.name == "COMPLETE" else None,
+                "last": each.intermediate_values[max(each.intermediate_values)] if each.intermediate_values else None,
+                "epochs": len(each.intermediate_values),
+                "seconds": each.user_attrs.get("seconds"),
+                "error": each.user_attrs.get("error"),
+            }
+            for each in self.study.get_trials(deepcopy=False)
+            if each.state.name != "WAITING" and not each.user_attrs.get("died")
+        ]
+
+    def winner(self) -> dict[str, Any]:
+        """The best trial, once the trials are over: its number, folder, chosen values and figure on val."""
+        found: dict[str, Any] = read_checksummed_json(self.folder / study.FINAL_FILE)
+        return found
+
+    def _end(self) -> None:
+        """Choose the best trial by val; test is not read."""
+        with self._locked():
+            if (self.folder / study.FINAL_FILE).exists():
+                return
+            done = [row for row in self.rows() if row["value"] is not None]
+            if not done:
+                reasons = sorted({str(row["error"]) for row in self.rows() if row["error"]})
+                raise UsageError("no trial came to an end:\n" + "\n".join(reasons[:5]))
+            best = (min if self.measure in ("loss", "nll") else max)(done, key=lambda row: row["value"])
+            self.observer.note(f"trial {best['number']} is the best on val, a figure that the search makes too high")
+            kept = {key: best[key] for key in ("folder", "chosen", "value")}
+            write_checksummed_json(self.folder / study.FINAL_FILE, {"schema": 1, "trial": best["number"], **kept})
+
+    def _confirm(self, teachers: Sequence[str], until: float) -> bool:
+        """Search the baseline as long, train both winners again on fresh seeds, and evaluate them on test."""
+        from potstill.experiment.pipeline import run
+
+        if (self.folder / study.CONFIRMATION_FILE).exists():
+            return True
+        rival = self.rival()
+        count = f"{rival.trials} trials" if rival.trials > 1 else "one trial"
+        self.observer.note(
+            f"the baseline is searched as well: {count} over {', '.join(map(str, rival.space.dimensions))}"
+        )
+        if not rival.work(None if until == float("inf") else max(0.0, until - time.monotonic())):
+            return False
+        fresh = [f"seed={self.recipe.seed + 1}", f"seeds={self.confirm_seeds}"]
+        recipes = {
+            "distilled": self._recipe(self.winner()["chosen"], teachers, fresh),
+            "baseline": rival._recipe(rival.winner()["chosen"], (), fresh),
+        }
+        with self._locked():
+            if (self.folder / study.CONFIRMATION_FILE).exists():
+                return True
+            for student, recipe in recipes.items():
+                home = RunFolder(self.folder / "confirmation" / student)
+                run(
+                    recipe,
+                    root=home.path.parent,
+                    name=student,
+                    resume=home.known,
+                    stages=("teacher", "distilled") if student == "distilled" else (student,),
+                    observer=self.observer,
+                    stopping=self.stopping,
+                )
+            facts = {"seeds": self.confirm_seeds, "first_seed": self.recipe.seed + 1, "trials": rival.trials}
+            write_checksummed_json(self.folder / study.CONFIRMATION_FILE, {"schema": 1, **facts})
+        return True
+
+    def rival(self) -> "Sweep":
+        """The search for the baseline's settings, with as many trials."""
+        space = baseline_space(self.space, self.recipe, self.trials)
+        return Sweep(
+            self.source,
+            self.sets,
+            self.flags,
+            space,
+            folder=self.folder / "baseline",
+            trials=self.trials,
+            grid=bool(space.dimensions) and space.listed and len(space.grid()) <= self.trials,
+            observer=self.observer,
+            stopping=self.stopping,
+            student="baseline",
+            confirm_seeds=0,
+        )
+
+
+_WAIT = object()
+_DIED = f"its process died {RETRIES + 1} times"

@@ -1,1 +1,0 @@
-"""Trackers beside a run: its figures also go to TensorBoard, W&B, MLflow or trackio."""
