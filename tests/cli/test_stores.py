@@ -37,7 +37,7 @@ def teacher(monkeypatch: pytest.MonkeyPatch) -> Again:
     """Answers in place of the teacher that ``verify`` would ask."""
     said = Again()
     module = types.ModuleType("potstill.experiment.cache_verification")
-    module.verify_store = lambda path, samples: said  # type: ignore[attr-defined]
+    module.verify_cache = lambda path, samples: said  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return said
 

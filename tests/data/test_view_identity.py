@@ -107,7 +107,7 @@ def test_versions_count_where_they_matter(monkeypatch):
     assert [words(loader()), words(policy)] == before[:2]
     assert words(mixed) != before[2]
     monkeypatch.undo()
-    for change in ({"VERSION": -1}, {"decoder": lambda: "another"}):
+    for change in ({"VERSION": -1}, {"decoder_version": lambda: "another"}):
         for name, value in change.items():
             monkeypatch.setattr(collate, name, value)
         assert not {words(loader()), words(policy), words(mixed)} & set(before)

@@ -19,14 +19,14 @@ STAGES = ("teacher", "baseline", "distilled")
 
 # where the main thread is -> the function that it enters then, and how often it has done so before
 PLACES = {
-    "forward": ("potstill.training.trainer:Training._ask", 2),
-    "backward": ("potstill.training.optim:Gradients.add", 1),
-    "update": ("potstill.training.trainer:Training._update", 1),
+    "forward": ("potstill.training.trainer:Trainer._ask", 2),
+    "backward": ("potstill.training.optim:GradientAccumulator.add", 1),
+    "update": ("potstill.training.trainer:Trainer._update", 1),
     "serialising": ("potstill.training.checkpointing:save_checkpoint", 0),
     "replacing a file": ("os:replace", 12),
-    "validation": ("potstill.training.trainer:Training._evaluate", 0),
-    "keeping the best": ("potstill.training.checkpointing:Saving.keep_best", 0),
-    "metrics.jsonl": ("potstill.training.trainer:Training._write_records", 1),
+    "validation": ("potstill.training.trainer:Trainer._evaluate", 0),
+    "keeping the best": ("potstill.training.checkpointing:Checkpointer.keep_best", 0),
+    "metrics.jsonl": ("potstill.training.trainer:Trainer._write_records", 1),
 }
 DEFAULT = {"backward"}  # all of them in tests/training/test_dead_decode_process.py, without the command
 STREAMED = [

@@ -19,21 +19,21 @@ LONG = 1200  # seconds after which a process counts as hanging
 
 # phase -> the place in which it is, and how often that is passed before the signal comes
 PHASES = {
-    "data check": ("potstill.data.scan:_read", 3),
-    "packing pixels": ("potstill.data.decoded_cache:fit", 0),
-    "thread count": ("potstill.training.autotune:Threads.settle", 0),
-    "training the teacher": ("potstill.training.trainer:Training._update", 1),
-    "filling the store": ("potstill.distillation.teacher_cache.cache:Store.write", 1),
-    "flushing the store": ("potstill.distillation.teacher_cache.cache:Store.flush", 1),
-    "distilling": ("potstill.training.trainer:Training._ask", 9),
+    "data check": ("potstill.data.scan:_read_pixels", 3),
+    "packing pixels": ("potstill.data.decoded_cache:resize_to_square", 0),
+    "thread count": ("potstill.training.autotune:ThreadSelector.settle", 0),
+    "training the teacher": ("potstill.training.trainer:Trainer._update", 1),
+    "filling the store": ("potstill.distillation.teacher_cache.cache:TeacherCache.write", 1),
+    "flushing the store": ("potstill.distillation.teacher_cache.cache:TeacherCache.flush", 1),
+    "distilling": ("potstill.training.trainer:Trainer._ask", 9),
     "saving": ("potstill.training.checkpointing:save_checkpoint", 2),
     "saving a model": ("potstill.experiment.stage:save_model", 1),
-    "val": ("potstill.training.trainer:Training._evaluate", 1),
+    "val": ("potstill.training.trainer:Trainer._evaluate", 1),
     "evaluation": ("potstill.experiment.results:_predict", 1),
-    "latency": ("potstill.experiment.results:latency", 0),
+    "latency": ("potstill.experiment.results:measure_latency", 0),
     "results": ("potstill.experiment.run_folder:RunFolder.write_results", 0),
     "report": ("potstill.report.render:_render_stage", 1),
-    "page": ("potstill.report.render:page", 0),
+    "page": ("potstill.report.render:render_page", 0),
 }
 DEFAULT = [("packing pixels", "SIGINT"), ("evaluation", "SIGTERM")]
 ALL = [(phase, number) for phase in PHASES for number in ("SIGTERM", "SIGINT")]

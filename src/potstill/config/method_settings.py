@@ -110,7 +110,7 @@ def _declares_teacher(target: str) -> bool:
 
 
 def _is_needs(node: ast.Assign) -> bool:
-    """``needs = Needs(...)`` or ``self.needs = Needs(...)``."""
+    """``needs = Requirements(...)`` or ``self.needs = Requirements(...)``."""
     target, call = node.targets[0], node.value
     named = getattr(target, "id", getattr(target, "attr", None)) == "needs"
-    return named and isinstance(call, ast.Call) and getattr(call.func, "id", None) == "Needs"
+    return named and isinstance(call, ast.Call) and getattr(call.func, "id", None) == "Requirements"

@@ -381,7 +381,7 @@ def _adapter_table(adapters: list[tuple[str, nn.Parameter]], most: int | None) -
 
 
 def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:
-    """What the teachers' answers cost in each training step: ``count_parameters``, ``bytes`` that these take in memory, and
+    """What the teachers' answers cost in each training step: ``parameters``, ``bytes`` that these take in memory, and
     ``ms_per_step`` (median); None where there is no teacher.
 
     Args:

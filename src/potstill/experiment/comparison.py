@@ -107,7 +107,7 @@ def compare_with_baseline(
         repeats: of results.json: baseline and distilled of further seeds.
         seed: the first one.
         domain: what ``domain_results.describe_domains`` says, where there is a target.
-        known: further facts for the verdict: ``count_test_evaluations`` and ``teacher_below_baseline``, as in results.json.
+        known: further facts for the verdict: ``test_evaluations`` and ``teacher_below_baseline``, as in results.json.
     """
     groups = groups or {}
     baseline, distilled = (stages[name]["test"] for name in ("baseline", "distilled"))

@@ -9,7 +9,7 @@ from potstill.loggers import observer as module
 from potstill.loggers.process import LoggerProcess
 from potstill.training.callbacks import SilentObserver
 
-from ..experiments.conftest import photographs, pictures, recipe
+from ..experiment.conftest import photographs, pictures, recipe
 
 __all__ = ["photographs", "pictures", "recipe"]  # the run of a second
 

@@ -17,7 +17,7 @@ from potstill.sweep.worker import Sweep
 
 pytest.importorskip("optuna", reason='needs the extra "sweep"')
 
-SIGNALLED = Path(__file__).parents[2] / "guarantees" / "signalled.py"
+SIGNALLED = Path(__file__).parents[1] / "guarantees" / "signalled.py"
 LONG = 1200  # seconds after which a process counts as hanging
 OVER = ["method.temperature=1,2", "method.alpha=0.2,0.8"]
 
