@@ -5,7 +5,7 @@ order and views.  The teacher is trained once.  Nothing is chosen by the test sp
 method takes the options of METHODS below, the authors' for CIFAR-100 but for warm-ups, which are 20 of 240 epochs there
 and scaled to one epoch here.
 
-Usage: python benchmarks/compare_methods.py [--root runs/compare] [--seeds 3] [--jobs 2] [--set key=value ...]
+Usage: python benchmarks/compare_methods.py [--output-dir runs/compare] [--seeds 3] [--jobs 2] [--set key=value ...]
 
 It can be interrupted and started again: what is done is kept.
 """
@@ -112,7 +112,7 @@ def main() -> None:
     """Train what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="fashion-mnist")
-    parser.add_argument("--root", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/compare"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--methods", default=",".join(METHODS))

@@ -170,7 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "AugmentSettings": lambda: settings_table(AugmentSettings),
     "CurriculumSettings": lambda: settings_table(CurriculumSettings),
     "TrackerSettings": lambda: settings_table(LoggerSettings),
-    "StoreSettings": lambda: settings_table(TeacherCacheSettings),
+    "TeacherCacheSettings": lambda: settings_table(TeacherCacheSettings),
     "TrainingSettings": lambda: settings_table(TrainingSettings),
     "methods": lambda: methods_table("docs/methods/"),
     "methods index": lambda: methods_table("methods/"),

@@ -87,7 +87,9 @@ def too_few(path):
 def test_data(make, code, says, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     source = make(tmp_path / "data")
-    check(["run", "quickstart", "--data", str(source), *SMALL, "--root", str(tmp_path / "runs")], code, says, capsys)
+    check(
+        ["run", "quickstart", "--data", str(source), *SMALL, "--output-dir", str(tmp_path / "runs")], code, says, capsys
+    )
     assert not (tmp_path / "runs" / "quickstart").exists()
 
 
@@ -106,7 +108,7 @@ def test_data(make, code, says, tmp_path, capsys):
 )
 def test_settings(arguments, says, good, tmp_path, capsys):
     check(
-        ["run", "quickstart", "--data", str(good), *SMALL, *arguments, "--root", str(tmp_path / "runs")],
+        ["run", "quickstart", "--data", str(good), *SMALL, *arguments, "--output-dir", str(tmp_path / "runs")],
         2,
         says,
         capsys,
@@ -120,7 +122,7 @@ def test_a_pretrained_teacher_without_network_is_explained_at_once(good, tmp_pat
     arguments = ["run", "quickstart", "--data", str(good), *SMALL, "--set", "teacher.model=resnet18"]
     arguments += ["--set", "teacher.weights=pretrained"]
     check(
-        [*arguments, "--root", str(tmp_path / "runs")],
+        [*arguments, "--output-dir", str(tmp_path / "runs")],
         2,
         ["resnet18", "the hub cannot be reached", "efficientnet-lite0"],
         capsys,
@@ -130,12 +132,12 @@ def test_a_pretrained_teacher_without_network_is_explained_at_once(good, tmp_pat
 
 def test_a_root_that_cannot_be_written(good, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    arguments = ["run", "quickstart", "--data", str(good), *SMALL, "--root", str(tmp_path / "file")]
+    arguments = ["run", "quickstart", "--data", str(good), *SMALL, "--output-dir", str(tmp_path / "file")]
     check(arguments, 5, ["cannot write to", str(tmp_path / "file")], capsys)
 
 
 def test_a_run_that_exists_and_a_teacher_of_other_classes(good, tmp_path, capsys):
-    root = ["--root", str(tmp_path / "runs")]
+    root = ["--output-dir", str(tmp_path / "runs")]
     train = ["train", "quickstart", "--stage", "teacher", "--data", str(good), *SMALL, "--name", "t", *root]
     assert main(train) == 0
     before = (tmp_path / "runs" / "t" / "results.json").read_bytes()

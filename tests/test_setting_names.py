@@ -80,7 +80,7 @@ def unknown(text: str, *patterns: re.Pattern[str]) -> list[str]:
 def test_keys_that_exist_and_keys_that_do_not() -> None:
     for key in (
         "seed", "training.epochs", "teacher.training.lr", "teacher.0.size", "data.augment.hflip", "method.1.factor",
-        "data.options.limit", "store.views", "method.name", "student.training.schedule", "domain.confidence",
+        "data.options.limit", "teacher_cache.views", "method.name", "student.training.schedule", "domain.confidence",
     ):  # fmt: skip
         assert exists(key), key
     for key in ("training.seed", "data.view_seed", "epochs", "store.view", "teacher.epochs", "method.temperatur"):

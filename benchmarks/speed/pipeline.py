@@ -33,7 +33,7 @@ def measure(given: argparse.Namespace, folder: Path) -> str:
     """Lines for people."""
     scene = make_scene(given, folder)
     packed = loader(scene)
-    decoding = loader(scene, identity=None, memory_share=1e-12, workers=given.workers)
+    decoding = loader(scene, identity=None, cache_fraction=1e-12, workers=given.workers)
     assert packed.resident
     assert not decoding.resident
     compute = create_compute(settings(scene))

@@ -56,7 +56,7 @@ def prepare(recipe: str, sets: Sequence[str], folder: Path) -> list[str]:
     """
 
     def command(name: str, teacher: str, stop: str) -> list[str]:
-        short = [*sets, "training.epochs=1", "teacher.training.epochs=1", "store.views=1"]
+        short = [*sets, "training.epochs=1", "teacher.training.epochs=1", "teacher_cache.views=1"]
         return [sys.executable, "-c", STOP, str(folder), name, teacher, recipe, stop, *short]
 
     filled = str(folder / "filled")

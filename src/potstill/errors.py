@@ -77,7 +77,7 @@ class RemoteFailure(BaseException):
 
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-_MEMORY = "out of memory; a smaller training.batch_size or data.memory_share needs less"
+_MEMORY = "out of memory; a smaller training.batch_size or data.cache_fraction needs less"
 
 
 def storage_error(error: BaseException) -> StorageError | None:

@@ -109,7 +109,7 @@ def test_the_parsers_own_errors_exit_with_2(
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
             5,
-            "error: out of memory; a smaller training.batch_size or data.memory_share needs less\n",
+            "error: out of memory; a smaller training.batch_size or data.cache_fraction needs less\n",
         ),
     ],
 )

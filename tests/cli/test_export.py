@@ -25,7 +25,17 @@ def test_options_are_handed_on(
         return path
 
     monkeypatch.setitem(sys.modules, "potstill.export.options", SimpleNamespace(export=export, Wish=ExportOptions))
-    options = ["--model", "teacher", "--format", "onnx", "--inside", "resize", "--int8", "--max-drop", "0.5"]
+    options = [
+        "--model",
+        "teacher",
+        "--format",
+        "onnx",
+        "--preprocessing",
+        "resize",
+        "--int8",
+        "--max-accuracy-drop",
+        "0.5",
+    ]
     assert main(["export", "runs/one", *options, "--output", "x.onnx", "--data", "here"]) == 0
     assert main(["export", "runs/one"]) == 0
 

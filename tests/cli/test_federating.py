@@ -56,7 +56,7 @@ def test_a_run_leaves_students_a_record_and_a_table(here: Path, capsys: pytest.C
         (["--algorithms", "guided", "--teacher", "runs/no"], "a folder that is there; got runs/no without weights"),
         (["--public", "0", "--algorithms", "fedavg,feddf"], "needs public images: data.unlabeled, or --public SHARE"),
         (["--set", "method.name=crd", "--algorithms", "fedavg,selfguided"], "method crd trains or remembers more than"),
-        (["--set", "data.balance=weights", "--set", "seeds=3"], "this recipe cannot be trained by rounds:"),
+        (["--set", "data.class_balance=weights", "--set", "seeds=3"], "this recipe cannot be trained by rounds:"),
         (["--engine", "ray"], "--engine is process or flower, got 'ray'"),
     ],
 )

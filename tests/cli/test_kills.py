@@ -17,7 +17,7 @@ data: {{source: "{source}", size: 16, workers: 0, augment: {{hflip: true}}}}
 teacher: {{model: cifar/resnet8, training: {{epochs: 2}}}}
 student: {{model: cifar/resnet8}}
 method: {{name: kd, temperature: 2.0, alpha: 0.5}}
-store: {{views: 2}}
+teacher_cache: {{views: 2}}
 training: {{epochs: 3, batch_size: 16, lr: 0.003, precision: float32, checkpoint_seconds: 0.001, threads: 1}}
 """
 SIGNALLED = Path(__file__).parents[1] / "guarantees" / "signalled.py"
@@ -42,7 +42,16 @@ def place(tmp_path_factory):
 def run(place, name, *flags, through=("-m", "potstill")):
     """The exit status and the errors."""
     environment = os.environ | {"POTSTILL_CACHE": str(place / f"cache-{name}"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *through, "run", str(place / "tiny.yaml"), "--root", str(place / "runs"), "--name", name]
+    command = [
+        sys.executable,
+        *through,
+        "run",
+        str(place / "tiny.yaml"),
+        "--output-dir",
+        str(place / "runs"),
+        "--name",
+        name,
+    ]
     done = subprocess.run(
         [*command, *flags], capture_output=True, text=True, env=environment, timeout=LONG, check=False
     )

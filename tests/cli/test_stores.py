@@ -1,4 +1,4 @@
-"""``potstill store``: what is shown, what is refused, and that looking needs no torch."""
+"""``potstill cache``: what is shown, what is refused, and that looking needs no torch."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def teacher(monkeypatch: pytest.MonkeyPatch) -> Again:
 
 def test_ls_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path, teacher="vgg\x1b[2J16")
-    assert main(["store", "ls", "--folder", str(tmp_path)]) == 0
+    assert main(["cache", "ls", "--folder", str(tmp_path)]) == 0
 
     head, row, last = capsys.readouterr().out.splitlines()
     assert head.split() == ["key", "size", "views", "recorded", "record", "last", "use", "teacher", "data"]
@@ -56,7 +56,7 @@ def test_ls_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_ls_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path)
-    assert main(["store", "ls", "--folder", str(tmp_path), "--json"]) == 0
+    assert main(["cache", "ls", "--folder", str(tmp_path), "--json"]) == 0
 
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["key"], found["recorded"], found["samples"]) == (path.name, [5000, 5000], 5000)
@@ -67,21 +67,21 @@ def test_ls_of_nothing_and_of_the_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
-    assert main(["store", "ls"]) == 0
+    assert main(["cache", "ls"]) == 0
     assert capsys.readouterr().out == f"no stores in {tmp_path}/teachers\n"
     make(tmp_path / "teachers")
-    assert main(["store", "ls", "--json"]) == 0
+    assert main(["cache", "ls", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 1
 
 
 def test_a_damaged_store_is_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path)
     (path / "manifest.json").write_text("{}")
-    assert main(["store", "ls", "--folder", str(tmp_path)]) == 0
+    assert main(["cache", "ls", "--folder", str(tmp_path)]) == 0
     assert "is damaged" in capsys.readouterr().out
-    assert main(["store", "verify", path.name, "--folder", str(tmp_path)]) == 4
+    assert main(["cache", "verify", path.name, "--folder", str(tmp_path)]) == 4
     assert "is damaged" in capsys.readouterr().err
-    assert main(["store", "rm", path.name, "--folder", str(tmp_path)]) == 0
+    assert main(["cache", "rm", path.name, "--folder", str(tmp_path)]) == 0
     assert not path.exists()
 
 
@@ -89,12 +89,12 @@ def test_verify_says_how_far_the_records_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher: Again
 ) -> None:
     path = make(tmp_path)
-    assert main(["store", "verify", path.name[:6], "--folder", str(tmp_path)]) == 0
+    assert main(["cache", "verify", path.name[:6], "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{path.name}: 10,000 records are intact, 0 blocks are damaged",
         "256 of them computed again: top class the same in 99.6 %, largest difference of a logit 0.0123",
     ]
-    assert main(["store", "verify", path.name, "--folder", str(tmp_path), "--json"]) == 0
+    assert main(["cache", "verify", path.name, "--folder", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "key": path.name,
         "intact": 10_000,
@@ -110,7 +110,7 @@ def test_verify_fails_where_the_records_are_not_the_teachers(
 ) -> None:
     path = make(tmp_path)
     teacher.same_class = 0.4
-    assert main(["store", "verify", path.name, "--folder", str(tmp_path)]) == 4
+    assert main(["cache", "verify", path.name, "--folder", str(tmp_path)]) == 4
     assert "does not hold what its teacher says" in capsys.readouterr().err
 
 
@@ -119,7 +119,7 @@ def test_verify_finds_a_damaged_block(tmp_path: Path, capsys: pytest.CaptureFixt
     with (path / "logits.bin").open("r+b") as file:
         file.seek(1000)
         file.write(b"\1")
-    assert main(["store", "verify", path.name, "--folder", str(tmp_path)]) == 4
+    assert main(["cache", "verify", path.name, "--folder", str(tmp_path)]) == 4
     captured = capsys.readouterr()
     assert "5,904 records are intact, 1 blocks are damaged" in captured.out
     assert "1 blocks are damaged; their records are not used" in captured.err
@@ -127,22 +127,22 @@ def test_verify_finds_a_damaged_block(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_store_without_records_asks_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path, views=0)
-    assert main(["store", "verify", path.name, "--folder", str(tmp_path)]) == 0
+    assert main(["cache", "verify", path.name, "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{path.name}: 0 records are intact, 0 blocks are damaged\n"
 
 
 def test_rm_removes_what_is_named_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two, three = (make(tmp_path, samples=samples) for samples in (5, 6, 7))
-    assert main(["store", "rm", one.name, two.name, one.name[:8], "--folder", str(tmp_path)]) == 0
+    assert main(["cache", "rm", one.name, two.name, one.name[:8], "--folder", str(tmp_path)]) == 0
     assert [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()] == [
         f"removed {one.name}",
         f"removed {two.name}",
     ]
     assert list(tmp_path.iterdir()) == [three]
-    assert main(["store", "rm", "--all", "--folder", str(tmp_path)]) == 0
+    assert main(["cache", "rm", "--all", "--folder", str(tmp_path)]) == 0
     assert list(tmp_path.iterdir()) == []
     capsys.readouterr()
-    assert main(["store", "rm", "--all", "--folder", str(tmp_path)]) == 0
+    assert main(["cache", "rm", "--all", "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no stores in {tmp_path}\n"
 
 
@@ -150,7 +150,7 @@ def test_rm_removes_what_is_named_or_all(tmp_path: Path, capsys: pytest.CaptureF
 def test_rm_wants_keys_or_all(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path)
     arguments = [each.replace("KEY", path.name) for each in arguments]
-    assert main(["store", "rm", *arguments, "--folder", str(tmp_path)]) == 2
+    assert main(["cache", "rm", *arguments, "--folder", str(tmp_path)]) == 2
     assert "or --all" in capsys.readouterr().err
     assert path.exists()
 
@@ -162,7 +162,7 @@ def test_unknown_keys_are_refused_with_the_nearest_before_anything_is_removed(
     path = make(tmp_path)
     wrong = path.name[:-2] + "zz"
     keys = [path.name, wrong] if verb == "rm" else [wrong]
-    assert main(["store", verb, *keys, "--folder", str(tmp_path)]) == 2
+    assert main(["cache", verb, *keys, "--folder", str(tmp_path)]) == 2
     assert f"no store {wrong!r} in {tmp_path}; did you mean {path.name!r}?" in capsys.readouterr().err
     assert path.exists()
 
@@ -170,15 +170,15 @@ def test_unknown_keys_are_refused_with_the_nearest_before_anything_is_removed(
 def test_a_store_in_use_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path)
     store = TeacherCache.existing(path)
-    assert main(["store", "rm", "--all", "--folder", str(tmp_path)]) == 5
+    assert main(["cache", "rm", "--all", "--folder", str(tmp_path)]) == 5
     assert "is in use" in capsys.readouterr().err
     store.close()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["ls", "--help"], ["rm", "-h"]])
 def test_help_names_the_verbs(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["store", *arguments]) == 0
-    assert "Usage: potstill store" in capsys.readouterr().out
+    assert main(["cache", *arguments]) == 0
+    assert "Usage: potstill cache" in capsys.readouterr().out
 
 
 def test_looking_and_removing_need_no_torch(tmp_path: Path) -> None:
@@ -188,5 +188,5 @@ def test_looking_and_removing_need_no_torch(tmp_path: Path) -> None:
         "sys.exit(code or 10 * any(name in sys.modules for name in ('torch', 'torchvision', 'timm')))"
     )
     for arguments in (["ls"], ["ls", "--json"], ["rm", path.name]):
-        done = subprocess.run([sys.executable, "-c", script, "store", *arguments, "--folder", tmp_path], check=False)
+        done = subprocess.run([sys.executable, "-c", script, "cache", *arguments, "--folder", tmp_path], check=False)
         assert done.returncode == 0, arguments

@@ -11,14 +11,14 @@ from potstill.cli.entry import main
     ("more", "says"),
     [
         ([], "something to vary"),
-        (["--over", "method.temprature=1,2"], "did you mean 'temperature'"),
-        (["--grid", "--over", "method.alpha=0..1"], "a range has no end"),
-        (["--over", "method.alpha=0.1,0.2", "--name", "../x"], "a sweep's name"),
+        (["--search", "method.temprature=1,2"], "did you mean 'temperature'"),
+        (["--grid", "--search", "method.alpha=0..1"], "a range has no end"),
+        (["--search", "method.alpha=0.1,0.2", "--name", "../x"], "a sweep's name"),
     ],
 )
 def test_a_mistake_costs_no_traceback(more, says, capsys, tmp_path):
     pytest.importorskip("optuna", reason='needs the extra "sweep"')
-    assert main(["sweep", "quickstart", *more, "--root", str(tmp_path)]) == 2
+    assert main(["sweep", "quickstart", *more, "--output-dir", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert says in said
     assert "Traceback" not in said
@@ -29,7 +29,16 @@ def test_a_folder_that_is_no_sweep_is_left_alone(capsys, tmp_path):
     pytest.importorskip("optuna", reason='needs the extra "sweep"')
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    command = ["sweep", "quickstart", "--over", "method.alpha=0.1,0.2", "--root", str(tmp_path), "--name", "mine"]
+    command = [
+        "sweep",
+        "quickstart",
+        "--search",
+        "method.alpha=0.1,0.2",
+        "--output-dir",
+        str(tmp_path),
+        "--name",
+        "mine",
+    ]
     assert main(command) == 2
     assert "is no sweep" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir() if not path.name.startswith(".")] == ["letter.txt"]
@@ -38,5 +47,5 @@ def test_a_folder_that_is_no_sweep_is_left_alone(capsys, tmp_path):
 def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "optuna" else found(name))
-    assert main(["sweep", "quickstart", "--over", "method.alpha=0.1,0.2"]) == 2
+    assert main(["sweep", "quickstart", "--search", "method.alpha=0.1,0.2"]) == 2
     assert 'pip install "potstill[sweep]"' in capsys.readouterr().err

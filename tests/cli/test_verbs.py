@@ -52,7 +52,16 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
 def test_run_trains_everything_and_says_what_to_do_next(
     calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["run", "quickstart", "--set", "training.epochs=3", "--set", "training.lr=0.5", "--root", "my runs"]
+    arguments = [
+        "run",
+        "quickstart",
+        "--set",
+        "training.epochs=3",
+        "--set",
+        "training.lr=0.5",
+        "--output-dir",
+        "my runs",
+    ]
     assert main([*arguments, "--seed", "4", "--student", "resnet18", "--overwrite"]) == 0
 
     (call,) = calls
@@ -103,7 +112,7 @@ def test_train_carries_out_one_stage_under_a_name_of_its_own(
 
 
 def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--data", "digits", "--skip-bad", "--student", "resnet18", "--seed", "3", "--root", "my runs"]
+    given = ["--data", "digits", "--skip-bad", "--student", "resnet18", "--seed", "3", "--output-dir", "my runs"]
     given += ["--set", "teacher.weights=null", "--set", "data.augment={hflip: true}"]
     assert main(["train", "quickstart", "--stage", "teacher", "--teacher", "resnet34", "--name", "t", *given]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next:")]
@@ -111,7 +120,7 @@ def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], caps
     assert kept[:3] == ["potstill", "run", "quickstart"]
     pairs = set(itertools.pairwise(kept))
     assert pairs >= {
-        ("--data", "digits"), ("--student", "resnet18"), ("--seed", "3"), ("--root", "my runs"),
+        ("--data", "digits"), ("--student", "resnet18"), ("--seed", "3"), ("--output-dir", "my runs"),
         ("--set", "data.augment={hflip: true}"), ("--teacher", "my runs/t"), ("--name", "t-run"),
     }  # fmt: skip
     assert "--skip-bad" in kept

@@ -16,15 +16,15 @@ def test_what_the_source_says_of_a_teacher_is_what_the_method_says(name: str) ->
 
 
 def test_a_method_around_another_needs_what_that_one_needs() -> None:
-    assert not needs_teacher({"name": "eskd", "around": {"name": "tfkd_reg"}})
+    assert not needs_teacher({"name": "eskd", "base_method": {"name": "tfkd_reg"}})
     assert not needs_teacher([{"name": "tfkd_reg"}, {"name": "supervised"}])
     assert needs_teacher([{"name": "tfkd_reg"}, {"name": "eskd"}])
     assert needs_teacher({"name": "nothing"})  # reported elsewhere
 
 
 def test_methods_inside_a_method_come_with_their_paths() -> None:
-    around = {"name": "ls", "around": {"name": "dkd"}}
-    assert inner_methods(around) == [(("around",), {"name": "dkd"})]
+    around = {"name": "ls", "base_method": {"name": "dkd"}}
+    assert inner_methods(around) == [(("base_method",), {"name": "dkd"})]
     assert inner_methods({"name": "combined", "methods": [around, "kd"]}) == [
         (("methods", 0), around),
         (("methods", 1), "kd"),
@@ -33,7 +33,7 @@ def test_methods_inside_a_method_come_with_their_paths() -> None:
 
 
 def test_whatever_a_method_is_it_can_be_described() -> None:
-    assert describe_method({"name": "ls", "around": {"name": "kd"}, "weight": 2}) == "ls around kd"
+    assert describe_method({"name": "ls", "base_method": {"name": "kd"}, "weight": 2}) == "ls around kd"
     assert describe_method({"temperature": 2}) == describe_method("kd") == describe_method(None) == ""
 
 

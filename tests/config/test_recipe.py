@@ -115,7 +115,7 @@ epochs: 3
         "recipe.yaml:5:3: data.workers must be a whole number or 'auto', got 'many'",
         "recipe.yaml:6:13: data.augment.hflip must be true or false, got 1",
         "recipe.yaml:6:23: data.augment.polic: unknown key; did you mean 'policy'?",
-        "recipe.yaml:6:36: data.augment.policy must be 'none', 'randaugment' or 'trivialaugment', got 'randaug'"
+        "recipe.yaml:6:36: data.augment.auto_augment must be 'none', 'randaugment' or 'trivialaugment', got 'randaug'"
         "; did you mean 'randaugment'?",
         "recipe.yaml:9:14: teacher.training.milestons: unknown key; did you mean 'milestones'?",
         "recipe.yaml:9:30: teacher.training.epochs must be at least 1, got 0",
@@ -149,9 +149,9 @@ epochs: 3
                 ({"momentum": 0.5}, "momentum has no effect but with optimizer: sgd or dot"),
                 ({"optimizer": "sgd", "dot_delta": 0.05}, "dot_delta has no effect but with optimizer: dot"),
                 ({"gamma": 0.5}, "gamma has no effect but with schedule: step"),
-                ({"final_lr_share": 0.1}, "final_lr_share has no effect but with schedule: cosine"),
+                ({"min_lr_ratio": 0.1}, "min_lr_ratio has no effect but with schedule: cosine"),
                 ({"decay_all": True, "weight_decay": 0}, "decay_all has no effect with weight_decay: 0"),
-                ({"schedule": "cosine", "final_lr_share": 1}, "final_lr_share 1 leaves nothing to schedule cosine"),
+                ({"schedule": "cosine", "min_lr_ratio": 1}, "min_lr_ratio 1 leaves nothing to schedule cosine"),
                 ({"schedule": "step", "milestones": [3], "gamma": 1}, "gamma 1 leaves nothing to schedule step"),
                 (
                     {"schedule": "step", "milestones": [3], "warmup_epochs": 3},
@@ -173,8 +173,8 @@ epochs: 3
             "teacher.training.momentum has no effect but with optimizer: sgd or dot",
         ),
         (
-            {"data": {"balance": "weights"}, "training": {"batch_size": 1}},
-            "training.batch_size is 1: data.balance: weights weighs the images of a batch against each other",
+            {"data": {"class_balance": "weights"}, "training": {"batch_size": 1}},
+            "training.batch_size is 1: data.class_balance: weights weighs the images of a batch against each other",
         ),
         ({"training": {"nesterov": True}}, "training.nesterov needs optimizer: sgd and momentum above 0"),
         ({"training": {"device": "gpu"}}, "training.device must be auto, cpu, cuda"),
@@ -209,28 +209,33 @@ epochs: 3
         ),
         ({"teachers": {"combine": "logit"}}, "teachers.combine must be 'logits' or 'probabilities', got 'logit'"),
         ({"assistants": [{"modell": "a", "model": "a"}]}, "assistants[0].modell: unknown key; did you mean 'model'?"),
-        ({"generations": 0}, "generations must be at least 1, got 0"),
+        ({"born_again_generations": 0}, "born_again_generations must be at least 1, got 0"),
         (
-            {"method": {"name": "tfkd_reg"}, "generations": 2},
-            "generations: each of several learns from the one before, and method tfkd_reg learns from no teacher",
+            {"method": {"name": "tfkd_reg"}, "born_again_generations": 2},
+            "born_again_generations: each of several learns from the one before, and method tfkd_reg learns from no teacher",
         ),
         (
             {"method": {"name": "tfkd_reg"}, "assistants": [{"model": "a"}]},
             "assistants stand between teacher and student, and method tfkd_reg learns from no teacher",
         ),
-        ({"layers": [["a", "b"], ["c"]]}, "layers[1][1] is missing"),
-        ({"layers": [["a", 1]]}, "layers[0][1] must be text, got 1"),
+        ({"feature_pairs": [["a", "b"], ["c"]]}, "feature_pairs[1][1] is missing"),
+        ({"feature_pairs": [["a", 1]]}, "feature_pairs[0][1] must be text, got 1"),
         ({"method": [{"name": "kd"}]}, "method must be one method or a list of two or more, got a list of 1"),
         ({"method": ["kd", {"name": "dkd"}]}, "method[0] must be a method, a mapping such as {name: kd}, got 'kd'"),
         ({"method": [{"name": "kd"}, {"factor": 2}]}, "method[1].name is missing"),
         ({"method": [{"name": "kd"}, {"name": "dkd", "factor": -1}]}, "method[1].factor must be at least 0, got -1"),
         (
-            {"method": {"name": "ls", "around": {"name": "dkd", "temperature": 0}}},
-            "method.around.temperature must be above 0, got 0",
+            {"method": {"name": "ls", "base_method": {"name": "dkd", "temperature": 0}}},
+            "method.base_method.temperature must be above 0, got 0",
         ),
         (
-            {"method": {"name": "combined", "methods": [{"name": "kd"}, {"name": "ls", "around": {"name": "dkdd"}}]}},
-            "method.methods[1].around.name: no method 'dkdd'; did you mean 'dkd'?",
+            {
+                "method": {
+                    "name": "combined",
+                    "methods": [{"name": "kd"}, {"name": "ls", "base_method": {"name": "dkdd"}}],
+                }
+            },
+            "method.methods[1].base_method.name: no method 'dkdd'; did you mean 'dkd'?",
         ),
         ({"method": {"name": "dkd", "preset": "cifar"}}, "method.preset: no preset 'cifar'"),
         ({"method": {"name": "kd", "schedule": 3}}, "method.schedule must be a mapping of terms or options, got 3"),
@@ -332,7 +337,7 @@ def test_set_reads_yaml_values_and_comes_last() -> None:
         "training.warmup_epochs=0",
         "data.augment.hflip=true",
         "seed=7",
-        "training.clip_norm=null",
+        "training.max_grad_norm=null",
         flags={"--seed": 3, "--student": "resnet18"},
     )
 
@@ -351,7 +356,8 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
     assert found[0] == "recipe.yaml:3:1: sed: unknown key; did you mean 'seed'?"
     assert sorted(found[1:]) == [
         "--set a=1: a: unknown key. Known here: name, description, seed, seeds, data, domain, teacher, teachers, "
-        "assistants, student, generations, method, curriculum, layers, train_predictions, store, training, "
+        "assistants, student, born_again_generations, method, curriculum, feature_pairs, train_predictions, "
+        "teacher_cache, training, "
         "tracker",
         "--set method.temperture=3: method.temperture: no option 'temperture'; did you mean 'temperature'? "
         "It takes temperature, alpha",
@@ -408,7 +414,7 @@ method:
   - {name: kd, alpha: 2}
   - name: ls
     factor: heavy
-    around:
+    base_method:
       name: dkd
       bta: 8
 """
@@ -418,7 +424,7 @@ method:
         "recipe.yaml:4:5: teacher[1].siz: unknown key; did you mean 'size'?",
         "recipe.yaml:7:16: method[0].alpha must be from 0 to 1, got 2",
         "recipe.yaml:9:5: method[1].factor must be a number at least 0, got 'heavy'",
-        "recipe.yaml:12:7: method[1].around.bta: no option 'bta'; did you mean 'beta'? It takes "
+        "recipe.yaml:12:7: method[1].base_method.bta: no option 'bta'; did you mean 'beta'? It takes "
         + ", ".join(method_options("dkd")),
         "--set teacher.2.model=d: teacher is a list, whose members are teacher.0 to teacher.1",
         "--set teacher.model=d: teacher is a list, whose members are teacher.0 to teacher.1",
@@ -476,7 +482,7 @@ def test_one_teacher_several_or_none() -> None:
 
 def test_assistants_and_generations_have_settings_of_their_own() -> None:
     assistants = [{"model": "big"}, {"model": "small", "training": {"epochs": 3}}]
-    recipe = load({**SMALL, "assistants": assistants, "generations": 3})
+    recipe = load({**SMALL, "assistants": assistants, "born_again_generations": 3})
 
     assert recipe.stage_training("assistant-2").epochs == 3
     assert [recipe.network(name).model for name in ("assistant-1", "assistant-2", "generation-2", "distilled")] == [

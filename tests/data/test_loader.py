@@ -19,7 +19,7 @@ from potstill.types import Batch
 
 SPEC = InputSpec(16)
 LIGHT = AugmentSettings(pad_crop=0.2, hflip=True)
-NOTHING = 1e-12  # memory_share into which nothing fits
+NOTHING = 1e-12  # cache_fraction into which nothing fits
 
 # Python 3.12 and later warn of fork beside threads; torch's loader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -49,7 +49,7 @@ def everything(loader: Loader, number: int = 0) -> Batch:
 @pytest.mark.parametrize("share", [0.3, NOTHING])
 def test_listed_without_augmentation_is_what_prediction_prepares(share: float, crop_share: float) -> None:
     spec, data = InputSpec(16, mean=(0.1, 0.2, 0.3), crop_share=crop_share), images()
-    loader = Loader(data, spec, batch_size=4, memory_share=share)
+    loader = Loader(data, spec, batch_size=4, cache_fraction=share)
     found = everything(loader)
     assert loader.resident == (share != NOTHING)
     assert found.index.tolist() == list(range(21))
@@ -114,8 +114,8 @@ def test_batch_size_order_and_memory_do_not_change_a_view() -> None:
     for options in (
         {"batch_size": 3},
         {"batch_size": 20, "order": "shuffled"},
-        {"batch_size": 7, "memory_share": NOTHING},
-        {"batch_size": 7, "memory_share": NOTHING, "order": "balanced"},
+        {"batch_size": 7, "cache_fraction": NOTHING},
+        {"batch_size": 7, "cache_fraction": NOTHING, "order": "balanced"},
     ):
         found = everything(Loader(data, SPEC, augment=LIGHT, seed=1, **options), 2)
         assert torch.equal(found.images, first.images[found.index]), options
@@ -128,7 +128,7 @@ def test_workers_give_equal_batches(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     for workers in (0, 1, 2):
         loader = Loader(
-            data, SPEC, batch_size=2, augment=LIGHT, order="shuffled", seed=1, workers=workers, memory_share=NOTHING
+            data, SPEC, batch_size=2, augment=LIGHT, order="shuffled", seed=1, workers=workers, cache_fraction=NOTHING
         )
         assert not loader.resident
         next(loader.epoch(0))  # an epoch that is left early does not disturb the next
@@ -149,7 +149,7 @@ def test_workers_give_equal_batches(tmp_path: Path) -> None:
 def test_what_a_worker_needs_can_be_pickled(tmp_path: Path) -> None:
     data = pickle.loads(pickle.dumps(files(tmp_path)))
     assert data.pixels(1).shape == (19, 20, 3)
-    loader = Loader(data, SPEC, batch_size=2, workers=1, memory_share=NOTHING)
+    loader = Loader(data, SPEC, batch_size=2, workers=1, cache_fraction=NOTHING)
     assert loader.processes == 1
     assert pickle.loads(pickle.dumps(loader._all)).pixels(1).shape == (19, 20, 3)
 
@@ -157,7 +157,7 @@ def test_what_a_worker_needs_can_be_pickled(tmp_path: Path) -> None:
 def test_a_file_that_goes_bad_is_named_through_a_worker(tmp_path: Path) -> None:
     data = files(tmp_path)
     (tmp_path / "5.png").write_text("no image")
-    loader = Loader(data, SPEC, batch_size=2, workers=1, memory_share=NOTHING)
+    loader = Loader(data, SPEC, batch_size=2, workers=1, cache_fraction=NOTHING)
     with pytest.raises(DataError, match=r"5\.png: no image of the formats"):
         list(loader.epoch())
     del loader
@@ -178,7 +178,7 @@ class Deadly(ArraySet):
 @pytest.mark.own_process
 def test_a_dead_worker_is_an_error_and_leaves_no_children() -> None:
     data = Deadly(images().images, images().labels, images().names)
-    loader = Loader(data, SPEC, batch_size=4, workers=2, memory_share=NOTHING)
+    loader = Loader(data, SPEC, batch_size=4, workers=2, cache_fraction=NOTHING)
     with pytest.raises(WorkerError, match="died"):
         list(loader.epoch())
     assert WorkerError.exit_code == 7
@@ -211,8 +211,8 @@ def test_an_image_set_that_cannot_be_hashed_works() -> None:
 def test_pack_respects_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("potstill.data.decoded_cache.free_bytes", lambda device: 21 * 3 * 16 * 16 * 2)
     cpu = torch.device("cpu")
-    assert decode_all(images(), 16, "crop", device=cpu, memory_share=0.49) is None
-    packed = decode_all(images(), 16, "crop", device=cpu, memory_share=0.5)
+    assert decode_all(images(), 16, "crop", device=cpu, cache_fraction=0.49) is None
+    packed = decode_all(images(), 16, "crop", device=cpu, cache_fraction=0.5)
     assert packed is not None
     assert packed.shape == (21, 3, 16, 16)
 

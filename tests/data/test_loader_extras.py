@@ -20,7 +20,7 @@ from potstill.types import Batch
 SPEC = InputSpec(16)
 LIGHT = AugmentSettings(pad_crop=0.2, hflip=True)
 MIX = AugmentSettings(pad_crop=0.2, hflip=True, mixup=0.5, cutmix=1.0)
-NOTHING = 1e-12  # memory_share into which nothing fits
+NOTHING = 1e-12  # cache_fraction into which nothing fits
 
 # Python 3.12 and later warn of fork beside threads; torch's loader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -104,8 +104,8 @@ def test_second_images_do_not_depend_on_batches_order_or_memory(second: str) -> 
     for options in (
         {"batch_size": 3},
         {"batch_size": 20, "order": "shuffled"},
-        {"batch_size": 7, "memory_share": NOTHING},
-        {"batch_size": 7, "memory_share": NOTHING, "order": "balanced"},
+        {"batch_size": 7, "cache_fraction": NOTHING},
+        {"batch_size": 7, "cache_fraction": NOTHING, "order": "balanced"},
     ):
         loader = Loader(data, SPEC, augment=LIGHT, seed=1, second=second, **options)
         found = everything(loader, 2)
@@ -159,11 +159,11 @@ def test_workers_second_and_unlabeled_give_equal_batches(tmp_path: Path) -> None
         {"classes": 2, "augment": MIX},
     ):
         found = []
-        for where in ({"workers": 0}, {"workers": 2}, {"memory_share": 0.3}):
-            kept = {"batch_size": 2, "augment": LIGHT, "order": "shuffled", "memory_share": NOTHING, "seed": 1}
+        for where in ({"workers": 0}, {"workers": 2}, {"cache_fraction": 0.3}):
+            kept = {"batch_size": 2, "augment": LIGHT, "order": "shuffled", "cache_fraction": NOTHING, "seed": 1}
             fresh = FileSet(data.root, data.names, data.labels)  # of which no pixels are kept yet
             loader = Loader(fresh, SPEC, **(kept | options | where))
-            assert loader.resident == ("memory_share" in where)
+            assert loader.resident == ("cache_fraction" in where)
             found.append([everything(loader, number) for number in (0, 1)])
         for other in found[1:]:
             assert all(same(mine, theirs) for mine, theirs in zip(found[0], other, strict=True)), options
@@ -193,7 +193,7 @@ def test_images_are_mixed_after_normalisation_with_the_partners_own_view() -> No
 
 def test_mixed_images_do_not_depend_on_batches_order_or_memory() -> None:
     first = everything(Loader(images(), SPEC, batch_size=5, augment=MIX, seed=1, classes=3), 2)
-    for options in ({"batch_size": 3}, {"batch_size": 20, "order": "shuffled"}, {"memory_share": NOTHING}):
+    for options in ({"batch_size": 3}, {"batch_size": 20, "order": "shuffled"}, {"cache_fraction": NOTHING}):
         loader = Loader(images(), SPEC, augment=MIX, seed=1, classes=3, **({"batch_size": 7} | options))
         found = everything(loader, 2)
         for key in ("images", "labels", "soft_labels"):

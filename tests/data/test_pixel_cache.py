@@ -84,7 +84,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def packed_pixels(images: Any, heard: Heard | None = None, **options: Any) -> torch.Tensor | None:
-    given = {"side": SIDE, "how": "crop", "memory_share": 0.5, "identity": "id", "device": CPU} | options
+    given = {"side": SIDE, "how": "crop", "cache_fraction": 0.5, "identity": "id", "device": CPU} | options
     return decode_all(images, progress=heard, **given)
 
 
@@ -193,7 +193,7 @@ def test_an_image_edited_during_the_run_is_not_kept_as_the_one_that_was_checked(
         with pytest.raises(DataError, match=r"a/1\.png: the file has changed since it was checked"):
             Loader(data.train, InputSpec(SIDE), batch_size=6, **options)
     with pytest.raises(DataError, match="has changed"):
-        list(Loader(data.train, InputSpec(SIDE), batch_size=6, memory_share=1e-12).epoch())
+        list(Loader(data.train, InputSpec(SIDE), batch_size=6, cache_fraction=1e-12).epoch())
 
 
 @pytest.mark.parametrize("name", ["pixels.bin", "done.bin", "manifest.json"])
@@ -271,7 +271,7 @@ def test_processes_of_a_machine_share_one_file_and_divide_the_memory(
     monkeypatch.setattr(decoded_cache, "free_bytes", lambda device: room["memory"])
 
     def of_four(seed: int) -> torch.Tensor | None:
-        return decode_all(Drawn(seed=seed), SIDE, "crop", device=CPU, memory_share=0.5, processes=4, identity="drawn")
+        return decode_all(Drawn(seed=seed), SIDE, "crop", device=CPU, cache_fraction=0.5, processes=4, identity="drawn")
 
     assert of_four(1) is not None
     assert len(folders(cache)) == 1
@@ -385,7 +385,7 @@ class Says:
 
 def child(word, seconds):
     images, says = Slow(word, seconds), Says()
-    found = decode_all(images, 8, "crop", device=torch.device("cpu"), memory_share=0.5, identity=f"id {word}", progress=says)
+    found = decode_all(images, 8, "crop", device=torch.device("cpu"), cache_fraction=0.5, identity=f"id {word}", progress=says)
     expected = (torch.arange(40) * 7 + word) % 256
     assert torch.equal(found, expected.to(torch.uint8).view(-1, 1, 1, 1).expand(40, 3, 8, 8)), word
     return says.said
@@ -524,7 +524,7 @@ def test_where_room_is_short_what_was_not_used_today_makes_way(cache: Path, monk
     count = lambda: sum((folder / "manifest.json").exists() for folder in folders(cache))  # noqa: E731
     free = lambda: (5 - count()) * 20 * IMAGE  # noqa: E731
     monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free()))
-    packed_pixels(Drawn(seed=9), memory_share=0.4)  # 0.4 of two such files is too little, 0.4 of three is enough
+    packed_pixels(Drawn(seed=9), cache_fraction=0.4)  # 0.4 of two such files is too little, 0.4 of three is enough
     assert [there[seed].exists() for seed in range(3)] == [True, False, True]
     monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
     heard = Heard()

@@ -28,7 +28,7 @@ data: {{source: "{source}", size: 16, workers: 0}}
 student: {{model: cifar/resnet8}}
 method: {{name: supervised}}
 training: {{epochs: 1, batch_size: 8, precision: float32}}
-store: off
+teacher_cache: off
 """
 
 

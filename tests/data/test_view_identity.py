@@ -54,7 +54,7 @@ def words(made, second=False):
             ({}, {"augment": AugmentSettings(**(LIGHT.model_dump() | changed))})
             for changed in (
                 {"pad_crop": 0.1}, {"crop_scale": (0.5, 1)}, {"hflip": False}, {"vflip": True}, {"rotate90": True},
-                {"color_jitter": 0.1}, {"policy": "randaugment"}, {"policy": "trivialaugment"}, {"erasing": 0.1},
+                {"color_jitter": 0.1}, {"auto_augment": "randaugment"}, {"auto_augment": "trivialaugment"}, {"erasing": 0.1},
                 {"mixup": 0.1}, {"cutmix": 0.1},
             )
         ),
@@ -71,7 +71,7 @@ def test_what_changes_a_view_changes_its_description(options, change):
         ({}, {"batch_size": 5}),
         ({}, {"order": "balanced"}),
         ({}, {"workers": 1}),
-        ({}, {"memory_share": 1e-12}),
+        ({}, {"cache_fraction": 1e-12}),
         ({}, {"views": 2}),
         ({}, {"second": "strong"}),
         ({}, {"data": images(labels=np.array([0, 1] * 6))}),
@@ -96,7 +96,7 @@ def test_second_views_are_described_apart():
 
 
 def test_versions_count_where_they_matter(monkeypatch):
-    policy, mixed = loader(augment=AugmentSettings(policy="randaugment")), loader(augment=MIX)
+    policy, mixed = loader(augment=AugmentSettings(auto_augment="randaugment")), loader(augment=MIX)
     before = [words(loader()), words(policy), words(mixed)]
     for name in ("torch.__version__", "torchvision.__version__"):
         monkeypatch.setattr(name, "0.0")

@@ -9,7 +9,7 @@ from potstill.data.settings import AugmentSettings
 
 EVERYTHING = {
     "pad_crop": 0.2, "crop_scale": (0.4, 1.0), "hflip": True, "vflip": True, "rotate90": True, "color_jitter": 0.3,
-    "policy": "randaugment", "erasing": 0.5,
+    "auto_augment": "randaugment", "erasing": 0.5,
 }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_a_view_is_a_function_of_seed_sample_and_number_alone() -> None:
 
 def test_the_global_generator_is_left_as_it_was() -> None:
     before = torch.get_rng_state()
-    ViewTransform(AugmentSettings(color_jitter=0.5, policy="trivialaugment"), size=10, seed=0)(
+    ViewTransform(AugmentSettings(color_jitter=0.5, auto_augment="trivialaugment"), size=10, seed=0)(
         squares(3), np.arange(3), 0
     )
     assert torch.equal(torch.get_rng_state(), before)

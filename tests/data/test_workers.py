@@ -211,10 +211,10 @@ def test_as_many_processes_as_shared_memory_suffices_for(monkeypatch, room, proc
 
 def test_a_loader_without_shared_memory_decodes_by_itself(monkeypatch):
     spec = InputSpec(size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
-    plain = Loader(Odd(), spec, batch_size=4, memory_share=1e-15)
+    plain = Loader(Odd(), spec, batch_size=4, cache_fraction=1e-15)
     monkeypatch.setattr(module, "_free", lambda: 10)
     with pytest.warns(UserWarning, match="shared memory .* has 10 bytes free"):
-        loader = Loader(Odd(), spec, batch_size=4, memory_share=1e-15, workers=2)
+        loader = Loader(Odd(), spec, batch_size=4, cache_fraction=1e-15, workers=2)
     assert loader.processes == 0
     for ours, theirs in zip(loader.epoch(0), plain.epoch(0), strict=True):
         assert ours.images.equal(theirs.images)

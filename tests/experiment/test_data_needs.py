@@ -56,7 +56,7 @@ def test_a_run_with_mixed_images(recipe, tmp_path):
 
 
 def test_class_weights_and_smoothing_skip_unlabeled_images(recipe):
-    made = recipe(**{"data.balance": "weights", "training.label_smoothing": 0.1})
+    made = recipe(**{"data.class_balance": "weights", "training.label_smoothing": 0.1})
     data = load_data(made.data)
     loss = label_loss(made, made.training, data)
     logits, labels = torch.randn(6, 3), torch.tensor([0, 2, -100, 1, -100, 2])

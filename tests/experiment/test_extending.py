@@ -63,7 +63,7 @@ def baseline(ready):
 
 def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, root, teacher):
     """Where neither learning rate nor views depend on the length."""
-    same = {"teacher.weights": teacher, "store.views": 2}
+    same = {"teacher.weights": teacher, "teacher_cache.views": 2}
     whole = pipeline.run(recipe(**same, **{"training.epochs": 4}), root=root, name="whole")
     short = pipeline.run(recipe(**same, **{"training.keep_checkpoint": True}), root=root, name="part")
     assert results(short)["looks"]["epochs_added_after_look"] == 0
@@ -97,7 +97,7 @@ def test_a_run_is_not_shortened(recipe, root, teacher):
 
 
 def test_a_run_without_its_checkpoints_is_trained_from_the_start(recipe, root, teacher):
-    same = {"teacher.weights": teacher, "store.views": 2}
+    same = {"teacher.weights": teacher, "teacher_cache.views": 2}
     whole = pipeline.run(recipe(**same, **{"training.epochs": 3}), root=root, name="whole")
     path = pipeline.run(recipe(**same), root=root, name="part")
     assert not (path / "baseline" / "checkpoints" / "last.checkpoint").exists()
@@ -142,7 +142,7 @@ def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, t
         ({"student.training": "{epochs: 3}"}, r"training\.epochs: 2 there, 3 here"),
         ({"student.model": "cifar/resnet14"}, r"student\.model: 'cifar/resnet8' there, 'cifar/resnet14' here"),
         ({"seed": 1}, "seed: 0 there, 1 here"),
-        ({"store.views": 1}, r"store\.views: 2 there, 1 here"),
+        ({"teacher_cache.views": 1}, r"teacher_cache\.views: 2 there, 1 here"),
         ({"data.split_seed": 1}, "images: other ones"),
     ],
     ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",

@@ -13,7 +13,7 @@ from potstill.experiment import teacher_inference
 from potstill.experiment.cache_verification import verify_cache
 from potstill.experiment.pipeline import run
 
-BF16 = {"training.precision": "bf16", "training.epochs": 3, "store.views": 2}
+BF16 = {"training.precision": "bf16", "training.epochs": 3, "teacher_cache.views": 2}
 
 
 @pytest.fixture
@@ -100,7 +100,10 @@ def test_warm_equals_filled_equals_live(first):
     second = again("second")
     assert (facts(second)["asked"], facts(second)["read"]) == (0, 3 * 42)
     assert weights(second) == weights(done)
-    stored, live = again("stored", **{"store.record": "float32"}), again("live", store="{mode: off, views: 2}")
+    stored, live = (
+        again("stored", **{"teacher_cache.record": "float32"}),
+        again("live", teacher_cache="{mode: off, views: 2}"),
+    )
     assert facts(stored)["asked"] > 0
     assert weights(stored) == weights(live)
 
@@ -108,7 +111,7 @@ def test_warm_equals_filled_equals_live(first):
 def test_verifying_asks_in_the_same_way(first, cache):
     _, again = first
     shutil.rmtree(cache / "teachers")
-    again("exactly", **{"store.record": "float32"})
+    again("exactly", **{"teacher_cache.record": "float32"})
     for store in (cache / "teachers").iterdir():
         assert verify_cache(store, 30).largest <= 1e-4  # bf16 alone is a thousand times as far away
 

@@ -173,7 +173,7 @@ def test_checkpoints_are_kept_on_request_and_hold_no_teacher(recipe, tmp_path):
 def test_same_seed_same_weights_whatever_the_workers(run, module_recipe, tmp_path):
     for workers in (1, 2):
         data = module_recipe.data.model_copy(
-            update={"workers": workers, "memory_share": 1e-12}
+            update={"workers": workers, "cache_fraction": 1e-12}
         )  # streamed, not resident
         again = pipeline.run(
             module_recipe.model_copy(update={"data": data}), root=tmp_path, name=f"w{workers}", stages=("baseline",)
@@ -226,13 +226,13 @@ def test_resume_refuses_other_settings_by_name(recipe, tmp_path):
 def test_resume_fills_in_what_an_older_recipe_did_not_know(recipe, tmp_path):
     path = pipeline.run(recipe(), root=tmp_path, stages=("baseline",))
     older = yaml.safe_load((path / "recipe.yaml").read_text())
-    for key in ("generations", "layers", "assistants", "teachers"):
+    for key in ("born_again_generations", "feature_pairs", "assistants", "teachers"):
         del older[key]
     del older["teacher"]["size"]
     write_checksummed_text(path / "recipe.yaml", yaml.safe_dump(older))
     pipeline.run(recipe(), root=tmp_path, stages=("baseline",), resume=True)
-    with pytest.raises(UsageError, match="generations: was 1, now 2"):
-        pipeline.run(recipe(generations=2), root=tmp_path, stages=("baseline",), resume=True)
+    with pytest.raises(UsageError, match="born_again_generations: was 1, now 2"):
+        pipeline.run(recipe(born_again_generations=2), root=tmp_path, stages=("baseline",), resume=True)
 
 
 def test_resume_refuses_other_images(photographs, recipe, tmp_path):
@@ -355,7 +355,7 @@ def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
     for at, name in enumerate(sorted(path.name for path in folder.iterdir())):  # 20, 14 and 8 are left
         for path in sorted((folder / name).iterdir())[: 6 * at]:
             path.unlink()
-    weighted = recipe(**{"data.balance": "weights", "data.source": folder})
+    weighted = recipe(**{"data.class_balance": "weights", "data.source": folder})
     data = load_data(weighted.data)
     counts = np.bincount(data.train.labels)
     assert counts[0] > counts[1] > counts[2]
@@ -365,12 +365,12 @@ def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
     assert label_loss(recipe(), recipe().training, data).weight is None
 
 
-@pytest.mark.parametrize("balance", ["none", "weights"])
+@pytest.mark.parametrize("class_balance", ["none", "weights"])
 def test_label_smoothing_reaches_the_loss(recipe, balance):
     from potstill.data.datasets import load_data
     from potstill.experiment.stage import label_loss
 
-    smoothed = recipe(**{"training.label_smoothing": 0.3, "data.balance": balance})
+    smoothed = recipe(**{"training.label_smoothing": 0.3, "data.class_balance": balance})
     loss = label_loss(smoothed, smoothed.training, load_data(smoothed.data))
     logits = torch.tensor([[2.0, 0.0, 0.0]])
     normaliser = math.log(math.exp(2) + 2)

@@ -30,7 +30,7 @@ def test_several_teachers_teach_the_first_assistant_and_the_last_assistant_the_s
 
 
 def test_each_generation_learns_from_the_one_before_and_the_last_is_distilled() -> None:
-    born_again = recipe(generations=3, layers=[["x", "y"]])
+    born_again = recipe(born_again_generations=3, feature_pairs=[["x", "y"]])
 
     assert shown(born_again, "teacher", "distilled") == {
         "teacher": (),
@@ -45,7 +45,7 @@ def test_each_generation_learns_from_the_one_before_and_the_last_is_distilled() 
 
 
 def test_every_network_has_random_streams_of_its_own_but_for_the_two_that_are_compared() -> None:
-    stages = plan_stages(recipe(teacher=[{"model": "a"}] * 2, generations=2))
+    stages = plan_stages(recipe(teacher=[{"model": "a"}] * 2, born_again_generations=2))
 
     assert [stage.seed for stage in stages] == ["teacher", "teacher-2", "student", "generation-1", "student"]
 

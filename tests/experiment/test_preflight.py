@@ -38,11 +38,15 @@ ALL, STUDENTS = ["teacher", "baseline", "distilled"], ["baseline", "distilled"] 
     [
         ({"training.batch_size": 43}, ALL, "training.batch_size 43 is more than the 42 training images"),
         (
-            {"training.accumulate": 4},
+            {"training.gradient_accumulation_steps": 4},
             ALL,
-            "training.accumulate 4 is more than the 3 batches of an epoch: a step averag",
+            "training.gradient_accumulation_steps 4 is more than the 3 batches of an epoch: a step averag",
         ),
-        ({"training.early_stopping": 2}, STUDENTS, "training.early_stopping 2 cannot act within training.epochs 2"),
+        (
+            {"training.early_stopping_patience": 2},
+            STUDENTS,
+            "training.early_stopping_patience 2 cannot act within training.epochs 2",
+        ),
         (
             {"training.warmup_epochs": 2, "training.schedule": "cosine"},
             STUDENTS,
@@ -62,7 +66,10 @@ def test_a_setting_without_effect_is_said_of_each_network(recipe, changes, roles
     [
         ("{name: dkd}", "method dkd reaches its full weight after 20 epochs, and training ends at 10% of it"),
         ("[{name: kd}, {name: dkd, warmup_epochs: 4}]", "method kd + dkd reaches its full weight after 4 epochs, and"),
-        ("{name: eskd, around: {name: reviewkd, warmup_epochs: 5}}", "method eskd around reviewkd reaches its full"),
+        (
+            "{name: eskd, base_method: {name: reviewkd, warmup_epochs: 5}}",
+            "method eskd around reviewkd reaches its full",
+        ),
         ("{name: nd, warmup: 1}", None),
         ("{name: nd, warmup: 2}", "method nd reaches its full weight after 3 epochs, and training ends at 67% of it"),
         ("{name: dkd, warmup_epochs: 2}", None),
@@ -90,5 +97,7 @@ def test_a_metric_that_is_always_one_is_refused(recipe):
 
 
 def test_doubts_stand_in_the_results(recipe, tmp_path):
-    folder = run(recipe(**{"training.early_stopping": 2}), root=tmp_path, stages=("baseline",))
-    assert "baseline: training.early_stopping 2 cannot act" in (folder / "results.json").read_text(encoding="utf-8")
+    folder = run(recipe(**{"training.early_stopping_patience": 2}), root=tmp_path, stages=("baseline",))
+    assert "baseline: training.early_stopping_patience 2 cannot act" in (folder / "results.json").read_text(
+        encoding="utf-8"
+    )

@@ -73,7 +73,7 @@ def test_the_cifar_protocol(name):
         assert {(group["lr"], group["momentum"], group["weight_decay"]) for group in groups} == {(lr, 0.9, 5e-4)}
     augment = recipe.data.augment
     assert augment is not None
-    assert (augment.pad_crop * 32, augment.pad_mode, augment.hflip, augment.policy) == (4, "black", True, "none")
+    assert (augment.pad_crop * 32, augment.pad_mode, augment.hflip, augment.auto_augment) == (4, "black", True, "none")
     assert recipe.data.mean == (0.5071, 0.4867, 0.4408)
     assert recipe.data.std == (0.2675, 0.2565, 0.2761)
     assert recipe.training.selection_metric == "top1"  # of val: nothing is ever chosen by test

@@ -30,16 +30,16 @@ REFUSED = {
         "distilled cannot learn from one image at a time: its BatchNorm needs several",
     ),
     "layers for a method that joins none": (
-        {"layers": "[[stage1, stage1]]"},
-        "layers: method kd joins no feature maps of student and teacher",
+        {"feature_pairs": "[[stage1, stage1]]"},
+        "feature_pairs: method kd joins no feature maps of student and teacher",
     ),
-    "unknown layer": ({"method": "{name: fitnet}", "layers": "[[stage1, stage9]]"}, "stage9"),
+    "unknown layer": ({"method": "{name: fitnet}", "feature_pairs": "[[stage1, stage9]]"}, "stage9"),
     "normalisation that is not there": (
         {"method": "{name: ofd}", "teacher": "{model: convnext_atto}", "data.size": 32},
         "BatchNorm",
     ),
     "a wrong combination": (
-        {"method": "{name: ls, around: {name: at}}"},
+        {"method": "{name: ls, base_method: {name: at}}"},
         "ls standardises logits, and at compares other things",
     ),
     "a schedule of nothing": (
@@ -77,7 +77,7 @@ def test_stages_without_the_method_are_not_held_to_it(recipe, tmp_path):
 
 @pytest.mark.parametrize("method", ["{name: kd}", "{name: ft}", "{name: simkd}", "{name: crd}"])
 def test_a_rehearsal_draws_nothing_from_the_random_stream(method, recipe):
-    made = recipe(method=method, generations=2)
+    made = recipe(method=method, born_again_generations=2)
     data = load_data(made.data)
     torch.manual_seed(3)
     expected = torch.randn(4)

@@ -67,7 +67,7 @@ def two(made, root, tmp_path_factory):
     """A run of two seeds, and what was said."""
     observer = Heard()
     store = tmp_path_factory.mktemp("store")
-    path = pipeline.run(made(seeds=2, **{"store.folder": store}), root=root, observer=observer)
+    path = pipeline.run(made(seeds=2, **{"teacher_cache.folder": store}), root=root, observer=observer)
     return path, observer, store
 
 
@@ -87,7 +87,7 @@ def test_plan():
 
 def test_assistants_and_earlier_generations_are_trained_once():
     source = {"teacher": {"model": "a"}, "student": {"model": "b"}, "assistants": [{"model": "c"}]}
-    found = plan_stages(load_recipe(source | {"generations": 2, "seeds": 2}, data_needed=False))
+    found = plan_stages(load_recipe(source | {"born_again_generations": 2, "seeds": 2}, data_needed=False))
     assert [stage.name for stage in found[-2:]] == ["baseline-2", "distilled-2"]
     assert found[-1].teachers == ("generation-1",)
     assert len(found) == 7
@@ -95,7 +95,7 @@ def test_assistants_and_earlier_generations_are_trained_once():
 
 def test_the_second_seed_is_what_a_run_of_that_seed_gives(two, made, root):
     path, _, store = two
-    changes = {"seed": 1, "teacher.weights": path / "teacher", "store.folder": store}
+    changes = {"seed": 1, "teacher.weights": path / "teacher", "teacher_cache.folder": store}
     alone = pipeline.run(made(**changes), root=root, name="alone")
     for name in ("baseline", "distilled"):
         assert same(weights(path / f"{name}-2"), weights(alone / name))
@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_more_seeds_and_not_with_fewer(two, made, root):
     before = {name: weights(path / name) for name in ("teacher", "baseline", "distilled", "baseline-2", "distilled-2")}
     stamps = {name: (path / name / "model.safetensors").stat().st_mtime_ns for name in before}
     observer = Heard()
-    recipe = made(seeds=3, **{"store.folder": store})
+    recipe = made(seeds=3, **{"teacher_cache.folder": store})
     assert pipeline.run(recipe, root=root, resume=True, observer=observer) == path
     assert [name for name, _ in observer.stages] == ["baseline-3", "distilled-3"]
     (cost,) = [note for note in observer.notes if " about " in note]
@@ -167,9 +167,9 @@ def test_a_run_goes_on_with_more_seeds_and_not_with_fewer(two, made, root):
     assert (found["looks"]["seeds_at_first_look"], found["looks"]["seeds_added_after_look"]) == (2, 1)
     assert found["looks"]["augmentation_seeds"] == 3
     with pytest.raises(UsageError, match="seeds: was 3, now 2"):
-        pipeline.run(made(seeds=2, **{"store.folder": store}), root=root, resume=True)
+        pipeline.run(made(seeds=2, **{"teacher_cache.folder": store}), root=root, resume=True)
     with pytest.raises(UsageError, match="seed: was 0, now 5"):
-        pipeline.run(made(seeds=4, seed=5, **{"store.folder": store}), root=root, resume=True)
+        pipeline.run(made(seeds=4, seed=5, **{"teacher_cache.folder": store}), root=root, resume=True)
 
 
 def test_one_seed_is_a_run_as_it_ever_was(made):

@@ -62,7 +62,7 @@ def chain(photographs, tmp_path_factory):
             "teachers": {"weights": [1, 3]},
             "assistants": [{"model": "cifar/resnet14", "training": {"epochs": 1}}],
             "student": {"model": "cifar/resnet8"},
-            "generations": 2,
+            "born_again_generations": 2,
             # With alpha = 1 teachers count for nothing: the last generation must be the baseline.
             "method": {"name": "kd", "alpha": 1.0},
             "training": {"epochs": 2, "batch_size": 16, "lr": 0.003, "precision": "float32"},
@@ -217,7 +217,7 @@ def test_layers_and_adapters_are_written_and_shown(recipe, tmp_path):
     changes = {
         "teacher": "{model: cifar/resnet14, training: {epochs: 1}}",
         "method": "{name: fitnet}",
-        "layers": "[[stage2, stage3]]",
+        "feature_pairs": "[[stage2, stage3]]",
         "training.epochs": 1,
     }
     path = pipeline.run(recipe(**changes), root=tmp_path, observer=Listening())

@@ -75,10 +75,10 @@ def train_stores(stores):
 @pytest.fixture
 def first(recipe, tmp_path, stores):
     """A run that filled its stores, and the recipe again with that run's teacher."""
-    done = run(recipe(**{"training.epochs": 3, "store.views": 2}), root=tmp_path, name="first")
+    done = run(recipe(**{"training.epochs": 3, "teacher_cache.views": 2}), root=tmp_path, name="first")
 
     def again(name, **changes):
-        changes = {"training.epochs": 3, "store.views": 2, "teacher.weights": str(done), **changes}
+        changes = {"training.epochs": 3, "teacher_cache.views": 2, "teacher.weights": str(done), **changes}
         return run(recipe(**changes), root=tmp_path, name=name)
 
     return done, again
@@ -95,7 +95,7 @@ def test_the_second_run_asks_nothing_and_gets_the_same_weights(first):
 
 def test_the_live_teacher_on_the_same_views_gives_the_same_weights_to_the_rounding_of_the_record(first):
     done, again = first
-    live = again("live", store="{mode: off, views: 2}")
+    live = again("live", teacher_cache="{mode: off, views: 2}")
     assert asked_and_read(live) == (None, None)
     assert weights(live, "baseline") == weights(done, "baseline")
     ours, theirs = (safetensors.torch.load(weights(folder)) for folder in (done, live))
@@ -105,10 +105,13 @@ def test_the_live_teacher_on_the_same_views_gives_the_same_weights_to_the_roundi
 
 def test_with_float32_records_byte_for_byte(first):
     _, again = first
-    stored, live = again("stored", **{"store.record": "float32"}), again("live", store="{mode: off, views: 2}")
+    stored, live = (
+        again("stored", **{"teacher_cache.record": "float32"}),
+        again("live", teacher_cache="{mode: off, views: 2}"),
+    )
     assert asked_and_read(stored)[0] > 0
     assert weights(stored) == weights(live)
-    replayed = again("replayed", **{"store.record": "float32"})
+    replayed = again("replayed", **{"teacher_cache.record": "float32"})
     assert asked_and_read(replayed)[0] == 0
     assert weights(replayed) == weights(live)
 
@@ -160,7 +163,7 @@ def test_one_changed_image_makes_another_store(first, recipe, photographs, tmp_p
     done, _ = first
     copied = tmp_path / "photographs"
     shutil.copytree(photographs, copied)
-    changes = {"training.epochs": 3, "store.views": 2, "teacher.weights": str(done), "data.source": str(copied)}
+    changes = {"training.epochs": 3, "teacher_cache.views": 2, "teacher.weights": str(done), "data.source": str(copied)}
     same = run(recipe(**changes), root=tmp_path, name="same")
     assert asked_and_read(same)[0] == 0
     from PIL import Image
@@ -197,8 +200,8 @@ def test_without_room_or_rights_training_goes_on_and_says_so_once(first, recipe,
     whole, _ = first
     (tmp_path / "file").write_text("no folder")
     watching = Watching()
-    changes = {"training.epochs": 3, "store.views": 2, "teacher.weights": str(whole)}
-    changes["store.folder"] = str(tmp_path / "file" / "stores")
+    changes = {"training.epochs": 3, "teacher_cache.views": 2, "teacher.weights": str(whole)}
+    changes["teacher_cache.folder"] = str(tmp_path / "file" / "stores")
     done = run(recipe(**changes), root=tmp_path, name="blocked", observer=watching)
     assert asked_and_read(done) == (None, None)
     assert weights(done) == weights(whole)
@@ -213,7 +216,7 @@ def test_a_foreign_version_is_left_alone_and_training_goes_on(first, stores, rec
     manifest = read_checksummed_json(store / "manifest.json")
     write_checksummed_json(store / "manifest.json", manifest | {"format": 99})
     watching = Watching()
-    changes = {"training.epochs": 3, "store.views": 2, "teacher.weights": str(done)}
+    changes = {"training.epochs": 3, "teacher_cache.views": 2, "teacher.weights": str(done)}
     second = run(recipe(**changes), root=tmp_path, name="second", observer=watching)
     assert asked_and_read(second) == (None, None)
     assert any("format 99" in message for message in watching.warnings)
@@ -222,7 +225,7 @@ def test_a_foreign_version_is_left_alone_and_training_goes_on(first, stores, rec
 def test_several_teachers_each_have_a_store(recipe, tmp_path, stores):
     changes = {
         "teacher": "[{model: cifar/resnet14, training: {epochs: 2}}, {model: cifar/resnet8, training: {epochs: 2}}]",
-        "store.views": 2,
+        "teacher_cache.views": 2,
         "training.epochs": 3,
     }
     done = run(recipe(**changes), root=tmp_path, name="several")
@@ -250,7 +253,7 @@ def test_records_are_what_the_teacher_says_now(first, stores):
 def test_verify_refuses_when_teacher_or_images_have_changed(recipe, photographs, tmp_path, stores):
     copied = tmp_path / "photographs"
     shutil.copytree(photographs, copied)
-    done = run(recipe(**{"data.source": str(copied), "store.views": 1}), root=tmp_path, name="mine")
+    done = run(recipe(**{"data.source": str(copied), "teacher_cache.views": 1}), root=tmp_path, name="mine")
     (store,) = train_stores(stores)
     verify_cache(store, 10)
     teacher = load_model(done / "teacher")

@@ -47,11 +47,11 @@ def test_one_view_for_four_epochs_but_eight_at_least(epochs, views):
     seeds=st.integers(1, 9),
 )
 def test_neither_views_nor_records_depend_on_the_free_disk(free, images, classes, epochs, views, method, seeds):
-    sets = [f"training.epochs={epochs}", f"store.views={views}", f"method.name={method}", f"seeds={seeds}"]
+    sets = [f"training.epochs={epochs}", f"teacher_cache.views={views}", f"method.name={method}", f"seeds={seeds}"]
     one, other = (planned(*sets, images=images, classes=classes, free=each) for each in free)
     assert (one.views, one.record) == (other.views, other.record)
     # ... nor views on the method, on whether answers are stored, or on how many seeds and images there are
-    plain = [f"training.epochs={epochs}", f"store.views={views}", "store.mode=off"]
+    plain = [f"training.epochs={epochs}", f"teacher_cache.views={views}", "teacher_cache.mode=off"]
     assert planned(*plain, images=7, free=0).views == one.views
 
 
@@ -73,15 +73,15 @@ def test_a_record_that_is_too_large_for_the_disk_is_not_kept():
     found = planned("training.epochs=12", **room)
     assert (found.views, found.record, found.keeps) == (8, "float16", False)
     assert "8 views take 1.60 MB" in found.note
-    assert "--set store.record=top16 takes 576 kB" in found.note
-    assert planned("training.epochs=12", "store.record=top16", **room) == ViewPlan(8, "top16", True)
+    assert "--set teacher_cache.record=top16 takes 576 kB" in found.note
+    assert planned("training.epochs=12", "teacher_cache.record=top16", **room) == ViewPlan(8, "top16", True)
     assert "8 views of 5 seeds take 8.00 MB" in planned("training.epochs=12", "seeds=5", **room).note
 
 
 def test_what_the_recipe_says_is_done_whatever_the_disk_says():
-    assert planned("store.views=40", free=0).views == 40
-    assert planned("store.views=all", free=0).views == "all"
-    assert planned("store.record=float32", images=10**9, free=0).record == "float32"
+    assert planned("teacher_cache.views=40", free=0).views == 40
+    assert planned("teacher_cache.views=all", free=0).views == "all"
+    assert planned("teacher_cache.record=float32", images=10**9, free=0).record == "float32"
     # equal views need no more than one record
     assert planned("data.augment={}", free=4 * 1000 * 20).keeps
 
@@ -112,13 +112,13 @@ def test_methods_combined_are_stored_only_where_each_can_be():
 
 
 def test_off_asks_anew_on_the_same_views():
-    assert planned("store=off") == ViewPlan(8, None, False)
-    assert planned("store.mode=off", "store.views=4") == ViewPlan(4, None, False)
+    assert planned("teacher_cache=off") == ViewPlan(8, None, False)
+    assert planned("teacher_cache.mode=off", "teacher_cache.views=4") == ViewPlan(4, None, False)
 
 
 def test_the_sixteen_largest_are_for_kd_and_many_classes():
     def kind(classes, *sets):
-        recipe = load_recipe("quickstart", ["store.record=top16", *sets])
+        recipe = load_recipe("quickstart", ["teacher_cache.record=top16", *sets])
         return record_kind(recipe, create_stage_method(recipe), classes)
 
     assert kind(100) == "top16"
@@ -133,5 +133,7 @@ def test_a_run_that_goes_on_means_by_auto_what_it_meant_when_it_began(tmp_path):
     path.write_text(dump_recipe(apply_view_plan(recipe, ViewPlan(3, "top16", True))))
     found = restore_view_plan(path, recipe).store
     assert (found.views, found.record) == (3, "top16")
-    found = restore_view_plan(path, load_recipe("quickstart", ["store.views=5", "store.record=float32"])).store
+    found = restore_view_plan(
+        path, load_recipe("quickstart", ["teacher_cache.views=5", "teacher_cache.record=float32"])
+    ).store
     assert (found.views, found.record) == (5, "float32")

@@ -32,7 +32,7 @@ teacher: {model: cifar/resnet8}
 student: {model: cifar/resnet8}
 method: {name: kd, temperature: 2.0, alpha: 0.5}
 training: {epochs: 2, batch_size: 16, lr: 0.003, precision: float32, checkpoint_seconds: 0, threads: 1}
-store: {folder: STORE}
+teacher_cache: {folder: STORE}
 """
 
 CALLS = ("open", "write", "fsync", "replace", "link", "mkdir", "pwrite", "posix_fallocate")
@@ -76,7 +76,7 @@ def finished_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A whole run folder; nobody may change it."""
     root = tmp_path_factory.mktemp("runs")
     with blank_pictures():
-        assert main(["run", str(tiny_recipe), "--root", str(root)]) == 0
+        assert main(["run", str(tiny_recipe), "--output-dir", str(root)]) == 0
     return root / "tiny"
 
 
@@ -88,7 +88,7 @@ class Tiny:
 
     def __call__(self, root: Path, *flags: str) -> int:
         """Returns the exit code."""
-        return main([*self.arguments, "--root", str(root), *flags])
+        return main([*self.arguments, "--output-dir", str(root), *flags])
 
     def go_on(self, root: Path) -> int:
         """What a user does after a failure: resume, or begin again where nothing had begun."""

@@ -108,7 +108,7 @@ def test_an_empty_or_cut_file_is_one_sentence_and_exit_4(
     run = tmp_path / "tiny"
     shutil.copytree(finished_run, run)
     image = next((tiny_recipe.parent / "photographs").rglob("*.png"))
-    resume = ["run", str(tiny_recipe), "--root", str(tmp_path), "--resume"]
+    resume = ["run", str(tiny_recipe), "--output-dir", str(tmp_path), "--resume"]
     for name, arguments in {
         "results.json": ["report", str(run)],
         "teacher/metrics.jsonl": ["report", str(run)],

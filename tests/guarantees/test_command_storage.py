@@ -29,7 +29,15 @@ SAID = r"^error: (cannot write (to )?\S+: )?{reason}(: \S+)?$"
 
 
 def command(recipe: Path, root: Path, *flags: str) -> list[str]:
-    return ["run", str(recipe), "--root", str(root / "runs"), "--set", f"store.folder={root}/store", *flags]
+    return [
+        "run",
+        str(recipe),
+        "--output-dir",
+        str(root / "runs"),
+        "--set",
+        f"teacher_cache.folder={root}/store",
+        *flags,
+    ]
 
 
 def carried_out(recipe: Path, root: Path, *flags: str, before: tuple[str, ...] = ()) -> tuple[int, str]:

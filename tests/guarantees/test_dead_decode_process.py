@@ -33,7 +33,7 @@ STREAMED = [
     "--set",
     "data.workers=2",
     "--set",
-    "data.memory_share=1e-12",
+    "data.cache_fraction=1e-12",
     "--set",
     "training.checkpoint_seconds=0.0001",
 ]
@@ -67,7 +67,18 @@ def kill_at(monkeypatch):
 
 
 def run(recipe: Path, root: Path, *flags: str) -> int:
-    return main(["run", str(recipe), "--root", str(root), "--set", f"store.folder={root}/store", *STREAMED, *flags])
+    return main(
+        [
+            "run",
+            str(recipe),
+            "--output-dir",
+            str(root),
+            "--set",
+            f"teacher_cache.folder={root}/store",
+            *STREAMED,
+            *flags,
+        ]
+    )
 
 
 def weights(folder: Path) -> dict[str, bytes]:

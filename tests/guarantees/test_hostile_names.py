@@ -26,7 +26,7 @@ data: {source: SOURCE, size: 16, workers: 0}
 teacher: {model: cifar/resnet8}
 student: {model: cifar/resnet8}
 training: {epochs: 1, batch_size: 16, precision: float32}
-store: off
+teacher_cache: off
 """
 RAW = ("<img src=x", "<script>alert", "<b>bold", "{{ 7")
 
@@ -61,7 +61,7 @@ def run(photographs, tmp_path_factory):
     recipe.write_text(RECIPE.replace("SOURCE", json.dumps(str(photographs))))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        assert main(["run", str(recipe), "--root", str(root)]) == 0
+        assert main(["run", str(recipe), "--output-dir", str(root)]) == 0
     return root / "names"
 
 
@@ -105,7 +105,7 @@ def test_the_terminal_shows_no_control_characters(run, invisible, tmp_path, capf
     absent = tmp_path / "\x1b[31mnot\nthere"
     commands = {
         ("check", invisible): 3,
-        ("run", "quickstart", "--data", invisible, "--root", tmp_path): 3,
+        ("run", "quickstart", "--data", invisible, "--output-dir", tmp_path): 3,
         ("predict", run, invisible): 0,
         ("predict", run, invisible, "--json"): 0,
         ("evaluate", run, "--data", invisible): 3,
@@ -131,7 +131,7 @@ def test_the_terminal_shows_no_control_characters(run, invisible, tmp_path, capf
 def test_a_runs_name_stays_below_the_root(name, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    assert main(["run", "quickstart", "--root", str(tmp_path / "runs"), "--name", name]) == 2
+    assert main(["run", "quickstart", "--output-dir", str(tmp_path / "runs"), "--name", name]) == 2
     error = capsys.readouterr().err
     is_plain(error)
     assert "a run's name is 1 to 64 of the characters A-Z a-z 0-9 . _ -" in error

@@ -30,14 +30,14 @@ def test_no_tag_makes_an_object(tag, where, tmp_path, capsys):
     canary = tmp_path / "canary"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(where.format(tag.replace("CANARY", str(canary))))
-    refused(capsys, recipe, "--root", tmp_path)
+    refused(capsys, recipe, "--output-dir", tmp_path)
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_nor_after_set(tag, tmp_path, capsys):
     canary = tmp_path / "canary"
-    refused(capsys, "quickstart", "--root", tmp_path, "--set", f"name={tag.replace('CANARY', str(canary))}")
+    refused(capsys, "quickstart", "--output-dir", tmp_path, "--set", f"name={tag.replace('CANARY', str(canary))}")
     assert not canary.exists()
 
 
@@ -70,7 +70,7 @@ def test_addresses_are_no_names_of_anything(address, tmp_path, capsys, monkeypat
     refused(capsys, address)
     for flag in ("--data", "--teacher", "--student"):
         capsys.readouterr()
-        assert main(["run", "quickstart", flag, address, "--root", str(tmp_path)]) in (2, 4)
+        assert main(["run", "quickstart", flag, address, "--output-dir", str(tmp_path)]) in (2, 4)
         assert "Traceback" not in capsys.readouterr().err
 
 
@@ -78,5 +78,5 @@ def test_addresses_are_no_names_of_anything(address, tmp_path, capsys, monkeypat
     "name", ["__import__('os').system('true')", "os", "..", "kd; rm", "kd\x00", "potstill.methods.kd:KD"]
 )
 def test_names_of_methods_and_models_are_looked_up_only(name, tmp_path, capsys):
-    refused(capsys, "quickstart", "--root", tmp_path, "--set", f"method={{name: {name!r}}}")
-    refused(capsys, "quickstart", "--root", tmp_path, "--set", f"student.model={name!r}")
+    refused(capsys, "quickstart", "--output-dir", tmp_path, "--set", f"method={{name: {name!r}}}")
+    refused(capsys, "quickstart", "--output-dir", tmp_path, "--set", f"student.model={name!r}")

@@ -29,7 +29,7 @@ def test_no_verb_asks_for_anything(nobody_answers, tiny_recipe, tmp_path, capsys
         line.split("source: ")[1].split(",")[0] for line in tiny_recipe.read_text().splitlines() if "source: " in line
     )
     verbs = [
-        ["run", tiny_recipe, "--root", root],
+        ["run", tiny_recipe, "--output-dir", root],
         ["report", root / "tiny"],
         ["check", source],
         ["predict", root / "tiny", source],
@@ -37,7 +37,7 @@ def test_no_verb_asks_for_anything(nobody_answers, tiny_recipe, tmp_path, capsys
         ["recipes"],
         ["models", "resnet18"],
         ["methods", "kd"],
-        ["store", "ls"],
+        ["cache", "ls"],
     ]
     for verb in verbs:
         assert main([str(part) for part in verb]) in (0, 3), (verb, capsys.readouterr().err)  # 3: findings of check

@@ -29,7 +29,7 @@ def test_a_learning_rate_beyond_all_bounds(tiny_recipe, tmp_path, capsys):
     """The teacher before it stays; of the student there is neither a model nor a checkpoint that is not finite."""
     root = tmp_path / "runs"
     rates = ["--set", "training.lr=1e20", "--set", "teacher.training.lr=0.003"]
-    error = refused(capsys, "run", tiny_recipe, "--root", root, *rates)
+    error = refused(capsys, "run", tiny_recipe, "--output-dir", root, *rates)
     assert error.startswith("epoch 1, val: at step 1 the loss term ce is nan, on blue/")
     assert "Lower the learning rate (training.lr)" in error
     assert (stage_of(root, "teacher") / "model.json").exists()
@@ -42,8 +42,15 @@ def test_a_learning_rate_beyond_all_bounds(tiny_recipe, tmp_path, capsys):
 def test_the_last_finite_checkpoint_goes_on(tiny_recipe, tmp_path, capsys):
     """A rate beyond all bounds from the second epoch on: what the first one saved stays, is finite, and is named."""
     root = tmp_path / "runs"
-    flags = ["--set", "training.epochs=3", "--set", "training.clip_norm=1e30", "--set", "training.precision=float32"]
-    arguments = ["train", tiny_recipe, "--stage", "baseline", "--root", root, "--name", "tiny", *flags]
+    flags = [
+        "--set",
+        "training.epochs=3",
+        "--set",
+        "training.max_grad_norm=1e30",
+        "--set",
+        "training.precision=float32",
+    ]
+    arguments = ["train", tiny_recipe, "--stage", "baseline", "--output-dir", root, "--name", "tiny", *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.Trainer, "_update", exploding(trainer.Trainer._update, after=2))
         error = refused(capsys, *arguments)
@@ -81,7 +88,15 @@ def test_a_teacher_that_says_nan(store, finished_run, tiny_recipe, tmp_path, cap
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(tiny_recipe.read_text().replace("/store}", f"/store-{store}}}"))
     error = refused(
-        capsys, "run", recipe, "--root", root, "--teacher", tmp_path / "teacher", "--set", f"store.mode={store}"
+        capsys,
+        "run",
+        recipe,
+        "--output-dir",
+        root,
+        "--teacher",
+        tmp_path / "teacher",
+        "--set",
+        f"teacher_cache.mode={store}",
     )
     assert re.match(r"a logit of the teacher on val, \w+/\d\d.png, is NaN or infinite \(4 of 4 images\)", error)
     assert not (stage_of(root, "distilled") / "model.json").exists()

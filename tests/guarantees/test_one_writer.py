@@ -10,7 +10,10 @@ import pytest
 import potstill
 
 SOURCE = Path(potstill.__file__).parent
-OURS = {"write_bytes", "write_text"}  # names that pathlib has too: they count unless they were imported from potstill.io
+OURS = {
+    "write_bytes",
+    "write_text",
+}  # names that pathlib has too: they count unless they were imported from potstill.io
 
 # (file, call): why it may
 EXCEPTIONS = {
@@ -24,7 +27,10 @@ EXCEPTIONS = {
     ("data/decoded_file.py", "os.open"): "memory-mapped; its marks are set after its bytes are synced",
     ("data/decoded_file.py", "os.pwrite"): "the same",
     ("data/concurrency.py", "os.open"): "a lock file, always empty",
-    ("distillation/teacher_cache/files.py", "os.open"): "a lock file, always empty; records grow in place; its marks and checksums are set after its bytes are synced",
+    (
+        "distillation/teacher_cache/files.py",
+        "os.open",
+    ): "a lock file, always empty; records grow in place; its marks and checksums are set after its bytes are synced",
     ("distillation/teacher_cache/files.py", "os.pwrite"): "the same",
     ("distillation/teacher_cache/record_format.py", "rename"): "a new store appears together with its manifest",
     ("distillation/teacher_cache/cache.py", "rename"): "a store that is removed leaves the list at once",

@@ -26,14 +26,14 @@ from potstill.training.callbacks import SilentObserver
 from potstill.training.settings import TrainingSettings
 
 FREE = {  # docs/guarantees.md and docs/recipes.md say so
-    "name", "description", "data.workers", "data.memory_share", "store.folder", "training.checkpoint_seconds",
+    "name", "description", "data.workers", "data.cache_fraction", "teacher_cache.folder", "training.checkpoint_seconds",
     "teacher.training.checkpoint_seconds", "student.training.checkpoint_seconds", "tracker",
 }  # fmt: skip
 ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file that is there
     "data.unlabeled", "teacher.weights", "student.weights", "teachers.weights", "training.milestones",
     "training.nesterov", "teacher.training.nesterov", "student.training.nesterov", "student.training.milestones",
     "teacher.training.milestones", "training.ema_decay",
-    "domain.confidence", "domain.balance", "domain.adapt_batch_norm", "data.target_labels", "data.target_options",
+    "domain.confidence", "domain.class_balance", "domain.adapt_batch_norm", "data.target_labels", "data.target_options",
     "teacher.classes", "student.classes",
 }  # fmt: skip
 
@@ -189,7 +189,7 @@ def test_epochs_may_grow_while_no_stage_is_in_the_midst_of_them(begun, tmp_path)
     "change",
     [
         "domain.confidence=0.5",
-        "domain.balance=false",
+        "domain.class_balance=false",
         "domain.adapt_batch_norm=true",
         "data.target_labels=0.2",
         "data.target=digits",
@@ -216,7 +216,7 @@ teacher: null
 student: {{model: cifar/resnet8}}
 method: {{name: supervised}}
 training: {{epochs: 2, batch_size: 8, lr: 0.003, precision: float32, checkpoint_seconds: 0, threads: 1}}
-store: off
+teacher_cache: off
 """
 
 
@@ -246,7 +246,7 @@ class Case:
         self.model = folder / "runs" / "one" / "baseline" / "model.safetensors"
 
     def train(self, *flags):
-        root = ["--root", str(self.folder / "runs"), "--name", "one"]
+        root = ["--output-dir", str(self.folder / "runs"), "--name", "one"]
         return main(["train", str(self.folder / "tiny.yaml"), "--stage", "baseline", *root, *flags])
 
     def again(self):

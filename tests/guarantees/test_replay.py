@@ -1,4 +1,4 @@
-"""``potstill run --replay RUN``: the same weights, or what differs."""
+"""``potstill run --reproduce RUN``: the same weights, or what differs."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def replay(finished_run, tmp_path, capsys):
     """Repeats the run, or another, below ``tmp_path``: exit code, and what was said."""
 
     def repeat(*flags, run=finished_run):
-        code = main(["run", "--replay", str(run), "--root", str(tmp_path / "again"), *flags])
+        code = main(["run", "--reproduce", str(run), "--output-dir", str(tmp_path / "again"), *flags])
         found = capsys.readouterr()
         return code, found.out, found.err
 
@@ -55,7 +55,7 @@ def test_the_same_weights(replay, finished_run, tmp_path):
 
 
 def test_the_same_stages(replay, tiny_recipe, tmp_path):
-    arguments = ["train", str(tiny_recipe), "--stage", "baseline", "--root", str(tmp_path), "--name", "one"]
+    arguments = ["train", str(tiny_recipe), "--stage", "baseline", "--output-dir", str(tmp_path), "--name", "one"]
     assert main([*arguments, "--set", "training.epochs=1"]) == 0
     code, out, _ = replay("--name", "two", run=tmp_path / "one")
     assert code == 0
@@ -97,12 +97,12 @@ def test_other_images_are_named_before_anything_is_trained(tiny_recipe, tmp_path
     source = next(line.split("source: ")[1].split(",")[0] for line in text.splitlines() if "source: " in line)
     images = shutil.copytree(source, tmp_path / "images")
     recipe.write_text(text.replace(source, str(images)))
-    root = ["--root", str(tmp_path / "runs")]
+    root = ["--output-dir", str(tmp_path / "runs")]
     assert main(["train", str(recipe), "--stage", "baseline", *root, "--name", "one"]) == 0
 
     def refused():
         capsys.readouterr()
-        assert main(["run", "--replay", str(tmp_path / "runs" / "one"), *root]) == 3
+        assert main(["run", "--reproduce", str(tmp_path / "runs" / "one"), *root]) == 3
         assert not (tmp_path / "runs" / "one-replay").exists()
         return capsys.readouterr().err
 
@@ -158,7 +158,7 @@ def test_damaged_weights(replay, changed_run, tmp_path):
 def test_not_in_its_own_place(flag, changed_run, tmp_path, capsys):
     link = tmp_path / "link"
     link.symlink_to(changed_run)
-    assert main(["run", "--replay", str(link), "--root", str(tmp_path), "--name", "tiny", flag]) == 2
+    assert main(["run", "--reproduce", str(link), "--output-dir", str(tmp_path), "--name", "tiny", flag]) == 2
     assert "give another --name" in capsys.readouterr().err
     assert (changed_run / "results.json").exists()
 
@@ -172,7 +172,7 @@ def test_a_replay_goes_on(replay, tiny_recipe, tmp_path, monkeypatch):
     def killed(*_, **__):
         raise Killed
 
-    assert main(["train", str(tiny_recipe), "--stage", "baseline", "--root", str(tmp_path), "--name", "one"]) == 0
+    assert main(["train", str(tiny_recipe), "--stage", "baseline", "--output-dir", str(tmp_path), "--name", "one"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "evaluate_stages", killed)
         with pytest.raises(Killed):
@@ -186,12 +186,12 @@ def test_a_replay_goes_on(replay, tiny_recipe, tmp_path, monkeypatch):
 
 
 def test_further_seeds_are_compared(tiny_recipe, tmp_path, capsys):
-    root = ["--root", str(tmp_path)]
+    root = ["--output-dir", str(tmp_path)]
     sets = ["--set", "training.epochs=1", "--set", "method={name: supervised}"]
     assert main(["run", str(tiny_recipe), *root, *sets, "--seeds", "2"]) == 0
     with_other_weights(tmp_path / "tiny", "baseline-2")
     capsys.readouterr()
-    assert main(["run", "--replay", str(tmp_path / "tiny"), *root]) == 1
+    assert main(["run", "--reproduce", str(tmp_path / "tiny"), *root]) == 1
     out = capsys.readouterr().out.splitlines()
     assert "  distilled-2: the same weights, byte for byte" in out
     assert any(line.startswith("  baseline-2: other weights, by 0.25 at most") for line in out)

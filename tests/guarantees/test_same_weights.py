@@ -22,7 +22,7 @@ from potstill.experiment import pipeline
 STAGES = ("teacher", "baseline", "distilled")
 SETTINGS = (
     "training.epochs=1", "training.batch_size=4", "data.augment={hflip: true, pad_crop: 0.2, erasing: 0.3}",
-    "data.memory_share=1.0e-12", "data.workers=0", "store=off",
+    "data.cache_fraction=1.0e-12", "data.workers=0", "teacher_cache=off",
 )  # fmt: skip
 FAR = 253402300000.0  # seconds since 1970: the last day of the year 9999
 

@@ -28,7 +28,7 @@ data: {{source: "{source}", size: 16, workers: 0, augment: {{hflip: true}}}}
 teacher: {{model: cifar/resnet8, training: {{epochs: 2}}}}
 student: {{model: cifar/resnet8}}
 method: {{name: kd, temperature: 2.0, alpha: 0.5}}
-store: {{views: 2}}
+teacher_cache: {{views: 2}}
 training: {{epochs: 3, batch_size: 16, lr: 0.003, precision: float32, checkpoint_seconds: 0.001, threads: 1}}
 """
 STAGES = ("teacher", "baseline", "distilled")
@@ -69,7 +69,7 @@ class Launch:
         environment = os.environ | {
             "POTSTILL_CACHE": str(self.cache), "OMP_NUM_THREADS": "1", "POTSTILL_TIMEOUT": "6",
         }  # fmt: skip
-        run = ["run", str(place / "tiny.yaml"), "--root", str(place / "runs"), "--name", name, *flags]
+        run = ["run", str(place / "tiny.yaml"), "--output-dir", str(place / "runs"), "--name", name, *flags]
         launcher = [sys.executable, "-m", "torch.distributed.run", *options, str(FAULTY), *map(str, mishap)]
         self.process = subprocess.Popen(
             [*before, *launcher, *run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -152,7 +152,7 @@ def test_a_process_that_hangs_in_a_step_is_named_and_ended(unlucky):
 def test_an_error_of_one_process_is_shown_as_what_it_is(unlucky):
     launch, status, errors = unlucky["memory"]
     assert status != 0
-    shown = "rank 1 of 2: out of memory; a smaller training.batch_size or data.memory_share needs less"
+    shown = "rank 1 of 2: out of memory; a smaller training.batch_size or data.cache_fraction needs less"
     assert [text.splitlines()[0] for text in errors] == [shown]
     assert launch.code(1) == 5
     assert launch.code(0) in (5, None)  # torchrun may have reported one only

@@ -40,7 +40,7 @@ ALL = [(phase, number) for phase in PHASES for number in ("SIGTERM", "SIGINT")]
 
 
 def arguments(recipe: Path, root: Path, *flags: str) -> list[str]:
-    return ["run", str(recipe), "--root", str(root), "--set", f"store.folder={root}/store", *flags]
+    return ["run", str(recipe), "--output-dir", str(root), "--set", f"teacher_cache.folder={root}/store", *flags]
 
 
 def start(root: Path, *command: str) -> subprocess.Popen[str]:
@@ -159,7 +159,7 @@ def test_a_batch_system_kills_after_a_grace_time(
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("number", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_no_worker_outlives_the_run(tiny_recipe: Path, tmp_path: Path, number: str) -> None:
-    streamed = ["--set", "data.workers=2", "--set", "data.memory_share=1e-12", "--set", "training.epochs=500"]
+    streamed = ["--set", "data.workers=2", "--set", "data.cache_fraction=1e-12", "--set", "training.epochs=500"]
     process = start(tmp_path, "-m", "potstill", *arguments(tiny_recipe, tmp_path, *streamed))
     until = time.monotonic() + LONG
     while not list(tmp_path.glob("tiny/*/checkpoints/last.checkpoint")):

@@ -153,7 +153,7 @@ def test_a_broken_disk_as_the_system_tells_of_it(tiny: Tiny, tmp_path: Path, whe
     strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}"]
     if shutil.which("strace") is None or subprocess.run([*strace, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs strace, and the right to trace a process")
-    command = [*strace, sys.executable, "-m", "potstill", *tiny.arguments, "--root", str(tmp_path / "runs")]
+    command = [*strace, sys.executable, "-m", "potstill", *tiny.arguments, "--output-dir", str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stderr
     assert re.search(r"^error: cannot write \S+: Input/output error$", done.stderr, re.M)

@@ -31,11 +31,11 @@ LONG = 1200  # seconds
 
 RECIPE = """
 name: corpus
-data: {{source: "{source}", size: 32, workers: {workers}, memory_share: {share}}}
+data: {{source: "{source}", size: 32, workers: {workers}, cache_fraction: {share}}}
 student: {{model: cifar/resnet8}}
 method: {{name: supervised}}
 training: {{epochs: 1, batch_size: {batch}, precision: float32}}
-store: off
+teacher_cache: off
 """
 SCRIPT = """
 import sys
@@ -83,7 +83,7 @@ def train(folder, tmp_path, batch, **settings):
     """The baseline alone: one epoch."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(source=folder, batch=batch, **{"workers": 0, "share": 0.3, **settings}))
-    return command("train", recipe, "--stage", "baseline", "--root", tmp_path / "runs", "--overwrite")
+    return command("train", recipe, "--stage", "baseline", "--output-dir", tmp_path / "runs", "--overwrite")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def test_two_starts_at_once(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFix
     for attempt in range(times):
         root = tmp_path / str(attempt)
         capfd.readouterr()
-        code = START.format(when=time.time() + 0.2, arguments=[*tiny.arguments, "--root", str(root)])
+        code = START.format(when=time.time() + 0.2, arguments=[*tiny.arguments, "--output-dir", str(root)])
         children = [context.Process(target=exec, args=(code, {})) for _ in range(2)]
         for child in children:
             child.start()

@@ -9,7 +9,7 @@ BATCH = Batch(torch.zeros(2, 3, 2, 2), torch.tensor([0, 1]))
 
 
 def test_the_teacher_is_heard_in_the_first_share_of_the_epochs_only():
-    method = create_method("eskd", around={"name": "kd", "alpha": 0.25}, stop=0.5)
+    method = create_method("eskd", base_method={"name": "kd", "alpha": 0.25}, stop=0.5)
     inner = create_method("kd", alpha=0.25)(STUDENT, TEACHER, BATCH)
     ce = torch.nn.functional.cross_entropy(STUDENT.logits, BATCH.labels)
     for epoch in range(6):

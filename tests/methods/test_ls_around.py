@@ -23,7 +23,7 @@ def test_kd_sees_standardised_logits_and_cross_entropy_plain_ones():
 
 def test_dkd_has_both_of_its_weights_multiplied():
     method = create_method(
-        "ls", around={"name": "dkd", "temperature": 2.0, "beta": 6.0, "warmup_epochs": 0}, ce_weight=1
+        "ls", base_method={"name": "dkd", "temperature": 2.0, "beta": 6.0, "warmup_epochs": 0}, ce_weight=1
     )
     method.start_epoch(0, 1)
     terms = method(STUDENT, TEACHER, BATCH)
@@ -40,13 +40,13 @@ def test_dkd_has_both_of_its_weights_multiplied():
 
 def test_methods_that_compare_other_things_are_refused():
     with pytest.raises(UsageError, match="at compares other things"):
-        create_method("ls", around={"name": "at"})
+        create_method("ls", base_method={"name": "at"})
     with pytest.raises(UsageError, match="deit_hard compares other things"):
-        create_method("ls", around={"name": "deit_hard"})
-    with pytest.raises(UsageError, match=r"around.*did you mean 'temperature'"):
-        create_method("ls", around={"name": "kd", "temprature": 2})
+        create_method("ls", base_method={"name": "deit_hard"})
+    with pytest.raises(UsageError, match=r"base_method.*did you mean 'temperature'"):
+        create_method("ls", base_method={"name": "kd", "temprature": 2})
     with pytest.raises(UsageError, match="standardises some of its terms"):
-        create_method("ls", around={"name": "mlld"})
+        create_method("ls", base_method={"name": "mlld"})
 
 
 def test_two_classes_are_refused():

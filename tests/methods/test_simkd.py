@@ -85,7 +85,7 @@ def test_works_beside_another_method_and_with_named_layers():
     method = Combined(methods=[{"name": "kd"}, {"name": "simkd"}])
     step = distiller(network(4), network(8), method)(IMAGES, LABELS)
     assert step.terms.keys() == {"ce", "kd", "feature"}
-    joined = Distiller(network(4), network(8), SimKD(), example=IMAGES, layers=[("2", "5")])
+    joined = Distiller(network(4), network(8), SimKD(), example=IMAGES, feature_pairs=[("2", "5")])
     assert joined.student.facts["stage"] == "2"
     assert joined(IMAGES, LABELS).loss.isfinite()
 

@@ -62,7 +62,7 @@ def test_leakage_and_contradictory_labels() -> None:
         ({"a": 500, "b": 100}, 0.84, "", True),
         ({"a": 499, "b": 100}, 0.84, "", False),  # less than five times
         ({"a": 500, "b": 100}, 0.86, "", False),  # and it hardly shows
-        ({"a": 500, "b": 100}, 0.84, "data:\n  balance: weights\n", False),  # done already
+        ({"a": 500, "b": 100}, 0.84, "data:\n  class_balance: weights\n", False),  # done already
         ({"a": 500}, 0.84, "", False),
     ],
 )

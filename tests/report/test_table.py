@@ -142,7 +142,7 @@ def test_how_to_reproduce(build_run: BuildRun) -> None:
     commands = [command for _, command in found["commands"]]
     assert commands == [
         "potstill run runs/quickstart/recipe.yaml --name quickstart-again",
-        "potstill run --replay runs/quickstart",
+        "potstill run --reproduce runs/quickstart",
         "potstill predict runs/quickstart IMAGE.jpg",
         "potstill report runs/quickstart",
     ]

@@ -16,7 +16,7 @@ SMALL = ("teacher.model=cifar/resnet8", "teacher.training.epochs=1", "training.e
 
 def test_a_finished_run_has_its_figures(tmp_path):
     settings = [text for each in SMALL for text in ("--set", each)]
-    assert main(["run", "quickstart", "--root", str(tmp_path), "--name", "done", *settings]) == 0
+    assert main(["run", "quickstart", "--output-dir", str(tmp_path), "--name", "done", *settings]) == 0
     results = json.loads((tmp_path / "done" / "results.json").read_text())
     found = progress("done", list_runs(tmp_path)["done"])
     assert found["state"] == "finished"

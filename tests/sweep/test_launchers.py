@@ -41,7 +41,7 @@ def source(recipe, tmp_path):
 
 
 def typed(source, tmp_path, *more):
-    return ["sweep", source, "--over", "method.alpha=0.2,0.8", "--root", str(tmp_path), "--name", "s", *more]
+    return ["sweep", source, "--search", "method.alpha=0.2,0.8", "--output-dir", str(tmp_path), "--name", "s", *more]
 
 
 def test_slurm_jobs_carry_the_sweep_out(source, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What --over may say."""
+"""What --search may say."""
 
 import pytest
 from hypothesis import given
@@ -35,8 +35,8 @@ def test_any_text_is_read_or_refused_in_words(text):
     except UsageError as error:
         said = str(error)
     else:
-        said = f"--over {found}"
-    assert said.startswith("--over")
+        said = f"--search {found}"
+    assert said.startswith("--search")
 
 
 def test_commas_inside_brackets_do_not_divide():

@@ -42,9 +42,9 @@ def rows(folder):
 
 
 def command(source, folder, *more, through=("-m", "potstill")):
-    over = [part for text in OVER for part in ("--over", text)]
+    over = [part for text in OVER for part in ("--search", text)]
     more = ("--confirm-seeds", "0", *more)
-    where = ["--root", str(folder.parent), "--name", folder.name]
+    where = ["--output-dir", str(folder.parent), "--name", folder.name]
     return [sys.executable, *through, "sweep", source, *over, *where, *more]
 
 

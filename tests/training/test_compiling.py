@@ -138,7 +138,7 @@ def test_a_compiled_epoch_that_is_slower_was_the_last(monkeypatch):
     [
         (MAX_CUDA_GRAPH_IMAGES, {}, "reduce-overhead"),
         (MAX_CUDA_GRAPH_IMAGES + 1, {}, None),
-        (8, {"accumulate": 2}, None),  # gradients of one call must outlive the next
+        (8, {"gradient_accumulation_steps": 2}, None),  # gradients of one call must outlive the next
     ],
 )
 def test_cuda_graphs_for_small_batches(monkeypatch, images, settings, mode):

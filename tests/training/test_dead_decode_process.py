@@ -38,7 +38,7 @@ def training(folder):
     images = ArraySet(random.integers(0, 255, (IMAGES, 4, 4, 3), dtype=np.uint8), labels, list(map(str, labels)))
     spec = InputSpec(size=4, mean=(0.5,) * 3, std=(0.25,) * 3)
     loaders = [
-        Loader(images, spec, batch_size=6, order=order, workers=2, memory_share=1e-15)
+        Loader(images, spec, batch_size=6, order=order, workers=2, cache_fraction=1e-15)
         for order in ("shuffled", "listed")
     ]
     torch.manual_seed(0)

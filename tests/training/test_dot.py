@@ -35,8 +35,8 @@ def network():
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_without_delta_it_is_sgd(clip, accumulate):
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
+def test_without_delta_it_is_sgd(clip, gradient_accumulation_steps):
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     found = {}
     for name in ("dot", "sgd"):
@@ -45,14 +45,14 @@ def test_without_delta_it_is_sgd(clip, accumulate):
         optimizer = create_optimizer(net.named_parameters(), settings)
         gradients = GradientAccumulator(optimizer, list(net.parameters()))
         for step in range(6):
-            for part in x.double().chunk(accumulate):
+            for part in x.double().chunk(gradient_accumulation_steps):
                 labels, distillation = losses(net, part, step)
                 terms = {"ce": labels, "kd": distillation}
                 if step == 3:  # a buffer goes on through a step without its gradient
                     del terms["kd"]
                 if step == 4:
                     del terms["ce"]
-                gradients.add(Step(torch.zeros(1, 2), terms), accumulate)
+                gradients.add(Step(torch.zeros(1, 2), terms), gradient_accumulation_steps)
             if clip is not None:
                 gradients.clip(clip)
             optimizer.step()

@@ -122,10 +122,15 @@ def test_student_is_in_train_mode_in_every_epoch(tmp_path):
     assert student.modes == per_epoch * 3
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_every_update_is_made_at_the_rate_of_its_schedule(tmp_path, accumulate):
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
+def test_every_update_is_made_at_the_rate_of_its_schedule(tmp_path, gradient_accumulation_steps):
     settings = TrainingSettings(
-        epochs=3, lr=0.4, schedule="cosine", warmup_epochs=1, accumulate=accumulate, checkpoint_seconds=0
+        epochs=3,
+        lr=0.4,
+        schedule="cosine",
+        warmup_epochs=1,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        checkpoint_seconds=0,
     )
     torch.manual_seed(0)
     student = Counting()
@@ -136,7 +141,7 @@ def test_every_update_is_made_at_the_rate_of_its_schedule(tmp_path, accumulate):
     rates = []
     training.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     training.run()
-    each = 4 // accumulate  # updates an epoch
+    each = 4 // gradient_accumulation_steps  # updates an epoch
     rising = [0.4 * (step + 1) / each for step in range(each)]
     falling = [0.4 * (1 + math.cos(math.pi * step / (2 * each))) / 2 for step in range(2 * each)]
     assert rates == pytest.approx(rising + falling)
@@ -251,14 +256,16 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
         def __init__(self):
             super().__init__(nn.Flatten(), nn.Linear(12, 3))
 
-    def weights(batch_size, accumulate, folder):
+    def weights(batch_size, gradient_accumulation_steps, folder):
         torch.manual_seed(0)
         net = Linear()
         Trainer(
             Distiller(net, None, Supervised()),
             Numbers(16, batch_size),
             Numbers(9, seed=1),
-            TrainingSettings(epochs=1, optimizer="sgd", lr=0.1, accumulate=accumulate),
+            TrainingSettings(
+                epochs=1, optimizer="sgd", lr=0.1, gradient_accumulation_steps=gradient_accumulation_steps
+            ),
             CPU,
             folder=folder,
             observer=SilentObserver(),
@@ -270,7 +277,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 
 
 def test_clipping_bounds_the_step(tmp_path):
-    settings = TrainingSettings(epochs=1, optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0, clip_norm=1e-3)
+    settings = TrainingSettings(epochs=1, optimizer="sgd", lr=1.0, momentum=0.0, weight_decay=0, max_grad_norm=1e-3)
     torch.manual_seed(0)
     before = [p.detach().clone() for p in Counting().parameters()]
     _, student = train(tmp_path, settings)
@@ -308,7 +315,7 @@ def test_averaged_weights_follow_the_definition(tmp_path):
 
 
 def test_early_stopping_waits_for_its_patience(tmp_path):
-    settings = TrainingSettings(epochs=50, lr=1e-9, early_stopping=3)
+    settings = TrainingSettings(epochs=50, lr=1e-9, early_stopping_patience=3)
     history, _ = train(tmp_path, settings)
     assert len(history.records) == history.best_epoch + 3
 

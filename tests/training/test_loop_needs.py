@@ -166,7 +166,9 @@ def test_unlabeled_images_count_in_the_teachers_terms_alone(tmp_path):
     assert figures["terms"]["kd"] == pytest.approx(0.7 * sum(kl) / 18, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "clip_norm": 1.0, "schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "schedule": "cosine"}]
+)
 def test_dot_without_delta_trains_as_sgd_does(tmp_path, options):
     found = {}
     for name, settings in {"dot": {"dot_delta": 0.0}, "sgd": {}, "apart": {"dot_delta": 0.09}}.items():

@@ -57,7 +57,7 @@ def test_unknown_names_come_with_the_nearest():
 
 
 def test_cosine_and_warm_up():
-    factor = lr_factor(TrainingSettings(epochs=10, schedule="cosine", warmup_epochs=2, final_lr_share=0.1), 5)
+    factor = lr_factor(TrainingSettings(epochs=10, schedule="cosine", warmup_epochs=2, min_lr_ratio=0.1), 5)
     assert [factor(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])  # 1/10, 5/10, 10/10 of the warm-up
     assert factor(10) == 1.0
     assert factor(30) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.5)) / 2)  # half of the 40 that follow

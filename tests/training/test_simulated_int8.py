@@ -95,7 +95,7 @@ SETTINGS = TrainingSettings(epochs=4, optimizer="sgd", lr=0.05, schedule="step",
 
 def test_the_last_epochs_are_trained_under_it_and_picked_from(tmp_path):
     train(tmp_path / "plain", SETTINGS.model_copy(update={"selection_metric": "nll"}))
-    history, _ = train(tmp_path / "int8", SETTINGS.model_copy(update={"selection_metric": "nll", "int8_share": 0.5}))
+    history, _ = train(tmp_path / "int8", SETTINGS.model_copy(update={"selection_metric": "nll", "qat_fraction": 0.5}))
     loss = [[each["train"]["loss"] for each in lines(tmp_path / name)] for name in ("plain", "int8")]
     assert loss[0][:2] == loss[1][:2]
     assert loss[0][2] != loss[1][2]
@@ -105,14 +105,14 @@ def test_the_last_epochs_are_trained_under_it_and_picked_from(tmp_path):
 
 def test_an_earlier_epoch_is_not_picked_even_if_it_is_better(tmp_path):
     rising = TrainingSettings(epochs=4, optimizer="sgd", lr=0.05, schedule="step", milestones=[1], gamma=1.0)
-    worse = rising.model_copy(update={"selection_metric": "nll", "weight_decay": 5.0, "int8_share": 0.25})
+    worse = rising.model_copy(update={"selection_metric": "nll", "weight_decay": 5.0, "qat_fraction": 0.25})
     history, _ = train(tmp_path, worse)
     assert history.best_epoch == 4
 
 
 @pytest.mark.parametrize("after", [1, 3])
 def test_it_goes_on_exactly(tmp_path, after):
-    settings = TrainingSettings(epochs=4, lr=0.05, checkpoint_seconds=0, int8_share=0.5)
+    settings = TrainingSettings(epochs=4, lr=0.05, checkpoint_seconds=0, qat_fraction=0.5)
     _, one = train(tmp_path / "whole", settings)
     train(tmp_path / "cut", settings, epochs_run=after)
     _, two = train(tmp_path / "cut", settings, resume=True)
@@ -120,13 +120,13 @@ def test_it_goes_on_exactly(tmp_path, after):
 
 
 def test_it_is_for_students_alone():
-    recipe = load_recipe("quickstart", ["training.int8_share=0.2"])
-    assert recipe.stage_training("teacher").int8_share == 0
-    assert {recipe.stage_training(name).int8_share for name in ("baseline", "distilled")} == {0.2}
+    recipe = load_recipe("quickstart", ["training.qat_fraction=0.2"])
+    assert recipe.stage_training("teacher").qat_fraction == 0
+    assert {recipe.stage_training(name).qat_fraction for name in ("baseline", "distilled")} == {0.2}
 
 
 def test_early_stopping_might_end_before_it():
-    with pytest.raises(UsageError, match="early_stopping may end the training before int8_share begins"):
-        load_recipe("quickstart", ["training.int8_share=0.2", "training.early_stopping=3"])
-    load_recipe("quickstart", ["training.int8_share=1", "training.early_stopping=3"])
-    load_recipe("quickstart", ["training.int8_share=0.2", "teacher.training.early_stopping=3"])
+    with pytest.raises(UsageError, match="early_stopping_patience may end the training before qat_fraction begins"):
+        load_recipe("quickstart", ["training.qat_fraction=0.2", "training.early_stopping_patience=3"])
+    load_recipe("quickstart", ["training.qat_fraction=1", "training.early_stopping_patience=3"])
+    load_recipe("quickstart", ["training.qat_fraction=0.2", "teacher.training.early_stopping_patience=3"])

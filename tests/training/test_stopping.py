@@ -133,7 +133,7 @@ def test_at_every_step_of_one_training(tmp_path, whole):
         (("ikl", {"class_prior": True}), {}),
         ("crd", {}),  # draws from the global generator, and has a memory
         ("kd", {"optimizer": "dot"}),
-        ("kd", {"accumulate": 2}),
+        ("kd", {"gradient_accumulation_steps": 2}),
         ("kd", {"ema_decay": 0.8}),
         (("kd", {"schedule": {"kd": {"shape": "linear", "start": 0.2, "end": 0.8}}}), {}),
     ],

@@ -154,7 +154,12 @@ def test_no_step_of_the_loop_waits(tmp_path, monkeypatch, optimizer, method):
     distiller, _ = distil(method())
     loose = {"foreach": True} if optimizer == "sgd" else {}  # torch cannot fake its fused form
     settings = TrainingSettings(
-        optimizer=optimizer, optimizer_options=loose, clip_norm=1.0, accumulate=2, schedule="cosine", warmup_epochs=0.5
+        optimizer=optimizer,
+        optimizer_options=loose,
+        max_grad_norm=1.0,
+        gradient_accumulation_steps=2,
+        schedule="cosine",
+        warmup_epochs=0.5,
     )
 
     def backward(self, step, batches=1, share=1.0):

@@ -76,7 +76,7 @@ def verify(
         )
     if recorded and found["same_class"] < MIN_AGREEMENT:
         raise ArtifactError(
-            f"{path} does not hold what its teacher says; remove it with `potstill store rm {path.name}`"
+            f"{path} does not hold what its teacher says; remove it with `potstill cache rm {path.name}`"
         )
 
 
@@ -92,7 +92,7 @@ def rm(
 
     root = _root(folder)
     if everything == bool(keys):
-        raise UsageError("give the keys of the stores to remove, or --all; `potstill store ls` shows them")
+        raise UsageError("give the keys of the stores to remove, or --all; `potstill cache ls` shows them")
     paths = [find_cache(root, key) for key in keys] if keys else [each.path for each in list_caches(root)]
     for path in dict.fromkeys(paths):
         freed = remove_cache(path)

@@ -95,6 +95,7 @@ FormatName = Annotated[
 Preprocessing = Annotated[
     str,
     typer.Option(
+        "--preprocessing",
         metavar="none|normalise|resize",
         help="How much of the preparation of images becomes part of the file: none (it takes normalised numbers), "
         "normalise (pixels of the network's size), resize (pixels of any size).",
@@ -108,7 +109,12 @@ def export(
     form: FormatName = "onnx",
     inside: Preprocessing = "none",
     int8: Annotated[bool, typer.Option("--int8", help="Quantize to 8 bits, calibrated on training images.")] = False,
-    max_drop: Annotated[float, typer.Option(help="Test accuracy that --int8 may lose; 0.01 is one point.")] = 0.01,
+    max_drop: Annotated[
+        float,
+        typer.Option(
+            "--max-accuracy-drop", metavar="SHARE", help="Test accuracy that --int8 may lose; 0.01 is one point."
+        ),
+    ] = 0.01,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
     data: Annotated[str | None, typer.Option(metavar="DIR", help="Where the run's data are now.")] = None,
 ) -> None:
@@ -135,10 +141,12 @@ def export(
 
 
 def serve(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a run's name below --root, or a model.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, a run's name below --output-dir, or a model.")
+    ],
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    root: Annotated[Path, typer.Option(metavar="DIR", help="The runs to be browsed.")] = Path("runs"),
+    root: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="The runs to be browsed.")] = Path("runs"),
 ) -> None:
     """Try a run's models on images in a browser, on this machine alone."""
     from potstill.console import escape_control

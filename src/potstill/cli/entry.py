@@ -67,8 +67,19 @@ for _verb in (
     catalog.methods,
 ):
     app.command()(_verb)
-app.add_typer(cache.cache_app, name="store")
+app.add_typer(cache.cache_app, name="cache")
 app.add_typer(federated.federated_app, name="federated")
+
+
+# Former flags and verbs, and what they are called now.
+_RENAMED = {
+    "--root": "--output-dir",
+    "--replay": "--reproduce",
+    "--over": "--search",
+    "--inside": "--preprocessing",
+    "--max-drop": "--max-accuracy-drop",
+    "store": "cache",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +123,8 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
 def _run_verb(arguments: list[str]) -> Any:
     """Let typer run the verb; it returns an exit code, or None."""
     check_verb(arguments)
+    if arguments and (new := _RENAMED.get(arguments[0])) and not new.startswith("--"):
+        raise UsageError(f"`potstill {arguments[0]}` is called `potstill {new}` now")
     command: Any = typer.main.get_command(app)
     if len(arguments) == 2 and arguments[0] in command.commands and arguments[1] in _HELP:
         # Typer would first check the (absent) options before the verb, with pydantic: a tenth of a second.
@@ -129,6 +142,8 @@ def _report_other_error(error: Exception) -> int:
         return _print_error(_INTERRUPTED, INTERRUPTED)
     # Parser errors: their class is typer's in new versions and click's in older ones.
     if hasattr(error, "format_message") and hasattr(error, "show"):
+        if new := _RENAMED.get(str(getattr(error, "option_name", ""))):
+            return _print_error(f"{error.option_name} is called {new} now", USAGE_ERROR)  # type: ignore[attr-defined]
         with contextlib.suppress(BrokenPipeError):
             error.show()
         return USAGE_ERROR

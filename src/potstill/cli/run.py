@@ -87,7 +87,17 @@ Student = Annotated[
     str | None, typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder.")
 ]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder; the recipe's where not given.")]
-Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds the run folders.")]
+Root = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder that holds the run folders.")]
+Epochs = Annotated[int | None, typer.Option(metavar="N", help="training.epochs: passes over the training images.")]
+Lr = Annotated[float | None, typer.Option(metavar="LR", help="training.lr: learning rate after warm-up.")]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", help="training.batch_size: images per step.")]
+ImageSize = Annotated[int | None, typer.Option(metavar="PIXELS", help="data.size: height and width of the images.")]
+Device = Annotated[str | None, typer.Option(metavar="D", help="training.device: auto, cpu, cuda, cuda:1 or mps.")]
+MethodName = Annotated[
+    str | None, typer.Option(metavar="M", help="method.name: how to distil; see `potstill methods`.")
+]
+Temperature = Annotated[float | None, typer.Option(metavar="T", help="method.temperature: of the softened outputs.")]
+Alpha = Annotated[float | None, typer.Option(metavar="A", help="method.alpha: weight of the labels in kd.")]
 Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
 Seeds = Annotated[
     int | None,
@@ -115,7 +125,9 @@ Baseline = Annotated[
 ]
 Reproduce = Annotated[
     Path | None,
-    typer.Option(metavar="RUN", help="In place of RECIPE: repeat a run, and say whether the weights are the same."),
+    typer.Option(
+        "--reproduce", metavar="RUN", help="In place of RECIPE: repeat a run, and say whether the weights are the same."
+    ),
 ]
 
 
@@ -135,6 +147,14 @@ def run(
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
+    epochs: Epochs = None,
+    lr: Lr = None,
+    batch_size: BatchSize = None,
+    image_size: ImageSize = None,
+    method: MethodName = None,
+    temperature: Temperature = None,
+    alpha: Alpha = None,
+    device: Device = None,
     settings: Settings = None,
     name: Name = None,
     root: Root = Path("runs"),
@@ -146,14 +166,28 @@ def run(
     replay: Reproduce = None,
 ) -> None:
     """Train teacher, baseline and distilled student, and report."""
-    flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed, "--seeds": seeds}
-    flags["--skip-bad"] = skip_bad
+    flags: dict[str, Any] = {
+        "--data": data,
+        "--teacher": teacher or None,
+        "--student": student,
+        "--epochs": epochs,
+        "--lr": lr,
+        "--batch-size": batch_size,
+        "--image-size": image_size,
+        "--method": method,
+        "--temperature": temperature,
+        "--alpha": alpha,
+        "--device": device,
+        "--seed": seed,
+        "--seeds": seeds,
+        "--skip-bad": skip_bad,
+    }
     if replay is not None:
         given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
         _reproduce(replay, given, root=root, name=name, resume=resume, overwrite=overwrite)
         return
     if recipe is None:
-        raise UsageError("give a RECIPE: a name from `potstill recipes`, or a YAML file; or --replay RUN")
+        raise UsageError("give a RECIPE: a name from `potstill recipes`, or a YAML file; or --reproduce RUN")
     others: dict[str, Any] = {"baseline": baseline} if baseline is not None else {}
     folder = _run_pipeline(
         recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None, **others
@@ -170,6 +204,14 @@ def train(
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
+    epochs: Epochs = None,
+    lr: Lr = None,
+    batch_size: BatchSize = None,
+    image_size: ImageSize = None,
+    method: MethodName = None,
+    temperature: Temperature = None,
+    alpha: Alpha = None,
+    device: Device = None,
     settings: Settings = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the run folder; RECIPE-STAGE where not given.")
@@ -180,8 +222,21 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train one stage alone: teacher, baseline or distilled student."""
-    flags = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
-    flags["--skip-bad"] = skip_bad
+    flags: dict[str, Any] = {
+        "--data": data,
+        "--teacher": teacher or None,
+        "--student": student,
+        "--epochs": epochs,
+        "--lr": lr,
+        "--batch-size": batch_size,
+        "--image-size": image_size,
+        "--method": method,
+        "--temperature": temperature,
+        "--alpha": alpha,
+        "--device": device,
+        "--seed": seed,
+        "--skip-bad": skip_bad,
+    }
     folder = _run_pipeline(
         recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
     )
@@ -196,7 +251,7 @@ def train(
     else:
         again["--baseline"] = str(folder)
     again["--set"] = settings
-    again["--root"] = None if root == Path("runs") else str(root)
+    again["--output-dir"] = None if root == Path("runs") else str(root)
     again["--name"] = None if name is None else f"{name[:60]}-run"
     _report_results(folder, next_command=["potstill", "run", recipe, *_to_arguments(again)])
 
@@ -236,11 +291,11 @@ def _reproduce(run: Path, given: dict[str, Any], *, name: str | None, **folder: 
 
     if other := [flag for flag, value in given.items() if value not in (None, [])]:
         raise UsageError(
-            f"--replay repeats {run} as it was; {', '.join(other)} would make it another run.\n"
-            "Beside it there may be --name, --root, --resume and --overwrite"
+            f"--reproduce repeats {run} as it was; {', '.join(other)} would make it another run.\n"
+            "Beside it there may be --name, --output-dir, --resume and --overwrite"
         )
     record = read_run_record(run)
-    name = f"{run.resolve().name[:57]}-replay" if name is None else name  # 64 characters are allowed
+    name = f"{run.resolve().name[:58]}-again" if name is None else name  # 64 characters are allowed
     check_other_folder(record, folder["root"], name)
     repeated = _run_pipeline(
         str(record.folder.recipe), None, {}, name=name, stages=record.stages, replay=record, **folder
@@ -253,7 +308,7 @@ def _reproduce(run: Path, given: dict[str, Any], *, name: str | None, **folder: 
     from potstill.experiment.run_folder import RunFolder
 
     outcome = compare(record, RunFolder(repeated))
-    print_section(f"replay of {run}", outcome.lines)
+    print_section(f"repetition of {run}", outcome.lines)
     if not outcome.equal and outcome.guaranteed:
         raise typer.Exit(INTERNAL_ERROR)
 

@@ -15,7 +15,9 @@ def sweep(
     recipe: RecipeName,
     over: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUES", help="What to vary: a,b,c or low..high or low..high:log; may be repeated."),
+        typer.Option(
+            "--search", metavar="KEY=VALUES", help="What to vary: a,b,c or low..high or low..high:log; may be repeated."
+        ),
     ] = None,
     trials: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="In all; 20, or every combination of a grid.")
@@ -66,16 +68,16 @@ def sweep(
     flags["--skip-bad"] = skip_bad
     space = parse_space(over or [], recipe, sets, flags)
     if grid and not space.listed:
-        raise UsageError("--grid tries every combination, so each --over must list its values; a range has no end")
+        raise UsageError("--grid tries every combination, so each --search must list its values; a range has no end")
     grid = space.listed if grid is None else grid
     name = f"{load_recipe(recipe, sets, flags=flags).name[: _MAX_NAME - 6]}-sweep" if name is None else name
     if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{_MAX_NAME}}}", name) or set(name) == {"."}:
         raise UsageError(f"a sweep's name is 1 to {_MAX_NAME} of the characters A-Z a-z 0-9 . _ -, got {name!r}")
 
     if slurm or ray or job_option:
-        repeated = {"--over": over, "--set": sets, "--teacher": teacher}
+        repeated = {"--search": over, "--set": sets, "--teacher": teacher}
         once = {"--trials": trials, "--timeout": timeout, **flags, "--teacher": None, "--skip-bad": None}
-        once |= {"--name": name, "--root": root}
+        once |= {"--name": name, "--output-dir": root}
         once |= {"--confirm-seeds": confirm_seeds}
         words = [word for flag, texts in repeated.items() for text in texts or [] for word in (flag, text)]
         words += [word for flag, value in once.items() if value is not None for word in (flag, str(value))]

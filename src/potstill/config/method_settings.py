@@ -20,7 +20,7 @@ def normalize_method(method: Any) -> Any:
 
 
 def inner_methods(settings: dict[str, Any]) -> list[tuple[tuple[str | int, ...], Any]]:
-    """The methods inside a method, each with its path: ``("around",)``, ``("methods", 0)``.
+    """The methods inside a method, each with its path: ``("base_method",)``, ``("methods", 0)``.
 
     Empty for an unknown name; what stands there may be anything, since nobody has checked it.
     """
@@ -62,7 +62,7 @@ def describe_method(method: Any) -> str:
     """A method in a few words, for tables and headings.
 
     Example:
-        >>> describe_method({"name": "ls", "around": {"name": "dkd"}}), describe_method([{"name": "kd"}, {"name": "crd"}])
+        >>> describe_method({"name": "ls", "base_method": {"name": "dkd"}}), describe_method([{"name": "kd"}, {"name": "crd"}])
         ('ls around dkd', 'kd + crd')
         >>> describe_method({"name": "combined", "methods": [{"name": "kd"}, {"name": "crd", "factor": 0.8}]})
         'kd + 0.8 crd'

@@ -16,19 +16,41 @@ from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.io import read_checksummed_json
 from potstill.methods import method_info
 
-FLAGS = ("--data", "--skip-bad", "--teacher", "--student", "--seed", "--seeds")
+# Flags that change one setting each, and which.
+SETTING_FLAGS: Mapping[str, KeyPath] = {
+    "--epochs": ("training", "epochs"),
+    "--lr": ("training", "lr"),
+    "--batch-size": ("training", "batch_size"),
+    "--image-size": ("data", "size"),
+    "--device": ("training", "device"),
+    "--method": ("method", "name"),
+    "--temperature": ("method", "temperature"),
+    "--alpha": ("method", "alpha"),
+    "--seed": ("seed",),
+    "--seeds": ("seeds",),
+}
+FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".json")
 
 
 def apply_overrides(document: Document, flags: Mapping[str, Any], sets: Iterable[str]) -> None:
     """Change ``document.value`` in place; flags come first, so that ``--set`` has the last word."""
     for flag in FLAGS:
-        if flags.get(flag) is not None:
+        if flags.get(flag) is not None and flag not in SETTING_FLAGS:
             _apply_flag(document, flag, flags[flag])
-    changes = [change for text in sets if (change := _parse_assignment(document, text)) is not None]
+    changes = [
+        (path, flags[flag], f"{flag} {flags[flag]}")
+        for flag, path in SETTING_FLAGS.items()
+        if flags.get(flag) is not None
+    ]
+    changes += [
+        (change[0], change[1], f"--set {text}")
+        for text in sets
+        if (change := _parse_assignment(document, text)) is not None
+    ]
     _prepare_method(document, {path: value for path, value, _ in changes})
-    for path, value, text in changes:
-        _set_value(document, path, value, f"--set {text}")
+    for path, value, place in changes:
+        _set_value(document, path, value, place)
 
 
 def split_model(text: str) -> tuple[str | None, str | None]:
@@ -65,8 +87,6 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         _set_value(document, ("data", "source"), os.fspath(value), place)
     elif flag == "--skip-bad":
         _set_value(document, ("data", "skip_bad"), bool(value), flag)
-    elif flag in ("--seed", "--seeds"):
-        _set_value(document, (flag.removeprefix("--"),), value, place)
     elif flag == "--teacher":
         _name_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
     else:
@@ -93,7 +113,7 @@ def _name_teachers(document: Document, named: list[Any]) -> None:
             _set_value(document, (*path, key), text, f"--teacher {each}")
 
 
-def _parse_assignment(document: Document, text: str) -> tuple[KeyPath, Any, str] | None:
+def _parse_assignment(document: Document, text: str) -> tuple[KeyPath, Any] | None:
     key, equals, yaml_value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -105,7 +125,7 @@ def _parse_assignment(document: Document, text: str) -> tuple[KeyPath, Any, str]
         document.problems.append(str(error))
         return None
     document.problems += parsed.problems
-    return tuple(parts), parsed.value, text
+    return tuple(parts), parsed.value
 
 
 def _set_value(document: Document, path: KeyPath, value: Any, place: str) -> None:

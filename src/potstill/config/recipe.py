@@ -47,7 +47,7 @@ class DomainSettings(BaseModel):
     confidence: float = Field(
         0.9, ge=0, le=1, description="least probability of the teacher's first class for an image to be learned from"
     )
-    balance: bool = Field(
+    class_balance: bool = Field(
         True, description="draw each class that the teacher names equally often; false: each image equally often"
     )
     adapt_batch_norm: bool = Field(
@@ -135,7 +135,7 @@ class Recipe(BaseModel):
         description="networks between teacher and student, each of which learns from the one before",
     )
     student: StageSettings
-    generations: int = Field(
+    born_again_generations: int = Field(
         1,
         ge=1,
         le=100,
@@ -147,23 +147,23 @@ class Recipe(BaseModel):
     curriculum: CurriculumSettings | None = Field(
         None, description="easy images first for whoever distils; null: all images in every epoch"
     )
-    layers: list[tuple[str, str]] | None = Field(
+    feature_pairs: list[tuple[str, str]] | None = Field(
         None, description="[path in the student, path in the teacher] of each joined pair; null: found by depth"
     )
     train_predictions: bool = Field(
         False,
         description="predictions on train too where images x classes > 10 million; of fewer they are always written",
     )
-    store: TeacherCacheSettings = TeacherCacheSettings()
+    teacher_cache: TeacherCacheSettings = TeacherCacheSettings()
     training: TrainingSettings = TrainingSettings()
     tracker: list[LoggerSettings] = Field(
         [], description="who else gets the figures: tensorboard, wandb, mlflow, trackio, or several; see trackers.md"
     )
 
-    @field_validator("store", mode="before")
+    @field_validator("teacher_cache", mode="before")
     @classmethod
-    def _mode_alone(cls, store: Any) -> Any:
-        return {"mode": store} if isinstance(store, (str, bool)) else store
+    def _mode_alone(cls, teacher_cache: Any) -> Any:
+        return {"mode": teacher_cache} if isinstance(teacher_cache, (str, bool)) else teacher_cache
 
     @field_validator("tracker", mode="before")
     @classmethod
@@ -201,7 +201,7 @@ class Recipe(BaseModel):
         """The shared training settings with this stage's own on top."""
         shared = self.training.model_dump()
         if stage_role(stage) in ("teacher", "assistant"):  # who is not deployed need not stand int8
-            shared["int8_share"] = 0.0
+            shared["qat_fraction"] = 0.0
         return TrainingSettings.model_validate({**shared, **self.network(stage).training})
 
 
@@ -229,9 +229,9 @@ def load_recipe(
     if not isinstance(value, dict):
         raise UsageError(f"{document.label}: a recipe is a mapping; start from `potstill recipes quickstart`")
     value.setdefault("method", {"name": "kd"})  # so that --set method.alpha=0.9 has a method to change
-    if isinstance(value.get("store"), (str, bool)):  # likewise for --set store.views=8 after store: auto
-        value["store"] = {"mode": value["store"]}
-        document.places.move(("store",), ("store", "mode"))
+    if isinstance(value.get("teacher_cache"), (str, bool)):  # likewise for --set teacher_cache.views=8
+        value["teacher_cache"] = {"mode": value["teacher_cache"]}
+        document.places.move(("teacher_cache",), ("teacher_cache", "mode"))
     apply_overrides(document, flags or {}, sets)
     if "tracker" in value:  # so that what is wrong with one has a place
         value["tracker"] = as_logger_list(value["tracker"])

@@ -32,6 +32,17 @@ RENAMED_KEYS = {  # former keys, and what they are called now
     "pick_by": "selection_metric",
     "view_seed": "augmentation_seed",
     "fit": "resize_mode",
+    "accumulate": "gradient_accumulation_steps",
+    "clip_norm": "max_grad_norm",
+    "final_lr_share": "min_lr_ratio",
+    "int8_share": "qat_fraction",
+    "early_stopping": "early_stopping_patience",
+    "memory_share": "cache_fraction",
+    "store": "teacher_cache",
+    "balance": "class_balance",
+    "policy": "auto_augment",
+    "layers": "feature_pairs",
+    "generations": "born_again_generations",
 }
 _CHOICE_HINTS = {  # values that cannot be, and why
     ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs, so it is no "

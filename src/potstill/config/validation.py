@@ -112,10 +112,10 @@ def curriculum_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
             ("curriculum",),
             f"curriculum: the teacher says what is easy, and {describe_method(normalize_method(value.get('method')))} has none",
         )
-    if data.get("balance") == "sampling":
+    if data.get("class_balance") == "sampling":
         yield (
-            ("data", "balance"),
-            "data.balance: sampling and curriculum both say which images are drawn; use balance: weights",
+            ("data", "class_balance"),
+            "data.class_balance: sampling and curriculum both say which images are drawn; use class_balance: weights",
         )
     if data.get("target") is not None:
         yield (
@@ -232,8 +232,11 @@ def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         why = f"{describe_method(normalize_method(method))} learns from no teacher"
         if value.get("assistants"):
             yield ("assistants",), f"assistants stand between teacher and student, and method {why}"
-        if value.get("generations", 1) != 1:
-            yield ("generations",), f"generations: each of several learns from the one before, and method {why}"
+        if value.get("born_again_generations", 1) != 1:
+            yield (
+                ("born_again_generations",),
+                f"born_again_generations: each of several learns from the one before, and method {why}",
+            )
     together = value.get("teachers")
     weights = together.get("weights") if isinstance(together, dict) else None
     if isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights):
@@ -252,7 +255,7 @@ _HAS_EFFECT: dict[str, tuple[Callable[[TrainingSettings], bool], str]] = {
     ),
     "dot_delta": (lambda training: training.optimizer.lower() == "dot", "has no effect but with optimizer: dot"),
     "gamma": (lambda training: training.schedule == "step", "has no effect but with schedule: step"),
-    "final_lr_share": (lambda training: training.schedule == "cosine", "has no effect but with schedule: cosine"),
+    "min_lr_ratio": (lambda training: training.schedule == "cosine", "has no effect but with schedule: cosine"),
     "decay_all": (lambda training: training.weight_decay > 0, "has no effect with weight_decay: 0"),
 }
 
@@ -260,7 +263,7 @@ _HAS_EFFECT: dict[str, tuple[Callable[[TrainingSettings], bool], str]] = {
 def _training_problems(shared: dict[str, Any], value: dict[str, Any]) -> Iterator[SettingProblem]:
     """Checks that need several settings at once are made on what each network really gets."""
     data = value.get("data")
-    weighted = isinstance(data, dict) and data.get("balance") == "weights"
+    weighted = isinstance(data, dict) and data.get("class_balance") == "weights"
     inherited: dict[str, list[bool]] = {}  # of each shared setting: whether it counts for a network that has it
     for place, section in network_sections(value):
         own = section.get("training", {})
@@ -269,7 +272,7 @@ def _training_problems(shared: dict[str, Any], value: dict[str, Any]) -> Iterato
         _, problems = parse_settings(own, TrainingSettings)
         for path, message in problems:
             yield (*place, "training", *path), f"{dotted_key(place)}.training.{message}"
-        left_out = set() if place[0] == "student" else {"int8_share"}  # as Recipe.stage_training has it
+        left_out = set() if place[0] == "student" else {"qat_fraction"}  # as Recipe.stage_training has it
         common = {key: item for key, item in shared.items() if key not in left_out}
         merged, wrong = parse_valid_settings({**common, **own}, TrainingSettings)
         for key, (counts, message) in _HAS_EFFECT.items():
@@ -279,7 +282,9 @@ def _training_problems(shared: dict[str, Any], value: dict[str, Any]) -> Iterato
                 inherited.setdefault(key, []).append(bool(wrong) or counts(merged))
         if weighted and merged.batch_size == 1 and "batch_size" not in wrong:
             where = (*place, "training") if "batch_size" in own else ("training",)
-            message = "data.balance: weights weighs the images of a batch against each other, so it needs two or more"
+            message = (
+                "data.class_balance: weights weighs the images of a batch against each other, so it needs two or more"
+            )
             yield (*where, "batch_size"), f"{dotted_key(where)}.batch_size is 1: {message}"
         for keys, message in _schedule_problems(merged):
             if wrong.intersection(keys):
@@ -308,7 +313,7 @@ def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, 
             ("milestones", "warmup_epochs"),
             f"milestones must come after warmup_epochs, {training.warmup_epochs:g}, got {marks}",
         )
-    still = {"cosine": ("final_lr_share", training.final_lr_share), "step": ("gamma", training.gamma)}
+    still = {"cosine": ("min_lr_ratio", training.min_lr_ratio), "step": ("gamma", training.gamma)}
     key, end = still.get(training.schedule, ("", 0.0))
     if end == 1:
         yield (key, "schedule"), f"{key} 1 leaves nothing to schedule {training.schedule}; set schedule: constant"
@@ -323,10 +328,10 @@ def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, 
             ("warmup_epochs", "epochs"),
             f"warmup_epochs must be at most epochs, {training.epochs}, got {training.warmup_epochs:g}",
         )
-    if training.early_stopping and 0 < training.int8_share < 1:
+    if training.early_stopping_patience and 0 < training.qat_fraction < 1:
         yield (
-            ("early_stopping", "int8_share"),
-            "early_stopping may end the training before int8_share begins; leave one of them out, or set int8_share: 1",
+            ("early_stopping_patience", "qat_fraction"),
+            "early_stopping_patience may end the training before qat_fraction begins; leave one of them out, or set qat_fraction: 1",
         )
     if training.nesterov and (training.optimizer.lower() != "sgd" or training.momentum == 0):
         yield ("nesterov", "optimizer", "momentum"), "nesterov needs optimizer: sgd and momentum above 0"

@@ -216,7 +216,7 @@ class ViewTransform:
     def __init__(self, augment: AugmentSettings, *, size: int, seed: int, strong: bool = False) -> None:
         self.augment, self.size = augment, size
         self.seed = derive_seed(seed, "strong") if strong else seed
-        self.policies = [POLICIES[augment.policy]] if augment.policy != "none" else []
+        self.policies = [POLICIES[augment.auto_augment]] if augment.auto_augment != "none" else []
         if strong:
             self.policies.append(STRONG_POLICY)
         self.moves = augment.pad_crop > 0 or augment.hflip or augment.vflip or augment.rotate90

@@ -75,7 +75,7 @@ def view_fingerprint(
         import scipy  # whose function gives the shares
 
         found["scipy"] = scipy.__version__
-    if strong or augment.policy != "none":
+    if strong or augment.auto_augment != "none":
         import torch
         import torchvision
 

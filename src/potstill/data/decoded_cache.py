@@ -289,7 +289,7 @@ def decode_all(
     how: str,
     *,
     device: torch.device,
-    memory_share: float,
+    cache_fraction: float,
     processes: int = 1,
     identity: str | None = None,
     progress: ProgressReporter | None = None,
@@ -302,7 +302,7 @@ def decode_all(
         side: R, of the square in pixels.
         how: "crop", "pad" or "stretch", as ``preprocess.fit``.
         device: where the tensor is wanted; it stays on the CPU where the device has no room.
-        memory_share: of free memory, and of the free disk, that it may take.
+        cache_fraction: of free memory, and of the free disk, that it may take.
         processes: of this machine that call this: each has its share of the memory, and all map one file.
         identity: a word for the images and their content; None: they are not kept on disk.
         progress: is told about what takes long.
@@ -320,11 +320,11 @@ def decode_all(
     for place in places:
         if (side, how, place) in known:
             return known[side, how, place]
-    roomy = [place for place in places if size <= memory_share / processes * free_bytes(place)]
+    roomy = [place for place in places if size <= cache_fraction / processes * free_bytes(place)]
     packed = None
     # Arrays lie in memory already, and are quickly made to squares.
     if identity is not None and not (roomy and is_array_based(images)):
-        packed = cached_pixels(DecodeRequest(images, side, how, identity), share=memory_share, progress=progress)
+        packed = cached_pixels(DecodeRequest(images, side, how, identity), share=cache_fraction, progress=progress)
     if packed is None:
         if not roomy:
             return None

@@ -40,7 +40,7 @@ class Loader:
         workers: processes that decode, where the pixels do not fit into memory; "auto": half of the cores.  Fewer, down
             to none, where shared memory does not suffice for their batches.
         device: where the batches are wanted.
-        memory_share: of free memory, and of the free disk, that decoded pixels may take.
+        cache_fraction: of free memory, and of the free disk, that decoded pixels may take.
         local_processes: of this machine that load the same images: they share its memory and cores, and one file of
             decoded pixels.
         second: what ``Batch.second`` holds for each sample: "strong", another view with RandAugment on top; "same
@@ -78,7 +78,7 @@ class Loader:
         seed: int = 0,
         workers: int | Literal["auto"] = 0,
         device: torch.device | str = "cpu",
-        memory_share: float = 0.3,
+        cache_fraction: float = 0.3,
         local_processes: int = 1,
         second: SecondImages = "none",
         classes: int | None = None,
@@ -145,7 +145,7 @@ class Loader:
             self.side,
             spec.resize_mode,
             device=self.device,
-            memory_share=memory_share,
+            cache_fraction=cache_fraction,
             processes=local_processes,
             identity=identity,
             progress=progress,

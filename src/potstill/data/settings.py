@@ -24,7 +24,7 @@ class AugmentSettings(BaseModel):
     vflip: bool = Field(False, description="mirror top to bottom for half of the views")
     rotate90: bool = Field(False, description="turn by 0, 90, 180 or 270 degrees")
     color_jitter: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation change")
-    policy: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="torchvision v2 policy")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="torchvision v2 policy")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a rectangle")
     mixup: float = Field(
         0.0, ge=0, le=100, description="alpha of mixup: images of a batch blended in pairs, labels too; 0: off"
@@ -98,11 +98,11 @@ class DataSettings(BaseModel):
         description="of the views; null: `seed`, so that each seed has views of its own; a number: all seeds see the "
         "same views and share stored answers",
     )
-    balance: Literal["none", "weights", "sampling"] = Field(
+    class_balance: Literal["none", "weights", "sampling"] = Field(
         "none", description="against imbalance: class weights in the label loss, or balanced sampling"
     )
     workers: int | Literal["auto"] = Field("auto", description="processes that decode; results do not depend on it")
-    memory_share: float = Field(0.3, gt=0, lt=1, description="share of free memory that decoded pixels may take")
+    cache_fraction: float = Field(0.3, gt=0, lt=1, description="share of free memory that decoded pixels may take")
 
     @field_validator("range")
     @classmethod

@@ -339,7 +339,7 @@ def _find_imbalance(division: SplitAssignment) -> list[Finding]:
     if not counts[smallest] or counts[largest] < MAX_IMBALANCE * counts[smallest]:
         return []
     few, many = (f"{division.class_names[i]!r} has {counts[i]:,}" for i in (smallest, largest))
-    advice = "see data.balance, and pick the epoch by f1_macro"
+    advice = "see data.class_balance, and pick the epoch by f1_macro"
     return [Finding("imbalance", ".", f"of the images to train on, {many} and {few}; {advice}")]
 
 

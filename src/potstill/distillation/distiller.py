@@ -39,7 +39,7 @@ class Distiller(nn.Module):
         student_input: how ``images`` are prepared.
         teacher_input: how each teacher wants them; images are renormalised and resized from the one to the other.
         label_loss: replaces plain cross-entropy in the method's label term (smoothing, class weights).
-        layers: pairs of paths (student's, teacher's), shallow to deep, in place of the stages found by themselves.
+        feature_pairs: pairs of paths (student's, teacher's), shallow to deep, in place of the stages found by themselves.
         train_labels: [N], int64, labels by sample id; needed by methods with a memory of the training set.
         batch_size: of the training to come; needed by methods whose layers are sized by it.
         teacher_weights: for each of several teachers; equal where None.
@@ -67,7 +67,7 @@ class Distiller(nn.Module):
         student_input: InputSpec | None = None,
         teacher_input: InputSpec | Sequence[InputSpec] | None = None,
         label_loss: nn.Module | None = None,
-        layers: LayerPaths | None = None,
+        feature_pairs: LayerPaths | None = None,
         train_labels: Tensor | None = None,
         batch_size: int | None = None,
         teacher_weights: Sequence[float] | None = None,
@@ -85,7 +85,7 @@ class Distiller(nn.Module):
         self.method = wrap_per_teacher(method, self.teacher.shares if self.teacher is not None else ())
         if label_loss is not None:
             self.method.use_label_loss(label_loss)
-        self.layers, self.train_labels, self.batch_size = layers, train_labels, batch_size
+        self.feature_pairs, self.train_labels, self.batch_size = feature_pairs, train_labels, batch_size
         self.shown = OutputRouter(self.method, max(1, len(networks)))
         self._ready = not self.method.needs.prepare
         if example is not None or self.method.needs.example or self.method.student_taps or self.method.teacher_taps:
@@ -214,7 +214,7 @@ class Distiller(nn.Module):
             raise UsageError(f"{type(self.method).__name__} sizes its adapters by an example: pass example=images")
         _require_taps(self.method, self.student)
         self.eval()  # so that the example leaves no trace in BatchNorm
-        self.shown = build_output_router(self.method, self.student, self.teacher, example, self.layers)
+        self.shown = build_output_router(self.method, self.student, self.teacher, example, self.feature_pairs)
         sides = self._network_infos(example)
         if sides[1] is not None:
             _check_classes(sides[0].outputs.logits, sides[1].outputs.logits)
@@ -222,7 +222,7 @@ class Distiller(nn.Module):
         if remodelled is not self.student:
             self.student = remodelled.to(example.device).eval()
             _freeze_unused_parameters(self.student, example)
-            within = [(f"network.{ours}", theirs) for ours, theirs in self.layers or ()]
+            within = [(f"network.{ours}", theirs) for ours, theirs in self.feature_pairs or ()]
             self.shown = build_output_router(self.method, self.student, self.teacher, example, within)
             sides = self._network_infos(example)
         if self.method.needs.index and self.train_labels is None:

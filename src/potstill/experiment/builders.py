@@ -208,8 +208,8 @@ def train_loader(
     Baseline and distilled draw the same order and the same views from the seeds, so that only the method differs (one
     that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
     """
-    views = recipe.store.views
-    balances = recipe.data.balance == "sampling" if data.draws is None else data.draws.groups is not None
+    views = recipe.teacher_cache.views
+    balances = recipe.data.class_balance == "sampling" if data.draws is None else data.draws.groups is not None
     return Loader(
         data.train,
         spec,
@@ -219,7 +219,7 @@ def train_loader(
         seed=derive_seed(recipe.seed, f"{planned.seed}/order"),
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share,
+        cache_fraction=recipe.data.cache_fraction,
         local_processes=compute.processes.local_count,
         second=needs.second,
         classes=len(data.class_names),
@@ -276,7 +276,7 @@ def split_loader(
         batch_size=settings.batch_size,
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share,
+        cache_fraction=recipe.data.cache_fraction,
         local_processes=processes.local_count,
         identity=f"{data.fingerprint}/{split}",
         progress=SilentObserver(),  # what there is to say has been said of the training images
@@ -304,9 +304,9 @@ def build_distiller(
     Raises:
         UsageError: networks that the method cannot join.
     """
-    if planned.layers and method.needs.maps == "none":
+    if planned.feature_pairs and method.needs.maps == "none":
         raise UsageError(
-            f"layers: method {describe_method(recipe.method)} joins no feature maps of student and teacher; leave layers out"
+            f"feature_pairs: method {describe_method(recipe.method)} joins no feature maps of student and teacher; leave them out"
         )
     several = len(teachers) > 1
     for network in (student, *teachers):
@@ -319,7 +319,7 @@ def build_distiller(
         student_input=student.input if teachers else None,
         teacher_input=[teacher.input for teacher in teachers] or None,
         label_loss=label_loss,
-        layers=planned.layers,
+        feature_pairs=planned.feature_pairs,
         train_labels=torch.as_tensor(data.train.labels, dtype=torch.int64, device=compute.device),
         batch_size=recipe.stage_training(planned.name).batch_size,
         teacher_weights=recipe.teachers.weights if several else None,

@@ -138,7 +138,7 @@ class Domains:
             return self._as("labels", target, both if share else source.train, val)
         if self.trusted is None:
             self.trusted = self._choose(known, models)
-        groups = self.trusted.groups if self.recipe.domains.balance else None
+        groups = self.trusted.groups if self.recipe.domains.class_balance else None
         chosen = RelabeledSet(Subset(self.candidates, self.trusted.index), self.trusted.labels)
         return self._as("target", target, chosen, val, EpochSampling(len(source.train) + len(known), groups))
 
@@ -219,7 +219,7 @@ class Domains:
             seed=shuffled or 0,
             workers=self.recipe.data.workers,
             device=self.compute.device,
-            memory_share=self.recipe.data.memory_share,
+            cache_fraction=self.recipe.data.cache_fraction,
             local_processes=processes.local_count,
             identity=f"{self.data.measured.fingerprint}/candidates",
             progress=self.observer,
@@ -317,7 +317,7 @@ def describe_domains(
         "target": data.target.source,
         "target_labels": share,
         "confidence": settings.confidence,
-        "balance": settings.balance,
+        "class_balance": settings.class_balance,
         "adapted": any("batch_norm" in model.facts for model in models.values()),
         **chosen,
         "picked_by": "the target's labelled val" if share else "the source's val",

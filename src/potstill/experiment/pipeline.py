@@ -89,7 +89,7 @@ def open_run_folder(
         if time.monotonic() > patience:
             raise StorageError(
                 f"{path} was made by the first process, and rank {processes.rank} does not see it: "
-                "give a --root that all machines share"
+                "give a --output-dir that all machines share"
             )
         time.sleep(0.1)
     yield RunFolder(path)
@@ -478,7 +478,7 @@ def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
 
 def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:
     """How a training that was done goes on."""
-    steps = -(-steps // settings.accumulate)
+    steps = -(-steps // settings.gradient_accumulation_steps)
     former = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
     now = lr_factor(settings, steps)(before * steps)
     return (

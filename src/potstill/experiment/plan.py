@@ -35,7 +35,7 @@ class PlannedStage:
     name: str  # of its folder and of its entry in results.json
     teachers: tuple[str, ...] = ()  # stages that it learns from
     distils: bool = False  # trained by the recipe's method; else on labels alone
-    layers: LayerPairs | None = None  # the recipe's pairs of layers, where they are meant for this stage
+    feature_pairs: LayerPairs | None = None  # the recipe's pairs of layers, where they are meant for this stage
 
     @property
     def role(self) -> str:
@@ -58,7 +58,7 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[Pl
 
     Teachers, the baseline, the assistants (each learns from the one before), then the student's generations, the last
     of which is "distilled".  A method that learns from no teacher has none, whatever the recipe says.  The recipe's
-    ``layers`` are those of the student and of whom it learns from; between two generations, which are the same network,
+    ``feature_pairs`` are those of the student and of whom it learns from; between two generations, which are the same network,
     the student's are joined to themselves; assistants are joined by depth.
 
     With several seeds, baseline and distilled follow once more for each further one; whoever teaches them is trained
@@ -66,7 +66,7 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[Pl
 
     Example:
         >>> from potstill.config.recipe import load_recipe
-        >>> recipe = load_recipe("quickstart", ["generations=2"])
+        >>> recipe = load_recipe("quickstart", ["born_again_generations=2"])
         >>> [(stage.name, stage.teachers) for stage in plan_stages(recipe)]
         [('teacher', ()), ('baseline', ()), ('generation-1', ('teacher',)), ('distilled', ('generation-1',))]
     """
@@ -93,10 +93,10 @@ def _first_seed_stages(recipe: Recipe, wanted: set[str]) -> list[PlannedStage]:
     for each in range(1, len(recipe.assistants) + 1):
         stages.append(PlannedStage(stage_name("assistant", each), before, distils=True))
         before = (stages[-1].name,)
-    layers = tuple(recipe.layers) if recipe.layers else None
-    for each in range(1, recipe.generations + 1):
-        name = "distilled" if each == recipe.generations else stage_name("generation", each)
-        stages.append(PlannedStage(name, before, distils=True, layers=layers))
+    pairs = tuple(recipe.feature_pairs) if recipe.feature_pairs else None
+    for each in range(1, recipe.born_again_generations + 1):
+        name = "distilled" if each == recipe.born_again_generations else stage_name("generation", each)
+        stages.append(PlannedStage(name, before, distils=True, feature_pairs=pairs))
         before = (name,)
-        layers = tuple((ours, ours) for ours, _ in layers) if layers else None
+        pairs = tuple((ours, ours) for ours, _ in pairs) if pairs else None
     return stages

@@ -299,7 +299,7 @@ def check_all(
         batch_size=recipe.stage_training("student").batch_size,
         target=splits.target is not None,
     )
-    if recipe.store.mode == "auto" and is_cacheable(method):
+    if recipe.teacher_cache.mode == "auto" and is_cacheable(method):
         record_kind(recipe, method, len(splits.class_names))
     return splits, compute, dry_run(recipe, planned, splits)
 
@@ -353,13 +353,15 @@ def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
             f"training.batch_size {training.batch_size} is more than the {images} training images: each epoch is one "
             "step on all of them"
         )
-    if training.accumulate > batches:
+    if training.gradient_accumulation_steps > batches:
         yield (
-            f"training.accumulate {training.accumulate} is more than the {batches} batches of an epoch: a step "
+            f"training.gradient_accumulation_steps {training.gradient_accumulation_steps} is more than the {batches} batches of an epoch: a step "
             f"averages {batches}"
         )
-    if training.early_stopping is not None and training.early_stopping >= training.epochs:
-        yield (f"training.early_stopping {training.early_stopping} cannot act within training.epochs {training.epochs}")
+    if training.early_stopping_patience is not None and training.early_stopping_patience >= training.epochs:
+        yield (
+            f"training.early_stopping_patience {training.early_stopping_patience} cannot act within training.epochs {training.epochs}"
+        )
     if 1 < training.epochs <= training.warmup_epochs:
         also = "" if training.schedule == "constant" else ", and its schedule never acts"
         yield (

@@ -69,7 +69,7 @@ def read_run_record(path: Path) -> RunRecord:
     for name, entry in (results["stages"] | (results.get("repeats") or {})).items():
         if lengths := (entry.get("training") or {}).get("extended_from"):
             raise UsageError(
-                f"{path}: the {name} was extended after {lengths[-1]} epochs (--resume), which --replay does not "
+                f"{path}: the {name} was extended after {lengths[-1]} epochs (--resume), which --reproduce does not "
                 "repeat: train from its recipe.yaml instead"
             )
         if entry.get("reused_from"):
@@ -92,7 +92,9 @@ def check_other_folder(record: RunRecord, root: Path, name: str) -> None:
         UsageError: ``root/name`` is the run's folder.
     """
     if (root / name).resolve() == record.folder.path.resolve():
-        raise UsageError(f"--replay compares with {record.folder.path}, so it needs another place; give another --name")
+        raise UsageError(
+            f"--reproduce compares with {record.folder.path}, so it needs another place; give another --name"
+        )
 
 
 def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[str, str, str]]) -> None:
@@ -109,7 +111,7 @@ def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[
     if record.environment.get("data_fingerprint") == fingerprint:
         return
     raise DataError(
-        f"--replay needs the images of {record.folder.path}, and they have changed:\n"
+        f"--reproduce needs the images of {record.folder.path}, and they have changed:\n"
         + "\n".join(changed_images(record.folder, rows))
         + "\nPut the former images back, or start a new run from its recipe.yaml"
     )

@@ -109,7 +109,7 @@ def describe_view_difference(first: str, views: Any, second: str, others: Any) -
 
 
 # Settings that do not touch the result, so a resumed run may change them; those of training stand in several places.
-_NEUTRAL_KEYS = {"name", "description", "data.workers", "data.memory_share", "store.folder"}
+_NEUTRAL_KEYS = {"name", "description", "data.workers", "data.cache_fraction", "teacher_cache.folder"}
 _MAX_CHANGES = 8  # changes that are named
 _MAX_IMAGES = 3  # images that are
 _NEUTRAL_TRAINING_KEYS = ("checkpoint_seconds", "keep_checkpoint")
@@ -270,7 +270,7 @@ def _baseline_settings(recipe: Recipe) -> dict[str, Any]:
     settings = {key: value[key] for key in ("seed", "data", "student")}
     settings["training"] = recipe.stage_training("baseline").model_dump(mode="json")
     settings["student"] = {key: each for key, each in settings["student"].items() if key != "training"}
-    settings["store"] = {"views": value["store"]["views"]}
+    settings["teacher_cache"] = {"views": value["teacher_cache"]["views"]}
     unlike = ("data.unlabeled", "student.precision")  # for who has a teacher, and for teachers
     return {
         key: each

@@ -161,7 +161,7 @@ class RunFolder:
             return
         names = (entry.name for entry in self.path.iterdir())
         if any(name not in _FILES_BEFORE_TRAINING and not name.endswith(PART) for name in names):
-            raise UsageError(f"{self.path} exists and is no run folder; choose another --name or --root")
+            raise UsageError(f"{self.path} exists and is no run folder; choose another --name or --output-dir")
 
     def _judge(self, *, resume: bool, overwrite: bool) -> None:
         if self.known and not (resume or overwrite):

@@ -186,7 +186,7 @@ def label_loss(recipe: Recipe, settings: TrainingSettings, data: DataSplits) -> 
     """Cross-entropy with the recipe's label smoothing and class weights, over the images that have a label."""
     weight, labels = None, np.asarray(data.train.labels)
     known = labels[labels >= 0]
-    if recipe.data.balance == "weights" and len(known):
+    if recipe.data.class_balance == "weights" and len(known):
         counts = np.bincount(known, minlength=len(data.class_names))
         weight = balanced_class_weights(torch.as_tensor(counts))
     if weight is None and len(known) == len(labels):

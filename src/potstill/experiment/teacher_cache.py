@@ -67,7 +67,7 @@ class ViewPlan:
 
 def cache_root(recipe: Recipe) -> Path:
     """Where the recipe's stores stand."""
-    return Path(recipe.store.folder).expanduser() if recipe.store.folder else cache_folder("teachers")
+    return Path(recipe.teacher_cache.folder).expanduser() if recipe.teacher_cache.folder else cache_folder("teachers")
 
 
 def is_cacheable(method: Method) -> bool:
@@ -82,12 +82,12 @@ def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
         UsageError: a kind of record that does not suffice for the method.
     """
     views = count_views(recipe)
-    if recipe.store.mode == "off" or not is_cacheable(method):
+    if recipe.teacher_cache.mode == "off" or not is_cacheable(method):
         return ViewPlan(views, None, False)
     classes = len(data.class_names)
     kind = record_kind(recipe, method, classes)
     size = _bytes_of_seed(recipe, method, data, kind)
-    if recipe.store.record == "auto" and size > TOP16_FROM_BYTES and top16_suffices(method, classes):
+    if recipe.teacher_cache.record == "auto" and size > TOP16_FROM_BYTES and top16_suffices(method, classes):
         kind = "top16"
         size = _bytes_of_seed(recipe, method, data, kind)
     needed, room = recipe.seeds * size, MAX_DISK_FRACTION * _free_bytes(cache_root(recipe))
@@ -101,7 +101,7 @@ def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
     if kind != "top16" and top16_suffices(method, classes):
         smaller = recipe.seeds * _bytes_of_seed(recipe, method, data, "top16")
         if smaller <= room:
-            note += f" (--set store.record=top16 takes {format_scaled(smaller, 'B')})"
+            note += f" (--set teacher_cache.record=top16 takes {format_scaled(smaller, 'B')})"
     return ViewPlan(views, kind, False, note)
 
 
@@ -114,7 +114,7 @@ def count_views(recipe: Recipe) -> Views:
         >>> [count_views(load_recipe("quickstart", [f"training.epochs={epochs}"])) for epochs in (5, 12, 32, 240)]
         [5, 8, 8, 60]
     """
-    wish, epochs = recipe.store.views, recipe.stage_training("student").epochs
+    wish, epochs = recipe.teacher_cache.views, recipe.stage_training("student").epochs
     return min(epochs, max(MIN_VIEWS, math.ceil(epochs / EPOCHS_PER_VIEW))) if wish == "auto" else wish
 
 
@@ -124,16 +124,16 @@ def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
     Raises:
         UsageError: the 16 largest do not suffice for this method, or are all there are.
     """
-    kind = recipe.store.record
+    kind = recipe.teacher_cache.record
     if kind != "top16":
         return "float16" if kind == "auto" else kind
     if classes <= FEW_CLASSES:
         raise UsageError(
-            f"store.record top16 is for more than {FEW_CLASSES} classes, and there are {classes}: use float16"
+            f"teacher_cache.record top16 is for more than {FEW_CLASSES} classes, and there are {classes}: use float16"
         )
     if not top16_suffices(method, classes):
         raise UsageError(
-            f"store.record top16 keeps the 16 largest logits and the mass of the others, which suffices for kd; method "
+            f"teacher_cache.record top16 keeps the 16 largest logits and the mass of the others, which suffices for kd; method "
             f"{describe_method(recipe.method)} reads all of them: use float16"
         )
     return kind
@@ -147,7 +147,7 @@ def top16_suffices(method: Method, classes: int) -> bool:
 def apply_view_plan(recipe: Recipe, plan: ViewPlan) -> Recipe:
     """The recipe with what "auto" means here, so that its file in the run folder says what was done."""
     decided = {"views": plan.views} | ({"record": plan.record} if plan.record is not None else {})
-    return recipe.model_copy(update={"store": recipe.store.model_copy(update=decided)})
+    return recipe.model_copy(update={"teacher_cache": recipe.teacher_cache.model_copy(update=decided)})
 
 
 def restore_view_plan(path: Path, recipe: Recipe) -> Recipe:
@@ -157,13 +157,13 @@ def restore_view_plan(path: Path, recipe: Recipe) -> Recipe:
         path: recipe.yaml of the run folder.
         recipe: as it is given now.
     """
-    before = load_recipe(path, data_needed=False).store
+    before = load_recipe(path, data_needed=False).teacher_cache
     kept = {
         key: getattr(before, key)
         for key in ("views", "record")
-        if getattr(recipe.store, key) == "auto" and getattr(before, key) != "auto"
+        if getattr(recipe.teacher_cache, key) == "auto" and getattr(before, key) != "auto"
     }
-    return recipe.model_copy(update={"store": recipe.store.model_copy(update=kept)}) if kept else recipe
+    return recipe.model_copy(update={"teacher_cache": recipe.teacher_cache.model_copy(update=kept)}) if kept else recipe
 
 
 def _views_shown(recipe: Recipe) -> int:

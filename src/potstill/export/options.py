@@ -60,17 +60,21 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
 def check_options(wish: ExportOptions, form: ExportFormat) -> None:
     if wish.inside not in PREPROCESSING_MODES:
         raise UsageError(
-            f"--inside is one of {', '.join(PREPROCESSING_MODES)}, got {wish.inside!r}{did_you_mean(wish.inside, PREPROCESSING_MODES)}"
+            f"--preprocessing is one of {', '.join(PREPROCESSING_MODES)}, got {wish.inside!r}{did_you_mean(wish.inside, PREPROCESSING_MODES)}"
         )
     if wish.inside not in form.inside:
-        raise UsageError(f"the format {wish.format} takes --inside {' or '.join(form.inside)}, not {wish.inside}")
+        raise UsageError(
+            f"the format {wish.format} takes --preprocessing {' or '.join(form.inside)}, not {wish.inside}"
+        )
     if wish.int8 and wish.format != "onnx":
         raise UsageError(f"--int8 goes with --format onnx, not with {wish.format}")
     output = wish.output
     if output is not None and (not output.name.endswith(form.suffix) or output.name == form.suffix or output.is_dir()):
         raise UsageError(f"--output is a file that ends in {form.suffix}, got {str(output)!r}")
     if not 0 <= wish.max_drop <= 1:
-        raise UsageError(f"--max-drop is a share from 0 to 1 (0.01 is one point of accuracy), got {wish.max_drop:g}")
+        raise UsageError(
+            f"--max-accuracy-drop is a share from 0 to 1 (0.01 is one point of accuracy), got {wish.max_drop:g}"
+        )
 
 
 def weights_sha256(folder: Path) -> str:

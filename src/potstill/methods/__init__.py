@@ -88,6 +88,9 @@ METHODS: dict[str, str] = {
 }
 
 
+RENAMED_OPTIONS = {"around": "base_method"}  # former names, and what they are called now
+
+
 def list_methods() -> list[str]:
     """Names that recipes accept under ``method.name``, sorted."""
     return sorted(METHODS)
@@ -229,8 +232,9 @@ def check_method(name: str, given: dict[str, Any]) -> list[OptionProblem]:
                 for message in check_schedule(value) or _check_scheduled_values(method, value)
             ]
         elif key not in known:
-            takes = ", ".join(known) or "no options"
-            problems.append(OptionProblem(key, f"no option {key!r}{did_you_mean(key, known) or '.'} It takes {takes}"))
+            takes, new = ", ".join(known) or "no options", RENAMED_OPTIONS.get(key)
+            near = f"; it is called {new!r} now." if new in known else did_you_mean(key, known) or "."
+            problems.append(OptionProblem(key, f"no option {key!r}{near} It takes {takes}"))
         else:
             problems += [OptionProblem(key, message) for message in check_option(key, known[key].annotation, value)]
     filled = {*given, *method.presets.get(preset, {})} if isinstance(preset, str) else set(given)

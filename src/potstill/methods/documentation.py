@@ -146,7 +146,9 @@ def declared_requirements(name: str) -> Requirements | None:
     for where, definition in class_lineage(module, class_name):
         for expression in _requirement_expressions(definition):
             try:
-                found = eval(ast.unparse(expression), {"Requirements": Requirements, **_module_constants(where)}, values)  # nosec B307 # of our own source
+                found = eval(
+                    ast.unparse(expression), {"Requirements": Requirements, **_module_constants(where)}, values
+                )  # nosec B307 # of our own source
             except NameError:  # it depends on more than options: the class itself must say
                 found = create_method(name).needs
             assert isinstance(found, Requirements)

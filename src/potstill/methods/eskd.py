@@ -15,16 +15,16 @@ from potstill.types import Batch, Outputs
 
 
 class ESKD(MethodWrapper):
-    """What ``around`` does until the share ``stop`` of the epochs, plain cross-entropy from there on.
+    """What ``base_method`` does until the share ``stop`` of the epochs, plain cross-entropy from there on.
 
     Args:
-        around: the method that is stopped: name and options.
+        base_method: the method that is stopped: name and options.
         stop: share of the epochs with a teacher; 1 never stops.
     """
 
     @checked
-    def __init__(self, *, around: MethodSettings | None = None, stop: Share = 0.5) -> None:
-        super().__init__(create_method(**(around or {"name": "kd", "preset": "cifar100"})))
+    def __init__(self, *, base_method: MethodSettings | None = None, stop: Share = 0.5) -> None:
+        super().__init__(create_method(**(base_method or {"name": "kd", "preset": "cifar100"})))
         self.needs = replace(self.inner.needs, epoch=True)
         self.stop = stop
 

@@ -52,15 +52,15 @@ class LS(MethodWrapper):
     """``ce_weight * CE`` on plain logits plus ``weight`` times the inner method's terms on standardised ones.
 
     Args:
-        around: the method that compares the logits: name and options.  Its own label weight does not count; kd's
+        base_method: the method that compares the logits: name and options.  Its own label weight does not count; kd's
             alpha is best 0, so that its term counts in full.
         weight: of the inner method's terms; the release multiplies DKD's alpha and beta by the same 9.
         ce_weight: of the label term; 0.1 for KD on CIFAR and 1 for DKD in the release.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "cifar100": {"around": {"name": "kd", "temperature": 2.0, "alpha": 0.0}},
-        "cifar100/vgg13-vgg8": {"around": {"name": "kd", "temperature": 3.0, "alpha": 0.0}},
+        "cifar100": {"base_method": {"name": "kd", "temperature": 2.0, "alpha": 0.0}},
+        "cifar100/vgg13-vgg8": {"base_method": {"name": "kd", "temperature": 3.0, "alpha": 0.0}},
         "imagenet/resnet34-resnet18": {"ce_weight": 1.0},
         "imagenet/resnet50-mobilenetv1": {"ce_weight": 0.5},
     }
@@ -79,11 +79,11 @@ class LS(MethodWrapper):
     def __init__(
         self,
         *,
-        around: MethodSettings | None = None,
+        base_method: MethodSettings | None = None,
         weight: NonNegative = 9.0,
         ce_weight: NonNegative = 0.1,
     ) -> None:
-        settings = around or {"name": "kd", "temperature": 2.0, "alpha": 0.0}
+        settings = base_method or {"name": "kd", "temperature": 2.0, "alpha": 0.0}
         super().__init__(create_method(**settings))
         name = settings["name"]
         refuse_idle_label_weight(settings, self.inner, "ls")

@@ -103,13 +103,13 @@ def imbalance(run: Run) -> Advice | None:
         f"The largest class has {max(sizes) / min(sizes):.0f} times as many training images as the smallest, and macro "
         f"F1 ({format_percent(f1)}) lies {format_points(top1 - f1, signed=False)} points below top-1 ({format_percent(top1)}).",
         "Weigh the classes, or draw them equally often.",
-        settings=("data.balance=weights",),
+        settings=("data.class_balance=weights",),
     )
 
 
 def _recipe_balances(run: Run) -> bool:
     """Whether the recipe balances already."""
-    return re.search(r"^\s*balance:\s*[\"']?(weights|sampling)\b", run.recipe or "", re.MULTILINE) is not None
+    return re.search(r"^\s*class_balance:\s*[\"']?(weights|sampling)\b", run.recipe or "", re.MULTILINE) is not None
 
 
 def _count_findings(run: Run, kind: str) -> int:

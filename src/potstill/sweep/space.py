@@ -1,4 +1,4 @@
-"""What a sweep varies: ``--over KEY=a,b,c`` and ``--over KEY=low..high[:log]``, checked against the recipe."""
+"""What a sweep varies: ``--search KEY=a,b,c`` and ``--search KEY=low..high[:log]``, checked against the recipe."""
 
 import itertools
 import math
@@ -29,13 +29,21 @@ _NOT_SEARCHABLE = (
     "data.val",
     "data.test",
     "data.split_seed",
-    "store",
+    "teacher_cache",
     "training.selection_metric",
     "training.evaluate_test_every_epoch",
     "student.training.selection_metric",
     "student.training.evaluate_test_every_epoch",
 )
-_DISTILLATION_ONLY = ("method", "teachers", "assistants", "generations", "curriculum", "layers", "domain")
+_DISTILLATION_ONLY = (
+    "method",
+    "teachers",
+    "assistants",
+    "born_again_generations",
+    "curriculum",
+    "feature_pairs",
+    "domain",
+)
 
 
 @dataclass(frozen=True)
@@ -98,10 +106,10 @@ class Space:
 
 
 def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: Mapping[str, Any]) -> Space:
-    """The space of ``--over`` texts; each value is tried in the recipe, alone.
+    """The space of ``--search`` texts; each value is tried in the recipe, alone.
 
     Args:
-        texts: as after ``--over``.
+        texts: as after ``--search``.
         source: of the recipe, as ``load_recipe`` takes it.
         sets: likewise.
         flags: likewise.
@@ -110,13 +118,15 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
         UsageError: no text, a key twice, an unknown key or a value that is not allowed; names the nearest known one.
     """
     if not texts:
-        raise UsageError("a sweep needs something to vary: --over method.temperature=1,2,4 or --over method.alpha=0..1")
+        raise UsageError(
+            "a sweep needs something to vary: --search method.temperature=1,2,4 or --search method.alpha=0..1"
+        )
     base = load_recipe(source, sets, flags=flags)
     _refuse_test_curves(base)
     dimensions = [read_dimension(text) for text in texts]
     keys = [dimension.key for dimension in dimensions]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise UsageError(f"--over names {', '.join(twice)} twice; list all its values in one")
+        raise UsageError(f"--search names {', '.join(twice)} twice; list all its values in one")
     dimensions.sort(key=lambda dimension: dimension.key != METHOD)  # its options depend on it
     methods = next((d.choices for d in dimensions if d.key == METHOD), (str(base.method["name"]),))
     found, problems = [], list[str]()
@@ -144,20 +154,22 @@ def read_dimension(text: str) -> Dimension:
     """
     key, equals, values = (part.strip() for part in text.partition("="))
     if not equals or not values or not all(key.split(".")):
-        raise UsageError(f"--over {text}: write it as KEY=a,b,c or KEY=low..high, e.g. --over method.temperature=1,2,4")
+        raise UsageError(
+            f"--search {text}: write it as KEY=a,b,c or KEY=low..high, e.g. --search method.temperature=1,2,4"
+        )
     match = _RANGE.fullmatch(values)
     if match is None:
         choices = tuple(dict.fromkeys(_split(values)))
         if not all(choices):
-            raise UsageError(f"--over {text}: there is nothing between two commas")
+            raise UsageError(f"--search {text}: there is nothing between two commas")
         return Dimension(key, choices)
     low, high, how = float(match[1]), float(match[2]), match[3]
     if how not in (None, ":log"):
-        raise UsageError(f"--over {text}: after a range there may be :log, got {how!r}")
+        raise UsageError(f"--search {text}: after a range there may be :log, got {how!r}")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UsageError(f"--over {text}: a range goes from a smaller to a larger number")
+        raise UsageError(f"--search {text}: a range goes from a smaller to a larger number")
     if how and low <= 0:
-        raise UsageError(f"--over {text}: a logarithmic range begins above 0")
+        raise UsageError(f"--search {text}: a logarithmic range begins above 0")
     whole = all(re.fullmatch(r"[-+]?\d+", match[at]) for at in (1, 2))
     return Dimension(key, low=low, high=high, log=bool(how), whole=whole)
 
@@ -188,7 +200,7 @@ def _checked(
     key = dimension.key
     if any(key == each or key.startswith(f"{each}.") for each in _NOT_SEARCHABLE):
         raise UsageError(
-            f"--over {key}: all trials share teacher, data, seed and measure, so this cannot be varied; use --set"
+            f"--search {key}: all trials share teacher, data, seed and measure, so this cannot be varied; use --set"
         )
     if key.startswith("method.") and key != METHOD and key.count(".") == 1:
         option = key.removeprefix("method.")
@@ -227,7 +239,7 @@ def _try_value(source: Any, sets: list[str], flags: Mapping[str, Any], key: str,
     try:
         load_recipe(source, sets, flags=flags)
     except PotstillError as error:
-        raise type(error)(str(error).replace(f"--set {key}={text}", f"--over {key}={text}")) from error
+        raise type(error)(str(error).replace(f"--set {key}={text}", f"--search {key}={text}")) from error
 
 
 def _has_option(method: str, option: str) -> bool:

@@ -24,7 +24,7 @@ SWEEP_FILE, TRIALS_FILE, FINAL_FILE = "sweep.json", "trials.json", "final.json"
 CONFIRMATION_FILE = "confirmation.json"  # once winner and baseline were trained again on fresh seeds
 SLURM_FOLDER = "slurm"  # a folder: what SLURM jobs print
 _MAX_DIFFERENCES = 8  # differences that are named
-_NEUTRAL_KEYS = ("data.workers", "data.memory_share", "store.folder", "training.checkpoint_seconds")
+_NEUTRAL_KEYS = ("data.workers", "data.cache_fraction", "teacher_cache.folder", "training.checkpoint_seconds")
 
 
 def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool, trials: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def begin_or_join(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / SWEEP_FILE
     if not path.exists():
         if any(not entry.name.startswith(".") and entry.name != SLURM_FOLDER for entry in folder.iterdir()):
-            raise UsageError(f"{folder} exists and is no sweep; choose another --name or --root")
+            raise UsageError(f"{folder} exists and is no sweep; choose another --name or --output-dir")
         write_checksummed_json(path, wanted)
         return
     before = read_checksummed_json(path)
@@ -79,8 +79,8 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         if old.get(key) != new.get(key) and key not in _NEUTRAL_KEYS
     ]
     spaces = [[each["text"] for each in facts["space"]] for facts in (before, after)]
-    lines += [f"  --over {text}: was there before" for text in spaces[0] if text not in spaces[1]]
-    lines += [f"  --over {text}: is new" for text in spaces[1] if text not in spaces[0]]
+    lines += [f"  --search {text}: was there before" for text in spaces[0] if text not in spaces[1]]
+    lines += [f"  --search {text}: is new" for text in spaces[1] if text not in spaces[0]]
     if before["grid"] != after["grid"]:
         lines.append(f"  --grid: was {before['grid']}, now {after['grid']}")
     if before["data"] != after["data"]:

@@ -360,9 +360,11 @@ class Sweep:
         recipe = load_recipe(self.source, [*self.sets, *varied], flags=self.flags)
         if teachers and needs_teacher(recipe.method):
             recipe = load_recipe(self.source, [*self.sets, *varied, *teachers], flags=self.flags)
-        if recipe.store.views == "auto":  # trials of other lengths are compared on the same views
+        if recipe.teacher_cache.views == "auto":  # trials of other lengths are compared on the same views
             views = count_views(self.recipe)
-            recipe = recipe.model_copy(update={"store": recipe.store.model_copy(update={"views": views})})
+            recipe = recipe.model_copy(
+                update={"teacher_cache": recipe.teacher_cache.model_copy(update={"views": views})}
+            )
         return recipe
 
     def _base(self, key: str) -> str | None:

@@ -52,7 +52,7 @@ class StudentCompiler:
     Args:
         distiller: whose student's calls are compiled.
         optimizer: one that runs backward twice in a step cannot be served.
-        settings: ``compile`` and ``accumulate``.
+        settings: ``compile`` and ``gradient_accumulation_steps``.
         compute: "auto" compiles on CUDA alone.
         observer: is told when something is compiled, and when it could not be.
         compile: in place of ``torch.compile``.
@@ -78,7 +78,7 @@ class StudentCompiler:
             own
             and reads_only_logits(distiller)
             and not isinstance(optimizer, SplitGradientOptimizer)
-            and not settings.int8_share
+            and not settings.qat_fraction
         )
         self.wanted = asked and fits
         if settings.compile is True and not fits:
@@ -133,7 +133,12 @@ class StudentCompiler:
     def _graphs(self) -> bool:
         """CUDA graphs write each result over the last one: nothing may be kept from one call to the next."""
         few = len(self.whole) > 0 and self.whole[0] <= MAX_CUDA_GRAPH_IMAGES
-        return self.compute.device.type == "cuda" and few and self.settings.accumulate == 1 and not self.twice
+        return (
+            self.compute.device.type == "cuda"
+            and few
+            and self.settings.gradient_accumulation_steps == 1
+            and not self.twice
+        )
 
     def _compile(self, images: Tensor) -> None:
         self.whole = images.shape

@@ -294,7 +294,7 @@ def _skip_compiler_import() -> None:
 def lr_factor(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int], float]:
     """Learning rate at a step (from 0), as a share of ``settings.lr``.
 
-    Warm-up rises linearly and reaches the full rate at its end; the cosine then falls to ``final_lr_share`` at the
+    Warm-up rises linearly and reaches the full rate at its end; the cosine then falls to ``min_lr_ratio`` at the
     last step; ``step`` multiplies by gamma once the milestone's epochs are complete.
 
     Example:
@@ -311,7 +311,7 @@ def lr_factor(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int
         if settings.schedule == "cosine":
             progress = min((step - warmup) / max(total - warmup, 1), 1.0)
             cosine = (1 + math.cos(math.pi * progress)) / 2
-            return settings.final_lr_share + (1 - settings.final_lr_share) * cosine
+            return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine
         if settings.schedule == "step":
             return settings.gamma ** sum(step >= milestone * steps_per_epoch for milestone in settings.milestones)
         return 1.0

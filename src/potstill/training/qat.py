@@ -46,14 +46,14 @@ def simulated_int8(network: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def plain_epochs(epochs: int, int8_share: float) -> int:
+def plain_epochs(epochs: int, qat_fraction: float) -> int:
     """How many epochs come before the simulation begins.
 
     Example:
         >>> plain_epochs(10, 0.0), plain_epochs(10, 0.25), plain_epochs(10, 1.0)
         (10, 7, 0)
     """
-    return epochs - ceil(round(epochs * int8_share, 9))
+    return epochs - ceil(round(epochs * qat_fraction, 9))
 
 
 def _quantize_hook(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -29,10 +29,10 @@ class TrainingSettings(BaseModel):
     schedule: Literal["constant", "cosine", "step"] = Field("constant", description="of the learning rate")
     milestones: list[int] = Field([], description="epochs after which schedule step multiplies lr by gamma")
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
-    final_lr_share: float = Field(0.0, ge=0, le=1, description="share of lr at which the cosine ends")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of lr at which the cosine ends")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear rise from 0 to lr")
-    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
-    accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
+    max_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")
     ema_decay: float | None = Field(
         None,
@@ -40,13 +40,15 @@ class TrainingSettings(BaseModel):
         lt=1,
         description="decay of averaged weights, which are then evaluated; min(decay, (1 + n) / (10 + n)) after n steps",
     )
-    int8_share: float = Field(
+    qat_fraction: float = Field(
         0.0,
         ge=0,
         le=1,
         description="share of a student's epochs, the last ones, under int8's rounding (quantization-aware training)",
     )
-    early_stopping: int | None = Field(None, ge=1, description="epochs without a better val metric before stopping")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="epochs without a better val metric before stopping"
+    )
     selection_metric: SelectionMetric = Field(
         "top1", description="val metric that picks the best epoch; nll: cross-entropy of the labels alone"
     )

@@ -185,8 +185,8 @@ class Trainer:
         self.train, self.classes = train, classes
         self.others = {"val": val} | ({"test": test} if test is not None else {})
         self.folder, self.history = folder, History()
-        self.plain_epochs = plain_epochs(settings.epochs, settings.int8_share)
-        steps = -(-train.steps // settings.accumulate)
+        self.plain_epochs = plain_epochs(settings.epochs, settings.qat_fraction)
+        steps = -(-train.steps // settings.gradient_accumulation_steps)
         check_distributed_support(distiller.method, settings.optimizer, compute.processes)
         self.sharing = DistributedDistiller(distiller, compute.processes)
         named = distiller.trained_parameters()
@@ -212,7 +212,7 @@ class Trainer:
         self.stopping = stopping or SignalHandler()
 
     def run(self, *, resume: bool = False) -> History:
-        """Train to the last epoch, or until val has not improved for ``early_stopping`` epochs.
+        """Train to the last epoch, or until val has not improved for ``early_stopping_patience`` epochs.
 
         Raises:
             NonFiniteError: a loss term or a weight is NaN or infinite.
@@ -237,7 +237,9 @@ class Trainer:
         self._write_records()
         for number in range(done, self.settings.epochs):
             if under_way.step == 0 and self._should_stop_early(number):
-                self.observer.note(f"stopped early: val has not improved for {self.settings.early_stopping} epochs")
+                self.observer.note(
+                    f"stopped early: val has not improved for {self.settings.early_stopping_patience} epochs"
+                )
                 break
             try:
                 self._epoch(number, under_way)
@@ -299,7 +301,7 @@ class Trainer:
 
     def _train_epoch(self, number: int, under_way: EpochState) -> None:
         self.distiller.train()
-        group, answers, begin = self.settings.accumulate, self.answers["train"], under_way.step
+        group, answers, begin = self.settings.gradient_accumulation_steps, self.answers["train"], under_way.step
         sizes = self.train.sizes_of(number)
         answers.start_epoch(number, begin)
         for position, batch in enumerate(self.train.epoch(number, begin), start=begin):
@@ -370,8 +372,8 @@ class Trainer:
         return images.contiguous(memory_format=self.compute.memory_format)
 
     def _update(self) -> None:
-        if self.settings.clip_norm is not None:
-            self.gradients.clip(self.settings.clip_norm)
+        if self.settings.max_grad_norm is not None:
+            self.gradients.clip(self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -404,7 +406,7 @@ class Trainer:
         return {**metrics.compute(), "loss": sum(terms.values()), "terms": terms}
 
     def _should_stop_early(self, number: int) -> bool:
-        patience = self.settings.early_stopping
+        patience = self.settings.early_stopping_patience
         return patience is not None and number > 0 and number - self.history.best_epoch >= patience
 
 

@@ -28,7 +28,7 @@ def network(seed=5):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_one_client_with_all_images_is_plain_training_bit_for_bit(tmp_path, recipe, data, parts, optimizer):
     """The training loop of the package is the reference: same start, same batches, one epoch."""
-    tiny = recipe(**{"training.optimizer": optimizer, "training.schedule": "cosine", "training.clip_norm": 1.0})
+    tiny = recipe(**{"training.optimizer": optimizer, "training.schedule": "cosine", "training.max_grad_norm": 1.0})
     settings = tiny.stage_training("student")
     compute = create_compute(settings)
 

@@ -47,7 +47,7 @@ def test_each_image_is_in_the_split_of_a_run(make_folder) -> None:
         ({"a": 4, "b": 2}, "too-few", "b", "every class needs at least 3, but 'b' has 2"),
         ({"train/a": 1, "train/b": 3, "test/a": 1, "test/b": 1}, "too-few", "train/a", "at least 2, but 'a' has 1"),
         ({"a": 4}, "one-class", ".", "found only 'a'"),
-        ({"a": 100, "b": 7}, "imbalance", ".", "'a' has 70 and 'b' has 5; see data.balance"),
+        ({"a": 100, "b": 7}, "imbalance", ".", "'a' has 70 and 'b' has 5; see data.class_balance"),
     ],
 )
 def test_classes(make_folder, examined, places: dict, kind: str, path: str, reason: str) -> None:

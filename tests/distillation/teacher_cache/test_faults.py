@@ -119,7 +119,7 @@ def test_a_mark_that_was_half_written_is_not_believed(known, tmp_path):
 def test_a_damaged_manifest_and_a_foreign_format_are_refused(known, tmp_path):
     path = full(known, tmp_path)
     flip(path / "manifest.json", 40, 0)
-    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged.*potstill store rm"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged.*potstill cache rm"):
         known.store(tmp_path, samples=5000)
     write_checksummed_json(path / "manifest.json", {"format": 9})
     with pytest.raises(ArtifactError, match="format 9"):

@@ -82,7 +82,7 @@ def test_each_of_400_changed_bits_is_found(tmp_path):
     assert found == 400
     for cut in range(len(whole)):
         file.write_bytes(whole[:cut])
-        with pytest.raises(ArtifactError, match="potstill store rm"):
+        with pytest.raises(ArtifactError, match="potstill cache rm"):
             CacheManifest.read(path)
     file.write_bytes(whole)
     assert CacheManifest.read(path).samples == 10
@@ -97,11 +97,11 @@ def test_what_is_no_manifest_is_refused(tmp_path, text):
 
 def test_another_format_is_named(tmp_path):
     write_checksummed_json(tmp_path / "manifest.json", {"format": 3, "whatever": []})
-    with pytest.raises(ArtifactError, match=r"format 3, and this version of potstill reads 2.*potstill store rm"):
+    with pytest.raises(ArtifactError, match=r"format 3, and this version of potstill reads 2.*potstill cache rm"):
         CacheManifest.read(tmp_path)
     # As the first format was written: its digest, of canonical JSON, is an entry like others.
     (tmp_path / "manifest.json").write_text('{\n  "format": 1,\n  "identity": {},\n  "sha256": "00"\n}\n')
-    with pytest.raises(ArtifactError, match=r"format 1, and this version of potstill reads 2.*potstill store rm"):
+    with pytest.raises(ArtifactError, match=r"format 1, and this version of potstill reads 2.*potstill cache rm"):
         CacheManifest.read(tmp_path)
 
 
@@ -110,7 +110,7 @@ def test_nothing_is_parsed_before_it_is_compared(tmp_path, monkeypatch):
     file = path / "manifest.json"
     file.write_bytes(file.read_bytes().replace(b"vgg16", b"vgg19"))
     monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed"))
-    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: its SHA-256.*potstill store rm"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: its SHA-256.*potstill cache rm"):
         CacheManifest.read(path)
 
 

@@ -52,7 +52,7 @@ def test_counts_by_hand(images, classes, epochs, start, counts):
     ("changes", "sentence"),
     [
         ({"method": {"name": "supervised"}}, "the teacher says what is easy, and .* has none"),
-        ({"data": {"source": "digits", "balance": "sampling"}}, "use balance: weights"),
+        ({"data": {"source": "digits", "class_balance": "sampling"}}, "use class_balance: weights"),
         ({"data": {"source": "digits", "target": "digits"}}, "curriculum orders images by class"),
         ({"curriculum": {"order": "esy"}}, "did you mean 'easy'"),
         ({"curriculum": {"pacing": "cosine"}}, "curriculum.pacing"),

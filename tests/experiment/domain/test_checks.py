@@ -18,7 +18,11 @@ def test_the_shipped_recipe_says_what_is_missing():
     assert "domain.yaml:" in text
     assert load_recipe("domain", data_needed=False).data.target is None  # it comes with the data from Python
     recipe = load_recipe("domain", ["data.target=digits"], flags={"--data": "digits"})
-    assert (recipe.domains.confidence, recipe.domains.balance, recipe.domains.adapt_batch_norm) == (0.9, True, False)
+    assert (recipe.domains.confidence, recipe.domains.class_balance, recipe.domains.adapt_batch_norm) == (
+        0.9,
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def between(photographs, night):
 def done(between, tmp_path_factory):
     """A whole run with AdaBN and stored answers, in two seeds."""
     root = tmp_path_factory.mktemp("domains")
-    recipe = between("domain.adapt_batch_norm=true", f"store.folder={root / 'stores'}", "seeds=2")
+    recipe = between("domain.adapt_batch_norm=true", f"teacher_cache.folder={root / 'stores'}", "seeds=2")
     return pipeline.run(recipe, root=root)
 
 
@@ -267,7 +267,7 @@ def test_statistics_are_taken_from_mixed_batches_of_all_images(between):
 
 
 def test_without_balancing_every_image_is_shown_equally_often(between):
-    recipe = between("domain.confidence=0", "domain.balance=false")
+    recipe = between("domain.confidence=0", "domain.class_balance=false")
     own = domains(recipe)
     seen = own.stage_data(PlannedStage("distilled", ("teacher",), distils=True), {"teacher": classifier(recipe)})
     assert len(seen.train) == len(own.data.target.train)
@@ -328,7 +328,7 @@ def test_more_images_without_labels_join_those_of_the_target(between, night, tmp
 
 @pytest.mark.parametrize(("stage", "epoch"), [("teacher", 4), ("distilled", 1)])
 def test_an_interrupted_run_goes_on_to_the_same_weights(between, done, tmp_path, stage, epoch):
-    recipe = between("domain.adapt_batch_norm=true", f"store.folder={tmp_path / 'stores'}")
+    recipe = between("domain.adapt_batch_norm=true", f"teacher_cache.folder={tmp_path / 'stores'}")
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(recipe, root=tmp_path, observer=Impatient(stage, epoch))
     again = pipeline.run(recipe, root=tmp_path, resume=True)
@@ -338,7 +338,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(between, done, tmp_path,
 
 
 def test_a_teacher_that_was_saved_but_not_yet_adapted_is_adapted_on_resuming(between, done, tmp_path):
-    recipe = between("domain.adapt_batch_norm=true", f"store.folder={tmp_path / 'stores'}")
+    recipe = between("domain.adapt_batch_norm=true", f"teacher_cache.folder={tmp_path / 'stores'}")
     run = pipeline.run(recipe, root=tmp_path, stages=("teacher",), evaluate=False)
     plain = pipeline.run(between(**NOW), root=tmp_path, name="plain", stages=("teacher",), evaluate=False)
     model, facts = load_model(plain / "teacher"), load_model(run / "teacher").facts
@@ -455,7 +455,7 @@ def test_classes_that_differ_are_refused_before_training(between, night, tmp_pat
 def test_a_store_of_several_teachers_cannot_be_verified(between, tmp_path):
     recipe = between(
         "teacher=[{model: cifar/resnet8, training: {epochs: 1}}, {model: cifar/resnet8, training: {epochs: 1}}]",
-        "domain.confidence=0", f"store.folder={tmp_path / 'stores'}",
+        "domain.confidence=0", f"teacher_cache.folder={tmp_path / 'stores'}",
     )  # fmt: skip
     run = pipeline.run(recipe, root=tmp_path)
     assert results(run)["together"]["teachers"]["of"] == ["teacher", "teacher-2"]

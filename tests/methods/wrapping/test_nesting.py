@@ -21,8 +21,8 @@ LABELS = torch.tensor([0, 1, 2, 0])
 
 WRAPPERS: dict[str, Callable[[Settings], Settings]] = {
     "combined": lambda inner: {"name": "combined", "methods": [{"name": "logit_mse"}, inner | {"factor": 2.0}]},
-    "ls": lambda inner: {"name": "ls", "around": inner},
-    "eskd": lambda inner: {"name": "eskd", "around": inner, "stop": 1.0},
+    "ls": lambda inner: {"name": "ls", "base_method": inner},
+    "eskd": lambda inner: {"name": "eskd", "base_method": inner, "stop": 1.0},
 }
 # Of each leaf: one of its terms, and an option that moves it.
 LEAVES = {"kd": ("kd", "temperature"), "rkd": ("distance", "distance_weight")}
@@ -114,7 +114,7 @@ def test_an_option_follows_its_schedule(wrappers, leaf, teachers):
 def test_the_teacher_stops_at_its_end(wrappers, leaf, teachers):
     """In the third epoch of five: 0.4 of the epochs are over."""
     term, _ = LEAVES[leaf]
-    settings = nested(wrappers, {"name": "eskd", "around": {"name": leaf}, "stop": 0.4})
+    settings = nested(wrappers, {"name": "eskd", "base_method": {"name": leaf}, "stop": 0.4})
     plain = terms(nested(wrappers, {"name": leaf}), teachers)
     assert terms(settings, teachers, epoch=1)[term] == pytest.approx(plain[term], rel=1e-5)
     stopped = terms(settings, teachers, epoch=2)
@@ -172,9 +172,9 @@ def test_a_label_term_of_a_second_view_stays_the_methods_own():
 def test_standardised_logits_reach_combined_methods():
     """Around a combination of kd and logit_mse as around each of them."""
     both = terms(nested(("ls", "combined"), {"name": "kd"}), 1)
-    assert both["kd"] == pytest.approx(2 * terms({"name": "ls", "around": {"name": "kd"}}, 1)["kd"], rel=1e-5)
+    assert both["kd"] == pytest.approx(2 * terms({"name": "ls", "base_method": {"name": "kd"}}, 1)["kd"], rel=1e-5)
     assert both["logit_mse"] == pytest.approx(
-        terms({"name": "ls", "around": {"name": "logit_mse"}}, 1)["logit_mse"], rel=1e-5
+        terms({"name": "ls", "base_method": {"name": "logit_mse"}}, 1)["logit_mse"], rel=1e-5
     )
 
 

@@ -99,13 +99,21 @@ def check_recipe(recipe: Recipe, names: Sequence[str]) -> None:
     training, problems = recipe.stage_training("student"), []
     asked = [
         (training.ema_decay is not None, "training.ema_decay", "null: weights are averaged among clients"),
-        (training.int8_share > 0, "training.int8_share", "0: train for int8 afterwards, with `potstill run`"),
-        (training.accumulate > 1, "training.accumulate", "1, and training.batch_size to what a client can hold"),
-        (recipe.data.balance != "none", "data.balance", "none: nobody knows the classes' shares among all clients"),
+        (training.qat_fraction > 0, "training.qat_fraction", "0: train for int8 afterwards, with `potstill run`"),
+        (
+            training.gradient_accumulation_steps > 1,
+            "training.gradient_accumulation_steps",
+            "1, and training.batch_size to what a client can hold",
+        ),
+        (
+            recipe.data.class_balance != "none",
+            "data.class_balance",
+            "none: nobody knows the classes' shares among all clients",
+        ),
         (recipe.data.target is not None, "data.target", "null: there is one domain"),
         (recipe.student.weights is not None, "student.weights", "null: all clients begin with new weights"),
         (bool(recipe.assistants), "assistants", "[]"),
-        (recipe.generations > 1, "generations", "1"),
+        (recipe.born_again_generations > 1, "born_again_generations", "1"),
         (recipe.seeds > 1, "seeds", "1: give --seed, and repeat the command with others"),
     ]
     for wrong, key, value in asked:

@@ -115,8 +115,8 @@ class PublicDataset:
                     answers = module(self._laid_out(batch.images))
                 loss = kd_loss(answers, targets[batch.index], temperature=temperature)
                 loss.backward()  # type: ignore[no-untyped-call]
-                if self.settings.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(module.parameters(), self.settings.clip_norm)
+                if self.settings.max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(module.parameters(), self.settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 total, images = total + loss.detach() * len(batch), images + len(batch)
@@ -203,8 +203,8 @@ def train_locally(
                     shown.images, shown.labels, index=shown.index, view=shown.view, soft_labels=shown.soft_labels
                 )
             gradients.add(step)
-            if settings.clip_norm is not None:
-                gradients.clip(settings.clip_norm)
+            if settings.max_grad_norm is not None:
+                gradients.clip(settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -212,7 +212,7 @@ def train_locally(
         total = total / max(images, 1)
     if not torch.isfinite(total):
         raise NonFiniteError(
-            "the loss of a client became NaN or infinite; lower training.lr, or set training.clip_norm"
+            "the loss of a client became NaN or infinite; lower training.lr, or set training.max_grad_norm"
         )
     return float(total)
 
@@ -357,7 +357,7 @@ def client_loader(
         seed=derive_seed(recipe.seed, f"client {number}/order"),
         workers=recipe.data.workers,
         device=compute.device,
-        memory_share=recipe.data.memory_share,
+        cache_fraction=recipe.data.cache_fraction,
         classes=len(student.class_names),
         view_seed=derive_seed(recipe.augmentation_seed, f"client {number}/views"),
     )

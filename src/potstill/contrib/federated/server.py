@@ -335,7 +335,7 @@ class Server:
         if answers.failed and set(answers.failed.values()) == {NOT_FINITE}:
             raise NonFiniteError(
                 f"{when}: loss or weights of {len(answers.failed)} clients became NaN or infinite, no other answered; "
-                "lower training.lr, or set training.clip_norm"
+                "lower training.lr, or set training.max_grad_norm"
             )
         kinds = ", ".join(f"client {number}: {why}" for number, why in answers.failed.items()) or "none is connected"
         raise WorkerError(f"{when}: {len(answers.replies)} clients answered, {self.schedule.fewest} must ({kinds})")

@@ -229,7 +229,7 @@ class TeacherCache:
                 if not gone or attempt == _OPEN_ATTEMPTS - 1:
                     raise
             time.sleep(0.05)
-        raise StorageError(f"{path} is being removed by another process; try again, or see `potstill store ls`")
+        raise StorageError(f"{path} is being removed by another process; try again, or see `potstill cache ls`")
 
     @property
     def views(self) -> int:
@@ -468,7 +468,7 @@ def find_cache(root: Path, key: str) -> Path:
         raise UsageError(f"several stores begin with {key!r}: {', '.join(sorted(found))}")
     raise UsageError(
         f"no store {key!r} in {root}{did_you_mean(key, known)}\nKnown: {', '.join(sorted(known)) or 'none'}; "
-        "`potstill store ls` shows them"
+        "`potstill cache ls` shows them"
     )
 
 

@@ -272,7 +272,7 @@ def to_float16(values: NDArray[np.floating]) -> NDArray[np.float16]:
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 _OLDER_FORMAT = re.compile(rb'\{\s*"format": ([0-9]{1,9}),')
-_REPAIR_HINT = "Remove it with `potstill store rm {key}`; the next run records anew"
+_REPAIR_HINT = "Remove it with `potstill cache rm {key}`; the next run records anew"
 
 
 @dataclass(frozen=True)

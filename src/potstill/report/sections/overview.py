@@ -372,5 +372,5 @@ def _follow_up_command(run: Run, each: Advice) -> str:
         else ["--name", f"{escape_invisible(folder.name)[:58]}-next"]
     )
     changes = [part for setting in each.settings for part in ("--set", setting)]
-    root = [] if folder.parent.name == "runs" else ["--root", folder.parent.name]
+    root = [] if folder.parent.name == "runs" else ["--output-dir", folder.parent.name]
     return shlex.join(["potstill", "run", recipe, *changes, *each.flags, *name, *root])

@@ -119,7 +119,7 @@ def reproduce_context(run: Run) -> dict[str, Any] | None:
         "commands": [
             *([("The same settings again", shlex.join(again))] if run.recipe else []),
             *(
-                [("The same run, and whether it gives the same", shlex.join(["potstill", "run", "--replay", place]))]
+                [("The same run, and whether it gives the same", shlex.join(["potstill", "run", "--reproduce", place]))]
                 if run.recipe
                 else []
             ),
