@@ -212,7 +212,8 @@ epochs: 3
         ({"born_again_generations": 0}, "born_again_generations must be at least 1, got 0"),
         (
             {"method": {"name": "tfkd_reg"}, "born_again_generations": 2},
-            "born_again_generations: each of several learns from the one before, and method tfkd_reg learns from no teacher",
+            "born_again_generations: each of several learns from the one before, and method tfkd_reg learns "
+            "from no teacher",
         ),
         (
             {"method": {"name": "tfkd_reg"}, "assistants": [{"model": "a"}]},

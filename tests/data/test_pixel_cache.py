@@ -385,7 +385,8 @@ class Says:
 
 def child(word, seconds):
     images, says = Slow(word, seconds), Says()
-    found = decode_all(images, 8, "crop", device=torch.device("cpu"), cache_fraction=0.5, identity=f"id {word}", progress=says)
+    found = decode_all(images, 8, "crop", device=torch.device("cpu"), cache_fraction=0.5,
+        identity=f"id {word}", progress=says)
     expected = (torch.arange(40) * 7 + word) % 256
     assert torch.equal(found, expected.to(torch.uint8).view(-1, 1, 1, 1).expand(40, 3, 8, 8)), word
     return says.said

@@ -54,7 +54,8 @@ def words(made, second=False):
             ({}, {"augment": AugmentSettings(**(LIGHT.model_dump() | changed))})
             for changed in (
                 {"pad_crop": 0.1}, {"crop_scale": (0.5, 1)}, {"hflip": False}, {"vflip": True}, {"rotate90": True},
-                {"color_jitter": 0.1}, {"auto_augment": "randaugment"}, {"auto_augment": "trivialaugment"}, {"erasing": 0.1},
+                {"color_jitter": 0.1}, {"auto_augment": "randaugment"}, {"auto_augment": "trivialaugment"},
+                {"erasing": 0.1},
                 {"mixup": 0.1}, {"cutmix": 0.1},
             )
         ),

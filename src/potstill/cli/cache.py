@@ -158,7 +158,8 @@ def _verification_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['key']}: {found['intact']:,} records are intact, {found['damaged_blocks']} blocks are damaged"]
     if "compared" in found:
         lines.append(
-            f"{found['compared']:,} of them computed again: top class the same in {format_percent(found['same_class'])}, "
+            f"{found['compared']:,} of them computed again: top class the same in "
+            f"{format_percent(found['same_class'])}, "
             f"largest difference of a logit {found['largest_difference']:.3g}"
         )
     return lines

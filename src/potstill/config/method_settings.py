@@ -62,7 +62,8 @@ def describe_method(method: Any) -> str:
     """A method in a few words, for tables and headings.
 
     Example:
-        >>> describe_method({"name": "ls", "base_method": {"name": "dkd"}}), describe_method([{"name": "kd"}, {"name": "crd"}])
+        >>> (describe_method({"name": "ls", "base_method": {"name": "dkd"}}),
+        ... describe_method([{"name": "kd"}, {"name": "crd"}]))
         ('ls around dkd', 'kd + crd')
         >>> describe_method({"name": "combined", "methods": [{"name": "kd"}, {"name": "crd", "factor": 0.8}]})
         'kd + 0.8 crd'

@@ -12,7 +12,8 @@ def stage_role(name: str) -> str:
     """Which of ROLES a stage has; "" for what is no stage's name (and so must not become a path).
 
     Example:
-        >>> stage_role("teacher"), stage_role("baseline-2"), stage_role("assistant-1"), stage_role("teacher-1"), stage_role("../teacher")
+        >>> (stage_role("teacher"), stage_role("baseline-2"), stage_role("assistant-1"), stage_role("teacher-1"),
+        ... stage_role("../teacher"))
         ('teacher', 'baseline', 'assistant', '', '')
     """
     match = _NAME.fullmatch(name)
@@ -23,7 +24,8 @@ def stage_number(name: str) -> int:
     """Which of several of its role a stage is, from 1; of baseline and distilled: the how manieth seed.
 
     Example:
-        >>> stage_number("teacher"), stage_number("teacher-2"), stage_number("generation-1"), stage_number("distilled-3")
+        >>> (stage_number("teacher"), stage_number("teacher-2"), stage_number("generation-1"),
+        ... stage_number("distilled-3"))
         (1, 2, 1, 3)
     """
     return int(name.rpartition("-")[2]) if "-" in name else 1
@@ -33,7 +35,8 @@ def repeat_index(name: str) -> int:
     """How many seeds later than the first a stage is: 1 for ``baseline-2``, 0 for all that is trained once.
 
     Example:
-        >>> repeat_index("baseline"), repeat_index("distilled-3"), repeat_index("teacher-2"), repeat_index("generation-1")
+        >>> (repeat_index("baseline"), repeat_index("distilled-3"), repeat_index("teacher-2"),
+        ... repeat_index("generation-1"))
         (0, 2, 0, 0)
     """
     return stage_number(name) - 1 if stage_role(name) in ("baseline", "distilled") else 0

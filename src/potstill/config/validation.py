@@ -110,7 +110,8 @@ def curriculum_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
     if not needs_teacher(value.get("method")):
         yield (
             ("curriculum",),
-            f"curriculum: the teacher says what is easy, and {describe_method(normalize_method(value.get('method')))} has none",
+            "curriculum: the teacher says what is easy, and "
+            f"{describe_method(normalize_method(value.get('method')))} has none",
         )
     if data.get("class_balance") == "sampling":
         yield (
@@ -331,7 +332,8 @@ def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, 
     if training.early_stopping_patience and 0 < training.qat_fraction < 1:
         yield (
             ("early_stopping_patience", "qat_fraction"),
-            "early_stopping_patience may end the training before qat_fraction begins; leave one of them out, or set qat_fraction: 1",
+            "early_stopping_patience may end the training before qat_fraction begins; leave one of them out, "
+            "or set qat_fraction: 1",
         )
     if training.nesterov and (training.optimizer.lower() != "sgd" or training.momentum == 0):
         yield ("nesterov", "optimizer", "momentum"), "nesterov needs optimizer: sgd and momentum above 0"

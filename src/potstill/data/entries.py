@@ -156,7 +156,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "manifest-row": _skippable("rows of the manifest", "what they hold cannot be used"),
     "listed-twice": _skippable("files that are listed twice", "the image would count twice, perhaps under two labels"),
     # what the images say
-    "two-labels": FindingKind("error", "images under two labels", "at most one label is right, and no model can give both"),
+    "two-labels": FindingKind(
+        "error", "images under two labels", "at most one label is right, and no model can give both"
+    ),
     "across-splits": FindingKind(
         "error", "images in more than one split", "figures on images that were trained on, or picked by, say too much"
     ),

@@ -78,7 +78,8 @@ def compute_range(spans: Iterable[ValueSpan | None]) -> ValueRange | None:
     Example:
         >>> compute_range([ValueSpan("integer", 3, 900), ValueSpan("integer", 0, 4000), None])
         (0.0, 4095.0)
-        >>> compute_range([ValueSpan("float", 0, 0.5)]), compute_range([ValueSpan("float", -2.5, 1.02)]), compute_range([None])
+        >>> (compute_range([ValueSpan("float", 0, 0.5)]), compute_range([ValueSpan("float", -2.5, 1.02)]),
+        ... compute_range([None]))
         ((0.0, 1.0), (-2.5, 1.02), None)
     """
     found = [each for each in spans if each is not None and each.kind != "colour"]

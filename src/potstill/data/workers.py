@@ -125,7 +125,8 @@ class DecodeWorkers:
             there = "" if free is None else f" has {free:,} bytes free;"
             need, used = self._wanted * each, f"{self.count} of them" if self.count else "the main process alone"
             self._warn(
-                f"shared memory ({_SHM}){there} {self._wanted} processes that decode need {need:,} ({format_scaled(need, 'B')}"
+                f"shared memory ({_SHM}){there} {self._wanted} processes that decode need {need:,} "
+                f"({format_scaled(need, 'B')}"
                 f"): {used} will decode. For more, enlarge it (docker run --shm-size 1g), lower training.batch_size, "
                 "or set data.workers"
             )

@@ -39,8 +39,8 @@ class Distiller(nn.Module):
         student_input: how ``images`` are prepared.
         teacher_input: how each teacher wants them; images are renormalised and resized from the one to the other.
         label_loss: replaces plain cross-entropy in the method's label term (smoothing, class weights).
-        feature_pairs: pairs of paths (student's, teacher's), shallow to deep, in place of the stages found by themselves.
-        train_labels: [N], int64, labels by sample id; needed by methods with a memory of the training set.
+        feature_pairs: pairs of paths (student's, teacher's), shallow to deep, in place of the stages found by
+        themselves. train_labels: [N], int64, labels by sample id; needed by methods with a memory of the training set.
         batch_size: of the training to come; needed by methods whose layers are sized by it.
         teacher_weights: for each of several teachers; equal where None.
         combine: several teachers' "logits" or "probabilities" are averaged.

@@ -29,9 +29,9 @@ def calibration_report(
     ``val`` and ``test`` are probabilities [N, K], the labels whole numbers [N].
 
     Returns:
-        ``temperature``; ``before`` and ``after``, each with ``ece`` (0 to 1), ``nll`` (nats) and ``reliability_bins``: for each of
-        15 bins of confidence that has images their number, mean confidence and share right.  None where a split
-        has no image.
+        ``temperature``; ``before`` and ``after``, each with ``ece`` (0 to 1), ``nll`` (nats) and ``reliability_bins``:
+        for each of 15 bins of confidence that has images their number, mean confidence and share right.  None where a
+        split has no image.
 
     Raises:
         UsageError: labels that do not go with the probabilities.

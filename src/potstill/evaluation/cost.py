@@ -111,7 +111,8 @@ def count_flops(module: nn.Module, spec: InputSpec) -> int:
 def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str]) -> str:
     """A table of layers (path, type, output shape, parameters) and the totals, for people to read.
 
-    A network of more than ``MAX_SUMMARY_ROWS`` layers is shown as blocks: at the greatest depth that keeps the table so short.
+    A network of more than ``MAX_SUMMARY_ROWS`` layers is shown as blocks: at the greatest depth that keeps the table
+    so short.
     """
     shapes = _output_shapes(module, spec)
     rows = _layer_rows(module, shapes)

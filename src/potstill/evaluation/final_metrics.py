@@ -141,8 +141,8 @@ def metric_intervals(probabilities: Array, labels: Array) -> Bounds:
     class is small or perfect; their variance is that of the delta method, for AUC DeLong's.  Macro figures have at most
     the geometric mean of that number and of the harmonic number of their classes' images.  Left out: AUC where it is
     undefined or of more than ``MAX_DELONG_SCORES`` scores; AUC and macro figures where a class has fewer than
-    ``MIN_IMAGES_FOR_AUC`` and ``MIN_IMAGES_FOR_MACRO`` images; NLL where it is too skewed for so few images; ECE, which the
-    choice of images biases upwards.
+    ``MIN_IMAGES_FOR_AUC`` and ``MIN_IMAGES_FOR_MACRO`` images; NLL where it is too skewed for so few images; ECE,
+    which the choice of images biases upwards.
 
     Args:
         probabilities: [N, K], rows that sum to 1.

@@ -44,8 +44,8 @@ class StreamingMetrics:
       logits the lower class number comes first, as in ``argmax``.
     - ``precision_``, ``recall_``, ``f1_`` + ``micro``, ``macro``, ``weighted``: see ``classification_averages``.
     - ``auc_micro``, ``auc_macro``, ``auc_weighted``: one class against the rest; classes without positives or without
-      negatives are skipped; None where that leaves none.  Exact up to ``BUFFER_ROWS`` images, then from ``AUC_BINS`` bins of the
-      log-odds ``log p - log(1 - p)``.
+      negatives are skipped; None where that leaves none.  Exact up to ``BUFFER_ROWS`` images, then from ``AUC_BINS``
+      bins of the log-odds ``log p - log(1 - p)``.
     - ``ece``: expected calibration error over 15 equal bins (low, high] of the top class's probability.
     - ``nll``: mean negative log-likelihood, at most 36.04 for one image.
     - ``count``: images.

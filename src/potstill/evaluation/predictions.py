@@ -299,7 +299,8 @@ def predict_split(
         device: where the model is.
         processes: each of them has some of the batches; all get the same result.
         name_of: of an image, for messages.
-        file: where all probabilities go, as ``FileProbabilities`` describes, if there are more than ``most``; None: nowhere.
+        file: where all probabilities go, as ``FileProbabilities`` describes, if there are more than ``most``; None:
+            nowhere.
         labels: [N] int64, in place of those that the loader gives.
         most: N * K up to which all probabilities are held instead.
 

@@ -113,7 +113,8 @@ def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.9
     intervals at 95 % miss whatever the share is (``tests/evaluation/test_false_alarms.py``; Satterthwaite's degrees of
     freedom: up to 7.8 % with three seeds).
 
-    Where fewer than ``MIN_CHANGED_IMAGES`` images differ, p is not below that of the exact test over images (``sign_flip``).
+    Where fewer than ``MIN_CHANGED_IMAGES`` images differ, p is not below that of the exact test over images
+    (``sign_flip``).
 
     Args:
         correct_a: [S, N] bool, row i: the model compared with, of seed i; S >= 2.

@@ -71,7 +71,8 @@ def build_network(
         return start
     if own is not None:
         raise ArtifactError(
-            f"{network.weights} was trained on images of more than 8 bits read by the range {format_range(own)}, and this "
+            f"{network.weights} was trained on images of more than 8 bits read by the range "
+            f"{format_range(own)}, and this "
             f"data is read by {format_range(ends)}: the same gray would be another one.\n"
             f"Set data.range=[{own[0]:.10g},{own[1]:.10g}], or train the network on this data"
         )
@@ -306,7 +307,8 @@ def build_distiller(
     """
     if planned.feature_pairs and method.needs.maps == "none":
         raise UsageError(
-            f"feature_pairs: method {describe_method(recipe.method)} joins no feature maps of student and teacher; leave them out"
+            f"feature_pairs: method {describe_method(recipe.method)} joins no feature maps of student and "
+            "teacher; leave them out"
         )
     several = len(teachers) > 1
     for network in (student, *teachers):

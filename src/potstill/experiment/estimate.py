@@ -164,6 +164,7 @@ def estimate_further_seeds(
     seeds = len({stage.repeat for stage in further})
     more = "the further seed takes" if seeds == 1 else f"the {format_count(seeds)} further seeds take"
     return (
-        f"{more} about {format_duration(total)} ({format_count(len(further))} trainings of {format_count(settings.epochs)} "
+        f"{more} about {format_duration(total)} ({format_count(len(further))} trainings of "
+        f"{format_count(settings.epochs)} "
         f"epoch{'' if settings.epochs == 1 else 's'}; more where the teacher is asked in every step)"
     )

@@ -13,7 +13,8 @@ def derive_seed(seed: int, purpose: str) -> int:
     """A seed in [0, 2**63) for one purpose.
 
     Example:
-        >>> derive_seed(0, "student") == derive_seed(0, "student"), derive_seed(0, "student") == derive_seed(0, "teacher")
+        >>> (derive_seed(0, "student") == derive_seed(0, "student"),
+        ... derive_seed(0, "student") == derive_seed(0, "teacher"))
         (True, False)
     """
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little") >> 1
@@ -58,8 +59,8 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[Pl
 
     Teachers, the baseline, the assistants (each learns from the one before), then the student's generations, the last
     of which is "distilled".  A method that learns from no teacher has none, whatever the recipe says.  The recipe's
-    ``feature_pairs`` are those of the student and of whom it learns from; between two generations, which are the same network,
-    the student's are joined to themselves; assistants are joined by depth.
+    ``feature_pairs`` are those of the student and of whom it learns from; between two generations, which are the same
+    network, the student's are joined to themselves; assistants are joined by depth.
 
     With several seeds, baseline and distilled follow once more for each further one; whoever teaches them is trained
     once.  So the first seed's stages are done first, and a run that goes on with more seeds only adds to them.

@@ -89,7 +89,8 @@ def _dry_run_stage(
     student, method = networks[stage.name], create_stage_method(recipe)
     if method.needs.several and settings.batch_size < 2:
         raise UsageError(
-            f"method {describe_method(recipe.method)} compares images with each other, and {stage.name} would see one at a "
+            f"method {describe_method(recipe.method)} compares images with each other, and {stage.name} would "
+            "see one at a "
             "time: set training.batch_size to 2 or more, or use kd"
         )
     images = _RandomImages(data, student.input.size, settings, recipe.data.augment or data.augment, method, compute)
@@ -355,12 +356,14 @@ def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
         )
     if training.gradient_accumulation_steps > batches:
         yield (
-            f"training.gradient_accumulation_steps {training.gradient_accumulation_steps} is more than the {batches} batches of an epoch: a step "
+            f"training.gradient_accumulation_steps {training.gradient_accumulation_steps} is more than the "
+            f"{batches} batches of an epoch: a step "
             f"averages {batches}"
         )
     if training.early_stopping_patience is not None and training.early_stopping_patience >= training.epochs:
         yield (
-            f"training.early_stopping_patience {training.early_stopping_patience} cannot act within training.epochs {training.epochs}"
+            f"training.early_stopping_patience {training.early_stopping_patience} cannot act within "
+            f"training.epochs {training.epochs}"
         )
     if 1 < training.epochs <= training.warmup_epochs:
         also = "" if training.schedule == "constant" else ", and its schedule never acts"

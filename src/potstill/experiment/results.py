@@ -38,7 +38,8 @@ def evaluate_stages(
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages``, ``repeats``,
-    ``ensemble_predictions``, ``comparison`` and ``cka`` of results.json.  Where there is a target, all of these are of its images.
+    ``ensemble_predictions``, ``comparison`` and ``cka`` of results.json.  Where there is a target, all of these are of
+    its images.
 
     ``known``: further facts that the comparison and results.json repeat: ``looks``, ``teacher_below_baseline``.
     The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``

@@ -95,7 +95,8 @@ def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
         return ViewPlan(views, kind, True)
     seeds = f" of {recipe.seeds} seeds" if recipe.seeds > 1 else ""
     note = (
-        f"teacher outputs are not stored: {_views_shown(recipe)} views{seeds} take {format_scaled(needed, 'B')}, more than a "
+        f"teacher outputs are not stored: {_views_shown(recipe)} views{seeds} take "
+        f"{format_scaled(needed, 'B')}, more than a "
         f"quarter of the free disk of {cache_root(recipe)}; the teacher runs in every step, on the same views"
     )
     if kind != "top16" and top16_suffices(method, classes):
@@ -133,7 +134,8 @@ def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
         )
     if not top16_suffices(method, classes):
         raise UsageError(
-            f"teacher_cache.record top16 keeps the 16 largest logits and the mass of the others, which suffices for kd; method "
+            "teacher_cache.record top16 keeps the 16 largest logits and the mass of the others, which "
+            "suffices for kd; method "
             f"{describe_method(recipe.method)} reads all of them: use float16"
         )
     return kind

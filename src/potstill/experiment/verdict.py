@@ -94,7 +94,8 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
             said.append(f"The {_stage_label(name)} never predicts {classes} of the test split: {listed}.")
     for each in comparison.get("teacher_below_baseline") or []:
         if each.get("teacher") not in at_chance:
-            top1 = f"{format_percent(each.get('teacher_val_top1'))} against {format_percent(each.get('baseline_val_top1'))}"
+            teacher, baseline = each.get("teacher_val_top1"), each.get("baseline_val_top1")
+            top1 = f"{format_percent(teacher)} against {format_percent(baseline)}"
             said.append(
                 f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): train it longer or give a "
                 "better one."
@@ -145,7 +146,8 @@ def gap_sentence(comparison: Mapping[str, Any], found: Effect) -> str:
     lead = f"{who} the baseline by {format_points(gap, signed=False)} points"
     low, high = finite_figure(comparison, "gap_low"), finite_figure(comparison, "gap_high")
     if low is not None and high is not None and finite_figure(comparison, "gap_closed_low") is None:
-        return f"{lead}, which may be sampling noise in the test set (95 % interval {format_points(low)} to {format_points(high)})."
+        interval = f"95 % interval {format_points(low)} to {format_points(high)}"
+        return f"{lead}, which may be sampling noise in the test set ({interval})."
     if found == "one_seed":
         if closed is None or closed <= 0:
             return f"{lead}."
@@ -309,8 +311,8 @@ def verdict_sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str,
 
 
 def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
-    """``helped`` or ``hurt`` only with ``MIN_SEEDS`` seeds or more, where the whole interval of the top-1 gain over seeds
-    and test images lies on one side of 0 and the test agrees; ``one_seed`` for whatever one seed gave.
+    """``helped`` or ``hurt`` only with ``MIN_SEEDS`` seeds or more, where the whole interval of the top-1 gain over
+    seeds and test images lies on one side of 0 and the test agrees; ``one_seed`` for whatever one seed gave.
     """
     if comparison is None:
         return "unknown"

@@ -424,7 +424,8 @@ class Exporter:
         if before - after > self.wish.max_drop + 1e-9:
             raise ArtifactError(
                 f"int8 loses {100 * (before - after):.2f} points of accuracy on {images} test images "
-                f"({before:.2%} to {after:.2%}), more than --max-accuracy-drop {self.wish.max_drop:g} allows; not written.\n"
+                f"({before:.2%} to {after:.2%}), more than --max-accuracy-drop {self.wish.max_drop:g} allows; "
+                "not written.\n"
                 "Export without --int8, or allow more"
             )
 

@@ -60,7 +60,8 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
 def check_options(wish: ExportOptions, form: ExportFormat) -> None:
     if wish.inside not in PREPROCESSING_MODES:
         raise UsageError(
-            f"--preprocessing is one of {', '.join(PREPROCESSING_MODES)}, got {wish.inside!r}{did_you_mean(wish.inside, PREPROCESSING_MODES)}"
+            f"--preprocessing is one of {', '.join(PREPROCESSING_MODES)}, got "
+            f"{wish.inside!r}{did_you_mean(wish.inside, PREPROCESSING_MODES)}"
         )
     if wish.inside not in form.inside:
         raise UsageError(

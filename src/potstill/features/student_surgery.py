@@ -338,7 +338,8 @@ def rebuild_student(network: nn.Module, facts: dict[str, Any]) -> ModifiedStuden
     name = given.pop("name", None)
     if name not in MODIFIED_STUDENTS:
         raise UsageError(
-            f"no remodelled network {name!r}{did_you_mean(str(name), MODIFIED_STUDENTS) or '.'} Known: {', '.join(MODIFIED_STUDENTS)}"
+            f"no remodelled network {name!r}{did_you_mean(str(name), MODIFIED_STUDENTS) or '.'} Known: "
+            f"{', '.join(MODIFIED_STUDENTS)}"
         )
     try:
         return MODIFIED_STUDENTS[name](network, **given)

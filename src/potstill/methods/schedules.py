@@ -49,7 +49,8 @@ def check_schedule(schedule: Any) -> list[str]:
             if key not in Schedule.__dataclass_fields__:
                 known = ", ".join(Schedule.__dataclass_fields__)
                 problems.append(
-                    f"schedule.{name} has no {key!r}{did_you_mean(key, Schedule.__dataclass_fields__)}; it takes {known}"
+                    f"schedule.{name} has no {key!r}{did_you_mean(key, Schedule.__dataclass_fields__)}; it "
+                    f"takes {known}"
                 )
             elif key == "shape" and value not in get_args(ScheduleShape):
                 problems.append(

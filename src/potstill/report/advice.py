@@ -101,7 +101,8 @@ def imbalance(run: Run) -> Advice | None:
     return Advice(
         "Small classes are learned worse",
         f"The largest class has {max(sizes) / min(sizes):.0f} times as many training images as the smallest, and macro "
-        f"F1 ({format_percent(f1)}) lies {format_points(top1 - f1, signed=False)} points below top-1 ({format_percent(top1)}).",
+        f"F1 ({format_percent(f1)}) lies {format_points(top1 - f1, signed=False)} points below top-1 "
+        f"({format_percent(top1)}).",
         "Weigh the classes, or draw them equally often.",
         settings=("data.class_balance=weights",),
     )
@@ -206,7 +207,8 @@ def test_too_small(run: Run) -> Advice | None:
     many = f"about {_round_up(needed)} images would tell a gain of this size" if needed and needed < 1e6 else ""
     return Advice(
         "test is too small to tell",
-        f"With {format_count(total)} test images the gain is known to ± {format_points(half, signed=False)} points only.",
+        f"With {format_count(total)} test images the gain is known to ± {format_points(half, signed=False)} "
+        "points only.",
         f"Give test more images{'; ' + many if many else ''}.",
     )
 
@@ -269,7 +271,8 @@ def overconfident_teacher(run: Run) -> Advice | None:
     calibration = "" if ece is None else f" Its calibration error on val is {format_percent(ece)}."
     return Advice(
         "The teacher is overconfident",
-        f"Its NLL is {format_decimal(on_train)} on train but {format_decimal(on_val)} on val: on the images that it teaches with, "
+        f"Its NLL is {format_decimal(on_train)} on train but {format_decimal(on_val)} on val: on the images "
+        "that it teaches with, "
         f"its answers at T = {temperature:g} are close to the bare labels.{calibration}",
         "Raise the temperature, so that more of the other classes' probabilities shows.",
         settings=(f"method.temperature={2 * temperature:g}",),
@@ -306,7 +309,8 @@ def as_good_as_teacher(run: Run) -> Advice | None:
         return None
     return Advice(
         "The student is as good as its teacher",
-        f"On test the distilled student has {format_percent(distilled)} of top-1, the teacher {format_percent(teacher)}.",
+        f"On test the distilled student has {format_percent(distilled)} of top-1, the teacher "
+        f"{format_percent(teacher)}.",
         "There may be room for a smaller student; for a better one, it takes a better teacher.",
     )
 
@@ -324,7 +328,8 @@ def overfitting(run: Run) -> Advice | None:
     more = f" Its best epoch was {epochs[0]} of {epochs[1]}." if early and epochs is not None else ""
     return Advice(
         "The student overfits",
-        f"The {found.name} student has {format_percent(on_train)} of top-1 on train and {format_percent(on_val)} on val.{more}",
+        f"The {found.name} student has {format_percent(on_train)} of top-1 on train and "
+        f"{format_percent(on_val)} on val.{more}",
         "Show more varied views of the images, or give more images; unlabeled ones help too (data.unlabeled).",
         settings=("data.augment.crop_scale=[0.5, 1]", "data.augment.hflip=true"),
     )

@@ -91,8 +91,10 @@ def _incomparable_reason(first: Contender, second: Contender) -> str:
         return ""
     shared = len(set(first.images) & set(second.images))
     return (
-        f"{both}: they were tested on different images ({format_count(len(first.images))} and {format_count(len(second.images))}, "
-        f"of which {format_count(shared)} have the same name and label), so the difference of their figures says nothing"
+        f"{both}: they were tested on different images ({format_count(len(first.images))} and "
+        f"{format_count(len(second.images))}, "
+        f"of which {format_count(shared)} have the same name and label), so the difference of their figures "
+        "says nothing"
     )
 
 
@@ -121,7 +123,9 @@ def _adjust_p_values(meetings: Sequence[Pairing]) -> list[Pairing]:
 
 
 def pairing_row(meeting: Pairing) -> dict[str, Any]:
-    """A row of the page; better only with ``MIN_SEEDS`` seeds or more, where p allows for all pairs and is below 0.05."""
+    """A row of the page; better only with ``MIN_SEEDS`` seeds or more, where p allows for all pairs and is
+    below 0.05.
+    """
     low, high = meeting.gain.low, meeting.gain.high
     if meeting.seeds < MIN_SEEDS:
         says = f"too few seeds for a verdict: {MIN_SEEDS} or more are needed"

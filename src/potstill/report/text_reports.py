@@ -153,7 +153,8 @@ def training_text(stage: StageResult) -> str:
     if format_number(training.get("images_per_second")) is not None:
         text += f" ({format_count(training['images_per_second'])} images/s)"
     if stage.best_epoch is not None:
-        text += f", best epoch {stage.best_epoch} by {escape_invisible(str(training.get('selection_metric') or 'top1'))} on val"
+        metric = escape_invisible(str(training.get("selection_metric") or "top1"))
+        text += f", best epoch {stage.best_epoch} by {metric} on val"
     return text
 
 

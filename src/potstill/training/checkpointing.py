@@ -319,7 +319,8 @@ class Checkpointer:
             if not bool(parameter.isfinite().all()):
                 raise NonFiniteError(
                     f"epoch {epoch + 1}: the weights {name} have become NaN or infinite.\n"
-                    "Lower the learning rate (training.lr), or set training.max_grad_norm=1; the last checkpoint is finite"
+                    "Lower the learning rate (training.lr), or set training.max_grad_norm=1; the last "
+                    "checkpoint is finite"
                 )
 
 

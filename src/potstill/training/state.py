@@ -111,7 +111,8 @@ class TermAverages:
                 raise NonFiniteError(
                     f"{where}: at step {step} the loss term {', '.join(bad)} is {sum(found.values()):g}"
                     f"{_format_names(images(step)) if images is not None else ''}.\n"
-                    "Lower the learning rate (training.lr), or set training.max_grad_norm=1; the last checkpoint is finite"
+                    "Lower the learning rate (training.lr), or set training.max_grad_norm=1; the last "
+                    "checkpoint is finite"
                 )
             for name, value in found.items():
                 sums[name] += size * value

@@ -409,6 +409,9 @@ print([Known.check(store, view) for view in range(2)])
 
 
 def test_stores_have_nothing_to_do_with_torch(script, tmp_path):
-    text = "Known.store(sys.argv[1]).close()\nimport potstill.distillation.teacher_cache.cache\nprint('torch' in sys.modules)"
+    text = (
+        "Known.store(sys.argv[1]).close()\nimport potstill.distillation.teacher_cache.cache\n"
+        "print('torch' in sys.modules)"
+    )
     assert script(text, tmp_path).strip() == "False"
     assert files.RECORDS_FILE == "logits.bin"

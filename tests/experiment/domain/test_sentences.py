@@ -1,7 +1,8 @@
 from potstill.experiment.verdict import domain_sentence, verdict
 
 FOUND = {
-    "source": "day", "target": "night", "target_labels": 0.0, "confidence": 0.9, "class_balance": True, "adapted": False,
+    "source": "day", "target": "night", "target_labels": 0.0, "confidence": 0.9, "class_balance": True,
+    "adapted": False,
     "images": 1200, "of": 5000, "labelled": 0, "picked_by": "the source's val", "source_images": 300,
     "source_top1": {"teacher": 0.951, "baseline": 0.902, "distilled": 0.7},
 }  # fmt: skip

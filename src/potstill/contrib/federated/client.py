@@ -219,7 +219,8 @@ def train_locally(
 
 def _unsupported_method(recipe: Recipe) -> UsageError:
     return UsageError(
-        f"method {describe_method(recipe.method)} trains or remembers more than the student, which a client would begin anew "
+        f"method {describe_method(recipe.method)} trains or remembers more than the student, which a client "
+        "would begin anew "
         "in each round; guide clients with kd, dkd, dist or another method of logits"
     )
 

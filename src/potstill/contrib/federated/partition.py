@@ -96,7 +96,8 @@ def partition_indices(labels: IndexArray, clients: int, partition: Partition, se
         raise UsageError(f"--clients must be at least 1, got {clients}")
     if clients * MIN_CLIENT_IMAGES > len(labels):
         raise UsageError(
-            f"{len(labels)} training images cannot be divided among {clients} clients, {MIN_CLIENT_IMAGES} or more each: "
+            f"{len(labels)} training images cannot be divided among {clients} clients, {MIN_CLIENT_IMAGES} or "
+            "more each: "
             f"at most {len(labels) // MIN_CLIENT_IMAGES} clients"
         )
     random = np.random.default_rng(seed)
@@ -107,7 +108,8 @@ def partition_indices(labels: IndexArray, clients: int, partition: Partition, se
         if min(map(len, parts)) >= MIN_CLIENT_IMAGES:
             return parts
     raise DataError(
-        f"{partition} leaves one of {clients} clients without {MIN_CLIENT_IMAGES} of the {len(labels)} training images, in each "
+        f"{partition} leaves one of {clients} clients without {MIN_CLIENT_IMAGES} of the {len(labels)} "
+        "training images, in each "
         f"of {_MAX_DRAWS} draws: take fewer clients, a larger alpha (dirichlet:{partition.alpha * 3:g}), or iid"
     )
 
@@ -150,7 +152,8 @@ def load_client_images(
     entries = [entry for entry in listing.entries if entry.split in (None, "train")]
     if len(entries) < MIN_CLIENT_IMAGES:
         raise DataError(
-            f"{root}: this client has {len(entries)} training images, and needs at least {MIN_CLIENT_IMAGES}: put them into "
+            f"{root}: this client has {len(entries)} training images, and needs at least {MIN_CLIENT_IMAGES}: "
+            "put them into "
             f"folders named after their classes ({_format_names(class_names)}), or leave the client out"
         )
     raise_refused(settings, listing.findings, root)
@@ -159,7 +162,8 @@ def load_client_images(
     if strange:
         near = "".join(did_you_mean(name, known) for name in strange[:1])
         raise DataError(
-            f"{root}: the server does not know the class{'es' if len(strange) > 1 else ''} {_format_names(strange)}{near}\n"
+            f"{root}: the server does not know the class{'es' if len(strange) > 1 else ''} "
+            f"{_format_names(strange)}{near}\n"
             f"It knows {_format_names(class_names)}: rename the folder, or move it away"
         )
     images = FileSet(root, [entry.name for entry in entries], [known[entry.label] for entry in entries])
@@ -194,7 +198,8 @@ def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[Data
     count = round(share * len(order))
     if not MIN_CLIENT_IMAGES <= count <= len(order) - MIN_CLIENT_IMAGES:
         raise UsageError(
-            f"--public {share:g} makes {count} of {len(order)} training images public: at least {MIN_CLIENT_IMAGES} must be, and "
+            f"--public {share:g} makes {count} of {len(order)} training images public: at least "
+            f"{MIN_CLIENT_IMAGES} must be, and "
             "as many must be left; or name a folder with data.unlabeled"
         )
     return replace(data, train=Subset(data.train, np.sort(order[count:]))), Subset(data.train, np.sort(order[:count]))

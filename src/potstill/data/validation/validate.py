@@ -374,7 +374,8 @@ def _notes(listing: Listing, division: SplitAssignment) -> Iterator[str]:
     yield from listing_notes(listing)
     names = division.class_names
     if blanks := [name for name in names if name != name.strip() or name.endswith(".")]:
-        yield f"class names that end in blanks or dots, which Windows drops: {', '.join(map(repr, blanks[:_MAX_NAMES]))}"
+        shown = ", ".join(map(repr, blanks[:_MAX_NAMES]))
+        yield f"class names that end in blanks or dots, which Windows drops: {shown}"
     if not listing.ready and len(names) > 1 and all(name.isdecimal() for name in names):
         by_number = sorted(names, key=int)
         if by_number != list(names):

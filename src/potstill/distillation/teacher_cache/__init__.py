@@ -10,7 +10,9 @@ RecordChoice = Literal["auto", "float16", "float32", "top16"]
 
 
 class TeacherCacheSettings(BaseModel):
-    """Whether and how the teacher's answers are kept on disk; ``teacher_cache: off`` in a recipe is short for the mode."""
+    """Whether and how the teacher's answers are kept on disk; ``teacher_cache: off`` in a recipe is short for
+    the mode.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -97,9 +97,9 @@ def decode_top16(index: NDArray[np.int64], kept: Floats, tail: Floats, *, classe
 def tail_log_mass(tail: Floats, others: int, temperature: float) -> NDArray[np.float64]:
     """Log m(T) at any T; shape [B].
 
-    At one of ``TAIL_TEMPERATURES``, what was kept.  Between them, the polynomial through the five known points, held within
-    what convexity allows.  Below T = 1, the straight line on from T = 2 and 1 or steeper, as the polynomial goes there,
-    but no higher than the norm's bound, ``log m(T) <= log m(1) / T``.
+    At one of ``TAIL_TEMPERATURES``, what was kept.  Between them, the polynomial through the five known points, held
+    within what convexity allows.  Below T = 1, the straight line on from T = 2 and 1 or steeper, as the polynomial
+    goes there, but no higher than the norm's bound, ``log m(T) <= log m(1) / T``.
 
     Args:
         tail: log m at ``TAIL_TEMPERATURES``, shape [B, 4].

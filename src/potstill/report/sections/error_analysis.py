@@ -50,7 +50,8 @@ def _stage_matrix_svgs(run: Run, split: str) -> list[str]:
 
 def _stage_matrix_svg(run: Run, stage: StageResult, split: str, matrix: Matrix) -> str:
     label = (
-        f"Confusion matrix of {stage.name} on {split}: {format_count(int(matrix.trace()))} of {format_count(int(matrix.sum()))} "
+        f"Confusion matrix of {stage.name} on {split}: {format_count(int(matrix.trace()))} of "
+        f"{format_count(int(matrix.sum()))} "
         "images on the diagonal."
     )
     return matrix_svg(matrix, run.class_names, f"{stage.name}, {split}", label)

@@ -33,7 +33,8 @@ def data_context(run: Run) -> dict[str, Any] | None:
         ("Classes", format_count(len(names))),
         (
             "Images",
-            f"{format_count(sum(totals))} ({', '.join(f'{s} {format_count(n)}' for s, n in zip(splits, totals, strict=True))})",
+            f"{format_count(sum(totals))} "
+            f"({', '.join(f'{s} {format_count(n)}' for s, n in zip(splits, totals, strict=True))})",
         ),
         ("Size", f"{format_count(size)} × {format_count(size)} pixels" if size else None),
         ("Not square", f"{data.get('resize_mode')}: {data['unseen'][0]}" if data.get("unseen") else None),
