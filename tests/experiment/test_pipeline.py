@@ -366,11 +366,11 @@ def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("class_balance", ["none", "weights"])
-def test_label_smoothing_reaches_the_loss(recipe, balance):
+def test_label_smoothing_reaches_the_loss(recipe, class_balance):
     from potstill.data.datasets import load_data
     from potstill.experiment.stage import label_loss
 
-    smoothed = recipe(**{"training.label_smoothing": 0.3, "data.class_balance": balance})
+    smoothed = recipe(**{"training.label_smoothing": 0.3, "data.class_balance": class_balance})
     loss = label_loss(smoothed, smoothed.training, load_data(smoothed.data))
     logits = torch.tensor([[2.0, 0.0, 0.0]])
     normaliser = math.log(math.exp(2) + 2)

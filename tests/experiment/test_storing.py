@@ -193,7 +193,7 @@ def test_on_a_full_disk_the_live_teacher_gives_the_same_weights(first, monkeypat
     live = again("live")
     assert asked_and_read(live) == (None, None)
     assert weights(live) == weights(done)
-    assert load_recipe(live / "recipe.yaml").store == load_recipe(done / "recipe.yaml").store
+    assert load_recipe(live / "recipe.yaml").teacher_cache == load_recipe(done / "recipe.yaml").teacher_cache
 
 
 def test_without_room_or_rights_training_goes_on_and_says_so_once(first, recipe, tmp_path):
@@ -235,7 +235,7 @@ def test_several_teachers_each_have_a_store(recipe, tmp_path, stores):
 
 def test_resuming_keeps_the_number_of_views_and_the_store(recipe, tmp_path, stores):
     whole = run(recipe(**{"training.epochs": 4}), root=tmp_path, name="whole")
-    assert load_recipe(whole / "recipe.yaml").store.views == 4
+    assert load_recipe(whole / "recipe.yaml").teacher_cache.views == 4
     with pytest.raises(KeyboardInterrupt):
         run(recipe(**{"training.epochs": 4}), root=tmp_path, name="part", observer=Impatient())
     resumed = run(recipe(**{"training.epochs": 4}), root=tmp_path, name="part", resume=True)

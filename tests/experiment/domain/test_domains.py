@@ -27,7 +27,7 @@ from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import create_compute
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 40, 30)}
-NOW = {"store": "off"}
+NOW = {"teacher_cache": "off"}
 
 
 @pytest.fixture(scope="session")
