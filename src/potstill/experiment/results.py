@@ -177,7 +177,7 @@ def _predict(
     settings = recipe.stage_training(name)
     # A network that was just trained has its weights in this layout; one that was loaded has not, and a convolution
     # rounds differently in each.
-    model.module.to(compute.device, memory_format=compute.memory_format)
+    model.module.to(compute.device).to(memory_format=compute.memory_format)
     found: SplitPredictions = {}
     for split in SPLITS:
         images, classes = getattr(data, split), len(model.class_names)
