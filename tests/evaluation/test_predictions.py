@@ -66,7 +66,7 @@ def test_streamed_columns_and_figures_are_those_of_held_probabilities(tmp_path: 
     held, stored = both(tmp_path, order=order)
     for name in ("labels", "predicted", "before", "top"):
         assert np.array_equal(getattr(held, name), getattr(stored, name)), name
-    for name in ("confidence", "of_label", "top_probabilities"):
+    for name in ("confidence", "label_probability", "top_probabilities"):
         assert getattr(held, name) == pytest.approx(getattr(stored, name), rel=1e-5), name
     names = [f"class {i}" for i in range(CLASSES)]
     one, other = split_metrics(held, names), split_metrics(stored, names)

@@ -203,7 +203,7 @@ class Predictions:
         labels: [N] int64.
         predicted: [N] int64, the most probable class; of equally probable ones the first.
         confidence: [N], its probability.
-        of_label: [N], probability of the label.
+        label_probability: [N], probability of the label.
         before: [N] int64, classes that come before the label: 0 where it is the most probable.
         top, top_probabilities: [N, min(K, TOP)], the most probable classes in order, and their probabilities.
         areas, area: AUC of each class [K] (NaN: undefined), and of all classes pooled.

@@ -175,7 +175,9 @@ def _predict(
 ) -> SplitPredictions:
     """On every split, with the files of it; of train, where it is large and nobody wants them, the figures alone."""
     settings = recipe.stage_training(name)
-    model.module.to(compute.device)
+    # A network that was just trained has its weights in this layout; one that was loaded has not, and a convolution
+    # rounds differently in each.
+    model.module.to(compute.device).to(memory_format=compute.memory_format)
     found: SplitPredictions = {}
     for split in SPLITS:
         images, classes = getattr(data, split), len(model.class_names)
