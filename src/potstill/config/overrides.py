@@ -30,7 +30,9 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seeds": ("seeds",),
 }
 FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".json")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json")
+# One of them makes a folder a run, a model, or a network as on the Hugging Face hub.
+MODEL_FOLDER_FILES = ("model.json", "recipe.yaml", "results.json", "config.json")
 
 
 def apply_overrides(document: Document, flags: Mapping[str, Any], sets: Iterable[str]) -> None:
@@ -75,7 +77,7 @@ def _is_path(text: str) -> bool:
         return True
     # A folder that happens to be called resnet18 does not hide the architecture of that name.
     path = Path(text)
-    return path.is_file() or any((path / name).is_file() for name in ("model.json", "recipe.yaml", "results.json"))
+    return path.is_file() or any((path / name).is_file() for name in MODEL_FOLDER_FILES)
 
 
 def _apply_flag(document: Document, flag: str, value: Any) -> None:
@@ -270,10 +272,15 @@ def _fill_section(section: dict[str, Any], stage: str) -> None:
         raise UsageError(f"no such file or folder: {weights}")
     card = find_model_json(path, stage)
     if card is None:
-        if path.is_dir():
-            raise UsageError(f"{weights} is neither a run folder with a finished model nor a model folder")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UsageError(
+                f"{weights} is neither a run folder with a finished model, nor a model folder, nor a folder of the "
+                "Hugging Face hub with config.json"
+            )
         if not section.get("model"):
-            raise UsageError(f"{weights} holds weights alone; name their architecture as ARCHITECTURE@{weights}")
+            from potstill.models.foreign_checkpoints import identify_network  # torch, which takes seconds
+
+            section["model"] = identify_network(path)
         return
     architecture = read_checksummed_json(card).get("architecture")
     if not isinstance(architecture, str):

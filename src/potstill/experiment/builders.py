@@ -21,7 +21,7 @@ from potstill.evaluation.cost import count_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
-from potstill.input_spec import InputSpec
+from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
@@ -100,7 +100,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         setting = f"{key}.classes"
         loaded = load_for_classes(network.model, network.weights, network.classes, classes, size=size, key=setting)
         facts = {"weights": network.weights, "classes": network.classes}
-        spec = _spec(recipe, network)
+        spec = _spec(recipe, network, loaded.normalisation)
         return InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
     if loaded.new_head and network.weights != "pretrained" and not network.new_head:
@@ -111,7 +111,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     start = InitialNetwork(
         loaded.module,
         network.model,
-        _spec(recipe, network),
+        _spec(recipe, network, loaded.normalisation),
         ready=not loaded.new_head,
         facts={"weights": network.weights},
     )
@@ -156,10 +156,15 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
     return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=[warning])
 
 
-def _spec(recipe: Recipe, network: StageSettings) -> InputSpec:
-    """How the network wants its images; published weights know one normalisation, others take the recipe's."""
+def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:
+    """How the network wants its images; published weights know one normalisation, others take the recipe's.
+
+    ``normalisation``: mean and deviation that the weights' file or repository tells.
+    """
     data = recipe.data
     spec = input_spec(network.model, network.size or data.size, data.resize_mode)
+    if normalisation is not None:
+        spec = replace(spec, mean=normalisation[0], std=normalisation[1])
     if network.weights == "pretrained":
         return spec
     return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)

