@@ -17,6 +17,7 @@ from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.io import read_checksummed_json
 from potstill.methods import method_info
+from potstill.models.class_names import CLASS_LISTS
 
 # Flags that change one setting each, and which.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -218,12 +219,11 @@ def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillErr
     failures: list[tuple[KeyPath, PotstillError]] = []
     for path, section in network_sections(value):
         name = dotted_key(path)
-        if isinstance(section.get("classes"), str):
-            try:
-                section["classes"] = _read_class_names(section["classes"], f"{name}.classes")
-            except PotstillError as error:
-                failures.append(((*path, "classes"), error))
-                section["classes"] = None
+        try:
+            _fill_classes(section, f"{name}.classes")
+        except PotstillError as error:
+            failures.append(((*path, "classes"), error))
+            section["classes"] = None
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
                 failures.append(
@@ -254,14 +254,36 @@ def find_model_json(path: Path, stage: str = "student") -> Path | None:
     return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
 
 
-def _read_class_names(file: str, key: str) -> list[str]:
-    """The class names in a text file, one a line."""
+def _fill_classes(section: dict[str, Any], key: str) -> None:
+    """Read a file of class names; of ``{mine: theirs}``, let each value be a list."""
+    classes = section.get("classes")
+    if isinstance(classes, str) and classes not in CLASS_LISTS:
+        section["classes"] = read_class_file(classes, key)
+    elif isinstance(classes, dict):
+        section["classes"] = {
+            str(mine): [theirs] if isinstance(theirs, (str, int)) else theirs for mine, theirs in classes.items()
+        }
+
+
+def read_class_file(file: str, key: str) -> list[str]:
+    """The class names in a text file, one a line.
+
+    Args:
+        file: its path.
+        key: of the setting or the flag that names it, for messages.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     path = Path(file).expanduser()
     try:
         text = path.read_bytes()[:_MOST_BYTES].decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UsageError(f"{key}: {file} cannot be read as class names, one a line: {reason}") from error
+        raise UsageError(
+            f"{key}: {file} cannot be read as class names, one a line: {reason}\n"
+            f"Lists that need no file: {', '.join(CLASS_LISTS)}"
+        ) from error
     names = [line.strip() for line in text.splitlines()]
     return [name for name in names if name]
 

@@ -12,7 +12,15 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.method_settings import normalize_method
 from potstill.config.overrides import apply_overrides, fill_architectures
-from potstill.config.settings_errors import ONE, SEVERAL, SettingProblem, parse_settings
+from potstill.config.settings_errors import (
+    CLASS_LIST_NAME,
+    CLASS_MAPPING,
+    CLASS_SEQUENCE,
+    ONE,
+    SEVERAL,
+    SettingProblem,
+    parse_settings,
+)
 from potstill.config.stage_names import stage_number, stage_role
 from potstill.config.validation import TARGET_MISSING, find_problems, lacks_target
 from potstill.config.yaml import Document, KeyPath, dump_yaml, parse_yaml
@@ -61,6 +69,22 @@ MAX_BYTES = 1_000_000  # of a recipe file; a person writes a thousandth of that
 DATA_MISSING = "data.source is not given: this recipe has no data of its own; name a folder of images with --data DIR"
 
 
+OutputClasses = Annotated[
+    Annotated[Literal["cifar10", "cifar100", "imagenet-1k", "imagenet-21k"], Tag(CLASS_LIST_NAME)]
+    | Annotated[dict[str, Annotated[list[int | str], Field(min_length=1)]], Field(min_length=2), Tag(CLASS_MAPPING)]
+    | Annotated[list[str], Field(min_length=2), Tag(CLASS_SEQUENCE)],
+    Discriminator(
+        lambda value: (
+            CLASS_MAPPING
+            if isinstance(value, Mapping)
+            else CLASS_LIST_NAME
+            if isinstance(value, str)
+            else CLASS_SEQUENCE
+        )
+    ),
+]
+
+
 class StageSettings(BaseModel):
     """One network: what it is, what it starts from, what differs in its training."""
 
@@ -70,11 +94,11 @@ class StageSettings(BaseModel):
     weights: str | None = Field(
         None, description='"pretrained", a run folder, a model of ours, a state dict; null: random initialisation'
     )
-    classes: list[str] | None = Field(
+    classes: OutputClasses | None = Field(
         None,
-        min_length=2,
-        description="class names of the outputs of bare weights, in their order: a list, or a text file with a name a "
-        "line; null: those of the data, in its order",
+        description="class names of the outputs of bare weights, in their order: a list, a text file with a name a "
+        "line, or cifar10, cifar100, imagenet-1k, imagenet-21k; or {mine: [theirs, ...]}, by name or number; null: "
+        "those of the data, in its order",
     )
     new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
     size: int | None = Field(None, ge=8, le=4096, description="its own height and width in pixels; null: data.size")

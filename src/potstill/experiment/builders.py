@@ -25,9 +25,11 @@ from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
+from potstill.models.class_names import OutputNames
 from potstill.models.factory import create_model, load_for_classes, load_weights
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.registry import input_spec
+from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
@@ -43,6 +45,7 @@ class InitialNetwork:
     ready: bool  # it knows these classes already: a teacher needs no training
     facts: dict[str, Any] = field(default_factory=dict)  # where its weights come from
     remodelled: dict[str, Any] | None = None  # of a model file whose network a method has changed
+    output_groups: tuple[int, ...] | None = None  # of a network several of whose outputs are one class
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # a head that starts anew
 
@@ -96,17 +99,22 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
         return _from_model_file(Path(network.weights), network, classes, key)
-    if network.classes is not None:
-        setting = f"{key}.classes"
-        loaded = load_for_classes(network.model, network.weights, network.classes, classes, size=size, key=setting)
-        facts = {"weights": network.weights, "classes": network.classes}
+    theirs, setting = network.classes, f"{key}.classes"
+    if theirs is None and network.weights != "pretrained":
+        theirs, setting = _published_names(Path(network.weights), classes), f"config.json of {network.weights}"
+    if theirs is not None:
+        loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
+        facts = {"weights": network.weights, "classes": theirs}
         spec = _spec(recipe, network, loaded.normalisation)
-        return InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
+        start = InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
+        start.output_groups = loaded.output_groups
+        return start
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
     if loaded.new_head and network.weights != "pretrained" and not network.new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
-            f"To train it on with a new head, set {_network_key(recipe, network)}.new_head=true"
+            f"If they include these, name the class of each output with {key}.classes; to train it on with a new head, "
+            f"set {key}.new_head=true"
         )
     start = InitialNetwork(
         loaded.module,
@@ -126,6 +134,15 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     return start
 
 
+def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
+    """Class names beside weights from the Hugging Face hub; None where a class of the data is not among them."""
+    names = read_class_names(weights.expanduser())
+    if names is None or len(set(names)) < len(names):
+        return None
+    known = OutputNames(names)
+    return list(names) if all(len(known.find(name)) == 1 for name in ours) else None
+
+
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     model = load_model(find_model(path))
     facts = {"weights": str(path)}
@@ -135,11 +152,19 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
                 f"{path} takes images of {model.input.size} px, and the recipe says size: {network.size}"
             )
         return InitialNetwork(
-            model.module, model.architecture, model.input, ready=True, facts=facts, remodelled=model.remodelled
+            model.module,
+            model.architecture,
+            model.input,
+            ready=True,
+            facts=facts,
+            remodelled=model.remodelled,
+            output_groups=model.output_groups,
         )
     if model.remodelled is not None:
         name = model.remodelled.get("name")
         raise ArtifactError(f"{path} is a remodelled network ({name}), whose head cannot start anew for other classes")
+    if model.output_groups is not None:
+        raise ArtifactError(f"{path} is a network with several outputs for a class, whose head cannot start anew")
     if not network.new_head:
         raise ArtifactError(
             f"{path} knows other classes than this data, or the same in another order.\n"

@@ -2,17 +2,18 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from potstill.errors import UsageError, did_you_mean
+from potstill.errors import UsageError
 from potstill.input_spec import Triple
 from potstill.models import pretrained, state_dict
+from potstill.models.class_names import LIKELY_LISTS, OutputNames, class_list, find_outputs
 from potstill.models.foreign_checkpoints import convert
+from potstill.models.output_groups import choose_outputs
 from potstill.models.registry import build_model, resolve, try_forward
 
 
@@ -23,22 +24,28 @@ class LoadedModel:
     module: nn.Module
     new_head: bool  # the head was made for another number of classes and is random now
     notes: list[str] = field(default_factory=list)
+    output_groups: tuple[int, ...] | None = None  # how many outputs each class has; see ``GroupedOutputs``
     normalisation: tuple[Triple, Triple] | None = None  # mean and deviation of its training, where its file tells them
 
 
+OutputClasses = str | Sequence[str] | Mapping[str, Sequence[str | int]]
+
+
 def load_for_classes(
-    architecture: str, source: str, theirs: Sequence[str], ours: Sequence[str], *, size: int, key: str
+    architecture: str, source: str, theirs: OutputClasses, ours: Sequence[str], *, size: int, key: str
 ) -> LoadedModel:
     """Return a network whose outputs are of the classes ``ours``, from weights whose outputs are of ``theirs``.
 
     The rows of the head are put into the order of ``ours``, and rows of further classes are left out; all other weights
-    stay.  So a softmax of its logits is over ``ours`` alone.
+    stay.  So a softmax of its logits is over ``ours`` alone.  Where a class has several outputs, their probabilities
+    are summed.
 
     Args:
         architecture: a name for ``create_model``.
         source: of the weights, as for ``load_weights``.
-        theirs: class names of the weights' outputs, in order.
-        ours: class names that are wanted, in order; each must be among ``theirs``.
+        theirs: class names of the weights' outputs, in order, or a name of ``CLASS_LISTS``; or for each of ``ours`` the
+            names or numbers of its outputs.
+        ours: class names that are wanted, in order.
         size: height and width of the images in pixels.
         key: of the setting that gave ``theirs``, for messages.
 
@@ -46,30 +53,75 @@ def load_for_classes(
         UsageError: a name twice, one of ``ours`` that is not among ``theirs``, or another number of names than outputs.
         ArtifactError: as ``load_weights``.
     """
-    if twice := [name for name, count in Counter(theirs).items() if count > 1]:
-        raise UsageError(f"{key} names a class twice: {', '.join(map(repr, twice[:3]))}")
-    if missing := [name for name in ours if name not in theirs]:
-        close = did_you_mean(missing[0], theirs)
-        raise UsageError(
-            f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: {', '.join(map(repr, missing[:3]))}"
-            f"{close}\nIt has to name the class of each output of {source}, in order; further classes are left out"
-        )
-    loaded = load_weights(architecture, source, len(theirs), size=size)
+    names, notes = _output_names(architecture, source, theirs, size)
+    if isinstance(theirs, Mapping):
+        count = len(names) if names is not None else count_outputs(architecture, source, size=size)
+        groups = find_outputs(theirs, names, count, ours, key)
+    else:
+        assert names is not None
+        if twice := [name for name, number in Counter(names).items() if number > 1]:
+            raise UsageError(f"{key} names a class twice: {', '.join(map(repr, twice[:3]))}")
+        known = OutputNames(names)
+        if missing := [name for name in ours if not known.find(name)]:
+            close = known.nearest(missing[0])
+            raise UsageError(
+                f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: "
+                f"{', '.join(map(repr, missing[:3]))}{close}\n"
+                f"It has to name the class of each output of {source}, in order; further classes are left out. Classes "
+                "of other names, or made of several: {mine: [theirs, ...]}"
+            )
+        count, groups = len(names), find_outputs({name: [name] for name in ours}, names, len(names), ours, key)
+    loaded = load_weights(architecture, source, count, size=size)
     if loaded.new_head:
         raise UsageError(
-            f"{key} names {len(theirs)} classes, and {source} has outputs for another number of them: name the class "
+            f"{key} names {count} classes, and {source} has outputs for another number of them: name the class "
             "of each output, in order"
         )
-    if tuple(theirs) == tuple(ours):
+    loaded.notes += notes
+    if groups == [[at] for at in range(count)]:
         return loaded
-    rows = torch.tensor([list(theirs).index(name) for name in ours])
-    with torch.random.fork_rng(devices=[]):
-        module = build_model(architecture, len(ours), size=size)
-        other = build_model(architecture, len(ours) + 1, size=size).state_dict()
-    head = {name for name, value in module.state_dict().items() if value.shape != other[name].shape}
-    chosen = {name: value[rows] if name in head else value for name, value in loaded.module.state_dict().items()}
-    module.load_state_dict(chosen)
-    return replace(loaded, module=module.train(loaded.module.training))
+    module, sizes = choose_outputs(loaded.module, architecture, groups, size=size)
+    return replace(loaded, module=module, output_groups=sizes)
+
+
+def _output_names(
+    architecture: str, source: str, theirs: OutputClasses, size: int
+) -> tuple[Sequence[str] | None, list[str]]:
+    """The names of the outputs, None where they have none, and a note on how they were found."""
+    if isinstance(theirs, str):
+        return class_list(theirs), []
+    if not isinstance(theirs, Mapping):
+        return theirs, []
+    if source != "pretrained" and (names := state_dict.read_class_names(_existing_path(source))) is not None:
+        return names, []
+    if all(isinstance(each, int) for group in theirs.values() for each in group):
+        return None, []
+    count = count_outputs(architecture, source, size=size)
+    if (likely := LIKELY_LISTS.get(count)) is None:
+        return None, []
+    return class_list(likely), [
+        f"the {count} outputs of {source} are taken to be the classes of {likely}, in its order"
+    ]
+
+
+def count_outputs(architecture: str, source: str, *, size: int) -> int:
+    """How many classes weights were trained for.
+
+    Raises:
+        UsageError, ArtifactError: as ``load_weights``.
+    """
+    if source == "pretrained":
+        family, bare = resolve(architecture)
+        if architecture in pretrained.PACKAGED_WEIGHTS:
+            return pretrained.PACKAGED_WEIGHTS[architecture].classes
+        return family.pretrained(bare, _ANY_CLASSES, size)[1]
+    own = build_model(architecture, _ANY_CLASSES, size=size).state_dict()
+    state = convert(state_dict.read_checkpoint(_existing_path(source)), architecture, own).state
+    other = [key for key, value in own.items() if key in state and value.shape != state[key].shape]
+    return int(state[other[0]].shape[0]) if other and state[other[0]].ndim else _ANY_CLASSES
+
+
+_ANY_CLASSES = 7  # with which a network is built to find its head
 
 
 def load_weights(architecture: str, source: str, num_classes: int, *, size: int) -> LoadedModel:
@@ -107,7 +159,7 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
     try_forward(module, architecture, num_classes, size=size)
     if new_head:
         notes.insert(0, f"the head of {architecture} is new and random: {source} was made for other classes")
-    return LoadedModel(module, new_head, notes, normalisation)
+    return LoadedModel(module, new_head, notes, normalisation=normalisation)
 
 
 def _existing_path(source: str) -> Path:

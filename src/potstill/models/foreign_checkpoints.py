@@ -5,12 +5,12 @@ by order and shape, if every shape agrees: the accuracy on val is then the proof
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from potstill.errors import UsageError
 from potstill.input_spec import Triple
@@ -187,35 +187,20 @@ def identify_network(path: Path) -> str:
         'cifar/resnet20_a'
     """
     checkpoint = read_checkpoint(path)
-    named = [name for name in (*checkpoint.architectures, *_names_in(path)) if is_model(name)]
-    conventions = (_convert_by_names, _convert_by_map, _convert_by_order)
-    for chosen in (named, None):
-        networks: dict[str, State] = {}
-        for each in conventions:
-            # Once built, they are compared by one convention after the other: names say more than shapes.
-            for name, own in _candidates(checkpoint, chosen, networks):
-                if each(checkpoint, name, own):
-                    return name
+    groups: tuple[Callable[[], list[str]], ...] = (  # the later ones cost seconds
+        lambda: [name for name in checkpoint.architectures if is_model(name)],
+        lambda: [f"cifar/{name}" for name in (*FAMILIES["cifar"].names(), *_wide_resnets(checkpoint))],
+        lambda: [name for name in _names_in(path) if is_model(name)],
+        lambda: [f"torchvision/{name}" for name in FAMILIES["torchvision"].names()],
+    )
+    for names in groups:
+        networks = {name: _shapes(name) for name in names()}
+        for convention in (_convert_by_names, _convert_by_map, _convert_by_order):  # names say more than shapes
+            if found := next((name for name, own in networks.items() if convention(checkpoint, name, own)), None):
+                return found
     raise UsageError(
         f"{path} holds weights alone; name their architecture as ARCHITECTURE@{path}\n{_describe(checkpoint)}"
     )
-
-
-def _candidates(
-    checkpoint: Checkpoint, named: list[str] | None, built: dict[str, State]
-) -> Iterator[tuple[str, State]]:
-    """State dicts without values, by name of the network; ``built`` keeps them."""
-    if named is None:
-        cifar = [*FAMILIES["cifar"].names(), *_wide_resnets(checkpoint)]
-        names = [f"cifar/{name}" for name in cifar] + [
-            f"torchvision/{name}" for name in FAMILIES["torchvision"].names()
-        ]
-    else:
-        names = named
-    for name in names:
-        if name not in built:
-            built[name] = _shapes(name)
-        yield name, built[name]
 
 
 def _shapes(name: str) -> State:
@@ -241,8 +226,7 @@ def _names_in(path: Path) -> list[str]:
     """Networks that the file, or its folder, may be named after: ``resnet18-f37072fd.pth``, ``resnet18.a1_in1k``."""
     stems = [path.name if path.is_dir() else path.stem, path.parent.name]
     found = [stem.partition(sign)[0] for stem in stems for sign in ("\0", ".", "-")]
-    cuts: list[Callable[[str], str]] = [lambda name: f"timm/{name}", lambda name: f"torchvision/{name}"]
-    return list(dict.fromkeys(cut(name) for name in found if name for cut in cuts))
+    return list(dict.fromkeys(f"{family}/{name}" for name in found if name for family in ("timm", "torchvision")))
 
 
 def _describe(checkpoint: Checkpoint) -> str:
@@ -253,10 +237,3 @@ def _describe(checkpoint: Checkpoint) -> str:
     shown = ", ".join(ends if len(ends) < 5 else [*ends[:2], "...", *ends[-2:]])
     order = "" if checkpoint.ordered else "; a safetensors file does not keep the order of the layers"
     return f"It has {len(tensors)} tensors of {total:,} values in all: {shown}{order}"
-
-
-def outputs_of(module: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """How many outputs weights have under the names of ``module``; None where they do not fit, or differ in nothing."""
-    own = module.state_dict()
-    other = [key for key, value in state.items() if key in own and value.shape != own[key].shape]
-    return int(state[other[0]].shape[0]) if other else None

@@ -7,7 +7,7 @@
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
 and, only where a method put other layers into the network, ``"remodelled"``: the argument of ``rebuild`` in
-``features``.
+``features``; only where classes have several outputs, ``"output_groups"``: how many each class has.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from potstill.io import (
     write_checksummed_json,
 )
 from potstill.models import state_dict
+from potstill.models.output_groups import GroupedOutputs
 from potstill.models.registry import build_model
 
 
@@ -48,6 +49,7 @@ class Classifier:
     input: InputSpec
     facts: dict[str, Any] = field(default_factory=dict)  # how it was trained: anything that JSON can say
     remodelled: dict[str, Any] | None = None  # where other last layers took the architecture's place; see `rebuild`
+    output_groups: tuple[int, ...] | None = None  # where a class has several outputs: how many each; `GroupedOutputs`
 
     def predict(self, images: Tensor) -> Tensor:
         """Probabilities [B, K] of images [B, 3, S, S] that were prepared as ``input`` says.
@@ -120,6 +122,7 @@ class ModelFacts(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     facts: dict[str, Any] = {}
     remodelled: dict[str, Any] | None = None
+    output_groups: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = None
 
     @field_validator("class_names")
     @classmethod
@@ -150,6 +153,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "class_names": list(classifier.class_names),
         "input": dataclasses.asdict(classifier.input),
         **({} if classifier.remodelled is None else {"remodelled": classifier.remodelled}),
+        **({} if classifier.output_groups is None else {"output_groups": list(classifier.output_groups)}),
         "facts": classifier.facts,
         "sha256": sha256_hex(weights),
     }
@@ -194,7 +198,11 @@ def load_model(path: Path) -> Classifier:
     spec, names = InputSpec(**body.input.model_dump()), body.class_names
     try:
         with torch.random.fork_rng(devices=[]):
-            module = build_model(body.architecture, len(names), size=spec.size)
+            outputs = body.output_groups or (1,) * len(names)
+            if len(outputs) != len(names) or sum(outputs) > _MAX_CLASSES:
+                raise ValueError(f"output_groups has {len(outputs)} numbers for {len(names)} classes")
+            module = build_model(body.architecture, sum(outputs), size=spec.size)
+            module = module if body.output_groups is None else GroupedOutputs(module, outputs)
             module = module if body.remodelled is None else rebuild_student(module, body.remodelled)
         new_head = state_dict.load_state_dict(
             module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS_FILE)
@@ -204,7 +212,8 @@ def load_model(path: Path) -> Classifier:
         raise ArtifactError(f"{folder / FACTS_FILE} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS_FILE} has a head for another number of classes than {FACTS_FILE} names")
-    return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled)
+    groups = body.output_groups
+    return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled, groups)
 
 
 def read_facts(path: Path) -> ModelFacts:

@@ -90,12 +90,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def read_class_names(path: Path) -> tuple[str, ...] | None:
+    """The class names that ``config.json`` in a folder of the Hugging Face hub has, or that beside a file of its."""
+    config = (path if path.is_dir() else path.parent) / HUB_CONFIG
+    if not config.is_file() or not (path.is_dir() or path.name in _HUB_WEIGHTS):
+        return None
+    return _with_config(Checkpoint({}), config).class_names
+
+
 def _read_content(path: Path) -> tuple[Any, bool]:
     """What the file holds, and whether that is in the order in which it was written."""
     data = read_bytes(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(data), False
+        if _recognise(data):
+            raise ValueError("another format")
         return _unpickle(data, path), True
     except ArtifactError:
         raise
