@@ -34,6 +34,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
 }
 FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json")
+WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those that own code gives
 # One of them makes a folder a run, a model, or a network as on the Hugging Face hub.
 MODEL_FOLDER_FILES = ("model.json", "recipe.yaml", "results.json", "config.json")
 
@@ -68,10 +69,14 @@ def split_model(text: str) -> tuple[str | None, str | None]:
         ('resnet18', 'pretrained')
         >>> split_model("./weights/mine.safetensors")
         (None, './weights/mine.safetensors')
+        >>> split_model("./mine.py:Net@weights.pth")
+        ('./mine.py:Net', 'weights.pth')
     """
+    architecture, _, weights = text.partition("@")
+    if is_code_reference(architecture):
+        return architecture, weights or None
     if _is_path(text):
         return None, text
-    architecture, _, weights = text.partition("@")
     return architecture, weights or None
 
 
@@ -211,10 +216,11 @@ _MOST_BYTES = 10_000_000  # of a file of class names
 _STAGE_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
 
 
-def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
+def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> list[tuple[KeyPath, PotstillError]]:
     """Complete ``model`` of each network from its ``weights`` and name the exact model folder of a run.
 
     Changes ``value`` in place; returns which key has weights that cannot be used, and why.
+    ``allow_code``: a model file may name code.
     """
     failures: list[tuple[KeyPath, PotstillError]] = []
     for path, section in network_sections(value):
@@ -231,7 +237,7 @@ def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillErr
                 )
             continue
         try:
-            _fill_section(section, name)
+            _fill_section(section, name, allow_code=allow_code)
         except PotstillError as error:
             failures.append(((*path, "weights"), type(error)(f"{name}.weights: {error}")))
             section.setdefault("model", None)
@@ -288,10 +294,10 @@ def read_class_file(file: str, key: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _fill_section(section: dict[str, Any], stage: str) -> None:
+def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> None:
     """``stage`` is the section's key: "student", "teacher[1]"."""
     weights = section["weights"]
-    if weights == "pretrained":
+    if weights in WITHOUT_FILE:
         return
     path = Path(weights).expanduser()
     if not path.exists():
@@ -313,5 +319,10 @@ def _fill_section(section: dict[str, Any], stage: str) -> None:
         raise ArtifactError(f"{card} is damaged: it names no architecture")
     if section.get("model") not in (None, architecture):
         raise UsageError(f"{weights} is a {architecture}, but {stage}.model is {section['model']}")
+    if is_code_reference(architecture) and section.get("model") is None and not allow_code:
+        raise UsageError(
+            f"{weights} is a network of code that would run on this machine: {architecture}\n"
+            "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
+        )
     section["model"] = architecture
     section["weights"] = str(card.parent)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from potstill.code_references import permit_code
 from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.method_settings import normalize_method
 from potstill.config.overrides import apply_overrides, fill_architectures
@@ -90,9 +91,15 @@ class StageSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(min_length=1, description="an architecture; see `potstill models`")
+    model: str = Field(
+        min_length=1,
+        description="an architecture, see `potstill models`; or code of your own, package.module:callable or "
+        "path/file.py:callable",
+    )
     weights: str | None = Field(
-        None, description='"pretrained", a run folder, a model of ours, a state dict; null: random initialisation'
+        None,
+        description='"pretrained", a run folder, a model of ours, a state dict, "own" for those that code of your own '
+        "gives its network; null: random initialisation",
     )
     classes: OutputClasses | None = Field(
         None,
@@ -274,7 +281,7 @@ def load_recipe(
     if "tracker" in value:  # so that what is wrong with one has a place
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
-    failures = fill_architectures(value)
+    failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")))
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"
@@ -288,6 +295,7 @@ def load_recipe(
     _raise_problems(document, found, failures)
     recipe, problems = parse_settings(value, Recipe)
     assert recipe is not None, problems
+    permit_code(name for _, name in find_code(value))  # in the model files of its run, too
     return recipe
 
 

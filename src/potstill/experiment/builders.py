@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.config.method_settings import describe_method
+from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_io import ValueRange, format_range
 from potstill.data.loader import Loader
@@ -27,6 +28,7 @@ from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
 from potstill.models.class_names import OutputNames
 from potstill.models.factory import create_model, load_for_classes, load_weights
+from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.registry import input_spec
 from potstill.models.state_dict import read_class_names
@@ -95,12 +97,12 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         module = create_model(network.model, len(classes), size=size)
         return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
     key = _network_key(recipe, network)
-    if network.weights != "pretrained" and _is_potstill_model(Path(network.weights)):
+    if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
         return _from_model_file(Path(network.weights), network, classes, key)
     theirs, setting = network.classes, f"{key}.classes"
-    if theirs is None and network.weights != "pretrained":
+    if theirs is None and network.weights not in WITHOUT_FILE:
         theirs, setting = _published_names(Path(network.weights), classes), f"config.json of {network.weights}"
     if theirs is not None:
         loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
@@ -110,7 +112,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         start.output_groups = loaded.output_groups
         return start
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
-    if loaded.new_head and network.weights != "pretrained" and not network.new_head:
+    if loaded.new_head and network.weights not in WITHOUT_FILE and not network.new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
             f"If they include these, name the class of each output with {key}.classes; to train it on with a new head, "
@@ -128,8 +130,8 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     else:
         start.notes += [
             *loaded.notes,
-            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_names(classes)}; "
-            f"{key}.classes names another order",
+            f"{_weights_label(network)} carries no class names: its outputs are taken to be, in this order, "
+            f"{_names(classes)}; {key}.classes names another order",
         ]
     return start
 
@@ -187,12 +189,22 @@ def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, T
     ``normalisation``: mean and deviation that the weights' file or repository tells.
     """
     data = recipe.data
+    if network.model.startswith(GIVEN):
+        given = given_input(network.model)
+        if given is not None:
+            return given
+        if network is not recipe.student:  # who says nothing is shown what the student is
+            return replace(_spec(recipe, recipe.student), size=network.size or recipe.student.size or data.size)
     spec = input_spec(network.model, network.size or data.size, data.resize_mode)
     if normalisation is not None:
         spec = replace(spec, mean=normalisation[0], std=normalisation[1])
     if network.weights == "pretrained":
         return spec
     return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)
+
+
+def _weights_label(network: StageSettings) -> str:
+    return network.model if network.weights in WITHOUT_FILE else str(network.weights)
 
 
 def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:

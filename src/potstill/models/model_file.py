@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from potstill.code_references import is_code_reference, is_permitted
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.student_surgery import rebuild_student
 from potstill.input_spec import InputSpec, with_current_names
@@ -166,7 +167,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         _finish_replacement(folder)
 
 
-def load_model(path: Path) -> Classifier:
+def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     """The classifier of a folder (or of one of its two files), on the CPU and in eval mode.
 
     Nothing is parsed as tensors before its SHA-256 has been compared, no code is run from either file, and the global
@@ -174,8 +175,13 @@ def load_model(path: Path) -> Classifier:
 
     A network that a method remodelled is built as it was deployed.
 
+    Args:
+        path: a model folder, or one of its two files.
+        module: the network that the weights are loaded into, in place; None: it is built by the name of its
+            architecture.
+
     Raises:
-        ArtifactError: missing, damaged, or not fitting the architecture that it names.
+        ArtifactError: missing, damaged, not fitting the architecture that it names, or of code that nobody has allowed.
 
     Example:
         >>> import tempfile
@@ -193,6 +199,11 @@ def load_model(path: Path) -> Classifier:
             f"no model at {path}: expected a folder with {WEIGHTS_FILE} and {FACTS_FILE}, or one of the two"
         )
     body = read_facts(folder / FACTS_FILE)
+    if module is None and is_code_reference(body.architecture) and not is_permitted(body.architecture):
+        raise ArtifactError(
+            f"{folder / FACTS_FILE} is a network of code that would run on this machine: {body.architecture}\n"
+            "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
+        )
     waiting = _is_replacement_pending(folder, body.sha256)
     weights = read_bytes(folder / (_NEXT_WEIGHTS if waiting else WEIGHTS_FILE), sha256=body.sha256)
     spec, names = InputSpec(**body.input.model_dump()), body.class_names
@@ -201,7 +212,8 @@ def load_model(path: Path) -> Classifier:
             outputs = body.output_groups or (1,) * len(names)
             if len(outputs) != len(names) or sum(outputs) > _MAX_CLASSES:
                 raise ValueError(f"output_groups has {len(outputs)} numbers for {len(names)} classes")
-            module = build_model(body.architecture, sum(outputs), size=spec.size)
+            if module is None:
+                module = build_model(body.architecture, sum(outputs), size=spec.size)
             module = module if body.output_groups is None else GroupedOutputs(module, outputs)
             module = module if body.remodelled is None else rebuild_student(module, body.remodelled)
         new_head = state_dict.load_state_dict(
