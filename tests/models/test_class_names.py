@@ -90,16 +90,26 @@ def test_merged_classes_have_the_sum_of_the_probabilities(weights, tmp_path):
     every = probabilities(network)
     expected = torch.stack([every[:, 2:8].sum(dim=1), every[:, [0, 1, 8, 9]].sum(dim=1)], dim=1)
     assert torch.allclose(probabilities(loaded.module), expected, atol=1e-6)
-    assert loaded.output_groups == (6, 4)
+    assert loaded.output_groups.groups == ((2, 3, 4, 5, 6, 7), (0, 1, 8, 9))
     assert any("taken to be the classes of cifar10" in note for note in loaded.notes)
 
-    classifier = Classifier(loaded.module, NAME, ("animal", "vehicle"), InputSpec(32), output_groups=(6, 4))
+    classifier = Classifier(loaded.module, NAME, ("animal", "vehicle"), InputSpec(32))
+    classifier.output_groups = loaded.output_groups
     save_model(classifier, tmp_path / "model")
     again = load_model(tmp_path / "model")
-    assert again.output_groups == (6, 4)
+    assert again.output_groups == loaded.output_groups
     assert torch.equal(probabilities(again.module), probabilities(loaded.module))
     facts = read_checksummed_json(tmp_path / "model" / "model.json")
-    for groups in ([6], [3, 4], [0, 10], [10**7, 1]):
+    bad = (
+        {},
+        {"outputs": 10, "groups": [[1]]},
+        {"outputs": 10, "groups": [[1], []]},
+        {"outputs": 10, "groups": [[1], [1]]},
+        {"outputs": 10, "groups": [[1], [10]]},
+        {"outputs": 10**7, "groups": [[1], [2]]},
+        {"outputs": 9, "groups": [[1], [2]]},
+    )
+    for groups in bad:
         write_checksummed_json(tmp_path / "model" / "model.json", facts | {"output_groups": groups})
         with pytest.raises(ArtifactError):
             load_model(tmp_path / "model")

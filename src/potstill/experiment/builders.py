@@ -30,6 +30,7 @@ from potstill.models.class_names import OutputNames
 from potstill.models.factory import create_model, load_for_classes, load_weights
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
+from potstill.models.output_groups import OutputGroups
 from potstill.models.registry import input_spec
 from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
@@ -47,7 +48,7 @@ class InitialNetwork:
     ready: bool  # it knows these classes already: a teacher needs no training
     facts: dict[str, Any] = field(default_factory=dict)  # where its weights come from
     remodelled: dict[str, Any] | None = None  # of a model file whose network a method has changed
-    output_groups: tuple[int, ...] | None = None  # of a network several of whose outputs are one class
+    output_groups: OutputGroups | None = None  # of a network whose outputs are not the classes one by one
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # a head that starts anew
 

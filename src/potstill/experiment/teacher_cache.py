@@ -316,7 +316,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "architecture": network.architecture,
         "weights": teacher.weights,
         "remodelled": network.remodelled,
-        **({} if network.output_groups is None else {"output_groups": list(network.output_groups)}),
+        **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
         "input": dataclasses.asdict(network.input),
         "asked in": None if teacher.how is None else teacher.how.facts(),
     }

@@ -14,8 +14,8 @@ from potstill.models import pretrained, state_dict
 from potstill.models.class_names import LIKELY_LISTS, OutputNames, class_list, find_outputs
 from potstill.models.families import own_models
 from potstill.models.foreign_checkpoints import convert
-from potstill.models.output_groups import choose_outputs
-from potstill.models.registry import build_model, resolve, try_forward
+from potstill.models.output_groups import GroupedOutputs, OutputGroups, choose_rows
+from potstill.models.registry import build_model, output_count, resolve, try_forward
 
 
 @dataclass
@@ -25,7 +25,7 @@ class LoadedModel:
     module: nn.Module
     new_head: bool  # the head was made for another number of classes and is random now
     notes: list[str] = field(default_factory=list)
-    output_groups: tuple[int, ...] | None = None  # how many outputs each class has; see ``GroupedOutputs``
+    output_groups: OutputGroups | None = None  # where the module is a ``GroupedOutputs``
     normalisation: tuple[Triple, Triple] | None = None  # mean and deviation of its training, where its file tells them
 
 
@@ -81,8 +81,12 @@ def load_for_classes(
     loaded.notes += notes
     if groups == [[at] for at in range(count)]:
         return loaded
-    module, sizes = choose_outputs(loaded.module, architecture, groups, size=size)
-    return replace(loaded, module=module, output_groups=sizes)
+    if all(len(group) == 1 for group in groups) and resolve(architecture)[0] is not own_models:
+        rows = [group[0] for group in groups]
+        return replace(loaded, module=choose_rows(loaded.module, architecture, rows, size=size))
+    chosen = OutputGroups(count, tuple(map(tuple, groups)))
+    module = GroupedOutputs(loaded.module, chosen).train(loaded.module.training)
+    return replace(loaded, module=module, output_groups=chosen)
 
 
 def _output_names(
@@ -93,8 +97,10 @@ def _output_names(
         return class_list(theirs), []
     if not isinstance(theirs, Mapping):
         return theirs, []
-    if source != "pretrained" and (names := state_dict.read_class_names(_existing_path(source))) is not None:
-        return names, []
+    without_file = source in ("pretrained", OWN_WEIGHTS)
+    published = None if without_file else state_dict.read_class_names(_existing_path(source))
+    if published is not None:
+        return published, []
     if all(isinstance(each, int) for group in theirs.values() for each in group):
         return None, []
     count = count_outputs(architecture, source, size=size)
@@ -111,15 +117,20 @@ def count_outputs(architecture: str, source: str, *, size: int) -> int:
     Raises:
         UsageError, ArtifactError: as ``load_weights``.
     """
+    family, bare = resolve(architecture)
+    if source == OWN_WEIGHTS and family is own_models:
+        return output_count(build_model(architecture, _ANY_CLASSES, size=size), architecture, size=size)
     if source == "pretrained":
-        family, bare = resolve(architecture)
         if architecture in pretrained.PACKAGED_WEIGHTS:
             return pretrained.PACKAGED_WEIGHTS[architecture].classes
         return family.pretrained(bare, _ANY_CLASSES, size)[1]
-    own = build_model(architecture, _ANY_CLASSES, size=size).state_dict()
+    module = build_model(architecture, _ANY_CLASSES, size=size)
+    own = module.state_dict()
     state = convert(state_dict.read_checkpoint(_existing_path(source)), architecture, own).state
     other = [key for key, value in own.items() if key in state and value.shape != state[key].shape]
-    return int(state[other[0]].shape[0]) if other and state[other[0]].ndim else _ANY_CLASSES
+    if other and state[other[0]].ndim:
+        return int(state[other[0]].shape[0])
+    return output_count(module, architecture, size=size)
 
 
 OWN_WEIGHTS = "own"  # those that code of the user's gives its network

@@ -7,7 +7,8 @@
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
 and, only where a method put other layers into the network, ``"remodelled"``: the argument of ``rebuild`` in
-``features``; only where classes have several outputs, ``"output_groups"``: how many each class has.
+``features``; only where the network's outputs are not the classes one by one, ``"output_groups"``: see
+``OutputGroups``.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from potstill.io import (
     write_checksummed_json,
 )
 from potstill.models import state_dict
-from potstill.models.output_groups import GroupedOutputs
+from potstill.models.output_groups import GroupedOutputs, OutputGroups
 from potstill.models.registry import build_model
 
 
@@ -50,7 +51,7 @@ class Classifier:
     input: InputSpec
     facts: dict[str, Any] = field(default_factory=dict)  # how it was trained: anything that JSON can say
     remodelled: dict[str, Any] | None = None  # where other last layers took the architecture's place; see `rebuild`
-    output_groups: tuple[int, ...] | None = None  # where a class has several outputs: how many each; `GroupedOutputs`
+    output_groups: OutputGroups | None = None  # where the module is a `GroupedOutputs`
 
     def predict(self, images: Tensor) -> Tensor:
         """Probabilities [B, K] of images [B, 3, S, S] that were prepared as ``input`` says.
@@ -123,7 +124,7 @@ class ModelFacts(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     facts: dict[str, Any] = {}
     remodelled: dict[str, Any] | None = None
-    output_groups: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = None
+    output_groups: dict[str, Any] | None = None
 
     @field_validator("class_names")
     @classmethod
@@ -154,7 +155,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "class_names": list(classifier.class_names),
         "input": dataclasses.asdict(classifier.input),
         **({} if classifier.remodelled is None else {"remodelled": classifier.remodelled}),
-        **({} if classifier.output_groups is None else {"output_groups": list(classifier.output_groups)}),
+        **({} if classifier.output_groups is None else {"output_groups": classifier.output_groups.as_dict()}),
         "facts": classifier.facts,
         "sha256": sha256_hex(weights),
     }
@@ -209,12 +210,12 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     spec, names = InputSpec(**body.input.model_dump()), body.class_names
     try:
         with torch.random.fork_rng(devices=[]):
-            outputs = body.output_groups or (1,) * len(names)
-            if len(outputs) != len(names) or sum(outputs) > _MAX_CLASSES:
-                raise ValueError(f"output_groups has {len(outputs)} numbers for {len(names)} classes")
+            groups = None if body.output_groups is None else OutputGroups.from_dict(body.output_groups)
+            if groups is not None and (len(groups.groups) != len(names) or groups.outputs > _MAX_CLASSES):
+                raise ValueError(f"output_groups has {len(groups.groups)} groups for {len(names)} classes")
             if module is None:
-                module = build_model(body.architecture, sum(outputs), size=spec.size)
-            module = module if body.output_groups is None else GroupedOutputs(module, outputs)
+                module = build_model(body.architecture, groups.outputs if groups else len(names), size=spec.size)
+            module = module if groups is None else GroupedOutputs(module, groups)
             module = module if body.remodelled is None else rebuild_student(module, body.remodelled)
         new_head = state_dict.load_state_dict(
             module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS_FILE)
@@ -224,7 +225,6 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
         raise ArtifactError(f"{folder / FACTS_FILE} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS_FILE} has a head for another number of classes than {FACTS_FILE} names")
-    groups = body.output_groups
     return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled, groups)
 
 

@@ -212,6 +212,27 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
         )
 
 
+def output_count(module: nn.Module, name: str, *, size: int) -> int:
+    """How many logits ``module`` gives for a black image.
+
+    Raises:
+        UsageError: it fails, or gives no logits.
+    """
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            logits = module(torch.zeros(1, 3, size, size))
+    except Exception as error:  # as in ``try_forward``
+        raise _size_error(name, size, error) from error
+    finally:
+        module.train(training)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(f"{name} is no classifier: one image gives {shape} instead of logits (1, K)")
+    return int(logits.shape[1])
+
+
 def _size_error(name: str, size: int, error: Exception) -> UsageError:
     family, bare = resolve(name)
     own = family.own_size(bare)

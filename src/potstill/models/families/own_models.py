@@ -129,4 +129,4 @@ def _takes_num_classes(function: Callable[..., Any]) -> bool:
 
 
 def _a(value: Any) -> str:
-    return "None" if value is None else f"of type {type(value).__name__}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
