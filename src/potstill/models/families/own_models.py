@@ -14,6 +14,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+import torch
 from torch import nn
 
 from potstill.code_references import is_code_reference, load_reference
@@ -58,13 +59,8 @@ def build(name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
     Raises:
         UsageError: the code cannot be loaded or called, or what it returns is no ``nn.Module``.
     """
-    found: Any
-    if name in _given:
-        found = _given[name][0]
-    elif name in _plugins():
-        found = _load_plugin(_plugins()[name])
-    else:
-        found = load_reference(name)
+    with torch.random.fork_rng(devices=[]):  # what an import draws must not decide initial weights
+        found = _find(name)
     if isinstance(found, nn.Module):
         return copy.deepcopy(found)
     if not callable(found):
@@ -100,6 +96,12 @@ def pretrained(name: str, num_classes: int, size: int) -> tuple[nn.Module, int]:
         f"{name} is code of your own, without published weights; name a file with its state dict, or 'own' for the "
         "weights that the code gives it"
     )
+
+
+def _find(name: str) -> Any:
+    if name in _given:
+        return _given[name][0]
+    return _load_plugin(_plugins()[name]) if name in _plugins() else load_reference(name)
 
 
 @cache
