@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.config.method_settings import describe_method
+from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_io import ValueRange, format_range
 from potstill.data.loader import Loader
@@ -22,13 +23,17 @@ from potstill.evaluation.cost import count_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
-from potstill.input_spec import InputSpec
+from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
+from potstill.models.class_names import OutputNames
 from potstill.models.factory import create_model, load_for_classes, load_weights
+from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
+from potstill.models.output_groups import OutputGroups
 from potstill.models.registry import input_spec
+from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
@@ -44,6 +49,7 @@ class InitialNetwork:
     ready: bool  # it knows these classes already: a teacher needs no training
     facts: dict[str, Any] = field(default_factory=dict)  # where its weights come from
     remodelled: dict[str, Any] | None = None  # of a model file whose network a method has changed
+    output_groups: OutputGroups | None = None  # of a network whose outputs are not the classes one by one
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # a head that starts anew
 
@@ -93,26 +99,31 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         module = create_model(network.model, len(classes), size=size)
         return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
     key = _network_key(recipe, network)
-    if network.weights != "pretrained" and _is_potstill_model(Path(network.weights)):
+    if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
         return _from_model_file(Path(network.weights), network, classes, key)
-    if network.classes is not None:
-        setting = f"{key}.classes"
-        loaded = load_for_classes(network.model, network.weights, network.classes, classes, size=size, key=setting)
-        facts = {"weights": network.weights, "classes": network.classes}
-        spec = _spec(recipe, network)
-        return InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
+    theirs, setting = network.classes, f"{key}.classes"
+    if theirs is None and network.weights not in WITHOUT_FILE:
+        theirs, setting = _published_names(Path(network.weights), classes), f"config.json of {network.weights}"
+    if theirs is not None:
+        loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
+        facts = {"weights": network.weights, "classes": theirs}
+        spec = _spec(recipe, network, loaded.normalisation)
+        start = InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
+        start.output_groups = loaded.output_groups
+        return start
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
-    if loaded.new_head and network.weights != "pretrained" and not network.new_head:
+    if loaded.new_head and network.weights not in WITHOUT_FILE and not network.new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
-            f"To train it on with a new head, set {_network_key(recipe, network)}.new_head=true"
+            f"If they include these, name the class of each output with {key}.classes; to train it on with a new head, "
+            f"set {key}.new_head=true"
         )
     start = InitialNetwork(
         loaded.module,
         network.model,
-        _spec(recipe, network),
+        _spec(recipe, network, loaded.normalisation),
         ready=not loaded.new_head,
         facts={"weights": network.weights},
     )
@@ -121,10 +132,19 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     else:
         start.notes += [
             *loaded.notes,
-            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_names(classes)}; "
-            f"{key}.classes names another order",
+            f"{_weights_label(network)} carries no class names: its outputs are taken to be, in this order, "
+            f"{_names(classes)}; {key}.classes names another order",
         ]
     return start
+
+
+def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
+    """Class names beside weights from the Hugging Face hub; None where a class of the data is not among them."""
+    names = read_class_names(weights.expanduser())
+    if names is None or len(set(names)) < len(names):
+        return None
+    known = OutputNames(names)
+    return list(names) if all(len(known.find(name)) == 1 for name in ours) else None
 
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
@@ -136,11 +156,19 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
                 f"{path} takes images of {model.input.size} px, and the recipe says size: {network.size}"
             )
         return InitialNetwork(
-            model.module, model.architecture, model.input, ready=True, facts=facts, remodelled=model.remodelled
+            model.module,
+            model.architecture,
+            model.input,
+            ready=True,
+            facts=facts,
+            remodelled=model.remodelled,
+            output_groups=model.output_groups,
         )
     if model.remodelled is not None:
         name = model.remodelled.get("name")
         raise ArtifactError(f"{path} is a remodelled network ({name}), whose head cannot start anew for other classes")
+    if model.output_groups is not None:
+        raise ArtifactError(f"{path} is a network with several outputs for a class, whose head cannot start anew")
     if not network.new_head:
         raise ArtifactError(
             f"{path} knows other classes than this data, or the same in another order.\n"
@@ -157,13 +185,28 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
     return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=[warning])
 
 
-def _spec(recipe: Recipe, network: StageSettings) -> InputSpec:
-    """How the network wants its images; published weights know one normalisation, others take the recipe's."""
+def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:
+    """How the network wants its images; published weights know one normalisation, others take the recipe's.
+
+    ``normalisation``: mean and deviation that the weights' file or repository tells.
+    """
     data = recipe.data
+    if network.model.startswith(GIVEN):
+        given = given_input(network.model)
+        if given is not None:
+            return given
+        if network is not recipe.student:  # who says nothing is shown what the student is
+            return replace(_spec(recipe, recipe.student), size=network.size or recipe.student.size or data.size)
     spec = input_spec(network.model, network.size or data.size, data.resize_mode)
+    if normalisation is not None:
+        spec = replace(spec, mean=normalisation[0], std=normalisation[1])
     if network.weights == "pretrained":
         return spec
     return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)
+
+
+def _weights_label(network: StageSettings) -> str:
+    return network.model if network.weights in WITHOUT_FILE else str(network.weights)
 
 
 def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:

@@ -308,7 +308,8 @@ class _Experiment:
         recipe, classes, folder = stage_recipe(self.recipe, stage), self.data.class_names, self.folder.stage(stage.name)
         torch.manual_seed(derive_seed(recipe.seed, stage.seed))  # baseline and distilled start from the same weights
         start = self._start(recipe.network(stage.name))
-        model = Classifier(start.module, start.architecture, classes, start.input, dict(start.facts), start.remodelled)
+        facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
+        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, ready-made: {start.facts['weights']}")
             model.module.to(self.compute.device)

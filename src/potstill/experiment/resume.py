@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.settings_errors import parse_settings
 from potstill.data.splits import DataSplits
@@ -177,7 +178,7 @@ def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> 
     """
     if not folder.known or not folder.trained("baseline"):
         raise UsageError(f"--baseline {folder.path}: there is no trained baseline; give the folder of a run with one")
-    theirs = _baseline_settings(load_recipe(folder.recipe, data_needed=False))
+    theirs = _baseline_settings(load_recipe(folder.recipe, data_needed=False, recorded=True))
     theirs["images"] = folder.read_environment().get("data_fingerprint")
     ours = _baseline_settings(recipe) | {"images": data.fingerprint}
     if ours == theirs:
@@ -231,7 +232,7 @@ def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:
     """--overwrite must not delete what the new run is to start from."""
     for name in (*(stage.name for stage in plan_stages(recipe)), "student"):
         weights = recipe.network(name).weights
-        if weights and Path(weights).resolve().is_relative_to(folder.path.resolve()):
+        if weights and weights not in WITHOUT_FILE and Path(weights).resolve().is_relative_to(folder.path.resolve()):
             raise UsageError(f"--overwrite would delete the {name}'s own weights, {weights}; choose another --name")
 
 

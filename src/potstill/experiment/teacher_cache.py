@@ -160,7 +160,7 @@ def restore_view_plan(path: Path, recipe: Recipe) -> Recipe:
         path: recipe.yaml of the run folder.
         recipe: as it is given now.
     """
-    before = load_recipe(path, data_needed=False).teacher_cache
+    before = load_recipe(path, data_needed=False, recorded=True).teacher_cache
     kept = {
         key: getattr(before, key)
         for key in ("views", "record")
@@ -320,6 +320,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "architecture": network.architecture,
         "weights": teacher.weights,
         "remodelled": network.remodelled,
+        **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
         "input": dataclasses.asdict(network.input),
         "asked in": None if teacher.how is None else teacher.how.facts(),
     }
