@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.contrib.federated.deployment import write_app
 from potstill.contrib.federated.federation import RESULTS_FILE
+from potstill.contrib.federated.flower import write_app
 from potstill.errors import ArtifactError
 from potstill.io import read_checksummed_json
 
@@ -126,7 +126,7 @@ def test_two_clients_and_then_one_that_is_killed(flower) -> None:
     flower.supernode("one")
     flower.supernode("two")
     asked = {
-        "data": str(flower.root / "server"), "root": str(flower.root / "runs"), "rounds": 2,
+        "data": str(flower.root / "server"), "output_dir": str(flower.root / "runs"), "rounds": 2,
         "settings": f"data.size=8 data.unlabeled={flower.root / 'public'} training.threads=1 training.batch_size=8",
     }  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_two_clients_and_then_one_that_is_killed(flower) -> None:
     assert [each["clients"] for each in rounds] == [[0, 1], [0, 1]]
     assert all(each["bytes_up"] < 2 * (12 * 3 * 4 + 400) for each in rounds)  # logits of 12 public images
 
-    many = asked | {"rounds": 4, "timeout": 60.0}
+    many = asked | {"rounds": 4, "timeout": 30.0}
     flower.run(**many, name="one-dies", algorithms="fedavg")
     rounds_of = flower.root / "runs" / "one-dies" / "fedavg" / "rounds.checkpoint"
     flower.until(rounds_of.exists)  # the first round is done
