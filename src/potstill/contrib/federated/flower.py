@@ -1,7 +1,7 @@
 """The same requests and replies through Flower (https://flower.ai): a SuperLink here, a SuperNode at each client.
 
-``potstill federated app`` writes a Flower app of two small files, which name the apps of ``create_apps``.  Only these,
-and what they call, import Flower, which is the extra ``federated``; it was run with Flower 1.42.
+``potstill federated app`` writes a Flower app of two small files, which create its server and client.  Only functions
+import Flower, the extra ``federated``, so that the rest works without it.
 """
 
 import io
@@ -234,23 +234,31 @@ DEFAULT_CONFIG: dict[str, str | int | float | bool] = {
 }
 
 
-def create_apps() -> "tuple[ServerApp, ClientApp]":
-    """Return the app's two halves."""
-    from flwr.clientapp import ClientApp
+def create_server_app() -> "ServerApp":
+    """Return the server's part of the app."""
     from flwr.serverapp import ServerApp
 
-    server, client = ServerApp(), ClientApp()
+    app = ServerApp()
 
     def serve(grid: "Grid", context: "Context") -> None:
         config = DEFAULT_CONFIG | dict(context.run_config)
         run_server(GridClients(grid, float(config["timeout"])), config)
 
+    app.main()(serve)
+    return app
+
+
+def create_client_app() -> "ClientApp":
+    """Return the clients' part of the app."""
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
     def respond(message: "FlowerMessage", context: "Context") -> "FlowerMessage":
         return handle_message(message, context, lambda _: _create_client(context.node_config, context.run_config))
 
-    server.main()(serve)
-    client.train()(respond)
-    return server, client
+    app.train()(respond)
+    return app
 
 
 def _create_client(node: Mapping[str, Any], run: Mapping[str, Any]) -> Client:
@@ -332,9 +340,10 @@ def _federate(clients: Clients, config: Mapping[str, Any]) -> Path:
 
 _CODE = '''"""A Flower app: potstill's server and client."""
 
-from potstill.contrib.federated.flower import create_apps
+from potstill.contrib.federated.flower import create_client_app, create_server_app
 
-server, client = create_apps()
+server = create_server_app()
+client = create_client_app()
 '''
 
 
