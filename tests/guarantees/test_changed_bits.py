@@ -75,8 +75,10 @@ def test_every_flipped_bit_is_detected(finished_run: Path, tmp_path: Path, count
 
 
 def test_flipped_bits_of_a_store_are_detected(finished_run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
-    """Of its records and its manifest (400 of each: tests/distillation/teacher_cache/test_faults.py); such records are
-    never read."""
+    """Of its records and its manifest; such records are never read.
+
+    400 of each: tests/distillation/teacher_cache/test_cache_faults.py.
+    """
     (original,) = (path.parent for path in tiny_recipe.parent.glob("store/*/logits.bin") if path.stat().st_size > 90)
     folder, manifest, draw = tmp_path / original.name, CacheManifest.read(original), random.Random(0)
 

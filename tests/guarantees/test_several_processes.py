@@ -2,7 +2,7 @@
 
 Real commands under torchrun, two gloo processes.  What happens to a rank happens at a step of its training
 (``faulty.py``), so that no test depends on how far a process has come in a given time.  A launch costs some seconds:
-what needs none of torchrun is tried in ``tests/distributed/test_watching.py``, and the rarer mishaps are ``slow``.
+what needs none of torchrun is tried in ``tests/distributed/test_watchdog.py``, and the rarer mishaps are ``slow``.
 """
 
 import contextlib
@@ -159,7 +159,7 @@ def test_an_error_of_one_process_is_shown_as_what_it_is(unlucky):
     assert "does not answer" not in launch.errors
 
 
-@pytest.mark.slow  # quick, without torchrun: tests/distributed/test_watching.py, a signal to all
+@pytest.mark.slow  # quick, without torchrun: tests/distributed/test_watchdog.py, a signal to all
 def test_a_run_whose_launcher_was_sent_sigterm_is_interrupted(place):
     status, errors = Launch(place, "told", mishap=("told", 6)).end()
     assert status != 0

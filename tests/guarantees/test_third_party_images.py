@@ -1,7 +1,8 @@
 """Third-party image files, hostile ones included, through the real commands: no traceback, no crash, bounded memory.
 
 Another folder with such a MANIFEST.tsv: ``POTSTILL_CORPORA=DIR pytest tests/guarantees/test_third_party_images.py``.
-``check`` is tested in tests/data/validation/test_corpus.py, the outcome of each file in tests/data/test_decode.py.
+``check`` is tested in tests/data/validation/test_validate_corpus.py, and what becomes of each file in
+tests/data/test_image_io.py.
 """
 
 import json
