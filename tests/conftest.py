@@ -15,6 +15,9 @@ import pytest
 from .own_process import plugin
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
+# Else every process that tests start compiles potstill again, half a second each, and every run of pytest all tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache, and find none there
     os.environ["POTSTILL_CACHE"] = tempfile.mkdtemp(prefix="potstill-cache-")
     atexit.register(shutil.rmtree, os.environ["POTSTILL_CACHE"], ignore_errors=True)
