@@ -27,6 +27,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(plugin())
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process keeps to whole files, whose runs are made once, until another is idle: ``--dist worksteal``."""
+    if config.getoption("dist") != "load":  # somebody asks for another way
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     if "torch" in sys.modules:
