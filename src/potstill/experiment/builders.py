@@ -195,7 +195,8 @@ def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, T
         if given is not None:
             return given
         if network is not recipe.student:  # who says nothing is shown what the student is
-            return replace(_spec(recipe, recipe.student), size=network.size or recipe.student.size or data.size)
+            shown = _spec(recipe, recipe.student)
+            return replace(shown, size=network.size or shown.size)
     spec = input_spec(network.model, network.size or data.size, data.resize_mode)
     if normalisation is not None:
         spec = replace(spec, mean=normalisation[0], std=normalisation[1])

@@ -171,6 +171,7 @@ def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
 
 
 _PROBE_CLASSES = 7  # of candidates; any number will do
+_FEWEST_TENSORS = 16  # of a network that can be recognised: AlexNet's
 
 
 def identify_network(path: Path) -> str:
@@ -198,7 +199,7 @@ def identify_network(path: Path) -> str:
         lambda: [name for name in _names_in(path) if is_model(name)],
         lambda: [f"torchvision/{name}" for name in FAMILIES["torchvision"].names()],
     )
-    for names in groups:
+    for names in groups if len(checkpoint.tensors) >= _FEWEST_TENSORS else ():
         networks = {name: _shapes(name) for name in names()}
         for convention in (_convert_by_names, _convert_by_map, _convert_by_order):  # names say more than shapes
             if found := next((name for name, own in networks.items() if convention(checkpoint, name, own)), None):
