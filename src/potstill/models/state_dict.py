@@ -286,6 +286,9 @@ def _unwrap(content: Any, path: Path, ordered: bool) -> Checkpoint:
     taken, left = list[str](), list[str]()
     while isinstance(content, Mapping):
         holders = [key for key in WRAPPERS if _holds_weights(content.get(key))]
+        most = max((_count_tensors(content[key]) for key in holders), default=0)
+        # An average of the parameters alone is no whole network: BatchNorm's statistics are not in it.
+        holders.sort(key=lambda key: key in AVERAGED and _count_tensors(content[key]) < most)
         if not holders and not any(isinstance(value, Tensor) for value in content.values()):
             holders = [key for key, value in content.items() if isinstance(key, str) and _holds_weights(value)]
             if len(holders) > 1:
@@ -320,6 +323,13 @@ def _holds_weights(value: Any, depth: int = 0) -> bool:
     if any(isinstance(each, Tensor) and isinstance(key, str) for key, each in value.items()):
         return True
     return any(_holds_weights(value.get(key), depth + 1) for key in WRAPPERS)
+
+
+def _count_tensors(value: Any) -> int:
+    """How many tensors of any layer are in ``value``, inside further wrapping keys too."""
+    if isinstance(value, Mapping):
+        return sum(_count_tensors(each) for each in value.values())
+    return int(isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _named_architectures(content: Any) -> tuple[str, ...]:
