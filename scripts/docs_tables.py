@@ -169,7 +169,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "DataSettings": lambda: settings_table(DataSettings),
     "AugmentSettings": lambda: settings_table(AugmentSettings),
     "CurriculumSettings": lambda: settings_table(CurriculumSettings),
-    "TrackerSettings": lambda: settings_table(LoggerSettings),
+    "LoggerSettings": lambda: settings_table(LoggerSettings),
     "TeacherCacheSettings": lambda: settings_table(TeacherCacheSettings),
     "TrainingSettings": lambda: settings_table(TrainingSettings),
     "methods": lambda: methods_table("docs/methods/"),

@@ -92,7 +92,7 @@ sed: 3
 data:
   size: 4
   workers: many
-  augment: {hflip: 1, polic: none, policy: randaug}
+  augment: {hflip: 1, erasin: 0, auto_augment: randaug}
 teacher:
   model: vgg16
   training: {milestons: [3], epochs: 0}
@@ -114,8 +114,8 @@ epochs: 3
         "recipe.yaml:4:3: data.size must be at least 8, got 4",
         "recipe.yaml:5:3: data.workers must be a whole number or 'auto', got 'many'",
         "recipe.yaml:6:13: data.augment.hflip must be true or false, got 1",
-        "recipe.yaml:6:23: data.augment.polic: unknown key; did you mean 'policy'?",
-        "recipe.yaml:6:36: data.augment.auto_augment must be 'none', 'randaugment' or 'trivialaugment', got 'randaug'"
+        "recipe.yaml:6:23: data.augment.erasin: unknown key; did you mean 'erasing'?",
+        "recipe.yaml:6:34: data.augment.auto_augment must be 'none', 'randaugment' or 'trivialaugment', got 'randaug'"
         "; did you mean 'randaugment'?",
         "recipe.yaml:9:14: teacher.training.milestons: unknown key; did you mean 'milestones'?",
         "recipe.yaml:9:30: teacher.training.epochs must be at least 1, got 0",

@@ -108,7 +108,13 @@ class StageSettings(BaseModel):
         "those of the data, in its order",
     )
     new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
-    size: int | None = Field(None, ge=8, le=4096, description="its own height and width in pixels; null: data.size")
+    size: int | None = Field(
+        None,
+        ge=8,
+        le=4096,
+        description="its own height and width in pixels, to which its images are cut from the originals, a teacher's "
+        "views too; null: data.size",
+    )
     precision: Literal["auto", "float32"] = Field(
         "auto", description="of a teacher's answers; auto: weights in bf16 where the hardware is fast in it"
     )

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from potstill.data.image_io import ValueRange, format_range
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_views import TeacherViews
 from potstill.errors import ArtifactError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
@@ -257,11 +258,13 @@ def train_loader(
     data: DataSplits,
     compute: Compute,
     observer: Observer | None = None,
+    drawn_for: InputSpec | None = None,
 ) -> Loader:
     """Augmented training images in a new order each epoch.
 
     Baseline and distilled draw the same order and the same views from the seeds, so that only the method differs (one
     that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
+    ``drawn_for``: the student's spec, where its views are shown at the size of ``spec``.
     """
     views = recipe.teacher_cache.views
     balances = recipe.data.class_balance == "sampling" if data.draws is None else data.draws.groups is not None
@@ -287,6 +290,7 @@ def train_loader(
         progress=observer,
         draws=data.draws,
         share=(compute.processes.rank, compute.processes.count),
+        drawn_for=drawn_for,
     )
 
 
@@ -319,10 +323,12 @@ def split_loader(
     compute: Compute,
     *,
     shared: bool = True,
+    drawn_for: InputSpec | None = None,
 ) -> Loader:
     """Every image of a split once, in its listed order, without augmentation.
 
     ``shared``: among several processes, each of which has its own batches; else each has all of them.
+    ``drawn_for``: the student's spec, where its images are shown at the size of ``spec``.
     """
     processes = compute.processes
     return Loader(
@@ -336,7 +342,32 @@ def split_loader(
         identity=f"{data.fingerprint}/{split}",
         progress=SilentObserver(),  # what there is to say has been said of the training images
         share=(processes.rank, processes.count) if shared else (0, 1),
+        drawn_for=drawn_for,
     )
+
+
+def build_teacher_views(
+    student: InputSpec,
+    teachers: Sequence[InputSpec],
+    loader: Callable[..., Loader],
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> TeacherViews | None:
+    """The views of a split for teachers of another size than the student's; None where there are none such.
+
+    They are prepared as the student's are, but for size and normalisation, which are the teacher's.
+
+    Args:
+        student: how the student's loader prepares its images.
+        teachers: how each teacher wants its images.
+        loader: ``train_loader`` or ``split_loader`` of the split, waiting for ``spec`` and ``drawn_for``.
+        memory_format: of the images.
+    """
+    specs = [
+        None if own.size == student.size else replace(student, size=own.size, mean=own.mean, std=own.std)
+        for own in teachers
+    ]
+    loaders = {spec: loader(spec=spec, drawn_for=student) for spec in dict.fromkeys(specs) if spec is not None}
+    return TeacherViews([None if spec is None else loaders[spec] for spec in specs], memory_format) if loaders else None
 
 
 TIMING_ROUNDS = 3  # in which a teacher's answer is timed, after one that is thrown away

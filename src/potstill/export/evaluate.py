@@ -8,6 +8,7 @@ from potstill.config.recipe import load_recipe
 from potstill.data.entries import SkippedFile
 from potstill.errors import DataError, did_you_mean
 from potstill.export.loading import find_model_folder, load_classifier
+from potstill.formatting import format_names
 from potstill.io import read_checksummed_text
 
 BATCH_SIZE = 64
@@ -136,11 +137,8 @@ def _match_labels(labels: Sequence[str], class_names: Sequence[str]) -> Any:
     if unknown:
         shown = ", ".join(f"{name!r}{did_you_mean(name, class_names)}" for name in unknown[:5])
         raise DataError(
-            f"the model does not know {len(unknown)} of these classes: {shown}\nIt knows {_format_names(class_names)}"
+            f"the model does not know {len(unknown)} of these classes: {shown}\n"
+            f"It knows {format_names(class_names, 12)}"
         )
     ids = {name: i for i, name in enumerate(class_names)}
     return np.array([ids[label] for label in labels], dtype=np.int64)
-
-
-def _format_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

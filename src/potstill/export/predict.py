@@ -14,6 +14,7 @@ from potstill.data.sources import walk_images
 from potstill.errors import DataError, UsageError
 from potstill.export.formats.onnx import ONNX_SUFFIX, load_onnx
 from potstill.export.loading import find_model_folder, load_classifier
+from potstill.formatting import format_names
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
@@ -153,8 +154,7 @@ def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> 
     given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UsageError(f"no such image or folder: {', '.join(missing[:3])}{more}")
+        raise UsageError(f"no such image or folder: {format_names(missing, 3)}")
     found = FoundImages([], [], Counter())
     for path in given:
         if path.is_dir():
