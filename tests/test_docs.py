@@ -49,7 +49,7 @@ def worked(tmp_path_factory):
     """A folder in which the Python of the docs has been carried out."""
     folder = tmp_path_factory.mktemp("docs")
     carry_out = load(ROOT / "tests" / "test_readme.py").carry_out
-    for name in ("python", "your-own-data"):
+    for name in ("python", "teachers", "your-own-data"):
         carry_out(DOCS / f"{name}.md", folder)
     return folder
 

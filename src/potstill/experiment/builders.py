@@ -27,7 +27,7 @@ from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
-from potstill.models.class_names import OutputNames
+from potstill.models.class_names import OutputNames, lists_with
 from potstill.models.factory import create_model, load_for_classes, load_weights
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
@@ -117,8 +117,8 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     if loaded.new_head and network.weights not in WITHOUT_FILE and not network.new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
-            f"If they include these, name the class of each output with {key}.classes; to train it on with a new head, "
-            f"set {key}.new_head=true"
+            f"If they include these, name the class of each output, {key}.classes={_likely_classes(classes)}; to train "
+            f"it on with a new head, set {key}.new_head=true"
         )
     start = InitialNetwork(
         loaded.module,
@@ -129,6 +129,11 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     )
     if loaded.new_head:
         start.warnings += loaded.notes
+        if found := lists_with(classes):
+            start.notes.append(
+                f"all classes of this data are among those of {found[0]}: if the outputs of {network.weights} are "
+                f"these, {key}.classes={found[0]} keeps them, and needs no training"
+            )
     else:
         start.notes += [
             *loaded.notes,
@@ -145,6 +150,11 @@ def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
         return None
     known = OutputNames(names)
     return list(names) if all(len(known.find(name)) == 1 for name in ours) else None
+
+
+def _likely_classes(classes: tuple[str, ...]) -> str:
+    """What ``teacher.classes`` may be for this data."""
+    return next(iter(lists_with(classes)), "FILE")
 
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
@@ -196,7 +206,8 @@ def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, T
         if given is not None:
             return given
         if network is not recipe.student:  # who says nothing is shown what the student is
-            return replace(_spec(recipe, recipe.student), size=network.size or recipe.student.size or data.size)
+            shown = _spec(recipe, recipe.student)
+            return replace(shown, size=network.size or shown.size)
     spec = input_spec(network.model, network.size or data.size, data.resize_mode)
     if normalisation is not None:
         spec = replace(spec, mean=normalisation[0], std=normalisation[1])
