@@ -15,6 +15,8 @@ from potstill.config.recipe import load_recipe
 from potstill.errors import DataError, UsageError
 from potstill.models.model_file import load_model
 
+from .conftest import few_digits, short_runs
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -45,8 +47,9 @@ def carry_out(page: Path, folder: Path) -> None:
     os.chdir(folder)
     try:
         names: dict = {}
-        for block in blocks(page, "python"):
-            exec(compile(block, str(page), "exec"), names)
+        with short_runs(), few_digits():
+            for block in blocks(page, "python"):
+                exec(compile(block, str(page), "exec"), names)
     finally:
         os.chdir(before)
 
