@@ -93,6 +93,7 @@ class CachedTeacherOutputs:
         autocast: in which the teachers are asked.
         warn: is told once if the stores fail; training then goes on with the live teachers, whose answers are rounded
             as before.
+        training: whether these are the training images, whom a cross-fitted teacher answers by the head of their fold.
         processes: that share each batch.  One of each machine records what all of them asked, whenever it is to last;
             each uses at once what it asked itself.
     """
@@ -106,8 +107,10 @@ class CachedTeacherOutputs:
         *,
         autocast: Callable[[], AbstractContextManager[object]],
         warn: Callable[[str], None],
+        training: bool = False,
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
+        self.training = training
         self.distiller, self.loader, self.autocast, self.warn = distiller, loader, autocast, warn
         self.caches: list[TeacherCacheProtocol] = list(caches)
         self.second: list[TeacherCacheProtocol] = list(second)
@@ -168,7 +171,8 @@ class CachedTeacherOutputs:
         missing = ~np.logical_and.reduce([present for _, present in known])
         if missing.any():
             with self.autocast():
-                fresh = teachers.ask(images)
+                index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
+                fresh = teachers.ask(images, index)
             self.counts.asked += len(ids)
             for place, (shelf, (records, present), said) in enumerate(zip(caches, known, fresh, strict=True)):
                 features = None if said.embedding is None else _to_numpy(said.embedding)

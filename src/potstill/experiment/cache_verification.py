@@ -23,6 +23,7 @@ from potstill.experiment.builders import split_loader, train_loader
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.plan import plan_stages
 from potstill.experiment.preflight import create_stage_method
+from potstill.experiment.probe import load_fold_heads
 from potstill.experiment.teacher_cache import StageTeacher, describe_teacher, module_digest
 from potstill.experiment.teacher_inference import convert_as, spread_ids
 from potstill.input_spec import InputSpec
@@ -62,7 +63,9 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         if data.fingerprint != identity["data"]:
             raise DataError(f"{path}: the images of {data.source} have changed since; the store is of no use any more")
         network = load_model(Path(facts["folder"]))
-        taught = StageTeacher(network, Path(facts["folder"]), module_digest(network.module))
+        heads = None if data.target is not None else load_fold_heads(Path(facts["folder"]), network.facts, data)
+        digest = None if heads is None else module_digest(heads)
+        taught = StageTeacher(network, Path(facts["folder"]), module_digest(network.module), None, digest)
         teacher = {**identity["teacher"], "asked in": None}
         if canonical_json(describe_teacher(taught)) != canonical_json(teacher):
             raise ArtifactError(f"{path}: the teacher in {facts['folder']} has changed since and has another store now")
@@ -73,8 +76,12 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         compute = create_compute(recipe.stage_training(facts["stage"]))
         loader = _loader(recipe, facts["stage"], identity["split"], spec, data, compute)
         teachers = Teachers([network.module.to(compute.device)], [InputConverter(spec, network.input)])
+        if heads is not None:
+            teachers.cross_fit(0, heads.to(compute.device))
         _convert_as_recorded(teachers, identity["teacher"]["asked in"], loader, path)
-        return _compare(store, chosen, loader, teachers, compute, second=identity["views"].get("strong", False))
+        second = identity["views"].get("strong", False)
+        training = identity["split"] == "train"
+        return _compare(store, chosen, loader, teachers, compute, second=second, training=training)
     finally:
         store.close()
 
@@ -108,6 +115,7 @@ def _compare(
     compute: Compute,
     *,
     second: bool,
+    training: bool,
 ) -> CacheVerification:
     differences, same, count = 0.0, 0, 0
     for view, ids in chosen.items():
@@ -115,7 +123,10 @@ def _compare(
             index = torch.tensor(ids[start : start + 64], dtype=torch.int64)
             images = (loader.second_view if second else loader.view)(index, view)
             with compute.autocast():
-                said = teachers.ask(images.contiguous(memory_format=compute.memory_format))[0]
+                said = teachers.ask(
+                    images.contiguous(memory_format=compute.memory_format),
+                    index.to(compute.device) if training else None,
+                )[0]
             records, _ = store.read(view, index.numpy())
             kept = torch.from_numpy(store.record.decode(records, 1.0)[0])
             now = said.logits.cpu()
