@@ -81,7 +81,7 @@ def resumed(place, name):
     return weights(place, name)
 
 
-@pytest.mark.slow  # quick: tests/guarantees/test_signals.py; without the command: tests/training/test_trainer_stopping.py
+@pytest.mark.slow  # quick: tests/guarantees/test_signals.py, tests/training/test_trainer_stopping.py
 def test_a_signal_loses_nothing(place, whole):
     code, errors = stopped(place, "signal", 9, "SIGTERM")
     assert code == 143
