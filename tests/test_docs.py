@@ -18,7 +18,9 @@ from pydantic_core import PydanticUndefined
 
 import potstill
 from potstill import errors, functional
+from potstill.cli import entry
 from potstill.config.recipe import CurriculumSettings, DomainSettings, Recipe, StageSettings, TeachersSettings
+from potstill.config.settings_errors import RENAMED_KEYS
 from potstill.data.builtin.cifar100 import CifarOptions
 from potstill.data.builtin.fashion_mnist import FashionOptions
 from potstill.data.builtin.solar import SolarOptions
@@ -27,7 +29,7 @@ from potstill.data.file_datasets import ShardOptions
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.loggers import LoggerSettings
-from potstill.methods import METHODS, method_class, method_info
+from potstill.methods import METHODS, RENAMED_OPTIONS, method_class, method_info
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,8 +137,9 @@ def test_the_reference_has_everything_that_the_package_exports(page):
     assert re.findall(r"^## (\w+)$", page("api/errors"), re.M) == kinds
     # by hand, from the source
     text = page("api/functional").split("\n## kd_loss\n")[1].split("\n## ")[0]
-    assert "kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Positive) -> Tensor" in text
-    assert "`T² KL(softmax(z_t/T) ‖ softmax(z_s/T))`" in text
+    arguments = ("student_logits: Tensor", "teacher_logits: Tensor", "*", "temperature: Positive")
+    assert "\nkd_loss(\n" + "".join(f"    {each},\n" for each in arguments) + ") -> Tensor\n" in text
+    assert "`T² KL(softmax(z_t / T) ‖ softmax(z_s / T))`" in text
     assert "- `temperature`: T > 0; a higher value gives softer targets." in text
     assert "- `UsageError`: `temperature` is not above 0." in text
     assert ">>> kd_loss(torch.zeros(1, 2), torch.tensor([[4.0, 0.0]]), temperature=2.0)\ntensor(1.3113)" in text
@@ -294,3 +297,14 @@ def test_pictures_of_the_docs_are_there_and_small():
     }
     assert {f"images/{path.name}" for path in (DOCS / "images").iterdir()} == shown
     assert all((DOCS / name).stat().st_size <= 200_000 for name in shown)
+
+
+def test_every_renamed_name_stands_in_the_changelog():
+    table = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("### Renamed\n")[1].split("\n### ")[0]
+    rows = {tuple(re.findall(r"`([^`]+)`", line)[-2:]) for line in table.splitlines() if line.count("`") >= 4}
+    words = {(old.split()[-1].split(".")[-1], new.split()[-1].split(".")[-1]) for old, new in rows}
+    renamed = {**RENAMED_KEYS, **RENAMED_OPTIONS, **entry._RENAMED}
+    assert len(renamed) >= 20
+    assert set(renamed.items()) - words == set()
+    exists = load(ROOT / "tests" / "test_setting_names.py").exists
+    assert [new for _, new in rows if "." in new and not exists(new.partition(":")[0])] == []
