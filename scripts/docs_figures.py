@@ -17,7 +17,7 @@ from PIL import Image
 from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
 from potstill.io import write_bytes, write_text
-from potstill.report import theme
+from potstill.report import canvas, theme
 from potstill.report.canvas import as_png
 from potstill.report.run_reader import Run, read_run
 from potstill.report.stage_figures import draw_loss, draw_stages
@@ -45,7 +45,7 @@ def main() -> None:
     run = read_run(arguments.run)
     examples = find_examples(run)
     images = DOCS / "images"
-    save(images / "soft-targets.png", as_png(lambda figure: draw_soft_targets(figure, run, examples), (8.4, 5.2)))
+    save(images / "soft-targets.png", grid_as_png(lambda figure: draw_soft_targets(figure, run, examples), (8.4, 5.2)))
     save(images / "loss-terms.png", as_png(lambda figure: draw_loss(figure, run.stages["distilled"]), (7.2, 3.8)))
     save(images / "top1-curves.png", as_png(lambda figure: draw_stages(figure, run), (7.2, 3.8)))
     fill(PAGE, "run", about(run, examples))
@@ -96,6 +96,18 @@ def draw_soft_targets(figure, run: Run, examples: list[Example]) -> None:
             if row == 0:
                 axes.set_title(f"T = {temperature}")
     figure.supxlabel("blue: the probability of the label; orange: of the other classes", fontsize=8, color=theme.FAINT)
+
+
+def grid_as_png(draw: canvas.DrawFunction, size: tuple[float, float]) -> bytes:
+    """``as_png`` for axes in several rows, which the report's own layout does not arrange."""
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    with canvas._style():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="png", dpi=canvas.DPI)
+    return buffer.getvalue()
 
 
 def save(path: Path, png: bytes) -> None:

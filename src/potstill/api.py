@@ -1,4 +1,4 @@
-"""The experiment from Python: what ``potstill run``, ``predict`` and friends do."""
+"""Whole experiments from Python: ``potstill run`` and loading of trained models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,17 +28,17 @@ def run(
     """Train teacher, baseline and distilled student; write the report; return the run folder.
 
     Args:
-        recipe: name of a shipped recipe, a YAML file, or its content as a dict.
-        sets: changes like ``"training.epochs=5"``.
-        data: images from Python (``potstill.data.datasets.from_torch``) in place of the recipe's source.
-        root: where run folders stand.
-        name: the run folder's name; the recipe's own where None.
-        resume: go on with an existing run of the same recipe.
+        recipe: name of a recipe that comes with potstill, a YAML file, or its content as a dict.
+        sets: changed settings, such as ``"training.epochs=5"``.
+        data: data set from Python (see ``potstill.data.datasets.from_torch``) in place of the recipe's source.
+        root: folder that holds the run folders.
+        name: name of the run folder; None: the recipe's name.
+        resume: continue an existing run with the same settings.
         overwrite: delete an existing run of this name first.
-        observer: is told what happens; silent where None.
+        observer: its methods are called with the progress; None: no output.
 
     Raises:
-        PotstillError: anything that a user can mend.
+        PotstillError: any error that the user can correct.
     """
     checked = load_recipe(recipe, sets, data_needed=data is None)
     path = pipeline.run(
@@ -50,9 +50,11 @@ def run(
 
 
 def load(path: str | Path) -> Classifier:
-    """The model of a run (distilled, else baseline, else teacher) or of a model folder, in eval mode on the CPU.
+    """Return the model of a run folder (distilled student, else baseline, else teacher) or of a model folder.
+
+    The model is on the CPU and in eval mode.
 
     Raises:
-        ArtifactError: there is none, or it is damaged.
+        ArtifactError: there is no model, or it is damaged.
     """
     return load_model(find_model(Path(path)))
