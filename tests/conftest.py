@@ -47,6 +47,14 @@ def generated_docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """``os.fsync`` returns at once: a run of a second calls it a hundred times, and no test pulls the plug."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        yield
+
+
 @pytest.fixture
 def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's number of threads can be set and read, and no thread is started: more of them than cores are slow."""
@@ -55,6 +63,9 @@ def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [torch.get_num_threads()]
     monkeypatch.setattr(torch, "set_num_threads", lambda number: kept.__setitem__(0, number))
     monkeypatch.setattr(torch, "get_num_threads", lambda: kept[0])
+
+
+_TWICE = {"rounds": 2, "warmup": 1}
 
 
 class _Blank:
@@ -70,7 +81,18 @@ def blank_pictures() -> Iterator[None]:
     from potstill.report import canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas, "_draw_figure", lambda draw, size: _Blank())
+        patch.setattr(canvas, "draw_figure", lambda draw, size: _Blank())
+        yield
+
+
+@contextmanager
+def short_runs() -> Iterator[None]:
+    """Blank pictures, and each network's latency from two measurements in place of thirty: a third of a small run."""
+    from potstill.experiment import results
+
+    measure = results.measure_latency
+    with blank_pictures(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "measure_latency", lambda networks, **how: measure(networks, **how | _TWICE))
         yield
 
 

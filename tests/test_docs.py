@@ -170,7 +170,7 @@ def test_every_error_has_its_exit_code_in_the_page(page):
 
 
 def test_the_python_of_the_docs_runs(worked):
-    assert {path.name for path in (worked / "runs").iterdir()} == {"from-python", "mine"}
+    assert {path.name for path in (worked / "runs").iterdir()} == {"from-python", "mine", "own-networks"}
     assert json.loads((worked / "runs" / "mine" / "results.json").read_text())["data"]["class_names"] == ["cat", "dog"]
 
 

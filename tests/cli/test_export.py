@@ -24,7 +24,7 @@ def test_options_are_handed_on(
         write_checksummed_json(tmp_path / "a b.onnx.json", {"files": {"a b.onnx": {"bytes": 3 * 2**20}}})
         return path
 
-    monkeypatch.setitem(sys.modules, "potstill.export.options", SimpleNamespace(export=export, Wish=ExportOptions))
+    monkeypatch.setitem(sys.modules, "potstill.export.exporter", SimpleNamespace(export=export))
     options = [
         "--model",
         "teacher",

@@ -43,21 +43,21 @@ def test_a_run_leaves_students_a_record_and_a_table(here: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--partition", "dirichlet"], "wants a number above 0 such as dirichlet:0.3, got 'dirichlet'"),
-        (["--partition", "dirichlet:-1"], "wants a number above 0"),
+        (["--partition", "dirichlet"], "needs a number above 0, such as dirichlet:0.3, got 'dirichlet'"),
+        (["--partition", "dirichlet:-1"], "needs a number above 0"),
         (["--partition", "evenly"], "--partition is iid, dirichlet:ALPHA"),
         (["--algorithms", "fedavgg"], "no algorithm 'fedavgg'; did you mean 'fedavg'?"),
-        (["--algorithms", "fedavg,fedavg"], "each once"),
+        (["--algorithms", "fedavg,fedavg"], "at most once"),
         (["--baselines", "centre"], "no baseline 'centre'"),
-        (["--clients", "900"], "cannot be divided among 900 clients, 2 or more each: at most"),
+        (["--clients", "900"], "cannot be divided among 900 clients with 2 or more each"),
         (["--clients", "0"], "--clients must be at least 1, got 0"),
         (["--public", "0.0001"], "images public: at least 2 must be"),
-        (["--algorithms", "guided"], "the server needs one teacher that is trained already: --teacher RUN"),
-        (["--algorithms", "guided", "--teacher", "runs/no"], "a folder that is there; got runs/no without weights"),
+        (["--algorithms", "guided"], "the server needs one trained teacher: --teacher RUN"),
+        (["--algorithms", "guided", "--teacher", "runs/no"], "an existing run; got runs/no without weights"),
         (["--public", "0", "--algorithms", "fedavg,feddf"], "needs public images: data.unlabeled, or --public SHARE"),
-        (["--set", "method.name=crd", "--algorithms", "fedavg,selfguided"], "method crd trains or remembers more than"),
-        (["--set", "data.class_balance=weights", "--set", "seeds=3"], "this recipe cannot be trained by rounds:"),
-        (["--engine", "ray"], "--engine is process or flower, got 'ray'"),
+        (["--set", "method.name=crd", "--algorithms", "fedavg,selfguided"], "method crd trains or keeps more than"),
+        (["--set", "data.class_balance=weights", "--set", "seeds=3"], "federated rounds cannot train this recipe:"),
+        (["--max-share", "0.2"], "--max-share of one client in an average is from 0.5 to 1, got 0.2"),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -72,7 +72,7 @@ def test_a_mistake_is_one_message(
 
 def test_folders_of_clients(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--partition", "folders:nowhere"]) == 3
-    assert "nowhere: there is no such folder; it holds one folder for each client" in capsys.readouterr().err
+    assert "nowhere: no such folder; it must hold one folder for each client" in capsys.readouterr().err
     (here / "clients" / "one" / "0").mkdir(parents=True)
     assert main([*SMALL, "--partition", "folders:clients", "--overwrite"]) == 3
     assert "client 0: " in (shown := capsys.readouterr().err)
@@ -89,4 +89,4 @@ def test_the_app_names_ours_and_is_not_written_over(here: Path, capsys: pytest.C
     compile((here / "app" / "potstill_app.py").read_text(encoding="utf-8"), "potstill_app.py", "exec")
     capsys.readouterr()
     assert main(["federated", "app", "quickstart", "app"]) == 2
-    assert "is there already; name a new folder" in capsys.readouterr().err
+    assert "exists already; name a new folder" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_no_descriptor_is_left_open() -> None:
     script = (
         "import os\nfrom potstill.data.library_warnings import silence_native_stderr\n"
         "def free():\n    pair = os.pipe()\n    [os.close(each) for each in pair]\n    return pair\n"
-        "before = free()\nwith silenced(): pass\nassert free() == before"
+        "before = free()\nwith silence_native_stderr(): pass\nassert free() == before"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -37,7 +37,7 @@ def slow(policy: AugmentPolicy, given: torch.Tensor, seed: int, view: int) -> to
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("auto_augment", [*POLICIES.values(), STRONG_POLICY], ids=lambda policy: policy.field)
+@pytest.mark.parametrize("policy", [*POLICIES.values(), STRONG_POLICY], ids=lambda policy: policy.field)
 def test_policies_are_torchvisions(monkeypatch: pytest.MonkeyPatch, policy: AugmentPolicy) -> None:
     monkeypatch.setattr("torchvision.transforms.v2._auto_augment._get_fill", lambda fill, kind: None)
     given = images()
@@ -56,7 +56,7 @@ def test_they_have_as_many_operations_and_the_magnitudes_that_torchvision_has() 
     assert (POLICIES["trivialaugment"].count, POLICIES["trivialaugment"].magnitude) == (1, None)
 
 
-@pytest.mark.parametrize("auto_augment", [*POLICIES.values(), STRONG_POLICY], ids=lambda policy: policy.field)
+@pytest.mark.parametrize("policy", [*POLICIES.values(), STRONG_POLICY], ids=lambda policy: policy.field)
 def test_images_do_not_depend_on_their_batch(policy: AugmentPolicy) -> None:
     given, ids = images(60), np.arange(60)
     together = policy(given, CounterRNG(0, ids, 1))

@@ -48,7 +48,10 @@ def root(tmp_path):
 def ready(recipe, tmp_path_factory):
     """Two run folders: of a trained teacher alone, and of a baseline alone."""
     folder = tmp_path_factory.mktemp("ready")
-    return tuple(pipeline.run(recipe(), root=folder, name=stage, stages=(stage,)) for stage in ("teacher", "baseline"))
+    return tuple(
+        pipeline.run(recipe(), root=folder, name=stage, stages=(stage,), evaluate=False)
+        for stage in ("teacher", "baseline")
+    )
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, r
 
 def test_a_run_is_not_shortened(recipe, root, teacher):
     same = {"teacher.weights": teacher}
-    pipeline.run(recipe(**same), root=root, name="part")
+    pipeline.run(recipe(**same), root=root, name="part", stages=("teacher", "distilled"), evaluate=False)
     with pytest.raises(UsageError, match=r"training\.epochs: was 2, now 1"):
         pipeline.run(recipe(**same, **{"training.epochs": 1}), root=root, name="part", resume=True)
     with pytest.raises(UsageError, match=r"training\.lr: was 0\.003, now 0\.1"):
@@ -98,7 +101,7 @@ def test_a_run_is_not_shortened(recipe, root, teacher):
 
 def test_a_run_without_its_checkpoints_is_trained_from_the_start(recipe, root, teacher):
     same = {"teacher.weights": teacher, "teacher_cache.views": 2}
-    whole = pipeline.run(recipe(**same, **{"training.epochs": 3}), root=root, name="whole")
+    whole = pipeline.run(recipe(**same, **{"training.epochs": 3}), root=root, name="whole", evaluate=False)
     path = pipeline.run(recipe(**same), root=root, name="part")
     assert not (path / "baseline" / "checkpoints" / "last.checkpoint").exists()
     longer = recipe(**same, **{"training.epochs": 3})

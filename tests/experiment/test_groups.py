@@ -47,7 +47,7 @@ def test_what_is_too_large_to_hold_is_mixed_block_by_block(monkeypatch):
     monkeypatch.setattr(predictions, "_BLOCK_VALUES", 2)  # a row at once
     mixed = ensemble_predictions(both, TeachersSettings())["teachers"]["test"]
     assert mixed.array is None
-    np.testing.assert_allclose(np.concatenate([block for _, block in mixed.rows.blocks()]), held.array)
+    np.testing.assert_allclose(np.concatenate([block for _, block in mixed.probabilities.blocks()]), held.array)
     np.testing.assert_allclose(mixed.confidence, held.confidence)
 
 

@@ -46,16 +46,29 @@ class Watching:
 
 @pytest.fixture
 def carry_out(recipe, tmp_path, cache):
-    def go(name, observer=None, resume=False, **changes):
-        return run(recipe(**{**BF16, **changes}), root=tmp_path, name=name, observer=observer, resume=resume)
+    """Carries out a run, or what is wanted of one: by default no baseline, and no figures."""
+
+    def go(name, observer=None, resume=False, stages=("teacher", "distilled"), evaluate=False, **changes):
+        options = {"observer": observer, "resume": resume, "stages": stages, "evaluate": evaluate}
+        return run(recipe(**{**BF16, **changes}), root=tmp_path, name=name, **options)
 
     return go
 
 
+@pytest.fixture(scope="module")
+def filled(recipe, tmp_path_factory):
+    """A whole run that filled its stores, and the cache with them; nobody may change them."""
+    folder = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POTSTILL_CACHE", str(folder / "cache"))
+        return run(recipe(**BF16), root=folder, name="first"), folder / "cache"
+
+
 @pytest.fixture
-def first(carry_out):
-    """A run that filled its stores, and runs with its teacher, which is still unsure, so that its rounding shows."""
-    done = carry_out("first")
+def first(filled, carry_out, cache):
+    """That run, with a copy of its cache, and runs with its teacher, which is unsure, so that its rounding shows."""
+    done, kept = filled
+    shutil.copytree(kept, cache)
 
     def again(name, **changes):
         return carry_out(name, **{"teacher.weights": str(done), **changes})
@@ -188,7 +201,7 @@ def test_a_damaged_comparison_is_made_again(first, cache):
 
 def test_the_teacher_itself_stays_in_float32(first):
     done, again = first
-    second = again("second")
+    second = again("second", evaluate=True)
     assert weights(second, "teacher") == weights(done, "teacher")
     results = [json.loads((folder / "results.json").read_text()) for folder in (done, second)]
     assert results[0]["stages"]["teacher"]["test"] == results[1]["stages"]["teacher"]["test"]

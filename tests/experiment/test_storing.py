@@ -15,11 +15,17 @@ from potstill.config.recipe import load_recipe
 from potstill.errors import ArtifactError, DataError
 from potstill.experiment import teacher_cache
 from potstill.experiment.cache_verification import verify_cache
-from potstill.experiment.pipeline import run
+from potstill.experiment.pipeline import run as carry_out
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.models.model_file import load_model, save_model
 
-STUDENTS = ("baseline", "distilled")
+ALL = ("teacher", "baseline", "distilled")
+TWO_VIEWS = {"training.epochs": 3, "teacher_cache.views": 2}
+
+
+def run(recipe, *, stages=("distilled",), **options):
+    """What the tests need of a run: its distilled student, and no figures of it."""
+    return carry_out(recipe, stages=stages, evaluate=False, **options)
 
 
 @pytest.fixture
@@ -72,14 +78,24 @@ def train_stores(stores):
     ]
 
 
-@pytest.fixture
-def first(recipe, tmp_path, stores):
-    """A run that filled its stores, and the recipe again with that run's teacher."""
-    done = run(recipe(**{"training.epochs": 3, "teacher_cache.views": 2}), root=tmp_path, name="first")
+@pytest.fixture(scope="module")
+def filled(recipe, tmp_path_factory):
+    """A run that filled its stores, and the cache with them; nobody may change them."""
+    folder = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POTSTILL_CACHE", str(folder / "cache"))
+        return run(recipe(**TWO_VIEWS), stages=ALL, root=folder, name="first"), folder / "cache"
 
-    def again(name, **changes):
-        changes = {"training.epochs": 3, "teacher_cache.views": 2, "teacher.weights": str(done), **changes}
-        return run(recipe(**changes), root=tmp_path, name=name)
+
+@pytest.fixture
+def first(filled, recipe, tmp_path, stores):
+    """That run, with a copy of its stores, and the recipe again with its teacher."""
+    done, cache = filled
+    shutil.copytree(cache, tmp_path / "cache")
+
+    def again(name, stages=("distilled",), **changes):
+        changes = {**TWO_VIEWS, "teacher.weights": str(done), **changes}
+        return run(recipe(**changes), root=tmp_path, name=name, stages=stages)
 
     return done, again
 
@@ -95,7 +111,7 @@ def test_the_second_run_asks_nothing_and_gets_the_same_weights(first):
 
 def test_the_live_teacher_on_the_same_views_gives_the_same_weights_to_the_rounding_of_the_record(first):
     done, again = first
-    live = again("live", teacher_cache="{mode: off, views: 2}")
+    live = again("live", ALL, teacher_cache="{mode: off, views: 2}")
     assert asked_and_read(live) == (None, None)
     assert weights(live, "baseline") == weights(done, "baseline")
     ours, theirs = (safetensors.torch.load(weights(folder)) for folder in (done, live))
@@ -193,7 +209,7 @@ def test_on_a_full_disk_the_live_teacher_gives_the_same_weights(first, monkeypat
     live = again("live")
     assert asked_and_read(live) == (None, None)
     assert weights(live) == weights(done)
-    assert load_recipe(live / "recipe.yaml").store == load_recipe(done / "recipe.yaml").store
+    assert load_recipe(live / "recipe.yaml").teacher_cache == load_recipe(done / "recipe.yaml").teacher_cache
 
 
 def test_without_room_or_rights_training_goes_on_and_says_so_once(first, recipe, tmp_path):
@@ -228,17 +244,17 @@ def test_several_teachers_each_have_a_store(recipe, tmp_path, stores):
         "teacher_cache.views": 2,
         "training.epochs": 3,
     }
-    done = run(recipe(**changes), root=tmp_path, name="several")
+    done = run(recipe(**changes), root=tmp_path, name="several", stages=ALL)
     assert len(train_stores(stores)) == 2
     assert asked_and_read(done) == (2 * 42, 42)
 
 
 def test_resuming_keeps_the_number_of_views_and_the_store(recipe, tmp_path, stores):
-    whole = run(recipe(**{"training.epochs": 4}), root=tmp_path, name="whole")
-    assert load_recipe(whole / "recipe.yaml").store.views == 4
+    whole = run(recipe(**{"training.epochs": 4}), root=tmp_path, name="whole", stages=ALL)
+    assert load_recipe(whole / "recipe.yaml").teacher_cache.views == 4
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(**{"training.epochs": 4}), root=tmp_path, name="part", observer=Impatient())
-    resumed = run(recipe(**{"training.epochs": 4}), root=tmp_path, name="part", resume=True)
+        run(recipe(**{"training.epochs": 4}), root=tmp_path, name="part", stages=ALL, observer=Impatient())
+    resumed = run(recipe(**{"training.epochs": 4}), root=tmp_path, name="part", stages=ALL, resume=True)
     assert weights(resumed) == weights(whole)
 
 
@@ -253,7 +269,7 @@ def test_records_are_what_the_teacher_says_now(first, stores):
 def test_verify_refuses_when_teacher_or_images_have_changed(recipe, photographs, tmp_path, stores):
     copied = tmp_path / "photographs"
     shutil.copytree(photographs, copied)
-    done = run(recipe(**{"data.source": str(copied), "teacher_cache.views": 1}), root=tmp_path, name="mine")
+    done = run(recipe(**{"data.source": str(copied), "teacher_cache.views": 1}), root=tmp_path, name="mine", stages=ALL)
     (store,) = train_stores(stores)
     verify_cache(store, 10)
     teacher = load_model(done / "teacher")

@@ -131,9 +131,9 @@ def test_the_sixteen_largest_are_for_kd_and_many_classes():
 def test_a_run_that_goes_on_means_by_auto_what_it_meant_when_it_began(tmp_path):
     recipe, path = load_recipe("quickstart"), tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(apply_view_plan(recipe, ViewPlan(3, "top16", True))))
-    found = restore_view_plan(path, recipe).store
+    found = restore_view_plan(path, recipe).teacher_cache
     assert (found.views, found.record) == (3, "top16")
     found = restore_view_plan(
         path, load_recipe("quickstart", ["teacher_cache.views=5", "teacher_cache.record=float32"])
-    ).store
+    ).teacher_cache
     assert (found.views, found.record) == (5, "float32")

@@ -45,11 +45,11 @@ def test_the_same_weights(replay, finished_run, tmp_path):
     assert code == 0
     for stage in ("teacher", "baseline", "distilled"):
         assert f"  {stage}: the same weights, byte for byte" in out.splitlines()
-        again = tmp_path / "again" / "tiny-replay" / stage / "model.safetensors"
+        again = tmp_path / "again" / "tiny-reproduced" / stage / "model.safetensors"
         assert again.read_bytes() == (finished_run / stage / "model.safetensors").read_bytes()
     environments = [
         read_checksummed_json(folder / "environment.json")
-        for folder in (finished_run, tmp_path / "again" / "tiny-replay")
+        for folder in (finished_run, tmp_path / "again" / "tiny-reproduced")
     ]
     assert environment_differences(*environments) == []
 
@@ -103,7 +103,7 @@ def test_other_images_are_named_before_anything_is_trained(tiny_recipe, tmp_path
     def refused():
         capsys.readouterr()
         assert main(["run", "--reproduce", str(tmp_path / "runs" / "one"), *root]) == 3
-        assert not (tmp_path / "runs" / "one-replay").exists()
+        assert not (tmp_path / "runs" / "one-reproduced").exists()
         return capsys.readouterr().err
 
     pixels = np.asarray(Image.open(images / "blue" / "00.png"))
@@ -177,7 +177,7 @@ def test_a_replay_goes_on(replay, tiny_recipe, tmp_path, monkeypatch):
         patch.setattr(pipeline, "evaluate_stages", killed)
         with pytest.raises(Killed):
             pipeline.run(
-                load_recipe(tmp_path / "one" / "recipe.yaml"), root=tmp_path / "again", name="one-replay",
+                load_recipe(tmp_path / "one" / "recipe.yaml"), root=tmp_path / "again", name="one-reproduced",
                 stages=("baseline",), replay=read_run_record(tmp_path / "one"),
             )  # fmt: skip
     code, out, _ = replay("--resume", run=tmp_path / "one")

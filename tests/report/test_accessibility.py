@@ -3,15 +3,13 @@
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
-from potstill.report.render import render_page
-from potstill.report.run_reader import read_run
 from potstill.report.theme import luminance, rgb_channels
 
-Full = Callable[[int], Path]  # the fixture of conftest.py
+DRAWS = True  # pictures have labels too
+FullPage = Callable[[int], str]  # the fixture of conftest.py
 ENOUGH = 4.5  # WCAG 2.2, AA, for text of any size
 
 
@@ -44,8 +42,8 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def text(full: Full) -> str:
-    return render_page(read_run(full(2)))
+def text(full_page: FullPage) -> str:
+    return full_page(2)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from potstill.report import display_names
 from potstill.report.canvas import as_png
 from potstill.report.display_names import picture_labels
 
+DRAWS = True
 NAMES = ("猫", "قطة", "बिल्ली", "dog", "naïve")
 
 

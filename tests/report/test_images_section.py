@@ -4,7 +4,6 @@ import base64
 import io
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from potstill.report.run_reader import read_run
 from potstill.report.sections import error_analysis
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
-Full = Callable[[int], Path]
+FullPage = Callable[[int], str]
 
 
 def shot(name: str = "test/a/1.png", **changes: Any) -> dict[str, Any]:
@@ -165,8 +164,8 @@ def test_nothing_broken_is_said_too(run: Any) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 100])
-def test_with_everything_that_can_be_shown_a_page_stays_light(full: Full, classes: int) -> None:
-    text = render_page(read_run(full(classes)))
+def test_with_everything_that_can_be_shown_a_page_stays_light(full_page: FullPage, drawn: None, classes: int) -> None:
+    text = full_page(classes)
     assert 'id="images"' in text
     assert "CKA" in text
     assert len(text.encode()) < 3_000_000

@@ -82,7 +82,7 @@ PLACES = {
     "backward": (GradientAccumulator, "add", 3),
     "in a backward hook": (nn.Tanh, "backward hook", 2),
     "optimizer": (torch.optim.SGD, "step hook", 3),
-    "gathering a checkpoint": (checkpointing.ckpt, "pack_optimizer", 2),
+    "gathering a checkpoint": (checkpointing, "pack_optimizer", 2),
     "writing a checkpoint": (io.os, "fsync", 5),
     "replacing a checkpoint": (io.os, "replace", 7),
     "validation": (Trainer, "_evaluate", 0),

@@ -15,6 +15,7 @@ from potstill.distillation.output_router import (
     build_output_router,
     network_info,
 )
+from potstill.distillation.teacher_views import TeacherImages, TeacherViews
 from potstill.distillation.teachers import CombineMode, Teachers
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
@@ -141,14 +142,23 @@ class Distiller(nn.Module):
         return Step(student.logits, self.method(student, teacher, batch), names)
 
     @torch.no_grad()
-    def run_teacher(self, images: Tensor, second: Tensor | None = None) -> Outputs | None:
-        """Return the teacher's outputs for images preprocessed for the student; None for methods without a teacher."""
+    def run_teacher(
+        self, images: Tensor, second: Tensor | None = None, own: TeacherImages | None = None
+    ) -> Outputs | None:
+        """Return the teacher's outputs; None for methods without a teacher.
+
+        Args:
+            images: [B, 3, H, W], preprocessed for the student.
+            second: [B, 3, H, W], for methods that need a second image for each.
+            own: the same images for teachers of another size than the student's, cut from the original pixels; None:
+                such teachers get ``images`` resized.
+        """
         if self.teacher is None:
             return None
-        said = self.teacher.ask(images)
+        said = self.teacher.ask(images, () if own is None else own.images)
         if second is None or self.method.needs.second == "none":
             return self.teacher_outputs(said)
-        return self.teacher_outputs(said, self.teacher.ask(second))
+        return self.teacher_outputs(said, self.teacher.ask(second, () if own is None else own.second))
 
     def teacher_outputs(self, said: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
         """Combine the outputs of each teacher, new or cached, into those that the method reads.
@@ -169,16 +179,20 @@ class Distiller(nn.Module):
         """Call before each epoch: number ``epoch``, counted from 0, of ``epochs``; for methods that depend on it."""
         self.method.start_epoch(epoch, epochs)
 
-    def prepare(self, batches: Callable[[], Iterator[Batch]]) -> None:
+    def prepare(self, batches: Callable[[], Iterator[Batch]], views: TeacherViews | None = None) -> None:
         """Run the method's passes over the training images before training, if it needs any.
 
         Args:
             batches: each call returns one pass over the training images.
+            views: the images of these batches for teachers of another size than the student's.
         """
 
         def passes() -> Iterator[tuple[Outputs, Batch]]:
-            for batch in batches():
-                outputs = self.run_teacher(batch.images)
+            if views is not None:
+                views.start_epoch(0)
+            for position, batch in enumerate(batches()):
+                own = None if views is None else views.of(position, batch)
+                outputs = self.run_teacher(batch.images, own=own)
                 assert outputs is not None
                 yield outputs, batch
 

@@ -13,6 +13,8 @@ from potstill.data.image_io import Pixels, decode
 from potstill.data.sources import walk_images
 from potstill.errors import DataError, UsageError
 from potstill.export.formats.onnx import ONNX_SUFFIX, load_onnx
+from potstill.export.loading import find_model_folder, load_classifier
+from potstill.formatting import format_names
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
@@ -45,16 +47,21 @@ def predict(
     top: int = 3,
     batch_size: int = 32,
     device: str = "auto",
+    classes: str | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[Prediction]:
     """Return the most probable classes of each image, preprocessed as for evaluation.
 
     Args:
-        model: a run folder (distilled student, else baseline, else teacher), a model folder or file, a
-            loaded Classifier, or an exported ``.onnx`` file (torch is not imported then).
+        model: a run folder (distilled student, else baseline, else teacher), a model folder or file, a loaded
+            Classifier, bare weights (see ``load_classifier``), or an exported ``.onnx`` file (torch is not imported
+            then).
         inputs: images, and folders, whose images are found recursively and sorted; see ``find_images``.
         top: largest number of classes for each image.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
+        classes: class names of bare weights: a file or the name of a list.
+        note: is called with a line on each thing that was assumed of bare weights.
 
     Returns:
         One Prediction for each image, in order; an image that cannot be decoded has ``error`` set and no classes.
@@ -72,7 +79,11 @@ def predict(
     paths = found.images
     chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     exported = isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() == ONNX_SUFFIX
-    asked = _create_onnx_predictor(Path(str(model)), device) if exported else _create_torch_predictor(model, device)
+    asked = (
+        _create_onnx_predictor(Path(str(model)), device)
+        if exported
+        else _create_torch_predictor(model, device, classes, note)
+    )
     return [each for chunk in chunks for each in _predict(asked, chunk, top)]
 
 
@@ -96,20 +107,21 @@ def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
     )
 
 
-def _create_torch_predictor(model: "Path | str | Classifier", device: str) -> _Predictor:
-    from potstill.experiment.run_folder import find_model
-
-    folder = find_model(Path(model)) if isinstance(model, (str, os.PathLike)) else None
+def _create_torch_predictor(
+    model: "Path | str | Classifier", device: str, classes: str | None, note: Callable[[str], None]
+) -> _Predictor:
+    if isinstance(model, (str, os.PathLike)):
+        find_model_folder(model)  # torch, which takes seconds, is not needed to find a mistake in a path
 
     import torch
 
     from potstill.data.transforms import preprocess
-    from potstill.models.model_file import load_model
     from potstill.training.devices import create_compute
     from potstill.training.settings import TrainingSettings
 
-    classifier = model if folder is None else load_model(folder)
-    assert not isinstance(classifier, (str, os.PathLike))
+    classifier = (
+        load_classifier(model, classes=classes, note=note)[0] if isinstance(model, (str, os.PathLike)) else model
+    )
     classifier.module.to(create_compute(TrainingSettings(device=device)).device)
 
     def answer(images: list[Any]) -> list[list[float]]:
@@ -143,8 +155,7 @@ def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> 
     given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UsageError(f"no such image or folder: {', '.join(missing[:3])}{more}")
+        raise UsageError(f"no such image or folder: {format_names(missing, 3)}")
     found = FoundImages([], [], Counter())
     for path in given:
         if path.is_dir():

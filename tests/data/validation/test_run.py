@@ -56,6 +56,7 @@ def test_ill_and_fresh_files_are_read_again(make_folder, monkeypatch: pytest.Mon
     monkeypatch.setattr(scan, "read_file", lambda path: read.append(path.name) or own(path))
     validate_data(settings)  # all are younger than two seconds
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*.png")]
+    read.clear()
     with pytest.raises(Exception, match="1 unreadable image"):
         check_files(folder, names, "x")
     assert len(read) == 13

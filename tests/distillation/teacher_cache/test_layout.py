@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from potstill.distillation.teacher_cache.files import FileLayout, sum_checksums, test_bits
+from potstill.distillation.teacher_cache.files import FileLayout, are_bits_set, sum_checksums
 
 
 def test_a_large_view_by_hand():
@@ -46,7 +46,7 @@ def test_a_mark_comes_back_and_what_cannot_be_one_is_told():
     assert mark == b"\x04\x03\x02\x01\x81\x08"
     check, found = layout.read_mark(0, mark + b"\0")
     assert check == 0x01020304
-    assert np.flatnonzero(test_bits(found, np.arange(12))).tolist() == [0, 7, 11]
+    assert np.flatnonzero(are_bits_set(found, np.arange(12))).tolist() == [0, 7, 11]
     assert layout.read_mark(0, mark[:5])[1].tolist() == [0x81, 0]  # the file ends there
     assert layout.read_mark(0, mark + b"\1") is None
     assert layout.read_mark(0, b"\x04\x03\x02\x01\x81\x18") is None  # there is no sample 12

@@ -27,7 +27,7 @@ from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import create_compute
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 40, 30)}
-NOW = {"store": "off"}
+NOW = {"teacher_cache": "off"}
 
 
 @pytest.fixture(scope="session")
@@ -200,24 +200,24 @@ def test_labels_of_the_target_cannot_leak_into_training(between, tmp_path):
     kept = {name: value for name, value in recipe.model_dump().items() if name != "data"}
     without = recipe.__class__.model_validate(kept | {"data": plain.data.model_dump()})
     for name, each in (("as-they-are", target), ("mixed", replace(target, train=mixed["train"], val=mixed["val"]))):
-        pipeline.run(without, root=tmp_path, name=name, data=replace(data, target=each))
+        pipeline.run(without, root=tmp_path, name=name, data=replace(data, target=each), evaluate=False)
     for stage in ("teacher", "baseline", "distilled"):
         assert weights(tmp_path / "mixed", stage) == weights(tmp_path / "as-they-are", stage), stage
 
 
 def test_teacher_and_baseline_are_those_of_a_run_without_a_target(between, photographs, tmp_path):
     """But for the statistics that AdaBN takes anew, the target changes nothing of them."""
-    with_target = pipeline.run(between(**NOW), root=tmp_path, name="with")
+    with_target = pipeline.run(between(**NOW), root=tmp_path, name="with", evaluate=False)
     value = between(**NOW).model_dump(mode="json") | {"domain": None}
     value["data"] |= {"target": None}
-    alone = pipeline.run(load_recipe(value), root=tmp_path, name="alone")
+    alone = pipeline.run(load_recipe(value), root=tmp_path, name="alone", evaluate=False)
     for stage in ("teacher", "baseline"):
         assert weights(with_target, stage) == weights(alone, stage)
     assert weights(with_target) != weights(alone)
 
 
 def test_the_adapted_teacher_has_statistics_of_the_target_and_the_trained_weights(done, between, tmp_path):
-    plain = pipeline.run(between(**NOW), root=tmp_path, stages=("teacher",))
+    plain = pipeline.run(between(**NOW), root=tmp_path, stages=("teacher",), evaluate=False)
     before, after = (load_model(path / "teacher").module.state_dict() for path in (plain, done))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
@@ -353,11 +353,11 @@ def test_a_teacher_that_was_saved_but_not_yet_adapted_is_adapted_on_resuming(bet
 
 
 def test_a_ready_made_teacher_is_adapted_too(between, done, photographs, tmp_path):
-    plain = pipeline.run(between(**NOW), root=tmp_path, name="plain", stages=("teacher",))
+    plain = pipeline.run(between(**NOW), root=tmp_path, name="plain", stages=("teacher",), evaluate=False)
     recipe = between(
         "domain.adapt_batch_norm=true", f"teacher.weights={plain / 'teacher'}", "teacher.training={}", **NOW
     )
-    run = pipeline.run(recipe, root=tmp_path, name="ready", stages=("teacher",))
+    run = pipeline.run(recipe, root=tmp_path, name="ready", stages=("teacher",), evaluate=False)
     assert weights(run, "teacher") == weights(done, "teacher")
 
 
