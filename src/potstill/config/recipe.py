@@ -200,7 +200,8 @@ class Recipe(BaseModel):
     teacher_cache: TeacherCacheSettings = TeacherCacheSettings()
     training: TrainingSettings = TrainingSettings()
     tracker: list[LoggerSettings] = Field(
-        [], description="who else gets the figures: tensorboard, wandb, mlflow, trackio, or several; see trackers.md"
+        [],
+        description="loggers for the metrics: tensorboard, wandb, mlflow, trackio, or several",
     )
 
     @field_validator("teacher_cache", mode="before")
