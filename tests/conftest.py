@@ -1,6 +1,7 @@
 """One thread and one seed: no test depends on the machine's cores or on luck."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import sys
@@ -43,6 +44,20 @@ def _seeded() -> None:
         import torch
 
         torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def generated_docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that the documentation's site is built from, as scripts/docs generates it: ``docs/`` and zensical.toml."""
+    script = Path(__file__).parents[1] / "scripts" / "generate_docs.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("generated") / "site"
+    module.generate(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from potstill.code_references import is_code_reference, is_permitted
+from potstill.code_references import PERMISSION, is_code_reference, is_permitted
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.student_surgery import rebuild_student
 from potstill.input_spec import InputSpec, with_current_names
@@ -43,7 +43,7 @@ from potstill.models.registry import build_model
 
 @dataclass
 class Classifier:
-    """What a model file holds."""
+    """A trained network with its classes and preprocessing, as saved in a model folder."""
 
     module: nn.Module  # images [B, 3, S, S] -> logits [B, K]
     architecture: str  # a name for `create_model`
@@ -54,9 +54,9 @@ class Classifier:
     output_groups: OutputGroups | None = None  # where the module is a `GroupedOutputs`
 
     def predict(self, images: Tensor) -> Tensor:
-        """Probabilities [B, K] of images [B, 3, S, S] that were prepared as ``input`` says.
+        """Return the probabilities [B, K] of images [B, 3, S, S] that were preprocessed as ``input`` states.
 
-        In float32 on the network's device, in eval mode and without gradients; the network's mode is put back.
+        Runs on the network's device, in eval mode and without gradients; the network's mode is restored.
         """
         device = next(self.module.parameters()).device
         training = self.module.training
@@ -203,7 +203,8 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     if module is None and is_code_reference(body.architecture) and not is_permitted(body.architecture):
         raise ArtifactError(
             f"{folder / FACTS_FILE} is a network of code that would run on this machine: {body.architecture}\n"
-            "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
+            "Read that code; if you trust it, add --allow-code (from Python: allow_code=True), or set "
+            f"{PERMISSION}=1 where a command has no such option"
         )
     waiting = _is_replacement_pending(folder, body.sha256)
     weights = read_bytes(folder / (_NEXT_WEIGHTS if waiting else WEIGHTS_FILE), sha256=body.sha256)
