@@ -28,7 +28,7 @@ from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
 from potstill.models.factory import create_model, load_for_classes, load_weights
 from potstill.models.model_file import Classifier, load_model
-from potstill.models.registry import input_spec
+from potstill.models.registry import input_spec, resolve
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
@@ -116,6 +116,8 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         ready=not loaded.new_head,
         facts={"weights": network.weights},
     )
+    if network.weights == "pretrained" and network.size is None and key.startswith("teacher"):
+        start.notes += _detail_notes(network.model, size, key)
     if loaded.new_head:
         start.warnings += loaded.notes
     else:
@@ -125,6 +127,18 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
             f"{key}.classes names another order",
         ]
     return start
+
+
+def _detail_notes(architecture: str, size: int, key: str) -> list[str]:
+    """What to set where a pretrained teacher would see fewer pixels than its weights were made for."""
+    family, bare = resolve(architecture)
+    own = family.own_size(bare)
+    if own is None or own <= size:
+        return []
+    return [
+        f"{architecture} was designed for {own} px and sees {size} px, as its student does: --set {key}.size={own} "
+        f"cuts its images from the original pixels, for about {(own / size) ** 2:.0f} times its computation"
+    ]
 
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
