@@ -108,9 +108,11 @@ def whole(tmp_path_factory):
 def test_at_any_step(tmp_path, whole, after):
     run = ended(tmp_path, after)
     assert len(run.history.records) == (after - 1) // STEPS  # no step more than the one under way
-    again = training(tmp_path)
+    again, updates = training(tmp_path), []
+    again.optimizer.register_step_post_hook(lambda *_: updates.append(1))
     again.run(resume=True)
     same(outcome(again), whole)
+    assert len(updates) == EPOCHS * STEPS - after  # what was done is not done again
 
 
 def test_at_every_step_of_one_training(tmp_path, whole):
