@@ -172,7 +172,7 @@ class CachedTeacherOutputs:
         if missing.any():
             with self.autocast():
                 index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
-                fresh = teachers.ask(images, index)
+                fresh = teachers.ask(images, index=index)
             self.counts.asked += len(ids)
             for place, (shelf, (records, present), said) in enumerate(zip(caches, known, fresh, strict=True)):
                 features = None if said.embedding is None else _to_numpy(said.embedding)

@@ -133,12 +133,14 @@ class Distiller(nn.Module):
         self._refuse_missing(batch)
         student = self._run_student(images, second)
         if teacher is None:
-            teacher = self.run_teacher(images, second, index if self.training else None)
+            teacher = self.run_teacher(images, second, index=index if self.training else None)
         _check_shapes(student.logits, teacher, labels)
         return Step(student.logits, self.method(student, teacher, batch), names)
 
     @torch.no_grad()
-    def run_teacher(self, images: Tensor, second: Tensor | None = None, index: Tensor | None = None) -> Outputs | None:
+    def run_teacher(
+        self, images: Tensor, second: Tensor | None = None, *, index: Tensor | None = None
+    ) -> Outputs | None:
         """The teacher's outputs for images prepared for the student; None where the method needs no teacher.
 
         Args:
@@ -148,12 +150,12 @@ class Distiller(nn.Module):
         """
         if self.teacher is None:
             return None
-        said = self.teacher.ask(images, index)
+        said = self.teacher.ask(images, index=index)
         if second is None or self.method.needs.second == "none":
             return self.teacher_outputs(said)
         # Another image of the same class has another id, which nobody tells.
         same_samples = self.method.needs.second == "strong"
-        return self.teacher_outputs(said, self.teacher.ask(second, index if same_samples else None))
+        return self.teacher_outputs(said, self.teacher.ask(second, index=index if same_samples else None))
 
     def teacher_outputs(self, said: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
         """What the method is shown of what each teacher said, just now or long ago.

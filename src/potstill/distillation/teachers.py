@@ -89,7 +89,7 @@ class Teachers(nn.Module):
         self._shows_embedding[at] = reader.wanted.embedding is not None
 
     @torch.no_grad()
-    def ask(self, images: Tensor, index: Tensor | None = None) -> list[ForwardOutput]:
+    def ask(self, images: Tensor, *, index: Tensor | None = None) -> list[ForwardOutput]:
         """What each says of images prepared for the student.
 
         Args:

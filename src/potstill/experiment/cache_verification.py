@@ -125,7 +125,7 @@ def _compare(
             with compute.autocast():
                 said = teachers.ask(
                     images.contiguous(memory_format=compute.memory_format),
-                    index.to(compute.device) if training else None,
+                    index=index.to(compute.device) if training else None,
                 )[0]
             records, _ = store.read(view, index.numpy())
             kept = torch.from_numpy(store.record.decode(records, 1.0)[0])
