@@ -1,6 +1,7 @@
 """One thread and one seed: no test depends on the machine's cores or on luck."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import sys
@@ -32,6 +33,28 @@ def _seeded() -> None:
         torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def generated_docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that the documentation's site is built from, as scripts/docs generates it: ``docs/`` and zensical.toml."""
+    script = Path(__file__).parents[1] / "scripts" / "generate_docs.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("generated") / "site"
+    module.generate(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """``os.fsync`` returns at once: a run of a second calls it a hundred times, and no test pulls the plug."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        yield
+
+
 @pytest.fixture
 def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's number of threads can be set and read, and no thread is started: more of them than cores are slow."""
@@ -40,6 +63,9 @@ def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [torch.get_num_threads()]
     monkeypatch.setattr(torch, "set_num_threads", lambda number: kept.__setitem__(0, number))
     monkeypatch.setattr(torch, "get_num_threads", lambda: kept[0])
+
+
+_TWICE = {"rounds": 2, "warmup": 1}
 
 
 class _Blank:
@@ -55,7 +81,29 @@ def blank_pictures() -> Iterator[None]:
     from potstill.report import canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas, "_draw_figure", lambda draw, size: _Blank())
+        patch.setattr(canvas, "draw_figure", lambda draw, size: _Blank())
+        yield
+
+
+@contextmanager
+def few_digits() -> Iterator[None]:
+    """The data set ``digits`` has every third of its images."""
+    from potstill.data.builtin import digits
+
+    counts, labels = digits.read_counts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "read_counts", lambda: (counts[::3], labels[::3]))
+        yield
+
+
+@contextmanager
+def short_runs() -> Iterator[None]:
+    """Blank pictures, and each network's latency from two measurements in place of thirty: a third of a small run."""
+    from potstill.experiment import results
+
+    measure = results.measure_latency
+    with blank_pictures(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "measure_latency", lambda networks, **how: measure(networks, **how | _TWICE))
         yield
 
 

@@ -77,17 +77,17 @@ class Indices:
         self.seen = []
         ask = Teachers.ask
 
-        def watched(teachers, images, *, index=None):
+        def watched(teachers, images, own=(), index=None):
             self.seen.append(None if index is None else index.tolist())
-            return ask(teachers, images, index=index)
+            return ask(teachers, images, own, index)
 
         monkeypatch.setattr(Teachers, "ask", watched)
 
 
-@pytest.mark.parametrize("mode", ["auto", "off"])
-def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize(("mode", "size"), [("auto", 16), ("off", 16), ("auto", 24), ("off", 24)])
+def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, tmp_path, monkeypatch, mode, size):
     indices = Indices(monkeypatch)
-    run = pipeline.run(probing(**{"teacher_cache.mode": mode}), root=tmp_path)
+    run = pipeline.run(probing(**{"teacher_cache.mode": mode, "teacher.size": size}), root=tmp_path)
     teacher = load_model(run / "teacher")
     train = sum(results(run)["data"]["counts"]["train"].values())
     asked = {each for ids in indices.seen if ids is not None for each in ids}

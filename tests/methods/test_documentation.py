@@ -124,7 +124,7 @@ def test_nothing_of_it_imports_torch():
     code = (
         "import sys; from potstill.cli import main; main(['methods']); main(['methods', 'reviewkd']); "
         "from potstill.methods import METHODS; from potstill.methods.documentation import method_documentation; "
-        "[about(name) for name in METHODS]; sys.exit('torch' in sys.modules)"
+        "[method_documentation(name) for name in METHODS]; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 

@@ -89,11 +89,15 @@ class Teachers(nn.Module):
         self._shows_embedding[at] = reader.wanted.embedding is not None
 
     @torch.no_grad()
-    def ask(self, images: Tensor, *, index: Tensor | None = None) -> list[ForwardOutput]:
-        """What each says of images prepared for the student.
+    def ask(
+        self, images: Tensor, own: Sequence[Tensor | None] = (), index: Tensor | None = None
+    ) -> list[ForwardOutput]:
+        """The outputs of each.
 
         Args:
-            images: [B, 3, H, W].
+            images: [B, 3, H, W], prepared for the student.
+            own: for each teacher the same images prepared for it, at its own size; None, or an empty sequence:
+                ``images``, converted.
             index: [B] int64 sample ids, where these are training images: a cross-fitted teacher then answers each by
                 the head of its fold.
 
@@ -103,9 +107,14 @@ class Teachers(nn.Module):
         if any(module.training for module in self.networks.modules()):  # somebody has called train() on a teacher
             self.train()
         said = [
-            reader.ask(network, converted(images), how)
-            for network, converted, reader, how in zip(
-                self.networks, self.input_converters, self.readers, self.asking, strict=True
+            reader.ask(network, converted(images) if prepared is None else prepared, how)
+            for network, converted, prepared, reader, how in zip(
+                self.networks,
+                self.input_converters,
+                own or [None] * len(self.networks),
+                self.readers,
+                self.asking,
+                strict=True,
             )
         ]
         said = [self._cross_fitted(at, one, index) for at, one in enumerate(said)]
@@ -141,7 +150,10 @@ class Teachers(nn.Module):
         Returns:
             For people, of each teacher: what was done, or why not.
         """
-        return [self.optimize_one_for_inference(at, dtype, memory_format, example).note for at in range(len(self))]
+        return [
+            self.optimize_one_for_inference(at, dtype, memory_format, converted(example)).note
+            for at, converted in enumerate(self.input_converters)
+        ]
 
     @torch.no_grad()
     def optimize_one_for_inference(
@@ -160,18 +172,18 @@ class Teachers(nn.Module):
             at: which.
             dtype: see ``hasten``.
             memory_format: see ``hasten``.
-            example: see ``hasten``; a few suffice where ``known`` is given.
+            example: images prepared for this teacher, [N, 3, H, W]; a few suffice where ``known`` is given.
             least: agreement with which the copy takes the teacher's place.
             known: what a comparison on these images gave before; it is not made again.
         """
-        network, prepared = self.networks[at], self.input_converters[at](example)
+        network = self.networks[at]
         if reason := self._reason_to_keep(at):
             return InferenceConversion(self.asking[at], None, reason)
         if known is not None and not known.agreement >= least:
             return self._kept(at, dtype, memory_format, known)
         try:
-            copied, how = convert_for_inference(network, dtype, memory_format, prepared)
-            found = known or measure_fidelity(copied, how, network, prepared)
+            copied, how = convert_for_inference(network, dtype, memory_format, example)
+            found = known or measure_fidelity(copied, how, network, example)
         except Exception as error:  # in another dtype, networks of others fail in any way they like
             self.in_float32(at, memory_format)
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]

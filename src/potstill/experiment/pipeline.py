@@ -313,7 +313,8 @@ class _Experiment:
         recipe, classes, folder = stage_recipe(self.recipe, stage), self.data.class_names, self.folder.stage(stage.name)
         torch.manual_seed(derive_seed(recipe.seed, stage.seed))  # baseline and distilled start from the same weights
         start = self._start(recipe.network(stage.name))
-        model = Classifier(start.module, start.architecture, classes, start.input, dict(start.facts), start.remodelled)
+        facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
+        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, ready-made: {start.facts['weights']}")
             model.module.to(self.compute.device)
@@ -408,7 +409,10 @@ class _Experiment:
         return probed
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
-        several = (self.models[name].architecture + _teacher_label(name) for name in stage.teachers)
+        several = (
+            self.models[name].architecture + _teacher_label(name) + _size_label(self.models[name], model)
+            for name in stage.teachers
+        )
         teachers = ", ".join(several)
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
         seed = f", seed {stage_recipe(self.recipe, stage).seed}" if stage.repeat else ""
@@ -538,6 +542,11 @@ def _views_that_differ(models: Mapping[str, Classifier]) -> list[str]:
             if sentence := describe_view_difference(other, theirs, name, ours):
                 found.append(sentence)
     return found
+
+
+def _size_label(teacher: Classifier, student: Classifier) -> str:
+    """The teacher's own size, where it is another one."""
+    return "" if teacher.input.size == student.input.size else f" at {teacher.input.size} px"
 
 
 def _teacher_label(teacher: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from potstill.errors import StorageError
 from potstill.evaluation.cost import count_parameters
 from potstill.experiment.builders import (
     build_distiller,
+    build_teacher_views,
     describe_layers,
     describe_training_views,
     measure_teacher_cost,
     split_loader,
     take_deployed_network,
+    train_loader,
 )
 from potstill.experiment.estimate import estimate_cache
 from potstill.experiment.plan import PlannedStage, derive_seed
@@ -82,6 +85,16 @@ def train_stage(
         label_loss=label_loss(recipe, settings, data),
     )
     processes = compute.processes
+    shown = partial(
+        build_teacher_views,
+        student.input,
+        [teacher.input for teacher in teachers] if distiller.teacher is not None else (),
+        memory_format=compute.memory_format,
+    )
+    from_train = partial(
+        train_loader, planned, method.needs, recipe=recipe, data=data, compute=compute, observer=observer
+    )
+    views = {"train": shown(from_train)}
     if processes.first and (text := describe_layers(distiller)):
         write_text(folder / "layers.txt", text)
     taught: list[StageTeacher] = []
@@ -99,6 +112,7 @@ def train_stage(
             data=data,
             compute=compute,
             observer=observer,
+            views=views["train"],
         )
     cost = measure_teacher_cost(distiller, settings.batch_size, size, compute)
     if cost is not None:  # their own parameters, whatever was folded
@@ -108,11 +122,14 @@ def train_stage(
     )
     if method.needs.prepare:
         # On resuming too: what the checkpoint holds is then loaded over it.
-        every = split_loader(data, "train", student.input, recipe, settings, compute, shared=False)
-        distiller.prepare(every.epoch)
+        passes = partial(split_loader, data, "train", recipe=recipe, settings=settings, compute=compute, shared=False)
+        distiller.prepare(passes(spec=student.input).epoch, shown(passes))
     others = {split: split_loader(data, split, student.input, recipe, settings, compute) for split in ("val", "test")}
     if not settings.evaluate_test_every_epoch:
         del others["test"]
+    for split in others:
+        views[split] = shown(partial(split_loader, data, split, recipe=recipe, settings=settings, compute=compute))
+    own_size = {split: each for split, each in views.items() if each is not None}
     stored = StageCaches()
     if teacher_folders is not None and distiller.teacher is not None:
         stored = open_caches(
@@ -126,6 +143,7 @@ def train_stage(
             compute=compute,
             observer=observer,
             keeps=keeps,
+            views=own_size,
         )
     if stored.kept and cost is not None:
         with contextlib.suppress(StorageError):  # of reading the store; training meets it again, and says so
@@ -154,6 +172,7 @@ def train_stage(
             classes=len(data.class_names),
             test=others.get("test"),
             answers=stored.by_split,
+            teacher_views=own_size,
             stopping=stopping,
         ).run(resume=resume)
     finally:

@@ -4,7 +4,7 @@ The label loss is cross-entropy with class weights, label smoothing, mixed label
 teacher's outputs are computed for each batch, cached in memory, or read from a teacher cache.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_views import TeacherViews
 from potstill.errors import Stopped, StorageError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.features.stages import find_stages
@@ -110,13 +111,38 @@ class TeacherOutputs(Protocol):
 
 
 class LiveTeacher:
-    """The Distiller asks the teacher each time."""
+    """The teacher runs for each batch.
 
-    def start_epoch(self, epoch: int, step: int = 0) -> None: ...
+    Args:
+        distiller: whose teacher it is.
+        views: the split's images for teachers of another size than the student's; None: there are none such, and the
+            Distiller asks the teacher itself.
+        autocast: in which the teacher runs.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        views: TeacherViews | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.distiller, self.views, self.autocast, self.position = distiller, views, autocast, -1
+
+    def start_epoch(self, epoch: int, step: int = 0) -> None:
+        """The batches of epoch number ``epoch``, from 0, come next, the first ``step`` of them left out."""
+        self.position = step - 1
+        if self.views is not None:
+            self.views.start_epoch(epoch, step)
 
     def __call__(self, batch: Batch) -> Outputs | None:
-        """None."""
-        return None
+        """The outputs for the next batch; None where the Distiller is to ask."""
+        self.position += 1
+        if self.views is None:
+            return None
+        with self.autocast():
+            own = self.views.of(self.position, batch)
+            index = batch.index if self.distiller.training else None
+            return self.distiller.run_teacher(batch.images, batch.second, own, index)
 
     def flush(self) -> None: ...
 
@@ -125,11 +151,15 @@ class CachedTeacher:
     """The same batches in every epoch, without augmentation: the teacher is asked once and its logits are kept.
 
     Feature maps are too large to keep, and methods that live on the training images do not ask at all.
+
+    Args:
+        distiller: whose teacher it is.
+        views: the split's images for teachers of another size than the student's; None: there are none such.
     """
 
-    def __init__(self, distiller: Distiller) -> None:
+    def __init__(self, distiller: Distiller, views: TeacherViews | None = None) -> None:
         needs = distiller.method.needs
-        self.distiller = distiller
+        self.distiller, self.live = distiller, LiveTeacher(distiller, None if needs.training_only else views)
         self.keeps = not (
             distiller.teacher is None or needs.features or distiller.method.teacher_taps or needs.training_only
         )
@@ -139,13 +169,14 @@ class CachedTeacher:
     def start_epoch(self, epoch: int, step: int = 0) -> None:
         """Back to the first batch; of val and test none is ever left out."""
         self.position = 0
+        self.live.start_epoch(0)
 
     def __call__(self, batch: Batch) -> Outputs | None:
         """The outputs for the next batch."""
         if not self.keeps:
-            return None
+            return self.live(batch)
         if self.position == len(self.known):
-            answer = self.distiller.run_teacher(batch.images)
+            answer = self.live(batch) or self.distiller.run_teacher(batch.images)
             assert answer is not None  # there is a teacher
             self.known.append(answer)
         self.position += 1
@@ -164,6 +195,7 @@ class Trainer:
         test: evaluated each epoch for its curve only, never for a choice; None: left alone.
         answers: by split, where the teacher's answers come from; where not given, it is asked: for each training batch
             anew, on val and test once.
+        teacher_views: by split, the images for teachers of another size than the student's, where there are such.
         stopping: is looked at after each step; None: nothing stops it.
     """
 
@@ -180,6 +212,7 @@ class Trainer:
         classes: int,
         test: "Loader | None" = None,
         answers: Mapping[str, TeacherOutputs] | None = None,
+        teacher_views: Mapping[str, TeacherViews] | None = None,
         stopping: SignalHandler | None = None,
     ) -> None:
         self.distiller, self.settings, self.compute, self.observer = distiller, settings, compute, observer
@@ -210,8 +243,12 @@ class Trainer:
             self.average,
             self.history,
         )
-        asked: dict[str, TeacherOutputs] = {name: CachedTeacher(distiller) for name in self.others}
-        self.answers: dict[str, TeacherOutputs] = {"train": LiveTeacher(), **asked, **(answers or {})}
+        views = teacher_views or {}
+        self.answers: dict[str, TeacherOutputs] = {
+            "train": LiveTeacher(distiller, views.get("train"), compute.autocast),
+            **{name: CachedTeacher(distiller, views.get(name)) for name in self.others},
+            **(answers or {}),
+        }
         self.stopping = stopping or SignalHandler()
 
     def run(self, *, resume: bool = False) -> History:
