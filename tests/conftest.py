@@ -86,6 +86,17 @@ def blank_pictures() -> Iterator[None]:
 
 
 @contextmanager
+def few_digits() -> Iterator[None]:
+    """The data set ``digits`` has every third of its images."""
+    from potstill.data.builtin import digits
+
+    counts, labels = digits.read_counts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "read_counts", lambda: (counts[::3], labels[::3]))
+        yield
+
+
+@contextmanager
 def short_runs() -> Iterator[None]:
     """Blank pictures, and each network's latency from two measurements in place of thirty: a third of a small run."""
     from potstill.experiment import results

@@ -15,6 +15,8 @@ from potstill.cli.entry import app
 from potstill.config.recipe import load_recipe
 from potstill.errors import DataError, UsageError
 
+from .conftest import few_digits, short_runs
+
 ROOT = Path(__file__).resolve().parent.parent
 # Pages as people write them; those that are generated from the source come by their folder.
 NAMES = [
@@ -57,8 +59,9 @@ def carry_out(page: Path, folder: Path, **given) -> None:
     os.chdir(folder)
     try:
         names = dict(given)
-        for block in blocks(page, "python"):
-            exec(compile(block, str(page), "exec"), names)
+        with short_runs(), few_digits():
+            for block in blocks(page, "python"):
+                exec(compile(block, str(page), "exec"), names)
     finally:
         os.chdir(before)
 

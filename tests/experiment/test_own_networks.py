@@ -187,3 +187,32 @@ def test_bare_weights_are_evaluated_and_predict(photographs, code, tmp_path, cap
     assert unknown[0] == 2
     assert "cifar/resnet8" in unknown[2]
     assert cli(capsys, "evaluate", tmp_path / "gone.th", "--data", photographs)[0] == 4
+
+
+def test_class_names_beside_weights_of_a_hub_folder_are_used(plain, code, tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    torch.save(by_colour((0, 2, 1)).state_dict(), folder / "pytorch_model.bin")
+    exact = ("data.mean=[0,0,0]", "data.std=[1,1,1]")
+    teacher = ("teacher.model=" + f"{code}:by_colour", f"teacher.weights={folder}")
+    for names, top1 in ((["red", "blue", "green"], 1.0), (["green", "red", "blue"], 0.0)):
+        config = {"id2label": {str(at): name.upper() for at, name in enumerate(names)}}
+        (folder / "config.json").write_text(json.dumps(config))
+        run = potstill.run(plain, sets=(*teacher, *exact, "training.epochs=1"), root=tmp_path, name=names[0])
+        assert RunFolder(run).read_results()["stages"]["teacher"]["test"]["top1"] == top1
+
+
+def test_several_outputs_of_a_teacher_are_one_class(plain, tmp_path):
+    many = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5, bias=False))
+    many[2].weight.data = torch.tensor([[5.0, 0, 0], [5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0], [2.0, 2.0, 2.0]])
+    wanted = "teacher.classes={blue: [3], green: 2, red: [0, 1]}"
+    folder = potstill.run(
+        plain, sets=(wanted, "method.name=kd", "training.epochs=1"), teacher=many, teacher_input=EXACT, root=tmp_path
+    )
+    assert RunFolder(folder).read_results()["stages"]["teacher"]["test"]["top1"] == 1.0
+    saved = load_model(folder / "teacher", module=many)
+    assert saved.output_groups is not None
+    assert saved.output_groups.groups == ((3,), (2,), (0, 1))
+    wrong = "teacher.classes={blue: [7], green: 2, red: [0, 1]}"
+    with pytest.raises(UsageError, match=r"teacher.classes: 'blue': the network has outputs 0 to 4, got 7"):
+        potstill.run(plain, sets=(wrong,), teacher=many, teacher_input=EXACT, root=tmp_path, name="w")

@@ -44,7 +44,7 @@ def stand_in(monkeypatch, tmp_path):
     def use(script):
         command = [sys.executable, "-c", script, str(kept)]
         monkeypatch.setattr(module, "LoggerProcess", lambda name, first: LoggerProcess(name, first, command))
-        monkeypatch.setattr(module, "CLOSE_SECONDS", 3.0)
+        monkeypatch.setattr(module, "CLOSE_SECONDS", 1.0)
         return lambda: [json.loads(line) for line in kept.read_text().splitlines()]
 
     return use

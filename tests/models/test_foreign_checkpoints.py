@@ -180,6 +180,7 @@ def weights(value: float, prefix: str = "") -> dict[str, torch.Tensor]:
         ({"state_dict": weights(0), "state_dict_ema": weights(1), "arch": "x"}, "state_dict_ema", ("state_dict",)),
         ({"model": weights(0), "model_ema": {"n_averaged": torch.tensor(3), **weights(1, "module.")}},
          "model_ema", ("model",)),
+        ({"model": weights(1), "ema": {"fc.weight": torch.zeros(3, 4)}}, "model", ("ema",)),
         ({"net": weights(1), "acc": 93.0, "epoch": 3}, "net", ()),
         ({"model_state_dict": weights(1), "optimizer_state_dict": {"state": {}}}, "model_state_dict", ()),
         ({"state_dict": weights(1, "model."), "pytorch-lightning_version": "2.6", "hyper_parameters": {}},

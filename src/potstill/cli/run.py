@@ -80,7 +80,8 @@ Teacher = Annotated[
     list[str] | None,
     typer.Option(
         metavar="M",
-        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder to start from; repeat it for several.",
+        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a file of weights, or a run or model folder; ARCH may be code, "
+        "path/file.py:callable. Repeat it for several.",
     ),
 ]
 Student = Annotated[

@@ -137,13 +137,17 @@ class Distiller(nn.Module):
         self._refuse_missing(batch)
         student = self._run_student(images, second)
         if teacher is None:
-            teacher = self.run_teacher(images, second)
+            teacher = self.run_teacher(images, second, index=index if self.training else None)
         _check_shapes(student.logits, teacher, labels)
         return Step(student.logits, self.method(student, teacher, batch), names)
 
     @torch.no_grad()
     def run_teacher(
-        self, images: Tensor, second: Tensor | None = None, own: TeacherImages | None = None
+        self,
+        images: Tensor,
+        second: Tensor | None = None,
+        own: TeacherImages | None = None,
+        index: Tensor | None = None,
     ) -> Outputs | None:
         """Return the teacher's outputs; None for methods without a teacher.
 
@@ -152,13 +156,16 @@ class Distiller(nn.Module):
             second: [B, 3, H, W], for methods that need a second image for each.
             own: the same images for teachers of another size than the student's, cut from the original pixels; None:
                 such teachers get ``images`` resized.
+            index: [B] sample ids, where these are training images; see ``Teachers.ask``.
         """
         if self.teacher is None:
             return None
-        said = self.teacher.ask(images, () if own is None else own.images)
+        said = self.teacher.ask(images, () if own is None else own.images, index)
         if second is None or self.method.needs.second == "none":
             return self.teacher_outputs(said)
-        return self.teacher_outputs(said, self.teacher.ask(second, () if own is None else own.second))
+        # Another image of the same class has another id, which is not known here.
+        second_index = index if self.method.needs.second == "strong" else None
+        return self.teacher_outputs(said, self.teacher.ask(second, () if own is None else own.second, second_index))
 
     def teacher_outputs(self, said: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
         """Combine the outputs of each teacher, new or cached, into those that the method reads.
@@ -192,7 +199,7 @@ class Distiller(nn.Module):
                 views.start_epoch(0)
             for position, batch in enumerate(batches()):
                 own = None if views is None else views.of(position, batch)
-                outputs = self.run_teacher(batch.images, own=own)
+                outputs = self.run_teacher(batch.images, own=own, index=batch.index)
                 assert outputs is not None
                 yield outputs, batch
 

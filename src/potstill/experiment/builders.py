@@ -27,7 +27,7 @@ from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
-from potstill.models.class_names import OutputNames
+from potstill.models.class_names import OutputNames, lists_with
 from potstill.models.factory import create_model, load_for_classes, load_weights
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
@@ -98,7 +98,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
         return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
-    key = _network_key(recipe, network)
+    key = network_key(recipe, network)
     if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
@@ -114,11 +114,12 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         start.output_groups = loaded.output_groups
         return start
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
-    if loaded.new_head and network.weights not in WITHOUT_FILE and not network.new_head:
+    new_head = network.new_head or network.head is not None
+    if loaded.new_head and network.weights not in WITHOUT_FILE and not new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
-            f"If they include these, name the class of each output with {key}.classes; to train it on with a new head, "
-            f"set {key}.new_head=true"
+            f"If they include these, name the class of each output, {key}.classes={_likely_classes(classes)}; to train "
+            f"it on with a new head, set {key}.new_head=true"
         )
     start = InitialNetwork(
         loaded.module,
@@ -128,7 +129,12 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         facts={"weights": network.weights},
     )
     if loaded.new_head:
-        start.warnings += loaded.notes
+        start.warnings += [] if network.head else loaded.notes  # a probe sets the head
+        if found := lists_with(classes):
+            start.notes.append(
+                f"all classes of this data are among those of {found[0]}: if the outputs of {network.weights} are "
+                f"these, {key}.classes={found[0]} keeps them, and needs no training"
+            )
     else:
         start.notes += [
             *loaded.notes,
@@ -147,6 +153,11 @@ def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
     return list(names) if all(len(known.find(name)) == 1 for name in ours) else None
 
 
+def _likely_classes(classes: tuple[str, ...]) -> str:
+    """What ``teacher.classes`` may be for this data."""
+    return next(iter(lists_with(classes)), "FILE")
+
+
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     model = load_model(find_model(path))
     facts = {"weights": str(path)}
@@ -155,6 +166,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
             raise ArtifactError(
                 f"{path} takes images of {model.input.size} px, and the recipe says size: {network.size}"
             )
+        facts |= {"head": model.facts["head"]} if "head" in model.facts else {}
         return InitialNetwork(
             model.module,
             model.architecture,
@@ -169,7 +181,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
         raise ArtifactError(f"{path} is a remodelled network ({name}), whose head cannot start anew for other classes")
     if model.output_groups is not None:
         raise ArtifactError(f"{path} is a network with several outputs for a class, whose head cannot start anew")
-    if not network.new_head:
+    if not network.new_head and network.head is None:
         raise ArtifactError(
             f"{path} knows other classes than this data, or the same in another order.\n"
             f"It knows {len(model.class_names)}: {_names(model.class_names)}\n"
@@ -182,7 +194,8 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
     head = _head_keys(model.module, module, len(model.class_names) == len(classes))
     module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
-    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=[warning])
+    warnings = [] if network.head else [warning]  # a probe sets the head
+    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
 
 
 def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:
@@ -196,7 +209,8 @@ def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, T
         if given is not None:
             return given
         if network is not recipe.student:  # who says nothing is shown what the student is
-            return replace(_spec(recipe, recipe.student), size=network.size or recipe.student.size or data.size)
+            shown = _spec(recipe, recipe.student)
+            return replace(shown, size=network.size or shown.size)
     spec = input_spec(network.model, network.size or data.size, data.resize_mode)
     if normalisation is not None:
         spec = replace(spec, mean=normalisation[0], std=normalisation[1])
@@ -217,7 +231,7 @@ def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
     return {f"{name}.{part}" for name in last for part in ("weight", "bias")}
 
 
-def _network_key(recipe: Recipe, network: StageSettings) -> str:
+def network_key(recipe: Recipe, network: StageSettings) -> str:
     """How ``--set`` names a network of the recipe: "teacher", "teacher.1", "student"."""
     several = [("assistants", recipe.assistants)]
     if isinstance(recipe.teacher, list):

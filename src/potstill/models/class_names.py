@@ -39,6 +39,17 @@ def class_list(name: str) -> tuple[str, ...]:
     return tuple(f"{synset}, {lemmas[synset]}" if synset in lemmas else synset for synset in synsets)
 
 
+def lists_with(names: Sequence[str]) -> list[str]:
+    """The lists of ``CLASS_LISTS`` that have all of ``names``, each of them once.
+
+    Example:
+        >>> lists_with(["cat", "truck"]), lists_with(["golden_retriever", "daisy"])
+        (['cifar10'], ['imagenet-1k', 'imagenet-21k'])
+    """
+    known = ((each, OutputNames(class_list(each))) for each in CLASS_LISTS)
+    return [each for each, outputs in known if all(len(outputs.find(name)) == 1 for name in names)]
+
+
 class OutputNames:
     """The names of a network's outputs, to look them up by one of their spellings.
 

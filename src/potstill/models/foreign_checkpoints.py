@@ -16,6 +16,7 @@ from potstill.errors import UsageError
 from potstill.input_spec import Triple
 from potstill.models.registry import FAMILIES, build_model, is_model
 from potstill.models.state_dict import Checkpoint, is_head, read_checkpoint
+from potstill.models.transformers_checkpoints import network_name, translate_names
 
 State = dict[str, Tensor]
 
@@ -117,6 +118,10 @@ def _convert_by_names(checkpoint: Checkpoint, architecture: str, own: Mapping[st
 
 
 def _convert_by_map(checkpoint: Checkpoint, architecture: str, own: Mapping[str, Tensor]) -> Converted | None:
+    translated = translate_names(checkpoint.tensors)
+    if translated is not None and _fits(own, translated):
+        note = f"weights have the layer names of Hugging Face transformers, read as {architecture}"
+        return Converted(translated, (note,), checkpoint.normalisation)
     for key_map in KEY_MAPS:
         if _fits(own, state := key_map.rename(checkpoint.tensors)):
             note = f"weights have the layer names of {key_map.repositories}, read as {architecture}"
@@ -166,6 +171,7 @@ def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
 
 
 _PROBE_CLASSES = 7  # of candidates; any number will do
+_FEWEST_TENSORS = 16  # of a network that can be recognised: AlexNet's
 
 
 def identify_network(path: Path) -> str:
@@ -188,12 +194,12 @@ def identify_network(path: Path) -> str:
     """
     checkpoint = read_checkpoint(path)
     groups: tuple[Callable[[], list[str]], ...] = (  # the later ones cost seconds
-        lambda: [name for name in checkpoint.architectures if is_model(name)],
+        lambda: [name for name in (*checkpoint.architectures, *_transformers_network(checkpoint)) if is_model(name)],
         lambda: [f"cifar/{name}" for name in (*FAMILIES["cifar"].names(), *_wide_resnets(checkpoint))],
         lambda: [name for name in _names_in(path) if is_model(name)],
         lambda: [f"torchvision/{name}" for name in FAMILIES["torchvision"].names()],
     )
-    for names in groups:
+    for names in groups if len(checkpoint.tensors) >= _FEWEST_TENSORS else ():
         networks = {name: _shapes(name) for name in names()}
         for convention in (_convert_by_names, _convert_by_map, _convert_by_order):  # names say more than shapes
             if found := next((name for name, own in networks.items() if convention(checkpoint, name, own)), None):
@@ -210,6 +216,12 @@ def _shapes(name: str) -> State:
             return build_model(name, _PROBE_CLASSES, size=32 if name.startswith("cifar/") else 224).state_dict()
     except (UsageError, RuntimeError, NotImplementedError):  # a few compute their widths with tensors
         return {}
+
+
+def _transformers_network(checkpoint: Checkpoint) -> list[str]:
+    translated = translate_names(checkpoint.tensors)
+    name = None if translated is None else network_name(translated)
+    return [] if name is None else [name]
 
 
 def _wide_resnets(checkpoint: Checkpoint) -> list[str]:

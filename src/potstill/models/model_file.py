@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from potstill.code_references import is_code_reference, is_permitted
+from potstill.code_references import PERMISSION, is_code_reference, is_permitted
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.student_surgery import rebuild_student
 from potstill.input_spec import InputSpec, with_current_names
@@ -203,7 +203,8 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     if module is None and is_code_reference(body.architecture) and not is_permitted(body.architecture):
         raise ArtifactError(
             f"{folder / FACTS_FILE} is a network of code that would run on this machine: {body.architecture}\n"
-            "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
+            "Read that code; if you trust it, add --allow-code (from Python: allow_code=True), or set "
+            f"{PERMISSION}=1 where a command has no such option"
         )
     waiting = _is_replacement_pending(folder, body.sha256)
     weights = read_bytes(folder / (_NEXT_WEIGHTS if waiting else WEIGHTS_FILE), sha256=body.sha256)

@@ -30,6 +30,7 @@ WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "networ
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "timm_model.")
 _COUNTERS = ("total_ops", "total_params", "n_averaged")  # of FLOP counters and of averaging: no weights
 HUB_CONFIG = "config.json"  # of a folder as on the Hugging Face hub
+_HUB_PREPROCESSING = "preprocessor_config.json"
 _HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MAX_CONFIG_BYTES = 50_000_000
 # What training scripts keep beside the weights, and what is plain data: their settings, and numpy's numbers and arrays.
@@ -133,7 +134,9 @@ def _with_config(checkpoint: Checkpoint, path: Path) -> Checkpoint:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ValueError("too large")
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
+        beside = path.with_name(_HUB_PREPROCESSING)  # of transformers; timm writes all into config.json
+        images = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        if not isinstance(config, dict) or not isinstance(images, dict):
             raise TypeError("no mapping")
         own = config.get("pretrained_cfg")
         details = own if isinstance(own, dict) else config
@@ -142,8 +145,9 @@ def _with_config(checkpoint: Checkpoint, path: Path) -> Checkpoint:
         if not names and isinstance(by_number, dict):
             names = [by_number[str(at)] for at in range(len(by_number))]
         normalisation = None
-        if isinstance(details.get("mean"), list) and isinstance(details.get("std"), list):
-            (r, g, b), (deviation_r, deviation_g, deviation_b) = map(float, details["mean"]), map(float, details["std"])
+        mean, std = (details.get(key) or images.get(f"image_{key}") for key in ("mean", "std"))
+        if isinstance(mean, list) and isinstance(std, list):
+            (r, g, b), (deviation_r, deviation_g, deviation_b) = map(float, mean), map(float, std)
             normalisation = ((r, g, b), (deviation_r, deviation_g, deviation_b))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"{path} describes no network: {error}") from error
@@ -282,6 +286,9 @@ def _unwrap(content: Any, path: Path, ordered: bool) -> Checkpoint:
     taken, left = list[str](), list[str]()
     while isinstance(content, Mapping):
         holders = [key for key in WRAPPERS if _holds_weights(content.get(key))]
+        most = max((_count_tensors(content[key]) for key in holders), default=0)
+        # An average of the parameters alone is no whole network: BatchNorm's statistics are not in it.
+        holders.sort(key=lambda key: key in AVERAGED and _count_tensors(content[key]) < most)
         if not holders and not any(isinstance(value, Tensor) for value in content.values()):
             holders = [key for key, value in content.items() if isinstance(key, str) and _holds_weights(value)]
             if len(holders) > 1:
@@ -316,6 +323,13 @@ def _holds_weights(value: Any, depth: int = 0) -> bool:
     if any(isinstance(each, Tensor) and isinstance(key, str) for key, each in value.items()):
         return True
     return any(_holds_weights(value.get(key), depth + 1) for key in WRAPPERS)
+
+
+def _count_tensors(value: Any) -> int:
+    """How many tensors of any layer are in ``value``, inside further wrapping keys too."""
+    if isinstance(value, Mapping):
+        return sum(_count_tensors(each) for each in value.values())
+    return int(isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _named_architectures(content: Any) -> tuple[str, ...]:

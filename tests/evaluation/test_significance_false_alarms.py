@@ -6,7 +6,7 @@ gives the wanted accuracy.  ``a`` (standard deviation ``seed``) is how good a se
 for a method, correlated by ``shared`` between the two; ``e`` (1) is the interaction.  Both methods have the same
 distribution, so the difference of their accuracies over all seeds and images is exactly 0.
 
-The tables: ``python -m pytest -m slow -s tests/evaluation/test_false_alarms.py``.
+The tables: ``python -m pytest -m slow -s tests/evaluation/test_significance_false_alarms.py``.
 """
 
 import numpy as np

@@ -10,7 +10,7 @@ import pytest
 from potstill.methods import documentation as told
 from potstill.methods import method_info
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "method_price.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "method_price.py"
 NETWORKS = [
     "--teacher",
     "cifar/resnet14",

@@ -81,6 +81,7 @@ def resumed(place, name):
     return weights(place, name)
 
 
+@pytest.mark.slow  # quick: tests/guarantees/test_signals.py, tests/training/test_trainer_stopping.py
 def test_a_signal_loses_nothing(place, whole):
     code, errors = stopped(place, "signal", 9, "SIGTERM")
     assert code == 143
@@ -89,7 +90,7 @@ def test_a_signal_loses_nothing(place, whole):
     assert resumed(place, "signal") == whole
 
 
-@pytest.mark.slow  # a minute each
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "seed"), [(1, 0), (10, 1), (10, 2)])
 def test_killed(place, whole, times, seed):
     name, chance = f"killed-{seed}", random.Random(seed)

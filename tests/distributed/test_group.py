@@ -1,26 +1,21 @@
 """Two processes on one machine are one training: what each of them found, against a single process and by hand."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-HERE = Path(__file__).parent
-NAME = importlib.util.spec_from_file_location("two", HERE / "two.py")
-two = importlib.util.module_from_spec(NAME)
-NAME.loader.exec_module(two)
+from . import two_processes as two
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What both found, by rank."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", HERE / "two.py", folder]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", two.__file__, folder]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

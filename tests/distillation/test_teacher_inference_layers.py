@@ -66,7 +66,7 @@ def test_a_point_is_a_matrix_product(monkeypatch):
     assert calls == [1]
 
 
-@pytest.mark.parametrize("name", ["vgg11", "efficientnet_b0", "torchvision/vgg11_bn"])
+@pytest.mark.parametrize("name", ["cifar/vgg8", "timm/test_efficientnet", "torchvision/mobilenet_v2"])
 def test_whole_networks(name):
     torch.manual_seed(0)
     network = create_model(name, num_classes=4, size=64).eval()

@@ -1,6 +1,6 @@
 """What each of two processes finds; torchrun starts this file, and the tests read what it writes.
 
-Not a test by itself: ``python two.py FOLDER``, by torchrun.
+Not a test by itself: ``python two_processes.py FOLDER``, by torchrun.
 """
 
 import json

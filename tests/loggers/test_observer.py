@@ -116,11 +116,16 @@ def test_an_interrupted_run_is_no_finished_one(tmp_path, stand_in, told):
     assert read()[-1] == {"kind": "end", "finished": False}
 
 
-@pytest.mark.parametrize(("script", "why"), [(FAILS, "the server is gone"), (HANGS, "has not answered for 3 seconds")])
+@pytest.fixture(scope="module")
+def plain(recipe, tmp_path_factory):
+    """The run that no tracker is told of."""
+    return pipeline.run(recipe(**{"training.threads": "1"}), root=tmp_path_factory.mktemp("plain"), evaluate=False)
+
+
+@pytest.mark.parametrize(("script", "why"), [(FAILS, "the server is gone"), (HANGS, "has not answered for 1 seconds")])
 def test_a_tracker_that_fails_or_hangs_costs_one_warning_and_nothing_else(
-    recipe, tmp_path, stand_in, installed, told, script, why
+    recipe, tmp_path, stand_in, installed, told, plain, script, why
 ):
-    plain = pipeline.run(recipe(**{"training.threads": "1"}), root=tmp_path / "plain")
     stand_in(script)
     path = pipeline.run(recipe(tracker="trackio", **{"training.threads": "1"}), root=tmp_path / "runs", observer=told)
     (warning,) = [each for each in told.warnings if "tracker" in each]

@@ -7,7 +7,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from odd_networks import Plain, Residual, Shared
 from torch import nn
 
 from potstill.errors import UsageError
@@ -15,6 +14,8 @@ from potstill.features.hooks import FeatureRequest, capture_features
 from potstill.features.layout import Grid
 from potstill.features.stages import Stage, find_stages
 from potstill.models.factory import create_model
+
+from .odd_networks import Plain, Residual, Shared
 
 
 def images(size: int, batch: int = 2):

@@ -10,7 +10,7 @@ from potstill.errors import UsageError
 from potstill.training.qat import fake_quantize_input, fake_quantize_weight, simulated_int8
 from potstill.training.settings import TrainingSettings
 
-from .test_loop import lines, train
+from .test_trainer import lines, train
 
 
 def quantized_and_back(values, scale, zero):
