@@ -125,6 +125,11 @@ def test_every_method_has_its_row(page):
     assert " | embedding, sample index | " in rows["crd"]
 
 
+def test_pages_count_the_methods():
+    for name in ("README.md", "CHANGELOG.md", "docs/start-research.md"):
+        assert re.findall(r"(\d+) methods", (ROOT / name).read_text(encoding="utf-8"))[0] == str(len(METHODS)), name
+
+
 def test_the_reference_has_everything_that_the_package_exports(page):
     classes = {method_class(name).__name__ for name in METHODS}
     entries = {
