@@ -182,6 +182,15 @@ def test_the_python_of_the_docs_runs(worked):
     assert json.loads((worked / "runs" / "mine" / "results.json").read_text())["data"]["class_names"] == ["cat", "dog"]
 
 
+def test_the_python_for_assistants_reads_a_run(worked):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "AGENTS.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    exec(compile(block, "AGENTS.md", "exec"), names := {})
+    found = names["summary"](str(worked / "runs" / "from-python"))
+    assert set(found["test_top1"]) == set(found["val_top1"]) == {"teacher", "baseline", "distilled"}
+    assert found["verdict"].startswith(("On this seed", "The "))
+    assert found["looks"] == 1
+
+
 def test_every_file_of_a_run_stands_in_the_page(worked, page):
     run = worked / "runs" / "from-python"
     tree = page("run-folder").partition("```text\n")[2].partition("```")[0]
