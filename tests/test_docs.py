@@ -34,6 +34,7 @@ from potstill.training.settings import TrainingSettings
 
 from .conftest import few_digits
 from .test_readme import carry_out
+from .test_setting_names import exists
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -57,7 +58,7 @@ def page(generated_docs):
 def worked(tmp_path_factory):
     """A folder in which the Python of the docs has been carried out."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("python", "teachers", "data", "start-research", "start-deployment"):
+    for name in ("python", "data", "teachers", "start-research", "start-deployment"):
         carry_out(DOCS / f"{name}.md", folder)
     return folder
 
@@ -124,6 +125,11 @@ def test_every_method_has_its_row(page):
     assert " | embedding, sample index | " in rows["crd"]
 
 
+def test_pages_count_the_methods():
+    for name in ("README.md", "CHANGELOG.md", "docs/start-research.md"):
+        assert re.findall(r"(\d+) methods", (ROOT / name).read_text(encoding="utf-8"))[0] == str(len(METHODS)), name
+
+
 def test_the_reference_has_everything_that_the_package_exports(page):
     classes = {method_class(name).__name__ for name in METHODS}
     entries = {
@@ -174,6 +180,15 @@ def test_every_error_has_its_exit_code_in_the_page(page):
 def test_the_python_of_the_docs_runs(worked):
     assert {path.name for path in (worked / "runs").iterdir()} == {"from-python", "mine", "own-networks"}
     assert json.loads((worked / "runs" / "mine" / "results.json").read_text())["data"]["class_names"] == ["cat", "dog"]
+
+
+def test_the_python_for_assistants_reads_a_run(worked):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "AGENTS.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    exec(compile(block, "AGENTS.md", "exec"), names := {})
+    found = names["summary"](str(worked / "runs" / "from-python"))
+    assert set(found["test_top1"]) == set(found["val_top1"]) == {"teacher", "baseline", "distilled"}
+    assert found["verdict"].startswith(("On this seed", "The "))
+    assert found["looks"] == 1
 
 
 def test_every_file_of_a_run_stands_in_the_page(worked, page):
@@ -309,5 +324,4 @@ def test_every_renamed_name_stands_in_the_changelog():
     renamed = {**RENAMED_KEYS, **RENAMED_OPTIONS, **entry._RENAMED}
     assert len(renamed) >= 20
     assert set(renamed.items()) - words == set()
-    exists = load(ROOT / "tests" / "test_setting_names.py").exists
     assert [new for _, new in rows if "." in new and not exists(new.partition(":")[0])] == []
