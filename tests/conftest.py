@@ -1,6 +1,7 @@
 """One thread and one seed: no test depends on the machine's cores or on luck."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import sys
@@ -15,6 +16,9 @@ import pytest
 from .own_process import plugin
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
+# Else every process that tests start compiles potstill again, half a second each, and every run of pytest all tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache, and find none there
     os.environ["POTSTILL_CACHE"] = tempfile.mkdtemp(prefix="potstill-cache-")
     atexit.register(shutil.rmtree, os.environ["POTSTILL_CACHE"], ignore_errors=True)
@@ -24,12 +28,36 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(plugin())
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process keeps to whole files, whose runs are made once, until another is idle: ``--dist worksteal``."""
+    if config.getoption("dist") != "load":  # somebody asks for another way
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     if "torch" in sys.modules:
         import torch
 
         torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def generated_docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that the documentation's site is built from, as scripts/docs generates it: ``docs/`` and zensical.toml."""
+    script = Path(__file__).parents[1] / "scripts" / "generate_docs.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("generated") / "site"
+    module.generate(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,6 +95,17 @@ def blank_pictures() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canvas, "draw_figure", lambda draw, size: _Blank())
+        yield
+
+
+@contextmanager
+def few_digits() -> Iterator[None]:
+    """The data set ``digits`` has every third of its images."""
+    from potstill.data.builtin import digits
+
+    counts, labels = digits.read_counts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "read_counts", lambda: (counts[::3], labels[::3]))
         yield
 
 

@@ -1,4 +1,4 @@
-"""The experiment from Python: what ``potstill run``, ``predict`` and friends do."""
+"""Whole experiments from Python: ``potstill run`` and loading of trained models."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,26 +40,26 @@ def run(
     """Train teacher, baseline and distilled student; write the report; return the run folder.
 
     Args:
-        recipe: name of a shipped recipe, a YAML file, or its content as a dict.
-        sets: changes like ``"training.epochs=5"``.
+        recipe: name of a recipe that comes with potstill, a YAML file, or its content as a dict.
+        sets: changed settings, such as ``"training.epochs=5"``.
         teacher: a trained network, images [B, 3, S, S] -> logits [B, K], with its outputs in the order of the data's
-            classes (``teacher.classes`` names another), in place of the recipe's teacher; or several.
-        student: the network to be trained, in place of the recipe's: a module, from whose weights every student of the
-            run starts, or a callable that returns a new one (``callable(num_classes=K)`` or ``callable()``).  What is
-            passed stays as it is: the run trains copies.
-        teacher_input: how the teacher wants its images; as the student where None.
-        student_input: how the student wants its images; ``data.size``, ``data.mean`` and ``data.std`` where None.
-        data: images from Python (``potstill.data.datasets.from_torch``) in place of the recipe's source.
-        root: where run folders stand.
-        name: the run folder's name; the recipe's own where None.
-        resume: go on with an existing run of the same recipe.
+            classes (``teacher.classes`` sets another order), in place of the recipe's teacher; or several.
+        student: the network to train, in place of the recipe's: a module, from whose weights every student of the run
+            starts, or a callable that returns a new one (``callable(num_classes=K)`` or ``callable()``).  The run
+            trains copies; what is passed is not changed.
+        teacher_input: preprocessing of the teacher's images; None: that of the student.
+        student_input: preprocessing of the student's images; None: ``data.size``, ``data.mean`` and ``data.std``.
+        data: data set from Python (see ``potstill.data.datasets.from_torch``) in place of the recipe's source.
+        root: folder that holds the run folders.
+        name: name of the run folder; None: the recipe's name.
+        resume: continue an existing run with the same settings.
         overwrite: delete an existing run of this name first.
         allow_code: run code that a recipe file names, as ``package.module:Name`` or ``path/file.py:Name``; what
             ``sets`` or a dict name needs no permission.
-        observer: is told what happens; silent where None.
+        observer: its methods are called with the progress; None: no output.
 
     Raises:
-        PotstillError: anything that a user can mend.
+        PotstillError: any error that the user can correct.
     """
     given, flags = _name_networks(teacher, student, teacher_input, student_input)
     with given_networks(given):
@@ -109,15 +109,17 @@ def _name_networks(
 
 
 def load(path: str | Path, *, module: torch.nn.Module | None = None, allow_code: bool = False) -> Classifier:
-    """The model of a run (distilled, else baseline, else teacher) or of a model folder, in eval mode on the CPU.
+    """Return the model of a run folder (distilled student, else baseline, else teacher) or of a model folder.
+
+    The model is on the CPU and in eval mode.
 
     Args:
         path: a run folder, a model folder or file.
-        module: the network that the weights are loaded into; needed for one that ``run`` was given from Python.
+        module: the network that the weights are loaded into; required if ``run`` got the network from Python.
         allow_code: run the code that the model file names.
 
     Raises:
-        ArtifactError: there is none, it is damaged, or it names code without ``allow_code``.
+        ArtifactError: there is no model, it is damaged, or it names code and ``allow_code`` is False.
     """
     with allowed_code(allow_code):
         return load_model(find_model(Path(path)), module=module)

@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,8 +18,6 @@ from potstill.experiment.run_folder import RunFolder
 from potstill.models.model_file import load_model
 from potstill.report.run_reader import read_run
 from potstill.training.checkpointing import load_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent))  # hostile_images.py
 
 from ..conftest import short_runs
 

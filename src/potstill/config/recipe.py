@@ -108,6 +108,11 @@ class StageSettings(BaseModel):
         "those of the data, in its order",
     )
     new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
+    head: Literal["probe", "finetune"] | None = Field(
+        None,
+        description="of a teacher from weights of other classes: probe: a linear layer fitted on frozen embeddings; "
+        "finetune: trained on from there, and the better of both on val; null: a random one, trained with the rest",
+    )
     size: int | None = Field(
         None,
         ge=8,
@@ -195,7 +200,8 @@ class Recipe(BaseModel):
     teacher_cache: TeacherCacheSettings = TeacherCacheSettings()
     training: TrainingSettings = TrainingSettings()
     tracker: list[LoggerSettings] = Field(
-        [], description="who else gets the figures: tensorboard, wandb, mlflow, trackio, or several; see trackers.md"
+        [],
+        description="loggers for the metrics: tensorboard, wandb, mlflow, trackio, or several",
     )
 
     @field_validator("teacher_cache", mode="before")

@@ -94,6 +94,7 @@ class CachedTeacherOutputs:
         autocast: in which the teachers are asked.
         warn: is told once if the stores fail; training then goes on with the live teachers, whose answers are rounded
             as before.
+        training: whether these are the training images, whom a cross-fitted teacher answers by the head of their fold.
         processes: that share each batch.  One of each machine records what all of them asked, whenever it is to last;
             each uses at once what it asked itself.
         views: the images of the split for teachers of another size than the student's; None: there are none such.
@@ -108,9 +109,11 @@ class CachedTeacherOutputs:
         *,
         autocast: Callable[[], AbstractContextManager[object]],
         warn: Callable[[str], None],
+        training: bool = False,
         processes: ProcessGroup = SINGLE_PROCESS,
         views: TeacherViews | None = None,
     ) -> None:
+        self.training = training
         self.distiller, self.loader, self.autocast, self.warn = distiller, loader, autocast, warn
         self.views = views
         self.caches: list[TeacherCacheProtocol] = list(caches)
@@ -180,7 +183,8 @@ class CachedTeacherOutputs:
                 found = self.views.at(self._position, torch.from_numpy(ids), self._view)
                 own = found.second if caches is self.second else found.images
             with self.autocast():
-                fresh = teachers.ask(images, own)
+                index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
+                fresh = teachers.ask(images, own, index)
             self.counts.asked += len(ids)
             for place, (shelf, (records, present), said) in enumerate(zip(caches, known, fresh, strict=True)):
                 features = None if said.embedding is None else _to_numpy(said.embedding)

@@ -1,12 +1,13 @@
 """One teacher or several, frozen, with their outputs combined."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from potstill.distillation.cross_fitting import FoldHeads
 from potstill.distillation.feature_extractor import FeatureExtractor, ForwardOutput
 from potstill.distillation.teacher_inference import (
     MIN_AGREEMENT,
@@ -61,10 +62,12 @@ class Teachers(nn.Module):
         self.networks = nn.ModuleList(network.requires_grad_(False) for network in networks)
         self.input_converters = nn.ModuleList(input_converters)
         self.readers = [FeatureExtractor() for _ in self.networks]
+        self.fold_heads = nn.ModuleDict()  # of those that are cross-fitted, by their position
         self.asking: list[InferenceSettings | None] = [None] * len(self.networks)  # how; None: as autocast says
         if combine not in ("logits", "probabilities"):
             raise UsageError(f"teachers are combined by logits or probabilities, got {combine!r}")
         self.combine = combine
+        self._shows_embedding: dict[int, bool] = {}
         shares = [1.0] * len(self.networks) if weights is None else list(weights)
         if len(shares) != len(self.networks) or min(shares) < 0 or sum(shares) <= 0:
             raise UsageError(f"give each of the {len(self.networks)} teachers a weight of at least 0, got {shares}")
@@ -78,14 +81,25 @@ class Teachers(nn.Module):
         """Always eval mode: BatchNorm statistics of a teacher must not drift, and its dropout must rest."""
         return super().train(False)
 
+    def cross_fit(self, at: int, heads: FoldHeads) -> None:
+        """Let one of them answer training images by heads that have not seen their labels."""
+        reader = self.readers[at]
+        self.readers[at] = FeatureExtractor(replace(reader.wanted, embedding=heads.layer))
+        self.fold_heads[str(at)] = heads
+        self._shows_embedding[at] = reader.wanted.embedding is not None
+
     @torch.no_grad()
-    def ask(self, images: Tensor, own: Sequence[Tensor | None] = ()) -> list[ForwardOutput]:
+    def ask(
+        self, images: Tensor, own: Sequence[Tensor | None] = (), index: Tensor | None = None
+    ) -> list[ForwardOutput]:
         """The outputs of each.
 
         Args:
             images: [B, 3, H, W], prepared for the student.
             own: for each teacher the same images prepared for it, at its own size; None, or an empty sequence:
                 ``images``, converted.
+            index: [B] int64 sample ids, where these are training images: a cross-fitted teacher then answers each by
+                the head of its fold.
 
         Raises:
             UsageError: they know different numbers of classes.
@@ -103,6 +117,7 @@ class Teachers(nn.Module):
                 strict=True,
             )
         ]
+        said = [self._cross_fitted(at, one, index) for at, one in enumerate(said)]
         classes = sorted({one.logits.shape[1] for one in said})
         if len(classes) > 1:
             raise UsageError(f"the teachers know different numbers of classes: {classes}")
@@ -189,6 +204,14 @@ class Teachers(nn.Module):
     def in_float32(self, at: int, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         """Ask one of them as it is, in float32, whatever autocast says."""
         self.asking[at] = InferenceSettings(memory_format=memory_format)
+
+    def _cross_fitted(self, at: int, said: ForwardOutput, index: Tensor | None) -> ForwardOutput:
+        """What one says, with the logits of the fold's head where it has such."""
+        if str(at) not in self.fold_heads:
+            return said
+        assert said.embedding is not None  # ``cross_fit`` has asked for it
+        logits = said.logits if index is None else self.fold_heads[str(at)](said.embedding, index)
+        return replace(said, logits=logits, embedding=said.embedding if self._shows_embedding[at] else None)
 
     def _reason_to_keep(self, at: int) -> str:
         """Why a teacher stays as it is; empty where nothing speaks against it."""

@@ -32,7 +32,7 @@ from potstill.models.factory import create_model, load_for_classes, load_weights
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
-from potstill.models.registry import input_spec
+from potstill.models.registry import input_spec, resolve
 from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
@@ -98,7 +98,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
         return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
-    key = _network_key(recipe, network)
+    key = network_key(recipe, network)
     if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
@@ -114,7 +114,8 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         start.output_groups = loaded.output_groups
         return start
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
-    if loaded.new_head and network.weights not in WITHOUT_FILE and not network.new_head:
+    new_head = network.new_head or network.head is not None
+    if loaded.new_head and network.weights not in WITHOUT_FILE and not new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
             f"If they include these, name the class of each output, {key}.classes={_likely_classes(classes)}; to train "
@@ -127,8 +128,10 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         ready=not loaded.new_head,
         facts={"weights": network.weights},
     )
+    if network.weights == "pretrained" and network.size is None and key.startswith("teacher"):
+        start.notes += _detail_notes(network.model, size, key)
     if loaded.new_head:
-        start.warnings += loaded.notes
+        start.warnings += [] if network.head else loaded.notes  # a probe sets the head
         if found := lists_with(classes):
             start.notes.append(
                 f"all classes of this data are among those of {found[0]}: if the outputs of {network.weights} are "
@@ -157,6 +160,18 @@ def _likely_classes(classes: tuple[str, ...]) -> str:
     return next(iter(lists_with(classes)), "FILE")
 
 
+def _detail_notes(architecture: str, size: int, key: str) -> list[str]:
+    """What to set where a pretrained teacher would see fewer pixels than its weights were made for."""
+    family, bare = resolve(architecture)
+    own = family.own_size(bare)
+    if own is None or own <= size:
+        return []
+    return [
+        f"{architecture} was designed for {own} px and sees {size} px, as its student does: --set {key}.size={own} "
+        f"cuts its images from the original pixels, for about {(own / size) ** 2:.0f} times its computation"
+    ]
+
+
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     model = load_model(find_model(path))
     facts = {"weights": str(path)}
@@ -165,6 +180,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
             raise ArtifactError(
                 f"{path} takes images of {model.input.size} px, and the recipe says size: {network.size}"
             )
+        facts |= {"head": model.facts["head"]} if "head" in model.facts else {}
         return InitialNetwork(
             model.module,
             model.architecture,
@@ -179,7 +195,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
         raise ArtifactError(f"{path} is a remodelled network ({name}), whose head cannot start anew for other classes")
     if model.output_groups is not None:
         raise ArtifactError(f"{path} is a network with several outputs for a class, whose head cannot start anew")
-    if not network.new_head:
+    if not network.new_head and network.head is None:
         raise ArtifactError(
             f"{path} knows other classes than this data, or the same in another order.\n"
             f"It knows {len(model.class_names)}: {_names(model.class_names)}\n"
@@ -192,7 +208,8 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
     head = _head_keys(model.module, module, len(model.class_names) == len(classes))
     module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
-    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=[warning])
+    warnings = [] if network.head else [warning]  # a probe sets the head
+    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
 
 
 def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:
@@ -228,7 +245,7 @@ def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
     return {f"{name}.{part}" for name in last for part in ("weight", "bias")}
 
 
-def _network_key(recipe: Recipe, network: StageSettings) -> str:
+def network_key(recipe: Recipe, network: StageSettings) -> str:
     """How ``--set`` names a network of the recipe: "teacher", "teacher.1", "student"."""
     several = [("assistants", recipe.assistants)]
     if isinstance(recipe.teacher, list):

@@ -24,6 +24,7 @@ from potstill.experiment.builders import build_teacher_views, split_loader, trai
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.plan import plan_stages
 from potstill.experiment.preflight import create_stage_method
+from potstill.experiment.probe import load_fold_heads
 from potstill.experiment.teacher_cache import StageTeacher, describe_teacher, module_digest
 from potstill.experiment.teacher_inference import convert_as, spread_ids, teacher_images
 from potstill.input_spec import InputSpec
@@ -63,7 +64,9 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         if data.fingerprint != identity["data"]:
             raise DataError(f"{path}: the images of {data.source} have changed since; the store is of no use any more")
         network = load_model(Path(facts["folder"]))
-        taught = StageTeacher(network, Path(facts["folder"]), module_digest(network.module))
+        heads = None if data.target is not None else load_fold_heads(Path(facts["folder"]), network.facts, data)
+        digest = None if heads is None else module_digest(heads)
+        taught = StageTeacher(network, Path(facts["folder"]), module_digest(network.module), None, digest)
         teacher = {**identity["teacher"], "asked in": None}
         if canonical_json(describe_teacher(taught)) != canonical_json(teacher):
             raise ArtifactError(f"{path}: the teacher in {facts['folder']} has changed since and has another store now")
@@ -78,8 +81,12 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
             loader = next(each for each in views.loaders if each is not None)
         else:
             teachers.input_converters[0] = InputConverter(spec, network.input)
+        if heads is not None:
+            teachers.cross_fit(0, heads.to(compute.device))
         _convert_as_recorded(teachers, identity["teacher"]["asked in"], loader, path)
-        return _compare(store, chosen, loader, teachers, compute, second=identity["views"].get("strong", False))
+        second = identity["views"].get("strong", False)
+        training = identity["split"] == "train"
+        return _compare(store, chosen, loader, teachers, compute, second=second, training=training)
     finally:
         store.close()
 
@@ -113,6 +120,7 @@ def _compare(
     compute: Compute,
     *,
     second: bool,
+    training: bool,
 ) -> CacheVerification:
     differences, same, count = 0.0, 0, 0
     for view, ids in chosen.items():
@@ -120,7 +128,10 @@ def _compare(
             index = torch.tensor(ids[start : start + 64], dtype=torch.int64)
             images = (loader.second_view if second else loader.view)(index, view)
             with compute.autocast():
-                said = teachers.ask(images.contiguous(memory_format=compute.memory_format))[0]
+                said = teachers.ask(
+                    images.contiguous(memory_format=compute.memory_format),
+                    index=index.to(compute.device) if training else None,
+                )[0]
             records, _ = store.read(view, index.numpy())
             kept = torch.from_numpy(store.record.decode(records, 1.0)[0])
             now = said.logits.cpu()

@@ -77,6 +77,7 @@ def evaluate_stages(
                 "size": model.input.size,
             },
             "training": model.facts.get("training"),
+            **({"head": model.facts["head"]} if "head" in model.facts else {}),
             **({"reused_from": model.facts["reused_from"]} if "reused_from" in model.facts else {}),
             **({"views": model.facts["views"]} if "views" in model.facts else {}),
             **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),

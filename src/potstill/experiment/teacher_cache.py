@@ -223,6 +223,7 @@ class StageTeacher:
     folder: Path | None  # None where nothing is stored
     weights: str  # digest of the classifier's
     how: InferenceSettings | None = None  # decides how its answers are rounded; None: under autocast
+    fold_heads: str | None = None  # digest of its cross-fitted heads, where it has such
 
 
 def open_caches(
@@ -304,6 +305,7 @@ def open_caches(
                 caches[split][True],
                 autocast=compute.autocast,
                 warn=observer.warn,
+                training=split == "train",
                 processes=compute.processes,
                 views=(views or {}).get(split),
             )
@@ -323,12 +325,12 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
         "input": dataclasses.asdict(network.input),
         "asked in": None if teacher.how is None else teacher.how.facts(),
+        **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),
     }
 
 
 def cache_key(teacher: dict[str, Any], loader: Loader, split: str, data: DataSplits, *, second: bool) -> dict[str, Any]:
     """All that decides a store's records; any change of it is another key."""
-    names = "\n".join(data.split(split).names)  # the fingerprint does not depend on their order, but sample ids do
     own_size = {"resolution": "own"} if teacher["input"]["size"] != loader.spec.size else {}  # else: the student's
     return {
         "teacher": teacher,
@@ -336,9 +338,14 @@ def cache_key(teacher: dict[str, Any], loader: Loader, split: str, data: DataSpl
         "classes": list(data.class_names),
         "data": data.fingerprint,
         "split": split,
-        "names": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+        "names": names_digest(data.split(split).names),  # the fingerprint does not depend on their order, ids do
         "views": loader.describe_views(second=second),
     }
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """SHA-256 over the names of images, in their order."""
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def embedding_widths(distiller: Distiller) -> list[int]:

@@ -71,7 +71,8 @@ def convert_teachers(
     assert asked is not None  # they were given
     convertible, taught = is_cacheable(distiller.method), []
     for at, (teacher, folder, name) in enumerate(zip(teachers, folders, names, strict=True)):
-        one = StageTeacher(teacher, folder, module_digest(teacher.module)) if convertible else None
+        digest = module_digest(asked.fold_heads[str(at)]) if str(at) in asked.fold_heads else None
+        one = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if convertible else None
         if recipe.network(name).precision == "float32" or (convertible and not compute.teachers_in_bf16):
             asked.in_float32(at, compute.memory_format)
         elif one is not None:

@@ -24,29 +24,29 @@ def evaluate(
     skip_bad: bool = False,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Every figure of the final metrics, on images that the model may never have seen.
+    """Return all final metrics on labeled images.
 
-    Which images: of the data that the run itself was trained on, its test split, as it was split then; of any other
-    folder or manifest, ``test`` where it has splits, else everything; of a named data set, its test split.
+    For the data that the run was trained on, the run's test split is used; for another folder or manifest, its
+    ``test`` split, or all images if it has no splits; for a named data set, its test split.
 
     Args:
-        model: a run folder (distilled, else baseline, else teacher), a model folder or file, or bare weights; see
-            ``load_classifier``.
-        source: a folder, a manifest, or a data set's name.
-        classes: class names of bare weights: a file or the name of a list; those of the data where None.
+        model: a run folder (distilled student, else baseline, else teacher), a model folder or file, or bare weights;
+            see ``load_classifier``.
+        source: a folder, a manifest, or the name of a data set.
+        classes: class names of bare weights: a file or the name of a list; None: those of the data.
         device: "auto", "cpu", "cuda", ...
-        follow_links: read links and paths to files elsewhere too.
+        follow_links: follow links and paths that leave the data folder.
         skip_bad: leave out files that cannot be read.
         note: is called with a line on each thing that was assumed of bare weights.
 
     Returns:
-        The keys of ``evaluation.exact.split_metrics``, and ``model`` and ``data``: a sentence on each, and ``skipped``:
-        path and reason of each file that was left out.
+        The metrics of a split as in results.json; ``model`` and ``data``, each a description; ``skipped``: path and
+        reason of each file that was left out.
 
     Raises:
-        UsageError: no such data.
-        DataError: images that cannot be read, or of classes that the model does not know.
-        ArtifactError: no model, or a damaged one.
+        UsageError: the data do not exist.
+        DataError: images that cannot be read, or of classes that the model does not have.
+        ArtifactError: there is no model, or it is damaged.
     """
     folder = find_model_folder(model)
 

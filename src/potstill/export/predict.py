@@ -26,14 +26,14 @@ _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image, or why the image could not be read."""
+    """The prediction for one image, or the reason why the image could not be read."""
 
     path: Path
     classes: tuple[tuple[str, float], ...]  # (class name, probability in [0, 1]), the most probable first
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         if self.error is not None:
             return {"path": str(self.path), "error": self.error}
         classes = [{"class": name, "probability": share} for name, share in self.classes]
@@ -50,13 +50,14 @@ def predict(
     classes: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> list[Prediction]:
-    """The most probable classes of each image, prepared exactly as for evaluation.
+    """Return the most probable classes of each image, preprocessed as for evaluation.
 
     Args:
-        model: a run folder (distilled, else baseline, else teacher), a model folder or file, a loaded Classifier, bare
-            weights (see ``load_classifier``), or an ``.onnx`` file that was exported (then torch is not needed).
-        inputs: images, and folders whose images are taken recursively, in sorted order; see ``find_images``.
-        top: how many classes at most.
+        model: a run folder (distilled student, else baseline, else teacher), a model folder or file, a loaded
+            Classifier, bare weights (see ``load_classifier``), or an exported ``.onnx`` file (torch is not imported
+            then).
+        inputs: images, and folders, whose images are found recursively and sorted; see ``find_images``.
+        top: largest number of classes for each image.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         classes: class names of bare weights: a file or the name of a list.
@@ -64,12 +65,12 @@ def predict(
 
     Returns:
         One Prediction for each image, in order; an image that cannot be decoded has ``error`` set and no classes.
-        A UserWarning names what a folder holds that is not read.
+        A UserWarning names other files in the folders.
 
     Raises:
         UsageError: a path that does not exist.
-        DataError: no image at all.
-        ArtifactError: no model, or a damaged one.
+        DataError: there is no image.
+        ArtifactError: there is no model, or it is damaged.
     """
     found = find_images(inputs)
     if found.left_out:

@@ -43,7 +43,7 @@ from potstill.models.registry import build_model
 
 @dataclass
 class Classifier:
-    """What a model file holds."""
+    """A trained network with its classes and preprocessing, as saved in a model folder."""
 
     module: nn.Module  # images [B, 3, S, S] -> logits [B, K]
     architecture: str  # a name for `create_model`
@@ -54,9 +54,9 @@ class Classifier:
     output_groups: OutputGroups | None = None  # where the module is a `GroupedOutputs`
 
     def predict(self, images: Tensor) -> Tensor:
-        """Probabilities [B, K] of images [B, 3, S, S] that were prepared as ``input`` says.
+        """Return the probabilities [B, K] of images [B, 3, S, S] that were preprocessed as ``input`` states.
 
-        In float32 on the network's device, in eval mode and without gradients; the network's mode is put back.
+        Runs on the network's device, in eval mode and without gradients; the network's mode is restored.
         """
         device = next(self.module.parameters()).device
         training = self.module.training

@@ -4,8 +4,8 @@ The label loss is cross-entropy with class weights, label smoothing, mixed label
 teacher's outputs are computed for each batch, cached in memory, or read from a teacher cache.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_views import TeacherViews
-from potstill.errors import Stopped, StorageError
+from potstill.errors import Stopped, StorageError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
+from potstill.features.stages import find_stages
 from potstill.io import write_json_lines
 from potstill.training import checkpointing as ckpt
 from potstill.training.averaging import ModelEma
@@ -28,7 +29,7 @@ from potstill.training.checkpointing import Checkpointer
 from potstill.training.compile import StudentCompiler
 from potstill.training.ddp import DistributedDistiller, check_distributed_support
 from potstill.training.devices import Compute
-from potstill.training.optim import GradientAccumulator, create_optimizer, lr_factor
+from potstill.training.optim import GradientAccumulator, create_optimizer, layer_lr_scales, lr_factor
 from potstill.training.qat import plain_epochs, simulated_int8
 from potstill.training.settings import TrainingSettings
 from potstill.training.state import EpochRecord, EpochState, History, TermAverages
@@ -139,7 +140,9 @@ class LiveTeacher:
         if self.views is None:
             return None
         with self.autocast():
-            return self.distiller.run_teacher(batch.images, batch.second, self.views.of(self.position, batch))
+            own = self.views.of(self.position, batch)
+            index = batch.index if self.distiller.training else None
+            return self.distiller.run_teacher(batch.images, batch.second, own, index)
 
     def flush(self) -> None: ...
 
@@ -221,7 +224,9 @@ class Trainer:
         check_distributed_support(distiller.method, settings.optimizer, compute.processes)
         self.sharing = DistributedDistiller(distiller, compute.processes)
         named = distiller.trained_parameters()
-        self.optimizer = create_optimizer(named, settings)
+        scales = {} if settings.layer_decay is None else layer_lr_scales(distiller.student, settings.layer_decay)
+        self.optimizer = create_optimizer(named, settings, {f"student.{name}": scale for name, scale in scales.items()})
+        self.head = _head_path(distiller.student, train.spec.size) if settings.freeze else None
         self.gradients = GradientAccumulator(self.optimizer, [parameter for _, parameter in named])
         self.compiling = StudentCompiler(distiller, self.optimizer, settings, compute, observer)
         self.schedule = LambdaLR(self.optimizer, lr_factor(settings, steps))
@@ -307,13 +312,13 @@ class Trainer:
             self.observer.step(sum(self.train.sizes_of(number)[: under_way.step]))
         if left := self.train.steps - under_way.step:
             after = left + self.train.steps * (self.settings.epochs - number - 1)
-            with self.compiling.epoch(left, after), self._int8_context(number):
+            with self.compiling.epoch(left, after), self._int8_context(number), self._frozen_encoder(number):
                 self._train_epoch(number, under_way)
         figures = self._figures(under_way, f"epoch {number + 1}, training", self.train, number)
         trained = under_way.seconds
         with _EvaluationWeights(self.distiller, self.average):
             splits = {name: self._evaluate(number, name, loader) for name, loader in self.others.items()}
-            value = _selection_value(self.settings.selection_metric, splits["val"])
+            value = selection_value(self.settings.selection_metric, splits["val"])
             # Weights that have not met int8's rounding are no candidates, however good they are without it.
             best = value > self.history.best_value or number == self.plain_epochs
             if best:
@@ -336,6 +341,8 @@ class Trainer:
 
     def _train_epoch(self, number: int, under_way: EpochState) -> None:
         self.distiller.train()
+        if number < self.settings.freeze:
+            self.distiller.student.eval()  # BatchNorm statistics belong to the encoder; dropout rests with it
         group, answers, begin = self.settings.gradient_accumulation_steps, self.answers["train"], under_way.step
         sizes = self.train.sizes_of(number)
         answers.start_epoch(number, begin)
@@ -365,6 +372,24 @@ class Trainer:
 
     def _int8_context(self, number: int) -> AbstractContextManager[None]:
         return nullcontext() if number < self.plain_epochs else simulated_int8(self.distiller.student)
+
+    @contextmanager
+    def _frozen_encoder(self, number: int) -> Iterator[None]:
+        """In the first ``freeze`` epochs the student's head alone gets gradients."""
+        frozen = []
+        if number < self.settings.freeze and self.head is not None:
+            frozen = [
+                parameter
+                for name, parameter in self.distiller.student.named_parameters()
+                if parameter.requires_grad and not name.startswith(f"{self.head}.")
+            ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def _sync_requests(self) -> tuple[bool, bool]:
         """Whether any process was asked to stop, and whether a checkpoint is due in any: the same for all."""
@@ -445,6 +470,18 @@ class Trainer:
         return patience is not None and number > 0 and number - self.history.best_epoch >= patience
 
 
+def _head_path(network: nn.Module, size: int) -> str:
+    device = next(network.parameters()).device
+    example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    head = find_stages(network, example).head
+    if head is None:
+        raise UsageError(
+            f"training.freeze trains the linear layer that puts out the logits alone, and {type(network).__name__} "
+            "ends in none: leave it out"
+        )
+    return head
+
+
 class _EvaluationWeights:
     """Within the block, the student has its averaged weights, where there are such."""
 
@@ -461,7 +498,7 @@ class _EvaluationWeights:
             self.student.load_state_dict(self.trained)
 
 
-def _selection_value(metric: str, figures: EpochRecord) -> float:
+def selection_value(metric: str, figures: EpochRecord) -> float:
     """The picking metric as a number of which more is better; undefined (AUC of one class) counts as worst."""
     value = figures[metric]
     if value is None:
