@@ -137,6 +137,7 @@ def test_code_on_the_command_line_and_its_saved_models(photographs, code, tmp_pa
     assert found[0] == 0, found[2]
     facts = json.loads((tmp_path / "r" / "distilled" / "model.json").read_text())
     assert facts["architecture"] == f"{code}:Net"
+    assert f"predict {tmp_path / 'r'} IMAGE --allow-code" in " ".join((found[1] + found[2]).split())
 
     from potstill import code_references
 

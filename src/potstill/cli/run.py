@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from potstill.code_references import is_code_reference
 from potstill.distributed.launch import is_torchrun_launched, restart_count
 from potstill.errors import RemoteFailure, UsageError
 
@@ -369,7 +370,11 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         page = render(folder)
     finally:
         # Hours of training were not for nothing where only a picture failed.
-        print_results(RunFolder(folder).read_results(), page)
+        results = RunFolder(folder).read_results()
+        print_results(results, page)
     with Progress() as progress:
         log_files(folder, progress)
+    models = (stage.get("model") or {} for stage in results["stages"].values())
+    if next_command[1] == "predict" and any(is_code_reference(model.get("architecture", "")) for model in models):
+        next_command = [*next_command, "--allow-code"]
     print_next_command(next_command)
