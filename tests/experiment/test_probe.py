@@ -214,6 +214,7 @@ def test_one_image_of_a_class_is_refused(probing, photographs, tmp_path):
         ({"teacher.head": "prob"}, "probe"),
         ({"training.freeze": 1}, "student.weights names none"),
         ({"training.layer_decay": 0.5}, "student.weights names none"),
+        ({"training.freeze_batch_norm": True}, "student.weights names none"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(probing, changes, word):
