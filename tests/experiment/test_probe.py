@@ -25,6 +25,20 @@ class Listening(SilentObserver):
         self.notes.append(message)
 
 
+class Stopping(SilentObserver):
+    """Ends a run after the first epoch of a stage."""
+
+    def __init__(self, stage):
+        self.last = stage
+
+    def stage(self, name, detail):
+        self.name = name
+
+    def epoch_end(self, record):
+        if (self.name, record["epoch"]) == (self.last, 1):
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """Weights of five other classes."""
@@ -97,21 +111,13 @@ def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, 
 
 
 def test_caches_hold_the_folds_answers_and_resuming_goes_on_with_them(probing, tmp_path):
-    class Stopping(SilentObserver):
-        def stage(self, name, detail):
-            self.name = name
-
-        def epoch_end(self, record):
-            if (self.name, record["epoch"]) == ("distilled", 1):
-                raise KeyboardInterrupt
-
     whole = pipeline.run(probing(), root=tmp_path, name="whole")
     (store,) = [
         path for path in (tmp_path / "cache" / "teachers").iterdir() if "train" in (path / "manifest.json").read_text()
     ][:1]
     assert verify_cache(store).largest < 0.05
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(probing(), root=tmp_path, name="parts", observer=Stopping())
+        pipeline.run(probing(), root=tmp_path, name="parts", observer=Stopping("distilled"))
     parts = pipeline.run(probing(), root=tmp_path, name="parts", resume=True)
     ours, theirs = (load_model(each / "distilled").module.state_dict() for each in (whole, parts))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -143,6 +149,22 @@ def test_fine_tuning_starts_from_the_probe_and_the_better_is_taken(probing, tmp_
         "finetuned" if entry["head"]["finetuned_val_top1"] > entry["head"]["val_top1"] else "probe"
     )
     assert any("as a probe" in note and "fine-tuned" in note for note in heard.notes)
+
+
+def test_an_interrupted_fine_tuning_goes_on_to_the_same_teacher(probing, tmp_path):
+    recipe = probing(**{"teacher.head": "finetune", "teacher.training.epochs": 3, "teacher.training.freeze": 2})
+    whole = pipeline.run(recipe, root=tmp_path, name="whole", stages=("teacher",))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe, root=tmp_path, name="parts", stages=("teacher",), observer=Stopping("teacher"))
+    parts = pipeline.run(recipe, root=tmp_path, name="parts", stages=("teacher",), resume=True)
+    ours, theirs = (load_model(each / "teacher") for each in (whole, parts))
+    assert all(torch.equal(value, theirs.module.state_dict()[key]) for key, value in ours.module.state_dict().items())
+    kept = [{**each.facts["head"], "seconds": 0} for each in (ours, theirs)]
+    assert kept[0] == kept[1]
+    first, second, third = (
+        json.loads(line)["val"] for line in (whole / "teacher" / "metrics.jsonl").read_text().splitlines()
+    )
+    assert len({each["nll"] for each in (first, second, third)}) == 3
 
 
 def test_a_fine_tuning_that_spoils_the_probe_leaves_the_probe(probing, encoder, tmp_path):
@@ -192,6 +214,7 @@ def test_one_image_of_a_class_is_refused(probing, photographs, tmp_path):
         ({"teacher.head": "prob"}, "probe"),
         ({"training.freeze": 1}, "student.weights names none"),
         ({"training.layer_decay": 0.5}, "student.weights names none"),
+        ({"training.freeze_batch_norm": True}, "student.weights names none"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(probing, changes, word):

@@ -38,3 +38,13 @@ def test_the_encoder_stays_for_as_many_epochs_and_is_trained_from_then_on(tmp_pa
     assert not any(torch.equal(a["net.4.weight"], b["net.4.weight"]) for (_, a), (_, b) in pairwise(seen))
     assert all(parameter.requires_grad for parameter in student.parameters())
     assert isinstance(student.net[4], nn.Linear)
+
+
+def test_batch_norm_statistics_stay_while_its_weights_are_trained(tmp_path):
+    settings = TrainingSettings(epochs=2, lr=0.05, checkpoint_seconds=0, freeze_batch_norm=True)
+    _, student = train(tmp_path / "a", settings, loader=Sized(18))
+    assert torch.equal(student.net[2].running_mean, torch.zeros(8))
+    assert torch.equal(student.net[2].running_var, torch.ones(8))
+    assert not torch.equal(student.net[2].weight, torch.ones(8))
+    _, student = train(tmp_path / "b", settings.model_copy(update={"freeze_batch_norm": False}), loader=Sized(18))
+    assert not torch.equal(student.net[2].running_mean, torch.zeros(8))

@@ -304,7 +304,7 @@ def _training_problems(shared: dict[str, Any], value: dict[str, Any]) -> Iterato
                 "data.class_balance: weights weighs the images of a batch against each other, so it needs two or more"
             )
             yield (*where, "batch_size"), f"{dotted_key(where)}.batch_size is 1: {message}"
-        for key in ("freeze", "layer_decay"):
+        for key in ("freeze", "freeze_batch_norm", "layer_decay"):
             if getattr(merged, key) and key not in wrong and section.get("weights") is None:
                 where = (*place, "training") if key in own else ("training",)
                 yield (

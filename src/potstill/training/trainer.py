@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distillation.distiller import Distiller
@@ -343,6 +344,10 @@ class Trainer:
         self.distiller.train()
         if number < self.settings.freeze:
             self.distiller.student.eval()  # BatchNorm statistics belong to the encoder; dropout rests with it
+        elif self.settings.freeze_batch_norm:
+            for module in self.distiller.student.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         group, answers, begin = self.settings.gradient_accumulation_steps, self.answers["train"], under_way.step
         sizes = self.train.sizes_of(number)
         answers.start_epoch(number, begin)
