@@ -16,6 +16,9 @@ import pytest
 from .own_process import plugin
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
+# Else every process that tests start compiles potstill again, half a second each, and every run of pytest all tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache, and find none there
     os.environ["POTSTILL_CACHE"] = tempfile.mkdtemp(prefix="potstill-cache-")
     atexit.register(shutil.rmtree, os.environ["POTSTILL_CACHE"], ignore_errors=True)
@@ -23,6 +26,16 @@ if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(plugin())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process keeps to whole files, whose runs are made once, until another is idle: ``--dist worksteal``."""
+    if config.getoption("dist") != "load":  # somebody asks for another way
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

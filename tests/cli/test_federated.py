@@ -33,6 +33,9 @@ def test_a_run_leaves_students_a_record_and_a_table(here: Path, capsys: pytest.C
         assert (folder / name / "model.safetensors").exists()
         assert not (folder / name / "rounds.checkpoint").exists()
         assert f"{found['trained'][name]['test']['top1']:.1%}" in shown
+    val = {name: found["trained"][name]["val"]["top1"] for name in ("fedavg", "fedmd")}
+    assert val["fedavg"] != val["fedmd"]
+    assert f"predict {Path('runs/quickstart-federated') / max(val, key=val.get)} IMAGE" in shown
     sent = {name: found["trained"][name]["bytes_per_round"]["up"] for name in ("fedavg", "fedmd")}
     assert sent["fedmd"] == pytest.approx(2 * 252 * 10 * 4, abs=1000)  # two clients, logits of ten classes
     assert sent["fedavg"] > 2 * 78_042 * 4

@@ -101,14 +101,17 @@ def drawn(monkeypatch):
     return found
 
 
-def _states(path):
-    return {name: load_model(path / name).module.state_dict() for name in ("teacher", "baseline", "distilled")}
+ALONE = {"stages": ("teacher", "distilled"), "evaluate": False}
+
+
+def _states(path, names=("teacher", "baseline", "distilled")):
+    return {name: load_model(path / name).module.state_dict() for name in names}
 
 
 def test_only_who_distils_follows_it_and_takes_as_many_steps(recipe, tmp_path, drawn):
     told, plain = Notes(), Notes()
     path = pipeline.run(recipe(curriculum="{start: 0.5}"), root=tmp_path / "with", observer=told)
-    other = pipeline.run(recipe(), root=tmp_path / "without", observer=plain)
+    other = pipeline.run(recipe(), root=tmp_path / "without", observer=plain, evaluate=False)
     assert told.steps == plain.steps
     assert set(drawn) == {"teacher", "baseline", "distilled"}
     a, b = _states(path), _states(other)
@@ -151,11 +154,11 @@ class Killer(SilentObserver):
 @pytest.mark.parametrize("order", ["easy", "random"])
 def test_a_killed_run_goes_on_with_the_same_order(recipe, tmp_path, order):
     made = recipe(curriculum=f"{{order: {order}, start: 0.5, until: 1}}", **{"training.threads": "1"})
-    whole = pipeline.run(made, root=tmp_path / "whole", evaluate=False)
+    whole = pipeline.run(made, root=tmp_path / "whole", **ALONE)
     with pytest.raises(Killed):
-        pipeline.run(made, root=tmp_path / "killed", observer=Killer())
-    path = pipeline.run(made, root=tmp_path / "killed", resume=True, evaluate=False)
-    a, b = _states(whole)["distilled"], _states(path)["distilled"]
+        pipeline.run(made, root=tmp_path / "killed", observer=Killer(), **ALONE)
+    path = pipeline.run(made, root=tmp_path / "killed", resume=True, **ALONE)
+    a, b = (_states(each, ["distilled"])["distilled"] for each in (whole, path))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -163,7 +166,7 @@ def test_random_order_asks_for_no_ones_word_and_has_its_own_for_each_seed(recipe
     orders = []
     for seed in (0, 1):
         made = recipe(curriculum="{order: random}", seed=str(seed))
-        pipeline.run(made, root=tmp_path, name=f"seed{seed}", evaluate=False)
+        pipeline.run(made, root=tmp_path, name=f"seed{seed}", **ALONE)
         orders.append(drawn["distilled"].curriculum.order.tolist())
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]

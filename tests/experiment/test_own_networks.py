@@ -75,6 +75,10 @@ def test_modules_from_python(plain, tmp_path):
     assert again.class_names == ("blue", "green", "red")
     assert again.input.mean == InputSpec.mean
     assert load_model(folder / "teacher", module=by_colour()).input == EXACT
+    more = Notes()
+    networks = {"teacher": teacher, "student": student, "teacher_input": EXACT}
+    potstill.run(plain, **networks, root=tmp_path, resume=True, observer=more)
+    assert "distilled: already trained" in more.lines
 
 
 def test_the_teacher_is_shown_what_the_student_is_where_nothing_is_said(plain, tmp_path):

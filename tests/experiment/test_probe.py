@@ -12,6 +12,8 @@ from potstill.experiment import pipeline
 from potstill.experiment.cache_verification import verify_cache
 from potstill.models.factory import create_model
 from potstill.models.model_file import load_model
+from potstill.report.run_reader import read_run
+from potstill.report.text_reports import training_text
 from potstill.training.callbacks import SilentObserver
 
 
@@ -63,7 +65,9 @@ def test_the_encoder_stays_and_the_head_is_fitted(probing, encoder, tmp_path):
     assert entry["head"]["val_top1"] == pytest.approx(entry["val"]["top1"], abs=0.11)  # one of 9 images, by rounding
     assert entry["val"]["top1"] > 0.5  # noisy colours
     assert any("C " in note and "5-fold" in note for note in heard.notes)
-    assert "linear probe" in (run / "report.txt").read_text() if (run / "report.txt").exists() else True
+    shown = training_text(read_run(run).stages["teacher"])
+    assert shown.startswith("a linear probe on embeddings of 42 images (C ")
+    assert "cross-validated top-1" in shown
 
 
 class Indices:
@@ -73,17 +77,17 @@ class Indices:
         self.seen = []
         ask = Teachers.ask
 
-        def watched(teachers, images, index=None):
+        def watched(teachers, images, own=(), index=None):
             self.seen.append(None if index is None else index.tolist())
-            return ask(teachers, images, index)
+            return ask(teachers, images, own, index)
 
         monkeypatch.setattr(Teachers, "ask", watched)
 
 
-@pytest.mark.parametrize("mode", ["auto", "off"])
-def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize(("mode", "size"), [("auto", 16), ("off", 16), ("auto", 24), ("off", 24)])
+def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, tmp_path, monkeypatch, mode, size):
     indices = Indices(monkeypatch)
-    run = pipeline.run(probing(**{"teacher_cache.mode": mode}), root=tmp_path)
+    run = pipeline.run(probing(**{"teacher_cache.mode": mode, "teacher.size": size}), root=tmp_path)
     teacher = load_model(run / "teacher")
     train = sum(results(run)["data"]["counts"]["train"].values())
     asked = {each for ids in indices.seen if ids is not None for each in ids}

@@ -26,6 +26,8 @@ from potstill.training.devices import create_compute
 from potstill.training.optim import create_optimizer, lr_factor
 
 CIFAR = [name for name in list_recipes() if name.startswith("cifar100/")]
+# A pair for each kind of student; the networks of all are made in tests/models/test_cifar_networks.py.
+QUICK = {name.rpartition("-")[2].rstrip("0123456789x_v"): name for name in CIFAR}.values()
 OTHERS = [*(name for name in list_recipes() if name.startswith("imagenet/")), "funmatch"]
 SMALL_RATES = ("mobilenet", "shufflenet")
 # Two steps of two images, in the recipe's own precision and by its own optimizer.
@@ -162,7 +164,9 @@ def distil(recipe: Recipe, folder: Path) -> None:
     assert load_model(folder).architecture == recipe.student.model
 
 
-@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CIFAR]
+)
 def test_two_steps_of_each_published_pair(name, cifar_folder, tmp_path):
     root = f"data.options.root={cifar_folder}"
     distil(load_recipe(name, (*SHORT, root)), tmp_path)
@@ -170,9 +174,9 @@ def test_two_steps_of_each_published_pair(name, cifar_folder, tmp_path):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_two_steps_of_the_others_in_small(name, image_folder, tmp_path):
-    # 32 px, without downloads, and a smaller teacher where the recipe's would take most of the time
-    teacher = "resnet18" if name == "funmatch" else load_recipe(name, data_needed=False).each_teacher[0].model
-    sets = (*SHORT, "data.size=32", "teacher.weights=null", f"teacher.model={teacher}")
+    # 32 px, without downloads, and smaller networks where the recipe's would take most of the time
+    networks = ("teacher.model=resnet18", "student.model=resnet10t") if name == "funmatch" else ()
+    sets = (*SHORT, "data.size=32", "teacher.weights=null", *networks)
     distil(load_recipe(name, sets, flags={"--data": str(image_folder)}), tmp_path)
 
 
@@ -187,7 +191,7 @@ def test_images_are_normalised_as_the_recipe_says():
 def test_published_weights_keep_their_own_normalisation(monkeypatch):
     recipe = load_recipe(CIFAR[0], data_needed=False)
     ready = recipe.student.model_copy(update={"model": "resnet18", "weights": "pretrained"})
-    loaded = type("Loaded", (), {"module": torch.nn.Identity(), "new_head": False, "notes": []})
+    loaded = type("Loaded", (), {"module": torch.nn.Identity(), "new_head": False, "notes": [], "normalisation": None})
     monkeypatch.setattr("potstill.experiment.builders.load_weights", lambda *_, **__: loaded)
     assert build_network(recipe, ready, ("cat", "dog")).input.mean == (0.485, 0.456, 0.406)
 

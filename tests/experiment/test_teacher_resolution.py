@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from potstill.experiment import builders
 from potstill.experiment.cache_verification import verify_cache
 from potstill.experiment.pipeline import run
 from potstill.experiment.teacher_cache import cache_key
@@ -199,6 +200,15 @@ def test_the_key_differs_from_that_of_the_students_pixels():
     teacher = {"input": {"size": 24}}
     own, same = (cache_key(teacher, Loading(size), "train", Data(), second=False) for size in (16, 24))
     assert own == same | {"resolution": "own"}
+
+
+def test_a_pretrained_teacher_is_said_to_see_too_little():
+    assert builders._detail_notes("timm/resnet18", 64, "teacher.1") == [
+        "timm/resnet18 was designed for 224 px and sees 64 px, as its student does: --set teacher.1.size=224 cuts "
+        "its images from the original pixels, for about 12 times its computation"
+    ]
+    assert builders._detail_notes("timm/resnet18", 224, "teacher") == []
+    assert builders._detail_notes("cifar/resnet20", 32, "teacher") == []
 
 
 def test_teacher_and_student_see_the_same_photograph(recipe, photographs, tmp_path):

@@ -1,8 +1,7 @@
-"""What trackers are told, and that whatever they do, a run neither waits for them nor ends because of them."""
+"""What trackers receive, and that whatever they do, a run neither waits for them nor ends because of them."""
 
 import json
 import sys
-import threading
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.loggers import LoggerSettings, check_loggers_installed
 from potstill.loggers.observer import LoggingObserver, log_files, logging_observer
-from potstill.loggers.process import LoggerProcess
+from potstill.loggers.thread import LoggerThread
 from potstill.models.model_file import load_model
 
-from .conftest import FAILS, HANGS, KEEPS
+from .conftest import Fails, Hangs, Keeps
 
 pytestmark = pytest.mark.filterwarnings("error")
 BASE = {
@@ -84,119 +83,122 @@ def installed(monkeypatch):
     monkeypatch.setattr("potstill.loggers._is_installed", lambda name: True)
 
 
-def test_a_run_tells_every_epoch_and_the_figures_on_test(recipe, tmp_path, stand_in, installed, told):
-    read = stand_in(KEEPS)
+def test_a_run_logs_every_epoch_and_the_figures_on_test(recipe, tmp_path, stand_in, installed, told):
+    calls = stand_in(Keeps)
     path = pipeline.run(recipe(tracker="trackio"), root=tmp_path / "runs", observer=told)
-    first, *messages, final, end = read()
-    assert first["parameters"]["method.temperature"] == 2.0
-    assert first["parameters"]["teacher.training.epochs"] == 3
-    assert [(m["stage"], m["epoch"]) for m in messages] == [
-        *(("teacher", n) for n in (1, 2, 3)), *(("baseline", n) for n in (1, 2)), *(("distilled", n) for n in (1, 2))
+    first, *epochs, final, end = calls
+    assert first[3]["method.temperature"] == 2.0
+    assert first[3]["teacher.training.epochs"] == 3
+    assert [call[:3] for call in epochs] == [
+        *(("epoch", "teacher", n) for n in (1, 2, 3)), *(("epoch", "baseline", n) for n in (1, 2)),
+        *(("epoch", "distilled", n) for n in (1, 2)),
     ]  # fmt: skip
-    for message in messages:
-        lines = (path / message["stage"] / "metrics.jsonl").read_text().splitlines()
-        line = json.loads(lines[message["epoch"] - 1])
-        assert message["figures"]["val/top1"] == line["val"]["top1"]
-        assert message["figures"]["train/loss"] == line["train"]["loss"]
-        assert "best" not in message["figures"]
-    assert "train/terms/kd" in messages[-1]["figures"]
+    for _, stage, epoch, figures in epochs:
+        line = json.loads((path / stage / "metrics.jsonl").read_text().splitlines()[epoch - 1])
+        assert figures["val/top1"] == line["val"]["top1"]
+        assert figures["train/loss"] == line["train"]["loss"]
+        assert "best" not in figures
+    assert "train/terms/kd" in epochs[-1][3]
     results = json.loads((path / "results.json").read_text())
-    assert final["figures"]["distilled/test/top1"] == results["stages"]["distilled"]["test"]["top1"]
-    assert final["figures"]["comparison/top1_gain"] == results["comparison"]["top1_gain"]
-    assert final["verdict"] == results["comparison"]["verdict"]
-    assert end == {"kind": "end", "finished": True}
+    assert final[1]["distilled/test/top1"] == results["stages"]["distilled"]["test"]["top1"]
+    assert final[1]["comparison/top1_gain"] == results["comparison"]["top1_gain"]
+    assert final[2] == results["comparison"]["verdict"]
+    assert end == ("close", True)
     assert told.stages == ["teacher", "baseline", "distilled"]
     assert told.warnings == []
 
 
 def test_an_interrupted_run_is_no_finished_one(tmp_path, stand_in, told):
-    read = stand_in(KEEPS)
+    calls = stand_in(Keeps)
     with pytest.raises(KeyboardInterrupt), logging_observer(TRACKIO, tmp_path, {}, told):
         raise KeyboardInterrupt
-    assert read()[-1] == {"kind": "end", "finished": False}
+    assert calls[-1] == ("close", False)
 
 
 @pytest.fixture(scope="module")
 def plain(recipe, tmp_path_factory):
-    """The run that no tracker is told of."""
+    """The run without a logger."""
     return pipeline.run(recipe(**{"training.threads": "1"}), root=tmp_path_factory.mktemp("plain"), evaluate=False)
 
 
-@pytest.mark.parametrize(("script", "why"), [(FAILS, "the server is gone"), (HANGS, "has not answered for 1 seconds")])
+@pytest.mark.parametrize(
+    ("kind", "why"), [(Fails, "SystemExit: the server is gone"), (Hangs, "has not finished within 0.5 seconds")]
+)
 def test_a_tracker_that_fails_or_hangs_costs_one_warning_and_nothing_else(
-    recipe, tmp_path, stand_in, installed, told, plain, script, why
+    recipe, tmp_path, stand_in, installed, told, plain, kind, why
 ):
-    stand_in(script)
+    stand_in(kind)
     path = pipeline.run(recipe(tracker="trackio", **{"training.threads": "1"}), root=tmp_path / "runs", observer=told)
     (warning,) = [each for each in told.warnings if "tracker" in each]
-    assert why in warning
-    assert "goes on without it" in warning
+    assert warning.startswith("tracker trackio gets no more of this run, which continues without it: ")
+    assert warning.endswith(why if kind is Fails else f"it {why}")
     ours, theirs = (load_model(run / "distilled").module.state_dict() for run in (plain, path))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_nobody_waits_for_a_tracker_that_does_not_read(told):
-    sender = LoggerProcess("trackio", {}, [sys.executable, "-c", HANGS])
-    done = threading.Event()
-
-    def send():
-        for _ in range(200):  # a pipe holds 64 kB
-            sender.send({"kind": "epoch", "figures": {"x" * 1000: 1.0}})
-        done.set()
-
-    threading.Thread(target=send, daemon=True).start()
-    assert done.wait(60)
-    assert sender.problem is None
-    assert "has not answered" in sender.close(wait=0.1)
-    assert sender.close(wait=0.1) is None  # said once
-    assert sender.process.poll() is not None
+def test_nobody_waits_for_a_logger_and_its_queue_is_bounded(monkeypatch, stand_in, told):
+    monkeypatch.setattr("potstill.loggers.thread.QUEUE_SIZE", 100)
+    calls = stand_in(Hangs)
+    thread = LoggerThread("trackio", lambda: type("Logger", (Hangs,), {"calls": calls})(TRACKIO[0], None, "", {}))
+    for epoch in range(90):
+        thread.send(lambda logger, epoch=epoch: logger.epoch("teacher", epoch, {}))
+    assert thread.problem is None
+    for epoch in range(20):
+        thread.send(lambda logger, epoch=epoch: logger.epoch("teacher", epoch, {}))
+    assert "100 messages are waiting" in thread.problem
+    assert thread.close(60) is None  # at once, and reported before
 
 
-def test_a_program_that_cannot_be_started_is_a_warning(tmp_path, monkeypatch, told):
-    def refuse(name, first):
-        raise OSError(12, "Cannot allocate memory")
+def test_a_logger_that_cannot_be_imported_or_started_is_a_warning(tmp_path, monkeypatch, stand_in, told):
+    stand_in(Keeps)
 
-    monkeypatch.setattr("potstill.loggers.observer.LoggerProcess", refuse)
-    with logging_observer(TRACKIO, tmp_path, {}, told) as beside:
-        beside.stage("teacher", "")
-    assert told.warnings == ["tracker trackio gets nothing of this run: Cannot allocate memory"]
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("potstill.loggers.observer.LoggerThread", refuse)
+    with logging_observer(TRACKIO, tmp_path, {}, told) as logging:
+        logging.stage("teacher", "")
+    monkeypatch.setattr("potstill.loggers.observer.load_logger_class", refuse)
+    with logging_observer(TRACKIO, tmp_path, {}, told):
+        pass
+    assert told.warnings == ["tracker trackio gets nothing of this run: RuntimeError: can't start new thread"] * 2
 
 
 def test_a_resumed_run_keeps_its_identity_and_may_change_its_trackers(recipe, tmp_path, stand_in, installed):
-    read, root = stand_in(KEEPS), tmp_path / "runs"
+    calls, root = stand_in(Keeps), tmp_path / "runs"
     pipeline.run(recipe(tracker="trackio"), root=root, evaluate=False)
-    before = read()
+    before, count = calls[0], len(calls)
     pipeline.run(recipe(tracker="[wandb]"), root=root, resume=True)
-    after = read()[len(before) :]
-    assert (before[0]["settings"]["name"], after[0]["settings"]["name"]) == ("trackio", "wandb")
-    assert before[0]["identity"] == after[0]["identity"]
-    assert [m["kind"] for m in after[1:]] == ["final", "end"]  # all was trained
+    after = calls[count]
+    assert (before[1], after[1]) == ("trackio", "wandb")
+    assert before[2] == after[2]
+    assert [call[0] for call in calls[count + 1 :]] == ["final", "close"]  # all was trained
 
 
 def test_the_report_goes_to_those_that_keep_files(tmp_path, stand_in, told):
-    read, run = stand_in(KEEPS), tmp_path / "run"
+    calls, run = stand_in(Keeps), tmp_path / "run"
     run.mkdir()
-    log_files(run, told)  # nobody knows of this run
+    log_files(run, told)  # no tracker knows this run
     with logging_observer([LoggerSettings(name="tensorboard"), *TRACKIO], run, {}, told):
         pass
     for name in ("report.html", "results.json", "recipe.yaml"):
         (run / name).write_text("x")
-    before = len(read())
+    count = len(calls)
     log_files(run, told)
-    first, files, end = read()[before:]
-    assert first["settings"]["name"] == "trackio"
-    assert files["paths"] == [str(run / name) for name in ("report.html", "results.json", "recipe.yaml")]
-    assert end["finished"]
-    with logging_observer([], run, {}, told):  # gone on with, and no tracker asked for
+    first, files, end = calls[count:]
+    assert first[1] == "trackio"
+    assert files == ("files", [run / name for name in ("report.html", "results.json", "recipe.yaml")])
+    assert end == ("close", True)
+    with logging_observer([], run, {}, told):  # resumed without a tracker
         pass
-    before = len(read())
+    count = len(calls)
     log_files(run, told)
-    assert len(read()) == before
+    assert len(calls) == count
 
 
 def test_without_trackers_nothing_is_started(tmp_path, monkeypatch, told):
-    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
-    with logging_observer([], tmp_path, {}, told) as beside:
-        assert isinstance(beside, LoggingObserver)
-        beside.epoch_end({"epoch": 1})
+    monkeypatch.setattr("threading.Thread", lambda *_, **__: pytest.fail("a thread was started"))
+    with logging_observer([], tmp_path, {}, told) as logging:
+        assert isinstance(logging, LoggingObserver)
+        logging.epoch_end({"epoch": 1})
     assert list(tmp_path.iterdir()) == []

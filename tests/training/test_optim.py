@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.training.optim import create_optimizer, get_optimizer_class, lr_factor
+from potstill.models.factory import create_model
+from potstill.training.optim import create_optimizer, get_optimizer_class, layer_lr_scales, lr_factor
 from potstill.training.settings import TrainingSettings
 
 
@@ -23,6 +25,26 @@ def test_biases_and_norms_do_not_decay():
     }
     everywhere = create_optimizer(net.named_parameters(), TrainingSettings(weight_decay=0.1, decay_all=True))
     assert {group["weight_decay"] for group in everywhere.param_groups} == {0.1}
+
+
+def test_layer_decay_lowers_the_rate_block_by_block():
+    net = create_model("vit_tiny_patch16_224", 3, size=32)
+    scales = layer_lr_scales(net, 0.5)
+    groups = param_groups_layer_decay(net, layer_decay=0.5)
+    peers = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {name: peers[id(p)] for name, p in net.named_parameters()} == scales
+    assert scales["head.weight"] == 1.0 > scales["blocks.11.mlp.fc2.weight"] > scales["blocks.10.mlp.fc2.weight"]
+    optimizer = create_optimizer(net.named_parameters(), TrainingSettings(lr=0.1, weight_decay=0.2), scales)
+    rate = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert rate[id(net.head.weight)] == (0.1, 0.2)
+    assert rate[id(net.blocks[11].mlp.fc2.bias)] == (0.1 * scales["blocks.11.mlp.fc2.bias"], 0.0)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert len(rate) == len(list(net.parameters()))
+
+
+def test_layer_decay_needs_a_network_that_knows_its_blocks():
+    with pytest.raises(UsageError, match=r"layer_decay takes the blocks of a network from timm, and Sequential"):
+        layer_lr_scales(nn.Sequential(nn.Linear(2, 2)), 0.5)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from potstill.models.factory import create_model, load_for_classes, load_weights
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
-from potstill.models.registry import input_spec
+from potstill.models.registry import input_spec, resolve
 from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
@@ -128,6 +128,8 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         ready=not loaded.new_head,
         facts={"weights": network.weights},
     )
+    if network.weights == "pretrained" and network.size is None and key.startswith("teacher"):
+        start.notes += _detail_notes(network.model, size, key)
     if loaded.new_head:
         start.warnings += [] if network.head else loaded.notes  # a probe sets the head
         if found := lists_with(classes):
@@ -156,6 +158,18 @@ def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
 def _likely_classes(classes: tuple[str, ...]) -> str:
     """What ``teacher.classes`` may be for this data."""
     return next(iter(lists_with(classes)), "FILE")
+
+
+def _detail_notes(architecture: str, size: int, key: str) -> list[str]:
+    """What to set where a pretrained teacher would see fewer pixels than its weights were made for."""
+    family, bare = resolve(architecture)
+    own = family.own_size(bare)
+    if own is None or own <= size:
+        return []
+    return [
+        f"{architecture} was designed for {own} px and sees {size} px, as its student does: --set {key}.size={own} "
+        f"cuts its images from the original pixels, for about {(own / size) ** 2:.0f} times its computation"
+    ]
 
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
