@@ -72,7 +72,7 @@ def test_the_python_of_the_readme_trains_the_student(tmp_path):
     teacher, student = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)) for _ in range(2))
     before = {key: [each.clone() for each in net.parameters()] for key, net in (("t", teacher), ("s", student))}
     loader = [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])) for _ in range(3)]
-    carry_out(ROOT / "README.md", tmp_path, torch=torch, teacher=teacher, student=student, loader=loader)
+    carry_out(ROOT / "README.md", tmp_path, teacher=teacher, student=student, loader=loader)
     assert all(torch.equal(a, b) for a, b in zip(before["t"], teacher.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(before["s"], student.parameters(), strict=True))
 
@@ -80,7 +80,7 @@ def test_the_python_of_the_readme_trains_the_student(tmp_path):
 def test_the_loop_of_the_readme_is_eight_lines():
     (loop,) = blocks(ROOT / "README.md", "python")
     assert "Distiller(student, teacher, KD(temperature=2.0, alpha=0.5))" in loop
-    assert len([line for line in loop.splitlines() if line.strip()]) == 7  # and what makes student, teacher and loader
+    assert len([line for line in loop.splitlines() if line.strip()]) == 8
 
 
 @each_page

@@ -137,7 +137,7 @@ def load_data(
     Args:
         settings: where from, and how to split.
         data: splits from Python, which are only checked.
-        progress: is told how far the check of the files is.
+        progress: is called with the progress of the check of the files.
 
     Raises:
         UsageError: an unknown name or option.
@@ -225,17 +225,20 @@ def from_torch(
     class_names: Sequence[str] | None = None,
     settings: DataSettings | None = None,
 ) -> DataSplits:
-    """Splits from any torch or torchvision data sets of (image, label); see ``images.TorchSet`` for the images.
+    """Return splits from torch or torchvision data sets of (image, label).
+
+    Images are PIL images, uint8 arrays or tensors, or float tensors in [0, 1], without random transforms and without
+    normalisation; see ``potstill.data.image_sets.TorchSet``.
 
     Args:
-        train: training images; val and test are split from them where they are not given.
+        train: training images; val and test are split off from them if they are None.
         test: test images.
-        val: images that pick the best epoch.
+        val: images that select the best epoch.
         class_names: class id -> name; None: ``train.classes``, or "0", "1" and so on.
         settings: shares and seed of the split.
 
     Raises:
-        DataError: images, classes or splits that cannot be trained on; every image is read once.
+        DataError: images, classes or splits that cannot be used; every image is read once.
     """
     settings = settings or DataSettings()
     given = {"train": train, "val": val, "test": test}

@@ -38,7 +38,7 @@ class DataSplits:
     train: ImageSet
     val: ImageSet
     test: ImageSet
-    source: str  # name or path, as it was asked for
+    source: str  # name or path, as given
     origin: str  # one sentence: where the splits come from
     fingerprint: str  # sha256 over names, content, labels and splits
     augment: AugmentSettings  # the light default of this data

@@ -93,18 +93,18 @@ _DIGITS = re.compile(r"\d+")
 class ValidationReport:
     """What was found in a data set."""
 
-    source: str  # as it was asked for
+    source: str  # as given
     images: int  # that are listed
     passed_over: int  # hidden and system files and folders
     division: SplitAssignment
-    figures: dict[str, Any]  # of ``statistics.Table``
-    repeats: dict[str, Any]  # counts of ``duplicates.Repeats``
+    figures: dict[str, Any]  # see docs/check.md
+    repeats: dict[str, Any]  # numbers of duplicates; see docs/check.md
     findings: list[Finding]  # errors first, by kind, by path
     skipped: list[Finding] = field(default_factory=list)  # left out by data.skip_bad
-    notes: list[str] = field(default_factory=list)  # what is not wrong, and worth knowing
+    notes: list[str] = field(default_factory=list)  # remarks that are no findings
 
     def count(self, severity: Severity) -> int:
-        """Findings that are so bad."""
+        """Return the number of findings of a severity ("error" or "warning")."""
         return sum(each.severity == severity for each in self.findings)
 
     def kinds(self) -> dict[str, int]:

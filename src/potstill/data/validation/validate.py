@@ -297,15 +297,15 @@ _PIECE = 16  # images handed to a thread at once
 
 
 def validate_data(settings: DataSettings, watcher: ProgressReporter | None = None) -> ValidationReport:
-    """Everything that is wrong with the data of a recipe; every image is read and decoded.
+    """Return everything that is wrong with the data of a recipe; every image is read and decoded.
 
     Args:
-        settings: where from, and how it would be split.
-        watcher: is told how much is done.
+        settings: source and split, as ``data`` in a recipe.
+        watcher: is called with the progress.
 
     Raises:
         UsageError: there is no such data set, folder or manifest.
-        DataError: a bundled data set is damaged.
+        DataError: a built-in data set is damaged.
     """
     listing = _list_data(settings)
     return validate_listing(listing, settings, watcher)
