@@ -23,6 +23,7 @@ def run(
     name: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    allow_code: bool = False,
     observer: Observer | None = None,
 ) -> Path:
     """Train teacher, baseline and distilled student; write the report; return the run folder.
@@ -35,12 +36,14 @@ def run(
         name: the run folder's name; the recipe's own where None.
         resume: go on with an existing run of the same recipe.
         overwrite: delete an existing run of this name first.
+        allow_code: run code that a recipe file names, as ``package.module:Name`` or ``path/file.py:Name``; what
+            ``sets`` or a dict name needs no permission.
         observer: is told what happens; silent where None.
 
     Raises:
         PotstillError: anything that a user can mend.
     """
-    checked = load_recipe(recipe, sets, data_needed=data is None)
+    checked = load_recipe(recipe, sets, flags={"--allow-code": allow_code}, data_needed=data is None)
     path = pipeline.run(
         checked, root=Path(root), name=name, resume=resume, overwrite=overwrite, data=data, observer=observer
     )

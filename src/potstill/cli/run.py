@@ -115,6 +115,10 @@ SkipBad = Annotated[
         "--skip-bad", help="Leave out files that cannot be read and classes that are too small; list them in the run."
     ),
 ]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Run code that the recipe file names: package.module:Name, path/file.py:Name."),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run of this name; more --seeds or training.epochs extend it.")
 ]
@@ -162,6 +166,7 @@ def run(
     seeds: Seeds = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    allow_code: AllowCode = False,
     baseline: Baseline = None,
     replay: Reproduce = None,
 ) -> None:
@@ -184,11 +189,12 @@ def run(
     }
     if replay is not None:
         given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
-        _reproduce(replay, given, root=root, name=name, resume=resume, overwrite=overwrite)
+        _reproduce(replay, given, allow_code, root=root, name=name, resume=resume, overwrite=overwrite)
         return
     if recipe is None:
         raise UsageError("give a RECIPE: a name from `potstill recipes`, or a YAML file; or --reproduce RUN")
     others: dict[str, Any] = {"baseline": baseline} if baseline is not None else {}
+    flags["--allow-code"] = allow_code
     folder = _run_pipeline(
         recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None, **others
     )
@@ -220,6 +226,7 @@ def train(
     seed: Seed = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Train one stage alone: teacher, baseline or distilled student."""
     flags: dict[str, Any] = {
@@ -237,6 +244,7 @@ def train(
         "--seed": seed,
         "--skip-bad": skip_bad,
     }
+    flags["--allow-code"] = allow_code
     folder = _run_pipeline(
         recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
     )
@@ -286,7 +294,7 @@ def report(
     print_results(RunFolder(runs[0]).read_results(), page)
 
 
-def _reproduce(run: Path, given: dict[str, Any], *, name: str | None, **folder: Any) -> None:
+def _reproduce(run: Path, given: dict[str, Any], allow_code: bool, *, name: str | None, **folder: Any) -> None:
     from potstill.experiment.reproduce import check_other_folder, compare, read_run_record
 
     if other := [flag for flag, value in given.items() if value not in (None, [])]:
@@ -298,7 +306,13 @@ def _reproduce(run: Path, given: dict[str, Any], *, name: str | None, **folder: 
     name = f"{run.resolve().name[:58]}-again" if name is None else name  # 64 characters are allowed
     check_other_folder(record, folder["root"], name)
     repeated = _run_pipeline(
-        str(record.folder.recipe), None, {}, name=name, stages=record.stages, replay=record, **folder
+        str(record.folder.recipe),
+        None,
+        {"--allow-code": allow_code},
+        name=name,
+        stages=record.stages,
+        replay=record,
+        **folder,
     )
     if not is_first_process():
         return

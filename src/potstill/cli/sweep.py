@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill.cli.run import Data, RecipeName, Root, Seed, Settings, SkipBad, Student, Teacher
+from potstill.cli.run import AllowCode, Data, RecipeName, Root, Seed, Settings, SkipBad, Student, Teacher
 from potstill.errors import UsageError
 
 _MAX_NAME = 64  # characters of a folder's name
@@ -54,6 +54,7 @@ def sweep(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Of submitit (timeout_min=90) or a Ray task (num_gpus=1); repeatable."),
     ] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Search for better settings; repeat the command to go on, or to join from another process."""
     import re
@@ -65,7 +66,7 @@ def sweep(
     require_optuna()
     sets = settings or []
     flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
-    flags["--skip-bad"] = skip_bad
+    flags |= {"--skip-bad": skip_bad, "--allow-code": allow_code}
     space = parse_space(over or [], recipe, sets, flags)
     if grid and not space.listed:
         raise UsageError("--grid tries every combination, so each --search must list its values; a range has no end")
@@ -76,12 +77,19 @@ def sweep(
 
     if slurm or ray or job_option:
         repeated = {"--search": over, "--set": sets, "--teacher": teacher}
-        once = {"--trials": trials, "--timeout": timeout, **flags, "--teacher": None, "--skip-bad": None}
+        once = {
+            "--trials": trials,
+            "--timeout": timeout,
+            **flags,
+            "--teacher": None,
+            "--skip-bad": None,
+            "--allow-code": None,
+        }
         once |= {"--name": name, "--output-dir": root}
         once |= {"--confirm-seeds": confirm_seeds}
         words = [word for flag, texts in repeated.items() for text in texts or [] for word in (flag, text)]
         words += [word for flag, value in once.items() if value is not None for word in (flag, str(value))]
-        words += ["--skip-bad"] if skip_bad else []
+        words += [flag for flag in ("--skip-bad", "--allow-code") if flags[flag]]
         grids = "--grid" if grid else "--no-grid"
         _launch_jobs(["sweep", recipe, *words, grids], root / name, slurm, ray, job_option or [])
         return

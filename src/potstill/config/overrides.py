@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from potstill.code_references import is_code_reference
+from potstill.config.code_references import is_own
 from potstill.config.method_settings import normalize_method
 from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
@@ -48,7 +50,7 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], sets: Iterable
         for text in sets
         if (change := _parse_assignment(document, text)) is not None
     ]
-    _prepare_method(document, {path: value for path, value, _ in changes})
+    _prepare_method(document, {path: value for path, value, _ in changes}, allow_code=bool(flags.get("--allow-code")))
     for path, value, place in changes:
         _set_value(document, path, value, place)
 
@@ -166,7 +168,7 @@ def _resolve_key(
     return None
 
 
-def _prepare_method(document: Document, changes: dict[KeyPath, Any]) -> None:
+def _prepare_method(document: Document, changes: dict[KeyPath, Any], *, allow_code: bool) -> None:
     """What the recipe says of its method makes room for the changes that are about to come."""
     ours = [path for path in changes if path[0] == "method" and len(path) > 1]
     if isinstance(document.value.get("method"), list) and any(not str(path[1]).isdecimal() for path in ours):
@@ -178,8 +180,10 @@ def _prepare_method(document: Document, changes: dict[KeyPath, Any]) -> None:
     if ("method", "name") in changes:
         _drop_options(method, changes["method", "name"])
     if ("method", "preset") in changes:
-        name = changes.get(("method", "name"), method.get("name"))
-        _drop_preset_options(method, name, changes["method", "preset"])
+        name = str(changes.get(("method", "name"), method.get("name")))
+        own = allow_code or ("method", "name") in changes or is_own(("method", "name"), document.places)
+        if own or not is_code_reference(name):  # looking the presets up loads code, which a file may not ask for
+            _drop_preset_options(method, name, changes["method", "preset"])
 
 
 def _drop_options(method: dict[str, Any], name: Any) -> None:
@@ -189,10 +193,10 @@ def _drop_options(method: dict[str, Any], name: Any) -> None:
             del method[key]
 
 
-def _drop_preset_options(method: dict[str, Any], name: Any, preset: Any) -> None:
+def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None:
     """A preset overrules the file, like everything after ``--set``; in the file itself options overrule the preset."""
     try:
-        chosen = method_info(str(name)).presets.get(str(preset), {})
+        chosen = method_info(name).presets.get(str(preset), {})
     except UsageError:
         return  # reported by the check
     for key in chosen:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.method_settings import normalize_method
 from potstill.config.overrides import apply_overrides, fill_architectures
 from potstill.config.settings_errors import ONE, SEVERAL, SettingProblem, parse_settings
@@ -211,17 +212,22 @@ def load_recipe(
     *,
     flags: Mapping[str, Any] | None = None,
     data_needed: bool = True,
+    recorded: bool = False,
 ) -> Recipe:
     """Read and check a recipe; flags overrule the file, ``sets`` overrule both.
 
     Args:
         source: name of a shipped recipe, a YAML file, or the same content as a dict.
         sets: ``"training.epochs=5"``, as after ``--set``; values are YAML.
-        flags: by their names in ``recipe_changes.FLAGS``, such as ``{"--data": "photos"}``; None where not given.
+        flags: by their names in ``overrides.FLAGS``, such as ``{"--data": "photos"}``; None if not given.
+            ``"--allow-code"``: True loads code that a recipe file names.
         data_needed: False leaves ``data.source`` unchecked: the images come from Python, or are no longer needed.
+        recorded: True reads the recipe of a run folder for its settings: code that it names is neither loaded nor
+            refused, and what only that code could check is not checked again.
 
     Raises:
-        UsageError: all problems at once, a line each, with file, line and column, or the flag.
+        UsageError: all problems at once, a line each, with file, line and column, or the flag; or a recipe file that
+            names code, without ``--allow-code``.
         DataError, ArtifactError: the recipe itself is well, but its data or weights are not there.
     """
     document = Document("", copy.deepcopy(dict(source))) if isinstance(source, Mapping) else _read(source)
@@ -233,6 +239,14 @@ def load_recipe(
         value["teacher_cache"] = {"mode": value["teacher_cache"]}
         document.places.move(("teacher_cache",), ("teacher_cache", "mode"))
     apply_overrides(document, flags or {}, sets)
+    resolve_code_paths(value, document.places, Path() if isinstance(source, Mapping) else Path(source).parent)
+    if recorded and any(find_code(value)):
+        recipe, problems = parse_settings(value, Recipe)
+        _raise_problems(document, problems, [])
+        assert recipe is not None
+        return recipe
+    if not (flags or {}).get("--allow-code"):
+        refuse_code_in_recipe(value, document.places)
     if "tracker" in value:  # so that what is wrong with one has a place
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))

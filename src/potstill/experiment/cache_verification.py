@@ -55,7 +55,7 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
     store = TeacherCache.existing(path)
     try:
         facts, identity = store.facts, store.identity
-        recipe = load_recipe(yaml.safe_load(facts["recipe"]))
+        recipe = load_recipe(yaml.safe_load(facts["recipe"]), recorded=True)
         data = load_data(recipe.data)
         if data.target is not None:
             data = _domain_data(recipe, data, facts, path)

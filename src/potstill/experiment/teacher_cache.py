@@ -159,7 +159,7 @@ def restore_view_plan(path: Path, recipe: Recipe) -> Recipe:
         path: recipe.yaml of the run folder.
         recipe: as it is given now.
     """
-    before = load_recipe(path, data_needed=False).teacher_cache
+    before = load_recipe(path, data_needed=False, recorded=True).teacher_cache
     kept = {
         key: getattr(before, key)
         for key in ("views", "record")

@@ -100,7 +100,7 @@ def run_data_settings(model: Path) -> Any:
     if not recipe.is_file():
         return None
     read_checksummed_text(recipe)  # compares it with its digest, before it is parsed
-    return load_recipe(recipe, data_needed=False).data
+    return load_recipe(recipe, data_needed=False, recorded=True).data
 
 
 def _run_split_settings(own: Any, source: str) -> Any:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from potstill.config.code_references import refuse_code_in_recipe
 from potstill.config.recipe import Recipe
 from potstill.errors import ArtifactError, UsageError
 from potstill.input_spec import InputSpec
@@ -124,11 +125,14 @@ def decode_recipe(message: Message) -> Recipe:
 
     Raises:
         ArtifactError: it is none, as of another version of potstill.
+        UsageError: it names code that would run here.
     """
     try:
-        return Recipe.model_validate_json(message.texts["recipe"])
+        recipe = Recipe.model_validate_json(message.texts["recipe"])
     except (KeyError, ValueError) as error:
         raise ArtifactError(f"the server's recipe cannot be read: {error}\nUse one version of potstill") from error
+    refuse_code_in_recipe(recipe.model_dump())
+    return recipe
 
 
 def decode_classes(message: Message) -> tuple[str, ...]:

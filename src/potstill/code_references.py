@@ -1,0 +1,130 @@
+"""Names of code from outside the package: ``package.module:Class`` and ``path/file.py:Class``, and how they are loaded.
+
+Loading runs the code. Whoever reads such a name from a file that somebody else may have written asks first:
+see ``potstill.config.code_references``.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from potstill.errors import UsageError, did_you_mean
+
+
+def is_code_reference(name: str) -> bool:
+    """Whether a name stands for code: a Python module or a file that ends in ``.py``, a colon, an identifier.
+
+    Example:
+        >>> [is_code_reference(name) for name in ("my.methods:Mine", "src/mine.py:Mine", "kd", "cuda:0", "hf-hub:a")]
+        [True, True, False, False, False]
+    """
+    module, colon, attribute = name.rpartition(":")
+    if not colon or not attribute.isidentifier():
+        return False
+    return is_file_reference(name) or all(part.isidentifier() for part in module.split("."))
+
+
+def is_file_reference(name: str) -> bool:
+    """Whether a name stands for code in a file, whose path may be relative.
+
+    Example:
+        >>> is_file_reference("src/mine.py:Mine"), is_file_reference("my.methods:Mine")
+        (True, False)
+    """
+    module, _, attribute = name.rpartition(":")
+    return attribute.isidentifier() and module.endswith(".py")
+
+
+def resolve_reference(name: str, base: Path | None = None) -> str:
+    """The same name with an absolute path, if it stands for code in a file.
+
+    Args:
+        name: a code reference.
+        base: folder that a relative path starts from; the working folder if None.
+    """
+    if not is_file_reference(name):
+        return name
+    file, _, attribute = name.rpartition(":")
+    return f"{Path(os.path.abspath((base or Path.cwd()) / Path(file).expanduser()))}:{attribute}"
+
+
+def load_reference(name: str, *, base: Path | None = None) -> Any:
+    """Import the module or run the file that a name stands for, and return the object.
+
+    A file is run once for each content, and may import what lies beside it. Modules are also looked for in the working
+    folder, as ``python -m`` does.
+
+    Args:
+        name: a code reference; see ``is_code_reference``.
+        base: folder that the path of a file starts from; the working folder if None.
+
+    Raises:
+        UsageError: no code reference, no such file, module or attribute, or the code raises while it is imported.
+    """
+    if not is_code_reference(name):
+        raise UsageError(f"{name!r} names no code: write package.module:Name or path/file.py:Name")
+    where, _, attribute = resolve_reference(name, base).rpartition(":")
+    module = _load_file(Path(where), name) if is_file_reference(name) else _load_module(where, name)
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        public = [each for each in vars(module) if not each.startswith("_")]
+        raise UsageError(f"{name}: {where} has no {attribute!r}{did_you_mean(attribute, public)}") from error
+
+
+def _load_file(path: Path, name: str) -> ModuleType:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")])
+        raise UsageError(f"{name}: cannot read {path}: {error.strerror or error}{near}") from error
+    # By content too: a file that changes in a notebook's lifetime is run again.
+    key = f"{path.stem}_{hashlib.sha256(os.fsencode(path) + content).hexdigest()[:12]}"
+    if key in sys.modules:
+        return sys.modules[key]
+    if str(path.parent) not in sys.path:  # at the end: the folder hides no installed package
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[key]
+        raise UsageError(f"{name}: {_reason(error)}") from error
+    return module
+
+
+def _load_module(module: str, name: str) -> ModuleType:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+        importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # missing inside of what was found
+            raise UsageError(f"{name}: {_reason(error)}") from error
+        raise UsageError(
+            f"{name}: no module {error.name!r}; install it, run where it lies, or give its file as path/file.py:Name"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{name}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the code raised, and the line that it did so in."""
+    if isinstance(error, SyntaxError):
+        return f"it is not valid Python: {error.msg} ({error.filename}, line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    outside = [frame for frame in frames if frame.filename != __file__]
+    place = f" ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""
+    message = f": {error}" if str(error) else ""
+    return f"importing it raised {type(error).__name__}{message}{place}"
