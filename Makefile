@@ -18,8 +18,8 @@ test: setup  ## unit and end-to-end tests
 check: setup  ## all that CI runs: format, lint, types, layers, tests, docs
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check
 
-docs: setup
-	$(BIN)/zensical build --strict --clean
+docs: setup  ## build/docs/site
+	PATH="$(abspath $(BIN)):$$PATH" scripts/docs
 
 lock:  ## resolve pyproject.toml again
 	uv pip compile --universal --generate-hashes --python-version 3.11 $(foreach extra,$(LOCKED),--extra $(extra)) --group dev pyproject.toml -o requirements.lock
@@ -38,4 +38,4 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache site dist build
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache dist build

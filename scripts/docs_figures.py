@@ -1,17 +1,13 @@
-"""Draw the figures of the docs and the README from a finished run, and write which run that was into the page.
+"""Draw the figures of docs/how-distillation-works.md from a finished run, and write which run that was into the page.
 
-Usage: python scripts/docs_figures.py RUN [--browser chromium]
-
-With a browser (Chromium or Chrome) the top of the run's report is photographed as well.
+Usage: python scripts/docs_figures.py RUN
 """
 
 import argparse
 import csv
 import io
 import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +17,7 @@ from PIL import Image
 from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
 from potstill.io import write_bytes, write_text
-from potstill.report import theme
+from potstill.report import canvas, theme
 from potstill.report.canvas import as_png
 from potstill.report.run_reader import Run, read_run
 from potstill.report.stage_figures import draw_loss, draw_stages
@@ -29,7 +25,6 @@ from potstill.report.stage_figures import draw_loss, draw_stages
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "how-distillation-works.md"
 TEMPERATURES = (1, 2, 4)
-WINDOW = (1000, 945)  # pixels of the report that the README shows
 
 
 @dataclass
@@ -46,16 +41,13 @@ def main() -> None:
     """Write docs/images/*.png and the paragraph about the run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--browser", help="program that photographs the report")
     arguments = parser.parse_args()
     run = read_run(arguments.run)
     examples = find_examples(run)
     images = DOCS / "images"
-    save(images / "soft-targets.png", as_png(lambda figure: draw_soft_targets(figure, run, examples), (8.4, 5.2)))
+    save(images / "soft-targets.png", grid_as_png(lambda figure: draw_soft_targets(figure, run, examples), (8.4, 5.2)))
     save(images / "loss-terms.png", as_png(lambda figure: draw_loss(figure, run.stages["distilled"]), (7.2, 3.8)))
     save(images / "top1-curves.png", as_png(lambda figure: draw_stages(figure, run), (7.2, 3.8)))
-    if arguments.browser:
-        save(images / "report.png", photograph(arguments.browser, arguments.run / "report.html"))
     fill(PAGE, "run", about(run, examples))
     fill(PAGE, "soft targets", table(run, examples[0]))
     fill(PAGE, "verdict", f"The verdict of the run: *{run.results['comparison']['verdict']}*")
@@ -106,16 +98,16 @@ def draw_soft_targets(figure, run: Run, examples: list[Example]) -> None:
     figure.supxlabel("blue: the probability of the label; orange: of the other classes", fontsize=8, color=theme.FAINT)
 
 
-def photograph(browser: str, page: Path) -> bytes:
-    """The top of a page as a PNG of 256 colours."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "page.png")
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-        options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        options += [f"--user-data-dir={folder}/profile", f"--window-size={WINDOW[0]},{WINDOW[1]}"]
-        command = [browser, *options, f"--screenshot={target}", page.resolve().as_uri()]
-        subprocess.run(command, check=True, timeout=60, stderr=subprocess.DEVNULL)
-        return target.read_bytes()
+def grid_as_png(draw: canvas.DrawFunction, size: tuple[float, float]) -> bytes:
+    """``as_png`` for axes in several rows, which the report's own layout does not arrange."""
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    with canvas._style():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="png", dpi=canvas.DPI)
+    return buffer.getvalue()
 
 
 def save(path: Path, png: bytes) -> None:
@@ -148,8 +140,8 @@ def table(run: Run, example: Example) -> str:
     largest = np.argsort(-example.probabilities)[:4]
     first, second = (100 * example.probabilities[i] for i in largest[:2])
     sentence = (
-        f"The first image is a {run.class_names[largest[0]]}. The teacher gives that class {first:.0f} %, "
-        f"and {second:.0f} % to {run.class_names[largest[1]]}: it sees both. In numbers:"
+        f"The first image shows class {run.class_names[largest[0]]}. The teacher gives that class {first:.0f} %, "
+        f"and {second:.0f} % to class {run.class_names[largest[1]]}. In numbers:"
     )
     head = " | ".join(f"class {run.class_names[i]}" for i in largest)
     lines = [sentence, "", f"| T | {head} | all others |", "|---" * (len(largest) + 2) + "|"]

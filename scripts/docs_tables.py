@@ -1,14 +1,6 @@
-"""Write what in the docs and the README follows from the code, so that they cannot say anything else.
-
-Usage: python scripts/docs_tables.py [--check]   ("--check" writes nothing and fails where a page is not up to date)
-
-Tables stand in pages that people write; the pages of the methods are made as a whole (scripts/method_pages.py).
-
-A table stands between ``<!-- begin: table NAME -->`` and ``<!-- end -->``; NAME is a key of TABLES.
-"""
+"""The tables of the documentation that follow from the code: settings, recipes, methods, exit codes."""
 
 import json
-import re
 import sys
 import types
 import typing
@@ -35,14 +27,9 @@ from potstill.config.recipe import (
 )
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.distillation.teacher_cache import TeacherCacheSettings
-from potstill.io import write_text
 from potstill.loggers import LoggerSettings
 from potstill.training.settings import TrainingSettings
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAVIGATION = method_pages.NAVIGATION
-BLOCK = re.compile(r"<!-- begin: table (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 PLAIN = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -110,9 +97,9 @@ def meaning(field: FieldInfo) -> str:
     return (section.__doc__ or "").splitlines()[0]
 
 
-def methods_table(folder: str) -> str:
-    """Every method with its paper, needs and price; ``folder`` is where its page lies, seen from the table's page."""
-    head, *rows = method_pages.table_of_methods(folder)
+def methods_table() -> str:
+    """Every method with its paper, needs and price."""
+    head, *rows = method_pages.table_of_methods()
     return table(head, rows)
 
 
@@ -169,52 +156,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "DataSettings": lambda: settings_table(DataSettings),
     "AugmentSettings": lambda: settings_table(AugmentSettings),
     "CurriculumSettings": lambda: settings_table(CurriculumSettings),
-    "TrackerSettings": lambda: settings_table(LoggerSettings),
+    "LoggerSettings": lambda: settings_table(LoggerSettings),
     "TeacherCacheSettings": lambda: settings_table(TeacherCacheSettings),
     "TrainingSettings": lambda: settings_table(TrainingSettings),
-    "methods": lambda: methods_table("docs/methods/"),
-    "methods index": lambda: methods_table("methods/"),
+    "methods": methods_table,
     "method prices": method_pages.measured_on,
     "recipes": recipes_table,
     "exit codes": exit_codes_table,
 }
-
-
-def filled(text: str) -> str:
-    """A page with each of its tables made anew."""
-    return BLOCK.sub(lambda m: f"<!-- begin: table {m[1]} -->\n\n{TABLES[m[1]]()}\n\n<!-- end -->", text)
-
-
-def wanted() -> dict[Path, str | None]:
-    """What each file that follows from the code should hold; None: it should not be there."""
-    found: dict[Path, str | None] = {path: filled(path.read_text("utf-8")) for path in PAGES}
-    found[NAVIGATION] = method_pages.navigation(NAVIGATION.read_text("utf-8"))
-    found |= dict.fromkeys(method_pages.FOLDER.glob("*.md"))
-    return found | method_pages.pages()
-
-
-def stale() -> dict[Path, str | None]:
-    """Those of ``wanted`` that hold something else."""
-    return {
-        path: text for path, text in wanted().items() if (path.read_text("utf-8") if path.is_file() else None) != text
-    }
-
-
-def main() -> int:
-    """Write all files; 1 where ``--check`` found one that is not up to date."""
-    checks = "--check" in sys.argv[1:]
-    found = stale()
-    for path, text in found.items():
-        if checks:
-            sys.stderr.write(f"{path.relative_to(ROOT)} is not up to date: run python scripts/docs_tables.py\n")
-        elif text is None:
-            path.unlink()
-        else:
-            write_text(path, text)
-        if not checks:
-            sys.stdout.write(f"{path.relative_to(ROOT)}: {'removed' if text is None else 'written'}\n")
-    return int(checks and bool(found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from docs_figures import DOCS, save
+from docs_figures import DOCS, grid_as_png, save
 
 from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
 from potstill.data.splits import DataSplits
 from potstill.report import theme
-from potstill.report.canvas import as_png
 from potstill.report.run_reader import Run, read_run
 
 SHOWN = 10  # classes
@@ -35,7 +34,7 @@ def main() -> None:
     every = [load_data(load_recipe(run.folder / "recipe.yaml").data) for run, _ in runs]
     domains = [every[0], *{data.measured.source: data.measured for data in every}.values()]
     size = (8.4, 2.9 + 0.75 * len(domains))
-    save(DOCS / "images" / "domain.png", as_png(lambda figure: draw(figure, runs, domains), size))
+    save(DOCS / "images" / "domain.png", grid_as_png(lambda figure: draw(figure, runs, domains), size))
 
 
 def draw(figure: Any, runs: list[tuple[Run, str]], domains: list[DataSplits]) -> None:

@@ -1,9 +1,7 @@
-"""A page for each method, its lines in the navigation, and the tables of methods: all from the methods' source."""
+"""A page for each method, its entry in the navigation, and the table of methods: all from the methods' source."""
 
 import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,12 +12,6 @@ from potstill.methods import MethodInfo, list_own_methods, measured_costs, metho
 from potstill.methods.requirements import Requirements
 from potstill.options import REQUIRED, Option, allowed_values
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "docs" / "methods"
-NAVIGATION = ROOT / "zensical.toml"
-MADE = "<!-- made by scripts/docs_tables.py from src/potstill/methods: change it there -->"
-NAV_BLOCK = re.compile(r"(    # begin: methods\n).*?(    # end: methods\n)", re.DOTALL)
-
 _PAIR = "cifar100/resnet32x4-resnet8x4"  # the one that every table has
 
 TWO_HEADS = "deit_tiny_distilled_patch16_224"  # a student for methods that want one with a second head
@@ -29,43 +21,43 @@ _COMMON = {"teacher", "epoch progress", "labels of every image", "two images a b
            "average pooling before the head"}  # fmt: skip
 
 
-def pages() -> dict[Path, str]:
-    """Every file that is made here as a whole, with its text."""
-    return {FOLDER / f"{name}.md": page(name) for name in list_own_methods()}
+def pages() -> dict[str, str]:
+    """Path below docs/ -> Markdown."""
+    return {f"methods/{name}.md": page(name) for name in list_own_methods()}
 
 
-def navigation(text: str) -> str:
-    """The site's settings with the pages of the methods by kind."""
+def navigation() -> list[str]:
+    """The pages by kind as lines of zensical.toml."""
     lines = []
     for kind, names in methods_by_kind().items():
         if names:
             listed = ", ".join(f'{{ "{name}" = "methods/{name}.md" }}' for name in names)
-            lines.append(f'    {{ "{kind.capitalize()}" = [{listed}] }},\n')
-    return NAV_BLOCK.sub(lambda match: match[1] + "".join(lines) + match[2], text)
+            lines.append(f'{{ "{kind.capitalize()}" = [{listed}] }}')
+    return lines
 
 
-def table_of_methods(folder: str) -> list[tuple[str, ...]]:
-    """Head and rows; ``folder`` leads from the page with the table to the pages of the methods."""
+def table_of_methods() -> list[tuple[str, ...]]:
+    """Head and rows, with links to the pages of the methods."""
     rows: list[tuple[str, ...]] = [("method", "paper", "needs", "time", "memory")]
     for names in methods_by_kind().values():
-        rows += [_row(method_info(name), folder) for name in names]
+        rows += [_row(method_info(name)) for name in names]
     return rows
 
 
-def _row(found: MethodInfo, folder: str) -> tuple[str, ...]:
+def _row(found: MethodInfo) -> tuple[str, ...]:
     name = found.name
     title = found.summary.partition(":")[0].strip(" .")
     paper = f"[{found.paper.venue}]({found.paper.url})" if found.paper else ""
     needs = ", ".join(need for need in found.needs if need not in _COMMON) or "logits"
     cost = step_costs().get(name)
     price = (f"{cost.time:.2f}", f"{cost.memory:.2f}") if cost else ("", "")
-    return (f"[`{name}`]({folder}{name}.md) {title}", paper, needs, *price)
+    return (f"[`{name}`](methods/{name}.md) {title}", paper, needs, *price)
 
 
 def page(name: str) -> str:
     """The page of one method."""
     found = method_info(name)
-    parts = [f"# {name}", MADE, _head(found), *_loss(found), f"**Needs**: {', '.join(found.needs)}."]
+    parts = [f"# {name}", _head(found), *_loss(found), f"**Needs**: {', '.join(found.needs)}."]
     parts += ["## Use", f"```yaml\n{recipe(found)}```", *_command(found), f"```python\n{snippet(name)}```"]
     if found.options:
         parts += ["## Options", _options(found.options)]

@@ -1,6 +1,7 @@
 """One thread and one seed: no test depends on the machine's cores or on luck."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import sys
@@ -15,6 +16,9 @@ import pytest
 from .own_process import plugin
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the processes that tests start
+# Else every process that tests start compiles potstill again, half a second each, and every run of pytest all tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache, and find none there
     os.environ["POTSTILL_CACHE"] = tempfile.mkdtemp(prefix="potstill-cache-")
     atexit.register(shutil.rmtree, os.environ["POTSTILL_CACHE"], ignore_errors=True)
@@ -22,6 +26,16 @@ if "POTSTILL_CACHE" not in os.environ:  # tests leave no trace in a user's cache
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(plugin())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process keeps to whole files, whose runs are made once, until another is idle: ``--dist worksteal``."""
+    if config.getoption("dist") != "load":  # somebody asks for another way
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +46,28 @@ def _seeded() -> None:
         torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def generated_docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that the documentation's site is built from, as scripts/docs generates it: ``docs/`` and zensical.toml."""
+    script = Path(__file__).parents[1] / "scripts" / "generate_docs.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("generated") / "site"
+    module.generate(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """``os.fsync`` returns at once: a run of a second calls it a hundred times, and no test pulls the plug."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        yield
+
+
 @pytest.fixture
 def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's number of threads can be set and read, and no thread is started: more of them than cores are slow."""
@@ -40,6 +76,9 @@ def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [torch.get_num_threads()]
     monkeypatch.setattr(torch, "set_num_threads", lambda number: kept.__setitem__(0, number))
     monkeypatch.setattr(torch, "get_num_threads", lambda: kept[0])
+
+
+_TWICE = {"rounds": 2, "warmup": 1}
 
 
 class _Blank:
@@ -55,7 +94,29 @@ def blank_pictures() -> Iterator[None]:
     from potstill.report import canvas
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas, "_draw_figure", lambda draw, size: _Blank())
+        patch.setattr(canvas, "draw_figure", lambda draw, size: _Blank())
+        yield
+
+
+@contextmanager
+def few_digits() -> Iterator[None]:
+    """The data set ``digits`` has every third of its images."""
+    from potstill.data.builtin import digits
+
+    counts, labels = digits.read_counts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "read_counts", lambda: (counts[::3], labels[::3]))
+        yield
+
+
+@contextmanager
+def short_runs() -> Iterator[None]:
+    """Blank pictures, and each network's latency from two measurements in place of thirty: a third of a small run."""
+    from potstill.experiment import results
+
+    measure = results.measure_latency
+    with blank_pictures(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "measure_latency", lambda networks, **how: measure(networks, **how | _TWICE))
         yield
 
 

@@ -64,7 +64,7 @@ def test_data_sets_are_known():
     assert pets.class_names == ("cat", "dog")
     assert sum(len(pets.split(split)) for split in ("train", "val", "test")) == 20
     stripes = load_data(DataSettings(source="stripes", size=8))
-    assert stripes.class_names == ("lying", "standing")
+    assert stripes.class_names == ("horizontal", "vertical")
     assert [len(stripes.split(split)) for split in ("train", "val", "test")] == [40, 10, 10]
     assert (stripes.train.pixels(0) == stripes.train.pixels(0)[:, :1]).all()
 
@@ -118,7 +118,7 @@ def test_pages_show_what_they_announce(copy):
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert len(FILE.findall(contributing)) == 1
     assert len(LINE.findall(contributing)) == 2
-    assert len(contributing.splitlines()) <= 55
+    assert len(contributing.splitlines()) <= 95  # a third of them is the map of the source
     longer = (ROOT / "docs" / "adding-things.md").read_text(encoding="utf-8")
     assert len(FILE.findall(longer)) == 5
     assert len(LINE.findall(longer)) == 4

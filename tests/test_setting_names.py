@@ -17,7 +17,7 @@ from potstill.methods import list_own_methods, method_info
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PLACEHOLDERS = {"key", "KEY"}
 TENSORS = {"student.maps", "teacher.maps"}  # of Python code in a page on methods
@@ -30,7 +30,7 @@ DATA_OPTIONS = {
     for model in (CifarOptions, FashionOptions, SolarOptions, ShardOptions)
     for option in getattr(model, "model_fields", None) or getattr(model, "__annotations__", {})
 }
-SECTIONS = "data|training|teacher|teachers|student|assistants|store|domain|curriculum|method|tracker"
+SECTIONS = "data|training|teacher|teachers|student|assistants|teacher_cache|store|domain|curriculum|method|tracker"
 SET = re.compile(r"--set[ =]['\"]?([A-Za-z_][\w.]*)=")
 # Not after a dot or a slash (a module, a file), not before one (a file), a bracket (a call) or a letter.
 DOTTED = re.compile(rf"(?<![\w./])((?:{SECTIONS})(?:\.[a-z0-9_]+)+)(?![\w/(*]|\.[a-z])")
@@ -90,7 +90,16 @@ def test_keys_that_exist_and_keys_that_do_not() -> None:
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_docs_name_settings_that_exist(path: Path) -> None:
-    code = re.findall(r"```.*?```|`[^`\n]+`", path.read_text(encoding="utf-8"), re.DOTALL)
+    check_settings_of(path.read_text(encoding="utf-8"))
+
+
+def test_generated_pages_name_settings_that_exist(generated_docs: Path) -> None:
+    for path in sorted((generated_docs / "docs" / "methods").iterdir()):
+        check_settings_of(path.read_text(encoding="utf-8"))
+
+
+def check_settings_of(text: str) -> None:
+    code = re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL)
     assert unknown("\n".join(code), SET) == []
     inline = [each for each in code if not each.startswith("```")]
     assert unknown("\n".join(inline), DOTTED) == []

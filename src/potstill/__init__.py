@@ -1,7 +1,7 @@
-"""Distil a large image classifier into a small one, and say honestly whether it helped.
+"""Knowledge distillation of image classifiers, with a fair comparison to training without a teacher.
 
-Three layers, usable one by one: ``potstill.functional`` (losses), ``Distiller`` (in your own loop) and
-``potstill.run`` (teacher, baseline, distilled, report).
+Three layers, each usable alone: ``potstill.functional`` (losses), ``Distiller`` (for a training loop of your own) and
+``potstill.run`` (teacher, baseline, distilled student, report).
 """
 
 import importlib

@@ -1,14 +1,21 @@
-"""The experiment from Python: what ``potstill run``, ``predict`` and friends do."""
+"""Whole experiments from Python: ``potstill run`` and loading of trained models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from potstill.code_references import allowed_code
 from potstill.config.recipe import load_recipe
 from potstill.data.splits import DataSplits
+from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.run_folder import find_model
+from potstill.input_spec import InputSpec
 from potstill.loggers.observer import log_files
+from potstill.models.factory import OWN_WEIGHTS
+from potstill.models.families.own_models import GIVEN, Network, given_networks
 from potstill.models.model_file import Classifier, load_model
 from potstill.report.render import render
 from potstill.training.callbacks import Observer, SilentObserver
@@ -18,6 +25,10 @@ def run(
     recipe: str | Path | Mapping[str, Any],
     *,
     sets: tuple[str, ...] = (),
+    teacher: Network | Sequence[Network] | None = None,
+    student: Network | None = None,
+    teacher_input: InputSpec | None = None,
+    student_input: InputSpec | None = None,
     data: DataSplits | None = None,
     root: str | Path = "runs",
     name: str | None = None,
@@ -29,33 +40,86 @@ def run(
     """Train teacher, baseline and distilled student; write the report; return the run folder.
 
     Args:
-        recipe: name of a shipped recipe, a YAML file, or its content as a dict.
-        sets: changes like ``"training.epochs=5"``.
-        data: images from Python (``potstill.data.datasets.from_torch``) in place of the recipe's source.
-        root: where run folders stand.
-        name: the run folder's name; the recipe's own where None.
-        resume: go on with an existing run of the same recipe.
+        recipe: name of a recipe that comes with potstill, a YAML file, or its content as a dict.
+        sets: changed settings, such as ``"training.epochs=5"``.
+        teacher: a trained network, images [B, 3, S, S] -> logits [B, K], with its outputs in the order of the data's
+            classes (``teacher.classes`` sets another order), in place of the recipe's teacher; or several.
+        student: the network to train, in place of the recipe's: a module, from whose weights every student of the run
+            starts, or a callable that returns a new one (``callable(num_classes=K)`` or ``callable()``).  The run
+            trains copies; what is passed is not changed.
+        teacher_input: preprocessing of the teacher's images; None: that of the student.
+        student_input: preprocessing of the student's images; None: ``data.size``, ``data.mean`` and ``data.std``.
+        data: data set from Python (see ``potstill.data.datasets.from_torch``) in place of the recipe's source.
+        root: folder that holds the run folders.
+        name: name of the run folder; None: the recipe's name.
+        resume: continue an existing run with the same settings.
         overwrite: delete an existing run of this name first.
         allow_code: run code that a recipe file names, as ``package.module:Name`` or ``path/file.py:Name``; what
             ``sets`` or a dict name needs no permission.
-        observer: is told what happens; silent where None.
+        observer: its methods are called with the progress; None: no output.
 
     Raises:
-        PotstillError: anything that a user can mend.
+        PotstillError: any error that the user can correct.
     """
-    checked = load_recipe(recipe, sets, flags={"--allow-code": allow_code}, data_needed=data is None)
-    path = pipeline.run(
-        checked, root=Path(root), name=name, resume=resume, overwrite=overwrite, data=data, observer=observer
-    )
+    given, flags = _name_networks(teacher, student, teacher_input, student_input)
+    with given_networks(given):
+        checked = load_recipe(recipe, sets, flags={**flags, "--allow-code": allow_code}, data_needed=data is None)
+        path = pipeline.run(
+            checked, root=Path(root), name=name, resume=resume, overwrite=overwrite, data=data, observer=observer
+        )
     render(path)
     log_files(path, observer or SilentObserver())
     return path
 
 
-def load(path: str | Path) -> Classifier:
-    """The model of a run (distilled, else baseline, else teacher) or of a model folder, in eval mode on the CPU.
+def _name_networks(
+    teacher: Network | Sequence[Network] | None,
+    student: Network | None,
+    teacher_input: InputSpec | None,
+    student_input: InputSpec | None,
+) -> tuple[dict[str, tuple[Network, InputSpec | None]], dict[str, Any]]:
+    """Names for networks from Python, and the flags that put them in the recipe's place.
 
     Raises:
-        ArtifactError: there is none, or it is damaged.
+        UsageError: something that is no network, or an input specification without its network.
     """
-    return load_model(find_model(Path(path)))
+    # A module of layers, such as nn.Sequential, is no sequence of networks.
+    teachers: list[Any] = [] if teacher is None else list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    for key, network in [("student", student), *(("teacher", each) for each in teachers)]:
+        if network is not None and not isinstance(network, torch.nn.Module) and not callable(network):
+            raise UsageError(
+                f"{key} must be an nn.Module or a callable that returns one, got {type(network).__name__}; an "
+                f"architecture by its name goes into the recipe: sets=('{key}.model=...',)"
+            )
+    for key, spec, there in (
+        ("teacher_input", teacher_input, teachers),
+        ("student_input", student_input, student is not None),
+    ):
+        if spec is not None and not there:
+            raise UsageError(f"{key} is for a {key.removesuffix('_input')} that is given from Python; none is")
+    labels = [f"{GIVEN}teacher{f'-{at}' if at > 1 else ''}" for at in range(1, len(teachers) + 1)]
+    given: dict[str, tuple[Network, InputSpec | None]] = {
+        label: (each, teacher_input) for label, each in zip(labels, teachers, strict=True)
+    }
+    flags: dict[str, Any] = {"--teacher": [f"{label}@{OWN_WEIGHTS}" for label in labels]} if labels else {}
+    if student is not None:
+        given[f"{GIVEN}student"] = (student, student_input)
+        flags["--student"] = f"{GIVEN}student"
+    return given, flags
+
+
+def load(path: str | Path, *, module: torch.nn.Module | None = None, allow_code: bool = False) -> Classifier:
+    """Return the model of a run folder (distilled student, else baseline, else teacher) or of a model folder.
+
+    The model is on the CPU and in eval mode.
+
+    Args:
+        path: a run folder, a model folder or file.
+        module: the network that the weights are loaded into; required if ``run`` got the network from Python.
+        allow_code: run the code that the model file names.
+
+    Raises:
+        ArtifactError: there is no model, it is damaged, or it names code and ``allow_code`` is False.
+    """
+    with allowed_code(allow_code):
+        return load_model(find_model(Path(path)), module=module)

@@ -10,6 +10,8 @@ import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -128,3 +130,30 @@ def _reason(error: BaseException) -> str:
     place = f" ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""
     message = f": {error}" if str(error) else ""
     return f"importing it raised {type(error).__name__}{message}{place}"
+
+
+PERMISSION = "POTSTILL_ALLOW_CODE"  # in the environment: "1" lets model files name code; worker processes inherit it
+_permitted: set[str] = set()
+
+
+def permit_code(names: Iterable[str]) -> None:
+    """Let files of this process name this code: it was on the command line, or its recipe was accepted."""
+    _permitted.update(names)
+
+
+def is_permitted(name: str) -> bool:
+    """Whether code that a file names may be loaded."""
+    return name in _permitted or os.environ.get(PERMISSION) == "1"
+
+
+@contextmanager
+def allowed_code(allow: bool = True) -> Iterator[None]:
+    """Let model files name any code within the block, in this process and those that it starts, if ``allow``."""
+    former = os.environ.get(PERMISSION)
+    if allow:
+        os.environ[PERMISSION] = "1"
+    try:
+        yield
+    finally:
+        if allow and former is None:
+            del os.environ[PERMISSION]

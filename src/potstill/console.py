@@ -201,4 +201,5 @@ def format_duration(seconds: float) -> str:
 
 
 def print_lines(lines: Iterable[str]) -> None:
+    """Write the lines to standard output in one piece, so that lines of other processes do not come between."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -1,9 +1,20 @@
 """Format numbers for people; files keep shares, bytes and seconds.  What is no number becomes a dash."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 MISSING = "–"
+
+
+def format_names(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` names, and how many more there are.
+
+    Example:
+        >>> format_names(["cat", "dog"]), format_names(["a", "b", "c", "d"], most=2)
+        ('cat, dog', 'a, b and 2 more')
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def format_number(value: Any) -> float | None:

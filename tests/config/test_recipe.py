@@ -92,7 +92,7 @@ sed: 3
 data:
   size: 4
   workers: many
-  augment: {hflip: 1, polic: none, policy: randaug}
+  augment: {hflip: 1, erasin: 0, auto_augment: randaug}
 teacher:
   model: vgg16
   training: {milestons: [3], epochs: 0}
@@ -114,8 +114,8 @@ epochs: 3
         "recipe.yaml:4:3: data.size must be at least 8, got 4",
         "recipe.yaml:5:3: data.workers must be a whole number or 'auto', got 'many'",
         "recipe.yaml:6:13: data.augment.hflip must be true or false, got 1",
-        "recipe.yaml:6:23: data.augment.polic: unknown key; did you mean 'policy'?",
-        "recipe.yaml:6:36: data.augment.auto_augment must be 'none', 'randaugment' or 'trivialaugment', got 'randaug'"
+        "recipe.yaml:6:23: data.augment.erasin: unknown key; did you mean 'erasing'?",
+        "recipe.yaml:6:34: data.augment.auto_augment must be 'none', 'randaugment' or 'trivialaugment', got 'randaug'"
         "; did you mean 'randaugment'?",
         "recipe.yaml:9:14: teacher.training.milestons: unknown key; did you mean 'milestones'?",
         "recipe.yaml:9:30: teacher.training.epochs must be at least 1, got 0",
@@ -528,15 +528,59 @@ def test_a_teacher_by_architecture(flag: str, model: str, weights: str | None) -
 
 
 def test_a_bare_state_dict_needs_its_architecture(written, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "w.pth").write_bytes(b"x")
+    import torch
 
+    (tmp_path / "w.pth").write_bytes(b"x")
     assert load(SMALL, flags={"--teacher": "vgg16@w.pth"}).teacher.weights == "w.pth"
+    torch.save({"a.weight": torch.zeros(2, 3)}, tmp_path / "w.pth")
     assert problems(SMALL, flags={"--teacher": "w.pth"}) == [
-        "--teacher w.pth: teacher.weights: w.pth holds weights alone; name their architecture as ARCHITECTURE@w.pth"
+        "--teacher w.pth: teacher.weights: w.pth holds weights alone; name their architecture as ARCHITECTURE@w.pth",
+        "It has 1 tensors of 6 values in all: a.weight (2, 3)",
     ]
     assert problems(SMALL, flags={"--teacher": "gone.pth"}) == [
         "--teacher gone.pth: teacher.weights: no such file or folder: gone.pth"
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("cifar10", "cifar10"),
+        ("names.txt", ["red", "blue"]),
+        ('["red", "blue"]', ["red", "blue"]),
+        ("{a: [red, 3], b: blue}", {"a": ["red", 3], "b": ["blue"]}),
+    ],
+)
+def test_classes_are_a_list_a_file_a_known_list_or_a_mapping(written, tmp_path: Path, given, kept) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "names.txt").write_text("red\nblue\n")
+    (tmp_path / "w.pth").write_bytes(b"x")
+    recipe = load(SMALL, f"teacher.classes={given}", flags={"--teacher": "vgg16@w.pth"})
+    assert recipe.network("teacher").classes == kept
+    assert load(dict(recipe.model_dump(mode="json"))).network("teacher").classes == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[red]", "teacher.classes must be"),
+        ("{a: [red]}", "teacher.classes must be"),
+        ("{a: [], b: [1]}", "teacher.classes.a must be"),
+        ("5", "teacher.classes must be"),
+        ("cifar11", "teacher.classes: cifar11 cannot be read as class names, one a line: No such file or directory"),
+    ],
+)
+def test_classes_that_are_none_of_these(written, tmp_path: Path, given, message) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "w.pth").write_bytes(b"x")
+    found = problems(SMALL, f"teacher.classes={given}", flags={"--teacher": "vgg16@w.pth"})
+    assert message in found[0]
+    assert len(found) <= 2
+
+
+def test_a_model_file_that_names_code_needs_permission(written, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    write_checksummed_json(tmp_path / "model.json", {"architecture": "/there/mine.py:Net"})
+    assert "--allow-code" in "".join(problems(SMALL, flags={"--teacher": str(tmp_path)}))
+    allowed = load(SMALL, flags={"--teacher": str(tmp_path), "--allow-code": True})
+    assert allowed.network("teacher").model == "/there/mine.py:Net"
 
 
 def test_a_run_folder_gives_a_teacher_its_teacher_and_a_student_its_student(tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ def both(tmp_path: Path, seed: int = 0, order: list[int] | None = None) -> tuple
 @pytest.mark.parametrize("order", [None, list(reversed(range(IMAGES)))])
 def test_streamed_columns_and_figures_are_those_of_held_probabilities(tmp_path: Path, order: list[int] | None) -> None:
     held, stored = both(tmp_path, order=order)
-    for name in ("labels", "predicted", "before", "top"):
+    for name in ("labels", "predicted", "label_rank", "top"):
         assert np.array_equal(getattr(held, name), getattr(stored, name)), name
-    for name in ("confidence", "of_label", "top_probabilities"):
+    for name in ("confidence", "label_probability", "top_probabilities"):
         assert getattr(held, name) == pytest.approx(getattr(stored, name), rel=1e-5), name
     names = [f"class {i}" for i in range(CLASSES)]
     one, other = split_metrics(held, names), split_metrics(stored, names)
@@ -83,15 +83,15 @@ def test_streamed_columns_and_figures_are_those_of_held_probabilities(tmp_path: 
 def test_the_file_gives_divergence_and_temperature_back(tmp_path: Path) -> None:
     (held, stored), (other_held, other_stored) = both(tmp_path), both(tmp_path, seed=1)
     for one, other in ((held, stored), (other_held, other_stored)):
-        assert one.rows is not None
-        assert other.rows is not None
-        assert fit_temperature(other.rows, other.labels) == pytest.approx(
-            fit_temperature(one.rows, one.labels), rel=2e-3
+        assert one.probabilities is not None
+        assert other.probabilities is not None
+        assert fit_temperature(other.probabilities, other.labels) == pytest.approx(
+            fit_temperature(one.probabilities, one.labels), rel=2e-3
         )
     expected = agreement(held.array, other_held.array)  # type: ignore[arg-type]
-    assert stored.rows is not None
-    assert other_stored.rows is not None
-    assert agreement(stored.rows, other_stored.rows) == pytest.approx(expected, rel=2e-3)
+    assert stored.probabilities is not None
+    assert other_stored.probabilities is not None
+    assert agreement(stored.probabilities, other_stored.probabilities) == pytest.approx(expected, rel=2e-3)
     # Documented: float16 logarithms in the NumPy format.
     logs = np.load(tmp_path / "0.npy")
     assert logs.dtype == np.float16

@@ -6,14 +6,14 @@ from PIL import Image
 
 from potstill.config.recipe import load_recipe
 
-from ..conftest import blank_pictures
+from ..conftest import short_runs
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 40, 30)}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def pictures():
-    with blank_pictures():
+    with short_runs():
         yield
 
 

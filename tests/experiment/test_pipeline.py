@@ -160,7 +160,8 @@ def test_no_student_file_holds_the_teacher(run):
 
 
 def test_checkpoints_are_kept_on_request_and_hold_no_teacher(recipe, tmp_path):
-    path = pipeline.run(recipe(**{"training.epochs": 1, "training.keep_checkpoint": True}), root=tmp_path)
+    kept = recipe(**{"training.epochs": 1, "training.keep_checkpoint": True})
+    path = pipeline.run(kept, root=tmp_path, evaluate=False)
     sizes = {}
     for stage in STAGES:
         (last,) = (path / stage / "checkpoints").iterdir()
@@ -176,11 +177,12 @@ def test_same_seed_same_weights_whatever_the_workers(run, module_recipe, tmp_pat
             update={"workers": workers, "cache_fraction": 1e-12}
         )  # streamed, not resident
         again = pipeline.run(
-            module_recipe.model_copy(update={"data": data}), root=tmp_path, name=f"w{workers}", stages=("baseline",)
-        )
+            module_recipe.model_copy(update={"data": data}), root=tmp_path, name=f"w{workers}", stages=("baseline",),
+            evaluate=False,
+        )  # fmt: skip
         assert same(weights(again, "baseline"), weights(run, "baseline"))
     other = pipeline.run(
-        module_recipe.model_copy(update={"seed": 1}), root=tmp_path, name="seed1", stages=("baseline",)
+        module_recipe.model_copy(update={"seed": 1}), root=tmp_path, name="seed1", stages=("baseline",), evaluate=False
     )
     assert not same(weights(other, "baseline"), weights(run, "baseline"))
 
@@ -217,20 +219,20 @@ def test_a_killed_run_goes_on_and_ends_the_same(run, module_recipe, tmp_path):
 
 
 def test_resume_refuses_other_settings_by_name(recipe, tmp_path):
-    pipeline.run(recipe(), root=tmp_path, stages=("baseline",))
+    pipeline.run(recipe(), root=tmp_path, stages=("baseline",), evaluate=False)
     with pytest.raises(UsageError, match=r"training\.lr: was 0\.003, now 0\.01"):
         pipeline.run(recipe(**{"training.lr": 0.01}), root=tmp_path, stages=("baseline",), resume=True)
-    pipeline.run(recipe(**{"data.workers": 1}), root=tmp_path, stages=("baseline",), resume=True)
+    pipeline.run(recipe(**{"data.workers": 1}), root=tmp_path, stages=("baseline",), resume=True, evaluate=False)
 
 
 def test_resume_fills_in_what_an_older_recipe_did_not_know(recipe, tmp_path):
-    path = pipeline.run(recipe(), root=tmp_path, stages=("baseline",))
+    path = pipeline.run(recipe(), root=tmp_path, stages=("baseline",), evaluate=False)
     older = yaml.safe_load((path / "recipe.yaml").read_text())
     for key in ("born_again_generations", "feature_pairs", "assistants", "teachers"):
         del older[key]
     del older["teacher"]["size"]
     write_checksummed_text(path / "recipe.yaml", yaml.safe_dump(older))
-    pipeline.run(recipe(), root=tmp_path, stages=("baseline",), resume=True)
+    pipeline.run(recipe(), root=tmp_path, stages=("baseline",), resume=True, evaluate=False)
     with pytest.raises(UsageError, match="born_again_generations: was 1, now 2"):
         pipeline.run(recipe(born_again_generations=2), root=tmp_path, stages=("baseline",), resume=True)
 
@@ -238,14 +240,14 @@ def test_resume_fills_in_what_an_older_recipe_did_not_know(recipe, tmp_path):
 def test_resume_refuses_other_images(photographs, recipe, tmp_path):
     shutil.copytree(photographs, tmp_path / "mine")
     tiny = recipe(**{"data.source": f"'{tmp_path / 'mine'}'", "training.epochs": 1})
-    pipeline.run(tiny, root=tmp_path, stages=("baseline",))
+    pipeline.run(tiny, root=tmp_path, stages=("baseline",), evaluate=False)
     shutil.copy(photographs / "blue" / "00.png", tmp_path / "mine" / "red" / "00.png")
     with pytest.raises(UsageError, match="has changed since"):
         pipeline.run(tiny, root=tmp_path, stages=("baseline",), resume=True)
 
 
 def test_overwriting_spares_the_weights_that_the_new_run_starts_from(recipe, tmp_path):
-    path = pipeline.run(recipe(**{"teacher.training.epochs": 1}), root=tmp_path, stages=("teacher",))
+    path = pipeline.run(recipe(**{"teacher.training.epochs": 1}), root=tmp_path, stages=("teacher",), evaluate=False)
     again = recipe(**{"teacher.weights": f"'{path / 'teacher'}'"})
     with pytest.raises(UsageError, match="would delete the teacher's own weights"):
         pipeline.run(again, root=tmp_path, overwrite=True)
@@ -262,7 +264,7 @@ def test_a_teacher_from_another_run_is_not_trained_again(run, recipe, tmp_path):
 def test_a_bare_state_dict_is_a_teacher_too(run, recipe, tmp_path):
     file = tmp_path / "teacher.pth"
     torch.save({"state_dict": {f"module.{k}": v for k, v in weights(run, "teacher").items()}}, file)
-    path = pipeline.run(recipe(**{"teacher.weights": f"'{file}'"}), root=tmp_path)
+    path = pipeline.run(recipe(**{"teacher.weights": f"'{file}'"}), root=tmp_path, stages=("teacher",), evaluate=False)
     assert same(weights(path, "teacher"), weights(run, "teacher"))
 
 
@@ -366,11 +368,11 @@ def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("class_balance", ["none", "weights"])
-def test_label_smoothing_reaches_the_loss(recipe, balance):
+def test_label_smoothing_reaches_the_loss(recipe, class_balance):
     from potstill.data.datasets import load_data
     from potstill.experiment.stage import label_loss
 
-    smoothed = recipe(**{"training.label_smoothing": 0.3, "data.class_balance": balance})
+    smoothed = recipe(**{"training.label_smoothing": 0.3, "data.class_balance": class_balance})
     loss = label_loss(smoothed, smoothed.training, load_data(smoothed.data))
     logits = torch.tensor([[2.0, 0.0, 0.0]])
     normaliser = math.log(math.exp(2) + 2)

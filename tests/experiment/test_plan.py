@@ -38,7 +38,7 @@ def test_each_generation_learns_from_the_one_before_and_the_last_is_distilled() 
         "generation-2": ("generation-1",),
         "distilled": ("generation-2",),
     }
-    pairs = {stage.name: stage.layers for stage in plan_stages(born_again)}
+    pairs = {stage.name: stage.feature_pairs for stage in plan_stages(born_again)}
     assert pairs["generation-1"] == (("x", "y"),)
     assert pairs["distilled"] == (("x", "x"),)  # the same network on both sides
     assert pairs["baseline"] is None

@@ -6,13 +6,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from odd_networks import Plain, Pooled, Residual, Shared
 from torch import nn
 
 from potstill.errors import UsageError
 from potstill.features.hooks import FeatureRequest, capture_features
 from potstill.features.stages import find_stage_at, find_stages
 from potstill.models.factory import create_model
+
+from .odd_networks import Plain, Pooled, Residual, Shared
 
 
 def images(size: int, batch: int = 2):

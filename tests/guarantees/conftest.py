@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,9 +19,7 @@ from potstill.models.model_file import load_model
 from potstill.report.run_reader import read_run
 from potstill.training.checkpointing import load_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent))  # hostile_images.py
-
-from ..conftest import blank_pictures
+from ..conftest import short_runs
 
 COLOURS = {"blue": (30, 60, 200), "red": (210, 40, 30)}
 RECIPE = """
@@ -62,7 +59,7 @@ def recipe_file(folder: Path) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Blank ones, but for modules that say DRAWS = True."""
-    with nullcontext() if getattr(request.module, "DRAWS", False) else blank_pictures():
+    with nullcontext() if getattr(request.module, "DRAWS", False) else short_runs():
         yield
 
 
@@ -75,7 +72,7 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run folder; nobody may change it."""
     root = tmp_path_factory.mktemp("runs")
-    with blank_pictures():
+    with short_runs():
         assert main(["run", str(tiny_recipe), "--output-dir", str(root)]) == 0
     return root / "tiny"
 
@@ -186,6 +183,6 @@ def tiny(tiny_recipe: Path) -> Tiny:
 def undisturbed(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The weights of a run that nothing happened to."""
     root = tmp_path_factory.mktemp("undisturbed")
-    with blank_pictures():
+    with short_runs():
         assert Tiny(tiny_recipe)(root) == 0
     return Tiny.weights(root)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from potstill.cli import main
 from potstill.experiment.run_folder import RunFolder
 from potstill.io import remove_partial_files
 from potstill.models.model_file import load_model
@@ -24,6 +25,7 @@ from potstill.training.checkpointing import load_checkpoint
 pytestmark = pytest.mark.own_process
 
 Faults = Any  # the fixture of conftest.py
+CarryOut = Callable[..., tuple[int, str]]
 STAGES = ("teacher", "baseline", "distilled")
 SAID = r"^error: (cannot write (to )?\S+: )?{reason}(: \S+)?$"
 
@@ -48,6 +50,17 @@ def carried_out(recipe: Path, root: Path, *flags: str, before: tuple[str, ...] =
     return done.returncode, done.stderr
 
 
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> CarryOut:
+    """As ``carried_out``, in this process."""
+
+    def carry_out(recipe: Path, root: Path, *flags: str) -> tuple[int, str]:
+        capsys.readouterr()
+        return main(command(recipe, root, *flags)), capsys.readouterr().err
+
+    return carry_out
+
+
 def check_failed(code: int, errors: str, reason: str) -> None:
     assert code == 5, errors
     (error,) = [line for line in errors.splitlines() if line.startswith("error")]
@@ -66,9 +79,9 @@ def check_whole(root: Path) -> None:
         run.read_environment()
 
 
-def check_goes_on(recipe: Path, root: Path, finished: Path) -> None:
+def check_goes_on(recipe: Path, root: Path, finished: Path, carry_out: CarryOut = carried_out) -> None:
     flags = ["--resume"] if RunFolder(root / "runs" / "tiny").known else []
-    code, errors = carried_out(recipe, root, *flags)
+    code, errors = carry_out(recipe, root, *flags)
     assert code == 0, errors
     assert weights(root / "runs" / "tiny") == weights(finished)
     assert not list((root / "runs").rglob("*.part"))
@@ -100,7 +113,18 @@ LIMITS = ["size=2m", "size=1m", "size=3m", "size=4m", "size=6m", "size=8m"]
 LIMITS += [f"size=64m,nr_inodes={number}" for number in (4, 9, 14, 20, 26, 32)]
 
 
-@pytest.mark.parametrize("limit", [LIMITS[0], *(pytest.param(limit, marks=pytest.mark.slow) for limit in LIMITS[1:])])
+def test_a_full_disk_in_this_process(
+    tiny_recipe: Path, finished_run: Path, disk: Callable[[str], Path], here: CarryOut
+) -> None:
+    root = disk(LIMITS[0])
+    check_failed(*here(tiny_recipe, root), "No space left on device")
+    check_whole(root)
+    disk("remount,size=64m,nr_inodes=10000")
+    check_goes_on(tiny_recipe, root, finished_run, here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", LIMITS)
 def test_a_full_disk_and_then_a_larger_one(
     tiny_recipe: Path, finished_run: Path, disk: Callable[[str], Path], limit: str
 ) -> None:

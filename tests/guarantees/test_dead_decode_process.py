@@ -28,7 +28,7 @@ PLACES = {
     "keeping the best": ("potstill.training.checkpointing:Checkpointer.keep_best", 0),
     "metrics.jsonl": ("potstill.training.trainer:Trainer._write_records", 1),
 }
-DEFAULT = {"backward"}  # all of them in tests/training/test_dead_decode_process.py, without the command
+DEFAULT = {"backward"}  # all of them in tests/training/test_trainer_dead_workers.py, without the command
 STREAMED = [
     "--set",
     "data.workers=2",

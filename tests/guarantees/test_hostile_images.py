@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_images import FILES
+
+from .hostile_images import FILES
 
 MOST_BYTES = 200 * 2**20
 LONG = {

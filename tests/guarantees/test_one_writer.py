@@ -140,7 +140,7 @@ def test_a_planted_write_is_found(tmp_path: Path, text: str) -> None:
 def test_reading_and_our_own_names_are_not(tmp_path: Path) -> None:
     text = (
         "from potstill import io\nfrom potstill.io import write_text\n"
-        "write_text(path, '')\nartifacts.write_bytes(path, b'')\nopen(path)\npath.open('rb')\nyaml.safe_dump(value)\n"
+        "write_text(path, '')\nio.write_bytes(path, b'')\nopen(path)\npath.open('rb')\nyaml.safe_dump(value)\n"
     )
     (tmp_path / "x.py").write_text(text)
     assert list(writes(tmp_path / "x.py")) == []

@@ -28,6 +28,7 @@ from potstill.training.settings import TrainingSettings
 FREE = {  # docs/guarantees.md and docs/recipes.md say so
     "name", "description", "data.workers", "data.cache_fraction", "teacher_cache.folder", "training.checkpoint_seconds",
     "teacher.training.checkpoint_seconds", "student.training.checkpoint_seconds", "tracker",
+    "training.keep_checkpoint", "teacher.training.keep_checkpoint", "student.training.keep_checkpoint",
 }  # fmt: skip
 ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file that is there
     "data.unlabeled", "teacher.weights", "student.weights", "teachers.weights", "training.milestones",

@@ -2,7 +2,7 @@
 
 Real commands under torchrun, two gloo processes.  What happens to a rank happens at a step of its training
 (``faulty.py``), so that no test depends on how far a process has come in a given time.  A launch costs some seconds:
-what needs none of torchrun is tried in ``tests/processes/test_watching.py``, and the rarer mishaps are ``slow``.
+what needs none of torchrun is tried in ``tests/distributed/test_watchdog.py``, and the rarer mishaps are ``slow``.
 """
 
 import contextlib
@@ -128,12 +128,12 @@ def test_figures_are_those_of_a_single_process(place, whole):
 
 @pytest.fixture(scope="module")
 def unlucky(place):
-    """One run, to which four mishaps happen before it is done: how each launch ended, by mishap.
+    """One run, to which three mishaps happen before it is done: how each launch ended, by mishap.
 
     A run has 8 steps of the teacher, 12 of the baseline and 12 of the distilled student.
     """
     found = {}
-    for mishap, step in (("hangs", 3), ("memory", 6), ("told", 6)):
+    for mishap, step in (("hangs", 3), ("memory", 6)):
         launch = Launch(place, "unlucky", *(["--resume"] if found else []), mishap=(mishap, step))
         found[mishap] = launch, *launch.end()
     options = ("--nproc-per-node", "2", "--max-restarts", "1")
@@ -159,8 +159,9 @@ def test_an_error_of_one_process_is_shown_as_what_it_is(unlucky):
     assert "does not answer" not in launch.errors
 
 
-def test_a_run_whose_launcher_was_sent_sigterm_is_interrupted(unlucky):
-    _, status, errors = unlucky["told"]
+@pytest.mark.slow  # quick, without torchrun: tests/distributed/test_watchdog.py, a signal to all
+def test_a_run_whose_launcher_was_sent_sigterm_is_interrupted(place):
+    status, errors = Launch(place, "told", mishap=("told", 6)).end()
     assert status != 0
     assert [text.splitlines()[0] for text in errors] == [INTERRUPTED]
 

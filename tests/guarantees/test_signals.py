@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from potstill.cli import main
 from potstill.experiment.run_folder import RunFolder
 
 STAGES = ("teacher", "baseline", "distilled")
@@ -85,9 +86,7 @@ def left(session: int, patience: float) -> list[str]:
 def resumed(recipe: Path, root: Path) -> dict[str, bytes]:
     """The weights of all stages, after what a user does then."""
     flags = ["--resume"] if RunFolder(root / "tiny").known else []
-    process = start(root, "-m", "potstill", *arguments(recipe, root, *flags))
-    _, errors = process.communicate(timeout=LONG)
-    assert process.returncode == 0, errors
+    assert main(arguments(recipe, root, *flags)) == 0
     assert not list(root.rglob("*.part"))
     assert (root / "tiny" / "report.html").exists()
     return weights(root / "tiny")

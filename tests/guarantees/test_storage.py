@@ -33,10 +33,33 @@ def calls(tiny: Tiny, faults: Faults, root: Path) -> list[tuple[str, str]]:
     return list(counted.seen)
 
 
+def places(seen: list[tuple[str, str]], *, every: bool) -> list[int]:
+    """The calls at which something happens: every one, or one for each file and folder, of another kind each time.
+
+    One for each is enough because nothing writes but ``potstill.io`` and a few others, which have tests of each of
+    their calls (tests/guarantees/test_one_writer.py, tests/test_io.py).
+    """
+    if every:
+        return list(range(len(seen)))
+    found: dict[str, list[int]] = {}
+    for at, (_, path) in enumerate(seen):
+        found.setdefault(final_path(path), []).append(at)
+    return sorted(own[turn % len(own)] for turn, own in enumerate(found.values()))
+
+
+def final_path(path: str) -> str:
+    """Where a temporary file is to be at last."""
+    return re.sub(r"/\.([^/]+)\.[0-9a-f]{16}\.part$", r"/\1", path)
+
+
+each_or_every_call = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+@each_or_every_call
 def test_every_write_may_fail(
-    tiny: Tiny, faults: Faults, undisturbed: dict[str, bytes], tmp_path: Path, capsys: Said
+    tiny: Tiny, faults: Faults, undisturbed: dict[str, bytes], tmp_path: Path, capsys: Said, every: bool
 ) -> None:
-    for at in range(len(calls(tiny, faults, tmp_path / "whole"))):
+    for turn, at in enumerate(places(calls(tiny, faults, tmp_path / "whole"), every=every)):
         root = tmp_path / str(at)
         root.mkdir()
         capsys.readouterr()
@@ -47,22 +70,23 @@ def test_every_write_may_fail(
         reason = "Input/output error" if call in ("fsync", "replace") else "No space left on device"
         (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert re.fullmatch(rf"error: cannot write (to )?\S+: {reason}", error), (call, path)
-        name = re.sub(r"^\.(.+)\.[0-9a-f]{16}\.part$", r"\1", Path(path).name)  # a temporary file's
+        name = Path(final_path(path)).name
         assert name in error or Path(path).is_dir() or call == "mkdir" or name == ".lock", (call, path, error)
         assert "Traceback" not in said
         assert not list(root.rglob("*.part")), (call, path)
         tiny.check_whole(root)
-        if at % 4 == 0:
+        if turn % 4 == 0:
             assert tiny.go_on(root) == 0, (call, path)
             assert tiny.weights(root) == undisturbed
         shutil.rmtree(root)
 
 
-@pytest.mark.parametrize("third", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@each_or_every_call
 def test_a_run_that_was_killed_at_any_write_goes_on(
-    tiny: Tiny, faults: Faults, undisturbed: dict[str, bytes], tmp_path: Path, third: int
+    tiny: Tiny, faults: Faults, undisturbed: dict[str, bytes], tmp_path: Path, every: bool
 ) -> None:
-    for at, made in list(enumerate(calls(tiny, faults, tmp_path / "whole")))[third::3]:
+    seen = calls(tiny, faults, tmp_path / "whole")
+    for at in places(seen, every=every):
         root = tmp_path / str(at)
         root.mkdir()
 
@@ -73,7 +97,7 @@ def test_a_run_that_was_killed_at_any_write_goes_on(
 
         assert faults.forked(doomed) == -9
         tiny.check_whole(root)
-        assert tiny.go_on(root) == 0, made
+        assert tiny.go_on(root) == 0, seen[at]
         assert tiny.weights(root) == undisturbed
         assert not list(root.rglob("*.part"))
         shutil.rmtree(root)

@@ -1,25 +1,19 @@
-"""Processes that stand in for trackers, and an observer that remembers."""
+"""Stand-ins for loggers, and an observer that remembers."""
 
-import json
-import sys
+import threading
 
 import pytest
 
 from potstill.loggers import observer as module
-from potstill.loggers.process import LoggerProcess
 from potstill.training.callbacks import SilentObserver
 
 from ..experiment.conftest import photographs, pictures, recipe
 
 __all__ = ["photographs", "pictures", "recipe"]  # the run of a second
 
-KEEPS = "import sys; open(sys.argv[1], 'a').writelines(sys.stdin)"
-FAILS = "import sys; sys.stdin.readline(); print('ConnectionError: the server is gone', flush=True); sys.exit(1)"
-HANGS = "import time; time.sleep(600)"
 
-
-class Told(SilentObserver):
-    """Keeps what it was warned of."""
+class Warned(SilentObserver):
+    """Keeps the warnings."""
 
     def __init__(self):
         self.warnings, self.stages = [], []
@@ -33,18 +27,56 @@ class Told(SilentObserver):
 
 @pytest.fixture
 def told():
-    return Told()
+    return Warned()
+
+
+class Keeps:
+    """A logger that keeps what it is called with."""
+
+    def __init__(self, settings, run, identity, parameters):
+        self.calls.append(("create", settings.name, identity, parameters))
+
+    def epoch(self, stage, epoch, figures):
+        self.calls.append(("epoch", stage, epoch, figures))
+
+    def final(self, figures, verdict):
+        self.calls.append(("final", figures, verdict))
+
+    def files(self, paths):
+        self.calls.append(("files", paths))
+
+    def close(self, finished):
+        self.calls.append(("close", finished))
+
+
+class Fails(Keeps):
+    """Raises at the first epoch, as some packages do."""
+
+    def epoch(self, stage, epoch, figures):
+        raise SystemExit("the server is gone\nbye")
+
+
+class Hangs(Keeps):
+    """Does not return until the test is over."""
+
+    released = threading.Event()
+
+    def epoch(self, stage, epoch, figures):
+        self.released.wait()
 
 
 @pytest.fixture
-def stand_in(monkeypatch, tmp_path):
-    """``stand_in(script)``: every tracker is that script; returns how to read what KEEPS has kept."""
-    kept = tmp_path / "kept.jsonl"
+def stand_in(monkeypatch):
+    """``stand_in(Kind)``: every logger is of that kind; returns the list of calls."""
+    Hangs.released.clear()
 
-    def use(script):
-        command = [sys.executable, "-c", script, str(kept)]
-        monkeypatch.setattr(module, "LoggerProcess", lambda name, first: LoggerProcess(name, first, command))
-        monkeypatch.setattr(module, "CLOSE_SECONDS", 3.0)
-        return lambda: [json.loads(line) for line in kept.read_text().splitlines()]
+    def use(kind):
+        calls = []
+        logger = type("Logger", (kind,), {"calls": calls})
+        monkeypatch.setattr("potstill.loggers.load_logger_class", lambda name: logger)
+        monkeypatch.setattr(module, "load_logger_class", lambda name: logger)
+        monkeypatch.setattr(module, "CLOSE_SECONDS", 0.5)
+        return calls
 
-    return use
+    yield use
+    Hangs.released.set()

@@ -1,17 +1,27 @@
 """Every method that reads hidden layers, between networks of unlike families: it trains, or says why it cannot.
 
 Each family is both teacher and student.  By default every method takes two of the twelve pairs, others than its
-neighbours in the list; ``POTSTILL_PAIRS=ring`` takes the twelve for each, ``POTSTILL_PAIRS=all`` all 144.  By default
-VGG is the small one for CIFAR: timm's has 129 million weights, and each of its cases takes seconds.
+neighbours in the list, between small networks of each family, made by the family's own class: stages, layouts and heads
+are those of the large ones, and a case takes a tenth of a second.  ``POTSTILL_PAIRS=ring`` takes the twelve pairs of
+the networks that people use for each, ``POTSTILL_PAIRS=all`` all 144.
 """
 
 import copy
 import os
+from collections.abc import Callable
 from functools import cache
 
 import pytest
+import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.regnet import RegNet, RegNetCfg
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vgg import VGG
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torchvision.models import mobilenet_v2
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
@@ -25,9 +35,28 @@ OPTIONS = {
     "ft": {"paraphraser_epochs": 1},
 }
 PAIRS = os.environ.get("POTSTILL_PAIRS")
-FAMILIES = (
+SIZE, K, B = 64, 4, 4
+VGG_LAYERS = [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"]  # channels, and "M" of a pooling layer
+TRANSFORMER = {"img_size": SIZE, "patch_size": 16, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": K}
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "resnet": lambda: timm.create_model("test_resnet", num_classes=K),
+    "vgg": lambda: VGG(VGG_LAYERS, num_classes=K, mlp_ratio=1 / 64, norm_layer=nn.BatchNorm2d),
+    "mobilenetv3": lambda: timm.create_model("mobilenetv3_small_050", num_classes=K),
+    "efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=K),
+    "regnety": lambda: RegNet(RegNetCfg(w0=16, wa=16.0, wm=2.0, group_size=8, depth=6, se_ratio=0.25), num_classes=K),
+    "convnext": lambda: timm.create_model("test_convnext", num_classes=K),
+    "vit": lambda: VisionTransformer(**TRANSFORMER),
+    "deit": lambda: VisionTransformerDistilled(**TRANSFORMER),
+    "swin": lambda: SwinTransformer(
+        img_size=SIZE, window_size=4, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), num_classes=K
+    ),
+    "mobilevit": lambda: timm.create_model("mobilevit_xxs", num_classes=K),
+    "torchvision-resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=K),
+    "torchvision-mobilenetv2": lambda: mobilenet_v2(width_mult=0.25, num_classes=K),
+}
+LARGE = (
     "timm/resnet18",
-    "timm/vgg11_bn" if PAIRS else "cifar/vgg8",
+    "timm/vgg11_bn",
     "timm/mobilenetv3_small_100",
     "timm/efficientnet_lite0",
     "timm/regnety_002",
@@ -39,9 +68,9 @@ FAMILIES = (
     "torchvision/resnet18",
     "torchvision/mobilenet_v2",
 )
+FAMILIES = LARGE if PAIRS else tuple(SMALL)
 # Each family once as teacher and once as student, far from its neighbours in the list.
 RING = [(FAMILIES[at], FAMILIES[(at + 5) % len(FAMILIES)]) for at in range(len(FAMILIES))]
-SIZE, K, B = 64, 4, 4
 IMAGES = torch.randn(B, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 LABELS, INDEX = torch.arange(B) % K, torch.arange(B)
 
@@ -49,7 +78,7 @@ LABELS, INDEX = torch.arange(B) % K, torch.arange(B)
 @cache
 def network(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return create_model(name, K, size=SIZE)
+    return SMALL[name]() if name in SMALL else create_model(name, K, size=SIZE)
 
 
 def reads_hidden_layers(name: str) -> bool:

@@ -37,6 +37,18 @@ def network(name: str, size: int = 32) -> nn.Module:
     return create_model(f"cifar/{name}", 100, size=size)
 
 
+# He et al., table 6, in millions, for 10 classes; the shortcuts have no weights there.
+OPTION_A = {"resnet20_a": 0.27, "resnet32_a": 0.46, "resnet44_a": 0.66, "resnet56_a": 0.85, "resnet110_a": 1.7}
+
+
+@pytest.mark.parametrize("name", OPTION_A)
+def test_parameters_of_option_a_are_the_papers(name):
+    total = sum(parameter.numel() for parameter in create_model(f"cifar/{name}", 10, size=32).parameters())
+    assert round(total / 1e6, 1 if name == "resnet110_a" else 2) == OPTION_A[name]
+    other = create_model(f"cifar/{name.removesuffix('_a')}", 10, size=32)
+    assert sum(parameter.numel() for parameter in other.parameters()) - total == 2752
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_ones(name):
     assert sum(parameter.numel() for parameter in network(name).parameters()) == PUBLISHED[name]

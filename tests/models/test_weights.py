@@ -53,7 +53,9 @@ def test_torch_files(tmp_path, network, wrapping, legacy):
     torch.save(WRAPPINGS[wrapping](network.state_dict()), path, _use_new_zipfile_serialization=not legacy)
     loaded = load_weights(NAME, str(path), 5, size=32)
     assert same(loaded.module, network.state_dict())
-    assert (loaded.new_head, loaded.notes) == (False, [])
+    wrapped = wrapping in ("state_dict", "model", "both")
+    assert (loaded.new_head, len(loaded.notes)) == (False, int(wrapped))
+    assert not wrapped or "weights are taken from '" in loaded.notes[0]
 
 
 def test_safetensors_files(tmp_path, network):

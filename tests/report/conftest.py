@@ -5,7 +5,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ import pytest
 from PIL import Image
 
 from potstill.io import write_checksummed_json, write_checksummed_text
+from potstill.report.render import render_page
+from potstill.report.run_reader import read_run
+
+from ..conftest import blank_pictures
 
 SKILL = {"teacher": 0.92, "baseline": 0.80, "distilled": 0.86}
 ARCHITECTURE = {"teacher": "cifar/vgg8", "baseline": "cifar/resnet8", "distilled": "cifar/resnet8"}
@@ -259,6 +263,21 @@ CKA: dict[str, Any] = {
 }
 
 
+@pytest.fixture
+def drawn() -> None:
+    """The test's pages have their pictures."""
+
+
+@pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Blank ones, but for tests that ask for ``drawn`` or are in a module that says DRAWS = True."""
+    if "drawn" in request.fixturenames or getattr(request.module, "DRAWS", False):
+        yield
+    else:
+        with blank_pictures():
+            yield
+
+
 @pytest.fixture(scope="session")
 def run_builder() -> type[RunBuilder]:
     return RunBuilder
@@ -292,3 +311,16 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
         return made[classes]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def full_page(full: Callable[[int], Path]) -> Callable[[int], str]:
+    """The page of that run, with its pictures; made once."""
+    made: dict[int, str] = {}
+
+    def render(classes: int) -> str:
+        if classes not in made:
+            made[classes] = render_page(read_run(full(classes)))
+        return made[classes]
+
+    return render

@@ -8,6 +8,7 @@ from PIL import Image
 from potstill.report import theme
 from potstill.report.canvas import as_png, as_svg
 
+DRAWS = True
 NAMES = ["<script>alert(1)</script>", "$x_1$", "\"'&", "猫", "--> <!--"]
 
 

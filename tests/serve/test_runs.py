@@ -11,12 +11,15 @@ from potstill.serve import schemas
 from potstill.serve.runs import list_runs, progress, report, summary
 from potstill.serve.server import _open_socket
 
+from ..conftest import few_digits, short_runs
+
 SMALL = ("teacher.model=cifar/resnet8", "teacher.training.epochs=1", "training.epochs=1", "data.size=8")
 
 
 def test_a_finished_run_has_its_figures(tmp_path):
     settings = [text for each in SMALL for text in ("--set", each)]
-    assert main(["run", "quickstart", "--output-dir", str(tmp_path), "--name", "done", *settings]) == 0
+    with short_runs(), few_digits():
+        assert main(["run", "quickstart", "--output-dir", str(tmp_path), "--name", "done", *settings]) == 0
     results = json.loads((tmp_path / "done" / "results.json").read_text())
     found = progress("done", list_runs(tmp_path)["done"])
     assert found["state"] == "finished"

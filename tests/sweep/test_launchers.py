@@ -91,11 +91,11 @@ def test_mistakes(source, tmp_path, capsys, more, says):
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("package", "call"), [("submitit", "on_slurm"), ("ray", "on_ray")])
+@pytest.mark.parametrize(("package", "call"), [("submitit", "submit_to_slurm"), ("ray", "run_on_ray")])
 def test_a_missing_package_is_named(package, call, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name))
-    arguments = ([], 1, tmp_path, {}) if call == "on_slurm" else ([], 1, {})
+    arguments = ([], 1, tmp_path, {}) if call == "submit_to_slurm" else ([], 1, {})
     with pytest.raises(UsageError, match=f"pip install {package}"):
         getattr(launchers, call)(*arguments)
 

@@ -9,10 +9,25 @@ from typing import Annotated, Any
 import typer
 
 from potstill.cli.check import FollowLinks, SkipBad, print_skipped
+from potstill.code_references import allowed_code
 from potstill.data.library_warnings import silence_native_stderr
 from potstill.errors import DataError, RemoteFailure, Stopped, UsageError
 
-Model = Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder (its distilled student) or a model.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_MODEL",
+        help="A run folder (its distilled student), a model, ARCH@WEIGHTS, or a file of weights.",
+    ),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Class names of the outputs of bare weights, one a line; or cifar10, cifar100, imagenet-1k, imagenet-21k.",
+    ),
+]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the code that the model file names.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -20,6 +35,8 @@ def predict(
     model: Model,
     paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Images, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    classes: Classes = None,
+    allow_code: AllowCode = False,
     skip_bad: SkipBad = False,
     follow_links: FollowLinks = False,
     as_json: AsJson = False,
@@ -39,8 +56,8 @@ def predict(
         print_skipped(where, found.left_out)
     if found.passed_over:
         sys.stderr.write(escape_control(f"{where}: {ignored_files_note(found.passed_over)}") + "\n")
-    with silence_native_stderr():
-        predictions = predict_images(model, found.images, top=top)
+    with silence_native_stderr(), allowed_code(allow_code):
+        predictions = predict_images(model, found.images, top=top, classes=classes, note=_note)
     if as_json:
         sys.stdout.write(json.dumps([each.as_dict() for each in predictions], indent=2) + "\n")
     else:
@@ -60,9 +77,17 @@ def predict(
         )
 
 
+def _note(line: str) -> None:
+    from potstill.console import escape_control
+
+    sys.stderr.write(f"{escape_control(line)}\n")
+
+
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(metavar="DIR", help="Labelled images: a folder, a manifest, or a name.")],
+    classes: Classes = None,
+    allow_code: AllowCode = False,
     skip_bad: SkipBad = False,
     follow_links: FollowLinks = False,
     as_json: AsJson = False,
@@ -74,8 +99,10 @@ def evaluate(
     from potstill.cli.results import metrics_lines
     from potstill.export.evaluate import evaluate as evaluate_model
 
-    with silence_native_stderr():
-        metrics: dict[str, Any] = evaluate_model(model, data, skip_bad=skip_bad, follow_links=follow_links)
+    with silence_native_stderr(), allowed_code(allow_code):
+        metrics: dict[str, Any] = evaluate_model(
+            model, data, classes=classes, skip_bad=skip_bad, follow_links=follow_links, note=_note
+        )
     skipped = metrics.get("skipped", ())
     if skipped:
         print_skipped(data, skipped)
@@ -117,6 +144,7 @@ def export(
     ] = 0.01,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
     data: Annotated[str | None, typer.Option(metavar="DIR", help="Where the run's data are now.")] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write a trained model as a file for other engines, compared with the original before.
 
@@ -129,11 +157,9 @@ def export(
     from potstill.export.options import ExportOptions
     from potstill.io import read_checksummed_json
 
-    def note(line: str) -> None:
-        sys.stderr.write(f"{escape_control(line)}\n")
-
     wish = ExportOptions(form, inside, int8, max_drop, output, data)
-    path = export_model(run, model, wish, note=note)
+    with allowed_code(allow_code):
+        path = export_model(run, model, wish, note=_note)
     sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
     sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
     if form == "onnx":
@@ -147,6 +173,7 @@ def serve(
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     root: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="The runs to be browsed.")] = Path("runs"),
+    allow_code: AllowCode = False,
 ) -> None:
     """Try a run's models on images in a browser, on this machine alone."""
     from potstill.console import escape_control
@@ -164,6 +191,7 @@ def serve(
 
     below = root / run
     try:
-        serve_page(below if not run.exists() and below.is_dir() else run, host=host, port=port, root=root, say=say)
+        with allowed_code(allow_code):
+            serve_page(below if not run.exists() and below.is_dir() else run, host=host, port=port, root=root, say=say)
     except Stopped as stopped:  # as it should end: nothing is left to be said
         raise RemoteFailure(stopped.exit_code) from None

@@ -23,9 +23,11 @@ def _group() -> None:
 @federated_app.command()
 def run(
     recipe: RecipeName,
-    clients: Annotated[int | None, typer.Option(metavar="N", help="Clients; 5, or the folders of folders:DIR.")] = None,
+    clients: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of clients; 5, or one for each folder of folders:DIR.")
+    ] = None,
     partition: Annotated[
-        str, typer.Option(metavar="HOW", help="Who has which images: iid, dirichlet:ALPHA or folders:DIR.")
+        str, typer.Option(metavar="HOW", help="Division of the images: iid, dirichlet:ALPHA or folders:DIR.")
     ] = "dirichlet:0.3",
     algorithms: Annotated[
         str, typer.Option(metavar="A,B", help="Some of fedavg, feddf, fedmd, guided, selfguided.")
@@ -33,17 +35,17 @@ def run(
     baselines: Annotated[
         str, typer.Option(metavar="A,B", help="alone (each client by itself), central (all images in one place).")
     ] = "",
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often server and clients talk.")] = 5,
-    local_epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Of each client in each round.")] = 1,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of local training and averaging.")] = 5,
+    local_epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Epochs of each client in each round.")] = 1,
     public: Annotated[
         float,
-        typer.Option(metavar="SHARE", min=0, max=0.9, help="Of the training images, made public where none are given."),
+        typer.Option(metavar="SHARE", min=0, max=0.9, help="Of training images made public; not with data.unlabeled."),
     ] = 0.2,
     public_epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over public images per round.")] = 5,
     temperature: Annotated[float, typer.Option(metavar="T", min=0.01, help="Of the clients' averaged logits.")] = 1.0,
-    engine: Annotated[
-        str, typer.Option(metavar="process|flower", help="Who plays the clients: this process, or Flower's simulation.")
-    ] = "process",
+    max_share: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of one client in an average, at most; 0.5 to 1.")
+    ] = 0.5,
     data: Data = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
@@ -57,38 +59,41 @@ def run(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Play server and clients on this machine, and compare algorithms on the same clients."""
+    """Simulate server and clients on this machine, and compare algorithms on the same clients."""
     from potstill.config.recipe import load_recipe
-    from potstill.contrib.federated.algorithms import parse_algorithms, parse_baselines
-    from potstill.contrib.federated.federation import parse_engine
+    from potstill.contrib.federated.algorithms import ALGORITHMS, BASELINES, parse_names
     from potstill.contrib.federated.partition import parse_partition
 
-    player = parse_engine(engine)
-    names, beside, how = parse_algorithms(algorithms), parse_baselines(baselines), parse_partition(partition)
+    names, division = parse_names(algorithms, ALGORITHMS, "algorithm"), parse_partition(partition)
+    baseline_names = parse_names(baselines, BASELINES, "baseline")
     flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
     flags["--skip-bad"] = skip_bad
     loaded = load_recipe(recipe, settings or (), flags=flags)
 
     from potstill.console import Progress, print_next_command, print_section
-    from potstill.contrib.federated.federation import RESULTS_FILE, FederationOptions, federate, format_table
+    from potstill.contrib.federated.federation import (
+        RESULTS_FILE,
+        FederationOptions,
+        best_algorithm,
+        federate,
+        format_table,
+    )
     from potstill.contrib.federated.server import Schedule
     from potstill.io import read_checksummed_json
 
-    wishes = FederationOptions(
+    options = FederationOptions(
         clients=clients,
-        partition=how,
+        partition=division,
         algorithms=tuple(names),
-        baselines=tuple(beside),
+        baselines=tuple(baseline_names),
         public=public,
-        schedule=Schedule(rounds, local_epochs, public_epochs, temperature),
+        schedule=Schedule(rounds, local_epochs, public_epochs, temperature, max_share=max_share),
     )
     with Progress() as progress:
-        folder = federate(
-            loaded, wishes, root=root, name=name, resume=resume, overwrite=overwrite, observer=progress, engine=player
-        )
+        folder = federate(loaded, options, root=root, name=name, resume=resume, overwrite=overwrite, observer=progress)
     found = read_checksummed_json(folder / RESULTS_FILE)
     print_section(f"{len(found['clients'])} clients, {partition}: {folder / RESULTS_FILE}", format_table(found))
-    print_next_command(["potstill", "predict", str(folder / names[-1]), "IMAGE"])
+    print_next_command(["potstill", "predict", str(folder / best_algorithm(found, names)), "IMAGE"])
 
 
 @federated_app.command(name="app")
@@ -98,6 +103,6 @@ def write_app(
 ) -> None:
     """Write a Flower app for `flwr run`: the same rounds between machines."""
     from potstill.console import print_section
-    from potstill.contrib.federated.deployment import write_app as write
+    from potstill.contrib.federated.flower import write_app as write
 
     print_section("written", [str(path) for path in write(folder, recipe)])

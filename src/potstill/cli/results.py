@@ -8,6 +8,7 @@ from typing import Any
 from potstill.config.stage_names import sort_stages
 from potstill.console import TEXT_WIDTH, escape_control, format_bytes, format_percent, print_lines, print_report_path
 from potstill.experiment.verdict import seeds_lines
+from potstill.formatting import format_names
 
 
 def print_results(results: Mapping[str, Any], page: Path | None) -> None:
@@ -77,20 +78,16 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
     if absent:
         rest = len(names) - len(absent)
         there = f"the other {rest} classes" if rest > 1 else "the one class that has images"
-        yield f"\nwarning: no image here is of {_join_names(absent)}: macro figures are means over {there}"
+        yield f"\nwarning: no image here is of {format_names(absent)}: macro figures are means over {there}"
     never = [escape_control(str(name)) for name in metrics.get("never_predicted") or []]
     if metrics.get("at_chance"):
         largest = format_percent(metrics.get("largest_class"))
         yield f"\nwarning: not clearly better than chance: always predicting the most frequent class gives {largest}"
     elif never:
-        yield f"\nwarning: the model never predicts {_join_names(never)}"
+        yield f"\nwarning: the model never predicts {format_names(never)}"
 
 
 _COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
-
-
-def _join_names(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _format_metric(value: float | None) -> str:

@@ -80,7 +80,8 @@ Teacher = Annotated[
     list[str] | None,
     typer.Option(
         metavar="M",
-        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder to start from; repeat it for several.",
+        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a file of weights, or a run or model folder; ARCH may be code, "
+        "path/file.py:callable. Repeat it for several.",
     ),
 ]
 Student = Annotated[
@@ -303,7 +304,7 @@ def _reproduce(run: Path, given: dict[str, Any], allow_code: bool, *, name: str 
             "Beside it there may be --name, --output-dir, --resume and --overwrite"
         )
     record = read_run_record(run)
-    name = f"{run.resolve().name[:58]}-again" if name is None else name  # 64 characters are allowed
+    name = f"{run.resolve().name[:53]}-reproduced" if name is None else name  # 64 characters are allowed
     check_other_folder(record, folder["root"], name)
     repeated = _run_pipeline(
         str(record.folder.recipe),

@@ -17,6 +17,7 @@ from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.io import read_checksummed_json
 from potstill.methods import method_info
+from potstill.models.class_names import CLASS_LISTS
 
 # Flags that change one setting each, and which.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -32,7 +33,10 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seeds": ("seeds",),
 }
 FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".json")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json")
+WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those that own code gives
+# One of them makes a folder a run, a model, or a network as on the Hugging Face hub.
+MODEL_FOLDER_FILES = ("model.json", "recipe.yaml", "results.json", "config.json")
 
 
 def apply_overrides(document: Document, flags: Mapping[str, Any], sets: Iterable[str]) -> None:
@@ -65,10 +69,14 @@ def split_model(text: str) -> tuple[str | None, str | None]:
         ('resnet18', 'pretrained')
         >>> split_model("./weights/mine.safetensors")
         (None, './weights/mine.safetensors')
+        >>> split_model("./mine.py:Net@weights.pth")
+        ('./mine.py:Net', 'weights.pth')
     """
+    architecture, _, weights = text.partition("@")
+    if is_code_reference(architecture):
+        return architecture, weights or None
     if _is_path(text):
         return None, text
-    architecture, _, weights = text.partition("@")
     return architecture, weights or None
 
 
@@ -77,7 +85,7 @@ def _is_path(text: str) -> bool:
         return True
     # A folder that happens to be called resnet18 does not hide the architecture of that name.
     path = Path(text)
-    return path.is_file() or any((path / name).is_file() for name in ("model.json", "recipe.yaml", "results.json"))
+    return path.is_file() or any((path / name).is_file() for name in MODEL_FOLDER_FILES)
 
 
 def _apply_flag(document: Document, flag: str, value: Any) -> None:
@@ -208,20 +216,20 @@ _MOST_BYTES = 10_000_000  # of a file of class names
 _STAGE_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
 
 
-def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
+def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> list[tuple[KeyPath, PotstillError]]:
     """Complete ``model`` of each network from its ``weights`` and name the exact model folder of a run.
 
     Changes ``value`` in place; returns which key has weights that cannot be used, and why.
+    ``allow_code``: a model file may name code.
     """
     failures: list[tuple[KeyPath, PotstillError]] = []
     for path, section in network_sections(value):
         name = dotted_key(path)
-        if isinstance(section.get("classes"), str):
-            try:
-                section["classes"] = _read_class_names(section["classes"], f"{name}.classes")
-            except PotstillError as error:
-                failures.append(((*path, "classes"), error))
-                section["classes"] = None
+        try:
+            _fill_classes(section, f"{name}.classes")
+        except PotstillError as error:
+            failures.append(((*path, "classes"), error))
+            section["classes"] = None
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
                 failures.append(
@@ -229,7 +237,7 @@ def fill_architectures(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillErr
                 )
             continue
         try:
-            _fill_section(section, name)
+            _fill_section(section, name, allow_code=allow_code)
         except PotstillError as error:
             failures.append(((*path, "weights"), type(error)(f"{name}.weights: {error}")))
             section.setdefault("model", None)
@@ -252,37 +260,69 @@ def find_model_json(path: Path, stage: str = "student") -> Path | None:
     return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
 
 
-def _read_class_names(file: str, key: str) -> list[str]:
-    """The class names in a text file, one a line."""
+def _fill_classes(section: dict[str, Any], key: str) -> None:
+    """Read a file of class names; of ``{mine: theirs}``, let each value be a list."""
+    classes = section.get("classes")
+    if isinstance(classes, str) and classes not in CLASS_LISTS:
+        section["classes"] = read_class_file(classes, key)
+    elif isinstance(classes, dict):
+        section["classes"] = {
+            str(mine): [theirs] if isinstance(theirs, (str, int)) else theirs for mine, theirs in classes.items()
+        }
+
+
+def read_class_file(file: str, key: str) -> list[str]:
+    """The class names in a text file, one a line.
+
+    Args:
+        file: its path.
+        key: of the setting or the flag that names it, for messages.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     path = Path(file).expanduser()
     try:
         text = path.read_bytes()[:_MOST_BYTES].decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UsageError(f"{key}: {file} cannot be read as class names, one a line: {reason}") from error
+        raise UsageError(
+            f"{key}: {file} cannot be read as class names, one a line: {reason}\n"
+            f"Lists that need no file: {', '.join(CLASS_LISTS)}"
+        ) from error
     names = [line.strip() for line in text.splitlines()]
     return [name for name in names if name]
 
 
-def _fill_section(section: dict[str, Any], stage: str) -> None:
+def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> None:
     """``stage`` is the section's key: "student", "teacher[1]"."""
     weights = section["weights"]
-    if weights == "pretrained":
+    if weights in WITHOUT_FILE:
         return
     path = Path(weights).expanduser()
     if not path.exists():
         raise UsageError(f"no such file or folder: {weights}")
     card = find_model_json(path, stage)
     if card is None:
-        if path.is_dir():
-            raise UsageError(f"{weights} is neither a run folder with a finished model nor a model folder")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UsageError(
+                f"{weights} is neither a run folder with a finished model, nor a model folder, nor a folder of the "
+                "Hugging Face hub with config.json"
+            )
         if not section.get("model"):
-            raise UsageError(f"{weights} holds weights alone; name their architecture as ARCHITECTURE@{weights}")
+            from potstill.models.foreign_checkpoints import identify_network  # torch, which takes seconds
+
+            section["model"] = identify_network(path)
         return
     architecture = read_checksummed_json(card).get("architecture")
     if not isinstance(architecture, str):
         raise ArtifactError(f"{card} is damaged: it names no architecture")
     if section.get("model") not in (None, architecture):
         raise UsageError(f"{weights} is a {architecture}, but {stage}.model is {section['model']}")
+    if is_code_reference(architecture) and section.get("model") is None and not allow_code:
+        raise UsageError(
+            f"{weights} is a network of code that would run on this machine: {architecture}\n"
+            "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
+        )
     section["model"] = architecture
     section["weights"] = str(card.parent)

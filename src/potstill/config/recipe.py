@@ -9,10 +9,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from potstill.code_references import permit_code
 from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.method_settings import normalize_method
 from potstill.config.overrides import apply_overrides, fill_architectures
-from potstill.config.settings_errors import ONE, SEVERAL, SettingProblem, parse_settings
+from potstill.config.settings_errors import (
+    CLASS_LIST_NAME,
+    CLASS_MAPPING,
+    CLASS_SEQUENCE,
+    ONE,
+    SEVERAL,
+    SettingProblem,
+    parse_settings,
+)
 from potstill.config.stage_names import stage_number, stage_role
 from potstill.config.validation import TARGET_MISSING, find_problems, lacks_target
 from potstill.config.yaml import Document, KeyPath, dump_yaml, parse_yaml
@@ -61,23 +70,56 @@ MAX_BYTES = 1_000_000  # of a recipe file; a person writes a thousandth of that
 DATA_MISSING = "data.source is not given: this recipe has no data of its own; name a folder of images with --data DIR"
 
 
+OutputClasses = Annotated[
+    Annotated[Literal["cifar10", "cifar100", "imagenet-1k", "imagenet-21k"], Tag(CLASS_LIST_NAME)]
+    | Annotated[dict[str, Annotated[list[int | str], Field(min_length=1)]], Field(min_length=2), Tag(CLASS_MAPPING)]
+    | Annotated[list[str], Field(min_length=2), Tag(CLASS_SEQUENCE)],
+    Discriminator(
+        lambda value: (
+            CLASS_MAPPING
+            if isinstance(value, Mapping)
+            else CLASS_LIST_NAME
+            if isinstance(value, str)
+            else CLASS_SEQUENCE
+        )
+    ),
+]
+
+
 class StageSettings(BaseModel):
     """One network: what it is, what it starts from, what differs in its training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(min_length=1, description="an architecture; see `potstill models`")
-    weights: str | None = Field(
-        None, description='"pretrained", a run folder, a model of ours, a state dict; null: random initialisation'
+    model: str = Field(
+        min_length=1,
+        description="an architecture, see `potstill models`; or code of your own, package.module:callable or "
+        "path/file.py:callable",
     )
-    classes: list[str] | None = Field(
+    weights: str | None = Field(
         None,
-        min_length=2,
-        description="class names of the outputs of bare weights, in their order: a list, or a text file with a name a "
-        "line; null: those of the data, in its order",
+        description='"pretrained", a run folder, a model of ours, a state dict, "own" for those that code of your own '
+        "gives its network; null: random initialisation",
+    )
+    classes: OutputClasses | None = Field(
+        None,
+        description="class names of the outputs of bare weights, in their order: a list, a text file with a name a "
+        "line, or cifar10, cifar100, imagenet-1k, imagenet-21k; or {mine: [theirs, ...]}, by name or number; null: "
+        "those of the data, in its order",
     )
     new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
-    size: int | None = Field(None, ge=8, le=4096, description="its own height and width in pixels; null: data.size")
+    head: Literal["probe", "finetune"] | None = Field(
+        None,
+        description="of a teacher from weights of other classes: probe: a linear layer fitted on frozen embeddings; "
+        "finetune: trained on from there, and the better of both on val; null: a random one, trained with the rest",
+    )
+    size: int | None = Field(
+        None,
+        ge=8,
+        le=4096,
+        description="its own height and width in pixels, to which its images are cut from the originals, a teacher's "
+        "views too; null: data.size",
+    )
     precision: Literal["auto", "float32"] = Field(
         "auto", description="of a teacher's answers; auto: weights in bf16 where the hardware is fast in it"
     )
@@ -158,7 +200,8 @@ class Recipe(BaseModel):
     teacher_cache: TeacherCacheSettings = TeacherCacheSettings()
     training: TrainingSettings = TrainingSettings()
     tracker: list[LoggerSettings] = Field(
-        [], description="who else gets the figures: tensorboard, wandb, mlflow, trackio, or several; see trackers.md"
+        [],
+        description="loggers for the metrics: tensorboard, wandb, mlflow, trackio, or several",
     )
 
     @field_validator("teacher_cache", mode="before")
@@ -250,7 +293,7 @@ def load_recipe(
     if "tracker" in value:  # so that what is wrong with one has a place
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
-    failures = fill_architectures(value)
+    failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")))
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"
@@ -264,6 +307,7 @@ def load_recipe(
     _raise_problems(document, found, failures)
     recipe, problems = parse_settings(value, Recipe)
     assert recipe is not None, problems
+    permit_code(name for _, name in find_code(value))  # in the model files of its run, too
     return recipe
 
 

@@ -49,6 +49,9 @@ _CHOICE_HINTS = {  # values that cannot be, and why
     "measure: use nll, the cross-entropy of the labels alone"
 }
 ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
+# Tags of the ways to say which classes a network's outputs are.
+CLASS_LIST_NAME, CLASS_MAPPING, CLASS_SEQUENCE = "name of a class list", "mapping of classes", "list of classes"
+_TAGS = (ONE, SEVERAL, CLASS_LIST_NAME, CLASS_MAPPING, CLASS_SEQUENCE)
 _LIMITS = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -128,7 +131,7 @@ def format_value(value: Any) -> str:
 
 def _real_path(loc: tuple[int | str, ...], section: Any, *, missing: bool) -> KeyPath:
     """Pydantic adds the tried member of a union to the path; what the recipe does not hold is cut off."""
-    loc = tuple(key for key in loc if key not in (ONE, SEVERAL))
+    loc = tuple(key for key in loc if key not in _TAGS)
     for depth, key in enumerate(loc):
         inside = (isinstance(section, dict) and key in section) or (
             isinstance(section, (list, tuple)) and isinstance(key, int) and key < len(section)

@@ -167,6 +167,7 @@ def _all_problems(value: dict[str, Any], recipe_class: type[BaseModel]) -> Itera
     yield from parse_settings(value, recipe_class)[1]
     yield from method_problems(value.get("method"))
     yield from _teacher_problems(value)
+    yield from _head_problems(value)
     yield from domain_problems(value)
     yield from curriculum_problems(value)
     yield from tracker_problems(value.get("tracker"))
@@ -244,6 +245,22 @@ def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
             yield path, f"teachers.weights must be at least 0, and not all 0, got {weights}"
 
 
+def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
+    """Of ``head``: another network than a teacher, or one without weights."""
+    for place, section in network_sections(value):
+        if section.get("head") is None:
+            continue
+        key = dotted_key((*place, "head"))
+        if place[0] != "teacher":
+            yield (*place, "head"), f"{key} is for teachers, whose encoder stays as it is: leave it out"
+        elif section.get("weights") is None:
+            yield (
+                (*place, "head"),
+                f"{key} is a head for weights that are there already, and {dotted_key(place)}.weights names none: set "
+                "it to pretrained or to a file, or leave head out to train from scratch",
+            )
+
+
 # Settings that count with certain others only: what those are, and how a person says it.
 _HAS_EFFECT: dict[str, tuple[Callable[[TrainingSettings], bool], str]] = {
     "momentum": (
@@ -283,6 +300,15 @@ def _training_problems(shared: dict[str, Any], value: dict[str, Any]) -> Iterato
                 "data.class_balance: weights weighs the images of a batch against each other, so it needs two or more"
             )
             yield (*where, "batch_size"), f"{dotted_key(where)}.batch_size is 1: {message}"
+        for key in ("freeze", "layer_decay"):
+            if getattr(merged, key) and key not in wrong and section.get("weights") is None:
+                where = (*place, "training") if key in own else ("training",)
+                yield (
+                    (*where, key),
+                    f"{dotted_key((*where, key))} spares weights that are there already, and "
+                    f"{dotted_key(place)}.weights names none: set it for a network with weights alone, such as "
+                    f"teacher.training.{key}",
+                )
         for keys, message in _schedule_problems(merged):
             if wrong.intersection(keys):
                 continue
@@ -324,6 +350,11 @@ def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, 
         yield (
             ("warmup_epochs", "epochs"),
             f"warmup_epochs must be at most epochs, {training.epochs}, got {training.warmup_epochs:g}",
+        )
+    if training.freeze >= training.epochs:
+        yield (
+            ("freeze", "epochs"),
+            f"freeze must be below epochs, {training.epochs}, got {training.freeze}: else no epoch trains the encoder",
         )
     if training.early_stopping_patience and 0 < training.qat_fraction < 1:
         yield (

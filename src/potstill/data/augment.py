@@ -37,6 +37,7 @@ from potstill.data.samplers import ClassIndex
 from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import (
     CROP_RATIO,
+    ViewSize,
     batch_slices,
     center_crop,
     draw_grid,
@@ -44,6 +45,7 @@ from potstill.data.transforms import (
     resized_crops,
     sample_boxes,
     sample_grid,
+    scale_boxes,
 )
 
 _STEPS = 2**10
@@ -108,6 +110,7 @@ def _grey(images: Tensor) -> Tensor:
 Operation = Callable[[Tensor, float], Tensor]  # uint8 [B, 3, S, S] and a magnitude -> the same shape and type
 
 _BINS = 31  # of magnitudes
+_TRANSLATIONS = {"TranslateX", "TranslateY"}  # of which the magnitude is a number of pixels
 _SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
 
 
@@ -123,10 +126,10 @@ class AugmentPolicy:
     magnitude: int | None = None  # bin of 31; None: drawn for each operation
     space: Literal["randaugment", "trivialaugment"] = "randaugment"
 
-    def __call__(self, images: Tensor, draws: CounterRNG) -> Tensor:
-        """uint8 [B, 3, S, S] -> the same shape and type."""
-        operations = _operations()
-        names, largest = list(operations), _magnitudes(self.space, images.shape[-1])
+    def __call__(self, images: Tensor, draws: CounterRNG, drawn_size: int | None = None) -> Tensor:
+        """uint8 [B, 3, S, S] -> the same shape and type; translations are drawn in pixels of ``drawn_size`` (S)."""
+        size, operations = images.shape[-1], _operations()
+        names, largest = list(operations), _magnitudes(self.space, drawn_size or size)
         images = images.clone()
         for number in range(self.count):
             chosen = (draws(f"{self.field} operation {number}") * len(names)).astype(np.int64)
@@ -140,6 +143,8 @@ class AugmentPolicy:
                 magnitude = largest[name](level) if name in largest else 0.0
                 if negative and name in _SIGNED:
                     magnitude = -magnitude
+                if name in _TRANSLATIONS:
+                    magnitude = round(int(magnitude) * size / (drawn_size or size))
                 index = torch.from_numpy(np.flatnonzero(group.reshape(-1) == place)).to(images.device)
                 images[index] = operations[name](images[index], magnitude)
         return images
@@ -211,10 +216,19 @@ class ViewTransform:
         size: side of a view, in pixels; at most R.
         seed: of the draws.
         strong: other draws than without, and RandAugment(2, 10) on top: the second view that MLLD and CRLD use.
+        drawn: the pixels in which views are drawn; None: R and ``size``.
     """
 
-    def __init__(self, augment: AugmentSettings, *, size: int, seed: int, strong: bool = False) -> None:
-        self.augment, self.size = augment, size
+    def __init__(
+        self,
+        augment: AugmentSettings,
+        *,
+        size: int,
+        seed: int,
+        strong: bool = False,
+        drawn: ViewSize | None = None,
+    ) -> None:
+        self.augment, self.size, self.drawn = augment, size, drawn
         self.seed = derive_seed(seed, "strong") if strong else seed
         self.policies = [POLICIES[augment.auto_augment]] if augment.auto_augment != "none" else []
         if strong:
@@ -224,24 +238,25 @@ class ViewTransform:
     def __call__(self, squares: Tensor, ids: Ids, view: Ids | int) -> Tensor:
         """The views of samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
         draws = CounterRNG(self.seed, ids, view)
-        images = self._moved(squares, draws)
+        drawn = self.drawn or ViewSize(squares.shape[-1], self.size)
+        images = self._moved(squares, draws, drawn)
         if self.augment.color_jitter:
             images = color_jitter(images, self.augment.color_jitter, draws)
         for policy in self.policies:
-            images = policy(images, draws)
+            images = policy(images, draws, drawn.size)
         if self.augment.erasing:
-            images = random_erase(images, self.augment.erasing, draws)
+            images = random_erase(images, self.augment.erasing, draws, drawn.size)
         return images
 
-    def _moved(self, squares: Tensor, draws: CounterRNG) -> Tensor:
+    def _moved(self, squares: Tensor, draws: CounterRNG, drawn: ViewSize) -> Tensor:
         scale = self.augment.crop_scale
         if scale is None and not self.moves:
             return center_crop(squares, self.size)
-        places = draw_grid(self.augment, self.size, draws, squares.device)
+        places = draw_grid(self.augment, self.size, draws, squares.device, drawn.size)
         if scale is None:
             return sample_grid(squares, places)
-        boxes, _ = sample_boxes(scale, CROP_RATIO, squares.shape[-1], draws, "crop")
-        return resized_crops(squares, boxes, places)
+        boxes, _ = sample_boxes(scale, CROP_RATIO, drawn.side, draws, "crop")
+        return resized_crops(squares, scale_boxes(boxes, drawn.side, squares.shape[-1]), places)
 
 
 Numbers = NDArray[np.float64]
@@ -267,7 +282,7 @@ class BatchMixer:
         mixup: alpha of mixup's Beta(alpha, alpha), 0: off.
         cutmix: alpha of CutMix'; where both are on, each image gets one of them, with equal chance.
         classes: K.
-        size: S, of the views, in pixels.
+        size: S, of the views in whose pixels CutMix draws.
         seed: of the draws.
         balanced: each class is equally likely to give the partner; else each image is.
     """
@@ -303,12 +318,13 @@ class BatchMixer:
         """Mixed images.
 
         Args:
-            own: [B, 3, S, S], normalised.
+            own: [B, 3, H, H], normalised; H may be another size than S.
             others: likewise, those of the partners.
             mixture: of these samples.
         """
-        line = np.arange(self.size)
-        top, bottom, left, right = mixture.boxes.T[:, :, None]
+        size = own.shape[-1]
+        line = np.arange(size)
+        top, bottom, left, right = np.rint(mixture.boxes * size / self.size).T[:, :, None]
         rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
         stays = ~(rows[:, :, None] & columns[:, None, :])
         shares = np.where(mixture.blends[:, None, None], mixture.shares[:, None, None], stays).astype(np.float32)

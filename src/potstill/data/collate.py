@@ -17,7 +17,7 @@ from potstill.data.augment import BatchMixer, MixParams, ViewTransform
 from potstill.data.image_io import decoder_version
 from potstill.data.samplers import Ids, SameClassSampler
 from potstill.data.settings import AugmentSettings
-from potstill.data.transforms import center_crop, normalize
+from potstill.data.transforms import ViewSize, center_crop, normalize
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
 from potstill.types import Batch
@@ -115,6 +115,7 @@ class Collator:
         unlabeled: M.
         side: of the squares that come as pixels.
         balanced: partners to mix with are drawn class by class.
+        drawn: the pixels in which views are drawn; None: those in which they are shown.
     """
 
     def __init__(
@@ -130,20 +131,28 @@ class Collator:
         classes: int | None,
         balanced: bool,
         device: torch.device,
+        drawn: ViewSize | None = None,
     ) -> None:
         self.spec, self.augment, self.side, self.seed = spec, augment, side, seed
+        self.drawn = drawn or ViewSize(side, spec.size)
         self.labels, self.unlabeled, self.second, self.balanced = labels, unlabeled, second, balanced
         self.device = device
         self.every_label = torch.from_numpy(np.concatenate([labels, np.full(unlabeled, -100)])).to(device)
-        self.views = ViewTransform(augment, size=spec.size, seed=seed) if augment is not None else None
+        self.views = None
+        if augment is not None:
+            self.views = ViewTransform(augment, size=spec.size, seed=seed, drawn=self.drawn)
         self.strong = self.partners = self.mixing = None
         if second == "strong":
-            self.strong = ViewTransform(augment or AugmentSettings(), size=spec.size, seed=seed, strong=True)
+            self.strong = ViewTransform(
+                augment or AugmentSettings(), size=spec.size, seed=seed, strong=True, drawn=self.drawn
+            )
         elif second == "same class":
             self.partners = SameClassSampler(labels, seed)
         if augment is not None and augment.mixes and classes is not None:
             alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
-            self.mixing = BatchMixer(labels, **alphas, classes=classes, size=spec.size, seed=seed, balanced=balanced)
+            self.mixing = BatchMixer(
+                labels, **alphas, classes=classes, size=self.drawn.size, seed=seed, balanced=balanced
+            )
 
     @property
     def distinct_views(self) -> bool:
@@ -159,7 +168,7 @@ class Collator:
         """All that decides a view's pixels besides the images themselves, as ``Loader.describe_views``."""
         if second:
             self._refuse_without_second()
-        return view_fingerprint(
+        found = view_fingerprint(
             self.augment,
             self.spec,
             side=self.side,
@@ -171,6 +180,7 @@ class Collator:
             same_class=second and self.second == "same class",
             device=self.device.type,
         )
+        return found if self.drawn == (self.side, self.spec.size) else found | {"drawn": list(self.drawn)}
 
     def wanted(self, ids: Ids, view: Ids | int, *, second: bool = True) -> BatchPlan:
         """What a batch of these samples needs; without ``second``, what its first images do."""

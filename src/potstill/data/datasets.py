@@ -29,6 +29,7 @@ from potstill.data.shard_reader import is_shards
 from potstill.data.sources import MANIFEST_SUFFIXES
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
 from potstill.errors import DataError, UsageError, did_you_mean
+from potstill.formatting import format_names
 
 _MAX_NAMES = 20  # class names of a domain that a message lists
 
@@ -90,7 +91,8 @@ def _check_same_classes(data: DataSplits, target: DataSplits) -> None:
     for where, one, other in (("source", ours, theirs), ("target", theirs, ours)):
         lacking = [f"{name!r}{did_you_mean(name, one)}" for name in other if name not in one]
         lines.append(
-            f"  {where}, {len(one)}: {_format_names(one)}" + (f"; no {', '.join(lacking[:5])}" if lacking else "")
+            f"  {where}, {len(one)}: {format_names(one, _MAX_NAMES)}"
+            + (f"; no {', '.join(lacking[:5])}" if lacking else "")
         )
     raise DataError("\n".join([*lines, "Rename the class folders of one of them, or leave classes out of the other"]))
 
@@ -109,10 +111,6 @@ def _check_disjoint(data: DataSplits, target: DataSplits) -> None:
 
 def _all_sets(data: DataSplits) -> list[ImageSet]:
     return [data.split(split) for split in SPLITS] + ([] if data.unlabeled is None else [data.unlabeled])
-
-
-def _format_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")
 
 
 DATASETS: dict[str, Callable[[DataSettings], DataSplits]] = {

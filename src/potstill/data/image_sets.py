@@ -57,6 +57,7 @@ class ShardSet:
 
 
 def sample_name(url: str, sample: ShardSample) -> str:
+    """Return the name of a sample in messages: the shard's file name and the sample's name within it."""
     return f"{url.rpartition('/')[2]}/{sample.name.removeprefix('./')}"
 
 

@@ -16,6 +16,7 @@ from potstill.data.preprocessing import decoded_side
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import EpochSampling
+from potstill.data.transforms import ViewSize
 from potstill.data.workers import DecodeWorkers
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec
@@ -58,6 +59,9 @@ class Loader:
         draws: another length of an epoch, and groups that the order "balanced" draws from in place of the classes.
         share: (rank, count): this is one of so many processes, each of which takes every count-th image of a batch; in
             the order "listed", every count-th batch, so that a network answers as if there were one process.
+        drawn_for: show the very views that a loader with this spec shows, at ``spec.size`` and cut from the original
+            pixels: what a teacher sees of its student's views.  The two specs have ``resize_mode`` and ``crop_share``
+            in common.  Pixels are decoded when the first epoch begins; until then ``view`` decodes what it shows.
 
     Attributes:
         processes: that decode; 0 where all pixels are decoded beforehand.
@@ -91,6 +95,7 @@ class Loader:
         progress: ProgressReporter | None = None,
         draws: EpochSampling | None = None,
         share: tuple[int, int] = (0, 1),
+        drawn_for: InputSpec | None = None,
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
             raise UsageError(f"order must be listed, shuffled or balanced, got {order!r}")
@@ -108,7 +113,11 @@ class Loader:
         self.views_in_turn, self.view_seed = views, seed if view_seed is None else view_seed
         self.unlabeled, self.second = unlabeled, second
         self.device = torch.device(device)
-        self.side = decoded_side(spec, random_crops=augment is not None and augment.crop_scale is not None)
+        random_crops = augment is not None and augment.crop_scale is not None
+        self.side = decoded_side(spec, random_crops=random_crops)
+        drawn = None
+        if drawn_for is not None:
+            drawn = ViewSize(decoded_side(drawn_for, random_crops=random_crops), drawn_for.size)
         self.labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
         more = 0 if unlabeled is None else len(unlabeled)
         self.share = share
@@ -138,29 +147,17 @@ class Loader:
             classes=classes,
             balanced=order == "balanced",
             device=self.device,
+            drawn=drawn,
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
-        self._packed = decode_all(
-            self._all,
-            self.side,
-            spec.resize_mode,
-            device=self.device,
-            cache_fraction=cache_fraction,
-            processes=local_processes,
-            identity=identity,
-            progress=progress,
-        )
-        wanted = max(1, thread_count() // 2 // local_processes) if workers == "auto" else workers
-        self._workers = None
-        if wanted and self._packed is None:
-            images_of_batch = self.epochs.largest * (2 if self.assembly.has_partners else 1)
-            warn = progress.warn if progress is not None else warnings.warn
-            self._workers = DecodeWorkers(
-                self._all, self.side, spec.resize_mode, wanted, batch=images_of_batch, warn=warn
-            )
-            if self._workers.count == 0:
-                self._workers = None
-        self.processes = self._workers.count if self._workers is not None else 0
+        self._packed: Tensor | None = None
+        self._workers: DecodeWorkers | None = None
+        self.processes, self._decoding = 0, False
+        self._cache_fraction, self._local_processes = cache_fraction, local_processes
+        self._wanted = max(1, thread_count() // 2 // local_processes) if workers == "auto" else workers
+        self._identity, self._progress = identity, progress
+        if drawn_for is None:
+            self._start_decoding()
 
     @property
     def resident(self) -> bool:
@@ -236,6 +233,7 @@ class Loader:
             DataError: an image that could be decoded before no longer can.
             WorkerError: a process that decodes has died.
         """
+        self._start_decoding()
         view = self.view_of(number)
         coming = (self.assembly.wanted(ids, view) for ids in self.ids_of(number)[step:])
         for wanted, pixels in self._with_squares(coming):
@@ -263,6 +261,30 @@ class Loader:
         """
         wanted = self.assembly.wanted(*_to_numpy(index, view))
         return self.assembly.seconds(wanted, self._at(wanted.shown))
+
+    def _start_decoding(self) -> None:
+        """Have all pixels decoded, or processes that decode them."""
+        if self._decoding:
+            return
+        self._packed = decode_all(
+            self._all,
+            self.side,
+            self.spec.resize_mode,
+            device=self.device,
+            cache_fraction=self._cache_fraction,
+            processes=self._local_processes,
+            identity=self._identity,
+            progress=self._progress,
+        )
+        self._decoding = True
+        if self._wanted and self._packed is None:
+            images_of_batch = self.epochs.largest * (2 if self.assembly.has_partners else 1)
+            warn = self._progress.warn if self._progress is not None else warnings.warn
+            workers = DecodeWorkers(
+                self._all, self.side, self.spec.resize_mode, self._wanted, batch=images_of_batch, warn=warn
+            )
+            if workers.count:
+                self._workers, self.processes = workers, workers.count
 
     def _with_squares(self, coming: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         if self._workers is None:

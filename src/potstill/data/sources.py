@@ -30,6 +30,7 @@ from potstill.data.entries import (
     is_system_name,
 )
 from potstill.errors import did_you_mean
+from potstill.formatting import format_names
 
 _SPLITS = ("train", "val", "test")
 _MAX_NAMES = 12  # names in a note
@@ -189,7 +190,7 @@ def _note_files_beside(found: Listing, folder: Path, others: list[Path]) -> None
     if images:
         names = [(folder / name).relative_to(found.root).as_posix() for name in images]
         number = f"{len(images):,} image{'s' if len(images) > 1 else ''} beside the class folders"
-        reason = f"{number} ({_shorten_names(images[:3])}{', ...' if len(images) > 3 else ''}); put them into one"
+        reason = f"{number} ({format_names(images[:3])}{', ...' if len(images) > 3 else ''}); put them into one"
         found.find("beside-classes", folder, reason, *names)
     for other in others:
         if any(each.path == other.relative_to(found.root).as_posix() for each in found.findings):
@@ -202,7 +203,7 @@ def _note_files_beside(found: Listing, folder: Path, others: list[Path]) -> None
     if rest:
         where = "" if folder == found.root else f" in {folder.relative_to(found.root).as_posix()}"
         number = "1 other file" if len(rest) == 1 else f"{len(rest):,} other files"
-        found.notes.append(f"{number} beside the class folders{where} not read: {_shorten_names(rest)}")
+        found.notes.append(f"{number} beside the class folders{where} not read: {format_names(rest, _MAX_NAMES)}")
 
 
 def _different_classes(found: Listing, splits: list[tuple[str, Path]]) -> None:
@@ -252,11 +253,7 @@ def ignored_files_note(passed_over: Counter[str]) -> str:
         'passed over: 2 x @eaDir, 1 x hidden files'
     """
     names = [f"{count:,} x {name}" for name, count in passed_over.most_common()]
-    return f"passed over: {_shorten_names(names)}"
-
-
-def _shorten_names(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else "")
+    return f"passed over: {format_names(names, _MAX_NAMES)}"
 
 
 def _scan_folder(found: Listing, folder: Path) -> list["os.DirEntry[str]"]:
@@ -378,10 +375,7 @@ def _columns(header: Sequence[str]) -> tuple[dict[str, str], str]:
 
 def _note_unused(found: Listing, names: list[str]) -> None:
     if names:
-        shown = ", ".join(names[:_MAX_COLUMNS]) + (
-            f" and {len(names) - _MAX_COLUMNS} more" if len(names) > _MAX_COLUMNS else ""
-        )
-        found.notes.append(f"columns of the manifest that are not used: {shown}")
+        found.notes.append(f"columns of the manifest that are not used: {format_names(names, _MAX_COLUMNS)}")
 
 
 def _entry(found: Listing, manifest: Path, line: int, row: dict[str, Any], real: str) -> Entry | None:

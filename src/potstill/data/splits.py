@@ -14,6 +14,7 @@ from potstill.data.image_sets import ImageSet, Subset
 from potstill.data.samplers import Curriculum
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.errors import DataError
+from potstill.formatting import format_names
 
 SPLITS = ("train", "val", "test")
 
@@ -171,8 +172,7 @@ def check_splits(class_names: Sequence[str], parts: Mapping[str, ImageSet], sour
             problems.append(f"{split} has label {len(counts) - 1}, but there are {len(class_names)} classes")
         missing = [repr(name) for name, count in zip(class_names, counts, strict=False) if count == 0]
         if missing:
-            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            problems.append(f"{split} has no images of {', '.join(missing[:10])}{more}")
+            problems.append(f"{split} has no images of {format_names(missing, 10)}")
     if problems:
         raise DataError(f"{source}: every class needs images in train, val and test, but " + "; ".join(problems))
 

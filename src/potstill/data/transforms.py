@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +74,18 @@ Boxes = NDArray[np.int64]
 _ATTEMPTS = 10
 
 
+class ViewSize(NamedTuple):
+    """The pixels in which a view is drawn.
+
+    A view may be shown at another size than it is drawn in: a teacher's is drawn in its student's pixels.  Boxes and
+    shifts are then scaled and rounded to whole pixels, so that both sizes show the same part of the image to within
+    half a pixel of the size that is shown.
+    """
+
+    side: int  # R, of the square that crops are cut from
+    size: int  # S, of the view
+
+
 def sample_boxes(
     scale: tuple[float, float], ratio: tuple[float, float], side: int, draws: CounterRNG, field: str
 ) -> tuple[Boxes, NDArray[np.bool_]]:
@@ -110,6 +123,26 @@ def sample_boxes(
     return boxes, ~missing
 
 
+def scale_boxes(boxes: Boxes, side: int, to: int) -> Boxes:
+    """Boxes of a square of ``side`` pixels in a square of ``to`` pixels; edges are rounded to whole pixels.
+
+    Args:
+        boxes: (top, left, height, width), int64 [B, 4], of at least one pixel each.
+        side: of the square in which they are drawn.
+        to: of the other square.
+
+    Example:
+        >>> scale_boxes(np.array([[2, 0, 3, 8], [7, 7, 1, 1]]), 8, 20)
+        array([[ 5,  0,  7, 20],
+               [18, 18,  2,  2]])
+    """
+    if side == to:
+        return boxes
+    first = np.rint(boxes[:, :2] * to / side).astype(np.int64).clip(max=to - 1)
+    last = np.rint((boxes[:, :2] + boxes[:, 2:]) * to / side).astype(np.int64)
+    return np.concatenate([first, (last - first).clip(min=1)], axis=1)
+
+
 @dataclass(frozen=True)
 class SamplingGrid:
     """For views of S x S pixels of a crop of as many; where ``turned``, rows and columns are exchanged at last."""
@@ -120,7 +153,9 @@ class SamplingGrid:
     turned: Tensor | None  # bool [B]
 
 
-def draw_grid(augment: AugmentSettings, size: int, draws: CounterRNG, device: torch.device) -> SamplingGrid:
+def draw_grid(
+    augment: AugmentSettings, size: int, draws: CounterRNG, device: torch.device, drawn_size: int | None = None
+) -> SamplingGrid:
     """First the shift, then mirrors, then the turn.
 
     Args:
@@ -128,14 +163,17 @@ def draw_grid(augment: AugmentSettings, size: int, draws: CounterRNG, device: to
         size: S.
         draws: of B samples.
         device: where the places are wanted.
+        drawn_size: of the view in whose pixels shifts are drawn; None: S.
     """
-    shift, count = round(augment.pad_crop * size), len(draws)
+    drawn_size = drawn_size or size
+    shift, count = round(augment.pad_crop * drawn_size), len(draws)
     quarters = (draws("rotate90") * 4).astype(np.int64) if augment.rotate90 else np.zeros(count, dtype=np.int64)
     upside_down = (augment.vflip and draws("vflip") < 0.5) ^ (quarters >= 2)
     mirrored = (augment.hflip and draws("hflip") < 0.5) ^ ((quarters == 1) | (quarters == 2))
     lines, black = [], []
     for axis, reverse in (("y", upside_down), ("x", mirrored)):
         offset = np.floor(draws(f"shift {axis}") * (2 * shift + 1)) - shift if shift else np.zeros(count)
+        offset = np.rint(offset * size / drawn_size)
         line = _line(size, offset.astype(np.int64), reverse, device)
         inside = (line >= 0) & (line < size)
         black.append(~inside)
@@ -275,19 +313,21 @@ def _weights(places: Tensor, start: Tensor, length: Tensor, scale: Tensor, side:
 ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)  # of the area, and height / width: as torchvision's
 
 
-def random_erase(images: Tensor, probability: float, draws: CounterRNG) -> Tensor:
+def random_erase(images: Tensor, probability: float, draws: CounterRNG, drawn_size: int | None = None) -> Tensor:
     """A rectangle of 2 to 33 % of the area becomes black in some of the images.
 
     Args:
         images: uint8 [B, 3, S, S].
         probability: of erasing, in [0, 1].
         draws: of these samples.
+        drawn_size: of the view in whose pixels rectangles are drawn; None: S.
 
     Returns:
         The same shape and type.
     """
     size = images.shape[-1]
-    boxes, found = sample_boxes(ERASE_SCALE, ERASE_RATIO, size, draws, "erase")
+    drawn, found = sample_boxes(ERASE_SCALE, ERASE_RATIO, drawn_size or size, draws, "erase")
+    boxes = scale_boxes(drawn, drawn_size or size, size)
     boxes[~(found & (draws("erase") < probability)), 2:] = 0
     top, left, height, width = torch.from_numpy(boxes).to(images.device, non_blocking=True).T[:, :, None]
     line = torch.arange(size, device=images.device)

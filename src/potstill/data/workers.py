@@ -31,7 +31,7 @@ from potstill.data.image_sets import ImageSet
 from potstill.data.preprocessing import resize_to_square
 from potstill.distributed.launch import TIMEOUT_VARIABLE, heartbeat_timeout
 from potstill.errors import StorageError, UsageError, WorkerError
-from potstill.formatting import format_scaled
+from potstill.formatting import format_names, format_scaled
 
 _AHEAD = 2  # batches that a process decodes before the first of them is fetched
 _LISTED = 3  # images that a message names
@@ -230,8 +230,7 @@ class DecodeWorkers:
         if not member.orders:
             return "it had nothing to do"
         names = [self._images.names[i] for i in member.orders[0]]
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return f"the next images were {', '.join(names[:_LISTED])}{more}"
+        return f"the next images were {format_names(names, _LISTED)}"
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch import Tensor
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.feature_extractor import ForwardOutput
 from potstill.distillation.teacher_cache.record_format import RecordFormat
+from potstill.distillation.teacher_views import TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError
 from potstill.types import Batch, Outputs
@@ -93,8 +94,10 @@ class CachedTeacherOutputs:
         autocast: in which the teachers are asked.
         warn: is told once if the stores fail; training then goes on with the live teachers, whose answers are rounded
             as before.
+        training: whether these are the training images, whom a cross-fitted teacher answers by the head of their fold.
         processes: that share each batch.  One of each machine records what all of them asked, whenever it is to last;
             each uses at once what it asked itself.
+        views: the images of the split for teachers of another size than the student's; None: there are none such.
     """
 
     def __init__(
@@ -106,25 +109,33 @@ class CachedTeacherOutputs:
         *,
         autocast: Callable[[], AbstractContextManager[object]],
         warn: Callable[[str], None],
+        training: bool = False,
         processes: ProcessGroup = SINGLE_PROCESS,
+        views: TeacherViews | None = None,
     ) -> None:
+        self.training = training
         self.distiller, self.loader, self.autocast, self.warn = distiller, loader, autocast, warn
+        self.views = views
         self.caches: list[TeacherCacheProtocol] = list(caches)
         self.second: list[TeacherCacheProtocol] = list(second)
         self.processes = processes
         self.counts = CacheCounts()
         self.broken = any(isinstance(shelf, NullTeacherCache) for shelf in self.caches)  # nothing is kept
         self._upcoming_ids: Iterator[Ids] = iter(())
-        self._view = 0
+        self._view, self._position = 0, -1
         self._told: list[_PendingRecords] = []  # what this process has asked and nobody has recorded yet
 
     def start_epoch(self, epoch: int, step: int = 0) -> None:
         """The batches of this epoch come next, the first ``step`` of them left out."""
         self._upcoming_ids, self._view = iter(self.loader.ids_of(epoch)[step:]), self.loader.view_of(epoch)
+        self._position = step - 1
+        if self.views is not None:
+            self.views.start_epoch(epoch, step)
 
     def __call__(self, batch: Batch) -> Outputs:
         """The teacher's outputs for the next batch."""
         ids = next(self._upcoming_ids)
+        self._position += 1
         assert len(ids) == len(batch)  # the loader's own order
         try:
             return self._answer(ids, batch)
@@ -167,8 +178,13 @@ class CachedTeacherOutputs:
         known = [shelf.read(self._view, ids) for shelf in caches]
         missing = ~np.logical_and.reduce([present for _, present in known])
         if missing.any():
+            own: tuple[Tensor | None, ...] = ()
+            if self.views is not None:
+                found = self.views.at(self._position, torch.from_numpy(ids), self._view)
+                own = found.second if caches is self.second else found.images
             with self.autocast():
-                fresh = teachers.ask(images)
+                index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
+                fresh = teachers.ask(images, own, index)
             self.counts.asked += len(ids)
             for place, (shelf, (records, present), said) in enumerate(zip(caches, known, fresh, strict=True)):
                 features = None if said.embedding is None else _to_numpy(said.embedding)
@@ -182,16 +198,16 @@ class CachedTeacherOutputs:
         else:
             self.counts.read += len(ids)
         temperature = self.distiller.method.soft_temperature
-        found = []
+        outputs = []
         for shelf, (records, _), network, reader in zip(
             caches, known, teachers.networks, teachers.readers, strict=True
         ):
             logits, embedded = shelf.record.decode(records, temperature)
             embedding = None if embedded is None else _to_device(embedded, images.device)
-            found.append(
+            outputs.append(
                 ForwardOutput(_to_device(logits, images.device), embedding=embedding, head=reader.head(network))
             )
-        return found
+        return outputs
 
     def _record(self, told: Sequence[_PendingRecords]) -> None:
         """Write what all processes asked."""

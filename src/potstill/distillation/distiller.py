@@ -15,6 +15,7 @@ from potstill.distillation.output_router import (
     build_output_router,
     network_info,
 )
+from potstill.distillation.teacher_views import TeacherImages, TeacherViews
 from potstill.distillation.teachers import CombineMode, Teachers
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
@@ -25,28 +26,31 @@ from potstill.types import UNLABELED, Batch, Outputs, Step
 
 
 class Distiller(nn.Module):
-    """Train ``student`` to imitate ``teacher`` by ``method``, in anybody's loop.
+    """Student, frozen teacher and method as one module, for any training loop.
 
-    Teachers are frozen: always in eval mode, without gradients, and left out of the state dict.  ``student`` is the
-    module that was passed in (for the few methods that deploy another network, one that contains it); use it alone
-    after training.
+    Teachers are frozen: always in eval mode, without gradients, and not part of the state dict.  The attribute
+    ``student`` is the module that was passed in (for the few methods that deploy another network, one that contains
+    it); use it alone after training.
 
     Args:
-        student: maps images [B, 3, H, W] to logits [B, K]; this is what is trained.
-        teacher: likewise, one or several; None where the method needs none.  Its parameters stop requiring gradients.
-        method: see ``potstill.methods``.
-        example: images like those of training (two or more); needed by methods with adapters, which are sized by it.
-        student_input: how ``images`` are prepared.
-        teacher_input: how each teacher wants them; images are renormalised and resized from the one to the other.
-        label_loss: replaces plain cross-entropy in the method's label term (smoothing, class weights).
-        feature_pairs: pairs of paths (student's, teacher's), shallow to deep, in place of the stages found by
-        themselves. train_labels: [N], int64, labels by sample id; needed by methods with a memory of the training set.
-        batch_size: of the training to come; needed by methods whose layers are sized by it.
-        teacher_weights: for each of several teachers; equal where None.
-        combine: several teachers' "logits" or "probabilities" are averaged.
+        student: maps images [B, 3, H, W] to logits [B, K]; it is trained.
+        teacher: one or several modules like the student; None for methods without a teacher.  ``requires_grad`` of
+            their parameters is set to False.
+        method: a method of ``potstill``, or a subclass of ``Method``.
+        example: two or more training images [B, 3, H, W]; required by methods with adapters, whose sizes follow from
+            it.
+        student_input: how ``images`` are preprocessed.
+        teacher_input: how each teacher's images must be preprocessed; images are renormalised and resized accordingly.
+        label_loss: replaces cross-entropy in the label term (for label smoothing or class weights).
+        feature_pairs: pairs of paths (student's, teacher's), shallow to deep, in place of the stages that are found
+            automatically.
+        train_labels: [N], int64, labels by sample id; required by methods with a memory of the training set.
+        batch_size: batch size of the training; required by methods whose layers depend on it.
+        teacher_weights: one for each teacher; None: equal.
+        combine: whether the "logits" or the "probabilities" of several teachers are averaged.
 
     Raises:
-        UsageError: something that the method needs is missing; networks that it cannot join.
+        UsageError: something that the method needs is missing, or it does not support these networks.
 
     Example:
         >>> from potstill.methods.kd import KD
@@ -105,23 +109,23 @@ class Distiller(nn.Module):
         soft_labels: Tensor | None = None,
         teacher: Outputs | None = None,
     ) -> Step:
-        """One forward pass.
+        """Return logits and loss terms of a batch.
 
-        In eval mode, methods that live on the training images themselves (memories, second views) give their label
-        terms only; so do methods that compare images with each other, of a last image alone.
+        In eval mode, methods that depend on training images (memories, second views) return only their label terms;
+        so do methods that compare images with each other, for a batch of one image.
 
         Args:
-            images: [B, 3, H, W], prepared for the student.
+            images: [B, 3, H, W], preprocessed for the student.
             labels: [B], int64.
             index: [B], int64 sample ids, for methods with a memory.
             view: [B], int64 view numbers.
             second: [B, 3, H, W], for methods that need a second image for each.
-            soft_labels: [B, K], where images are mixed.
-            teacher: what the teacher says of these very images where it is known already; else the teacher is asked.
+            soft_labels: [B, K], of mixed images.
+            teacher: the teacher's outputs for these images if they are known (cached); None: the teacher is run.
 
         Raises:
             UsageError: logits or labels of a wrong shape; student and teacher with different numbers of classes;
-                something missing that the method needs.
+                an argument that the method needs is missing.
         """
         batch = Batch(images, labels, index, view, second, soft_labels)
         names = self.method.label_term_names
@@ -133,26 +137,42 @@ class Distiller(nn.Module):
         self._refuse_missing(batch)
         student = self._run_student(images, second)
         if teacher is None:
-            teacher = self.run_teacher(images, second)
+            teacher = self.run_teacher(images, second, index=index if self.training else None)
         _check_shapes(student.logits, teacher, labels)
         return Step(student.logits, self.method(student, teacher, batch), names)
 
     @torch.no_grad()
-    def run_teacher(self, images: Tensor, second: Tensor | None = None) -> Outputs | None:
-        """The teacher's outputs for images prepared for the student; None where the method needs no teacher."""
-        if self.teacher is None:
-            return None
-        said = self.teacher.ask(images)
-        if second is None or self.method.needs.second == "none":
-            return self.teacher_outputs(said)
-        return self.teacher_outputs(said, self.teacher.ask(second))
-
-    def teacher_outputs(self, said: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
-        """What the method is shown of what each teacher said, just now or long ago.
+    def run_teacher(
+        self,
+        images: Tensor,
+        second: Tensor | None = None,
+        own: TeacherImages | None = None,
+        index: Tensor | None = None,
+    ) -> Outputs | None:
+        """Return the teacher's outputs; None for methods without a teacher.
 
         Args:
-            said: one for each teacher, of the images.
-            second: likewise, of the second images, where the method needs such.
+            images: [B, 3, H, W], preprocessed for the student.
+            second: [B, 3, H, W], for methods that need a second image for each.
+            own: the same images for teachers of another size than the student's, cut from the original pixels; None:
+                such teachers get ``images`` resized.
+            index: [B] sample ids, where these are training images; see ``Teachers.ask``.
+        """
+        if self.teacher is None:
+            return None
+        said = self.teacher.ask(images, () if own is None else own.images, index)
+        if second is None or self.method.needs.second == "none":
+            return self.teacher_outputs(said)
+        # Another image of the same class has another id, which is not known here.
+        second_index = index if self.method.needs.second == "strong" else None
+        return self.teacher_outputs(said, self.teacher.ask(second, () if own is None else own.second, second_index))
+
+    def teacher_outputs(self, said: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
+        """Combine the outputs of each teacher, new or cached, into those that the method reads.
+
+        Args:
+            said: outputs of each teacher for the images.
+            second: outputs of each teacher for the second images, if the method needs them.
         """
         assert self.teacher is not None  # somebody said it
         outputs = self.shown.outputs_of_teachers(self.teacher, said)
@@ -163,19 +183,23 @@ class Distiller(nn.Module):
         )
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Tell the method where training stands: epoch number ``epoch``, from 0, of ``epochs`` is about to begin."""
+        """Call before each epoch: number ``epoch``, counted from 0, of ``epochs``; for methods that depend on it."""
         self.method.start_epoch(epoch, epochs)
 
-    def prepare(self, batches: Callable[[], Iterator[Batch]]) -> None:
-        """Let the method learn from the teacher's outputs before training, where it needs that.
+    def prepare(self, batches: Callable[[], Iterator[Batch]], views: TeacherViews | None = None) -> None:
+        """Run the method's passes over the training images before training, if it needs any.
 
         Args:
-            batches: each call is one pass over the training images.
+            batches: each call returns one pass over the training images.
+            views: the images of these batches for teachers of another size than the student's.
         """
 
         def passes() -> Iterator[tuple[Outputs, Batch]]:
-            for batch in batches():
-                outputs = self.run_teacher(batch.images)
+            if views is not None:
+                views.start_epoch(0)
+            for position, batch in enumerate(batches()):
+                own = None if views is None else views.of(position, batch)
+                outputs = self.run_teacher(batch.images, own=own, index=batch.index)
                 assert outputs is not None
                 yield outputs, batch
 
@@ -184,12 +208,12 @@ class Distiller(nn.Module):
         self._ready = True
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters for the optimizer: the student's and the method's adapters'."""
+        """Return names and parameters for the optimizer: those of the student and of the method's adapters."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     @property
     def table(self) -> str:
-        """For people: which layers of student and teacher are joined; empty where none are."""
+        """Which layers of student and teacher are paired, as text; empty for methods that read no hidden layers."""
         return self.shown.table
 
     def _refuse_missing(self, batch: Batch) -> None:

@@ -262,7 +262,7 @@ class InferenceSettings:
 
         Example:
             >>> InferenceSettings.of(InferenceSettings(torch.bfloat16, torch.channels_last, 3).facts())
-            Asking(dtype=torch.bfloat16, memory_format=torch.channels_last, folded=3)
+            InferenceSettings(dtype=torch.bfloat16, memory_format=torch.channels_last, folded=3)
         """
         dtypes, layouts = (
             {word: each for each, word in _DTYPE_NAMES.items()},

@@ -1,12 +1,13 @@
 """One teacher or several, frozen, with their outputs combined."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from potstill.distillation.cross_fitting import FoldHeads
 from potstill.distillation.feature_extractor import FeatureExtractor, ForwardOutput
 from potstill.distillation.teacher_inference import (
     MIN_AGREEMENT,
@@ -61,10 +62,12 @@ class Teachers(nn.Module):
         self.networks = nn.ModuleList(network.requires_grad_(False) for network in networks)
         self.input_converters = nn.ModuleList(input_converters)
         self.readers = [FeatureExtractor() for _ in self.networks]
+        self.fold_heads = nn.ModuleDict()  # of those that are cross-fitted, by their position
         self.asking: list[InferenceSettings | None] = [None] * len(self.networks)  # how; None: as autocast says
         if combine not in ("logits", "probabilities"):
             raise UsageError(f"teachers are combined by logits or probabilities, got {combine!r}")
         self.combine = combine
+        self._shows_embedding: dict[int, bool] = {}
         shares = [1.0] * len(self.networks) if weights is None else list(weights)
         if len(shares) != len(self.networks) or min(shares) < 0 or sum(shares) <= 0:
             raise UsageError(f"give each of the {len(self.networks)} teachers a weight of at least 0, got {shares}")
@@ -78,9 +81,25 @@ class Teachers(nn.Module):
         """Always eval mode: BatchNorm statistics of a teacher must not drift, and its dropout must rest."""
         return super().train(False)
 
+    def cross_fit(self, at: int, heads: FoldHeads) -> None:
+        """Let one of them answer training images by heads that have not seen their labels."""
+        reader = self.readers[at]
+        self.readers[at] = FeatureExtractor(replace(reader.wanted, embedding=heads.layer))
+        self.fold_heads[str(at)] = heads
+        self._shows_embedding[at] = reader.wanted.embedding is not None
+
     @torch.no_grad()
-    def ask(self, images: Tensor) -> list[ForwardOutput]:
-        """What each says of images prepared for the student.
+    def ask(
+        self, images: Tensor, own: Sequence[Tensor | None] = (), index: Tensor | None = None
+    ) -> list[ForwardOutput]:
+        """The outputs of each.
+
+        Args:
+            images: [B, 3, H, W], prepared for the student.
+            own: for each teacher the same images prepared for it, at its own size; None, or an empty sequence:
+                ``images``, converted.
+            index: [B] int64 sample ids, where these are training images: a cross-fitted teacher then answers each by
+                the head of its fold.
 
         Raises:
             UsageError: they know different numbers of classes.
@@ -88,11 +107,17 @@ class Teachers(nn.Module):
         if any(module.training for module in self.networks.modules()):  # somebody has called train() on a teacher
             self.train()
         said = [
-            reader.ask(network, converted(images), how)
-            for network, converted, reader, how in zip(
-                self.networks, self.input_converters, self.readers, self.asking, strict=True
+            reader.ask(network, converted(images) if prepared is None else prepared, how)
+            for network, converted, prepared, reader, how in zip(
+                self.networks,
+                self.input_converters,
+                own or [None] * len(self.networks),
+                self.readers,
+                self.asking,
+                strict=True,
             )
         ]
+        said = [self._cross_fitted(at, one, index) for at, one in enumerate(said)]
         classes = sorted({one.logits.shape[1] for one in said})
         if len(classes) > 1:
             raise UsageError(f"the teachers know different numbers of classes: {classes}")
@@ -125,7 +150,10 @@ class Teachers(nn.Module):
         Returns:
             For people, of each teacher: what was done, or why not.
         """
-        return [self.optimize_one_for_inference(at, dtype, memory_format, example).note for at in range(len(self))]
+        return [
+            self.optimize_one_for_inference(at, dtype, memory_format, converted(example)).note
+            for at, converted in enumerate(self.input_converters)
+        ]
 
     @torch.no_grad()
     def optimize_one_for_inference(
@@ -144,18 +172,18 @@ class Teachers(nn.Module):
             at: which.
             dtype: see ``hasten``.
             memory_format: see ``hasten``.
-            example: see ``hasten``; a few suffice where ``known`` is given.
+            example: images prepared for this teacher, [N, 3, H, W]; a few suffice where ``known`` is given.
             least: agreement with which the copy takes the teacher's place.
             known: what a comparison on these images gave before; it is not made again.
         """
-        network, prepared = self.networks[at], self.input_converters[at](example)
+        network = self.networks[at]
         if reason := self._reason_to_keep(at):
             return InferenceConversion(self.asking[at], None, reason)
         if known is not None and not known.agreement >= least:
             return self._kept(at, dtype, memory_format, known)
         try:
-            copied, how = convert_for_inference(network, dtype, memory_format, prepared)
-            found = known or measure_fidelity(copied, how, network, prepared)
+            copied, how = convert_for_inference(network, dtype, memory_format, example)
+            found = known or measure_fidelity(copied, how, network, example)
         except Exception as error:  # in another dtype, networks of others fail in any way they like
             self.in_float32(at, memory_format)
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -176,6 +204,14 @@ class Teachers(nn.Module):
     def in_float32(self, at: int, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         """Ask one of them as it is, in float32, whatever autocast says."""
         self.asking[at] = InferenceSettings(memory_format=memory_format)
+
+    def _cross_fitted(self, at: int, said: ForwardOutput, index: Tensor | None) -> ForwardOutput:
+        """What one says, with the logits of the fold's head where it has such."""
+        if str(at) not in self.fold_heads:
+            return said
+        assert said.embedding is not None  # ``cross_fit`` has asked for it
+        logits = said.logits if index is None else self.fold_heads[str(at)](said.embedding, index)
+        return replace(said, logits=logits, embedding=said.embedding if self._shows_embedding[at] else None)
 
     def _reason_to_keep(self, at: int) -> str:
         """Why a teacher stays as it is; empty where nothing speaks against it."""

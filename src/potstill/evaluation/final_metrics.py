@@ -39,13 +39,13 @@ def split_metrics(found: Predictions, class_names: Sequence[str]) -> dict[str, A
     count, classes, labels = len(found.labels), found.classes, found.labels
     hits = np.bincount(labels[found.correct], minlength=classes)
     called, support = (np.bincount(each, minlength=classes) for each in (found.predicted, labels))
-    areas = found.areas
+    areas = found.auc_per_class
     if count:
         figures: dict[str, Any] = {
             "top1": float(hits.sum() / count),
-            "top3": float((found.before < min(3, classes)).mean()),
+            "top3": float((found.label_rank < min(3, classes)).mean()),
             **classification_averages(hits, called, support),
-            **auc_averages(areas, found.area, support),
+            **auc_averages(areas, found.auc_micro, support),
             "ece": _calibration_error(found.confidence, found.correct),
             "nll": _negative_log_likelihood(found.label_probability),
         }
@@ -163,12 +163,12 @@ def split_intervals(predictions: Predictions) -> Bounds:
         return {}
     found: Bounds = {}
     for name, k in (("top1", 1), ("top3", min(3, classes))):
-        _, low, high = wilson_interval(int((predictions.before < k).sum()), count)
+        _, low, high = wilson_interval(int((predictions.label_rank < k).sum()), count)
         found[name] = (low, high)
     found |= _confusion_intervals(predictions)
     found |= _nll_interval(predictions.label_probability)
-    if isinstance(predictions.rows, ArrayProbabilities) and count * classes <= MAX_DELONG_SCORES:
-        found |= _auc_intervals(predictions.rows.array, labels)
+    if isinstance(predictions.probabilities, ArrayProbabilities) and count * classes <= MAX_DELONG_SCORES:
+        found |= _auc_intervals(predictions.probabilities.array, labels)
     return found
 
 

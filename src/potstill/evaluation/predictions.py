@@ -203,33 +203,34 @@ class Predictions:
         labels: [N] int64.
         predicted: [N] int64, the most probable class; of equally probable ones the first.
         confidence: [N], its probability.
-        of_label: [N], probability of the label.
-        before: [N] int64, classes that come before the label: 0 where it is the most probable.
+        label_probability: [N], probability of the label.
+        label_rank: [N] int64, classes that come before the label: 0 where it is the most probable.
         top, top_probabilities: [N, min(K, TOP)], the most probable classes in order, and their probabilities.
-        areas, area: AUC of each class [K] (NaN: undefined), and of all classes pooled.
-        rows: all probabilities; None where they were not kept.
+        auc_per_class: [K], NaN where it is undefined.
+        auc_micro: AUC of all classes pooled.
+        probabilities: all of them; None if they were not kept.
     """
 
     labels: Array
     predicted: Array
     confidence: Array
     label_probability: Array
-    before: Array
+    label_rank: Array
     top: Array
     top_probabilities: Array
-    areas: Array
-    area: float
-    rows: Probabilities | None
+    auc_per_class: Array
+    auc_micro: float
+    probabilities: Probabilities | None
 
     @property
     def classes(self) -> int:
         """K."""
-        return len(self.areas)
+        return len(self.auc_per_class)
 
     @property
     def array(self) -> Array | None:
         """[N, K] probabilities, where they are held."""
-        return self.rows.array if isinstance(self.rows, ArrayProbabilities) else None
+        return self.probabilities.array if isinstance(self.probabilities, ArrayProbabilities) else None
 
     @property
     def correct(self) -> Array:
@@ -268,13 +269,24 @@ class Predictions:
             if metrics is not None:
                 metrics.update(found.clamp(min=smallest).log(), known)
         if isinstance(rows, ArrayProbabilities) and exact:
-            areas, area = exact_auc_per_class(rows.array, labels) if count else (np.full(classes, np.nan), np.nan)
+            auc_per_class, auc_micro = (
+                exact_auc_per_class(rows.array, labels) if count else (np.full(classes, np.nan), np.nan)
+            )
         else:
             assert metrics is not None
-            areas, area = metrics.areas()
-        predicted, confidence, label_probability, before, top, top_probabilities, *_ = columns.arrays()
+            auc_per_class, auc_micro = metrics.areas()
+        predicted, confidence, label_probability, label_rank, top, top_probabilities, *_ = columns.arrays()
         return cls(
-            labels, predicted, confidence, label_probability, before, top, top_probabilities, areas, float(area), rows
+            labels,
+            predicted,
+            confidence,
+            label_probability,
+            label_rank,
+            top,
+            top_probabilities,
+            auc_per_class,
+            float(auc_micro),
+            rows,
         )
 
 
@@ -349,19 +361,19 @@ def predict_split(
         together = StreamingMetrics(classes, device=device)
         together.merge(processes.add(metrics.state()))
         metrics = together
-    areas, area = metrics.areas()
+    auc_per_class, auc_micro = metrics.areas()
     rows = None if file is None else FileProbabilities(file, (count, classes))
-    predicted, confidence, label_probability, before, top, top_probabilities = (column[order] for column in rest)
+    predicted, confidence, label_probability, label_rank, top, top_probabilities = (column[order] for column in rest)
     return Predictions(
         all_labels[order],
         predicted,
         confidence,
         label_probability,
-        before,
+        label_rank,
         top,
         top_probabilities,
-        areas,
-        float(area),
+        auc_per_class,
+        float(auc_micro),
         rows,
     )
 
@@ -380,8 +392,8 @@ class _ColumnBuffer:
         shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...] = (
             ((), torch.int64),  # predicted
             ((), real),  # confidence
-            ((), real),  # of_label
-            ((), torch.int64),  # before
+            ((), real),  # label_probability
+            ((), torch.int64),  # label_rank
             ((few,), torch.int32),  # top
             ((few,), real),  # top_probabilities
             ((), torch.int64),  # labels
@@ -395,7 +407,7 @@ class _ColumnBuffer:
         label_probability = probabilities.gather(1, labels[:, None])
         numbers = torch.arange(self.classes, device=probabilities.device)
         equal = (probabilities == label_probability) & (numbers < labels[:, None])
-        before = ((probabilities > label_probability) | equal).sum(dim=1)
+        label_rank = ((probabilities > label_probability) | equal).sum(dim=1)
         predicted = probabilities.argmax(dim=1)
         best = probabilities.topk(min(TOP_CLASSES, self.classes), dim=1)
         confidence = probabilities.gather(1, predicted[:, None])[:, 0]
@@ -403,7 +415,7 @@ class _ColumnBuffer:
             predicted,
             confidence,
             label_probability[:, 0],
-            before,
+            label_rank,
             best.indices,
             best.values,
             labels,

@@ -110,8 +110,8 @@ def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.9
     ``(MS_seeds + MS_images - MS_rest) / (S N)``.  Its first part has S - 1 degrees of freedom, the rest many; the
     critical value lies between those of the normal distribution and of Student's t, by the share r of the seeds in that
     variance: ``z + r ** q * (t - z)``.  This is Cochran's rule with an exponent, chosen so that 4 to 6 % of the
-    intervals at 95 % miss whatever the share is (``tests/evaluation/test_false_alarms.py``; Satterthwaite's degrees of
-    freedom: up to 7.8 % with three seeds).
+    intervals at 95 % miss whatever the share is (``tests/evaluation/test_significance_false_alarms.py``;
+    Satterthwaite's degrees of freedom: up to 7.8 % with three seeds).
 
     Where fewer than ``MIN_CHANGED_IMAGES`` images differ, p is not below that of the exact test over images
     (``sign_flip``).

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from potstill.config.method_settings import describe_method
+from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_io import ValueRange, format_range
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_views import TeacherViews
 from potstill.errors import ArtifactError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
-from potstill.input_spec import InputSpec
+from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
+from potstill.models.class_names import OutputNames, lists_with
 from potstill.models.factory import create_model, load_for_classes, load_weights
+from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
-from potstill.models.registry import input_spec
+from potstill.models.output_groups import OutputGroups
+from potstill.models.registry import input_spec, resolve
+from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
@@ -43,6 +49,7 @@ class InitialNetwork:
     ready: bool  # it knows these classes already: a teacher needs no training
     facts: dict[str, Any] = field(default_factory=dict)  # where its weights come from
     remodelled: dict[str, Any] | None = None  # of a model file whose network a method has changed
+    output_groups: OutputGroups | None = None  # of a network whose outputs are not the classes one by one
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # a head that starts anew
 
@@ -91,39 +98,78 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
         return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
-    key = _network_key(recipe, network)
-    if network.weights != "pretrained" and _is_potstill_model(Path(network.weights)):
+    key = network_key(recipe, network)
+    if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
         return _from_model_file(Path(network.weights), network, classes, key)
-    if network.classes is not None:
-        setting = f"{key}.classes"
-        loaded = load_for_classes(network.model, network.weights, network.classes, classes, size=size, key=setting)
-        facts = {"weights": network.weights, "classes": network.classes}
-        spec = _spec(recipe, network)
-        return InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
+    theirs, setting = network.classes, f"{key}.classes"
+    if theirs is None and network.weights not in WITHOUT_FILE:
+        theirs, setting = _published_names(Path(network.weights), classes), f"config.json of {network.weights}"
+    if theirs is not None:
+        loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
+        facts = {"weights": network.weights, "classes": theirs}
+        spec = _spec(recipe, network, loaded.normalisation)
+        start = InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
+        start.output_groups = loaded.output_groups
+        return start
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
-    if loaded.new_head and network.weights != "pretrained" and not network.new_head:
+    new_head = network.new_head or network.head is not None
+    if loaded.new_head and network.weights not in WITHOUT_FILE and not new_head:
         raise ArtifactError(
             f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
-            f"To train it on with a new head, set {_network_key(recipe, network)}.new_head=true"
+            f"If they include these, name the class of each output, {key}.classes={_likely_classes(classes)}; to train "
+            f"it on with a new head, set {key}.new_head=true"
         )
     start = InitialNetwork(
         loaded.module,
         network.model,
-        _spec(recipe, network),
+        _spec(recipe, network, loaded.normalisation),
         ready=not loaded.new_head,
         facts={"weights": network.weights},
     )
+    if network.weights == "pretrained" and network.size is None and key.startswith("teacher"):
+        start.notes += _detail_notes(network.model, size, key)
     if loaded.new_head:
-        start.warnings += loaded.notes
+        start.warnings += [] if network.head else loaded.notes  # a probe sets the head
+        if found := lists_with(classes):
+            start.notes.append(
+                f"all classes of this data are among those of {found[0]}: if the outputs of {network.weights} are "
+                f"these, {key}.classes={found[0]} keeps them, and needs no training"
+            )
     else:
         start.notes += [
             *loaded.notes,
-            f"{network.weights} carries no class names: its outputs are taken to be, in this order, {_names(classes)}; "
-            f"{key}.classes names another order",
+            f"{_weights_label(network)} carries no class names: its outputs are taken to be, in this order, "
+            f"{_names(classes)}; {key}.classes names another order",
         ]
     return start
+
+
+def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
+    """Class names beside weights from the Hugging Face hub; None where a class of the data is not among them."""
+    names = read_class_names(weights.expanduser())
+    if names is None or len(set(names)) < len(names):
+        return None
+    known = OutputNames(names)
+    return list(names) if all(len(known.find(name)) == 1 for name in ours) else None
+
+
+def _likely_classes(classes: tuple[str, ...]) -> str:
+    """What ``teacher.classes`` may be for this data."""
+    return next(iter(lists_with(classes)), "FILE")
+
+
+def _detail_notes(architecture: str, size: int, key: str) -> list[str]:
+    """What to set where a pretrained teacher would see fewer pixels than its weights were made for."""
+    family, bare = resolve(architecture)
+    own = family.own_size(bare)
+    if own is None or own <= size:
+        return []
+    return [
+        f"{architecture} was designed for {own} px and sees {size} px, as its student does: --set {key}.size={own} "
+        f"cuts its images from the original pixels, for about {(own / size) ** 2:.0f} times its computation"
+    ]
 
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
@@ -134,13 +180,22 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
             raise ArtifactError(
                 f"{path} takes images of {model.input.size} px, and the recipe says size: {network.size}"
             )
+        facts |= {"head": model.facts["head"]} if "head" in model.facts else {}
         return InitialNetwork(
-            model.module, model.architecture, model.input, ready=True, facts=facts, remodelled=model.remodelled
+            model.module,
+            model.architecture,
+            model.input,
+            ready=True,
+            facts=facts,
+            remodelled=model.remodelled,
+            output_groups=model.output_groups,
         )
     if model.remodelled is not None:
         name = model.remodelled.get("name")
         raise ArtifactError(f"{path} is a remodelled network ({name}), whose head cannot start anew for other classes")
-    if not network.new_head:
+    if model.output_groups is not None:
+        raise ArtifactError(f"{path} is a network with several outputs for a class, whose head cannot start anew")
+    if not network.new_head and network.head is None:
         raise ArtifactError(
             f"{path} knows other classes than this data, or the same in another order.\n"
             f"It knows {len(model.class_names)}: {_names(model.class_names)}\n"
@@ -153,16 +208,33 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
     head = _head_keys(model.module, module, len(model.class_names) == len(classes))
     module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
-    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=[warning])
+    warnings = [] if network.head else [warning]  # a probe sets the head
+    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
 
 
-def _spec(recipe: Recipe, network: StageSettings) -> InputSpec:
-    """How the network wants its images; published weights know one normalisation, others take the recipe's."""
+def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:
+    """How the network wants its images; published weights know one normalisation, others take the recipe's.
+
+    ``normalisation``: mean and deviation that the weights' file or repository tells.
+    """
     data = recipe.data
+    if network.model.startswith(GIVEN):
+        given = given_input(network.model)
+        if given is not None:
+            return given
+        if network is not recipe.student:  # who says nothing is shown what the student is
+            shown = _spec(recipe, recipe.student)
+            return replace(shown, size=network.size or shown.size)
     spec = input_spec(network.model, network.size or data.size, data.resize_mode)
+    if normalisation is not None:
+        spec = replace(spec, mean=normalisation[0], std=normalisation[1])
     if network.weights == "pretrained":
         return spec
     return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)
+
+
+def _weights_label(network: StageSettings) -> str:
+    return network.model if network.weights in WITHOUT_FILE else str(network.weights)
 
 
 def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
@@ -173,7 +245,7 @@ def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
     return {f"{name}.{part}" for name in last for part in ("weight", "bias")}
 
 
-def _network_key(recipe: Recipe, network: StageSettings) -> str:
+def network_key(recipe: Recipe, network: StageSettings) -> str:
     """How ``--set`` names a network of the recipe: "teacher", "teacher.1", "student"."""
     several = [("assistants", recipe.assistants)]
     if isinstance(recipe.teacher, list):
@@ -203,11 +275,13 @@ def train_loader(
     data: DataSplits,
     compute: Compute,
     observer: Observer | None = None,
+    drawn_for: InputSpec | None = None,
 ) -> Loader:
     """Augmented training images in a new order each epoch.
 
     Baseline and distilled draw the same order and the same views from the seeds, so that only the method differs (one
     that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
+    ``drawn_for``: the student's spec, where its views are shown at the size of ``spec``.
     """
     views = recipe.teacher_cache.views
     balances = recipe.data.class_balance == "sampling" if data.draws is None else data.draws.groups is not None
@@ -233,6 +307,7 @@ def train_loader(
         progress=observer,
         draws=data.draws,
         share=(compute.processes.rank, compute.processes.count),
+        drawn_for=drawn_for,
     )
 
 
@@ -265,10 +340,12 @@ def split_loader(
     compute: Compute,
     *,
     shared: bool = True,
+    drawn_for: InputSpec | None = None,
 ) -> Loader:
     """Every image of a split once, in its listed order, without augmentation.
 
     ``shared``: among several processes, each of which has its own batches; else each has all of them.
+    ``drawn_for``: the student's spec, where its images are shown at the size of ``spec``.
     """
     processes = compute.processes
     return Loader(
@@ -282,7 +359,32 @@ def split_loader(
         identity=f"{data.fingerprint}/{split}",
         progress=SilentObserver(),  # what there is to say has been said of the training images
         share=(processes.rank, processes.count) if shared else (0, 1),
+        drawn_for=drawn_for,
     )
+
+
+def build_teacher_views(
+    student: InputSpec,
+    teachers: Sequence[InputSpec],
+    loader: Callable[..., Loader],
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> TeacherViews | None:
+    """The views of a split for teachers of another size than the student's; None where there are none such.
+
+    They are prepared as the student's are, but for size and normalisation, which are the teacher's.
+
+    Args:
+        student: how the student's loader prepares its images.
+        teachers: how each teacher wants its images.
+        loader: ``train_loader`` or ``split_loader`` of the split, waiting for ``spec`` and ``drawn_for``.
+        memory_format: of the images.
+    """
+    specs = [
+        None if own.size == student.size else replace(student, size=own.size, mean=own.mean, std=own.std)
+        for own in teachers
+    ]
+    loaders = {spec: loader(spec=spec, drawn_for=student) for spec in dict.fromkeys(specs) if spec is not None}
+    return TeacherViews([None if spec is None else loaders[spec] for spec in specs], memory_format) if loaders else None
 
 
 TIMING_ROUNDS = 3  # in which a teacher's answer is timed, after one that is thrown away

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from potstill.config.recipe import Recipe, load_recipe
 from potstill.data.datasets import load_data
@@ -19,12 +20,13 @@ from potstill.distillation.teacher_cache.record_format import canonical_json
 from potstill.distillation.teacher_inference import InferenceSettings
 from potstill.distillation.teachers import Teachers
 from potstill.errors import ArtifactError, DataError
-from potstill.experiment.builders import split_loader, train_loader
+from potstill.experiment.builders import build_teacher_views, split_loader, train_loader
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.plan import plan_stages
 from potstill.experiment.preflight import create_stage_method
+from potstill.experiment.probe import load_fold_heads
 from potstill.experiment.teacher_cache import StageTeacher, describe_teacher, module_digest
-from potstill.experiment.teacher_inference import convert_as, spread_ids
+from potstill.experiment.teacher_inference import convert_as, spread_ids, teacher_images
 from potstill.input_spec import InputSpec
 from potstill.inputs import InputConverter
 from potstill.models.model_file import load_model
@@ -62,7 +64,9 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         if data.fingerprint != identity["data"]:
             raise DataError(f"{path}: the images of {data.source} have changed since; the store is of no use any more")
         network = load_model(Path(facts["folder"]))
-        taught = StageTeacher(network, Path(facts["folder"]), module_digest(network.module))
+        heads = None if data.target is not None else load_fold_heads(Path(facts["folder"]), network.facts, data)
+        digest = None if heads is None else module_digest(heads)
+        taught = StageTeacher(network, Path(facts["folder"]), module_digest(network.module), None, digest)
         teacher = {**identity["teacher"], "asked in": None}
         if canonical_json(describe_teacher(taught)) != canonical_json(teacher):
             raise ArtifactError(f"{path}: the teacher in {facts['folder']} has changed since and has another store now")
@@ -71,10 +75,18 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
             raise ArtifactError(f"{path} holds no records yet")
         spec = _spec(facts["student input"])
         compute = create_compute(recipe.stage_training(facts["stage"]))
-        loader = _loader(recipe, facts["stage"], identity["split"], spec, data, compute)
-        teachers = Teachers([network.module.to(compute.device)], [InputConverter(spec, network.input)])
+        loading = partial(_loader, recipe, facts["stage"], identity["split"], data=data, compute=compute)
+        loader, teachers = loading(spec=spec), Teachers([network.module.to(compute.device)], [nn.Identity()])
+        if (views := build_teacher_views(spec, [network.input], loading)) is not None:
+            loader = next(each for each in views.loaders if each is not None)
+        else:
+            teachers.input_converters[0] = InputConverter(spec, network.input)
+        if heads is not None:
+            teachers.cross_fit(0, heads.to(compute.device))
         _convert_as_recorded(teachers, identity["teacher"]["asked in"], loader, path)
-        return _compare(store, chosen, loader, teachers, compute, second=identity["views"].get("strong", False))
+        second = identity["views"].get("strong", False)
+        training = identity["split"] == "train"
+        return _compare(store, chosen, loader, teachers, compute, second=second, training=training)
     finally:
         store.close()
 
@@ -86,7 +98,7 @@ def _convert_as_recorded(teachers: Teachers, facts: dict[str, Any] | None, loade
         how = InferenceSettings.of(facts)
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path} was written by another version: its teacher was asked in {facts!r}") from error
-    convert_as(teachers, how, loader.view(spread_ids(loader.samples), 0))
+    convert_as(teachers, how, teacher_images(teachers, 0, loader, None, spread_ids(loader.samples)))
     if teachers.asking != [how]:
         raise ArtifactError(f"{path}: its teacher was asked in {how}, which is not possible here")
 
@@ -108,6 +120,7 @@ def _compare(
     compute: Compute,
     *,
     second: bool,
+    training: bool,
 ) -> CacheVerification:
     differences, same, count = 0.0, 0, 0
     for view, ids in chosen.items():
@@ -115,7 +128,10 @@ def _compare(
             index = torch.tensor(ids[start : start + 64], dtype=torch.int64)
             images = (loader.second_view if second else loader.view)(index, view)
             with compute.autocast():
-                said = teachers.ask(images.contiguous(memory_format=compute.memory_format))[0]
+                said = teachers.ask(
+                    images.contiguous(memory_format=compute.memory_format),
+                    index=index.to(compute.device) if training else None,
+                )[0]
             records, _ = store.read(view, index.numpy())
             kept = torch.from_numpy(store.record.decode(records, 1.0)[0])
             now = said.logits.cpu()
@@ -146,12 +162,22 @@ def _domain_data(recipe: Recipe, data: DataSplits, facts: Mapping[str, Any], pat
     )
 
 
-def _loader(recipe: Recipe, stage: str, split: str, spec: InputSpec, data: DataSplits, compute: Compute) -> Loader:
+def _loader(
+    recipe: Recipe,
+    stage: str,
+    split: str,
+    *,
+    spec: InputSpec,
+    data: DataSplits,
+    compute: Compute,
+    drawn_for: InputSpec | None = None,
+) -> Loader:
     if split != "train":
-        return split_loader(data, split, spec, recipe, recipe.stage_training(stage), compute)
+        settings = recipe.stage_training(stage)
+        return split_loader(data, split, spec, recipe, settings, compute, drawn_for=drawn_for)
     planned = next(each for each in plan_stages(recipe) if each.name == stage)
     needs = create_stage_method(recipe).needs
-    return train_loader(planned, needs, spec, recipe=recipe, data=data, compute=compute)
+    return train_loader(planned, needs, spec, recipe=recipe, data=data, compute=compute, drawn_for=drawn_for)
 
 
 def _spec(facts: dict[str, Any]) -> InputSpec:

@@ -75,7 +75,7 @@ def ensemble_predictions(
         groups[group] = {}
         for split in SPLITS:
             found = [stages[name][split] for name in names]
-            rows = [each.rows for each in found if each.rows is not None]
+            rows = [each.probabilities for each in found if each.probabilities is not None]
             if len(rows) == len(names):
                 groups[group][split] = Predictions.of(
                     _in_memory(MeanPredictions(tuple(rows), shares, by_logits)), found[0].labels

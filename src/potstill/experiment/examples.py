@@ -54,7 +54,7 @@ def select_examples(answers: Mapping[str, Predictions], most: int = MAX_PER_GROU
     Example:
         >>> student = np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8]])
         >>> select_examples({"student": Predictions.of(student, np.array([0, 0, 0]))}, most=1)
-        {'mistakes': Pick(count=2, images=(2,))}
+        {'mistakes': ExampleGroup(count=2, images=(2,))}
     """
     student = answers["student"]
     found = {"mistakes": _clearest(~student.correct, student.confidence, most)}

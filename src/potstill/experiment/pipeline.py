@@ -18,17 +18,19 @@ from potstill.config.method_settings import describe_method, needs_teacher
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe
 from potstill.config.stage_names import stage_name, stage_number, stage_role
 from potstill.data.splits import DataSplits
+from potstill.distillation.cross_fitting import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.fidelity import class_order
 from potstill.evaluation.predictions import predict_probabilities
-from potstill.experiment.builders import InitialNetwork, build_network, split_loader, train_loader
+from potstill.experiment.builders import InitialNetwork, build_network, network_key, split_loader, train_loader
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.environment import describe_environment
 from potstill.experiment.estimate import describe_seeds, estimate_further_seeds
 from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, plan_stages, stage_recipe
 from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
+from potstill.experiment.probe import ProbedTeacher, check_probe, copy_fold_heads, load_fold_heads, probe_teacher
 from potstill.experiment.reproduce import RunRecord, check_same_images
 from potstill.experiment.results import describe_run, evaluate_stages
 from potstill.experiment.resume import TEST_EVALUATIONS_KEY as LOOKS
@@ -43,7 +45,7 @@ from potstill.experiment.resume import (
     record_test_evaluation,
     recorded_test_evaluations,
 )
-from potstill.experiment.run_folder import RunFolder
+from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.experiment.stage import train_stage
 from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
 from potstill.io import read_bytes, write_bytes
@@ -256,6 +258,7 @@ class _Experiment:
     reused: RunFolder | None  # the run whose baseline is taken
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
+    fold_heads: dict[str, FoldHeads | None] = field(default_factory=dict)  # of teachers, for the training images
     teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # by val
 
     def __post_init__(self) -> None:
@@ -279,6 +282,8 @@ class _Experiment:
         self.models[stage.name] = model
         if stage.role == "teacher":
             self._check_teacher(stage.name)
+            if stage.name not in self.fold_heads:
+                self.fold_heads[stage.name] = load_fold_heads(self.folder.stage(stage.name), model.facts, self.data)
             self.domains.adapt(model, stage.name, self.folder.stage(stage.name))
         elif stage.name == "baseline" and not self.recipe.data.target_labels:  # else they are picked by other images
             self._compare_with_baseline()
@@ -308,10 +313,22 @@ class _Experiment:
         recipe, classes, folder = stage_recipe(self.recipe, stage), self.data.class_names, self.folder.stage(stage.name)
         torch.manual_seed(derive_seed(recipe.seed, stage.seed))  # baseline and distilled start from the same weights
         start = self._start(recipe.network(stage.name))
-        model = Classifier(start.module, start.architecture, classes, start.input, dict(start.facts), start.remodelled)
+        facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
+        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, ready-made: {start.facts['weights']}")
             model.module.to(self.compute.device)
+            weights = recipe.network(stage.name).weights
+            if "head" in model.facts and weights is not None:  # a probe's, of another run
+                source = find_model(Path(weights))
+                self.fold_heads[stage.name] = load_fold_heads(source, model.facts, self.data)
+                if self.compute.processes.first:
+                    copy_fold_heads(source, folder)
+            if self.compute.processes.first:
+                save_model(model, folder)
+            return model
+        probed = self._probe(stage, model, start) if stage.role == "teacher" else None
+        if probed is not None and recipe.network(stage.name).head == "probe":
             if self.compute.processes.first:
                 save_model(model, folder)
             return model
@@ -362,13 +379,40 @@ class _Experiment:
             resume=self.resume,
             stopping=self.stopping,
             teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.storing.record else None,
+            fold_heads=[self.fold_heads.get(name) for name in stage.teachers] if self.data.target is None else (),
+            probed=probed,
             keeps=self.storing.keeps,
             extended_from=self.extended.get(stage.name, ()),
         )
         return model
 
+    def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
+        """Fit the head of a teacher that is to have such a one."""
+        network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
+        if network.head is None:
+            return None
+        data = self.domains.stage_data(stage, self.models)
+        layer = check_probe(network, start, data, network_key(self.recipe, network))
+        self.observer.stage(stage.name, f"{model.architecture}, a linear probe of {start.facts['weights']}")
+        probed = probe_teacher(
+            stage,
+            model,
+            layer,
+            recipe=self.recipe,
+            data=data,
+            compute=create_compute(settings, self.compute.processes),
+            folder=self.folder.stage(stage.name),
+            observer=self.observer,
+        )
+        if network.head == "probe":
+            self.fold_heads[stage.name] = probed.heads
+        return probed
+
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
-        several = (self.models[name].architecture + _teacher_label(name) for name in stage.teachers)
+        several = (
+            self.models[name].architecture + _teacher_label(name) + _size_label(self.models[name], model)
+            for name in stage.teachers
+        )
         teachers = ", ".join(several)
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
         seed = f", seed {stage_recipe(self.recipe, stage).seed}" if stage.repeat else ""
@@ -392,7 +436,7 @@ class _Experiment:
     def _check_teacher(self, name: str) -> None:
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
-        if "training" not in self.models[name].facts:
+        if "training" not in self.models[name].facts and "val" not in self.models[name].facts:
             self.observer.note(f"{name}: top-1 {self._val_top1(name):.1%} on {len(labels):,} val images")
         if self._val_top1(name) <= chance:
             self.warn(
@@ -498,6 +542,11 @@ def _views_that_differ(models: Mapping[str, Classifier]) -> list[str]:
             if sentence := describe_view_difference(other, theirs, name, ours):
                 found.append(sentence)
     return found
+
+
+def _size_label(teacher: Classifier, student: Classifier) -> str:
+    """The teacher's own size, where it is another one."""
+    return "" if teacher.input.size == student.input.size else f" at {teacher.input.size} px"
 
 
 def _teacher_label(teacher: str) -> str:

@@ -24,8 +24,15 @@ from potstill.data.validation.validate import quick_findings, summary_messages
 from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import PotstillError, UsageError
-from potstill.experiment.builders import build_distiller, build_network, describe_layers, take_deployed_network
+from potstill.experiment.builders import (
+    build_distiller,
+    build_network,
+    describe_layers,
+    network_key,
+    take_deployed_network,
+)
 from potstill.experiment.plan import PlannedStage, plan_stages
+from potstill.experiment.probe import check_probe
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.loggers import check_loggers_installed
 from potstill.methods import create_method
@@ -81,7 +88,10 @@ def _dry_run_stage(
     settings = recipe.stage_training(stage.name)
     for name in (*stage.teachers, stage.name):
         if name not in networks:
-            start = build_network(recipe, recipe.network(name), data.class_names, data.range)
+            network = recipe.network(name)
+            start = build_network(recipe, network, data.class_names, data.range)
+            if network.head is not None:
+                check_probe(network, start, data, network_key(recipe, network))
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
     if data.target is not None and recipe.domains.adapt_batch_norm:
         for name in (name for name in stage.teachers if stage_role(name) == "teacher"):
@@ -289,7 +299,9 @@ def check_all(
         for stage in planned:
             network = recipe.network(stage.name)
             if network.weights is not None:  # loaded again later; better twice than to fail after hours
-                build_network(recipe, network, splits.class_names, splits.range)
+                start = build_network(recipe, network, splits.class_names, splits.range)
+                if network.head is not None:
+                    check_probe(network, start, splits, network_key(recipe, network))
         return splits, compute, {}
     augment = recipe.data.augment or splits.augment
     check_data_requirements(

@@ -75,7 +75,7 @@ def read_run_record(path: Path) -> RunRecord:
         if entry.get("reused_from"):
             raise UsageError(
                 f"{path}: the {name} is that of {entry['reused_from']} (--baseline), so there is nothing to repeat: "
-                "replay that run, or train from this recipe.yaml"
+                "reproduce that run, or train from this recipe.yaml"
             )
     _check_splits(folder)
     for stage in planned:

@@ -77,6 +77,7 @@ def evaluate_stages(
                 "size": model.input.size,
             },
             "training": model.facts.get("training"),
+            **({"head": model.facts["head"]} if "head" in model.facts else {}),
             **({"reused_from": model.facts["reused_from"]} if "reused_from" in model.facts else {}),
             **({"views": model.facts["views"]} if "views" in model.facts else {}),
             **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
@@ -175,7 +176,9 @@ def _predict(
 ) -> SplitPredictions:
     """On every split, with the files of it; of train, where it is large and nobody wants them, the figures alone."""
     settings = recipe.stage_training(name)
-    model.module.to(compute.device)
+    # A network that was just trained has its weights in this layout; one that was loaded has not, and a convolution
+    # rounds differently in each.
+    model.module.to(compute.device).to(memory_format=compute.memory_format)
     found: SplitPredictions = {}
     for split in SPLITS:
         images, classes = getattr(data, split), len(model.class_names)
@@ -213,15 +216,15 @@ def _fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, An
     """Agreement and, where the probabilities of both were kept, the divergence."""
     if teacher is None:
         return {"agreement": None, "kl_to_teacher": None}
-    if student.rows is None or teacher.rows is None:
+    if student.probabilities is None or teacher.probabilities is None:
         return {"agreement": float((student.predicted == teacher.predicted).mean()), "kl_to_teacher": None}
-    return agreement(student.rows, teacher.rows)
+    return agreement(student.probabilities, teacher.probabilities)
 
 
 def _calibration(val: Predictions, test: Predictions) -> dict[str, Any] | None:
-    assert val.rows is not None
-    assert test.rows is not None
-    return calibration_report(val.rows, val.labels, test.rows, test.labels)
+    assert val.probabilities is not None
+    assert test.probabilities is not None
+    return calibration_report(val.probabilities, val.labels, test.probabilities, test.labels)
 
 
 def _without_per_class(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
+from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.settings_errors import parse_settings
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.plan import PlannedStage, plan_stages, stage_recipe
 from potstill.experiment.run_folder import RunFolder, as_csv
+from potstill.formatting import format_names
 from potstill.io import read_bytes, read_checksummed_json
 
 TEST_EVALUATIONS_KEY = "looks"  # in environment.json
@@ -222,7 +224,7 @@ def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> l
         "new": found.keys() - known.keys(),
         "in another split or class": {name for name in known.keys() & found.keys() if known[name] != found[name]},
     }
-    lines = [f"  {what}: {_first_names(sorted(names))}" for what, names in told.items() if names]
+    lines = [f"  {what}: {format_names(sorted(names), _MAX_IMAGES)}" for what, names in told.items() if names]
     return lines or ["  all names are the same: the content of an image differs"]
 
 
@@ -230,7 +232,7 @@ def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:
     """--overwrite must not delete what the new run is to start from."""
     for name in (*(stage.name for stage in plan_stages(recipe)), "student"):
         weights = recipe.network(name).weights
-        if weights and Path(weights).resolve().is_relative_to(folder.path.resolve()):
+        if weights and weights not in WITHOUT_FILE and Path(weights).resolve().is_relative_to(folder.path.resolve()):
             raise UsageError(f"--overwrite would delete the {name}'s own weights, {weights}; choose another --name")
 
 
@@ -306,8 +308,3 @@ def flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
 def _rows_by_name(text: str) -> dict[str, list[str]]:
     """Rows of splits.csv by the name of the image; one that stands twice counts once."""
     return {row[1]: row for row in csv.reader(io.StringIO(text)) if len(row) == 3}
-
-
-def _first_names(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_IMAGES:,} more" if len(names) > _MAX_IMAGES else ""
-    return ", ".join(names[:_MAX_IMAGES]) + more

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,25 @@ from potstill import __version__
 from potstill.config.recipe import Recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
+from potstill.distillation.cross_fitting import FoldHeads
 from potstill.errors import StorageError
 from potstill.evaluation.cost import count_parameters
 from potstill.experiment.builders import (
     build_distiller,
+    build_teacher_views,
     describe_layers,
     describe_training_views,
     measure_teacher_cost,
     split_loader,
     take_deployed_network,
+    train_loader,
 )
 from potstill.experiment.estimate import estimate_cache
 from potstill.experiment.plan import PlannedStage, derive_seed
+from potstill.experiment.probe import ProbedTeacher
 from potstill.experiment.teacher_cache import StageCaches, StageTeacher, open_caches
 from potstill.experiment.teacher_inference import convert_teachers
+from potstill.formatting import format_percent
 from potstill.io import write_text
 from potstill.methods.base import Method
 from potstill.models.model_file import Classifier, save_model
@@ -34,8 +40,8 @@ from potstill.training.callbacks import Observer, SignalHandler
 from potstill.training.checkpointing import finish_checkpoints
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import History
-from potstill.training.trainer import LabelLoss, Trainer, balanced_class_weights
+from potstill.training.state import EpochRecord, History
+from potstill.training.trainer import LabelLoss, Trainer, balanced_class_weights, selection_value
 
 
 def train_stage(
@@ -52,6 +58,8 @@ def train_stage(
     observer: Observer,
     resume: bool,
     teacher_folders: Sequence[Path] | None = None,
+    fold_heads: Sequence[FoldHeads | None] = (),
+    probed: ProbedTeacher | None = None,
     keeps: bool = True,
     extended_from: Sequence[int] = (),
     stopping: SignalHandler | None = None,
@@ -59,7 +67,9 @@ def train_stage(
     """Train ``student`` in place by ``method`` on the images of ``train`` and save it to ``folder``.
 
     ``teacher_folders``: where the teachers' models stand; given where the student is to learn from records of their
-    answers, which are kept on disk if ``keeps``.  ``extended_from``: numbers of epochs with which it was done before.
+    answers, which are kept on disk if ``keeps``.
+    ``fold_heads``: of each teacher, for the images of ``train``.  ``probed``: what ``student`` starts from; it stays
+    so where no epoch is better on val.  ``extended_from``: numbers of epochs with which it was done before.
     """
     settings = recipe.stage_training(planned.name)
     size = student.input.size
@@ -75,10 +85,23 @@ def train_stage(
         label_loss=label_loss(recipe, settings, data),
     )
     processes = compute.processes
+    shown = partial(
+        build_teacher_views,
+        student.input,
+        [teacher.input for teacher in teachers] if distiller.teacher is not None else (),
+        memory_format=compute.memory_format,
+    )
+    from_train = partial(
+        train_loader, planned, method.needs, recipe=recipe, data=data, compute=compute, observer=observer
+    )
+    views = {"train": shown(from_train)}
     if processes.first and (text := describe_layers(distiller)):
         write_text(folder / "layers.txt", text)
     taught: list[StageTeacher] = []
     if distiller.teacher is not None:
+        for at, heads in enumerate(fold_heads):
+            if heads is not None:
+                distiller.teacher.cross_fit(at, heads.to(compute.device))
         taught = convert_teachers(
             distiller,
             teachers,
@@ -89,6 +112,7 @@ def train_stage(
             data=data,
             compute=compute,
             observer=observer,
+            views=views["train"],
         )
     cost = measure_teacher_cost(distiller, settings.batch_size, size, compute)
     if cost is not None:  # their own parameters, whatever was folded
@@ -98,11 +122,14 @@ def train_stage(
     )
     if method.needs.prepare:
         # On resuming too: what the checkpoint holds is then loaded over it.
-        every = split_loader(data, "train", student.input, recipe, settings, compute, shared=False)
-        distiller.prepare(every.epoch)
+        passes = partial(split_loader, data, "train", recipe=recipe, settings=settings, compute=compute, shared=False)
+        distiller.prepare(passes(spec=student.input).epoch, shown(passes))
     others = {split: split_loader(data, split, student.input, recipe, settings, compute) for split in ("val", "test")}
     if not settings.evaluate_test_every_epoch:
         del others["test"]
+    for split in others:
+        views[split] = shown(partial(split_loader, data, split, recipe=recipe, settings=settings, compute=compute))
+    own_size = {split: each for split, each in views.items() if each is not None}
     stored = StageCaches()
     if teacher_folders is not None and distiller.teacher is not None:
         stored = open_caches(
@@ -116,6 +143,7 @@ def train_stage(
             compute=compute,
             observer=observer,
             keeps=keeps,
+            views=own_size,
         )
     if stored.kept and cost is not None:
         with contextlib.suppress(StorageError):  # of reading the store; training meets it again, and says so
@@ -144,6 +172,7 @@ def train_stage(
             classes=len(data.class_names),
             test=others.get("test"),
             answers=stored.by_split,
+            teacher_views=own_size,
             stopping=stopping,
         ).run(resume=resume)
     finally:
@@ -151,6 +180,7 @@ def train_stage(
     processes.share_state(student.module)  # as it goes into the model file; its digest is part of a store's key
     take_deployed_network(student, distiller)
     best = history.records[history.best_epoch - 1]
+    val = best["val"] if probed is None else _better_of_both(student, probed, best, settings, observer, planned.name)
     student.facts |= {
         "stage": planned.name,
         "seed": recipe.seed,
@@ -158,7 +188,7 @@ def train_stage(
         "training": training_facts(history, settings, extended_from),
         **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **stored.counts(processes)}}),
         "views": describe_training_views(train, recipe, data, settings.epochs),
-        "val": best["val"],
+        "val": val,
         "lines": history.lines,  # of metrics.jsonl
         "data": {"source": data.source, "fingerprint": data.fingerprint},
         "potstill": __version__,
@@ -167,6 +197,32 @@ def train_stage(
         save_model(student, folder)
         finish_checkpoints(folder, history, keep=settings.keep_checkpoint)
     return history
+
+
+def _better_of_both(
+    student: Classifier,
+    probed: ProbedTeacher,
+    best: EpochRecord,
+    settings: TrainingSettings,
+    observer: Observer,
+    name: str,
+) -> EpochRecord:
+    """Put the probe back where the best epoch is not better on val; return the figures of what is taken."""
+    metric, head = settings.selection_metric, student.facts["head"]
+    keeps_probe = selection_value(metric, probed.val) >= selection_value(metric, best["val"])
+    head |= {"kind": "finetune", "taken": "probe" if keeps_probe else "finetuned"}
+    head["finetuned_val_top1"] = best["val"]["top1"]
+    observer.note(
+        f"{name}: val top-1 {format_percent(probed.val['top1'])} as a probe, {format_percent(best['val']['top1'])} "
+        f"fine-tuned (epoch {best['epoch']}): {'the probe' if keeps_probe else 'the fine-tuned network'} is taken"
+        + ("" if metric == "top1" else f", by {metric}")
+    )
+    if not keeps_probe:
+        head.pop("fold_heads")  # they read the embeddings of the frozen encoder
+        val: EpochRecord = best["val"]
+        return val
+    student.module.load_state_dict(probed.state)
+    return probed.val
 
 
 def training_facts(history: History, settings: TrainingSettings, extended_from: Sequence[int] = ()) -> dict[str, Any]:

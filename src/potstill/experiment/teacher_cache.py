@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import FEW_CLASSES, RecordFormat, RecordKind
 from potstill.distillation.teacher_inference import InferenceSettings
+from potstill.distillation.teacher_views import TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.formatting import format_scaled
@@ -222,6 +223,7 @@ class StageTeacher:
     folder: Path | None  # None where nothing is stored
     weights: str  # digest of the classifier's
     how: InferenceSettings | None = None  # decides how its answers are rounded; None: under autocast
+    fold_heads: str | None = None  # digest of its cross-fitted heads, where it has such
 
 
 def open_caches(
@@ -236,6 +238,7 @@ def open_caches(
     compute: Compute,
     observer: Observer,
     keeps: bool = True,
+    views: Mapping[str, TeacherViews] | None = None,
 ) -> StageCaches:
     """Stores for the teachers' answers to the images of each split.
 
@@ -251,6 +254,7 @@ def open_caches(
         observer: is warned once where a store cannot be used; training then goes on with the live teacher, whose
             answers are rounded as their records would be, so that the weights are the same.
         keeps: False: no store is opened at all, with the same effect.
+        views: by split, the images for teachers of another size than the student's.
     """
     method, classes = distiller.method, len(data.class_names)
     kind = record_kind(recipe, method, classes)
@@ -301,7 +305,9 @@ def open_caches(
                 caches[split][True],
                 autocast=compute.autocast,
                 warn=observer.warn,
+                training=split == "train",
                 processes=compute.processes,
+                views=(views or {}).get(split),
             )
             for split, loader in answered.items()
         },
@@ -316,22 +322,30 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "architecture": network.architecture,
         "weights": teacher.weights,
         "remodelled": network.remodelled,
+        **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
         "input": dataclasses.asdict(network.input),
         "asked in": None if teacher.how is None else teacher.how.facts(),
+        **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),
     }
 
 
 def cache_key(teacher: dict[str, Any], loader: Loader, split: str, data: DataSplits, *, second: bool) -> dict[str, Any]:
     """All that decides a store's records; any change of it is another key."""
-    names = "\n".join(data.split(split).names)  # the fingerprint does not depend on their order, but sample ids do
+    own_size = {"resolution": "own"} if teacher["input"]["size"] != loader.spec.size else {}  # else: the student's
     return {
         "teacher": teacher,
+        **own_size,
         "classes": list(data.class_names),
         "data": data.fingerprint,
         "split": split,
-        "names": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+        "names": names_digest(data.split(split).names),  # the fingerprint does not depend on their order, ids do
         "views": loader.describe_views(second=second),
     }
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """SHA-256 over the names of images, in their order."""
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def embedding_widths(distiller: Distiller) -> list[int]:

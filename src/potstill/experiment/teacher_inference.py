@@ -18,6 +18,7 @@ from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_inference import MIN_AGREEMENT, Fidelity, InferenceSettings
+from potstill.distillation.teacher_views import TeacherViews
 from potstill.distillation.teachers import Teachers
 from potstill.errors import ArtifactError, StorageError
 from potstill.evaluation.cost import count_flops
@@ -44,6 +45,7 @@ def convert_teachers(
     data: DataSplits,
     compute: Compute,
     observer: Observer,
+    views: TeacherViews | None = None,
 ) -> list[StageTeacher]:
     """Convert the distiller's teachers as the recipe allows; those that were given to it stay as they are.
 
@@ -60,6 +62,7 @@ def convert_teachers(
         data: what ``train`` shows.
         compute: whose precision and layout the faster ones have.
         observer: is told of each what was done, or why not.
+        views: the images of ``train`` for teachers of another size than the student's.
 
     Returns:
         How each is asked from now on; empty where the method asks for what cannot be stored.
@@ -68,11 +71,13 @@ def convert_teachers(
     assert asked is not None  # they were given
     convertible, taught = is_cacheable(distiller.method), []
     for at, (teacher, folder, name) in enumerate(zip(teachers, folders, names, strict=True)):
-        one = StageTeacher(teacher, folder, module_digest(teacher.module)) if convertible else None
+        digest = module_digest(asked.fold_heads[str(at)]) if str(at) in asked.fold_heads else None
+        one = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if convertible else None
         if recipe.network(name).precision == "float32" or (convertible and not compute.teachers_in_bf16):
             asked.in_float32(at, compute.memory_format)
         elif one is not None:
-            observer.note(f"{name} {_convert_teacher(asked, at, one, train, data, compute)}")
+            own = None if views is None else views.loaders[at]
+            observer.note(f"{name} {_convert_teacher(asked, at, one, train, own, data, compute)}")
         if one is not None:
             taught.append(dataclasses.replace(one, how=asked.asking[at]))
     return taught
@@ -84,12 +89,28 @@ def convert_as(teachers: Teachers, how: InferenceSettings, images: Tensor) -> No
     Args:
         teachers: of one.
         how: ``teachers.asking`` says afterwards what came of it.
-        images: a few, prepared for the student.
+        images: a few, prepared for this teacher.
     """
     if how.dtype == torch.float32:
         teachers.in_float32(0, how.memory_format)
     else:
         teachers.optimize_one_for_inference(0, how.dtype, how.memory_format, images, known=Fidelity(1.0, 0.0, 0))
+
+
+def teacher_images(asked: Teachers, at: int, loader: Loader, own: Loader | None, index: Tensor) -> Tensor:
+    """These samples in view 0, prepared for one of the teachers, [B, 3, S, S].
+
+    Args:
+        asked: the teachers.
+        at: which of them.
+        loader: prepares images for the student.
+        own: the same views at the teacher's size, where that is another one.
+        index: int64 [B], sample ids.
+    """
+    if own is not None:
+        return own.view(index, 0)
+    found: Tensor = asked.input_converters[at](loader.view(index, 0))
+    return found
 
 
 def spread_ids(samples: int, count: int = _KNOWN_COMPARED) -> Tensor:
@@ -104,14 +125,20 @@ def spread_ids(samples: int, count: int = _KNOWN_COMPARED) -> Tensor:
 
 
 def _convert_teacher(
-    asked: Teachers, at: int, teacher: StageTeacher, train: Loader, data: DataSplits, compute: Compute
+    asked: Teachers,
+    at: int,
+    teacher: StageTeacher,
+    train: Loader,
+    own: Loader | None,
+    data: DataSplits,
+    compute: Compute,
 ) -> str:
     known = _FidelityCache(teacher, train, data, compute)
     found = known.read()
     count = (
         _KNOWN_COMPARED if found is not None else _count_compared(teacher.classifier, train.samples, compute)
     )  # which takes a second
-    images = train.view(spread_ids(train.samples, count), 0)
+    images = teacher_images(asked, at, train, own, spread_ids(train.samples, count))
     done = asked.optimize_one_for_inference(
         at, torch.bfloat16, compute.memory_format, images, least=MIN_AGREEMENT, known=found
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from potstill.config.stage_names import sort_stages, stage_role
-from potstill.formatting import format_duration, format_number, format_percent, format_points
+from potstill.formatting import format_duration, format_names, format_number, format_percent, format_points
 from potstill.formatting import format_points as points
 
 MIN_SEEDS = 3  # seeds, from which "helped" and "hurt" are said
@@ -88,8 +88,7 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
     for name, test in judged.items():
         missing = [] if name in at_chance else list(test.get("never_predicted") or [])
         if missing:
-            more = f" and {len(missing) - MAX_CLASSES_NAMED} more" if len(missing) > MAX_CLASSES_NAMED else ""
-            listed = ", ".join(map(str, missing[:MAX_CLASSES_NAMED])) + more
+            listed = format_names(list(map(str, missing)), MAX_CLASSES_NAMED)
             classes = "one class" if len(missing) == 1 else f"{len(missing)} classes"
             said.append(f"The {_stage_label(name)} never predicts {classes} of the test split: {listed}.")
     for each in comparison.get("teacher_below_baseline") or []:

@@ -1,68 +1,78 @@
 """A trained model measured on labelled images; classes are matched by name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from potstill.config.recipe import load_recipe
 from potstill.data.entries import SkippedFile
 from potstill.errors import DataError, did_you_mean
-from potstill.experiment.run_folder import find_model
+from potstill.export.loading import find_model_folder, load_classifier
+from potstill.formatting import format_names
 from potstill.io import read_checksummed_text
 
 BATCH_SIZE = 64
 
 
 def evaluate(
-    model: Path | str, source: str, *, device: str = "auto", follow_links: bool = False, skip_bad: bool = False
+    model: Path | str,
+    source: str,
+    *,
+    classes: str | None = None,
+    device: str = "auto",
+    follow_links: bool = False,
+    skip_bad: bool = False,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Every figure of the final metrics, on images that the model may never have seen.
+    """Return all final metrics on labeled images.
 
-    Which images: of the data that the run itself was trained on, its test split, as it was split then; of any other
-    folder or manifest, ``test`` where it has splits, else everything; of a named data set, its test split.
+    For the data that the run was trained on, the run's test split is used; for another folder or manifest, its
+    ``test`` split, or all images if it has no splits; for a named data set, its test split.
 
     Args:
-        model: a run folder (distilled, else baseline, else teacher), a model folder or file.
-        source: a folder, a manifest, or a data set's name.
+        model: a run folder (distilled student, else baseline, else teacher), a model folder or file, or bare weights;
+            see ``load_classifier``.
+        source: a folder, a manifest, or the name of a data set.
+        classes: class names of bare weights: a file or the name of a list; None: those of the data.
         device: "auto", "cpu", "cuda", ...
-        follow_links: read links and paths to files elsewhere too.
+        follow_links: follow links and paths that leave the data folder.
         skip_bad: leave out files that cannot be read.
+        note: is called with a line on each thing that was assumed of bare weights.
 
     Returns:
-        The keys of ``evaluation.exact.split_metrics``, and ``model`` and ``data``: a sentence on each, and ``skipped``:
-        path and reason of each file that was left out.
+        The metrics of a split as in results.json; ``model`` and ``data``, each a description; ``skipped``: path and
+        reason of each file that was left out.
 
     Raises:
-        UsageError: no such data.
-        DataError: images that cannot be read, or of classes that the model does not know.
-        ArtifactError: no model, or a damaged one.
+        UsageError: the data do not exist.
+        DataError: images that cannot be read, or of classes that the model does not have.
+        ArtifactError: there is no model, or it is damaged.
     """
-    folder = find_model(Path(model))
+    folder = find_model_folder(model)
 
     from potstill.data.loader import Loader
     from potstill.evaluation.final_metrics import split_metrics
     from potstill.evaluation.predictions import predict_split
-    from potstill.models.model_file import load_model
     from potstill.training.devices import create_compute
     from potstill.training.settings import TrainingSettings
 
-    classifier = load_model(folder)
     images, names, which, skipped = _test_images(source, folder, follow_links=follow_links, skip_bad=skip_bad)
+    classifier, origin = load_classifier(model, classes=classes, likely=sorted(set(names)), note=note)
     labels = _match_labels(names, classifier.class_names)
     where = create_compute(TrainingSettings(device=device)).device
     classifier.module.to(where)
     loader = Loader(images, classifier.input, batch_size=BATCH_SIZE, device=where)
-    classes = len(classifier.class_names)
-    found = predict_split(classifier.module, loader, classes=classes, device=where, labels=labels)
+    count = len(classifier.class_names)
+    found = predict_split(classifier.module, loader, classes=count, device=where, labels=labels)
     return {
-        "model": f"{classifier.architecture} of {folder}",
+        "model": f"{classifier.architecture} of {origin}",
         "data": f"{source}, {which}",
         **({"skipped": [[each.path, each.reason] for each in skipped]} if skipped else {}),
         **split_metrics(found, classifier.class_names),
     }
 
 
-def _test_images(source: str, model: Path, **how: bool) -> tuple[Any, list[str], str, Sequence[SkippedFile]]:
+def _test_images(source: str, model: Path | None, **how: bool) -> tuple[Any, list[str], str, Sequence[SkippedFile]]:
     """The images to measure on, the class name of each, which of the source's images they are, and what is left out."""
     from potstill.data.datasets import DATASETS, check_source, load_data
     from potstill.data.file_datasets import list_source, raise_refused, read_files, to_skipped
@@ -72,7 +82,7 @@ def _test_images(source: str, model: Path, **how: bool) -> tuple[Any, list[str],
 
     settings = DataSettings.model_validate({"source": source, **how})
     check_source(settings)
-    known = _run_split_settings(run_data_settings(model), source)
+    known = None if model is None else _run_split_settings(run_data_settings(model), source)
     if known is not None or source in DATASETS:
         asked = {key: True for key, value in how.items() if value}
         splits = load_data(settings if known is None else known.model_copy(update=asked))
@@ -127,11 +137,8 @@ def _match_labels(labels: Sequence[str], class_names: Sequence[str]) -> Any:
     if unknown:
         shown = ", ".join(f"{name!r}{did_you_mean(name, class_names)}" for name in unknown[:5])
         raise DataError(
-            f"the model does not know {len(unknown)} of these classes: {shown}\nIt knows {_format_names(class_names)}"
+            f"the model does not know {len(unknown)} of these classes: {shown}\n"
+            f"It knows {format_names(class_names, 12)}"
         )
     ids = {name: i for i, name in enumerate(class_names)}
     return np.array([ids[label] for label in labels], dtype=np.int64)
-
-
-def _format_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -46,6 +46,7 @@ from potstill.export.options import (
     without_preprocessing,
 )
 from potstill.export.preprocessing import create_preprocessing
+from potstill.formatting import format_names
 from potstill.input_spec import InputSpec
 from potstill.io import sha256_hex, write_bytes, write_checksummed_json
 from potstill.models.model_file import load_model
@@ -314,8 +315,8 @@ class Exporter:
         self.splits = load_data(export_data_settings(folder, wish.data)).measured
         if tuple(self.splits.class_names) != tuple(self.classifier.class_names):
             raise DataError(
-                f"{self.splits.source} has the classes {_format_names(self.splits.class_names)}, "
-                f"the model {_format_names(self.classifier.class_names)}: give the data that it was trained on"
+                f"{self.splits.source} has the classes {format_names(self.splits.class_names)}, "
+                f"the model {format_names(self.classifier.class_names)}: give the data that it was trained on"
             )
         self.compared = class_balanced_indices(self.splits.test.labels.tolist(), COMPARED_IMAGES)
         self.reference = create_torch_predictor(self.classifier.module, self.classifier.input, wish.inside)
@@ -456,7 +457,3 @@ def _parity_message(other: str, found: Parity) -> str:
         f"compared with {other} on {found.images} test images: largest difference of a logit "
         f"{found.max_difference:.2g} (largest logit {found.largest_logit:.3g}), same top class on {found.agreement:.2%}"
     )
-
-
-def _format_names(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -58,6 +58,7 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
 
 
 def check_options(wish: ExportOptions, form: ExportFormat) -> None:
+    """Check that the format takes these options; UsageError says which it takes."""
     if wish.inside not in PREPROCESSING_MODES:
         raise UsageError(
             f"--preprocessing is one of {', '.join(PREPROCESSING_MODES)}, got "

@@ -13,6 +13,8 @@ from potstill.data.image_io import Pixels, decode
 from potstill.data.sources import walk_images
 from potstill.errors import DataError, UsageError
 from potstill.export.formats.onnx import ONNX_SUFFIX, load_onnx
+from potstill.export.loading import find_model_folder, load_classifier
+from potstill.formatting import format_names
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
@@ -24,14 +26,14 @@ _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image, or why the image could not be read."""
+    """The prediction for one image, or the reason why the image could not be read."""
 
     path: Path
     classes: tuple[tuple[str, float], ...]  # (class name, probability in [0, 1]), the most probable first
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         if self.error is not None:
             return {"path": str(self.path), "error": self.error}
         classes = [{"class": name, "probability": share} for name, share in self.classes]
@@ -45,25 +47,30 @@ def predict(
     top: int = 3,
     batch_size: int = 32,
     device: str = "auto",
+    classes: str | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[Prediction]:
-    """The most probable classes of each image, prepared exactly as for evaluation.
+    """Return the most probable classes of each image, preprocessed as for evaluation.
 
     Args:
-        model: a run folder (distilled, else baseline, else teacher), a model folder or file, a
-            loaded Classifier, or an ``.onnx`` file that was exported (then torch is not needed).
-        inputs: images, and folders whose images are taken recursively, in sorted order; see ``find_images``.
-        top: how many classes at most.
+        model: a run folder (distilled student, else baseline, else teacher), a model folder or file, a loaded
+            Classifier, bare weights (see ``load_classifier``), or an exported ``.onnx`` file (torch is not imported
+            then).
+        inputs: images, and folders, whose images are found recursively and sorted; see ``find_images``.
+        top: largest number of classes for each image.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
+        classes: class names of bare weights: a file or the name of a list.
+        note: is called with a line on each thing that was assumed of bare weights.
 
     Returns:
         One Prediction for each image, in order; an image that cannot be decoded has ``error`` set and no classes.
-        A UserWarning names what a folder holds that is not read.
+        A UserWarning names other files in the folders.
 
     Raises:
         UsageError: a path that does not exist.
-        DataError: no image at all.
-        ArtifactError: no model, or a damaged one.
+        DataError: there is no image.
+        ArtifactError: there is no model, or it is damaged.
     """
     found = find_images(inputs)
     if found.left_out:
@@ -72,7 +79,11 @@ def predict(
     paths = found.images
     chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     exported = isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() == ONNX_SUFFIX
-    asked = _create_onnx_predictor(Path(str(model)), device) if exported else _create_torch_predictor(model, device)
+    asked = (
+        _create_onnx_predictor(Path(str(model)), device)
+        if exported
+        else _create_torch_predictor(model, device, classes, note)
+    )
     return [each for chunk in chunks for each in _predict(asked, chunk, top)]
 
 
@@ -96,20 +107,21 @@ def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
     )
 
 
-def _create_torch_predictor(model: "Path | str | Classifier", device: str) -> _Predictor:
-    from potstill.experiment.run_folder import find_model
-
-    folder = find_model(Path(model)) if isinstance(model, (str, os.PathLike)) else None
+def _create_torch_predictor(
+    model: "Path | str | Classifier", device: str, classes: str | None, note: Callable[[str], None]
+) -> _Predictor:
+    if isinstance(model, (str, os.PathLike)):
+        find_model_folder(model)  # torch, which takes seconds, is not needed to find a mistake in a path
 
     import torch
 
     from potstill.data.transforms import preprocess
-    from potstill.models.model_file import load_model
     from potstill.training.devices import create_compute
     from potstill.training.settings import TrainingSettings
 
-    classifier = model if folder is None else load_model(folder)
-    assert not isinstance(classifier, (str, os.PathLike))
+    classifier = (
+        load_classifier(model, classes=classes, note=note)[0] if isinstance(model, (str, os.PathLike)) else model
+    )
     classifier.module.to(create_compute(TrainingSettings(device=device)).device)
 
     def answer(images: list[Any]) -> list[list[float]]:
@@ -143,8 +155,7 @@ def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> 
     given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UsageError(f"no such image or folder: {', '.join(missing[:3])}{more}")
+        raise UsageError(f"no such image or folder: {format_names(missing, 3)}")
     found = FoundImages([], [], Counter())
     for path in given:
         if path.is_dir():

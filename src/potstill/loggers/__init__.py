@@ -1,12 +1,12 @@
 """Loggers beside a run: its metrics also go to TensorBoard, W&B, MLflow or trackio.
 
-Here are the settings, the protocol of a logger, and ``LOGGERS``, which names them; each logger is a module of this
-folder.  Free of torch and of the loggers' packages, which ``create_logger`` imports.
+Settings, the protocol of a logger, and the table ``LOGGERS``; each logger is a module of this folder.  This module
+imports neither torch nor the loggers' packages.
 """
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -32,7 +32,7 @@ class LoggerSettings(BaseModel):
 
 
 def as_logger_list(value: Any) -> Any:
-    """What a recipe may say, as a list of mappings: a name, a mapping, a list of either, or nothing.
+    """Return a recipe's ``tracker`` as a list of mappings; it may be a name, a mapping, a list of either, or null.
 
     Example:
         >>> as_logger_list(["wandb", {"name": "mlflow", "uri": "http://127.0.0.1:5000"}])
@@ -47,10 +47,10 @@ def as_logger_list(value: Any) -> Any:
 
 
 def check_loggers_installed(trackers: Sequence[LoggerSettings]) -> None:
-    """Check that the trackers' packages are there, without importing them.
+    """Check that the trackers' packages are installed, without importing them.
 
     Raises:
-        UsageError: they are not; names the command that installs all of them.
+        UsageError: some are not; names the command that installs them.
     """
     missing = [each.name for each in trackers if not _is_installed(each.name)]
     if missing:
@@ -63,30 +63,30 @@ def check_loggers_installed(trackers: Sequence[LoggerSettings]) -> None:
 
 def _is_installed(name: str) -> bool:
     found = importlib.util.find_spec(name)
-    return found is not None and found.origin is not None  # a folder wandb/ of figures is no package
+    return found is not None and found.origin is not None  # a folder of figures named wandb is not the package
 
 
 Scalars = dict[str, float]
 
 
 class Logger(Protocol):
-    """One run at one tracker.  Whatever it raises ends this tracker, never the run."""
+    """One run at one tracker.  Whatever it raises ends this logger, never the run."""
 
     def epoch(self, stage: str, epoch: int, figures: Scalars) -> None:
-        """Figures of a stage's epoch, from 1, by a name such as ``val/top1``."""
+        """Log the figures of a stage's epoch (from 1), by names such as ``val/top1``."""
 
     def final(self, figures: Scalars, verdict: str) -> None:
-        """Figures on test, by a name such as ``distilled/test/top1``, and the sentence on whether it helped."""
+        """Log the figures on test, by names such as ``distilled/test/top1``, and the verdict as text."""
 
     def files(self, paths: list[Path]) -> None:
-        """Files to be kept beside the figures; a tracker without room for files does nothing."""
+        """Keep files beside the figures, if the tracker can."""
 
     def close(self, finished: bool) -> None:
-        """Nothing follows; ``finished``: False where the run was interrupted or has failed."""
+        """End the run; ``finished`` is False if it was interrupted or failed."""
 
 
 def flatten(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
-    """Leaves of nested mappings and lists by their dotted path.
+    """Return the leaves of nested mappings and lists by their dotted path.
 
     Example:
         >>> flatten({"method": {"name": "kd", "alpha": 0.5}, "marks": [3, 5]})
@@ -102,7 +102,7 @@ def flatten(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any
 
 
 def collect_scalars(record: dict[str, Any]) -> Scalars:
-    """The numbers of a nested record by their path; texts, switches and gaps are left out.
+    """Return the numbers of a nested record by their path; texts, booleans and None are left out.
 
     Example:
         >>> collect_scalars({"epoch": 1, "best": True, "val": {"top1": 0.5, "auc_macro": None, "terms": {"kd": 2}}})
@@ -123,8 +123,13 @@ LOGGERS = {
 }
 
 
-def create_logger(settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> "Logger":
-    """Begin a run at the tracker, or go on with the one of this identity; its package is imported here."""
-    module, _, name = LOGGERS[settings.name].partition(":")
-    found: Logger = getattr(importlib.import_module(module), name)(settings, run, identity, parameters)
+def load_logger_class(name: LoggerName) -> Callable[..., Logger]:
+    """Return the logger's class; imports its package."""
+    module, _, attribute = LOGGERS[name].partition(":")
+    found: Callable[..., Logger] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def create_logger(settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> Logger:
+    """Start a run at the tracker, or continue the one of this identity."""
+    return load_logger_class(settings.name)(settings, run, identity, parameters)

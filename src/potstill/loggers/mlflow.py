@@ -1,5 +1,6 @@
 """MLflow: a server, or a database beside the runs."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -11,19 +12,20 @@ from mlflow.exceptions import MlflowException
 
 from potstill.loggers import LoggerSettings, Scalars
 
-# Read when it is imported, or at the first request.  A dead server is told from a slow one within half a minute.
+# Read at the first request.  A server that does not answer is an error within half a minute.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+for _name in ("mlflow", "alembic"):  # a new database is ten lines of notes on the run's terminal
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
-
-_MAX_PARAMS_PER_REQUEST = 100  # parameters, and no more than 1000 figures, that a server takes in one request
-_MAX_PARAM_LENGTH = 500  # characters of a parameter that every server takes
+_MAX_PARAMS_PER_REQUEST = 100  # that a server accepts
+_MAX_PARAM_LENGTH = 500  # characters that every server accepts
 _TAG = "potstill.identity"
 
 
 class MLflow:
-    """One MLflow run for a run folder; the one with the same tag is gone on with."""
+    """One MLflow run for a run folder; an existing one with the same tag is continued."""
 
     def __init__(self, settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> None:
         uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
@@ -36,7 +38,7 @@ class MLflow:
             return  # parameters cannot be changed there
         created = self.client.create_run(experiment, run_name=run.name, tags={_TAG: identity})
         self.id = created.info.run_id
-        # A slash and a dot are allowed in names there, and little else: the recipe's keys have no more.
+        # Few characters are allowed in names there; the recipe's keys have no others.
         every = [Param(name, str(value)[:_MAX_PARAM_LENGTH]) for name, value in parameters.items()]
         for start in range(0, len(every), _MAX_PARAMS_PER_REQUEST):
             self.client.log_batch(self.id, params=every[start : start + _MAX_PARAMS_PER_REQUEST])

@@ -1,26 +1,27 @@
-"""An observer that also writes to loggers: metrics of every epoch, and in the end those on test."""
+"""An observer that also writes to loggers: metrics of every epoch, and at the end those on test."""
 
 import contextlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import PotstillError
 from potstill.io import read_checksummed_json, write_checksummed_json
-from potstill.loggers import LoggerSettings, collect_scalars, flatten
-from potstill.loggers.process import CLOSE_SECONDS, INTERRUPTED_CLOSE_SECONDS, LoggerProcess
+from potstill.loggers import Logger, LoggerSettings, collect_scalars, create_logger, flatten, load_logger_class
+from potstill.loggers.thread import CLOSE_SECONDS, INTERRUPTED_CLOSE_SECONDS, LoggerThread
 from potstill.training.callbacks import Observer
 
-LOGGERS_FILE = "tracking.json"  # in the run folder: by which name trackers know the run
+LOGGERS_FILE = "tracking.json"  # in the run folder: the name under which trackers know the run
 _LOGGED_FILES = ("report.html", "results.json", "recipe.yaml")
 
 
 class LoggingObserver:
-    """Passes everything on to another observer, and to trackers what they keep."""
+    """Passes everything on to another observer, and metrics to the loggers."""
 
-    def __init__(self, observer: Observer, processes: Sequence[LoggerProcess] = ()) -> None:
-        self.observer, self.processes = observer, tuple(processes)
+    def __init__(self, observer: Observer, threads: Sequence[LoggerThread] = ()) -> None:
+        self.observer, self.threads = observer, tuple(threads)
         self._stage = ""
 
     def stage(self, name: str, detail: str) -> None:
@@ -35,8 +36,9 @@ class LoggingObserver:
 
     def epoch_end(self, record: dict[str, Any]) -> None:
         self.observer.epoch_end(record)
-        own = collect_scalars({key: value for key, value in record.items() if key != "epoch"})
-        self.send({"kind": "epoch", "stage": self._stage, "epoch": record["epoch"], "figures": own})
+        scalars = collect_scalars({key: value for key, value in record.items() if key != "epoch"})
+        stage, epoch = self._stage, record["epoch"]
+        self.send(lambda logger: logger.epoch(stage, epoch, scalars))
 
     def wait(self, what: str, done: int, total: int) -> None:
         self.observer.wait(what, done, total)
@@ -52,30 +54,31 @@ class LoggingObserver:
         self._warn_problems()
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Figures on test of every stage and of groups of them, gain and verdict: what results.json says."""
+        """Log the figures on test of every stage and ensemble, gain and verdict, as in results.json."""
         every = {**results["stages"], **results.get("repeats", {}), **results.get("together", {})}
         test = {name: {"test": entry["test"]} for name, entry in every.items()}
         comparison = results.get("comparison") or {}
         gain = {key: comparison[key] for key in ("top1_gain", "gap_closed") if comparison.get(key) is not None}
         verdict = str(comparison.get("verdict") or "")
-        self.send({"kind": "final", "figures": collect_scalars({**test, "comparison": gain}), "verdict": verdict})
+        scalars = collect_scalars({**test, "comparison": gain})
+        self.send(lambda logger: logger.final(scalars, verdict))
 
-    def send(self, message: dict[str, Any]) -> None:
-        """To every tracker; returns at once."""
-        for sender in self.processes:
-            sender.send(message)
+    def send(self, call: Callable[[Logger], None]) -> None:
+        """Call every logger, each in its thread; returns at once."""
+        for thread in self.threads:
+            thread.send(call)
         self._warn_problems()
 
     def close(self, finished: bool) -> None:
-        """Wait until the trackers have everything, but not for ever."""
-        self.send({"kind": "end", "finished": finished})
-        for sender in self.processes:
-            if problem := sender.close(CLOSE_SECONDS if finished else INTERRUPTED_CLOSE_SECONDS):
+        """Wait until the loggers have everything, with a deadline."""
+        self.send(lambda logger: logger.close(finished))
+        for thread in self.threads:
+            if problem := thread.close(CLOSE_SECONDS if finished else INTERRUPTED_CLOSE_SECONDS):
                 self.observer.warn(problem)
 
     def _warn_problems(self) -> None:
-        for sender in self.processes:
-            if problem := sender.problem:
+        for thread in self.threads:
+            if problem := thread.problem:
                 self.observer.warn(problem)
 
 
@@ -83,29 +86,37 @@ class LoggingObserver:
 def logging_observer(
     trackers: Sequence[LoggerSettings], run: Path, parameters: Mapping[str, Any], observer: Observer
 ) -> Iterator[LoggingObserver]:
-    """Report a run to trackers within the block.
+    """Log a run to trackers within the block.
 
     Args:
-        trackers: none: nothing is started.
-        run: its folder; what it is known by to the trackers is kept there, so that a resumed run goes on with theirs.
+        trackers: if empty, nothing is started.
+        run: its folder; keeps the name under which trackers know the run, so that a resumed run continues theirs.
         parameters: the recipe's plain values.
-        observer: is told everything as before, and of a tracker that fails, once.
+        observer: receives everything as before, and one warning for each tracker that fails.
     """
-    beside = LoggingObserver(observer, _start_loggers(trackers, run, parameters, observer))
+    identity, threads = "", []
+    if trackers or (run / LOGGERS_FILE).exists():
+        identity = secrets.token_hex(4)
+        with contextlib.suppress(PotstillError, KeyError):  # none yet, or damaged: the trackers then see a new run
+            identity = str(read_checksummed_json(run / LOGGERS_FILE)["identity"])
+        kept = {"identity": identity, "trackers": [each.model_dump(mode="json") for each in trackers]}
+        write_checksummed_json(run / LOGGERS_FILE, kept)
+        threads = _start_threads(trackers, run, identity, flatten(dict(parameters)), observer)
+    logging = LoggingObserver(observer, threads)
     finished = False
     try:
-        yield beside
+        yield logging
         finished = True
     finally:
-        beside.close(finished)  # a run that was stopped may have little time left
+        logging.close(finished)
 
 
 def log_files(run: Path, observer: Observer) -> None:
-    """Send a finished run's report, figures and recipe to the trackers that know the run; nothing where there is none.
+    """Send a finished run's report, results and recipe to the trackers that know the run, if any.
 
     Args:
         run: its folder.
-        observer: is warned where that fails.
+        observer: receives a warning if that fails.
     """
     if not (run / LOGGERS_FILE).is_file():
         return
@@ -115,43 +126,26 @@ def log_files(run: Path, observer: Observer) -> None:
     except (PotstillError, KeyError, TypeError, ValueError) as error:
         observer.warn(f"the report is not sent to the trackers: {error}")
         return
-    paths = [str((run / name).resolve()) for name in _LOGGED_FILES if (run / name).is_file()]
-    keeping = [each for each in trackers if each.name != "tensorboard"]  # which has no room for files
-    beside = LoggingObserver(observer, _start_processes(keeping, run, known["identity"], {}, observer))
-    beside.send({"kind": "files", "paths": paths})
-    beside.close(True)
+    paths = [(run / name).resolve() for name in _LOGGED_FILES if (run / name).is_file()]
+    keeping = [each for each in trackers if each.name != "tensorboard"]  # which cannot keep files
+    logging = LoggingObserver(observer, _start_threads(keeping, run, known["identity"], {}, observer))
+    logging.send(lambda logger: logger.files(paths))
+    logging.close(True)
 
 
-def _start_loggers(
-    trackers: Sequence[LoggerSettings], run: Path, parameters: Mapping[str, Any], observer: Observer
-) -> list[LoggerProcess]:
-    if not trackers and not (run / LOGGERS_FILE).exists():
-        return []
-    identity = secrets.token_hex(4)
-    with contextlib.suppress(PotstillError, KeyError):  # none yet, or damaged: the trackers then see a new run
-        identity = str(read_checksummed_json(run / LOGGERS_FILE)["identity"])
-    kept = {"identity": identity, "trackers": [each.model_dump(mode="json") for each in trackers]}
-    write_checksummed_json(run / LOGGERS_FILE, kept)
-    return _start_processes(trackers, run, identity, flatten(dict(parameters)), observer)
-
-
-def _start_processes(
+def _start_threads(
     trackers: Sequence[LoggerSettings],
     run: Path,
     identity: str,
-    parameters: Mapping[str, Any],
+    parameters: dict[str, Any],
     observer: Observer,
-) -> list[LoggerProcess]:
+) -> list[LoggerThread]:
+    """Packages are imported here, before the training, so that no data worker is forked in the middle of an import."""
     started = []
     for each in trackers:
-        first = {
-            "settings": each.model_dump(mode="json"),
-            "run": str(run.resolve()),
-            "identity": identity,
-            "parameters": dict(parameters),
-        }
         try:
-            started.append(LoggerProcess(each.name, first))
-        except OSError as error:  # no memory for a further process
-            observer.warn(f"tracker {each.name} gets nothing of this run: {error.strerror or error}")
+            load_logger_class(each.name)
+            started.append(LoggerThread(each.name, partial(create_logger, each, run.resolve(), identity, parameters)))
+        except Exception as error:  # a foreign package may raise anything while it is imported
+            observer.warn(f"tracker {each.name} gets nothing of this run: {type(error).__name__}: {error}"[:300])
     return started

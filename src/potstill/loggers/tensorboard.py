@@ -1,51 +1,35 @@
-"""TensorBoard: event files in the run folder.  Without torch's writer, which would load torch a second time."""
+"""TensorBoard: event files in the run folder."""
 
-import time
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from potstill.loggers import LoggerSettings, Scalars
 
 
 class TensorBoard:
-    """``tensorboard --logdir runs`` shows it; files other than its own it does not keep."""
+    """``tensorboard --logdir runs`` shows it; it keeps no other files."""
 
     def __init__(self, settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> None:
-        self.writer = EventFileWriter(str(run / "tensorboard"))
-        # None is no hyperparameter there.
-        self._summary(hparams_pb({name: value for name, value in parameters.items() if value is not None}), 0)
+        self.writer = SummaryWriter(str(run / "tensorboard"))
+        # SummaryWriter.add_hparams would write them into a run of their own; None is no hyperparameter there.
+        known = {name: value for name, value in parameters.items() if value is not None}
+        file_writer: Any = self.writer.file_writer
+        file_writer.add_summary(hparams_pb(known))
 
     def epoch(self, stage: str, epoch: int, figures: Scalars) -> None:
-        self._numbers({f"{stage}/{name}": value for name, value in figures.items()}, epoch)
+        for name, value in figures.items():
+            self.writer.add_scalar(f"{stage}/{name}", value, epoch)
+        self.writer.flush()
 
     def final(self, figures: Scalars, verdict: str) -> None:
-        self._numbers({f"final/{name}": value for name, value in figures.items()}, 0)
-        text = TensorProto(
-            dtype=DT_STRING,
-            string_val=[verdict.encode()],
-            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
-        )
-        kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        self._summary(Summary(value=[Summary.Value(tag="verdict", metadata=kind, tensor=text)]), 0)
+        for name, value in figures.items():
+            self.writer.add_scalar(f"final/{name}", value, 0)
+        self.writer.add_text("verdict", verdict)
 
     def files(self, paths: list[Path]) -> None: ...
 
     def close(self, finished: bool) -> None:
         self.writer.close()
-
-    def _numbers(self, figures: Scalars, step: int) -> None:
-        self._summary(
-            Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]), step
-        )
-
-    def _summary(self, summary: Any, step: int) -> None:
-        self.writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-        self.writer.flush()

@@ -1,12 +1,21 @@
-"""trackio: a database of its own on this machine; ``trackio show`` draws it."""
+"""trackio: a database of its own on this machine, shown by ``trackio show``."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import trackio
+import trackio.run
+import trackio.utils
 
 from potstill.loggers import LoggerSettings, Scalars
+
+for _module in (
+    trackio,
+    trackio.utils,
+    trackio.run,
+):  # it prints on stdout, which is the run's, and has no switch for it
+    _module.print = lambda *_, **__: None
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
@@ -18,7 +27,7 @@ class Trackio:
     def __init__(self, settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> None:
         self.run = trackio.init(
             project=settings.project,
-            name=f"{run.name}-{identity}",  # what is gone on with is found by it
+            name=f"{run.name}-{identity}",  # a resumed run is found by it
             config=parameters,
             resume="allow",
             embed=False,

@@ -12,7 +12,7 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is impor
 
 
 class Wandb:
-    """``wandb sync RUN/wandb/offline-run-*`` brings it to a server."""
+    """``wandb sync RUN/wandb/offline-run-*`` uploads it to a server."""
 
     def __init__(self, settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> None:
         self.stages: set[str] = set()

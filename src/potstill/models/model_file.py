@@ -7,7 +7,8 @@
      "facts": {...}, "sha256": "of model.safetensors", "checksum": "SHA-256 of this file without this entry"}
 
 and, only where a method put other layers into the network, ``"remodelled"``: the argument of ``rebuild`` in
-``features``.
+``features``; only where the network's outputs are not the classes one by one, ``"output_groups"``: see
+``OutputGroups``.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from potstill.code_references import PERMISSION, is_code_reference, is_permitted
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.student_surgery import rebuild_student
 from potstill.input_spec import InputSpec, with_current_names
@@ -35,12 +37,13 @@ from potstill.io import (
     write_checksummed_json,
 )
 from potstill.models import state_dict
+from potstill.models.output_groups import GroupedOutputs, OutputGroups
 from potstill.models.registry import build_model
 
 
 @dataclass
 class Classifier:
-    """What a model file holds."""
+    """A trained network with its classes and preprocessing, as saved in a model folder."""
 
     module: nn.Module  # images [B, 3, S, S] -> logits [B, K]
     architecture: str  # a name for `create_model`
@@ -48,11 +51,12 @@ class Classifier:
     input: InputSpec
     facts: dict[str, Any] = field(default_factory=dict)  # how it was trained: anything that JSON can say
     remodelled: dict[str, Any] | None = None  # where other last layers took the architecture's place; see `rebuild`
+    output_groups: OutputGroups | None = None  # where the module is a `GroupedOutputs`
 
     def predict(self, images: Tensor) -> Tensor:
-        """Probabilities [B, K] of images [B, 3, S, S] that were prepared as ``input`` says.
+        """Return the probabilities [B, K] of images [B, 3, S, S] that were preprocessed as ``input`` states.
 
-        In float32 on the network's device, in eval mode and without gradients; the network's mode is put back.
+        Runs on the network's device, in eval mode and without gradients; the network's mode is restored.
         """
         device = next(self.module.parameters()).device
         training = self.module.training
@@ -120,6 +124,7 @@ class ModelFacts(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     facts: dict[str, Any] = {}
     remodelled: dict[str, Any] | None = None
+    output_groups: dict[str, Any] | None = None
 
     @field_validator("class_names")
     @classmethod
@@ -150,6 +155,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "class_names": list(classifier.class_names),
         "input": dataclasses.asdict(classifier.input),
         **({} if classifier.remodelled is None else {"remodelled": classifier.remodelled}),
+        **({} if classifier.output_groups is None else {"output_groups": classifier.output_groups.as_dict()}),
         "facts": classifier.facts,
         "sha256": sha256_hex(weights),
     }
@@ -162,7 +168,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         _finish_replacement(folder)
 
 
-def load_model(path: Path) -> Classifier:
+def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     """The classifier of a folder (or of one of its two files), on the CPU and in eval mode.
 
     Nothing is parsed as tensors before its SHA-256 has been compared, no code is run from either file, and the global
@@ -170,8 +176,13 @@ def load_model(path: Path) -> Classifier:
 
     A network that a method remodelled is built as it was deployed.
 
+    Args:
+        path: a model folder, or one of its two files.
+        module: the network that the weights are loaded into, in place; None: it is built by the name of its
+            architecture.
+
     Raises:
-        ArtifactError: missing, damaged, or not fitting the architecture that it names.
+        ArtifactError: missing, damaged, not fitting the architecture that it names, or of code that nobody has allowed.
 
     Example:
         >>> import tempfile
@@ -189,12 +200,23 @@ def load_model(path: Path) -> Classifier:
             f"no model at {path}: expected a folder with {WEIGHTS_FILE} and {FACTS_FILE}, or one of the two"
         )
     body = read_facts(folder / FACTS_FILE)
+    if module is None and is_code_reference(body.architecture) and not is_permitted(body.architecture):
+        raise ArtifactError(
+            f"{folder / FACTS_FILE} is a network of code that would run on this machine: {body.architecture}\n"
+            "Read that code; if you trust it, add --allow-code (from Python: allow_code=True), or set "
+            f"{PERMISSION}=1 where a command has no such option"
+        )
     waiting = _is_replacement_pending(folder, body.sha256)
     weights = read_bytes(folder / (_NEXT_WEIGHTS if waiting else WEIGHTS_FILE), sha256=body.sha256)
     spec, names = InputSpec(**body.input.model_dump()), body.class_names
     try:
         with torch.random.fork_rng(devices=[]):
-            module = build_model(body.architecture, len(names), size=spec.size)
+            groups = None if body.output_groups is None else OutputGroups.from_dict(body.output_groups)
+            if groups is not None and (len(groups.groups) != len(names) or groups.outputs > _MAX_CLASSES):
+                raise ValueError(f"output_groups has {len(groups.groups)} groups for {len(names)} classes")
+            if module is None:
+                module = build_model(body.architecture, groups.outputs if groups else len(names), size=spec.size)
+            module = module if groups is None else GroupedOutputs(module, groups)
             module = module if body.remodelled is None else rebuild_student(module, body.remodelled)
         new_head = state_dict.load_state_dict(
             module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS_FILE)
@@ -204,7 +226,7 @@ def load_model(path: Path) -> Classifier:
         raise ArtifactError(f"{folder / FACTS_FILE} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS_FILE} has a head for another number of classes than {FACTS_FILE} names")
-    return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled)
+    return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled, groups)
 
 
 def read_facts(path: Path) -> ModelFacts:

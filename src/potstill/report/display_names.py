@@ -85,7 +85,7 @@ def picture_labels(class_names: Sequence[str]) -> PictureLabels:
 
     Example:
         >>> picture_labels(["cat", "dog"])
-        Labels(names=('cat', 'dog'), families=(), unreadable=())
+        PictureLabels(names=('cat', 'dog'), families=(), unreadable=())
     """
     return _picture_labels(tuple(class_names))
 

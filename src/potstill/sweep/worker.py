@@ -282,7 +282,12 @@ class Sweep:
         return tuple(
             text
             for key, name in zip(keys, names, strict=True)
-            for text in (f"{key}.weights={home.stage(name).resolve()}", f"{key}.new_head=false")
+            for text in (
+                f"{key}.weights={home.stage(name).resolve()}",
+                f"{key}.new_head=false",
+                f"{key}.head=null",
+                f"{key}.classes=null",
+            )
         )
 
     def _recipe_with_teacher(self) -> Recipe | None:

@@ -14,31 +14,31 @@ from potstill.errors import Stopped
 
 
 class Observer(Protocol):
-    """Every call is cheap and forces no device synchronisation."""
+    """Receives the progress of a run; subclass it, or pass any object with these methods, as ``observer``."""
 
     def stage(self, name: str, detail: str) -> None:
         """A stage (teacher, baseline, distilled) begins."""
 
     def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None:
-        """Epoch ``epoch`` (from 1) of ``epochs`` begins: so many steps over so many images."""
+        """Epoch ``epoch`` (from 1) of ``epochs`` begins, with the number of its steps and images."""
 
     def step(self, images: int) -> None:
-        """So many more images have been trained on."""
+        """A training step over ``images`` images is finished."""
 
     def epoch_end(self, record: dict[str, Any]) -> None:
-        """An epoch is over; ``record`` is its line of metrics.jsonl."""
+        """An epoch is finished; ``record`` is its line of metrics.jsonl."""
 
     def wait(self, what: str, done: int, total: int) -> None:
-        """A longer wait outside of training: so much of it is over; ``done == total``: all."""
+        """Progress of work outside of training: ``done`` of ``total``."""
 
     def note(self, message: str) -> None:
-        """Something worth reading."""
+        """A message for the user."""
 
     def warn(self, message: str) -> None:
-        """Something that probably spoils the result."""
+        """A warning: something that probably affects the result."""
 
     def stage_end(self, name: str, seconds: float) -> None:
-        """A stage is over."""
+        """A stage is finished."""
 
 
 class SilentObserver:

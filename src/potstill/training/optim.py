@@ -11,7 +11,7 @@ treat every number alone, so within a step such tensors are viewed in the order 
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -241,18 +241,54 @@ def get_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return known[name.lower()]
 
 
-def create_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: TrainingSettings) -> torch.optim.Optimizer:
+def layer_lr_scales(network: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Learning rate of each parameter as a share of the head's: ``layer_decay`` to the power of the blocks above it.
+
+    Blocks are those of timm's ``group_matcher``: the stem first, the head last.
+
+    Raises:
+        UsageError: a network without it.
+    """
+    from timm.models import group_parameters
+
+    matcher = getattr(network, "group_matcher", None)
+    if matcher is None:
+        raise UsageError(
+            f"training.layer_decay takes the blocks of a network from timm, and {type(network).__name__} does not say "
+            "which blocks it has: leave it out, or use a network of timm's"
+        )
+    blocks: dict[str, int] = group_parameters(network, matcher(coarse=False), reverse=True)
+    last = max(blocks.values())
+    return {name: layer_decay ** (last - blocks[name]) for name, _ in network.named_parameters()}
+
+
+def create_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]],
+    settings: TrainingSettings,
+    lr_scales: Mapping[str, float] | None = None,
+) -> torch.optim.Optimizer:
     """The optimizer over two groups: weights with decay; biases and normalisation layers without, unless asked for.
+
+    Args:
+        named: what is trained.
+        settings: of the optimizer.
+        lr_scales: share of the learning rate, by name, where it is not 1; each share has its two groups.
 
     Raises:
         UsageError: unknown optimizer, or options that its class does not take.
     """
+    named, scales = list(named), lr_scales or {}
     parameters = [parameter for _, parameter in named]
     others_decay = settings.weight_decay if settings.decay_all else 0.0
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": others_decay},
-    ]
+    groups: list[dict[str, Any]] = []
+    # The full rate comes first, since the first group's is the one that is shown.
+    for scale in sorted({scales.get(name, 1.0) for name, _ in named}, reverse=True):
+        alike = [parameter for name, parameter in named if scales.get(name, 1.0) == scale]
+        lr = {} if scale == 1 else {"lr": settings.lr * scale}
+        groups += [
+            {"params": [p for p in alike if p.ndim > 1], "weight_decay": settings.weight_decay, **lr},
+            {"params": [p for p in alike if p.ndim <= 1], "weight_decay": others_decay, **lr},
+        ]
     kind = get_optimizer_class(settings.optimizer)
     takes = inspect.signature(kind).parameters
     options: dict[str, Any] = {"lr": settings.lr}

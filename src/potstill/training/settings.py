@@ -31,6 +31,14 @@ class TrainingSettings(BaseModel):
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of lr at which the cosine ends")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear rise from 0 to lr")
+    freeze: int = Field(
+        0,
+        ge=0,
+        description="first epochs in which all but the head stays as the weights have it, BatchNorm statistics too",
+    )
+    layer_decay: float | None = Field(
+        None, gt=0, lt=1, description="learning rate of each block as a share of the next one's, from the head down"
+    )
     max_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over all classes")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from potstill.errors import NonFiniteError
 from potstill.evaluation.metrics import StreamingMetrics
+from potstill.formatting import format_names
 
 EpochRecord = dict[str, Any]
 
@@ -110,7 +111,7 @@ class TermAverages:
             if bad:
                 raise NonFiniteError(
                     f"{where}: at step {step} the loss term {', '.join(bad)} is {sum(found.values()):g}"
-                    f"{_format_names(images(step)) if images is not None else ''}.\n"
+                    f"{f', on {format_names(images(step), _MAX_NAMED_IMAGES)}' if images is not None else ''}.\n"
                     "Lower the learning rate (training.lr), or set training.max_grad_norm=1; the last "
                     "checkpoint is finite"
                 )
@@ -118,11 +119,6 @@ class TermAverages:
                 sums[name] += size * value
                 weights[name] += size
         return {name: sums[name] / weights[name] for name in known}
-
-
-def _format_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED_IMAGES} more" if len(names) > _MAX_NAMED_IMAGES else ""
-    return f", on {', '.join(names[:_MAX_NAMED_IMAGES])}{more}"
 
 
 @dataclass

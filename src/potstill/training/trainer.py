@@ -4,8 +4,8 @@ The label loss is cross-entropy with class weights, label smoothing, mixed label
 teacher's outputs are computed for each batch, cached in memory, or read from a teacher cache.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distillation.distiller import Distiller
-from potstill.errors import Stopped, StorageError
+from potstill.distillation.teacher_views import TeacherViews
+from potstill.errors import Stopped, StorageError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
+from potstill.features.stages import find_stages
 from potstill.io import write_json_lines
 from potstill.training import checkpointing as ckpt
 from potstill.training.averaging import ModelEma
@@ -27,7 +29,7 @@ from potstill.training.checkpointing import Checkpointer
 from potstill.training.compile import StudentCompiler
 from potstill.training.ddp import DistributedDistiller, check_distributed_support
 from potstill.training.devices import Compute
-from potstill.training.optim import GradientAccumulator, create_optimizer, lr_factor
+from potstill.training.optim import GradientAccumulator, create_optimizer, layer_lr_scales, lr_factor
 from potstill.training.qat import plain_epochs, simulated_int8
 from potstill.training.settings import TrainingSettings
 from potstill.training.state import EpochRecord, EpochState, History, TermAverages
@@ -109,13 +111,38 @@ class TeacherOutputs(Protocol):
 
 
 class LiveTeacher:
-    """The Distiller asks the teacher each time."""
+    """The teacher runs for each batch.
 
-    def start_epoch(self, epoch: int, step: int = 0) -> None: ...
+    Args:
+        distiller: whose teacher it is.
+        views: the split's images for teachers of another size than the student's; None: there are none such, and the
+            Distiller asks the teacher itself.
+        autocast: in which the teacher runs.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        views: TeacherViews | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.distiller, self.views, self.autocast, self.position = distiller, views, autocast, -1
+
+    def start_epoch(self, epoch: int, step: int = 0) -> None:
+        """The batches of epoch number ``epoch``, from 0, come next, the first ``step`` of them left out."""
+        self.position = step - 1
+        if self.views is not None:
+            self.views.start_epoch(epoch, step)
 
     def __call__(self, batch: Batch) -> Outputs | None:
-        """None."""
-        return None
+        """The outputs for the next batch; None where the Distiller is to ask."""
+        self.position += 1
+        if self.views is None:
+            return None
+        with self.autocast():
+            own = self.views.of(self.position, batch)
+            index = batch.index if self.distiller.training else None
+            return self.distiller.run_teacher(batch.images, batch.second, own, index)
 
     def flush(self) -> None: ...
 
@@ -124,11 +151,15 @@ class CachedTeacher:
     """The same batches in every epoch, without augmentation: the teacher is asked once and its logits are kept.
 
     Feature maps are too large to keep, and methods that live on the training images do not ask at all.
+
+    Args:
+        distiller: whose teacher it is.
+        views: the split's images for teachers of another size than the student's; None: there are none such.
     """
 
-    def __init__(self, distiller: Distiller) -> None:
+    def __init__(self, distiller: Distiller, views: TeacherViews | None = None) -> None:
         needs = distiller.method.needs
-        self.distiller = distiller
+        self.distiller, self.live = distiller, LiveTeacher(distiller, None if needs.training_only else views)
         self.keeps = not (
             distiller.teacher is None or needs.features or distiller.method.teacher_taps or needs.training_only
         )
@@ -138,13 +169,14 @@ class CachedTeacher:
     def start_epoch(self, epoch: int, step: int = 0) -> None:
         """Back to the first batch; of val and test none is ever left out."""
         self.position = 0
+        self.live.start_epoch(0)
 
     def __call__(self, batch: Batch) -> Outputs | None:
         """The outputs for the next batch."""
         if not self.keeps:
-            return None
+            return self.live(batch)
         if self.position == len(self.known):
-            answer = self.distiller.run_teacher(batch.images)
+            answer = self.live(batch) or self.distiller.run_teacher(batch.images)
             assert answer is not None  # there is a teacher
             self.known.append(answer)
         self.position += 1
@@ -163,6 +195,7 @@ class Trainer:
         test: evaluated each epoch for its curve only, never for a choice; None: left alone.
         answers: by split, where the teacher's answers come from; where not given, it is asked: for each training batch
             anew, on val and test once.
+        teacher_views: by split, the images for teachers of another size than the student's, where there are such.
         stopping: is looked at after each step; None: nothing stops it.
     """
 
@@ -179,6 +212,7 @@ class Trainer:
         classes: int,
         test: "Loader | None" = None,
         answers: Mapping[str, TeacherOutputs] | None = None,
+        teacher_views: Mapping[str, TeacherViews] | None = None,
         stopping: SignalHandler | None = None,
     ) -> None:
         self.distiller, self.settings, self.compute, self.observer = distiller, settings, compute, observer
@@ -190,7 +224,9 @@ class Trainer:
         check_distributed_support(distiller.method, settings.optimizer, compute.processes)
         self.sharing = DistributedDistiller(distiller, compute.processes)
         named = distiller.trained_parameters()
-        self.optimizer = create_optimizer(named, settings)
+        scales = {} if settings.layer_decay is None else layer_lr_scales(distiller.student, settings.layer_decay)
+        self.optimizer = create_optimizer(named, settings, {f"student.{name}": scale for name, scale in scales.items()})
+        self.head = _head_path(distiller.student, train.spec.size) if settings.freeze else None
         self.gradients = GradientAccumulator(self.optimizer, [parameter for _, parameter in named])
         self.compiling = StudentCompiler(distiller, self.optimizer, settings, compute, observer)
         self.schedule = LambdaLR(self.optimizer, lr_factor(settings, steps))
@@ -207,8 +243,12 @@ class Trainer:
             self.average,
             self.history,
         )
-        asked: dict[str, TeacherOutputs] = {name: CachedTeacher(distiller) for name in self.others}
-        self.answers: dict[str, TeacherOutputs] = {"train": LiveTeacher(), **asked, **(answers or {})}
+        views = teacher_views or {}
+        self.answers: dict[str, TeacherOutputs] = {
+            "train": LiveTeacher(distiller, views.get("train"), compute.autocast),
+            **{name: CachedTeacher(distiller, views.get(name)) for name in self.others},
+            **(answers or {}),
+        }
         self.stopping = stopping or SignalHandler()
 
     def run(self, *, resume: bool = False) -> History:
@@ -272,13 +312,13 @@ class Trainer:
             self.observer.step(sum(self.train.sizes_of(number)[: under_way.step]))
         if left := self.train.steps - under_way.step:
             after = left + self.train.steps * (self.settings.epochs - number - 1)
-            with self.compiling.epoch(left, after), self._int8_context(number):
+            with self.compiling.epoch(left, after), self._int8_context(number), self._frozen_encoder(number):
                 self._train_epoch(number, under_way)
         figures = self._figures(under_way, f"epoch {number + 1}, training", self.train, number)
         trained = under_way.seconds
         with _EvaluationWeights(self.distiller, self.average):
             splits = {name: self._evaluate(number, name, loader) for name, loader in self.others.items()}
-            value = _selection_value(self.settings.selection_metric, splits["val"])
+            value = selection_value(self.settings.selection_metric, splits["val"])
             # Weights that have not met int8's rounding are no candidates, however good they are without it.
             best = value > self.history.best_value or number == self.plain_epochs
             if best:
@@ -301,6 +341,8 @@ class Trainer:
 
     def _train_epoch(self, number: int, under_way: EpochState) -> None:
         self.distiller.train()
+        if number < self.settings.freeze:
+            self.distiller.student.eval()  # BatchNorm statistics belong to the encoder; dropout rests with it
         group, answers, begin = self.settings.gradient_accumulation_steps, self.answers["train"], under_way.step
         sizes = self.train.sizes_of(number)
         answers.start_epoch(number, begin)
@@ -330,6 +372,24 @@ class Trainer:
 
     def _int8_context(self, number: int) -> AbstractContextManager[None]:
         return nullcontext() if number < self.plain_epochs else simulated_int8(self.distiller.student)
+
+    @contextmanager
+    def _frozen_encoder(self, number: int) -> Iterator[None]:
+        """In the first ``freeze`` epochs the student's head alone gets gradients."""
+        frozen = []
+        if number < self.settings.freeze and self.head is not None:
+            frozen = [
+                parameter
+                for name, parameter in self.distiller.student.named_parameters()
+                if parameter.requires_grad and not name.startswith(f"{self.head}.")
+            ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def _sync_requests(self) -> tuple[bool, bool]:
         """Whether any process was asked to stop, and whether a checkpoint is due in any: the same for all."""
@@ -410,6 +470,18 @@ class Trainer:
         return patience is not None and number > 0 and number - self.history.best_epoch >= patience
 
 
+def _head_path(network: nn.Module, size: int) -> str:
+    device = next(network.parameters()).device
+    example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    head = find_stages(network, example).head
+    if head is None:
+        raise UsageError(
+            f"training.freeze trains the linear layer that puts out the logits alone, and {type(network).__name__} "
+            "ends in none: leave it out"
+        )
+    return head
+
+
 class _EvaluationWeights:
     """Within the block, the student has its averaged weights, where there are such."""
 
@@ -426,7 +498,7 @@ class _EvaluationWeights:
             self.student.load_state_dict(self.trained)
 
 
-def _selection_value(metric: str, figures: EpochRecord) -> float:
+def selection_value(metric: str, figures: EpochRecord) -> float:
     """The picking metric as a number of which more is better; undefined (AUC of one class) counts as worst."""
     value = figures[metric]
     if value is None:

@@ -76,7 +76,7 @@ def parts():
 
 class Parts:
     @staticmethod
-    def server(name, recipe, data, clients, *, public=None, rounds=1, local_epochs=1, teacher=None, fewest=1):
+    def server(name, recipe, data, clients, *, public=None, rounds=1, local_epochs=1, teacher=None, **limits):
         import torch
 
         from potstill.contrib.federated.algorithms import ALGORITHMS
@@ -93,7 +93,7 @@ class Parts:
         student = Classifier(start.module, start.architecture, data.class_names, start.input)
         val = split_loader(data, "val", student.input, recipe, settings, compute)
         images = None if public is None else PublicDataset(public, student.input, settings, compute, 0)
-        schedule = Schedule(rounds, local_epochs, 1, 1.0, fewest)
+        schedule = Schedule(rounds, local_epochs, 1, 1.0, **limits)
         return Server(
             ALGORITHMS[name], student, recipe, schedule, clients, val, compute, public=images, teacher=teacher
         )

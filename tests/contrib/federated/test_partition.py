@@ -41,12 +41,12 @@ def test_a_small_alpha_makes_clients_differ_and_iid_does_not():
 
 def test_what_cannot_be_divided_says_what_can():
     with pytest.raises(
-        UsageError, match=r"5 training images cannot be divided among 3 clients, 2 or more .* at most 2"
+        UsageError, match=r"5 training images cannot be divided among 3 clients with 2 or more .* at most 2"
     ):
         partition_indices(np.zeros(5, dtype=np.int64), 3, Partition(), 0)
     with pytest.raises(UsageError, match="--clients must be at least 1, got 0"):
         partition_indices(LABELS, 0, Partition(), 0)
-    with pytest.raises(DataError, match=r"dirichlet:0.001 leaves one of 20 clients .* fewer clients, a larger alpha"):
+    with pytest.raises(DataError, match=r"dirichlet:0.001 leaves one of 20 clients .* fewer clients, dirichlet:0.003"):
         partition_indices(LABELS, 20, Partition(0.001), 0)
 
 
@@ -57,7 +57,7 @@ def test_partitions_are_read_and_shown(text):
 
 @pytest.mark.parametrize("value", ["", ":", ":0", ":nan", ":inf", ":-1", ":x"])
 def test_an_alpha_must_be_a_number_above_zero(value):
-    with pytest.raises(UsageError, match=r"--partition dirichlet:ALPHA wants a number above 0 such as dirichlet:0.3"):
+    with pytest.raises(UsageError, match=r"--partition dirichlet:ALPHA needs a number above 0, such as dirichlet:0.3"):
         parse_partition(f"dirichlet{value}")
 
 

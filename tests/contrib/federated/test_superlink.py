@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.contrib.federated.deployment import write_app
 from potstill.contrib.federated.federation import RESULTS_FILE
+from potstill.contrib.federated.flower import write_app
 from potstill.errors import ArtifactError
 from potstill.io import read_checksummed_json
 
@@ -34,7 +34,7 @@ def flower(tmp_path):
 
 class Places:
     def __init__(self, root: Path) -> None:
-        self.root, self.started = root, {}
+        self.root, self.started, self.killed = root, {}, []
         self.port = free_port()
         home = root / "home"
         home.mkdir()
@@ -53,10 +53,10 @@ class Places:
                 command, cwd=self.root, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def superlink(self) -> None:
+    def superlink(self, *flags: str) -> None:
         self.start(
             "superlink", "flower-superlink", "--insecure", "--port", str(self.port),
-            "--disable-runtime-dependency-installation",
+            "--disable-runtime-dependency-installation", *flags,
         )  # fmt: skip
         self.until(lambda: "running on" in self.log("superlink"))
 
@@ -67,9 +67,9 @@ class Places:
             "--port", str(free_port()), "--node-config", config,
         )  # fmt: skip
 
-    def run(self, **config: object) -> None:
+    def run(self, *flags: str, **config: object) -> None:
         settings = " ".join(f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in config.items())
-        self.start(str(config["name"]), "flwr", "run", "app", "here", "--run-config", settings, "--stream")
+        self.start(str(config["name"]), "flwr", "run", "app", "here", "--run-config", settings, "--stream", *flags)
 
     def log(self, name: str) -> str:
         return (self.root / f"{name}.log").read_text(errors="replace")
@@ -77,11 +77,15 @@ class Places:
     def until(self, there) -> None:
         end = time.monotonic() + PATIENCE
         while not there():
-            assert time.monotonic() < end, "\n".join(f"{name}\n{self.log(name)[-3000:]}" for name in self.started)
+            failed = any(process.poll() for process in self.started.values() if process not in self.killed)
+            logs = "\n".join(f"{name}\n{self.log(name)[-3000:]}" for name in self.started)
+            assert not failed, logs
+            assert time.monotonic() < end, logs
             time.sleep(0.2)
 
     def kill(self, name: str) -> None:
         """The machine is gone: the node and what it has started."""
+        self.killed.append(self.started[name])
         os.killpg(self.started[name].pid, signal.SIGKILL)
 
     def end(self) -> None:
@@ -126,7 +130,7 @@ def test_two_clients_and_then_one_that_is_killed(flower) -> None:
     flower.supernode("one")
     flower.supernode("two")
     asked = {
-        "data": str(flower.root / "server"), "root": str(flower.root / "runs"), "rounds": 2,
+        "data": str(flower.root / "server"), "output_dir": str(flower.root / "runs"), "rounds": 2,
         "settings": f"data.size=8 data.unlabeled={flower.root / 'public'} training.threads=1 training.batch_size=8",
     }  # fmt: skip
 
@@ -139,15 +143,33 @@ def test_two_clients_and_then_one_that_is_killed(flower) -> None:
     assert [each["clients"] for each in rounds] == [[0, 1], [0, 1]]
     assert all(each["bytes_up"] < 2 * (12 * 3 * 4 + 400) for each in rounds)  # logits of 12 public images
 
-    many = asked | {"rounds": 4, "timeout": 60.0}
+    many = asked | {"rounds": 2, "timeout": 90.0}
     flower.run(**many, name="one-dies", algorithms="fedavg")
     rounds_of = flower.root / "runs" / "one-dies" / "fedavg" / "rounds.checkpoint"
     flower.until(rounds_of.exists)  # the first round is done
     flower.kill("two")
     flower.until(lambda: "fedavg" in record(flower.root, "one-dies").get("trained", {}))
     rounds = record(flower.root, "one-dies")["trained"]["fedavg"]["rounds"]
-    assert len(rounds) == 4
+    assert len(rounds) == 2
     assert len(rounds[0]["clients"]) == 2
     assert len(rounds[-1]["clients"]) == 1
     assert any(each["failed"] for each in rounds)
     assert (flower.root / "runs" / "one-dies" / "fedavg" / "model.safetensors").exists()
+
+
+def test_flowers_simulation_on_one_machine(flower) -> None:
+    pytest.importorskip("ray", reason="needs flwr[simulation]")
+    for at, name in enumerate(("server", "clients/one", "clients/two")):
+        write_images(flower.root / name, 12, at)
+    write_app(flower.root / "app", "quickstart")
+    flower.superlink("--simulation")
+    flower.run(
+        "--federation-config", "num-supernodes=2",
+        name="simulated", algorithms="fedavg", rounds=2, data=str(flower.root / "server"),
+        output_dir=str(flower.root / "runs"), settings="data.size=8 training.threads=1 training.batch_size=8",
+        simulated_clients=str(flower.root / "clients"),
+    )  # fmt: skip
+    flower.until(lambda: "fedavg" in record(flower.root, "simulated").get("trained", {}))
+    found = record(flower.root, "simulated")
+    assert [each["images"] for each in found["clients"]] == [36, 36]
+    assert [each["clients"] for each in found["trained"]["fedavg"]["rounds"]] == [[0, 1], [0, 1]]

@@ -1,16 +1,15 @@
-"""A client: its images stay here; it replies to messages with weights, logits and counts.
+"""A client: its images stay here; it replies to the server's requests with weights or logits, and counts.
 
-Its few epochs are the steps of the training loop, without its checkpoints and its choice of the best epoch by val: a
-client in a round has no val and returns its weights after the last epoch.  Step by step both do the same, which a test
-compares bit for bit.
+A round's few epochs take the same steps as the trainer, without checkpoints and without a choice of the best epoch: a
+client has no val split, and returns its weights after the last epoch.  A test compares both bit for bit.
 
-Public images: the clients' averaged logits on them train a student.
-Lin and others, "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020 (FedDF: the server
-runs the clients' networks).  https://arxiv.org/abs/2006.07242
-Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019 (clients run their own, and send
-logits).  https://arxiv.org/abs/1910.03581
-Unlike FedDF's code, which distils for up to ten thousand steps with early stopping, this makes a few passes over the
-public images, each in one fixed view, so that the same logits serve both ways.
+Public images: the clients' averaged logits of them train a student.
+Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020 (FedDF: the server runs
+the clients' networks).  https://arxiv.org/abs/2006.07242
+Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019 (clients run their own networks and
+send logits).  https://arxiv.org/abs/1910.03581
+FedDF's code distils for up to ten thousand steps with early stopping; this makes a few passes over the public images,
+each in one fixed view, so that the same logits serve both algorithms.
 """
 
 import copy
@@ -30,12 +29,15 @@ from potstill.contrib.federated.messages import (
     STATE_PREFIX,
     TEACHER_PREFIX,
     Arrays,
+    ArraySpecs,
     Message,
+    array_specs,
     arrays_to_state_dict,
-    check_reply,
     decode_classes,
     decode_network,
     decode_recipe,
+    find_reply_problem,
+    logits_specs,
     state_dict_to_arrays,
 )
 from potstill.data.image_sets import ImageSet
@@ -53,15 +55,17 @@ from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import GradientAccumulator, create_optimizer, lr_factor
 from potstill.training.settings import TrainingSettings
 
+ImageSource = Callable[[tuple[str, ...]], ImageSet]  # the server's classes -> a client's training images
+
 
 class PublicDataset:
-    """Images that nobody labels, of which server and clients have the same copy.
+    """Unlabeled images of which server and clients have the same copy.
 
     Args:
-        images: P of them; their labels are never looked at.
-        spec: how the networks want them.
-        settings: of the batches.
-        compute: where they are wanted.
+        images: P of them; their labels are not used.
+        spec: the networks' input.
+        settings: batch size and optimizer.
+        compute: device and precision.
         seed: of the order in which a student sees them.
     """
 
@@ -76,23 +80,23 @@ class PublicDataset:
     def __len__(self) -> int:
         return self.listed.count
 
-    def ask(self, network: Classifier) -> NDArray[np.float32]:
-        """What a network says of every image: logits [P, K]."""
+    def predict_logits(self, network: Classifier) -> NDArray[np.float32]:
+        """Return the network's logits of every image, float32 ``[P, K]``."""
         module = network.module.to(self.compute.device)
         with evaluation_mode(module):
-            logits = torch.cat([module(self._laid_out(batch.images)).float() for batch in self.listed.epoch()])
+            logits = torch.cat([module(self._convert(batch.images)).float() for batch in self.listed.epoch()])
         found: NDArray[np.float32] = logits.cpu().numpy()
         return found
 
     def train_student(
         self, student: Classifier, logits: NDArray[np.float32], *, temperature: float, epochs: int, first: int
     ) -> float:
-        """Train ``student`` in place towards ``logits`` [P, K], by KL divergence alone: no label is used.
+        """Train ``student`` in place towards ``logits`` by KL divergence alone, without labels.
 
         Args:
-            student: of the classes of the logits.
-            logits: the average.
-            temperature: T of both sides.
+            student: with K classes.
+            logits: targets ``[P, K]``.
+            temperature: of both sides, > 0.
             epochs: passes over the images.
             first: number of the first pass; decides the order.
 
@@ -100,7 +104,7 @@ class PublicDataset:
             The mean loss of the last pass.
 
         Raises:
-            NonFiniteError: it is NaN or infinite.
+            NonFiniteError: the loss is NaN or infinite.
         """
         module = student.module.to(self.compute.device).train()
         targets = torch.from_numpy(logits).to(self.compute.device)
@@ -112,8 +116,8 @@ class PublicDataset:
             for batch in self.shuffled.epoch(epoch):
                 assert batch.index is not None
                 with self.compute.autocast():
-                    answers = module(self._laid_out(batch.images))
-                loss = kd_loss(answers, targets[batch.index], temperature=temperature)
+                    outputs = module(self._convert(batch.images))
+                loss = kd_loss(outputs, targets[batch.index], temperature=temperature)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if self.settings.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(module.parameters(), self.settings.max_grad_norm)
@@ -124,17 +128,17 @@ class PublicDataset:
             raise NonFiniteError("the loss on the public images became NaN or infinite; lower training.lr")
         return float(total) / max(images, 1)
 
-    def _laid_out(self, images: Tensor) -> Tensor:
+    def _convert(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.compute.memory_format)
 
 
 def create_local_distiller(
     student: Classifier, teacher: Classifier | None, recipe: Recipe, compute: Compute, smoothing: float
 ) -> Distiller:
-    """The student alone on labels, or guided by ``teacher`` with the recipe's method.
+    """Return the student on labels alone, or guided by ``teacher`` with the recipe's method.
 
     Raises:
-        UsageError: a method that trains or remembers more than the student, which no round would carry on.
+        UsageError: the method trains or keeps more than the student, which would be lost after each round.
     """
     method = create_stage_method(recipe) if teacher is not None else create_method("supervised")
     for network in (student, *([teacher] if teacher is not None else [])):
@@ -159,10 +163,10 @@ def create_local_distiller(
 
 
 def check_method(recipe: Recipe, student: Classifier, teacher: Classifier, compute: Compute) -> None:
-    """Whether clients could be guided with the recipe's method; the networks are left as they are.
+    """Check that the recipe's method can guide clients; the networks stay as they are.
 
     Raises:
-        UsageError: they could not; says why.
+        UsageError: it cannot; says why.
     """
     create_local_distiller(copy.deepcopy(student), copy.deepcopy(teacher), recipe, compute, 0.0)
 
@@ -170,21 +174,21 @@ def check_method(recipe: Recipe, student: Classifier, teacher: Classifier, compu
 def train_locally(
     distiller: Distiller, loader: Loader, settings: TrainingSettings, compute: Compute, *, first: int, epochs: int
 ) -> float:
-    """Train the distiller's student in place; a new optimizer, as in every round of FedAvg.
+    """Train the distiller's student in place, with a new optimizer as in every round of FedAvg.
 
     Args:
         distiller: on the compute's device.
         loader: of the client's images.
-        settings: ``epochs`` are those of all rounds together, over which the learning rate's schedule goes.
-        compute: where, and in which precision.
-        first: the epoch, from 0, at which this round begins; decides order, views and learning rate.
+        settings: its ``epochs`` are those of all rounds together, the length of the learning-rate schedule.
+        compute: device and precision.
+        first: the epoch, from 0, at which this round begins; decides order, augmentation and learning rate.
         epochs: of this round.
 
     Returns:
         The mean loss of the last epoch.
 
     Raises:
-        NonFiniteError: it is NaN or infinite.
+        NonFiniteError: the loss is NaN or infinite.
     """
     named = distiller.trained_parameters()
     optimizer = create_optimizer(named, settings)
@@ -219,18 +223,17 @@ def train_locally(
 
 def _unsupported_method(recipe: Recipe) -> UsageError:
     return UsageError(
-        f"method {describe_method(recipe.method)} trains or remembers more than the student, which a client "
-        "would begin anew "
-        "in each round; guide clients with kd, dkd, dist or another method of logits"
+        f"method {describe_method(recipe.method)} trains or keeps more than the student, which a client would lose "
+        "after each round; guide clients with kd, dkd, dist or another method on logits"
     )
 
 
-_OWN_PREFIX = "own/"  # in memory: the network of a client that never sends it
+_OWN_PREFIX = "own/"  # in a client's memory: the network that it keeps
 
 
 @dataclass
-class _ClientContext:
-    """What a client has made of the server's recipe."""
+class _Work:
+    """What a client has built from the server's recipe."""
 
     recipe: Recipe
     settings: TrainingSettings
@@ -238,117 +241,123 @@ class _ClientContext:
     loader: Loader
     public: PublicDataset | None
 
+    @property
+    def counts(self) -> dict[str, float]:
+        public = {} if self.public is None else {"public": float(len(self.public))}
+        return {"images": float(len(self.loader.labels)), **public}
+
 
 class Client:
-    """``client.answer(message, memory)``; between two messages it may be another process, but for ``memory``.
+    """Replies to requests; between two of them only ``memory`` must be kept, so each may run in a process of its own.
 
     Args:
         images: the server's classes -> this client's training images.
-        public: the unlabeled images of which everybody has a copy; None: there are none here.
+        public: the unlabeled images of which everybody has a copy; None: this client has none.
     """
 
-    def __init__(
-        self, images: Callable[[tuple[str, ...]], ImageSet], public: Callable[[], ImageSet] | None = None
-    ) -> None:
+    def __init__(self, images: ImageSource, public: Callable[[], ImageSet] | None = None) -> None:
         self.images, self.public = images, public
-        self._work: tuple[dict[str, str], float, _ClientContext] | None = None
+        self._work: tuple[dict[str, str], float, _Work] | None = None
 
-    def answer(self, message: Message, memory: Arrays) -> Message:
-        """Do what the message asks for.
+    def reply(self, request: Message, memory: Arrays) -> Message:
+        """Carry out a request.
 
         Args:
-            message: of the server.
-            memory: arrays that this client keeps between messages; changed in place, never sent.
+            request: of the server.
+            memory: arrays that this client keeps between requests; changed in place, never sent.
 
         Raises:
-            PotstillError: what a person at this client can mend; the server hears of its kind only.
+            PotstillError: what a person at this client can correct; the server receives the error's class name only.
         """
-        if message.task == "teach":
-            memory |= {name: each for name, each in message.arrays.items() if name.startswith(TEACHER_PREFIX)}
-            return Message("teach")
-        work = self._prepare(message)
-        if message.task == "hello":
-            return Message("hello", numbers=self._counts(work))
-        tasks = {"train": self._train, "answer": self._answer}
-        if message.task not in tasks:
-            raise UsageError(f"the server asks for {message.task!r}, which this potstill does not know")
-        # Dropout too is the same for whoever repeats this.
-        torch.manual_seed(
-            derive_seed(work.recipe.seed, f"client {message.numbers['client']:g} at {message.numbers['first']:g}")
-        )
-        return tasks[message.task](message, memory, work)
+        if request.task == "teacher":
+            memory |= {name: each for name, each in request.arrays.items() if name.startswith(TEACHER_PREFIX)}
+            return Message("teacher")
+        tasks = {"describe": self._describe, "weights": self._train, "logits": self._train_and_predict}
+        if request.task not in tasks:
+            raise UsageError(f"the server requests {request.task!r}, which this version of potstill does not know")
+        work = self._prepare(request)
+        # Seeds dropout, so that a repeated or resumed round gives the same weights.
+        purpose = f"client {request.numbers['client']:g} at {request.numbers.get('first', 0):g}"
+        torch.manual_seed(derive_seed(work.recipe.seed, purpose))
+        return tasks[request.task](request, memory, work)
 
-    # what it can be asked for
+    # tasks
 
-    def _train(self, message: Message, memory: Arrays, work: _ClientContext) -> Message:
-        """Begin with the server's weights, and send back what has become of them."""
-        student = decode_network(message, "student")
-        student.module.load_state_dict(arrays_to_state_dict(message.arrays))
-        loss = self._train_student(student, message, memory, work)
-        state = student.module.state_dict()
-        reply = Message("train", state_dict_to_arrays(state), {**self._counts(work), "loss": loss})
-        return check_reply(reply, state=state)
+    def _describe(self, request: Message, memory: Arrays, work: _Work) -> Message:
+        return Message(request.task, numbers=work.counts)
 
-    def _answer(self, message: Message, memory: Arrays, work: _ClientContext) -> Message:
-        """Go on with the own network: learn what all have said, train on labels, and say something of each image."""
+    def _train(self, request: Message, memory: Arrays, work: _Work) -> Message:
+        """Train the server's student and return its weights."""
+        student = decode_network(request, "student")
+        student.module.load_state_dict(arrays_to_state_dict(request.arrays))
+        loss = self._train_student(student, request, memory, work)
+        arrays = state_dict_to_arrays(student.module.state_dict())
+        reply = Message(request.task, arrays, {**work.counts, "loss": loss})
+        return _checked(reply, array_specs({name: request.arrays[name] for name in arrays}))
+
+    def _train_and_predict(self, request: Message, memory: Arrays, work: _Work) -> Message:
+        """Train the client's own network on the averaged logits, then on labels, and return its logits."""
         if work.public is None:
-            raise UsageError("the server asks for logits of public images, and this client has none: name their folder")
-        student = decode_network(message, "student")
+            raise UsageError("the server requests logits of public images, and this client has none: name their folder")
+        student = decode_network(request, "student")
         own = arrays_to_state_dict(memory, _OWN_PREFIX)
-        # Before the first round, the weights that the server begins with.
-        student.module.load_state_dict(own or arrays_to_state_dict(message.arrays))
-        first, numbers = int(message.numbers["first"]), message.numbers
-        if LOGITS in message.arrays:
+        student.module.load_state_dict(own or arrays_to_state_dict(request.arrays))  # first round: the server's weights
+        if LOGITS in request.arrays:
             work.public.train_student(
                 student,
-                message.arrays[LOGITS],
-                temperature=numbers["temperature"],
-                epochs=int(numbers["public_epochs"]),
-                first=first,
+                request.arrays[LOGITS],
+                temperature=request.numbers["temperature"],
+                epochs=int(request.numbers["public_epochs"]),
+                first=int(request.numbers["first"]),
             )
-        loss = self._train_student(student, message, memory, work)
+        loss = self._train_student(student, request, memory, work)
         memory |= state_dict_to_arrays(student.module.state_dict(), _OWN_PREFIX)
-        logits = work.public.ask(student)
-        reply = Message("answer", {LOGITS: logits}, {**self._counts(work), "loss": loss})
-        return check_reply(reply, state={}, logits=(len(work.public), len(student.class_names)))
+        logits = work.public.predict_logits(student)
+        reply = Message(request.task, {LOGITS: logits}, {**work.counts, "loss": loss})
+        return _checked(reply, logits_specs(len(work.public), len(student.class_names)))
 
-    def _train_student(self, student: Classifier, message: Message, memory: Arrays, work: _ClientContext) -> float:
-        distiller = create_local_distiller(
-            student, _load_guide(message, memory), work.recipe, work.compute, work.settings.label_smoothing
-        )
-        first, epochs = int(message.numbers["first"]), int(message.numbers["epochs"])
+    def _train_student(self, student: Classifier, request: Message, memory: Arrays, work: _Work) -> float:
+        guide = _load_guide(request, memory)
+        distiller = create_local_distiller(student, guide, work.recipe, work.compute, work.settings.label_smoothing)
+        first, epochs = int(request.numbers["first"]), int(request.numbers["epochs"])
         return train_locally(distiller, work.loader, work.settings, work.compute, first=first, epochs=epochs)
 
-    # what it works with
-
-    def _prepare(self, message: Message) -> _ClientContext:
-        """The loaders, made once for as long as this process lives."""
-        number = message.numbers["client"]
-        if self._work is None or self._work[:2] != (message.texts, number):
-            self._work = (message.texts, number, self._made(message, int(number)))
+    def _prepare(self, request: Message) -> _Work:
+        """Return the loaders, built once in this process for the same recipe."""
+        number = request.numbers["client"]
+        if self._work is None or self._work[:2] != (request.texts, number):
+            recipe, student = decode_recipe(request), decode_network(request, "student")
+            settings = recipe.stage_training("student")
+            compute, public = create_compute(settings), None
+            loader = client_loader(
+                self.images(decode_classes(request)), student, recipe, settings, compute, int(number)
+            )
+            if self.public is not None:
+                seed = derive_seed(recipe.seed, "public/order")
+                public = PublicDataset(self.public(), student.input, settings, compute, seed)
+            self._work = (request.texts, number, _Work(recipe, settings, compute, loader, public))
         return self._work[2]
 
-    def _made(self, message: Message, number: int) -> _ClientContext:
-        recipe, student = decode_recipe(message), decode_network(message, "student")
-        settings = recipe.stage_training("student")
-        compute = create_compute(settings)
-        images = self.images(decode_classes(message))
-        loader = client_loader(images, student, recipe, settings, compute, number)
-        public = None
-        if self.public is not None:
-            seed = derive_seed(recipe.seed, "public/order")
-            public = PublicDataset(self.public(), student.input, settings, compute, seed)
-        return _ClientContext(recipe, settings, compute, loader, public)
 
-    def _counts(self, work: _ClientContext) -> dict[str, float]:
-        public = {} if work.public is None else {"public": float(len(work.public))}
-        return {"images": float(len(work.loader.labels)), **public}
+def _checked(reply: Message, specs: ArraySpecs) -> Message:
+    """Return the reply if it holds nothing but what a client may send.
+
+    Raises:
+        NonFiniteError: weights or logits are NaN or infinite.
+        UsageError: it holds anything else.
+    """
+    problem = find_reply_problem(reply, specs)
+    if problem == NonFiniteError.__name__:
+        raise NonFiniteError("weights or logits became NaN or infinite; lower training.lr")
+    if problem is not None:
+        raise UsageError(f"this client does not send its reply: {problem}")
+    return reply
 
 
 def client_loader(
     images: ImageSet, student: Classifier, recipe: Recipe, settings: TrainingSettings, compute: Compute, number: int
 ) -> Loader:
-    """A client's augmented training images; each client has its own order and its own views."""
+    """Return a client's augmented training images; order and augmentation differ from client to client."""
     return Loader(
         images,
         student.input,
@@ -364,19 +373,15 @@ def client_loader(
     )
 
 
-def _load_guide(message: Message, memory: Arrays) -> Classifier | None:
-    guide = message.texts.get("guide", "none")
+def _load_guide(request: Message, memory: Arrays) -> Classifier | None:
+    guide = request.texts.get("guide", "none")
     if guide == "none":
         return None
-    network = decode_network(message, "teacher" if guide == "teacher" else "student")
-    arrays = memory if guide == "teacher" else message.arrays
-    state = arrays_to_state_dict(arrays, TEACHER_PREFIX if guide == "teacher" else STATE_PREFIX)
+    if guide == "teacher":
+        network, state = decode_network(request, "teacher"), arrays_to_state_dict(memory, TEACHER_PREFIX)
+    else:
+        network, state = decode_network(request, "student"), arrays_to_state_dict(request.arrays, STATE_PREFIX)
     if not state:
-        raise ArtifactError("this client has not got the teacher: it joined after the teacher was sent")
+        raise ArtifactError("this client has no teacher: it joined after the teacher was sent")
     network.module.load_state_dict(state)
     return network
-
-
-def reply_logits(reply: Message) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
-    """The logits [P, K] of a reply."""
-    return np.asarray(reply.arrays[LOGITS], dtype=np.float32)

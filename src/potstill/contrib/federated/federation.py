@@ -1,22 +1,15 @@
-"""From a recipe to a folder of students, rounds and traffic: one machine plays server and clients.
-
-With the engine "flower", Flower's own simulation runs every client in a worker process of Ray (needs the extra
-``federated``).  The weights are those of ``InProcessClients``; what is gained is that clients work at the same time,
-and that messages take the way they take between machines.
+"""From a recipe to a folder of trained students: this process plays server and clients, or clients are elsewhere.
 
 ``federated.json`` holds the images of each client, and each algorithm's rounds, metrics and traffic.
 """
 
-import logging
-import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +25,12 @@ from potstill.contrib.federated.server import (
     Schedule,
     Server,
     ServerState,
-    wait_for_clients,
 )
 from potstill.data.datasets import load_data
 from potstill.data.image_sets import ImageSet
 from potstill.data.library_warnings import silence_native_stderr
 from potstill.data.splits import DataSplits
-from potstill.errors import UsageError, WorkerError, did_you_mean
+from potstill.errors import UsageError
 from potstill.experiment.builders import build_network, split_loader
 from potstill.experiment.environment import describe_environment
 from potstill.experiment.plan import derive_seed
@@ -49,156 +41,82 @@ from potstill.models.model_file import Classifier, save_model
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute, create_compute
 
-Engine = Literal["process", "flower"]
-ENGINES: tuple[Engine, ...] = ("process", "flower")
-INSTALL_COMMAND = "pip install 'potstill[federated]'"
+RESULTS_FILE = "federated.json"
+RESULTS_SCHEMA = 2
+_ALONE, _CENTRAL = BASELINES
 
 
-def parse_engine(text: str) -> Engine:
-    """``process`` or ``flower``.
+@dataclass(frozen=True)
+class FederationOptions:
+    """What a federated run does besides its recipe."""
 
-    Raises:
-        UsageError: anything else; names what is near.
-    """
-    for known in ENGINES:
-        if text == known:
-            return known
-    raise UsageError(f"--engine is {' or '.join(ENGINES)}, got {text!r}{did_you_mean(text, ENGINES)}")
+    clients: int | None = 5
+    partition: Partition = field(default_factory=lambda: Partition(0.3))
+    algorithms: tuple[str, ...] = ("fedavg", "feddf")
+    baselines: tuple[str, ...] = ()
+    public: float = 0.2  # share of the training images that becomes public if data.unlabeled names none
+    schedule: Schedule = field(default_factory=Schedule)
 
-
-def check_flower_installed() -> None:
-    """Whether the simulation can be started at all.
-
-    Raises:
-        UsageError: Flower or Ray is not installed; says how to install them.
-    """
-    missing = [name for name in ("flwr", "ray") if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"--engine flower needs Flower and Ray, and there is no {' and no '.join(missing)}: {INSTALL_COMMAND}"
-        )
+    def as_dict(self) -> dict[str, Any]:
+        """Return them for federated.json, the schedule's beside the others."""
+        own: dict[str, Any] = {key: each for key, each in asdict(self).items() if key != "schedule"}
+        own |= {
+            "partition": str(self.partition),
+            "algorithms": list(self.algorithms),
+            "baselines": list(self.baselines),
+        }
+        return own | asdict(self.schedule)
 
 
-def simulate(clients: Mapping[int, Client], work: Callable[[Clients], None], timeout: float = 3600.0) -> None:
-    """Do ``work`` with clients that live in Flower's simulation; returns when it is done.
+class FederatedResults:
+    """``federated.json``; written anew after each algorithm.
 
     Args:
-        clients: by number from 0; copied to the workers.
-        work: receives the same clients, behind Flower's messages.
-        timeout: seconds to wait for the answers of a round.
+        path: of the file.
+        options: of this run.
+        fingerprint: of the data.
+        resume: read the file if it exists.
 
     Raises:
-        WorkerError: the simulation has ended before the work.
-        PotstillError: whatever ``work`` raises.
+        UsageError: the run to resume had other options or data.
+        ArtifactError: its file is damaged.
     """
-    for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
-        os.environ.setdefault(name, "0")  # nothing is sent anywhere unless somebody wants it; and Ray warns less
 
-    from flwr.app import Context
-    from flwr.app import Message as Envelope
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid, ServerApp
-    from flwr.simulation import run_simulation
-
-    from potstill.contrib.federated.flower_clients import GridClients, handle_message
-
-    server, client = ServerApp(), ClientApp()
-    failed: list[BaseException] = []
-    done: list[bool] = []
-
-    def serve(grid: Grid, context: Context) -> None:
-        try:
-            here = GridClients(grid, timeout)
-            wait_for_clients(here, len(clients), timeout)
-            work(here)
-            done.append(True)
-        except BaseException as error:
-            failed.append(error)  # Flower would print a traceback
-
-    def respond(envelope: Envelope, context: Context) -> Envelope:
-        # Flower numbers its nodes at random; who a message is for stands in it.
-        return handle_message(envelope, context, lambda message: clients[int(message.numbers["client"])])
-
-    server.main()(serve)
-    client.train()(respond)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    try:
-        run_simulation(
-            server_app=server,
-            client_app=client,
-            num_supernodes=len(clients),
-            backend_config={
-                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                "init_args": {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR},
-            },
-        )
-    except RuntimeError as error:
-        if not failed:
-            raise WorkerError(f"Flower's simulation has ended early: {error}") from error
-    if failed:
-        raise failed[0]
-    if not done:
-        raise WorkerError("Flower's simulation has ended before the rounds were done; its log says why")
-
-
-RESULTS_FILE = "federated.json"
-RESULTS_SCHEMA = 1
-
-
-@dataclass
-class FederatedResults:
-    """What stands in the file; it is written anew after each algorithm."""
-
-    path: Path
-    found: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def opened(cls, path: Path, wishes: dict[str, Any], fingerprint: str, *, resume: bool) -> "FederatedResults":
-        """A new record, or with ``resume`` the one that is there.
-
-        Raises:
-            UsageError: the run that is to be gone on with was asked for something else.
-            ArtifactError: it is damaged.
-        """
-        asked = {"schema": RESULTS_SCHEMA, "wishes": wishes, "data": fingerprint}
-        if not (resume and path.exists()):
-            return cls(path, {**asked, "trained": {}})
-        record = cls(path, read_checksummed_json(path))
-        old, wishes = _flatten_options(record.found.get("wishes", {})), _flatten_options(wishes)
-        differ = [f"{key} was {old.get(key)} and is {new}" for key, new in wishes.items() if old.get(key) != new]
-        if record.found.get("data") != fingerprint:
-            differ.append("the images are others")
-        if differ:
-            raise UsageError(f"--resume goes on with the same run, but {'; '.join(differ)}: use another --name")
-        return record
+    def __init__(self, path: Path, options: dict[str, Any], fingerprint: str, *, resume: bool) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {
+            "schema": RESULTS_SCHEMA,
+            "options": options,
+            "data": fingerprint,
+            "trained": {},
+        }
+        if resume and path.exists():
+            self.content = read_checksummed_json(path)
+            old = self.content.get("options", {})
+            differ = [f"{key} was {old.get(key)} and is {new}" for key, new in options.items() if old.get(key) != new]
+            if self.content.get("data") != fingerprint:
+                differ.append("the images are different")
+            if differ:
+                raise UsageError(f"--resume needs the same options, but {'; '.join(differ)}: use another --name")
 
     @property
     def trained(self) -> dict[str, Any]:
-        """Algorithm or baseline -> what came of it."""
-        found: dict[str, Any] = self.found["trained"]
+        """Algorithm or baseline -> its rounds and figures."""
+        found: dict[str, Any] = self.content["trained"]
         return found
 
-    def add(self, name: str, facts: dict[str, Any]) -> None:
-        """Keep what came of one algorithm."""
-        self.trained[name] = facts
-        self.write()
-
-    def write(self) -> None:
-        """Put it on disk.
+    def update(self, facts: dict[str, Any]) -> None:
+        """Add or replace entries, and write the file.
 
         Raises:
             StorageError: it could not be written.
         """
-        write_checksummed_json(self.path, self.found)
-
-
-def _flatten_options(wishes: dict[str, Any]) -> dict[str, Any]:
-    """The schedule's entries beside the others, so that a difference is named by itself."""
-    return {key: each for key, each in wishes.items() if key != "schedule"} | dict(wishes.get("schedule", {}))
+        self.content |= facts
+        write_checksummed_json(self.path, self.content)
 
 
 def summarize_rounds(progress: ServerState, test: dict[str, float]) -> dict[str, Any]:
-    """One algorithm's entry: its rounds, the best one's figures, and bytes per round (mean of all rounds)."""
+    """Return one algorithm's entry: its rounds, the best round's figures, and bytes per round (mean over rounds)."""
     rounds = progress.records
     return {
         "best_round": progress.best,
@@ -212,66 +130,41 @@ def summarize_rounds(progress: ServerState, test: dict[str, float]) -> dict[str,
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
-    """Mean, sample deviation and number of test top-1 figures.
+    """Return mean, sample standard deviation and number of values.
 
     Example:
         >>> mean_and_deviation([0.5, 0.7])["mean"]
         0.6
     """
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "deviation": spread, "n": float(len(values))}
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "deviation": deviation, "n": float(len(values))}
+
+
+def best_algorithm(found: dict[str, Any], names: Sequence[str]) -> str:
+    """Return the algorithm whose student is the best on val: by top-1, then by negative log-likelihood."""
+    return max(names, key=lambda name: (found["trained"][name]["val"]["top1"], -found["trained"][name]["val"]["nll"]))
 
 
 def format_table(found: dict[str, Any]) -> list[str]:
-    """For people: one line for each algorithm and baseline."""
-    rows = [("", "test top-1", "best round", "down/round", "up/round", "in all")]
+    """Return the lines of the table that people read: one for each algorithm and baseline."""
+    rows = [("", "val top-1", "test top-1", "best round", "down/round", "up/round", "total")]
     for name, entry in found["trained"].items():
-        if name.startswith("alone-"):
+        if name.startswith(f"{_ALONE}-"):
             continue
         traffic = entry["bytes_per_round"]
-        sizes = [_megabytes(each) for each in (traffic["down"], traffic["up"], entry["bytes"])]
-        rows.append(
-            (
-                name,
-                f"{entry['test']['top1']:.1%}",
-                str(entry["best_round"]),
-                *(["-"] * 3 if name == "central" else sizes),
-            )
-        )
-    if "alone" in found:
-        alone = found["alone"]
-        rows.append(("alone", f"{alone['mean']:.1%}", f"mean of {alone['n']:.0f}", "-", "-", "-"))
+        sizes = [f"{each / 1e6:.2f} MB" for each in (traffic["down"], traffic["up"], entry["bytes"])]
+        shares = [f"{entry[split]['top1']:.1%}" for split in ("val", "test")]
+        rows.append((name, *shares, str(entry["best_round"]), *(["-"] * 3 if name == _CENTRAL else sizes)))
+    if _ALONE in found:
+        alone = found[_ALONE]
+        rows.append((_ALONE, "-", f"{alone['mean']:.1%}", f"mean of {alone['n']:.0f}", "-", "-", "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
-
-
-ALONE_BASELINE, CENTRAL_BASELINE = BASELINES
-
-
-@dataclass(frozen=True)
-class FederationOptions:
-    """What a federated run is asked for besides its recipe."""
-
-    clients: int | None = 5
-    partition: Partition = field(default_factory=lambda: Partition(0.3))
-    algorithms: tuple[str, ...] = ("fedavg", "feddf")
-    baselines: tuple[str, ...] = ()
-    public: float = 0.2  # share of the training images that become public; where data.unlabeled names none
-    schedule: Schedule = field(default_factory=Schedule)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For federated.json."""
-        lists = {"algorithms": list(self.algorithms), "baselines": list(self.baselines)}
-        return asdict(self) | lists | {"partition": str(self.partition)}
-
-
 def federate(
     recipe: Recipe,
-    wishes: FederationOptions,
+    options: FederationOptions,
     *,
     root: Path = Path("runs"),
     name: str | None = None,
@@ -280,161 +173,134 @@ def federate(
     data: DataSplits | None = None,
     observer: Observer | None = None,
     clients: Clients | None = None,
-    engine: Engine = "process",
 ) -> Path:
-    """Train by every algorithm that is wished for, on the same clients; returns the folder.
+    """Train with every algorithm of ``options`` on the same clients; return the run folder.
 
     Args:
-        recipe: checked settings; its epochs are not looked at.
-        wishes: clients, algorithms and rounds.
-        root: where run folders stand.
-        name: of this one; the recipe's with ``-federated`` where None.
-        resume: go on after the last round that was finished.
+        recipe: its epochs are not used.
+        options: clients, algorithms and rounds.
+        root: holds the run folders.
+        name: of this one; None: the recipe's with ``-federated``.
+        resume: continue after the last finished round.
         overwrite: delete an existing folder of this name first.
         data: in place of ``recipe.data.source``.
-        observer: is told what happens.
-        clients: that are elsewhere, with images of their own; None: this machine plays them as ``wishes`` says.
-        engine: who plays them: "process", this process, one after the other; "flower", Flower's simulation.
+        observer: receives progress, notes and warnings.
+        clients: that are elsewhere, with images of their own; None: this process plays them.
 
     Raises:
-        PotstillError: anything that a user can mend.
+        PotstillError: anything that a user can correct.
     """
-    check_recipe(recipe, wishes.algorithms)
-    if engine == "flower":
-        check_flower_installed()
-        if resume:
-            raise UsageError(
-                "--resume goes on with --engine process only: Flower forgets what clients keep for themselves"
-            )
+    check_recipe(recipe, options.algorithms)
     observer = observer or SilentObserver()
     name = f"{recipe.name[:54]}-federated" if name is None else name
     with RunFolder.create(root, name, resume=resume, overwrite=overwrite) as folder:
         with silence_native_stderr():
             data = load_data(recipe.data, data, progress=observer)
-        recipe = recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"augment": recipe.data.augment or data.augment})}
-        )
+        augment = recipe.data.augment or data.augment
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"augment": augment})})
         compute = create_compute(recipe.stage_training("student"))
-        told = wishes.as_dict() | {"seed": recipe.seed}
-        record = FederatedResults.opened(folder.path / RESULTS_FILE, told, data.fingerprint, resume=resume)
-        whole = _FederatedRun(recipe, wishes, data, compute, observer, clients)
+        described = options.as_dict() | {"seed": recipe.seed}
+        results = FederatedResults(folder.path / RESULTS_FILE, described, data.fingerprint, resume=resume)
+        run = _FederatedRun(recipe, options, data, compute, observer, clients)
         if overwrite:
             folder.clear()
         text = dump_recipe(recipe)
         if resume and folder.read_recipe() != text:
-            raise UsageError(
-                f"--resume goes on with the same recipe, and {folder.recipe} is another: use another --name"
-            )
+            raise UsageError(f"--resume needs the same recipe, and {folder.recipe} differs: use another --name")
         folder.write_recipe(text)
         folder.write_environment(describe_environment(recipe, text, data.fingerprint, compute))
-        folder.write_splits(whole.data.as_rows())
+        folder.write_splits(run.data.as_rows())
         folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
         if data.all_skipped:
             observer.warn(describe_skipped(data.all_skipped))
-        record.found |= whole.facts()
-        record.write()
-        whole.carry_out(folder, record, engine)
+        results.update(run.describe())
+        run.train(folder.path, results)
     return folder.path
 
 
 class _FederatedRun:
-    """The server; and the clients, where they are in this process."""
+    """The server, and the clients if they are in this process."""
 
     def __init__(
         self,
         recipe: Recipe,
-        wishes: FederationOptions,
+        options: FederationOptions,
         data: DataSplits,
         compute: Compute,
         observer: Observer,
-        elsewhere: Clients | None,
+        remote: Clients | None,
     ) -> None:
-        self.recipe, self.wishes, self.compute, self.observer = recipe, wishes, compute, observer
-        self.settings, self.elsewhere = recipe.stage_training("student"), elsewhere
-        needed = any(ALGORITHMS[each].public for each in wishes.algorithms)
-        if wishes.partition.folders is not None and CENTRAL_BASELINE in wishes.baselines:
-            raise UsageError("--baselines central: the images of --partition folders:DIR stand in different places")
-        self.data, self.public_images = split_public_images(data, wishes.public if needed else 0.0, recipe.seed)
-        self.clients: dict[int, Client] = {}
-        if elsewhere is None:
-            images = self.public_images
-            public = None if images is None else partial(_return_images, images)
-            self.clients = {
-                each: Client(own, public)
-                for each, own in enumerate(
-                    client_image_sources(self.data.train, wishes.partition, wishes.clients, recipe.seed)
-                )
-            }
+        self.recipe, self.options, self.compute, self.observer = recipe, options, compute, observer
+        self.settings, self.remote = recipe.stage_training("student"), remote
+        needed = any(ALGORITHMS[each].public for each in options.algorithms)
+        if options.partition.folders is not None and _CENTRAL in options.baselines:
+            raise UsageError("--baselines central: the images of --partition folders:DIR are in different places")
+        self.data, self.public_images = split_public_images(data, options.public if needed else 0.0, recipe.seed)
+        self.local: dict[int, Client] = {}
+        self.declared: dict[int, int] = {}
+        if remote is None:
+            public = None if self.public_images is None else partial(_return_images, self.public_images)
+            sources = client_image_sources(self.data.train, options.partition, options.clients, recipe.seed)
+            self.local = {each: Client(own, public) for each, own in enumerate(sources)}
 
-    def facts(self) -> dict[str, Any]:
-        """Who has how many images; of clients in this process, of which class."""
-        everybody = self.elsewhere or InProcessClients(self.clients)
-        # All are put together, so that what the last one lacks is said before the first one trains.
-        servers = {name: self._server(ALGORITHMS[name], everybody) for name in self.wishes.algorithms}
-        wanted = [name for name in servers if ALGORITHMS[name].sends == "logits"]
-        counts, failed = servers[(wanted or self.wishes.algorithms)[0]].handshake()
+    def describe(self) -> dict[str, Any]:
+        """Return each client's number of images; of clients in this process, also by class."""
+        clients = self.remote or InProcessClients(self.local)
+        # Every server is built, so that what the last algorithm lacks is an error before the first one trains.
+        servers = {name: self._server(ALGORITHMS[name], clients) for name in self.options.algorithms}
+        with_public = [name for name in servers if ALGORITHMS[name].sends == "logits"]
+        self.declared, failed = servers[(with_public or self.options.algorithms)[0]].describe_clients()
         for number, why in failed.items():
-            self.observer.warn(f"client {number} cannot take part ({why}); its own log says why")
+            self.observer.warn(f"client {number} cannot take part ({why}); see its own log")
         classes, found = self.data.class_names, []
-        for number, count in counts.items():
+        for number, count in self.declared.items():
             facts: dict[str, Any] = {"client": number, "images": count}
-            if number in self.clients:
-                by_class = np.bincount(self.clients[number].images(classes).labels, minlength=len(classes)).tolist()
+            if number in self.local:
+                by_class = np.bincount(self.local[number].images(classes).labels, minlength=len(classes)).tolist()
                 facts["classes"] = dict(zip(classes, by_class, strict=True))
             found.append(facts)
         public = 0 if self.public_images is None else len(self.public_images)
         return {"recipe": self.recipe.name, "clients": found, "public": public, "test": len(self.data.test)}
 
-    def carry_out(self, folder: RunFolder, record: FederatedResults, engine: Engine) -> None:
-        """Every algorithm, then every baseline."""
+    def train(self, folder: Path, results: FederatedResults) -> None:
+        """Carry out every algorithm, then every baseline."""
+        for name in self.options.algorithms:
+            # Clients in this process keep nothing from one algorithm to the next.
+            self._train(name, ALGORITHMS[name], self.remote or InProcessClients(self.local), folder, results)
+        if _CENTRAL in self.options.baselines:
+            central = InProcessClients({0: Client(lambda classes: self.data.train)})
+            self._train(_CENTRAL, ALGORITHMS["fedavg"], central, folder, results)
+        if _ALONE in self.options.baselines:
+            names = {number: f"{_ALONE}-{number}" for number in self.local}
+            for number, name in names.items():
+                alone = InProcessClients({number: self.local[number]})
+                self._train(name, ALGORITHMS["fedavg"], alone, folder, results)
+            top1 = [results.trained[name]["test"]["top1"] for name in names.values()]
+            results.update({_ALONE: mean_and_deviation(top1)})
 
-        def algorithms(clients: Clients | None) -> None:
-            for name in self.wishes.algorithms:
-                # Clients of this process forget what they keep for themselves from algorithm to algorithm.
-                self._one(name, ALGORITHMS[name], clients or InProcessClients(self.clients), folder.path / name, record)
-
-        if engine == "flower":
-            simulate(self.clients, algorithms)
-        else:
-            algorithms(self.elsewhere)
-        if CENTRAL_BASELINE in self.wishes.baselines:
-            one = InProcessClients({0: Client(lambda classes: self.data.train)})
-            self._one(CENTRAL_BASELINE, ALGORITHMS["fedavg"], one, folder.path / CENTRAL_BASELINE, record)
-        if ALONE_BASELINE in self.wishes.baselines:
-            for number, client in self.clients.items():
-                where = f"{ALONE_BASELINE}-{number}"
-                self._one(where, ALGORITHMS["fedavg"], InProcessClients({number: client}), folder.path / where, record)
-            alone = [record.trained[f"{ALONE_BASELINE}-{number}"] for number in self.clients]
-            record.found[ALONE_BASELINE] = mean_and_deviation([each["test"]["top1"] for each in alone])
-            record.write()
-
-    def _one(self, name: str, algorithm: Algorithm, clients: Clients, folder: Path, record: FederatedResults) -> None:
-        if name in record.trained:
+    def _train(self, name: str, algorithm: Algorithm, clients: Clients, root: Path, results: FederatedResults) -> None:
+        if name in results.trained:
             self.observer.note(f"{name}: already trained")
             return
-        started = time.monotonic()
-        self.observer.stage(name, algorithm.summary if name in ALGORITHMS else BASELINES[name.partition("-")[0]])
-        server = self._server(algorithm, clients)
+        started, folder = time.monotonic(), root / name
+        baseline = name not in ALGORITHMS
+        self.observer.stage(name, BASELINES[name.partition("-")[0]] if baseline else algorithm.summary)
+        server = self._server(algorithm, clients, None if baseline else self.declared)
         memories = clients.memories if isinstance(clients, InProcessClients) else {}
-        kept = RoundCheckpoint(folder / "rounds.checkpoint", memories)
-        progress = server.carry_out(self.observer, kept.read(), kept.write)
-        best = progress.records[progress.best - 1]
-        student = server.student
-        student.facts |= {
-            "stage": name,
-            "federated": self.wishes.as_dict(),
-            "seed": self.recipe.seed,
-            "val": best["val"],
-        }
+        checkpoint = RoundCheckpoint(folder / "rounds.checkpoint", memories)
+        progress = server.train(self.observer, checkpoint.read(), checkpoint.write)
+        student, val = server.student, progress.records[progress.best - 1]["val"]
+        facts = {"stage": name, "federated": self.options.as_dict(), "seed": self.recipe.seed, "val": val}
+        student.facts |= facts
         save_model(student, folder)
         test = server.evaluate(split_loader(self.data, "test", student.input, self.recipe, self.settings, self.compute))
-        record.add(name, summarize_rounds(progress, test))
-        kept.remove()
+        results.update({"trained": results.trained | {name: summarize_rounds(progress, test)}})
+        checkpoint.remove()
         self.observer.stage_end(name, time.monotonic() - started)
 
-    def _server(self, algorithm: Algorithm, clients: Clients) -> Server:
+    def _server(self, algorithm: Algorithm, clients: Clients, declared: dict[int, int] | None = None) -> Server:
         recipe, classes = self.recipe, self.data.class_names
-        torch.manual_seed(derive_seed(recipe.seed, "student"))  # as the student of `potstill run` begins
+        torch.manual_seed(derive_seed(recipe.seed, "student"))  # the initial weights of `potstill run`'s student
         start = build_network(recipe, recipe.student, classes, self.data.range)
         student = Classifier(start.module, start.architecture, classes, start.input)
         teacher = public = None
@@ -445,23 +311,30 @@ class _FederatedRun:
         if algorithm.public and self.public_images is not None:
             seed = derive_seed(recipe.seed, "public/order")
             public = PublicDataset(self.public_images, student.input, self.settings, self.compute, seed)
-        val = split_loader(self.data, "val", student.input, recipe, self.settings, self.compute)
         return Server(
-            algorithm, student, recipe, self.wishes.schedule, clients, val, self.compute, public=public, teacher=teacher
+            algorithm,
+            student,
+            recipe,
+            self.options.schedule,
+            clients,
+            split_loader(self.data, "val", student.input, recipe, self.settings, self.compute),
+            self.compute,
+            public=public,
+            teacher=teacher,
+            declared=declared,
         )
 
 
 def load_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
-    """The recipe's teacher, with the weights that it comes with.
+    """Return the recipe's trained teacher.
 
     Raises:
         UsageError: it has not been trained for these classes.
         ArtifactError: it knows other ones.
     """
-    network = recipe.each_teacher[0]
-    start = build_network(recipe, network, classes)
+    start = build_network(recipe, recipe.each_teacher[0], classes)
     if not start.ready:
-        raise UsageError("guided: the server's teacher must know these classes already: --teacher RUN")
+        raise UsageError("guided: the server's teacher must be trained for these classes: --teacher RUN")
     return Classifier(start.module, start.architecture, classes, start.input)
 
 

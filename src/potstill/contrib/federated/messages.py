@@ -1,130 +1,132 @@
-"""Messages between server and clients: named arrays, a few numbers and texts.  Nothing else, and never an image.
+"""Messages between server and clients: named arrays, a few numbers and texts, never an image or a file name.
 
-In bytes a message is a safetensors file: the arrays, and everything else as JSON in its header.  Opening one runs no
-code.  A client's reply is checked before it leaves: ``check_reply`` allows the weights of the student that the server
-sent, logits of the public images, and counts.
-
-Every message of the server carries recipe, classes and networks, so that a client stores next to nothing.
+Server messages carry the recipe, the classes and the networks, so that a client stores next to nothing.  Both sides
+check a reply against the same rule, ``find_reply_problem``: the client before it sends, the server before it averages.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors.numpy
-import torch
+import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from potstill.config.code_references import refuse_code_in_recipe
 from potstill.config.recipe import Recipe
-from potstill.errors import ArtifactError, UsageError
+from potstill.errors import ArtifactError
 from potstill.input_spec import InputSpec
 from potstill.models.factory import create_model
 from potstill.models.model_file import Classifier
 
 Arrays = dict[str, NDArray[Any]]
+ArraySpecs = Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]  # name -> shape and dtype
 
-STATE_PREFIX, TEACHER_PREFIX, LOGITS = "state/", "teacher/", "logits"  # how the names of arrays begin
+STATE_PREFIX, TEACHER_PREFIX, LOGITS = "state/", "teacher/", "logits"  # names of arrays begin with these
 COUNTS = ("images", "loss", "public")  # numbers that a client may send
-_HEADER_LENGTH_BYTES = 8  # bytes that hold the length of safetensors' header
+NOT_FINITE = "NonFiniteError"  # also the error that a client itself reports when its loss is NaN
+MAX_LOSS = 1e9
+_MAX_IMAGES = 2**40
 
 
 @dataclass(frozen=True)
 class Message:
-    """From the server to a client, or back."""
+    """A request of the server, or a client's reply to it."""
 
-    task: str  # hello, teach, train or answer; of a reply, that of the message
+    task: str  # describe, teacher, weights or logits; a reply has that of its request
     arrays: Arrays = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
 
-
-def pack(message: Message) -> bytes:
-    """The message as bytes; what is reported as traffic is their number."""
-    rest = {"task": message.task, "numbers": json.dumps(message.numbers), "texts": json.dumps(message.texts)}
-    content: bytes = safetensors.numpy.save(message.arrays, metadata=rest)
-    return content
-
-
-def unpack(content: bytes) -> Message:
-    """What ``pack`` made.
-
-    Raises:
-        ArtifactError: other bytes.
-    """
-    try:
-        arrays = safetensors.numpy.load(content)
-        length = int.from_bytes(content[:_HEADER_LENGTH_BYTES], "little")
-        rest = json.loads(content[_HEADER_LENGTH_BYTES : _HEADER_LENGTH_BYTES + length])["__metadata__"]
-        return Message(rest["task"], arrays, json.loads(rest["numbers"]), json.loads(rest["texts"]))
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"a message cannot be read: {error}") from error
+    @property
+    def size(self) -> int:
+        """Bytes of its arrays, and of its names, numbers and texts as JSON; what is reported as traffic."""
+        rest = json.dumps([self.task, list(self.arrays), self.numbers, self.texts])
+        return sum(each.nbytes for each in self.arrays.values()) + len(rest.encode())
 
 
 def state_dict_to_arrays(state: Mapping[str, Tensor], prefix: str = STATE_PREFIX) -> Arrays:
-    """A state dict as arrays of its own memory."""
+    """Return copies of a state dict's tensors as arrays, their names with ``prefix``."""
     return {f"{prefix}{key}": value.detach().cpu().contiguous().clone().numpy() for key, value in state.items()}
 
 
 def arrays_to_state_dict(arrays: Arrays, prefix: str = STATE_PREFIX) -> dict[str, Tensor]:
-    """The state dict among a message's arrays."""
+    """Return copies of the arrays whose names have ``prefix`` as a state dict."""
     found = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-    return {key: torch.from_numpy(value.copy()) for key, value in found.items()}
+    return {key: from_numpy(value.copy()) for key, value in found.items()}
 
 
-def check_reply(reply: Message, *, state: Mapping[str, Tensor], logits: tuple[int, int] | None = None) -> Message:
-    """The reply, if it holds nothing but what a client may say.
+def array_specs(arrays: Arrays) -> dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+    """Return name -> (shape, dtype)."""
+    return {name: (each.shape, each.dtype) for name, each in arrays.items()}
+
+
+def logits_specs(images: int, classes: int) -> ArraySpecs:
+    """Return what a reply with logits of the public images holds: float32 ``[images, classes]``."""
+    return {LOGITS: ((images, classes), np.dtype(np.float32))}
+
+
+def find_reply_problem(reply: Message, specs: ArraySpecs, *, need_loss: bool = True) -> str | None:
+    """Return what is wrong with a reply in a few words, or None.
 
     Args:
-        reply: about to be sent.
-        state: of the student: names, shapes and kinds of numbers that weights may have.
-        logits: [P, K] of the public images; None: none are sent.
+        reply: of a client; nothing in it is trusted, not even its types.
+        specs: the arrays that it must hold, and no others.
+        need_loss: whether ``loss`` must be among its numbers.
 
-    Raises:
-        UsageError: anything else is in it; names it.
+    Returns:
+        None for a reply with exactly these arrays, all values finite, variances and whole numbers (batch counts) not
+        negative, a whole number of images of at least 1, a loss below 1e9, and no texts.
     """
-    allowed = {f"{STATE_PREFIX}{key}": (tuple(value.shape), str(value.dtype)) for key, value in state.items()}
-    if logits is not None:
-        allowed[LOGITS] = (logits, "torch.float32")
-    for name, array in reply.arrays.items():
-        if allowed.get(name) != (array.shape, f"torch.{array.dtype}"):
-            raise UsageError(f"a client does not send {name!r}, {array.dtype} {list(array.shape)}")
-    more = [name for name in reply.numbers if name not in COUNTS] + list(reply.texts)
-    if more:
-        raise UsageError(f"a client sends counts only, and no {', '.join(map(repr, more))}")
-    return reply
+    if not isinstance(reply, Message) or not all(isinstance(each, np.ndarray) for each in reply.arrays.values()):
+        return "not a reply"
+    if array_specs(reply.arrays) != dict(specs):
+        return "wrong arrays"
+    if reply.texts or not set(reply.numbers) <= set(COUNTS):
+        return "texts or numbers that a client must not send"
+    if not all(isinstance(each, (int, float)) for each in reply.numbers.values()):
+        return "wrong numbers"
+    arrays = reply.arrays
+    floats = [each for each in arrays.values() if each.dtype.kind == "f"]
+    if not all(map(math.isfinite, reply.numbers.values())) or not all(np.isfinite(each).all() for each in floats):
+        return NOT_FINITE
+    images = reply.numbers.get("images", 0)
+    if not 1 <= images <= _MAX_IMAGES or images != int(images) or reply.numbers.get("public", 0) < 0:
+        return "wrong numbers"
+    if abs(reply.numbers.get("loss", math.inf if need_loss else 0.0)) > MAX_LOSS:
+        return "wrong numbers"
+    signed = [each for name, each in arrays.items() if each.dtype.kind != "f" or name.endswith("running_var")]
+    return "negative variances or counts" if any((each < 0).any() for each in signed) else None
 
 
 def encode_texts(recipe: Recipe, student: Classifier, teacher: Classifier | None, epochs: int) -> dict[str, str]:
-    """Recipe, classes and networks as texts; where the server has its files is left out.
+    """Return recipe, classes and networks as texts, without the paths of the server's files.
 
     Args:
         recipe: with ``data.augment`` filled in, since its default depends on the server's data.
-        student: as the server holds it.
-        teacher: likewise, where there is one.
-        epochs: of all rounds together, over which the learning rate's schedule goes.
+        student: the server's.
+        teacher: the server's, if it has one.
+        epochs: of all rounds together, the length of the learning-rate schedule.
     """
     data = recipe.data.model_copy(update={"source": "python", "unlabeled": None, "options": {}})
     training = recipe.student.training | {"epochs": epochs}
     bare = recipe.student.model_copy(update={"weights": None, "training": training})
-    told = recipe.model_copy(update={"data": data, "student": bare, "teacher": None, "tracker": []})
-    texts = {
-        "recipe": told.model_dump_json(),
-        "classes": json.dumps(list(student.class_names)),
-        "student": _encode_network(student),
+    sent = recipe.model_copy(update={"data": data, "student": bare, "teacher": None, "tracker": []})
+    networks = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    return {"recipe": sent.model_dump_json(), "classes": json.dumps(list(student.class_names))} | {
+        name: json.dumps({"architecture": each.architecture, "input": dataclasses.asdict(each.input)})
+        for name, each in networks.items()
     }
-    return texts if teacher is None else texts | {"teacher": _encode_network(teacher)}
 
 
 def decode_recipe(message: Message) -> Recipe:
-    """The recipe that came.
+    """Return the server's recipe.
 
     Raises:
-        ArtifactError: it is none, as of another version of potstill.
+        ArtifactError: it cannot be read, for example because the server runs another version of potstill.
         UsageError: it names code that would run here.
     """
     try:
@@ -136,18 +138,14 @@ def decode_recipe(message: Message) -> Recipe:
 
 
 def decode_classes(message: Message) -> tuple[str, ...]:
-    """The server's classes, in order."""
+    """Return the server's classes, in order."""
     return tuple(map(str, json.loads(message.texts["classes"])))
 
 
 def decode_network(message: Message, which: str) -> Classifier:
-    """The student or the teacher as described, untrained."""
+    """Return the ``student`` or ``teacher`` that the message describes, untrained."""
     described: dict[str, Any] = json.loads(message.texts[which])
     spec = InputSpec.from_dict(described["input"])
     classes = decode_classes(message)
     module = create_model(described["architecture"], len(classes), size=spec.size)
     return Classifier(module, described["architecture"], classes, spec)
-
-
-def _encode_network(network: Classifier) -> str:
-    return json.dumps({"architecture": network.architecture, "input": dataclasses.asdict(network.input)})

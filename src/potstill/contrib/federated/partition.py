@@ -1,6 +1,6 @@
-"""Which images are public, and which belong to which client.
+"""The division of images: which are public, and which belong to which client.
 
-One machine plays all clients, so the training images are divided among them; or each client has a folder of its own,
+On one machine the training images are divided among the clients; or each client has a folder of its own,
 ``DIR/<class>/*``, with some of the server's classes, all of it for training.
 
 Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019
@@ -9,7 +9,6 @@ Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.contrib.federated.client import ImageSource
 from potstill.data.file_datasets import raise_refused, read_files
 from potstill.data.image_sets import FileSet, ImageSet, Subset
 from potstill.data.scan import check_files
@@ -26,18 +26,20 @@ from potstill.data.splits import DataSplits
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.experiment.plan import derive_seed
 
-MIN_CLIENT_IMAGES = 2  # images of a client: batch normalisation cannot train on a single one
+MIN_CLIENT_IMAGES = 2  # BatchNorm cannot train on a single one
 _MAX_DRAWS = 200
+
+_LOG = logging.getLogger("potstill")
 
 IndexArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """How unlike the clients are."""
+    """How the images are divided among clients."""
 
-    alpha: float | None = None  # of the Dirichlet distribution: small for clients that differ much; None: all alike
-    folders: Path | None = None  # each folder in here is a client's own
+    alpha: float | None = None  # of the Dirichlet distribution: small if clients differ much; None: identical (iid)
+    folders: Path | None = None  # holds one folder for each client
 
     def __str__(self) -> str:
         if self.folders is not None:
@@ -46,7 +48,7 @@ class Partition:
 
 
 def parse_partition(text: str) -> Partition:
-    """``iid``, ``dirichlet:ALPHA`` or ``folders:DIR``.
+    """Return the partition that ``iid``, ``dirichlet:ALPHA`` or ``folders:DIR`` describes.
 
     Raises:
         UsageError: anything else; says what is allowed.
@@ -67,38 +69,35 @@ def parse_partition(text: str) -> Partition:
             alpha = math.nan
         if 0 < alpha < math.inf:
             return Partition(alpha)
-        raise UsageError(f"--partition dirichlet:ALPHA wants a number above 0 such as dirichlet:0.3, got {text!r}")
-    raise UsageError(
-        f"--partition is iid, dirichlet:ALPHA (0.1: clients differ much; 100: hardly) or folders:DIR, got {text!r}"
-    )
+        raise UsageError(f"--partition dirichlet:ALPHA needs a number above 0, such as dirichlet:0.3, got {text!r}")
+    raise UsageError(f"--partition is iid, dirichlet:ALPHA (small: clients differ much) or folders:DIR, got {text!r}")
 
 
 def partition_indices(labels: IndexArray, clients: int, partition: Partition, seed: int) -> list[IndexArray]:
-    """Positions of each client's images: every image belongs to one client, and each client has two or more.
+    """Return the positions of each client's images: every image belongs to one client, each client has at least two.
 
-    A Dirichlet draw that leaves a client with less is drawn again, so that very uneven divisions come out a little
-    more even than the distribution is.
+    A Dirichlet draw that leaves a client with fewer is repeated, so very uneven divisions are a little more even than
+    the distribution.
 
     Args:
-        labels: [N] class ids.
+        labels: class ids ``[N]``.
         clients: how many.
-        partition: how unlike they are.
-        seed: another seed gives another division; the same one the same.
+        partition: by label distribution; not of folders.
+        seed: of the draw.
 
     Returns:
-        For each client sorted positions, [n_i] with the sum N.
+        Sorted positions for each client, ``[n_i]`` with the sum N.
 
     Raises:
-        UsageError: more clients than the images are enough for.
-        DataError: no draw gives every client enough.
+        UsageError: too many clients for the images.
+        DataError: no draw gives every client enough images.
     """
     if clients < 1:
         raise UsageError(f"--clients must be at least 1, got {clients}")
     if clients * MIN_CLIENT_IMAGES > len(labels):
         raise UsageError(
-            f"{len(labels)} training images cannot be divided among {clients} clients, {MIN_CLIENT_IMAGES} or "
-            "more each: "
-            f"at most {len(labels) // MIN_CLIENT_IMAGES} clients"
+            f"{len(labels)} training images cannot be divided among {clients} clients with {MIN_CLIENT_IMAGES} or more "
+            f"each: take at most {len(labels) // MIN_CLIENT_IMAGES} clients"
         )
     random = np.random.default_rng(seed)
     if partition.alpha is None:
@@ -108,14 +107,13 @@ def partition_indices(labels: IndexArray, clients: int, partition: Partition, se
         if min(map(len, parts)) >= MIN_CLIENT_IMAGES:
             return parts
     raise DataError(
-        f"{partition} leaves one of {clients} clients without {MIN_CLIENT_IMAGES} of the {len(labels)} "
-        "training images, in each "
-        f"of {_MAX_DRAWS} draws: take fewer clients, a larger alpha (dirichlet:{partition.alpha * 3:g}), or iid"
+        f"{partition} leaves one of {clients} clients with fewer than {MIN_CLIENT_IMAGES} of {len(labels)} training "
+        f"images in each of {_MAX_DRAWS} draws: take fewer clients, dirichlet:{partition.alpha * 3:g}, or iid"
     )
 
 
 def _draw_dirichlet(labels: IndexArray, clients: int, alpha: float, random: np.random.Generator) -> list[IndexArray]:
-    """Class by class: shuffled, and cut where the cumulative shares of a Dirichlet draw say."""
+    """Divide each class by itself, in shares drawn from the Dirichlet distribution."""
     parts: list[list[IndexArray]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
@@ -126,22 +124,19 @@ def _draw_dirichlet(labels: IndexArray, clients: int, alpha: float, random: np.r
     return [np.sort(np.concatenate(part)) for part in parts]
 
 
-_LOG = logging.getLogger("potstill")
-
-
 def load_client_images(
     root: Path, class_names: tuple[str, ...], *, follow_links: bool = False, skip_bad: bool = False
 ) -> FileSet:
-    """A client's training images; of a folder with train, val and test those of train.
+    """Return a client's training images; from a folder with train, val and test, those of train.
 
     Args:
         root: of class folders; classes may be missing.
         class_names: the server's, class id -> name.
-        follow_links: read links to files and folders elsewhere too.
+        follow_links: also read links to files and folders elsewhere.
         skip_bad: leave out files that cannot be read.
 
     Raises:
-        DataError: no folder, fewer than two images, unreadable ones, or classes that the server does not know.
+        DataError: no folder, fewer than two images, unreadable images, or classes that the server does not know.
     """
     if not root.is_dir():
         raise DataError(f"a client's images: no folder {root}; name one with a folder for each class")
@@ -152,18 +147,16 @@ def load_client_images(
     entries = [entry for entry in listing.entries if entry.split in (None, "train")]
     if len(entries) < MIN_CLIENT_IMAGES:
         raise DataError(
-            f"{root}: this client has {len(entries)} training images, and needs at least {MIN_CLIENT_IMAGES}: "
-            "put them into "
-            f"folders named after their classes ({_format_names(class_names)}), or leave the client out"
+            f"{root}: this client has {len(entries)} training images, and needs at least {MIN_CLIENT_IMAGES}: put "
+            f"them into folders named after their classes ({_format_names(class_names)}), or leave the client out"
         )
     raise_refused(settings, listing.findings, root)
     known = {name: label for label, name in enumerate(class_names)}
-    strange = sorted({entry.label for entry in entries} - set(known))
-    if strange:
-        near = "".join(did_you_mean(name, known) for name in strange[:1])
+    unknown = sorted({entry.label for entry in entries} - set(known))
+    if unknown:
         raise DataError(
-            f"{root}: the server does not know the class{'es' if len(strange) > 1 else ''} "
-            f"{_format_names(strange)}{near}\n"
+            f"{root}: the server does not know the class{'es' if len(unknown) > 1 else ''} {_format_names(unknown)}"
+            f"{did_you_mean(unknown[0], known)}\n"
             f"It knows {_format_names(class_names)}: rename the folder, or move it away"
         )
     images = FileSet(root, [entry.name for entry in entries], [known[entry.label] for entry in entries])
@@ -176,19 +169,16 @@ def _format_names(names: tuple[str, ...] | list[str], most: int = 12) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-ImageSource = Callable[[tuple[str, ...]], ImageSet]  # the server's classes -> a client's training images
-
-
 def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[DataSplits, ImageSet | None]:
-    """The data without the images that become public, and these.
+    """Return the data without the images that become public, and the public images.
 
     Args:
-        data: with its own unlabeled images, which are the public ones, or without.
-        share: of the training images, where there are no unlabeled ones; 0: nothing is public.
-        seed: of the recipe; decides which.
+        data: if it has unlabeled images, these are the public ones.
+        share: of the training images, if there are no unlabeled ones; 0: none become public.
+        seed: of the recipe; selects the images.
 
     Raises:
-        UsageError: the share leaves too few images on one of both sides.
+        UsageError: the share leaves too few images on either side.
     """
     if data.unlabeled is not None:
         return replace(data, unlabeled=None), data.unlabeled
@@ -198,32 +188,31 @@ def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[Data
     count = round(share * len(order))
     if not MIN_CLIENT_IMAGES <= count <= len(order) - MIN_CLIENT_IMAGES:
         raise UsageError(
-            f"--public {share:g} makes {count} of {len(order)} training images public: at least "
-            f"{MIN_CLIENT_IMAGES} must be, and "
-            "as many must be left; or name a folder with data.unlabeled"
+            f"--public {share:g} makes {count} of {len(order)} training images public: at least {MIN_CLIENT_IMAGES} "
+            "must be, and as many must remain; or name a folder with data.unlabeled"
         )
     return replace(data, train=Subset(data.train, np.sort(order[count:]))), Subset(data.train, np.sort(order[:count]))
 
 
 def client_image_sources(train: ImageSet, partition: Partition, clients: int | None, seed: int) -> list[ImageSource]:
-    """For each client the way to its images.
+    """Return for each client the function that loads its images.
 
     Args:
-        train: what is divided, where the clients have no folders.
+        train: the images to divide, unless the clients have folders.
         partition: how.
         clients: how many; None: 5, or as many as there are folders.
         seed: of the recipe.
 
     Raises:
-        UsageError: a number of clients that does not fit.
-        DataError: folders that are not there; a division that leaves a client without images.
+        UsageError: the number of clients does not fit.
+        DataError: there are no folders; the division leaves a client with too few images.
     """
     if partition.folders is None:
         parts = partition_indices(
             train.labels, 5 if clients is None else clients, partition, derive_seed(seed, "partition") % 2**32
         )
         return [partial(_client_subset, train, part) for part in parts]
-    folders = _client_folders(partition.folders)
+    folders = client_folders(partition.folders)
     if clients not in (None, len(folders)):
         raise UsageError(f"{partition.folders} holds {len(folders)} folders and --clients is {clients}; leave it out")
     return [partial(load_client_images, each) for each in folders]
@@ -233,10 +222,15 @@ def _client_subset(train: ImageSet, part: IndexArray, classes: tuple[str, ...]) 
     return Subset(train, part)
 
 
-def _client_folders(root: Path) -> list[Path]:
+def client_folders(root: Path) -> list[Path]:
+    """Return the clients' folders in ``root``, sorted by name.
+
+    Raises:
+        DataError: there are none.
+    """
     if not root.is_dir():
-        raise DataError(f"--partition folders:{root}: there is no such folder; it holds one folder for each client")
+        raise DataError(f"--partition folders:{root}: no such folder; it must hold one folder for each client")
     found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
-        raise DataError(f"{root}: no folders; make one for each client, with class folders inside")
+        raise DataError(f"{root}: no folders; make one for each client, with a folder for each class inside")
     return found

@@ -1,7 +1,22 @@
-"""The server: sends messages to clients, merges their replies into one student, evaluates it on val, round by round.
+"""The server: sends requests to clients, merges the valid replies into one student, evaluates it on val, each round.
 
-Messages reach clients within this process here, and through Flower in ``flower_clients``.  A reply that cannot be used
-is dropped, as if its client had died.  The state after each round is a checkpoint, from which a killed run resumes.
+Requests reach clients in this process here, and through Flower in ``flower``.  The state after each round is a
+checkpoint, from which a killed run resumes.
+
+FedAvg averages the clients' weights by their numbers of images.  McMahan et al., "Communication-Efficient Learning of
+Deep Networks from Decentralized Data", AISTATS 2017.  https://arxiv.org/abs/1602.05629
+
+No client is trusted:
+- A reply with wrong arrays, NaN, or more images than the client declared at first is dropped, as if it had not come.
+- No client has more than ``Schedule.max_share`` of the weight in an average, whatever number of images it declares.
+- An update far larger than those of the other clients is scaled down.  Sun et al., "Can You Really Backdoor Federated
+  Learning?", 2019 (norm clipping; here against the median).  https://arxiv.org/abs/1911.07963
+This bounds what one client can do; it does not detect weights that are wrong but of ordinary size.
+
+Traps:
+- BatchNorm's statistics are averaged too.  The variance over all images is not the mean of the clients' variances:
+  clients that see other classes have other means.  So it is pooled: the mean of ``v_i + (m_i - m)^2``.
+- Whole numbers (BatchNorm's batch counts) are not averaged; the largest is kept.
 """
 
 import contextlib
@@ -13,53 +28,144 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from potstill.config.recipe import Recipe
-from potstill.contrib.federated.algorithms import Algorithm, average_logits, average_states
-from potstill.contrib.federated.client import Client, PublicDataset, reply_logits
+from potstill.contrib.federated.algorithms import Algorithm
+from potstill.contrib.federated.client import Client, PublicDataset
 from potstill.contrib.federated.messages import (
     LOGITS,
-    STATE_PREFIX,
+    NOT_FINITE,
     TEACHER_PREFIX,
     Arrays,
+    ArraySpecs,
     Message,
+    array_specs,
     arrays_to_state_dict,
     encode_texts,
-    pack,
+    find_reply_problem,
+    logits_specs,
     state_dict_to_arrays,
-    unpack,
 )
 from potstill.data.loader import Loader
-from potstill.errors import NonFiniteError, PotstillError, UsageError, WorkerError
+from potstill.errors import DataError, NonFiniteError, PotstillError, UsageError, WorkerError
 from potstill.evaluation.predictions import predict_probabilities
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.checkpointing import load_checkpoint, save_checkpoint
 from potstill.training.devices import Compute
 
+_RUNNING_MEAN, _RUNNING_VARIANCE = "running_mean", "running_var"
+MAX_UPDATE_RATIO = 10.0  # norm of a client's update, in units of the clients' median
+
+
+def average_states(states: Sequence[Arrays], images: Sequence[float]) -> Arrays:
+    """Return the average of several clients' arrays, computed in float64, in each array's own dtype.
+
+    Args:
+        states: with the same names and shapes.
+        images: the weight of each, such as its number of images; their sum is above 0.
+
+    Returns:
+        The weighted mean of floats (pooled for running variances), and the largest of whole numbers.
+
+    Raises:
+        DataError: there are no states, or no images.
+
+    Example:
+        >>> one, two = ({"w": np.array([value], np.float32)} for value in (1.0, 5.0))
+        >>> average_states([one, two], [3, 1])["w"].tolist()
+        [2.0]
+    """
+    if not states or sum(images) <= 0:
+        raise DataError("there is nothing to average: no client has sent weights that come from images")
+    shares = np.asarray(images, dtype=np.float64) / float(sum(images))
+    found: Arrays = {}
+    for name, first in states[0].items():
+        values = np.stack([state[name] for state in states])
+        if first.dtype.kind != "f":
+            found[name] = np.asarray(values.max(axis=0))
+            continue
+        values = values.astype(np.float64)
+        mean = name.removesuffix(_RUNNING_VARIANCE) + _RUNNING_MEAN
+        if name.endswith(_RUNNING_VARIANCE) and mean in states[0]:
+            means = np.stack([state[mean] for state in states]).astype(np.float64)
+            values = values + (means - np.tensordot(shares, means, axes=1)) ** 2
+        found[name] = np.asarray(np.tensordot(shares, values, axes=1)).astype(first.dtype)
+    return found
+
+
+def limit_counts(images: Sequence[float], max_share: float) -> list[float]:
+    """Return the weights of clients in an average: their images, the largest reduced to ``max_share`` of the sum.
+
+    Args:
+        images: of each client, above 0.
+        max_share: from 0.5 to 1.  A single client keeps its weight.
+
+    Example:
+        >>> limit_counts([10, 20, 1_000_000], 0.5), limit_counts([10, 20, 25], 0.5)
+        ([10.0, 20.0, 30.0], [10.0, 20.0, 25.0])
+    """
+    largest = int(np.argmax(images))
+    rest = float(sum(images)) - images[largest]
+    limited = [float(each) for each in images]
+    if rest > 0 and max_share < 1:
+        limited[largest] = min(limited[largest], rest * max_share / (1 - max_share))
+    return limited
+
+
+def limit_updates(states: Sequence[Arrays], reference: Arrays) -> tuple[list[Arrays], list[int]]:
+    """Scale down updates whose norm is above ``MAX_UPDATE_RATIO`` times the median (of an even number: the lower one).
+
+    Args:
+        states: of the clients, with the same names and shapes.
+        reference: what updates are measured from, such as the weights that the clients started with.
+
+    Returns:
+        The states, those within the limit unchanged, and the positions of the others.  The norms of weights and of
+        BatchNorm's statistics are compared each by themselves.  A single state has no others to compare with.
+    """
+    limited, positions = [dict(state) for state in states], set()
+    names = [name for name, each in reference.items() if each.dtype.kind == "f"]
+    statistics = [name for name in names if name.endswith((_RUNNING_MEAN, _RUNNING_VARIANCE))]
+    for group in (statistics, [name for name in names if name not in statistics]):
+        norms = np.zeros(len(states))
+        for name in group:
+            start = reference[name].astype(np.float64)
+            norms += [float(np.square(state[name] - start).sum()) for state in states]
+        norms = np.sqrt(norms)
+        limit = MAX_UPDATE_RATIO * float(np.sort(norms)[(len(norms) - 1) // 2])
+        for at in np.flatnonzero(norms > limit).tolist():
+            positions.add(at)
+            for name in group:
+                start = reference[name].astype(np.float64)
+                value = start + (states[at][name] - start) * (limit / norms[at])
+                limited[at][name] = np.asarray(value).astype(reference[name].dtype)
+    return limited, sorted(positions)
+
 
 @dataclass
-class RoundReplies:
-    """What came back from the clients that were asked."""
+class Replies:
+    """What came back from the clients that received a request."""
 
     replies: dict[int, Message] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)  # client -> what kind of failure
-    down: int = 0  # bytes from the server to clients
-    up: int = 0  # bytes back
+    failed: dict[int, str] = field(default_factory=dict)  # client -> kind of failure
+    bytes_down: int = 0  # from the server to clients
+    bytes_up: int = 0
 
 
 class Clients(Protocol):
-    """Everybody who takes part."""
+    """The clients of a federation, by number."""
 
-    def present(self) -> Sequence[int]:
-        """Numbers of the clients that can be asked now."""
+    def connected(self) -> Sequence[int]:
+        """Return the numbers of the clients that are connected now."""
 
-    def ask(self, messages: Mapping[int, Message]) -> RoundReplies:
-        """Send each client its message, and wait; a client that fails is left out of the replies."""
+    def send_and_receive(self, requests: Mapping[int, Message]) -> Replies:
+        """Send each client its request and wait for the replies; a client that fails has none."""
 
 
 class InProcessClients:
-    """All clients one after the other in this process; every message is turned into bytes and back.
+    """All clients one after the other in this process.
 
     Args:
         clients: by number.
@@ -69,77 +175,34 @@ class InProcessClients:
         self.clients = dict(clients)
         self.memories: dict[int, Arrays] = {number: {} for number in clients}
 
-    def present(self) -> Sequence[int]:
-        """All of them."""
+    def connected(self) -> Sequence[int]:
+        """Return all numbers."""
         return sorted(self.clients)
 
-    def ask(self, messages: Mapping[int, Message]) -> RoundReplies:
-        """See ``Clients``; what a person here can mend is raised: from the greeting, and where nobody can answer."""
-        answers = RoundReplies()
-        mendable: list[PotstillError] = []
-        for number, message in messages.items():
-            sent = pack(message)
-            answers.down += len(sent)
+    def send_and_receive(self, requests: Mapping[int, Message]) -> Replies:
+        """See ``Clients``.
+
+        Raises:
+            PotstillError: of a client, in reply to ``describe``, or if no client could reply.
+        """
+        result = Replies()
+        errors: list[PotstillError] = []
+        for number, request in requests.items():
+            result.bytes_down += request.size
             try:
-                reply = pack(self.clients[number].answer(unpack(sent), self.memories[number]))
+                reply = self.clients[number].reply(request, self.memories[number])
+                result.bytes_up += reply.size
+                result.replies[number] = reply
             except PotstillError as error:
-                mendable.append(type(error)(f"client {number}: {error}"))
-                if message.task == "hello":
-                    raise mendable[-1] from error
-                answers.failed[number] = type(error).__name__
-            except Exception as error:  # a client that dies, of whatever, does not stop the round
-                answers.failed[number] = type(error).__name__
-            else:
-                answers.up += len(reply)
-                answers.replies[number] = unpack(reply)
-        if mendable and len(mendable) == len(messages):
-            raise mendable[0]
-        return answers
-
-
-def wait_for_clients(clients: Clients, count: int, seconds: float) -> None:
-    """Return once so many clients are connected.
-
-    Raises:
-        WorkerError: they are not after so many seconds.
-    """
-    until = time.monotonic() + seconds
-    while len(clients.present()) < count:
-        if time.monotonic() > until:
-            raise WorkerError(f"{len(clients.present())} of {count} clients are connected after {seconds:g} s")
-        time.sleep(0.2)
-
-
-NOT_FINITE = "NonFiniteError"  # the kind that a client itself reports when its loss is NaN
-_WRONG_ARRAYS, _WRONG_COUNTS = "other arrays", "wrong counts"
-
-
-def drop_invalid_replies(answers: RoundReplies, student: Arrays, logits: tuple[int, int] | None) -> None:
-    """Move replies that would spoil the average from ``replies`` to ``failed``; in place.
-
-    Args:
-        answers: to a round's messages.
-        student: its weights, as the server holds them: names, shapes and types that weights must have.
-        logits: [P, K] that are wanted in place of weights; None: weights are.
-    """
-    if logits is None:
-        wanted = {f"{STATE_PREFIX}{name}": (each.shape, each.dtype) for name, each in student.items()}
-    else:
-        wanted = {LOGITS: (logits, np.dtype(np.float32))}
-    for number in list(answers.replies):
-        if problem := _find_problem(answers.replies[number], wanted):
-            del answers.replies[number]
-            answers.failed[number] = problem
-
-
-def _find_problem(reply: Message, wanted: dict[str, tuple[tuple[int, ...], "np.dtype[np.generic]"]]) -> str | None:
-    if {name: (each.shape, each.dtype) for name, each in reply.arrays.items()} != wanted:
-        return _WRONG_ARRAYS
-    if not reply.numbers.get("images", 0) >= 1 or "loss" not in reply.numbers:
-        return _WRONG_COUNTS
-    floats = [each for each in reply.arrays.values() if each.dtype.kind == "f"]
-    finite = np.isfinite([*reply.numbers.values()]).all() and all(np.isfinite(each).all() for each in floats)
-    return None if finite else NOT_FINITE
+                errors.append(type(error)(f"client {number}: {error}"))
+                if request.task == "describe":
+                    raise errors[-1] from error
+                result.failed[number] = type(error).__name__
+            except Exception as error:  # whatever a client dies of, the round goes on
+                result.failed[number] = type(error).__name__
+        if errors and len(errors) == len(requests):
+            raise errors[0]
+        return result
 
 
 RoundRecord = dict[str, Any]
@@ -147,39 +210,44 @@ RoundRecord = dict[str, Any]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, and how the public images are learned from."""
+    """The rounds: how many, how long, and which replies make one."""
 
     rounds: int = 5
     local_epochs: int = 1
     public_epochs: int = 5
-    temperature: float = 1.0  # FedDF's
-    fewest: int = 1  # clients that must answer a round
+    temperature: float = 1.0  # of the averaged logits; 1 in FedDF
+    min_replies: int = 1  # valid replies without which a round is an error
+    max_share: float = 0.5  # of one client in an average, from 0.5 to 1
 
 
 @dataclass
 class ServerState:
-    """What a federated training has come to: with it, it can go on after any round."""
+    """All that the server needs to resume after any round."""
 
     records: list[RoundRecord] = field(default_factory=list)
-    best: int = 0  # round whose student is the best on val; from 1
-    state: Arrays = field(default_factory=dict)  # of the server's student
+    best: int = 0  # the round, from 1, whose student is the best on val
+    state: Arrays = field(default_factory=dict)  # the student's
     best_state: Arrays = field(default_factory=dict)
-    said: Arrays = field(default_factory=dict)  # logits that all clients hear in the next round
+    logits: Arrays = field(default_factory=dict)  # averaged, for the next round of clients that send logits
 
 
 class Server:
-    """Holds the student, and the teacher where there is one.
+    """Holds the student, and the teacher of algorithms that have one.
 
     Args:
-        algorithm: what is done in a round.
-        student: where it begins; trained in place.
+        algorithm: what a round does.
+        student: where it starts; trained in place.
         recipe: with ``data.augment`` filled in.
         schedule: of the rounds.
-        clients: are asked.
-        val: picks the best round.
+        clients: receive the requests.
+        val: selects the best round.
         compute: of the server.
-        public: images without labels, where the algorithm wants them.
-        teacher: where it wants one.
+        public: unlabeled images, for algorithms that need them.
+        teacher: for algorithms that need one.
+        declared: client -> number of images, as of an earlier ``describe_clients``; no client may send more.
+
+    Raises:
+        UsageError: public images or the teacher are missing, or the schedule is out of range.
     """
 
     def __init__(
@@ -194,16 +262,22 @@ class Server:
         *,
         public: PublicDataset | None = None,
         teacher: Classifier | None = None,
+        declared: Mapping[int, int] | None = None,
     ) -> None:
         self.algorithm, self.student, self.schedule, self.clients = algorithm, student, schedule, clients
         self.recipe, self.val, self.compute, self.public = recipe, val, compute, public
         self.teacher = teacher if algorithm.guide == "teacher" else None
+        self.declared = dict(declared or {})
         if algorithm.public and public is None:
             raise UsageError(
                 "this algorithm needs public images: data.unlabeled, or --public SHARE of the training images"
             )
         if algorithm.guide == "teacher" and teacher is None:
             raise UsageError("this algorithm needs a trained teacher: --teacher RUN")
+        if schedule.min_replies < 1:
+            raise UsageError(f"at least 1 reply is needed in a round, got min-replies {schedule.min_replies}")
+        if not 0.5 <= schedule.max_share <= 1:
+            raise UsageError(f"--max-share of one client in an average is from 0.5 to 1, got {schedule.max_share:g}")
         epochs = schedule.rounds * schedule.local_epochs
         self.texts = encode_texts(recipe, student, self.teacher, epochs) | {"guide": algorithm.guide}
         self.numbers: dict[str, float] = {
@@ -212,64 +286,73 @@ class Server:
             "temperature": schedule.temperature,
         }
 
-    def handshake(self) -> tuple[dict[int, int], dict[int, str]]:
-        """How many images each client has, and who cannot take part; the first thing that is asked.
+    def describe_clients(self) -> tuple[dict[int, int], dict[int, str]]:
+        """Request the clients' numbers of images; returns these, and why each of the others cannot take part.
 
         Raises:
-            PotstillError: a client that cannot take part, where it is in this process.
-            WorkerError: too few clients are there; public images are not the same everywhere.
+            PotstillError: of a client in this process that cannot take part.
+            WorkerError: too few clients can.
         """
-        answers = self._ask("hello", {}, 0)
-        self._check_replies(answers, "the greeting")
-        if self.algorithm.sends == "logits" and self.public is not None:
-            for number, reply in answers.replies.items():
-                if reply.numbers.get("public") != len(self.public):
-                    has = f"{reply.numbers.get('public', 0):g}"
-                    raise WorkerError(f"client {number} has {has} public images and the server {len(self.public)}")
-        return {number: int(reply.numbers["images"]) for number, reply in answers.replies.items()}, answers.failed
+        answers = self._send("describe", {}, 0)
+        self._drop_invalid(answers, {}, need_loss=False)
+        if self.algorithm.sends == "logits":
+            for number, reply in list(answers.replies.items()):
+                if (count := reply.numbers.get("public", 0)) != self._public_count():
+                    answers.failed[number] = f"{count:g} public images, the server has {self._public_count()}"
+                    del answers.replies[number]
+        self._check_enough(answers, "the first request")
+        return {number: self.declared[number] for number in answers.replies}, answers.failed
 
-    def carry_out(
-        self, observer: Observer, progress: ServerState | None = None, keep: Callable[[ServerState], None] | None = None
+    def train(
+        self, observer: Observer, progress: ServerState | None = None, save: Callable[[ServerState], None] | None = None
     ) -> ServerState:
-        """All rounds; leaves the student with the weights of the round that was best on val.
+        """Carry out all rounds; leaves the student with the weights of the round that was best on val.
 
         Args:
-            observer: is told what happens.
-            progress: of an earlier process, to go on from.
-            keep: receives the progress after each round.
+            observer: receives a note for each round, and warnings.
+            progress: of an earlier process, to resume from.
+            save: receives the progress after each round.
 
         Raises:
-            WorkerError: fewer clients than ``schedule.fewest`` sent something that can be used.
+            WorkerError: fewer clients than ``schedule.min_replies`` sent a valid reply.
             NonFiniteError: none did, since all their numbers became NaN or infinite.
         """
         progress = progress or ServerState()
         if progress.state:
             self.student.module.load_state_dict(arrays_to_state_dict(progress.state))
-        taught = self._send_teacher() if len(progress.records) < self.schedule.rounds else RoundReplies()
+        teacher = self._send_teacher() if len(progress.records) < self.schedule.rounds else Replies()
+        warned: set[int] = set()
         for number in range(len(progress.records) + 1, self.schedule.rounds + 1):
             started = time.monotonic()
-            answers = self._round(number, progress)
-            answers.down, taught.down = answers.down + taught.down, 0
-            answers.up, taught.up = answers.up + taught.up, 0
+            answers, limited = self._round(number, progress)
+            answers.bytes_down, teacher.bytes_down = answers.bytes_down + teacher.bytes_down, 0
+            answers.bytes_up, teacher.bytes_up = answers.bytes_up + teacher.bytes_up, 0
             progress.state = state_dict_to_arrays(self.student.module.state_dict())
             val = self.evaluate(self.val)
             if not progress.best or val["top1"] > progress.records[progress.best - 1]["val"]["top1"]:
                 progress.best, progress.best_state = number, progress.state
-            progress.records.append(_round_record(number, val, answers, time.monotonic() - started))
+            progress.records.append(_round_record(number, val, answers, limited, time.monotonic() - started))
             observer.note(_format_record(progress.records[-1], self.schedule.rounds))
-            if keep is not None:
-                keep(progress)
+            for client in set(limited) - warned:
+                observer.warn(
+                    f"client {client} sent an update more than {MAX_UPDATE_RATIO:g} times as large as the median "
+                    f"client's in round {number}; it was scaled down"
+                )
+            warned |= set(limited)
+            if save is not None:
+                save(progress)
         self.student.module.load_state_dict(arrays_to_state_dict(progress.best_state))
         return progress
 
     def evaluate(self, loader: Loader) -> dict[str, float]:
-        """Top-1 (a share) and negative log-likelihood (nats) of the student."""
+        """Return top-1 (a share) and negative log-likelihood (nats) of the student."""
         probabilities, labels, _ = predict_probabilities(
             self.student.module.to(self.compute.device),
             loader,
             classes=len(self.student.class_names),
             device=self.compute.device,
         )
+        probabilities = np.nan_to_num(probabilities)  # weights of ordinary size that no image passes through
         right = probabilities[np.arange(len(labels)), labels]
         return {
             "top1": float((probabilities.argmax(axis=1) == labels).mean()),
@@ -278,70 +361,107 @@ class Server:
 
     # one round
 
-    def _round(self, number: int, progress: ServerState) -> RoundReplies:
-        weights = self.algorithm.sends == "weights"
-        arrays = state_dict_to_arrays(self.student.module.state_dict()) if weights or number == 1 else progress.said
+    def _round(self, number: int, progress: ServerState) -> tuple[Replies, list[int]]:
+        """Returns the valid replies, and the clients whose update was scaled down."""
+        weights, when = self.algorithm.sends == "weights", f"round {number}"
+        start = state_dict_to_arrays(self.student.module.state_dict())
         first = (number - 1) * self.schedule.local_epochs
-        answers = self._ask("train" if weights else "answer", arrays, first)
-        drop_invalid_replies(
-            answers, state_dict_to_arrays(self.student.module.state_dict(), ""), None if weights else self._said()
-        )
-        self._check_replies(answers, f"round {number}")
-        replies = [answers.replies[each] for each in sorted(answers.replies)]
-        images = [reply.numbers["images"] for reply in replies]
-        if weights:
-            states = [
-                {key: value for key, value in reply.arrays.items() if key.startswith(STATE_PREFIX)} for reply in replies
-            ]
-            logits = [self._public_logits(state) for state in states] if self.algorithm.distils else []
-            self.student.module.load_state_dict(arrays_to_state_dict(average_states(states, images)))
+        sent = start if weights or number == 1 else progress.logits
+        answers = self._send(self.algorithm.sends, sent, first)
+        specs = array_specs(start) if weights else logits_specs(self._public_count(), len(self.student.class_names))
+        self._drop_invalid(answers, specs, start)
+        self._check_enough(answers, when)
+        senders = sorted(answers.replies)
+        reference = start if weights else {name: np.zeros(*spec) for name, spec in specs.items()}
+        states, limited = limit_updates([answers.replies[each].arrays for each in senders], reference)
+        received = dict(zip(senders, states, strict=True))
+        if weights and self.algorithm.distils:
+            logits = {each: {LOGITS: self._public_logits(state)} for each, state in received.items()}
+            for each, arrays in logits.items():
+                if not np.isfinite(arrays[LOGITS]).all():
+                    answers.failed[each] = NOT_FINITE
+                    del answers.replies[each], received[each]
+            self._check_enough(answers, when)
         else:
-            logits = [reply_logits(reply) for reply in replies]
+            logits = received
+        images = limit_counts([answers.replies[each].numbers["images"] for each in received], self.schedule.max_share)
+        if weights:
+            average = average_states(list(received.values()), images)
+            self.student.module.load_state_dict(arrays_to_state_dict(average))
         if self.algorithm.distils and self.public is not None:
-            said = average_logits(logits, images)
+            averaged = average_states([logits[each] for each in received], images)
             self.public.train_student(
                 self.student,
-                said,
+                averaged[LOGITS],
                 temperature=self.schedule.temperature,
                 epochs=self.schedule.public_epochs,
                 first=(number - 1) * self.schedule.public_epochs,
             )
-            progress.said = {LOGITS: said} if not weights else {}
-        return answers
+            progress.logits = {} if weights else averaged
+        return answers, [senders[at] for at in limited]
 
-    def _said(self) -> tuple[int, int]:
-        """The shape [P, K] of what each client says of the public images."""
+    def _drop_invalid(
+        self, answers: Replies, specs: ArraySpecs, start: Arrays | None = None, *, need_loss: bool = True
+    ) -> None:
+        """Move replies that are not valid from ``replies`` to ``failed``."""
+        for number in list(answers.replies):
+            try:
+                problem = self._find_problem(number, answers.replies[number], specs, start or {}, need_loss)
+            except Exception as error:  # a reply of another shape than was thought of
+                problem = type(error).__name__
+            if problem is not None:
+                del answers.replies[number]
+                answers.failed[number] = problem
+
+    def _find_problem(
+        self, number: int, reply: Message, specs: ArraySpecs, start: Arrays, need_loss: bool
+    ) -> str | None:
+        if problem := find_reply_problem(reply, specs, need_loss=need_loss):
+            return problem
+        images = int(reply.numbers["images"])
+        if images > self.declared.setdefault(number, images):
+            return "more images than declared"
+        steps = self.schedule.local_epochs * images  # at least one image each
+        counts = [name for name, each in reply.arrays.items() if each.dtype.kind != "f"]
+        return "wrong counts" if any((reply.arrays[name] > start[name] + steps).any() for name in counts) else None
+
+    def _public_count(self) -> int:
         assert self.public is not None
-        return len(self.public), len(self.student.class_names)
+        return len(self.public)
 
-    def _public_logits(self, state: Arrays) -> Any:
-        """What a client's network says of the public images; the student lends its body."""
+    def _public_logits(self, state: Arrays) -> NDArray[np.float32]:
+        """Return the logits ``[P, K]`` of a client's network, which is loaded into the student's module."""
         assert self.public is not None
         self.student.module.load_state_dict(arrays_to_state_dict(state))
-        return self.public.ask(self.student)
+        return self.public.predict_logits(self.student)
 
-    def _send_teacher(self) -> RoundReplies:
+    def _send_teacher(self) -> Replies:
         if self.teacher is None:
-            return RoundReplies()
-        return self._ask("teach", state_dict_to_arrays(self.teacher.module.state_dict(), TEACHER_PREFIX), 0)
+            return Replies()
+        return self._send("teacher", state_dict_to_arrays(self.teacher.module.state_dict(), TEACHER_PREFIX), 0)
 
-    def _ask(self, task: str, arrays: Arrays, first: int) -> RoundReplies:
-        told = {number: self.numbers | {"client": number, "first": first} for number in self.clients.present()}
-        return self.clients.ask({each: Message(task, arrays, numbers, self.texts) for each, numbers in told.items()})
+    def _send(self, task: str, arrays: Arrays, first: int) -> Replies:
+        numbers = {each: self.numbers | {"client": each, "first": first} for each in self.clients.connected()}
+        requests = {each: Message(task, arrays, own, self.texts) for each, own in numbers.items()}
+        return self.clients.send_and_receive(requests)
 
-    def _check_replies(self, answers: RoundReplies, when: str) -> None:
-        if len(answers.replies) >= self.schedule.fewest:
+    def _check_enough(self, answers: Replies, when: str) -> None:
+        if len(answers.replies) >= self.schedule.min_replies:
             return
         if answers.failed and set(answers.failed.values()) == {NOT_FINITE}:
             raise NonFiniteError(
-                f"{when}: loss or weights of {len(answers.failed)} clients became NaN or infinite, no other answered; "
-                "lower training.lr, or set training.max_grad_norm"
+                f"{when}: loss or weights of {len(answers.failed)} clients became NaN or infinite, and no other "
+                "replied; lower training.lr, or set training.max_grad_norm"
             )
         kinds = ", ".join(f"client {number}: {why}" for number, why in answers.failed.items()) or "none is connected"
-        raise WorkerError(f"{when}: {len(answers.replies)} clients answered, {self.schedule.fewest} must ({kinds})")
+        raise WorkerError(
+            f"{when}: {len(answers.replies)} valid replies, at least {self.schedule.min_replies} needed ({kinds})"
+        )
 
 
-def _round_record(number: int, val: dict[str, float], answers: RoundReplies, seconds: float) -> RoundRecord:
+def _round_record(
+    number: int, val: dict[str, float], answers: Replies, limited: list[int], seconds: float
+) -> RoundRecord:
     images = {each: reply.numbers["images"] for each, reply in answers.replies.items()}
     loss = sum(reply.numbers["loss"] * images[each] for each, reply in answers.replies.items()) / sum(images.values())
     return {
@@ -351,8 +471,9 @@ def _round_record(number: int, val: dict[str, float], answers: RoundReplies, sec
         "local_loss": loss,
         "clients": sorted(answers.replies),
         "failed": {str(each): why for each, why in sorted(answers.failed.items())},
-        "bytes_down": answers.down,
-        "bytes_up": answers.up,
+        "limited": limited,
+        "bytes_down": answers.bytes_down,
+        "bytes_up": answers.bytes_up,
     }
 
 
@@ -364,11 +485,11 @@ def _format_record(record: RoundRecord, rounds: int) -> str:
     )
 
 
-_ARRAY_FIELDS = ("state", "best_state", "said")
+_ARRAY_FIELDS = ("state", "best_state", "logits")
 
 
 class RoundCheckpoint:
-    """One checkpoint: the server's progress, and what each client remembers (the teacher is sent again).
+    """A checkpoint of the server's progress and of what each client keeps (but the teacher, which is sent again).
 
     Args:
         path: of the file.
@@ -379,10 +500,8 @@ class RoundCheckpoint:
         self.path, self.memories = path, memories
 
     def write(self, progress: ServerState) -> None:
-        """Take the place of the state after the round before."""
-        arrays: Arrays = {
-            f"{part}|{key}": each for part in _ARRAY_FIELDS for key, each in getattr(progress, part).items()
-        }
+        """Replace the checkpoint of the round before."""
+        arrays = {f"{part}|{key}": each for part in _ARRAY_FIELDS for key, each in getattr(progress, part).items()}
         for number, memory in self.memories.items():
             own = {key: each for key, each in memory.items() if not key.startswith(TEACHER_PREFIX)}
             arrays |= {f"client {number}|{key}": each for key, each in own.items()}
@@ -390,7 +509,7 @@ class RoundCheckpoint:
         save_checkpoint(self.path, tensors, {"records": progress.records, "best": progress.best})
 
     def read(self) -> ServerState | None:
-        """The progress, with the clients' memories put back; None where nothing was kept.
+        """Return the progress and restore the clients' memories; None without a checkpoint.
 
         Raises:
             ArtifactError: the file is damaged.
@@ -403,11 +522,11 @@ class RoundCheckpoint:
         progress = ServerState(list(facts["records"]), int(facts["best"]))
         for name, tensor in tensors.items():
             part, _, key = name.partition("|")
-            where = self.memories[int(part.split()[1])] if part not in _ARRAY_FIELDS else getattr(progress, part)
-            where[key] = tensor.numpy()
+            target = self.memories[int(part.split()[1])] if part not in _ARRAY_FIELDS else getattr(progress, part)
+            target[key] = tensor.numpy()
         return progress
 
     def remove(self) -> None:
-        """The model is written, so it is of no more use."""
+        """Delete the checkpoint, after the model was written."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)

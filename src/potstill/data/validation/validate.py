@@ -67,7 +67,7 @@ def summarize_findings(findings: Sequence[Finding]) -> tuple[FindingSummary, ...
 
     Example:
         >>> summarize_findings([Finding("tiny", "a.png", "2 x 2 pixels"), Finding("tiny", "b.png", "3 x 3 pixels")])
-        (Short(kind='tiny', count=2, example='a.png: 2 x 2 pixels'),)
+        (FindingSummary(kind='tiny', count=2, example='a.png: 2 x 2 pixels'),)
     """
     first: dict[str, Finding] = {}
     for each in findings:

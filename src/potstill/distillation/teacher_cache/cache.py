@@ -29,8 +29,8 @@ from potstill.distillation.teacher_cache.files import (
     CacheFiles,
     FileLayout,
     Ids,
+    are_bits_set,
     sum_checksums,
-    test_bits,
 )
 from potstill.distillation.teacher_cache.files import LOCK_FILE as LOCK
 from potstill.distillation.teacher_cache.record_format import (
@@ -72,7 +72,7 @@ class ViewMarks:
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
         """Which records are there; shape [B]."""
-        return test_bits(self._flat, ids)
+        return are_bits_set(self._flat, ids)
 
     @property
     def count(self) -> int:

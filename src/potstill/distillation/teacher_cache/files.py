@@ -307,7 +307,7 @@ def sum_checksums(checks: Iterable[int], before: int = 0) -> int:
     return (sum(checks) + before) & _UINT32_MAX
 
 
-def test_bits(bits: Bits, ids: Ids) -> NDArray[np.bool_]:
+def are_bits_set(bits: Bits, ids: Ids) -> NDArray[np.bool_]:
     """Which bits are set; ``bits`` is one-dimensional."""
     found: NDArray[np.bool_] = (bits[ids >> 3] >> (ids & 7).astype(np.uint8)) & 1 == 1
     return found

@@ -8,7 +8,7 @@ from torch import nn
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec, Triple
 from potstill.models.cifar.mobile import MobileNetV2, ShuffleNetV1, ShuffleNetV2
-from potstill.models.cifar.resnet import RESNET_WIDTHS_X4, BottleneckResNet, ResNet, WideResNet
+from potstill.models.cifar.resnet import RESNET_WIDTHS_X4, FourStageResNet, ResNet, WideResNet
 from potstill.models.cifar.vgg import VGG
 
 # Name -> network for (num_classes, in_chans).
@@ -20,9 +20,16 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet44": lambda classes, chans: ResNet(44, classes, chans),
     "resnet56": lambda classes, chans: ResNet(56, classes, chans),
     "resnet110": lambda classes, chans: ResNet(110, classes, chans),
+    "resnet20_a": lambda classes, chans: ResNet(20, classes, chans, shortcut="A"),
+    "resnet32_a": lambda classes, chans: ResNet(32, classes, chans, shortcut="A"),
+    "resnet44_a": lambda classes, chans: ResNet(44, classes, chans, shortcut="A"),
+    "resnet56_a": lambda classes, chans: ResNet(56, classes, chans, shortcut="A"),
+    "resnet110_a": lambda classes, chans: ResNet(110, classes, chans, shortcut="A"),
     "resnet8x4": lambda classes, chans: ResNet(8, classes, chans, RESNET_WIDTHS_X4),
     "resnet32x4": lambda classes, chans: ResNet(32, classes, chans, RESNET_WIDTHS_X4),
-    "resnet50": lambda classes, chans: BottleneckResNet(50, classes, chans),
+    "resnet18": lambda classes, chans: FourStageResNet(18, classes, chans),
+    "resnet34": lambda classes, chans: FourStageResNet(34, classes, chans),
+    "resnet50": lambda classes, chans: FourStageResNet(50, classes, chans),
     "wrn_16_1": lambda classes, chans: WideResNet(16, 1, classes, chans),
     "wrn_16_2": lambda classes, chans: WideResNet(16, 2, classes, chans),
     "wrn_28_10": lambda classes, chans: WideResNet(28, 10, classes, chans),

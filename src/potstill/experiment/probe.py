@@ -1,0 +1,277 @@
+"""A teacher of a frozen encoder: its head is fitted by logistic regression on the embeddings of the training images.
+
+The encoder runs once over train and val, each image as it is (no augmentation), at the teacher's own size.  Its mirror
+image, as a second sample, costs as much again and was worth 0.4 points of accuracy at most (EfficientNet-Lite0, 1,000
+images of CIFAR-10), so it is left out.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from potstill import __version__
+from potstill.config.recipe import Recipe, StageSettings
+from potstill.data.loader import Loader
+from potstill.data.splits import DataSplits
+from potstill.distillation.cross_fitting import FoldHeads
+from potstill.distillation.feature_extractor import ExtractionRequest, FeatureExtractor
+from potstill.distillation.teacher_inference import InferenceSettings, convert_for_inference
+from potstill.distributed.group import ProcessGroup
+from potstill.errors import ArtifactError, NonFiniteError, UsageError
+from potstill.evaluation.metrics import StreamingMetrics
+from potstill.evaluation.predictions import check_complete, evaluation_mode
+from potstill.experiment.builders import InitialNetwork, split_loader
+from potstill.experiment.plan import PlannedStage, derive_seed
+from potstill.experiment.teacher_cache import names_digest
+from potstill.features.stages import find_stages
+from potstill.formatting import format_count, format_duration, format_percent
+from potstill.io import read_bytes, sha256_hex, write_bytes
+from potstill.models.model_file import Classifier
+from potstill.training.callbacks import Observer
+from potstill.training.checkpointing import copy_state_dict
+from potstill.training.devices import Compute
+from potstill.training.probe import Probe, check_probe_labels, fit_probe
+from potstill.training.trainer import balanced_class_weights
+
+FOLD_HEADS_FILE = "fold_heads.safetensors"
+_MAX_DIFFERENCE = 0.03  # of embeddings in bf16, as a share of their length; above, they are computed in float32
+
+
+@dataclass(frozen=True)
+class ProbedTeacher:
+    """What a probe gives besides the network, whose head it has set.
+
+    Attributes:
+        heads: of the folds, by which training images are answered.
+        val: its figures on val.
+        state: a copy of the network's weights.
+    """
+
+    heads: FoldHeads
+    val: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits, key: str) -> str:
+    """Refuse what no head can be fitted for; return the path of the network's last linear layer.
+
+    Args:
+        network: the teacher's settings, with ``head``.
+        start: the network as it was built.
+        data: of the run.
+        key: of the settings, for messages.
+
+    Raises:
+        UsageError: weights that know the classes already, a network without a linear head, a class with fewer than two
+            training images.
+    """
+    if start.ready:
+        raise UsageError(
+            f"{key}.head: {network.weights} knows these {len(data.class_names)} classes already, so there is no head "
+            f"to fit: leave {key}.head out (it teaches as it is), or name weights of other classes"
+        )
+    example = torch.randn(2, 3, start.input.size, start.input.size, generator=torch.Generator().manual_seed(0))
+    device = next(start.module.parameters()).device
+    head = find_stages(start.module, example.to(device)).head
+    if head is None or getattr(start.module.get_submodule(head), "bias", None) is None:
+        raise UsageError(
+            f"{key}.head: {network.head} sets the linear layer that puts out the logits, with its bias, and "
+            f"{start.architecture} has no such layer at its end: "
+            f"leave {key}.head out to train the whole network, or choose another network"
+        )
+    check_probe_labels(np.asarray(data.train.labels), data.class_names)
+    return head
+
+
+def probe_teacher(
+    stage: PlannedStage,
+    model: Classifier,
+    layer: str,
+    *,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    folder: Path,
+    observer: Observer,
+) -> ProbedTeacher:
+    """Fit the head of ``model`` in place and write the heads of the folds to ``folder``; the model itself is not saved.
+
+    Args:
+        stage: the teacher's.
+        model: its network; ``facts`` receives ``head``, ``val`` and what all trained models say.
+        layer: path of its last linear layer.
+        recipe: of the run.
+        data: of the stage.
+        compute: where, in which precision, and in how many processes.
+        folder: of the stage.
+        observer: is told how far it is, and what came of it.
+
+    Raises:
+        NonFiniteError: an embedding is NaN or infinite.
+    """
+    started = time.monotonic()
+    settings = recipe.stage_training(stage.name)
+    model.module.to(compute.device).to(memory_format=compute.memory_format)
+    network, how = _convert(stage, model, layer, recipe, data, compute)
+    found = {}
+    for split in ("train", "val"):
+        loader = split_loader(data, split, model.input, recipe, settings, compute)
+        found[split] = _embed(network, how, layer, loader, f"{stage.name}: embeddings of {split}", observer, compute)
+    embeddings, labels = found["train"]
+    balance = recipe.data.class_balance != "none" if data.draws is None else False
+    known = labels[labels >= 0]
+    probe = fit_probe(
+        embeddings.to(compute.device),
+        labels,
+        len(data.class_names),
+        seed=derive_seed(recipe.seed, f"{stage.name}/folds"),
+        class_weights=balanced_class_weights(known.bincount(minlength=len(data.class_names))) if balance else None,
+    )
+    probe = compute.processes.share(probe)
+    _set_head(model.module, layer, probe)
+    val = StreamingMetrics(len(data.class_names))
+    val.update(probe.logits(found["val"][0]), found["val"][1])
+    figures = val.compute()
+    heads = FoldHeads(layer, probe.weight, probe.bias, probe.fold)
+    content = safetensors.torch.save(dict(heads.state_dict()))
+    if compute.processes.first:
+        write_bytes(folder / FOLD_HEADS_FILE, content)
+    seconds = time.monotonic() - started
+    model.facts |= {
+        "stage": stage.name,
+        "seed": recipe.seed,
+        "head": {
+            "kind": "probe",
+            "layer": layer,
+            "C": float(f"{probe.C:.3g}"),
+            "folds": probe.folds,
+            "images": len(known),
+            "embedding": embeddings.shape[1],
+            "cross_validated": {"top1": probe.top1, "nll": probe.nll},
+            "val_top1": figures["top1"],
+            "seconds": round(seconds, 3),
+            "fold_heads": {"sha256": sha256_hex(content), "train": _train_digest(data)},
+        },
+        "val": figures,
+        "data": {"source": data.source, "fingerprint": data.fingerprint},
+        "potstill": __version__,
+    }
+    observer.note(
+        f"{stage.name}: a linear probe on {format_count(len(known))} embeddings of {embeddings.shape[1]:,} numbers: C "
+        f"{probe.C:.2g} by {probe.folds}-fold cross-validation on train (top-1 {format_percent(probe.top1)}), "
+        f"val top-1 {format_percent(figures['top1'])}, {format_duration(seconds)}"
+    )
+    return ProbedTeacher(heads, figures, copy_state_dict(model.module))
+
+
+def load_fold_heads(folder: Path, facts: dict[str, Any], data: DataSplits) -> FoldHeads | None:
+    """Read the heads by which a probe answers these training images; None where the model has none, or for others.
+
+    Args:
+        folder: of the model.
+        facts: of its model.json.
+        data: whose training images are to be answered.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    known = facts["head"] if isinstance(facts.get("head"), dict) else {}
+    described = known.get("fold_heads")
+    if not isinstance(described, dict) or described.get("train") != _train_digest(data):
+        return None
+    path = folder / FOLD_HEADS_FILE
+    try:
+        tensors = safetensors.torch.load(read_bytes(path, sha256=str(described["sha256"])))
+        return FoldHeads(str(known["layer"]), tensors["weight"], tensors["bias"], tensors["fold"])
+    except (KeyError, SafetensorError) as error:
+        raise ArtifactError(f"{path} holds no heads of folds: {error}") from error
+
+
+def copy_fold_heads(source: Path, target: Path) -> None:
+    """Put the file of ``load_fold_heads`` beside a copy of the model, where there is one."""
+    if (source / FOLD_HEADS_FILE).is_file() and source.resolve() != target.resolve():
+        target.mkdir(parents=True, exist_ok=True)
+        write_bytes(target / FOLD_HEADS_FILE, read_bytes(source / FOLD_HEADS_FILE))
+
+
+def _train_digest(data: DataSplits) -> str:
+    """Of the training images in their order, which decides their sample ids and so their folds."""
+    return sha256_hex(f"{data.fingerprint}/{names_digest(data.train.names)}".encode())
+
+
+def _convert(
+    stage: PlannedStage, model: Classifier, layer: str, recipe: Recipe, data: DataSplits, compute: Compute
+) -> tuple[nn.Module, InferenceSettings]:
+    """The encoder as it is fastest: BatchNorm folded, in bf16 where that changes its embeddings little enough."""
+    settings = recipe.stage_training(stage.name)
+    loader = split_loader(data, "train", model.input, recipe, settings, compute, shared=False)
+    ids = np.linspace(0, loader.samples - 1, min(16, loader.samples)).round().astype(np.int64)
+    few = loader.view(torch.from_numpy(ids), 0)
+    plain = InferenceSettings(memory_format=compute.memory_format)
+    reader = FeatureExtractor(ExtractionRequest(embedding=layer))
+    with evaluation_mode(model.module):
+        exact = reader.ask(model.module, few, plain).embedding
+        assert exact is not None
+        if compute.teachers_in_bf16 and recipe.network(stage.name).precision == "auto":
+            try:
+                network, how = convert_for_inference(model.module, torch.bfloat16, compute.memory_format, few)
+                rough = reader.ask(network, few, how).embedding
+                if rough is not None and (rough - exact).norm() <= _MAX_DIFFERENCE * exact.norm():
+                    return network, how
+            except Exception:  # in another dtype, networks of others fail in any way they like
+                pass
+        return convert_for_inference(model.module, torch.float32, compute.memory_format, few)
+
+
+def _embed(
+    network: nn.Module,
+    how: InferenceSettings,
+    layer: str,
+    loader: Loader,
+    what: str,
+    observer: Observer,
+    compute: Compute,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, D] float32 and labels [N] of all images, on the CPU, in the order of their ids."""
+    reader = FeatureExtractor(ExtractionRequest(embedding=layer))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    done = 0
+    with evaluation_mode(network):
+        for batch in loader.epoch():
+            embedding = reader.ask(network, batch.images, how).embedding
+            assert embedding is not None  # it was asked for
+            assert batch.index is not None  # a loader numbers its images
+            parts.append((embedding.cpu(), batch.labels.cpu(), batch.index.cpu()))
+            compute.processes.progress()
+            done += len(batch)
+            observer.wait(what, min(done * compute.processes.count, loader.count), loader.count)
+    embeddings, labels, index = _gather(parts, compute.processes)
+    check_complete(index.numpy(), loader.count)
+    order = index.argsort()
+    embeddings, labels = embeddings[order], labels[order]
+    if not (finite := embeddings.isfinite().all(dim=1)).all():
+        first = int((~finite).nonzero()[0])
+        raise NonFiniteError(f"{what}: that of {loader.images.names[first]} is NaN or infinite")
+    return embeddings, labels
+
+
+def _gather(parts: list[tuple[Tensor, Tensor, Tensor]], processes: ProcessGroup) -> list[Tensor]:
+    own = [torch.cat(column) for column in zip(*parts, strict=True)]
+    every = [columns for columns in processes.gather(own) if columns]  # few images: some processes have none
+    return [torch.cat(column) for column in zip(*every, strict=True)]
+
+
+@torch.no_grad()
+def _set_head(module: nn.Module, layer: str, probe: Probe) -> None:
+    head = module.get_submodule(layer)
+    assert isinstance(head, nn.Linear)  # that is how it was found
+    head.weight.copy_(probe.weight[-1])
+    assert head.bias is not None
+    head.bias.copy_(probe.bias[-1])

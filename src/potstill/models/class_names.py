@@ -1,0 +1,150 @@
+"""Names of the outputs of published networks, and which outputs a person's class names mean.  No torch here.
+
+CIFAR's names lie beside this module; those of ImageNet come with timm, as WordNet numbers with their synonyms.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from potstill.errors import UsageError, did_you_mean
+
+CLASS_LISTS = ("cifar10", "cifar100", "imagenet-1k", "imagenet-21k")
+# Lists that an unnamed network of so many outputs probably has.
+LIKELY_LISTS: Mapping[int, str] = {10: "cifar10", 100: "cifar100", 1000: "imagenet-1k", 21_843: "imagenet-21k"}
+_SYNSETS = {"imagenet-1k": "imagenet_synsets.txt", "imagenet-21k": "imagenet21k_goog_synsets.txt"}
+_LEMMAS = "imagenet_synset_to_lemma.txt"
+
+
+@cache
+def class_list(name: str) -> tuple[str, ...]:
+    """Return the class names of a list of ``CLASS_LISTS``, in the order of the outputs.
+
+    Those of ImageNet are WordNet numbers and synonyms, with commas between: "n01440764, tench, Tinca tinca".
+
+    Example:
+        >>> class_list("cifar10")[3], class_list("imagenet-1k")[0]
+        ('cat', 'n01440764, tench, Tinca tinca')
+    """
+    if name not in _SYNSETS:
+        return tuple((Path(__file__).parent / "class_lists" / f"{name}.txt").read_text(encoding="utf-8").splitlines())
+    spec = importlib.util.find_spec("timm")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "data" / "_info"
+    lines = (folder / _LEMMAS).read_text(encoding="utf-8").splitlines()
+    lemmas = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    synsets = (folder / _SYNSETS[name]).read_text(encoding="utf-8").split()
+    return tuple(f"{synset}, {lemmas[synset]}" if synset in lemmas else synset for synset in synsets)
+
+
+def lists_with(names: Sequence[str]) -> list[str]:
+    """The lists of ``CLASS_LISTS`` that have all of ``names``, each of them once.
+
+    Example:
+        >>> lists_with(["cat", "truck"]), lists_with(["golden_retriever", "daisy"])
+        (['cifar10'], ['imagenet-1k', 'imagenet-21k'])
+    """
+    known = ((each, OutputNames(class_list(each))) for each in CLASS_LISTS)
+    return [each for each, outputs in known if all(len(outputs.find(name)) == 1 for name in names)]
+
+
+class OutputNames:
+    """The names of a network's outputs, to look them up by one of their spellings.
+
+    A name is found as it stands, without regard to case and underscores, or by one of its synonyms (the parts between
+    commas).
+
+    Example:
+        >>> names = OutputNames(class_list("imagenet-1k"))
+        >>> names.find("golden_retriever"), names.find("n02099601"), names.find("poodle")
+        ([207], [207], [])
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._exact: dict[str, list[int]] = {}
+        self._plain: dict[str, list[int]] = {}
+        self._synonyms: dict[str, list[int]] = {}
+        for at, name in enumerate(self.names):
+            self._exact.setdefault(name, []).append(at)
+            self._plain.setdefault(_plain(name), []).append(at)
+            for synonym in dict.fromkeys(map(_plain, name.split(", "))):
+                self._synonyms.setdefault(synonym, []).append(at)
+
+    def find(self, name: str) -> list[int]:
+        """The outputs that ``name`` may mean; several where it is ambiguous, none where it is unknown."""
+        plain = _plain(name)
+        return self._exact.get(name) or self._plain.get(plain) or self._synonyms.get(plain) or []
+
+    def nearest(self, name: str) -> str:
+        """The end of a message: names like ``name``."""
+        return did_you_mean(_plain(name), self._synonyms)
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def find_outputs(
+    wanted: Mapping[str, Sequence[str | int]], names: Sequence[str] | None, count: int, ours: Sequence[str], key: str
+) -> list[list[int]]:
+    """Return, for each class of the data, the outputs of a network whose probabilities are its own.
+
+    Args:
+        wanted: for each class name of the data, names or numbers (from 0) of outputs.
+        names: of the outputs, in order; None: they have none, and only numbers can be used.
+        count: of outputs.
+        ours: class names of the data, in order.
+        key: of the setting, for messages.
+
+    Raises:
+        UsageError: a class without an output, an unknown or ambiguous name, a number out of range, an output twice.
+
+    Example:
+        >>> find_outputs({"pet": ["cat", "dog"], "ship": [8]}, class_list("cifar10"), 10, ["pet", "ship"], "classes")
+        [[3, 5], [8]]
+    """
+    known = None if names is None else OutputNames(names)
+    missing = [name for name in ours if not wanted.get(name)]
+    if missing:
+        raise UsageError(
+            f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: {_some(missing)}"
+            f"{did_you_mean(missing[0], wanted)}\nIt has to name the outputs of each class of the data"
+        )
+    groups, owner = list[list[int]](), dict[int, str]()
+    for name in ours:
+        group = [_find_output(each, known, count, f"{key}: {name!r}") for each in wanted[name]]
+        for each in group:
+            if each in owner:
+                shown = repr(names[each]) if names is not None else str(each)
+                raise UsageError(f"{key}: output {shown} is named for {owner[each]!r} and for {name!r}; once is enough")
+            owner[each] = name
+        groups.append(group)
+    return groups
+
+
+def _find_output(wanted: str | int, known: OutputNames | None, count: int, where: str) -> int:
+    if isinstance(wanted, int):
+        if not 0 <= wanted < count:
+            raise UsageError(f"{where}: the network has outputs 0 to {count - 1}, got {wanted}")
+        return wanted
+    if known is None:
+        raise UsageError(
+            f"{where}: the names of the network's {count} outputs are not known, so that {wanted!r} cannot be found; "
+            f"give their numbers, 0 to {count - 1}"
+        )
+    found = known.find(wanted)
+    if not found:
+        raise UsageError(f"{where}: no output of the network is called {wanted!r}{known.nearest(wanted)}")
+    if len(found) > 1:
+        several = "; ".join(f"{known.names[each]} (output {each})" for each in found[:3])
+        raise UsageError(
+            f"{where}: {wanted!r} may be {several}: write one of these in full, or {{{wanted}: [{found[0]}]}}"
+        )
+    return found[0]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3]))

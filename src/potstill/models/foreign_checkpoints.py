@@ -1,0 +1,251 @@
+"""Weights from other people's repositories: which network they are of, and the same weights under our names.
+
+Names are translated by maps of the well-known CIFAR repositories.  Weights under names that no map knows are assigned
+by order and shape, if every shape agrees: the accuracy on val is then the proof that they are the same network.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from potstill.errors import UsageError
+from potstill.input_spec import Triple
+from potstill.models.registry import FAMILIES, build_model, is_model
+from potstill.models.state_dict import Checkpoint, is_head, read_checkpoint
+from potstill.models.transformers_checkpoints import network_name, translate_names
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How repositories name the layers of a network of ours."""
+
+    repositories: str
+    rules: tuple[tuple[str, str], ...]  # regular expressions and what takes their place; all of them, in order
+
+    def rename(self, state: Mapping[str, Tensor]) -> State:
+        """The same tensors under our names."""
+        return {self._rename(key): value for key, value in state.items()}
+
+    def _rename(self, key: str) -> str:
+        for pattern, replacement in self.rules:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+
+_HEAD = (r"^(linear|fc|classifier)\.", "head.")
+KEY_MAPS = (
+    KeyMap(
+        "akamaster/pytorch_resnet_cifar10 and kuangliu/pytorch-cifar",
+        (
+            (r"^conv1\.", "stem.0."),
+            (r"^bn1\.", "stem.1."),
+            (r"^layer(\d)\.", r"stage\1."),
+            (r"^linear\.", "head."),
+        ),
+    ),
+    KeyMap(
+        "RepDistiller, mdistiller and chenyaofo/pytorch-cifar-models",
+        (
+            (r"^conv1\.", "stem.0."),
+            (r"^bn1\.", "stem.1."),
+            (r"^layer(\d)\.", r"stage\1."),
+            (r"\.downsample\.", ".shortcut."),
+            _HEAD,
+        ),
+    ),
+    KeyMap(
+        "RepDistiller, mdistiller and xternalz/WideResNet-pytorch",
+        (
+            (r"^conv1\.", "stem."),
+            (r"^block(\d)\.layer\.", r"stage\1."),
+            (r"\.convShortcut\.", ".shortcut."),
+            (r"^bn1\.", "bn."),
+            _HEAD,
+        ),
+    ),
+    KeyMap(
+        "RepDistiller and mdistiller",
+        (*((rf"^block{at}\.", f"stage{at + 1}.") for at in (4, 3, 2, 1, 0)), _HEAD),
+    ),
+)
+# What nearly all repositories but akamaster's, which takes ImageNet's, normalise CIFAR images with, by class count.
+CIFAR_NORMALISATION: Mapping[int, tuple[Triple, Triple]] = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint's weights under the names of a network."""
+
+    state: State
+    notes: tuple[str, ...] = ()
+    normalisation: tuple[Triple, Triple] | None = None  # that they were trained with, where it is known
+    fits: bool = True  # False: names or shapes differ from the network's
+
+
+def convert(checkpoint: Checkpoint, architecture: str, own: Mapping[str, Tensor]) -> Converted:
+    """Translate a checkpoint to the names of a network.
+
+    Args:
+        checkpoint: what was read.
+        architecture: name of the network.
+        own: state dict of the network; its number of classes may be another one.
+
+    Returns:
+        The weights under the names of ``own``; as they are where nothing fits.
+    """
+    for convention in (_convert_by_names, _convert_by_map, _convert_by_order):
+        if converted := convention(checkpoint, architecture, own):
+            return converted
+    return Converted(checkpoint.tensors, fits=False)
+
+
+def _convert_by_names(checkpoint: Checkpoint, architecture: str, own: Mapping[str, Tensor]) -> Converted | None:
+    prefix = checkpoint.prefix
+    spelled = {f"{prefix}{key}": value for key, value in checkpoint.tensors.items()}  # perhaps the network's own
+    for state in (checkpoint.tensors, *([spelled] if prefix else [])):
+        if _fits(own, state):
+            return Converted(state, normalisation=checkpoint.normalisation)
+    return None
+
+
+def _convert_by_map(checkpoint: Checkpoint, architecture: str, own: Mapping[str, Tensor]) -> Converted | None:
+    translated = translate_names(checkpoint.tensors)
+    if translated is not None and _fits(own, translated):
+        note = f"weights have the layer names of Hugging Face transformers, read as {architecture}"
+        return Converted(translated, (note,), checkpoint.normalisation)
+    for key_map in KEY_MAPS:
+        if _fits(own, state := key_map.rename(checkpoint.tensors)):
+            note = f"weights have the layer names of {key_map.repositories}, read as {architecture}"
+            three_stages = not any(key.startswith("stage4.") for key in own)
+            if key_map is KEY_MAPS[0] and three_stages:  # akamaster's
+                return Converted(state, (note,))
+            return _with_cifar_normalisation(state, note, architecture, own)
+    return None
+
+
+def _convert_by_order(checkpoint: Checkpoint, architecture: str, own: Mapping[str, Tensor]) -> Converted | None:
+    theirs, ours = ([key for key in each if not _is_counter(key)] for each in (checkpoint.tensors, own))
+    if not checkpoint.ordered or len(theirs) != len(ours):
+        return None
+    state = {our: checkpoint.tensors[their] for our, their in zip(ours, theirs, strict=True)}
+    if not _fits(own, state):
+        return None
+    note = (
+        f"weights have layer names that are not known ({theirs[0]}, ...) and were assigned to {architecture} by order "
+        "and shape: only the accuracy on val shows whether it is the same network"
+    )
+    return _with_cifar_normalisation(state, note, architecture, own)
+
+
+def _with_cifar_normalisation(state: State, note: str, architecture: str, own: Mapping[str, Tensor]) -> Converted:
+    known = None
+    if architecture.startswith("cifar/") and (known := CIFAR_NORMALISATION.get(_count_outputs(state))):
+        mean, std = (", ".join(f"{value:g}" for value in each) for each in known)
+        note += f"; images are normalised as those repositories do, mean {mean}, std {std}"
+    return Converted(state, (note,), known)
+
+
+def _count_outputs(state: Mapping[str, Tensor]) -> int:
+    return int(state["head.weight"].shape[0]) if "head.weight" in state else 0
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    """Whether names and shapes are the network's, but for the number of classes."""
+    if any(key not in own for key in state) or any(key not in state and not _is_counter(key) for key in own):
+        return False
+    other = [key for key, value in state.items() if value.shape != own[key].shape]
+    return not other or is_head(dict(own), dict(state), other, int(own[other[0]].shape[0]))
+
+
+_PROBE_CLASSES = 7  # of candidates; any number will do
+_FEWEST_TENSORS = 16  # of a network that can be recognised: AlexNet's
+
+
+def identify_network(path: Path) -> str:
+    """Return the name of the network whose weights a file holds.
+
+    What the file says of itself is tried first (``arch`` and ``args`` of training scripts, ``config.json``), then its
+    name, then all of ``cifar/`` and ``torchvision/``.  Only names and shapes of tensors are compared.
+
+    Raises:
+        ArtifactError: it cannot be read.
+        UsageError: no known network has such weights; says what they look like.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "weights.pth"
+        ...     torch.save(build_model("cifar/resnet20_a", 10, size=32).state_dict(), file)
+        ...     identify_network(file)
+        'cifar/resnet20_a'
+    """
+    checkpoint = read_checkpoint(path)
+    groups: tuple[Callable[[], list[str]], ...] = (  # the later ones cost seconds
+        lambda: [name for name in (*checkpoint.architectures, *_transformers_network(checkpoint)) if is_model(name)],
+        lambda: [f"cifar/{name}" for name in (*FAMILIES["cifar"].names(), *_wide_resnets(checkpoint))],
+        lambda: [name for name in _names_in(path) if is_model(name)],
+        lambda: [f"torchvision/{name}" for name in FAMILIES["torchvision"].names()],
+    )
+    for names in groups if len(checkpoint.tensors) >= _FEWEST_TENSORS else ():
+        networks = {name: _shapes(name) for name in names()}
+        for convention in (_convert_by_names, _convert_by_map, _convert_by_order):  # names say more than shapes
+            if found := next((name for name, own in networks.items() if convention(checkpoint, name, own)), None):
+                return found
+    raise UsageError(
+        f"{path} holds weights alone; name their architecture as ARCHITECTURE@{path}\n{_describe(checkpoint)}"
+    )
+
+
+def _shapes(name: str) -> State:
+    """The state dict of a network without memory for its values; empty where it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, _PROBE_CLASSES, size=32 if name.startswith("cifar/") else 224).state_dict()
+    except (UsageError, RuntimeError, NotImplementedError):  # a few compute their widths with tensors
+        return {}
+
+
+def _transformers_network(checkpoint: Checkpoint) -> list[str]:
+    translated = translate_names(checkpoint.tensors)
+    name = None if translated is None else network_name(translated)
+    return [] if name is None else [name]
+
+
+def _wide_resnets(checkpoint: Checkpoint) -> list[str]:
+    """Wide ResNets of the depth and width that the weights would have."""
+    convolutions = [value for value in checkpoint.tensors.values() if value.ndim == 4]
+    if not convolutions:
+        return []
+    width, rest = divmod(max(int(value.shape[0]) for value in convolutions), 64)
+    blocks, odd = divmod(len(convolutions) - 1 - (2 if width == 1 else 3), 6)
+    return [f"wrn_{6 * blocks + 4}_{width}"] if not rest and not odd and width and blocks > 0 else []
+
+
+def _names_in(path: Path) -> list[str]:
+    """Networks that the file, or its folder, may be named after: ``resnet18-f37072fd.pth``, ``resnet18.a1_in1k``."""
+    stems = [path.name if path.is_dir() else path.stem, path.parent.name]
+    found = [stem.partition(sign)[0] for stem in stems for sign in ("\0", ".", "-")]
+    return list(dict.fromkeys(f"{family}/{name}" for name in found if name for family in ("timm", "torchvision")))
+
+
+def _describe(checkpoint: Checkpoint) -> str:
+    """What the weights look like, for somebody who knows networks."""
+    tensors = {key: value for key, value in checkpoint.tensors.items() if not _is_counter(key)}
+    total = sum(value.numel() for value in tensors.values())
+    ends = [f"{key} {tuple(value.shape)}" for key, value in tensors.items()]
+    shown = ", ".join(ends if len(ends) < 5 else [*ends[:2], "...", *ends[-2:]])
+    order = "" if checkpoint.ordered else "; a safetensors file does not keep the order of the layers"
+    return f"It has {len(tensors)} tensors of {total:,} values in all: {shown}{order}"

@@ -1,0 +1,100 @@
+"""Two processes on one machine are one training: what each of them found, against a single process and by hand."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from . import two_processes as two
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both found, by rank."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", two.__file__, folder]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return two.alone(tmp_path_factory.mktemp("alone"))
+
+
+def test_each_knows_its_place(found):
+    assert [each["place"] for each in found] == [[0, 2, 0, 2], [1, 2, 1, 2]]
+
+
+def test_what_they_tell_each_other(found):
+    for each in found:
+        assert each["share"] == {"rank": 0}
+        assert each["gather"] == ["rank 0", "rank 1"]
+        assert each["highest"] == [1, 5]
+        assert each["add"] == [2, 1]
+        assert each["shared tensors"] == [[[0.0, 0.0], [0.0, 0.0]], [0, 7]]
+
+
+def test_figures_are_those_of_all_images(found):
+    """Up to 4,096 images and beyond, where AUC is counted in bins."""
+    for count, figures in found[0]["metrics"].items():
+        metrics = two.StreamingMetrics(4)
+        metrics.update(*two.logits(int(count)))
+        single = metrics.compute()
+        assert figures == pytest.approx(single, rel=1e-12, abs=1e-12), count
+        assert found[1]["metrics"][count] == figures
+
+
+def test_loss_terms_are_means_over_all_images(found):
+    sizes = np.arange(5) + 10
+    mean = float((sizes * np.arange(5)).sum() / sizes.sum())
+    for each in found:
+        assert each["terms"] == pytest.approx({"ce": mean, "kd": 2 * mean}, rel=1e-6)
+
+
+def test_training_is_that_of_one_process(found, alone):
+    """Without BatchNorm nothing depends on who sees which image, also in a last batch that is shared 3 to 2."""
+    first, second = (each["training"] for each in found)
+    assert first["weights"] == second["weights"]
+    for ours, single in zip(first["weights"], alone["weights"], strict=True):
+        np.testing.assert_allclose(ours, single, atol=2e-6)
+    for ours, single in zip(first["records"], alone["records"], strict=True):
+        assert ours["best"] == single["best"]
+        for split in ("train", "val"):
+            terms, alone_terms = ours[split].pop("terms"), single[split].pop("terms")
+            assert terms == pytest.approx(alone_terms, rel=1e-4)
+            assert ours[split] == pytest.approx(single[split], rel=1e-4)
+
+
+def test_evaluation_counts_each_image_once(found, alone):
+    """45 images in batches of 8: three batches for the one, three for the other."""
+    for each in found:
+        assert each["training"]["index"] == list(range(two.IMAGES))
+        assert each["training"]["labels"] == alone["labels"]
+    assert found[0]["training"]["probabilities"] == found[1]["training"]["probabilities"]
+
+
+def test_only_the_first_writes(found):
+    assert found[0]["training"]["wrote"] != []
+    assert found[1]["training"]["wrote"] == []
+
+
+def test_gradients_are_exchanged_once_per_update(found):
+    before, after = zip(*(each["held back"] for each in found), strict=True)
+    assert before[0] != before[1]
+    assert after[0] == after[1]
+
+
+def test_a_store_is_filled_by_both_and_read_by_both(found):
+    """Each asks for its share of the 6 batches once; nothing is asked again."""
+    for each in found:
+        assert each["store"]["asked"] == [6, 6, 6]
+        assert each["store"]["coverage"] == [two.IMAGES]
+    assert sum(each["store"]["counts"]["asked"] for each in found) == two.IMAGES
+    assert sum(each["store"]["counts"]["read"] for each in found) == 2 * two.IMAGES

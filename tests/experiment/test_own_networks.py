@@ -1,0 +1,222 @@
+"""Whole runs with networks of the user's own: modules from Python, code by name, other people's weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import potstill
+from potstill.cli import main
+from potstill.errors import UsageError
+from potstill.experiment.run_folder import RunFolder
+from potstill.input_spec import InputSpec
+from potstill.models.factory import create_model
+from potstill.models.model_file import load_model
+from potstill.training.callbacks import SilentObserver
+
+CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+def by_colour():
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
+    network[2].weight.data = 5 * torch.eye(3)[[2, 1, 0]]  # blue, green, red
+    return network
+"""
+
+
+def by_colour(order=(2, 1, 0)) -> nn.Module:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
+    network[2].weight.data = 5 * torch.eye(3)[list(order)]
+    return network
+
+
+class Notes(SilentObserver):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def warn(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def plain(recipe):
+    return recipe().model_dump(mode="json")
+
+
+EXACT = InputSpec(16, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_modules_from_python(plain, tmp_path):
+    teacher, student = by_colour(), create_model("cifar/resnet8", 3, size=16)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    notes = Notes()
+    folder = potstill.run(plain, teacher=teacher, student=student, teacher_input=EXACT, root=tmp_path, observer=notes)
+    results = RunFolder(folder).read_results()
+    assert results["stages"]["teacher"]["test"]["top1"] == 1.0
+    assert results["stages"]["teacher"]["model"]["architecture"] == "python/teacher"
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    assert any("teacher: top-1 100.0%" in line for line in notes.lines)
+    again = potstill.load(folder, module=create_model("cifar/resnet8", 3, size=16))
+    assert again.class_names == ("blue", "green", "red")
+    assert again.input.mean == InputSpec.mean
+    assert load_model(folder / "teacher", module=by_colour()).input == EXACT
+    more = Notes()
+    networks = {"teacher": teacher, "student": student, "teacher_input": EXACT}
+    potstill.run(plain, **networks, root=tmp_path, resume=True, observer=more)
+    assert "distilled: already trained" in more.lines
+
+
+def test_the_teacher_is_shown_what_the_student_is_where_nothing_is_said(plain, tmp_path):
+    spec = InputSpec(12, (0.3,) * 3, (0.4,) * 3)
+    changes = ("training.epochs=1",)
+    folder = potstill.run(
+        plain, sets=changes, teacher=by_colour(), student_input=spec, root=tmp_path,
+        student=lambda num_classes: create_model("cifar/resnet8", num_classes, size=12),
+    )  # fmt: skip
+    assert load_model(folder / "teacher", module=by_colour()).input == spec
+    assert potstill.load(folder, module=create_model("cifar/resnet8", 3, size=12)).input == spec
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"teacher": "resnet18"}, "teacher must be an nn.Module or a callable that returns one, got str"),
+        ({"student": 3}, "student must be an nn.Module"),
+        ({"teacher_input": EXACT}, "teacher_input is for a teacher that is given from Python"),
+        ({"teacher": nn.Linear(2, 2)}, "python/teacher cannot take images of 16 px"),
+        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(768, 4))}, r"gives \(1, 4\) instead of \(1, 3\)"),
+        ({"student": lambda: None}, "python/student.* returned None"),
+    ],
+)
+def test_what_is_no_network_is_refused_before_training(plain, tmp_path, wrong, message):
+    with pytest.raises(UsageError, match=message):
+        potstill.run(plain, root=tmp_path, **wrong)
+
+
+def test_a_permuted_teacher_is_recognised_and_the_line_to_write_mends_it(plain, tmp_path):
+    notes = Notes()
+    turned = by_colour((0, 2, 1))  # red, blue, green
+    potstill.run(plain, teacher=turned, teacher_input=EXACT, root=tmp_path, name="a", observer=notes)
+    found = next(line for line in notes.lines if "classes in another order" in line)
+    setting = found.split("--set ")[1].strip().strip("'")
+    assert setting == 'teacher.classes=["red", "blue", "green"]'
+    folder = potstill.run(plain, sets=(setting,), teacher=turned, teacher_input=EXACT, root=tmp_path, name="b")
+    assert RunFolder(folder).read_results()["stages"]["teacher"]["test"]["top1"] == 1.0
+
+
+@pytest.fixture
+def code(tmp_path):
+    (tmp_path / "mine.py").write_text(CODE)
+    return tmp_path / "mine.py"
+
+
+def cli(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = main([str(each) for each in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_code_on_the_command_line_and_its_saved_models(photographs, code, tmp_path, capsys, monkeypatch):
+    run = ("run", "quickstart", "--data", photographs, "--image-size", 16, "--epochs", 1, "--output-dir", tmp_path)
+    found = cli(capsys, *run, "--teacher", f"{code}:by_colour@own", "--student", f"{code}:Net", "--name", "r",
+                "--set", "data.mean=[0,0,0]", "--set", "data.std=[1,1,1]")  # fmt: skip
+    assert found[0] == 0, found[2]
+    facts = json.loads((tmp_path / "r" / "distilled" / "model.json").read_text())
+    assert facts["architecture"] == f"{code}:Net"
+
+    from potstill import code_references
+
+    monkeypatch.setattr(code_references, "_permitted", set())  # another process
+    for verb in (("evaluate", tmp_path / "r", "--data", photographs), ("predict", tmp_path / "r", photographs)):
+        refused = cli(capsys, *verb)
+        assert refused[0] == 4
+        assert "--allow-code" in refused[2]
+        assert cli(capsys, *verb, "--allow-code")[0] == 0
+    teacher = ("evaluate", tmp_path / "r" / "teacher", "--data", photographs, "--json", "--allow-code")
+    assert json.loads(cli(capsys, *teacher)[1])["top1"] == 1.0
+
+
+def test_a_recipe_file_that_names_code_needs_permission(photographs, code, tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: {model: cifar/resnet8}\nstudent: {model: 'mine.py:Net'}\n")
+    stage = ("train", recipe, "--stage", "baseline", "--data", photographs, "--image-size", 16, "--epochs", 1,
+             "--output-dir", tmp_path)  # fmt: skip
+    refused = cli(capsys, *stage)
+    assert refused[0] == 2
+    assert "mine.py:Net" in refused[2]
+    assert "--allow-code" in refused[2]
+    assert cli(capsys, *stage, "--allow-code")[0] == 0
+
+
+def test_bare_weights_are_evaluated_and_predict(photographs, code, tmp_path, capsys):
+    torch.manual_seed(3)
+    network = create_model("cifar/resnet8", 3, size=32)
+    torch.save({"net": network.state_dict()}, tmp_path / "w.th")
+    (tmp_path / "names.txt").write_text("red\nblue\ngreen\n")
+    for model in (tmp_path / "w.th", f"cifar/resnet8@{tmp_path / 'w.th'}"):
+        found = cli(capsys, "evaluate", model, "--data", photographs, "--json")
+        assert found[0] == 0, found[2]
+        assert "weights are taken from 'net'" in found[2]
+        assert "data's classes, in order" in found[2]
+        shares = json.loads(found[1])
+        other = json.loads(cli(capsys, "evaluate", model, "--data", photographs, "--json",
+                               "--classes", tmp_path / "names.txt")[1])  # fmt: skip
+        assert [row["class"] for row in other["per_class"]] == ["red", "blue", "green"]
+        assert [row["class"] for row in shares["per_class"]] == ["blue", "green", "red"]
+        images = sorted(Path(photographs).rglob("*.png"))[:2]
+        numbered = cli(capsys, "predict", model, *images)
+        assert numbered[0] == 0
+        assert "output 0" in numbered[1]
+        assert "blue" in cli(capsys, "predict", model, *images, "--classes", tmp_path / "names.txt")[1]
+    colours = cli(capsys, "evaluate", f"{code}:by_colour@own", "--data", photographs, "--json")
+    assert json.loads(colours[1])["count"] == 60
+    wrong = cli(capsys, "evaluate", tmp_path / "w.th", "--data", photographs, "--classes", "cifar10")
+    assert wrong[0] == 2
+    assert "names 10 classes, and" in wrong[2]
+    unknown = cli(capsys, "evaluate", f"cifar/resnet9@{tmp_path / 'w.th'}", "--data", photographs)
+    assert unknown[0] == 2
+    assert "cifar/resnet8" in unknown[2]
+    assert cli(capsys, "evaluate", tmp_path / "gone.th", "--data", photographs)[0] == 4
+
+
+def test_class_names_beside_weights_of_a_hub_folder_are_used(plain, code, tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    torch.save(by_colour((0, 2, 1)).state_dict(), folder / "pytorch_model.bin")
+    exact = ("data.mean=[0,0,0]", "data.std=[1,1,1]")
+    teacher = ("teacher.model=" + f"{code}:by_colour", f"teacher.weights={folder}")
+    for names, top1 in ((["red", "blue", "green"], 1.0), (["green", "red", "blue"], 0.0)):
+        config = {"id2label": {str(at): name.upper() for at, name in enumerate(names)}}
+        (folder / "config.json").write_text(json.dumps(config))
+        run = potstill.run(plain, sets=(*teacher, *exact, "training.epochs=1"), root=tmp_path, name=names[0])
+        assert RunFolder(run).read_results()["stages"]["teacher"]["test"]["top1"] == top1
+
+
+def test_several_outputs_of_a_teacher_are_one_class(plain, tmp_path):
+    many = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5, bias=False))
+    many[2].weight.data = torch.tensor([[5.0, 0, 0], [5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0], [2.0, 2.0, 2.0]])
+    wanted = "teacher.classes={blue: [3], green: 2, red: [0, 1]}"
+    folder = potstill.run(
+        plain, sets=(wanted, "method.name=kd", "training.epochs=1"), teacher=many, teacher_input=EXACT, root=tmp_path
+    )
+    assert RunFolder(folder).read_results()["stages"]["teacher"]["test"]["top1"] == 1.0
+    saved = load_model(folder / "teacher", module=many)
+    assert saved.output_groups is not None
+    assert saved.output_groups.groups == ((3,), (2,), (0, 1))
+    wrong = "teacher.classes={blue: [7], green: 2, red: [0, 1]}"
+    with pytest.raises(UsageError, match=r"teacher.classes: 'blue': the network has outputs 0 to 4, got 7"):
+        potstill.run(plain, sets=(wrong,), teacher=many, teacher_input=EXACT, root=tmp_path, name="w")

@@ -1,0 +1,206 @@
+"""Runs whose teacher is a frozen encoder with a fitted head."""
+
+import json
+
+import pytest
+import torch
+
+from potstill.distillation.cross_fitting import FoldHeads
+from potstill.distillation.teachers import Teachers
+from potstill.errors import ArtifactError, UsageError
+from potstill.experiment import pipeline
+from potstill.experiment.cache_verification import verify_cache
+from potstill.models.factory import create_model
+from potstill.models.model_file import load_model
+from potstill.report.run_reader import read_run
+from potstill.report.text_reports import training_text
+from potstill.training.callbacks import SilentObserver
+
+
+class Listening(SilentObserver):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Weights of five other classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "encoder.pth"
+    torch.save(create_model("cifar/resnet8", 5, size=16).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def probing(recipe, encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+
+    def make(**changes):
+        teacher = {"teacher.model": "cifar/resnet8", "teacher.weights": encoder, "teacher.head": "probe"}
+        return recipe(**{**teacher, **changes})
+
+    return make
+
+
+def results(path):
+    return json.loads((path / "results.json").read_text())
+
+
+def test_the_encoder_stays_and_the_head_is_fitted(probing, encoder, tmp_path):
+    heard = Listening()
+    run = pipeline.run(probing(), root=tmp_path, observer=heard)
+    before, teacher = torch.load(encoder), load_model(run / "teacher")
+    after = teacher.module.state_dict()
+    head = [key for key in before if not torch.equal(before[key], after[key])] if before.keys() == after.keys() else []
+    entry = results(run)["stages"]["teacher"]
+    assert {key.rpartition(".")[0] for key in head} == {entry["head"]["layer"]}
+    assert entry["training"] is None
+    assert entry["head"]["kind"] == "probe"
+    assert entry["head"]["images"] == results(run)["data"]["counts"]["train"]["red"] * 3
+    assert entry["head"]["C"] > 0
+    assert entry["head"]["seconds"] > 0
+    assert entry["head"]["val_top1"] == pytest.approx(entry["val"]["top1"], abs=0.11)  # one of 9 images, by rounding
+    assert entry["val"]["top1"] > 0.5  # noisy colours
+    assert any("C " in note and "5-fold" in note for note in heard.notes)
+    shown = training_text(read_run(run).stages["teacher"])
+    assert shown.startswith("a linear probe on embeddings of 42 images (C ")
+    assert "cross-validated top-1" in shown
+
+
+class Indices:
+    """Which sample ids teachers are asked for."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        ask = Teachers.ask
+
+        def watched(teachers, images, own=(), index=None):
+            self.seen.append(None if index is None else index.tolist())
+            return ask(teachers, images, own, index)
+
+        monkeypatch.setattr(Teachers, "ask", watched)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("auto", 16), ("off", 16), ("auto", 24), ("off", 24)])
+def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, tmp_path, monkeypatch, mode, size):
+    indices = Indices(monkeypatch)
+    run = pipeline.run(probing(**{"teacher_cache.mode": mode, "teacher.size": size}), root=tmp_path)
+    teacher = load_model(run / "teacher")
+    train = sum(results(run)["data"]["counts"]["train"].values())
+    asked = {each for ids in indices.seen if ids is not None for each in ids}
+    assert asked == set(range(train))
+    assert None in indices.seen  # val
+    assert teacher.facts["head"]["fold_heads"]["sha256"]
+
+
+def test_caches_hold_the_folds_answers_and_resuming_goes_on_with_them(probing, tmp_path):
+    class Stopping(SilentObserver):
+        def stage(self, name, detail):
+            self.name = name
+
+        def epoch_end(self, record):
+            if (self.name, record["epoch"]) == ("distilled", 1):
+                raise KeyboardInterrupt
+
+    whole = pipeline.run(probing(), root=tmp_path, name="whole")
+    (store,) = [
+        path for path in (tmp_path / "cache" / "teachers").iterdir() if "train" in (path / "manifest.json").read_text()
+    ][:1]
+    assert verify_cache(store).largest < 0.05
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(probing(), root=tmp_path, name="parts", observer=Stopping())
+    parts = pipeline.run(probing(), root=tmp_path, name="parts", resume=True)
+    ours, theirs = (load_model(each / "distilled").module.state_dict() for each in (whole, parts))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_that_takes_the_probe_of_another_takes_its_folds(probing, recipe, tmp_path):
+    first = pipeline.run(probing(), root=tmp_path, name="first")
+    again = pipeline.run(
+        recipe(**{"teacher.model": "cifar/resnet8", "teacher.weights": first}), root=tmp_path, name="again"
+    )
+    ours, theirs = (load_model(each / "distilled").module.state_dict() for each in (first, again))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert results(again)["stages"]["teacher"]["head"] == results(first)["stages"]["teacher"]["head"]
+    (again / "teacher" / "fold_heads.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match="fold_heads"):
+        pipeline.run(
+            recipe(**{"teacher.weights": again, "teacher.model": "cifar/resnet8"}), root=tmp_path, name="third"
+        )
+
+
+def test_fine_tuning_starts_from_the_probe_and_the_better_is_taken(probing, tmp_path):
+    heard = Listening()
+    changes = {"teacher.head": "finetune", "teacher.training.epochs": 2, "teacher.training.freeze": 1}
+    run = pipeline.run(probing(**changes), root=tmp_path, stages=("teacher",), observer=heard)
+    entry = results(run)["stages"]["teacher"]
+    better = max(entry["head"]["val_top1"], entry["head"]["finetuned_val_top1"])
+    assert load_model(run / "teacher").facts["val"]["top1"] == better
+    assert entry["head"]["taken"] == (
+        "finetuned" if entry["head"]["finetuned_val_top1"] > entry["head"]["val_top1"] else "probe"
+    )
+    assert any("as a probe" in note and "fine-tuned" in note for note in heard.notes)
+
+
+def test_a_fine_tuning_that_spoils_the_probe_leaves_the_probe(probing, encoder, tmp_path):
+    changes = {"teacher.head": "finetune", "teacher.training.epochs": 1, "teacher.training.lr": 10.0}
+    spoilt = pipeline.run(probing(**changes), root=tmp_path, name="a", stages=("teacher",))
+    probed = pipeline.run(probing(), root=tmp_path, name="b", stages=("teacher",))
+    assert results(spoilt)["stages"]["teacher"]["head"]["taken"] == "probe"
+    ours, theirs = (load_model(each / "teacher").module.state_dict() for each in (spoilt, probed))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_weights_that_know_the_classes_are_refused(probing, tmp_path):
+    first = pipeline.run(probing(), root=tmp_path, name="first", stages=("teacher",))
+    with pytest.raises(UsageError, match=r"teacher\.head: .* knows these 3 classes already"):
+        pipeline.run(probing(**{"teacher.weights": first}), root=tmp_path, name="second")
+
+
+def test_a_network_without_a_linear_head_is_refused(probing, tmp_path):
+    torch.save(create_model("torchvision/squeezenet1_1", 5, size=32).state_dict(), tmp_path / "squeeze.pth")
+    changes = {
+        "teacher.model": "torchvision/squeezenet1_1",
+        "teacher.weights": tmp_path / "squeeze.pth",
+        "data.size": 32,
+    }
+    with pytest.raises(UsageError, match="no such layer at its end"):
+        pipeline.run(probing(**changes), root=tmp_path)
+
+
+def test_one_image_of_a_class_is_refused(probing, photographs, tmp_path):
+    for split, count in (("train", 1), ("val", 4), ("test", 4)):
+        for name in ("blue", "green", "red"):
+            folder = tmp_path / "few" / split / name
+            folder.mkdir(parents=True)
+            at = {"train": 0, "val": 5, "test": 10}[split]
+            for i in range(at, at + (count if name == "red" else 4)):
+                (folder / f"{i}.png").write_bytes((photographs / name / f"{i:02d}.png").read_bytes())
+    with pytest.raises(UsageError, match="one image of 'red'"):
+        pipeline.run(probing(**{"data.source": tmp_path / "few"}), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"student.head": "probe"}, "student.head is for teachers"),
+        ({"teacher.weights": "null"}, "teacher.weights names none"),
+        ({"teacher.training.freeze": 3}, "freeze must be below epochs, 3"),
+        ({"teacher.head": "prob"}, "probe"),
+        ({"training.freeze": 1}, "student.weights names none"),
+        ({"training.layer_decay": 0.5}, "student.weights names none"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(probing, changes, word):
+    with pytest.raises(UsageError, match=word):
+        probing(**changes)
+
+
+def test_images_beyond_those_of_training_get_the_head_of_all():
+    weight = torch.stack([torch.eye(2), 2 * torch.eye(2), 3 * torch.eye(2)])
+    heads = FoldHeads("fc", weight, torch.zeros(3, 2), torch.tensor([0, 1, 2]))
+    said = heads(torch.ones(5, 2), torch.tensor([1, 0, 2, 3, 99]))
+    assert said[:, 0].tolist() == [2.0, 1.0, 3.0, 3.0, 3.0]
