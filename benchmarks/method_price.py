@@ -27,15 +27,13 @@ from torch import Tensor, nn
 
 from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
-from potstill.methods import REQUIRED, create_method, list_methods, method_options
+from potstill.methods import COSTS_FILE, create_method, list_own_methods, method_info
 from potstill.methods.base import Method
-from potstill.methods.documentation import COSTS_FILE
 from potstill.models.factory import create_model
 from potstill.types import Batch
 
 IMAGES = 50_000  # of the training set that memories are sized by: CIFAR-100's
 EPOCH, EPOCHS = 20, 240  # past warm-ups, and within the first part of methods that have two
-EXAMPLES = {"MethodSettings": {"name": "kd"}, "list[MethodSettings]": [{"name": "kd"}, {"name": "at", "factor": 0.5}]}
 QUICK: dict[str, dict[str, Any]] = {"ft": {"paraphraser_epochs": 1}}  # what comes before training is no step
 
 
@@ -75,10 +73,7 @@ class Bench:
 
     def run(self, name: str) -> "Run":
         """A method, ready for its first step."""
-        given = {
-            key: EXAMPLES[each.annotation] for key, each in method_options(name).items() if each.default is REQUIRED
-        }
-        method = create_method(name, **given, **QUICK.get(name, {}))
+        method = create_method(name, **method_info(name).examples, **QUICK.get(name, {}))
         student = copy.deepcopy(self.student)
         if "head_dist" in method.student_taps:
             student = TwoHeads(student, self.classes)
@@ -207,7 +202,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=COSTS_FILE)
     arguments = parser.parse_args()
-    names = arguments.methods or list_methods()
+    names = arguments.methods or list_own_methods()
     bench = Bench(arguments)
     plain = bench.run("supervised")
     plain.step()

@@ -6,18 +6,11 @@ from typing import Any
 
 import yaml
 
-from potstill.cli.catalog import option_text, price_text
+from potstill.cli.catalog import price_text
 from potstill.config.recipe import list_recipes
-from potstill.methods import REQUIRED, MethodOption, list_methods
-from potstill.methods.documentation import (
-    MethodDocumentation,
-    declared_requirements,
-    declared_student_layers,
-    measured_costs,
-    method_documentation,
-    methods_by_kind,
-)
+from potstill.methods import MethodInfo, list_own_methods, measured_costs, method_info, methods_by_kind, step_costs
 from potstill.methods.requirements import Requirements
+from potstill.options import REQUIRED, Option, allowed_values
 
 _PAIR = "cifar100/resnet32x4-resnet8x4"  # the one that every table has
 
@@ -30,7 +23,7 @@ _COMMON = {"teacher", "epoch progress", "labels of every image", "two images a b
 
 def pages() -> dict[str, str]:
     """Path below docs/ -> Markdown."""
-    return {f"methods/{name}.md": page(name) for name in list_methods()}
+    return {f"methods/{name}.md": page(name) for name in list_own_methods()}
 
 
 def navigation() -> list[str]:
@@ -47,32 +40,33 @@ def table_of_methods() -> list[tuple[str, ...]]:
     """Head and rows, with links to the pages of the methods."""
     rows: list[tuple[str, ...]] = [("method", "paper", "needs", "time", "memory")]
     for names in methods_by_kind().values():
-        rows += [_row(method_documentation(name)) for name in names]
+        rows += [_row(method_info(name)) for name in names]
     return rows
 
 
-def _row(found: MethodDocumentation) -> tuple[str, ...]:
-    name = found.entry.name
-    title = found.entry.summary.partition(":")[0].strip(" .")
+def _row(found: MethodInfo) -> tuple[str, ...]:
+    name = found.name
+    title = found.summary.partition(":")[0].strip(" .")
     paper = f"[{found.paper.venue}]({found.paper.url})" if found.paper else ""
     needs = ", ".join(need for need in found.needs if need not in _COMMON) or "logits"
-    price = (f"{found.price.time:.2f}", f"{found.price.memory:.2f}") if found.price else ("", "")
+    cost = step_costs().get(name)
+    price = (f"{cost.time:.2f}", f"{cost.memory:.2f}") if cost else ("", "")
     return (f"[`{name}`](methods/{name}.md) {title}", paper, needs, *price)
 
 
 def page(name: str) -> str:
     """The page of one method."""
-    found = method_documentation(name)
+    found = method_info(name)
     parts = [f"# {name}", _head(found), *_loss(found), f"**Needs**: {', '.join(found.needs)}."]
     parts += ["## Use", f"```yaml\n{recipe(found)}```", *_command(found), f"```python\n{snippet(name)}```"]
     if found.options:
         parts += ["## Options", _options(found.options)]
-    if found.entry.presets:
-        presets = [(f"`{key}`", _settings(value)) for key, value in found.entry.presets.items()]
+    if found.presets:
+        presets = [(f"`{key}`", _settings(value)) for key, value in found.presets.items()]
         parts += ["## Presets", "The authors' options for one pair of networks, for `method.preset`.",
                   _table(("preset", "options"), presets)]  # fmt: skip
-    if found.entry.published:
-        published = [(_words(key), f"{value:.2f}") for key, value in found.entry.published.items()]
+    if found.published:
+        published = [(_words(key), f"{value:.2f}") for key, value in found.published.items()]
         parts += ["## Published", "Top-1 of the student in percent, as published; measured elsewhere, not here.",
                   _table(("teacher → student", "top-1"), published)]  # fmt: skip
     parts += ["## Price", _price(found)]
@@ -83,27 +77,23 @@ def page(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def recipe(found: MethodDocumentation) -> str:
+def recipe(found: MethodInfo) -> str:
     """The method's part of a recipe, every option at its default."""
-    options = {key: _given(option) for key, (option, _) in found.options.items()}
+    options = {key: each.default for key, each in found.options.items()} | found.examples
     text: str = yaml.safe_dump(
-        {"method": {"name": found.entry.name, **options}}, sort_keys=False, default_flow_style=None, width=100
+        {"method": {"name": found.name, **options}}, sort_keys=False, default_flow_style=None, width=100
     )
     if text.startswith("method: {"):  # few options fit into one line, but the others are written so
-        text = yaml.safe_dump({"method": {"name": found.entry.name, **options}}, sort_keys=False)
+        text = yaml.safe_dump({"method": {"name": found.name, **options}}, sort_keys=False)
     return text
 
 
 def snippet(name: str) -> str:
     """A loop of one step, with all that the method needs."""
-    needs = declared_requirements(name) or Requirements(epoch=True)  # around others: these may be anything
-    student = TWO_HEADS if "head_dist" in declared_student_layers(name) else "cifar/resnet8"
-    given = {
-        key: _given(option)
-        for key, (option, _) in method_documentation(name).options.items()
-        if option.default is REQUIRED
-    }
-    method = ", ".join([f'"{name}"', *(f"{key}={json.dumps(value)}" for key, value in given.items())])
+    needs = method_info(name).requirements or Requirements(epoch=True)  # around others: these may be anything
+    student = TWO_HEADS if "head_dist" in method_info(name).student_layers else "cifar/resnet8"
+    given = method_info(name).examples.items()
+    method = ", ".join([f'"{name}"', *(f"{key}={json.dumps(value)}" for key, value in given)])
     return "".join(f"{line}\n" for line in _lines(needs, method, student))
 
 
@@ -143,24 +133,15 @@ def _lines(needs: Requirements, method: str, student: str) -> Iterator[str]:
     yield "print({name: term.item() for name, term in step.terms.items()})"
 
 
-def _given(option: MethodOption) -> Any:
-    """The default; where there is none, an example."""
-    if option.default is not REQUIRED:
-        return option.default
-    if option.annotation == "MethodSettings":
-        return {"name": "kd"}
-    return [{"name": "kd"}, {"name": "at", "factor": 0.5}] if option.annotation == "list[MethodSettings]" else 1
-
-
-def _head(found: MethodDocumentation) -> str:
-    text = _prose(found.entry.summary)
+def _head(found: MethodInfo) -> str:
+    text = _prose(found.summary)
     if found.paper is None:
         return text
     paper = found.paper
     return f"{text}\n\n{paper.authors}, [{paper.title}]({paper.url}), {paper.venue}."
 
 
-def _loss(found: MethodDocumentation) -> list[str]:
+def _loss(found: MethodInfo) -> list[str]:
     parts = ["## Loss", _prose(found.loss)]
     if found.terms:
         width = max(map(len, found.terms))
@@ -169,33 +150,34 @@ def _loss(found: MethodDocumentation) -> list[str]:
     return parts
 
 
-def _command(found: MethodDocumentation) -> list[str]:
+def _command(found: MethodInfo) -> list[str]:
     """With a preset, on the pair of networks that it is for, where a recipe for that pair ships."""
-    name, shipped = found.entry.name, list_recipes()
-    if any(option.default is REQUIRED for option, _ in found.options.values()) or found.kind == "several teachers":
+    name, shipped = found.name, list_recipes()
+    if found.examples or found.kind == "several teachers":
         return []
-    pairs = [key for key in (_PAIR, *found.entry.presets) if key in found.entry.presets and key in shipped]
+    pairs = [key for key in (_PAIR, *found.presets) if key in found.presets and key in shipped]
     pair = next(iter(pairs), None)
     if pair is None:
         networks = "--teacher cifar/resnet14" + (
-            f" --student {TWO_HEADS}" if "head_dist" in declared_student_layers(name) else ""
+            f" --student {TWO_HEADS}" if "head_dist" in method_info(name).student_layers else ""
         )
         return [f"```sh\npotstill run quickstart {networks} --set method.name={name}\n```"]
     return [f"```sh\npotstill run {pair} --set method.name={name} --set method.preset={pair}\n```"]
 
 
-def _options(options: dict[str, tuple[MethodOption, str]]) -> str:
+def _options(options: dict[str, Option]) -> str:
     rows = []
-    for key, (option, meaning) in options.items():
-        allowed, default = option_text(option, "").rsplit(", ", 1)
-        rows.append((f"`{key}`", _code(default.removeprefix("default ")), allowed, _prose(meaning)))
+    for key, each in options.items():
+        default = "required" if each.default is REQUIRED else str(each.default)
+        rows.append((f"`{key}`", _code(default), allowed_values(each.schema), _prose(each.doc)))
     return _table(("option", "default", "allowed", "what it is"), rows)
 
 
-def _price(found: MethodDocumentation) -> str:
-    if found.price is None:
+def _price(found: MethodInfo) -> str:
+    price = step_costs().get(found.name)
+    if price is None:
         return "Not measured yet."
-    return price_text(found.price)[:1].upper() + price_text(found.price)[1:] + " [How](../methods.md#price)."
+    return price_text(price)[:1].upper() + price_text(price)[1:] + " [How](../methods.md#price)."
 
 
 def measured_on() -> str:

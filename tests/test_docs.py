@@ -29,7 +29,8 @@ from potstill.data.file_datasets import ShardOptions
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.loggers import LoggerSettings
-from potstill.methods import METHODS, RENAMED_OPTIONS, method_class, method_info
+from potstill.methods import list_own_methods, method_class, method_info
+from potstill.options import RENAMED_OPTIONS
 from potstill.training.settings import TrainingSettings
 
 from .conftest import few_digits
@@ -100,8 +101,8 @@ def test_what_is_generated_is_not_kept(generated_docs):
 
 
 def test_every_method_has_its_page_with_all_of_it(page, generated_docs):
-    assert {path.stem for path in (generated_docs / "docs" / "methods").iterdir()} == set(METHODS)
-    for name in METHODS:
+    assert {path.stem for path in (generated_docs / "docs" / "methods").iterdir()} == set(list_own_methods())
+    for name in list_own_methods():
         text, found = page(f"methods/{name}"), method_info(name)
         for option in found.options:
             assert f"| `{option}` |" in text
@@ -118,7 +119,7 @@ def test_every_method_has_its_page_with_all_of_it(page, generated_docs):
 
 def test_every_method_has_its_row(page):
     rows = dict(re.findall(r"^\| \[`(\w+)`\]\(methods/\w+\.md\) (.*) \|$", page("methods"), re.MULTILINE))
-    assert set(rows) == set(METHODS)
+    assert set(rows) == set(list_own_methods())
     assert rows["kd"].startswith(
         "Knowledge distillation | [NIPS workshop 2014](https://arxiv.org/abs/1503.02531) | logits | "
     )
@@ -127,11 +128,13 @@ def test_every_method_has_its_row(page):
 
 def test_pages_count_the_methods():
     for name in ("README.md", "CHANGELOG.md", "docs/start-research.md"):
-        assert re.findall(r"(\d+) methods", (ROOT / name).read_text(encoding="utf-8"))[0] == str(len(METHODS)), name
+        assert re.findall(r"(\d+) methods", (ROOT / name).read_text(encoding="utf-8"))[0] == str(
+            len(list_own_methods())
+        ), name
 
 
 def test_the_reference_has_everything_that_the_package_exports(page):
-    classes = {method_class(name).__name__ for name in METHODS}
+    classes = {method_class(name).__name__ for name in list_own_methods()}
     entries = {
         entry
         for name in ("experiment", "distiller", "data")
@@ -153,7 +156,7 @@ def test_the_reference_has_everything_that_the_package_exports(page):
     assert ">>> kd_loss(torch.zeros(1, 2), torch.tensor([[4.0, 0.0]]), temperature=2.0)\ntensor(1.3113)" in text
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", list_own_methods())
 def test_the_python_of_every_method_runs(name, capsys, page):
     (block,) = re.findall(r"^```python\n(.*?)^```", page(f"methods/{name}"), re.DOTALL | re.MULTILINE)
     exec(compile(block, name, "exec"), names := {})

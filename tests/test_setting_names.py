@@ -13,7 +13,7 @@ from potstill.data.builtin.cifar100 import CifarOptions
 from potstill.data.builtin.fashion_mnist import FashionOptions
 from potstill.data.builtin.solar import SolarOptions
 from potstill.data.file_datasets import ShardOptions
-from potstill.methods import METHODS, method_info
+from potstill.methods import list_own_methods, method_info
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +23,7 @@ PLACEHOLDERS = {"key", "KEY"}
 TENSORS = {"student.maps", "teacher.maps"}  # of Python code in a page on methods
 
 METHOD_OPTIONS = {"name", "preset", "factor", "methods", "schedule"} | {
-    option for name in METHODS for option in method_info(name).options
+    option for name in list_own_methods() for option in method_info(name).options
 }
 DATA_OPTIONS = {
     option

@@ -7,8 +7,6 @@ Three layers, each usable alone: ``potstill.functional`` (losses), ``Distiller``
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from potstill.methods import METHODS
-
 if TYPE_CHECKING:
     from potstill.api import load as load
     from potstill.api import run as run
@@ -29,16 +27,22 @@ _HOMES = {
     "load": "potstill.api",
     "predict": "potstill.export.predict",
     "run": "potstill.api",
-} | {target.partition(":")[2]: target.partition(":")[0] for target in METHODS.values()}
-
-__all__ = sorted(_HOMES)
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__all__" or name[:1].isupper():  # the classes of methods
+        from potstill.methods import method_classes
+
+        classes = method_classes()
+        if name == "__all__":
+            return sorted([*_HOMES, *classes])
+        if name in classes:
+            return getattr(importlib.import_module(classes[name]), name)
     raise AttributeError(f"module 'potstill' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__getattr__("__all__")])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from potstill.methods import documentation as told
-from potstill.methods import method_info
+from potstill import methods as registry
+from potstill.methods import measured_costs, method_info, step_costs
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "method_price.py"
 NETWORKS = [
@@ -57,10 +57,10 @@ def test_prices_of_methods(benchmark, tmp_path, monkeypatch):
     # 16,384 negatives of 128 numbers for each of 4 images, twice: more than the small network ever holds
     assert methods["crd"]["memory"] > 10 > methods["kd"]["memory"] > 0.9
 
-    monkeypatch.setattr(told, "COSTS_FILE", output)
-    told.measured_costs.cache_clear()
-    assert told.step_costs()["kd"].time == methods["kd"]["time"]
-    told.measured_costs.cache_clear()
+    monkeypatch.setattr(registry, "COSTS_FILE", output)
+    measured_costs.cache_clear()
+    assert step_costs()["kd"].time == methods["kd"]["time"]
+    measured_costs.cache_clear()
 
 
 def test_only_the_named_are_measured_anew_and_failures_are_said(benchmark, tmp_path, monkeypatch, capsys):

@@ -1,12 +1,9 @@
 """potstill methods NAME: every part, by hand for one method."""
 
-from dataclasses import replace
-
 import pytest
 
 from potstill.cli import catalog, main
-from potstill.methods import list_methods
-from potstill.methods.documentation import StepCost, method_documentation
+from potstill.methods import StepCost, list_own_methods
 
 
 def shown(name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -23,7 +20,7 @@ def test_all_parts_of_one_method(capsys: pytest.CaptureFixture[str], monkeypatch
         "Knowledge distillation: match the teacher's softened class probabilities.\n\nHinton, Vinyals and Dean, ",
         "https://arxiv.org/abs/1503.02531\n",
         "  kd_loss  T² KL(softmax(z_t / T) ‖ softmax(z_s / T))\n",
-        "  temperature  a number above 0, default 2.0: T of the soft targets; the same for teacher and student.\n",
+        "  temperature  a number above 0, default 2.0: T of the soft targets; the same for teacher and student\n",
         "  cifar100  temperature=4.0, alpha=0.1\n",
         "  cifar100/resnet32x4-resnet8x4     73.33 %\n",
         "Traps:\n  - The divergence is summed over classes",
@@ -32,9 +29,9 @@ def test_all_parts_of_one_method(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_a_price_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    priced = replace(method_documentation("kd"), price=StepCost(2.5, 2.4, 2.6, 1.25, 1.5, 1234))
+    priced = {"kd": StepCost(2.5, 2.4, 2.6, 1.25, 1.5, 1234)}
     facts = {"teacher": "cifar/a", "student": "cifar/b", "batch": 64, "machine": {"processor": "A CPU"}}
-    monkeypatch.setattr(catalog, "method_documentation", lambda name: priced)
+    monkeypatch.setattr(catalog, "step_costs", lambda: priced)
     monkeypatch.setattr(catalog, "measured_costs", lambda: facts)
     assert " ".join(shown("kd", capsys).partition("Price:\n")[2].partition("\n\n")[0].split()) == (
         "a step takes 2.50 times that of the student on labels alone (quartiles 2.40 to 2.60, 1.25 of it the "
@@ -56,7 +53,7 @@ def test_lines_fit_the_terminal(
 
 
 def test_every_method_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in list_methods():
+    for name in list_own_methods():
         text = shown(name, capsys)
         assert "``" not in text
         assert "Loss:\n" in text

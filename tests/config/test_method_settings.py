@@ -4,15 +4,13 @@ import inspect
 import pytest
 
 from potstill.config.method_settings import describe_method, inner_methods, needs_teacher
-from potstill.methods import METHODS, REQUIRED, create_method, method_options
+from potstill.methods import create_method, list_own_methods, method_info
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in METHODS if not any(option.default is REQUIRED for option in method_options(name).values())],
-)
-def test_what_the_source_says_of_a_teacher_is_what_the_method_says(name: str) -> None:
-    assert needs_teacher({"name": name}) == create_method(name).needs.teacher
+@pytest.mark.parametrize("name", list_own_methods())
+def test_what_the_catalog_says_of_a_teacher_is_what_the_method_says(name: str) -> None:
+    examples = method_info(name).examples
+    assert needs_teacher({"name": name} | examples) == create_method(name, **examples).needs.teacher
 
 
 def test_a_method_around_another_needs_what_that_one_needs() -> None:

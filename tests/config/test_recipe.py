@@ -6,7 +6,7 @@ import pytest
 from potstill.config.recipe import Recipe, dump_recipe, list_recipes, load_recipe
 from potstill.errors import ArtifactError, UsageError
 from potstill.io import write_checksummed_json
-from potstill.methods import method_info, method_options
+from potstill.methods import method_info
 
 PRESET = method_info("dkd").presets["cifar100/resnet32x4-resnet8x4"]
 SMALL = {"name": "small", "teacher": {"model": "cifar/vgg8"}, "student": {"model": "cifar/resnet8"}}
@@ -426,7 +426,7 @@ method:
         "recipe.yaml:7:16: method[0].alpha must be from 0 to 1, got 2",
         "recipe.yaml:9:5: method[1].factor must be a number at least 0, got 'heavy'",
         "recipe.yaml:12:7: method[1].base_method.bta: no option 'bta'; did you mean 'beta'? It takes "
-        + ", ".join(method_options("dkd")),
+        + ", ".join(method_info("dkd").options),
         "--set teacher.2.model=d: teacher is a list, whose members are teacher.0 to teacher.1",
         "--set teacher.model=d: teacher is a list, whose members are teacher.0 to teacher.1",
         "--set method.0.temperature=-1: method[0].temperature must be above 0, got -1",

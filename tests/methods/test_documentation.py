@@ -1,4 +1,4 @@
-"""What is told about methods comes from their source, without torch, and is complete."""
+"""What is known about methods comes from their classes, needs no torch once it is in the catalog, and is complete."""
 
 import json
 import re
@@ -7,19 +7,22 @@ import sys
 
 import pytest
 
+from potstill import methods
 from potstill.errors import UsageError
-from potstill.methods import METHODS, REQUIRED, create_method, list_methods, method_class
-from potstill.methods import documentation as told
-from potstill.methods.documentation import (
+from potstill.methods import (
     METHOD_KINDS,
+    Paper,
     StepCost,
-    declared_requirements,
-    declared_student_layers,
-    is_wrapper,
-    method_documentation,
+    create_method,
+    list_own_methods,
+    measured_costs,
+    method_info,
     methods_by_kind,
-    tex_to_text,
+    step_costs,
+    takes_methods,
 )
+from potstill.methods import documentation as told
+from potstill.methods.documentation import catalog_files, tex_to_text
 from potstill.methods.requirements import Requirements
 
 NO_PAPER = {"supervised", "combined"}
@@ -41,26 +44,22 @@ def test_formulas_as_text(tex, text):
     assert tex_to_text(tex) == text
 
 
-def ready(name):
-    """A method with its defaults, and examples where it has none."""
-    inner = {"MethodSettings": {"name": "kd"}, "list[MethodSettings]": [{"name": "kd"}, {"name": "at"}]}
-    found = method_documentation(name).entry.options
-    return create_method(name, **{key: inner[o.annotation] for key, o in found.items() if o.default is REQUIRED})
+def test_the_files_that_are_written_from_the_classes_are_up_to_date():
+    stale = [path.name for path, text in catalog_files().items() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run python -m potstill.methods.documentation"
 
 
-@pytest.mark.parametrize("name", list_methods())
-def test_needs_read_from_source_are_those_of_the_class(name):
-    method = ready(name)
-    if is_wrapper(name):
-        assert declared_requirements(name) is None
-    else:
-        assert declared_requirements(name) == method.needs
-    assert declared_student_layers(name) == method_class(name).student_taps
+@pytest.mark.parametrize("name", list_own_methods())
+def test_needs_are_those_of_the_class(name):
+    found = method_info(name)
+    method = create_method(name, **found.examples)
+    around = any(takes_methods(option) for option in found.options.values())
+    assert found.requirements == (None if around else method.needs)
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", list_own_methods())
 def test_nothing_is_left_out(name):
-    found = method_documentation(name)
+    found = method_info(name)
     assert (found.paper is None) == (name in NO_PAPER)
     if found.paper is not None:
         assert re.fullmatch(r"[A-Z].*[\w.]", found.paper.authors), found.paper.authors
@@ -71,34 +70,32 @@ def test_nothing_is_left_out(name):
     assert found.terms or found.kind in ("around other methods", "no teacher")
     for text in (*found.terms.values(), found.loss, found.notes, *found.traps):
         assert "\\" not in text
-    missing = [key for key, (_, meaning) in found.options.items() if not meaning]
-    assert missing == [], f"{name}: the class's docstring says nothing about {missing}"
-    assert set(found.entry.published) <= {key for key in found.entry.published if key.count("/") == 1}
+    assert set(found.published) <= {key for key in found.published if key.count("/") == 1}
 
 
 def test_no_option_hides_a_word_that_every_method_understands():
-    reserved = {"name", "preset", "schedule"}
-    assert {name: set(method_documentation(name).options) & reserved for name in METHODS} == {
-        name: set() for name in METHODS
+    reserved = {"name", "preset", "schedule", "factor"}
+    assert {name: set(method_info(name).options) & reserved for name in list_own_methods()} == {
+        name: set() for name in list_own_methods()
     }
 
 
 def test_kinds_follow_from_needs():
     kinds = methods_by_kind()
     assert tuple(kinds) == METHOD_KINDS
-    assert sorted(name for names in kinds.values() for name in names) == sorted(METHODS)
+    assert sorted(name for names in kinds.values() for name in names) == list_own_methods()
     wanted = {
         "kd": "logits", "fitnet": "feature maps", "rkd": "embeddings", "wkd_l": "logits", "crd": "embeddings",
         "camkd": "several teachers",
         "supervised": "no teacher", "ls": "around other methods", "combined": "around other methods",
     }  # fmt: skip
-    assert {name: method_documentation(name).kind for name in wanted} == wanted
-    assert told._method_kind("kd", Requirements(teacher=False, peers=True)) == "peers"
+    assert {name: method_info(name).kind for name in wanted} == wanted
+    assert told._method_kind(Requirements(teacher=False, peers=True)) == "peers"
 
 
 def test_the_parts_of_a_docstring():
-    found = method_documentation("kd")
-    assert found.paper == told.Paper(
+    found = method_info("kd")
+    assert found.paper == Paper(
         "Hinton, Vinyals and Dean",
         "Distilling the Knowledge in a Neural Network",
         "NIPS workshop 2014",
@@ -106,35 +103,35 @@ def test_the_parts_of_a_docstring():
     )
     assert found.loss == "Labels and soft targets: ``alpha * CE + (1 - alpha) * KD``."
     assert found.terms == {"kd_loss": "T² KL(softmax(z_t / T) ‖ softmax(z_s / T))"}
-    assert found.options["alpha"][1] == "weight of the label term; 1 ignores the teacher, 0 ignores the labels."
+    assert found.options["alpha"].doc == "weight of the label term; 1 ignores the teacher, 0 ignores the labels"
     assert found.needs == ["teacher"]
     assert any("KLDivLoss" in trap for trap in found.traps)
     assert "Traps" not in found.notes
-    assert {"Two classes are refused: the non-target part is then 0."} < set(method_documentation("dkd").traps)
-    assert any("mixup" in trap for trap in method_documentation("crd").traps)
-    assert list(method_documentation("srd").terms) == ["srd_loss", "kd_loss"]  # a function of another method's file
+    assert {"Two classes are refused: the non-target part is then 0."} < set(method_info("dkd").traps)
+    assert any("mixup" in trap for trap in method_info("crd").traps)
+    assert list(method_info("srd").terms) == ["srd_loss", "kd_loss"]  # a function of another method's file
 
 
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'dkd'"):
-        method_documentation("dkdd")
+        method_info("dkdd")
 
 
 def test_nothing_of_it_imports_torch():
     code = (
         "import sys; from potstill.cli import main; main(['methods']); main(['methods', 'reviewkd']); "
-        "from potstill.methods import METHODS; from potstill.methods.documentation import method_documentation; "
-        "[method_documentation(name) for name in METHODS]; sys.exit('torch' in sys.modules)"
+        "from potstill.methods import list_own_methods, method_info; "
+        "[method_info(name) for name in list_own_methods()]; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def test_prices_are_read_where_they_are_measured(tmp_path, monkeypatch):
     values = {"time": 2.5, "low": 2.4, "high": 2.6, "teacher": 1.25, "memory": 1.5, "adapters": 3}
-    monkeypatch.setattr(told, "COSTS_FILE", tmp_path / "price.json")
-    told.measured_costs.cache_clear()
-    assert told.step_costs() == {}
-    told.measured_costs.cache_clear()
+    monkeypatch.setattr(methods, "COSTS_FILE", tmp_path / "price.json")
+    measured_costs.cache_clear()
+    assert step_costs() == {}
+    measured_costs.cache_clear()
     (tmp_path / "price.json").write_text(json.dumps({"methods": {"kd": values}}))
-    assert told.step_costs() == {"kd": StepCost(2.5, 2.4, 2.6, 1.25, 1.5, 3)}
-    told.measured_costs.cache_clear()
+    assert step_costs() == {"kd": StepCost(2.5, 2.4, 2.6, 1.25, 1.5, 3)}
+    measured_costs.cache_clear()

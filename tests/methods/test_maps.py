@@ -83,7 +83,7 @@ def test_terms_stay_in_float32_under_autocast(name):
 @pytest.mark.parametrize("name", [*KINDS, "FSP"])
 def test_weight_scales_the_terms(name):
     kind = KINDS.get(name, FSP)
-    weights = [key for key in kind.__init__.__annotations__ if key in ("weight", "mimic_weight", "generation_weight")]
+    weights = [key for key in kind.OPTIONS if key in ("weight", "mimic_weight", "generation_weight")]
     zero, ours, theirs = make(lambda: kind(**dict.fromkeys(weights, 0.0)), CNN, CNN)
     assert all(term == 0 for term in zero.distill(ours, theirs, labelled()).values())
 

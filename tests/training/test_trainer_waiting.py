@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from potstill.distillation.distiller import Distiller
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics
 from potstill.input_spec import InputSpec
-from potstill.methods import REQUIRED, create_method, list_methods, method_options
+from potstill.methods import create_method, list_methods, method_info
 from potstill.methods.at import AT
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
@@ -28,7 +28,6 @@ from potstill.types import UNLABELED, Batch
 
 GPU = torch.device("cuda:0")
 CLASSES, SIZE, IMAGES = 4, 32, 8
-GIVEN = {"MethodSettings": {"name": "kd"}, "list[MethodSettings]": [{"name": "kd"}, {"name": "at", "factor": 0.5}]}
 
 
 class Waits(TorchDispatchMode):
@@ -110,8 +109,7 @@ def distil(method):
 
 
 def made(name):
-    given = {key: GIVEN[each.annotation] for key, each in method_options(name).items() if each.default is REQUIRED}
-    return create_method(name, **given, **({"paraphraser_epochs": 1} if name == "ft" else {}))
+    return create_method(name, **method_info(name).examples, **({"paraphraser_epochs": 1} if name == "ft" else {}))
 
 
 @pytest.mark.parametrize("name", list_methods())

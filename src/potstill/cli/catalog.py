@@ -1,5 +1,6 @@
 """Verbs that list what is available: recipes, models, methods; and the text that `potstill methods NAME` prints."""
 
+import json
 import shutil
 import sys
 import textwrap
@@ -8,23 +9,30 @@ from typing import Annotated
 
 import typer
 
-from potstill.methods import REQUIRED, MethodOption
-from potstill.methods.documentation import (
-    MethodDocumentation,
+from potstill.errors import UsageError, did_you_mean
+from potstill.methods import (
+    MethodInfo,
     StepCost,
+    list_methods,
+    list_own_methods,
     measured_costs,
-    method_documentation,
+    method_info,
     methods_by_kind,
+    step_costs,
 )
+from potstill.options import REQUIRED, Option, allowed_values
 
 
 def list_text() -> list[tuple[str, str, str]]:
-    """(name, kind, one sentence) of every method, kind by kind."""
-    return [
-        (name, kind, method_documentation(name).entry.summary.rstrip())
-        for kind, names in methods_by_kind().items()
-        for name in names
-    ]
+    """(name, kind, one sentence) of every method, kind by kind; those of other packages come last."""
+    rows = [(name, kind, method_info(name).summary) for kind, names in methods_by_kind().items() for name in names]
+    for name in sorted({*list_methods()} - {*list_own_methods()}):
+        try:
+            info = method_info(name)
+            rows.append((name, info.kind, info.summary))
+        except UsageError as error:  # a package that is broken keeps nobody from the other methods
+            rows.append((name, "not loadable", str(error)))
+    return rows
 
 
 def method_text(name: str) -> str:
@@ -33,26 +41,26 @@ def method_text(name: str) -> str:
     Raises:
         UsageError: unknown name; names the nearest known one.
     """
-    found = method_documentation(name)
+    found, price = method_info(name), step_costs().get(name)
     sections = [
-        _wrapped(found.entry.summary),
+        _wrapped(found.summary),
         _paper(found),
         _section("Loss", [_wrapped(_plain(found.loss), 2), *_rows(found.terms, wrap=False)]),
         _section(f"Needs ({found.kind})", [_wrapped(", ".join(found.needs), 2)]),
-        _section("Options (method.NAME in a recipe)", _rows({k: option_text(*v) for k, v in found.options.items()})),
-        _section("Presets (method.preset)", _rows({k: settings_text(v) for k, v in found.entry.presets.items()})),
-        _section("Published top-1 of the student", _rows({k: f"{v:.2f} %" for k, v in found.entry.published.items()})),
-        _section("Price", [_wrapped(price_text(found.price), 2)] if found.price else []),
+        _section("Options (method.NAME in a recipe)", _rows({k: option_text(v) for k, v in found.options.items()})),
+        _section("Presets (method.preset)", _rows({k: settings_text(v) for k, v in found.presets.items()})),
+        _section("Published top-1 of the student", _rows({k: f"{v:.2f} %" for k, v in found.published.items()})),
+        _section("Price", [_wrapped(price_text(price), 2)] if price else []),
         _section("Notes", [_wrapped(_plain(found.notes), 2)] if found.notes else []),
         _section("Traps", [f"  - {_wrapped(_plain(trap), 4).lstrip()}" for trap in found.traps]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def option_text(option: MethodOption, meaning: str) -> str:
+def option_text(option: Option) -> str:
     """Range, default and meaning of an option."""
     default = "required" if option.default is REQUIRED else f"default {option.default}"
-    return f"{option.allowed}, {default}" + (f": {_plain(meaning)}" if meaning else "")
+    return f"{allowed_values(option.schema)}, {default}: {_plain(option.doc)}"
 
 
 def settings_text(settings: dict[str, object]) -> str:
@@ -72,7 +80,7 @@ def price_text(price: StepCost) -> str:
     )
 
 
-def _paper(found: MethodDocumentation) -> str:
+def _paper(found: MethodInfo) -> str:
     if found.paper is None:
         return ""
     paper = found.paper
@@ -116,14 +124,23 @@ def _width() -> int:
 
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe's YAML.")] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of recipes, with which editors complete them.")
+    ] = False,
 ) -> None:
-    """List the recipes, or print one to change.
+    """List the recipes, print one to change, or print their JSON schema.
 
     For example: potstill recipes solar > mine.yaml
     """
+    if schema:
+        if name is not None:
+            raise UsageError("--schema is that of all recipes: leave the name out")
+        from potstill.config.recipe_schema import recipe_schema
+
+        sys.stdout.write(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n")
+        return
     from potstill.config.recipe import list_recipes
     from potstill.config.yaml import parse_yaml
-    from potstill.errors import UsageError, did_you_mean
 
     known = list_recipes()
     if name is None:
@@ -138,7 +155,6 @@ def models(
     pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help='Part of a name, or "resnet*".')] = "",
 ) -> None:
     """List the architectures, for teacher and student."""
-    from potstill.errors import UsageError
     from potstill.models.registry import list_models
 
     names = list_models(pattern)

@@ -1,12 +1,10 @@
 """A recipe's method as plain values: one mapping, or a list of methods that are added up."""
 
-import ast
-import importlib.util
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from potstill.methods import METHODS, method_options
+from potstill.code_references import is_code_reference
+from potstill.errors import UsageError
+from potstill.methods import list_own_methods, method_info, takes_methods
 
 
 def normalize_method(method: Any) -> Any:
@@ -22,26 +20,31 @@ def normalize_method(method: Any) -> Any:
 def inner_methods(settings: dict[str, Any]) -> list[tuple[tuple[str | int, ...], Any]]:
     """The methods inside a method, each with its path: ``("base_method",)``, ``("methods", 0)``.
 
-    Empty for an unknown name; what stands there may be anything, since nobody has checked it.
+    Empty for an unknown name; what stands there may be anything, since nobody has checked it.  A method from outside is
+    not loaded for it: what looks like a method is one.
     """
     name = settings.get("name")
-    if not isinstance(name, str) or name not in METHODS:
+    if not isinstance(name, str):
         return []
+    if name in list_own_methods():
+        options = method_info(name).options
+        inside = {key: settings[key] for key in options if settings.get(key) and takes_methods(options[key])}
+    else:
+        inside = {key: value for key, value in settings.items() if _looks_like_methods(value)}
     found: list[tuple[tuple[str | int, ...], Any]] = []
-    for key, option in method_options(name).items():
-        value = settings.get(key)
-        if value is None or "MethodSettings" not in option.annotation:
-            continue
-        if option.annotation.startswith("list[") and isinstance(value, list):
-            found += [((key, position), each) for position, each in enumerate(value)]
-        elif not option.annotation.startswith("list["):
-            found.append(((key,), value))
+    for key, value in inside.items():
+        several = isinstance(value, list)
+        found += [((key, position), each) for position, each in enumerate(value)] if several else [((key,), value)]
     return found
 
 
+def _looks_like_methods(value: Any) -> bool:
+    each = value if isinstance(value, list) else [value]
+    return bool(each) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in each)
+
+
 def needs_teacher(method: Any) -> bool:
-    """Whether a method learns from a teacher, read from its source as torch is not loaded for recipes; True where in
-    doubt.
+    """Whether a method learns from a teacher, with the defaults of its options; True if in doubt.
 
     Example:
         >>> needs_teacher({"name": "kd"}), needs_teacher({"name": "supervised"})
@@ -50,12 +53,15 @@ def needs_teacher(method: Any) -> bool:
         True
     """
     settings = normalize_method(method)
-    if not isinstance(settings, dict) or settings.get("name") not in METHODS:
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
         return True
-    inner = inner_methods(settings)
-    if inner:
+    if inner := inner_methods(settings):
         return any(needs_teacher(each) for _, each in inner)
-    return _declares_teacher(METHODS[settings["name"]])
+    try:
+        needs = method_info(settings["name"]).requirements
+    except UsageError:  # the check of the method reports it
+        return True
+    return needs is None or needs.teacher
 
 
 def describe_method(method: Any) -> str:
@@ -74,6 +80,8 @@ def describe_method(method: Any) -> str:
     if not isinstance(settings, dict) or "name" not in settings:
         return ""
     name = str(settings["name"])
+    if is_code_reference(name):
+        name = name.rpartition(":")[2]
     inner = inner_methods(settings)
     if name == "combined" and inner:
         text = " + ".join(_describe_weighted(each) for _, each in inner)
@@ -88,30 +96,3 @@ def describe_method(method: Any) -> str:
 def _describe_weighted(settings: Any) -> str:
     factor = settings.get("factor", 1) if isinstance(settings, dict) else 1
     return describe_method(settings) if factor == 1 else f"{factor:g} {describe_method(settings)}"
-
-
-@cache
-def _declares_teacher(target: str) -> bool:
-    """Whether the class behind a line of METHODS says ``needs = Needs(teacher=False)``, itself or by its base."""
-    module, _, name = target.partition(":")
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    definition: ast.ClassDef | None = classes[name]
-    while definition is not None:
-        for call in (node.value for node in ast.walk(definition) if isinstance(node, ast.Assign) and _is_needs(node)):
-            assert isinstance(call, ast.Call)
-            teacher = next((keyword.value for keyword in call.keywords if keyword.arg == "teacher"), None)
-            return not (isinstance(teacher, ast.Constant) and teacher.value is False)
-        bases = [base.id for base in definition.bases if isinstance(base, ast.Name)]
-        definition = next((classes[base] for base in bases if base in classes), None)
-    return True
-
-
-def _is_needs(node: ast.Assign) -> bool:
-    """``needs = Requirements(...)`` or ``self.needs = Requirements(...)``."""
-    target, call = node.targets[0], node.value
-    named = getattr(target, "id", getattr(target, "attr", None)) == "needs"
-    return named and isinstance(call, ast.Call) and getattr(call.func, "id", None) == "Requirements"

@@ -2,13 +2,9 @@
 trackers, curriculum and domain adaptation.
 """
 
-import ast
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,10 +20,10 @@ from potstill.config.settings_errors import (
 )
 from potstill.config.yaml import KeyPath
 from potstill.data.settings import DataSettings
-from potstill.errors import did_you_mean
+from potstill.errors import UsageError, did_you_mean
 from potstill.loggers import as_logger_list
 from potstill.methods import check_method
-from potstill.options import OPTION_TYPES, range_problem
+from potstill.options import WEIGHT_SCHEMA, value_problems
 from potstill.training.settings import TrainingSettings
 
 
@@ -45,8 +41,8 @@ def method_problems(method: Any) -> Iterator[SettingProblem]:
 def _weighted_method(settings: Any, path: KeyPath) -> Iterator[SettingProblem]:
     """A method in a list: besides its own options it has a factor."""
     if isinstance(settings, dict) and "factor" in settings:
-        if problem := range_problem(OPTION_TYPES["NonNegative"], settings["factor"]):
-            yield (*path, "factor"), f"{dotted_key((*path, 'factor'))} {problem}"
+        for problem in value_problems(dotted_key((*path, "factor")), WEIGHT_SCHEMA, settings["factor"]):
+            yield (*path, "factor"), problem
         settings = {key: value for key, value in settings.items() if key != "factor"}
     yield from _one_method(settings, path)
 
@@ -368,8 +364,8 @@ def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, 
         )
     if training.nesterov and (training.optimizer.lower() != "sgd" or training.momentum == 0):
         yield ("nesterov", "optimizer", "momentum"), "nesterov needs optimizer: sgd and momentum above 0"
-    if training.optimizer.lower() not in {name.lower() for name in _optimizers()}:
-        known = ["sgd", "adamw", "dot", *_optimizers()]
+    if not _is_optimizer(training.optimizer):
+        known = ["sgd", "adamw", "dot", *_OPTIMIZERS]
         yield (
             ("optimizer",),
             f"optimizer: no class {training.optimizer!r} in torch.optim{did_you_mean(training.optimizer, known)}",
@@ -392,13 +388,21 @@ def _own_settings(optimizer: str) -> tuple[str, ...]:
     return ("lr", "weight_decay", *more.get(optimizer.lower(), ()))
 
 
-@cache
-def _optimizers() -> list[str]:
-    """DOT, and the classes in torch.optim, from its source, since importing torch takes seconds."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse((Path(spec.origin).parent / "optim" / "__init__.py").read_text(encoding="utf-8"))
-    imported = (alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names)
-    unfit = ("Optimizer", "LBFGS", "SparseAdam")
-    return ["DOT", *sorted({name for name in imported if name[0].isupper() and name not in unfit})]
+# Of torch.optim: importing torch to ask takes seconds.  A newer one's are asked for by name.
+_OPTIMIZERS = (
+    "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop",
+    "SGD",
+)  # fmt: skip
+
+
+def _is_optimizer(name: str) -> bool:
+    """Whether a network can be trained by what has that name, whatever its case."""
+    if name.lower() in {"dot", *(each.lower() for each in _OPTIMIZERS)}:
+        return True
+    from potstill.training.optim import get_optimizer_class
+
+    try:
+        get_optimizer_class(name)
+    except UsageError:
+        return False
+    return True

@@ -1,167 +1,92 @@
-"""The registry of methods: one file per paper; one line in METHODS makes a method known to recipes, command line, docs
-and tests.
+"""The registry of methods: those of this folder, those of installed packages, and those named as code.
 
-The lines are strings, and what each method takes (options, presets, published accuracies, paper) is read from its
-source, so that help and the checks of recipes do not import torch.
+A class with a ``name`` is a method; ``catalog.json`` lists what the classes of this folder declare, so that help and
+the checks of recipes do not import torch.  ``python -m potstill.methods.documentation`` writes it anew; as long as it
+is older than the source, the classes themselves are read, which takes the seconds of importing torch.
+Packages offer methods under the entry point ``potstill.methods``; ``package.module:Class`` and ``path/file.py:Class``
+name one directly.
 """
 
-import ast
+import hashlib
 import importlib
-import importlib.util
 import inspect
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from potstill.code_references import is_code_reference, load_reference
 from potstill.errors import UsageError, did_you_mean
+from potstill.methods.requirements import Requirements
 from potstill.methods.schedules import check_schedule
-from potstill.options import OPTION_TYPES, range_problem
+from potstill.options import METHOD_SCHEMA, WEIGHT_SCHEMA, Option, example_values, option_problems, value_problems
 
 if TYPE_CHECKING:
     from potstill.methods.base import Method
 
-
-METHODS: dict[str, str] = {
-    "ab": "potstill.methods.ab:AB",
-    "abkd": "potstill.methods.abkd:ABKD",
-    "afd": "potstill.methods.afd:AFD",
-    "at": "potstill.methods.at:AT",
-    "bkd": "potstill.methods.bkd:BKD",
-    "camkd": "potstill.methods.camkd:CAMKD",
-    "cat_kd": "potstill.methods.cat_kd:CATKD",
-    "cc": "potstill.methods.cc:CC",
-    "combined": "potstill.methods.combined:Combined",
-    "crd": "potstill.methods.crd:CRD",
-    "crld": "potstill.methods.crld:CRLD",
-    "cskd": "potstill.methods.cskd:CSKD",
-    "ctkd": "potstill.methods.ctkd:CTKD",
-    "deit_hard": "potstill.methods.deit:DeiTHard",
-    "deit_soft": "potstill.methods.deit:DeiTSoft",
-    "dist": "potstill.methods.dist:DIST",
-    "dkd": "potstill.methods.dkd:DKD",
-    "dml": "potstill.methods.dml:DML",
-    "dtkd": "potstill.methods.dtkd:DTKD",
-    "eakd": "potstill.methods.eakd:EAKD",
-    "eskd": "potstill.methods.eskd:ESKD",
-    "fitnet": "potstill.methods.fitnet:FitNet",
-    "fsp": "potstill.methods.fsp:FSP",
-    "ft": "potstill.methods.ft:FT",
-    "gkl": "potstill.methods.gkl:GKL",
-    "ickd": "potstill.methods.ickd:ICKD",
-    "ikl": "potstill.methods.ikl:IKL",
-    "itrd": "potstill.methods.itrd:ITRD",
-    "kd": "potstill.methods.kd:KD",
-    "logit_mse": "potstill.methods.logit_mse:LogitMSE",
-    "ls": "potstill.methods.ls:LS",
-    "mgd": "potstill.methods.mgd:MGD",
-    "mlld": "potstill.methods.mlld:MLLD",
-    "nd": "potstill.methods.nd:ND",
-    "nkd": "potstill.methods.nkd:NKD",
-    "norm": "potstill.methods.norm:NORM",
-    "nst": "potstill.methods.nst:NST",
-    "ofa": "potstill.methods.ofa:OFA",
-    "ofd": "potstill.methods.ofd:OFD",
-    "pkt": "potstill.methods.pkt:PKT",
-    "pskd": "potstill.methods.pskd:PSKD",
-    "reviewkd": "potstill.methods.reviewkd:ReviewKD",
-    "rkd": "potstill.methods.rkd:RKD",
-    "rld": "potstill.methods.rld:RLD",
-    "sdd": "potstill.methods.sdd:SDD",
-    "semckd": "potstill.methods.semckd:SemCKD",
-    "simkd": "potstill.methods.simkd:SimKD",
-    "sp": "potstill.methods.sp:SP",
-    "srd": "potstill.methods.srd:SRD",
-    "srrl": "potstill.methods.srrl:SRRL",
-    "supervised": "potstill.methods.supervised:Supervised",
-    "tfkd_reg": "potstill.methods.tfkd:TfKDReg",
-    "tfkd_self": "potstill.methods.tfkd:TfKDSelf",
-    "ttm": "potstill.methods.ttm:TTM",
-    "uskd": "potstill.methods.uskd:USKD",
-    "vid": "potstill.methods.vid:VID",
-    "vitkd": "potstill.methods.vitkd:ViTKD",
-    "vkd": "potstill.methods.vkd:VkD",
-    "wkd_f": "potstill.methods.wkd_f:WKDF",
-    "wkd_l": "potstill.methods.wkd_l:WKDL",
-    "wsld": "potstill.methods.wsld:WSLD",
-    "wttm": "potstill.methods.wttm:WTTM",
-}
-
-
-RENAMED_OPTIONS = {"around": "base_method"}  # former names, and what they are called now
-
-
-def list_methods() -> list[str]:
-    """Names that recipes accept under ``method.name``, sorted."""
-    return sorted(METHODS)
-
-
-def method_class(name: str) -> "type[Method]":
-    """The class behind a name.
-
-    Raises:
-        UsageError: unknown name; names the nearest known one.
-    """
-    if name not in METHODS:
-        raise UsageError(f"no method {name!r}{did_you_mean(name, METHODS) or '.'} Known: {', '.join(list_methods())}")
-    module, _, attribute = METHODS[name].partition(":")
-    return cast("type[Method]", getattr(importlib.import_module(module), attribute))
-
-
-def create_method(
-    name: str, *, preset: str | None = None, schedule: dict[str, Any] | None = None, **options: Any
-) -> "Method":
-    """Build a method by name.
-
-    Args:
-        name: a key of METHODS.
-        preset: the authors' options for one pair of networks, by name; ``options`` overrule them.
-        schedule: weights and options that change with the epochs; see ``potstill.methods.wrappers``.
-        options: keywords of the method's ``__init__``.
-
-    Raises:
-        UsageError: unknown name, preset or option, missing option, value out of range.
-    """
-    problems = check_method(name, {**options, **_without_none(preset=preset, schedule=schedule)})
-    if problems:
-        raise UsageError("\n".join(problem.text(name) for problem in problems))
-    method = method_class(name)(**{**(method_info(name).presets[preset] if preset else {}), **options})
-    if schedule is None:
-        return method
-    from potstill.methods.wrappers import ScheduledMethod
-
-    return ScheduledMethod(method, schedule, [key for key in schedule if key in method_info(name).options])
-
-
-def _without_none(**settings: Any) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-REQUIRED = inspect.Parameter.empty
+ENTRY_POINTS = "potstill.methods"
+CATALOG_FILE = Path(__file__).parent / "catalog.json"  # written by potstill.methods.documentation
+COSTS_FILE = Path(__file__).parent / "price.json"  # written by benchmarks/method_price.py
+METHOD_KINDS = (
+    "logits", "feature maps", "embeddings", "several teachers", "peers", "no teacher", "around other methods",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class MethodOption:
-    """One keyword of a method's ``__init__``."""
+class Paper:
+    """Where a method comes from."""
 
-    annotation: str  # as written: "Positive", "str"
-    default: Any  # REQUIRED where there is none
+    authors: str
+    title: str
+    venue: str  # with the year
+    url: str
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """All that a method's class declares and its docstrings say, for checks, help and documentation."""
+
+    name: str
+    target: str  # "module:Class"
+    summary: str  # first line of the module's docstring
+    kind: str  # one of METHOD_KINDS
+    paper: Paper | None
+    notes: str  # what follows the paper in the module's docstring: forms, differences to released code
+    loss: str  # the whole loss in words, from the class's docstring
+    terms: dict[str, str]  # by name of a function: its formula
+    options: dict[str, Option]
+    presets: dict[str, dict[str, Any]]  # by name: options that the authors chose for one pair of networks
+    published: dict[str, float]  # top-1 in percent, by the same names
+    requirements: Requirements | None  # with the default of each option; None: those of the methods inside it
+    student_layers: tuple[str, ...]  # submodules that a student must have, by path
+    traps: tuple[str, ...]
 
     @property
-    def allowed(self) -> str:
-        """For people: ``"a number above 0"``, ``"str"``."""
-        extras = getattr(OPTION_TYPES.get(self.annotation), "__metadata__", ())
-        if extras:
-            return f"{'a whole number' if extras[0].whole else 'a number'} {extras[0]}"
-        if self.annotation.startswith("Literal["):
-            return f"one of {_comma_separated(literal_choices(self.annotation))}"
-        words = {"str": "text", "bool": "true or false", "MethodSettings": "a method: name and options"}
-        return words.get(self.annotation, self.annotation.replace("MethodSettings", "methods"))
+    def needs(self) -> list[str]:
+        """What the method needs, in words."""
+        listed = ["what the methods inside it need"] if self.requirements is None else self.requirements.listed()
+        return [*listed, f"student's layers {' and '.join(self.student_layers)}"] if self.student_layers else listed
+
+    @property
+    def examples(self) -> dict[str, Any]:
+        """A value for each option that has no default."""
+        return example_values(self.options)
+
+    @property
+    def schedulable(self) -> list[str]:
+        """The options that a schedule can change: numbers that count at every step.
+
+        Example:
+            >>> method_info("vid").schedulable
+            ['weight', 'ce_weight']
+        """
+        return [key for key, each in self.options.items() if each.schema.get("type") == "number" and not each.fixed]
 
 
 @dataclass(frozen=True)
 class OptionProblem:
-    """What is wrong with one option; ``option`` is None where the method's name itself is wrong."""
+    """What is wrong with one option; ``option`` is None if the method's name itself is wrong."""
 
     option: str | None
     message: str
@@ -171,95 +96,161 @@ class OptionProblem:
         return self.message if self.option is None else f"method {method!r}: {self.message}"
 
 
-@dataclass(frozen=True)
-class MethodInfo:
-    """A method as its source file shows it."""
-
-    name: str
-    summary: str  # first line of the module's docstring
-    paper: str  # the rest of it
-    doc: str  # the class's docstring
-    options: dict[str, MethodOption]
-    presets: dict[str, dict[str, Any]]  # by name: options that the authors chose for one pair of networks
-    published: dict[str, float]  # top-1 in percent, by the same names
-    fixed: tuple[str, ...]  # options that take effect when the method is built, and no longer
+def list_methods() -> list[str]:
+    """Names that recipes accept under ``method.name``, sorted: ours, and those of installed packages."""
+    return sorted({*_catalog()["methods"], *_entry_points()})
 
 
-@cache
+def list_own_methods() -> list[str]:
+    """The names of the methods of this folder, sorted."""
+    return sorted(_catalog()["methods"])
+
+
+def methods_by_kind() -> dict[str, list[str]]:
+    """The names of the methods of this folder, by kind."""
+    return {kind: [name for name in list_own_methods() if method_info(name).kind == kind] for kind in METHOD_KINDS}
+
+
+def method_classes() -> dict[str, str]:
+    """The module of each method's class of this folder, by the class's name."""
+    targets = [each["target"] for each in _catalog()["methods"].values()]
+    return {target.partition(":")[2]: target.partition(":")[0] for target in targets}
+
+
+def loss_functions() -> dict[str, str]:
+    """The module of each loss of this folder, by the function's name."""
+    return dict(_catalog()["functions"])
+
+
 def method_info(name: str) -> MethodInfo:
     """Look a method up.
 
+    Args:
+        name: one of ``list_methods()``, or the code of one.
+
     Raises:
-        UsageError: unknown name; names the nearest known one.
+        UsageError: unknown name; names the nearest known one. Or code that cannot be loaded, or is no method.
     """
-    if name not in METHODS:
-        raise UsageError(f"no method {name!r}{did_you_mean(name, METHODS) or '.'} Known: {', '.join(list_methods())}")
-    module, _, class_name = METHODS[name].partition(":")
-    tree = ast.parse(_read_source(module))
-    summary, _, paper = (ast.get_docstring(tree) or "").partition("\n")
-    definition = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    if name in _catalog()["methods"]:
+        return _own_info(name)
+    return _outside_info(method_class(name), name)  # type: ignore[arg-type]  # a class does hash, says Python
+
+
+@cache
+def _outside_info(kind: Any, name: str) -> MethodInfo:
+    from potstill.methods.documentation import describe
+
+    return describe(kind, name)
+
+
+@cache
+def _own_info(name: str) -> MethodInfo:
+    own = _catalog()["methods"][name]
     return MethodInfo(
-        name,
-        summary,
-        paper.strip(),
-        ast.get_docstring(definition) or "",
-        _parse_options(definition),
-        _parse_literal(definition, "PRESETS"),
-        _parse_literal(definition, "PUBLISHED"),
-        tuple(_parse_literal(definition, "FIXED")),
+        **own
+        | {
+            "options": {key: Option(**each) for key, each in own["options"].items()},
+            "paper": own["paper"] and Paper(**own["paper"]),
+            "requirements": None if own["requirements"] is None else Requirements(**own["requirements"]),
+            "student_layers": tuple(own["student_layers"]),
+            "traps": tuple(own["traps"]),
+        }
     )
 
 
-def method_options(name: str) -> dict[str, MethodOption]:
-    """The options of a method by name, in the order of its signature."""
-    return method_info(name).options
+def method_class(name: str) -> "type[Method]":
+    """The class behind a name.
+
+    Raises:
+        UsageError: as of ``method_info``.
+    """
+    if name in (own := _catalog()["methods"]):
+        module, _, attribute = own[name]["target"].partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    elif is_code_reference(name):
+        found = load_reference(name)
+    elif name in _entry_points():
+        found = load_reference(_entry_points()[name])
+    else:
+        raise UsageError(f"no method {name!r}{did_you_mean(name, list_methods()) or '.'} Known: {_listed_names()}")
+    from potstill.methods.base import Method
+
+    if not (inspect.isclass(found) and issubclass(found, Method)):
+        raise UsageError(f"method {name!r} is no subclass of potstill.methods.base.Method, but {found!r}")
+    return found
+
+
+def create_method(
+    name: str, *, preset: str | None = None, schedule: dict[str, Any] | None = None, **options: Any
+) -> "Method":
+    """Build a method by name.
+
+    Args:
+        name: one of ``list_methods()``, or the code of one: ``package.module:Class``, ``path/file.py:Class``.
+        preset: the authors' options for one pair of networks, by name; ``options`` overrule them.
+        schedule: weights and options that change with the epochs; see ``potstill.methods.wrappers``.
+        options: by name, as ``potstill methods NAME`` lists them.
+
+    Raises:
+        UsageError: unknown name, preset or option, missing option, value out of range.
+    """
+    settings = {"preset": preset, "schedule": schedule}
+    problems = check_method(name, {**options, **{key: each for key, each in settings.items() if each is not None}})
+    if problems:
+        raise UsageError("\n".join(problem.text(name) for problem in problems))
+    info = method_info(name)
+    method = method_class(name)(**{**(info.presets[preset] if preset else {}), **options})
+    if schedule is None:
+        return method
+    from potstill.methods.wrappers import ScheduledMethod
+
+    return ScheduledMethod(method, schedule, [key for key in schedule if key in info.options])
 
 
 def check_method(name: str, given: dict[str, Any]) -> list[OptionProblem]:
-    """Everything that is wrong with a method's name and options; an empty list where all is well."""
+    """Everything that is wrong with a method's name and options; an empty list if all is well."""
     try:
         method = method_info(name)
     except UsageError as error:
         return [OptionProblem(None, str(error))]
-    problems, known = [], method.options
-    preset = given.get("preset")
-    for key, value in given.items():
-        if key == "preset":
-            problems += _check_preset(method, value)
-        elif key == "schedule":
-            problems += [
-                OptionProblem(key, message)
-                for message in check_schedule(value) or _check_scheduled_values(method, value)
-            ]
-        elif key not in known:
-            takes, new = ", ".join(known) or "no options", RENAMED_OPTIONS.get(key)
-            near = f"; it is called {new!r} now." if new in known else did_you_mean(key, known) or "."
-            problems.append(OptionProblem(key, f"no option {key!r}{near} It takes {takes}"))
-        else:
-            problems += [OptionProblem(key, message) for message in check_option(key, known[key].annotation, value)]
-    filled = {*given, *method.presets.get(preset, {})} if isinstance(preset, str) else set(given)
-    missing = [key for key, option in known.items() if option.default is REQUIRED and key not in filled]
-    problems += [OptionProblem(key, f"{key} must be given ({known[key].allowed})") for key in missing]
+    options = {key: value for key, value in given.items() if key not in ("preset", "schedule")}
+    preset, problems = given.get("preset"), []
+    chosen = method.presets.get(preset) if isinstance(preset, str) else None
+    if "preset" in given and chosen is None:
+        known = f" Known: {', '.join(method.presets)}" if method.presets else f" {name} has none"
+        close = did_you_mean(str(preset), method.presets) or "."
+        problems.append(OptionProblem("preset", f"no preset {preset!r}{close}{known}"))
+    if "schedule" in given:
+        texts = check_schedule(given["schedule"]) or _check_scheduled_values(method, given["schedule"])
+        problems += [OptionProblem("schedule", text) for text in texts]
+    problems += [OptionProblem(key, text) for key, text in option_problems(method.options, options, chosen or ())]
+    for key, each in method.options.items():
+        if key in options and options[key] is not None:
+            problems += [OptionProblem(key, text) for text in _check_inner(key, each.schema, options[key])]
     return problems
 
 
-def schedulable_options(name: str) -> list[str]:
-    """The options of a method that a schedule can change: numbers that count at every step.
+def takes_methods(option: Option) -> bool:
+    """Whether an option's value is a method, or a list of methods."""
+    return METHOD_SCHEMA in (option.schema, option.schema.get("items"), *option.schema.get("anyOf", ()))
 
-    Example:
-        >>> schedulable_options("vid")
-        ['weight', 'ce_weight']
-    """
-    return [
-        key
-        for key, option in method_info(name).options.items()
-        if option.annotation in ("Positive", "NonNegative", "Share", "float") and key not in method_info(name).fixed
-    ]
+
+def _check_inner(key: str, schema: dict[str, Any], value: Any) -> list[str]:
+    """Problems of the methods inside a method; their factor belongs to the one around them."""
+    if schema.get("items") == METHOD_SCHEMA and isinstance(value, list):
+        return [text for at, each in enumerate(value) for text in _check_inner(f"{key}[{at}]", METHOD_SCHEMA, each)]
+    if METHOD_SCHEMA not in (schema, *schema.get("anyOf", ())):
+        return []
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return [f"{key}.name must be given: a method is a mapping with a name, got {value!r}"]
+    given = {option: each for option, each in value.items() if option not in ("name", "factor")}
+    problems = [f"{key}.{problem.message}" for problem in check_method(value["name"], given)]
+    return problems + value_problems(f"{key}.factor", WEIGHT_SCHEMA, value.get("factor", 1.0))
 
 
 def _check_scheduled_values(method: MethodInfo, schedule: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong with the values that a schedule gives to options and to the weights of terms."""
-    problems, movable = [], schedulable_options(method.name)
+    problems, movable = [], method.schedulable
     for name, fields in schedule.items():
         if name in method.options and name not in movable:
             problems.append(
@@ -267,92 +258,61 @@ def _check_scheduled_values(method: MethodInfo, schedule: dict[str, dict[str, An
                 f"{', '.join([*movable, 'the weight of a term, by its name'])}"
             )
             continue
-        annotation = method.options[name].annotation if name in movable else "NonNegative"
+        schema = method.options[name].schema if name in movable else WEIGHT_SCHEMA
         for key in ("start",) if fields.get("shape", "constant") == "constant" else ("start", "end"):
-            problems += check_option(f"schedule.{name}.{key}", annotation, fields.get(key, 1.0))
+            problems += value_problems(f"schedule.{name}.{key}", schema, fields.get(key, 1.0))
     return problems
 
 
-def check_option(key: str, annotation: str, value: Any) -> list[str]:
-    """What is wrong with one option's value, as sentences."""
-    annotation, _, rest = annotation.partition(" | ")
-    if rest == "None" and value is None:
-        return []
-    if annotation in OPTION_TYPES:
-        trouble = range_problem(OPTION_TYPES[annotation], value)
-        return [f"{key} {trouble}"] if trouble else []
-    if annotation == "MethodSettings":
-        return [f"{key}.{message}" for message in _check_inner_method(value)]
-    if annotation.startswith("list["):
-        if not isinstance(value, list):
-            return [f"{key} must be a list, got {value!r}"]
-        inner = annotation[5:-1]
-        return [text for at, each in enumerate(value) for text in check_option(f"{key}[{at}]", inner, each)]
-    if annotation.startswith("Literal["):
-        allowed = literal_choices(annotation)
-        close = (
-            did_you_mean(value, [each for each in allowed if isinstance(each, str)]) if isinstance(value, str) else ""
-        )
-        return [] if value in allowed else [f"{key} must be one of {_comma_separated(allowed)}, got {value!r}{close}"]
-    plain: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
-    fitting = plain.get(annotation)
-    if fitting and (not isinstance(value, fitting) or (isinstance(value, bool) and annotation != "bool")):
-        return [f"{key} must be {annotation}, got {value!r}"]
-    return []
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs beside one on labels alone; see ``benchmarks/method_price.py``."""
+
+    time: float  # the step's time over that of the student on labels alone
+    low: float  # the lower and the upper quartile of that ratio
+    high: float
+    teacher: float  # what of it goes into the teacher's forward pass
+    memory: float  # the step's peak of memory over the other's
+    adapters: int  # trained numbers beside the student's
 
 
-def literal_choices(annotation: str) -> tuple[Any, ...]:
-    """The values of ``Literal[...]`` as written in a signature."""
-    return tuple(ast.literal_eval(f"({annotation.removeprefix('Literal[').removesuffix(']')},)"))
+@cache
+def measured_costs() -> dict[str, Any]:
+    """The file of prices as it is: machine, pair of networks, plain step, methods; {} if nobody has measured."""
+    return json.loads(COSTS_FILE.read_text(encoding="utf-8")) if COSTS_FILE.is_file() else {}
 
 
-def _check_inner_method(settings: Any) -> list[str]:
-    """A method inside a method; its factor belongs to the one around it."""
-    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
-        return [f"name must be given: a method is a mapping with a name, got {settings!r}"]
-    given = {key: value for key, value in settings.items() if key not in ("name", "factor")}
-    problems = [problem.message for problem in check_method(settings["name"], given)]
-    factor = range_problem(OPTION_TYPES["NonNegative"], settings.get("factor", 1.0))
-    return problems + ([f"factor {factor}"] if factor else [])
+def step_costs() -> dict[str, StepCost]:
+    """Measured prices by name of the method."""
+    return {name: StepCost(**values) for name, values in measured_costs().get("methods", {}).items()}
 
 
-def _check_preset(method: MethodInfo, preset: Any) -> list[OptionProblem]:
-    if isinstance(preset, str) and preset in method.presets:
-        return []
-    known = f" Known: {', '.join(method.presets)}" if method.presets else f" {method.name} has none"
-    close = did_you_mean(str(preset), method.presets)
-    return [OptionProblem("preset", f"no preset {preset!r}{close or '.'}{known}")]
+@cache
+def _catalog() -> dict[str, Any]:
+    """What the classes of this folder declare: from the file, or from the classes if these are newer."""
+    if CATALOG_FILE.is_file():
+        stored: dict[str, Any] = json.loads(CATALOG_FILE.read_text(encoding="utf-8"))
+        if stored["digest"] == source_digest():
+            return stored
+    from potstill.methods.documentation import build_catalog
+
+    return build_catalog()
 
 
-def _comma_separated(values: tuple[Any, ...]) -> str:
-    return ", ".join(str(value) for value in values)
+def source_digest() -> str:
+    """A digest of the source of this folder."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(CATALOG_FILE.parent.glob("*.py"))]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def _parse_options(definition: ast.ClassDef) -> dict[str, MethodOption]:
-    for node in definition.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            return {
-                argument.arg: MethodOption(
-                    ast.unparse(argument.annotation) if argument.annotation else "Any",
-                    REQUIRED if default is None else ast.literal_eval(default),
-                )
-                for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-            }
-    return {}
+@cache
+def _entry_points() -> dict[str, str]:
+    """The methods that installed packages offer under names that are not ours."""
+    from importlib.metadata import entry_points  # reads a file of every installed package
+
+    found = entry_points(group=ENTRY_POINTS)
+    return {point.name: point.value for point in found if point.name not in _catalog()["methods"]}
 
 
-def _parse_literal(definition: ast.ClassDef, name: str) -> dict[str, Any]:
-    """A class attribute that is written out; empty where the class has none of that name."""
-    for node in definition.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
-            assert node.value is not None
-            value: dict[str, Any] = ast.literal_eval(node.value)
-            return value
-    return {}
-
-
-def _read_source(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"METHODS names {module}, which does not exist")
-    return Path(spec.origin).read_text(encoding="utf-8")
+def _listed_names() -> str:
+    return ", ".join(list_methods()) + "; or package.module:Class, path/file.py:Class"

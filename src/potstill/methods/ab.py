@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.features.adapters import Projection, pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, Share, checked
+from potstill.options import NonNegative, Positive, Share, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -49,15 +49,20 @@ def ab_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], *, m
 
 
 class AB(Method):
-    """First boundaries, then labels: ``weight * AB`` in the first epochs, ``CE`` in the others.
+    """First boundaries, then labels: ``weight * AB`` in the first epochs, ``CE`` in the others."""
 
-    Args:
-        weight: of the boundaries.
-        margin: how far beyond 0 the student's values shall be.
-        init_share: share of the epochs that come before labels; the authors' 30 of 270.  0, or a run of one epoch:
-            labels and boundaries together throughout.
-        ce_weight: of the label term; above 0, as nothing else is left after the first part.
-    """
+    name = "ab"
+
+    weight: NonNegative = option(default=1.0, doc="weight of the boundaries")
+    margin: Positive = option(default=1.0, doc="how far beyond 0 the student's values shall be")
+    init_share: Share = option(
+        default=0.111,
+        doc="share of the epochs that come before labels; the authors' 30 of 270. 0, or a run of one epoch: labels "
+        "and boundaries together throughout.",
+    )
+    ce_weight: Positive = option(
+        default=1.0, doc="weight of the label term; above 0, as nothing else is left after the first part"
+    )
 
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.47,
@@ -71,20 +76,8 @@ class AB(Method):
         "cifar100/vgg13-mobilenetv2": 66.06,
     }
 
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 1.0,
-        margin: Positive = 1.0,
-        init_share: Share = 0.111,
-        ce_weight: Positive = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.needs = Requirements(maps="pairs", before_activation="both", epoch=init_share > 0)
-        self.weight = weight
-        self.margin = margin
-        self.init_share = init_share
+    def __post_init__(self) -> None:
+        self.needs = Requirements(maps="pairs", before_activation="both", epoch=self.init_share > 0)
 
     @property
     def staged(self) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -84,35 +84,19 @@ def _towards_kl(p: Tensor, q: Tensor, power: float) -> Tensor:
 
 
 class ABKD(Method):
-    """Labels and the alpha-beta divergence: ``CE + weight * AB(alpha, beta)``.
+    """Labels and the alpha-beta divergence: ``CE + weight * AB(alpha, beta)``."""
 
-    Args:
-        alpha: power of the teacher's probabilities.
-        beta: power of the student's.
-        temperature: T of both.
-        weight: of the divergence.
-        ce_weight: weight of the label term.
-    """
+    name = "abkd"
+
+    alpha: float = option(default=0.8, doc="power of the teacher's probabilities")
+    beta: float = option(default=0.3, doc="power of the student's")
+    temperature: Positive = option(default=4.0, doc="T of both")
+    weight: NonNegative = option(default=32.0, doc="weight of the divergence")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet56-resnet20": {"alpha": 0.8, "beta": 0.3, "weight": 32.0},
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        alpha: float = 0.8,
-        beta: float = 0.3,
-        temperature: Positive = 4.0,
-        weight: NonNegative = 32.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.alpha = alpha
-        self.beta = beta
-        self.temperature = temperature
-        self.weight = weight
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

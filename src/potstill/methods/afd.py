@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.errors import UsageError
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, checked
+from potstill.options import Count, NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -89,21 +89,14 @@ def _layer(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class AFD(Method):
-    """Labels and attended stages: ``CE + weight * AFD``.
+    """Labels and attended stages: ``CE + weight * AFD``."""
 
-    Args:
-        weight: of the stages.
-        dimension: of queries and keys.
-        ce_weight: of the label term.
-    """
-
+    name = "afd"
     needs = Requirements(maps="all", several=True)
 
-    @checked
-    def __init__(self, *, weight: NonNegative = 200.0, dimension: Count = 128, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.dimension = dimension
+    weight: NonNegative = option(default=200.0, doc="weight of the stages")
+    dimension: Count = option(default=128, doc="dimension of queries and keys")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

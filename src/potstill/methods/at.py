@@ -18,7 +18,7 @@ from torch import Tensor
 from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, checked
+from potstill.options import Count, NonNegative, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -69,16 +69,16 @@ def _attention(features: Tensor, power: int) -> Tensor:
 
 
 class AT(Method):
-    """Labels and attention: ``CE + weight * sum of AT over paired stages``.
+    """Labels and attention: ``CE + weight * sum of AT over paired stages``."""
 
-    Args:
-        weight: of the attention term; 1000 goes with the form "release".
-        power: p of the attention map.
-        form: "release" or "paper", see ``at_loss``.
-        ce_weight: of the label term.
-    """
-
+    name = "at"
     needs = Requirements(maps="pairs")
+
+    weight: NonNegative = option(default=1000.0, doc='weight of the attention term; 1000 goes with the form "release"')
+    power: Count = option(default=2, doc="p of the attention map")
+    form: Literal["release", "paper"] = option(default="release", doc='"release" or "paper", see ``at_loss``')
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 70.55,
         "cifar100/resnet110-resnet32": 72.31,
@@ -92,20 +92,6 @@ class AT(Method):
         "imagenet/resnet34-resnet18": 70.69,
         "imagenet/resnet50-mobilenetv1": 69.56,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 1000.0,
-        power: Count = 2,
-        form: Literal["release", "paper"] = "release",
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.power = power
-        self.form: Literal["release", "paper"] = form
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

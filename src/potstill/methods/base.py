@@ -1,14 +1,16 @@
 """The one interface that every distillation method has."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, dataclass_transform
 
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
 from potstill.features.stages import Stage
 from potstill.methods.requirements import Requirements
+from potstill.options import REQUIRED, Option, json_schema, option, option_problems
 from potstill.types import Batch, Outputs
 
 TeacherPasses = Callable[[], Iterator[tuple[Outputs, Batch]]]
@@ -35,30 +37,80 @@ class TrainingInfo:
     batch_size: int | None = None
 
 
+@dataclass_transform(kw_only_default=True, field_specifiers=(option,))
 class Method(nn.Module):
     """What the student imitates, and how much each part counts.
 
-    A method's ``__init__`` keywords are its options: recipes pass them by name.  It sees Outputs and Batch only: no
-    model that it does not own, no optimizer, device or recipe.  What it needs beyond logits it declares in ``needs``.
+    A class with a ``name`` of its own is a method that recipes know by that name.  Its options are declared as in a
+    dataclass, ``weight: NonNegative = option(default=1.0, doc="weight of ...")``; they are its keywords and its
+    attributes, and ``__post_init__`` does what else is to be done with them.  The docstring is the whole loss in words;
+    that of the module begins with a summary and the paper.
+
+    A method sees Outputs and Batch only: no model that it does not own, no optimizer, device or recipe.  What it needs
+    beyond logits it declares in ``needs``.
+
+    Args:
+        options: by name.
+
+    Raises:
+        UsageError: an unknown or a missing option, or a value that is not allowed; names all of them.
     """
+
+    name: ClassVar[str] = ""
+    OPTIONS: ClassVar[dict[str, Option]] = {}  # made of what the class declares
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # the authors' options for one pair of networks, by its name
+    PUBLISHED: ClassVar[dict[str, float]] = {}  # top-1 of the student in percent, by the same names
+
+    __signature__: ClassVar[inspect.Signature | None] = None
 
     needs: Requirements = Requirements()
     student_taps: tuple[str, ...] = ()  # submodules whose outputs are read into ``Outputs.features``, by path
     teacher_taps: tuple[str, ...] = ()
 
-    FIXED: ClassVar[tuple[str, ...]] = ()  # options that take effect when the method is built, and no longer
-
     label_loss: nn.Module
-    ce_weight: float = 1.0
     epoch: int | None = None  # from 0; None: nobody has said yet where training stands
     epochs: int | None = None
     _unchecked = True  # no training step so far
 
-    def __init__(self, *, ce_weight: float = 1.0) -> None:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        found = {key: value for key, value in vars(cls).items() if isinstance(value, Option)}
+        types = inspect.get_annotations(cls, eval_str=True) if found else {}
+        for key, value in found.items():
+            if key not in types:
+                raise TypeError(f"{cls.__qualname__}.{key}: an option is declared with its type, as in {key}: float")
+            found[key] = replace(value, schema=json_schema(types[key]))
+            if value.default is REQUIRED:
+                delattr(cls, key)
+            else:
+                setattr(cls, key, value.default)
+        cls.OPTIONS = {**cls.OPTIONS, **found}
+        if "__init__" not in vars(cls):  # what help() and notebooks show
+            named = [
+                inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=each.default)
+                for key, each in cls.OPTIONS.items()
+            ]
+            cls.__signature__ = inspect.Signature(named)
+            lines = [f"    {key}: {each.doc}" for key, each in cls.OPTIONS.items()]
+            cls.__doc__ = "\n".join([inspect.cleandoc(vars(cls).get("__doc__") or ""), "", "Args:", *lines])
+
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.ce_weight = ce_weight
+        if problems := option_problems(self.OPTIONS, options):
+            raise UsageError("\n".join(f"{self.name or type(self).__name__}: {text}" for _, text in problems))
+        for key, each in self.OPTIONS.items():
+            setattr(self, key, options.get(key, each.default))
         # The Distiller replaces it where labels are smoothed or classes weighted.
         self.label_loss = nn.CrossEntropyLoss()
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Prepare what depends on the options; they are attributes by now."""
+
+    @property
+    def label_weight(self) -> float:
+        """Weight of the label term: the option ``ce_weight``; 1 where there is none."""
+        return float(getattr(self, "ce_weight", 1.0))
 
     @property
     def label_term_names(self) -> frozenset[str]:
@@ -152,13 +204,13 @@ class Method(nn.Module):
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         """What the labels say; nothing where their weight is 0."""
-        if self.ce_weight == 0:
+        if self.label_weight == 0:
             return {}
-        return {"ce": self.ce_weight * self.label_loss(student.logits, batch.targets)}
+        return {"ce": self.label_weight * self.label_loss(student.logits, batch.targets)}
 
     def plain_label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy alone, for images that are not those of training."""
-        return {"ce": (self.ce_weight or 1.0) * self.label_loss(student.logits, batch.targets)}
+        return {"ce": (self.label_weight or 1.0) * self.label_loss(student.logits, batch.targets)}
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """Every other term.  This is what a method defines."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.options import NonNegative, checked
+from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -37,17 +37,14 @@ def bkd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class BKD(Method):
-    """Labels and the teacher's probabilities as yes-or-no questions: ``CE + weight * BCE(student, teacher)``.
+    """Labels and the teacher's probabilities as yes-or-no questions: ``CE + weight * BCE(student, teacher)``."""
 
-    Args:
-        weight: of the binary term, which is a mean over classes and so shrinks as their number grows.
-        ce_weight: weight of the label term.
-    """
+    name = "bkd"
 
-    @checked
-    def __init__(self, *, weight: NonNegative = 1.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
+    weight: NonNegative = option(
+        default=1.0, doc="weight of the binary term, which is a mean over classes and so shrinks as their number grows"
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

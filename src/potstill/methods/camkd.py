@@ -18,7 +18,7 @@ from potstill.features.adapters import Projection, resize_map
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -110,32 +110,23 @@ def camkd_feature_loss(
 class CAMKD(Method):
     """Labels plus soft targets and maps of several teachers, weighted image by image:
     ``CE + kd_weight * KD + feature_weight * MSE``.
-
-    Args:
-        kd_weight: of the soft targets.
-        feature_weight: of the last maps; at 0 teachers of any family will do, as neither maps nor heads are read.
-        temperature: T of the soft targets.
-        features_from: first epoch, from 0, with the feature term.
-        ce_weight: of the label term.
     """
 
+    name = "camkd"
     needs = Requirements(members=True, maps="last", teacher_head=True, pooled=True, epoch=True, labels=True)
     LOGITS = Requirements(members=True, labels=True)  # of the first term alone
 
-    @checked
-    def __init__(
-        self,
-        *,
-        kd_weight: NonNegative = 1.0,
-        feature_weight: NonNegative = 50.0,
-        temperature: Positive = 4.0,
-        features_from: NonNegative = 1,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.kd_weight, self.feature_weight, self.temperature = kd_weight, feature_weight, temperature
-        self.features_from = features_from
-        if feature_weight == 0:
+    kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets")
+    feature_weight: NonNegative = option(
+        default=50.0,
+        doc="weight of the last maps; at 0 teachers of any family will do, as neither maps nor heads are read",
+    )
+    temperature: Positive = option(default=4.0, doc="T of the soft targets")
+    features_from: NonNegative = option(default=1, doc="first epoch, from 0, with the feature term")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
+    def __post_init__(self) -> None:
+        if self.feature_weight == 0:
             self.needs = self.LOGITS
 
     @property

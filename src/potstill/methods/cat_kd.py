@@ -15,7 +15,7 @@ from torch import Tensor
 from potstill.methods.base import Method
 from potstill.methods.numerics import require_equal_shapes
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, checked
+from potstill.options import Count, NonNegative, checked, option
 from potstill.types import Batch, Head, Outputs, at_least_float32
 
 
@@ -63,16 +63,16 @@ def class_activation_maps(maps: Tensor, head: Head) -> Tensor:
 
 
 class CATKD(Method):
-    """Labels plus class activation maps: ``CE + weight * CAT``.
+    """Labels plus class activation maps: ``CE + weight * CAT``."""
 
-    Args:
-        weight: of the maps; from 0.7 to 600 in the authors' pairs.
-        resolution: R x R places to which the maps are averaged.
-        normalize: bring each class's map to length 1.
-        ce_weight: of the label term.
-    """
-
+    name = "cat_kd"
     needs = Requirements(maps="last", student_head=True, teacher_head=True, pooled=True)
+
+    weight: NonNegative = option(default=400.0, doc="weight of the maps; from 0.7 to 600 in the authors' pairs")
+    resolution: Count = option(default=2, doc="R x R places to which the maps are averaged")
+    normalize: bool = option(default=True, doc="bring each class's map to length 1")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet56-resnet20": {"weight": 0.7},
         "cifar100/resnet110-resnet32": {"weight": 1.8},
@@ -86,18 +86,6 @@ class CATKD(Method):
         "cifar100/resnet50-mobilenetv2": {"weight": 40.0},
         "cifar100/vgg13-mobilenetv2": {"weight": 15.0},
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 400.0,
-        resolution: Count = 2,
-        normalize: bool = True,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.resolution, self.normalize = weight, resolution, normalize
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

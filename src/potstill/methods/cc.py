@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import inner_products, require_equal_shapes, require_two_images
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -78,18 +78,20 @@ def _kernel(embedding: Tensor, gamma: float, order: int) -> Tensor:
 
 
 class CC(Method):
-    """Labels plus congruence of linearly embedded features: ``CE + weight * CC``.
+    """Labels plus congruence of linearly embedded features: ``CE + weight * CC``."""
 
-    Args:
-        weight: of the congruence.
-        form: "neighbours", RepDistiller's; or "kernel", the paper's.
-        dim: width of the two trained embeddings.
-        gamma: of the kernel form.
-        order: of the kernel form's series.
-        ce_weight: of the label term.
-    """
-
+    name = "cc"
     needs = Requirements(embedding=True, several=True)
+
+    weight: NonNegative = option(default=0.02, doc="weight of the congruence")
+    form: Literal["neighbours", "kernel"] = option(
+        default="neighbours", doc='"neighbours", RepDistiller\'s; or "kernel", the paper\'s'
+    )
+    dim: Count = option(default=128, doc="width of the two trained embeddings")
+    gamma: Positive = option(default=0.4, doc="gamma of the kernel form")
+    order: Count = option(default=2, doc="order of the kernel form's series")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.63,
         "cifar100/resnet110-resnet32": 71.48,
@@ -102,20 +104,6 @@ class CC(Method):
         "cifar100/vgg13-mobilenetv2": 64.86,
         "imagenet/resnet34-resnet18": 69.96,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 0.02,
-        form: Literal["neighbours", "kernel"] = "neighbours",
-        dim: Count = 128,
-        gamma: Positive = 0.4,
-        order: Count = 2,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.form, self.dim, self.gamma, self.order = weight, form, dim, gamma, order
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None

@@ -16,7 +16,7 @@ from potstill.methods.base import Method, NetworkInfo, TeacherPasses, TrainingIn
 from potstill.methods.ls import LS
 from potstill.methods.requirements import Requirements
 from potstill.methods.wrappers import MethodWrapper, refuse_idle_label_weight, wrap_per_teacher
-from potstill.options import MethodSettings, NonNegative, checked
+from potstill.options import MethodSettings, NonNegative, option
 from potstill.types import Batch, Outputs
 
 
@@ -24,22 +24,23 @@ class Combined(Method):
     """``ce_weight * CE`` plus each method's other terms times its factor.
 
     The methods' own label terms do not count: there is one cross-entropy.
-
-    Args:
-        methods: each a mapping with ``name``, its options (its own weight among them), and ``factor`` (1 where not
-            given), by which all of its terms are multiplied.  KD's alpha still counts: its term weighs 1 - alpha.
-        ce_weight: of the label term.
     """
 
-    @checked
-    def __init__(self, *, methods: list[MethodSettings], ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        if len(methods) < 2:
-            raise UsageError(f"combined wants two methods or more, got {len(methods)}")
-        self.factors = [float(settings.get("factor", 1.0)) for settings in methods]
-        self.names = [str(settings["name"]) for settings in methods]
-        self.methods = nn.ModuleList(create_method(**_without_factor(settings)) for settings in methods)
-        for settings, method in zip(methods, self.each(), strict=True):
+    name = "combined"
+
+    methods: list[MethodSettings] = option(
+        doc="each a mapping with ``name``, its options (its own weight among them), and ``factor`` (1 where not "
+        "given), by which all of its terms are multiplied. KD's alpha still counts: its term weighs 1 - alpha.",
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
+    def __post_init__(self) -> None:
+        if len(self.methods) < 2:
+            raise UsageError(f"combined wants two methods or more, got {len(self.methods)}")
+        self.factors = [float(settings.get("factor", 1.0)) for settings in self.methods]
+        self.names = [str(settings["name"]) for settings in self.methods]
+        self.inner = nn.ModuleList(create_method(**_without_factor(settings)) for settings in self.methods)
+        for settings, method in zip(self.methods, self.each(), strict=True):
             name = settings["name"]
             if len(method.parts) > 1 or not _has_plain_label_terms(method):
                 raise UsageError(f"{name} decides over the label term itself and cannot be combined with other methods")
@@ -54,7 +55,7 @@ class Combined(Method):
 
     def each(self) -> list[Method]:
         """The methods."""
-        return [method for method in self.methods if isinstance(method, Method)]
+        return [method for method in self.inner if isinstance(method, Method)]
 
     @property
     def parts(self) -> tuple[Method, ...]:
@@ -69,7 +70,7 @@ class Combined(Method):
         return max(method.warmup_length for method in self.each())
 
     def for_teachers(self, shares: Sequence[float]) -> Method:
-        self.methods = nn.ModuleList(wrap_per_teacher(method, shares) for method in self.each())
+        self.inner = nn.ModuleList(wrap_per_teacher(method, shares) for method in self.each())
         return self
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:

@@ -17,7 +17,7 @@ from potstill.errors import UsageError
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, Share, checked
+from potstill.options import Count, NonNegative, Positive, Share, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -199,18 +199,23 @@ class CRD(Method):
 
     Needs sample ids and the labels of the training set.  With fewer than ``negatives`` images of other classes, some
     negatives come several times.
-
-    Args:
-        weight: of the contrast.
-        dim: width of the two trained embeddings.
-        negatives: k for each image, of other classes; each at most once where there are so many.
-        temperature: tau.
-        momentum: share of the old row when a bank is updated.
-        positive: "exact", the image itself; or "relax", a random image of its class.
-        ce_weight: of the label term.
     """
 
+    name = "crd"
     needs = Requirements(embedding=True, index=True, labels=True)
+
+    weight: NonNegative = option(default=0.8, doc="weight of the contrast")
+    dim: Count = option(default=128, doc="width of the two trained embeddings")
+    negatives: Count = option(
+        default=16384, doc="k for each image, of other classes; each at most once where there are so many"
+    )
+    temperature: Positive = option(default=0.07, doc="tau")
+    momentum: Share = option(default=0.5, doc="share of the old row when a bank is updated")
+    positive: Literal["exact", "relax"] = option(
+        default="exact", doc='"exact", the image itself; or "relax", a random image of its class'
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 71.16,
         "cifar100/resnet110-resnet32": 73.48,
@@ -225,25 +230,7 @@ class CRD(Method):
         "imagenet/resnet50-mobilenetv1": 71.37,
     }
 
-    student_memory: Tensor
-    teacher_memory: Tensor
-    constants: Tensor
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 0.8,
-        dim: Count = 128,
-        negatives: Count = 16384,
-        temperature: Positive = 0.07,
-        momentum: Share = 0.5,
-        positive: Literal["exact", "relax"] = "exact",
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.dim, self.negatives = weight, dim, negatives
-        self.temperature, self.momentum, self.positive = temperature, momentum, positive
+    def __post_init__(self) -> None:
         self._constants_known = False
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
@@ -258,6 +245,9 @@ class CRD(Method):
         bound = (3 / self.dim) ** 0.5  # rows of length 1 on average
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, torch.empty(len(training.labels), self.dim).uniform_(-bound, bound))
+        self.student_memory: Tensor
+        self.teacher_memory: Tensor
+        self.constants: Tensor
         self.register_buffer("constants", torch.zeros(2))  # 0: the first batch sets them
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

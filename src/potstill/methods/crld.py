@@ -14,7 +14,7 @@ from torch import Tensor
 from potstill.methods.base import Method
 from potstill.methods.numerics import softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, Share, checked
+from potstill.options import NonNegative, Positive, Share, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -118,17 +118,21 @@ class CRLD(Method):
     """Labels and logits of two views: ``ce_weight * CE + within_weight * within + cross_weight * across``.
 
     ``ce_weight`` counts in both views; the strong view's cross-entropy is the term ``ce_strong``.
-
-    Args:
-        temperature: T of every divergence.
-        within_weight: of the divergences within views.
-        cross_weight: of the divergences across views.
-        weak_threshold: the teacher's least confidence in the usual view, for divergences within views.
-        strong_threshold: its least confidence in the strong view, for divergences across views.
-        ce_weight: of the label term, in each view.
     """
 
+    name = "crld"
     needs = Requirements(second="strong", labels=True)
+
+    temperature: Positive = option(default=4.0, doc="T of every divergence")
+    within_weight: NonNegative = option(default=2.0, doc="weight of the divergences within views")
+    cross_weight: NonNegative = option(default=0.5, doc="weight of the divergences across views")
+    weak_threshold: Share = option(
+        default=0.9, doc="the teacher's least confidence in the usual view, for divergences within views"
+    )
+    strong_threshold: Share = option(
+        default=0.2, doc="its least confidence in the strong view, for divergences across views"
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term, in each view")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {
@@ -140,24 +144,6 @@ class CRLD(Method):
         },
         "imagenet": {"temperature": 1.0, "ce_weight": 2.0},
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        within_weight: NonNegative = 2.0,
-        cross_weight: NonNegative = 0.5,
-        weak_threshold: Share = 0.9,
-        strong_threshold: Share = 0.2,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.within_weight = within_weight
-        self.cross_weight = cross_weight
-        self.weak_threshold = weak_threshold
-        self.strong_threshold = strong_threshold
 
     @property
     def label_term_names(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, option
 from potstill.types import Batch, Outputs
 
 
@@ -18,20 +18,14 @@ class CSKD(Method):
     """Labels and the student's word on an image of the same class: ``CE + weight * KD``.
 
     The loss is ``kd_loss`` with the second image's logits in the teacher's place.
-
-    Args:
-        weight: of that word; the paper's lambda.
-        temperature: T of both.
-        ce_weight: of the label term, for the first images only.
     """
 
+    name = "cskd"
     needs = Requirements(teacher=False, second="same class", second_gradient=False, labels=True)
 
-    @checked
-    def __init__(self, *, weight: NonNegative = 1.0, temperature: Positive = 4.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.temperature = temperature
+    weight: NonNegative = option(default=1.0, doc="weight of that word; the paper's lambda")
+    temperature: Positive = option(default=4.0, doc="T of both")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term, for the first images only")
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert student.second is not None  # declared in `needs`

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.methods.base import Method
 from potstill.methods.numerics import softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs
 
 
@@ -103,19 +103,17 @@ def ctkd_loss(
 
 
 class CTKD(Method):
-    """Labels and soft targets at a temperature that works against the student: ``ce_weight * CE + weight * CTKD``.
+    """Labels and soft targets at a temperature that works against the student: ``ce_weight * CE + weight * CTKD``."""
 
-    Args:
-        start: the lowest temperature.
-        span: how far above it can rise; training starts at ``start + 0.73 * span``.
-        length: epochs until the temperature's gradient has its whole strength.
-        strength: of that gradient, as a share of the student's.
-        weight: of the soft targets.
-        ce_weight: weight of the label term.
-    """
-
+    name = "ctkd"
     needs = Requirements(epoch=True)
-    tau: nn.Parameter
+
+    start: Positive = option(default=1.0, doc="the lowest temperature")
+    span: Positive = option(default=20.0, doc="how far above it can rise; training starts at ``start + 0.73 * span``")
+    length: Count = option(default=10, doc="epochs until the temperature's gradient has its whole strength")
+    strength: NonNegative = option(default=1.0, doc="strength of that gradient, as a share of the student's")
+    weight: NonNegative = option(default=0.9, doc="weight of the soft targets")
+    ce_weight: NonNegative = option(default=0.1, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"length": 10, "weight": 0.9, "ce_weight": 0.1},
@@ -132,23 +130,7 @@ class CTKD(Method):
         "imagenet/resnet34-resnet18": 71.32,
     }
 
-    @checked
-    def __init__(
-        self,
-        *,
-        start: Positive = 1.0,
-        span: Positive = 20.0,
-        length: Count = 10,
-        strength: NonNegative = 1.0,
-        weight: NonNegative = 0.9,
-        ce_weight: NonNegative = 0.1,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.start = start
-        self.span = span
-        self.length = length
-        self.strength = strength
-        self.weight = weight
+    def __post_init__(self) -> None:
         self.tau = nn.Parameter(torch.tensor(1.0))
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

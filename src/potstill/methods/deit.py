@@ -16,7 +16,7 @@ from torch import Tensor
 from potstill.errors import UsageError
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
-from potstill.options import Positive, Share, checked
+from potstill.options import Positive, Share, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 Reduction = Literal["batchmean", "mean"]
@@ -78,23 +78,24 @@ def deit_soft_loss(
 
 
 class DeiTHard(Method):
-    """Labels for one head, the teacher's first class for the other: ``(1 - alpha) * CE + alpha * CE_teacher``.
+    """Labels for one head, the teacher's first class for the other: ``(1 - alpha) * CE + alpha * CE_teacher``."""
 
-    Args:
-        alpha: weight of the teacher (the paper's alpha, not that of method kd); labels get the rest.
-    """
-
+    name = "deit_hard"
     student_taps = HEADS
+
+    alpha: Share = option(
+        default=0.5, doc="weight of the teacher (the paper's alpha, not that of method kd); labels get the rest"
+    )
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "imagenet/regnety_160-deit_tiny_distilled": 74.5,
         "imagenet/regnety_160-deit_small_distilled": 81.2,
         "imagenet/regnety_160-deit_base_distilled": 83.4,
     }
 
-    @checked
-    def __init__(self, *, alpha: Share = 0.5) -> None:
-        super().__init__(ce_weight=1 - alpha)
-        self.alpha = alpha
+    @property
+    def label_weight(self) -> float:
+        return 1 - self.alpha
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"ce": (1 - self.alpha) * self.label_loss(head_logits(student, "head"), batch.targets)}
@@ -105,28 +106,22 @@ class DeiTHard(Method):
 
 
 class DeiTSoft(Method):
-    """Labels for one head, the teacher's soft targets for the other: ``(1 - alpha) * CE + alpha * KD``.
+    """Labels for one head, the teacher's soft targets for the other: ``(1 - alpha) * CE + alpha * KD``."""
 
-    Args:
-        alpha: weight of the teacher (the paper's alpha, not that of method kd); labels get the rest.
-        temperature: T of the soft targets.
-        reduction: "batchmean" (the paper) or "mean" (the release: over images and classes).
-    """
-
+    name = "deit_soft"
     student_taps = HEADS
 
-    @checked
-    def __init__(
-        self,
-        *,
-        alpha: Share = 0.1,
-        temperature: Positive = 3.0,
-        reduction: Literal["batchmean", "mean"] = "batchmean",
-    ) -> None:
-        super().__init__(ce_weight=1 - alpha)
-        self.alpha = alpha
-        self.temperature = temperature
-        self.reduction: Reduction = reduction
+    alpha: Share = option(
+        default=0.1, doc="weight of the teacher (the paper's alpha, not that of method kd); labels get the rest"
+    )
+    temperature: Positive = option(default=3.0, doc="T of the soft targets")
+    reduction: Reduction = option(
+        default="batchmean", doc='"batchmean" (the paper) or "mean" (the release: over images and classes)'
+    )
+
+    @property
+    def label_weight(self) -> float:
+        return 1 - self.alpha
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"ce": (1 - self.alpha) * self.label_loss(head_logits(student, "head"), batch.targets)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -136,16 +136,15 @@ def dist_loss(
 
 
 class DIST(Method):
-    """Labels and correlations: ``CE + beta * inter + gamma * intra``.
+    """Labels and correlations: ``CE + beta * inter + gamma * intra``."""
 
-    Args:
-        temperature: tau of the softmax; 4 on CIFAR, 1 on ImageNet.
-        beta: weight of the sample-wise part.
-        gamma: weight of the class-wise part.
-        ce_weight: weight of the label term.
-    """
-
+    name = "dist"
     needs = Requirements(several=True)
+
+    temperature: Positive = option(default=4.0, doc="tau of the softmax; 4 on CIFAR, 1 on ImageNet")
+    beta: NonNegative = option(default=2.0, doc="weight of the sample-wise part")
+    gamma: NonNegative = option(default=2.0, doc="weight of the class-wise part")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0},
@@ -164,20 +163,6 @@ class DIST(Method):
         "imagenet/resnet34-resnet18": 72.07,
         "imagenet/resnet50-mobilenetv1": 73.24,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        beta: NonNegative = 2.0,
-        gamma: NonNegative = 2.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.beta = beta
-        self.gamma = gamma
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

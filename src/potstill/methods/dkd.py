@@ -13,7 +13,7 @@ from torch import Tensor
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import drop_target, require_three_classes, softened_kl, softened_target_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -122,17 +122,18 @@ def dkd_loss(
 class DKD(Method):
     """Labels and the two parts of soft targets: ``CE + w * (alpha * TCKD + beta * NCKD)``, w rising to 1.
 
-    Args:
-        temperature: T of both parts.
-        alpha: weight of the target-class part.
-        beta: weight of the non-target part.
-        warmup_epochs: until both weights are whole; 0: from the start.
-        ce_weight: weight of the label term.
-
-    Two classes are refused: the non-target part is then 0.
+    Traps:
+        Two classes are refused: the non-target part is then 0.
     """
 
+    name = "dkd"
     needs = Requirements(labels=True, epoch=True)
+
+    temperature: Positive = option(default=4.0, doc="T of both parts")
+    alpha: NonNegative = option(default=1.0, doc="weight of the target-class part")
+    beta: NonNegative = option(default=8.0, doc="weight of the non-target part")
+    warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet56-resnet20": {"beta": 2.0},
@@ -162,22 +163,6 @@ class DKD(Method):
         "imagenet/resnet34-resnet18": 71.70,
         "imagenet/resnet50-mobilenetv1": 72.05,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        alpha: NonNegative = 1.0,
-        beta: NonNegative = 8.0,
-        warmup_epochs: NonNegative = 20.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.alpha = alpha
-        self.beta = beta
-        self.warmup_epochs = warmup_epochs
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         require_three_classes("dkd", training.classes)

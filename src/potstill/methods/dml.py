@@ -15,7 +15,7 @@ from potstill.errors import UsageError
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.kd import kd_loss
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -53,29 +53,15 @@ class DML(Method):
 
     The terms ``peers_ce`` and ``peers_mimic`` are sums over the other students.  They cost a forward and backward pass
     each.
-
-    Args:
-        peers: other students beside the one that is kept.
-        weight: of what the others say.
-        temperature: T of the divergences.
-        ce_weight: of the label term.
     """
 
+    name = "dml"
     needs = Requirements(teacher=False, peers=True)
 
-    @checked
-    def __init__(
-        self,
-        *,
-        peers: Count = 1,
-        weight: NonNegative = 1.0,
-        temperature: Positive = 1.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.peers = peers
-        self.weight = weight
-        self.temperature = temperature
+    peers: Count = option(default=1, doc="other students beside the one that is kept")
+    weight: NonNegative = option(default=1.0, doc="weight of what the others say")
+    temperature: Positive = option(default=1.0, doc="T of the divergences")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     @property
     def label_term_names(self) -> frozenset[str]:

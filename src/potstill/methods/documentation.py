@@ -1,23 +1,237 @@
-"""Documentation of a method for the terminal and its page, gathered from its source; imports no torch.
+"""Documentation of methods, read from their classes and docstrings; importing the classes takes the seconds of torch.
 
-Formulas of docstrings, which are TeX, become plain text.  Requirements are read from the class's source: tables, help
-and pages need them before anybody imports torch.  price.json beside this file is written by benchmarks/method_price.py.
+Formulas of docstrings, which are TeX, become plain text.  ``python -m potstill.methods.documentation`` writes
+``catalog.json``, from which all that is built in is known without torch.
 """
 
-import ast
-import importlib.util
+import importlib
+import inspect
 import json
+import pkgutil
 import re
+import sys
 import textwrap
+import types
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from potstill.methods import METHODS, REQUIRED, MethodInfo, MethodOption, create_method, list_methods, method_info
+from potstill import methods
+from potstill.errors import UsageError
+from potstill.methods import CATALOG_FILE, MethodInfo, Paper, source_digest, takes_methods
+from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
+from potstill.options import REQUIRED, example_values
+
+_PAPER = re.compile(
+    r'(?P<authors>[^":(]+), "(?P<title>[^"]+)",\s+(?P<venue>[^.]*[^.\s])\.?\s+(?P<url>https?://\S+)\s*(?P<rest>.*)',
+    re.DOTALL,
+)
+_MATH = re.compile(r"\.\. math::(.*?)(?=\n\s*\n|\Z)", re.DOTALL)
+_FOLDER = "potstill.methods."
+
+
+def build_catalog() -> dict[str, Any]:
+    """What the classes of this folder declare, as plain values.
+
+    Raises:
+        TypeError: two classes have one name.
+    """
+    found: dict[str, Any] = {}
+    functions: dict[str, str] = {}
+    for each in pkgutil.iter_modules(methods.__path__, _FOLDER):
+        module = importlib.import_module(each.name)
+        own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+        classes = [value for value in own if inspect.isclass(value) and issubclass(value, Method) and _is_named(value)]
+        for kind in classes:
+            if kind.name in found:
+                raise TypeError(f"{found[kind.name]['target']} and {kind.__module__}:{kind.__name__} have one name")
+            info = describe(kind, kind.name)
+            found[kind.name] = asdict(info) | {
+                "options": {key: _changed(option) for key, option in info.options.items()},
+                "requirements": None if info.requirements is None else _changed(info.requirements),
+            }
+        if classes:
+            named = [value for value in own if inspect.isfunction(value) and not value.__name__.startswith("_")]
+            shown = [value for value in named if value.__name__.endswith("_loss") or ">>>" in (value.__doc__ or "")]
+            functions |= {value.__name__: module.__name__ for value in shown}
+    ordered = dict(sorted(found.items()))
+    return {"digest": source_digest(), "methods": ordered, "functions": dict(sorted(functions.items()))}
+
+
+def catalog_files() -> dict[Path, str]:
+    """The files that this module writes, with their text: the catalog, and the types of ``potstill.functional``."""
+    catalog = build_catalog()
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(entry, ensure_ascii=False)}" for name, entry in catalog["methods"].items()
+    ]
+    rest = {key: value for key, value in catalog.items() if key != "methods"}
+    # A line a method, so that changes can be read.
+    text = json.dumps(rest)[:-1] + ', "methods": {\n' + ",\n".join(lines) + "\n}}\n"
+    imports = [f"from {module} import {name} as {name}" for name, module in catalog["functions"].items()]
+    types = ["# Written by python -m potstill.methods.documentation", *sorted(imports)]
+    return {CATALOG_FILE: text, CATALOG_FILE.parents[1] / "functional.pyi": "\n".join(types) + "\n"}
+
+
+def write_catalog() -> None:
+    """Bring the files up to date with the source."""
+    for path, text in catalog_files().items():
+        path.write_text(text, encoding="utf-8")
+
+
+def _changed(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their default."""
+    return {
+        field.name: item
+        for field in fields(value)
+        if (item := getattr(value, field.name)) is not REQUIRED and item != field.default
+    }
+
+
+def describe(kind: type[Method], name: str) -> MethodInfo:
+    """Everything that is to be known of a method.
+
+    Args:
+        kind: its class.
+        name: what recipes call it.
+    """
+    module = sys.modules[kind.__module__]
+    summary, _, rest = inspect.cleandoc(module.__doc__ or "").partition("\n")
+    paper, notes = _parse_citation(rest.strip())
+    notes, traps = _split_traps(notes)
+    loss, more = _split_traps((kind.__doc__ or "").partition("\n\nArgs:\n")[0])
+    needs = _requirements(kind)
+    return MethodInfo(
+        name=name,
+        target=f"{kind.__module__}:{kind.__qualname__}",
+        summary=summary or loss.partition("\n")[0],
+        kind=_method_kind(needs),
+        paper=paper,
+        notes=notes,
+        loss=loss,
+        terms=_loss_terms(kind),
+        options=dict(kind.OPTIONS),
+        presets=dict(kind.PRESETS),
+        published=dict(kind.PUBLISHED),
+        requirements=needs,
+        student_layers=tuple(kind.student_taps),
+        traps=(*traps, *more, *(_traps_from_requirements(needs) if needs else ())),
+    )
+
+
+def _is_named(kind: type[Method]) -> bool:
+    return bool(vars(kind).get("name"))
+
+
+def _requirements(kind: type[Method]) -> Requirements | None:
+    """The needs with the default of each option; None if they are those of the methods inside it."""
+    if any(takes_methods(option) for option in kind.OPTIONS.values()):
+        return None
+    try:
+        return kind(**example_values(kind.OPTIONS)).needs
+    except UsageError:  # the class is pickier than its options' schemas
+        return kind.needs
+
+
+def _method_kind(needs: Requirements | None) -> str:
+    if needs is None:
+        return "around other methods"
+    if needs.peers:
+        return "peers"
+    if not needs.teacher:
+        return "no teacher"
+    if needs.members:
+        return "several teachers"
+    if needs.maps != "none":
+        return "feature maps"
+    return "embeddings" if needs.embedding else "logits"
+
+
+def _parse_citation(text: str) -> tuple[Paper | None, str]:
+    """The citation at the start of a docstring, and what follows it."""
+    match = _PAPER.match(text)
+    if match is None:
+        return None, text
+    words = {key: " ".join(match[key].split()) for key in ("authors", "title", "venue", "url")}
+    words["venue"] = re.sub(r" \(.*\)", "", words["venue"])
+    if words["venue"].isdigit() and "arxiv.org" in words["url"]:
+        words["venue"] = f"arXiv {words['venue']}"
+    return Paper(**words), match["rest"].strip()
+
+
+def _split_traps(text: str) -> tuple[str, list[str]]:
+    """A section "Traps:" apart, one trap for each item or paragraph of it."""
+    before, heading, section = text.partition("Traps:\n")
+    if not heading:
+        return text, []
+    section = textwrap.dedent(section).strip()
+    items = re.split(r"^- |\n- ", section) if section.startswith("- ") else re.split(r"\n\s*\n", section)
+    return before.strip(), [" ".join(item.split()) for item in items if item.strip()]
+
+
+def _loss_terms(kind: type[Method]) -> dict[str, str]:
+    """Formulas of the functions that a method's class uses, and of those that these use."""
+    found: dict[str, str] = {}
+    seen: set[Any] = set()
+    for each in kind.__mro__:
+        if issubclass(each, Method) and not each.__module__.endswith((".base", ".wrappers")):
+            _collect_formulas(each, found, seen)
+    return found
+
+
+def _collect_formulas(owner: Any, found: dict[str, str], seen: set[Any]) -> None:
+    """Look at the global names that a function, or a class's functions, read."""
+    seen.add(owner)
+    members = list(vars(owner).values()) if inspect.isclass(owner) else [owner]
+    members = [inspect.unwrap(getattr(each, "fget", None) or getattr(each, "__func__", each)) for each in members]
+    for function in filter(inspect.isfunction, members):
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            if not (inspect.isclass(value) or inspect.isfunction(value)):
+                continue
+            value = inspect.unwrap(value)
+            where = value.__module__
+            # Of other files functions only: a class from there is another method, or a layer that several share.
+            local = inspect.isclass(value) and where == owner.__module__
+            near = where.startswith(_FOLDER) or where == owner.__module__
+            if value in seen or not (local or (inspect.isfunction(value) and near)):
+                continue
+            formulas = _MATH.findall(inspect.cleandoc(value.__doc__ or ""))
+            if formulas:
+                found[value.__name__] = "; ".join(tex_to_text(" ".join(each.split())) for each in formulas)
+            _collect_formulas(value, found, seen)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The names that compiled code reads, those in comprehensions and lambdas included."""
+    yield from code.co_names
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            yield from _names(each)
+
+
+def _traps_from_requirements(needs: Requirements) -> list[str]:
+    """What follows from the needs alone, the same for every method that has them."""
+    known = {
+        "index": "Remembers training images by their ids, so mixup and cutmix are refused.",
+        "training_only": "Val curves show the label term alone: the others mean nothing on images that are not those "
+        "of training.",
+        "batch_size": "Its layers are sized by the batch size: the last, smaller batch of an epoch is left out.",
+        "several": "Its terms look at the images of a batch together: they depend on the batch size, and one image "
+        "alone is refused.",
+        "labels": "Reads the label of every image: unlabeled images are refused.",
+        "pooled": "A network whose head reads something else than the mean of its last feature map is refused.",
+        "norms": "A teacher without BatchNorm in front of its maps is refused.",
+        "epoch": "Changes with the epochs: a loop of your own calls `distiller.start_epoch(epoch, epochs)`.",
+        "prepare": "Learns from the teacher before training: a loop of your own calls `distiller.prepare(batches)`.",
+    }
+    found = [text for key, text in known.items() if getattr(needs, key)]
+    if needs.second != "none":
+        found.append("Every image comes twice: student and teacher run on both, and mixup and cutmix are refused.")
+    return found
+
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[{}^_&]|\s+|[^\\{}^_&\s]", re.DOTALL)
 _GAP = "\u2003"  # between formulas of one line
@@ -128,290 +342,5 @@ def _parenthesize(text: str) -> str:
     return text
 
 
-ClassInModule = tuple[str, ast.ClassDef]  # a module's name, and a class in it
-
-
-@cache
-def declared_requirements(name: str) -> Requirements | None:
-    """The needs of a method with the default of each option; None where it has those of the methods inside it.
-
-    Raises:
-        UsageError: unknown name.
-    """
-    options = method_info(name).options
-    if is_wrapper(name):
-        return None
-    module, _, class_name = METHODS[name].partition(":")
-    values = {key: option.default for key, option in options.items() if option.default is not REQUIRED}
-    for where, definition in class_lineage(module, class_name):
-        for expression in _requirement_expressions(definition):
-            try:
-                found = eval(
-                    ast.unparse(expression), {"Requirements": Requirements, **_module_constants(where)}, values
-                )  # nosec B307 # of our own source
-            except NameError:  # it depends on more than options: the class itself must say
-                found = create_method(name).needs
-            assert isinstance(found, Requirements)
-            return found
-    return Requirements()
-
-
-def declared_student_layers(name: str) -> tuple[str, ...]:
-    """Submodules that a method's student must have, by path."""
-    module, _, class_name = METHODS[name].partition(":")
-    for where, definition in class_lineage(module, class_name):
-        for node in definition.body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "student_taps":
-                return tuple(eval(ast.unparse(node.value), _module_constants(where)))  # nosec B307 # likewise
-    return ()
-
-
-def is_wrapper(name: str) -> bool:
-    """Whether a method works on other methods, which it takes as options."""
-    return any("MethodSettings" in option.annotation for option in method_info(name).options.values())
-
-
-def class_lineage(module: str, class_name: str) -> Iterator[ClassInModule]:
-    """The class and those of this package that it is made from, nearest first."""
-    definition = next(
-        (each for each in parse_module(module).body if isinstance(each, ast.ClassDef) and each.name == class_name), None
-    )
-    if definition is None:
-        return
-    yield module, definition
-    for base in definition.bases:
-        if isinstance(base, ast.Name) and (where := defining_module(module, base.id)):
-            yield from class_lineage(where, base.id)
-
-
-def defining_module(module: str, name: str) -> str:
-    """The module that a name in ``module`` comes from; "" where it is no module of this package."""
-    for node in parse_module(module).body:
-        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
-            return node.module if node.module.startswith("potstill.") else ""
-    return module
-
-
-def _requirement_expressions(definition: ast.ClassDef) -> Iterator[ast.expr]:
-    """What a class assigns to its needs, in ``__init__`` or for itself."""
-    for node in ast.walk(definition):
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
-        if value is not None and any(ast.unparse(target) in ("needs", "self.needs") for target in targets):
-            yield value
-
-
-def _module_constants(module: str) -> dict[str, Any]:
-    """The module's names for plain values."""
-    found = {}
-    for node in parse_module(module).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:
-                found[node.targets[0].id] = ast.literal_eval(node.value)
-            except ValueError:
-                continue
-    return found
-
-
-@cache
-def parse_module(module: str) -> ast.Module:
-    """A module's source, parsed."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-
-
-METHOD_KINDS = (
-    "logits", "feature maps", "embeddings", "several teachers", "peers", "no teacher", "around other methods",
-)  # fmt: skip
-COSTS_FILE = Path(__file__).parent / "price.json"  # written by benchmarks/method_price.py
-
-_PAPER = re.compile(
-    r'(?P<authors>[^":(]+), "(?P<title>[^"]+)",\s+(?P<venue>[^.]*[^.\s])\.?\s+(?P<url>https?://\S+)\s*(?P<rest>.*)',
-    re.DOTALL,
-)
-_MATH = re.compile(r"\.\. math::(.*?)(?=\n\s*\n|\Z)", re.DOTALL)
-_ARGUMENT = re.compile(r"^(\w+): (.*)$")
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Where a method comes from."""
-
-    authors: str
-    title: str
-    venue: str  # with the year
-    url: str
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """What a training step costs beside one on labels alone; see ``benchmarks/method_price.py``."""
-
-    time: float  # the step's time over that of the student on labels alone
-    low: float  # the lower and the upper quartile of that ratio
-    high: float
-    teacher: float  # what of it goes into the teacher's forward pass
-    memory: float  # the step's peak of memory over the other's
-    adapters: int  # trained numbers beside the student's
-
-
-@dataclass(frozen=True)
-class MethodDocumentation:
-    """A method, for people."""
-
-    entry: MethodInfo
-    kind: str  # one of KINDS
-    paper: Paper | None
-    notes: str  # what stands behind the paper in the module's docstring: forms, differences to released code
-    loss: str  # the whole loss in words, from the class's docstring
-    terms: dict[str, str]  # by name of a function: its formula
-    options: dict[str, tuple[MethodOption, str]]  # with what it is
-    needs: list[str]  # in words
-    traps: list[str]
-    price: StepCost | None  # None: not measured
-
-
-@cache
-def method_documentation(name: str) -> MethodDocumentation:
-    """Everything about a method, without importing torch.
-
-    Raises:
-        UsageError: unknown name; names the nearest known one.
-    """
-    found = method_info(name)
-    paper, notes = _parse_citation(found.paper)
-    notes, traps = _split_traps(notes)
-    says, arguments, behind = _parse_docstring(found.doc)
-    says, more = _split_traps(says)
-    needs, layers = declared_requirements(name), declared_student_layers(name)
-    listed = ["what the methods inside it need"] if needs is None else needs.listed()
-    return MethodDocumentation(
-        entry=found,
-        kind=_method_kind(name, needs),
-        paper=paper,
-        notes=notes,
-        loss=says,
-        terms=_loss_terms(name),
-        options={key: (option, arguments.get(key, "")) for key, option in found.options.items()},
-        needs=[*listed, f"student's layers {' and '.join(layers)}"] if layers else listed,
-        traps=[*traps, *more, *([behind] if behind else []), *(_traps_from_requirements(needs) if needs else [])],
-        price=step_costs().get(name),
-    )
-
-
-def methods_by_kind() -> dict[str, list[str]]:
-    """Names of all methods, by kind."""
-    return {kind: [name for name in list_methods() if method_documentation(name).kind == kind] for kind in METHOD_KINDS}
-
-
-@cache
-def measured_costs() -> dict[str, Any]:
-    """The file of prices as it is: machine, pair of networks, plain step, methods; {} where nobody has measured."""
-    return json.loads(COSTS_FILE.read_text(encoding="utf-8")) if COSTS_FILE.is_file() else {}
-
-
-def step_costs() -> dict[str, StepCost]:
-    """Measured prices by name of the method."""
-    return {name: StepCost(**values) for name, values in measured_costs().get("methods", {}).items()}
-
-
-def _method_kind(name: str, needs: Requirements | None) -> str:
-    if needs is None or is_wrapper(name):
-        return "around other methods"
-    if needs.peers:
-        return "peers"
-    if not needs.teacher:
-        return "no teacher"
-    if needs.members:
-        return "several teachers"
-    if needs.maps != "none":
-        return "feature maps"
-    return "embeddings" if needs.embedding else "logits"
-
-
-def _parse_citation(text: str) -> tuple[Paper | None, str]:
-    """The citation at the start of a docstring, and what follows it."""
-    match = _PAPER.match(text)
-    if match is None:
-        return None, text
-    words = {key: " ".join(match[key].split()) for key in ("authors", "title", "venue", "url")}
-    words["venue"] = re.sub(r" \(.*\)", "", words["venue"])
-    if words["venue"].isdigit() and "arxiv.org" in words["url"]:
-        words["venue"] = f"arXiv {words['venue']}"
-    return Paper(**words), match["rest"].strip()
-
-
-def _split_traps(text: str) -> tuple[str, list[str]]:
-    """A section "Traps:" apart, one trap for each item or paragraph of it."""
-    before, heading, section = text.partition("Traps:\n")
-    if not heading:
-        return text, []
-    section = textwrap.dedent(section).strip()
-    items = re.split(r"^- |\n- ", section) if section.startswith("- ") else re.split(r"\n\s*\n", section)
-    return before.strip(), [" ".join(item.split()) for item in items if item.strip()]
-
-
-def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str]:
-    """A class's docstring: what stands before its arguments, each argument's sentence, what stands behind them."""
-    says, heading, rest = doc.partition("\n\nArgs:\n")
-    lines = rest.splitlines() if heading else []
-    inside = [line for line in lines if line.startswith(" ") or not line]
-    arguments: dict[str, str] = {}
-    for block in re.split(r"\n(?=\S)", textwrap.dedent("\n".join(inside)).strip()):
-        if match := _ARGUMENT.match(" ".join(block.split())):
-            arguments[match[1]] = match[2]
-    behind = " ".join(line for line in lines if line and not line.startswith(" "))
-    return says, arguments, "" if behind.startswith(("Raises:", "Example:")) else behind
-
-
-def _loss_terms(name: str) -> dict[str, str]:
-    """Formulas of the functions that a method's class uses, and of those that these use."""
-    module, _, class_name = METHODS[name].partition(":")
-    found: dict[str, str] = {}
-    for where, definition in class_lineage(module, class_name):
-        if not where.endswith((".base", ".wrappers")):
-            _collect_formulas(where, definition, found, {class_name})
-    return found
-
-
-def _collect_formulas(module: str, node: ast.AST, found: dict[str, str], seen: set[str]) -> None:
-    for each in ast.walk(node):
-        if not isinstance(each, ast.Name) or each.id in seen:
-            continue
-        seen.add(each.id)
-        where = defining_module(module, each.id)
-        if not where.startswith("potstill.methods."):
-            continue
-        # Of other files functions only: a class from there is another method, or a layer that several share.
-        kinds = (ast.FunctionDef, ast.ClassDef) if where == module else (ast.FunctionDef,)
-        for definition in parse_module(where).body:
-            if isinstance(definition, kinds) and definition.name == each.id:
-                formulas = _MATH.findall(ast.get_docstring(definition) or "")
-                if formulas:
-                    found[each.id] = "; ".join(tex_to_text(" ".join(formula.split())) for formula in formulas)
-                _collect_formulas(where, definition, found, seen)
-
-
-def _traps_from_requirements(needs: Requirements) -> list[str]:
-    """What follows from the needs alone, the same for every method that has them."""
-    known = {
-        "index": "Remembers training images by their ids, so mixup and cutmix are refused.",
-        "training_only": "Val curves show the label term alone: the others mean nothing on images that are not those "
-        "of training.",
-        "batch_size": "Its layers are sized by the batch size: the last, smaller batch of an epoch is left out.",
-        "several": "Its terms look at the images of a batch together: they depend on the batch size, and one image "
-        "alone is refused.",
-        "labels": "Reads the label of every image: unlabeled images are refused.",
-        "pooled": "A network whose head reads something else than the mean of its last feature map is refused.",
-        "norms": "A teacher without BatchNorm in front of its maps is refused.",
-        "epoch": "Changes with the epochs: a loop of your own calls `distiller.start_epoch(epoch, epochs)`.",
-        "prepare": "Learns from the teacher before training: a loop of your own calls `distiller.prepare(batches)`.",
-    }
-    found = [text for key, text in known.items() if getattr(needs, key)]
-    if needs.second != "none":
-        found.append("Every image comes twice: student and teacher run on both, and mixup and cutmix are refused.")
-    return found
+if __name__ == "__main__":
+    write_catalog()

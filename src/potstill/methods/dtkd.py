@@ -13,7 +13,7 @@ from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
 from potstill.methods.numerics import softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 SMALLEST_PEAK = 0.01
@@ -60,33 +60,18 @@ def _shared(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tenso
 
 
 class DTKD(Method):
-    """Labels, soft targets at dynamic and at fixed temperature: ``CE + w * (alpha * DTKD + beta * KD)``, w rising to 1.
-
-    Args:
-        temperature: T, fixed for KD and shared out in DTKD.
-        alpha: weight of the dynamic part.
-        beta: weight of the fixed part.
-        warmup_epochs: until both weights are whole; 0: from the start.
-        ce_weight: weight of the label term.
+    """Labels, soft targets at dynamic and at fixed temperature:
+    ``CE + w * (alpha * DTKD + beta * KD)``, w rising to 1.
     """
 
+    name = "dtkd"
     needs = Requirements(epoch=True)
 
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        alpha: NonNegative = 3.0,
-        beta: NonNegative = 1.0,
-        warmup_epochs: NonNegative = 20.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.alpha = alpha
-        self.beta = beta
-        self.warmup_epochs = warmup_epochs
+    temperature: Positive = option(default=4.0, doc="T, fixed for KD and shared out in DTKD")
+    alpha: NonNegative = option(default=3.0, doc="weight of the dynamic part")
+    beta: NonNegative = option(default=1.0, doc="weight of the fixed part")
+    warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

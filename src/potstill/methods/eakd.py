@@ -14,7 +14,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.numerics import softened_kl
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 Form = Literal["paper", "release"]
@@ -69,15 +69,15 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 class EAKD(Method):
-    """Labels and soft targets, unsure images first: ``ce_weight * CE + weight * EAKD``.
+    """Labels and soft targets, unsure images first: ``ce_weight * CE + weight * EAKD``."""
 
-    Args:
-        temperature: T of the divergence.
-        entropy_temperature: T of the entropies.
-        form: "paper" or "release", see ``eakd_loss``.
-        weight: of the soft targets.
-        ce_weight: weight of the label term.
-    """
+    name = "eakd"
+
+    temperature: Positive = option(default=4.0, doc="T of the divergence")
+    entropy_temperature: Positive = option(default=3.0, doc="T of the entropies")
+    form: Form = option(default="paper", doc='"paper" or "release", see ``eakd_loss``')
+    weight: NonNegative = option(default=0.9, doc="weight of the soft targets")
+    ce_weight: NonNegative = option(default=0.1, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"form": "release"},
@@ -88,22 +88,6 @@ class EAKD(Method):
             "ce_weight": 1.0,
         },
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        entropy_temperature: Positive = 3.0,
-        form: Literal["paper", "release"] = "paper",
-        weight: NonNegative = 0.9,
-        ce_weight: NonNegative = 0.1,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.entropy_temperature = entropy_temperature
-        self.form: Form = form
-        self.weight = weight
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

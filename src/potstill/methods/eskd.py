@@ -10,23 +10,23 @@ from torch import Tensor
 
 from potstill.methods import create_method
 from potstill.methods.wrappers import MethodWrapper
-from potstill.options import MethodSettings, Share, checked
+from potstill.options import MethodSettings, Share, option
 from potstill.types import Batch, Outputs
 
 
 class ESKD(MethodWrapper):
-    """What ``base_method`` does until the share ``stop`` of the epochs, plain cross-entropy from there on.
+    """What ``base_method`` does until the share ``stop`` of the epochs, plain cross-entropy from there on."""
 
-    Args:
-        base_method: the method that is stopped: name and options.
-        stop: share of the epochs with a teacher; 1 never stops.
-    """
+    name = "eskd"
 
-    @checked
-    def __init__(self, *, base_method: MethodSettings | None = None, stop: Share = 0.5) -> None:
-        super().__init__(create_method(**(base_method or {"name": "kd", "preset": "cifar100"})))
+    base_method: MethodSettings = option(
+        default={"name": "kd", "preset": "cifar100"}, doc="the method that is stopped: name and options"
+    )
+    stop: Share = option(default=0.5, doc="share of the epochs with a teacher; 1 never stops")
+
+    def __post_init__(self) -> None:
+        self.wrap(create_method(**self.base_method))
         self.needs = replace(self.inner.needs, epoch=True)
-        self.stop = stop
 
     @property
     def stopped(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from potstill.features.adapters import ConvAdapter
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, checked
+from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -46,13 +46,14 @@ class FitNet(Method):
     """Labels plus one hint: ``CE + weight * MSE(adapter(student features), teacher features)``.
 
     The teacher's map should follow a ReLU, as the adapter's output does.
-
-    Args:
-        weight: of the hint; 100 in RepDistiller and mdistiller.
-        ce_weight: of the label term.
     """
 
+    name = "fitnet"
     needs = Requirements(maps="middle")
+
+    weight: NonNegative = option(default=100.0, doc="weight of the hint; 100 in RepDistiller and mdistiller")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.21,
         "cifar100/resnet110-resnet32": 71.06,
@@ -64,11 +65,6 @@ class FitNet(Method):
         "cifar100/resnet50-mobilenetv2": 63.16,
         "cifar100/vgg13-mobilenetv2": 64.14,
     }
-
-    @checked
-    def __init__(self, *, weight: NonNegative = 100.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

@@ -21,7 +21,7 @@ from potstill.features.adapters import pool_to_common_size
 from potstill.methods.ab import active_terms
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, Share, checked
+from potstill.options import NonNegative, Positive, Share, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -61,14 +61,19 @@ def _flows(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 class FSP(Method):
-    """First flow, then labels: ``weight * FSP`` in the first epochs, ``CE`` in the others.
+    """First flow, then labels: ``weight * FSP`` in the first epochs, ``CE`` in the others."""
 
-    Args:
-        weight: of the flow; 50 in RepDistiller.
-        init_share: share of the epochs that come before labels; 30 of 270 in RepDistiller.  0, or a run of one epoch:
-            labels and flow together throughout.
-        ce_weight: of the label term; above 0, as nothing else is left after the first part.
-    """
+    name = "fsp"
+
+    weight: NonNegative = option(default=50.0, doc="weight of the flow; 50 in RepDistiller")
+    init_share: Share = option(
+        default=0.111,
+        doc="share of the epochs that come before labels; 30 of 270 in RepDistiller. 0, or a run of one epoch: labels "
+        "and flow together throughout.",
+    )
+    ce_weight: Positive = option(
+        default=1.0, doc="weight of the label term; above 0, as nothing else is left after the first part"
+    )
 
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.95,
@@ -78,12 +83,8 @@ class FSP(Method):
         "cifar100/vgg13-vgg8": 70.23,
     }
 
-    @checked
-    def __init__(self, *, weight: NonNegative = 50.0, init_share: Share = 0.111, ce_weight: Positive = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.needs = Requirements(maps="pairs", epoch=init_share > 0)
-        self.weight = weight
-        self.init_share = init_share
+    def __post_init__(self) -> None:
+        self.needs = Requirements(maps="pairs", epoch=self.init_share > 0)
 
     @property
     def staged(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TeacherPasses, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 SLOPE = 0.1  # of the leaky ReLUs, as released
@@ -110,18 +110,20 @@ class Translator(nn.Module):
 
 
 class FT(Method):
-    """Labels and factors of the last stage: ``CE + weight * FT``.
+    """Labels and factors of the last stage: ``CE + weight * FT``."""
 
-    Args:
-        weight: of the factors; 200 in RepDistiller.
-        form: "release" or "paper", see ``ft_loss``.
-        rate: channels of the factor as a share of the teacher's.
-        paraphraser_epochs: passes over the training images in which the paraphraser learns.
-        paraphraser_lr: its learning rate.
-        ce_weight: of the label term.
-    """
-
+    name = "ft"
     needs = Requirements(maps="last", prepare=True)
+
+    weight: NonNegative = option(default=200.0, doc="weight of the factors; 200 in RepDistiller")
+    form: Literal["release", "paper"] = option(default="release", doc='"release" or "paper", see ``ft_loss``')
+    rate: Positive = option(default=0.5, doc="channels of the factor as a share of the teacher's", fixed=True)
+    paraphraser_epochs: Count = option(
+        default=30, doc="passes over the training images in which the paraphraser learns"
+    )
+    paraphraser_lr: Positive = option(default=1e-3, doc="its learning rate", fixed=True)
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.84,
         "cifar100/resnet110-resnet32": 72.37,
@@ -133,26 +135,9 @@ class FT(Method):
         "cifar100/resnet50-mobilenetv2": 60.99,
         "cifar100/vgg13-mobilenetv2": 61.78,
     }
-    trained: Tensor
-    FIXED: ClassVar[tuple[str, ...]] = ("rate", "paraphraser_lr")
 
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 200.0,
-        form: Literal["release", "paper"] = "release",
-        rate: Positive = 0.5,
-        paraphraser_epochs: Count = 30,
-        paraphraser_lr: Positive = 1e-3,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.form: Literal["release", "paper"] = form
-        self.rate = rate
-        self.paraphraser_epochs = paraphraser_epochs
-        self.paraphraser_lr = paraphraser_lr
+    def __post_init__(self) -> None:
+        self.trained: Tensor
         self.register_buffer("trained", torch.tensor(False))
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from potstill.methods.ikl import IKL, pairwise_squares
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import at_least_float32
 
 
@@ -48,19 +48,20 @@ def gkl_wmse_loss(
 
 
 class GKL(IKL):
-    """Labels, differences of logits and soft targets: ``CE + w * (beta * wMSE + alpha * softCE)``, w rising to 1.
+    """Labels, differences of logits and soft targets: ``CE + w * (beta * wMSE + alpha * softCE)``, w rising to 1."""
 
-    Args:
-        temperature: T of the soft targets.
-        alpha: weight of the soft targets.
-        beta: weight of the differences.
-        gamma: power of the weights; smaller is flatter.
-        weight_temperature: T of the teacher's probabilities that weigh the differences.
-        class_prior: weigh by what the teacher said of the image's class on average over the last epoch (in the first
-            epoch: all classes alike) instead of by what it says of the image.
-        warmup_epochs: until both weights are whole; 0: from the start.
-        ce_weight: of the label term.
-    """
+    name = "gkl"
+
+    beta: NonNegative = option(default=16.0, doc="weight of the differences")
+    gamma: NonNegative = option(default=0.05, doc="power of the weights; smaller is flatter")
+    weight_temperature: Positive = option(
+        default=4.0, doc="T of the teacher's probabilities that weigh the differences"
+    )
+    class_prior: bool = option(
+        default=True,
+        doc="weigh by what the teacher said of the image's class on average over the last epoch (in the first epoch: "
+        "all classes alike) instead of by what it says of the image",
+    )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet32x4-resnet8x4": {
@@ -73,30 +74,6 @@ class GKL(IKL):
         },
         "imagenet/resnet34-resnet18": {"beta": 0.5, "gamma": 0.6},
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        alpha: NonNegative = 1.0,
-        beta: NonNegative = 16.0,
-        gamma: NonNegative = 0.05,
-        weight_temperature: Positive = 4.0,
-        class_prior: bool = True,
-        warmup_epochs: NonNegative = 20.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            alpha=alpha,
-            beta=beta,
-            weight_temperature=weight_temperature,
-            class_prior=class_prior,
-            warmup_epochs=warmup_epochs,
-            ce_weight=ce_weight,
-        )
-        self.gamma = gamma
 
     def wmse(self, student_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
         return gkl_wmse_loss(student_logits, teacher_logits, weights, gamma=self.gamma)

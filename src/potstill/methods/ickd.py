@@ -14,7 +14,7 @@ from potstill.features.adapters import Projection
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, checked
+from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -55,18 +55,13 @@ class ICKD(Method):
     """Labels plus correlations between the channels of the last map: ``CE + weight * ICKD``.
 
     The student's map passes a trained 1x1 convolution and BatchNorm to the teacher's channels.
-
-    Args:
-        weight: of the correlations.
-        ce_weight: of the label term.
     """
 
+    name = "ickd"
     needs = Requirements(maps="last")
 
-    @checked
-    def __init__(self, *, weight: NonNegative = 2.5, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
+    weight: NonNegative = option(default=2.5, doc="weight of the correlations")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -127,46 +127,31 @@ def pairwise_squares(student_logits: Tensor, teacher_logits: Tensor, weights: Te
 
 
 class IKL(Method):
-    """Labels, differences of logits and soft targets: ``CE + w * (beta * wMSE + alpha * softCE)``, w rising to 1.
+    """Labels, differences of logits and soft targets: ``CE + w * (beta * wMSE + alpha * softCE)``, w rising to 1."""
 
-    Args:
-        temperature: T of the soft targets.
-        alpha: weight of the soft targets.
-        beta: weight of the differences.
-        weight_temperature: T of the teacher's probabilities that weigh the differences.
-        class_prior: weigh by what the teacher said of the image's class on average over the last epoch (in the first
-            epoch: all classes alike) instead of by what it says of the image.
-        warmup_epochs: until both weights are whole; 0: from the start.
-        ce_weight: of the label term.
-    """
+    name = "ikl"
+
+    temperature: Positive = option(default=4.0, doc="T of the soft targets")
+    alpha: NonNegative = option(default=1.0, doc="weight of the soft targets")
+    beta: NonNegative = option(default=8.0, doc="weight of the differences")
+    weight_temperature: Positive = option(
+        default=100.0, doc="T of the teacher's probabilities that weigh the differences"
+    )
+    class_prior: bool = option(
+        default=False,
+        doc="weigh by what the teacher said of the image's class on average over the last epoch (in the first epoch: "
+        "all classes alike) instead of by what it says of the image",
+    )
+    warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0, "alpha": 1.0, "beta": 8.0, "weight_temperature": 100.0},
         "imagenet/resnet34-resnet18": {"alpha": 1.0, "beta": 0.5, "class_prior": True, "weight_temperature": 1.0},
     }
 
-    prior: ClassPrior
-
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        alpha: NonNegative = 1.0,
-        beta: NonNegative = 8.0,
-        weight_temperature: Positive = 100.0,
-        class_prior: bool = False,
-        warmup_epochs: NonNegative = 20.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.alpha = alpha
-        self.beta = beta
-        self.weight_temperature = weight_temperature
-        self.class_prior = class_prior
-        self.warmup_epochs = warmup_epochs
-        self.needs = Requirements(epoch=True, classes=class_prior, labels=class_prior)
+    def __post_init__(self) -> None:
+        self.needs = Requirements(epoch=True, classes=self.class_prior, labels=self.class_prior)
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         if self.class_prior:

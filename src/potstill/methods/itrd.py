@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import inner_products, require_equal_shapes, require_two_images
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -87,15 +87,16 @@ class ITRD(Method):
 
     The student's embedding passes a trained linear layer to the teacher's width: always for the correlation, where
     the widths differ for the similarities.
-
-    Args:
-        correlation_weight: of the features' correlation.
-        mutual_weight: of the images' similarities.
-        alpha: half the exponent of the correlation.
-        ce_weight: of the label term.
     """
 
+    name = "itrd"
     needs = Requirements(embedding=True, several=True)
+
+    correlation_weight: NonNegative = option(default=2.0, doc="weight of the features' correlation")
+    mutual_weight: NonNegative = option(default=1.0, doc="weight of the images' similarities")
+    alpha: Positive = option(default=1.5, doc="half the exponent of the correlation")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 71.47,
         "cifar100/resnet110-resnet32": 74.26,
@@ -108,18 +109,6 @@ class ITRD(Method):
         "cifar100/vgg13-mobilenetv2": 70.39,
         "imagenet/resnet34-resnet18": 71.68,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        correlation_weight: NonNegative = 2.0,
-        mutual_weight: NonNegative = 1.0,
-        alpha: Positive = 1.5,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.correlation_weight, self.mutual_weight, self.alpha = correlation_weight, mutual_weight, alpha
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None

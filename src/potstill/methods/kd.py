@@ -18,7 +18,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.numerics import softened_kl
-from potstill.options import Positive, Share, checked
+from potstill.options import Positive, Share, checked, option
 from potstill.types import Batch, Outputs
 
 
@@ -52,12 +52,12 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Posi
 
 
 class KD(Method):
-    """Labels and soft targets: ``alpha * CE + (1 - alpha) * KD``.
+    """Labels and soft targets: ``alpha * CE + (1 - alpha) * KD``."""
 
-    Args:
-        temperature: T of the soft targets; the same for teacher and student.
-        alpha: weight of the label term; 1 ignores the teacher, 0 ignores the labels.
-    """
+    name = "kd"
+
+    temperature: Positive = option(default=2.0, doc="T of the soft targets; the same for teacher and student")
+    alpha: Share = option(default=0.5, doc="weight of the label term; 1 ignores the teacher, 0 ignores the labels")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0, "alpha": 0.1},  # RepDistiller and mdistiller, every pair
@@ -77,19 +77,9 @@ class KD(Method):
         "imagenet/resnet50-mobilenetv1": 70.50,
     }
 
-    @checked
-    def __init__(self, *, temperature: Positive = 2.0, alpha: Share = 0.5) -> None:
-        super().__init__(ce_weight=alpha)
-        self.temperature = temperature
-
     @property
-    def alpha(self) -> float:
-        """Weight of the label term; a schedule moves both terms."""
-        return self.ce_weight
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self.ce_weight = value
+    def label_weight(self) -> float:
+        return self.alpha
 
     @property
     def soft_temperature(self) -> float | None:

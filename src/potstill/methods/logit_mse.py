@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.options import NonNegative, checked
+from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -34,17 +34,12 @@ def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class LogitMSE(Method):
-    """Labels and the teacher's logits: ``CE + weight * MSE(student logits, teacher logits)``.
+    """Labels and the teacher's logits: ``CE + weight * MSE(student logits, teacher logits)``."""
 
-    Args:
-        weight: of the squared difference.
-        ce_weight: weight of the label term.
-    """
+    name = "logit_mse"
 
-    @checked
-    def __init__(self, *, weight: NonNegative = 1.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
+    weight: NonNegative = option(default=1.0, doc="weight of the squared difference")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

@@ -14,7 +14,7 @@ from potstill.errors import UsageError
 from potstill.methods import create_method
 from potstill.methods.base import Method
 from potstill.methods.wrappers import MethodWrapper, refuse_idle_label_weight
-from potstill.options import MethodSettings, NonNegative, checked
+from potstill.options import MethodSettings, NonNegative, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -49,14 +49,21 @@ def standardise(logits: Tensor, *, eps: NonNegative = 1e-7) -> Tensor:
 
 
 class LS(MethodWrapper):
-    """``ce_weight * CE`` on plain logits plus ``weight`` times the inner method's terms on standardised ones.
+    """``ce_weight * CE`` on plain logits plus ``weight`` times the inner method's terms on standardised ones."""
 
-    Args:
-        base_method: the method that compares the logits: name and options.  Its own label weight does not count; kd's
-            alpha is best 0, so that its term counts in full.
-        weight: of the inner method's terms; the release multiplies DKD's alpha and beta by the same 9.
-        ce_weight: of the label term; 0.1 for KD on CIFAR and 1 for DKD in the release.
-    """
+    name = "ls"
+
+    base_method: MethodSettings = option(
+        default={"name": "kd", "temperature": 2.0, "alpha": 0.0},
+        doc="the method that compares the logits: name and options. Its own label weight does not count; kd's alpha "
+        "is best 0, so that its term counts in full.",
+    )
+    weight: NonNegative = option(
+        default=9.0, doc="weight of the inner method's terms; the release multiplies DKD's alpha and beta by the same 9"
+    )
+    ce_weight: NonNegative = option(
+        default=0.1, doc="weight of the label term; 0.1 for KD on CIFAR and 1 for DKD in the release"
+    )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"base_method": {"name": "kd", "temperature": 2.0, "alpha": 0.0}},
@@ -75,23 +82,14 @@ class LS(MethodWrapper):
         "imagenet/resnet34-resnet18": 71.42,
     }
 
-    @checked
-    def __init__(
-        self,
-        *,
-        base_method: MethodSettings | None = None,
-        weight: NonNegative = 9.0,
-        ce_weight: NonNegative = 0.1,
-    ) -> None:
-        settings = base_method or {"name": "kd", "temperature": 2.0, "alpha": 0.0}
-        super().__init__(create_method(**settings))
-        name = settings["name"]
-        refuse_idle_label_weight(settings, self.inner, "ls")
+    def __post_init__(self) -> None:
+        self.wrap(create_method(**self.base_method))
+        name = self.base_method["name"]
+        refuse_idle_label_weight(self.base_method, self.inner, "ls")
         if any(hasattr(method, "standardise") for method in self.inner.modules()):
             raise UsageError(f"{name} standardises some of its terms only: use it alone, with standardise: true")
         if not self.inner.needs.logits_only or self.inner.student_taps:
             raise UsageError(f"ls standardises logits, and {name} compares other things; use it around kd or dkd")
-        self.weight, self.ce_weight = weight, ce_weight
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return Method.label_terms(self, student, batch)

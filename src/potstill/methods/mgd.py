@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Share, checked
+from potstill.options import NonNegative, Share, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -59,26 +59,20 @@ class Generator(nn.Module):
 
 
 class MGD(Method):
-    """Labels and the generated last map: ``CE + weight * MGD``.
+    """Labels and the generated last map: ``CE + weight * MGD``."""
 
-    Args:
-        weight: of the map; 7e-5 for ImageNet, 1.2e-3 for CIFAR-100.
-        mask_share: how many channels are masked, on average.
-        ce_weight: of the label term.
-    """
-
+    name = "mgd"
     needs = Requirements(maps="last")
+
+    weight: NonNegative = option(default=7e-5, doc="weight of the map; 7e-5 for ImageNet, 1.2e-3 for CIFAR-100")
+    mask_share: Share = option(default=0.15, doc="how many channels are masked, on average")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet32x4-resnet8x4": {"weight": 1.2e-3},
         "imagenet/resnet34-resnet18": {"weight": 7e-5},
     }
     PUBLISHED: ClassVar[dict[str, float]] = {"imagenet/resnet34-resnet18": 71.58}
-
-    @checked
-    def __init__(self, *, weight: NonNegative = 7e-5, mask_share: Share = 0.15, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.mask_share = mask_share
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

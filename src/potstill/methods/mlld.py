@@ -21,7 +21,7 @@ from potstill.methods.kd import kd_loss
 from potstill.methods.ls import standardise as standardised
 from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 FURTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)  # besides the one that is an option
@@ -92,17 +92,22 @@ class MLLD(Method):
     """Labels and three levels of logits, in two views: ``ce_weight * CE + kd_weight * sum over T of all levels``.
 
     ``ce_weight`` counts in both views; the strong view's cross-entropy is the term ``ce_strong``.
-
-    Args:
-        temperature: the first T; 3, 5, 2 and 6 follow.
-        kd_weight: of each level.
-        standardise: logits in the image level only, as in the release of logit standardisation (which has
-            ``temperature=2`` and ``kd_weight=9``).
-        form: "release", or "paper": all levels in both views, without masks.
-        ce_weight: of the label term, in each view.
     """
 
+    name = "mlld"
     needs = Requirements(second="strong", labels=True, several=True)
+
+    temperature: Positive = option(default=4.0, doc="the first T; 3, 5, 2 and 6 follow")
+    kd_weight: NonNegative = option(default=0.9, doc="weight of each level")
+    standardise: bool = option(
+        default=False,
+        doc="logits in the image level only, as in the release of logit standardisation (which has ``temperature=2`` "
+        "and ``kd_weight=9``)",
+    )
+    form: Literal["release", "paper"] = option(
+        default="release", doc='"release", or "paper": all levels in both views, without masks'
+    )
+    ce_weight: NonNegative = option(default=0.1, doc="weight of the label term, in each view")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
@@ -118,22 +123,6 @@ class MLLD(Method):
         "cifar100/vgg13-mobilenetv2": 70.57,
         "imagenet/resnet34-resnet18": 71.90,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        kd_weight: NonNegative = 0.9,
-        standardise: bool = False,
-        form: Literal["release", "paper"] = "release",
-        ce_weight: NonNegative = 0.1,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.kd_weight = kd_weight
-        self.standardise = standardise
-        self.form = form
 
     @property
     def label_term_names(self) -> frozenset[str]:

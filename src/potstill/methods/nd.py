@@ -19,7 +19,7 @@ from potstill.methods.base import Method, NetworkInfo, TeacherPasses, TrainingIn
 from potstill.methods.kd import kd_loss
 from potstill.methods.numerics import require_equal_shapes, require_two_images
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -56,17 +56,21 @@ def nd_loss(student: Tensor, teacher: Tensor, labels: Tensor, class_means: Tenso
 
 
 class ND(Method):
-    """Labels, soft targets, and norm and direction of the embedding: ``CE + kd_weight * KD + weight * ND``.
+    """Labels, soft targets, and norm and direction of the embedding: ``CE + kd_weight * KD + weight * ND``."""
 
-    Args:
-        weight: of norm and direction.
-        kd_weight: of the soft targets once warm.
-        temperature: T of the soft targets.
-        warmup: epochs within which the soft targets' weight rises from 0.
-        ce_weight: of the label term.
-    """
-
+    name = "nd"
     needs = Requirements(embedding=True, classes=True, epoch=True, prepare=True, labels=True)
+
+    weight: NonNegative = option(default=2.0, doc="weight of norm and direction")
+    kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets once warm")
+    temperature: Positive = option(default=4.0, doc="T of the soft targets")
+    warmup_epochs: NonNegative = option(
+        default=20.0,
+        doc="epochs within which the soft targets' weight rises from 0",
+        fixed=True,
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet56-resnet20": {"kd_weight": 1.0, "weight": 2.0},
         "cifar100/resnet32x4-resnet8x4": {"kd_weight": 3.5, "weight": 2.0},
@@ -84,27 +88,13 @@ class ND(Method):
         "imagenet/resnet50-mobilenetv1": 72.77,
     }
 
-    class_means: Tensor
-    FIXED: ClassVar[tuple[str, ...]] = ("warmup",)
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 2.0,
-        kd_weight: NonNegative = 1.0,
-        temperature: Positive = 4.0,
-        warmup: NonNegative = 20.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.kd_weight, self.temperature, self.warm_epochs = weight, kd_weight, temperature, warmup
+    def __post_init__(self) -> None:
         self.translate: nn.Module = nn.Identity()
         self._means_known = False
 
     @property
     def warmup_length(self) -> float:
-        return self.warm_epochs and self.warm_epochs + 1  # the weight begins at 0
+        return self.warmup_epochs and self.warmup_epochs + 1  # the weight begins at 0
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
@@ -113,6 +103,7 @@ class ND(Method):
         inputs, outputs = student.outputs.embedding.shape[1], teacher.outputs.embedding.shape[1]
         if inputs != outputs:
             self.translate = nn.Sequential(nn.BatchNorm1d(inputs), nn.Dropout(0.5), nn.Linear(inputs, outputs))
+        self.class_means: Tensor
         self.register_buffer("class_means", torch.zeros(training.classes, outputs))
 
     @torch.no_grad()
@@ -138,7 +129,7 @@ class ND(Method):
         translated = self.translate(student.embedding)
         terms = {"norm": self.weight * nd_loss(translated, teacher.embedding, batch.labels, self.class_means)}
         if self.kd_weight:
-            warm = min(self.progress / self.warm_epochs, 1.0) if self.warm_epochs else 1.0
+            warm = min(self.progress / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
             soft = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
             terms["kd"] = warm * self.kd_weight * soft
         return terms

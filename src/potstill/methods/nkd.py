@@ -14,7 +14,7 @@ from torch import Tensor
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import drop_target, require_three_classes
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -117,15 +117,16 @@ def nkd_loss(
 class NKD(Method):
     """Labels, the teacher's trust in them, and its other classes: ``CE + target + gamma * others``.
 
-    Args:
-        temperature: T of the part on the other classes.
-        gamma: its weight (the authors take 1 for DeiT).
-        ce_weight: weight of the label term.
-
-    Two classes are refused: the part on the others is then 0.
+    Traps:
+        Two classes are refused: the part on the others is then 0.
     """
 
+    name = "nkd"
     needs = Requirements(labels=True)
+
+    temperature: Positive = option(default=1.0, doc="T of the part on the other classes")
+    gamma: NonNegative = option(default=1.5, doc="its weight (the authors take 1 for DeiT)")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 3.0, "gamma": 3.5},
@@ -135,12 +136,6 @@ class NKD(Method):
         "imagenet/resnet34-resnet18": 71.96,
         "imagenet/resnet50-mobilenetv1": 72.58,
     }
-
-    @checked
-    def __init__(self, *, temperature: Positive = 1.0, gamma: NonNegative = 1.5, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.gamma = gamma
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         require_three_classes("nkd", training.classes)

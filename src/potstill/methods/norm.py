@@ -20,7 +20,7 @@ from potstill.features.student_surgery import ExpandedStage, ModifiedStudent, la
 from potstill.methods.base import Method, NetworkInfo
 from potstill.methods.kd import kd_loss
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 # Shares of the run up to which a weight holds: of 240 epochs for CIFAR, of 100 for ImageNet.
@@ -65,19 +65,25 @@ def norm_loss(expanded: Tensor, teacher: Tensor) -> Tensor:
 
 
 class NORM(Method):
-    """Labels plus N-to-one matching of the last map: ``ce_weight * CE + weight(epoch) * NORM + kd_weight * KD``.
+    """Labels plus N-to-one matching of the last map: ``ce_weight * CE + weight(epoch) * NORM + kd_weight * KD``."""
 
-    Args:
-        weight: of the matching, times what the profile says.
-        representations: N.
-        profile: "cifar" (0.1, 0.5, 1, 0.5, 0.1), "imagenet" (0.1, 0.5, 0.9, 0.5, 0.1) or "constant".
-        kd_weight: of the soft targets.
-        temperature: T of the soft targets.
-        logit_scale: of logits brought to variance 1; 0: logits are left as they are.
-        ce_weight: of the label term.
-    """
-
+    name = "norm"
     needs = Requirements(maps="last", epoch=True)
+
+    weight: NonNegative = option(default=1.0, doc="weight of the matching, times what the profile says")
+    representations: Count = option(default=8, doc="N")
+    profile: Literal["cifar", "imagenet", "constant"] = option(
+        default="cifar", doc='"cifar" (0.1, 0.5, 1, 0.5, 0.1), "imagenet" (0.1, 0.5, 0.9, 0.5, 0.1) or "constant"'
+    )
+    kd_weight: NonNegative = option(default=0.0, doc="weight of the soft targets")
+    temperature: Positive = option(default=4.0, doc="T of the soft targets")
+    logit_scale: NonNegative = option(
+        default=2.5,
+        doc="scale of logits brought to variance 1; 0: logits are left as they are",
+        fixed=True,
+    )
+    ce_weight: NonNegative = option(default=0.25, doc="weight of the label term")
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet/resnet34-resnet18": {"ce_weight": 1.0, "profile": "imagenet"},
         "imagenet/resnet50-mobilenetv1": {"ce_weight": 0.125, "profile": "imagenet"},
@@ -95,23 +101,6 @@ class NORM(Method):
         "imagenet/resnet34-resnet18": 72.14,
         "imagenet/resnet50-mobilenetv1": 74.26,
     }
-    FIXED: ClassVar[tuple[str, ...]] = ("logit_scale",)
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 1.0,
-        representations: Count = 8,
-        profile: Literal["cifar", "imagenet", "constant"] = "cifar",
-        kd_weight: NonNegative = 0.0,
-        temperature: Positive = 4.0,
-        logit_scale: NonNegative = 2.5,
-        ce_weight: NonNegative = 0.25,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.representations, self.profile = weight, representations, profile
-        self.kd_weight, self.temperature, self.logit_scale = kd_weight, temperature, logit_scale
 
     def for_teachers(self, shares: Sequence[float]) -> Method:
         if len(shares) > 1:

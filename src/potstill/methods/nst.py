@@ -17,7 +17,7 @@ from torch import Tensor
 from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, checked
+from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -56,14 +56,14 @@ def _kernel(first: Tensor, second: Tensor) -> Tensor:
 
 
 class NST(Method):
-    """Labels and distributions of channels at paired stages: ``CE + weight * sum of NST``.
+    """Labels and distributions of channels at paired stages: ``CE + weight * sum of NST``."""
 
-    Args:
-        weight: of the discrepancies; 50 in RepDistiller.
-        ce_weight: of the label term.
-    """
-
+    name = "nst"
     needs = Requirements(maps="pairs")
+
+    weight: NonNegative = option(default=50.0, doc="weight of the discrepancies; 50 in RepDistiller")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.60,
         "cifar100/resnet110-resnet32": 71.96,
@@ -75,11 +75,6 @@ class NST(Method):
         "cifar100/resnet50-mobilenetv2": 64.96,
         "cifar100/vgg13-mobilenetv2": 58.16,
     }
-
-    @checked
-    def __init__(self, *, weight: NonNegative = 50.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -70,36 +70,21 @@ def ofa_loss(
 
 
 class OFA(Method):
-    """Labels, enhanced soft targets, and these for every stage: ``CE + weight * OFA + stage_weight * sum over stages``.
-
-    Args:
-        weight: of the student's own logits.
-        stage_weight: of each stage's logits.
-        epsilon: power of the enhanced targets.
-        temperature: T of all of them.
-        form: "release", or "paper": only the label is enhanced, and is a target of the stages too.
-        ce_weight: of the label term.
+    """Labels, enhanced soft targets, and these for every stage:
+    ``CE + weight * OFA + stage_weight * sum over stages``.
     """
 
+    name = "ofa"
     needs = Requirements(maps="all", classes=True, labels=True)
 
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 1.0,
-        stage_weight: NonNegative = 1.0,
-        epsilon: Positive = 1.0,
-        temperature: Positive = 1.0,
-        form: Literal["release", "paper"] = "release",
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.stage_weight = stage_weight
-        self.epsilon = epsilon
-        self.temperature = temperature
-        self.form: Literal["release", "paper"] = form
+    weight: NonNegative = option(default=1.0, doc="weight of the student's own logits")
+    stage_weight: NonNegative = option(default=1.0, doc="weight of each stage's logits")
+    epsilon: Positive = option(default=1.0, doc="power of the enhanced targets")
+    temperature: Positive = option(default=1.0, doc="T of all of them")
+    form: Literal["release", "paper"] = option(
+        default="release", doc='"release", or "paper": only the label is enhanced, and is a target of the stages too'
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         widths = [each.shape[1] for each in student.outputs.maps]

@@ -18,7 +18,7 @@ from potstill.errors import UsageError
 from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, checked
+from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -74,23 +74,18 @@ def ofd_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], mar
 
 
 class OFD(Method):
-    """Labels and partial distances of paired stages: ``CE + weight * OFD``.
+    """Labels and partial distances of paired stages: ``CE + weight * OFD``."""
 
-    Args:
-        weight: of the distance; 1e-3 for CIFAR, 1e-4 for ImageNet.
-        ce_weight: of the label term.
-    """
-
+    name = "ofd"
     needs = Requirements(maps="pairs", before_activation="both", norms=True)
+
+    weight: NonNegative = option(default=1e-3, doc="weight of the distance; 1e-3 for CIFAR, 1e-4 for ImageNet")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet/resnet34-resnet18": {"weight": 1e-4},
         "imagenet/resnet50-mobilenetv1": {"weight": 1e-4},
     }
-
-    @checked
-    def __init__(self, *, weight: NonNegative = 1e-3, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

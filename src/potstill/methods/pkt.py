@@ -15,7 +15,7 @@ from torch import Tensor
 from potstill.methods.base import Method
 from potstill.methods.numerics import inner_products, require_two_images
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -55,14 +55,14 @@ def _neighbours(embedding: Tensor, epsilon: float) -> Tensor:
 
 
 class PKT(Method):
-    """Labels plus neighbour probabilities of the embeddings: ``CE + weight * PKT``.
+    """Labels plus neighbour probabilities of the embeddings: ``CE + weight * PKT``."""
 
-    Args:
-        weight: of the neighbour probabilities.
-        ce_weight: of the label term.
-    """
-
+    name = "pkt"
     needs = Requirements(embedding=True, several=True)
+
+    weight: NonNegative = option(default=30000.0, doc="weight of the neighbour probabilities")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 70.34,
         "cifar100/resnet110-resnet32": 72.61,
@@ -74,11 +74,6 @@ class PKT(Method):
         "cifar100/resnet50-mobilenetv2": 66.52,
         "cifar100/vgg13-mobilenetv2": 67.13,
     }
-
-    @checked
-    def __init__(self, *, weight: NonNegative = 30000.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 from potstill.errors import UsageError
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import Share, checked
+from potstill.options import Share, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -66,24 +66,20 @@ class PSKD(Method):
     """Labels and the last epoch's predictions: ``(1 - a) CE + a * soft CE`` with ``a = alpha * (epoch + 1) / epochs``.
 
     An image that was not seen in the last epoch keeps its older prediction; one that never was has its label alone.
-
-    Args:
-        alpha: weight of the predictions in the last epoch (the paper's alpha, not that of method kd).
     """
 
+    name = "pskd"
     needs = Requirements(teacher=False, index=True, labels=True, epoch=True)
 
-    previous: Tensor  # [N, K], what was said up to the last epoch; zeros: nothing
-    current: Tensor  # [N, K], in this epoch too
-
-    @checked
-    def __init__(self, *, alpha: Share = 0.8) -> None:
-        super().__init__()
-        self.alpha = alpha
+    alpha: Share = option(
+        default=0.8, doc="weight of the predictions in the last epoch (the paper's alpha, not that of method kd)"
+    )
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         if training.labels is None:
             raise UsageError("pskd remembers the training set: it needs the labels of all its images; uskd does not")
+        self.previous: Tensor  # [N, K], the predictions up to the last epoch; zeros: none
+        self.current: Tensor  # [N, K], with those of this epoch
         for name in ("previous", "current"):
             self.register_buffer(name, torch.zeros(len(training.labels), training.classes))
 

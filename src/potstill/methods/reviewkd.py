@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, checked
+from potstill.options import Count, NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -116,15 +116,17 @@ class Review(nn.Module):
 
 
 class ReviewKD(Method):
-    """Labels and reviewed stages: ``CE + weight * min((epoch + 1) / warmup_epochs, 1) * HCL``.
+    """Labels and reviewed stages: ``CE + weight * min((epoch + 1) / warmup_epochs, 1) * HCL``."""
 
-    Args:
-        weight: of the review.
-        warmup_epochs: epochs over which the weight rises; 0 for none.
-        max_mid: most channels in which stages are fused.
-        student_before_activation: read the student's maps before their last activation too (ImageNet).
-        ce_weight: of the label term.
-    """
+    name = "reviewkd"
+
+    weight: NonNegative = option(default=5.0, doc="weight of the review")
+    warmup_epochs: NonNegative = option(default=20.0, doc="epochs over which the weight rises; 0 for none")
+    max_mid: Count = option(default=512, doc="most channels in which stages are fused")
+    student_before_activation: bool = option(
+        default=False, doc="read the student's maps before their last activation too (ImageNet)"
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet56-resnet20": {"weight": 0.6},
@@ -152,27 +154,14 @@ class ReviewKD(Method):
         "imagenet/resnet50-mobilenetv1": 72.56,
     }
 
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 5.0,
-        warmup_epochs: NonNegative = 20.0,
-        max_mid: Count = 512,
-        student_before_activation: bool = False,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
+    def __post_init__(self) -> None:
         self.needs = Requirements(
             maps="pairs",
-            before_activation="both" if student_before_activation else "teacher",
+            before_activation="both" if self.student_before_activation else "teacher",
             embedding=True,
-            epoch=warmup_epochs > 0,
+            epoch=self.warmup_epochs > 0,
             several=True,  # BatchNorm of pooled features
         )
-        self.weight = weight
-        self.warmup_epochs = warmup_epochs
-        self.max_mid = max_mid
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

@@ -15,7 +15,7 @@ from torch import Tensor
 from potstill.methods.base import Method
 from potstill.methods.numerics import inner_products, require_two_images
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -92,15 +92,15 @@ def _cosines(features: Tensor) -> Tensor:
 
 
 class RKD(Method):
-    """Labels plus relations of embeddings: ``CE + distance_weight * distances + angle_weight * angles``.
+    """Labels plus relations of embeddings: ``CE + distance_weight * distances + angle_weight * angles``."""
 
-    Args:
-        distance_weight: of the term on distances.
-        angle_weight: of the term on angles; 0 spares its memory.
-        ce_weight: of the label term.
-    """
-
+    name = "rkd"
     needs = Requirements(embedding=True, several=True)
+
+    distance_weight: NonNegative = option(default=25.0, doc="weight of the term on distances")
+    angle_weight: NonNegative = option(default=50.0, doc="weight of the term on angles; 0 spares its memory")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.61,
         "cifar100/resnet110-resnet32": 71.82,
@@ -114,13 +114,6 @@ class RKD(Method):
         "imagenet/resnet34-resnet18": 71.34,
         "imagenet/resnet50-mobilenetv1": 71.32,
     }
-
-    @checked
-    def __init__(
-        self, *, distance_weight: NonNegative = 25.0, angle_weight: NonNegative = 50.0, ce_weight: NonNegative = 1.0
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import binary_log_probs, require_three_classes, softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 MASKED = -1e9  # finite, so that a row in which every class is masked is uniform on both sides and adds 0
@@ -134,41 +134,24 @@ def rld_loss(
 class RLD(Method):
     """Labels and refined logits: ``CE + w * (alpha * SCD + beta * MCD)``, w rising to 1.
 
-    Args:
-        temperature: T of the classes ranked below the label.
-        confidence_temperature: T of the confidence.
-        alpha: weight of the confidence.
-        beta: weight of the classes ranked below the label.
-        warmup_epochs: until both weights are whole; 0: from the start.
-        ce_weight: weight of the label term.
-
-    Two classes are refused: at most one is then ranked below the label, and its part is 0.
+    Traps:
+        Two classes are refused: at most one is then ranked below the label, and its part is 0.
     """
 
+    name = "rld"
     needs = Requirements(labels=True, epoch=True)
+
+    temperature: Positive = option(default=4.0, doc="T of the classes ranked below the label")
+    confidence_temperature: Positive = option(default=1.0, doc="T of the confidence")
+    alpha: NonNegative = option(default=1.0, doc="weight of the confidence")
+    beta: NonNegative = option(default=8.0, doc="weight of the classes ranked below the label")
+    warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "imagenet/resnet34-resnet18": {"temperature": 1.0, "beta": 0.5},
         "imagenet/resnet50-mobilenetv1": {"temperature": 1.0, "beta": 2.0},
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        temperature: Positive = 4.0,
-        confidence_temperature: Positive = 1.0,
-        alpha: NonNegative = 1.0,
-        beta: NonNegative = 8.0,
-        warmup_epochs: NonNegative = 20.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.confidence_temperature = confidence_temperature
-        self.alpha = alpha
-        self.beta = beta
-        self.warmup_epochs = warmup_epochs
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         require_three_classes("rld", training.classes)

@@ -23,7 +23,7 @@ from potstill.methods.numerics import (
     softened_target_kl,
 )
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, checked, option
 from potstill.types import Batch, Head, Outputs, at_least_float32
 
 
@@ -133,44 +133,27 @@ def _weights(teacher_regions: Tensor, labels: Tensor) -> Tensor:
 
 
 class SDD(Method):
-    """Labels and logits of regions: ``CE + weight * SDD``.
+    """Labels and logits of regions: ``CE + weight * SDD``."""
 
-    Args:
-        variant: "kd" compares regions by Hinton's loss, "dkd" by DKD's parts.
-        weight: of the regions.
-        temperature: T.
-        scales: m for each grid of m x m regions, beginning with 1; without: 1, 2 and 4.
-        alpha: weight of DKD's target-class part.
-        beta: weight of DKD's non-target part.
-        ce_weight: of the label term.
-    """
-
+    name = "sdd"
     needs = Requirements(maps="last", student_head=True, teacher_head=True, pooled=True, labels=True)
+
+    variant: Literal["kd", "dkd"] = option(
+        default="kd", doc='"kd" compares regions by Hinton\'s loss, "dkd" by DKD\'s parts'
+    )
+    weight: NonNegative = option(default=1.0, doc="weight of the regions")
+    temperature: Positive = option(default=4.0, doc="T")
+    scales: list[Count] = option(default=[1, 2, 4], doc="m of each grid of m x m regions, beginning with 1")
+    alpha: NonNegative = option(default=1.0, doc="weight of DKD's target-class part")
+    beta: NonNegative = option(default=8.0, doc="weight of DKD's non-target part")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet32x4-resnet8x4": 75.59,
         "cifar100/resnet32x4-shufflenetv1": 76.44,
     }
 
-    @checked
-    def __init__(
-        self,
-        *,
-        variant: Literal["kd", "dkd"] = "kd",
-        weight: NonNegative = 1.0,
-        temperature: Positive = 4.0,
-        scales: list[Count] | None = None,
-        alpha: NonNegative = 1.0,
-        beta: NonNegative = 8.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.variant = variant
-        self.weight = weight
-        self.temperature = temperature
-        self.scales = [1, 2, 4] if scales is None else scales
-        self.alpha = alpha
-        self.beta = beta
+    def __post_init__(self) -> None:
         if self.scales[:1] != [1]:
             raise UsageError(f"scales must begin with 1, the whole image, got {self.scales}")
 

@@ -19,7 +19,7 @@ from potstill.errors import UsageError
 from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -145,34 +145,22 @@ def _similarity(features: Tensor) -> Tensor:
 
 
 class SemCKD(Method):
-    """Labels and all stages, weighted for each image: ``CE + weight * SemCKD``.
+    """Labels and all stages, weighted for each image: ``CE + weight * SemCKD``."""
 
-    Args:
-        weight: of the stages.
-        softness: of the choice among the teacher's stages; energies are divided by it.
-        factor: the batch by the dimension of queries and keys, which is 2 at least.
-        ce_weight: of the label term.
-    """
-
+    name = "semckd"
     needs = Requirements(maps="all", batch_size=True, several=True)
+
+    weight: NonNegative = option(default=400.0, doc="weight of the stages")
+    softness: Positive = option(
+        default=1.0, doc="softness of the choice among the teacher's stages; energies are divided by it"
+    )
+    reduction: Count = option(default=4, doc="the batch by the dimension of queries and keys, which is 2 at least")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet32x4-resnet8x4": 76.23,
         "imagenet/resnet34-resnet18": 70.87,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 400.0,
-        softness: Positive = 1.0,
-        factor: Count = 4,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.softness = softness
-        self.factor = factor
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it
@@ -180,7 +168,7 @@ class SemCKD(Method):
         # In anybody's own loop the example is a batch like those to come.
         self.batch_size = training.batch_size or len(student.outputs.logits)
         # A vector of one dimension and length 1 has nothing to learn.
-        factor = min(self.factor, max(1, self.batch_size // 2))
+        factor = min(self.reduction, max(1, self.batch_size // 2))
         self.calibration = Calibration(ours, theirs, batch=self.batch_size, factor=factor)
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

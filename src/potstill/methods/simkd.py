@@ -19,7 +19,7 @@ from potstill.features.adapters import pool_to_common_size
 from potstill.features.student_surgery import ModifiedStudent, ProjectedHead, require_module_output
 from potstill.methods.base import Method, NetworkInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, checked
+from potstill.options import Count, NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -47,25 +47,24 @@ def simkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
 
 
 class SimKD(Method):
-    """The teacher's last map through a projector, under the teacher's head: ``weight * MSE``, no labels.
+    """The teacher's last map through a projector, under the teacher's head: ``weight * MSE``, no labels."""
 
-    Args:
-        weight: of the maps' difference.
-        factor: the projector's hidden layers have 1 / factor of the teacher's channels.
-        ce_weight: of the label term, through the teacher's head; 0 in the paper.
-    """
-
+    name = "simkd"
     needs = Requirements(maps="last", teacher_head=True, pooled=True)
+
+    weight: NonNegative = option(default=1.0, doc="weight of the maps' difference")
+    reduction: Count = option(
+        default=2, doc="the projector's hidden layers have 1 / reduction of the teacher's channels"
+    )
+    ce_weight: NonNegative = option(
+        default=0.0, doc="weight of the label term, through the teacher's head; 0 in the paper"
+    )
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet32x4-resnet8x4": 78.08,
         "cifar100/resnet32x4-shufflenetv1": 77.18,
         "imagenet/resnet34-resnet18": 71.66,
     }
-
-    @checked
-    def __init__(self, *, weight: NonNegative = 1.0, factor: Count = 2, ce_weight: NonNegative = 0.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.factor = weight, factor
 
     def for_teachers(self, shares: Sequence[float]) -> Method:
         if len(shares) > 1:
@@ -95,7 +94,7 @@ class SimKD(Method):
             channels=stage.channels,
             outputs=target.shape[1],
             classes=len(head.weight),
-            factor=self.factor,
+            factor=self.reduction,
             pool_height=size[0] if pooled else 0,
             pool_width=size[1] if pooled else 0,
             layout=stage.layout,

@@ -13,7 +13,7 @@ from torch import Tensor
 from potstill.methods.base import Method
 from potstill.methods.numerics import inner_products, require_two_images
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, checked
+from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -48,14 +48,14 @@ def _similarities(features: Tensor) -> Tensor:
 
 
 class SP(Method):
-    """Labels plus similarities within the batch: ``CE + weight * SP`` on the maps of the last stage.
+    """Labels plus similarities within the batch: ``CE + weight * SP`` on the maps of the last stage."""
 
-    Args:
-        weight: of the similarities.
-        ce_weight: of the label term.
-    """
-
+    name = "sp"
     needs = Requirements(maps="last", several=True)
+
+    weight: NonNegative = option(default=3000.0, doc="weight of the similarities")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 69.67,
         "cifar100/resnet110-resnet32": 72.69,
@@ -68,11 +68,6 @@ class SP(Method):
         "cifar100/vgg13-mobilenetv2": 66.30,
         "imagenet/resnet34-resnet18": 70.62,
     }
-
-    @checked
-    def __init__(self, *, weight: NonNegative = 3000.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

@@ -15,7 +15,7 @@ from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.kd import kd_loss
 from potstill.methods.numerics import require_equal_shapes
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -44,34 +44,21 @@ def srd_loss(student: Tensor, teacher: Tensor, *, exponent: Positive = 4.0) -> T
 
 
 class SRD(Method):
-    """Labels, soft targets and projected embeddings: ``CE + kd_weight * KD + weight * SRD``.
+    """Labels, soft targets and projected embeddings: ``CE + kd_weight * KD + weight * SRD``."""
 
-    Args:
-        weight: of the embeddings' difference.
-        exponent: p of the differences.
-        kd_weight: of the soft targets.
-        temperature: T of the soft targets.
-        ce_weight: of the label term.
-    """
-
+    name = "srd"
     needs = Requirements(embedding=True, several=True)
+
+    weight: NonNegative = option(default=2.0, doc="weight of the embeddings' difference")
+    exponent: Positive = option(default=4.0, doc="p of the differences")
+    kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets")
+    temperature: Positive = option(default=1.0, doc="T of the soft targets")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "imagenet/resnet34-resnet18": 71.63,
         "imagenet/resnet50-mobilenetv1": 71.87,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 2.0,
-        exponent: Positive = 4.0,
-        kd_weight: NonNegative = 1.0,
-        temperature: Positive = 1.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.exponent, self.kd_weight, self.temperature = weight, exponent, kd_weight, temperature
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None

@@ -16,7 +16,7 @@ from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.kd import kd_loss
 from potstill.methods.numerics import require_equal_shapes
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -89,15 +89,18 @@ class Connector(nn.Module):
 class SRRL(Method):
     """Labels, KD, and the teacher's features and logits from the student's:
     ``CE + kd_weight * KD + feature_weight * MSE(h, f_t) + regression_weight * MSE(W_t h, z_t)``.
-
-    Args:
-        form: "pooled", the connector works on the embedding; or "map", on the last map.
-        feature_weight: of the embeddings' difference.
-        regression_weight: of the difference of the teacher's head's logits.
-        kd_weight: of the soft targets.
-        temperature: T of the soft targets.
-        ce_weight: of the label term.
     """
+
+    name = "srrl"
+
+    form: Literal["pooled", "map"] = option(
+        default="pooled", doc='"pooled", the connector works on the embedding; or "map", on the last map'
+    )
+    feature_weight: NonNegative = option(default=1.0, doc="weight of the embeddings' difference")
+    regression_weight: NonNegative = option(default=1.0, doc="weight of the difference of the teacher's head's logits")
+    kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets")
+    temperature: Positive = option(default=4.0, doc="T of the soft targets")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet32x4-resnet8x4": 75.39,
@@ -106,23 +109,10 @@ class SRRL(Method):
         "imagenet/resnet50-mobilenetv1": 72.49,
     }
 
-    @checked
-    def __init__(
-        self,
-        *,
-        form: Literal["pooled", "map"] = "pooled",
-        feature_weight: NonNegative = 1.0,
-        regression_weight: NonNegative = 1.0,
-        kd_weight: NonNegative = 1.0,
-        temperature: Positive = 4.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
+    def __post_init__(self) -> None:
         self.needs = Requirements(
-            embedding=True, teacher_head=True, maps="last" if form == "map" else "none", several=True
+            embedding=True, teacher_head=True, maps="last" if self.form == "map" else "none", several=True
         )
-        self.form, self.feature_weight, self.regression_weight = form, feature_weight, regression_weight
-        self.kd_weight, self.temperature = kd_weight, temperature
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None

@@ -7,7 +7,5 @@ from potstill.methods.requirements import Requirements
 class Supervised(Method):
     """Cross-entropy with the labels, mean over the batch."""
 
+    name = "supervised"
     needs = Requirements(teacher=False)
-
-    def __init__(self) -> None:
-        super().__init__()

@@ -18,7 +18,7 @@ from torch import Tensor
 from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, Share, checked
+from potstill.options import NonNegative, Positive, Share, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 Reduction = Literal["mean", "batchmean"]
@@ -98,48 +98,32 @@ def _reduced(loss: Tensor, logits: Tensor, reduction: Reduction) -> Tensor:
 
 
 class TfKDReg(Method):
-    """Labels and a hand-made teacher: ``(1 - alpha) * CE + alpha * multiplier * KL``.
+    """Labels and a hand-made teacher: ``(1 - alpha) * CE + alpha * multiplier * KL``."""
 
-    Args:
-        alpha: weight of the hand-made teacher (the paper's alpha, not that of method kd); labels get the rest.
-        temperature: of the hand-made teacher.
-        multiplier: of its divergence; makes up for the mean over classes.
-        correct: the hand-made teacher's probability of the label before softening.
-        reduction: "mean" (the release) or "batchmean" (the paper: set ``multiplier=1``).
-    """
-
+    name = "tfkd_reg"
     needs = Requirements(teacher=False, labels=True)
+
+    alpha: Share = option(
+        default=0.1,
+        doc="weight of the hand-made teacher (the paper's alpha, not that of method kd); labels get the rest",
+    )
+    temperature: Positive = option(default=20.0, doc="temperature of the hand-made teacher")
+    multiplier: NonNegative = option(
+        default=100.0, doc="multiplier of its divergence; makes up for the mean over classes"
+    )
+    correct: Share = option(default=0.99, doc="the hand-made teacher's probability of the label before softening")
+    reduction: Reduction = option(
+        default="mean", doc='"mean" (the release) or "batchmean" (the paper: set ``multiplier=1``)'
+    )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet18": {"alpha": 0.1, "temperature": 20.0, "multiplier": 100.0},
         "cifar100/mobilenetv2": {"alpha": 0.95, "temperature": 40.0, "multiplier": 1.0},
     }
 
-    @checked
-    def __init__(
-        self,
-        *,
-        alpha: Share = 0.1,
-        temperature: Positive = 20.0,
-        multiplier: NonNegative = 100.0,
-        correct: Share = 0.99,
-        reduction: Literal["mean", "batchmean"] = "mean",
-    ) -> None:
-        super().__init__(ce_weight=1 - alpha)
-        self.alpha = alpha
-        self.temperature = temperature
-        self.multiplier = multiplier
-        self.correct = correct
-        self.reduction: Reduction = reduction
-
     @property
-    def alpha(self) -> float:
-        """Weight of the teacher; a schedule moves both terms."""
-        return self._alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self._alpha, self.ce_weight = value, 1 - value
+    def label_weight(self) -> float:
+        return 1 - self.alpha
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         loss = tfkd_reg_loss(
@@ -153,43 +137,29 @@ class TfKDReg(Method):
 
 
 class TfKDSelf(Method):
-    """Labels and the student's earlier self: ``(1 - alpha) * CE + alpha * multiplier * KD / K``.
+    """Labels and the student's earlier self: ``(1 - alpha) * CE + alpha * multiplier * KD / K``."""
 
-    Args:
-        alpha: weight of the teacher (the paper's alpha, not that of method kd); labels get the rest.
-        temperature: of both.
-        multiplier: of the divergence; makes up for the mean over classes.
-        reduction: "mean" (the release) or "batchmean" (the paper: set ``multiplier=1``).
-    """
+    name = "tfkd_self"
+
+    alpha: Share = option(
+        default=0.95, doc="weight of the teacher (the paper's alpha, not that of method kd); labels get the rest"
+    )
+    temperature: Positive = option(default=6.0, doc="temperature of both")
+    multiplier: NonNegative = option(
+        default=50.0, doc="multiplier of the divergence; makes up for the mean over classes"
+    )
+    reduction: Reduction = option(
+        default="mean", doc='"mean" (the release) or "batchmean" (the paper: set ``multiplier=1``)'
+    )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet18": {"alpha": 0.95, "temperature": 6.0, "multiplier": 50.0},
         "cifar100/mobilenetv2": {"alpha": 0.95, "temperature": 20.0, "multiplier": 1.0},
     }
 
-    @checked
-    def __init__(
-        self,
-        *,
-        alpha: Share = 0.95,
-        temperature: Positive = 6.0,
-        multiplier: NonNegative = 50.0,
-        reduction: Literal["mean", "batchmean"] = "mean",
-    ) -> None:
-        super().__init__(ce_weight=1 - alpha)
-        self.alpha = alpha
-        self.temperature = temperature
-        self.multiplier = multiplier
-        self.reduction: Reduction = reduction
-
     @property
-    def alpha(self) -> float:
-        """Weight of the teacher; a schedule moves both terms."""
-        return self._alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self._alpha, self.ce_weight = value, 1 - value
+    def label_weight(self) -> float:
+        return 1 - self.alpha
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

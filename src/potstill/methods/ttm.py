@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -51,13 +51,17 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: Positive 
 
 
 class TTM(Method):
-    """Labels and the transformed teacher: ``CE + weight * KL(transformed teacher || student)``.
+    """Labels and the transformed teacher: ``CE + weight * KL(transformed teacher || student)``."""
 
-    Args:
-        gamma: exponent of the teacher's probabilities, one over its temperature.
-        weight: of the divergence.  Both are tuned for each pair of networks; the defaults are the authors' example.
-        ce_weight: weight of the label term.
-    """
+    name = "ttm"
+
+    gamma: Positive = option(default=0.1, doc="exponent of the teacher's probabilities, one over its temperature")
+    weight: NonNegative = option(
+        default=45.0,
+        doc="weight of the divergence. Both are tuned for each pair of networks; the defaults are the authors' "
+        "example.",
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"cifar100/vgg13-vgg8": {"gamma": 0.1, "weight": 45.0}}
     PUBLISHED: ClassVar[dict[str, float]] = {
@@ -71,12 +75,6 @@ class TTM(Method):
         "cifar100/resnet50-mobilenetv2": 69.24,
         "cifar100/vgg13-mobilenetv2": 68.98,
     }
-
-    @checked
-    def __init__(self, *, gamma: Positive = 0.1, weight: NonNegative = 45.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.gamma = gamma
-        self.weight = weight
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import drop_target, require_three_classes
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, checked
+from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 EPSILON = 1e-6  # of the authors' ranking
@@ -106,39 +106,28 @@ def uskd_others_loss(
 class USKD(Method):
     """Labels and soft labels of the student's own: ``CE + alpha * target + beta * others + mu * weak``.
 
-    Args:
-        alpha: weight of the labelled class (the paper's alpha, not that of method kd).
-        beta: weight of the other classes.
-        mu: weight of the weak head's own labels.
-        form: "paper" or "release", how the other classes are ranked.
-        ce_weight: of the label term.
-
-    Two classes are refused: without the labelled one there is nothing to rank.
+    Traps:
+        Two classes are refused: without the labelled one there is nothing to rank.
     """
 
+    name = "uskd"
     needs = Requirements(teacher=False, maps="all", classes=True, labels=True)
+
+    alpha: NonNegative = option(
+        default=1.0, doc="weight of the labelled class (the paper's alpha, not that of method kd)"
+    )
+    beta: NonNegative = option(default=0.1, doc="weight of the other classes")
+    mu: NonNegative = option(default=0.005, doc="weight of the weak head's own labels")
+    form: Literal["paper", "release"] = option(
+        default="paper", doc='"paper" or "release", how the other classes are ranked'
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
         "imagenet": {"alpha": 1.0, "beta": 0.1, "mu": 0.005},
     }
     PUBLISHED: ClassVar[dict[str, float]] = {"imagenet/resnet18": 70.79}
-
-    @checked
-    def __init__(
-        self,
-        *,
-        alpha: NonNegative = 1.0,
-        beta: NonNegative = 0.1,
-        mu: NonNegative = 0.005,
-        form: Literal["paper", "release"] = "paper",
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.alpha = alpha
-        self.beta = beta
-        self.mu = mu
-        self.form: Literal["paper", "release"] = form
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         require_three_classes("uskd", training.classes)

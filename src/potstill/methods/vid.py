@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 LEAST_VARIANCE = 1e-5
@@ -71,15 +71,15 @@ class Prediction(nn.Module):
 
 
 class VID(Method):
-    """Labels and predicted maps of paired stages: ``CE + weight * sum of VID``.
+    """Labels and predicted maps of paired stages: ``CE + weight * sum of VID``."""
 
-    Args:
-        weight: of the predictions.
-        variance: of every channel at the start.
-        ce_weight: of the label term.
-    """
-
+    name = "vid"
     needs = Requirements(maps="pairs")
+
+    weight: NonNegative = option(default=1.0, doc="weight of the predictions")
+    variance: Positive = option(default=5.0, doc="variance of every channel at the start", fixed=True)
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 70.38,
         "cifar100/resnet110-resnet32": 72.61,
@@ -91,13 +91,6 @@ class VID(Method):
         "cifar100/resnet50-mobilenetv2": 67.57,
         "cifar100/vgg13-mobilenetv2": 65.56,
     }
-    FIXED: ClassVar[tuple[str, ...]] = ("variance",)
-
-    @checked
-    def __init__(self, *, weight: NonNegative = 1.0, variance: Positive = 5.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.variance = variance
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

@@ -17,7 +17,7 @@ from potstill.errors import UsageError
 from potstill.features.adapters import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Share, checked
+from potstill.options import NonNegative, Share, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -87,32 +87,19 @@ class TokenGenerator(nn.Module):
 
 
 class ViTKD(Method):
-    """Labels, mimicked and generated tokens: ``CE + w_m * mimic + w_g / mask_share * generation``.
+    """Labels, mimicked and generated tokens: ``CE + w_m * mimic + w_g / mask_share * generation``."""
 
-    Args:
-        mimic_weight: w_m, of the first two stages.
-        generation_weight: w_g, of the last one.
-        mask_share: of its tokens; above 0.
-        ce_weight: of the label term.
-    """
-
+    name = "vitkd"
     needs = Requirements(maps="pairs")
 
-    @checked
-    def __init__(
-        self,
-        *,
-        mimic_weight: NonNegative = 3e-5,
-        generation_weight: NonNegative = 3e-6,
-        mask_share: Share = 0.5,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        if mask_share == 0:
+    mimic_weight: NonNegative = option(default=3e-5, doc="w_m, of the first two stages")
+    generation_weight: NonNegative = option(default=3e-6, doc="w_g, of the last one")
+    mask_share: Share = option(default=0.5, doc="share of its tokens; above 0")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
+    def __post_init__(self) -> None:
+        if self.mask_share == 0:
             raise UsageError("mask_share must be above 0: ViTKD generates the tokens that are masked")
-        self.mimic_weight = mimic_weight
-        self.generation_weight = generation_weight
-        self.mask_share = mask_share
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

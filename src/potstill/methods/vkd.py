@@ -14,7 +14,7 @@ from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.kd import kd_loss
 from potstill.methods.numerics import require_equal_shapes
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -41,28 +41,15 @@ def vkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
 
 
 class VkD(Method):
-    """Labels, soft targets and orthogonally projected features: ``CE + weight * VkD + kd_weight * KD``.
+    """Labels, soft targets and orthogonally projected features: ``CE + weight * VkD + kd_weight * KD``."""
 
-    Args:
-        weight: of the features.
-        kd_weight: of the soft targets.
-        temperature: T of the soft targets.
-        ce_weight: of the label term.
-    """
-
+    name = "vkd"
     needs = Requirements(maps="last")
 
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 1.0,
-        kd_weight: NonNegative = 1.0,
-        temperature: Positive = 1.0,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
+    weight: NonNegative = option(default=1.0, doc="weight of the features")
+    kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets")
+    temperature: Positive = option(default=1.0, doc="T of the soft targets")
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None

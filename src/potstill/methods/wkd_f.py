@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -73,18 +73,21 @@ def _spans(size: int, parts: int) -> list[slice]:
 
 
 class WKDF(Method):
-    """Labels and the Gaussians of the last stage's channels: ``CE + weight * WKD-F``.
+    """Labels and the Gaussians of the last stage's channels: ``CE + weight * WKD-F``."""
 
-    Args:
-        weight: of the distance.
-        mean_weight: how much means count beside spreads.
-        grid: cells of a map in each direction.
-        projection: of the student to the teacher's channels: "conv" is one 1 x 1 convolution with BatchNorm and ReLU,
-            "bottleneck" goes through 256 channels and a 3 x 3 convolution.
-        ce_weight: of the label term.
-    """
-
+    name = "wkd_f"
     needs = Requirements(maps="last")
+
+    weight: NonNegative = option(default=0.08, doc="weight of the distance")
+    mean_weight: NonNegative = option(default=4.0, doc="how much means count beside spreads")
+    grid: Count = option(default=1, doc="cells of a map in each direction")
+    projection: Literal["conv", "bottleneck"] = option(
+        default="conv",
+        doc='projection of the student to the teacher\'s channels: "conv" is one 1 x 1 convolution with BatchNorm and '
+        'ReLU, "bottleneck" goes through 256 channels and a 3 x 3 convolution',
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet32x4-resnet8x4": {"weight": 0.08, "mean_weight": 4.0, "grid": 1, "projection": "conv"},
         "imagenet/resnet34-resnet18": {"weight": 0.02, "mean_weight": 2.0, "grid": 4, "projection": "bottleneck"},
@@ -96,22 +99,6 @@ class WKDF(Method):
         "imagenet/resnet34-resnet18": 72.50,
         "imagenet/resnet50-mobilenetv1": 73.12,
     }
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 0.08,
-        mean_weight: NonNegative = 4.0,
-        grid: Count = 1,
-        projection: Literal["conv", "bottleneck"] = "conv",
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight = weight
-        self.mean_weight = mean_weight
-        self.grid = grid
-        self.projection = projection
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

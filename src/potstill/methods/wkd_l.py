@@ -18,7 +18,7 @@ from torch import Tensor
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import inner_products, require_three_classes
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked
+from potstill.options import Count, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 EPSILON = 1e-8  # added to costs and to every sum that is divided by, as released
@@ -130,18 +130,22 @@ def wkd_distance_loss(
 class WKDL(Method):
     """Labels, target class and transport of the others: ``CE + weight * target + gamma * transport``.
 
-    Args:
-        weight: of the target class.
-        gamma: weight of the transport.
-        temperature: T of the transport; the target class is taken at 1.
-        sharpness: kappa of the cost.
-        regularization: lambda of Sinkhorn's iteration.
-        steps: of Sinkhorn's iteration.
-        fade_after: from this epoch on, gamma falls to 0 along a half cosine; None: never.
-        ce_weight: of the label term.
-
-    Two classes are refused: without the target class only one is left, and nothing is carried.
+    Traps:
+        Two classes are refused: without the target class only one is left, and nothing is carried.
     """
+
+    name = "wkd_l"
+
+    weight: NonNegative = option(default=1.0, doc="weight of the target class")
+    gamma: NonNegative = option(default=600.0, doc="weight of the transport")
+    temperature: Positive = option(default=8.0, doc="T of the transport; the target class is taken at 1")
+    sharpness: NonNegative = option(default=1.0, doc="kappa of the cost", fixed=True)
+    regularization: Positive = option(default=0.05, doc="lambda of Sinkhorn's iteration")
+    steps: Count = option(default=10, doc="steps of Sinkhorn's iteration")
+    fade_after: Count | None = option(
+        default=None, doc="from this epoch on, gamma falls to 0 along a half cosine; None: never"
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100/resnet32x4-resnet8x4": {"gamma": 600.0, "temperature": 8.0, "sharpness": 1.0, "fade_after": 150},
@@ -155,33 +159,14 @@ class WKDL(Method):
         "imagenet/resnet50-mobilenetv1": 73.17,
     }
 
-    cost: Tensor
-    FIXED: ClassVar[tuple[str, ...]] = ("sharpness",)
-
-    @checked
-    def __init__(
-        self,
-        *,
-        weight: NonNegative = 1.0,
-        gamma: NonNegative = 600.0,
-        temperature: Positive = 8.0,
-        sharpness: NonNegative = 1.0,
-        regularization: Positive = 0.05,
-        steps: Count = 10,
-        fade_after: Count | None = None,
-        ce_weight: NonNegative = 1.0,
-    ) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.weight, self.gamma = weight, gamma
-        self.temperature, self.sharpness = temperature, sharpness
-        self.regularization, self.steps = regularization, steps
-        self.fade_after = fade_after
-        self.needs = Requirements(teacher_head=True, labels=True, epoch=fade_after is not None)
+    def __post_init__(self) -> None:
+        self.needs = Requirements(teacher_head=True, labels=True, epoch=self.fade_after is not None)
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # declared in `needs`, as is the head
         assert teacher.outputs.head is not None
         require_three_classes("wkd_l", training.classes)
+        self.cost: Tensor
         self.register_buffer("cost", wkd_cost(teacher.outputs.head.weight, sharpness=self.sharpness))
 
     @property

@@ -20,10 +20,8 @@ from potstill.types import Batch, Outputs
 class MethodWrapper(Method):
     """Does what ``inner`` does; the base of those that change one thing about it."""
 
-    inner: Method
-
-    def __init__(self, inner: Method) -> None:
-        super().__init__(ce_weight=inner.ce_weight)
+    def wrap(self, inner: Method) -> None:
+        """Take ``inner`` in, with its needs."""
         self.inner = inner
         self.needs = inner.needs
         self.student_taps, self.teacher_taps = inner.student_taps, inner.teacher_taps
@@ -101,7 +99,8 @@ class PerTeacher(MethodWrapper):
     """
 
     def __init__(self, inner: Method, shares: Sequence[float]) -> None:
-        super().__init__(inner)
+        super().__init__()
+        self.wrap(inner)
         self.shares = tuple(shares)
         # The first is `inner` itself, so that its options and label terms have one home.
         self.others = nn.ModuleList(copy.deepcopy(inner) for _ in self.shares[1:])
@@ -191,10 +190,11 @@ class ScheduledMethod(MethodWrapper):
     """
 
     def __init__(self, inner: Method, schedule: dict[str, dict[str, Any]], options: Collection[str]) -> None:
-        super().__init__(inner)
+        super().__init__()
+        self.wrap(inner)
         self.needs = replace(inner.needs, epoch=True)
         self.schedules = {name: Schedule(**fields) for name, fields in schedule.items()}
-        self.options = frozenset(options)
+        self.scheduled_options = frozenset(options)
         self.factors: dict[str, float] = {}
         self._found: set[str] = set()  # names of the terms so far
 
@@ -202,7 +202,7 @@ class ScheduledMethod(MethodWrapper):
         super().start_epoch(epoch, epochs)
         for name, schedule in self.schedules.items():
             value = schedule.at(epoch, epochs)
-            if name in self.options:
+            if name in self.scheduled_options:
                 setattr(self.inner, name, value)
             else:
                 self.factors[name] = value

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -53,15 +53,16 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
 
 
 class WSLD(Method):
-    """Labels and weighted soft targets: ``CE + alpha * WSLD``.
+    """Labels and weighted soft targets: ``CE + alpha * WSLD``."""
 
-    Args:
-        temperature: T of the soft targets.
-        alpha: weight of the soft targets (the paper's alpha, not that of method kd).
-        ce_weight: weight of the label term.
-    """
-
+    name = "wsld"
     needs = Requirements(labels=True)
+
+    temperature: Positive = option(default=2.0, doc="T of the soft targets")
+    alpha: NonNegative = option(
+        default=2.5, doc="weight of the soft targets (the paper's alpha, not that of method kd)"
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0, "alpha": 2.25},
@@ -71,12 +72,6 @@ class WSLD(Method):
         "imagenet/resnet34-resnet18": 72.04,
         "imagenet/resnet50-mobilenetv1": 71.52,
     }
-
-    @checked
-    def __init__(self, *, temperature: Positive = 2.0, alpha: NonNegative = 2.5, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.temperature = temperature
-        self.alpha = alpha
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potstill.methods.base import Method
 from potstill.methods.ttm import divergence_from_transformed
-from potstill.options import NonNegative, Positive, checked
+from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -46,14 +46,17 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: Positive
 
 
 class WTTM(Method):
-    """Labels and the transformed teacher, unsure images first: ``CE + weight * WTTM``.
+    """Labels and the transformed teacher, unsure images first: ``CE + weight * WTTM``."""
 
-    Args:
-        gamma: exponent of the teacher's probabilities, one over its temperature.
-        weight: of the divergence.  Both are tuned for each pair of networks; the defaults are the authors' example for
-            100 classes.
-        ce_weight: weight of the label term.
-    """
+    name = "wttm"
+
+    gamma: Positive = option(default=0.2, doc="exponent of the teacher's probabilities, one over its temperature")
+    weight: NonNegative = option(
+        default=4.0,
+        doc="weight of the divergence. Both are tuned for each pair of networks; the defaults are the authors' "
+        "example for 100 classes.",
+    )
+    ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PUBLISHED: ClassVar[dict[str, float]] = {
         "cifar100/resnet56-resnet20": 71.92,
@@ -68,12 +71,6 @@ class WTTM(Method):
         "imagenet/resnet34-resnet18": 72.19,
         "imagenet/resnet50-mobilenetv1": 73.09,
     }
-
-    @checked
-    def __init__(self, *, gamma: Positive = 0.2, weight: NonNegative = 4.0, ce_weight: NonNegative = 1.0) -> None:
-        super().__init__(ce_weight=ce_weight)
-        self.gamma = gamma
-        self.weight = weight
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
