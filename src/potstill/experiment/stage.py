@@ -143,8 +143,8 @@ def train_stage(
             observer=observer,
             classes=len(data.class_names),
             test=others.get("test"),
-            answers=stored.by_split,
-            stopping=stopping,
+            teacher_outputs=stored.by_split,
+            signals=stopping,
         ).run(resume=resume)
     finally:
         stored.close()

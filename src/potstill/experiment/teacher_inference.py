@@ -69,7 +69,7 @@ def convert_teachers(
     convertible, taught = is_cacheable(distiller.method), []
     for at, (teacher, folder, name) in enumerate(zip(teachers, folders, names, strict=True)):
         one = StageTeacher(teacher, folder, module_digest(teacher.module)) if convertible else None
-        if recipe.network(name).precision == "float32" or (convertible and not compute.teachers_in_bf16):
+        if recipe.network(name).precision == "float32" or (convertible and not compute.teacher_in_bf16):
             asked.in_float32(at, compute.memory_format)
         elif one is not None:
             observer.note(f"{name} {_convert_teacher(asked, at, one, train, data, compute)}")

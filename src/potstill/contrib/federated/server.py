@@ -268,7 +268,6 @@ class Server:
             self.student.module.to(self.compute.device),
             loader,
             classes=len(self.student.class_names),
-            device=self.compute.device,
         )
         right = probabilities[np.arange(len(labels)), labels]
         return {
