@@ -1,4 +1,4 @@
-"""The experiment from Python: what ``potstill run``, ``predict`` and friends do."""
+"""The Python interface of ``potstill run``, ``predict`` and others."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +50,7 @@ def run(
 
 
 def load(path: str | Path) -> Classifier:
-    """The model of a run (distilled, else baseline, else teacher) or of a model folder, in eval mode on the CPU.
+    """Load the model of a run (distilled, else baseline, else teacher) or of a model folder, in eval mode on the CPU.
 
     Raises:
         ArtifactError: there is none, or it is damaged.

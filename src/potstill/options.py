@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers allowed: ``low <= x <= high``; ``open_low`` makes the lower end exclusive."""
+    """Allowed numbers: ``low <= x <= high``, or ``low < x`` with ``open_low``."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -28,7 +28,7 @@ class Range:
     whole: bool = False
 
     def problem(self, value: object) -> str | None:
-        """Why ``value`` is not allowed, or None."""
+        """Return why ``value`` is not allowed, or None."""
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return f"must be {'a whole number' if self.whole else 'a number'} {self}, got {value!r}"
         low_enough = value > self.low if self.open_low else value >= self.low
@@ -49,13 +49,13 @@ NonNegative = Annotated[float, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1)]
 Count = Annotated[int, Range(low=1, whole=True)]
 
-MethodSettings = dict[str, Any]  # a method inside a method: name and options, as in a recipe
+MethodSettings = dict[str, Any]  # name and options of a nested method, as in a recipe
 
 OPTION_TYPES = {"Positive": Positive, "NonNegative": NonNegative, "Share": Share, "Count": Count}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse keyword values outside the ranges and choices that the function's own annotations declare.
+    """Check keyword arguments against the ranges and choices in the function's annotations.
 
     Raises (at call time):
         UsageError: a ValueError that names the option, the allowed range and what came.
@@ -100,7 +100,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def range_problem(annotation: Any, value: object) -> str | None:
-    """Why ``value`` does not fit an option's annotation, or None (annotations without a range always fit)."""
+    """Return why ``value`` does not fit an option's annotation, or None."""
     for extra in getattr(annotation, "__metadata__", ()):
         if isinstance(extra, Range):
             return extra.problem(value)
