@@ -12,8 +12,10 @@ from potstill.experiment.cache_verification import verify_cache
 from potstill.experiment.pipeline import run
 from potstill.experiment.teacher_cache import cache_key
 from potstill.experiment.teacher_inference import convert_teachers
+from potstill.training.callbacks import SilentObserver
 
 TEACHER = {"training.epochs": 2, "teacher.size": 24, "teacher_cache.views": 2, "teacher.training.epochs": 1}
+SHORT = {"stages": ("teacher", "distilled"), "evaluate": False}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,7 @@ def test_cached_and_live_outputs_are_the_same_and_give_the_same_student(recipe, 
 
 
 def test_stores_say_so_and_can_be_verified(recipe, cache, tmp_path):
-    run(recipe(**TEACHER), root=tmp_path)
+    run(recipe(**TEACHER), root=tmp_path, **SHORT)
     assert [each["resolution"] for each in identities(cache)] == ["own"] * 2  # train and val
     for path in (cache / "teachers").iterdir():
         found = verify_cache(path)
@@ -77,13 +79,13 @@ def test_verification_finds_answers_to_the_students_pixels(recipe, cache, tmp_pa
     from potstill.experiment import stage
 
     monkeypatch.setattr(stage, "build_teacher_views", lambda *arguments, **options: None)
-    run(recipe(**TEACHER), root=tmp_path)
+    run(recipe(**TEACHER), root=tmp_path, **SHORT)
     path = next(path for path in (cache / "teachers").iterdir())
     assert verify_cache(path).largest > 0.05
 
 
 def test_equal_sizes_have_the_keys_of_before(recipe, cache, tmp_path):
-    run(recipe(**TEACHER | {"teacher.size": 16}), root=tmp_path)
+    run(recipe(**TEACHER | {"teacher.size": 16}), root=tmp_path, **SHORT)
     for each in identities(cache):
         assert set(each) == {"teacher", "classes", "data", "split", "names", "views"}
         assert "drawn" not in each["views"]
@@ -127,7 +129,7 @@ def test_every_kind_of_method_asks_the_teacher_at_its_size(recipe, tmp_path, see
         return found
 
     monkeypatch.setattr(pipeline, "check_all", checked)
-    run(recipe(**settings | {"training.epochs": 1}), root=tmp_path, name="one")
+    run(recipe(**settings | {"training.epochs": 1}), root=tmp_path, name="one", **SHORT)
     assert enlarged == []
     assert {shape[1] for shape, _ in seen} >= {16, 24}
 
@@ -138,28 +140,25 @@ def test_the_faster_copy_is_compared_on_images_of_its_size(recipe, tmp_path, mon
     given = []
 
     def watched(distiller, *arguments, **options):
-        distiller.teacher.optimize_one_for_inference = lambda at, dtype, layout, example, **_: (
-            given.append(example)
-            or (
-                pytest.fail("not reached")
-                if example.shape[-1] != 24
-                else type("Done", (), {"fidelity": None, "note": ""})
-            )
-        )
+        convert = distiller.teacher.optimize_one_for_inference
+
+        def watched_conversion(at, dtype, memory_format, example, **more):
+            given.append(example.shape[-1])
+            return convert(at, dtype, memory_format, example, **more)
+
+        distiller.teacher.optimize_one_for_inference = watched_conversion
         return convert_teachers(distiller, *arguments, **options)
 
     monkeypatch.setattr(stage, "convert_teachers", watched)
     monkeypatch.setattr("potstill.training.devices.Compute.teacher_in_bf16", True)
-    run(recipe(**TEACHER), root=tmp_path)
-    assert [each.shape[-1] for each in given] == [24]
+    run(recipe(**TEACHER), root=tmp_path, **SHORT)
+    assert given == [24]
 
 
 def test_a_stopped_run_goes_on_with_the_same_weights(recipe, tmp_path, cache):
-    from potstill.training.callbacks import Observer
+    whole = run(recipe(**TEACHER | {"training.epochs": 3}), root=tmp_path, name="whole", **SHORT)
 
-    whole = run(recipe(**TEACHER | {"training.epochs": 3}), root=tmp_path, name="whole")
-
-    class Impatient(Observer):
+    class Impatient(SilentObserver):
         def stage(self, name, detail):
             self.current = name
 
@@ -167,16 +166,10 @@ def test_a_stopped_run_goes_on_with_the_same_weights(recipe, tmp_path, cache):
             if self.current == "distilled" and record["epoch"] == 1:
                 raise KeyboardInterrupt
 
-        def __getattribute__(self, name):
-            try:
-                return object.__getattribute__(self, name)
-            except AttributeError:
-                return lambda *arguments: None
-
     settings = recipe(**TEACHER | {"training.epochs": 3})
     with pytest.raises(KeyboardInterrupt):
-        run(settings, root=tmp_path, name="parts", observer=Impatient())
-    parts = run(settings, root=tmp_path, name="parts", resume=True)
+        run(settings, root=tmp_path, name="parts", observer=Impatient(), **SHORT)
+    parts = run(settings, root=tmp_path, name="parts", resume=True, **SHORT)
     assert weights(parts) == weights(whole)
 
 
