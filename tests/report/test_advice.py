@@ -169,7 +169,7 @@ def test_one_seed_and_few_seeds() -> None:
     took = {"baseline": {"training": {"seconds": 60.0}}, "distilled": {"training": {"seconds": 65.0}}}
     found = advice.one_seed(run(took, comparison=gain(0.01, 0.0, 0.02)))
     assert found is not None
-    assert "2 min 05 s with this seed" in found.evidence
+    assert "2 min 05 s as this one did" in found.evidence
     assert advice.one_seed(run(comparison=several(2, -0.1, 0.1))) is None
     assert advice.few_seeds(run(comparison=gain(0.01, 0.0, 0.02))) is None
     assert advice.few_seeds(run(comparison=several(4, -0.1, 0.1))) is not None

@@ -38,7 +38,7 @@ def test_a_temperature_at_the_end_of_its_range_is_no_advice(build_run: BuildRun)
     found = diagnostics.calibration_context(run)
     assert found is not None
     assert found["notes"][0].startswith("teacher makes no mistake on val")
-    assert "Leave teacher as it is" in render_page(run)
+    assert "Do not scale it" in render_page(run)
     for stage in run.stages.values():
         stage.facts["calibration"] = FACTS | {"temperature": calibration_of_val([True] * 15 + [False] * 5)}
     assert (diagnostics.calibration_context(run) or {})["notes"] == []
