@@ -195,7 +195,7 @@ class Student:
         if self.recorded is not None:
             self.recorded.start_epoch(0)
         with self.compiling.epoch(self.bench.steps, 10**9):
-            self.compiling.begin(self.batch.images)
+            self.compiling.prepare(self.batch.images)
             for _ in range(self.bench.steps):
                 self.step(self.batch)
 
@@ -267,7 +267,7 @@ def layouts(bench: Bench) -> None:
 def _report_compiling(bench: Bench, ways: dict[str, Student], seconds: dict[str, list[float]], batch: int) -> None:
     """What ``training.compile: auto`` supposes, and what is so."""
     plain, compiled = "bf16, channels last", COMPILED
-    if ways[compiled].compiling.call is None:
+    if ways[compiled].compiling.compiled_forward is None:
         bench.row(f"compiling, B={batch}", "failed")
         return
     gain = 1 - ratio(seconds, compiled, plain)

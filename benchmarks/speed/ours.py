@@ -121,7 +121,7 @@ class Ours:
             folder=folder / teaching,
             observer=self.observer,
             classes=scene.classes,
-            answers={} if self.recorded is None else {"train": self.recorded},
+            teacher_outputs={} if self.recorded is None else {"train": self.recorded},
         )
         self._numbers = itertools.count()
 

@@ -1,6 +1,4 @@
-"""Terminal output: progress on stderr (bars on a terminal, one plain line an epoch elsewhere), result lines on
-stdout.
-"""
+"""Terminal output: progress on stderr (bars on a terminal, else a line per epoch), results on stdout."""
 
 import shlex
 import sys
@@ -15,11 +13,11 @@ if TYPE_CHECKING:
 
 
 TEXT_WIDTH = 100  # characters of running text
-_LINE_INTERVAL = 20.0  # seconds between two lines on a wait
+_LINE_INTERVAL = 20.0  # seconds between two lines of ``wait``
 
 
 def escape_control(text: str, keep: str = "") -> str:
-    r"""``text`` with control characters as visible escapes: a file's name must not steer the terminal.
+    r"""Escape control characters, as a file name must not control the terminal.
 
     Example:
         >>> print(escape_control("cat" + chr(27) + "[2J.png"))
@@ -31,7 +29,7 @@ def escape_control(text: str, keep: str = "") -> str:
 
 
 class Progress:
-    """An Observer of the training loop that shows what it is told; use it as a context manager."""
+    """An Observer that shows progress on the terminal; a context manager."""
 
     def __init__(self, console: "Console | None" = None) -> None:
         from rich.console import Console
@@ -44,7 +42,7 @@ class Progress:
         self._epochs = self._epoch = self._images = self._seen = 0
         self._began = 0.0
         self._best = ""
-        self._waiting: tuple[str, Any] | None = None  # for what, and its bar, or when a line on it was due last
+        self._waiting: tuple[str, Any] | None = None  # its name, and its bar or the time of its last line
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -58,14 +56,14 @@ class Progress:
             self._bar.stop()
 
     def stage(self, name: str, detail: str) -> None:
-        """A stage begins."""
+        """Show the beginning of a stage."""
         self._stage, self._best, self._epoch = name, "", 0
         self._line(f"{name}: {detail}")
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=None, epoch="", speed="", val="")
 
     def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None:
-        """An epoch begins."""
+        """Show the beginning of an epoch."""
         self._epoch, self._epochs, self._images, self._seen = epoch, epochs, images, 0
         self._began = time.perf_counter()
         if self._bar is not None and self._task is not None:
@@ -73,7 +71,7 @@ class Progress:
             self._bar.update(self._task, total=epochs * images, completed=done, epoch=f"epoch {epoch}/{epochs}")
 
     def step(self, images: int) -> None:
-        """More images have been trained on."""
+        """Advance the bar."""
         if self._bar is None or self._task is None:
             return
         self._seen += images
@@ -81,7 +79,7 @@ class Progress:
         self._bar.update(self._task, advance=images, speed=f"{speed:,.0f} images/s")
 
     def epoch_end(self, record: dict[str, Any]) -> None:
-        """An epoch is over: its line of metrics.jsonl."""
+        """Show the metrics of an epoch, a line of metrics.jsonl."""
         val = format_percent(record.get("val", {}).get("top1"))
         if record.get("best"):
             self._best = f"best epoch {record['epoch']}, val top-1 {val}"
@@ -100,7 +98,7 @@ class Progress:
         self._line("  ".join(part for part in parts if part))
 
     def wait(self, what: str, done: int, total: int) -> None:
-        """A longer wait outside of training: so much of it is over; off a terminal, a line now and then."""
+        """Show progress of work outside of training; without a terminal, a line now and then."""
         if self._bar is None:
             self._wait_in_lines(what, done, total)
             return
@@ -123,20 +121,20 @@ class Progress:
             self._line(f"{what}: {done:,} of {total:,}")
 
     def note(self, message: str) -> None:
-        """Something worth reading."""
+        """Print information."""
         self._line(message)
 
     def warn(self, message: str) -> None:
-        """Something that probably spoils the result."""
+        """Print a warning."""
         self._line(f"warning: {message}", style="yellow")
 
     def stage_end(self, name: str, seconds: float) -> None:
-        """A stage is over."""
+        """Show the end of a stage."""
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
         self._line(f"{name}: done in {format_duration(seconds)}" + (f", {self._best}" if self._best else ""))
-        self._best = ""  # the next stage may have been trained before, and then has no epochs here
+        self._best = ""  # the next stage may have no epochs, if it was trained before
 
     def _line(self, text: str, style: str | None = None) -> None:
         # Not wrapped: a log is searched by lines.
@@ -156,32 +154,32 @@ def _progress_bar(console: "Console") -> Any:
         progress.TimeRemainingColumn(),
         console=console,
         refresh_per_second=4,
-        speed_estimate_period=300,  # longer than an epoch, since evaluation is part of the time that is left
+        speed_estimate_period=300,  # longer than an epoch, to include evaluation in the estimate
     )
 
 
 def print_report_path(page: Path) -> None:
-    """Print where the report is."""
+    """Print the path of the report."""
     print_lines([f"report: {escape_control(str(page))}"])
 
 
 def print_section(title: str, lines: Iterable[str]) -> None:
-    """A heading and what stands below it."""
+    """Print a heading and text."""
     print_lines(["", title, *(f"  {line}" for line in lines)])
 
 
 def print_next_command(command: list[str]) -> None:
-    """Print the command that most people want next."""
+    """Print a suggested next command."""
     print_lines([f"next:   {escape_control(shlex.join(command))}"])
 
 
 def format_percent(share: float | None) -> str:
-    """``0.9731`` as ``97.3 %``; None as ``-``."""
+    """Format ``0.9731`` as ``97.3 %``; None as ``-``."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def format_bytes(count: int | None) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Format bytes in powers of 1000."""
     if count is None:
         return "-"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -191,7 +189,7 @@ def format_bytes(count: int | None) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for people: ``3.2 s``, ``4 min 05 s``, ``2 h 03 min``."""
+    """Format seconds: ``3.2 s``, ``4 min 05 s``, ``2 h 03 min``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -201,5 +199,5 @@ def format_duration(seconds: float) -> str:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Write the lines to standard output in one piece, so that lines of other processes do not come between."""
+    """Write the lines to stdout in one piece, so that output of other processes does not interleave."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one to five plain lines and an exit code each; anything else is our bug (exit 1)."""
+"""Errors that a user can fix, with a message of one to five lines and an exit code; others are bugs (exit 1)."""
 
 import difflib
 import errno
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class PotstillError(Exception):
-    """What came, what is allowed, the nearest known name, what to do."""
+    """Base class.  Messages say what was given, what is allowed, the nearest known name, and what to do."""
 
     exit_code = 1
 
@@ -48,11 +48,11 @@ class WorkerError(PotstillError):
 
 
 class RankLost(WorkerError):
-    """Another process of the run is gone or hangs."""
+    """Another process of the run has died or stalled."""
 
 
 class Stopped(BaseException):
-    """A signal asked the process to end.  No ``Exception``, so that nothing takes it for a failure and goes on.
+    """A signal stopped the process.  Not an ``Exception``, so that nothing handles it as a failure and continues.
 
     Attributes:
         signal: its number.
@@ -65,7 +65,7 @@ class Stopped(BaseException):
 
 
 class RemoteFailure(BaseException):
-    """Another process of the run has failed, and has said why: this one ends and says nothing.
+    """Another process of the run has failed and reported why; this one ends silently.
 
     Attributes:
         exit_code: what the other one exits with.
@@ -81,7 +81,7 @@ _MEMORY = "out of memory; a smaller training.batch_size or data.cache_fraction n
 
 
 def storage_error(error: BaseException) -> StorageError | None:
-    """A failing disk or too little memory, whichever library has raised it; None for any other error.
+    """Return the StorageError for a failing disk or too little memory, whichever library raised it; else None.
 
     Example:
         >>> storage_error(OSError(28, "No space left on device", "a.txt"))
@@ -98,7 +98,7 @@ def storage_error(error: BaseException) -> StorageError | None:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The exit code of the process that an error ends.
+    """Return the exit code for an error.
 
     Example:
         >>> exit_code_of(DataError("no images")), exit_code_of(MemoryError()), exit_code_of(KeyError())
@@ -112,7 +112,7 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause for messages: ``"; did you mean 'kd'?"``, or nothing where no known name is close.
+    """Return ``"; did you mean 'kd'?"`` for a message, or "" if no known name is close.
 
     Example:
         >>> did_you_mean("resnet81", ["resnet18", "vgg16"])

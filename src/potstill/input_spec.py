@@ -1,4 +1,4 @@
-"""Preprocessing that a network expects.  No torch here: prediction with an exported model does without."""
+"""The preprocessing that a network expects.  No torch here."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ RESIZE_MODES = ("crop", "pad", "stretch")
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What turns decoded pixels into the images [B, 3, size, size] that a network was trained on."""
+    """How decoded images become the network's input [B, 3, size, size]."""
 
     size: int  # height and width in pixels
     mean: Triple = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
@@ -22,11 +22,11 @@ class InputSpec:
     # "stretch": both sides to size.
     resize_mode: str = "crop"
     crop_share: float = 1.0  # share of the shorter side that the centre crop keeps
-    range: tuple[float, float] | None = None  # by which images of more than 8 bits are decoded; None: each by its own
+    range: tuple[float, float] | None = None  # for decoding images of more than 8 bits; None: each by its own range
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "InputSpec":
-        """What ``dataclasses.asdict`` gave, with JSON's lists for tuples.
+        """Invert ``dataclasses.asdict``, with JSON's lists for tuples.
 
         Raises:
             KeyError, TypeError or ValueError: something else.
@@ -45,7 +45,7 @@ class InputSpec:
 
 
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a spec by their present names; older versions call the resize mode ``fit``.
+    """Rename keys of older versions, which call the resize mode ``fit``.
 
     Example:
         >>> with_current_names({"size": 32, "fit": "squash"})

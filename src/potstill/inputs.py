@@ -8,7 +8,7 @@ from potstill.input_spec import InputSpec
 
 
 class InputConverter(nn.Module):
-    """Images prepared for one network -> images as another network wants them (normalisation, size).
+    """Convert images from one network's normalisation and size to another's.
 
     Example:
         >>> half, imagenet = InputSpec(32, (0.5,) * 3, (0.5,) * 3), InputSpec(32)

@@ -27,7 +27,7 @@ CACHE_VARIABLE = "POTSTILL_CACHE"
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder within the cache; it need not exist.
+    """Return a folder within the cache, which need not exist.
 
     The cache is ``$POTSTILL_CACHE``, else ``$XDG_CACHE_HOME/potstill``, else ``~/.cache/potstill``.
 
@@ -42,14 +42,14 @@ def cache_folder(*parts: str) -> Path:
     return root.joinpath(*parts)
 
 
-PART = ".part"  # how the temporary files end that a killed process leaves
+PART = ".part"  # suffix of temporary files, which a killed process leaves
 DAMAGED = "is damaged: its SHA-256 is not the one that was recorded when it was written"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NO_SYNCING = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems whose folders cannot be synced
 
 
 def write_bytes(path: Path, *chunks: bytes, previous: Path | None = None) -> None:
-    """Put ``chunks``, one after the other, at ``path``, whole or not at all; an older file survives a failure.
+    """Write ``chunks`` to ``path`` atomically; on failure the older file stays.
 
     Args:
         path: a regular file, or nothing yet; of a link, what it leads to.
@@ -82,7 +82,7 @@ def _write(path: Path, chunks: Iterable[bytes], previous: Path | None) -> None:
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes]) -> str:
-    """As ``write_bytes``, of chunks that are made one by one; returns the SHA-256 of the file, in hex.
+    """Write an iterator of chunks like ``write_bytes``; return the SHA-256 of the file in hex.
 
     Raises:
         StorageError: as ``write_bytes``.
@@ -99,12 +99,12 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put UTF-8 ``text`` at ``path``, whole or not at all; what UTF-8 does not have becomes a visible escape."""
+    """Write ``text`` as UTF-8 atomically; lone surrogates are escaped."""
     write_bytes(path, encode_text(text))
 
 
 def replace_file(source: Path, target: Path) -> None:
-    """Let a written file take the place of another one in its folder.
+    """Move a written file into the place of another one in its folder.
 
     Raises:
         StorageError: it could not be renamed; names path and reason.
@@ -117,12 +117,12 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    """Indented JSON and a line end; NaN is refused, since JSON has none (write None)."""
+    """Return indented JSON with a line end; NaN is an error (use None)."""
     return encode_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_bytes(path: Path, *, sha256: str | None = None) -> bytes:
-    """The file's bytes, compared with ``sha256`` (hex) before anybody parses them.
+    """Return the file's bytes after comparing them with ``sha256`` (hex).
 
     Raises:
         ArtifactError: missing, unreadable, or other bytes than were written.
@@ -137,12 +137,12 @@ def read_bytes(path: Path, *, sha256: str | None = None) -> bytes:
 
 
 def sha256_hex(data: bytes) -> str:
-    """SHA-256 as 64 hex digits."""
+    """Return the SHA-256 as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file of any size.
+    """Return the SHA-256 of a file of any size.
 
     Raises:
         ArtifactError: missing or unreadable.
@@ -155,12 +155,12 @@ def file_sha256(path: Path) -> str:
 
 
 def encode_text(text: str) -> bytes:
-    """UTF-8; of a file name that is not UTF-8, Python's lone surrogates become visible escapes, as in JSON."""
+    """Encode as UTF-8; lone surrogates, from file names that are not UTF-8, are escaped as in JSON."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Delete temporary files that killed processes left below ``folder``; nobody else may be writing there.
+    """Delete temporary files of killed processes below ``folder``; no other process may be writing there.
 
     Raises:
         StorageError: one cannot be deleted.
@@ -201,7 +201,7 @@ def _write_new(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def _link_previous(path: Path, previous: Path) -> None:
-    """Give the file a second name, in place of whatever has it; a copy where the file system has no second names."""
+    """Hard-link the file to a second name, replacing an existing file; copy it if links are not supported."""
     second = _temporary_path(previous)
     try:
         try:
@@ -221,13 +221,13 @@ def _unlink(path: Path) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """With its parents, each lasting: a synced file is of no use in a folder that a power cut takes away."""
+    """Create a folder and its parents, and sync each: a power cut must not remove the folder of a synced file."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
-    with contextlib.suppress(PermissionError):  # of the folder above, which may be somebody else's
+    with contextlib.suppress(PermissionError):  # of the parent, which may belong to another user
         _sync_folder(folder.parent)
 
 
@@ -269,7 +269,7 @@ def write_checksummed(path: Path, content: bytes, *, keep_previous: bool = False
 
 
 def read_checksummed(path: Path) -> bytes:
-    """What ``write_checksummed`` wrote, without the digest.
+    """Read what ``write_checksummed`` wrote, without the digest.
 
     Raises:
         ArtifactError: missing, cut short or changed; names the newest intact older file of this name, if there is one.
@@ -283,7 +283,7 @@ def read_checksummed(path: Path) -> bytes:
 
 
 def write_checksummed_text(path: Path, text: str) -> None:
-    """Put UTF-8 ``text`` behind a first line ``# SHA-256 of the lines below: ...``.
+    """Write UTF-8 ``text`` after a first line ``# SHA-256 of the lines below: ...``.
 
     Raises:
         StorageError: as ``write_bytes``.
@@ -293,7 +293,7 @@ def write_checksummed_text(path: Path, text: str) -> None:
 
 
 def read_checksummed_text(path: Path) -> str:
-    """What ``write_checksummed_text`` wrote, without the first line.
+    """Read what ``write_checksummed_text`` wrote, without the first line.
 
     Raises:
         ArtifactError: missing, cut short or changed, be it by hand.
@@ -319,7 +319,7 @@ def write_checksummed_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_checksummed_json(path: Path) -> dict[str, Any]:
-    """What ``write_checksummed_json`` wrote, without the checksum.
+    """Read what ``write_checksummed_json`` wrote, without the checksum.
 
     Raises:
         ArtifactError: missing, cut short or changed, be it by hand.
@@ -339,7 +339,7 @@ def read_checksummed_json(path: Path) -> dict[str, Any]:
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> list[str]:
-    """Put one JSON value a line at ``path``; written anew each time, so that no reader ever sees half a line.
+    """Write one JSON value per line; the file is rewritten each time, so that no reader sees half a line.
 
     Returns:
         16 hex digits for each line, the beginning of its SHA-256; for ``verify_json_lines``.
@@ -353,7 +353,7 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> list[str]:
 
 
 def verify_json_lines(path: Path, digests: Sequence[str], *, more: bool = False) -> bytes:
-    """The file's bytes, each line compared with its digest.
+    """Return the file's bytes after comparing each line with its digest.
 
     Args:
         path: of what ``write_json_lines`` wrote.
@@ -381,7 +381,7 @@ def _short_digest(line: bytes) -> str:
 
 
 def _verified_content(data: bytes) -> bytes | None:
-    """The content behind 64 digits and a line break, where they are its digest."""
+    """Return the content after a valid digest and line break."""
     content = data[_DIGITS + 1 :]
     return content if data[: _DIGITS + 1] == sha256_hex(content).encode() + b"\n" else None
 

@@ -25,7 +25,7 @@ REQUIRED: Any = inspect.Parameter.empty  # default of an option that has none
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers allowed: ``low <= x <= high``; ``open_low`` makes the lower end exclusive."""
+    """Allowed numbers: ``low <= x <= high``, or ``low < x`` with ``open_low``."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -223,7 +223,7 @@ def _example(schema: Schema) -> Any:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse keyword values outside the ranges and choices that the function's own annotations declare.
+    """Check keyword arguments against the ranges and choices in the function's annotations.
 
     Raises (at call time):
         UsageError: a ValueError that names the option, the allowed range and what came.

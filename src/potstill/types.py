@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """The same values in float32, or in float64 where they came so.
+    """Convert half precision to float32; keep float32 and float64.
 
-    A log-softmax in bfloat16 keeps 3 digits: enough for a convolution, not for the difference of two logarithms.
+    bfloat16 has 3 digits, which is too few for the difference of two logarithms.
 
     Example:
         >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
@@ -26,17 +26,17 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-UNLABELED = -100  # in place of a label; torch's cross-entropy skips it
+UNLABELED = -100  # torch's ``ignore_index``
 
 
 @dataclass
 class Batch:
-    """What a method may know of a batch besides the networks' outputs."""
+    """The inputs of a step."""
 
     images: Tensor  # [B, 3, H, W], normalised for the student
-    labels: Tensor  # [B], int64 class ids; UNLABELED where nobody knows
+    labels: Tensor  # [B], int64 class ids, or UNLABELED
     index: Tensor | None = None  # [B], int64 sample ids: positions in the training set
-    view: Tensor | None = None  # [B], int64 view numbers: which augmented version of the sample this is
+    view: Tensor | None = None  # [B], int64 view numbers: the augmented version of each sample
     second: Tensor | None = None  # [B, 3, H, W]: other views, or other images of the same classes, as the method needs
     soft_labels: Tensor | None = None  # [B, K], shares of the classes in mixed images
 
@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def targets(self) -> Tensor:
-        """What a label loss compares with: the shares where images are mixed, else the labels."""
+        """Targets of a label loss: ``soft_labels`` if images are mixed, else ``labels``."""
         return self.labels if self.soft_labels is None else self.soft_labels
 
 
@@ -56,33 +56,31 @@ class Head(NamedTuple):
     bias: Tensor | None  # [K]
 
     def __call__(self, embedding: Tensor) -> Tensor:
-        """[.., D] -> [.., K]."""
+        """Return logits [.., K] for an embedding [.., D]."""
         return F.linear(embedding, self.weight, self.bias)
 
 
 @dataclass
 class Outputs:
-    """What one network said about a batch; parts that the method did not ask for are empty."""
+    """The outputs of a network for a batch; those that the method does not need are empty."""
 
     logits: Tensor  # [B, K], before softmax
-    features: dict[str, Tensor] = field(default_factory=dict)  # tap path -> whatever that submodule put out
+    features: dict[str, Tensor] = field(default_factory=dict)  # path of a submodule -> its output
     maps: tuple[Tensor, ...] = ()  # each [B, C, H, W], shallow to deep; tokens as a grid
-    embedding: Tensor | None = None  # [B, D], what the last linear layer reads
+    embedding: Tensor | None = None  # [B, D], input of the last linear layer
     head: Head | None = None
     second: "Outputs | None" = None  # the same network on ``Batch.second``
-    members: "tuple[Outputs, ...]" = ()  # what each teacher said (of the student: the maps joined to each)
-    parts: "tuple[Outputs, ...]" = ()  # where methods are combined: what each of them asked for
+    members: "tuple[Outputs, ...]" = ()  # outputs of each teacher (of the student: the maps paired with each)
+    parts: "tuple[Outputs, ...]" = ()  # outputs for each of combined methods
 
     def with_logits(self, change: Callable[[Tensor], Tensor]) -> "Outputs":
-        """The same outputs with every [B, K] changed: those of second images, of each teacher, and of the parts of
-        combined methods too.
-        """
+        """Apply ``change`` to all logits [B, K], including those of ``second``, ``members`` and ``parts``."""
         return replace(
             self,
             logits=change(self.logits),
             second=None if self.second is None else self.second.with_logits(change),
             members=tuple(member.with_logits(change) for member in self.members),
-            # A single part is never read.
+            # A single part is not used.
             parts=tuple(part.with_logits(change) for part in self.parts) if len(self.parts) > 1 else (),
         )
 
@@ -93,7 +91,7 @@ class Step:
 
     logits: Tensor  # [B, K]
     terms: dict[str, Tensor]  # name -> scalar
-    label_terms: frozenset[str] = frozenset({"ce"})  # which of them come from labels alone
+    label_terms: frozenset[str] = frozenset({"ce"})  # those of labels alone
 
     @property
     def loss(self) -> Tensor:
@@ -102,7 +100,7 @@ class Step:
 
     @property
     def parts(self) -> tuple[Tensor | None, Tensor | None]:
-        """(sum of the label terms, sum of the others); None where there is none."""
+        """Sum of the label terms and sum of the others; None if there is none."""
         sums = []
         for from_labels in (True, False):
             chosen = [term for name, term in self.terms.items() if (name in self.label_terms) == from_labels]

@@ -119,7 +119,7 @@ epochs: 3
         "; did you mean 'randaugment'?",
         "recipe.yaml:9:14: teacher.training.milestons: unknown key; did you mean 'milestones'?",
         "recipe.yaml:9:30: teacher.training.epochs must be at least 1, got 0",
-        "recipe.yaml:10:1: student.model is missing (an architecture; see `potstill models`)",
+        "recipe.yaml:10:1: student.model is missing (an architecture, see `potstill models`, or file.py:callable)",
         "recipe.yaml:10:11: student.mode: unknown key; did you mean 'model'?",
         "recipe.yaml:13:3: method.temperature must be above 0, got 0",
         "recipe.yaml:14:3: method.alph: no option 'alph'; did you mean 'alpha'? It takes temperature, alpha",

@@ -71,7 +71,7 @@ def terms_of(processes):
     for step in range(processes.rank, 5, processes.count):
         averages.update({"ce": torch.tensor(float(step)), "kd": torch.tensor(2.0 * step)}, 10 + step, step + 1)
     found = TermAverages()
-    found.join(processes.gather(averages.pack()))
+    found.merge(processes.gather(averages.pack()))
     return found.compute("here")
 
 

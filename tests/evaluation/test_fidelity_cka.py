@@ -119,7 +119,7 @@ def test_large_maps_are_left_out_and_the_networks_stay_as_they_were():
     net = create_model("cifar/resnet8", 4, size=32).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     images = torch.randn(8, 3, 32, 32)
-    found = stage_similarity({"a": net, "b": net}, [{"a": images, "b": images}], largest=16 * 16 * 32)
+    found = stage_similarity({"a": net, "b": net}, [{"a": images, "b": images}], max_values=16 * 16 * 32)
     assert found.left_out == {"a": ("stage1",), "b": ("stage1",)}
     assert found.layers["a"] == ("stage2", "stage3")
     assert net.training

@@ -3,7 +3,8 @@ import pytest
 from scipy import stats
 
 from potstill.errors import UsageError
-from potstill.evaluation.final_metrics import final_metrics, metric_intervals
+from potstill.evaluation.final_metrics import final_metrics, split_intervals
+from potstill.evaluation.predictions import Predictions
 
 NAMES = [f"class {i}" for i in range(4)]
 
@@ -15,6 +16,10 @@ def made(count=240, seed=0):
     logits[np.arange(count), labels] += 1.8
     odds = np.exp(logits)
     return odds / odds.sum(axis=1, keepdims=True), labels
+
+
+def metric_intervals(probabilities, labels):
+    return split_intervals(Predictions.of(probabilities, labels))
 
 
 @pytest.fixture(scope="module")
@@ -129,5 +134,5 @@ def test_a_class_without_images_is_left_out_and_nothing_breaks():
 
 
 def test_shapes_are_checked():
-    with pytest.raises(UsageError, match=r"needs \[N, K\] and \[N\]"):
+    with pytest.raises(UsageError, match=r"need labels \[3\], got \[2\]"):
         metric_intervals(np.ones((3, 2)), np.zeros(2, dtype=np.int64))

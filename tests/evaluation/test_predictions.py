@@ -53,7 +53,9 @@ def made(images: int = IMAGES, classes: int = CLASSES, seed: int = 0) -> tuple[T
 def both(tmp_path: Path, seed: int = 0, order: list[int] | None = None) -> tuple[Predictions, Predictions]:
     logits, labels = made(seed=seed)
     held, stored = (
-        predict_split(Table(logits), Images(labels, order), classes=CLASSES, file=tmp_path / f"{seed}.npy", most=most)
+        predict_split(
+            Table(logits), Images(labels, order), classes=CLASSES, file=tmp_path / f"{seed}.npy", max_values=most
+        )
         for most in (10**7, 0)
     )
     assert held.array is not None
@@ -100,7 +102,9 @@ def test_the_file_gives_divergence_and_temperature_back(tmp_path: Path) -> None:
 
 def test_improbable_classes_keep_their_size(tmp_path: Path) -> None:
     logits = torch.tensor([[0.0, -40.0], [-40.0, 0.0], [3e5, 0.0]])
-    found = predict_split(Table(logits), Images(torch.tensor([0, 0, 1])), classes=2, file=tmp_path / "x.npy", most=0)
+    found = predict_split(
+        Table(logits), Images(torch.tensor([0, 0, 1])), classes=2, file=tmp_path / "x.npy", max_values=0
+    )
     assert np.load(tmp_path / "x.npy").tolist() == [[0, -40], [-40, 0], [0, -60_000]]
     assert found.label_probability[1] == pytest.approx(np.exp(-40), rel=1e-5)
 
@@ -116,9 +120,13 @@ def test_faults_are_named_and_leave_no_file(tmp_path: Path, most: int) -> None:
     logits[200, 3] = torch.nan
     file = tmp_path / "x.npy"
     with pytest.raises(NonFiniteError, match=r"a logit of photo 200 is NaN or infinite \(1 of 301 images\)"):
-        predict_split(Table(logits), Images(labels), classes=CLASSES, file=file, most=most, name_of="photo {}".format)
+        predict_split(
+            Table(logits), Images(labels), classes=CLASSES, file=file, max_values=most, names="photo {}".format
+        )
     with pytest.raises(DataError, match="1 left out"):
-        predict_split(Table(made()[0]), Images(labels, [0, *range(IMAGES - 1)]), classes=CLASSES, file=file, most=most)
+        predict_split(
+            Table(made()[0]), Images(labels, [0, *range(IMAGES - 1)]), classes=CLASSES, file=file, max_values=most
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,7 +134,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     logits, labels = made()
     (tmp_path / "taken").write_text("")
     with pytest.raises(StorageError, match=r"cannot write .*x\.npy"):
-        predict_split(Table(logits), Images(labels), classes=CLASSES, file=tmp_path / "taken" / "x.npy", most=0)
+        predict_split(Table(logits), Images(labels), classes=CLASSES, file=tmp_path / "taken" / "x.npy", max_values=0)
 
 
 def test_memory_grows_with_images_alone() -> None:
@@ -136,7 +144,7 @@ def test_memory_grows_with_images_alone() -> None:
         logits, labels = made(images, 400)
         tracemalloc.start()
         try:
-            predict_split(Table(logits), Images(labels), classes=400, most=0)
+            predict_split(Table(logits), Images(labels), classes=400, max_values=0)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

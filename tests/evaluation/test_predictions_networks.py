@@ -121,27 +121,9 @@ def test_a_logit_that_is_not_finite_names_the_image(value):
         predict_probabilities(Broken(), Images(images, labels, order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]), classes=3)
 
 
-def test_bf16_runs_the_network_in_bf16_and_the_softmax_in_float32():
-    kinds = []
-    net = network()
-    net.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
-    images = Images(*split())
-    exact, half = (
-        predict_probabilities(net, images, classes=3, precision=precision)[0] for precision in ("float32", "bf16")
-    )
-    assert kinds[0] == torch.float32
-    assert kinds[-1] == torch.bfloat16
-    assert half.dtype == np.float32
-    np.testing.assert_allclose(half.sum(axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(half, exact, atol=0.02)
-    assert not np.array_equal(half, exact)
-
-
-def test_wrong_logits_and_precision_are_refused():
+def test_wrong_logits_are_refused():
     with pytest.raises(UsageError, match=r"must return logits \[4, 5\], got \[4, 3\]"):
         predict_probabilities(network(), Images(*split()), classes=5)
-    with pytest.raises(UsageError, match="precision must be float32 or bf16"):
-        predict_probabilities(network(), Images(*split()), classes=3, precision="float16")
 
 
 def test_batches_without_numbers_are_refused():

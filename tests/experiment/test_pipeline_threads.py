@@ -7,7 +7,6 @@ import torch
 
 from potstill.experiment.pipeline import run
 from potstill.training import autotune as threads_module
-from potstill.training.autotune import ThreadChoice
 from potstill.training.callbacks import SilentObserver
 
 
@@ -29,13 +28,13 @@ def four_cores(monkeypatch, thread_count):
     calls = []
     torch.set_num_threads(4)
 
-    def calibrate(step, candidates):
+    def calibrate(step, candidates, **_):
         calls.append(list(candidates))
         torch.set_num_threads(1)
-        return ThreadChoice(1, dict.fromkeys(candidates, 0.01))
+        return 1, dict.fromkeys(candidates, 0.01)
 
     monkeypatch.setattr(threads_module, "usable_cores", lambda: 4)
-    monkeypatch.setattr(threads_module, "choose_threads", calibrate)
+    monkeypatch.setattr(threads_module, "select_fastest", calibrate)
     return calls
 
 

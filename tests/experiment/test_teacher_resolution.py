@@ -149,7 +149,7 @@ def test_the_faster_copy_is_compared_on_images_of_its_size(recipe, tmp_path, mon
         return convert_teachers(distiller, *arguments, **options)
 
     monkeypatch.setattr(stage, "convert_teachers", watched)
-    monkeypatch.setattr("potstill.training.devices.Compute.teachers_in_bf16", True)
+    monkeypatch.setattr("potstill.training.devices.Compute.teacher_in_bf16", True)
     run(recipe(**TEACHER), root=tmp_path)
     assert [each.shape[-1] for each in given] == [24]
 

@@ -31,8 +31,8 @@ def quiet(line: str) -> None:
     """Nobody reads along."""
 
 
-def exported(run: Path, **wish) -> Path:
-    return export(run, wish=ExportOptions(data="digits", **wish), note=quiet)
+def exported(run: Path, **options) -> Path:
+    return export(run, options=ExportOptions(data="digits", **options), note=quiet)
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +234,9 @@ def test_other_formats(run: Path, tmp_path: Path, name: str, suffixes: list[str]
 
 
 def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
-    def refused(error: type, match: str, stage: str | None = None, **wish) -> None:
+    def refused(error: type, match: str, stage: str | None = None, **options) -> None:
         with pytest.raises(error, match=match):
-            export(run, stage, ExportOptions(**({"data": "digits"} | wish)), note=quiet)
+            export(run, stage, ExportOptions(**({"data": "digits"} | options)), note=quiet)
 
     refused(UsageError, r"no format 'onx'; did you mean 'onnx'\?\nKnown formats: onnx, openvino", format="onx")
     refused(UsageError, "--int8 goes with --format onnx", int8=True, format="torch-export")
@@ -245,7 +245,7 @@ def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
     refused(UsageError, r"ends in \.onnx", output=tmp_path / "model.pt2")
     refused(ArtifactError, "no trained 'baseline'; .*it has teacher, distilled|no trained 'baseline'", "baseline")
     refused(ArtifactError, "no trained 'teachr'; did you mean 'teacher'", "teachr")
-    refused(DataError, "stands in no run", data=None)
+    refused(DataError, "is not in a run", data=None)
     with pytest.raises(ArtifactError, match="does not exist"):
         export(tmp_path / "none", note=quiet)
 
@@ -289,7 +289,7 @@ def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:
                     path
                 )
     with pytest.raises(DataError, match="has the classes cat, dog, the model 0, 1"):
-        export(run, wish=ExportOptions(data=str(tmp_path)), note=quiet)
+        export(run, options=ExportOptions(data=str(tmp_path)), note=quiet)
 
 
 def test_one_changed_bit_is_found_before_the_file_is_parsed(plain: Path, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_one_changed_bit_is_found_before_the_file_is_parsed(plain: Path, tmp_pat
             load_onnx(path)
         content[at] ^= 4
     path.write_bytes(content)
-    assert load_onnx(path).what.class_names[0] == "0"
+    assert load_onnx(path).metadata.class_names[0] == "0"
 
 
 def test_files_from_elsewhere_are_refused(plain: Path, tmp_path: Path) -> None:

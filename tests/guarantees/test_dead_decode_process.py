@@ -19,7 +19,7 @@ STAGES = ("teacher", "baseline", "distilled")
 
 # where the main thread is -> the function that it enters then, and how often it has done so before
 PLACES = {
-    "forward": ("potstill.training.trainer:Trainer._ask", 2),
+    "forward": ("potstill.training.trainer:Trainer._forward", 2),
     "backward": ("potstill.training.optim:GradientAccumulator.add", 1),
     "update": ("potstill.training.trainer:Trainer._update", 1),
     "serialising": ("potstill.training.checkpointing:save_checkpoint", 0),

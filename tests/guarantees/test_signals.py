@@ -22,11 +22,11 @@ LONG = 1200  # seconds after which a process counts as hanging
 PHASES = {
     "data check": ("potstill.data.scan:_read_pixels", 3),
     "packing pixels": ("potstill.data.decoded_cache:resize_to_square", 0),
-    "thread count": ("potstill.training.autotune:ThreadSelector.settle", 0),
+    "thread count": ("potstill.training.autotune:ThreadSelector.select", 0),
     "training the teacher": ("potstill.training.trainer:Trainer._update", 1),
     "filling the store": ("potstill.distillation.teacher_cache.cache:TeacherCache.write", 1),
     "flushing the store": ("potstill.distillation.teacher_cache.cache:TeacherCache.flush", 1),
-    "distilling": ("potstill.training.trainer:Trainer._ask", 9),
+    "distilling": ("potstill.training.trainer:Trainer._forward", 9),
     "saving": ("potstill.training.checkpointing:save_checkpoint", 2),
     "saving a model": ("potstill.experiment.stage:save_model", 1),
     "val": ("potstill.training.trainer:Trainer._evaluate", 1),

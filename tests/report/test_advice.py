@@ -49,7 +49,7 @@ def test_leakage_and_contradictory_labels() -> None:
     leak = run(warnings=[say.format(FINDING_KINDS["across-splits"])], data={"source": "photos of cats"})
     found = advice.leakage(leak)
     assert found is not None
-    assert "1,234 images lie in more than one split" in found.evidence
+    assert "1,234 images are in more than one split" in found.evidence
     assert "potstill check 'photos of cats'" in found.action
     assert advice.contradictory_labels(leak) is None
     assert advice.contradictory_labels(run(warnings=[say.format(FINDING_KINDS["two-labels"])])) is not None
@@ -79,7 +79,7 @@ def test_imbalance(counts: dict[str, int], f1: float, recipe: str, said: bool) -
 def test_weak_teacher() -> None:
     assert advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.001))) is None
     assert "3.0 points below" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=-0.03))))
-    assert "that of the baseline" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.0))))
+    assert "equals the baseline" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.0))))
 
 
 def test_still_improving() -> None:

@@ -20,7 +20,7 @@ def test_card_has_metrics_and_no_licence(build_run: Callable[..., Any]) -> None:
     assert {each.metric_type: each.metric_value for each in read.data.eval_results}["accuracy"] == top1
     assert "<b>" not in read.text
     assert "&lt;b&gt;, a\\|b, c." in read.text
-    for heading in ("Intended use", "Metrics", "Limits", "How it was made", "Licence"):
+    for heading in ("Intended use", "Metrics", "Limits", "Training", "Licence"):
         assert f"## {heading}" in read.text
 
 

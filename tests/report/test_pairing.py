@@ -28,7 +28,7 @@ def made(build_run: BuildRun, name: str, method: str, *, seed: int = 0, classes:
 
 def entrants(*folders: Path) -> list[Any]:
     groups = group_runs([read_run(folder) for folder in folders])
-    return [read_contender(each.runs[0].name, each.of("distilled")) for each in groups]
+    return [read_contender(each.runs[0].name, each.stages_by_seed("distilled")) for each in groups]
 
 
 def right(folder: Path, stage: str = "distilled") -> np.ndarray[Any, Any]:
@@ -43,7 +43,7 @@ def test_two_methods_on_the_same_images(build_run: BuildRun) -> None:
     assert meeting.gain.value == pytest.approx(after.mean() - before.mean())
     assert meeting.p == pytest.approx(mcnemar(before, after)["p"])
     assert meeting.seeds == 1
-    assert pairing_row(meeting)["says"] == "too few seeds for a verdict: 3 or more are needed"
+    assert pairing_row(meeting)["verdict"] == "too few seeds for a verdict: 3 or more are needed"
     assert notes == ["a and b share no seed: they are paired in the order of their seeds"]
 
 
@@ -67,7 +67,7 @@ def test_other_test_images_are_not_compared_and_it_is_said(build_run: BuildRun, 
     # 27 images: nine of each class, of which the first nine are of the first class in both
     assert note == (
         "a and few are not compared image by image: they were tested on different images (81 and 27, of which 9 have "
-        "the same name and label), so the difference of their figures says nothing"
+        "the same name and label), so the difference of their figures means nothing"
     )
     page = html.unescape(compare([first, fewer], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "a (kd) and few (dkd) are not compared image by image" in page
@@ -111,7 +111,7 @@ def test_many_pairs_raise_p(build_run: BuildRun) -> None:
         highest = max(highest, min(1.0, times * each.p))
         expected.append(highest)
     assert [each.adjusted for each in by_p] == pytest.approx(expected)
-    assert all("better" not in pairing_row(each)["says"] for each in meetings)  # of one seed each
+    assert all("better" not in pairing_row(each)["verdict"] for each in meetings)  # of one seed each
 
 
 def test_of_many_runs_each_meets_the_first(build_run: BuildRun) -> None:

@@ -158,7 +158,7 @@ def test_teacher_worse_than_baseline(write: Write, capsys: pytest.CaptureFixture
         assert "The teacher is 10.0 points worse than the baseline, so there was no gap to close" in text
         assert "a better teacher comes first" in text
         assert not re.search(r"helped|hurt|closed \d|leads the baseline", text)
-    assert "The teacher is no better than the student. On test the teacher's top-1 lies 10.0 points below" in advice
+    assert "The teacher is no better than the student. On test the teacher's top-1 is 10.0 points below" in advice
 
 
 def test_seeds_that_agree_do_not_make_up_for_few_images(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ def test_why_there_are_no_maps_is_said(run: Any) -> None:
 
 def test_nothing_broken_is_said_too(run: Any) -> None:
     text = render_page(run(kept({}, broken={"count": 0, "images": []})))
-    assert re.search(r"What distillation broke</h3>\s*<p class=\"note\">None on test.", text)
+    assert re.search(r"Newly wrong with distillation</h3>\s*<p class=\"note\">None on test.", text)
 
 
 @pytest.mark.parametrize("classes", [2, 100])

@@ -64,7 +64,7 @@ def test_costs(run: Path) -> None:
     assert costs["Latency of 16 images, p95"] == ["25.0 ms"] * 3
     assert costs["Images a second, 16 at once"] == ["800"] * 3
     assert costs["Memory: weights"] == ["320 kB"] * 3
-    assert costs["Memory: one image on its way"] == ["65.5 kB"] * 3
+    assert costs["Peak activation memory (batch 1)"] == ["65.5 kB"] * 3
 
 
 def test_costs_that_an_older_run_does_not_know_are_left_out(build_run: BuildRun) -> None:
@@ -155,7 +155,7 @@ def test_how_to_reproduce(build_run: BuildRun) -> None:
 def test_the_text_file_says_the_same(run: Path) -> None:
     render(run)
     lines = (run / "distilled" / "metrics.txt").read_text(encoding="utf-8").splitlines()
-    assert "Memory        320 kB of weights, 65.5 kB for one image on its way" in lines
+    assert "Memory        320 kB of weights, 65.5 kB of activations at most (batch 1)" in lines
     (top1,) = [line for line in lines if line.startswith("Top-1")]
     assert top1.endswith("75.0 to 84.0 %")
     (nll,) = [line for line in lines if line.startswith("NLL")]

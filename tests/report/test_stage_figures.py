@@ -52,7 +52,7 @@ def test_accuracy_has_gaps_and_the_test_mark() -> None:
     drawn = lines(figure)
     assert math.isnan(drawn["val"][0])
     assert drawn["val"][1:] == pytest.approx([0.2, 0.3])
-    assert drawn["test, once: 55.0 %"] == [0.55]
+    assert drawn["test (final): 55.0 %"] == [0.55]
     mark = next(line for line in figure.axes[0].get_lines() if str(line.get_label()).startswith("test"))
     assert list(mark.get_xdata()) == [2]  # type: ignore[arg-type]
     assert figure.axes[0].yaxis.get_major_formatter()(0.5, 0) == "50 %"

@@ -51,7 +51,7 @@ def test_ready_teacher(build_run: BuildRun) -> None:
     builder = build_run(2, epochs=1)
     builder.ready_teacher = True
     run = read_run(builder.write())
-    assert "not here: it came ready-made" in metrics_text(run, run.stages["teacher"])
+    assert "none, pretrained" in metrics_text(run, run.stages["teacher"])
 
 
 def test_classification_report_is_laid_out_as_scikit_learn_does() -> None:
@@ -81,5 +81,5 @@ def test_where_the_teachers_answers_came_from() -> None:
     live = "teacher: 3.92 M parameters (15.7 MB), 12.3 ms in each step of 64 images"
     assert teaching_text(StageResult("distilled", Path(), {"teaching": teaching})) == live
     teaching |= {"asked": 10_072, "read": 5_036}
-    stored = f"{live}; 5,036 of 15,108 answers read from the store"
+    stored = f"{live}; 5,036 of 15,108 outputs read from the teacher cache"
     assert teaching_text(StageResult("distilled", Path(), {"teaching": teaching})) == stored

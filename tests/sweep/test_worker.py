@@ -62,7 +62,7 @@ def test_an_unconfirmed_search_never_reads_test(source, tmp_path):
     assert not list(folder.glob("trials/*/teacher/metrics.jsonl"))
     _, lines = render_sweep(folder)
     text = "\n".join(lines)
-    assert f"trial {final['trial']} won on val: a search, unconfirmed" in text
+    assert f"trial {final['trial']} is the best on val: a search, unconfirmed" in text
     assert "elped" not in text
     with pytest.raises(UsageError, match=r"(?s)training.lr: was 0.003, now 0.5.*--name"):
         make(source, folder, sets=["training.lr=0.5"]).work()

@@ -10,8 +10,8 @@ from potstill.training.autotune import (
     MIN_ROUNDS,
     MIN_SPEEDUP,
     ThreadChoice,
-    choose_threads,
     create_timed_step,
+    select_fastest,
 )
 from potstill.training.devices import Compute
 
@@ -37,7 +37,7 @@ class Machine:
         self.steps.append(self.threads)
 
     def calibrate(self, candidates):
-        return choose_threads(self.step, candidates, set_threads=self.set_threads, clock=self.clock)
+        return ThreadChoice(*select_fastest(self.step, candidates, apply=self.set_threads, clock=self.clock))
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_a_step_that_fails_leaves_the_preferred_number():
 
 def test_facts_come_back():
     found = ThreadChoice(2, {2: 0.01, 1: 0.015})
-    assert found.record() == {"threads": 2, "calibration": {"1": 0.015, "2": 0.01}}
-    assert ThreadChoice.recorded(found.record()) == found
-    assert ThreadChoice.recorded(ThreadChoice(1).record()) == ThreadChoice(1)
-    assert ThreadChoice.recorded({"threads": 2}) is None  # torch's own number: nobody has chosen it
-    assert ThreadChoice.recorded({}) is None
+    assert found.to_dict() == {"threads": 2, "calibration": {"1": 0.015, "2": 0.01}}
+    assert ThreadChoice.from_dict(found.to_dict()) == found
+    assert ThreadChoice.from_dict(ThreadChoice(1).to_dict()) == ThreadChoice(1)
+    assert ThreadChoice.from_dict({"threads": 2}) is None  # torch's own number: nobody has chosen it
+    assert ThreadChoice.from_dict({}) is None
 
 
 def test_words():

@@ -52,7 +52,7 @@ def settle(
     images: int = 10_000,
     observer: SilentObserver | None = None,
 ) -> str:
-    return precisions.settle(network, name, 16, settings, compute, images=images, observer=observer).precision
+    return precisions.select(network, name, 16, settings, compute, images=images, observer=observer).precision
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def settle(
 )
 def test_bf16_unless_float32_is_clearly_faster(bf16: float, float32: float, kept: str) -> None:
     clock, kept_facts = Clock(bf16, float32), []
-    precisions = PrecisionSelector(keep=kept_facts.append, clock=clock)
+    precisions = PrecisionSelector(on_choice=kept_facts.append, clock=clock)
     assert settle(precisions, Net(clock)) == kept
     assert MIN_SPEEDUP == 1.1
     (facts,) = kept_facts
@@ -119,7 +119,7 @@ def test_timing_passes_at_most_a_fiftieth_of_the_trainings_images(images: int, d
 
 def test_teachers_keep_their_own_precision() -> None:
     clock = Clock(0.015, 0.010)
-    compute = PrecisionSelector(clock=clock).settle(Net(clock), "net", 16, AUTO, FAST, images=10_000)
+    compute = PrecisionSelector(clock=clock).select(Net(clock), "net", 16, AUTO, FAST, images=10_000)
     assert not compute.bf16
-    assert compute.teachers_in_bf16
-    assert not SLOW.teachers_in_bf16
+    assert compute.teacher_in_bf16
+    assert not SLOW.teacher_in_bf16

@@ -1,12 +1,11 @@
 import os
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from potstill.training import autotune as threads_module
-from potstill.training.autotune import ThreadChoice, ThreadSelector, choose_threads, usable_cores
+from potstill.training.autotune import ThreadSelector, usable_cores
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
@@ -28,17 +27,17 @@ def asked(monkeypatch):
     """The candidates of each calibration; the last one wins."""
     calls = []
 
-    def calibrate(step, candidates):
+    def calibrate(step, candidates, **_):
         step()
         calls.append(list(candidates))
-        return ThreadChoice(candidates[-1], dict.fromkeys(candidates, 0.01))
+        return candidates[-1], dict.fromkeys(candidates, 0.01)
 
-    monkeypatch.setattr(threads_module, "choose_threads", calibrate)
+    monkeypatch.setattr(threads_module, "select_fastest", calibrate)
     return calls
 
 
 def settle(threads, settings=AUTO, compute=CPU, **kwargs):
-    threads.settle(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), 8, settings, compute, **kwargs)
+    threads.select(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), 8, settings, compute, **kwargs)
     return torch.get_num_threads()
 
 
@@ -49,7 +48,7 @@ def test_the_first_training_is_timed_and_the_others_follow(asked):
         def note(self, message):
             notes.append(message)
 
-    with ThreadSelector(keep=kept.append) as threads:
+    with ThreadSelector(on_choice=kept.append) as threads:
         assert settle(threads, observer=Listening()) == 1
         torch.set_num_threads(5)
         assert settle(threads, observer=Listening()) == 1
@@ -91,7 +90,7 @@ def test_workers_need_cores_too(asked, workers, candidates):
 def test_one_thread_leaves_nothing_to_time(asked):
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
     kept = []
-    with ThreadSelector(keep=kept.append) as threads:
+    with ThreadSelector(on_choice=kept.append) as threads:
         assert settle(threads) == 1
     assert asked == []
     assert kept == [{"threads": 1, "calibration": {}}]
@@ -110,13 +109,11 @@ def test_never_more_threads_than_were_allowed(asked):
     assert asked == [[4, 1]]
 
 
-def test_for_real(monkeypatch):
-    set_threads = torch.set_num_threads  # calibrate's default is PyTorch's own, which would start eight
-    monkeypatch.setattr(threads_module, "choose_threads", partial(choose_threads, set_threads=set_threads))
+def test_for_real():
     with ThreadSelector() as threads:
         settle(threads)
-        assert threads.found.threads in (1, 8)
-        assert sorted(threads.found.seconds) == [1, 8]
+        assert threads.choice.threads in (1, 8)
+        assert sorted(threads.choice.seconds) == [1, 8]
 
 
 @pytest.mark.parametrize(

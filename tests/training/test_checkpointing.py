@@ -77,7 +77,7 @@ def test_what_is_the_same_is_stored_once(tmp_path):
     tensors |= {"best/wide": torch.ones(3, 2), "image": torch.ones(1, 3, 2, 2)}
     tensors |= {"best/image": tensors["image"].contiguous(memory_format=torch.channels_last)}
     alike = {name: name.removeprefix("best/") for name in tensors if name.startswith("best/")}
-    save_checkpoint(tmp_path / "x", tensors, {}, alike=alike)
+    save_checkpoint(tmp_path / "x", tensors, {}, duplicates=alike)
     loaded, _ = load_checkpoint(tmp_path / "x")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():

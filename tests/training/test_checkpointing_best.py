@@ -84,7 +84,7 @@ def test_what_is_written_beside_the_training_is_the_state_at_that_time(tmp_path,
     found = saver(tmp_path)
     weight = found.distiller.student.weight
     before = weight.detach().clone()
-    found.save(1, beside=True)
+    found.save(1, background=True)
     assert not found.is_due
     with torch.no_grad():
         weight += 1  # training goes on
@@ -103,7 +103,7 @@ def test_an_error_of_the_writing_thread_arrives(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(checkpointing, "save_checkpoint", full)
     found = saver(tmp_path)
-    found.save(1, beside=True)
+    found.save(1, background=True)
     with pytest.raises(StorageError, match="No space left"):
         found.wait() if call == "wait" else found.save(2)
     found.wait()  # once

@@ -76,7 +76,7 @@ class Case:
         optimizer = create_optimizer(self.distiller.trained_parameters(), self.settings)
         self.compiler, self.observer = compiler or Compiler(), Listening()
         if compute is GPU:  # rehearsing needs one
-            monkeypatch.setattr(StudentCompiler, "_rehearse", lambda *_: None)
+            monkeypatch.setattr(StudentCompiler, "_warm_up", lambda *_: None)
             monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
         self.compiling = StudentCompiler(
             self.distiller, optimizer, self.settings, compute, self.observer, compile=self.compiler,
@@ -88,7 +88,7 @@ class Case:
         images = torch.randn(6, 3, 8, 8) if images is None else images
         before = self.compiler.calls
         with self.compiling.epoch(steps, left):
-            self.compiling.begin(images)
+            self.compiling.prepare(images)
             rehearsed = self.compiler.calls
             self.distiller.student(images)
             self.distiller.student(images)
@@ -177,7 +177,7 @@ def test_smaller_batches_evaluation_and_no_grad_take_the_plain_way(monkeypatch):
     case = Case(monkeypatch, compile=True)
     student, whole = case.distiller.student, torch.randn(6, 3, 8, 8)
     with case.compiling.epoch(1, 1):
-        case.compiling.begin(whole)
+        case.compiling.prepare(whole)
         before = case.compiler.calls
         student(whole[:5])
         with torch.no_grad():
@@ -192,7 +192,7 @@ def test_rehearsing_leaves_no_trace(monkeypatch):
     case = Case(monkeypatch, compile=True)
     before, random = copy.deepcopy(case.distiller.student.state_dict()), torch.get_rng_state()
     with case.compiling.epoch(1, 1):
-        case.compiling.begin(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+        case.compiling.prepare(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert case.compiler.calls == WARMUP_STEPS
     torch.testing.assert_close(case.distiller.student.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random)
@@ -214,7 +214,7 @@ def test_an_error_in_the_epoch_leaves_the_student_as_it_was(monkeypatch):
 
     def fail():
         with case.compiling.epoch(1, 1):
-            case.compiling.begin(torch.randn(6, 3, 8, 8))
+            case.compiling.prepare(torch.randn(6, 3, 8, 8))
             raise UsageError("stop")
 
     with pytest.raises(UsageError):
@@ -286,7 +286,7 @@ def test_a_gpu_compiles_and_replays():
     compiling = StudentCompiler(distiller, optimizer, settings, GPU, notes)
     images, labels = torch.randn(8, 3, 8, 8, device="cuda"), torch.arange(8, device="cuda") % 3
     with compiling.epoch(5, 5):
-        compiling.begin(images)
+        compiling.prepare(images)
         for _ in range(5):
             with GPU.autocast():
                 loss = distiller(images, labels).loss

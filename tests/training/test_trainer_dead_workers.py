@@ -87,7 +87,7 @@ PLACES = {
     "replacing a checkpoint": (io.os, "replace", 7),
     "validation": (Trainer, "_evaluate", 0),
     "within validation": (Distiller, "eval", 1),
-    "figures": (Trainer, "_figures", 1),
+    "figures": (Trainer, "_record_metrics", 1),
     "keeping the best weights": (checkpointing.Checkpointer, "keep_best", 0),
 }
 

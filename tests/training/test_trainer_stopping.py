@@ -68,7 +68,7 @@ def training(folder, method="kd", observer=None, stopping=None, **settings):
     settings = {"epochs": EPOCHS, "lr": 0.02, "schedule": "cosine", "checkpoint_seconds": 0} | settings
     return Trainer(
         distiller, train, loader("listed"), TrainingSettings(**settings), CPU, folder=folder,
-        observer=observer or SilentObserver(), classes=CLASSES, stopping=stopping,
+        observer=observer or SilentObserver(), classes=CLASSES, signals=stopping,
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_while_it_is_evaluated(tmp_path, whole):
 
     with SignalHandler() as stopping:
         run = training(tmp_path, stopping=stopping)
-        plain, calls = run.others["val"].epoch, []
+        plain, calls = run.eval_loaders["val"].epoch, []
 
         def epoch(number=0, step=0):
             for batch in plain(number, step):
@@ -167,7 +167,7 @@ def test_while_it_is_evaluated(tmp_path, whole):
                     os.kill(os.getpid(), signal.SIGINT)
                 yield batch
 
-        run.others["val"].epoch = epoch
+        run.eval_loaders["val"].epoch = epoch
         with pytest.raises(Stopped) as stopped:
             run.run()
     assert stopped.value.exit_code == 130

@@ -93,8 +93,7 @@ class StageSettings(BaseModel):
 
     model: str = Field(
         min_length=1,
-        description="an architecture, see `potstill models`; or code of your own, package.module:callable or "
-        "path/file.py:callable",
+        description="an architecture, see `potstill models`, or file.py:callable",
     )
     weights: str | None = Field(
         None,

@@ -1,1 +1,1 @@
-"""Several processes that carry out one run, on one machine or on several; torchrun starts them."""
+"""The processes of a distributed run, on one machine or several, started by torchrun."""

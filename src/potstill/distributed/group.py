@@ -1,7 +1,7 @@
 """The processes of one run: the rank of this one, and the collectives between them.
 
-All processes call every collective in the same order.  With a single process each returns its input at once, so that
-callers need no branch for it.  ``process_group`` creates the group from the environment that torchrun sets.
+All processes call every collective in the same order.  With a single process, each returns its input, so that callers
+need no branch.  ``process_group`` creates the group from the environment that torchrun sets.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 
 class ProgressCounters(Protocol):
-    """What other processes see of this one; ``watching.Watching``."""
+    """The progress that other processes see; see ``Watchdog``."""
 
     place: int
     moves: int
@@ -36,10 +36,10 @@ class ProcessGroup:
     """One of ``count`` processes.
 
     Attributes:
-        rank: which one, from 0.
-        count: of all machines.
-        local_rank, local_count: the same among those of this machine.
-        watch: notes how far this process is, for the others; None: there are none.
+        rank: of this process, from 0.
+        count: number of processes on all machines.
+        local_rank, local_count: on this machine.
+        watch: counts the progress of this process; None for a single process.
     """
 
     rank: int = 0
@@ -50,16 +50,16 @@ class ProcessGroup:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes the run folder and talks."""
+        """Whether this process writes the run folder and the output."""
         return self.rank == 0
 
     @property
     def several(self) -> bool:
-        """Whether there are others."""
+        """Whether there are several processes."""
         return self.count > 1
 
     def share(self, value: Value) -> Value:
-        """The value that the first process has."""
+        """Return the first process's value."""
         if not self.several:
             return value
         held: list[Any] = [value]
@@ -69,7 +69,7 @@ class ProcessGroup:
         return found
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all, by rank."""
+        """Return the values of all processes, by rank."""
         if not self.several:
             return [value]
         found: list[Any] = [None] * self.count
@@ -78,7 +78,7 @@ class ProcessGroup:
         return found
 
     def highest(self, *values: int) -> tuple[int, ...]:
-        """Of each number the largest that any process has."""
+        """Return the maximum of each number over all processes."""
         if not self.several:
             return values
         held = torch.tensor(values, dtype=torch.int64)
@@ -87,7 +87,7 @@ class ProcessGroup:
         return tuple(held.tolist())
 
     def add(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over all processes of tensors that have the same shapes in each."""
+        """Return the sums over all processes of tensors of equal shapes."""
         if not self.several:
             return dict(tensors)
         found = {}
@@ -99,46 +99,46 @@ class ProcessGroup:
 
     @torch.no_grad()
     def share_tensors(self, tensors: list[Tensor]) -> None:
-        """Fill these tensors, in place, with what they are in the first process."""
+        """Copy the first process's tensors into these, in place."""
         if not self.several or not tensors:
             return
         by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
             by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         with self.together():
-            for alike in by_kind.values():  # one message for all of a kind: there may be hundreds of small ones
-                flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+            for group in by_kind.values():  # one broadcast per dtype and device: there may be hundreds of small tensors
+                flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
                 dist.broadcast(flat, src=0)
-                sizes = [tensor.numel() for tensor in alike]
-                for tensor, part in zip(alike, torch.split(flat, sizes), strict=True):
+                sizes = [tensor.numel() for tensor in group]
+                for tensor, part in zip(group, torch.split(flat, sizes), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
     def share_state(self, module: nn.Module) -> None:
-        """Give a module the parameters and buffers that it has in the first process."""
+        """Copy the first process's parameters and buffers into a module."""
         self.share_tensors(list(module.state_dict(keep_vars=True).values()))
 
     def progress(self) -> None:
-        """Note that this process gets on."""
+        """Count progress of this process."""
         if self.watch is not None:
             self.watch.moves += 1
 
     def mark(self) -> None:
-        """Note that this process has come to a point that all processes pass in the same order."""
+        """Count a point that all processes pass in the same order."""
         if self.watch is not None:
             self.watch.place += 1
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around whatever waits for the others."""
+        """Enter around code that waits for other processes."""
         self.mark()
         yield
         self.mark()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Around a training step: a process that stands still in it for ``POTSTILL_TIMEOUT`` seconds counts as lost.
+        """Enter around a training step, in which a process without progress for ``POTSTILL_TIMEOUT`` seconds is lost.
 
-        Elsewhere (files are read, decoded or written) a process may take as long as it needs.
+        Elsewhere (reading, decoding and writing files), more time is allowed.
         """
         if self.watch is None:
             yield
@@ -154,20 +154,20 @@ class ProcessGroup:
 SINGLE_PROCESS = ProcessGroup()
 
 
-_START_SECONDS = 600.0  # seconds until all have begun
-_COLLECTIVE_TIMEOUT = timedelta(days=30)  # until a collective gives up by itself: ``Watchdog`` finds out who is lost
+_START_SECONDS = 600.0  # until all processes have started
+_COLLECTIVE_TIMEOUT = timedelta(days=30)  # of a collective; ``Watchdog`` detects lost processes
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Join the processes that torchrun has started; a process that was started by itself is alone.
+    """Join the process group that torchrun has started; without torchrun, yield ``SINGLE_PROCESS``.
 
-    After an error SIGTERM and SIGINT are ignored, so that the message can be shown: the process is to end.
+    After an error, SIGTERM and SIGINT are ignored, so that the message can be shown.
 
     Raises:
-        WorkerError: the others cannot be found, or one of them is lost (``RankLost``).
+        WorkerError: other processes cannot be reached, or one is lost (``RankLost``).
         UsageError: fewer GPUs than processes on this machine, or an environment that is not torchrun's.
-        Elsewhere: another process has failed and has said why.
+        RemoteFailure: another process has failed and reported why.
     """
     if not is_torchrun_launched():
         yield SINGLE_PROCESS
@@ -177,7 +177,7 @@ def process_group() -> Iterator[ProcessGroup]:
     _choose_gpu(local_rank, local_count)
     try:
         store, _, _ = next(rendezvous("env://", rank, count, timeout=timedelta(seconds=patience)))
-        store = PrefixStore(f"potstill {restart_count()}", store)  # nothing of processes that are gone
+        store = PrefixStore(f"potstill {restart_count()}", store)  # without keys of earlier starts
         watching = Watchdog(PrefixStore("watching", store), rank, count)
     except (RuntimeError, ValueError) as error:
         raise WorkerError(f"the other processes of the run cannot be reached: {str(error).splitlines()[0]}") from error
@@ -189,7 +189,7 @@ def process_group() -> Iterator[ProcessGroup]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_COLLECTIVE_TIMEOUT)
         yield group
-        group.highest(0)  # nobody leaves while another still needs him
+        group.highest(0)  # wait for all before leaving
     except BaseException as error:
         failure = error
     end = watching.end(failure)

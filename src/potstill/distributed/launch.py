@@ -1,4 +1,4 @@
-"""The environment variables that torchrun sets for each process that it starts.  No torch here."""
+"""The environment variables that torchrun sets.  No torch here."""
 
 import os
 
@@ -9,18 +9,18 @@ DEFAULT_TIMEOUT = 600.0
 
 
 def is_torchrun_launched() -> bool:
-    """Whether torchrun has started this process beside others."""
+    """Return whether torchrun has started this process."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
 
 
 def restart_count() -> int:
-    """How often torchrun has started all processes anew after one was lost."""
+    """Return how often torchrun has restarted all processes."""
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return int(count) if is_torchrun_launched() and count.isdecimal() else 0
 
 
 def ranks_and_counts() -> tuple[int, int, int, int]:
-    """Rank, number of processes, and the same on this machine.
+    """Return rank, number of processes, and both on this machine.
 
     Raises:
         UsageError: not what torchrun sets.
@@ -36,7 +36,7 @@ def ranks_and_counts() -> tuple[int, int, int, int]:
 
 
 def heartbeat_timeout() -> float:
-    """Seconds without an answer after which a process counts as stalled.
+    """Return the seconds without progress after which a process counts as stalled.
 
     Raises:
         UsageError: the environment variable is no number above 0.

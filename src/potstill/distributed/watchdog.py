@@ -29,11 +29,11 @@ from torch.distributed.distributed_c10d import Store
 from potstill.distributed.launch import heartbeat_timeout
 from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, WorkerError, exit_code_of
 
-HEARTBEAT_SECONDS = 0.5  # seconds
-_SILENT_SECONDS = 3 * HEARTBEAT_SECONDS  # without a beat after a connection broke: that rank is gone
-_GRACE_SECONDS = 10.0  # that the main thread has to end, after another process has failed or what started it is gone
-_IDLE_CPU_SHARE = 0.05  # of a core; who uses less computes nothing
-_TIMEOUT_FACTOR = 10.0  # times the time-out, outside of training steps
+HEARTBEAT_SECONDS = 0.5
+_SILENT_SECONDS = 3 * HEARTBEAT_SECONDS  # without a heartbeat after a connection broke, a rank is lost
+_GRACE_SECONDS = 10.0  # for the main thread to end, after another process or the launcher has failed
+_IDLE_CPU_SHARE = 0.05  # of a core; a process that uses less is idle
+_TIMEOUT_FACTOR = 10.0  # of the time-out outside of training steps
 _RESUME_HINT = "What was saved is intact: start all again, with --resume"
 _CONNECTION_ERROR = re.compile(
     r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|Socket", re.ASCII
@@ -41,7 +41,7 @@ _CONNECTION_ERROR = re.compile(
 
 
 class Watchdog:
-    """The thread that notes and looks; ``end`` gives how this process ends.
+    """The thread that sends and checks heartbeats; ``end`` returns how this process ends.
 
     Args:
         store: that all processes of the run reach.
@@ -54,7 +54,7 @@ class Watchdog:
     """
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
-        # Two connections: the thread's and the main thread's calls must not wait for each other.
+        # Two connections, so that calls of the thread and the main thread do not wait for each other.
         self.store, self._own = store.clone(), store.clone()
         self.rank, self.count = rank, count
         self.place = self.moves = self.steps = self._beats = 0
@@ -76,7 +76,7 @@ class Watchdog:
         return True
 
     def end(self, error: BaseException | None) -> BaseException | None:
-        """Note for the others how this process ends, and stop the thread.
+        """Report to the others how this process ends, and stop the thread.
 
         Returns:
             What is to be raised: ``error`` itself if it is the first failure of the run; ``RankLost`` if it follows
@@ -84,7 +84,7 @@ class Watchdog:
             another process shows.
         """
         if error is not None and not isinstance(error, Stopped):
-            _ignore_signals()  # torchrun sends SIGTERM as soon as one process is gone: what failed is still to be shown
+            _ignore_signals()  # torchrun sends SIGTERM when one process ends; the error must still be shown
         found: BaseException | None = error
         try:
             if error is None or isinstance(error, RemoteFailure):
@@ -107,19 +107,19 @@ class Watchdog:
     # the first failure
 
     def _claim_failure(self, error: BaseException, code: int, text: str) -> BaseException:
-        """``error``, if it is the first failure of the run, else ``RemoteFailure``: one process shows one message."""
+        """Return ``error`` if it is the first failure, else ``RemoteFailure``, so that one process reports it."""
         claim = json.dumps({"rank": self.rank, "code": code, "text": text})
         first = self.store.compare_set("failure", "", claim).decode()
         return error if first == claim else RemoteFailure(json.loads(first)["code"])
 
     def _failure(self, store: Store | None = None) -> RemoteFailure | None:
-        """The first failure of the run, if there is one."""
+        """Return the first failure of the run, if any."""
         store = store or self.store
         return RemoteFailure(json.loads(store.get("failure"))["code"]) if store.check(["failure"]) else None
 
     def _find_cause(self, error: BaseException) -> BaseException:
-        """What has broken a connection."""
-        for wait in (_SILENT_SECONDS, 2 * _SILENT_SECONDS):  # a process that has failed may be about to note it
+        """Return the failure that broke a connection."""
+        for wait in (_SILENT_SECONDS, 2 * _SILENT_SECONDS):  # a failed process may be about to report it
             if (found := self._failure() or self._find_lost_peer(wait)) is not None:
                 return found
         for rank in range(self.count):
@@ -130,7 +130,7 @@ class Watchdog:
         return self._claim_failure(lost, lost.exit_code, str(lost))
 
     def _find_lost_peer(self, seconds: float) -> BaseException | None:
-        """The error that names a process which has not beaten for so long, and has not ended by itself."""
+        """Return the error for a process without heartbeat for so long that has not ended regularly."""
         before = self._is_alive()
         time.sleep(seconds)
         if (failure := self._failure()) is not None:
@@ -156,7 +156,7 @@ class Watchdog:
             try:
                 self._beat()
                 self._look(time.monotonic())
-            except RuntimeError:  # the store is gone, with what started the run or on its machine
+            except RuntimeError:  # the store is gone with the launcher or its machine
                 self._end_orphan(time.monotonic())
 
     def _beat(self) -> None:
@@ -168,7 +168,7 @@ class Watchdog:
         if os.getppid() != self._parent:
             self._end_orphan(now)
         if (failure := self._failure(self._own)) is not None:
-            # The main thread notices it by itself, unless it waits for something that does not end.
+            # The main thread notices by itself, unless it is blocked.
             self._failed_since = self._failed_since or now
             if now - self._failed_since > _GRACE_SECONDS:
                 os._exit(failure.exit_code)
@@ -185,11 +185,11 @@ class Watchdog:
         if self._own.compare_set("failure", "", claim).decode() == claim:
             sys.stderr.write(f"error: {lost}\n")
             sys.stderr.flush()
-        # Its end breaks the connections, which wakes whoever waits for it.
+        # Its end breaks the connections, which wakes waiting processes.
         _kill_local_peer(life)
 
     def _end_orphan(self, now: float) -> None:
-        """Have the main thread save and end; end it if that takes too long."""
+        """Make the main thread save and end; kill the process if that takes too long."""
         if not self._alone_since:
             self._alone_since = now
             os.kill(os.getpid(), signal.SIGTERM)
@@ -203,22 +203,22 @@ class _Heartbeat:
     place: int
     moves: int
     steps: int
-    cpu: float  # seconds that all its threads have computed
+    cpu: float  # seconds of CPU time of all its threads
     pid: int
     host: str
 
 
 @dataclass
 class _PeerState:
-    """Another process, as it is seen from here: by this clock, since no two machines have the same."""
+    """The state of another process, timed by the local clock, since clocks of machines differ."""
 
-    life: _Heartbeat  # when it last got on
+    life: _Heartbeat  # at its last progress
     since: float
     beats: int = 0
     beaten: float = 0.0  # when
 
     def lost(self, life: _Heartbeat, now: float, seconds: float, *, waited_for: bool) -> str:
-        """What is wrong with it, or ""."""
+        """Return what is wrong with the process, or ""."""
         if life.beats != self.beats:
             self.beats, self.beaten = life.beats, now
         elif now - self.beaten > seconds:
@@ -228,7 +228,7 @@ class _PeerState:
         idle = now - self.since
         if not waited_for or idle <= seconds * (1 if life.steps else _TIMEOUT_FACTOR):
             return ""
-        if life.cpu - self.life.cpu > _IDLE_CPU_SHARE * idle:  # slow, but it works
+        if life.cpu - self.life.cpu > _IDLE_CPU_SHARE * idle:  # slow, but not idle
             self.life, self.since = life, now
             return ""
         return f"stands still after {life.place} exchanges with the others"
@@ -238,7 +238,7 @@ _HOST = socket.gethostname()
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether an error may follow from the end of another process: gloo raises plain RuntimeErrors."""
+    """Return whether an error may follow from the end of another process; gloo raises plain RuntimeErrors."""
     if isinstance(error, PotstillError) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, DistError) or bool(_CONNECTION_ERROR.search(str(error)))
@@ -251,7 +251,7 @@ def _ignore_signals() -> None:
 
 
 def _kill_local_peer(life: _Heartbeat) -> None:
-    """Kill a process that does not answer, where the same launcher has started it on this machine; else leave it."""
+    """Kill a stalled process if the same launcher has started it on this machine."""
     if life.host != _HOST:
         return
     try:

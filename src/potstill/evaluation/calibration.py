@@ -1,4 +1,4 @@
-"""How far a network's confidence can be believed, before and after one temperature for all answers.
+"""Calibration of a network's confidence, before and after temperature scaling.
 
 Temperature scaling: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
 """
@@ -14,27 +14,23 @@ from potstill.evaluation.predictions import Probabilities, as_probabilities
 
 RELIABILITY_BINS = 15
 _TINY = float(np.finfo(np.float32).tiny)
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = (
-    0.05,
-    20.0,
-)  # a network that is never wrong on val has no best temperature: it stops here
-_MAX_STEPS, _TOLERANCE = 60, 1e-9  # at most; share of 1 / T by which the last step moves it
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0  # the optimum is 0 for a network without errors on val
+_MAX_STEPS, _TOLERANCE = 60, 1e-9  # of Newton's method; tolerance relative to 1 / T
 
 
 def calibration_report(
     val: Probabilities | Array, val_labels: Array, test: Probabilities | Array, test_labels: Array
 ) -> dict[str, Any] | None:
-    """What scaling does on test, with the temperature that fits val best.
+    """Return calibration metrics on test before and after scaling with the temperature fitted on val.
 
-    ``val`` and ``test`` are probabilities [N, K], the labels whole numbers [N].
+    ``val`` and ``test`` are probabilities [N, K], the labels integers [N].
 
     Returns:
-        ``temperature``; ``before`` and ``after``, each with ``ece`` (0 to 1), ``nll`` (nats) and ``reliability_bins``:
-        for each of 15 bins of confidence that has images their number, mean confidence and share right.  None where a
-        split has no image.
+        ``temperature``; ``before`` and ``after``, each with ``ece`` (0 to 1), ``nll`` (nats) and ``bins``: for each of
+        15 bins of confidence with images their number, mean confidence and accuracy.  None if a split has no images.
 
     Raises:
-        UsageError: labels that do not go with the probabilities.
+        UsageError: shapes of labels and probabilities do not match.
     """
     val, test = as_probabilities(val), as_probabilities(test)
     if not val.shape[0] or not test.shape[0]:
@@ -48,10 +44,10 @@ def calibration_report(
 
 
 def fit_temperature(probabilities: Probabilities | Array, labels: Array) -> float:
-    """The temperature in [0.05, 20] that gives the least NLL, by Newton's method: NLL is convex in 1 / T.
+    """Return the temperature in [0.05, 20] of minimal NLL, by Newton's method: NLL is convex in 1 / T.
 
     Raises:
-        UsageError: labels that do not go with the probabilities.
+        UsageError: shapes of labels and probabilities do not match.
     """
     probabilities = as_probabilities(probabilities)
     _check_inputs(probabilities.shape, labels)
@@ -60,29 +56,27 @@ def fit_temperature(probabilities: Probabilities | Array, labels: Array) -> floa
         slope, curvature = _nll_derivatives(probabilities, labels, inverse)
         low, high = (low, inverse) if slope > 0 else (inverse, high)
         step = inverse - slope / curvature if curvature > 0 else math.nan
-        # Outside of what is left, or at its end: halve it instead, in logarithms.
-        after = step if low < step < high else math.sqrt(low * high)
-        if abs(after - inverse) <= _TOLERANCE * inverse:
-            inverse = after
+        # Bisect in logarithms if Newton's step leaves the bracket.
+        previous, inverse = inverse, step if low < step < high else math.sqrt(low * high)
+        if abs(inverse - previous) <= _TOLERANCE * previous:
             break
-        inverse = after
     return 1 / inverse
 
 
 def _nll_derivatives(probabilities: Probabilities, labels: Array, inverse: float) -> tuple[float, float]:
-    """First and second derivative of the NLL with respect to 1 / T."""
+    """Return the first and second derivative of the NLL with respect to 1 / T."""
     slope = curvature = 0.0
-    for which, block in probabilities.blocks():
+    for rows, block in probabilities.blocks():
         logs = _safe_log(block)
-        shares = np.exp(_log_softmax(logs * inverse))
-        mean = (shares * logs).sum(axis=1)
-        slope += float((mean - logs[np.arange(len(logs)), labels[which]]).sum())
-        curvature += float(((shares * logs**2).sum(axis=1) - mean**2).sum())
+        scaled = np.exp(_log_softmax(logs * inverse))
+        mean = (scaled * logs).sum(axis=1)
+        slope += float((mean - logs[np.arange(len(logs)), labels[rows]]).sum())
+        curvature += float(((scaled * logs**2).sum(axis=1) - mean**2).sum())
     return slope / probabilities.shape[0], curvature / probabilities.shape[0]
 
 
 def temperature_scaled(probabilities: Array, temperature: float) -> Array:
-    """Softmax of the logits divided by ``temperature``; [N, K] probabilities give the logits up to a constant.
+    """Return the softmax of logits / temperature from the probabilities [N, K], whose logarithms serve as logits.
 
     Example:
         >>> temperature_scaled(np.array([[0.8, 0.2]]), 0.5).round(3).tolist()
@@ -92,31 +86,31 @@ def temperature_scaled(probabilities: Array, temperature: float) -> Array:
 
 
 def reliability_bins(probabilities: Array, labels: Array) -> list[list[float]]:
-    """Of each bin (low, high] with images: their number, mean confidence, share right; from least to most confident."""
+    """Return number of images, mean confidence and accuracy of each non-empty bin (low, high], by confidence."""
     confidence = probabilities.max(axis=1, initial=0).astype(np.float64)
     return _reliability_bins(confidence, probabilities.argmax(axis=1) == labels)
 
 
-def _reliability_bins(confidence: Array, right: Array) -> list[list[float]]:
-    place = np.clip(np.ceil(confidence * RELIABILITY_BINS) - 1, 0, RELIABILITY_BINS - 1).astype(int)
+def _reliability_bins(confidence: Array, correct: Array) -> list[list[float]]:
+    number = np.clip(np.ceil(confidence * RELIABILITY_BINS) - 1, 0, RELIABILITY_BINS - 1).astype(int)
     return [
-        [int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean())]
+        [int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean())]
         for each in range(RELIABILITY_BINS)
-        if (inside := place == each).any()
+        if (inside := number == each).any()
     ]
 
 
 def _calibration_metrics(probabilities: Probabilities, labels: Array, temperature: float) -> dict[str, Any]:
     count = len(labels)
-    confidence, right, loss = np.zeros(count), np.zeros(count, dtype=bool), 0.0
-    for which, block in probabilities.blocks():
+    confidence, correct, loss = np.zeros(count), np.zeros(count, dtype=bool), 0.0
+    for rows, block in probabilities.blocks():
         logs = _safe_log(block) if temperature == 1 else _log_softmax(_safe_log(block) / temperature)
-        confidence[which] = block.max(axis=1) if temperature == 1 else np.exp(logs.max(axis=1))
-        right[which] = block.argmax(axis=1) == labels[which]
-        loss -= float(logs[np.arange(len(logs)), labels[which]].sum())
-    found = _reliability_bins(confidence, right)
-    wrong_by = sum(images * abs(sure - share) for images, sure, share in found)
-    return {"ece": wrong_by / count, "nll": loss / count, "bins": found}
+        confidence[rows] = block.max(axis=1) if temperature == 1 else np.exp(logs.max(axis=1))
+        correct[rows] = block.argmax(axis=1) == labels[rows]
+        loss -= float(logs[np.arange(len(logs)), labels[rows]].sum())
+    bins = _reliability_bins(confidence, correct)
+    ece = sum(images * abs(mean - accuracy) for images, mean, accuracy in bins) / count
+    return {"ece": ece, "nll": loss / count, "bins": bins}
 
 
 def _log_softmax(logits: Array) -> Array:
@@ -125,7 +119,7 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def _safe_log(probabilities: Array) -> Array:
-    # What float32 rounded to 0 counts as its smallest number.
+    # A probability that float32 rounded to 0 counts as its smallest number.
     return np.asarray(np.log(np.maximum(probabilities.astype(np.float64), _TINY)))
 
 

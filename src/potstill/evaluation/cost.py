@@ -1,4 +1,4 @@
-"""Cost of a network: parameters, FLOPs, latency, and memory of its weights and of one forward pass."""
+"""Cost of a network: parameters, FLOPs, latency, and memory of weights and activations."""
 
 import contextlib
 import time
@@ -17,35 +17,32 @@ from potstill.input_spec import InputSpec
 
 
 def measure_memory(module: nn.Module, spec: InputSpec, batch: int = 1) -> dict[str, int]:
-    """Bytes of ``weights`` (parameters and buffers) and of ``activations``: the most that the tensors of one forward
-    pass take at the same time, the images among them.
+    """Return bytes of ``weights`` (parameters and buffers) and peak ``activations`` of one forward pass.
 
-    Tensors are counted as they are made and freed.  What a library takes for itself inside an operation (cuDNN's or
-    oneDNN's work space) is not among them.
+    Activations are all tensors of the pass that are alive at the same time, including the images, but without the
+    workspace of cuDNN or oneDNN inside an operation.
 
     Args:
-        module: images [B, 3, H, W] -> logits.
-        spec: the images' size.
-        batch: images at once.
+        module: maps images [B, 3, H, W] to logits.
+        spec: gives the images' size.
+        batch: batch size.
     """
-    kept = [*module.parameters(), *module.buffers()]
-    weight = next((each for each in kept if each.is_floating_point()), torch.zeros(0))
-    with evaluation_mode(module), _LiveTensors() as alive:
-        images = torch.zeros(batch, 3, spec.size, spec.size, device=weight.device, dtype=weight.dtype)
-        module(images)
+    weights = [*module.parameters(), *module.buffers()]
+    with evaluation_mode(module), _MemoryTracker() as tracker:
+        module(_blank_images(module, spec, batch))
     return {
-        "weights": sum(each.numel() * each.element_size() for each in kept),
-        "activations": alive.most,
+        "weights": sum(each.numel() * each.element_size() for each in weights),
+        "activations": tracker.peak,
         "batch": batch,
     }
 
 
-class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of storages that came to be here, until they are freed."""
+class _MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tracks the bytes of storages that are created in the block and not yet freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.current = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -56,47 +53,46 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         for each in tree_leaves((args, kwargs)):
-            self._track_storage(each, 0)  # made before: weights
+            self._track_storage(each, created=False)  # weights
         result = func(*args, **(kwargs or {}))
         for each in tree_leaves(result):
-            self._track_storage(each, 1)
-        self.most = max(self.most, self.now)
+            self._track_storage(each, created=True)
+        self.peak = max(self.peak, self.current)
         return result
 
-    def _track_storage(self, value: Any, times: int) -> None:
+    def _track_storage(self, value: Any, *, created: bool) -> None:
         if not isinstance(value, Tensor):
             return
         storage = value.untyped_storage()
-        key, size = id(storage), times * storage.nbytes()
+        key, size = id(storage), storage.nbytes() if created else 0
         if key in self._known and self._known[key]() is storage:
             return
 
         def freed(_: Any) -> None:
             self._known.pop(key, None)
-            self.now -= size
+            self.current -= size
 
         self._known[key] = weakref.ref(storage, freed)
-        self.now += size
+        self.current += size
 
 
-MAX_SUMMARY_ROWS = 100  # of a summary
-MAX_CLASS_NAMES = 12  # of classes in a summary
+MAX_SUMMARY_ROWS = 100
+MAX_CLASS_NAMES = 12  # listed in a summary
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Trainable and frozen parameters; shared ones count once, buffers do not."""
+    """Return the number of trainable and frozen parameters; shared ones count once, buffers do not."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_flops(module: nn.Module, spec: InputSpec) -> int:
-    """Floating-point operations for one image, two per multiply-add.
+    """Return the floating-point operations for one image, two per multiply-add, by ``torch.utils.flop_counter``.
 
-    Convolutions, matrix products and attention are counted, as ``torch.utils.flop_counter`` does; normalisation,
-    activations and pooling are not (about 1 % in usual networks).  Fused attention is run as the matrix products that
-    it consists of: the counter does not know every fused kernel, and counts those that it does not know as nothing.
+    Convolutions, matrix products and attention count; normalisation, activations and pooling do not (about 1 % in usual
+    networks).  Fused attention runs unfused here, as the counter counts unknown fused kernels as 0.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it brings what compiles for GPUs
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
 
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -109,10 +105,9 @@ def count_flops(module: nn.Module, spec: InputSpec) -> int:
 
 
 def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str]) -> str:
-    """A table of layers (path, type, output shape, parameters) and the totals, for people to read.
+    """Return a text table of layers (path, type, output shape, parameters) and the totals.
 
-    A network of more than ``MAX_SUMMARY_ROWS`` layers is shown as blocks: at the greatest depth that keeps the table
-    so short.
+    A network of more than ``MAX_SUMMARY_ROWS`` layers is shown as blocks, at the greatest depth with so few rows.
     """
     shapes = _output_shapes(module, spec)
     rows = _layer_rows(module, shapes)
@@ -142,14 +137,14 @@ def measure_latency(
     warmup: int = 3,
     seconds: float = 20.0,
 ) -> dict[str, dict[str, float | int | str]]:
-    """Milliseconds for one batch, the models taking turns so that a busy machine is unfair to none.
+    """Measure the milliseconds for one batch, alternating between the models so that background load affects all.
 
     Args:
-        models: name -> network on its device, and how its images are prepared.
-        batch: images at once.
+        models: name -> network on its device, and its input spec.
+        batch: batch size.
         rounds: measurements of each model.
-        warmup: rounds before that, thrown away.
-        seconds: begin no further round after so much time, but make five at least.
+        warmup: rounds before that, which do not count.
+        seconds: time after which no further round begins, apart from the first five.
 
     Returns:
         name -> ``p50`` and ``p95`` in ms, ``batch``, ``threads`` (of torch on the CPU), ``device``.
@@ -160,13 +155,13 @@ def measure_latency(
         for module, _ in calls.values():
             stack.enter_context(evaluation_mode(module))
         start = time.perf_counter()
-        for turn in range(-warmup, rounds):
-            if turn >= 5 and time.perf_counter() - start > seconds:
+        for number in range(-warmup, rounds):
+            if number >= 5 and time.perf_counter() - start > seconds:
                 break
             for name, (module, images) in calls.items():
-                taken = _time_forward(module, images)
-                if turn >= 0:
-                    times[name].append(taken)
+                elapsed = _time_forward(module, images)
+                if number >= 0:
+                    times[name].append(elapsed)
     return {
         name: {
             "p50": float(np.percentile(times[name], 50)),
@@ -190,7 +185,7 @@ class _LayerRow(NamedTuple):
 
 
 def _layer_rows(module: nn.Module, shapes: Mapping[str, str]) -> list[_LayerRow]:
-    """One row a layer, or a block where there are too many layers; rows never overlap, so parameters add up."""
+    """Return a row per layer, or per block if there are too many layers; rows never overlap, so parameters add up."""
     deepest = max(path.count(".") for path, _ in module.named_modules()) + 1
     for depth in range(deepest, 0, -1):
         rows = _layer_rows_at(module, shapes, depth)
@@ -215,7 +210,7 @@ def _layer_rows_at(module: nn.Module, shapes: Mapping[str, str], depth: int) -> 
 
 
 def _output_shapes(module: nn.Module, spec: InputSpec) -> dict[str, str]:
-    """Path -> shape of what the submodule puts out for one image, without the batch."""
+    """Return the shape of each submodule's output for one image, without the batch, by path."""
     shapes: dict[str, str] = {}
     handles = []
     for path, part in module.named_modules():
@@ -254,5 +249,6 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _blank_images(module: nn.Module, spec: InputSpec, batch: int) -> Tensor:
-    weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), torch.zeros(0))
+    weights = (*module.parameters(), *module.buffers())
+    weight = next((each for each in weights if each.is_floating_point()), torch.zeros(0))
     return torch.zeros(batch, 3, spec.size, spec.size, device=weight.device, dtype=weight.dtype)

@@ -1,10 +1,7 @@
 """Fidelity of a student to its teacher: agreement and KL divergence of predictions, linear CKA of stages.
 
-Also whether a model has the classes in another order than the labels.
-
-CKA: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019 (arXiv:1905.00414);
-over batches with the unbiased estimator of HSIC:
-Nguyen et al., Do Wide and Deep Networks Learn the Same Things?, ICLR 2021
+CKA: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019 (arXiv:1905.00414); over
+batches with the unbiased estimator of HSIC: Nguyen et al., Do Wide and Deep Networks Learn the Same Things?, ICLR 2021
 (arXiv:2010.15327), section 3.
 """
 
@@ -24,11 +21,11 @@ from potstill.features.stages import Stage, find_stages
 
 
 def agreement(student: Probabilities | Array, teacher: Probabilities | Array) -> dict[str, float | None]:
-    """Fidelity of a student's probabilities [N, K] to its teacher's, of the same images.
+    """Compare a student's probabilities [N, K] with its teacher's for the same images.
 
     Returns:
-        ``agreement``: share of images with the same top class; ``kl_to_teacher``: mean KL divergence of the teacher's
-        distribution from the student's, in nats, at T = 1.  None where there is no image.
+        ``agreement``: share of images with the same top class; ``kl_to_teacher``: mean KL(teacher || student) in nats,
+        at T = 1.  Both are None without images.
 
     Raises:
         UsageError: different shapes.
@@ -42,7 +39,7 @@ def agreement(student: Probabilities | Array, teacher: Probabilities | Array) ->
         raise UsageError(f"student and teacher must have the same [N, K], got {student.shape} and {teacher.shape}")
     if not student.shape[0]:
         return {"agreement": None, "kl_to_teacher": None}
-    # What float32 rounded to 0 counts as its smallest number: the divergence stays finite.
+    # A probability that float32 rounded to 0 counts as its smallest number, so the divergence stays finite.
     smallest = float(np.finfo(np.float32).tiny)
     same, divergence = 0, 0.0
     for _, (q, p) in iterate_blocks(student, teacher):
@@ -53,19 +50,19 @@ def agreement(student: Probabilities | Array, teacher: Probabilities | Array) ->
 
 
 def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
-    """Return the order of the classes that a model's outputs seem to have, where it is another one than the labels'.
+    """Return the class order of a model's outputs if it seems to differ from that of the labels.
 
-    Outputs and classes are assigned one to one so that most images are right (Kuhn, "The Hungarian method for the
-    assignment problem", 1955, by scipy).  Only an order that leaves less than half of the errors counts: among K!
-    orders there is always one that is a little better by chance.
+    Outputs and classes are matched for maximal accuracy (Kuhn, "The Hungarian method for the assignment problem", 1955,
+    by scipy).  Only an order with less than half of the errors counts: among K! orders, some are a little better by
+    chance.
 
     Args:
-        predicted: indices [N] of the outputs.
-        labels: indices [N] of the classes.
+        predicted: [N] indices of the outputs.
+        labels: [N] indices of the classes.
         classes: K.
 
     Returns:
-        Indices [K]: the class of each output; None where the outputs are in order, or where no order explains them.
+        [K], the class of each output; None if the outputs are in order, or no order explains them.
 
     Example:
         >>> labels = np.repeat([0, 1, 2], 10)
@@ -80,15 +77,15 @@ def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
     return np.asarray(order) if errors - left >= 5 and 2 * left < errors else None
 
 
-MAX_MAP_VALUES = 2**20  # values of one image's map; above, a stage is left out: 64 images would take 256 MB
-MIN_BATCH_SIZE = 4  # images of a batch that the unbiased estimator needs
+MAX_MAP_VALUES = 2**20  # per image; larger stages are left out: 64 images would take 256 MB
+MIN_BATCH_SIZE = 4  # for the unbiased estimator
 
-_StageKey = tuple[str, int]  # name of a network, number of its stage
+_StageKey = tuple[str, int]  # name of a network, index of its stage
 _HsicSums = dict[tuple[_StageKey, _StageKey], float]
 
 
 def hsic(first: Tensor, second: Tensor) -> Tensor:
-    r"""HSIC_1, the unbiased estimator of Song et al. (JMLR 2012), of two Gram matrices.
+    r"""Return HSIC_1, the unbiased estimator of Song et al. (JMLR 2012), of two Gram matrices.
 
     .. math:: \frac{1}{n(n-3)} \left( tr(K L) + \frac{1'K1 \; 1'L1}{(n-1)(n-2)} - \frac{2}{n-2} 1'K L 1 \right)
 
@@ -96,10 +93,10 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
 
     Args:
         first: [n, n], inner products of n representations.
-        second: likewise, of the same images.
+        second: [n, n], for the same images.
 
     Raises:
-        UsageError: fewer than 4 images, or matrices of different shapes.
+        UsageError: fewer than 4 images, or different shapes.
     """
     n = len(first)
     if n < MIN_BATCH_SIZE or first.shape != (n, n) or second.shape != (n, n):
@@ -113,19 +110,19 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float | None:
-    """Linear CKA of two representations of the same images, by the unbiased estimator.
+    """Return the linear CKA of two representations of the same images, by the unbiased estimator.
 
-    1: equal but for rotation and scale; 0: nothing in common, where chance may give a little less.
+    1: equal up to rotation and scale; 0: unrelated (estimates may be slightly negative).
 
     Args:
-        first: [n, ...], anything behind the first dimension counts as one vector.
-        second: likewise, of any length.
+        first: [n, ...], flattened to vectors.
+        second: [n, ...], vectors of any length.
 
     Returns:
-        None where one of them is the same for every image.
+        None if one of them is the same for all images.
 
     Raises:
-        UsageError: fewer than 4 images, or not the same number.
+        UsageError: fewer than 4 images, or different numbers.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [1.0, 3.0], [0.0, 0.0]])
@@ -138,27 +135,34 @@ def linear_cka(first: Tensor, second: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class StageSimilarity:
-    """Linear CKA between the stages of a network and those of others."""
+    """Linear CKA between the stages of a network and those of others.
 
-    layers: dict[str, tuple[str, ...]]  # by network: paths of its stages, shallow to deep
-    values: dict[str, list[list[float | None]]]  # by other network: a row for each stage of the first, a column for
-    # each of its own; None where one of them does not vary
-    left_out: dict[str, tuple[str, ...]]  # by network: stages whose maps are too large
-    images: int  # that were compared
+    Attributes:
+        layers: paths of the stages of each network, shallow to deep.
+        values: matrix for each other network, with a row per stage of the first and a column per stage of its own; None
+            if one of them does not vary.
+        left_out: stages of each network whose maps are too large.
+        images: number of images compared.
+    """
+
+    layers: dict[str, tuple[str, ...]]
+    values: dict[str, list[list[float | None]]]
+    left_out: dict[str, tuple[str, ...]]
+    images: int
 
 
 def stage_similarity(
-    networks: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]], *, largest: int = MAX_MAP_VALUES
+    networks: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]], *, max_values: int = MAX_MAP_VALUES
 ) -> StageSimilarity:
-    """Compare the ends of the stages of the first network with those of each of the others.
+    """Compare the outputs of the stages of the first network with those of each other network.
 
-    HSIC is estimated in each batch and its mean over the batches taken, so that memory does not grow with the number
-    of images.  Batches should be of about the same size, each drawn from all classes.
+    HSIC is averaged over batches, so memory does not grow with the number of images.  Batches should be of about the
+    same size, each drawn from all classes.
 
     Args:
-        networks: by name: images [B, 3, H, W] -> logits; each stays as it was.
-        batches: by network: the same images, as it wants them, on its device.  Fewer than 4 are left out.
-        largest: values of one image's map, above which a stage is left out.
+        networks: name -> network that maps images [B, 3, H, W] to logits.
+        batches: name -> the same images, prepared for that network.  Batches of fewer than 4 are skipped.
+        max_values: stages with more values per image are left out.
 
     Raises:
         UsageError: no batch of 4 images or more.
@@ -174,7 +178,7 @@ def stage_similarity(
         for name, module in networks.items():
             if name not in chosen:
                 found = find_stages(module, batch[name]).stages
-                chosen[name] = tuple(each for each in found if each.channels * each.height * each.width <= largest)
+                chosen[name] = tuple(each for each in found if each.channels * each.height * each.width <= max_values)
                 left_out[name] = tuple(each.path for each in found if each not in chosen[name])
             with evaluation_mode(module), capture_features(module, FeatureRequest(chosen[name])) as reading:
                 module(batch[name])
@@ -192,11 +196,12 @@ def stage_similarity(
 
 
 def _add_hsic(sums: _HsicSums, first: str, grams: dict[str, list[Tensor]]) -> None:
-    """Add the HSIC of each stage with itself, and of each of the first network's with each of the others'."""
-    places = [(name, i) for name, found in grams.items() for i in range(len(found))]
-    pairs = [(a, b) for a in places for b in places if a == b or (a[0] == first and b[0] != first)]
-    for a, b in pairs:
-        sums[a, b] = sums.get((a, b), 0.0) + float(hsic(grams[a[0]][a[1]], grams[b[0]][b[1]]))
+    """Add the HSIC of each stage with itself, and of each stage of the first network with each of the others."""
+    stages = {(name, i): gram for name, matrices in grams.items() for i, gram in enumerate(matrices)}
+    for a in stages:
+        for b in stages:
+            if a == b or (a[0] == first and b[0] != first):
+                sums[a, b] = sums.get((a, b), 0.0) + float(hsic(stages[a], stages[b]))
 
 
 def _cka_matrix(
@@ -207,14 +212,14 @@ def _cka_matrix(
 
 
 def _gram_matrix(features: Tensor) -> Tensor:
-    """[n, ...] -> [n, n]; of features less their mean, which changes no HSIC but keeps large means from rounding."""
+    """Return inner products [n, n] of features [n, ...], centred so that large means do not cost precision."""
     flat = features.detach().flatten(1).float()
     flat = flat - flat.mean(dim=0)
     return (flat @ flat.T).cpu().double()
 
 
 def _normalized_hsic(both: float, first: float, second: float) -> float | None:
-    """None of what does not vary: then the estimate of its own HSIC is 0, or noise beside it."""
+    # HSIC of a representation that does not vary with itself is 0, or noise around it.
     if not first > 0 or not second > 0:
         return None
     value = both / math.sqrt(first * second)

@@ -1,4 +1,4 @@
-"""Where a network looks: Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391)."""
+"""Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391)."""
 
 from collections.abc import Sequence
 
@@ -13,32 +13,31 @@ from potstill.input_spec import InputSpec
 
 
 def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
-    """How much each place of the image speaks for a class.
+    """Return maps of the evidence for a class: ReLU(sum_k A_k mean(d logit / d A_k)) over the last stage's maps A_k.
 
-    The maps A_k of the last stage are weighted with the mean of their gradient, and what speaks against is cut off:
-    ReLU(sum_k A_k mean(d logit / d A_k)).  Tokens count as a grid; where only the class token is read behind the last
-    stage, so that its other tokens have no gradient, the deepest stage that has one is taken.
+    Tokens are laid out as a grid.  If the tokens of the last stage have no gradient, because the head reads only the
+    class token, the deepest stage with gradients is used.
 
     Args:
-        model: images -> logits [B, K]; its mode and its parameters' gradients stay as they were.
-        images: [B, 3, H, W], prepared as the model wants them, on its device.
-        classes: [B], one class each, 0 to K - 1.
+        model: maps images to logits [B, K]; its mode and its parameters' gradients stay unchanged.
+        images: [B, 3, H, W], prepared for the model, on its device.
+        classes: [B], a class for each image, 0 to K - 1.
 
     Returns:
-        float32 [B, h, w] of the stage's resolution, 0 to 1: each image's largest value is 1, or all are 0 where
-        nothing speaks for the class.
+        float32 [B, h, w] of the stage's resolution, in [0, 1]: the maximum of each image is 1, or 0 without evidence.
 
     Raises:
         UsageError: not one class for each image; a network without a map that its logits depend on.
     """
-    wanted = torch.as_tensor(classes, device=images.device)
-    if wanted.shape != images.shape[:1]:
-        raise UsageError(f"grad_cam takes one class for each of {len(images)} images, got {list(wanted.shape)}")
+    class_indices = torch.as_tensor(classes, device=images.device)
+    if class_indices.shape != images.shape[:1]:
+        raise UsageError(f"grad_cam takes one class for each of {len(images)} images, got {list(class_indices.shape)}")
     training = model.training
     model.eval()
     try:
         chosen = find_stages(model, images.detach()).stages
-        # Not the images themselves: frozen networks have gradients too, and layers that work in place refuse leaves.
+        # Gradients start at a copy of the images, so that frozen networks have them; + 0, as in-place layers refuse
+        # leaves.
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -46,37 +45,33 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | Sequence[int]) 
         ):
             logits = model(images.detach().clone().requires_grad_() + 0)
             found = [each for each in reading.found if each is not None and each.requires_grad]
-            score = logits.gather(1, wanted[:, None]).sum()
-            slopes = torch.autograd.grad(score, found, allow_unused=True) if found else ()
+            score = logits.gather(1, class_indices[:, None]).sum()
+            gradients = torch.autograd.grad(score, found, allow_unused=True) if found else ()
     finally:
         model.train(training)
-    known = {id(each): slope for each, slope in zip(found, slopes, strict=True)}
+    known = {id(each): gradient for each, gradient in zip(found, gradients, strict=True)}
     for stage, each in reversed(list(zip(chosen, reading.found, strict=True))):
-        slope = known.get(id(each))
-        if each is not None and slope is not None:
-            slope = stage.grid.to_map(slope).float()
-            if slope.any():
-                return _weighted_maps(stage.grid.to_map(each.detach()).float(), slope)
+        gradient = known.get(id(each))
+        if each is not None and gradient is not None:
+            gradient = stage.grid.to_map(gradient).float()
+            if gradient.any():
+                maps = stage.grid.to_map(each.detach()).float()  # [B, C, h, w]
+                cams = (maps * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu()
+                return cams / cams.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cams.dtype).tiny)
     raise UsageError(f"{type(model).__name__} has no feature map that its logits depend on: Grad-CAM needs one")
 
 
-def _weighted_maps(maps: Tensor, slopes: Tensor) -> Tensor:
-    """[B, C, h, w] twice -> [B, h, w]."""
-    cams = (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu()
-    return cams / cams.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cams.dtype).tiny)
-
-
 def visible_region(height: int, width: int, spec: InputSpec) -> list[float]:
-    """Which part of an image a network sees, and so what its map covers.
+    """Return the region of an image that a network sees, and that its Grad-CAM map covers.
 
     Args:
-        height: of the image as it was decoded, in pixels.
-        width: likewise.
-        spec: how the network wants its images.
+        height: of the decoded image, in pixels.
+        width: of the decoded image, in pixels.
+        spec: the network's input spec.
 
     Returns:
-        left, top, width and height as shares of the image's sides; with black borders more than the image, so that
-        left or top is below 0.
+        Left, top, width and height as shares of the image's sides; padding makes the region larger than the image, with
+        left or top below 0.
 
     Example:
         >>> visible_region(100, 200, InputSpec(32))  # the largest centred square

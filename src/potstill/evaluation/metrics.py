@@ -1,7 +1,7 @@
-"""Figures of one epoch while it runs: sums on the device instead of lists of predictions.
+"""Streaming metrics of an epoch: sums on the device instead of lists of predictions.
 
-State is O(classes).  ``update`` copies a batch into a buffer and never waits for the device; every ``ROWS`` images the
-buffer is folded into the sums.  ``compute`` is the one place where the device is read.
+State is O(classes).  ``update`` copies a batch into a buffer without synchronisation; every ``BUFFER_ROWS`` images the
+buffer is added to the sums.  Only ``compute`` waits for the device.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,13 +19,11 @@ from potstill.evaluation.classification import (
     exact_auc_per_class,
 )
 
-BUFFER_ROWS = 4096  # images held before they are folded; up to so many the AUC is exact
-CPU_CACHE_VALUES = 2**17  # numbers that a CPU's cache holds together with what is made of them
+BUFFER_ROWS = 4096  # images in the buffer; up to so many, AUC is exact
+CPU_CACHE_VALUES = 2**17  # logits per block that fit a CPU's cache together with intermediate results
 AUC_BINS = 4096  # of the log-odds, per class
 CALIBRATION_BINS = 15
-NLL_CEILING = (
-    36.043653389117154  # -log(2^-52): scikit-learn's log_loss takes a float64 probability below 2^-52 as 2^-52
-)
+NLL_CEILING = 36.043653389117154  # -log(2^-52), as scikit-learn's log_loss clips float64 probabilities
 
 _AVERAGES = ("micro", "macro", "weighted")
 METRIC_NAMES = (
@@ -38,20 +36,20 @@ METRIC_NAMES = (
 
 
 class StreamingMetrics:
-    """Flat figures of logits [N, K] and labels [N] that come in batches.
+    """Metrics of logits [N, K] and labels [N] that come in batches.
 
-    - ``top1``, ``top3``: share of images whose label is the first, is among the first min(3, K) classes; of equal
-      logits the lower class number comes first, as in ``argmax``.
+    - ``top1``, ``top3``: share of images whose label is among the first 1 or min(3, K) classes; ties go to the lower
+      class index, as in ``argmax``.
     - ``precision_``, ``recall_``, ``f1_`` + ``micro``, ``macro``, ``weighted``: see ``classification_averages``.
     - ``auc_micro``, ``auc_macro``, ``auc_weighted``: one class against the rest; classes without positives or without
-      negatives are skipped; None where that leaves none.  Exact up to ``BUFFER_ROWS`` images, then from ``AUC_BINS``
-      bins of the log-odds ``log p - log(1 - p)``.
+      negatives are skipped; None if no class is left.  Exact up to ``BUFFER_ROWS`` images, then from ``AUC_BINS`` bins
+      of the log-odds ``log p - log(1 - p)``.
     - ``ece``: expected calibration error over 15 equal bins (low, high] of the top class's probability.
     - ``nll``: mean negative log-likelihood, at most 36.04 for one image.
     - ``count``: images.
 
-    Half precision is raised to float32 first.  For several processes: sum ``state()`` over them, ``merge`` the sum into
-    a new object; or, as long as nothing is ``binned``, ``update`` one with the ``rows`` of all.
+    Half precision is raised to float32.  For several processes: sum ``state()`` over them and ``merge`` the sum into a
+    new object; or, if nothing is ``binned``, ``update`` one with the ``rows`` of all.
 
     Example:
         >>> metrics = StreamingMetrics(2)
@@ -71,11 +69,11 @@ class StreamingMetrics:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, for the next epoch."""
+        """Reset all sums."""
         self._held = 0  # rows in the buffer
-        self._binned = False  # whether scores are known by their bin alone
+        self._binned = False
         real = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
-        self._histogram: Tensor | None = None  # made when it is needed: it is large, and few images need none
+        self._histogram: Tensor | None = None  # large, so it is created on demand
         self._sums = {
             "classes": torch.zeros(3, self.num_classes, dtype=torch.int64, device=self.device),
             "top3": torch.zeros(1, dtype=torch.int64, device=self.device),
@@ -86,8 +84,11 @@ class StreamingMetrics:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: logits [B, K] of any floating type, labels [B] int64 in [0, K), or below 0: unlabeled images
-        are left out of all figures.
+        """Add a batch.
+
+        Args:
+            logits: [B, K] of any floating type.
+            labels: [B] int64 in [0, K); below 0: unlabeled, left out of all metrics.
 
         Raises:
             UsageError: wrong shapes.
@@ -97,52 +98,53 @@ class StreamingMetrics:
                 f"metrics of {self.num_classes} classes take logits [B, {self.num_classes}] and labels [B], "
                 f"got {list(logits.shape)} and {list(labels.shape)}"
             )
-        taken = 0
-        while taken < len(labels):
+        start = 0
+        while start < len(labels):
             if self._held == BUFFER_ROWS:
-                self._fold(self._sums)
-                self._histogram = self._with_scores(self._histogram)
+                self._add_counts(self._sums)
+                self._histogram = self._add_scores(self._histogram)
                 self._held, self._binned = 0, True
-            rows = min(BUFFER_ROWS - self._held, len(labels) - taken)
-            place, source = slice(self._held, self._held + rows), slice(taken, taken + rows)
-            self._logits[place].copy_(logits[source], non_blocking=True)
-            self._labels[place].copy_(labels[source], non_blocking=True)
+            rows = min(BUFFER_ROWS - self._held, len(labels) - start)
+            target, source = slice(self._held, self._held + rows), slice(start, start + rows)
+            self._logits[target].copy_(logits[source], non_blocking=True)
+            self._labels[target].copy_(labels[source], non_blocking=True)
             self._held += rows
-            taken += rows
+            start += rows
 
     @property
     def held(self) -> int:
-        """Images whose logits are kept as they are; the sums of those before are folded."""
+        """Number of images in the buffer."""
         return self._held
 
     @property
     def binned(self) -> bool:
-        """Whether scores are known by their bins alone."""
+        """Whether AUC comes from bins."""
         return self._binned
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Logits [held, K] and labels [held] of the images that are kept."""
+        """Logits [held, K] and labels [held] in the buffer."""
         return self._logits[: self._held], self._labels[: self._held]
 
     def state(self) -> dict[str, Tensor]:
-        """Sums of everything so far: tensors that processes may add up."""
+        """Return the sums over all images; tensors that processes may add up."""
         return self._counts() | {"histogram": self._scores()}
 
     def merge(self, state: dict[str, Tensor]) -> None:
-        """Add what another object's ``state()`` holds; AUC is then from bins."""
+        """Add another object's ``state()``; AUC then comes from bins."""
         for name, values in self._sums.items():
             values += state[name].to(self.device)
-        self._histogram = self._empty(self._histogram).add_(state["histogram"].to(self.device))
+        self._histogram = self._or_zeros(self._histogram).add_(state["histogram"].to(self.device))
         self._binned = True
 
     def pack(self) -> dict[str, Tensor]:
-        """All that is known, for a checkpoint: unlike ``state``, with the rows that are held as they are."""
-        known = {"logits": self._logits[: self._held], "labels": self._labels[: self._held]}
-        return self._sums | known | ({} if self._histogram is None else {"histogram": self._histogram})
+        """Return the state for a checkpoint: unlike ``state()``, it includes the buffer."""
+        logits, labels = self.rows
+        histogram = {} if self._histogram is None else {"histogram": self._histogram}
+        return self._sums | {"logits": logits, "labels": labels} | histogram
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
-        """Put what ``pack`` gave in place of one's own."""
+        """Replace the state by what ``pack`` returned."""
         self.reset()
         for name, values in self._sums.items():
             values.copy_(packed[name])
@@ -153,120 +155,122 @@ class StreamingMetrics:
             self._histogram, self._binned = packed["histogram"].to(self.device), True
 
     def compute(self) -> MetricValues:
-        """All figures so far; waits for the device.  Without any image all are None.
+        """Return all metrics, None without images; waits for the device.
 
         Raises:
             NonFiniteError: a logit was NaN or infinite.
         """
         sums = {name: values.cpu().numpy() for name, values in self._counts().items()}
-        support, called, hits = sums["classes"]
+        support, predicted, hits = sums["classes"]
         count = int(support.sum())
         if count == 0:
-            nothing: MetricValues = dict.fromkeys(METRIC_NAMES)
-            return {**nothing, "count": 0}
+            return {**dict.fromkeys(METRIC_NAMES), "count": 0}
         if sums["nonfinite"][0]:
             raise NonFiniteError(f"{sums['nonfinite'][0]} of {count} images have a logit that is NaN or infinite")
-        confidence, right = sums["calibration"]
+        confidence, correct = sums["calibration"]
         return {
             "top1": float(hits.sum() / count),
             "top3": float(sums["top3"][0] / count),
-            **classification_averages(hits, called, support),
-            **auc_averages(*self.areas(), support),
-            "ece": float(abs(confidence - right).sum() / count),
+            **classification_averages(hits, predicted, support),
+            **auc_averages(*self.auc_per_class(), support),
+            "ece": float(abs(confidence - correct).sum() / count),
             "nll": float(sums["nll"][0] / count),
             "count": count,
         }
 
-    def areas(self) -> tuple[Array, float]:
-        """AUC of each class [K], NaN where it is not defined, and of all classes pooled; waits for the device."""
+    def auc_per_class(self) -> tuple[Array, float]:
+        """Return the AUC of each class [K], NaN if undefined, and of all classes pooled; waits for the device."""
         if self._binned:
             return binned_auc_per_class(self._scores().cpu().numpy())
-        scores, labels = log_odds(self._logits[: self._held]).cpu().numpy(), self._labels[: self._held].cpu().numpy()
+        scores, labels = (each.cpu().numpy() for each in (log_odds(self.rows[0]), self.rows[1]))
         return exact_auc_per_class(scores[labels >= 0], labels[labels >= 0])
 
     def _counts(self) -> dict[str, Tensor]:
-        """All sums but the histogram, with the rows that are held."""
+        """Return all sums but the histogram, including the buffer."""
         sums = {name: values.clone() for name, values in self._sums.items()}
-        self._fold(sums)
+        self._add_counts(sums)
         return sums
 
     def _scores(self) -> Tensor:
-        """The histogram with the rows that are held."""
-        return self._with_scores(None if self._histogram is None else self._histogram.clone())
+        """Return the histogram, including the buffer."""
+        return self._add_scores(None if self._histogram is None else self._histogram.clone())
 
-    def _with_scores(self, histogram: Tensor | None) -> Tensor:
-        """Add the scores of the rows that are held, in place; None: to a new histogram [2, K, BINS]."""
-        histogram = self._empty(histogram)
-        for logits, labels in self._pieces():
-            _fold_scores(histogram, logits, labels)
+    def _add_scores(self, histogram: Tensor | None) -> Tensor:
+        """Add the scores in the buffer to the histogram [2, K, AUC_BINS] in place, or to a new one."""
+        histogram = self._or_zeros(histogram)
+        for logits, labels in self._blocks():
+            _add_scores(histogram, logits, labels)
         return histogram
 
-    def _empty(self, histogram: Tensor | None) -> Tensor:
+    def _or_zeros(self, histogram: Tensor | None) -> Tensor:
         shape = 2, self.num_classes, AUC_BINS
         return torch.zeros(shape, dtype=torch.int32, device=self.device) if histogram is None else histogram
 
-    def _fold(self, sums: dict[str, Tensor]) -> None:
-        """Add the rows that are held, in place."""
-        for logits, labels in self._pieces():
-            _fold(sums, logits, labels)
+    def _add_counts(self, sums: dict[str, Tensor]) -> None:
+        for logits, labels in self._blocks():
+            _add_counts(sums, logits, labels)
 
-    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows that are held; on a CPU in pieces that stay in its cache."""
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the buffer; on a CPU in blocks that fit its cache."""
         rows = max(1, CPU_CACHE_VALUES // self.num_classes) if self.device.type == "cpu" else BUFFER_ROWS
         for start in range(0, self._held, rows):
-            piece = slice(start, min(start + rows, self._held))
-            yield self._logits[piece], self._labels[piece]
+            block = slice(start, min(start + rows, self._held))
+            yield self._logits[block], self._labels[block]
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """``log p - log(1 - p)`` of the softmax of logits [B, K], without the cancellation in 1 - p.
+    """Return ``log p - log(1 - p)`` [B, K] of the softmax of logits [B, K], without cancellation in 1 - p.
 
-    It orders images as p does, but tells apart what float32 rounds to p = 1.
+    The order is that of p, but values that float32 rounds to p = 1 stay distinct.
     """
     top = logits.argmax(dim=1, keepdim=True)
     shifted = logits - logits.gather(1, top)
-    # Of all classes but the top one p <= 1/2, so 1 - p loses nothing; for the top one the others are summed.
+    # For all classes but the top one p <= 1/2, so 1 - p is precise; for the top one the others are summed.
     exp = shifted.exp()
     odds = shifted - (exp.sum(dim=1, keepdim=True) - exp).log()
     others = shifted.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True)
     return odds.scatter_(1, top, -others)
 
 
-def _fold(sums: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-    """Add the rows to the sums, in place, without waiting for the device."""
-    known = labels >= 0
-    labels, one = labels.clamp(min=0), known.long()  # choosing rows would wait: unlabeled ones count 0 instead
-    label_probability = logits.gather(1, labels[:, None])
-    predicted = logits.argmax(dim=1)
-    right = (predicted == labels) & known
-    support, called, hits = sums["classes"]
-    support.scatter_add_(0, labels, one)
-    called.scatter_add_(0, predicted, one)
-    hits.scatter_add_(0, labels, right.long())
-    numbers = torch.arange(logits.shape[1], device=logits.device)
-    before = (logits > label_probability) | ((logits == label_probability) & (numbers < labels[:, None]))
-    sums["top3"] += ((before.sum(dim=1) < min(3, logits.shape[1])) & known).sum()
+def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return how many classes of scores [B, K] come before each label [B]; ties go to the lower class index."""
+    label_scores = scores.gather(1, labels[:, None])
+    lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    return ((scores > label_scores) | ((scores == label_scores) & lower)).sum(dim=1)
 
-    sums["nonfinite"] += ((~logits.isfinite()).any(dim=1) & known).sum()
+
+def _add_counts(sums: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+    """Add rows to the sums, in place, without waiting for the device."""
+    labeled = labels >= 0
+    labels, one = labels.clamp(min=0), labeled.long()  # selecting rows would wait: unlabeled ones count 0 instead
+    predicted = logits.argmax(dim=1)
+    correct = (predicted == labels) & labeled
+    support, predictions, hits = sums["classes"]
+    support.scatter_add_(0, labels, one)
+    predictions.scatter_add_(0, predicted, one)
+    hits.scatter_add_(0, labels, correct.long())
+    sums["top3"] += ((label_rank(logits, labels) < min(3, logits.shape[1])) & labeled).sum()
+
+    sums["nonfinite"] += ((~logits.isfinite()).any(dim=1) & labeled).sum()
     real = sums["nll"].dtype
     normaliser = logits.logsumexp(dim=1)
-    nll = (normaliser - label_probability[:, 0]).clamp(max=NLL_CEILING)
-    sums["nll"] += nll.where(known, 0.0).sum(dtype=real)
+    nll = (normaliser - logits.gather(1, labels[:, None])[:, 0]).clamp(max=NLL_CEILING)
+    sums["nll"] += nll.where(labeled, 0.0).sum(dtype=real)
     confidence = (logits.amax(dim=1) - normaliser).exp()
     bins = ((confidence * CALIBRATION_BINS).ceil().long() - 1).clamp(0, CALIBRATION_BINS - 1)
-    sums["calibration"][0].scatter_add_(0, bins, confidence.where(known, 0.0).to(real))
-    sums["calibration"][1].scatter_add_(0, bins, right.to(real))
+    sums["calibration"][0].scatter_add_(0, bins, confidence.where(labeled, 0.0).to(real))
+    sums["calibration"][1].scatter_add_(0, bins, correct.to(real))
 
 
-def _fold_scores(histogram: Tensor, logits: Tensor, labels: Tensor) -> None:
-    # x / (8 + |x|) maps all log-odds into (-1, 1): nothing is clipped however sure a network is, and the bins are
-    # finest (0.004) around even odds, 0.03 wide at +-15, 0.7 at +-100.
+def _add_scores(histogram: Tensor, logits: Tensor, labels: Tensor) -> None:
+    # x / (8 + |x|) maps all log-odds into (-1, 1) without clipping; the bins are finest (0.004) around even odds, 0.03
+    # wide at +-15, 0.7 at +-100.
     odds = log_odds(logits).clamp_(-1e6, 1e6)
-    share = odds / (odds.abs() + 8)
-    # The clamp of the bin numbers is for NaN, which compute() reports; it must not index outside the histogram.
-    index = (share + 1).mul_(AUC_BINS / 2).long().clamp_(0, AUC_BINS - 1)
+    scaled = odds / (odds.abs() + 8)
+    # The clamp is for NaN, which compute() reports; it must not index outside the histogram.
+    index = (scaled + 1).mul_(AUC_BINS / 2).long().clamp_(0, AUC_BINS - 1)
     index += torch.arange(logits.shape[1], device=logits.device) * AUC_BINS
     own = labels.clamp(min=0)[:, None]
     index.scatter_add_(1, own, torch.full_like(own, logits.shape[1] * AUC_BINS))
-    known = (labels >= 0).to(histogram.dtype)[:, None].expand_as(index)
-    histogram.view(-1).scatter_add_(0, index.view(-1), known.reshape(-1))
+    labeled = (labels >= 0).to(histogram.dtype)[:, None].expand_as(index)
+    histogram.view(-1).scatter_add_(0, index.view(-1), labeled.reshape(-1))

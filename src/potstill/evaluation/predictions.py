@@ -1,8 +1,7 @@
-"""Run a network on every image of a split, in memory of O(N) where N x K is large.
+"""Predictions of a network for every image of a split, in O(N) memory if N x K is large.
 
-Up to ``MAX_VALUES_IN_MEMORY`` numbers all probabilities are held.  Above that, what the metrics need of each image is
-computed batch by batch, AUC comes from bins, and the probabilities themselves go, where they are wanted later, into a
-file of float16.
+Up to ``MAX_VALUES_IN_MEMORY`` values all probabilities are kept.  Above that, the metrics' inputs are computed batch by
+batch, AUC comes from bins, and the probabilities can be written to a float16 file.
 """
 
 import os
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import DataError, NonFiniteError, StorageError, UsageError
 from potstill.evaluation.classification import Array, exact_auc_per_class
-from potstill.evaluation.metrics import StreamingMetrics
+from potstill.evaluation.metrics import StreamingMetrics, label_rank
 from potstill.io import PART, replace_file
 from potstill.types import Batch
 
@@ -38,7 +37,7 @@ class EvaluationLoader(Protocol):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block: eval mode and no gradients; afterwards each submodule has its own mode back.
+    """Within the block, eval mode and no gradients; afterwards each submodule's mode is restored.
 
     Example:
         >>> net = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
@@ -51,11 +50,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: a module may keep what it computes here (position tables) and train with it later.
+        # Not inference_mode: a module may cache tensors here (position tables) and use them in training.
         with torch.no_grad():
             yield model
     finally:
-        # Through train(), parents first: some networks override it to drop what they cached in eval mode.
+        # Through train(), parents first: some networks override it to drop tensors cached in eval mode.
         for module, mode in before:
             module.train(mode)
 
@@ -65,21 +64,17 @@ def predict_probabilities(
     loader: EvaluationLoader,
     *,
     classes: int,
-    device: torch.device | str = "cpu",
-    precision: Literal["float32", "bf16"] = "float32",
     processes: ProcessGroup = SINGLE_PROCESS,
     names: Sequence[str] | Callable[[int], str] | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Ask ``model`` once for every image that ``loader`` lists, in eval mode and without gradients.
+    """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     Args:
-        model: images [B, 3, S, S] -> logits [B, classes]; already on ``device``.
+        model: maps images [B, 3, S, S] to logits [B, classes]; on the device of the batches.
         loader: in listed order, without augmentation.
         classes: K.
-        device: where the model is.
-        precision: "bf16": the network runs under autocast; the softmax is always float32.
-        processes: each of them has some of the batches; all get the answers to all.
-        names: [N], of the images, for messages; or what gives the name of one.
+        processes: each has some of the batches; all get the whole result.
+        names: [N] names of the images for messages, or a function from index to name.
 
     Returns:
         probabilities [N, K] float32, labels [N] int64 and index [N] int64 (0, 1, 2, ...); row i is image i.
@@ -89,37 +84,58 @@ def predict_probabilities(
         DataError: an image was left out or came twice.
         UsageError: logits of a wrong shape.
     """
-    if precision not in ("float32", "bf16"):
-        raise UsageError(f"precision must be float32 or bf16 here, got {precision!r}")
-    kind = torch.device(device).type
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     with evaluation_mode(model):
-        for batch in loader.epoch():
-            if batch.index is None:
-                raise UsageError("to evaluate, the loader must number its images (Batch.index)")
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(batch.images)
-            if logits.shape != (len(batch), classes):
-                wanted = [len(batch), classes]
-                raise UsageError(f"{type(model).__name__} must return logits {wanted}, got {list(logits.shape)}")
-            logits = logits.float()
+        for batch, index, logits in _iterate_logits(model, loader, classes):
             # Kept on the device: copying each batch would wait for it.
-            parts.append((logits.softmax(dim=1), logits.isfinite().all(dim=1), batch.labels, batch.index))
+            parts.append((logits.softmax(dim=1), batch.labels, index, logits.isfinite().all(dim=1)))
             processes.progress()
-    own = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    every = [columns for columns in processes.gather(own) if columns]  # few images: some processes have none
-    if not every:
+    columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    probabilities, labels, images = _gather_columns(columns, loader.count, processes, names)
+    return probabilities, labels, images
+
+
+def _iterate_logits(model: nn.Module, loader: EvaluationLoader, classes: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Yield each batch, its image indices [B] and float32 logits [B, K]."""
+    for batch in loader.epoch():
+        if batch.index is None:
+            raise UsageError("to evaluate, the loader must number its images (Batch.index)")
+        logits = model(batch.images)
+        if logits.shape != (len(batch), classes):
+            expected = [len(batch), classes]
+            raise UsageError(f"{type(model).__name__} must return logits {expected}, got {list(logits.shape)}")
+        yield batch, batch.index, logits.float()
+
+
+def _gather_columns(
+    columns: list[Array],
+    count: int,
+    processes: ProcessGroup,
+    names: Sequence[str] | Callable[[int], str] | None,
+) -> list[Array]:
+    """Concatenate the columns of all processes in order of the images, and check that all is there and finite.
+
+    Args:
+        columns: a row per image of this process; the last two are index [n] and whether all logits are finite [n].
+        count: N.
+        processes: each passes its own columns, or none without batches.
+        names: of the images, for messages.
+
+    Returns:
+        The columns in order, without the last one.
+    """
+    gathered = [each for each in processes.gather(columns) if each]
+    if not any(len(each[0]) for each in gathered):
         raise DataError("there is no image to evaluate")
-    probabilities, finite, labels, index = (np.concatenate(column) for column in zip(*every, strict=True))
-    check_complete(index, loader.count)
-    order = np.argsort(index)
+    *values, finite = (np.concatenate(column) for column in zip(*gathered, strict=True))
+    index = values[-1]
+    check_complete(index, count)
     if not finite.all():
-        first = int(order[~finite[order]][0])
-        count = int((~finite).sum())
-        image = int(index[first])
-        who = f"image {image}" if names is None else names(image) if callable(names) else names[image]
-        raise NonFiniteError(f"a logit of {who} is NaN or infinite ({count} of {len(index)} images)")
-    return probabilities[order], labels[order], index[order]
+        image = int(index[~finite].min())
+        name = f"image {image}" if names is None else names(image) if callable(names) else names[image]
+        raise NonFiniteError(f"a logit of {name} is NaN or infinite ({int((~finite).sum())} of {count} images)")
+    order = np.argsort(index)
+    return [column[order] for column in values]
 
 
 def check_complete(index: np.ndarray[Any, Any], count: int) -> None:
@@ -138,11 +154,11 @@ def check_complete(index: np.ndarray[Any, Any], count: int) -> None:
     )
 
 
-MAX_SORTED_SCORES = 100_000_000  # N * K up to which scores are sorted for AUC; beyond that it comes from bins
-MAX_VALUES_IN_MEMORY = 10_000_000  # N * K up to which all probabilities are held and written
+MAX_SORTED_SCORES = 100_000_000  # N * K up to which AUC is exact; beyond that it comes from bins
+MAX_VALUES_IN_MEMORY = 10_000_000  # N * K up to which all probabilities are kept in memory
 TOP_CLASSES = 5  # classes of each image that are kept above that
-_BLOCK_VALUES = 4_000_000  # numbers that are in memory at once
-_MIN_LOG_PROBABILITY = -60_000.0  # logarithm of a probability, in the range of float16
+_BLOCK_VALUES = 4_000_000  # values in a block
+_MIN_LOG_PROBABILITY = -60_000.0  # in the range of float16
 
 
 class Probabilities(Protocol):
@@ -153,12 +169,12 @@ class Probabilities(Protocol):
         """N and K."""
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Consecutive rows, and which they are; the blocks depend on the shape alone."""
+        """Yield consecutive rows with their slice; the blocks depend on the shape only."""
 
 
 @dataclass(frozen=True)
 class ArrayProbabilities:
-    """Rows of an array."""
+    """Probabilities in memory."""
 
     array: Array
 
@@ -168,26 +184,24 @@ class ArrayProbabilities:
         return self.array.shape[0], self.array.shape[1]
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Views of the array."""
+        """Yield views of the array."""
         for rows in _row_slices(self.shape):
             yield rows, self.array[rows]
 
 
 @dataclass(frozen=True)
 class FileProbabilities:
-    """Rows of a NumPy file of float16 that holds the logarithms of probabilities: of those, a float16 has three digits
-    however small they are.
-    """
+    """Probabilities in a NumPy file of float16 logarithms, which have three digits however small they are."""
 
     path: Path
     shape: tuple[int, int]
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Rows as they are read; a memory map would count as memory of this process."""
+        """Yield rows read from the file; a memory map would count as memory of this process."""
         count, classes = self.shape
         try:
             with self.path.open("rb") as file:
-                file.seek(-2 * count * classes, os.SEEK_END)  # behind the header of the NumPy format
+                file.seek(-2 * count * classes, os.SEEK_END)  # after the NumPy header
                 for rows in _row_slices(self.shape):
                     logs = np.fromfile(file, np.float16, (rows.stop - rows.start) * classes)
                     yield rows, np.exp(logs.reshape(-1, classes).astype(np.float32))
@@ -197,18 +211,18 @@ class FileProbabilities:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is known of each image; row i is image i.
+    """Predictions for a split; row i is image i.
 
     Attributes:
         labels: [N] int64.
-        predicted: [N] int64, the most probable class; of equally probable ones the first.
+        predicted: [N] int64, the most probable class; ties go to the lower index.
         confidence: [N], its probability.
         label_probability: [N], probability of the label.
-        label_rank: [N] int64, classes that come before the label: 0 where it is the most probable.
-        top, top_probabilities: [N, min(K, TOP)], the most probable classes in order, and their probabilities.
-        auc_per_class: [K], NaN where it is undefined.
+        label_rank: [N] int64, number of classes before the label: 0 if it is the most probable one.
+        top, top_probabilities: [N, min(K, 5)], the most probable classes in order, and their probabilities.
+        auc_per_class: [K], NaN if undefined.
         auc_micro: AUC of all classes pooled.
-        probabilities: all of them; None if they were not kept.
+        probabilities: [N, K]; None if they were not kept.
     """
 
     labels: Array
@@ -229,65 +243,55 @@ class Predictions:
 
     @property
     def array(self) -> Array | None:
-        """[N, K] probabilities, where they are held."""
+        """Probabilities [N, K] if they are in memory."""
         return self.probabilities.array if isinstance(self.probabilities, ArrayProbabilities) else None
 
     @property
     def correct(self) -> Array:
-        """[N] bool."""
+        """Whether each prediction is correct, [N] bool."""
         return np.asarray(self.predicted == self.labels)
 
     def confusion(self) -> tuple[Array, Array, Array]:
-        """True class, predicted class and number of images, of each pair of classes that has any; by class."""
+        """Return true class, predicted class and number of images of each non-empty cell of the confusion matrix."""
         cells, images = np.unique(self.labels * self.classes + self.predicted, return_counts=True)
         return cells // self.classes, cells % self.classes, images
 
-    @classmethod
-    def of(cls, rows: "Probabilities | Array", labels: Array) -> "Predictions":
-        """From probabilities [N, K] and labels [N] int64 in [0, K).
+    @staticmethod
+    def of(rows: "Probabilities | Array", labels: Array) -> "Predictions":
+        """Return the predictions of probabilities [N, K] for labels [N] int64 in [0, K).
 
         Raises:
             UsageError: labels that do not fit.
             NonFiniteError: a probability is NaN or infinite.
         """
-        rows = ArrayProbabilities(rows) if isinstance(rows, np.ndarray) else rows
+        rows = as_probabilities(rows)
         count, classes = rows.shape
-        if labels.shape != (count,) or (count and not 0 <= labels.min() <= labels.max() < classes):
-            raise UsageError(f"probabilities [{count}, {classes}] need as many labels from 0 to {classes - 1}")
-        real = rows.array.dtype if isinstance(rows, ArrayProbabilities) else np.dtype(np.float64)
-        columns = _ColumnBuffer(count, classes, "cpu", torch.float32 if real == np.float32 else torch.float64)
-        exact = isinstance(rows, ArrayProbabilities) and count * classes <= MAX_SORTED_SCORES
+        if labels.shape != (count,):
+            raise UsageError(f"probabilities [{count}, {classes}] need labels [{count}], got {list(labels.shape)}")
+        if count and not 0 <= labels.min() <= labels.max() < classes:
+            raise UsageError(f"labels must be 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
+        array = rows.array if isinstance(rows, ArrayProbabilities) else None
+        real = torch.float32 if array is not None and array.dtype == np.float32 else torch.float64
+        columns = _ColumnBuffer(count, classes, "cpu", real)
+        exact = array is not None and count * classes <= MAX_SORTED_SCORES
         metrics = None if exact else StreamingMetrics(classes)
-        smallest = float(np.finfo(np.float32).tiny)  # the logarithm of a probability that was rounded to 0 stays finite
+        tiny = float(np.finfo(np.float32).tiny)  # so that the logarithm of a probability rounded to 0 stays finite
         for which, block in rows.blocks():
-            found, known = torch.from_numpy(np.ascontiguousarray(block)), torch.from_numpy(labels[which])
-            finite = found.isfinite().all(dim=1)
+            probabilities, block_labels = torch.from_numpy(np.ascontiguousarray(block)), torch.from_numpy(labels[which])
+            finite = probabilities.isfinite().all(dim=1)
             if not bool(finite.all()):
                 image = which.start + int((~finite).nonzero()[0, 0])
                 raise NonFiniteError(f"a probability of image {image} is NaN or infinite")
-            columns.add(found, known, torch.arange(which.start, which.stop), finite)
+            columns.add(probabilities, block_labels, torch.arange(which.start, which.stop), finite)
             if metrics is not None:
-                metrics.update(found.clamp(min=smallest).log(), known)
-        if isinstance(rows, ArrayProbabilities) and exact:
-            auc_per_class, auc_micro = (
-                exact_auc_per_class(rows.array, labels) if count else (np.full(classes, np.nan), np.nan)
-            )
+                metrics.update(probabilities.clamp(min=tiny).log(), block_labels)
+        if metrics is not None:
+            auc_per_class, auc_micro = metrics.auc_per_class()
+        elif array is not None and count:
+            auc_per_class, auc_micro = exact_auc_per_class(array, labels)
         else:
-            assert metrics is not None
-            auc_per_class, auc_micro = metrics.areas()
-        predicted, confidence, label_probability, label_rank, top, top_probabilities, *_ = columns.arrays()
-        return cls(
-            labels,
-            predicted,
-            confidence,
-            label_probability,
-            label_rank,
-            top,
-            top_probabilities,
-            auc_per_class,
-            float(auc_micro),
-            rows,
-        )
+            auc_per_class, auc_micro = np.full(classes, np.nan), np.nan
+        return _from_columns(labels, columns.arrays()[:6], auc_per_class, auc_micro, rows)
 
 
 def predict_split(
@@ -297,24 +301,23 @@ def predict_split(
     classes: int,
     device: torch.device | str = "cpu",
     processes: ProcessGroup = SINGLE_PROCESS,
-    name_of: Callable[[int], str] | None = None,
+    names: Callable[[int], str] | None = None,
     file: Path | None = None,
     labels: Array | None = None,
-    most: int = MAX_VALUES_IN_MEMORY,
+    max_values: int = MAX_VALUES_IN_MEMORY,
 ) -> Predictions:
-    """Run ``model`` once on every image that ``loader`` lists, in eval mode, in float32 and without gradients.
+    """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     Args:
-        model: images [B, 3, S, S] -> logits [B, classes]; already on ``device``.
+        model: maps images [B, 3, S, S] to logits [B, classes]; on ``device``.
         loader: in listed order, without augmentation.
         classes: K.
-        device: where the model is.
-        processes: each of them has some of the batches; all get the same result.
-        name_of: of an image, for messages.
-        file: where all probabilities go, as ``FileProbabilities`` describes, if there are more than ``most``; None:
-            nowhere.
-        labels: [N] int64, in place of those that the loader gives.
-        most: N * K up to which all probabilities are held instead.
+        device: of model and batches.
+        processes: each has some of the batches; all get the whole result.
+        names: returns the name of an image for messages.
+        file: receives all probabilities, see ``FileProbabilities``, if there are more than ``max_values``.
+        labels: [N] int64; overrides those of the loader.
+        max_values: N * K up to which all probabilities are kept in memory.
 
     Raises:
         NonFiniteError: a logit is NaN or infinite; names the first such image.
@@ -323,53 +326,41 @@ def predict_split(
         StorageError: the file cannot be written.
     """
     count = loader.count
-    if count * classes <= most:
-        probabilities, own_labels, _ = predict_probabilities(
-            model, loader, classes=classes, device=device, processes=processes, names=name_of
+    if count * classes <= max_values:
+        probabilities, loader_labels, _ = predict_probabilities(
+            model, loader, classes=classes, processes=processes, names=names
         )
-        return Predictions.of(probabilities, own_labels if labels is None else labels)
+        return Predictions.of(probabilities, loader_labels if labels is None else labels)
     columns, metrics = _ColumnBuffer(count, classes, device), StreamingMetrics(classes, device=device)
     given = torch.from_numpy(np.zeros(0, np.int64) if labels is None else labels).to(device)
-    with evaluation_mode(model), _ProbabilityWriter(file, (count, classes), processes) as writing:
-        for batch in loader.epoch():
-            if batch.index is None:
-                raise UsageError("to evaluate, the loader must number its images (Batch.index)")
-            logits = model(batch.images)
-            if logits.shape != (len(batch), classes):
-                wanted = [len(batch), classes]
-                raise UsageError(f"{type(model).__name__} must return logits {wanted}, got {list(logits.shape)}")
-            logits = logits.float()
+    with evaluation_mode(model), _ProbabilityWriter(file, (count, classes), processes) as writer:
+        for batch, index, logits in _iterate_logits(model, loader, classes):
             logs = logits.log_softmax(dim=1)
-            known = batch.labels if labels is None else given[batch.index]
-            columns.add(logs.exp(), known, batch.index, logits.isfinite().all(dim=1))
-            metrics.update(logits, known)
-            writing.write(batch.index, logs)
+            batch_labels = batch.labels if labels is None else given[index]
+            columns.add(logs.exp(), batch_labels, index, logits.isfinite().all(dim=1))
+            metrics.update(logits, batch_labels)
+            writer.write(index, logs)
             processes.progress()
-        every = processes.gather(columns.arrays())
-        *rest, all_labels, index, is_finite = (np.concatenate(column) for column in zip(*every, strict=True))
-        if not len(index):
-            raise DataError("there is no image to evaluate")
-        check_complete(index, count)
-        order = np.argsort(index)
-        if not is_finite.all():
-            first = int(index[order[~is_finite[order]][0]])
-            who = f"image {first}" if name_of is None else name_of(first)
-            bad = int((~is_finite).sum())
-            raise NonFiniteError(f"a logit of {who} is NaN or infinite ({bad} of {count} images)")
+        *values, all_labels, _ = _gather_columns(columns.arrays(), count, processes, names)
     if processes.several:
-        # Sums of all processes: those rows that one still holds as they are go into its bins first.
-        together = StreamingMetrics(classes, device=device)
-        together.merge(processes.add(metrics.state()))
-        metrics = together
-    auc_per_class, auc_micro = metrics.areas()
+        merged = StreamingMetrics(classes, device=device)
+        merged.merge(processes.add(metrics.state()))
+        metrics = merged
+    auc_per_class, auc_micro = metrics.auc_per_class()
     rows = None if file is None else FileProbabilities(file, (count, classes))
-    predicted, confidence, label_probability, label_rank, top, top_probabilities = (column[order] for column in rest)
+    return _from_columns(all_labels, values, auc_per_class, auc_micro, rows)
+
+
+def _from_columns(
+    labels: Array, columns: list[Array], auc_per_class: Array, auc_micro: float, rows: Probabilities | None
+) -> Predictions:
+    predicted, confidence, label_probability, rank, top, top_probabilities = columns
     return Predictions(
-        all_labels[order],
+        labels,
         predicted,
         confidence,
         label_probability,
-        label_rank,
+        rank,
         top,
         top_probabilities,
         auc_per_class,
@@ -379,63 +370,58 @@ def predict_split(
 
 
 class _ColumnBuffer:
-    """What is kept of each image, batch by batch, on the device.
+    """The columns of ``Predictions`` batch by batch, on the device.
 
-    One tensor for all images from the beginning: small tensors that stay between the large ones of each batch would
-    keep those from being freed (2.7 GB instead of 0.7 for 200,000 images of 1,000 classes).
+    One tensor for all images is allocated at the start: small tensors between the large ones of each batch would
+    fragment memory (2.7 GB instead of 0.7 for 200,000 images of 1,000 classes).
     """
 
     def __init__(
         self, images: int, classes: int, device: torch.device | str, real: torch.dtype = torch.float32
     ) -> None:
-        few, self.classes, self._seen = min(TOP_CLASSES, classes), classes, 0
+        top, self._rows = min(TOP_CLASSES, classes), 0
         shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...] = (
             ((), torch.int64),  # predicted
             ((), real),  # confidence
             ((), real),  # label_probability
             ((), torch.int64),  # label_rank
-            ((few,), torch.int32),  # top
-            ((few,), real),  # top_probabilities
+            ((top,), torch.int32),  # top
+            ((top,), real),  # top_probabilities
             ((), torch.int64),  # labels
             ((), torch.int64),  # index
-            ((), torch.bool),  # whether all are finite
+            ((), torch.bool),  # whether all logits are finite
         )
-        self._kept = [torch.empty((images, *shape), dtype=kind, device=device) for shape, kind in shapes]
+        self._columns = [torch.empty((images, *shape), dtype=kind, device=device) for shape, kind in shapes]
 
     def add(self, probabilities: Tensor, labels: Tensor, index: Tensor, finite: Tensor) -> None:
-        """Take in rows [B, K], their labels [B], which images they are, and whether all their logits are finite."""
-        label_probability = probabilities.gather(1, labels[:, None])
-        numbers = torch.arange(self.classes, device=probabilities.device)
-        equal = (probabilities == label_probability) & (numbers < labels[:, None])
-        label_rank = ((probabilities > label_probability) | equal).sum(dim=1)
+        """Add probabilities [B, K], labels [B], image indices [B], and whether all logits are finite [B]."""
         predicted = probabilities.argmax(dim=1)
-        best = probabilities.topk(min(TOP_CLASSES, self.classes), dim=1)
-        confidence = probabilities.gather(1, predicted[:, None])[:, 0]
-        found = (
+        top = probabilities.topk(min(TOP_CLASSES, probabilities.shape[1]), dim=1)
+        values = (
             predicted,
-            confidence,
-            label_probability[:, 0],
-            label_rank,
-            best.indices,
-            best.values,
+            probabilities.gather(1, predicted[:, None])[:, 0],
+            probabilities.gather(1, labels[:, None])[:, 0],
+            label_rank(probabilities, labels),
+            top.indices,
+            top.values,
             labels,
             index,
             finite,
         )
-        rows = slice(self._seen, self._seen + len(labels))
-        while rows.stop > len(self._kept[0]):  # an image came twice: as many more, for the message that names it
-            self._kept = [torch.cat([each, torch.empty_like(each)]) for each in self._kept]
-        for kept, values in zip(self._kept, found, strict=True):
-            kept[rows].copy_(values, non_blocking=True)
-        self._seen = rows.stop
+        rows = slice(self._rows, self._rows + len(labels))
+        while rows.stop > len(self._columns[0]):  # images came twice: make room, for the message that names them
+            self._columns = [torch.cat([each, torch.empty_like(each)]) for each in self._columns]
+        for column, batch_values in zip(self._columns, values, strict=True):
+            column[rows].copy_(batch_values, non_blocking=True)
+        self._rows = rows.stop
 
     def arrays(self) -> list[Array]:
-        """Of the images that were taken in: the columns in the order above."""
-        return [each[: self._seen].cpu().numpy() for each in self._kept]
+        """Return the columns, in the order above, as arrays."""
+        return [each[: self._rows].cpu().numpy() for each in self._columns]
 
 
 class _ProbabilityWriter:
-    """A file of rows that several processes fill; it appears when all are there."""
+    """A file of ``FileProbabilities`` that several processes write; it appears once it is complete."""
 
     def __init__(self, path: Path | None, shape: tuple[int, int], processes: ProcessGroup) -> None:
         self.path, self.shape, self.processes = path, shape, processes
@@ -452,7 +438,7 @@ class _ProbabilityWriter:
                 with self.temporary.open("wb") as file:
                     np.lib.format.write_array_header_1_0(file, header)
                     file.truncate(file.tell() + 2 * self.shape[0] * self.shape[1])
-            self.processes.highest(0)  # it is there
+            self.processes.highest(0)  # wait until the file exists
             self.file = self.temporary.open("r+b")
             self.start = os.fstat(self.file.fileno()).st_size - 2 * self.shape[0] * self.shape[1]
         except OSError as error:
@@ -460,17 +446,17 @@ class _ProbabilityWriter:
         return self
 
     def write(self, index: Tensor, logs: Tensor) -> None:
-        """Put rows [B, K] of logarithms in their places."""
+        """Write rows [B, K] of logarithms for the images ``index`` [B]."""
         if self.path is None:
             return
         rows = logs.clamp(min=_MIN_LOG_PROBABILITY).half().cpu().numpy()
-        places = index.cpu().numpy()
-        if places.min() < 0 or places.max() >= self.shape[0]:
+        images = index.cpu().numpy()
+        if images.min() < 0 or images.max() >= self.shape[0]:
             return  # which ``check_complete`` reports
-        ends = np.flatnonzero(np.diff(places) != 1) + 1  # of runs of images that follow each other
+        ends = np.flatnonzero(np.diff(images) != 1) + 1  # of runs of consecutive images
         try:
-            for run in np.split(np.arange(len(places)), ends):
-                self.file.seek(self.start + 2 * self.shape[1] * int(places[run[0]]))
+            for run in np.split(np.arange(len(images)), ends):
+                self.file.seek(self.start + 2 * self.shape[1] * int(images[run[0]]))
                 self.file.write(rows[run].tobytes())
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
@@ -483,10 +469,10 @@ class _ProbabilityWriter:
             os.fsync(self.file.fileno())
             self.file.close()
             if kind is None:
-                self.processes.highest(0)  # all have written
+                self.processes.highest(0)  # wait until all have written
                 if self.processes.first:
                     replace_file(self.temporary, self.path)
-                self.processes.highest(0)  # it can be read
+                self.processes.highest(0)  # wait until it is in place
         except OSError as failed:
             raise StorageError(f"cannot write {self.path}: {failed.strerror or failed}") from failed
         finally:
@@ -495,13 +481,13 @@ class _ProbabilityWriter:
 
 
 def iterate_blocks(*several: Probabilities) -> Iterator[tuple[slice, Sequence[Array]]]:
-    """The same rows of several networks, block by block."""
-    for found in zip(*(each.blocks() for each in several), strict=True):
-        yield found[0][0], [block for _, block in found]
+    """Yield the same rows of several networks, block by block."""
+    for blocks in zip(*(each.blocks() for each in several), strict=True):
+        yield blocks[0][0], [block for _, block in blocks]
 
 
 def as_probabilities(probabilities: "Probabilities | Array") -> Probabilities:
-    """An array as rows; rows as they are."""
+    """Wrap an array; return anything else unchanged."""
     if isinstance(probabilities, np.ndarray):
         return ArrayProbabilities(probabilities)
     return probabilities

@@ -1,4 +1,4 @@
-"""Whether a difference between two models is more than luck.  Needs no torch."""
+"""Whether a difference between two models is significant.  No torch here."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from potstill.errors import UsageError
 from potstill.evaluation.classification import Array
 
 Z_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-MIN_P_VALUE = 1e-12  # that is told apart from 0
-MIN_CHANGED_IMAGES = 10  # images that differ, below which the exact test has a say: so few are not yet normal
-_EXPONENTS = {2: 0.9, 3: 1.4}  # by seeds: those that bring the level nearest to its nominal value; 1.8 for more
+MIN_P_VALUE = 1e-12  # smaller ones are not resolved
+MIN_CHANGED_IMAGES = 10  # with fewer, the normal approximation is too rough and the exact test counts too
+_EXPONENTS = {2: 0.9, 3: 1.4}  # by number of seeds, calibrated to the nominal level; 1.8 for more
 
 
 class Interval(NamedTuple):
-    """A figure and its 95 % confidence interval."""
+    """An estimate and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -24,15 +24,15 @@ class Interval(NamedTuple):
 
 
 def paired_interval(correct_a: Array, correct_b: Array) -> Interval:
-    """Gain in accuracy of b over a on the same images, with its 95 % interval over images.
+    """Return the gain in accuracy of b over a, with its 95 % interval over images.
 
-    The interval is Wald's after one image more that only a gets right and one that only b does, which holds for few
+    The interval is Wald's with one image more that only a gets right and one that only b does, which holds for few
     changed images too.  Source: D. G. Bonett, R. M. Price, Adjusted Wald confidence interval for a difference of
     binomial proportions based on paired data, J. Educ. Behav. Stat. 37 (2012).
 
     Args:
-        correct_a: [N] bool, the model compared with (the baseline).
-        correct_b: [N] bool, the model that is judged (the distilled student), for the same images.
+        correct_a: [N] bool, for the reference (the baseline).
+        correct_b: [N] bool, for the other model (the distilled student), on the same images.
 
     Returns:
         ``accuracy(b) - accuracy(a)``, low, high.
@@ -41,43 +41,41 @@ def paired_interval(correct_a: Array, correct_b: Array) -> Interval:
         UsageError: no images, or different numbers of them.
     """
     count = _count_images(correct_a, correct_b)
-    fixed, broken = _discordant_counts(correct_a, correct_b)
-    middle = (fixed - broken) / (count + 2)
-    half = Z_975 * math.sqrt(max(0.0, (fixed + broken + 2) / (count + 2) - middle**2) / (count + 2))
-    return Interval((fixed - broken) / count, max(-1.0, middle - half), min(1.0, middle + half))
+    only_b, only_a = _discordant_counts(correct_a, correct_b)
+    middle = (only_b - only_a) / (count + 2)
+    half = Z_975 * math.sqrt(max(0.0, (only_b + only_a + 2) / (count + 2) - middle**2) / (count + 2))
+    return Interval((only_b - only_a) / count, max(-1.0, middle - half), min(1.0, middle + half))
 
 
 def mcnemar(correct_a: Array, correct_b: Array) -> dict[str, float | int]:
-    """McNemar's exact test: could images that only one of two models gets right have fallen either way by chance?
+    """Run McNemar's exact test on the images that only one of two models gets right.
 
     Args:
-        correct_a: [N] bool, the model compared with (the baseline).
-        correct_b: [N] bool, the model that is judged, for the same images.
+        correct_a: [N] bool, for the reference (the baseline).
+        correct_b: [N] bool, for the other model, on the same images.
 
     Returns:
-        ``fixed``: images that a gets wrong and b right; ``broken``: the reverse; ``p``: two-sided binomial probability.
+        ``fixed``: images that only b gets right; ``broken``: images that only a gets right; ``p``: two-sided binomial
+        probability.
 
     Example:
         >>> mcnemar(np.array([True, False, False, False]), np.array([True, True, True, True]))
         {'fixed': 3, 'broken': 0, 'p': 0.25}
     """
     _count_images(correct_a, correct_b)
-    fixed, broken = _discordant_counts(correct_a, correct_b)
-    trials = fixed + broken
-    ways, below = 1, 0
-    for successes in range(min(fixed, broken) + 1):
-        below += ways  # whole numbers of any size: nothing is rounded before the one division
-        ways = ways * (trials - successes) // (successes + 1)
-    return {"fixed": fixed, "broken": broken, "p": min(1.0, 2 * below / 2**trials)}
+    only_b, only_a = _discordant_counts(correct_a, correct_b)
+    trials = only_b + only_a
+    below = sum(math.comb(trials, successes) for successes in range(min(only_b, only_a) + 1))  # exact integers
+    return {"fixed": only_b, "broken": only_a, "p": min(1.0, 2 * below / 2**trials)}
 
 
 def wilson_interval(correct: int, count: int) -> Interval:
-    """A share of ``count`` images with Wilson's 95 % score interval, which holds for few images and shares near 0 or 1.
+    """Return the accuracy with Wilson's 95 % score interval, which holds for few images and near 0 or 1.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
 
     Raises:
-        UsageError: no images, or more right ones than images.
+        UsageError: no images, or ``correct`` not in 0 to ``count``.
 
     Example:
         >>> print("{:.3f} {:.3f} {:.3f}".format(*wilson_interval(9, 10)))
@@ -85,25 +83,31 @@ def wilson_interval(correct: int, count: int) -> Interval:
     """
     if not 0 <= correct <= count or not count:
         raise UsageError(f"a share needs images, and no more right ones than images; got {correct} of {count}")
-    share, z2 = correct / count, Z_975**2
+    share = correct / count
+    return Interval(share, *score_interval(share, count))
+
+
+def score_interval(share: float, count: float) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval (low, high) of a share of ``count`` images, or of an effective number."""
+    z2 = Z_975**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_975 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 class CrossedInterval(NamedTuple):
-    """A mean gain over several seeds with an interval that covers the choice of seeds and of images together."""
+    """A mean gain with a confidence interval over seeds and images together."""
 
     value: float
     low: float
     high: float
     p: float  # two-sided
     confidence: float  # of the interval, e.g. 0.95
-    seed_share: float  # of the variance of the mean gain: what comes from the seeds, in [0, 1]
+    seed_share: float  # share of the variance of the mean gain that is due to seeds, in [0, 1]
 
 
 def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.95) -> CrossedInterval:
-    """Gain in accuracy of b over a, mean over seeds and images, with one interval for both.
+    """Return the mean gain in accuracy of b over a, with an interval over seeds and images together.
 
     Seeds and images are crossed random effects: the gain on image i with seed s is the sum of a mean, a deviation of
     the seed, one of the image and one of the two together.  The analysis of variance gives the variance of the mean as
@@ -113,13 +117,13 @@ def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.9
     intervals at 95 % miss whatever the share is (``tests/evaluation/test_significance_false_alarms.py``;
     Satterthwaite's degrees of freedom: up to 7.8 % with three seeds).
 
-    Where fewer than ``MIN_CHANGED_IMAGES`` images differ, p is not below that of the exact test over images
+    If fewer than ``MIN_CHANGED_IMAGES`` images differ, p is at least that of the exact test over images
     (``sign_flip``).
 
     Args:
-        correct_a: [S, N] bool, row i: the model compared with, of seed i; S >= 2.
-        correct_b: [S, N] bool, the model that is judged, of the same seeds, for the same images.
-        confidence: of the interval.
+        correct_a: [S, N] bool, row s: the reference with seed s; S >= 2.
+        correct_b: [S, N] bool, the other model with the same seeds, on the same images.
+        confidence: level of the interval.
 
     Raises:
         UsageError: fewer than two seeds, no images, or different numbers of seeds or images.
@@ -128,29 +132,29 @@ def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.9
     if seeds < 2:
         raise UsageError("an interval over seeds needs two seeds or more, got one")
     difference = _differences(correct_a, correct_b)
-    spread = _variance_components(difference, difference)
+    variance = _variance_components(difference, difference)
     changed = int((difference != 0).any(axis=0).sum())
     value = float(difference.mean())
-    error = math.sqrt(spread.total)
-    half = _critical_value(spread, seeds, 1 - confidence) * error
+    error = math.sqrt(variance.total)
+    half = _critical_value(variance, seeds, 1 - confidence) * error
 
-    least, p = MIN_P_VALUE, 1.0
-    for _ in range(40):  # bisection in logarithms: the level at which the interval would just reach 0
-        between = math.sqrt(least * p)
-        if _critical_value(spread, seeds, between) * error > abs(value):
-            least = between
+    low, p = MIN_P_VALUE, 1.0
+    for _ in range(40):  # bisect in logarithms for the level at which the interval just reaches 0
+        level = math.sqrt(low * p)
+        if _critical_value(variance, seeds, level) * error > abs(value):
+            low = level
         else:
-            p = between
+            p = level
     if changed < MIN_CHANGED_IMAGES:
         p = max(p, sign_flip(correct_a, correct_b))
-    return CrossedInterval(value, max(-1.0, value - half), min(1.0, value + half), p, confidence, spread.share)
+    return CrossedInterval(value, max(-1.0, value - half), min(1.0, value + half), p, confidence, variance.share)
 
 
 def interim_confidence(looks: int) -> float:
-    """Confidence of the interval at the ``looks``-th look at the test split, so that all looks together stay honest.
+    """Return the confidence level for the ``looks``-th look at the test split (group sequential testing).
 
-    Seeds that are added because the first look was not clear give chance another try.  The first look spends 5 %, the
-    second 0.5 %, each further one half of that before: at most 6 % of false alarms together, whenever one stops.
+    Adding seeds because the first look was inconclusive gives chance another try.  The first look spends 5 %, the
+    second 0.5 %, each further one half of that before: at most 6 % false alarms in all, whenever one stops.
 
     Example:
         >>> [interim_confidence(looks) for looks in (1, 2, 3)]
@@ -160,15 +164,14 @@ def interim_confidence(looks: int) -> float:
 
 
 def sign_flip(correct_a: Array, correct_b: Array) -> float:
-    """Could the gain over several seeds have fallen either way by chance?  Exact, over images; two-sided.
+    """Return the two-sided p-value of the exact sign-flip test over images.
 
-    Under the null hypothesis either method is as likely to be the better one on an image, by whatever number of seeds:
-    the probability of a sum of gains as far from 0 as this one, over all ways to flip their signs.  With one seed this
-    is McNemar's exact test.
+    Under the null hypothesis the sign of the gain on each image (summed over seeds) is random; p is the probability of
+    a total gain at least as far from 0 over all sign flips.  With one seed this is McNemar's exact test.
 
     Args:
-        correct_a: [S, N] bool, row i: the model compared with, of seed i.
-        correct_b: [S, N] bool, the model that is judged, of the same seeds, for the same images.
+        correct_a: [S, N] bool, row s: the reference with seed s.
+        correct_b: [S, N] bool, the other model with the same seeds, on the same images.
 
     Example:
         >>> a, b = np.zeros((2, 3), dtype=bool), np.array([[True, True, False], [True, False, False]])
@@ -177,34 +180,34 @@ def sign_flip(correct_a: Array, correct_b: Array) -> float:
     """
     gains, seeds = _gains_per_image(correct_a, correct_b)
     by_size = np.bincount(np.abs(gains), minlength=seeds + 1)
-    chances = np.ones(1)  # of the sums -top, -top + 2, ..., top, as far as they have been added
+    distribution = np.ones(1)  # of the sums -top, -top + 2, ..., top
     for size, images in enumerate(by_size.tolist()):
         if size and images:
-            coins = np.zeros(size * images + 1)
-            coins[::size] = _binomial_half(images)
-            chances = np.convolve(chances, coins)
-    top = len(chances) - 1
+            flips = np.zeros(size * images + 1)
+            flips[::size] = _binomial_half(images)
+            distribution = np.convolve(distribution, flips)
+    top = len(distribution) - 1
     sums = np.arange(-top, top + 1, 2)
-    return float(min(1.0, chances[np.abs(sums) >= abs(int(gains.sum()))].sum()))
+    return float(min(1.0, distribution[np.abs(sums) >= abs(int(gains.sum()))].sum()))
 
 
 class GapClosed(NamedTuple):
-    """How far the teacher leads the baseline, and how much of that the student has made up, with 95 % intervals."""
+    """The teacher's lead over the baseline, and the share of it that the student gains, with 95 % intervals."""
 
     gap: Interval  # accuracy(teacher) - accuracy(baseline)
-    closed: Interval | None  # share of it; None where the gap may be none: a share of nothing is anything
+    closed: Interval | None  # share of the gap; None if the gap is not significant
 
 
 def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> GapClosed:
-    """The gap and the share of it that is closed, with intervals over images; with several seeds, over both together.
+    """Return the gap and the share of it that is closed, with intervals over images and, if several, seeds.
 
-    The share is a ratio of two means: its interval holds the ratios r for which ``gain - r * gap`` may be 0 (E. C.
+    The share is a ratio of means; its interval is Fieller's, the ratios r for which ``gain - r * gap`` may be 0 (E. C.
     Fieller, Some problems in interval estimation, J. R. Stat. Soc. B 16, 1954).
 
     Args:
         teacher: [N] bool, whether each image was classified correctly.
         baseline: [S, N] bool, a row for each seed.
-        distilled: [S, N] bool, likewise, for the same images.
+        distilled: [S, N] bool, for the same seeds and images.
 
     Raises:
         UsageError: no images, or different numbers of them.
@@ -214,11 +217,11 @@ def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> GapClosed:
     seeds = len(baseline)
     if seeds == 1:
         gap = paired_interval(baseline[0], teacher)
-        sure = gap.low > 0 and mcnemar(baseline[0], teacher)["p"] < 0.05
+        significant = gap.low > 0 and mcnemar(baseline[0], teacher)["p"] < 0.05
     else:
-        whole = crossed_interval(baseline, repeated)
-        gap, sure = Interval(*whole[:3]), whole.low > 0 and whole.p < 0.05
-    if not sure:
+        crossed = crossed_interval(baseline, repeated)
+        gap, significant = Interval(*crossed[:3]), crossed.low > 0 and crossed.p < 0.05
+    if not significant:
         return GapClosed(gap, None)
     gain, lead = _differences(baseline, distilled), _differences(baseline, repeated)
     ratio = float(gain.mean() / lead.mean())
@@ -236,16 +239,16 @@ def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> GapClosed:
 
 
 def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | int | None]:
-    """One figure of two settings over the same seeds, compared seed by seed.
+    """Compare a metric of two settings over the same seeds, pairwise.
 
     Args:
-        a: [n] the figure of the setting compared with.
-        b: [n] that of the setting judged; entry i has the seed of ``a[i]``.
+        a: [n] the metric of the reference setting.
+        b: [n] the metric of the other setting; entry i has the seed of ``a[i]``.
 
     Returns:
         ``n``; ``mean_a``, ``sd_a``, ``mean_b``, ``sd_b``; ``difference`` (mean of b - a), ``difference_sd``, and
-        ``difference_low``, ``difference_high``, its 95 % interval by Student's t.  Deviations are those of a sample
-        (n - 1); with one seed they and the interval are None.
+        ``difference_low``, ``difference_high``, its 95 % interval by Student's t.  Standard deviations divide by n - 1;
+        with one seed they and the interval are None.
 
     Raises:
         UsageError: no seeds, or different numbers of them.
@@ -257,7 +260,7 @@ def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | i
     mean, deviation = float(difference.mean()), _sample_deviation(difference)
     low = high = None
     if deviation is not None:
-        from scipy import special  # here, since it takes a tenth of a second
+        from scipy import special  # here, since the import takes 0.1 s
 
         half = float(special.stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
         low, high = mean - half, mean + half
@@ -287,7 +290,7 @@ def _discordant_counts(correct_a: Array, correct_b: Array) -> tuple[int, int]:
 
 
 def _gains_per_image(correct_a: Array, correct_b: Array) -> tuple[Array, int]:
-    """[S, N] bool, twice -> [N]: by how many seeds more b is right on an image; and S."""
+    """Return, for [S, N] bool of two models, how many more seeds of b are correct on each image [N]; and S."""
     a, b = (np.atleast_2d(np.asarray(each, dtype=bool)) for each in (correct_a, correct_b))
     if a.shape != b.shape or not a.size:
         raise UsageError(f"needs the same seeds and images for both models, got {list(a.shape)} and {list(b.shape)}")
@@ -295,21 +298,21 @@ def _gains_per_image(correct_a: Array, correct_b: Array) -> tuple[Array, int]:
 
 
 def _binomial_half(count: int) -> Array:
-    """[count + 1]: the chance of 0, 1, ... heads; by logarithms, since 2 ** count is soon too large."""
+    """Return the binomial distribution [count + 1] for p = 1/2, by logarithms, since 2 ** count overflows."""
     heads = np.arange(count + 1)
     logs = np.array([math.lgamma(k + 1) for k in range(count + 1)])
-    chances: Array = np.exp(logs[count] - logs[heads] - logs[count - heads] - count * math.log(2))
-    return chances
+    distribution: Array = np.exp(logs[count] - logs[heads] - logs[count - heads] - count * math.log(2))
+    return distribution
 
 
 def _differences(correct_a: Array, correct_b: Array) -> Array:
-    """[S, N] of -1, 0 and 1: the gain of each seed on each image."""
+    """Return the gain (-1, 0 or 1) of each seed on each image, [S, N]."""
     a, b = (np.atleast_2d(np.asarray(each)).astype(np.float64) for each in (correct_a, correct_b))
     return b - a
 
 
 class _VarianceComponents(NamedTuple):
-    """The variance of a mean over seeds and images, or the covariance of two, by where it comes from."""
+    """The variance of a mean over seeds and images, or the covariance of two means, by source."""
 
     seeds: float
     images: float
@@ -324,7 +327,7 @@ class _VarianceComponents(NamedTuple):
 
 
 def _variance_components(x: Array, y: Array) -> _VarianceComponents:
-    """Covariance of the means of x and y [S, N] over seeds and images; with one seed, over images alone."""
+    """Return the covariance of the means of x and y [S, N] over seeds and images; with one seed, over images."""
     seeds, images = x.shape
     by_image = [each.mean(axis=0) - each.mean() for each in (x, y)]
     between_images = float(by_image[0] @ by_image[1]) / max(1, images - 1)
@@ -332,31 +335,31 @@ def _variance_components(x: Array, y: Array) -> _VarianceComponents:
         return _VarianceComponents(0.0, _floor_variance(between_images / images, x, y))
     by_seed = [each.mean(axis=1) - each.mean() for each in (x, y)]
     between_seeds = float(by_seed[0] @ by_seed[1]) / (seeds - 1)
-    left = [
+    residuals = [
         each - each.mean() - rows[:, None] - columns
         for each, rows, columns in zip((x, y), by_seed, by_image, strict=True)
     ]
-    unexplained = float(np.vdot(*left)) / max(1, (seeds - 1) * (images - 1))
-    own = between_images / images - unexplained / (seeds * images)
-    return _VarianceComponents(between_seeds / seeds, _floor_variance(own, x, y))
+    residual = float(np.vdot(*residuals)) / max(1, (seeds - 1) * (images - 1))
+    image_part = between_images / images - residual / (seeds * images)
+    return _VarianceComponents(between_seeds / seeds, _floor_variance(image_part, x, y))
 
 
 def _floor_variance(variance: float, x: Array, y: Array) -> float:
-    """A variance over images is not below 0; where nothing varies at all, it is that of two changed images."""
+    """Bound a variance over images by 0; if nothing varies at all, use that of two changed images."""
     if x is not y:
         return variance
     return max(variance, 0.0) if (x != x[0, 0]).any() else 2 / x.shape[1] ** 2
 
 
-def _critical_value(spread: _VarianceComponents, seeds: int, alpha: float) -> float:
-    """By how many standard errors a mean may be off at level ``alpha`` (two-sided)."""
+def _critical_value(variance: _VarianceComponents, seeds: int, alpha: float) -> float:
+    """Return the critical value at level ``alpha`` (two-sided), in standard errors."""
     from scipy import special
 
     normal = -float(special.ndtri(alpha / 2))
     if seeds == 1:
         return normal
     student = -float(special.stdtrit(seeds - 1, alpha / 2))
-    return float(normal + spread.share ** _EXPONENTS.get(seeds, 1.8) * (student - normal))
+    return float(normal + variance.share ** _EXPONENTS.get(seeds, 1.8) * (student - normal))
 
 
 def _sample_deviation(values: Array) -> float | None:

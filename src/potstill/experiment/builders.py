@@ -499,11 +499,11 @@ def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compu
     images = torch.zeros(batch_size, 3, size, size, device=compute.device).to(memory_format=compute.memory_format)
     times = []
     for _ in range(TIMING_ROUNDS + 1):
-        compute.wait()
+        compute.synchronize()
         start = time.perf_counter()
         with compute.autocast():
             distiller.run_teacher(images)
-        compute.wait()
+        compute.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     held = list(distiller.teacher.parameters())
     return {

@@ -92,7 +92,6 @@ def _predict_difficulty(
             teacher.module,
             loader,
             classes=len(data.class_names),
-            device=compute.device,
             processes=compute.processes,
             names=[f"the teacher on train, {name}," for name in data.train.names],
         )

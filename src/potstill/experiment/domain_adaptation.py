@@ -201,7 +201,6 @@ class Domains:
             model.module,
             self._loader(model),
             classes=len(model.class_names),
-            device=self.compute.device,
             processes=self.compute.processes,
             names=[f"the {name} on the target, {image}," for image in self.candidates.names],
         )
@@ -333,7 +332,6 @@ def _evaluate_test(name: str, model: Classifier, recipe: Recipe, data: DataSplit
         model.module.to(compute.device),
         split_loader(data, "test", model.input, recipe, settings, compute),
         classes=len(model.class_names),
-        device=compute.device,
         processes=compute.processes,
         names=[f"the {name} on {data.source}, {image}," for image in data.test.names],
     )

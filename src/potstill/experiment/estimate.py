@@ -116,7 +116,7 @@ def seconds_per_image(student: Classifier, batch: int, compute: Compute) -> floa
     for _ in range(_ROUNDS + 1):
         started = time.perf_counter()
         step()
-        compute.wait()
+        compute.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:]) / images
 

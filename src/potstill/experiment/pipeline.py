@@ -342,10 +342,10 @@ class _Experiment:
         train = train_loader(
             stage, method.needs, model.input, recipe=recipe, data=data, compute=compute, observer=self.observer
         )
-        self.threads.settle(
+        self.threads.select(
             model.module, model.input.size, settings, compute, workers=train.processes, observer=self.observer
         )
-        compute = self.precisions.settle(
+        compute = self.precisions.select(
             model.module,
             model.architecture,
             model.input.size,
@@ -479,7 +479,6 @@ class _Experiment:
                 model.module,
                 loader,
                 classes=len(model.class_names),
-                device=self.compute.device,
                 processes=self.compute.processes,
                 names=[f"the {stage} on val, {name}," for name in self.data.val.names],
             )

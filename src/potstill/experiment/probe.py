@@ -219,7 +219,7 @@ def _convert(
     with evaluation_mode(model.module):
         exact = reader.ask(model.module, few, plain).embedding
         assert exact is not None
-        if compute.teachers_in_bf16 and recipe.network(stage.name).precision == "auto":
+        if compute.teacher_in_bf16 and recipe.network(stage.name).precision == "auto":
             try:
                 network, how = convert_for_inference(model.module, torch.bfloat16, compute.memory_format, few)
                 rough = reader.ask(network, few, how).embedding

@@ -191,7 +191,7 @@ def _predict(
             classes=classes,
             device=compute.device,
             processes=compute.processes,
-            name_of=partial(_image_label, f"the {name} on {split}, ", images),
+            names=partial(_image_label, f"the {name} on {split}, ", images),
             file=path if kept and large else None,
         )
         if compute.processes.first:

@@ -171,9 +171,9 @@ def train_stage(
             observer=observer,
             classes=len(data.class_names),
             test=others.get("test"),
-            answers=stored.by_split,
+            teacher_outputs=stored.by_split,
             teacher_views=own_size,
-            stopping=stopping,
+            signals=stopping,
         ).run(resume=resume)
     finally:
         stored.close()

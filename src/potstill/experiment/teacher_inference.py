@@ -73,7 +73,7 @@ def convert_teachers(
     for at, (teacher, folder, name) in enumerate(zip(teachers, folders, names, strict=True)):
         digest = module_digest(asked.fold_heads[str(at)]) if str(at) in asked.fold_heads else None
         one = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if convertible else None
-        if recipe.network(name).precision == "float32" or (convertible and not compute.teachers_in_bf16):
+        if recipe.network(name).precision == "float32" or (convertible and not compute.teacher_in_bf16):
             asked.in_float32(at, compute.memory_format)
         elif one is not None:
             own = None if views is None else views.loaders[at]

@@ -1,4 +1,4 @@
-"""A trained model measured on labelled images; classes are matched by name."""
+"""Evaluation of a trained model on labelled images; classes are matched by name."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,56 +56,56 @@ def evaluate(
     from potstill.training.devices import create_compute
     from potstill.training.settings import TrainingSettings
 
-    images, names, which, skipped = _test_images(source, folder, follow_links=follow_links, skip_bad=skip_bad)
+    images, names, subset, skipped = _test_images(source, folder, follow_links=follow_links, skip_bad=skip_bad)
     classifier, origin = load_classifier(model, classes=classes, likely=sorted(set(names)), note=note)
     labels = _match_labels(names, classifier.class_names)
-    where = create_compute(TrainingSettings(device=device)).device
-    classifier.module.to(where)
-    loader = Loader(images, classifier.input, batch_size=BATCH_SIZE, device=where)
+    resolved = create_compute(TrainingSettings(device=device)).device
+    classifier.module.to(resolved)
+    loader = Loader(images, classifier.input, batch_size=BATCH_SIZE, device=resolved)
     count = len(classifier.class_names)
-    found = predict_split(classifier.module, loader, classes=count, device=where, labels=labels)
+    predictions = predict_split(classifier.module, loader, classes=count, device=resolved, labels=labels)
     return {
         "model": f"{classifier.architecture} of {origin}",
-        "data": f"{source}, {which}",
+        "data": f"{source}, {subset}",
         **({"skipped": [[each.path, each.reason] for each in skipped]} if skipped else {}),
-        **split_metrics(found, classifier.class_names),
+        **split_metrics(predictions, classifier.class_names),
     }
 
 
-def _test_images(source: str, model: Path | None, **how: bool) -> tuple[Any, list[str], str, Sequence[SkippedFile]]:
-    """The images to measure on, the class name of each, which of the source's images they are, and what is left out."""
+def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any, list[str], str, Sequence[SkippedFile]]:
+    """Return the images, the class name of each, a description of the subset, and the files left out."""
     from potstill.data.datasets import DATASETS, check_source, load_data
     from potstill.data.file_datasets import list_source, raise_refused, read_files, to_skipped
     from potstill.data.image_sets import FileSet
     from potstill.data.scan import check_files
     from potstill.data.settings import DataSettings
 
-    settings = DataSettings.model_validate({"source": source, **how})
+    settings = DataSettings.model_validate({"source": source, **options})
     check_source(settings)
-    known = None if model is None else _run_split_settings(run_data_settings(model), source)
-    if known is not None or source in DATASETS:
-        asked = {key: True for key, value in how.items() if value}
-        splits = load_data(settings if known is None else known.model_copy(update=asked))
+    run_settings = None if model is None else _run_split_settings(run_data_settings(model), source)
+    if run_settings is not None or source in DATASETS:
+        enabled = {key: True for key, value in options.items() if value}
+        splits = load_data(settings if run_settings is None else run_settings.model_copy(update=enabled))
         names = [splits.class_names[label] for label in splits.test.labels]
-        which = "test split of the run" if known is not None else "test split"
-        return splits.test, names, which, splits.skipped
+        subset = "test split of the run" if run_settings is not None else "test split"
+        return splits.test, names, subset, splits.skipped
     listing, skipped, contents = read_files(list_source(settings), settings)
     raise_refused(settings, listing.findings, listing.root)
     entries = listing.entries
-    which = "all images"
+    subset = "all images"
     if any(entry.split for entry in entries):
-        entries, which = [entry for entry in entries if entry.split == "test"], "its test images"
+        entries, subset = [entry for entry in entries if entry.split == "test"], "its test images"
     if not entries:
-        raise DataError(f"{source} has splits, but no test images; to measure on others give their own folder")
-    # The ids do not count: classes are matched by name.
+        raise DataError(f"{source} has splits, but no test images; to evaluate on others give their own folder")
+    # Label 0 is a placeholder: classes are matched by name.
     images = FileSet(listing.root, [entry.name for entry in entries], [0] * len(entries))
     if not contents:
         check_files(listing.root, images.names, source)
-    return images, [entry.label for entry in entries], which, to_skipped(skipped)
+    return images, [entry.label for entry in entries], subset, to_skipped(skipped)
 
 
 def run_data_settings(model: Path) -> Any:
-    """The data settings of the run that a model stands in, or None for a model that stands alone."""
+    """Return the data settings of a model's run; None for a model outside of a run."""
     recipe = model.parent / "recipe.yaml"
     if not recipe.is_file():
         return None
@@ -113,16 +113,16 @@ def run_data_settings(model: Path) -> Any:
     return load_recipe(recipe, data_needed=False, recorded=True).data
 
 
-def _run_split_settings(own: Any, source: str) -> Any:
-    """The settings with which a run has loaded this data, as its target or its source; None where it has not."""
+def _run_split_settings(settings: Any, source: str) -> Any:
+    """Return the settings with which a run loaded ``source``, as its target or source domain; None if it did not."""
     from potstill.data.datasets import target_settings
 
-    if own is None:
+    if settings is None:
         return None
-    if own.target is not None and _is_same_source(own.target, source):
-        return target_settings(own)
-    alone = {} if own.target is None else {"target": None, "unlabeled": None}  # these are of the target
-    return own.model_copy(update=alone) if _is_same_source(own.source, source) else None
+    if settings.target is not None and _is_same_source(settings.target, source):
+        return target_settings(settings)
+    update = {} if settings.target is None else {"target": None, "unlabeled": None}
+    return settings.model_copy(update=update) if _is_same_source(settings.source, source) else None
 
 
 def _is_same_source(first: str, second: str) -> bool:
@@ -130,7 +130,7 @@ def _is_same_source(first: str, second: str) -> bool:
 
 
 def _match_labels(labels: Sequence[str], class_names: Sequence[str]) -> Any:
-    """Class ids by name, [N] int64."""
+    """Return the class indices [N] int64 of class names."""
     import numpy as np
 
     unknown = sorted(set(labels) - set(class_names))

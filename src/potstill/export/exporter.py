@@ -1,6 +1,6 @@
-"""``export``: convert a model, compare it with the network it comes from, quantize it, time it, write it.
+"""``export``: convert a model, compare it with the original, quantize it, measure its latency and write it.
 
-Static quantization to 8 bits is onnxruntime's own tool.  Nothing is written before the comparison has passed.
+Nothing is written before the comparison has passed.
 """
 
 import platform
@@ -53,35 +53,35 @@ from potstill.models.model_file import load_model
 
 
 def export(
-    model: Path | str, stage: str | None = None, wish: ExportOptions | None = None, *, note: MessageCallback = print
+    model: Path | str, stage: str | None = None, options: ExportOptions | None = None, *, note: MessageCallback = print
 ) -> Path:
-    """Write an exported model, and beside it ``NAME.json`` with its SHA-256 and what was measured.
+    """Write an exported model, and ``NAME.json`` with its SHA-256 and measurements.
 
     Args:
         model: a run folder, or the folder of one of its models.
-        stage: of a run folder: "teacher", "baseline", "distilled" and so on; None: distilled, else baseline, else
+        stage: a stage of the run: "teacher", "baseline", "distilled", ...; None: distilled, else baseline, else
             teacher.
-        wish: all else.
-        note: is told what was found, line by line.
+        options: of the export.
+        note: called with each line of progress.
 
     Returns:
-        The file; of several, the one to open.
+        The written file; of several, the one to open.
 
     Raises:
-        UsageError: an unknown format, a wrong option, or a package that is not installed.
-        DataError: the run's images are not there, or have other classes.
-        ArtifactError: no such stage; a model that cannot be exported, or whose export differs; int8 that loses more
-            than ``max_drop``.
-        StorageError: it cannot be written.
+        UsageError: an unknown format, a wrong option, or a package is not installed.
+        DataError: the run's images are missing, or have other classes.
+        ArtifactError: no such stage; the model cannot be exported, or the export differs; int8 loses more than
+            ``max_drop``.
+        StorageError: the file cannot be written.
     """
-    wish = wish or ExportOptions()
-    form = find_format(wish.format)
-    check_options(wish, form)
+    options = options or ExportOptions()
+    form = find_format(options.format)
+    check_options(options, form)
     folder = _model_folder(Path(model), stage)
 
-    job = Exporter(folder, wish, form, note)
+    job = Exporter(folder, options, form, note)
     files, facts = job.files()
-    return _write_files(folder, wish, form, files, facts)
+    return _write_files(folder, options, form, files, facts)
 
 
 def _model_folder(model: Path, stage: str | None) -> Path:
@@ -98,10 +98,10 @@ def _model_folder(model: Path, stage: str | None) -> Path:
 
 
 def _write_files(
-    folder: Path, wish: ExportOptions, form: ExportFormat, files: ExportedFiles, facts: dict[str, Any]
+    folder: Path, options: ExportOptions, form: ExportFormat, files: ExportedFiles, facts: dict[str, Any]
 ) -> Path:
     suffix = form.suffix
-    main = wish.output or folder / EXPORT_FOLDER / f"{NAME}{'-int8' if wish.int8 else ''}{suffix}"
+    main = options.output or folder / EXPORT_FOLDER / f"{NAME}{'-int8' if options.int8 else ''}{suffix}"
     stem = main.name.removesuffix(suffix)
     written = {f"{stem}{each}": content for each, content in files.items()}
     for name, content in written.items():
@@ -114,31 +114,31 @@ def _write_files(
 FACTS_SCHEMA = 1
 
 
-MAX_RELATIVE_DIFFERENCE = 1e-3  # largest difference of a logit, as a share of the largest logit where that is above 1
+MAX_RELATIVE_DIFFERENCE = 1e-3  # of a logit, relative to the largest logit if that is above 1
 COMPARISON_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an exported model is from the network it comes from, on the same images."""
+    """The difference of an exported model from the original, on the same images."""
 
     images: int
     max_difference: float  # of a logit
-    largest_logit: float  # of the network's, as an absolute value
+    largest_logit: float  # of the original, as an absolute value
     agreement: float  # share of images with the same top class
     limit: float = MAX_RELATIVE_DIFFERENCE
 
     @property
     def within(self) -> bool:
-        """Whether no logit differs by more than ``limit``, times the largest logit where that is above 1."""
+        """Whether no logit differs by more than ``limit``, relative to the largest logit if that is above 1."""
         return self.max_difference <= self.limit * max(1.0, self.largest_logit)  # False for NaN
 
     def as_json(self) -> dict[str, Any]:
-        """For the facts."""
+        """Return a JSON object."""
         return asdict(self)
 
 
-def compute_parity(reference: NDArray[Any], found: NDArray[Any]) -> Parity:
+def compute_parity(reference: NDArray[Any], exported: NDArray[Any]) -> Parity:
     """Compare logits [N, K] of the network with those of the exported model.
 
     Example:
@@ -147,81 +147,81 @@ def compute_parity(reference: NDArray[Any], found: NDArray[Any]) -> Parity:
     """
     return Parity(
         len(reference),
-        float(np.abs(reference.astype(np.float64) - found).max()),
+        float(np.abs(reference.astype(np.float64) - exported).max()),
         float(np.abs(reference).max()),
-        float((reference.argmax(axis=1) == found.argmax(axis=1)).mean()),
+        float((reference.argmax(axis=1) == exported.argmax(axis=1)).mean()),
     )
 
 
 def create_torch_predictor(module: nn.Module, spec: InputSpec, inside: str) -> Predictor:
-    """The network, in eval mode on the CPU, with its preparation, as a function of arrays."""
-    whole = nn.Sequential(*create_preprocessing(spec, inside), module).eval()
+    """Return the network, in eval mode on the CPU, with its preprocessing, as a function of arrays."""
+    network = nn.Sequential(*create_preprocessing(spec, inside), module).eval()
 
-    def answer(images: NDArray[Any]) -> NDArray[Any]:
+    def predict(images: NDArray[Any]) -> NDArray[Any]:
         with torch.no_grad():
-            logits: NDArray[Any] = whole(torch.from_numpy(images)).float().numpy()
+            logits: NDArray[Any] = network(torch.from_numpy(images)).float().numpy()
         return logits
 
-    return answer
+    return predict
 
 
 def compute_logits(
-    answers: Sequence[Predictor],
+    predictors: Sequence[Predictor],
     images: ImageSet,
     index: Sequence[int],
-    what: ExportMetadata,
+    metadata: ExportMetadata,
     *,
     any_batch: bool = True,
 ) -> list[NDArray[Any]]:
-    """What each of several models answers to the same images: logits [N, K] each.
+    """Return the logits [N, K] of several models for the same images.
 
     Args:
-        answers: that take the same input.
+        predictors: models with the same input.
         images: a split.
         index: positions of N images in it.
-        what: how they are prepared.
-        any_batch: whether the models take many images at once.
+        metadata: preprocessing of the models.
+        any_batch: whether the models take batches of any size.
 
     Raises:
-        DataError: an image that cannot be decoded.
+        DataError: an image cannot be decoded.
     """
-    step = (
-        COMPARISON_BATCH_SIZE if any_batch and what.inside != "resize" else 1
-    )  # "resize" takes images of one size at once
+    # "resize" takes only images of equal size in a batch.
+    step = COMPARISON_BATCH_SIZE if any_batch and metadata.inside != "resize" else 1
     parts: list[list[NDArray[Any]]] = []
     for i in range(0, len(index), step):
-        prepared = prepare_batch([images.pixels(each) for each in index[i : i + step]], what)
-        parts.append([answer(prepared) for answer in answers])
+        prepared = prepare_batch([images.pixels(each) for each in index[i : i + step]], metadata)
+        parts.append([predict(prepared) for predict in predictors])
     return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 def accuracy(logits: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Share in [0, 1] of images whose top class is their label."""
+    """Return the accuracy in [0, 1] of logits [N, K]."""
     return float((logits.argmax(axis=1) == labels).mean())
 
 
 class _ExportedModule(nn.Module):
-    """An exported model in the place of a network, so that both are timed alike; it gets the same image each time."""
+    """An exported model as a module, for ``measure_latency``; its input is always the same image."""
 
-    def __init__(self, answer: Predictor, image: NDArray[Any]) -> None:
+    def __init__(self, predictor: Predictor, image: NDArray[Any]) -> None:
         super().__init__()
-        self.answer, self.image = answer, image
+        self.predictor, self.image = predictor, image
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.answer(self.image))
+        return torch.from_numpy(self.predictor(self.image))
 
 
-def measure_exported_latency(answers: Mapping[str, Predictor], image: NDArray[Any], spec: InputSpec) -> dict[str, Any]:
-    """p50 and p95 for one image, the models taking turns; see ``evaluation.cost.measure_latency``.
+def measure_exported_latency(
+    predictors: Mapping[str, Predictor], image: NDArray[Any], spec: InputSpec
+) -> dict[str, Any]:
+    """Return ``evaluation.cost.measure_latency`` of exported models.
 
     Args:
-        answers: name -> model.
-        image: a batch of one, as they take it.
+        predictors: name -> model.
+        image: input, a batch of one.
         spec: of the network.
     """
-    return measure_latency(
-        {name: (_ExportedModule(answer, image), spec) for name, answer in answers.items()}, rounds=50, warmup=10
-    )
+    modules = {name: (_ExportedModule(predictor, image), spec) for name, predictor in predictors.items()}
+    return measure_latency(modules, rounds=50, warmup=10)
 
 
 CALIBRATION_BATCH_SIZE = 32
@@ -261,7 +261,7 @@ def quantize_network(network: Any, images: NDArray[np.float32]) -> Any:
 
 
 class _CalibrationReader:
-    """Batches, as onnxruntime's calibration asks for them."""
+    """Calibration data for onnxruntime."""
 
     def __init__(self, images: NDArray[np.float32]) -> None:
         self._parts: Iterator[NDArray[np.float32]] = iter(
@@ -269,7 +269,7 @@ class _CalibrationReader:
         )
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        """The next batch, or None at the end."""
+        """Return the next batch, or None at the end."""
         part = next(self._parts, None)
         return None if part is None else {INPUT_NAME: part}
 
@@ -284,7 +284,7 @@ class _CalibrationReader:
 
 
 def class_balanced_indices(labels: Sequence[int], count: int) -> list[int]:
-    """Positions of ``count`` images, all classes in turn, each from its first image on; all where there are fewer.
+    """Return the positions of ``count`` images (or all), the first ones of each class, balanced over classes.
 
     Example:
         >>> class_balanced_indices([0, 0, 0, 1, 1, 2], 4)
@@ -299,56 +299,56 @@ def class_balanced_indices(labels: Sequence[int], count: int) -> list[int]:
 
 
 class Exporter:
-    """One export: everything but writing it.
+    """Converts, compares and measures one export.
 
     Args:
         folder: of the model.
-        wish: checked already.
-        form: the wished format.
-        note: is told what was found.
+        options: already checked.
+        form: the export format.
+        note: called with each line of progress.
     """
 
-    def __init__(self, folder: Path, wish: ExportOptions, form: ExportFormat, note: MessageCallback) -> None:
-        self.folder, self.wish, self.form, self.note = folder, wish, form, note
+    def __init__(self, folder: Path, options: ExportOptions, form: ExportFormat, note: MessageCallback) -> None:
+        self.folder, self.options, self.form, self.note = folder, options, form, note
         self.classifier = load_model(folder)
-        self.what = create_metadata(self.classifier, wish)
-        self.splits = load_data(export_data_settings(folder, wish.data)).measured
+        self.metadata = create_metadata(self.classifier, options)
+        self.splits = load_data(export_data_settings(folder, options.data)).measured
         if tuple(self.splits.class_names) != tuple(self.classifier.class_names):
             raise DataError(
                 f"{self.splits.source} has the classes {format_names(self.splits.class_names)}, "
                 f"the model {format_names(self.classifier.class_names)}: give the data that it was trained on"
             )
         self.compared = class_balanced_indices(self.splits.test.labels.tolist(), COMPARED_IMAGES)
-        self.reference = create_torch_predictor(self.classifier.module, self.classifier.input, wish.inside)
+        self.reference = create_torch_predictor(self.classifier.module, self.classifier.input, options.inside)
 
     def files(self) -> tuple[ExportedFiles, dict[str, Any]]:
-        """The files and the facts about them.
+        """Return the files and the facts about them.
 
         Raises:
-            ArtifactError: it cannot be exported, differs from the original, or int8 loses too much.
-            DataError: an image that cannot be decoded.
+            ArtifactError: the model cannot be exported, the export differs from the original, or int8 loses too much.
+            DataError: an image cannot be decoded.
         """
-        self.note(f"exporting {self.classifier.architecture} of {self.folder} to {self.wish.format}")
-        files, facts = self._export_int8() if self.wish.int8 else self._plain()
+        self.note(f"exporting {self.classifier.architecture} of {self.folder} to {self.options.format}")
+        files, facts = self._export_int8() if self.options.int8 else self._plain()
         return files, {
-            "format": self.wish.format,
+            "format": self.options.format,
             "stage": self.folder.name,
             "model_sha256": weights_sha256(self.folder),
-            **{key: value for key, value in self.what.as_json().items() if key != "schema"},
+            **{key: value for key, value in self.metadata.as_json().items() if key != "schema"},
             "data": self.splits.source,
             **facts,
             "versions": self._versions(),
         }
 
     def _plain(self) -> tuple[ExportedFiles, dict[str, Any]]:
-        files = self.form.convert(self.classifier.module, self.what)
+        files = self.form.convert(self.classifier.module, self.metadata)
         if self.form.open is None:
             self.note("this format runs on other machines only: converted, not compared with PyTorch")
             return files, {"parity": None, "prepared": None, "accuracy": None, "calibration": None, "latency_ms": None}
         answer = self.form.open(files)
         found, prepared = self._compare(answer)
         times = self._measure_latency(
-            {self.wish.format: answer if self.wish.format != "onnx" else _latency_predictor(files[".onnx"])}
+            {self.options.format: answer if self.options.format != "onnx" else _latency_predictor(files[".onnx"])}
         )
         return files, {
             "parity": found.as_json(),
@@ -359,10 +359,10 @@ class Exporter:
         }
 
     def _compare(self, answer: Predictor) -> tuple[Parity, dict[str, Any] | None]:
-        """With PyTorch on the same input, and where images are resized inside, with images prepared outside too."""
+        """Compare with PyTorch on the same input and, if the file resizes images, on images resized by Pillow too."""
         images, any_batch = self.splits.test, self.form.any_batch
         reference, found = compute_logits(
-            [self.reference, answer], images, self.compared, self.what, any_batch=any_batch
+            [self.reference, answer], images, self.compared, self.metadata, any_batch=any_batch
         )
         same = compute_parity(reference, found)
         self.note(_parity_message("PyTorch", same))
@@ -371,10 +371,10 @@ class Exporter:
                 f"the export differs from the original: by {same.max_difference:.2g} in a logit (largest "
                 f"{same.largest_logit:.3g}) on {same.images} test images, more than {same.limit:g} of it; not written"
             )
-        if self.wish.inside != "resize":
+        if self.options.inside != "resize":
             return same, None
         plain = create_torch_predictor(self.classifier.module, self.classifier.input, "none")
-        (outside,) = compute_logits([plain], images, self.compared, without_preprocessing(self.what))
+        (outside,) = compute_logits([plain], images, self.compared, without_preprocessing(self.metadata))
         other = compute_parity(outside, found)
         self.note(_parity_message("images that Pillow has resized", other))
         return same, {"max_difference": other.max_difference, "agreement": other.agreement}
@@ -382,14 +382,14 @@ class Exporter:
     def _export_int8(self) -> tuple[ExportedFiles, dict[str, Any]]:
         from potstill.export.formats.onnx import export_graph, finalize_model
 
-        network = export_graph(self.classifier.module, self.what)
-        plain = finalize_model(network, create_metadata(self.classifier, self.wish))
+        network = export_graph(self.classifier.module, self.metadata)
+        plain = finalize_model(network, create_metadata(self.classifier, self.options))
         same, prepared = self._compare(create_onnx_predictor(plain))
         images, chosen = self._calibration()
-        content = finalize_model(quantize_network(network, images), self.what)
+        content = finalize_model(quantize_network(network, images), self.metadata)
         test = range(len(self.splits.test))
         reference, found = compute_logits(
-            [self.reference, create_onnx_predictor(content)], self.splits.test, test, self.what
+            [self.reference, create_onnx_predictor(content)], self.splits.test, test, self.metadata
         )
         labels = self.splits.test.labels
         before, after = accuracy(reference, labels), accuracy(found, labels)
@@ -406,7 +406,7 @@ class Exporter:
                 "images": len(labels),
                 "before": before,
                 "after": after,
-                "max_drop": self.wish.max_drop,
+                "max_drop": self.options.max_drop,
                 "agreement": difference.agreement,
             },
             "calibration": {"images": len(images), "split": "train", "classes": chosen, "method": "MinMax"},
@@ -422,16 +422,16 @@ class Exporter:
         return normalize_array(squares, spec), len(set(train.labels[index].tolist()))
 
     def _check_accuracy_drop(self, before: float, after: float, images: int) -> None:
-        if before - after > self.wish.max_drop + 1e-9:
+        if before - after > self.options.max_drop + 1e-9:
             raise ArtifactError(
                 f"int8 loses {100 * (before - after):.2f} points of accuracy on {images} test images "
-                f"({before:.2%} to {after:.2%}), more than --max-accuracy-drop {self.wish.max_drop:g} allows; "
+                f"({before:.2%} to {after:.2%}), more than --max-accuracy-drop {self.options.max_drop:g} allows; "
                 "not written.\n"
                 "Export without --int8, or allow more"
             )
 
     def _measure_latency(self, exported: dict[str, Predictor]) -> dict[str, Any]:
-        image = _black_image(self.what.inside, self.classifier.input.size)
+        image = _black_image(self.metadata.inside, self.classifier.input.size)
         found = measure_exported_latency({"pytorch": self.reference, **exported}, image, self.classifier.input)
         for name, each in found.items():
             self.note(f"{name:<12} {each['p50']:.2f} ms for one image (p50), {each['p95']:.2f} ms (p95)")

@@ -1,4 +1,4 @@
-"""Predictions for images that nobody has labelled."""
+"""Predictions for unlabeled images."""
 
 import os
 import warnings
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
 
 
-_HEAD_BYTES = 16  # bytes by which an image without a name of one is known
+_HEAD_BYTES = 16  # enough for the signature of an image without a known suffix
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
 
@@ -36,7 +36,7 @@ class Prediction:
         """Return a dict for JSON."""
         if self.error is not None:
             return {"path": str(self.path), "error": self.error}
-        classes = [{"class": name, "probability": share} for name, share in self.classes]
+        classes = [{"class": name, "probability": probability} for name, probability in self.classes]
         return {"path": str(self.path), "predictions": classes}
 
 
@@ -79,31 +79,33 @@ def predict(
     paths = found.images
     chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     exported = isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() == ONNX_SUFFIX
-    asked = (
+    predictor = (
         _create_onnx_predictor(Path(str(model)), device)
         if exported
         else _create_torch_predictor(model, device, classes, note)
     )
-    return [each for chunk in chunks for each in _predict(asked, chunk, top)]
+    return [each for chunk in chunks for each in _predict(predictor, chunk, top)]
 
 
 @dataclass(frozen=True)
 class _Predictor:
-    """A model of either kind."""
+    """A torch or ONNX model."""
 
-    prepare: Callable[[Pixels], Any]  # at once after decoding: a batch of whole photographs would fill the memory
-    answer: Callable[[list[Any]], list[list[float]]]  # what ``preprocess`` made -> probabilities [B, K]
+    preprocess: Callable[[Pixels], Any]  # right after decoding, so that large photographs do not fill the memory
+    probabilities: Callable[[list[Any]], list[list[float]]]  # outputs of ``preprocess`` -> [B, K]
     names: Sequence[str]
-    range: tuple[float, float] | None  # by which images of more than 8 bits are decoded
+    range: tuple[float, float] | None  # for decoding images of more than 8 bits
 
 
 def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
     if device not in ("auto", "cpu"):
-        raise UsageError(f"an ONNX model is asked on the CPU here, got device={device!r}")
-    found = load_onnx(path)
-    what = found.what
+        raise UsageError(f"an ONNX model runs on the CPU here, got device={device!r}")
+    model = load_onnx(path)
     return _Predictor(
-        found.prepare, lambda images: found.probabilities(images).tolist(), what.class_names, what.input.range
+        model.prepare,
+        lambda images: model.probabilities(images).tolist(),
+        model.metadata.class_names,
+        model.metadata.input.range,
     )
 
 
@@ -124,33 +126,33 @@ def _create_torch_predictor(
     )
     classifier.module.to(create_compute(TrainingSettings(device=device)).device)
 
-    def answer(images: list[Any]) -> list[list[float]]:
+    def probabilities(images: list[Any]) -> list[list[float]]:
         rows: list[list[float]] = classifier.predict(torch.stack(images)).tolist()
         return rows
 
     spec = classifier.input
-    return _Predictor(lambda pixels: preprocess(pixels, spec), answer, classifier.class_names, spec.range)
+    return _Predictor(lambda pixels: preprocess(pixels, spec), probabilities, classifier.class_names, spec.range)
 
 
 @dataclass(frozen=True)
 class FoundImages:
-    """What there is to predict."""
+    """The images to predict, and what was left out."""
 
     images: list[Path]
     left_out: list[tuple[str, str]]  # path and reason of every other file
-    passed_over: Counter[str]  # what systems keep in folders, and hidden files
+    passed_over: Counter[str]  # system files and hidden files
 
 
 def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> FoundImages:
-    """The named files, and from folders all files that are images by their name or by their first bytes.
+    """Return the given files, and all files in folders that are images by name or signature.
 
     Args:
         inputs: files and folders.
-        follow_links: also read links to folders, and to files outside a folder.
+        follow_links: also read links to folders, and to files outside of a folder.
 
     Raises:
-        UsageError: paths that do not exist; all of them at once.
-        DataError: not one image.
+        UsageError: paths that do not exist (names all).
+        DataError: there is no image.
     """
     given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]
@@ -194,21 +196,23 @@ def _has_image_signature(path: Path) -> bool:
     return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or boxed or bitmap
 
 
-def _predict(asked: _Predictor, paths: Sequence[Path], top: int) -> list[Prediction]:
+def _predict(predictor: _Predictor, paths: Sequence[Path], top: int) -> list[Prediction]:
     images, errors = {}, {}
     for i, path in enumerate(paths):
         try:
-            images[i] = asked.prepare(decode(path, asked.range))
+            images[i] = predictor.preprocess(decode(path, predictor.range))
         except DataError as error:
             errors[i] = str(error)
-    rows = dict(zip(images, asked.answer(list(images.values())), strict=True)) if images else {}
+    rows = dict(zip(images, predictor.probabilities(list(images.values())), strict=True)) if images else {}
     return [
-        Prediction(path, (), errors[i]) if i in errors else Prediction(path, _top_classes(rows[i], asked.names, top))
+        Prediction(path, (), errors[i])
+        if i in errors
+        else Prediction(path, _top_classes(rows[i], predictor.names, top))
         for i, path in enumerate(paths)
     ]
 
 
 def _top_classes(row: Sequence[float], names: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:
-    # A stable sort: of equal probabilities the first class comes first.
+    # Stable: ties go to the lower class index.
     ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
     return tuple(ranked[:top])

@@ -1,4 +1,4 @@
-"""The preprocessing of images as part of an exported network: resizing, normalising."""
+"""Preprocessing as part of an exported network: resizing and normalising."""
 
 import torch
 from torch import Tensor, nn
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from potstill.data.preprocessing import decoded_side, scale_and_shift
 from potstill.input_spec import InputSpec
 
-_FIXED_POINT_UNITS = 2**22  # Pillow resizes in fixed point with so many bits behind the point
+_FIXED_POINT_UNITS = 2**22  # of Pillow's resize
 
 
 class Normalise(nn.Module):
-    """uint8 [B, 3, S, S] -> float32 of the same shape, as ``data.square.normalised``."""
+    """Normalise uint8 [B, 3, S, S] to float32 of the same shape, as ``data.transforms`` does."""
 
     scale: Tensor
     shift: Tensor
@@ -26,11 +26,11 @@ class Normalise(nn.Module):
 
 
 class Resize(nn.Module):
-    """uint8 [B, H, W, 3] -> uint8 [B, 3, S, S]: what ``data.square.squared`` does, in two matrix products.
+    """Resize uint8 [B, H, W, 3] to uint8 [B, 3, S, S] as ``data.transforms`` does, by two matrix products.
 
-    Pillow's bilinear resize with antialiasing: sums of columns, rounded to bytes, then sums of rows.  All sums are
-    whole multiples of 2**-22 and exact in float64, so their order does not matter.  Newer versions of Pillow begin with
-    the rows where that is cheaper (tall images): then up to a quarter of the pixels differ, by 1 of 255.
+    This is Pillow's antialiased bilinear resize: horizontally, rounded to bytes, then vertically.  All sums are
+    multiples of 2**-22 and exact in float64, so their order does not matter.  Newer versions of Pillow begin with the
+    vertical pass if that is cheaper (tall images): then up to a quarter of the pixels differ, by 1 of 255.
     """
 
     def __init__(self, spec: InputSpec) -> None:
@@ -50,17 +50,17 @@ class Resize(nn.Module):
         return torch.floor(rows @ across + 0.5).to(torch.uint8)
 
     def _weights(self, whole: int | torch.SymInt, length: int | torch.SymInt) -> Tensor:
-        """How much of each of ``whole`` source pixels makes a target pixel: [S, whole], of a centred ``length``."""
+        """Return the weights [S, whole] of the source pixels, for a centred crop of ``length`` of them."""
         scale = torch.scalar_tensor(1.0, dtype=torch.float64).mul(length).div(self.side)
         first = (self.side - self.size) // 2
         targets = torch.arange(first, first + self.size, dtype=torch.float64) + 0.5
         return _bilinear(targets * scale + (whole - length) / 2, scale, whole)
 
     def _padded(self, whole: int | torch.SymInt, longer: int | torch.SymInt) -> Tensor:
-        """Likewise where the longer side of the image fills the square: target pixels of the border weigh nothing."""
+        """Return the weights [S, whole] with padding to the longer side; those of the border are 0."""
         one = torch.scalar_tensor(1.0, dtype=torch.float64)
         exact = one.mul(whole).mul(self.side).div(one.mul(longer))
-        filled = torch.floor(exact + 0.5).clamp(min=1.0)  # as ``data.square.padded_shape``
+        filled = torch.floor(exact + 0.5).clamp(min=1.0)
         before = torch.floor((self.side - filled) / 2)
         place = torch.arange(self.side, dtype=torch.float64) - before
         inside = ((place >= 0) & (place < filled))[:, None]
@@ -70,7 +70,7 @@ class Resize(nn.Module):
 
 
 def _bilinear(middle: Tensor, scale: Tensor, whole: int | torch.SymInt) -> Tensor:
-    """Pillow's weights, [S, whole], of the source pixels around each of S places; a target pixel covers ``scale``."""
+    """Return Pillow's weights [S, whole] around S centres; a target pixel covers ``scale`` source pixels."""
     middle, support = middle[:, None], scale.clamp(min=1.0)
     pixel = torch.arange(whole, dtype=torch.float64)
     near = (pixel >= torch.floor(middle - support + 0.5)) & (pixel < torch.floor(middle + support + 0.5))
@@ -79,13 +79,13 @@ def _bilinear(middle: Tensor, scale: Tensor, whole: int | torch.SymInt) -> Tenso
 
 
 def create_preprocessing(spec: InputSpec, inside: str) -> nn.Sequential:
-    """What comes before the network; empty for "none"."""
+    """Return the modules before the network; empty for "none"."""
     steps: list[nn.Module] = [Resize(spec)] if inside == "resize" else []
     return nn.Sequential(*steps, *([] if inside == "none" else [Normalise(spec)]))
 
 
 def example_input(spec: InputSpec, inside: str) -> Tensor:
-    """Two black images as the exported model takes them."""
+    """Return two black images as input of the exported model."""
     if inside == "resize":
         return torch.zeros(2, spec.size + 9, spec.size + 5, 3, dtype=torch.uint8)
     kind = torch.float32 if inside == "none" else torch.uint8
@@ -93,6 +93,6 @@ def example_input(spec: InputSpec, inside: str) -> Tensor:
 
 
 def dynamic_axes(inside: str) -> dict[int, torch.export.Dim]:
-    """Which axes of the input may have any length."""
+    """Return the axes of the input with variable length."""
     names = {0: "batch", 1: "height", 2: "width"} if inside == "resize" else {0: "batch"}
     return {axis: torch.export.Dim(name) for axis, name in names.items()}

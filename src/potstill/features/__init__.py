@@ -1,1 +1,1 @@
-"""What networks compute inside: stages, reading and pairing them, and adapters between them. Needs torch alone."""
+"""Feature maps: the stages of networks, hooks, pairing and adapters. Depends on torch only."""

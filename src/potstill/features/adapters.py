@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from potstill.errors import UsageError
 
-# A kernel of 1 + difference joins maps of 56 and 7 pixels by 2,500 weights for each pair of channels.  Beyond this many
-# weights the map is averaged down first, as nobody wants an adapter that outweighs the student.
+# A kernel of 1 + difference from 56 to 7 pixels has 2,500 weights for each pair of channels.  Beyond this many weights,
+# the map is averaged down first, so that the adapter does not outweigh the student.
 MAX_WEIGHTS = 10_000_000
 
 
 def pool_to_common_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [B, C, H, W] averaged down to the smaller height and the smaller width of the two.
+    """Average two maps [B, C, H, W] down to the smaller height and width of the two.
 
     Maps of equal size come back as they are.
 
@@ -28,7 +28,7 @@ def pool_to_common_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tenso
 
 
 def resize_map(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map [B, C, H, W] brought to [B, C, *size]: averaged where it is larger, linearly interpolated where smaller.
+    """Resize a map [B, C, H, W] to [B, C, *size]: averaging if it is larger, linear interpolation if smaller.
 
     Example:
         >>> import torch
@@ -62,7 +62,7 @@ class ConvAdapter(nn.Module):
         _check_maps(student, teacher)
         (_, inputs, height, width), (_, outputs, *wanted) = student, teacher
         kernel = (1 + height - wanted[0], 1 + width - wanted[1])
-        self.size: tuple[int, int] | None = None  # to which maps are resized first, where the convolution does not
+        self.size: tuple[int, int] | None = None  # of a resize before the convolution
         if (height, width) == (2 * wanted[0], 2 * wanted[1]):
             self.conv: nn.Module = nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1)
         elif (2 * height, 2 * width) == (wanted[0], wanted[1]):
@@ -76,7 +76,7 @@ class ConvAdapter(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, H, W] of the student -> the teacher's [B, C, H, W]."""
+        """Map the student's [B, C, H, W] to the teacher's."""
         if self.size is not None:
             features = resize_map(features, self.size)
         projected: Tensor = self.relu(self.norm(self.conv(features)))
@@ -106,7 +106,7 @@ class Projection(nn.Module):
         self.relu: nn.Module = nn.ReLU() if activation else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, the teacher's C, H, W]."""
+        """Map [B, C, H, W] to the teacher's channels."""
         projected: Tensor = self.relu(self.norm(self.conv(features)))
         return projected
 

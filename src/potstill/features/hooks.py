@@ -50,7 +50,7 @@ def _capture_hook(features: dict[str, Tensor], path: str) -> Callable[[nn.Module
 
 
 def find_submodule(model: nn.Module, path: str) -> nn.Module:
-    """The submodule with this path.
+    """Return the submodule with this path.
 
     Raises:
         UsageError: there is none; names the nearest.
@@ -65,26 +65,26 @@ def find_submodule(model: nn.Module, path: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """What is to be read."""
+    """The features to read."""
 
     stages: tuple[Stage, ...] = ()
-    before_activation: bool = False  # their maps before the last activation
-    embedding: str | None = None  # path of the layer whose input is the embedding: ``Anatomy.embedder``
-    taps: tuple[str, ...] = ()  # layers whose outputs are read as they are
+    before_activation: bool = False  # whether to read maps before the last activation
+    embedding: str | None = None  # path of the layer whose input is the embedding
+    taps: tuple[str, ...] = ()  # submodules whose outputs are read unchanged
 
 
 @dataclass
 class CapturedFeatures:
-    """What was read; it is there once the network has run."""
+    """The features of the last forward pass."""
 
     features: dict[str, Tensor] = field(default_factory=dict)  # by path
     embedding: Tensor | None = None  # [B, D]
-    found: list[Tensor | None] = field(default_factory=list)  # for each stage, as the network holds it
+    found: list[Tensor | None] = field(default_factory=list)  # of each stage, in the network's layout
     stages: tuple[Stage, ...] = ()
 
     @property
     def maps(self) -> tuple[Tensor, ...]:
-        """The stages' maps [B, C, H, W], in the order of the request; tokens as a grid, without class tokens.
+        """Maps [B, C, H, W] of the stages in the order of the request; tokens as a grid, without class tokens.
 
         Raises:
             UsageError: the forward pass did not come to a stage.
@@ -99,7 +99,7 @@ class CapturedFeatures:
 
 @contextmanager
 def capture_features(model: nn.Module, request: FeatureRequest) -> Iterator[CapturedFeatures]:
-    """Within the block, each forward pass of ``model`` is read anew; gradients flow through what is read.
+    """Within the block, read the features of each forward pass of ``model``; gradients flow through them.
 
     The hooks end with the block, so the model can be copied, exported and compiled afterwards.  Maps into which the
     network writes later (activations in place) are copied.
@@ -136,19 +136,19 @@ def capture_features(model: nn.Module, request: FeatureRequest) -> Iterator[Capt
 
 
 class _StageReader:
-    """Keeps one stage's map in its place of ``found``."""
+    """Stores one stage's map in ``found``."""
 
     def __init__(self, found: list[Tensor | None], position: int, stage: Stage, before_activation: bool) -> None:
         self.found, self.position, self.stage = found, position, stage
         self.source = stage.before if before_activation else ("function" if stage.activated else "map")
         self.copied = stage.copied_before if before_activation else stage.copied
         self.calls = 0  # of the stage's module, within one forward pass
-        self.latest: Tensor | None = None  # what the activation was last given
-        self.result: Tensor | None = None  # what it made of that
-        self.open = False  # whether the activation function that comes next may be the one
+        self.latest: Tensor | None = None  # last input of the activation
+        self.result: Tensor | None = None  # its output
+        self.open = False  # whether the next activation function may be the stage's
 
     def attach(self, model: nn.Module, hooks: ExitStack) -> None:
-        """Set the hooks that this stage needs."""
+        """Register the hooks of this stage."""
         stage = self.stage
         module = find_submodule(model, stage.module)
         hooks.callback(model.register_forward_pre_hook(self._begin).remove)
@@ -193,7 +193,7 @@ class _StageReader:
         self.latest = self._copy(_first_input(args, kwargs))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The stage's module has put out its result."""
+        """Handle the output of the stage's module."""
         self.open, number = False, self.calls
         self.calls += 1
         output = first_tensor(output)
@@ -210,7 +210,7 @@ class _StageReader:
             self.found[self.position] = self.latest
 
     def _activating(self, tensor: Tensor) -> Tensor | None:
-        """An activation function is about to run."""
+        """Handle the input of an activation function."""
         if not self.open or (self.stage.activated and tensor is not self.latest):
             return None
         return tensor if self.stage.activated else self._copy(tensor)

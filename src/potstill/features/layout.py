@@ -1,4 +1,4 @@
-"""How a tensor holds a feature map: channels first, channels last, or a row of tokens."""
+"""Layouts of feature maps: channels first, channels last, or tokens."""
 
 import math
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from potstill.errors import UsageError
 
 Layout = Literal["NCHW", "NHWC", "tokens"]
 
-MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens before those of the patches
+MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens before the patches
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A map of ``height`` x ``width`` places with ``channels`` numbers each, and where a tensor keeps them."""
+    """Shape and layout of a feature map."""
 
     layout: Layout
     channels: int
@@ -26,11 +26,11 @@ class Grid:
 
     @property
     def area(self) -> int:
-        """The number of places."""
+        """Number of positions."""
         return self.height * self.width
 
     def to_map(self, tensor: Tensor) -> Tensor:
-        """The tensor as [B, C, H, W], without its prefix.
+        """Return the tensor as [B, C, H, W], without prefix tokens.
 
         Example:
             >>> import torch
@@ -47,7 +47,7 @@ class Grid:
         return tensor
 
     def _places(self, count: int) -> tuple[int, int]:
-        """Height and width of so many tokens: those known, or of the same proportions for images of another size."""
+        """Return height and width for a number of tokens, with the known aspect ratio at another size."""
         height = round(math.sqrt(count * self.height / self.width))
         width = count // max(height, 1)
         if height * width != count:
@@ -56,7 +56,7 @@ class Grid:
 
 
 class LayoutDetector:
-    """Recognises maps by their shapes: a map has the proportions of the image.
+    """Recognises maps by their shapes: a map has the aspect ratio of the image.
 
     Args:
         image: shape [B, C, H, W] of the images that the network reads.
@@ -64,11 +64,11 @@ class LayoutDetector:
 
     def __init__(self, image: Iterable[int]) -> None:
         self.batch, _, self.height, self.width = image
-        self.order: Layout = "NCHW"  # of the last map that left no doubt
-        self.patches: list[Grid] = []  # maps seen so far, of which a row of tokens may be made
+        self.order: Layout = "NCHW"  # of the last unambiguous map
+        self.patches: list[Grid] = []  # maps so far, which may be flattened to tokens
 
     def grid(self, shape: tuple[int, ...]) -> Grid | None:
-        """The map that a tensor of this shape holds; None where it holds none."""
+        """Return the grid of a tensor of this shape; None if it is no map."""
         if len(shape) == 3 and shape[0] == self.batch:
             return self._tokens(shape[1], shape[2])
         if len(shape) != 4 or shape[0] != self.batch:
@@ -88,7 +88,7 @@ class LayoutDetector:
         return grid
 
     def _fits(self, height: int, width: int) -> bool:
-        """Within one pixel of the image's proportions; square for square images."""
+        """Return whether the shape has the image's aspect ratio within one pixel; square for square images."""
         return abs(height * self.width - width * self.height) < max(self.height, self.width)
 
     def _tokens(self, count: int, channels: int) -> Grid | None:

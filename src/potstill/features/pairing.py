@@ -1,4 +1,4 @@
-"""Which stage of the student belongs to which of the teacher."""
+"""Pair stages of the student with stages of the teacher."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ StagePair = tuple[Stage, Stage]  # the student's, the teacher's
 
 
 def pair_stages(student: NetworkStructure, teacher: NetworkStructure) -> tuple[StagePair, ...]:
-    """Every stage of the network that has fewer, each with one of the other network's, shallow to deep.
+    """Pair every stage of the network with fewer stages with one of the other network, shallow to deep.
 
     The last belongs to the last.  Before it, partners are those whose resolutions differ least, in halvings relative to
     each network's image; where that leaves a choice, those at the most similar relative depth.
@@ -33,18 +33,18 @@ def pair_stages(student: NetworkStructure, teacher: NetworkStructure) -> tuple[S
 
 
 def middle_pair(student: NetworkStructure, teacher: NetworkStructure) -> StagePair:
-    """The pair halfway, the shallower of two: the second of three or four, as FitNet's published numbers use."""
+    """Return the middle pair (the shallower of two), as in FitNet's published results."""
     pairs = pair_stages(student, teacher)
     return pairs[(len(pairs) - 1) // 2]
 
 
 def last_pair(student: NetworkStructure, teacher: NetworkStructure) -> StagePair:
-    """The deepest pair."""
+    """Return the deepest pair."""
     return pair_stages(student, teacher)[-1]
 
 
 def format_pairs(pairs: Sequence[StagePair]) -> str:
-    """For people: the paths and shapes [C, H, W] of each pair, and how many times larger the teacher's is.
+    """Describe the paths and shapes [C, H, W] of each pair, and the ratio of their sizes.
 
     Example:
         >>> small, large = Stage("stage2", 32, 8, 8, "NCHW"), Stage("blocks.5", 192, 4, 4, "tokens", 1)
@@ -85,7 +85,7 @@ def _mismatch(fewer: NetworkStructure, more: NetworkStructure, positions: Sequen
 
 
 def _halvings(structure: NetworkStructure, position: int) -> float:
-    """How often the image was halved to come to this size."""
+    """Return how often the image was halved to this size."""
     stage, (height, width) = structure.stages[position], structure.image
     if height and width:
         return math.log2(height * width / (stage.height * stage.width)) / 2

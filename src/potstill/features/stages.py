@@ -23,14 +23,14 @@ from potstill.features.tracing import (
     trace_forward,
 )
 
-# A map of one pixel is a stage where a network with small images simply goes on halving.  More at once than this is
-# the network's way to flatten (timm's VGG reads its 7 x 7 map by one convolution).
+# A map of one pixel is a stage if a network with small images just goes on halving.  A larger reduction at once is
+# flattening (timm's VGG reads its 7 x 7 map by one convolution).
 _LAST_STEP = 16
-_ISOTROPIC_STAGES = 4  # into which blocks of equal resolution are divided, as the four of common pyramids
+_ISOTROPIC_STAGES = 4  # for blocks of equal resolution, as in common pyramids
 
 
 def find_stage_ends(seen: ForwardTrace) -> list[ModuleCall]:
-    """The calls that end the stages, shallow to deep."""
+    """Return the calls that end the stages, shallow to deep."""
     blocks = _blocks(seen)
     body = _body(seen, blocks)
     sizes = list(dict.fromkeys(map_size(call) for call in body))
@@ -50,7 +50,7 @@ def find_stage_ends(seen: ForwardTrace) -> list[ModuleCall]:
 
 
 def _body(seen: ForwardTrace, blocks: list[ModuleCall]) -> list[ModuleCall]:
-    """Calls that could end a stage: they put out maps, are no detour, belong to no stem and do not end in pooling."""
+    """Return calls that could end a stage: they output maps, on the main path, after the stem, and not by pooling."""
     begin = _begin(seen, blocks)
     calls = [call for call in seen.calls if call.grid is not None and call.productive and not _detour(call)]
     inside_ends: dict[ModuleCall, ModuleCall] = {}  # by call: the last one inside it
@@ -77,7 +77,7 @@ def _body(seen: ForwardTrace, blocks: list[ModuleCall]) -> list[ModuleCall]:
 
 
 def _detour(call: ModuleCall) -> bool:
-    """Whether the map is smaller than what comes of it (squeeze and excitation), or larger than all around it."""
+    """Return whether the map is smaller than its result (squeeze and excitation), or larger than all around it."""
     area = map_grid(call).area
     for outer in call.around:
         if outer.grid is not None:
@@ -88,17 +88,17 @@ def _detour(call: ModuleCall) -> bool:
 
 
 def _steps_around(call: ModuleCall) -> int:
-    """The number of modules around it that go on to a smaller map."""
+    """Return the number of enclosing modules that go on to a smaller map."""
     return sum(outer.grid is not None and outer.grid.area < map_grid(call).area for outer in call.around)
 
 
 def _goes_on(first: ModuleCall) -> bool:
-    """Whether the first map of one pixel is made as all before it, rather than by pooling."""
+    """Return whether the first map of one pixel is computed like all before it, not by pooling."""
     return first.grid_in is not None and 1 < first.grid_in.area <= _LAST_STEP
 
 
 def _blocks(seen: ForwardTrace) -> list[ModuleCall]:
-    """Calls of the units of which networks are built.
+    """Return the calls of the blocks that networks are built of.
 
     They have several layers each, and there are several of one class, or they stand in a row with such.
     """
@@ -118,7 +118,7 @@ def _blocks(seen: ForwardTrace) -> list[ModuleCall]:
 
 
 def _row(seen: ForwardTrace, call: ModuleCall) -> tuple[str, int] | None:
-    """The outermost of the containers directly around it, and how deep it lies in there."""
+    """Return the outermost of the containers directly around a call, and its depth in there."""
     path, depth = call.path, 0
     while (outer := _parent(path)) in seen.containers:
         path, depth = outer, depth + 1
@@ -138,9 +138,9 @@ def _begin(seen: ForwardTrace, blocks: list[ModuleCall]) -> int:
 
 
 def _divided(only: ModuleCall, seen: ForwardTrace, blocks: list[ModuleCall]) -> list[ModuleCall]:
-    """The ends of four groups of blocks, where a network keeps its resolution."""
+    """Return the ends of four groups of blocks, for a network of constant resolution."""
     outer = [call for call in blocks if not any(other in call.around for other in blocks)]
-    if not outer:  # blocks without a class of their own
+    if not outer:  # blocks without their own class
         outer = [
             call for call in seen.calls if _parent(call.path) == only.path and count_weight_layers(call.module) >= 2
         ]
@@ -162,7 +162,7 @@ def _is_layer_norm(module: nn.Module) -> bool:
 
 
 def find_head(seen: ForwardTrace) -> ModuleCall | None:
-    """The linear layer whose output is the logits."""
+    """Return the linear layer whose output is the logits."""
     linear = _linear_calls(seen)
     for call in linear:
         if call.output is seen.logits:
@@ -183,7 +183,7 @@ def find_first_head(seen: ForwardTrace) -> ModuleCall | None:
 
 
 def _linear_calls(seen: ForwardTrace) -> list[ModuleCall]:
-    """Linear layers that read one row for each image, the last first."""
+    """Return the linear layers with one input row per image, last first."""
     if not isinstance(seen.logits, Tensor) or seen.logits.ndim != 2:
         return []
     calls = [call for call in seen.calls if isinstance(call.module, nn.Linear) and not call.behind]
@@ -216,7 +216,7 @@ def find_pooled_map(seen: ForwardTrace, head: ModuleCall | None, chosen: Sequenc
 
 @dataclass(frozen=True)
 class PreActivation:
-    """Where the map before activation is read; see ``Stage``."""
+    """Where to read the map before activation; see ``Stage``."""
 
     kind: Literal["map", "activation", "function", "output", "norm"]
     activation: str | None
@@ -225,7 +225,7 @@ class PreActivation:
 
 
 def find_pre_activation(seen: ForwardTrace, call: ModuleCall) -> PreActivation:
-    """How to read the map before the activation that ended this call.
+    """Return how to read the map before the activation that ended this call.
 
     In networks that activate at the start of a block, the map is a bare sum, and the next block's BatchNorm gives its
     form before activation; so the published numbers of OFD and AB on wide residual networks are made.
@@ -255,7 +255,7 @@ def _next_block_norm(seen: ForwardTrace, call: ModuleCall) -> PreActivation | No
 
 
 def _find_norm(seen: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> str | None:
-    """The BatchNorm whose output, perhaps with a shortcut added, is activated."""
+    """Return the BatchNorm whose output, perhaps with a shortcut added, is activated."""
     if activated is not None and activated.around and activated.around[-1] in _norm_calls(seen):
         found: ModuleCall | None = activated.around[-1]
     else:
@@ -269,7 +269,7 @@ def _source_norm(seen: ForwardTrace, tensor: Tensor | None) -> ModuleCall | None
 
 
 def _last_norm(seen: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> ModuleCall | None:
-    """The last BatchNorm of the block's own path, unless a convolution follows it there.
+    """Return the last BatchNorm of the block's main path, unless a convolution follows it.
 
     A shortcut has a BatchNorm of its own, which may be called later: it lies deeper, or reads the block's input.
     """
@@ -312,41 +312,41 @@ class Stage:
     normalise and activate at the start of the next block).
     """
 
-    path: str  # unique within a network; the module's own, unless it is called several times or activated outside
+    path: str  # unique within a network; the module's path, unless it is called several times or activated outside
     channels: int
     height: int
     width: int
     layout: Layout
     prefix: int = 0  # class, distillation and register tokens before those of the grid
     activation: str | None = None  # path of the module whose input is the map before activation
-    norm: str | None = None  # path of the BatchNorm2d in front of the activation, or of the map where there is none
+    norm: str | None = None  # path of the BatchNorm2d before the activation, or of the map without one
     module: str = ""  # path as in ``named_modules()``
-    call: int | None = None  # which call of the module, from 0; None where there is but one
-    activated: bool = False  # whether the map is what an activation function made of the module's output
+    call: int | None = None  # index of the call of the module; None for a single call
+    activated: bool = False  # whether the map is the output of an activation function after the module
     before: Literal["map", "activation", "function", "output", "norm"] = "map"
     copied: bool = False  # whether the network writes into the map later, so that it must be copied when read
     copied_before: bool = False  # the same for the map before activation
 
     @property
     def grid(self) -> Grid:
-        """Its shape, and how the module's output holds it."""
+        """Its shape and layout."""
         return Grid(self.layout, self.channels, self.height, self.width, self.prefix)
 
 
 @dataclass(frozen=True)
 class NetworkStructure:
-    """What a network consists of, as far as distillation asks."""
+    """The structure of a network for distillation."""
 
     stages: tuple[Stage, ...]  # shallow to deep, without the stem
     head: str | None  # path of the nn.Linear whose output is the logits
     embedding: int | None  # length of the embedding: the input of ``embedder``
-    pooled: bool  # whether the head reads the mean of the last stage's map over its places
-    embedder: str | None = None  # path of the head; of the first, where the logits are the mean of several
+    pooled: bool  # whether the head reads the spatial mean of the last stage's map
+    embedder: str | None = None  # path of the head, or of the first of several averaged heads
     image: tuple[int, int] = (0, 0)  # height and width of the images
 
 
 def find_stages(model: nn.Module, example: Tensor) -> NetworkStructure:
-    """The anatomy of a classifier, from one forward pass in eval mode over the first two images.
+    """Return the structure of a classifier, from one forward pass in eval mode over the first two images.
 
     A stage ends with the last module whose output has its resolution, seen from outside: of a whole residual stage, not
     of its convolutions; of a plain network, the last activation before the pooling.  The stem is left out: whatever
@@ -387,7 +387,7 @@ def find_stages(model: nn.Module, example: Tensor) -> NetworkStructure:
 
 
 def find_stage_at(model: nn.Module, example: Tensor, path: str) -> Stage:
-    """The stage that ends with the module ``path``, for people who know better than ``find_stages``.
+    """Return the stage that ends with the module ``path``, to override ``find_stages``.
 
     Args:
         model: images [B, 3, H, W] -> logits [B, K]; it stays as it was.

@@ -1,4 +1,4 @@
-"""Networks that are trained and deployed in the student's place: the student with other last layers (NORM, SimKD).
+"""Students with replaced last layers, trained and deployed instead of the student (NORM, SimKD).
 
 Each is built from a student and plain values, so that a saved model can be built again without teacher and method.
 """
@@ -44,7 +44,7 @@ def require_module_output(stage: Stage, method: str) -> None:
 
 
 def constructor_arguments(given: dict[str, Any], name: str) -> dict[str, Any]:
-    """What ``locals()`` holds at the start of an ``__init__``: its arguments, without the network."""
+    """Return the arguments in ``locals()`` at the start of an ``__init__``, without the network."""
     left_out = ("self", "network", "__class__")
     return {"name": name, **{key: value for key, value in given.items() if key not in left_out}}
 
@@ -53,7 +53,7 @@ LAYER_NORM_EPSILON = 1e-7  # of the logits, in NORM's release
 
 
 class ExpandedStage(ModifiedStudent):
-    """The student with a linear block behind its last stage: 1x1 to many channels, 1x1 back, plus the map itself.
+    """The student with a linear block after its last stage: 1x1 to many channels, 1x1 back, plus the map itself.
 
     Args:
         network: the student; its last stage is replaced in place.
@@ -92,16 +92,16 @@ class ExpandedStage(ModifiedStudent):
 
     @property
     def tap(self) -> str:
-        """Path of the submodule that puts out the expanded map [B, expanded, H, W]."""
+        """Path of the submodule that outputs the expanded map [B, expanded, H, W]."""
         return f"network.{self.stage}.1.expand"
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, K]."""
+        """Return logits [B, K] for images [B, 3, H, W]."""
         return _scale_logits(self.network(images), self.logit_scale)
 
     @torch.no_grad()
     def merged(self) -> "MergedStage":
-        """The same function in eval mode with one 1x1 convolution in the block's place; this network stays as it is."""
+        """Return an equivalent network for eval mode, with one 1x1 convolution in place of the block."""
         network = copy.deepcopy(self.network)
         old, block = cast(nn.Sequential, network.get_submodule(self.stage))
         weight, bias = cast(ExpansionBlock, block).as_one()
@@ -117,7 +117,7 @@ class ExpandedStage(ModifiedStudent):
 
 
 class MergedStage(ModifiedStudent):
-    """The student with one 1x1 convolution behind its last stage.
+    """The student with one 1x1 convolution after its last stage.
 
     Args: as those of ``ExpandedStage``.
     """
@@ -135,12 +135,12 @@ class MergedStage(ModifiedStudent):
         network.set_submodule(stage, nn.Sequential(find_submodule(network, stage), place_wise))
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, K]."""
+        """Return logits [B, K] for images [B, 3, H, W]."""
         return _scale_logits(self.network(images), self.logit_scale)
 
 
 class ExpansionBlock(nn.Module):
-    """BatchNorm(1x1 convolution) to many channels, the same back, and the input on top."""
+    """BatchNorm(1x1 convolution) to many channels and back, plus the input."""
 
     def __init__(self, channels: int, expanded: int, layout: Layout) -> None:
         super().__init__()
@@ -151,12 +151,12 @@ class ExpansionBlock(nn.Module):
             nn.init.kaiming_normal_(cast(nn.Conv2d, layer[0]).weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: Tensor) -> Tensor:
-        """Same shape and layout."""
+        """Return a map of the same shape and layout."""
         given = _to_channels_first(features, self.layout)
         return _to_layout(self.back(self.expand(given)) + given, self.layout)
 
     def as_one(self) -> tuple[Tensor, Tensor]:
-        """Weight [C, C] and bias [C] of the one linear map that the block is in eval mode, in float64."""
+        """Return weight [C, C] and bias [C] of the linear map of the block in eval mode, in float64."""
         wide, wide_bias = _fold_batch_norm(self.expand)
         narrow, narrow_bias = _fold_batch_norm(self.back)
         unit = torch.eye(len(narrow), dtype=narrow.dtype, device=narrow.device)
@@ -171,7 +171,7 @@ class PointwiseConv(nn.Module):
         self.conv, self.layout = conv, layout
 
     def forward(self, features: Tensor) -> Tensor:
-        """Same shape and layout."""
+        """Return a map of the same shape and layout."""
         return _to_layout(self.conv(_to_channels_first(features, self.layout)), self.layout)
 
 
@@ -198,7 +198,7 @@ def _scale_logits(logits: Tensor, scale: float) -> Tensor:
 
 
 def _fold_batch_norm(layer: nn.Sequential) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a 1x1 convolution and its BatchNorm in eval mode, in float64."""
+    """Return weight and bias of a 1x1 convolution and its BatchNorm in eval mode, in float64."""
     conv, norm = cast(nn.Conv2d, layer[0]), cast(nn.BatchNorm2d, layer[1])
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -271,7 +271,7 @@ class ProjectedHead(ModifiedStudent):
         self.head = nn.Linear(outputs, classes, bias=bias).requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, K]."""
+        """Return logits [B, K] for images [B, 3, H, W]."""
         self.network(images)
         kept = cast(OutputCapture, self.network.get_submodule(self.stage)).take()
         features = self.grid.to_map(kept)
@@ -282,7 +282,7 @@ class ProjectedHead(ModifiedStudent):
 
 
 class OutputCapture(nn.Module):
-    """A submodule whose last output can be taken once; nothing is left behind for copies and exports to trip over."""
+    """A submodule whose last output can be taken once, so that no tensor is left for copies and exports."""
 
     def __init__(self, module: nn.Module, *, copied: bool) -> None:
         super().__init__()
@@ -290,13 +290,13 @@ class OutputCapture(nn.Module):
         self._output: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the submodule itself."""
+        """Return the submodule's output."""
         output: Tensor = self.module(*args, **kwargs)
         self._output = output.clone() if self.copied else output
         return output
 
     def take(self) -> Tensor:
-        """The last output.
+        """Return the last output.
 
         Raises:
             UsageError: the submodule has not run.
@@ -320,7 +320,7 @@ MODIFIED_STUDENTS: dict[str, type[ModifiedStudent]] = {
 
 
 def rebuild_student(network: nn.Module, facts: dict[str, Any]) -> ModifiedStudent:
-    """The module that ``facts`` describe, around an untouched student's network, ready for its saved weights.
+    """Return the module that ``facts`` describe, around an unchanged student, ready for its saved weights.
 
     Args:
         network: the student as it is created; changed in place.

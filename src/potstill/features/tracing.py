@@ -27,7 +27,7 @@ _NO_ACTIVATIONS = ("Softmax", "Softmin", "LogSoftmax", "Softmax2d", "MultiheadAt
 
 
 class ActivationMode(TorchFunctionMode):
-    """Within the block, tells of every activation function: its input before the call, its input and result after."""
+    """Within the block, report every call of an activation function: its input before, its input and result after."""
 
     def __init__(self, before: Callable[[Tensor], Any], after: Callable[[Any, Tensor], None]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class ActivationCall:
     """An activation, with the tensors before and after it and their versions then."""
 
     path: str | None  # of the module; None where the network called a function
-    around: "tuple[ModuleCall, ...]"  # calls that were under way, outermost first
+    around: "tuple[ModuleCall, ...]"  # enclosing calls, outermost first
     before: Tensor
     before_version: int
     after: Tensor
@@ -74,11 +74,11 @@ class ActivationCall:
 
     @property
     def overwritten(self) -> bool:
-        """Whether it (or anything later) wrote into the tensor before it."""
+        """Whether this call or a later one wrote into its input."""
         return _version(self.before) != self.before_version
 
     def produced(self, tensor: Tensor) -> bool:
-        """Whether the tensor is the result, and nothing was written into it since."""
+        """Return whether the tensor is the result, unchanged since."""
         return self.after is tensor and self.after_version == _version(tensor)
 
 
@@ -89,21 +89,21 @@ class ModuleCall:
     path: str
     module: nn.Module
     number: int  # of the calls of this module, from 0
-    around: "tuple[ModuleCall, ...]"  # calls that were under way, outermost first
+    around: "tuple[ModuleCall, ...]"  # enclosing calls, outermost first
     start: int
-    source: Tensor | None  # the first tensor that it was given
+    source: Tensor | None  # its first input tensor
     grid_in: Grid | None
     behind: bool = False
     end: int = 0
-    output: Tensor | None = None  # what it put out: a tensor, or the first of several
+    output: Tensor | None = None  # its output: a tensor, or the first of several
     grid: Grid | None = None
     version: int = 0
-    mean: Tensor | None = None  # [B, C], over the map's places
-    activated: ActivationCall | None = None  # the activation that put out this very tensor
+    mean: Tensor | None = None  # [B, C], spatial
+    activated: ActivationCall | None = None  # the activation with this output
 
     @property
     def overwritten(self) -> bool:
-        """Whether the network wrote into the output later."""
+        """Whether the output was modified later."""
         return self.output is not None and _version(self.output) != self.version
 
     @property
@@ -122,39 +122,39 @@ class ForwardTrace:
     """A forward pass."""
 
     image: tuple[int, int]
-    containers: frozenset[str]  # paths of modules that hold others in a row
+    containers: frozenset[str]  # paths of sequential containers
     logits: Any = None
-    calls: list[ModuleCall] = field(default_factory=list)  # by their ends
+    calls: list[ModuleCall] = field(default_factory=list)  # in order of their ends
     activated: list[ActivationCall] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)  # calls of each path
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """A tensor itself, or the first of those that a module puts out together."""
+    """Return a tensor, or the first of several outputs."""
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
 
 
 def map_grid(call: ModuleCall) -> Grid:
-    """The map that a call put out; for calls that did."""
+    """Return the grid of a call's output map."""
     assert call.grid is not None
     return call.grid
 
 
 def map_size(call: ModuleCall) -> tuple[int, int]:
-    """Height and width of the map that a call put out."""
+    """Return height and width of a call's output map."""
     return map_grid(call).height, map_grid(call).width
 
 
 def count_weight_layers(module: nn.Module) -> int:
-    """The number of convolutions and linear layers in it."""
+    """Return the number of convolutions and linear layers in a module."""
     return sum(isinstance(part, _WEIGHTS) for part in module.modules())
 
 
 @contextmanager
 def eval_no_grad(model: nn.Module) -> Iterator[None]:
-    """Within the block every module is in eval mode and nothing has gradients; then each has its own mode back."""
+    """Within the block, eval mode and no gradients; afterwards each module's mode is restored."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -166,7 +166,7 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 
 
 def trace_forward(model: nn.Module, images: Tensor) -> ForwardTrace:
-    """Record one forward pass in eval mode; the model stays as it was.
+    """Record one forward pass in eval mode; the model is unchanged.
 
     Two images are enough, and black ones show nothing: noise takes their place.
     """
@@ -195,7 +195,7 @@ class _Recorder:
         self.latest: ModuleCall | None = None  # the last call that ended with a tensor
 
     def hooks(self, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        """What runs before and after each call of this module."""
+        """Return the hooks before and after each call of this module."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             source = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -217,11 +217,11 @@ class _Recorder:
         return before, after
 
     def activating(self, given: Tensor) -> tuple[Tensor, int]:
-        """An activation function is about to run."""
+        """Record the input of an activation function."""
         return given, _version(given)
 
     def activated(self, kept: tuple[Tensor, int], result: Tensor) -> None:
-        """It has run."""
+        """Record its result."""
         if self.under_way and is_activation(self.under_way[-1].module):
             return
         given, version = kept

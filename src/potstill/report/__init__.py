@@ -1,1 +1,1 @@
-"""Reports from the files of runs: pictures, texts, the model card; the page of a run, of several, of a sweep."""
+"""Reports from the files of runs: figures, text reports, model card, and the pages of runs and sweeps."""

@@ -1,8 +1,7 @@
-"""From a drawing function to a PNG file's bytes or to SVG text that follows the page's colours.
+"""Render a drawing function to PNG bytes, or to SVG text in the page's colours.
 
-matplotlib is imported on first use (0.4 s) and used through its objects: no pyplot, no display, no global figures.
-Margins are measured once, here: matplotlib's own layout engines draw and measure every text several times, which was
-half of the time of a report.
+matplotlib is imported on first use (0.4 s), without pyplot.  Margins are measured once, here: matplotlib's layout
+engines measure every text several times, which was half of the time of a report.
 """
 
 import io
@@ -65,16 +64,16 @@ _STYLE: dict[str, Any] = {
 def as_png(draw: DrawFunction, size: tuple[float, float], *, dpi: int = DPI, families: Sequence[str] = ()) -> bytes:
     """Return the drawing, ``size`` inches wide and high, as a PNG file on white.
 
-    ``families``: fonts for letters that the default font lacks.
+    ``families``: further fonts, for letters that the default font lacks.
     """
     with _style(families=families):
         return _png(draw_figure(draw, size), dpi)
 
 
 def as_svg(draw: DrawFunction, size: tuple[float, float], *, name: str, label: str) -> str:
-    """The drawing as an ``<svg>`` element for the page.
+    """Return the drawing as an ``<svg>`` element for the page.
 
-    ``name`` makes the ids inside unique in the page; ``label`` says what the picture shows to those who do not see it.
+    ``name`` makes the ids inside unique in the page; ``label`` is the text for screen readers.
     """
     with _style(name):
         return _svg(draw_figure(draw, size), label)
@@ -83,7 +82,7 @@ def as_svg(draw: DrawFunction, size: tuple[float, float], *, name: str, label: s
 def as_png_and_svg(
     draw: DrawFunction, size: tuple[float, float], *, name: str, label: str, dpi: int
 ) -> tuple[bytes, str]:
-    """``as_png`` and ``as_svg`` of one drawing."""
+    """Return ``as_png`` and ``as_svg`` of one drawing."""
     with _style(name):
         figure = draw_figure(draw, size)
         return _png(figure, dpi), _svg(figure, label)
@@ -103,33 +102,33 @@ def _svg(figure: "Figure", label: str) -> str:
 
 @contextmanager
 def _style(name: str = "", families: Sequence[str] = ()) -> Iterator[None]:
-    """Within the block, matplotlib has the report's settings; ``name``: of what SVG ids are made."""
+    """Within the block, matplotlib has the report's settings; ``name`` seeds the SVG ids."""
     import matplotlib as mpl
 
-    kept, log = dict.copy(mpl.rcParams), logging.getLogger("matplotlib.font_manager")
+    original, log = dict.copy(mpl.rcParams), logging.getLogger("matplotlib.font_manager")
     level = log.level
-    log.setLevel(logging.ERROR)  # a font that has one weight only is reported each time it is used
+    log.setLevel(logging.ERROR)  # a font with a single weight is reported at each use
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # shown as a box; still a picture
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box
         try:
-            # As a plain dict: checking 300 settings anew for each picture takes longer than drawing some of them.
-            fonts = [DEFAULT_FONT, *families]  # by name: of a generic family matplotlib takes the first font alone
-            ours = _settings() | {"svg.hashsalt": name or None, "font.family": fonts}
-            dict.update(mpl.rcParams, ours)  # type: ignore[misc]
+            # As a plain dict: validating 300 settings for each picture takes longer than drawing some of them.
+            fonts = [DEFAULT_FONT, *families]  # by name: of a generic family matplotlib uses only the first font
+            settings = _settings() | {"svg.hashsalt": name or None, "font.family": fonts}
+            dict.update(mpl.rcParams, settings)  # type: ignore[misc]
             yield
         finally:
-            dict.update(mpl.rcParams, kept)
+            dict.update(mpl.rcParams, original)
             log.setLevel(level)
 
 
 @cache
 def _settings() -> dict[str, Any]:
-    """All settings of matplotlib, checked; those of a user (usetex, dark background) must not reach the report."""
+    """Return all settings of matplotlib, so that a user's own (usetex, dark background) do not affect the report."""
     import matplotlib.style
 
     with matplotlib.style.context(["default", _STYLE]):
-        ours = dict.copy(matplotlib.rcParams)
-    return {key: value for key, value in ours.items() if not key.startswith("backend")}
+        settings = dict.copy(matplotlib.rcParams)
+    return {key: value for key, value in settings.items() if not key.startswith("backend")}
 
 
 def draw_figure(draw: DrawFunction, size: tuple[float, float]) -> "Figure":
@@ -144,32 +143,31 @@ def draw_figure(draw: DrawFunction, size: tuple[float, float]) -> "Figure":
 
 
 def _set_layout(figure: "Figure", renderer: Any) -> None:
-    """Give the axes, side by side, all the room that their labels and the figure's legend leave."""
+    """Lay out the axes side by side in the space that their labels and the figure's legend leave."""
     width, height = figure.bbox.width, figure.bbox.height
     pad = _PADDING * figure.dpi
     below = sum(legend.get_window_extent(renderer).height for legend in figure.legends)
-    around = []
+    margins = []
     for axes in figure.axes:
         outer, inner = axes.get_tightbbox(renderer, for_layout_only=True), axes.get_window_extent()
-        around.append(
+        margins.append(
             (inner.x0 - outer.x0, inner.y0 - outer.y0, outer.x1 - inner.x1, outer.y1 - inner.y1)
             if outer is not None
             else (0.0, 0.0, 0.0, 0.0)
         )
-    low, high = (max(each[side] for each in around) for side in (1, 3))
-    room = (width - sum(left + right for left, _, right, _ in around) - pad * (len(around) + 1)) / len(around)
+    low, high = (max(each[side] for each in margins) for side in (1, 3))
+    inner_width = (width - sum(left + right for left, _, right, _ in margins) - pad * (len(margins) + 1)) / len(margins)
     bottom, top = pad + below + low, height - pad - high
-    place = pad
-    for axes, (left, _, right, _) in zip(figure.axes, around, strict=True):
-        # Long names in a small picture: the axes stay visible, names are cut off at the edge.
-        axes.set_position(
-            ((place + left) / width, bottom / height, max(room, 0.2 * width) / width, max(top - bottom, pad) / height)
-        )
-        place += left + room + right + pad
+    x = pad
+    for axes, (left, _, right, _) in zip(figure.axes, margins, strict=True):
+        # With long names in a small picture the axes stay visible and the names are cut off.
+        shown_width, shown_height = max(inner_width, 0.2 * width), max(top - bottom, pad)
+        axes.set_position(((x + left) / width, bottom / height, shown_width / width, shown_height / height))
+        x += left + inner_width + right + pad
 
 
 def _clean_svg(svg: bytes, label: str) -> str:
-    """Strip what a page does not need (prolog, metadata, fonts, fixed size) and let the page set the colours."""
+    """Remove prolog, metadata, fonts and fixed size, and replace colours by the page's variables."""
     root = ElementTree.fromstring(svg)  # nosec B314 # likewise
     for element in list(root.iter()):
         element.tag = element.tag.rpartition("}")[2]
@@ -186,7 +184,7 @@ def _clean_svg(svg: bytes, label: str) -> str:
 
 
 def _drop_unused_ids(root: ElementTree.Element) -> None:
-    """Keep the ids of clips and markers, which are hashes of our own; figure_1, axes_1, ... would repeat in a page."""
+    """Keep only referenced ids (hashes of clips and markers); figure_1, axes_1, ... would repeat in a page."""
     values = [value for element in root.iter() for key, value in element.attrib.items() if key != "id"]
     used = {name for value in values for name in re.findall(r"(?:^|url\()#([\w-]+)", value)}
     for element in root.iter():

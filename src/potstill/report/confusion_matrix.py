@@ -1,10 +1,11 @@
 """Confusion matrices: rows are true classes, columns predictions; blue is right, orange is wrong.
 
-The picture files are drawn by matplotlib; the page's are written as SVG here, which takes a hundredth of the time.
+PNG files are drawn by matplotlib; the page's SVG is written here, which takes a hundredth of the time.
 """
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 
 
 Matrix = np.ndarray[Any, Any]
-CellText = tuple[int, int, str, str]  # row, column, what stands there, colour
+CellText = tuple[int, int, str, str]  # row, column, text, colour
 CellContent = Literal["counts", "shares", "both"]
 
-_MAX_ANNOTATED = 20  # classes up to which each cell says its number
+_MAX_ANNOTATED = 20  # classes up to which cells show their number
 _CSS_VARIABLES = {light: f"var(--{name})" for name, (light, _) in CSS_COLORS.items()}
-_MAX_LABELLED = 40  # tick labels at most; of more classes every second, fifth, ... is named
+_MAX_LABELLED = 40  # tick labels; with more classes, every second, fifth, ... has one
 
 
 def draw_pair(figure: "Figure", matrix: Matrix, class_names: Sequence[str], title: str, *, legend: str = "") -> None:
@@ -40,13 +41,13 @@ def draw_pair(figure: "Figure", matrix: Matrix, class_names: Sequence[str], titl
 
 
 def matrix_svg(matrix: Matrix, class_names: Sequence[str], title: str, label: str) -> str:
-    """One matrix for the page, coloured by the share of the true class, with counts in the cells."""
+    """Return a matrix for the page, coloured by the share of the true class, with counts in the cells."""
     counts, shares, strength = _normalized_counts(matrix, "both")
     return _svg(_cell_colors(strength), _cell_texts(counts, shares, strength, "both"), class_names, title, label)
 
 
 def difference_svg(before: Matrix, after: Matrix, class_names: Sequence[str], title: str, label: str) -> str:
-    """After less before: blue where that is good (more on the diagonal, less beside it), orange where it is bad."""
+    """Return the difference ``after - before``: blue if good (more on the diagonal, less off it), orange if bad."""
     change = after.astype(np.int64) - before
     strength = np.sqrt(np.abs(change) / max(np.abs(change).max(initial=0), 1))
     good = np.where(np.eye(len(change), dtype=bool), change > 0, change < 0)
@@ -63,11 +64,11 @@ def difference_svg(before: Matrix, after: Matrix, class_names: Sequence[str], ti
 
 
 def _svg(fields: Any, texts: Iterator[CellText], class_names: Sequence[str], title: str, label: str) -> str:
-    """The fields are a picture of one pixel each, which the browser makes large; points as in matplotlib's SVG."""
+    """Return the SVG; cells are an image of one pixel each that the browser scales, lengths are in points."""
     from PIL import Image
 
     classes = len(class_names)
-    places, names, size = _tick_names(class_names, longest=18 if classes <= _MAX_ANNOTATED else 14)
+    positions, names, size = _tick_names(class_names, longest=18 if classes <= _MAX_ANNOTATED else 14)
     widest = 0.6 * size * max(map(display_width, names))
     level = classes <= 12 and max(map(display_width, names)) * classes <= 36
     total = 72 * (4.4 if classes <= 10 else 5.0)  # narrow enough that letters keep their size on a phone
@@ -78,7 +79,7 @@ def _svg(fields: Any, texts: Iterator[CellText], class_names: Sequence[str], tit
     Image.fromarray(np.rint(255 * fields).astype(np.uint8)).save(file, "PNG", compress_level=6)
     picture = base64.b64encode(file.getvalue()).decode()
     centre, middle = left + side / 2, top + side / 2
-    every = f" (one class in {places[1]} is named)" if len(places) > 1 and places[1] > 1 else ""
+    every = f" (one class in {positions[1]} is named)" if len(positions) > 1 and positions[1] > 1 else ""
     faint, grid = (
         "fill: var(--faint)",
         f"stroke: var(--grid); stroke-width: {0.6 if classes <= _MAX_ANNOTATED else 0.8}",
@@ -94,7 +95,7 @@ def _svg(fields: Any, texts: Iterator[CellText], class_names: Sequence[str], tit
         parts.append(
             f'<path d="M{left + at:.5g} {top:.5g}v{side:.5g}M{left:.5g} {top + at:.5g}h{side:.5g}" style="{grid}"/>'
         )
-    for at, name in zip(places, names, strict=True):
+    for at, name in zip(positions, names, strict=True):
         along, text = (at + 0.5) * step, _escaped(name)
         style = f"font-size: {size}px; {faint}"
         y = top + along + 0.35 * size
@@ -131,13 +132,13 @@ def _escaped(text: str) -> str:
 
 
 def pair_figure_size(classes: int) -> tuple[float, float]:
-    """Inches for ``draw_pair``."""
+    """Return the figure size in inches for ``draw_pair``."""
     side = _side_inches(classes)
     return 2 * side + 0.6, side + 0.1
 
 
 def draw_matrix(axes: "Axes", matrix: Matrix, class_names: Sequence[str], shown: CellContent, title: str) -> None:
-    """Colour by the square root of the share, so that a confusion of 1 % is visible beside 99 % right."""
+    """Draw a matrix coloured by the square root of the share, so that a confusion of 1 % is visible."""
     counts, shares, strength = _normalized_counts(matrix, shown)
     classes = len(counts)
     axes.imshow(_cell_colors(strength), interpolation="none", aspect="equal")
@@ -149,7 +150,7 @@ def draw_matrix(axes: "Axes", matrix: Matrix, class_names: Sequence[str], shown:
 
 
 def _normalized_counts(matrix: Matrix, shown: CellContent) -> tuple[Any, Any, Any]:
-    """Counts, their shares of the true class, and how strong each field's colour is."""
+    """Return counts, their shares of the true class, and the opacity of each cell."""
     counts = np.asarray(matrix, dtype=np.float64)
     rows = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, rows, out=np.zeros_like(counts), where=rows > 0)
@@ -157,7 +158,7 @@ def _normalized_counts(matrix: Matrix, shown: CellContent) -> tuple[Any, Any, An
 
 
 def _frame(axes: "Axes", class_names: Sequence[str], title: str) -> None:
-    """Title, names of the classes, and a grid where there are few."""
+    """Draw title, class names and, for few classes, a grid."""
     classes = len(class_names)
     axes.set_title(title)
     axes.set_xlabel("predicted")
@@ -172,12 +173,12 @@ def _frame(axes: "Axes", class_names: Sequence[str], title: str) -> None:
 
 
 def _cell_colors(strength: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """RGBA [K, K, 4]: the diagonal is right, all else wrong."""
+    """Return RGBA [K, K, 4] with the diagonal as right, all else as wrong."""
     return _paint_cells(strength, np.eye(len(strength), dtype=bool))
 
 
 def _paint_cells(strength: Any, right: Any) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """RGBA [K, K, 4]: see-through where nothing is, so that it fits light and dark paper."""
+    """Return RGBA [K, K, 4], transparent for empty cells, so that it fits the light and the dark page."""
     from matplotlib.colors import to_rgb
 
     image = np.empty((*strength.shape, 4))
@@ -189,31 +190,24 @@ def _paint_cells(strength: Any, right: Any) -> "np.ndarray[Any, np.dtype[np.floa
 
 def _set_tick_names(axes: "Axes", class_names: Sequence[str], longest: int) -> None:
     classes = len(class_names)
-    places, names, size = _tick_names(class_names, longest)
-    axes.set_yticks(places, names, fontsize=size)
+    positions, names, size = _tick_names(class_names, longest)
+    axes.set_yticks(positions, names, fontsize=size)
     if classes <= 12 and max(map(len, names)) * classes <= 36:
-        axes.set_xticks(places, names, fontsize=size)
+        axes.set_xticks(positions, names, fontsize=size)
     else:
-        axes.set_xticks(places, names, fontsize=size, rotation=90, rotation_mode="anchor", ha="right", va="center")
-    if len(places) < classes:
-        axes.set_xlabel(f"predicted (one class in {places[1]} is named)")
+        axes.set_xticks(positions, names, fontsize=size, rotation=90, rotation_mode="anchor", ha="right", va="center")
+    if len(positions) < classes:
+        axes.set_xlabel(f"predicted (one class in {positions[1]} is named)")
 
 
 def _tick_names(class_names: Sequence[str], longest: int) -> tuple[list[int], list[str], float]:
-    """Which classes are named, how, and the size of their letters in points."""
+    """Return positions and names of the labelled classes, and the font size in points."""
     classes = len(class_names)
-    step = next(step for step in _tick_steps() if math.ceil(classes / step) <= _MAX_LABELLED)
-    places = list(range(0, classes, step))
-    size = 9.0 if len(places) <= 12 else 7.5 if len(places) <= 25 else 6.0
-    return places, [shorten(class_names[i], longest) or "(empty)" for i in places], size
-
-
-def _tick_steps() -> Any:
-    """1, 2, 5, 10, 20, 50, ..."""
-    power = 1
-    while True:
-        yield from (power, 2 * power, 5 * power)
-        power *= 10
+    steps = (factor * 10**power for power in itertools.count() for factor in (1, 2, 5))
+    step = next(step for step in steps if math.ceil(classes / step) <= _MAX_LABELLED)
+    positions = list(range(0, classes, step))
+    size = 9.0 if len(positions) <= 12 else 7.5 if len(positions) <= 25 else 6.0
+    return positions, [shorten(class_names[i], longest) or "(empty)" for i in positions], size
 
 
 def _grid(axes: "Axes", classes: int) -> None:
@@ -251,7 +245,7 @@ def _format_share(share: float, classes: int) -> str:
 
 
 def _fit_font_size(text: str, size: float, classes: int) -> float:
-    """Smaller type for long numbers: a cell has room for about five digits at ten classes."""
+    """Return a smaller font size for long numbers: at ten classes, about five digits fit in a cell."""
     longest = max(map(len, text.split("\n")))
     room = max(3, round(50 / classes))
     return size if longest <= room else max(4.0, size * room / longest)

@@ -1,7 +1,6 @@
-"""Names from folders and files, made fit for display: whatever they hold comes out as visible text.
+"""Names from folders and files as visible text.
 
-A page is drawn by a browser, which finds fonts by itself; a PNG file holds what matplotlib could draw: class names in
-fonts of this machine that have their letters, else as numbers.
+Browsers find fonts by themselves; PNG files show class names in installed fonts that have their letters, or as numbers.
 """
 
 import unicodedata
@@ -9,13 +8,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-# Joiners shape letters and emoji; every other invisible character is shown by its number.
+# Joiners shape letters and emoji; every other invisible character is escaped.
 _ZERO_WIDTH_JOINERS = {"\u200c", "\u200d"}
 _INVISIBLE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def escape_invisible(name: str) -> str:
-    r"""``name`` with control, direction-changing and unpaired characters written as escapes.
+    r"""Escape control characters, bidirectional overrides and lone surrogates.
 
     Example:
         >>> escape_invisible("cat\x1b[31m\u202egpj")
@@ -27,7 +26,7 @@ def escape_invisible(name: str) -> str:
 
 
 def shorten(name: str, longest: int = 18) -> str:
-    """``plain(name)`` with the middle left out where it has more than ``longest`` characters.
+    """Escape invisible characters and, above ``longest`` characters, leave out the middle.
 
     Example:
         >>> shorten("golden_retriever_puppy", 12)
@@ -41,7 +40,7 @@ def shorten(name: str, longest: int = 18) -> str:
 
 
 def display_width(text: str) -> int:
-    """Columns that ``text`` takes in a terminal: 2 for wide characters, 0 for combining ones."""
+    """Return the columns of ``text`` in a terminal: 2 for wide characters, 0 for combining ones."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -56,20 +55,20 @@ DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib
 
 
 class PictureLabels(NamedTuple):
-    """Class names as a picture can show them."""
+    """Class names as figures show them."""
 
-    names: tuple[str, ...]  # "#3" (counted from 1) where no font has the letters
-    families: tuple[str, ...]  # fonts that are needed beside the default one
+    names: tuple[str, ...]  # "#3" (counted from 1) if no font has the letters
+    families: tuple[str, ...]  # fonts needed besides the default one
     unreadable: tuple[str, ...]  # the names that were replaced
 
     @property
     def legend(self) -> str:
-        """The text to stand beside the numbers; empty where there are none."""
+        """Explanation of the numbers; empty if there are none."""
         return "(#n: n-th class of model.json)" if self.unreadable else ""
 
     @property
     def warning(self) -> str:
-        """One sentence for the user; empty where every name can be shown."""
+        """Warning for the user; empty if every name can be shown."""
         if not self.unreadable:
             return ""
         some = ", ".join(map(escape_invisible, self.unreadable[:3])) + (", ..." if len(self.unreadable) > 3 else "")
@@ -81,7 +80,7 @@ class PictureLabels(NamedTuple):
 
 
 def picture_labels(class_names: Sequence[str]) -> PictureLabels:
-    """Return what pictures show in place of ``class_names``.
+    """Return ``class_names`` as figures show them.
 
     Example:
         >>> picture_labels(["cat", "dog"])
@@ -95,19 +94,19 @@ def _picture_labels(class_names: tuple[str, ...]) -> PictureLabels:
     shown = [escape_invisible(name) for name in class_names]
     if all(name.isascii() for name in shown):
         return PictureLabels(class_names, (), ())
-    wanted = {character for name in shown for character in name if not character.isspace()} - _default_font_letters()
+    missing = {character for name in shown for character in name if not character.isspace()} - _default_font_letters()
     families: list[str] = []
-    for family, letters in _installed_fonts() if wanted else ():
-        if found := wanted & letters:
+    for family, letters in _installed_fonts() if missing else ():
+        if found := missing & letters:
             families.append(family)
-            wanted = wanted - found
-        if not wanted:
+            missing = missing - found
+        if not missing:
             break
-    missing = [bool(wanted & set(name)) for name in shown]
+    unreadable = [bool(missing & set(name)) for name in shown]
     return PictureLabels(
-        tuple(f"#{i}" if gone else name for i, (name, gone) in enumerate(zip(class_names, missing, strict=True), 1)),
+        tuple(f"#{i}" if bad else name for i, (name, bad) in enumerate(zip(class_names, unreadable, strict=True), 1)),
         tuple(families),
-        tuple(name for name, gone in zip(class_names, missing, strict=True) if gone),
+        tuple(name for name, bad in zip(class_names, unreadable, strict=True) if bad),
     )
 
 
@@ -121,9 +120,9 @@ def _default_font_letters() -> frozenset[str]:
 
 @cache
 def _installed_fonts() -> tuple[tuple[str, frozenset[str]], ...]:
-    """Family and letters of every outline font of this machine, upright and of regular weight first.
+    """Return family and letters of every installed outline font, those with a regular style first.
 
-    Fonts are looked for anew, since matplotlib's own list is kept from its first start on.
+    Searches anew, as matplotlib's own list is cached from its first start on.
     """
     from matplotlib.font_manager import findSystemFonts, fontManager
     from matplotlib.ft2font import FT2Font
@@ -135,7 +134,7 @@ def _installed_fonts() -> tuple[tuple[str, frozenset[str]], ...]:
             if font.scalable:  # fonts of coloured bitmaps (emoji) cannot be drawn
                 letters = frozenset(map(chr, font.get_charmap()))
                 found.append((font.style_name not in ("Regular", "Book"), font.family_name, path, letters))
-        except (OSError, RuntimeError, ValueError):  # a file that is no font, or of a kind that FreeType cannot read
+        except (OSError, RuntimeError, ValueError):  # no font, or none that FreeType can read
             continue
     best: dict[str, tuple[str, frozenset[str]]] = {}
     for _, family, path, letters in sorted(found, key=lambda each: each[:3]):

@@ -1,4 +1,4 @@
-"""report.md: the model card of a run's student, for model repositories; the licence is left to the user."""
+"""report.md: the model card of a run's student; the licence is left to the user."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ _CARD_METRICS = (
 
 
 def model_card(run: Run) -> str | None:
-    """Front matter and Markdown; None where no student was trained."""
+    """Return front matter and Markdown; None if no student was trained."""
     from huggingface_hub import ModelCard, ModelCardData
 
     student = run.stages.get("distilled") or run.stages.get("baseline")
@@ -58,16 +58,16 @@ def _card_text(run: Run, student: StageResult) -> str:
         + (f" and {len(run.class_names) - 20} more." if len(run.class_names) > 20 else "."),
         _escaped(verdict),
         "## Intended use",
-        "Images like those that it was trained on, of these classes and no others: for an image of anything else it "
-        "still names one of them.",
+        "Images like the training images, of these classes only: for an image of anything else it still predicts one "
+        "of them.",
         "## Metrics",
         _metric_table(run),
-        "On the test split, which no choice was made by.",
+        "On the test split, which was used for no choice.",
         "## Limits",
-        "- Figures hold for images drawn as the test images were. Nothing is known of others.\n"
-        "- Confidence is not the chance of being right; the calibration section of report.html says how far it is off."
-        "\n- Small classes are known less well than the mean suggests: see report.html, class by class.",
-        "## How it was made",
+        "- Metrics hold for images drawn like the test images. Nothing is known of others.\n"
+        "- Confidence is not the probability of being right; see the calibration section of report.html."
+        "\n- Metrics of small classes are less certain than the mean suggests: see report.html, class by class.",
+        "## Training",
         _training_sentence(run, student),
         "## Licence",
         "Not stated. It depends on the images and on the teacher's weights; add `license:` to the front matter.",
@@ -96,7 +96,7 @@ def _training_sentence(run: Run, student: StageResult) -> str:
 
 
 def _escaped(value: Any) -> str:
-    """Text that Markdown and HTML take for text, on one line."""
+    """Escape Markdown and HTML, on one line."""
     text = " ".join(escape_invisible(str(MISSING if value is None else value)).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#!])", r"\\\1", text)

@@ -1,6 +1,6 @@
-"""Render the files of a run from its results: pictures and text reports of each stage, report.md and report.html.
+"""Render the files of a run from its results: figures and text reports of each stage, report.md and report.html.
 
-The page is a list of sections; each has a function in ``report.sections`` and a template of the same name.
+Each section of the page has a function in ``report.sections`` and a template of the same name.
 """
 
 import base64
@@ -52,7 +52,7 @@ SECTIONS = (
 
 
 def render_page(run: Run) -> str:
-    """The whole page as HTML: one file, no script, nothing loaded from anywhere."""
+    """Return the page as self-contained HTML without scripts."""
     found = [(section, section.context(run)) for section in SECTIONS]
     shown = [(section, values) for section, values in found if values is not None]
     results = run.results
@@ -61,13 +61,13 @@ def render_page(run: Run) -> str:
 
 
 def render_template(template: str, values: dict[str, Any]) -> str:
-    """A template of this package with the page's colours and ``values``."""
+    """Render a template of this package with the page's colours and ``values``."""
     light, dark = theme.css_variables()
     environment = _jinja_environment()
     style = environment.get_template("style.css.j2").render(
         light=light, dark=dark, brighter=theme.DARK_IMAGE_BRIGHTNESS
     )
-    # The browser hashes what stands between <style> and </style>: no other style sheet can be smuggled in.
+    # For the Content-Security-Policy: the browser accepts no other style sheet.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return environment.get_template(template).render(style=style, style_hash=digest, **values)
 
@@ -76,7 +76,7 @@ def render_template(template: str, values: dict[str, Any]) -> str:
 def _jinja_environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # Every value is made visible text (finalize), then escaped; only `|safe`, for our own SVG and CSS, is not.
+    # Invisible characters are escaped (finalize), then HTML; not so values with `|safe`, our own SVG and CSS.
     return Environment(
         loader=PackageLoader("potstill.report", "templates"),
         autoescape=True,
@@ -88,15 +88,15 @@ def _jinja_environment() -> "Environment":
 
 
 def _finalize(value: Any) -> Any:
-    # Markup is a str subclass: our own SVG, CSS and <pre> text must keep their line ends.
+    # Markup is a subclass of str: our own SVG, CSS and <pre> text keep their line ends.
     return escape_invisible(value) if type(value) is str else value
 
 
 def render(run: Path | str) -> Path:
-    """Write all pictures, text reports, report.md and report.html of a run folder; returns the path of report.html.
+    """Write all figures, text reports, report.md and report.html of a run folder; return the path of report.html.
 
-    Reads results.json, recipe.yaml, environment.json, each stage's metrics and confusion matrices, and the students'
-    predictions on test; nothing else, and no network.  Stages and files that are absent are left out.
+    Reads only files of the run: results.json, recipe.yaml, environment.json, each stage's metrics and confusion
+    matrices, and the students' predictions on test.  Absent stages and files are left out.
 
     Raises:
         ArtifactError: no run folder, or a damaged file.
@@ -110,7 +110,7 @@ def render(run: Path | str) -> Path:
 def _render_run(found: Run) -> Path:
     for stage in found.stages.values():
         _render_stage(found, stage)
-    for stage in found.repeats.values():  # the page and the pictures show the first seed
+    for stage in found.repeats.values():  # page and figures show the first seed
         write_text(stage.folder / "metrics.txt", metrics_text(found, stage))
     text = model_card(found)
     if text is not None:

@@ -1,6 +1,6 @@
 """Read a run folder: results, metrics, confusion matrices, and the predictions of a stage on a split.
 
-A stage or file that was never made is absent, a damaged one is an error.
+Missing stages and files are left out; a damaged file is an error.
 """
 
 import contextlib
@@ -22,27 +22,27 @@ from potstill.formatting import format_number
 from potstill.io import encode_json, read_bytes, read_checksummed_json, read_checksummed_text
 
 SCHEMA = 1
-STAGES = ("teacher", "baseline", "distilled")  # of a plain run, and what runs are compared by
+STAGES = ("teacher", "baseline", "distilled")  # of a plain run
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """One trained (or ready-made) network of a run."""
+    """One trained or pretrained network of a run."""
 
     name: str
     folder: Path
     facts: dict[str, Any]  # its entry in results.json
     epochs: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl, by epoch
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # split -> final metrics
-    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256, as results.json has it
-    parsed_files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what was made of the files
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 in results.json
+    parsed_files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # cache
 
     def read(self, name: str) -> bytes | None:
-        """One of its files, compared with its digest; None where it was never made or is gone.
+        """Return the content of one of its files; None if it does not exist.
 
         Raises:
-            ArtifactError: other bytes than the run wrote.
+            ArtifactError: the SHA-256 differs.
         """
         return _read_verified(self.folder / name, self.files.get(name))
 
@@ -58,12 +58,12 @@ class StageResult:
 
     @property
     def training(self) -> dict[str, Any]:
-        """Epochs, best_epoch, seconds, images_per_second; empty for a ready-made teacher."""
+        """Epochs, best_epoch, seconds, images_per_second; empty for a pretrained teacher."""
         return self.facts.get("training") or {}
 
     @property
     def teaching(self) -> dict[str, Any]:
-        """Whom it learns from (``by``), and what their answers cost in each step; empty for teachers and baseline."""
+        """Its teachers (``by``) and their cost per step; empty for teachers and baseline."""
         return self.facts.get("teaching") or {}
 
     @property
@@ -73,16 +73,16 @@ class StageResult:
 
     @property
     def latency_of_batch(self) -> dict[str, Any]:
-        """The same for several images at once; empty where it was not measured."""
+        """Latency of a larger batch; empty if not measured."""
         return self.facts.get("latency_batch_ms") or {}
 
     @property
     def memory(self) -> dict[str, Any]:
-        """Bytes of ``weights`` and ``activations``; empty where they were not measured."""
+        """Bytes of ``weights`` and ``activations``; empty if not measured."""
         return self.facts.get("memory") or {}
 
     def interval(self, key: str) -> tuple[float | None, float | None]:
-        """Ends of the 95 % interval of a figure on test; None where they are not known."""
+        """Return the 95 % interval of a metric on test; None if unknown."""
         found = (self.facts.get("test_intervals") or {}).get(key)
         if not isinstance(found, list) or len(found) != 2:
             return None, None
@@ -91,12 +91,12 @@ class StageResult:
     @property
     def best_epoch(self) -> int | None:
         """The epoch whose weights were kept."""
-        picked = [record["epoch"] for record in self.epochs if record.get("best")]
-        best = self.training.get("best_epoch", picked[-1] if picked else None)
+        marked = [record["epoch"] for record in self.epochs if record.get("best")]
+        best = self.training.get("best_epoch", marked[-1] if marked else None)
         return best if isinstance(best, int) else None
 
     def confusion(self, split: str, classes: int) -> Array | None:
-        """Images by true class (rows) and predicted class (columns), [K, K] int64; None where there is none.
+        """Return the confusion matrix [K, K] int64 with a row per true class; None if there is none.
 
         Raises:
             ArtifactError: the file is damaged, or is not for ``classes`` classes.
@@ -113,7 +113,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read."""
+    """The contents of a run folder."""
 
     folder: Path
     results: dict[str, Any]
@@ -141,23 +141,23 @@ class Run:
 
     @property
     def together(self) -> dict[str, dict[str, Any]]:
-        """What several teachers, or several generations, say as one: ``of`` and the figures of each split."""
+        """Ensembles of several teachers or generations: members ``of`` and the metrics of each split."""
         found = self.results.get("together") or {}
         return {name: found[name] for name in ("teachers", "generations") if isinstance(found.get(name), dict)}
 
     @property
     def method(self) -> str:
-        """The method in a few words; "" where results.json names none."""
+        """Description of the method; "" if results.json names none."""
         return describe_method(self.results.get("method"))
 
     @property
     def best_k(self) -> int:
-        """The k that is written as top-3: no more than there are classes."""
+        """The k of the metric "top3", at most the number of classes."""
         return min(3, len(self.class_names) or 3)
 
 
 def read_run(folder: Path) -> Run:
-    """Read all small files of a run folder (predictions are read where they are needed).
+    """Read all small files of a run folder; predictions are read on demand.
 
     Raises:
         ArtifactError: no run folder, a damaged file, or results of a newer potstill.
@@ -172,7 +172,7 @@ def read_run(folder: Path) -> Run:
         results.get("repeats", {}), dict
     ):
         raise ArtifactError(f"{path} is damaged: it should hold an object with 'stages' and 'files'")
-    # Only known names: a stage's name becomes a folder that is written to.
+    # Only known names, as a stage's name becomes a folder that is written to.
     stages, repeats = (_read_stages(folder, results.get(key, {}), results["files"]) for key in ("stages", "repeats"))
     recipe, environment = folder / "recipe.yaml", folder / "environment.json"
     return Run(
@@ -187,7 +187,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_examples(path: Path, files: dict[str, Any]) -> dict[str, Any] | None:
-    """None where the run has made none, or somebody has deleted them: pictures need not go with every copy."""
+    """Read examples.json; None if it does not exist: copies of a run may go without."""
     if path.name not in files or not path.is_file():
         return None
     return _parse_object(path, read_bytes(path, sha256=str(files[path.name])))
@@ -201,7 +201,7 @@ def _read_stages(folder: Path, entries: dict[str, Any], files: dict[str, Any]) -
 def _read_stage(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> StageResult:
     start = f"{folder.name}/"
     own = {name.removeprefix(start): str(sha256) for name, sha256 in files.items() if name.startswith(start)}
-    # results.json has the flat figures of each split, metrics.json also those of each class.
+    # results.json has the flat metrics of each split, metrics.json also those of each class.
     metrics = {split: dict(facts[split]) for split in SPLITS if isinstance(facts.get(split), dict)}
     path, lines = folder / "metrics.json", folder / "metrics.jsonl"
     content = _read_verified(path, own.get(path.name))
@@ -216,7 +216,7 @@ def _read_stage(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> S
 
 
 def _parse_epochs(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """One record a line."""
+    """Parse one record per line."""
     records = [_parse_object(path, line) for line in content.splitlines()]
     if not all(isinstance(record.get("epoch"), int) for record in records):
         raise ArtifactError(f"{path} is damaged: each line should be an object with a whole 'epoch'")
@@ -224,7 +224,7 @@ def _parse_epochs(path: Path, content: bytes) -> list[dict[str, Any]]:
 
 
 def _parse_confusion(path: Path, content: bytes, classes: int) -> Array:
-    """One row of the file for each pair of classes that has images: true class, predicted class, images."""
+    """Parse rows of true class, predicted class and number of images, one for each non-empty cell."""
     matrix = np.zeros((classes, classes), dtype=np.int64)
     rows = csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline=""))
     try:
@@ -248,7 +248,7 @@ def _read_verified(path: Path, sha256: str | None) -> bytes | None:
 
 def _parse_object(path: Path, content: bytes) -> dict[str, Any]:
     found: Any = None
-    with contextlib.suppress(ValueError, RecursionError):  # of a file whose digest was made up to fit
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(content)
     if not isinstance(found, dict):
         raise ArtifactError(f"{path} is damaged: it holds no JSON objects")
@@ -256,25 +256,25 @@ def _parse_object(path: Path, content: bytes) -> dict[str, Any]:
 
 
 PROBABILITY_PREFIX = "p:"
-INDEX_COLUMNS = ["label_index", "prediction_index"]  # columns of a file that has the most probable classes alone
+INDEX_COLUMNS = ["label_index", "prediction_index"]  # of a file with only the most probable classes
 
 
 @dataclass(frozen=True)
 class PredictedClasses:
-    """Names of the images and, in the same order, numbers of classes."""
+    """Labels and predictions of the images of a split."""
 
-    class_names: list[str]  # "" of a class that the file does not mention
+    class_names: list[str]  # "" for a class that the file does not mention
     paths: list[str]
     labels: Array  # [N] int64
     predicted: Array  # [N] int64
 
     def same_images(self, other: "PredictedClasses") -> bool:
-        """Whether both are of the same images, in the same order, with the same labels."""
+        """Return whether both have the same images and labels in the same order."""
         return self.paths == other.paths and np.array_equal(self.labels, other.labels)
 
 
 def read_predictions(stage: StageResult, split: str) -> PredictedClasses | None:
-    """Read predictions_{split}.csv; None where there is none.
+    """Read predictions_{split}.csv; None if it does not exist.
 
     Raises:
         ArtifactError: the file is damaged; names file and line.
@@ -298,16 +298,16 @@ def _parse_predictions(path: Path, text: str) -> PredictedClasses:
     numbers: list[tuple[int, int]] = []
     names = [column.removeprefix(PROBABILITY_PREFIX) for column in header[3:]]
     index = {name: i for i, name in enumerate(names)}
-    few = header[3:5] == INDEX_COLUMNS
-    if few:
+    has_indices = header[3:5] == INDEX_COLUMNS
+    if has_indices:
         index = {}
     for cells in rows:
         row = [*map(unescape_cell, cells[:3]), *cells[3:]]
         try:
             if len(row) != len(header):
                 raise ValueError
-            pair = (int(row[3]), int(row[4])) if few else (index[row[1]], index[row[2]])
-            if few and not (index.setdefault(row[1], pair[0]), index.setdefault(row[2], pair[1])) == pair:
+            pair = (int(row[3]), int(row[4])) if has_indices else (index[row[1]], index[row[2]])
+            if has_indices and not (index.setdefault(row[1], pair[0]), index.setdefault(row[2], pair[1])) == pair:
                 raise ValueError
         except (ValueError, KeyError) as error:
             raise ArtifactError(
@@ -315,7 +315,7 @@ def _parse_predictions(path: Path, text: str) -> PredictedClasses:
             ) from error
         paths.append(row[0])
         numbers.append(pair)
-    if few:
+    if has_indices:
         names = [""] * (1 + max(index.values(), default=-1))
         for name, number in index.items():
             names[number] = name

@@ -1,7 +1,4 @@
-"""Pictures of a stage, each drawn once for its PNG file and for the page: curves over epochs and confusion matrices.
-
-Curves: loss and its terms, top-1, top-1 against top-3, learning rate, and the stages beside each other.
-"""
+"""Figures of a stage, each drawn once for its PNG file and the page: curves over epochs and confusion matrices."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,11 +20,11 @@ if TYPE_CHECKING:
 
 
 _DASHES: tuple[Any, ...] = ((0, (1, 1.2)), (0, (4, 1.6)), (0, (6, 1.5, 1, 1.5)), (0, (2, 2)))
-_MAX_MARKED = 15  # epochs up to which each one gets a dot
+_MAX_MARKED = 15  # epochs up to which each has a marker
 
 
 def draw_loss(figure: "Figure", stage: StageResult) -> None:
-    """Loss on train and val; its terms dashed where there are several."""
+    """Draw the loss on train and val, and its terms (dashed) if there are several."""
     axes = _make_axes(figure, stage, "Loss", "loss")
     shown = [split for split in ("train", "val") if _plot_metric(axes, stage, split, "loss", label=split)]
     dashes = dict(zip(sorted({term for split in shown for term in _terms(stage, split)}), cycle(_DASHES), strict=False))
@@ -47,19 +44,19 @@ def draw_loss(figure: "Figure", stage: StageResult) -> None:
 
 
 def draw_accuracy(figure: "Figure", stage: StageResult) -> None:
-    """Top-1 on train and val (test where it was asked for), and the final test result as one mark."""
+    """Draw top-1 on train and val (and test if evaluated each epoch), and the final test result as a marker."""
     axes = _make_axes(figure, stage, "Top-1 accuracy", "top-1")
     curves = [split for split in SPLITS if _plot_metric(axes, stage, split, "top1", label=split)]
     final = format_number(stage.metrics.get("test", {}).get("top1"))
     if final is not None and stage.best_epoch is not None and "test" not in curves:
         mark = {"marker": "D", "markersize": 6, "linestyle": "none", "color": SPLIT_COLORS["test"]}
-        axes.plot([stage.best_epoch], [final], label=f"test, once: {100 * final:.1f} %", zorder=4, **mark)  # type: ignore[arg-type]
+        axes.plot([stage.best_epoch], [final], label=f"test (final): {100 * final:.1f} %", zorder=4, **mark)  # type: ignore[arg-type]
     _percent_axis(axes)
     _finish_axes(figure, axes, stage)
 
 
 def draw_top(figure: "Figure", stage: StageResult, k: int = 3) -> None:
-    """Top-1 (solid) against top-k (dashed), on train and val."""
+    """Draw top-1 (solid) and top-k (dashed) on train and val."""
     axes = _make_axes(figure, stage, f"Top-1 against top-{k}", "share of images")
     for split in ("train", "val"):
         _plot_metric(axes, stage, split, "top1", label=f"{split}: top-1")
@@ -69,7 +66,7 @@ def draw_top(figure: "Figure", stage: StageResult, k: int = 3) -> None:
 
 
 def draw_rate(figure: "Figure", stage: StageResult) -> None:
-    """The learning rate at the end of each epoch; logarithmic where it falls by more than a factor of 50."""
+    """Draw the learning rate of each epoch; logarithmic if it falls by more than a factor of 50."""
     axes = _make_axes(figure, stage, "Learning rate", "learning rate")
     values = _values(stage, "lr")
     _plot_line(axes, stage, values, "learning rate", FAINT, "-", 1.8)
@@ -82,7 +79,7 @@ def draw_rate(figure: "Figure", stage: StageResult) -> None:
 
 
 def draw_stages(figure: "Figure", run: Run) -> None:
-    """Top-1 on val of every stage, each over its own epochs; stages of one role share a colour, not a dash."""
+    """Draw top-1 on val of every stage; stages of one role share a colour, not a line style."""
     axes: Axes = figure.subplots()
     axes.set_title("Top-1 on val, stage by stage")
     axes.set_ylabel("top-1")
@@ -118,21 +115,21 @@ def _terms(stage: StageResult, split: str) -> list[str]:
 
 
 def _values(stage: StageResult, *keys: str) -> list[float]:
-    """One value for each epoch; NaN, which is a gap in the line, where there is none."""
+    """Return a value for each epoch; NaN, a gap in the line, if it is missing."""
     values = []
     for record in stage.epochs:
         value: Any = record
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        found = format_number(value)
-        values.append(math.nan if found is None else found)
+        number = format_number(value)
+        values.append(math.nan if number is None else number)
     return values
 
 
 def _plot_metric(
     axes: "Axes", stage: StageResult, split: str, key: str, *, label: str, dashes: Any = "-", colour: str | None = None
 ) -> bool:
-    """Draw one line; False where there is nothing to draw."""
+    """Draw one line; return False if there is nothing to draw."""
     values = _values(stage, split, key)
     if all(map(math.isnan, values)):
         return False
@@ -153,7 +150,7 @@ def _percent_axis(axes: "Axes") -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     low, high = axes.get_ylim()
-    # At least five points of height: noise of tenths must not look like a mountain.
+    # At least five points of height, so that noise of tenths looks small.
     low, high = min(low, high - 0.05), max(high, low + 0.05)
     axes.set_ylim(max(low, -0.01), min(high, 1.01))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -199,7 +196,7 @@ _CURVE_DPI = 210  # of the curves' files: 924 x 693
 
 
 def stage_pictures(run: Run, stage: StageResult) -> Iterator[tuple[str, bytes]]:
-    """File name and PNG bytes of each picture for which there are figures."""
+    """Yield file name and PNG bytes of each figure that has data."""
     if stage.epochs:
         for name, (png, _) in stage_curves(run, stage).items():
             yield f"{name}.png", png
@@ -210,7 +207,7 @@ def stage_pictures(run: Run, stage: StageResult) -> Iterator[tuple[str, bytes]]:
 
 
 def stage_curves(run: Run, stage: StageResult) -> dict[str, tuple[bytes, str]]:
-    """PNG file and SVG of each curve over epochs, by name; drawn on the first call."""
+    """Return PNG and SVG of each curve over epochs by name; drawn at the first call."""
     drawn = stage.parsed_files.get("curves")
     if drawn is None:
         drawn = stage.parsed_files["curves"] = {name: _draw_curve(run, stage, name) for name in _CURVE_KINDS}
@@ -219,7 +216,7 @@ def stage_curves(run: Run, stage: StageResult) -> dict[str, tuple[bytes, str]]:
 
 
 def endpoints(stage: StageResult, split: str, key: str, what: str = "") -> str:
-    """A figure in the first epoch and in the last, for those who do not see the picture; "" where there is none."""
+    """Describe a metric in the first and the last epoch, for screen readers; "" if it is missing."""
     values = [format_number((record.get(split) or {}).get(key)) for record in stage.epochs]
     known = [value for value in values if value is not None]
     if not known:
@@ -249,7 +246,7 @@ _CURVE_KINDS: dict[str, tuple[Callable[["Figure", StageResult, int], None], str,
 
 
 def _confusion_png(run: Run, stage: StageResult, split: str, matrix: Array) -> bytes:
-    """Counts and row shares beside each other."""
+    """Draw counts and row shares side by side."""
     title, shown = f"{stage.name}, {split}", picture_labels(run.class_names)
 
     def draw(figure: "Figure") -> None:

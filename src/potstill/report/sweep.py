@@ -1,4 +1,4 @@
-"""The page, table and figures of a sweep, from its files alone: neither torch nor Optuna is loaded."""
+"""The page, table and figures of a sweep, from its files; imports neither torch nor Optuna."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,40 +22,40 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_MAX_TICK_LABELS = 12  # values that are still written out below a slice
+_MAX_TICK_LABELS = 12  # choices up to which a slice has tick labels
 
 
 def draw_importance(figure: "Figure", shares: Mapping[str, float]) -> None:
-    """A bar for each key, the largest on top."""
+    """Draw a bar for each key, the largest on top."""
     axes = figure.add_subplot()
     ranked = sorted(shares.items(), key=lambda item: item[1])
     axes.barh([escape_invisible(key) for key, _ in ranked], [share for _, share in ranked], color=DISTILLED, height=0.6)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the spread over trials")
+    axes.set_xlabel("share of the variance over trials")
     axes.grid(axis="y", visible=False)
 
 
 def draw_slice(figure: "Figure", trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any) -> None:
-    """One dot a finished trial: its value of one key, and its figure; the winner's is marked."""
+    """Draw the metric of each finished trial against its value of one key; the best trial is marked."""
     axes = figure.add_subplot()
     key = dimension["key"]
     shown = [trial for trial in trials if trial["value"] is not None and key in trial["chosen"]]
     values = [trial["chosen"][key] for trial in shown]
     if dimension["choices"]:
-        places = [float(dimension["choices"].index(value)) for value in values]
+        x = [float(dimension["choices"].index(value)) for value in values]
         if len(dimension["choices"]) <= _MAX_TICK_LABELS:
             axes.set_xticks(range(len(dimension["choices"])), [escape_invisible(text) for text in dimension["choices"]])
         axes.set_xlim(-0.5, len(dimension["choices"]) - 0.5)
     else:
-        places = [format_number(float(value)) or 0.0 for value in values]
+        x = [format_number(float(value)) or 0.0 for value in values]
         if dimension["log"]:
             axes.set_xscale("log")
         axes.set_xlim(dimension["low"], dimension["high"])
-    axes.scatter(places, [trial["value"] for trial in shown], s=26, color=DISTILLED, alpha=0.7, clip_on=False)
-    won = [at for at, trial in enumerate(shown) if trial["number"] == best]
+    axes.scatter(x, [trial["value"] for trial in shown], s=26, color=DISTILLED, alpha=0.7, clip_on=False)
+    marked = [i for i, trial in enumerate(shown) if trial["number"] == best]
     axes.scatter(
-        [places[at] for at in won],
-        [shown[at]["value"] for at in won],
+        [x[i] for i in marked],
+        [shown[i]["value"] for i in marked],
         s=90,
         facecolors="none",
         edgecolors=VAL,
@@ -71,7 +71,7 @@ _MINIMIZED = ("loss", "nll")
 
 
 def render_sweep(folder: Path) -> tuple[Path, list[str]]:
-    """Write sweep.html; returns its path and the lines of the table, the best trial first.
+    """Write sweep.html; return its path and the lines of the table, best trial first.
 
     Raises:
         ArtifactError: no sweep, or a damaged file.
@@ -103,13 +103,13 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
 
 
 def rank_trials(trials: Sequence[Mapping[str, Any]], measure: str) -> list[Mapping[str, Any]]:
-    """The best on val first; then those without a figure, in the order in which they began."""
+    """Sort trials by their metric on val, best first; those without come last, by number."""
     sign = 1 if measure in _MINIMIZED else -1
     return sorted(trials, key=lambda each: (each["value"] is None, sign * (each["value"] or 0.0), each["number"]))
 
 
 def trial_table(trials: Sequence[Mapping[str, Any]], measure: str, *, last: int | None = None) -> list[str]:
-    """Lines for a terminal: number, figure on val, state, values; ``last``: only so many, the newest."""
+    """Return lines for a terminal: number, metric on val, state, values; ``last``: only the newest so many."""
     if last is not None:
         ended = [trial for trial in trials if trial["state"] != "running"]
         trials = ended[-last:]
@@ -147,12 +147,12 @@ def _importance_svg(shares: Mapping[str, float]) -> str | None:
 
 def _slice_svg(trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any, at: int) -> dict[str, str]:
     draw = partial(draw_slice, trials=trials, dimension=dimension, best=best)
-    label = f"{dimension['key']} against the figure on val, one dot a trial"
+    label = f"{dimension['key']} against the metric on val, a dot for each trial"
     return {"key": dimension["key"], "svg": as_svg(draw, (4.2, 3.0), name=f"slice{at}", label=label)}
 
 
 def _read_final(folder: Path) -> dict[str, Any] | None:
-    """The winner, and what fresh seeds gave where it was confirmed; None while trials run."""
+    """Return the best trial and, if it was confirmed, the results of fresh seeds; None while trials run."""
     if not (folder / "final.json").exists():
         return None
     final = read_checksummed_json(folder / "final.json")
@@ -163,7 +163,7 @@ def _read_final(folder: Path) -> dict[str, Any] | None:
     correct = {}
     for student in ("baseline", "distilled"):
         run = read_run(folder / "confirmation" / student)
-        students = group_runs([run])[0].of(student)
+        students = group_runs([run])[0].stages_by_seed(student)
         correct[student] = read_contender(student, students).correct
         top1 = [stage.metrics["test"]["top1"] for _, stage in students.values()]
         spread = f" ± {format_points(statistics.stdev(top1), signed=False)}" if len(top1) > 1 else ""
@@ -174,13 +174,13 @@ def _read_final(folder: Path) -> dict[str, Any] | None:
 
 
 def _final_lines(final: Mapping[str, Any]) -> list[str]:
-    best = f"trial {final['trial']} won on val"
+    best = f"trial {final['trial']} is the best on val"
     if not final["rows"]:
         return [
             "",
-            f"{best}: a search, unconfirmed. Its val figure is the best of many and so too high; no verdict follows",
-            "from it. The same command with --confirm-seeds 5 trains it again on fresh seeds, against a baseline that",
-            "was searched as long.",
+            f"{best}: a search, unconfirmed. As the best of many, its metric on val is too high; it gives no verdict.",
+            "The same command with --confirm-seeds 5 trains it again on fresh seeds, against a baseline that was",
+            "searched with as many trials.",
         ]
     return [
         "",

@@ -1,4 +1,4 @@
-"""Text files of a stage: metrics.txt and scikit-learn's classification reports, as tables for a fixed-width font."""
+"""Text files of a stage: metrics.txt and classification reports."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ ValueFormatter = Callable[[Any], str]
 
 
 def metric_rows(best_k: int = 3) -> list[tuple[str, str, ValueFormatter]]:
-    """(key in metrics.json, name, how to print it)."""
+    """Return (key in metrics.json, name, formatter) of each metric."""
     averages = ("micro", "macro", "weighted")
     groups = (
         ("precision", "Precision", format_percent),
@@ -43,7 +43,7 @@ def metric_rows(best_k: int = 3) -> list[tuple[str, str, ValueFormatter]]:
 
 
 def aligned_table(rows: Sequence[Sequence[str]], *, heads: int = 1) -> str:
-    """The first column to the left, all others to the right; a rule under the first ``heads`` rows.
+    """Align the first column left and all others right, with a rule under the first ``heads`` rows.
 
     Example:
         >>> print(aligned_table([["", "train"], ["Top-1", "98.1 %"]]))
@@ -58,7 +58,7 @@ def aligned_table(rows: Sequence[Sequence[str]], *, heads: int = 1) -> str:
 
 
 def aligned_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    """One ``name  value`` line each, the values under each other."""
+    """Return a line ``name  value`` for each pair, with aligned values."""
     width = max((display_width(name) for name, _ in pairs), default=0)
     return "\n".join(f"{_pad_right(name, width)}  {value}" for name, value in pairs)
 
@@ -75,7 +75,7 @@ def _pad_right(text: str, width: int) -> str:
 
 
 def metrics_text(run: Run, stage: StageResult) -> str:
-    """metrics.txt: what was trained, all figures on train, val and test, and the same for each class."""
+    """Return metrics.txt: the network and its training, and all metrics on each split, also by class."""
     title = f"{stage.name} of run {escape_invisible(run.name)}"
     parts = [
         f"{title}\n{'=' * len(title)}",
@@ -87,11 +87,9 @@ def metrics_text(run: Run, stage: StageResult) -> str:
 
 
 def classification_report_text(stage: StageResult, split: str) -> str | None:
-    """Precision, recall and F1 of each class in the layout of scikit-learn's ``classification_report``; None where the
-    split has no images.
-    """
-    figures = stage.metrics.get(split, {})
-    classes, images = figures.get("per_class"), format_number(figures.get("count"))
+    """Return the report in the layout of scikit-learn's ``classification_report``; None for an empty split."""
+    metrics = stage.metrics.get(split, {})
+    classes, images = metrics.get("per_class"), format_number(metrics.get("count"))
     if not classes or not images:
         return None
     names = [escape_invisible(str(row["class"])) for row in classes]
@@ -104,7 +102,7 @@ def classification_report_text(stage: StageResult, split: str) -> str | None:
         return f"{name:>{width}} " + "".join(f" {value:>9.4f}" for value in values) + f" {count:>9}"
 
     rows = [line(name, values, n) for name, values, n in zip(names, columns, support, strict=True)]
-    accuracy = " " * 20 + f" {figures['top1']:>9.4f} {int(images):>9}"
+    accuracy = " " * 20 + f" {metrics['top1']:>9.4f} {int(images):>9}"
     return "\n".join(
         [
             " " * width + " " + "".join(f" {head:>9}" for head in ("precision", "recall", "f1-score", "support")),
@@ -120,7 +118,7 @@ def classification_report_text(stage: StageResult, split: str) -> str | None:
 
 
 def latency_text(stage: StageResult) -> str:
-    """``1.20 ms (p95 1.40 ms), one image at a time, 2 threads, cpu``."""
+    """Return ``1.20 ms (p95 1.40 ms), one image at a time, 2 threads, cpu``."""
     latency = stage.latency
     if format_number(latency.get("p50")) is None:
         return MISSING
@@ -133,9 +131,9 @@ def latency_text(stage: StageResult) -> str:
 
 
 def memory_text(stage: StageResult) -> str:
-    """``15.7 MB of weights, 537 kB for one image on its way``."""
-    weights, on_its_way = (format_scaled(stage.memory.get(key), "B") for key in ("weights", "activations"))
-    return f"{weights} of weights, {on_its_way} for one image on its way"
+    """Return ``15.7 MB of weights, 537 kB of activations at most (batch 1)``."""
+    weights, activations = (format_scaled(stage.memory.get(key), "B") for key in ("weights", "activations"))
+    return f"{weights} of weights, {activations} of activations at most (batch 1)"
 
 
 def training_text(stage: StageResult) -> str:
@@ -180,7 +178,7 @@ def head_text(stage: StageResult) -> str:
 
 
 def teaching_text(stage: StageResult) -> str:
-    """``assistant-1: 3.97 M parameters (15.9 MB), 12.3 ms in each step of 64 images``; "" where nobody teaches it."""
+    """Return ``assistant-1: 3.97 M parameters (15.9 MB), 12.3 ms in each step of 64 images``; "" without teacher."""
     teaching = stage.teaching
     if not teaching:
         return ""
@@ -192,10 +190,10 @@ def teaching_text(stage: StageResult) -> str:
 
 
 def _cache_text(teaching: Mapping[str, Any]) -> str:
-    asked, read = format_number(teaching.get("asked")), format_number(teaching.get("read"))
-    if asked is None or read is None:
+    computed, read = format_number(teaching.get("asked")), format_number(teaching.get("read"))
+    if computed is None or read is None:
         return ""
-    return f"; {format_count(read)} of {format_count(asked + read)} answers read from the store"
+    return f"; {format_count(read)} of {format_count(computed + read)} outputs read from the teacher cache"
 
 
 def _stage_facts(run: Run, stage: StageResult) -> list[tuple[str, str]]:
@@ -219,32 +217,28 @@ def _metric_table(run: Run, stage: StageResult) -> str:
     splits = list(stage.metrics)
     if not splits:
         return ""
-    rows = [["Images", *(format_count(_image_count(stage.metrics[split])) for split in splits)]]
-    sure = [""]
+    rows = [["Images", *(format_count(stage.metrics[split].get("count")) for split in splits)]]
+    intervals = [""]
     for key, name, form in metric_rows(run.best_k):
         if any(key in stage.metrics[split] for split in splits):
             rows.append([name, *(form(stage.metrics[split].get(key)) for split in splits)])
             low, high = stage.interval(key)
-            sure.append("" if low is None or high is None else f"{form(low).removesuffix(' %')} to {form(high)}")
+            intervals.append("" if low is None or high is None else f"{form(low).removesuffix(' %')} to {form(high)}")
     heads = ["", *splits]
-    if any(sure):
+    if any(intervals):
         heads.append("95 % interval on test")
-        rows = [[*row, interval] for row, interval in zip(rows, sure, strict=True)]
+        rows = [[*row, interval] for row, interval in zip(rows, intervals, strict=True)]
     text = aligned_table([heads, *rows])
     for split in splits:
         skipped = stage.metrics[split].get("auc_skipped") or []
         if skipped:
             names = ", ".join(escape_invisible(str(name)) for name in skipped)
-            text += f"\nAUC on {split} leaves out classes that it cannot be had for: {names}"
+            text += f"\nAUC on {split} leaves out classes for which it is undefined: {names}"
     return text
 
 
-def _image_count(metrics: dict[str, Any]) -> Any:
-    return metrics.get("count")
-
-
 def _class_table(stage: StageResult) -> str:
-    """Each class in a row; precision, recall and F1 of the splits beside each other."""
+    """Return a row for each class; columns are metrics by split."""
     per_split = {
         split: {row["class"]: row for row in stage.metrics[split]["per_class"]}
         for split in SPLITS
@@ -259,15 +253,15 @@ def _class_table(stage: StageResult) -> str:
         ("f1", "F1", format_percent),
         ("auc", "AUC", format_decimal),
     )
-    wanted = [(split, key, form) for key, _, form in keys for split in per_split]
-    # Two head lines: the figure above the first of its splits, the splits below.
+    columns = [(split, key, form) for key, _, form in keys for split in per_split]
+    # Two head lines: the metric above the first of its splits, the splits below.
     above = [name if i == 0 else "" for _, name, _ in keys for i in range(len(per_split))]
     names = list(dict.fromkeys(name for rows in per_split.values() for name in rows))
     rows = [
-        [escape_invisible(str(name)), *(form(per_split[split].get(name, {}).get(key)) for split, key, form in wanted)]
+        [escape_invisible(str(name)), *(form(per_split[split].get(name, {}).get(key)) for split, key, form in columns)]
         for name in names
     ]
-    return "Per class\n" + aligned_table([["", *above], ["class", *(split for split, _, _ in wanted)], *rows], heads=2)
+    return "Per class\n" + aligned_table([["", *above], ["class", *(split for split, _, _ in columns)], *rows], heads=2)
 
 
 def _plural(value: object, noun: str) -> str:

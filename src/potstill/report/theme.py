@@ -1,7 +1,7 @@
-"""Colors: Okabe and Ito's palette (told apart by color-blind readers), one meaning each, and legible text on them.
+"""Colours: Okabe and Ito's colour-blind safe palette, one meaning each, and legible text on them.
 
-Figures are drawn with the light values; in the page the same values become CSS variables, so that one drawing serves
-light and dark.  The values must differ from each other for that reason.
+Figures are drawn with the light values, which become CSS variables in the page, so that one drawing serves the light
+and the dark page.  The values must therefore differ from each other.
 """
 
 from functools import cache
@@ -15,9 +15,9 @@ TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#009e73"
 TEACHER, BASELINE, DISTILLED = "#cc79a7", "#e69f00", "#0173b3"
 ASSISTANT, GENERATION = "#8a5a9e", "#56b4e8"
 RIGHT, WRONG = "#0074b4", "#d45d00"
-# Text on a coloured field, light page / dark page (``figures.legible`` chooses): black / white, black / black, ...
+# Text on a coloured field, light page / dark page (see ``text_color_on``): black / white, black / black, ...
 ON_WEAK, ON_MIDDLE, ON_STRONG, ON_DEEP = "#000001", "#000002", "#fefefe", "#fefeff"
-DARK_IMAGE_BRIGHTNESS = 1.3  # pictures made of pixels, in the dark page
+DARK_IMAGE_BRIGHTNESS = 1.3  # of raster images in the dark page
 
 SPLIT_COLORS = {"train": TRAIN, "val": VAL, "test": TEST}
 ROLE_COLORS = {
@@ -52,32 +52,30 @@ CSS_COLORS = {
 
 
 def css_variables() -> tuple[str, str]:
-    """Declarations for the light and for the dark page."""
+    """Return the CSS declarations for the light and the dark page."""
     light = " ".join(f"--{name}: {pair[0]};" for name, pair in CSS_COLORS.items())
     dark = " ".join(f"--{name}: {pair[1]};" for name, pair in CSS_COLORS.items())
     return light, dark
 
 
-# (dark letters in the light page, dark letters in the dark page) -> the colour that becomes them
+# (dark text in the light page, dark text in the dark page) -> colour
 _TEXT_COLORS = {
     (True, False): ON_WEAK,
     (True, True): ON_MIDDLE,
     (False, True): ON_STRONG,
     (False, False): ON_DEEP,
 }
-_EQUAL_CONTRAST = 0.0525**0.5 - 0.05  # black and white stand out equally where (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
+_EQUAL_CONTRAST = 0.0525**0.5 - 0.05  # luminance L with (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
 
 
 @cache
 def text_color_on(colour: str, strength: float, *, raster: bool = False) -> str:
-    """The colour of text on ``colour``, laid over the page's paper with this strength (0 to 1).
-
-    In each theme black or white, whichever stands out more; so the contrast is 4.5 or more on every field.
+    """Return the text colour, black or white in each theme, with the higher contrast (at least 4.5) on a field.
 
     Args:
-        colour: one of the theme's, its light value.
-        strength: opacity, 0 to 1.
-        raster: the fields are an image, whose colours the dark page makes brighter by ``theme.BRIGHTER``, rather than
+        colour: the field's colour, a light value of the theme.
+        strength: the field's opacity, 0 to 1.
+        raster: whether fields are an image, which the dark page brightens by ``DARK_IMAGE_BRIGHTNESS``, rather than
             shapes, which have the theme's dark colour there.
     """
     light, dark = (luminance(each) > _EQUAL_CONTRAST for each in field_colors(colour, strength, raster=raster))
@@ -85,7 +83,7 @@ def text_color_on(colour: str, strength: float, *, raster: bool = False) -> str:
 
 
 def field_colors(colour: str, strength: float, *, raster: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What the eye sees of such a field in the light page and in the dark one: shares of red, green and blue."""
+    """Return the RGB values (0 to 1) of a field in the light and the dark page."""
     light, dark = next(pair for pair in CSS_COLORS.values() if pair[0] == colour)
     bright = (
         tuple(min(1.0, DARK_IMAGE_BRIGHTNESS * each) for each in rgb_channels(light)) if raster else rgb_channels(dark)
@@ -100,11 +98,11 @@ def field_colors(colour: str, strength: float, *, raster: bool) -> tuple[tuple[f
 
 
 def luminance(shares: tuple[float, ...]) -> float:
-    """Relative luminance as WCAG 2.2 defines it, 0 (black) to 1 (white)."""
+    """Return the relative luminance of WCAG 2.2, 0 (black) to 1 (white)."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def rgb_channels(colour: str) -> tuple[float, ...]:
-    """Shares of red, green and blue of ``#rrggbb``."""
+    """Return the RGB values (0 to 1) of ``#rrggbb``."""
     return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))

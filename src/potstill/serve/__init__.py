@@ -1,1 +1,1 @@
-"""A page and a JSON API for trying a run's models on images, by guarantee G16: local, bounded, nothing kept."""
+"""A local web page and JSON API for trying a run's models on images; bounded, and no image is stored (G16)."""

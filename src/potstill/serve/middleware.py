@@ -1,7 +1,6 @@
-"""Limits of the server: who may send requests, how much, how long, how many at a time.
+"""Limits of the server on origin, size, time and number of requests.
 
-An ASGI middleware with its own JSON errors, and Uvicorn's HTTP protocol with what it lacks: a time-out for the head of
-a request, and a cap on connections.
+An ASGI middleware, and Uvicorn's HTTP protocol with a time-out for the head of a request and a cap on connections.
 """
 
 import asyncio
@@ -13,9 +12,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-REQUIRED_HEADER = (
-    b"x-potstill"  # scripts of other sites cannot send it without asking first, and nobody answers that question
-)
+REQUIRED_HEADER = b"x-potstill"  # scripts of other sites cannot send it without a CORS preflight, which is refused
 
 
 @dataclass(frozen=True)
@@ -24,10 +21,10 @@ class ServerLimits:
 
     body_bytes: int = 10_000_000
     send_seconds: float = 10.0  # for a request's head, and again for its body
-    answer_seconds: float = 10.0  # from the end of the body to the first byte of the answer
+    answer_seconds: float = 10.0  # from the end of the body to the first byte of the response
     parallel: int = 32  # requests at a time
     connections: int = 512  # open sockets
-    load_seconds: float = 120.0  # for the child to read the models
+    load_seconds: float = 120.0  # for the worker to load the models
 
 
 Message = MutableMapping[str, Any]
@@ -51,19 +48,19 @@ SECURITY_HEADERS = (
 
 
 def error_body(message: str) -> bytes:
-    """The JSON of an error."""
+    """Return the JSON of an error."""
     return json.dumps({"error": message}, ensure_ascii=False).encode()
 
 
 async def send_error(send: Send, status: int, message: str, *, closing: bool = True, more: bool = False) -> None:
-    """Answer with an error.
+    """Send an error response.
 
     Args:
         send: of the ASGI server.
-        status: of HTTP.
+        status: HTTP status.
         message: one sentence.
-        closing: end the connection afterwards: whatever still comes of the request is not read.
-        more: leave the answer open, so that the caller can read on for a moment.
+        closing: whether to close the connection without reading the rest of the request.
+        more: leave the response open, so that the caller can go on reading.
     """
     body = error_body(message)
     headers = [*SECURITY_HEADERS, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -76,18 +73,16 @@ async def send_error(send: Send, status: int, message: str, *, closing: bool = T
 
 
 ASGIApp = Callable[[Any, Receive, Send], Awaitable[None]]
-_DRAIN_SECONDS = (
-    1.0  # seconds for which the rest of a refused body is read: a client that is still sending sees the answer
-)
+_DRAIN_SECONDS = 1.0  # for reading the rest of a refused body, so that a client still sending gets the response
 
 
 class RequestGuardMiddleware:
-    """ASGI middleware.
+    """ASGI middleware that enforces the limits.
 
     Args:
-        app: what answers.
-        hosts: values of the Host header that are answered: any other is a name that somebody else controls.
-        limits: see there.
+        app: the application.
+        hosts: allowed values of the Host header, against DNS rebinding.
+        limits: to enforce.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], limits: ServerLimits) -> None:
@@ -95,15 +90,15 @@ class RequestGuardMiddleware:
         self.busy = 0
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle a request."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
             return  # no web sockets here: the server answers 403
-        wrong = self._rejection(scope)
-        if wrong is not None:
-            await self._refuse(receive, send, *wrong)
+        rejection = self._rejection(scope)
+        if rejection is not None:
+            await self._refuse(receive, send, *rejection)
         elif scope["path"] == "/healthz":
             await self._answer(scope, receive, send)
         elif self.busy >= self.limits.parallel:
@@ -116,7 +111,7 @@ class RequestGuardMiddleware:
                 self.busy -= 1
 
     def _rejection(self, scope: Any) -> tuple[int, str] | None:
-        """Why this request is none of ours."""
+        """Return status and message for a request that is not allowed."""
         hosts, origins = _header_values(scope, b"host"), _header_values(scope, b"origin")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
             return 421, "this server does not answer to that Host; open it by the address that it printed"
@@ -149,32 +144,32 @@ class RequestGuardMiddleware:
         await self._run(scope, body, receive, send)
 
     async def _run(self, scope: Any, body: bytes, receive: Receive, send: Send) -> None:
-        begun, given = False, False
+        started, delivered = False, False
 
         async def replay() -> Message:
-            nonlocal given
-            if given:
-                return await receive()  # nothing but the news that the client has gone
-            given = True
+            nonlocal delivered
+            if delivered:
+                return await receive()  # only a disconnect can follow
+            delivered = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        async def dressed(message: Message) -> None:
-            nonlocal begun
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 own = {name.lower() for name, _ in message.get("headers", [])}
                 message["headers"] = [*message.get("headers", []), *(h for h in SECURITY_HEADERS if h[0] not in own)]
             await send(message)
 
         try:
-            async with asyncio.timeout(self.limits.answer_seconds + 1):  # the application has its own, shorter one
-                await self.app(scope, replay, dressed)
+            async with asyncio.timeout(self.limits.answer_seconds + 1):  # the application has a shorter time-out
+                await self.app(scope, replay, send_with_headers)
         except TimeoutError:
-            if not begun:
+            if not started:
                 await send_error(send, 503, f"no answer within {self.limits.answer_seconds:g} seconds; try again")
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """All of it; None where it is too large."""
+        """Return the body; None if it is too large."""
         chunks, size = [], 0
         while True:
             message = await receive()
@@ -206,15 +201,15 @@ def _header_values(scope: Any, name: bytes) -> list[str]:
 
 
 def limited_protocol(limits: ServerLimits) -> type[asyncio.Protocol]:
-    """The protocol class for ``uvicorn.Config(http=...)``."""
+    """Return the protocol class for ``uvicorn.Config(http=...)``."""
 
-    class Bounded(H11Protocol):
-        """One connection."""
+    class LimitedProtocol(H11Protocol):
+        """A connection with a time-out for the head of a request."""
 
-        _clock: asyncio.TimerHandle | None = None
+        _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
-            """Refuse the connection where there are too many."""
+            """Refuse the connection if there are too many."""
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 transport.write(
@@ -222,42 +217,42 @@ def limited_protocol(limits: ServerLimits) -> type[asyncio.Protocol]:
                 )
                 transport.close()
             else:
-                self._watch()
+                self._update_timer()
 
         def data_received(self, data: bytes) -> None:
-            """Some bytes came."""
+            """Handle received bytes."""
             super().data_received(data)
-            self._watch()
+            self._update_timer()
 
         def on_response_complete(self) -> None:
-            """The connection may be used for another request."""
+            """Wait for the connection's next request."""
             super().on_response_complete()
-            self._watch()
+            self._update_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            """The connection is closed."""
-            self._stop()
+            """Stop the timer."""
+            self._stop_timer()
             super().connection_lost(exc)
 
-        def _watch(self) -> None:
+        def _update_timer(self) -> None:
             if self.conn.their_state is not h11.IDLE:
-                self._stop()
-            elif self._clock is None:
-                self._clock = self.loop.call_later(limits.send_seconds, self._too_slow)
+                self._stop_timer()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(limits.send_seconds, self._time_out)
 
-        def _stop(self) -> None:
-            if self._clock is not None:
-                self._clock.cancel()
-                self._clock = None
+        def _stop_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
-        def _too_slow(self) -> None:
-            self._clock = None
+        def _time_out(self) -> None:
+            self._timer = None
             if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-                said = f"the request's head did not arrive within {limits.send_seconds:g} seconds"
-                self.transport.write(_raw_response(408, "Request Timeout", said))
+                message = f"the request's head did not arrive within {limits.send_seconds:g} seconds"
+                self.transport.write(_raw_response(408, "Request Timeout", message))
                 self.transport.close()
 
-    return Bounded
+    return LimitedProtocol
 
 
 def _raw_response(status: int, reason: str, message: str) -> bytes:

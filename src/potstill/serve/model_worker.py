@@ -1,6 +1,6 @@
-"""The worker process that decodes and predicts: it may crash or hang, and is replaced then.
+"""The worker process that decodes images and runs the models; if it crashes or hangs, it is replaced.
 
-Between the two processes go JSON and the image's bytes, never pickles: a broken decoder is not trusted.
+The processes exchange JSON and the image's bytes, never pickles, as a compromised decoder is not trusted.
 """
 
 import base64
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
 
 
-_PREVIEW_PIXELS = 480  # pixels of the longer side
+_PREVIEW_PIXELS = 480  # longer side
 
 
 def run_worker(pipe: Connection, folders: dict[str, str]) -> None:
-    """Answer requests until the other end is closed.
+    """Serve requests until the other end is closed.
 
     Args:
-        pipe: brings a JSON head and then an image's bytes; takes one JSON answer.
-        folders: of models, by stage.
+        pipe: receives JSON options and then an image's bytes; sends a JSON response.
+        folders: model folders by stage.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     from potstill.data.library_warnings import silence_native_stderr
 
     with silence_native_stderr(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -74,12 +74,11 @@ def _predict_all(models: dict[str, "Classifier"], head: dict[str, Any], image: b
     from potstill.data.image_io import decode_bytes
 
     try:
-        # Images of more than 8 bits are read by the range that a model was trained with.
+        # Images of more than 8 bits are decoded with the range that a model was trained with.
         ranges = {model.input.range for model in models.values()}
         by_range = {ends: decode_bytes(image, "image", ends) for ends in ranges}
         pixels = next(iter(by_range.values()))
     except DataError as error:
-        # Other reasons are about the file rather than about a limit.
         large = any(word in str(error) for word in ("megapixels", "beyond the limits"))
         return {"error": str(error), "status": 413 if large else 415}
     answers = [_predict_one(stage, model, by_range[model.input.range], head) for stage, model in models.items()]

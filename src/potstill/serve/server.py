@@ -40,18 +40,18 @@ _IMAGE_BODY = {
 }
 
 
-def create_app(oracle: WorkerClient, name: str, known: Callable[[], dict[str, Path]]) -> FastAPI:
-    """The application, without its guard.
+def create_app(worker: WorkerClient, name: str, known: Callable[[], dict[str, Path]]) -> FastAPI:
+    """Return the application, without the middleware.
 
     Args:
-        oracle: is asked about images.
-        name: of the run whose models it has.
-        known: the runs that can be looked at, by id.
+        worker: runs the models.
+        name: of the run with the models.
+        known: returns the runs to browse, by id.
     """
     app = FastAPI(title="potstill", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     _add_error_handlers(app)
     _add_page(app)
-    _add_model_routes(app, oracle, name)
+    _add_model_routes(app, worker, name)
     _add_run_routes(app, known)
     return app
 
@@ -63,8 +63,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        said = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
-        return JSONResponse({"error": said}, 422)
+        message = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
+        return JSONResponse({"error": message}, 422)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -87,25 +87,25 @@ def _add_page(app: FastAPI) -> None:
         return Response(served["page.js"], media_type=_CONTENT_TYPES["page.js"])
 
 
-def _add_model_routes(app: FastAPI, oracle: WorkerClient, name: str) -> None:
+def _add_model_routes(app: FastAPI, worker: WorkerClient, name: str) -> None:
     @app.get("/healthz", responses=_ERROR_RESPONSES)
     async def healthz() -> schemas.Health:
-        """Whether the server answers; it does so while images are looked at."""
+        """Whether the server is up, also while images are processed."""
         return schemas.Health(status="ok")
 
     @app.get("/models", responses=_ERROR_RESPONSES)
     async def models() -> schemas.Models:
-        """The networks that are asked."""
-        known = [schemas.Model(stage=stage, **about) for stage, about in oracle.models.items()]
+        """The networks that predict."""
+        known = [schemas.Model(stage=stage, **about) for stage, about in worker.models.items()]
         return schemas.Models(run=name, models=known)
 
     @app.post("/predict", responses=_ERROR_RESPONSES, openapi_extra=_IMAGE_BODY, response_model_exclude_none=True)
     async def predict(
         request: Request,
         top: Annotated[int, Query(ge=1, le=1000, description="classes for each model")] = 5,
-        gradcam: Annotated[bool, Query(description="where each network looks")] = False,
+        gradcam: Annotated[bool, Query(description="a Grad-CAM heat map of each network")] = False,
     ) -> schemas.Prediction:
-        """What the models say of an image, which is the raw body; nothing of it is kept."""
+        """Predictions of the models for an image, which is the raw body and is not stored."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not (kind.startswith("image/") or kind == "application/octet-stream"):
             raise HTTPException(415, "the body is the image itself: Content-Type image/... or application/octet-stream")
@@ -113,7 +113,7 @@ def _add_model_routes(app: FastAPI, oracle: WorkerClient, name: str) -> None:
         if not image:
             raise HTTPException(400, "the body is empty; it should be an image")
         try:
-            answer = await run_in_threadpool(oracle.ask, image, top=top, gradcam=gradcam)
+            answer = await run_in_threadpool(worker.predict, image, top=top, gradcam=gradcam)
         except WorkerUnavailable as error:
             raise HTTPException(503, str(error), {"Retry-After": "2"}) from None
         if "error" in answer:
@@ -135,7 +135,7 @@ def _add_run_routes(app: FastAPI, known: Callable[[], dict[str, Path]]) -> None:
 
     @app.get("/runs/{run}", responses=_NOT_FOUND_RESPONSES)
     def one(run: str) -> schemas.Progress:
-        """One run with its curves; of a running training, up to the last epoch."""
+        """One run with its curves, up to the last epoch of a running training."""
         return schemas.Progress.model_validate(runs.progress(run, folder(run)))
 
     @app.get(
@@ -163,14 +163,14 @@ def serve(
     Args:
         run: a run folder, or a model's folder.
         host: address or name to listen at.
-        port: 0 takes a free one.
-        root: where runs are, to be browsed.
-        say: is told where the page is.
-        limits: others than the usual ones.
+        port: 0: any free one.
+        root: folder of runs to browse.
+        say: called with the address of the page.
+        limits: of requests.
 
     Raises:
-        UsageError: an address that stands for all of them, or that cannot be listened at.
-        ArtifactError: no model there, or a damaged one.
+        UsageError: a wildcard address, or one that cannot be bound.
+        ArtifactError: no model, or a damaged one.
     """
     limits = limits or ServerLimits()
     folders = _model_folders(run)
@@ -178,10 +178,10 @@ def serve(
     with listening:
         port = listening.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        oracle = WorkerClient(folders, limits)
+        worker = WorkerClient(folders, limits)
         try:
-            oracle.start()
-            app = create_app(oracle, run.resolve().name, lambda: list_runs(root, run))
+            worker.start()
+            app = create_app(worker, run.resolve().name, lambda: list_runs(root, run))
             guard = RequestGuardMiddleware(app, _allowed_hosts(shown, port), limits)
             config = uvicorn.Config(
                 guard,
@@ -199,7 +199,7 @@ def serve(
             say(f"http://{shown}:{port}/")
             uvicorn.Server(config).run(sockets=[listening])
         finally:
-            oracle.close()
+            worker.close()
 
 
 def _allowed_hosts(shown: str, port: int) -> set[str]:
@@ -208,7 +208,7 @@ def _allowed_hosts(shown: str, port: int) -> set[str]:
 
 
 def _model_folders(run: Path) -> dict[str, Path]:
-    """The student, its teacher and its baseline; or the one model that was meant."""
+    """Return the folders of student, teacher and baseline of a run; else that of the single model."""
     found = {stage: run / stage for stage in _STAGES if (run / stage / "model.json").is_file()}
     if found:
         return found
@@ -234,9 +234,10 @@ def _open_socket(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(128)  # before the address is printed: who opens it at once waits, and is not refused
+        listening.listen(128)  # before the address is printed, so that no early connection is refused
     except OSError as error:
         listening.close()
-        said = f"cannot listen at {host} port {port}: {error.strerror or error}; --port gives another"
-        raise UsageError(said) from error
+        raise UsageError(
+            f"cannot listen at {host} port {port}: {error.strerror or error}; --port gives another"
+        ) from error
     return listening

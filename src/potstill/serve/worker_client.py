@@ -14,50 +14,50 @@ from potstill.errors import ArtifactError, PotstillError, WorkerError
 from potstill.serve.middleware import ServerLimits
 from potstill.serve.model_worker import run_worker
 
-_MAX_REPLY_BYTES = 4_000_000  # bytes of an answer
+_MAX_REPLY_BYTES = 4_000_000
 
 
 class WorkerUnavailable(Exception):
-    """No answer now; another try may have one."""
+    """There is no response now, but another try may succeed."""
 
 
 class WorkerClient:
-    """A child with the models; one image at a time.
+    """A worker process with the models, for one image at a time.
 
     Args:
-        folders: of models, by stage.
-        limits: see there.
+        folders: model folders by stage.
+        limits: time-outs.
     """
 
     def __init__(self, folders: dict[str, Path], limits: ServerLimits) -> None:
         self.folders = {stage: str(folder) for stage, folder in folders.items()}
         self.limits = limits
-        self.models: dict[str, Any] = {}  # what the child says of them
-        self._lock = threading.Lock()  # held by whoever talks to the child
+        self.models: dict[str, Any] = {}  # summaries by stage, from the worker
+        self._lock = threading.Lock()  # held while talking to the worker
         self._worker: BaseProcess | None = None
         self._pipe: Connection | None = None
         self._closed = False
 
     def start(self) -> None:
-        """Start the child and wait until it has read the models.
+        """Start the worker and wait until it has loaded the models.
 
         Raises:
-            ArtifactError: a damaged model.
-            WorkerError: the child died, or took too long.
+            ArtifactError: a model is damaged.
+            WorkerError: the worker died, or took too long.
         """
         with self._lock:
             self._spawn()
 
-    def ask(self, image: bytes, **head: Any) -> dict[str, Any]:
-        """The child's answer, or its ``error`` and ``status``.
+    def predict(self, image: bytes, **head: Any) -> dict[str, Any]:
+        """Return the worker's response, or its ``error`` and ``status``.
 
         Raises:
-            Unavailable: other images came first, or the child died of this one or took too long.
+            WorkerUnavailable: other images are in the queue, or the worker died or took too long.
         """
         end = time.monotonic() + self.limits.answer_seconds
-        # Half of the time for waiting: who comes late must not be the reason why a healthy child is killed.
+        # Half of the time for waiting, so that a late request does not get a healthy worker killed.
         if not self._lock.acquire(timeout=self.limits.answer_seconds / 2):
-            raise WorkerUnavailable("other images are still being looked at; try again in a moment")
+            raise WorkerUnavailable("other images are still being processed; try again in a moment")
         try:
             alive = self._worker is not None and self._worker.is_alive()
             answer = self._exchange(image, head, end) if alive else None
@@ -68,13 +68,13 @@ class WorkerClient:
             self._lock.release()
             return answer
         self._kill()
-        threading.Thread(target=self._respawn, daemon=True).start()  # the turn is its until the models are there
+        threading.Thread(target=self._respawn, daemon=True).start()  # releases the lock once the models are loaded
         if alive:
-            raise WorkerUnavailable("this image could not be looked at in time, or ended the process that tried")
+            raise WorkerUnavailable("this image took too long, or crashed the worker process")
         raise WorkerUnavailable("the models are being loaded; try again in a few seconds")
 
     def close(self) -> None:
-        """End the child."""
+        """Stop the worker."""
         self._closed = True
         self._kill()
 
@@ -106,7 +106,7 @@ class WorkerClient:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._worker = context.Process(
-            target=run_worker, args=(other, self.folders), daemon=True, name="potstill-oracle"
+            target=run_worker, args=(other, self.folders), daemon=True, name="potstill-worker"
         )
         self._worker.start()
         other.close()

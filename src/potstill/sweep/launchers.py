@@ -1,4 +1,4 @@
-"""Starts processes of a sweep elsewhere: as SLURM jobs, or on a Ray cluster.
+"""Start processes of a sweep as SLURM jobs, or on a Ray cluster.
 
 Each is the same command as typed, which joins the sweep's folder; so all machines must see that folder.  Neither
 searches: which trial comes next is for the study to say, whoever started the process.
@@ -17,11 +17,11 @@ from typing import Any
 
 from potstill.errors import UsageError, WorkerError
 
-SLURM_MINUTES = 720  # of a SLURM job, where nothing is said: submitit's own 5 are few
+SLURM_MINUTES = 720  # default of a SLURM job; submitit's own is 5
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts; whole numbers become numbers.
+    """Parse ``KEY=VALUE`` texts; integers become numbers.
 
     Raises:
         UsageError: one without "=".
@@ -40,7 +40,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def submit_to_slurm(arguments: Sequence[str], jobs: int, folder: Path, options: Mapping[str, Any]) -> list[str]:
-    """Submit jobs that carry out ``potstill`` in this folder, and return their numbers at once.
+    """Submit jobs that run ``potstill`` in this folder, and return their ids at once.
 
     Args:
         arguments: of ``potstill``.
@@ -62,7 +62,7 @@ def submit_to_slurm(arguments: Sequence[str], jobs: int, folder: Path, options: 
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
         executor.update_parameters(**{"name": "potstill-sweep", "timeout_min": SLURM_MINUTES, **options})
-    except (NameError, TypeError, AssertionError) as error:  # how submitit says that an option is not known
+    except (NameError, TypeError, AssertionError) as error:  # raised by submitit for an unknown option
         raise UsageError(f"--job-option: {str(error).splitlines()[0]}") from error
     command = [sys.executable, "-m", "potstill", *arguments]
     try:
@@ -72,7 +72,7 @@ def submit_to_slurm(arguments: Sequence[str], jobs: int, folder: Path, options: 
 
 
 def run_on_ray(arguments: Sequence[str], jobs: int, options: Mapping[str, Any]) -> None:
-    """Carry out ``potstill`` in tasks of a running Ray cluster, and wait for them.
+    """Run ``potstill`` in tasks of a running Ray cluster, and wait for them.
 
     Args:
         arguments: of ``potstill``.
@@ -111,7 +111,7 @@ def run_on_ray(arguments: Sequence[str], jobs: int, options: Mapping[str, Any]) 
 
 
 def _run_command(arguments: list[str], folder: str) -> tuple[int, str]:
-    """On a machine of the cluster: exit code, and the last lines of what went wrong."""
+    """Run on a machine of the cluster; return exit code and last lines of stderr."""
     done = subprocess.run(  # nosec B603 # the arguments that were typed, and no shell
         [sys.executable, "-m", "potstill", *arguments], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -48,7 +48,7 @@ _DISTILLATION_ONLY = (
 
 @dataclass(frozen=True)
 class Dimension:
-    """One key and what it may be: either ``choices``, YAML texts, or a range.
+    """A key with its ``choices`` (YAML texts) or range.
 
     Attributes:
         key: as after ``--set``.
@@ -72,31 +72,31 @@ class Dimension:
         return f"{self.key}={self.low:g}..{self.high:g}{':log' if self.log else ''}"
 
     def facts(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Return a JSON object."""
         return asdict(self) | {"choices": list(self.choices)}
 
 
 @dataclass(frozen=True)
 class Space:
-    """All dimensions; a method's options count only where the method has them."""
+    """All dimensions; a method's options apply only to methods that have them."""
 
     dimensions: tuple[Dimension, ...]
     base_method: str
 
     @property
     def listed(self) -> bool:
-        """Whether every dimension is a list, so that all combinations can be tried."""
+        """Whether every dimension is a list, so that there is a finite number of combinations."""
         return all(dimension.choices for dimension in self.dimensions)
 
     def active(self, dimension: Dimension, chosen: Mapping[str, Any]) -> bool:
-        """Whether a dimension means anything for what has been chosen before it."""
+        """Return whether a dimension applies to the values chosen before it."""
         key = dimension.key
         if key == METHOD or not key.startswith("method.") or key.count(".") > 1:
             return True
         return _has_option(str(chosen.get(METHOD, self.base_method)), key.removeprefix("method."))
 
     def grid(self) -> list[dict[str, str]]:
-        """Every combination, each once; choices that a method does not know are left out of it."""
+        """Return every combination once, without options that its method does not have."""
         found: dict[tuple[tuple[str, str], ...], None] = {}
         for values in itertools.product(*(dimension.choices for dimension in self.dimensions)):
             chosen = dict(zip((dimension.key for dimension in self.dimensions), values, strict=True))
@@ -106,7 +106,7 @@ class Space:
 
 
 def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: Mapping[str, Any]) -> Space:
-    """The space of ``--search`` texts; each value is tried in the recipe, alone.
+    """Parse ``--search`` texts; each value is validated in the recipe by itself.
 
     Args:
         texts: as after ``--search``.
@@ -141,7 +141,7 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
 
 
 def read_dimension(text: str) -> Dimension:
-    """``KEY=a,b`` or ``KEY=low..high[:log]``, not yet compared with any recipe.
+    """Parse ``KEY=a,b`` or ``KEY=low..high[:log]``, without validating it in a recipe.
 
     Raises:
         UsageError: it is neither.
@@ -175,7 +175,7 @@ def read_dimension(text: str) -> Dimension:
 
 
 def baseline_space(space: Space, recipe: Recipe, trials: int) -> Space:
-    """What a baseline is searched over, beside a search of ``trials`` trials over ``space``.
+    """Return the search space of the baseline for a search of ``trials`` trials over ``space``.
 
     The dimensions that concern a student on labels alone: all but those of methods and of whom it learns from.  Where
     these have fewer combinations than there are trials, its learning rate is searched too (a quarter to four times that
@@ -196,7 +196,7 @@ def baseline_space(space: Space, recipe: Recipe, trials: int) -> Space:
 def _checked(
     dimension: Dimension, source: Any, sets: Sequence[str], flags: Mapping[str, Any], methods: Sequence[str]
 ) -> Dimension:
-    """The dimension, with ``whole`` as the recipe has it."""
+    """Return the dimension with ``whole`` as in the recipe."""
     key = dimension.key
     if any(key == each or key.startswith(f"{each}.") for each in _NOT_SEARCHABLE):
         raise UsageError(
@@ -230,7 +230,7 @@ def _checked(
 
 
 def _without_default(more: list[str], source: Any, sets: Sequence[str], flags: Mapping[str, Any]) -> list[str]:
-    """Naming the method that the recipe has already must not drop its options."""
+    """Keep the options of the recipe's method if a choice names the same one."""
     base = load_recipe(source, sets, flags=flags)
     return [text for text in more if text != f"{METHOD}={base.method['name']}"]
 
@@ -259,7 +259,7 @@ def _refuse_test_curves(recipe: Recipe) -> None:
 
 
 def _split(values: str) -> Iterator[str]:
-    """At commas outside brackets and quotes."""
+    """Split at commas outside of brackets and quotes."""
     depth, quote, part = 0, "", ""
     for letter in values:
         if quote:

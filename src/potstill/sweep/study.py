@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 SWEEP_FILE, TRIALS_FILE, FINAL_FILE = "sweep.json", "trials.json", "final.json"
-CONFIRMATION_FILE = "confirmation.json"  # once winner and baseline were trained again on fresh seeds
-SLURM_FOLDER = "slurm"  # a folder: what SLURM jobs print
-_MAX_DIFFERENCES = 8  # differences that are named
+CONFIRMATION_FILE = "confirmation.json"  # once the best trial and the baseline were trained on fresh seeds
+SLURM_FOLDER = "slurm"  # folder of the output of SLURM jobs
+_MAX_DIFFERENCES = 8  # named in an error message
 _NEUTRAL_KEYS = ("data.workers", "data.cache_fraction", "teacher_cache.folder", "training.checkpoint_seconds")
 
 
 def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool, trials: int) -> dict[str, Any]:
-    """All that every process of one study must agree on, and how many trials are wanted."""
+    """The settings that all processes of a study share, and the number of trials."""
     return {
         "schema": 1,
         "recipe": dump_recipe(recipe),
@@ -41,7 +41,7 @@ def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool
 
 
 def begin_or_join(folder: Path, wanted: dict[str, Any]) -> None:
-    """Begin a study, or join the one that is there; the sweep's lock must be held.
+    """Create a study or join the existing one; the sweep's lock must be held.
 
     Raises:
         UsageError: it is another study; names what differs.
@@ -67,7 +67,7 @@ def begin_or_join(folder: Path, wanted: dict[str, Any]) -> None:
                 f"the sweep in {folder} ended after {before['trials']} trials, and its winner has met the test split.\n"
                 "Further trials would make that a second look: start another sweep with --name"
             )
-        (folder / FINAL_FILE).unlink(missing_ok=True)  # the winner is chosen again
+        (folder / FINAL_FILE).unlink(missing_ok=True)  # the best trial is chosen again
         write_checksummed_json(path, wanted)
 
 
@@ -98,11 +98,11 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 JOURNAL_FILE = "journal.log"
-STARTUP_TRIALS = 5  # that are drawn at random, and never pruned
+STARTUP_TRIALS = 5  # drawn at random, and never pruned
 
 
 def require_optuna() -> None:
-    """Fail early where the extra is missing.
+    """Fail early if the extra is not installed.
 
     Raises:
         UsageError: says what to install.
@@ -112,7 +112,7 @@ def require_optuna() -> None:
 
 
 def open_study(folder: Path, *, minimize: bool, seed: int, grid: bool, epochs: int) -> "optuna.Study":
-    """The study in ``folder``, made where there is none.
+    """Open the study in ``folder``; create it if it does not exist.
 
     Args:
         folder: of the sweep.
@@ -132,7 +132,7 @@ def open_study(folder: Path, *, minimize: bool, seed: int, grid: bool, epochs: i
     pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=max(1, epochs // 4) + 1)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of settings that Optuna calls experimental
+            warnings.simplefilter("ignore")  # of experimental settings of Optuna
             storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_FILE)))
             return optuna.create_study(
                 storage=storage,
@@ -142,12 +142,12 @@ def open_study(folder: Path, *, minimize: bool, seed: int, grid: bool, epochs: i
                 pruner=optuna.pruners.NopPruner() if grid else pruner,
                 sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True),
             )
-    except (ValueError, KeyError, TypeError, AssertionError) as error:  # what a damaged line comes to
+    except (ValueError, KeyError, TypeError, AssertionError) as error:  # from a damaged line
         raise ArtifactError(f"{folder / JOURNAL_FILE} is damaged; start another sweep with --name") from error
 
 
 def suggest_settings(trial: "optuna.Trial", space: Space) -> dict[str, str]:
-    """What a trial tries, as YAML texts by key."""
+    """Return the values of a trial as YAML texts by key."""
     chosen: dict[str, str] = {}
     for dimension in space.dimensions:
         if not space.active(dimension, chosen):
@@ -163,7 +163,7 @@ def suggest_settings(trial: "optuna.Trial", space: Space) -> dict[str, str]:
 
 
 def parameter_importances(study: "optuna.Study") -> dict[str, float]:
-    """Share of each key in the spread of the figure over finished trials (fANOVA); empty where that says nothing."""
+    """Return the importance of each key for the metric over finished trials (fANOVA); empty if undefined."""
     import optuna
 
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))

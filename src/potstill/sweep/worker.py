@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class Pruned(Exception):
-    """A trial that is not worth its remaining epochs.  Raised inside training, caught here."""
+    """Ends a pruned trial; raised within training, caught here."""
 
 
 class PruningObserver(SilentObserver):
-    """Passes everything on, reports the student's val figure to the study, and ends a hopeless trial."""
+    """Forwards to another observer, reports the student's metric on val to the study, and ends pruned trials."""
 
     def __init__(self, trial: "optuna.Trial", measure: str, student: str, inner: Observer) -> None:
         self._trial, self._measure, self._student, self._inner, self._stage = trial, measure, student, inner, ""
@@ -88,23 +88,23 @@ def run_trial(
     observer: Observer,
     stopping: "SignalHandler | None",
 ) -> float:
-    """Train a trial's student, or go on with what a killed process left of it.
+    """Train a trial's student, or resume what a killed process left of it.
 
     Args:
-        recipe: of this trial, its teacher ready-made.
+        recipe: of this trial, with a trained teacher.
         trials: folder of the trials' run folders.
         name: of its run folder.
-        trial: is told each epoch's figure.
+        trial: receives the metric of each epoch.
         measure: ``training.selection_metric``.
-        student: "distilled", or "baseline" where that is searched.
-        observer: is told what happens.
-        stopping: hears signals.
+        student: "distilled" or "baseline".
+        observer: receives progress.
+        stopping: handles signals.
 
     Returns:
-        The figure on val of its best epoch.
+        The metric on val of its best epoch.
 
     Raises:
-        Pruned: it was not worth its remaining epochs.
+        Pruned: the study pruned the trial.
         PotstillError: as ``pipeline.run``.
     """
     from potstill.experiment.pipeline import run
@@ -123,21 +123,21 @@ def run_trial(
 
 
 def best_on_val(folder: Path, student: str, measure: str) -> float:
-    """The val figure of the epoch whose weights the student has."""
+    """Return the metric on val of the student's best epoch."""
     best = read_checksummed_json(folder / student / "model.json")["facts"]["training"]["best_epoch"]
     lines = (folder / student / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return float(json.loads(lines[best - 1])["val"][measure])
 
 
-DEFAULT_TRIALS = 20  # where neither --trials nor a grid says how many
-CONFIRM_SEEDS = 5  # fresh ones, on which winner and baseline are compared
-RETRIES = 2  # a trial that has killed three processes would kill the next one too
-POLL_SECONDS = 0.3  # seconds between two looks at what others do
-_START_SECONDS = 30.0  # seconds within which a process has said which trial it took
+DEFAULT_TRIALS = 20  # without --trials or a grid
+CONFIRM_SEEDS = 5  # fresh seeds for comparing the best trial with the baseline
+RETRIES = 2  # of a trial whose process died
+POLL_SECONDS = 0.3
+_START_SECONDS = 30.0  # within which a process has registered its trial
 
 
 class Sweep:
-    """The sweep in one folder, as one process sees it."""
+    """One process's part in the sweep of a folder."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class Sweep:
         self.worker = secrets.token_hex(6)
 
     def work(self, timeout: float | None = None) -> bool:
-        """Take part; returns whether the sweep is over: the winner chosen and, where wanted, confirmed.
+        """Run trials; return whether the sweep is finished: the best trial chosen and, if requested, confirmed.
 
         ``timeout``: seconds after which no further trial begins here.
 
@@ -200,7 +200,7 @@ class Sweep:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """The sweep's lock; waits for it."""
+        """Hold the sweep's lock; waits for it."""
         lock = RunLock(self.folder)
         while True:
             try:
@@ -245,7 +245,7 @@ class Sweep:
         (self.folder / "trials").mkdir(exist_ok=True)
 
     def _teachers(self) -> tuple[str, ...]:
-        """Train the teacher, once for all trials; returns the settings by which a recipe takes it ready-made."""
+        """Train the teacher once for all trials; return the settings with which a recipe uses it."""
         from potstill.experiment.pipeline import run
 
         if self.student == "baseline":
@@ -291,7 +291,7 @@ class Sweep:
         )
 
     def _recipe_with_teacher(self) -> Recipe | None:
-        """A recipe by which the teacher is trained: the first of the space's that wants one."""
+        """Return the recipe for training the teacher: the first of the space that needs one."""
         from potstill.config.method_settings import needs_teacher
 
         if needs_teacher(self.recipe.method):
@@ -304,7 +304,7 @@ class Sweep:
         return None
 
     def _take(self) -> Any:
-        """A trial to try; _WAIT while others are at the last ones; None when all is done."""
+        """Return the next trial; _WAIT while other processes run the last ones; None at the end."""
         from optuna.trial import TrialState
 
         with self._locked():
@@ -322,7 +322,7 @@ class Sweep:
             return trial
 
     def _retry_trials(self) -> None:
-        """Put trials back whose process holds its lock no longer."""
+        """Enqueue again the trials whose process no longer holds its lock."""
         from datetime import datetime
 
         import optuna
@@ -396,11 +396,11 @@ class Sweep:
             )
         except Pruned:
             state = TrialState.PRUNED
-        except (NonFiniteError, UsageError) as error:  # this combination does not work; others may
+        except (NonFiniteError, UsageError) as error:  # other combinations may work
             state = TrialState.FAIL
             trial.set_user_attr("error", str(error).splitlines()[0])
             self.observer.warn(f"trial {trial.number} failed: {error}")
-        except BaseException:  # a signal, a full disk: not the trial's fault
+        except BaseException:  # a signal or a full disk, not the trial
             trial.set_user_attr("let_go", True)
             raise
         trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
@@ -416,7 +416,7 @@ class Sweep:
             self.told({**found, "measure": self.measure, "wanted": self.trials})
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every trial that was begun, in order; those of dead processes are left out, as they were tried again."""
+        """Return all started trials in order, without those of dead processes, which were retried."""
         return [
             {
                 "number": each.number,
@@ -434,12 +434,12 @@ class Sweep:
         ]
 
     def winner(self) -> dict[str, Any]:
-        """The best trial, once the trials are over: its number, folder, chosen values and figure on val."""
+        """Return number, folder, chosen values and metric on val of the best trial."""
         found: dict[str, Any] = read_checksummed_json(self.folder / study.FINAL_FILE)
         return found
 
     def _end(self) -> None:
-        """Choose the best trial by val; test is not read."""
+        """Choose the best trial by val; test is not used."""
         with self._locked():
             if (self.folder / study.FINAL_FILE).exists():
                 return
@@ -453,7 +453,7 @@ class Sweep:
             write_checksummed_json(self.folder / study.FINAL_FILE, {"schema": 1, "trial": best["number"], **kept})
 
     def _confirm(self, teachers: Sequence[str], until: float) -> bool:
-        """Search the baseline as long, train both winners again on fresh seeds, and evaluate them on test."""
+        """Search the baseline with as many trials, train both again on fresh seeds, and evaluate them on test."""
         from potstill.experiment.pipeline import run
 
         if (self.folder / study.CONFIRMATION_FILE).exists():
@@ -489,7 +489,7 @@ class Sweep:
         return True
 
     def rival(self) -> "Sweep":
-        """The search for the baseline's settings, with as many trials."""
+        """Return the search of the baseline's settings, with as many trials."""
         space = baseline_space(self.space, self.recipe, self.trials)
         return Sweep(
             self.source,

@@ -1,1 +1,1 @@
-"""The training loop and its parts: optimizers, checkpoints, devices, several processes."""
+"""The training loop and its parts: optimizers, checkpoints, devices, distributed training."""

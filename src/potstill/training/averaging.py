@@ -1,13 +1,10 @@
-"""Averaged weights and re-estimated BatchNorm statistics.
+"""Averaged weights (``ModelEma``) and BatchNorm statistics re-estimated on another domain (AdaBN).
 
-``ModelEma`` is an exponential moving average of a student's weights, with a warm-up of the decay.
-
-AdaBN takes a network's BatchNorm statistics anew from images of another domain; its weights stay as they are.  Li,
-Wang, Shi, Liu, Hou, "Revisiting Batch Normalization For Practical Domain Adaptation", 2016,
+AdaBN: Li, Wang, Shi, Liu, Hou, "Revisiting Batch Normalization For Practical Domain Adaptation", 2016,
 https://arxiv.org/abs/1603.04779
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,9 +19,9 @@ from potstill.types import Batch
 
 
 def warmed_up_decay(decay: float, updates: int) -> float:
-    """The decay after so many updates: ``min(decay, (1 + n) / (10 + n))``, as in TensorFlow.
+    """Return the decay after n updates, ``min(decay, (1 + n) / (10 + n))``, as in TensorFlow.
 
-    Without it, the average over a training of fewer than about 1 / (1 - decay) steps is mostly its first weights.
+    Without warm-up, the average over fewer than about 1 / (1 - decay) steps is mostly the initial weights.
 
     Example:
         >>> warmed_up_decay(0.9999, 0), round(warmed_up_decay(0.9999, 80), 6), warmed_up_decay(0.9999, 100_000)
@@ -34,9 +31,9 @@ def warmed_up_decay(decay: float, updates: int) -> float:
 
 
 class ModelEma(AveragedModel):
-    """A copy of ``student`` whose parameters and BatchNorm statistics are averages; counters are copied.
+    """Exponential moving average of a student's parameters and BatchNorm statistics; counters are copied.
 
-    The first update copies all weights.  The number of updates is part of the state, so that a resumed training
+    The first update copies all weights.  The number of updates is part of the state dict, so a resumed training
     continues with the same decay.
 
     Args:
@@ -54,12 +51,12 @@ class ModelEma(AveragedModel):
             # `n_averaged` stays on the CPU, so reading it does not wait for the device.
             torch._foreach_lerp_(averages, current, 1 - warmed_up_decay(self.decay, int(self.n_averaged)))
         else:
-            for ours, theirs in zip(averages, current, strict=True):
-                ours.copy_(theirs)
+            for average, value in zip(averages, current, strict=True):
+                average.copy_(value)
 
 
 def batch_norm_layers(network: nn.Module) -> list[_BatchNorm]:
-    """The layers that keep statistics of what they have seen."""
+    """Return the BatchNorm layers with running statistics."""
     return [
         module
         for module in network.modules()
@@ -68,11 +65,7 @@ def batch_norm_layers(network: nn.Module) -> list[_BatchNorm]:
 
 
 def check_batch_norm(network: nn.Module, name: str) -> None:
-    """Networks without BatchNorm have nothing to adapt.
-
-    Raises:
-        UsageError: this one has none.
-    """
+    """Raise UsageError if the network has no BatchNorm to adapt."""
     if not batch_norm_layers(network):
         raise UsageError(
             f"domain.adapt_batch_norm: {name} has no BatchNorm, so there are no statistics to adapt; leave it out"
@@ -81,74 +74,71 @@ def check_batch_norm(network: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def adapt_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
-    """Replace the mean and variance of every BatchNorm by those over all images, in place.
+    """Replace the running mean and variance of every BatchNorm by those over all images, in place.
 
-    One pass, in which every such layer normalises a batch by the batch's own statistics, as in training; all else
-    (dropout) is in eval mode.  Of what each layer is given, mean and variance are summed up over all batches, so that
-    the sizes of batches do not matter and the spread between them counts: for a first layer they are exactly those over
-    all images.  Batches should be mixed: one of a single class would be normalised by what is special to it.
+    In one pass, BatchNorm layers normalise each batch by its own statistics, as in training; everything else (dropout)
+    is in eval mode.  Mean and variance of a layer's inputs are accumulated over all batches, so batch sizes do not
+    matter and the variance between batches counts; for a first layer they are exactly those over all images.  Batches
+    should mix classes: a batch of one class would be normalised by what is special to it.
 
     Args:
         network: on the device of the batches, in float32.
-        batches: images [B, 3, H, W] as the network wants them.
+        batches: images [B, 3, H, W], normalised for the network.
 
     Returns:
-        How many images were seen.
+        The number of images.
 
     Raises:
-        UsageError: a layer sees one value per channel, or no image came.
+        UsageError: a layer gets one value per channel.
     """
-    layers, seen = batch_norm_layers(network), 0
+    layers, count = batch_norm_layers(network), 0
     sums = [_LayerSums() for _ in layers]
     with evaluation_mode(network), ExitStack() as hooks:
-        before = [layer.momentum for layer in layers]
-        for layer, own in zip(layers, sums, strict=True):
-            hooks.callback(layer.register_forward_pre_hook(own.hook()).remove)
+        momenta = [layer.momentum for layer in layers]
+        for layer, layer_sums in zip(layers, sums, strict=True):
+            hooks.callback(layer.register_forward_pre_hook(layer_sums.update).remove)
             layer.train()
-            layer.momentum = 0.0  # the old statistics stay until the new ones are known
+            layer.momentum = 0.0  # keep the old statistics until the new ones are known
         try:
             for batch in batches:
                 network(batch.images)
-                seen += len(batch)
+                count += len(batch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UsageError("domain.adapt_batch_norm needs batches of two images or more") from error
         finally:
-            for layer, momentum in zip(layers, before, strict=True):
+            for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
-    for layer, own in zip(layers, sums, strict=True):
-        own.put(layer)
-    return seen
+    for layer, layer_sums in zip(layers, sums, strict=True):
+        layer_sums.copy_to(layer)
+    return count
 
 
 class _LayerSums:
-    """Sums over everything that one layer is given, in float64."""
+    """Sums over all inputs of one layer, in float64."""
 
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
 
-    def hook(self) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_: nn.Module, given: tuple[Any, ...]) -> None:
-            values: Tensor = given[0]
-            channels = values.detach().to(torch.float64).transpose(0, 1).flatten(1)  # [C, B * H * W]
-            if self.count == 0:
-                self.shift = channels.mean(dim=1)  # keeps the squares small, so that nothing cancels
-                self.total, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
-            away = channels - self.shift[:, None]
-            self.count += away.shape[1]
-            self.total += away.sum(dim=1)
-            self.squares += away.square().sum(dim=1)
-
-        return add
-
-    def put(self, layer: _BatchNorm) -> None:
+    def update(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Add the inputs [B, C, ...]; a forward pre-hook."""
+        values: Tensor = inputs[0]
+        channels = values.detach().to(torch.float64).transpose(0, 1).flatten(1)  # [C, B * H * W]
         if self.count == 0:
-            return  # a layer that the network has and does not use
+            self.shift = channels.mean(dim=1)  # keeps the squares small, so that nothing cancels
+            self.total, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
+        centered = channels - self.shift[:, None]
+        self.count += centered.shape[1]
+        self.total += centered.sum(dim=1)
+        self.squares += centered.square().sum(dim=1)
+
+    def copy_to(self, layer: _BatchNorm) -> None:
+        if self.count == 0:
+            return  # a layer that the forward pass does not use
         mean = self.total / self.count
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        # As torch keeps it: the unbiased one.
-        variance = (self.squares - self.count * mean.square()) / max(1, self.count - 1)
+        variance = (self.squares - self.count * mean.square()) / max(1, self.count - 1)  # unbiased, as in torch
         layer.running_mean.copy_(mean + self.shift)
         layer.running_var.copy_(variance.clamp(min=0))

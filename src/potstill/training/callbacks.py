@@ -1,6 +1,6 @@
-"""What a caller passes to the trainer: an observer of its progress, and a handler of signals.  No torch here.
+"""Observers of progress, and the signal handler that stops a training.  No torch here.
 
-On SIGINT or SIGTERM the step is finished, its state is saved, and the process ends; a second signal ends it at once.
+On SIGINT or SIGTERM the trainer finishes the step, saves its state and ends; a second signal kills the process.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Observer(Protocol):
 
 
 class SilentObserver:
-    """Watches and says nothing."""
+    """An observer that ignores everything."""
 
     def stage(self, name: str, detail: str) -> None: ...
 
@@ -65,10 +65,10 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasat
 
 
 class SignalHandler:
-    """Use as a context manager in the main thread, around whatever may be stopped; elsewhere it hears nothing.
+    """Context manager that turns SIGINT and SIGTERM into ``Stopped``; outside of the main thread it does nothing.
 
     Attributes:
-        requested: the signal that has come; None: go on.
+        requested: number of the signal received; None: none.
     """
 
     def __init__(self) -> None:
@@ -86,16 +86,16 @@ class SignalHandler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._handle_signal:  # else something else has been decided meanwhile
+            if signal.getsignal(number) == self._handle_signal:  # else somebody has replaced the handler meanwhile
                 signal.signal(number, handler)
         self._before = {}
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a signal is only noted: whoever is inside looks at ``requested`` and saves before it ends.
+        """Within the block, only set ``requested``, so that the caller can save before it stops.
 
         Raises:
-            Stopped: at the end of the block, where a signal has come.
+            Stopped: at the end of the block, if a signal was received.
         """
         self._is_deferred = True
         try:
@@ -105,16 +105,12 @@ class SignalHandler:
         self.check()
 
     def check(self) -> None:
-        """End here where a signal has come.
-
-        Raises:
-            Stopped: it has.
-        """
+        """Raise Stopped if a signal was received."""
         if self.requested is not None:
             raise Stopped(self.requested)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:  # somebody does not want to wait
+        if self.requested is not None:  # the second signal: do not wait
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.requested = number

@@ -1,6 +1,6 @@
 """Checkpoints: all state that a resumed training needs, in one file.
 
-A file is its SHA-256, then safetensors: tensors as safetensors, everything else as JSON in its header, so opening a
+A file is a SHA-256 digest followed by safetensors, with everything but tensors as JSON in its header, so that opening a
 checkpoint runs no code.  The digest is checked before anything is parsed.
 """
 
@@ -25,7 +25,7 @@ from potstill.io import read_checksummed, verify_json_lines, write_checksummed, 
 from potstill.training.averaging import ModelEma
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import EpochState, History
+from potstill.training.state import NON_FINITE_HELP, EpochState, History
 
 
 def save_checkpoint(
@@ -33,27 +33,27 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     facts: dict[str, Any],
     *,
-    alike: Mapping[str, str] | None = None,
+    duplicates: Mapping[str, str] | None = None,
     keep_previous: bool = False,
 ) -> None:
-    """Write named tensors and JSON facts, whole or not at all.
+    """Write named tensors and JSON facts atomically.
 
     Args:
         path: NAME.checkpoint.
         tensors: on any device.
         facts: JSON values.
-        alike: name of a tensor -> name of another; where every bit of them is the same, they are stored once.
-        keep_previous: the older file stays as NAME-previous.checkpoint, should this one be damaged later.
+        duplicates: name of a tensor -> name of another; if both are equal to the bit, they are stored once.
+        keep_previous: keep the older file as NAME-previous.checkpoint, in case this one is damaged later.
 
     Raises:
-        StorageError: it could not be written; the older file is untouched.
+        StorageError: the file could not be written; the older one is untouched.
     """
     flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    same = {name: other for name, other in (alike or {}).items() if _same_bits(flat[name], flat[other])}
+    same = {name: other for name, other in (duplicates or {}).items() if _same_bits(flat[name], flat[other])}
     for name in same:
         del flat[name]
     seen: set[int] = set()
-    for key, value in flat.items():  # safetensors refuses tied weights: each name gets bytes of its own
+    for key, value in flat.items():  # safetensors refuses tied weights: store a copy for each name
         if value.numel() and value.data_ptr() in seen:
             flat[key] = value.clone()
         seen.add(value.data_ptr())
@@ -65,7 +65,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what ``save_checkpoint`` wrote.
 
     Raises:
-        ArtifactError: missing, cut short or changed; names the newest intact older one.
+        ArtifactError: the file is missing, truncated or changed; names the newest intact older one.
     """
     payload = read_checksummed(path)
     try:
@@ -78,7 +78,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name and JSON facts."""
+    """Return an optimizer's state as tensors by name and JSON facts."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for parameter, entries in state["state"].items():
@@ -91,7 +91,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Put a packed state back."""
+    """Load what ``pack_optimizer`` returned."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *facts["plain"].items()]:
         parameter, _, key = name.partition(".")
@@ -100,7 +100,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
 
 
 def pack_random_state(device: torch.device) -> dict[str, Tensor]:
-    """States of the global generators that dropout draws from."""
+    """Return the states of the global random generators."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -108,7 +108,7 @@ def pack_random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def unpack_random_state(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put packed generator states back."""
+    """Restore what ``pack_random_state`` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -120,33 +120,35 @@ def add_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``add_prefix``: the tensors of one prefix, without it."""
+    """Return the tensors under one prefix, without it."""
     start = f"{prefix}/"
     return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
 
 
 def copy_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """A state dict whose tensors no longer change with the module."""
+    """Return a copy of the state dict that does not change with the module."""
     return {key: value.detach().clone() for key, value in module.state_dict().items()}
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Of contiguous tensors on the CPU; unlike ``==``, 0 is not -0, and what is not a number equals itself."""
-    if one.dtype != other.dtype or one.shape != other.shape:
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compare contiguous CPU tensors; unlike ``==``, 0 differs from -0 and NaN equals itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 LAST = "last.checkpoint"
-FIGURES = "figures.checkpoint"  # of a stage that is done: what its epochs gave, and no weights
-_LEAST_SECONDS = 60.0  # between two checkpoints, where the recipe says "auto"
-_LARGEST_SHARE = 0.02  # of the time goes into checkpoints then
+FIGURES = "figures.checkpoint"  # of a finished stage: the metrics of its epochs, no weights
+_MIN_SECONDS = 60.0  # between two checkpoints with checkpoint_seconds "auto"
+_MAX_TIME_FRACTION = 0.02  # of the training time that checkpoints may take then
 
 
 @dataclass
 class Checkpointer:
-    """Checkpoints of one stage: ``last.checkpoint`` holds all of its state, the best weights too, and
-    ``last-previous.checkpoint`` is the one before it: either is all that is needed to go on.
+    """Writes and loads one stage's checkpoints.
+
+    ``last.checkpoint`` holds all of the state, including the best weights; ``last-previous.checkpoint`` is the one
+    before it.  Either is enough to resume.
     """
 
     folder: Path
@@ -158,61 +160,61 @@ class Checkpointer:
     average: ModelEma | None
     history: History
     best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights after its best epoch
-    _last: float = field(default_factory=lambda: time.monotonic())
-    _cost: float = 0.0  # seconds that the last checkpoint took
-    _writing: threading.Thread | None = None
+    _last_save: float = field(default_factory=lambda: time.monotonic())
+    _save_seconds: float = 0.0  # duration of the last save
+    _writer: threading.Thread | None = None
     _error: BaseException | None = None
 
     @property
     def is_due(self) -> bool:
-        """Whether the last checkpoint is old enough.
+        """Whether it is time for another checkpoint.
 
         Raises:
             StorageError: the last one could not be written.
         """
-        wanted = self.settings.checkpoint_seconds
-        if self._writing is not None:
-            if not self._writing.is_alive():
+        setting = self.settings.checkpoint_seconds
+        if self._writer is not None:
+            if not self._writer.is_alive():
                 self.wait()
-            elif wanted == "auto":
+            elif setting == "auto":
                 return False
-        least = max(_LEAST_SECONDS, self._cost / _LARGEST_SHARE) if wanted == "auto" else wanted
-        return time.monotonic() - self._last >= least
+        interval = max(_MIN_SECONDS, self._save_seconds / _MAX_TIME_FRACTION) if setting == "auto" else setting
+        return time.monotonic() - self._last_save >= interval
 
     def wait(self) -> None:
-        """Return when no checkpoint is being written any more.
+        """Wait for the background write, if there is one.
 
         Raises:
-            StorageError: the last one could not be written.
+            StorageError: the last checkpoint could not be written.
         """
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def keep_best(self) -> None:
-        """Remember the student's weights as they are now."""
+        """Copy the student's current weights as the best ones."""
         self.best = copy_state_dict(self.distiller.student)
 
-    def save(self, epoch: int, under_way: EpochState | None = None, *, beside: bool = False) -> None:
-        """Write the state after ``epoch`` epochs, and those steps of the next that are done.
+    def save(self, epoch: int, state: EpochState | None = None, *, background: bool = False) -> None:
+        """Write the state after ``epoch`` whole epochs, and of an unfinished one.
 
         Args:
-            epoch: number of epochs that are done.
-            under_way: how far the next one has come.
-            beside: copy the state and return; a thread writes it while training goes on.  An error is raised by the
-                next call of ``is_due``, ``save`` or ``wait``.
+            epoch: number of finished epochs.
+            state: progress of the next epoch, if it has begun.
+            background: copy the state and return; a thread writes it while training continues.  An error is raised by
+                the next call of ``is_due``, ``save`` or ``wait``.
 
         Raises:
-            StorageError: it, or the one before it, could not be written.
-            NonFiniteError: a weight is NaN or infinite; what was written before stays.
+            StorageError: this checkpoint, or the one before it, could not be written.
+            NonFiniteError: a weight is NaN or infinite; older checkpoints stay.
         """
         self.wait()
-        self._refuse_nonfinite(epoch)
+        self._check_finite(epoch)
         random = self._random_states()
-        begin = self._last = time.monotonic()
+        started = self._last_save = time.monotonic()
         if not self.compute.processes.first:
             return
         optimizer, facts = pack_optimizer(self.optimizer)
@@ -223,8 +225,8 @@ class Checkpointer:
             | (add_prefix("average", self.average.state_dict()) if self.average is not None else {})
         )
         within: dict[str, Any] | None = None
-        if under_way is not None:
-            figures, within = under_way.pack()
+        if state is not None:
+            figures, within = state.pack()
             tensors |= add_prefix("figures", figures)
         facts = {
             "epoch": epoch,
@@ -237,37 +239,39 @@ class Checkpointer:
             "best_epoch": self.history.best_epoch,
             "best_value": self.history.best_value if self.best else None,
         }
-        # As long as no epoch is over, there is no best; right after the best one, it is what is trained on from here.
         tensors |= add_prefix("best", self.best)
         student = "distiller/student." if self.average is None else "average/module."
-        alike = {f"best/{name}": f"{student}{name}" for name in self.best if f"{student}{name}" in tensors}
-        if beside:
+        # Right after the best epoch, its weights are the current ones.
+        duplicates = {f"best/{name}": f"{student}{name}" for name in self.best if f"{student}{name}" in tensors}
+        if background:
             tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
             facts = json.loads(json.dumps(facts))
-            self._writing = threading.Thread(
-                target=self._write, args=(tensors, facts, alike, begin), name="checkpoint", daemon=True
+            self._writer = threading.Thread(
+                target=self._write, args=(tensors, facts, duplicates, started), name="checkpoint", daemon=True
             )
-            self._writing.start()
+            self._writer.start()
         else:
-            self._write(tensors, facts, alike, begin)
+            self._write(tensors, facts, duplicates, started)
             self.wait()
 
-    def _write(self, tensors: dict[str, Tensor], facts: dict[str, Any], alike: dict[str, str], begin: float) -> None:
+    def _write(
+        self, tensors: dict[str, Tensor], facts: dict[str, Any], duplicates: dict[str, str], started: float
+    ) -> None:
         try:
-            save_checkpoint(self.folder / LAST, tensors, facts, alike=alike, keep_previous=True)
+            save_checkpoint(self.folder / LAST, tensors, facts, duplicates=duplicates, keep_previous=True)
         except BaseException as error:
             self._error = error
-        self._last = time.monotonic()
-        self._cost = self._last - begin
+        self._last_save = time.monotonic()
+        self._save_seconds = self._last_save - started
 
-    def resume(self, under_way: EpochState) -> int:
-        """Load the last checkpoint; the number of epochs that are done, 0 where there is none.
+    def resume(self, state: EpochState) -> int:
+        """Load the last checkpoint and return the number of finished epochs, 0 if there is no checkpoint.
 
         Args:
-            under_way: receives how far the next epoch has come; its step stays 0 where it has not begun.
+            state: receives the progress of the next epoch; its step stays 0 if that has not begun.
 
         Raises:
-            ArtifactError: a checkpoint is damaged, or is of something else.
+            ArtifactError: a checkpoint is damaged, or does not fit this training.
         """
         last = self.folder / LAST
         if not last.exists():
@@ -283,12 +287,12 @@ class Checkpointer:
             self.history.best_epoch, self.history.best_value = facts["best_epoch"], facts["best_value"]
         within = facts["under_way"]
         if within is not None:
-            # Before its state is loaded: what a method does to that at the beginning of an epoch has been done.
+            # Before the distiller's state is loaded, which already contains what this call changes in it.
             self.distiller.start_epoch(int(facts["epoch"]), self.settings.epochs)
             if self.compute.processes.first:
-                under_way.unpack(strip_prefix("figures", tensors), within)
-            else:  # the first one has noted what all had
-                under_way.lr, under_way.step = within["lr"], within["step"]
+                state.unpack(strip_prefix("figures", tensors), within)
+            else:  # the first process has saved the metrics of all
+                state.lr, state.step = within["lr"], within["step"]
         try:
             self.distiller.load_state_dict(strip_prefix("distiller", tensors))
             unpack_optimizer(self.optimizer, strip_prefix("optimizer", tensors), facts["optimizer"])
@@ -299,14 +303,14 @@ class Checkpointer:
         self.schedule.last_epoch = facts["schedule"]["last_epoch"]
         for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
             group["lr"] = self.settings.lr * factor(self.schedule.last_epoch)
-        # A process that there was not before keeps the state that its seed gave it.
+        # A process that is new keeps the random state of its seed.
         if states := strip_prefix(_random_state_prefix(self.compute.processes.rank), tensors):
             unpack_random_state(states, self.compute.device)
         self.history.records, self.history.seconds = facts["records"], facts["seconds"]
         return int(facts["epoch"])
 
     def _random_states(self) -> dict[str, Tensor]:
-        """Of every process; the first one's as if there were no other."""
+        """Gather the random states of all processes."""
         states = self.compute.processes.gather(pack_random_state(self.compute.device))
         return {
             name: value
@@ -314,29 +318,27 @@ class Checkpointer:
             for name, value in add_prefix(_random_state_prefix(rank), state).items()
         }
 
-    def _refuse_nonfinite(self, epoch: int) -> None:
+    def _check_finite(self, epoch: int) -> None:
         for name, parameter in self.distiller.trained_parameters():
             if not bool(parameter.isfinite().all()):
                 raise NonFiniteError(
-                    f"epoch {epoch + 1}: the weights {name} have become NaN or infinite.\n"
-                    "Lower the learning rate (training.lr), or set training.max_grad_norm=1; the last "
-                    "checkpoint is finite"
+                    f"epoch {epoch + 1}: the weights {name} have become NaN or infinite.\n{NON_FINITE_HELP}"
                 )
 
 
 def finish_checkpoints(folder: Path, history: History, *, keep: bool) -> None:
-    """Remove the checkpoints of a stage whose model is written; the figures of its epochs stay.
+    """Remove the checkpoints of a stage whose model has been written, but keep the metrics of its epochs.
 
     Args:
-        folder: of the stage.
-        history: of its epochs.
-        keep: the last checkpoint stays.
+        folder: the stage's folder.
+        history: its epochs.
+        keep: whether the last checkpoint stays.
 
     Raises:
-        StorageError: the figures cannot be written.
+        StorageError: the metrics could not be written.
     """
     folder = folder / "checkpoints"
-    (folder / "last-previous.checkpoint").unlink(missing_ok=True)  # the model holds the best weights, and is whole
+    (folder / "last-previous.checkpoint").unlink(missing_ok=True)
     if keep:
         (folder / FIGURES).unlink(missing_ok=True)
     else:
@@ -345,11 +347,11 @@ def finish_checkpoints(folder: Path, history: History, *, keep: bool) -> None:
 
 
 def restore_metrics_file(folder: Path) -> None:
-    """Write a missing metrics.jsonl of a stage that is done again, from the figures beside its checkpoints.
+    """Write the missing metrics.jsonl of a finished stage from the metrics in its checkpoints.
 
     Raises:
-        ArtifactError: the file with the figures is damaged.
-        StorageError: it cannot be written.
+        ArtifactError: the checkpoint is damaged.
+        StorageError: metrics.jsonl could not be written.
     """
     lines = folder / "metrics.jsonl"
     found = [path for name in (LAST, FIGURES) if (path := folder / "checkpoints" / name).exists()]

@@ -1,7 +1,7 @@
-"""``torch.compile`` for the student's forward pass, where it saves more time than it takes.
+"""``torch.compile`` for the student's forward pass, if it saves more time than it takes.
 
 Only the call is compiled, and only within the training part of an epoch: the module that is copied, evaluated and saved
-never changes.  On a CPU compiling takes a minute and gains nothing, so that "auto" means CUDA.
+never changes.  On a CPU, compiling takes a minute and gains nothing, so "auto" means CUDA only.
 """
 
 import statistics
@@ -19,16 +19,16 @@ from potstill.training.devices import Compute
 from potstill.training.optim import SplitGradientOptimizer
 from potstill.training.settings import TrainingSettings
 
-EXPECTED_SAVING = 0.2  # of the time of a step, that compiling is supposed to save
-COMPILE_SECONDS = 90.0  # that it is supposed to take
-MAX_CUDA_GRAPH_IMAGES = 128  # up to so many per batch, launching kernels takes longer than running them: CUDA graphs
+EXPECTED_SAVING = 0.2  # assumed share of a step's time that compiling saves
+COMPILE_SECONDS = 90.0  # assumed time that compiling takes
+MAX_CUDA_GRAPH_IMAGES = 128  # in batches up to this size, launching kernels takes longer than running them
 WARMUP_STEPS = 3  # the first compiles, the second records the CUDA graphs, the third replays them
 
 ForwardCall = Callable[[Tensor], Tensor]
 
 
 def is_worth_compiling(steps_left: int, seconds_per_step: float) -> bool:
-    """Whether the time that compiling is supposed to save is more than what it takes.
+    """Return whether compiling is expected to save more time than it takes.
 
     Example:
         >>> is_worth_compiling(100, 0.1), is_worth_compiling(100_000, 0.1)
@@ -38,24 +38,24 @@ def is_worth_compiling(steps_left: int, seconds_per_step: float) -> bool:
 
 
 def reads_only_logits(distiller: Distiller) -> bool:
-    """Whether nothing but the student's logits is read: hooks inside a compiled network would not be called."""
+    """Return whether the method reads only the student's logits; hooks inside a compiled network are not called."""
     reader = distiller.shown.reader
     return reader.request == FeatureRequest() and not reader.request_before.stages
 
 
 class StudentCompiler:
-    """Decides epoch by epoch; ``with compiling.epoch(...)`` around the training part, ``begin`` at its first batch.
+    """Compiles the student's forward pass; enter ``epoch`` around each epoch and call ``prepare`` at its first batch.
 
-    "auto" trains the first epoch as it is, and compiles for the second if that pays by the time that the first took.
-    If a compiled epoch then turns out slower, it goes back.
+    "auto" leaves the first epoch uncompiled and compiles the second if its duration shows that this pays.  If a
+    compiled epoch then turns out slower, the next ones are uncompiled again.
 
     Args:
-        distiller: whose student's calls are compiled.
-        optimizer: one that runs backward twice in a step cannot be served.
+        distiller: holds the student.
+        optimizer: one that runs backward twice in a step is not supported.
         settings: ``compile`` and ``gradient_accumulation_steps``.
-        compute: "auto" compiles on CUDA alone.
-        observer: is told when something is compiled, and when it could not be.
-        compile: in place of ``torch.compile``.
+        compute: "auto" compiles on CUDA only.
+        observer: receives a note when something is compiled or could not be.
+        compile: stands in for ``torch.compile``.
         clock: in seconds.
     """
 
@@ -72,28 +72,27 @@ class StudentCompiler:
     ) -> None:
         self.student, self.settings, self.compute, self.observer = distiller.student, settings, compute, observer
         self.compile, self.clock = compile, clock
-        asked = settings.compile is True or (settings.compile == "auto" and compute.device.type == "cuda")
-        own = "forward" not in vars(self.student)
-        fits = (
-            own
+        requested = settings.compile is True or (settings.compile == "auto" and compute.device.type == "cuda")
+        supported = (
+            "forward" not in vars(self.student)
             and reads_only_logits(distiller)
             and not isinstance(optimizer, SplitGradientOptimizer)
             and not settings.qat_fraction
         )
-        self.wanted = asked and fits
-        if settings.compile is True and not fits:
+        self.enabled = requested and supported
+        if settings.compile is True and not supported:
             observer.note("not compiled: the method reads more than logits, int8 is simulated, or backward runs twice")
-        self.twice = distiller.method.needs.second != "none"
-        self.call: ForwardCall | None = None
-        self.whole = torch.Size()  # shape of the batches that the compiled call is for
+        self.two_forward_passes = distiller.method.needs.second != "none"
+        self.compiled_forward: ForwardCall | None = None
+        self.batch_shape = torch.Size()  # the only one that the compiled call takes
         self.plain_epochs: list[float] = []  # seconds per step
         self.compiled_epochs: list[float] = []
-        self._left = 0
+        self._steps_left = 0
 
     @contextmanager
     def epoch(self, steps: int, left: int) -> Iterator[None]:
-        """The training part of an epoch of so many steps; with it, ``left`` steps are left until the end."""
-        self._left, started = left, self.clock()
+        """Enter around the ``steps`` training steps of an epoch, of ``left`` until the end of the training."""
+        self._steps_left, started = left, self.clock()
         try:
             yield
         finally:
@@ -102,69 +101,69 @@ class StudentCompiler:
         (self.compiled_epochs if compiled else self.plain_epochs).append(seconds)
         self._compare()
 
-    def begin(self, images: Tensor) -> None:
-        """The epoch's first batch: compile for batches of this shape, where that is wanted and pays."""
-        if not self.wanted:
+    def prepare(self, images: Tensor) -> None:
+        """Compile for batches of this shape if that is enabled and pays; ``images`` is the epoch's first batch."""
+        if not self.enabled:
             return
-        if self.call is None:
+        if self.compiled_forward is None:
             if self.settings.compile == "auto" and not (
-                self.plain_epochs and is_worth_compiling(self._left, statistics.median(self.plain_epochs))
+                self.plain_epochs and is_worth_compiling(self._steps_left, statistics.median(self.plain_epochs))
             ):
                 return
             self._compile(images)
-        if self.call is not None:
-            self._install(self.call)
+        if self.compiled_forward is not None:
+            self._install(self.compiled_forward)
 
     def _install(self, call: ForwardCall) -> None:
-        """Until the epoch's end, the student's own ``forward`` stands back where a batch is whole."""
-        plain: ForwardCall = self.student.forward
-        graphs = self._graphs
+        """Use ``call`` for full batches until the end of the epoch."""
+        uncompiled: ForwardCall = self.student.forward
+        cuda_graphs = self._uses_cuda_graphs
 
         def forward(images: Tensor) -> Tensor:
-            if images.shape != self.whole or not torch.is_grad_enabled() or not self.student.training:
-                return plain(images)
-            if graphs:
+            if images.shape != self.batch_shape or not torch.is_grad_enabled() or not self.student.training:
+                return uncompiled(images)
+            if cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             return call(images)
 
         self.student.forward = forward
 
     @property
-    def _graphs(self) -> bool:
-        """CUDA graphs write each result over the last one: nothing may be kept from one call to the next."""
-        few = len(self.whole) > 0 and self.whole[0] <= MAX_CUDA_GRAPH_IMAGES
+    def _uses_cuda_graphs(self) -> bool:
+        """CUDA graphs overwrite their last result, so no output may be needed after the next call."""
         return (
             self.compute.device.type == "cuda"
-            and few
+            and len(self.batch_shape) > 0
+            and self.batch_shape[0] <= MAX_CUDA_GRAPH_IMAGES
             and self.settings.gradient_accumulation_steps == 1
-            and not self.twice
+            and not self.two_forward_passes
         )
 
     def _compile(self, images: Tensor) -> None:
-        self.whole = images.shape
-        mode = {"mode": "reduce-overhead"} if self._graphs else {}
+        self.batch_shape = images.shape
+        mode = {"mode": "reduce-overhead"} if self._uses_cuda_graphs else {}
         started = self.clock()
         call = self.compile(self.student.forward, dynamic=False, **mode)
         try:
-            self._rehearse(call, images)
-        except Exception as error:  # whatever a compiler may throw: training goes on without it
-            self.wanted = False
+            self._warm_up(call, images)
+        except Exception as error:  # compilers raise anything; training continues without
+            self.enabled = False
             reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
             self.observer.note(f"not compiled: {reason}")
             return
-        self.call = call
-        how = " with CUDA graphs" if self._graphs else ""
+        self.compiled_forward = call
+        how = " with CUDA graphs" if self._uses_cuda_graphs else ""
         self.observer.note(f"the student's forward pass is compiled{how}: {self.clock() - started:.0f} s")
 
-    def _rehearse(self, call: ForwardCall, images: Tensor) -> None:
-        """Forward and backward on a batch, so that all is compiled now; BatchNorm and random state are put back."""
+    def _warm_up(self, call: ForwardCall, images: Tensor) -> None:
+        """Run forward and backward so that compilation happens now; restore BatchNorm and random state."""
         images = images.contiguous(memory_format=self.compute.memory_format)
-        kept = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
+        saved_buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
         devices = [self.compute.device] if self.compute.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=devices):
                 for _ in range(WARMUP_STEPS):
-                    if self._graphs:
+                    if self._uses_cuda_graphs:
                         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                     with self.compute.autocast():
                         logits = call(images)
@@ -173,16 +172,16 @@ class StudentCompiler:
         finally:
             self.student.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for buffer, value in kept:
+                for buffer, value in saved_buffers:
                     buffer.copy_(value)
 
     def _compare(self) -> None:
-        """The first compiled epoch includes compiling; from the second on, it must be faster than plain ones were."""
-        if self.settings.compile != "auto" or self.call is None or len(self.compiled_epochs) < 2:
+        """Go back if compiled epochs are slower; the first does not count, as it includes compiling."""
+        if self.settings.compile != "auto" or self.compiled_forward is None or len(self.compiled_epochs) < 2:
             return
         compiled, plain = statistics.median(self.compiled_epochs[1:]), statistics.median(self.plain_epochs)
         if compiled >= plain:
-            self.call, self.wanted = None, False
+            self.compiled_forward, self.enabled = None, False
             self.observer.note(
                 f"no longer compiled: a step took {compiled:.3g} s, and {plain:.3g} s before it was compiled"
             )

@@ -1,11 +1,10 @@
-"""Data-parallel training in several processes: averaged gradients, metrics over the images of all of them."""
+"""Data-parallel training: averaged gradients, metrics over the images of all processes."""
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from potstill.data.loader import Loader
 
 
-# See `Sharing.settle`.  The option has another name from torch 2.15 on, where the old one warns.
+# `DistributedDistiller.sync_buffers` does this.  torch 2.15 renames the option and warns about the old name.
 _NO_BUFFER_SYNC: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -29,11 +28,9 @@ _NO_BUFFER_SYNC: dict[str, Any] = (
 
 
 def check_distributed_support(method: Method, optimizer: str, processes: ProcessGroup) -> None:
-    """Some things live in one process only.
+    """Raise UsageError if several processes train a method or optimizer that needs a single one.
 
-    Raises:
-        UsageError: the method remembers training samples, or the optimizer runs backward twice, and there are several
-            processes.
+    These are methods that remember training samples, and the optimizer that runs backward twice.
     """
     if not processes.several:
         return
@@ -50,78 +47,77 @@ def check_distributed_support(method: Method, optimizer: str, processes: Process
 
 
 class DistributedDistiller:
-    """A Distiller whose trained part is the same in all processes after every step.
+    """A Distiller whose trained part is equal in all processes after every step.
 
-    Student and adapters begin as they are in the first process; gradients are averaged over the images of all; running
-    statistics of BatchNorm are those that the first process sees.  Frozen teachers are never sent anywhere.
+    Student and adapters start from the first process's weights; gradients are averaged over the images of all
+    processes; running statistics of BatchNorm are the first process's.  Frozen teachers are not communicated.
 
     Args:
         distiller: on its device.
-        processes: who shares; a single one changes nothing.
+        processes: the group; a single process changes nothing.
     """
 
     def __init__(self, distiller: Distiller, processes: ProcessGroup) -> None:
         self.distiller, self.processes = distiller, processes
         self.call: nn.Module = distiller
-        self.whole: DistributedDataParallel | None = None
+        self.module: DistributedDataParallel | None = None
         if processes.several and distiller.trained_parameters():
             processes.share_tensors(list(distiller.state_dict(keep_vars=True).values()))
-            # A last batch may leave an adapter out, so that unused parameters are looked for.
-            self.whole = DistributedDataParallel(
+            # A last batch may not use all adapters, hence find_unused_parameters.
+            self.module = DistributedDataParallel(
                 distiller, init_sync=False, find_unused_parameters=True, **_NO_BUFFER_SYNC
             )
-            self.call = self.whole
+            self.call = self.module
         self.buffers = [tensor for name, tensor in distiller.named_buffers() if not name.startswith("teacher.")]
 
-    def place(self, loader: "Loader", position: int) -> tuple[int, bool]:
-        """Of a process's batch number ``position`` of val or test: its number among all, from 1, and whether every
-        process has one at this position.
+    def batch_number(self, loader: "Loader", position: int) -> tuple[int, bool]:
+        """Number val or test batches across processes.
+
+        Returns:
+            The number of this process's batch at ``position`` among those of all processes, from 1, and whether every
+            process has a batch at this position.
         """
         if not self.processes.several:
             return position + 1, True
         return position * self.processes.count + self.processes.rank + 1, position < loader.common_steps
 
-    def loss_weight(self, images: int, of: int) -> float:
-        """What the mean over one's own images weighs, so that the mean over processes is that over all images."""
-        return images * self.processes.count / of
+    def loss_weight(self, images: int, total: int) -> float:
+        """Return the weight of a mean over ``images``, such that the mean over processes is that over all ``total``."""
+        return images * self.processes.count / total
 
     @contextmanager
     def step(self, complete: bool) -> Iterator[None]:
-        """Around forward and backward; gradients are exchanged in the last of several that belong to one update."""
-        if self.whole is None:
+        """Enter around forward and backward; ``complete`` (the last ones before an update) exchanges gradients."""
+        if self.module is None:
             yield
         elif complete:
             with self.processes.together():
                 yield
         else:
-            with self.whole.no_sync():
+            with self.module.no_sync():
                 yield
 
-    def settle(self) -> None:
-        """After an update: buffers as they are in the first process."""
+    def sync_buffers(self) -> None:
+        """Copy the first process's buffers to all; call after an update."""
         self.processes.share_tensors(self.buffers)
 
-    def figures(self, metrics: StreamingMetrics, averages: TermAverages) -> tuple[StreamingMetrics, TermAverages]:
-        """Of the images of all processes."""
+    def gather(self, metrics: StreamingMetrics, averages: TermAverages) -> tuple[StreamingMetrics, TermAverages]:
+        """Return metrics and term averages over the images of all processes."""
         if not self.processes.several:
             return metrics, averages
-        terms = TermAverages()
-        terms.join(self.processes.gather(_pack_on_cpu(averages)))
-        return gather_metrics(metrics, self.processes), terms
+        tensors, facts = averages.pack()
+        merged = TermAverages()
+        merged.merge(self.processes.gather(({name: tensor.cpu() for name, tensor in tensors.items()}, facts)))
+        return gather_metrics(metrics, self.processes), merged
 
 
 def gather_metrics(metrics: StreamingMetrics, processes: ProcessGroup) -> StreamingMetrics:
-    """The figures of the images of all processes; as one process would have them, but for the order of the images."""
-    known = processes.gather((metrics.held, metrics.binned))
-    found = StreamingMetrics(metrics.num_classes, device=metrics.device)
-    if any(binned for _, binned in known) or sum(held for held, _ in known) > BUFFER_ROWS:
-        found.merge(processes.add(metrics.state()))
-        return found
+    """Return the metrics over the images of all processes, equal to one process's but for the order of the images."""
+    sizes = processes.gather((metrics.held, metrics.binned))
+    merged = StreamingMetrics(metrics.num_classes, device=metrics.device)
+    if any(binned for _, binned in sizes) or sum(held for held, _ in sizes) > BUFFER_ROWS:
+        merged.merge(processes.add(metrics.state()))
+        return merged
     for rows in processes.gather(tuple(tensor.cpu() for tensor in metrics.rows)):
-        found.update(*rows)
-    return found
-
-
-def _pack_on_cpu(averages: TermAverages) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    tensors, facts = averages.pack()
-    return {name: tensor.cpu() for name, tensor in tensors.items()}, facts
+        merged.update(*rows)
+    return merged

@@ -12,7 +12,7 @@ from potstill.training.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class Compute:
-    """The device, how numbers and images are laid out on it, and who computes beside."""
+    """Device, precision, memory layout and process group of a training."""
 
     device: torch.device
     bf16: bool
@@ -21,47 +21,47 @@ class Compute:
     fast_bf16: bool | None = None  # whether the hardware and the settings allow bf16; None: as ``bf16``
 
     def autocast(self) -> AbstractContextManager[object]:
-        """bf16 for convolutions and matrix products, or nothing; weights stay float32, so no gradient scaling."""
+        """Return the autocast context; weights stay float32 and bf16 needs no gradient scaling."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
 
     @property
-    def teachers_in_bf16(self) -> bool:
-        """Whether frozen teachers may answer with bf16 weights, in whichever precision the student is trained."""
+    def teacher_in_bf16(self) -> bool:
+        """Whether frozen teachers may run with bf16 weights, whatever the precision of the student's training."""
         return self.bf16 if self.fast_bf16 is None else self.fast_bf16
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of images and weights."""
+        """Memory format of images and weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def precision(self) -> str:
-        """Of convolutions and matrix products."""
+        """Precision of convolutions and matrix products: "bf16" or "float32"."""
         return "bf16" if self.bf16 else "float32"
 
-    def wait(self) -> None:
-        """Until the device has done all that it was told; a clock says nothing before."""
+    def synchronize(self) -> None:
+        """Wait for the device's queued work; call before reading a clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def __str__(self) -> str:
-        words = [str(self.device), self.precision]
+        parts = [str(self.device), self.precision]
         if self.device.type == "cpu":
             threads = torch.get_num_threads()
-            words.insert(1, f"{threads} thread{'' if threads == 1 else 's'}")
+            parts.insert(1, f"{threads} thread{'' if threads == 1 else 's'}")
         if self.processes.several:
-            words.insert(0, f"{self.processes.count} processes")
-        return ", ".join(words)
+            parts.insert(0, f"{self.processes.count} processes")
+        return ", ".join(parts)
 
 
 def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_PROCESS) -> Compute:
-    """Resolve ``auto``: cuda, then mps, then cpu; bf16 where the hardware computes in it; channels last but on mps.
+    """Resolve ``auto``: cuda, then mps, then cpu; bf16 if the hardware computes in it; channels last except on mps.
 
-    Channels last makes a step 1.0 to 1.4 times as fast, on a CPU too.
-    Float16 is never chosen: on a CPU its arithmetic is hundreds of times slower than bf16.
+    Channels last makes a step 1.0 to 1.4 times as fast, on a CPU too.  Float16 is never chosen: on a CPU it is hundreds
+    of times slower than bf16.
 
     Raises:
-        UsageError: a device that is not there.
+        UsageError: the device does not exist.
     """
     if settings.threads != "auto":
         torch.set_num_threads(settings.threads)
@@ -93,5 +93,5 @@ def _resolve_device(name: str) -> torch.device:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # there is no public question
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public function for this
     return device.type == "cpu" and supported is not None and bool(supported())

@@ -1,11 +1,7 @@
 """Optimizers, learning-rate schedule and gradient accumulation.
 
-DOT has a momentum each for label gradients and distillation gradients, so that the latter lead.  Zhao, Cui, Song and
-Liang, "DOT: A Distillation-Oriented Trainer", ICCV 2023, https://arxiv.org/abs/2307.08436.
-
-Torch's fused CPU kernels work on contiguous memory: a channels-last weight, its gradient and its moments are copied
-there and back at every step, which makes the step three times as long (AdamW on ResNet18: 18 ms in place of 6).  They
-treat every number alone, so within a step such tensors are viewed in the order in which they lie in memory.
+DOT keeps separate momentum for label and distillation gradients, so that the latter lead.  Zhao, Cui, Song and Liang,
+"DOT: A Distillation-Oriented Trainer", ICCV 2023, https://arxiv.org/abs/2307.08436.
 """
 
 import inspect
@@ -27,27 +23,27 @@ _TASK, _DISTILLATION = "task", "distillation"
 
 
 class DOT(Optimizer):
-    r"""SGD with two momentum buffers a parameter.
+    r"""SGD with two momentum buffers per parameter.
 
     .. math::
         v_{task} &\leftarrow (\mu - \Delta) v_{task} + g_{task} + \lambda w \\
         v_{kd} &\leftarrow (\mu + \Delta) v_{kd} + g_{kd} \\
         w &\leftarrow w - \eta (v_{task} + v_{kd})
 
-    A parameter that only ever gets one of the two gradients (a layer beside the student's logits, or training without
-    label terms) is moved by plain SGD with momentum :math:`\mu` and weight decay.  With :math:`\Delta = 0` this is SGD.
+    A parameter with only one of the two gradients (an adapter, or training without label terms) is updated by plain SGD
+    with momentum :math:`\mu` and weight decay.  With :math:`\Delta = 0` this is SGD.
 
-    ``backward`` fills both gradients; where it is not used, all of ``p.grad`` counts as the task's.
+    ``backward`` fills both gradients; without it, ``p.grad`` counts as the task's.
 
     Args:
-        params: parameters or groups of them.
+        params: parameters or parameter groups.
         lr: learning rate, eta.
         momentum: mu.
         delta: Delta; 0.075 for CIFAR, 0.09 for ImageNet in the paper.
         weight_decay: lambda, added to the task's gradient.
 
     Raises:
-        ValueError: mu - delta below 0 or mu + delta not below 1, or a negative number.
+        ValueError: mu - delta < 0, mu + delta >= 1, or a negative argument.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([1.0]))
@@ -73,7 +69,7 @@ class DOT(Optimizer):
         self._distillation: dict[nn.Parameter, Tensor] = {}  # gradients; `p.grad` holds the task's
 
     def backward(self, labels: Tensor | None, distillation: Tensor | None) -> None:
-        """Add the gradients of both losses (scalars; None: there is none) to what is there since ``zero_grad``."""
+        """Accumulate the gradients of both losses (scalars or None)."""
         if distillation is not None:
             with self._distillation_in_grad():
                 distillation.backward(retain_graph=labels is not None)  # type: ignore[no-untyped-call]
@@ -82,7 +78,7 @@ class DOT(Optimizer):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> None:
-        """Scale both gradients alike, so that the norm of their sum over all parameters is at most ``max_norm``."""
+        """Scale both gradients by one factor, so that the norm of their sum is at most ``max_norm``."""
         sums = [
             torch.stack([grad for grad in (p.grad, self._distillation.get(p)) if grad is not None]).sum(dim=0)
             for p in self._parameters()
@@ -90,7 +86,7 @@ class DOT(Optimizer):
         ]
         if not sums:
             return
-        # The same constant against division by 0 as in torch.nn.utils.clip_grad_norm_.
+        # 1e-6 as in torch.nn.utils.clip_grad_norm_.
         factor = (max_norm / (nn.utils.get_total_norm(sums) + 1e-6)).clamp(max=1.0)
         for parameter in self._parameters():
             for grad in (parameter.grad, self._distillation.get(parameter)):
@@ -98,42 +94,40 @@ class DOT(Optimizer):
                     grad.mul_(factor)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget both gradients."""
+        """Reset both gradients."""
         super().zero_grad(set_to_none)
         self._distillation.clear()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._move(parameter, group)
+                self._update(parameter, group)
 
-    def _move(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        found = {_TASK: parameter.grad, _DISTILLATION: self._distillation.get(parameter)}
-        if all(grad is None for grad in found.values()):
+        grads = {_TASK: parameter.grad, _DISTILLATION: self._distillation.get(parameter)}
+        if all(grad is None for grad in grads.values()):
             return
-        # A buffer once begun goes on, also through steps without its gradient, as SGD's would.
-        kinds = [kind for kind, grad in found.items() if grad is not None or kind in state]
-        change = {kind: 0.0 if len(kinds) == 1 else group["delta"] for kind in kinds}
-        if _TASK in change:
-            change[_TASK] = -change[_TASK]
+        # As in SGD, a buffer once created decays in steps without its gradient.
+        kinds = [kind for kind, grad in grads.items() if grad is not None or kind in state]
+        delta = 0.0 if len(kinds) == 1 else group["delta"]
         for kind in kinds:
             if kind not in state:
                 state[kind] = torch.zeros_like(parameter)
             buffer = state[kind]
-            buffer.mul_(group["momentum"] + change[kind])
-            if (grad := found[kind]) is not None:
+            buffer.mul_(group["momentum"] + (-delta if kind == _TASK else delta))
+            if (grad := grads[kind]) is not None:
                 buffer.add_(grad)
-            if group["weight_decay"] and kind == kinds[0]:  # the task's, where there is one
+            if group["weight_decay"] and kind == kinds[0]:  # the task's buffer, if it exists
                 buffer.add_(parameter, alpha=group["weight_decay"])
         for kind in kinds:
             parameter.add_(state[kind], alpha=-group["lr"])
 
     @contextmanager
     def _distillation_in_grad(self) -> Iterator[None]:
-        """Within the block ``p.grad`` is the distillation gradient, which backward adds to."""
+        """Within the block, ``p.grad`` is the distillation gradient."""
         task = {parameter: parameter.grad for parameter in self._parameters()}
         for parameter in task:
             parameter.grad = self._distillation.get(parameter)
@@ -151,44 +145,45 @@ class DOT(Optimizer):
 
 
 class ChannelsLastStep:
-    """``PlainMemory(optimizer)``: from now on each step sees channels-last weights [O, I, H, W] as plain [O, H, W, I].
+    """Make a fused CPU optimizer see channels-last weights [O, I, H, W] as contiguous [O, H, W, I] within its steps.
 
-    Optimizers that are not fused are left as they are; so are weights on other devices.  Results are the same to the
-    bit, and outside of a step nobody sees a difference.
+    Torch's fused CPU kernels copy a channels-last weight, its gradient and its moments to contiguous memory and back at
+    every step, which takes three times as long (AdamW on ResNet18: 18 ms instead of 6).  As they are elementwise, a
+    view in memory order gives the same result to the bit.  Other optimizers and devices are left alone.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.shown: list[tuple[Tensor, torch.Size, tuple[int, ...]]] = []  # weights as they were: shape and strides
+        self.viewed: list[tuple[Tensor, torch.Size, tuple[int, ...]]] = []  # weights with their shape and strides
         if optimizer.defaults.get("fused"):
-            optimizer.register_step_pre_hook(self._show)
-            optimizer.register_step_post_hook(self._put_back)
+            optimizer.register_step_pre_hook(self._view_as_contiguous)
+            optimizer.register_step_post_hook(self._restore)
 
     @torch.no_grad()
-    def _show(self, optimizer: Optimizer, *_: Any) -> None:
+    def _view_as_contiguous(self, optimizer: Optimizer, *_: Any) -> None:
         for weight in _channels_last_weights(optimizer):
             state, shape = optimizer.state.get(weight, {}), weight.shape
             assert weight.grad is not None
-            # A gradient, or moments from a checkpoint, may lie otherwise.
+            # A gradient, or moments from a checkpoint, may have another layout.
             weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
             for key in _moments_of_shape(state, shape):
                 state[key] = state[key].contiguous(memory_format=torch.channels_last)
-            self.shown.append((weight, shape, weight.stride()))
-            plain = torch.Size((shape[0], *shape[2:], shape[1]))
+            self.viewed.append((weight, shape, weight.stride()))
+            viewed = torch.empty((shape[0], *shape[2:], shape[1]), device="meta")
             for tensor in (weight, weight.grad, *(state[key] for key in _moments_of_shape(state, shape))):
-                tensor.as_strided_(plain, _contiguous_strides(plain))
+                tensor.as_strided_(viewed.shape, viewed.stride())
 
     @torch.no_grad()
-    def _put_back(self, optimizer: Optimizer, *_: Any) -> None:
-        for weight, shape, strides in self.shown:
-            state, plain = optimizer.state.get(weight, {}), weight.shape
-            for tensor in (weight, weight.grad, *(state[key] for key in _moments_of_shape(state, plain))):
+    def _restore(self, optimizer: Optimizer, *_: Any) -> None:
+        for weight, shape, strides in self.viewed:
+            state = optimizer.state.get(weight, {})
+            for tensor in (weight, weight.grad, *(state[key] for key in _moments_of_shape(state, weight.shape))):
                 if tensor is not None:
                     tensor.as_strided_(shape, strides)
-        self.shown.clear()
+        self.viewed.clear()
 
 
 def _channels_last_weights(optimizer: Optimizer) -> list[Tensor]:
-    """Those on a CPU that have a gradient and whose channels are last, where that is not plain memory anyway."""
+    """Return the CPU weights with a gradient that are channels last and not also contiguous."""
     return [
         weight
         for group in optimizer.param_groups
@@ -202,37 +197,22 @@ def _channels_last_weights(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _moments_of_shape(state: dict[str, Any], shape: torch.Size) -> list[str]:
-    """Moments: all but counters."""
     return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape]
 
 
-def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of contiguous memory.
-
-    Example:
-        >>> _contiguous_strides(torch.Size([4, 3, 2, 5]))
-        (30, 10, 5, 1)
-    """
-    strides = [1]
-    for length in reversed(shape[1:]):
-        strides.insert(0, strides[0] * length)
-    return tuple(strides)
-
-
-_OWN_OPTIMIZERS = {"dot": DOT}
 _UNSUPPORTED_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam"}  # the base class; a closure; sparse gradients
 
 
-def get_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """A class of ``torch.optim``, or ``DOT``, by name, in any spelling of case.
+def get_optimizer_class(name: str) -> type[Optimizer]:
+    """Return ``DOT`` or a class of ``torch.optim`` by its name, ignoring case.
 
     Raises:
         UsageError: unknown name; names the nearest known one.
     """
-    known = _OWN_OPTIMIZERS | {
+    known: dict[str, type[Optimizer]] = {"dot": DOT} | {
         key.lower(): value
         for key, value in vars(torch.optim).items()
-        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key not in _UNSUPPORTED_OPTIMIZERS
+        if inspect.isclass(value) and issubclass(value, Optimizer) and key not in _UNSUPPORTED_OPTIMIZERS
     }
     if name.lower() not in known:
         raise UsageError(
@@ -275,7 +255,7 @@ def create_optimizer(
         lr_scales: share of the learning rate, by name, where it is not 1; each share has its two groups.
 
     Raises:
-        UsageError: unknown optimizer, or options that its class does not take.
+        UsageError: unknown optimizer or option.
     """
     named, scales = list(named), lr_scales or {}
     parameters = [parameter for _, parameter in named]
@@ -289,23 +269,25 @@ def create_optimizer(
             {"params": [p for p in alike if p.ndim > 1], "weight_decay": settings.weight_decay, **lr},
             {"params": [p for p in alike if p.ndim <= 1], "weight_decay": others_decay, **lr},
         ]
-    kind = get_optimizer_class(settings.optimizer)
-    takes = inspect.signature(kind).parameters
+    optimizer_class = get_optimizer_class(settings.optimizer)
+    allowed = inspect.signature(optimizer_class).parameters
     options: dict[str, Any] = {"lr": settings.lr}
-    if kind is torch.optim.SGD:
+    if optimizer_class is torch.optim.SGD:
         options |= {"momentum": settings.momentum, "nesterov": settings.nesterov}
-    elif kind is DOT:
+    elif optimizer_class is DOT:
         options |= {"momentum": settings.momentum, "delta": settings.dot_delta}
-    if "fused" in takes and "foreach" not in settings.optimizer_options:
+    if "fused" in allowed and "foreach" not in settings.optimizer_options:
         options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters)
     for key in settings.optimizer_options:
-        if key not in takes:
+        if key not in allowed:
             raise UsageError(
-                f"{kind.__name__} takes no {key!r}{did_you_mean(key, takes) or '.'} It takes {', '.join(takes)}"
+                f"{optimizer_class.__name__} takes no {key!r}{did_you_mean(key, allowed) or '.'} "
+                f"It takes {', '.join(allowed)}"
             )
     _skip_compiler_import()
+    options |= settings.optimizer_options
     try:
-        optimizer = kind([group for group in groups if group["params"]], **(options | settings.optimizer_options))
+        optimizer = optimizer_class([group for group in groups if group["params"]], **options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"training.optimizer {settings.optimizer}: {error}") from error
     ChannelsLastStep(optimizer)
@@ -313,25 +295,24 @@ def create_optimizer(
 
 
 def _skip_compiler_import() -> None:
-    """Spare the start of a run 0.7 s: an optimizer's methods import torch's compiler at their first call, for no other
-    purpose than to be left out by it.  Nothing here compiles an optimizer.
+    """Save 0.7 s at the start of a run.
 
-    The attribute is the one by which torch remembers that this has been done; another version of torch that has no such
-    takes no notice.
+    An optimizer's methods import torch's compiler at their first call, only to mark themselves as not compiled.  This
+    sets torch's mark beforehand; a torch version without it ignores the attribute.
     """
     if "torch._dynamo" in sys.modules:
         return
-    for method in vars(torch.optim.Optimizer).values():
-        plain = getattr(method, "__wrapped__", None)
-        if plain is not None and not hasattr(plain, "__dynamo_disable"):
-            setattr(plain, "__dynamo_disable", plain)
+    for method in vars(Optimizer).values():
+        wrapped = getattr(method, "__wrapped__", None)
+        if wrapped is not None and not hasattr(wrapped, "__dynamo_disable"):
+            setattr(wrapped, "__dynamo_disable", wrapped)
 
 
 def lr_factor(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int], float]:
-    """Learning rate at a step (from 0), as a share of ``settings.lr``.
+    """Return the function from step (from 0) to the learning rate as a share of ``settings.lr``.
 
-    Warm-up rises linearly and reaches the full rate at its end; the cosine then falls to ``min_lr_ratio`` at the
-    last step; ``step`` multiplies by gamma once the milestone's epochs are complete.
+    Warm-up rises linearly to the full rate; the cosine then falls to ``min_lr_ratio`` at the last step; ``step``
+    multiplies by gamma once the milestone's epochs are complete.
 
     Example:
         >>> factor = lr_factor(TrainingSettings(epochs=4, schedule="step", milestones=[2], gamma=0.1), 10)
@@ -357,40 +338,40 @@ def lr_factor(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int
 
 @runtime_checkable
 class SplitGradientOptimizer(Protocol):
-    """An optimizer that treats what labels say and what the teacher says differently."""
+    """An optimizer with separate gradients of the label terms and the distillation terms."""
 
     def backward(self, labels: Tensor | None, distillation: Tensor | None) -> None:
-        """Add the gradients of two scalars; None where there is none."""
+        """Accumulate the gradients of two scalars or None."""
 
     def clip(self, max_norm: float) -> None:
-        """Bound the norm of both gradients together."""
+        """Bound the norm of the sum of both gradients."""
 
 
 class GradientAccumulator:
-    """Adds up and clips the gradients of one optimizer's parameters."""
+    """Accumulates and clips the gradients of an optimizer's parameters."""
 
     def __init__(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
-        self.apart = optimizer if isinstance(optimizer, SplitGradientOptimizer) else None
+        self.split = optimizer if isinstance(optimizer, SplitGradientOptimizer) else None
 
     def add(self, step: Step, batches: int = 1, share: float = 1.0) -> None:
-        """Add the gradients of the step's terms, as one of so many batches that are averaged.
+        """Add the gradients of one batch's terms.
 
         Args:
-            step: of these images.
-            batches: of one update.
-            share: what they weigh among the processes that average their gradients; 1 where all have as many.
+            step: the batch's terms.
+            batches: number of batches averaged in an update.
+            share: the batch's weight among processes that average their gradients (``loss_weight``).
         """
-        if self.apart is not None:
+        if self.split is not None:
             labels, distillation = (None if part is None else part / batches for part in step.parts)
-            self.apart.backward(labels, distillation)
+            self.split.backward(labels, distillation)
         else:
             loss = step.loss if share == 1 else step.loss * share
             (loss / batches).backward()  # type: ignore[no-untyped-call]
 
     def clip(self, max_norm: float) -> None:
         """Scale the gradients so that their norm is at most ``max_norm``."""
-        if self.apart is not None:
-            self.apart.clip(max_norm)
+        if self.split is not None:
+            self.split.clip(max_norm)
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)

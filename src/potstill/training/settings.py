@@ -4,8 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# The training loss is none of them: weights that move with the epochs, or differ between the trials of a sweep, would
-# decide.
+# Not the training loss: its term weights may change with the epochs, or differ between the trials of a sweep.
 SelectionMetric = Literal["top1", "top3", "f1_macro", "auc_macro", "nll"]
 
 

@@ -1,8 +1,4 @@
-"""The training loop of teacher, baseline and distilled student, with its label loss.
-
-The label loss is cross-entropy with class weights, label smoothing, mixed labels and images without a label.  The
-teacher's outputs are computed for each batch, cached in memory, or read from a teacher cache.
-"""
+"""The training loop of teacher, baseline and distilled student, and its label loss."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -23,10 +19,9 @@ from potstill.errors import Stopped, StorageError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.features.stages import find_stages
 from potstill.io import write_json_lines
-from potstill.training import checkpointing as ckpt
 from potstill.training.averaging import ModelEma
 from potstill.training.callbacks import Observer, SignalHandler
-from potstill.training.checkpointing import Checkpointer
+from potstill.training.checkpointing import Checkpointer, copy_state_dict
 from potstill.training.compile import StudentCompiler
 from potstill.training.ddp import DistributedDistiller, check_distributed_support
 from potstill.training.devices import Compute
@@ -41,19 +36,18 @@ if TYPE_CHECKING:
 
 
 class LabelLoss(nn.Module):
-    r"""Cross-entropy in which a class weight multiplies the loss of a whole image.
+    r"""Cross-entropy in which a class weight multiplies the whole loss of an image.
 
     .. math::
         \ell_i = -\sum_k \Big( (1 - \epsilon) \, q_{ik} + \frac{\epsilon}{K} \Big) \log p_{ik}, \qquad
         L = \frac{\sum_i w_i \ell_i}{\sum_i w_i}, \qquad w_i = \sum_k q_{ik} w_k
 
-    q is the image's label as a one-hot vector, or its shares of the classes where images are mixed.  Smoothing spreads
-    epsilon over all classes alike.  ``nn.CrossEntropyLoss`` instead multiplies the smoothed (or mixed) mass of class k
-    by the weight of class k: with rare classes of large weight, the best answer to every image is then a rare class.
-    Without smoothing and mixing both are the same.
+    q is the image's one-hot label, or its class shares after mixing; epsilon is spread evenly over all classes.
+    ``nn.CrossEntropyLoss`` instead multiplies the smoothed (or mixed) mass of class k by the weight of class k, which
+    favours rare classes of large weight on every image.  Without smoothing and mixing both are equal.
 
     Args:
-        weight: [K], of each class; all 1 where None.
+        weight: [K], class weights; None: all 1.
         label_smoothing: epsilon, the share of the label that is spread over all classes.
 
     Example:
@@ -62,7 +56,7 @@ class LabelLoss(nn.Module):
         >>> # image 1: 0.6931; (1 * 0.3269 + 3 * 0.6931) / 4
         >>> LabelLoss(torch.tensor([1.0, 3.0]), label_smoothing=0.2)(logits, labels)
         tensor(0.6016)
-        >>> LabelLoss()(logits, torch.tensor([-100, -100])).item()  # no label: 0, and not torch's NaN
+        >>> LabelLoss()(logits, torch.tensor([-100, -100])).item()  # no label: 0 instead of torch's NaN
         0.0
     """
 
@@ -74,22 +68,22 @@ class LabelLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Logits [B, K] and labels [B], -100 where unknown, or shares of the classes [B, K] -> a scalar."""
+        """Return the scalar loss of logits [B, K] and labels [B] (-100: unknown) or class shares [B, K]."""
         losses = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing, reduction="none")
-        weights = self._of_images(target).to(losses.dtype)
+        weights = self._image_weights(target).to(losses.dtype)
         return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
 
-    def _of_images(self, target: Tensor) -> Tensor:
-        if target.is_floating_point():  # no matrix product, which autocast would round to bfloat16
+    def _image_weights(self, target: Tensor) -> Tensor:
+        if target.is_floating_point():  # not a matrix product, which autocast would round to bfloat16
             return target.sum(dim=1) if self.weight is None else (target * self.weight).sum(dim=1)
         known = target >= 0
         return known if self.weight is None else self.weight[target.clamp(min=0)] * known
 
 
 def balanced_class_weights(counts: Tensor) -> Tensor:
-    """N / (K n) for a class of n images among N of K classes: the mean weight over all images is 1.
+    """Return N / (K n) for each class, with n of N images; the mean weight over all images is 1.
 
-    A class without images (it may have some in val) weighs as one with a single image.
+    A class without images (it may have some in val) gets the weight of a class with one.
 
     Example:
         >>> balanced_class_weights(torch.tensor([600, 6]))
@@ -99,20 +93,20 @@ def balanced_class_weights(counts: Tensor) -> Tensor:
 
 
 class TeacherOutputs(Protocol):
-    """What the teacher says of the batches of one split; the images are those that the student sees."""
+    """The teacher's outputs for the batches of one split, on the images that the student sees."""
 
     def start_epoch(self, epoch: int, step: int = 0) -> None:
-        """The batches of epoch number ``epoch``, from 0, come next, the first ``step`` of them left out."""
+        """Prepare for the batches of epoch number ``epoch`` (from 0), starting at batch ``step``."""
 
     def __call__(self, batch: Batch) -> Outputs | None:
-        """The teacher's outputs for a batch; None: the Distiller shall ask the teacher itself."""
+        """Return the teacher's outputs for a batch; None: the Distiller runs the teacher itself."""
 
     def flush(self) -> None:
-        """Make what has been said so far last: before a checkpoint, and at the end of an epoch."""
+        """Write new outputs to disk; called before a checkpoint and at the end of an epoch."""
 
 
 class LiveTeacher:
-    """The teacher runs for each batch.
+    """Runs the teacher for each batch.
 
     Args:
         distiller: whose teacher it is.
@@ -136,7 +130,7 @@ class LiveTeacher:
             self.views.start_epoch(epoch, step)
 
     def __call__(self, batch: Batch) -> Outputs | None:
-        """The outputs for the next batch; None where the Distiller is to ask."""
+        """Return the outputs for the next batch; None if the Distiller is to run the teacher itself."""
         self.position += 1
         if self.views is None:
             return None
@@ -149,9 +143,9 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """The same batches in every epoch, without augmentation: the teacher is asked once and its logits are kept.
+    """Runs the teacher once and keeps its logits in memory, for val and test batches without augmentation.
 
-    Feature maps are too large to keep, and methods that live on the training images do not ask at all.
+    Feature maps are too large to keep, and methods with ``training_only`` use no teacher here.
 
     Args:
         distiller: whose teacher it is.
@@ -161,43 +155,47 @@ class CachedTeacher:
     def __init__(self, distiller: Distiller, views: TeacherViews | None = None) -> None:
         needs = distiller.method.needs
         self.distiller, self.live = distiller, LiveTeacher(distiller, None if needs.training_only else views)
-        self.keeps = not (
+        self.enabled = not (
             distiller.teacher is None or needs.features or distiller.method.teacher_taps or needs.training_only
         )
-        self.known: list[Outputs] = []
+        self.outputs: list[Outputs] = []
         self.position = 0
 
     def start_epoch(self, epoch: int, step: int = 0) -> None:
-        """Back to the first batch; of val and test none is ever left out."""
+        """Go back to the first batch; val and test always start there."""
         self.position = 0
         self.live.start_epoch(0)
 
     def __call__(self, batch: Batch) -> Outputs | None:
-        """The outputs for the next batch."""
-        if not self.keeps:
+        """Return the outputs for the next batch."""
+        if not self.enabled:
             return self.live(batch)
-        if self.position == len(self.known):
-            answer = self.live(batch) or self.distiller.run_teacher(batch.images)
-            assert answer is not None  # there is a teacher
-            self.known.append(answer)
+        if self.position == len(self.outputs):
+            outputs = self.live(batch) or self.distiller.run_teacher(batch.images)
+            assert outputs is not None  # there is a teacher
+            self.outputs.append(outputs)
         self.position += 1
-        return self.known[self.position - 1]
+        return self.outputs[self.position - 1]
 
     def flush(self) -> None: ...
 
 
 class Trainer:
-    """One stage's training: ``Training(...).run()`` leaves the student with the weights of its best epoch.
+    """Trains one stage; ``run`` leaves the student with the weights of its best epoch.
 
     Args:
         distiller: on the compute's device.
         train, val: loaders; val picks the best epoch.
+        settings: of this stage.
+        compute: device, precision and layout.
         folder: receives ``metrics.jsonl`` and ``checkpoints/``.
-        test: evaluated each epoch for its curve only, never for a choice; None: left alone.
-        answers: by split, where the teacher's answers come from; where not given, it is asked: for each training batch
-            anew, on val and test once.
+        observer: receives progress.
+        classes: K.
+        test: evaluated each epoch for its curve only; None: not evaluated.
+        teacher_outputs: source of the teacher's outputs by split; by default the teacher runs on every training batch,
+            and once on val and test.
         teacher_views: by split, the images for teachers of another size than the student's, where there are such.
-        stopping: is looked at after each step; None: nothing stops it.
+        signals: checked after each step.
     """
 
     def __init__(
@@ -212,29 +210,29 @@ class Trainer:
         observer: Observer,
         classes: int,
         test: "Loader | None" = None,
-        answers: Mapping[str, TeacherOutputs] | None = None,
+        teacher_outputs: Mapping[str, TeacherOutputs] | None = None,
         teacher_views: Mapping[str, TeacherViews] | None = None,
-        stopping: SignalHandler | None = None,
+        signals: SignalHandler | None = None,
     ) -> None:
         self.distiller, self.settings, self.compute, self.observer = distiller, settings, compute, observer
         self.train, self.classes = train, classes
-        self.others = {"val": val} | ({"test": test} if test is not None else {})
+        self.eval_loaders = {"val": val} | ({"test": test} if test is not None else {})
         self.folder, self.history = folder, History()
         self.plain_epochs = plain_epochs(settings.epochs, settings.qat_fraction)
         steps = -(-train.steps // settings.gradient_accumulation_steps)
         check_distributed_support(distiller.method, settings.optimizer, compute.processes)
-        self.sharing = DistributedDistiller(distiller, compute.processes)
+        self.ddp = DistributedDistiller(distiller, compute.processes)
         named = distiller.trained_parameters()
         scales = {} if settings.layer_decay is None else layer_lr_scales(distiller.student, settings.layer_decay)
         self.optimizer = create_optimizer(named, settings, {f"student.{name}": scale for name, scale in scales.items()})
         self.head = _head_path(distiller.student, train.spec.size) if settings.freeze else None
         self.gradients = GradientAccumulator(self.optimizer, [parameter for _, parameter in named])
-        self.compiling = StudentCompiler(distiller, self.optimizer, settings, compute, observer)
+        self.compiler = StudentCompiler(distiller, self.optimizer, settings, compute, observer)
         self.schedule = LambdaLR(self.optimizer, lr_factor(settings, steps))
         self.average = None
         if settings.ema_decay is not None:
             self.average = ModelEma(distiller.student, settings.ema_decay)
-        self.saving = Checkpointer(
+        self.checkpointer = Checkpointer(
             folder / "checkpoints",
             settings,
             compute,
@@ -245,12 +243,12 @@ class Trainer:
             self.history,
         )
         views = teacher_views or {}
-        self.answers: dict[str, TeacherOutputs] = {
+        self.teacher_outputs: dict[str, TeacherOutputs] = {
             "train": LiveTeacher(distiller, views.get("train"), compute.autocast),
-            **{name: CachedTeacher(distiller, views.get(name)) for name in self.others},
-            **(answers or {}),
+            **{name: CachedTeacher(distiller, views.get(name)) for name in self.eval_loaders},
+            **(teacher_outputs or {}),
         }
-        self.stopping = stopping or SignalHandler()
+        self.signals = signals or SignalHandler()
 
     def run(self, *, resume: bool = False) -> History:
         """Train to the last epoch, or until val has not improved for ``early_stopping_patience`` epochs.
@@ -258,81 +256,82 @@ class Trainer:
         Raises:
             NonFiniteError: a loss term or a weight is NaN or infinite.
             ArtifactError: ``resume`` with a damaged checkpoint.
-            Stopped: a signal came; the step was finished, and all that has been done is saved.
+            Stopped: a signal was received; the step was finished and its state saved.
         """
-        with self.stopping.deferred():
+        with self.signals.deferred():
             try:
                 history = self._run(resume)
             except BaseException:
                 with suppress(StorageError):  # the first error is the one to show
-                    self.saving.wait()
+                    self.checkpointer.wait()
                 raise
-            self.saving.wait()
+            self.checkpointer.wait()
             return history
 
     def _run(self, resume: bool) -> History:
-        under_way = self._new_epoch_state()
-        done = self.saving.resume(under_way) if resume else 0
-        if under_way.step == 0:
-            under_way = self._new_epoch_state()  # with the learning rate that was loaded
+        state = self._new_epoch_state()
+        done = self.checkpointer.resume(state) if resume else 0
+        if state.step == 0:
+            state = self._new_epoch_state()  # with the loaded learning rate
         self._write_records()
         for number in range(done, self.settings.epochs):
-            if under_way.step == 0 and self._should_stop_early(number):
+            if state.step == 0 and self._should_stop_early(number):
                 self.observer.note(
                     f"stopped early: val has not improved for {self.settings.early_stopping_patience} epochs"
                 )
                 break
             try:
-                self._epoch(number, under_way)
+                self._epoch(number, state)
             except Stopped:
-                self._save(number, under_way)
+                self._save(number, state)
                 raise
-            asked, due = self._sync_requests()
+            stop, due = self._sync_requests()
             last = number + 1 == self.settings.epochs
-            if last or due or asked:
-                self.saving.save(number + 1, beside=not (last or asked))
-            self.stopping.check()
-            under_way = self._new_epoch_state()
+            if last or due or stop:
+                self.checkpointer.save(number + 1, background=not (last or stop))
+            self.signals.check()
+            state = self._new_epoch_state()
         if self.history.records[-1]["epoch"] != self.settings.epochs:
-            self.saving.save(self.history.records[-1]["epoch"])
-        self.distiller.student.load_state_dict(self.saving.best)
+            self.checkpointer.save(self.history.records[-1]["epoch"])
+        self.distiller.student.load_state_dict(self.checkpointer.best)
         return self.history
 
     # one epoch
 
     def _new_epoch_state(self) -> EpochState:
-        """Of an epoch: nothing is done."""
+        """Return the state at the beginning of an epoch."""
         metrics = StreamingMetrics(self.classes, device=self.compute.device)
         return EpochState(metrics, TermAverages(), lr=float(self.optimizer.param_groups[0]["lr"]))
 
-    def _epoch(self, number: int, under_way: EpochState) -> None:
+    def _epoch(self, number: int, state: EpochState) -> None:
         self.observer.epoch_start(number + 1, self.settings.epochs, self.train.steps, self.train.count)
-        if under_way.step == 0:
+        if state.step == 0:
             self.distiller.start_epoch(number, self.settings.epochs)
-        else:  # that has been done, and is part of what was loaded
-            self.observer.step(sum(self.train.sizes_of(number)[: under_way.step]))
-        if left := self.train.steps - under_way.step:
-            after = left + self.train.steps * (self.settings.epochs - number - 1)
-            with self.compiling.epoch(left, after), self._int8_context(number), self._frozen_encoder(number):
-                self._train_epoch(number, under_way)
-        figures = self._figures(under_way, f"epoch {number + 1}, training", self.train, number)
-        trained = under_way.seconds
-        with _EvaluationWeights(self.distiller, self.average):
-            splits = {name: self._evaluate(number, name, loader) for name, loader in self.others.items()}
+        else:  # the loaded state is that of an epoch already started
+            self.observer.step(sum(self.train.sizes_of(number)[: state.step]))
+        if steps := self.train.steps - state.step:
+            left = steps + self.train.steps * (self.settings.epochs - number - 1)
+            quantized = nullcontext() if number < self.plain_epochs else simulated_int8(self.distiller.student)
+            with self.compiler.epoch(steps, left), quantized, self._frozen_encoder(number):
+                self._train_epoch(number, state)
+        metrics = self._record_metrics(state, f"epoch {number + 1}, training", self.train, number)
+        train_seconds = state.seconds
+        with _averaged_weights(self.distiller.student, self.average):
+            splits = {name: self._evaluate(number, name, loader) for name, loader in self.eval_loaders.items()}
             value = selection_value(self.settings.selection_metric, splits["val"])
-            # Weights that have not met int8's rounding are no candidates, however good they are without it.
+            # With quantization-aware training, only weights that were trained under int8's rounding are candidates.
             best = value > self.history.best_value or number == self.plain_epochs
             if best:
                 self.history.best_epoch, self.history.best_value = number + 1, value
-                self.saving.keep_best()
-        seconds = under_way.seconds
+                self.checkpointer.keep_best()
+        seconds = state.seconds
         record = {
             "epoch": number + 1,
             "seconds": round(seconds, 3),
-            "lr": under_way.lr,
-            "images_per_second": round(self.train.count / trained, 1),
+            "lr": state.lr,
+            "images_per_second": round(self.train.count / train_seconds, 1),
             "best": best,
-            "train": figures,
+            "train": metrics,
             **splits,
         }
         self.history.seconds += seconds
@@ -340,7 +339,7 @@ class Trainer:
         self._write_records()
         self.observer.epoch_end(record)
 
-    def _train_epoch(self, number: int, under_way: EpochState) -> None:
+    def _train_epoch(self, number: int, state: EpochState) -> None:
         self.distiller.train()
         if number < self.settings.freeze:
             self.distiller.student.eval()  # BatchNorm statistics belong to the encoder; dropout rests with it
@@ -348,35 +347,32 @@ class Trainer:
             for module in self.distiller.student.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
-        group, answers, begin = self.settings.gradient_accumulation_steps, self.answers["train"], under_way.step
-        sizes = self.train.sizes_of(number)
-        answers.start_epoch(number, begin)
-        for position, batch in enumerate(self.train.epoch(number, begin), start=begin):
-            if position == begin:
-                self.compiling.begin(batch.images)
-            first = position - position % group
-            complete = (position + 1) % group == 0 or position + 1 == self.train.steps
+        accumulated, teacher_outputs = self.settings.gradient_accumulation_steps, self.teacher_outputs["train"]
+        start, sizes = state.step, self.train.sizes_of(number)
+        teacher_outputs.start_epoch(number, start)
+        for position, batch in enumerate(self.train.epoch(number, start), start=start):
+            if position == start:
+                self.compiler.prepare(batch.images)
+            first = position - position % accumulated  # batch of this update
+            complete = (position + 1) % accumulated == 0 or position + 1 == self.train.steps
             with self.compute.processes.stepping():
-                with self.sharing.step(complete):
-                    step = self._ask(batch, answers, self.sharing.call, self.compute.autocast())
+                with self.ddp.step(complete):
+                    step = self._forward(batch, teacher_outputs, self.ddp.call, self.compute.autocast())
                     self.compute.processes.mark()
-                    share = self.sharing.loss_weight(len(batch), sizes[position])
-                    self.gradients.add(step, min(group, self.train.steps - first), share)
+                    share = self.ddp.loss_weight(len(batch), sizes[position])
+                    self.gradients.add(step, min(accumulated, self.train.steps - first), share)
                 if complete:
                     self._update()
-                under_way.metrics.update(step.logits.detach(), batch.labels)
-                under_way.averages.update(step.terms, len(batch), position + 1)
+                state.metrics.update(step.logits.detach(), batch.labels)
+                state.averages.update(step.terms, len(batch), position + 1)
             self.observer.step(sizes[position])
             if complete:
-                under_way.step = position + 1
+                state.step = position + 1
                 _, due = self._sync_requests()
-                self.stopping.check()
+                self.signals.check()
                 if due and self.settings.checkpoint_seconds != 0:
-                    self._save(number, under_way, beside=True)
-        answers.flush()
-
-    def _int8_context(self, number: int) -> AbstractContextManager[None]:
-        return nullcontext() if number < self.plain_epochs else simulated_int8(self.distiller.student)
+                    self._save(number, state, background=True)
+        teacher_outputs.flush()
 
     @contextmanager
     def _frozen_encoder(self, number: int) -> Iterator[None]:
@@ -397,30 +393,34 @@ class Trainer:
                 parameter.requires_grad_(True)
 
     def _sync_requests(self) -> tuple[bool, bool]:
-        """Whether any process was asked to stop, and whether a checkpoint is due in any: the same for all."""
-        asked, due = self.compute.processes.highest(self.stopping.requested or 0, int(self.saving.is_due))
-        self.stopping.requested = asked or None
-        return asked > 0, due > 0
+        """Return whether any process received a signal, and whether any has a checkpoint due."""
+        number, due = self.compute.processes.highest(self.signals.requested or 0, int(self.checkpointer.is_due))
+        self.signals.requested = number or None
+        return number > 0, due > 0
 
     def _write_records(self) -> None:
         if self.compute.processes.first:
             self.history.lines = write_json_lines(self.folder / "metrics.jsonl", self.history.records)
 
-    def _save(self, number: int, under_way: EpochState, *, beside: bool = False) -> None:
-        """In the midst of an epoch."""
-        metrics, averages = self.sharing.figures(under_way.metrics, under_way.averages)
-        # A loss that is not finite leaves no checkpoint.
+    def _save(self, number: int, state: EpochState, *, background: bool = False) -> None:
+        """Save a checkpoint within an epoch."""
+        metrics, averages = self.ddp.gather(state.metrics, state.averages)
+        # Raises if the loss is not finite, before a checkpoint is written.
         averages.compute(f"epoch {number + 1}, training", partial(self.train.names_at, number))
-        self.answers["train"].flush()
-        self.saving.save(number, replace(under_way, metrics=metrics, averages=averages), beside=beside)
+        self.teacher_outputs["train"].flush()
+        self.checkpointer.save(number, replace(state, metrics=metrics, averages=averages), background=background)
 
-    def _ask(
-        self, batch: Batch, answers: TeacherOutputs, distiller: nn.Module, precision: AbstractContextManager[object]
+    def _forward(
+        self,
+        batch: Batch,
+        teacher_outputs: TeacherOutputs,
+        distiller: nn.Module,
+        precision: AbstractContextManager[object],
     ) -> Step:
-        batch = replace(batch, images=self._laid_out(batch.images))
+        batch = replace(batch, images=self._to_memory_format(batch.images))
         if batch.second is not None:
-            batch = replace(batch, second=self._laid_out(batch.second))
-        known = answers(batch)
+            batch = replace(batch, second=self._to_memory_format(batch.second))
+        teacher = teacher_outputs(batch)
         with precision:
             step: Step = distiller(
                 batch.images,
@@ -429,11 +429,11 @@ class Trainer:
                 view=batch.view,
                 second=batch.second,
                 soft_labels=batch.soft_labels,
-                teacher=known,
+                teacher=teacher,
             )
         return step
 
-    def _laid_out(self, images: Tensor) -> Tensor:
+    def _to_memory_format(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.compute.memory_format)
 
     def _update(self) -> None:
@@ -442,31 +442,31 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        self.sharing.settle()
+        self.ddp.sync_buffers()
         if self.average is not None:
             self.average.update_parameters(self.distiller.student)
 
     @torch.no_grad()
     def _evaluate(self, epoch: int, split: str, loader: "Loader") -> EpochRecord:
-        """In float32, as the final figures are: what picks an epoch is what is reported of it."""
+        """Evaluate in float32 like the final metrics, so that the best epoch's val metrics are the reported ones."""
         self.distiller.eval()
         metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
-        answers = self.answers[split]
-        answers.start_epoch(0)
+        teacher_outputs = self.teacher_outputs[split]
+        teacher_outputs.start_epoch(0)
         for position, batch in enumerate(loader.epoch(0)):
-            number, common = self.sharing.place(loader, position)
+            number, common = self.ddp.batch_number(loader, position)
             if common:
                 self._sync_requests()
-                self.stopping.check()
+                self.signals.check()
             with self.compute.processes.stepping():
-                step = self._ask(batch, answers, self.distiller, nullcontext())
+                step = self._forward(batch, teacher_outputs, self.distiller, nullcontext())
                 metrics.update(step.logits, batch.labels)
                 averages.update(step.terms, len(batch), number)
-        answers.flush()
-        return self._figures(EpochState(metrics, averages, lr=0.0), f"epoch {epoch + 1}, {split}", loader, 0)
+        teacher_outputs.flush()
+        return self._record_metrics(EpochState(metrics, averages, lr=0.0), f"epoch {epoch + 1}, {split}", loader, 0)
 
-    def _figures(self, found: EpochState, where: str, loader: "Loader", epoch: int) -> EpochRecord:
-        metrics, averages = self.sharing.figures(found.metrics, found.averages)
+    def _record_metrics(self, state: EpochState, where: str, loader: "Loader", epoch: int) -> EpochRecord:
+        metrics, averages = self.ddp.gather(state.metrics, state.averages)
         terms = averages.compute(where, partial(loader.names_at, epoch))
         return {**metrics.compute(), "loss": sum(terms.values()), "terms": terms}
 
@@ -487,25 +487,23 @@ def _head_path(network: nn.Module, size: int) -> str:
     return head
 
 
-class _EvaluationWeights:
-    """Within the block, the student has its averaged weights, where there are such."""
-
-    def __init__(self, distiller: Distiller, average: ModelEma | None) -> None:
-        self.student, self.average = distiller.student, average
-
-    def __enter__(self) -> None:
-        if self.average is not None:
-            self.trained = ckpt.copy_state_dict(self.student)
-            self.student.load_state_dict(self.average.module.state_dict())
-
-    def __exit__(self, *_: object) -> None:
-        if self.average is not None:
-            self.student.load_state_dict(self.trained)
+@contextmanager
+def _averaged_weights(student: nn.Module, average: ModelEma | None) -> Iterator[None]:
+    """Within the block, the student has its averaged weights if there are any."""
+    if average is None:
+        yield
+        return
+    trained = copy_state_dict(student)
+    student.load_state_dict(average.module.state_dict())
+    try:
+        yield
+    finally:
+        student.load_state_dict(trained)
 
 
-def selection_value(metric: str, figures: EpochRecord) -> float:
-    """The picking metric as a number of which more is better; undefined (AUC of one class) counts as worst."""
-    value = figures[metric]
+def selection_value(metric: str, record: EpochRecord) -> float:
+    """Return the selection metric with its sign such that more is better; undefined (AUC of one class) is worst."""
+    value = record[metric]
     if value is None:
         return -1e300
     return -value if metric == "nll" else float(value)

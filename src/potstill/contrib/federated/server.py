@@ -350,7 +350,6 @@ class Server:
             self.student.module.to(self.compute.device),
             loader,
             classes=len(self.student.class_names),
-            device=self.compute.device,
         )
         probabilities = np.nan_to_num(probabilities)  # weights of ordinary size that no image passes through
         right = probabilities[np.arange(len(labels)), labels]

@@ -1,7 +1,6 @@
-"""Export formats: what each offers, and the metadata in and beside an exported model.  No torch here.
+"""Export formats, and the metadata of an exported model.  No torch here.
 
-One module a format, one line in ``FORMATS`` to register it.  Converters print progress bars, advice and warnings about
-their own internals, on which users of potstill cannot act: ``quiet`` silences them.
+Each format is a module with a line in ``FORMATS``.
 """
 
 import contextlib
@@ -25,18 +24,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-METADATA_KEY = "potstill"  # of the entry in a file's own metadata
+METADATA_KEY = "potstill"  # in the file's own metadata
 METADATA_SCHEMA = 1
 PREPROCESSING_MODES = ("none", "normalise", "resize")
 
 
 @dataclass(frozen=True)
 class ExportMetadata:
-    """What an exported model takes and gives.
+    """Inputs and outputs of an exported model.
 
-    Its input: with ``inside`` "none", normalised float32 images [B, 3, S, S]; with "normalise", the uint8 pixels
-    [B, 3, S, S] of images that were cut to the network's size; with "resize", uint8 pixels [B, H, W, 3] of any size,
-    one for all images of a batch.  Its output: logits [B, K], float32.
+    Input with ``inside`` "none": normalised float32 images [B, 3, S, S]; "normalise": uint8 pixels [B, 3, S, S] of
+    images at the network's size; "resize": uint8 pixels [B, H, W, 3] of any size, equal within a batch.
+    Output: logits [B, K], float32.
     """
 
     architecture: str
@@ -46,19 +45,19 @@ class ExportMetadata:
     int8: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """For the metadata of a file and the facts beside it."""
+        """Return a JSON object for the file's metadata and NAME.json."""
         return {"schema": METADATA_SCHEMA, **dataclasses.asdict(self)}
 
     def as_text(self) -> str:
-        """``as_json`` in one line."""
+        """Return ``as_json`` as text."""
         return json.dumps(self.as_json())
 
 
 def parse_metadata(text: str, origin: str) -> ExportMetadata:
-    """What ``as_text`` gave.
+    """Parse what ``as_text`` returned.
 
     Raises:
-        ArtifactError: something else; ``origin`` is what messages call it.
+        ArtifactError: invalid metadata; the message names ``origin``.
     """
     try:
         found = json.loads(text)
@@ -68,16 +67,16 @@ def parse_metadata(text: str, origin: str) -> ExportMetadata:
             )
         spec = InputSpec.from_dict(found.pop("input"))
         names = tuple(map(str, found.pop("class_names")))
-        made = ExportMetadata(class_names=names, input=spec, **found)
+        metadata = ExportMetadata(class_names=names, input=spec, **found)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{origin}: its metadata cannot be used ({type(error).__name__}: {error})") from error
-    if not _is_valid(made):
-        raise ArtifactError(f"{origin}: its metadata asks for what potstill never writes: {text[:200]}")
-    return made
+    if not _is_valid(metadata):
+        raise ArtifactError(f"{origin}: its metadata has values that potstill never writes: {text[:200]}")
+    return metadata
 
 
-def _is_valid(made: ExportMetadata) -> bool:
-    spec = made.input
+def _is_valid(metadata: ExportMetadata) -> bool:
+    spec = metadata.input
     return (
         isinstance(spec.size, int)
         and 1 <= spec.size <= 4096
@@ -85,8 +84,8 @@ def _is_valid(made: ExportMetadata) -> bool:
         and 0.1 <= spec.crop_share <= 1
         and all(0 < each < 1e6 for each in spec.std)
         and all(abs(each) < 1e6 for each in spec.mean)
-        and made.inside in PREPROCESSING_MODES
-        and len(made.class_names) >= 2
+        and metadata.inside in PREPROCESSING_MODES
+        and len(metadata.class_names) >= 2
     )
 
 
@@ -96,17 +95,17 @@ Predictor = Callable[[NDArray[Any]], NDArray[Any]]  # a batch as the file takes 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One way to write a network down.
+    """An export format.
 
     Attributes:
-        convert: a network in eval mode on the CPU, images [B, 3, S, S] -> logits [B, K], to the content of one file for
-            each suffix.
-        open: what ``convert`` gave, as a function; None where such a file runs on other machines only.
+        convert: converts a network in eval mode on the CPU, images [B, 3, S, S] -> logits [B, K], to the content of a
+            file for each suffix.
+        open: loads the result of ``convert`` as a function; None if such files run only on other machines.
         suffix: of the file to open.
-        packages: that must be there, by the names under which they are imported.
-        extra: of potstill, which brings them.
-        inside: how much of the preparation can be part of the file.
-        any_batch: whether a file answers batches of any size; else one image at a time.
+        packages: required modules.
+        extra: of potstill, which installs them.
+        inside: preprocessing that can be part of the file.
+        any_batch: whether a file takes batches of any size; else one image at a time.
     """
 
     convert: "Callable[[nn.Module, ExportMetadata], ExportedFiles]"
@@ -120,16 +119,19 @@ class ExportFormat:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block, Python's warnings, log lines up to WARNING and prints go nowhere; errors are raised as ever."""
-    before = logging.root.manager.disable
+    """Within the block, discard warnings, log lines up to WARNING and prints.
+
+    Converters report on their internals, which users of potstill cannot change.
+    """
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    nowhere = io.StringIO()
+    sink = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(level)
 
 
 FORMATS = {
@@ -142,10 +144,10 @@ FORMATS = {
 
 
 def find_format(name: str) -> ExportFormat:
-    """The format of a name, whose packages are there.
+    """Return the format with this name.
 
     Raises:
-        UsageError: an unknown name, or a package that is not installed.
+        UsageError: an unknown name, or a package is not installed.
     """
     if name not in FORMATS:
         raise UsageError(f"no format {name!r}{did_you_mean(name, FORMATS)}\nKnown formats: {', '.join(FORMATS)}")

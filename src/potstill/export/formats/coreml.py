@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of a zip's time: the same model gives the same bytes
 
 
-def convert(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
-    """One zip that holds the ``.mlpackage`` (a folder), for one image at a time, in float32."""
+def convert(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to a zip of the ``.mlpackage`` folder, for one image at a time, in float32."""
     try:
         with quiet():
             import coremltools
 
-            program = export_program(module, what, any_batch=False).run_decompositions({})
+            program = export_program(module, metadata, any_batch=False).run_decompositions({})
             model = coremltools.convert(
                 program, convert_to="mlprogram", compute_precision=coremltools.precision.FLOAT32, skip_model_load=True
             )
@@ -31,8 +31,8 @@ def convert(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
         raise
     except Exception as error:  # whatever a foreign network makes the converter raise
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"{what.architecture} cannot be converted to Core ML: {line[:300]}") from error
-    model.user_defined_metadata[METADATA_KEY] = what.as_text()
+        raise ArtifactError(f"{metadata.architecture} cannot be converted to Core ML: {line[:300]}") from error
+    model.user_defined_metadata[METADATA_KEY] = metadata.as_text()
     held = io.BytesIO()
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as packed:
         package = Path(scratch, "model.mlpackage")

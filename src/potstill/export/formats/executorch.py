@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def convert(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
-    """One ``.pte`` for one image at a time; class names and preparation stand in the file beside it only."""
-    program = export_program(module, what, any_batch=False)
+def convert(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to one ``.pte`` for one image at a time; class names and preprocessing are only in NAME.json."""
+    program = export_program(module, metadata, any_batch=False)
     try:
         with quiet():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -22,11 +22,11 @@ def convert(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
             return {".pte": bytes(lowered.to_executorch().buffer)}
     except Exception as error:  # whatever a foreign network makes the converter raise
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"{what.architecture} cannot be converted to ExecuTorch: {line[:300]}") from error
+        raise ArtifactError(f"{metadata.architecture} cannot be converted to ExecuTorch: {line[:300]}") from error
 
 
 def open_files(files: ExportedFiles) -> Predictor:
-    """What ExecuTorch's own runtime answers here."""
+    """Load as a function that ExecuTorch's runtime runs."""
     import torch
 
     with quiet():

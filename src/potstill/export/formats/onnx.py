@@ -29,7 +29,7 @@ _LOG_ERRORS_ONLY = 3  # onnxruntime's scale of log levels
 def create_onnx_predictor(
     content: bytes, *, threads: int = 0, patient: bool = False
 ) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """A function from a batch, as the model takes it, to logits [B, K].
+    """Return a function from a batch of inputs to logits [B, K].
 
     Args:
         content: of an ONNX file; what it refers to outside of itself is not there.
@@ -83,7 +83,7 @@ _EXTERNAL_DATA_FIELDS = (13, 14)
 
 
 def read_properties(content: bytes, origin: str) -> dict[str, str]:
-    """The properties of a model all of whose tensors are in it.
+    """Return the metadata properties of a model, and check that it contains all of its tensors.
 
     Args:
         content: of an ONNX file.
@@ -126,7 +126,7 @@ def _has_external_data(message: memoryview, kind: str, depth: int) -> bool:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, "memoryview | int"]]:
-    """(field number, value) of a message, in order; numbers of fixed width come as bytes."""
+    """Yield (field number, value) of a message in order; fixed-width numbers as bytes."""
     at, end = 0, len(message)
     while at < end:
         key, at = _varint(message, at)
@@ -163,44 +163,45 @@ ONNX_SUFFIX = ".onnx"
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A model file and how to ask it."""
+    """An exported ONNX model."""
 
-    what: ExportMetadata
-    answer: Callable[[NDArray[Any]], NDArray[Any]]  # a batch as the file takes it -> logits [B, K]
+    metadata: ExportMetadata
+    predictor: Callable[[NDArray[Any]], NDArray[Any]]  # a batch as the file takes it -> logits [B, K]
 
     def prepare(self, pixels: Pixels) -> NDArray[Any]:
-        """One decoded image, uint8 [H, W, 3], for ``probabilities``: an input of the file, or if that takes images of
-        any size, its answer already, so that no batch of whole photographs has to be kept.
+        """Preprocess a decoded image, uint8 [H, W, 3], for ``probabilities``.
+
+        If the file takes images of any size, this returns its logits already, so that no large images are kept.
         """
-        prepared = prepare_batch([pixels], self.what)
-        found: NDArray[Any] = (self.answer(prepared) if self.what.inside == "resize" else prepared)[0]
-        return found
+        prepared = prepare_batch([pixels], self.metadata)
+        result: NDArray[Any] = (self.predictor(prepared) if self.metadata.inside == "resize" else prepared)[0]
+        return result
 
     def probabilities(self, prepared: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-        """[B, K] of images that ``prepare`` has prepared."""
+        """Return probabilities [B, K] for outputs of ``prepare``."""
         images = np.stack(prepared)
-        logits = (images if self.what.inside == "resize" else self.answer(images)).astype(np.float64)
+        logits = (images if self.metadata.inside == "resize" else self.predictor(images)).astype(np.float64)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
-        return shares
+        probabilities: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+        return probabilities
 
 
-def prepare_batch(images: Sequence[Pixels], what: ExportMetadata) -> NDArray[Any]:
-    """Decoded images, uint8 [H, W, 3] each, as the exported model takes them; for "resize" all of one size."""
-    if what.inside == "resize":
+def prepare_batch(images: Sequence[Pixels], metadata: ExportMetadata) -> NDArray[Any]:
+    """Return the model's input for decoded images, uint8 [H, W, 3] each; for "resize" all of one size."""
+    if metadata.inside == "resize":
         return np.stack(images)
-    pixels = np.stack([crop_to_input(each, what.input) for each in images])
-    return pixels if what.inside == "normalise" else normalize_array(pixels, what.input)
+    pixels = np.stack([crop_to_input(each, metadata.input) for each in images])
+    return pixels if metadata.inside == "normalise" else normalize_array(pixels, metadata.input)
 
 
 def load_onnx(path: Path) -> OnnxModel:
-    """The model of a file that ``potstill export`` wrote.
+    """Load a file that ``potstill export`` wrote.
 
-    No code is run from it, no other file is read for it, and where the facts that were written with it still stand
-    beside it, its SHA-256 is compared before anybody parses it.
+    No code in it runs and it refers to no other file.  If its ``NAME.json`` exists, the SHA-256 is compared before
+    anything is parsed.
 
     Raises:
-        ArtifactError: missing, damaged, in several files, or not from potstill.
+        ArtifactError: the file is missing, damaged, in several parts, or not from potstill.
         UsageError: onnxruntime is not installed.
     """
     content = read_bytes(path)
@@ -208,15 +209,15 @@ def load_onnx(path: Path) -> OnnxModel:
     found = read_properties(content, str(path))
     if METADATA_KEY not in found:
         raise ArtifactError(
-            f"{path} was not exported by potstill: nothing in it says which classes it knows and how images are "
-            "prepared for it; export a run with potstill export RUN"
+            f"{path} was not exported by potstill: it has no metadata with its classes and preprocessing; "
+            "export a run with potstill export RUN"
         )
-    what = parse_metadata(found[METADATA_KEY], str(path))
-    return OnnxModel(what, create_onnx_predictor(content))
+    metadata = parse_metadata(found[METADATA_KEY], str(path))
+    return OnnxModel(metadata, create_onnx_predictor(content))
 
 
 def facts_path(path: Path) -> Path:
-    """Where the facts of an exported file stand: beside it."""
+    """Return the path of the NAME.json of an exported file."""
     return path.with_name(f"{path.name}.json")
 
 
@@ -235,17 +236,17 @@ _MAX_BYTES = 2**31 - 1  # bytes of one protobuf message
 _PREPROCESSED_NAME = "prepared"
 
 
-def convert_to_onnx(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
-    """One ``.onnx`` with a dynamic batch and the description in its metadata.
+def convert_to_onnx(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to one ``.onnx`` with a dynamic batch size and the metadata.
 
     Raises:
         ArtifactError: the network has parts that cannot be exported, or needs more than 2 GiB.
     """
-    return {".onnx": finalize_model(export_graph(module, what), what)}
+    return {".onnx": finalize_model(export_graph(module, metadata), metadata)}
 
 
-def export_graph(module: "nn.Module", what: ExportMetadata) -> Any:
-    """The bare network as an ``onnx.ModelProto``: float32 [B, 3, S, S] -> logits [B, K].
+def export_graph(module: "nn.Module", metadata: ExportMetadata) -> Any:
+    """Return the network without preprocessing as an ``onnx.ModelProto``: float32 [B, 3, S, S] -> logits [B, K].
 
     Raises:
         ArtifactError: it has parts that cannot be exported.
@@ -253,47 +254,52 @@ def export_graph(module: "nn.Module", what: ExportMetadata) -> Any:
     from potstill.export.preprocessing import dynamic_axes, example_input
 
     return _run_exporter(
-        module, example_input(what.input, "none"), dynamic_axes("none"), what.architecture, INPUT_NAME, OUTPUT_NAME
+        module,
+        example_input(metadata.input, "none"),
+        dynamic_axes("none"),
+        metadata.architecture,
+        INPUT_NAME,
+        OUTPUT_NAME,
     )
 
 
-def finalize_model(network: Any, what: ExportMetadata) -> bytes:
-    """The file's bytes: with the preparation before the network, where it is wanted, and checked.
+def finalize_model(network: Any, metadata: ExportMetadata) -> bytes:
+    """Return the checked file, with preprocessing before the network if requested.
 
     Args:
         network: an ``onnx.ModelProto``, as ``export_graph`` gives it, or a quantized one.
-        what: goes into the metadata.
+        metadata: of the file.
 
     Raises:
         ArtifactError: above 2 GiB, or refused by ONNX's own checker.
     """
     import onnx
 
-    model = network if what.inside == "none" else _add_preprocessing(network, what)
+    model = network if metadata.inside == "none" else _add_preprocessing(network, metadata)
     _drop_source_paths(model.graph)
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {METADATA_KEY: what.as_text()})
+    onnx.helper.set_model_props(model, {METADATA_KEY: metadata.as_text()})
     model.producer_name, model.producer_version, model.doc_string = METADATA_KEY, "", ""
     if model.ByteSize() > _MAX_BYTES:
-        raise ArtifactError(f"{what.architecture} needs more than the 2 GiB that one ONNX file can hold")
+        raise ArtifactError(f"{metadata.architecture} needs more than the 2 GiB that one ONNX file can hold")
     content: bytes = model.SerializeToString(deterministic=True)
     try:
         onnx.checker.check_model(content, full_check=True)
     except Exception as error:  # the checker and its shape inference have several classes of their own
-        raise ArtifactError(f"the ONNX checker refuses {what.architecture}: {_first_line(error)}") from error
+        raise ArtifactError(f"the ONNX checker refuses {metadata.architecture}: {_first_line(error)}") from error
     return content
 
 
-def _add_preprocessing(network: Any, what: ExportMetadata) -> Any:
+def _add_preprocessing(network: Any, metadata: ExportMetadata) -> Any:
     import onnx
 
     from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
 
-    before = create_preprocessing(what.input, what.inside).eval()
+    before = create_preprocessing(metadata.input, metadata.inside).eval()
     first = _run_exporter(
         before,
-        example_input(what.input, what.inside),
-        dynamic_axes(what.inside),
+        example_input(metadata.input, metadata.inside),
+        dynamic_axes(metadata.inside),
         "preparation",
         INPUT_NAME,
         _PREPROCESSED_NAME,
@@ -323,7 +329,7 @@ def _run_exporter(module: "nn.Module", sample: Any, axes: dict[int, Any], name: 
 
 
 def _drop_source_paths(graph: Any) -> None:
-    """The exporter notes for each node where in which source file it comes from: paths of this machine."""
+    """Remove the exporter's stack traces, which contain paths of this machine."""
     for each in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del each.metadata_props[:]
         each.doc_string = ""
@@ -336,7 +342,7 @@ def _first_line(error: Exception) -> str:
 
 
 def open_onnx_files(files: ExportedFiles) -> Any:
-    """What onnxruntime answers."""
+    """Load as a function that onnxruntime runs."""
     return create_onnx_predictor(files[".onnx"])
 
 

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def convert(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
-    """By way of ONNX; the weights stay float32."""
+def convert(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert by way of ONNX; the weights stay float32."""
     import openvino
 
-    model = openvino.convert_model(io.BytesIO(onnx.convert_to_onnx(module, what)[".onnx"]))
-    model.set_rt_info(what.as_text(), [METADATA_KEY])
+    model = openvino.convert_model(io.BytesIO(onnx.convert_to_onnx(module, metadata)[".onnx"]))
+    model.set_rt_info(metadata.as_text(), [METADATA_KEY])
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch, "model.xml")
         openvino.serialize(model, xml)
@@ -24,7 +24,7 @@ def convert(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
 
 
 def open_files(files: ExportedFiles) -> Predictor:
-    """What OpenVINO answers on the CPU, in float32 (on some processors it would choose bfloat16)."""
+    """Load as a function that OpenVINO runs on the CPU in float32 (its default on some processors is bfloat16)."""
     import openvino
 
     core = openvino.Core()

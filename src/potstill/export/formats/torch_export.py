@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def export_program(module: "nn.Module", what: ExportMetadata, *, any_batch: bool = True) -> Any:
-    """The network, with its preparation, as a ``torch.export.ExportedProgram``.
+def export_program(module: "nn.Module", metadata: ExportMetadata, *, any_batch: bool = True) -> Any:
+    """Return the network with its preprocessing as a ``torch.export.ExportedProgram``.
 
     Raises:
         ArtifactError: it has parts that cannot be exported.
@@ -20,28 +20,28 @@ def export_program(module: "nn.Module", what: ExportMetadata, *, any_batch: bool
 
     from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
 
-    whole = torch.nn.Sequential(*create_preprocessing(what.input, what.inside), module).eval()
-    sample = example_input(what.input, what.inside)
-    shapes: Any = (dynamic_axes(what.inside),) if any_batch else None
+    whole = torch.nn.Sequential(*create_preprocessing(metadata.input, metadata.inside), module).eval()
+    sample = example_input(metadata.input, metadata.inside)
+    shapes: Any = (dynamic_axes(metadata.inside),) if any_batch else None
     try:
         with quiet():
             return torch.export.export(whole, (sample if any_batch else sample[:1],), dynamic_shapes=shapes)
     except Exception as error:  # whatever a foreign network makes the exporter raise
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"{what.architecture} cannot be exported by torch.export: {line[:300]}") from error
+        raise ArtifactError(f"{metadata.architecture} cannot be exported by torch.export: {line[:300]}") from error
 
 
-def convert(module: "nn.Module", what: ExportMetadata) -> ExportedFiles:
-    """One ``.pt2``, with the description as an extra file ``potstill`` in it."""
+def convert(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to one ``.pt2`` with the metadata as an extra file ``potstill`` in it."""
     import torch
 
     held = io.BytesIO()
-    torch.export.save(export_program(module, what), held, extra_files={METADATA_KEY: what.as_text()})
+    torch.export.save(export_program(module, metadata), held, extra_files={METADATA_KEY: metadata.as_text()})
     return {".pt2": held.getvalue()}
 
 
 def open_files(files: ExportedFiles) -> Predictor:
-    """What PyTorch answers; only for files that were just written."""
+    """Load as a function that PyTorch runs; only for files that were just written."""
     import torch
 
     program = torch.export.load(io.BytesIO(files[".pt2"])).module()

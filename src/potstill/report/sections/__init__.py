@@ -1,1 +1,1 @@
-"""Sections of the page: ``..._context(run)`` returns the values of a template, or None where there are none."""
+"""Sections of the page: ``..._context(run)`` returns the values of a template, or None if there are none."""

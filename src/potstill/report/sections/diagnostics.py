@@ -1,4 +1,4 @@
-"""How training went, how closely each student follows its teacher, and how well confidence is calibrated."""
+"""Training curves, fidelity of each student to its teacher, and calibration."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-ReliabilityBins = Sequence[Sequence[float]]  # images, mean confidence, share right
+ReliabilityBins = Sequence[Sequence[float]]  # images, mean confidence, accuracy
 
 
 def draw_reliability(
     figure: "Figure", before: ReliabilityBins, after: ReliabilityBins, title: str, colour: str
 ) -> None:
-    """As it is (solid) and after temperature scaling (dashed); a dot's size follows its number of images."""
+    """Draw a reliability diagram before (solid) and after (dashed) scaling; a dot's area shows its number of images."""
     from matplotlib.ticker import PercentFormatter
 
     axes: Axes = figure.subplots()
     axes.set_title(title)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
-    _plot_bins(axes, before, "as it is", colour, "-")
+    _plot_bins(axes, before, "unscaled", colour, "-")
     _plot_bins(axes, after, "scaled", FAINT, "--")
     axes.set_xlim(0, 1.03)
     axes.set_ylim(0, 1.03)
     axes.set_xlabel("confidence")
-    axes.set_ylabel("share right")
+    axes.set_ylabel("accuracy")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.legend(loc="upper left", fontsize=8.5)
@@ -45,11 +45,11 @@ def _plot_bins(axes: "Axes", bins: ReliabilityBins, label: str, colour: str, das
     axes.scatter(x, y, s=[8 + 90 * each[0] / images for each in bins], color=colour, zorder=3, linewidths=0)
 
 
-_MIN_SIZE = 3.0  # inches for a square of fields, and what a field takes at least
+_MIN_SIZE = 3.0  # inches
 
 
 def similarity_size(rows: int, columns: int) -> tuple[float, float]:
-    """Inches for ``draw_similarity``."""
+    """Return the figure size in inches for ``draw_similarity``."""
     return max(_MIN_SIZE, 0.62 * columns) + 1.0, max(2.2, 0.42 * rows) + 0.9
 
 
@@ -60,7 +60,7 @@ def draw_similarity(
     columns: Sequence[str],
     title: str,
 ) -> None:
-    """A field for each pair of stages: its number, and the stronger a blue the more alike they are."""
+    """Draw a heat map of the similarity of each pair of stages, with its numbers."""
     from matplotlib.patches import Rectangle
 
     axes: Axes = figure.subplots()
@@ -90,7 +90,7 @@ _WIDE_SIZE, _SMALL_SIZE = (4.9, 3.0), (4.4, 3.3)  # inches
 
 
 def curves_context(run: Run) -> dict[str, Any] | None:
-    """One picture of all stages, then four of each."""
+    """Return a figure of all stages, and four of each."""
     trained = [stage for stage in run.stages.values() if stage.epochs]
     if not trained:
         return None
@@ -117,11 +117,11 @@ def _curve_svgs(run: Run, stage: StageResult) -> list[str]:
 
 
 _RELIABILITY_SIZE = (4.0, 3.6)  # inches
-_LOWEST, _HIGHEST = 0.05, 20.0  # between which a temperature is looked for
+_LOWEST, _HIGHEST = 0.05, 20.0  # range of the fitted temperature
 
 
 def calibration_context(run: Run) -> dict[str, Any] | None:
-    """A reliability diagram and a row for each stage; None for runs that did not measure it."""
+    """Return a reliability diagram and a row for each stage; None if calibration was not measured."""
     found = [(stage, facts) for stage in run.stages.values() if (facts := _calibration_facts(stage))]
     if not found:
         return None
@@ -133,19 +133,19 @@ def calibration_context(run: Run) -> dict[str, Any] | None:
 
 
 def _temperature_note(name: str, temperature: float) -> str | None:
-    """Where the search for a temperature has met an end of its range, the scaled figures mean little."""
+    """Return a note if the fitted temperature is at an end of its range, where the scaled metrics mean little."""
     if temperature <= 1.01 * _LOWEST:
         return (
-            f"{name} makes no mistake on val, so the colder the better there, and the temperature stopped at "
-            f"its least, {_LOWEST}. Leave {name} as it is: on test, which has mistakes, it would be far too sure."
+            f"{name} makes no mistake on val, so its fitted temperature is the minimum, {_LOWEST}. Do not scale it: "
+            "on test, where it makes mistakes, it would be far too confident."
         )
     if temperature >= 0.99 * _HIGHEST:
-        return f"{name} knows nothing on val: the temperature stopped at its most, {_HIGHEST:g}."
+        return f"{name} is no better than chance on val: its fitted temperature is the maximum, {_HIGHEST:g}."
     return None
 
 
 def _calibration_facts(stage: StageResult) -> dict[str, Any] | None:
-    """``calibration`` of results.json where it is whole."""
+    """Return ``calibration`` of results.json if it is valid."""
     facts = stage.facts.get("calibration")
     if not isinstance(facts, dict) or format_number(facts.get("temperature")) is None:
         return None
@@ -173,7 +173,7 @@ def _calibration_cells(facts: dict[str, Any]) -> list[str]:
 def _reliability_svg(stage: StageResult, facts: dict[str, Any]) -> str:
     before, after = facts["before"], facts["after"]
     label = (
-        f"Reliability diagram of {stage.name} on test: ECE {format_percent(before.get('ece'))} as it is, "
+        f"Reliability diagram of {stage.name} on test: ECE {format_percent(before.get('ece'))} unscaled, "
         f"{format_percent(after.get('ece'))} after temperature scaling."
     )
     return as_svg(
@@ -190,7 +190,7 @@ _STUDENTS = ("baseline", "distilled")
 
 
 def fidelity_context(run: Run) -> dict[str, Any] | None:
-    """A row for each student: agreement and KL divergence on each split; then CKA.  None where nothing is known."""
+    """Return agreement and KL divergence of each student on each split, and CKA; None if nothing was measured."""
     rows = []
     for stage in run.stages.values():
         known = {split: stage.metrics.get(split, {}) for split in SPLITS}
@@ -218,28 +218,28 @@ def fidelity_context(run: Run) -> dict[str, Any] | None:
 
 
 def _cka_svg(cka: dict[str, Any], name: str) -> str | None:
-    """CKA of a student's stages with the teacher's; None where it was not measured."""
+    """Return the heat map of CKA between a student's and the teacher's stages; None if it was not measured."""
     layers, values = cka.get("layers") or {}, (cka.get("values") or {}).get(name)
     down, across = layers.get("teacher"), layers.get(name)
     if not values or not down or not across or [len(row) for row in values] != [len(across)] * len(down):
         return None
     fields = [[format_number(value) for value in row] for row in values]
     best = [max((value for value in row if value is not None), default=None) for row in fields]
-    told = ", ".join(
+    highest = ", ".join(
         f"{format_decimal(value, 2)} for the teacher's {path}" for path, value in zip(down, best, strict=True)
     )
     return as_svg(
         lambda figure: draw_similarity(figure, fields, down, across, f"Teacher (down) and {name} (across)"),
         similarity_size(len(down), len(across)),
         name=f"cka-{name}",
-        label=f"CKA between the stages of teacher and {name}; the highest with any stage of {name}: {told}.",
+        label=f"CKA between the stages of teacher and {name}; the highest with any stage of {name}: {highest}.",
     )
 
 
 def _cka_notes(cka: dict[str, Any]) -> list[str]:
     found = []
     if cka.get("failed"):
-        found.append(f"How alike the stages of teacher and student are could not be measured: {cka['failed']}.")
+        found.append(f"The similarity of teacher and student stages could not be measured: {cka['failed']}.")
     for name, paths in (cka.get("left_out") or {}).items():
-        found.append(f"Left out, because its maps are too large to compare: {name}, {', '.join(map(str, paths))}.")
+        found.append(f"Left out, as its feature maps are too large to compare: {name}, {', '.join(map(str, paths))}.")
     return found

@@ -1,7 +1,4 @@
-"""Which classes and images are wrong: confusion matrices, class by class, and example images with heat maps.
-
-Examples: confident mistakes, disagreements, what distillation repaired and broke, and where the networks look.
-"""
+"""Error analysis: confusion matrices, metrics by class, and example images with Grad-CAM heat maps."""
 
 import base64
 import binascii
@@ -16,11 +13,11 @@ from potstill.report.confusion_matrix import Matrix, difference_svg, matrix_svg
 from potstill.report.run_reader import Run, StageResult, read_predictions
 
 _MAX_MISTAKES = 8  # rows of the table of mistakes
-_MAX_FOLDED_CLASSES = 200  # classes above which only the test matrices go into the page, so that it stays light
+_MAX_FOLDED_CLASSES = 200  # above, the page has only the test matrices, to stay small
 
 
 def confusion_context(run: Run) -> dict[str, Any] | None:
-    """Pictures on test; train and val folded; the most frequent mistakes as a table."""
+    """Return the matrices on test, those on train and val (folded), and the most frequent mistakes."""
     pictures = {split: _stage_matrix_svgs(run, split) for split in ("test", "val", "train")}
     if not any(pictures.values()):
         return None
@@ -58,14 +55,14 @@ def _stage_matrix_svg(run: Run, stage: StageResult, split: str, matrix: Matrix) 
 
 
 def _students_difference_svg(run: Run) -> str | None:
-    """What distillation changed on test; None where there are not both students."""
+    """Return the difference of both students on test; None if one is missing."""
     stages = [run.stages.get(name) for name in ("baseline", "distilled")]
     before, after = (stage.confusion("test", len(run.class_names)) if stage else None for stage in stages)
     if before is None or after is None:
         return None
     gained = int(after.trace() - before.trace())
     label = f"Change of the confusion matrix on test from baseline to distilled: {gained:+d} images on the diagonal."
-    return difference_svg(before, after, run.class_names, "distilled less baseline, test", label)
+    return difference_svg(before, after, run.class_names, "distilled − baseline, test", label)
 
 
 def _test_matrices(run: Run) -> list[tuple[str, Matrix]]:
@@ -74,19 +71,18 @@ def _test_matrices(run: Run) -> list[tuple[str, Matrix]]:
 
 
 def _frequent_mistakes(run: Run, matrices: list[tuple[str, Matrix]]) -> list[dict[str, Any]]:
-    """The pairs that the last stage confuses most often on test, with the counts of every stage."""
+    """Return the pairs of classes that the last stage confuses most often on test, with the counts of every stage."""
     if not matrices:
         return []
     last = matrices[-1][1]
     wrong = last.copy()
     np.fill_diagonal(wrong, 0)
-    # Equally frequent ones in the order of their classes.
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_MISTAKES].tolist()
-    pairs = [divmod(place, len(last)) for place in order if wrong.flat[place]]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_MISTAKES].tolist()  # ties in order of the classes
+    pairs = [divmod(position, len(last)) for position in order if wrong.flat[position]]
     return [
         {
             "true": run.class_names[i],
-            "said": run.class_names[j],
+            "predicted": run.class_names[j],
             "cells": [
                 f"{format_count(int(matrix[i, j]))} ({format_percent(float(matrix[i, j] / last[i].sum()), 0)})"
                 for _, matrix in matrices
@@ -101,14 +97,14 @@ _END_ROWS = 10  # rows at each end of the short table of more classes
 
 
 def classes_context(run: Run) -> dict[str, Any] | None:
-    """A row for each class: right without and with distillation, and the change; by change where there are many."""
+    """Return a row for each class: correct images of both students and the change; the extremes for many classes."""
     if not {"baseline", "distilled"} <= set(run.stages):
         return None
     names = run.class_names
     before, after = (run.stages[name].confusion("test", len(names)) for name in ("baseline", "distilled"))
     if before is None or after is None:
         return None
-    repaired, broken, paired = _changes_per_class(run)
+    newly_right, newly_wrong, paired = _changes_per_class(run)
     images = before.sum(axis=1).tolist()
     earlier, later = before.diagonal().tolist(), after.diagonal().tolist()
     changes = [new - old for old, new in zip(earlier, later, strict=True)]
@@ -119,8 +115,8 @@ def classes_context(run: Run) -> dict[str, Any] | None:
             "images": format_count(images[i]),
             "before": _format_correct(earlier[i], images[i]),
             "after": _format_correct(later[i], images[i]),
-            "repaired": format_count(repaired[i]) if paired else MISSING,
-            "broken": format_count(broken[i]) if paired else MISSING,
+            "newly_right": format_count(newly_right[i]) if paired else MISSING,
+            "newly_wrong": format_count(newly_wrong[i]) if paired else MISSING,
             "change": f"{changes[i]:+d}" if changes[i] else "0",
             "points": format_points(changes[i] / images[i]) if images[i] else MISSING,
             "kind": "gain" if changes[i] > 0 else "loss" if changes[i] < 0 else "same",
@@ -145,24 +141,24 @@ def _format_correct(right: int, images: int) -> str:
 
 
 def _changes_per_class(run: Run) -> tuple[list[int], list[int], bool]:
-    """Test images of each class that distillation repaired and broke; False where the two files do not go together."""
+    """Return newly right and newly wrong test images by class, and whether both predictions are of the same images."""
     before, after = (read_predictions(run.stages[name], "test") for name in ("baseline", "distilled"))
     if before is None or after is None or not before.same_images(after):
         return [], [], False
     # By position: a manifest may list a path twice.
     old, new = before.labels == before.predicted, after.labels == after.predicted
     counts = (np.bincount(before.labels[which], minlength=len(run.class_names)) for which in (~old & new, old & ~new))
-    repaired, broken = (each.tolist() for each in counts)
-    return repaired, broken, True
+    newly_right, newly_wrong = (each.tolist() for each in counts)
+    return newly_right, newly_wrong, True
 
 
-_HEAT_ALPHA = 0.84  # of the strongest field
+_HEAT_ALPHA = 0.84  # of the maximum
 
 
 def heatmap_uri(rows: Sequence[bytes]) -> str:
-    """A PNG of one pixel a field, as a ``data:`` address; the browser makes it large and smooth.
+    """Return a PNG with a pixel per value as a ``data:`` URI; the browser enlarges and smooths it.
 
-    From nothing over orange to light yellow: lighter is more, for colour-blind readers and in black and white too.
+    Colours go from transparent over orange to light yellow: lighter is more, also for colour-blind readers.
 
     Args:
         rows: h of w bytes, 0 to 255.
@@ -182,21 +178,21 @@ def _heat_color(value: float) -> tuple[int, int, int, int]:
 _GROUP_TITLES = {
     "mistakes": "The most confident mistakes of {student}",
     "disagreements": "Where {student} and {teacher} disagree",
-    "repaired": "What distillation repaired",
-    "broken": "What distillation broke",
+    "repaired": "Newly right with distillation",
+    "broken": "Newly wrong with distillation",
 }
 _GROUP_KINDS = {
-    "mistakes": "wrong answers, the most confident first",
-    "disagreements": "images of which they name different classes, those first of which both are most sure",
+    "mistakes": "wrong predictions, the most confident first",
+    "disagreements": "images with different predictions, the most confident first",
     "repaired": "images that baseline gets wrong and distilled right, the largest change first",
     "broken": "images that baseline gets right and distilled wrong, the largest change first",
 }
-_MAX_REGION = 4096.0  # sides of a picture that a heat map may stretch over: with black borders, more than the picture
+_MAX_REGION = 4096.0  # of a heat map, in sides of the image: with padding, larger than the image
 _IMAGE_TYPES = ("png", "jpeg")
 
 
 def images_context(run: Run) -> dict[str, Any] | None:
-    """Groups of images with heat maps; None for runs that kept none."""
+    """Return groups of images with heat maps; None if the run kept none."""
     examples = run.examples
     if examples is None or not isinstance(examples.get("groups"), dict):
         return None
@@ -250,7 +246,7 @@ def _image_card(key: str, image: dict[str, Any], parts: dict[str, str]) -> dict[
 
 
 def _thumbnail(found: Any) -> dict[str, Any] | None:
-    """``uri``, ``width``, ``height`` and whether it is to be enlarged without blur; None where there is no picture."""
+    """Return ``uri``, ``width``, ``height`` and whether to enlarge without blur; None if there is no image."""
     if not isinstance(found, dict) or found.get("type") not in _IMAGE_TYPES:
         return None
     width, height = (format_number(found.get(side)) for side in ("width", "height"))
@@ -265,7 +261,7 @@ def _thumbnail(found: Any) -> dict[str, Any] | None:
 
 
 def _heatmap(stage: str, named: str, found: Any) -> dict[str, Any]:
-    """Where ``stage`` looked for the class that it named: a heat map and the part of the picture that it covers."""
+    """Return the heat map of ``stage`` for its predicted class, and the region of the image that it covers."""
     try:
         rows = [bytes.fromhex(row) for row in found["rows"]]
         left, top, width, height = (
@@ -273,11 +269,11 @@ def _heatmap(stage: str, named: str, found: Any) -> dict[str, Any]:
         )
     except (KeyError, TypeError, ValueError):
         rows, left, top, width, height = [], 0.0, 0.0, 100.0, 100.0
-    whole = bool(rows and rows[0]) and len({len(row) for row in rows}) == 1
+    valid = bool(rows and rows[0]) and len({len(row) for row in rows}) == 1
     return {
         "stage": stage,
         "named": named,
-        "heat": heatmap_uri(rows) if whole and any(map(any, rows)) else None,
+        "heat": heatmap_uri(rows) if valid and any(map(any, rows)) else None,
         "place": [f"{each:g}%" for each in (left, top, width, height)],
     }
 

@@ -32,84 +32,84 @@ FINDING_TITLES = {
 
 
 def verdict_context(run: Run) -> dict[str, Any] | None:
-    """Sentences, facts and the intervals on a number line."""
+    """Return sentences, facts and the intervals on a number line."""
     comparison = run.comparison
     headline, *others = verdict_sentences(comparison, run.results.get("stages"))
-    found = effect_of(comparison)
-    whole = average_over_seeds(comparison) if comparison else {}
+    effect = effect_of(comparison)
+    means = average_over_seeds(comparison) if comparison else {}
     return {
-        "finding": found,
-        "mark": FINDING_TITLES.get(found, "Nothing to compare"),
+        "finding": effect,
+        "mark": FINDING_TITLES.get(effect, "Nothing to compare"),
         "headline": headline,
         "sentences": others,
-        "facts": _verdict_facts(whole, found) if comparison else [],
-        "lines": [interval_line(whole)] if found != "unknown" else [],
+        "facts": _verdict_facts(means, effect) if comparison else [],
+        "lines": [interval_line(means)] if effect != "unknown" else [],
     }
 
 
-def interval_line(whole: dict[str, Any]) -> dict[str, Any]:
-    """Where 0, gain and interval lie on a line from 0 to 100, with its label."""
-    gain, low, high = (float(whole[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
+def interval_line(means: dict[str, Any]) -> dict[str, Any]:
+    """Return the positions (0 to 100) of 0, gain and interval on a number line, and its label."""
+    gain, low, high = (float(means[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
     left, right = min(0.0, low), max(0.0, high)
-    room = 0.12 * (right - left) or 0.01
-    left, right = left - room, right + room
+    margin = 0.12 * (right - left) or 0.01
+    left, right = left - margin, right + margin
 
-    def place(value: float) -> float:
+    def position(value: float) -> float:
         return round(100 * (value - left) / (right - left), 2)
 
     return {
-        "zero": place(0.0),
-        "low": place(low),
-        "gain": place(gain),
-        "width": round(place(high) - place(low), 2),
-        "label": f"{format_points(gain)} points, {_interval_text(whole, low, high)}",
+        "zero": position(0.0),
+        "low": position(low),
+        "gain": position(gain),
+        "width": round(position(high) - position(low), 2),
+        "label": f"{format_points(gain)} points, {_interval_text(means, low, high)}",
     }
 
 
-def _interval_text(whole: dict[str, Any], low: float, high: float) -> str:
-    confidence = format_number(whole.get("confidence"))
+def _interval_text(means: dict[str, Any], low: float, high: float) -> str:
+    confidence = format_number(means.get("confidence"))
     over = "test images only" if confidence is None else "seeds and test images"
     return f"{format_confidence(confidence or 0.95)} interval {format_points(low)} to {format_points(high)} over {over}"
 
 
-def _verdict_facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
-    """(value, what it is, more)."""
+def _verdict_facts(means: dict[str, Any], effect: str) -> list[tuple[str, str, str]]:
+    """Return (value, name, details) for each fact."""
     facts = []
-    gain, low, high = (format_number(whole.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
-    seeds = format_number(whole.get("seeds_count"))
+    gain, low, high = (format_number(means.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
+    seeds = format_number(means.get("seeds_count"))
     if gain is not None:
-        more = _interval_text(whole, low, high) if low is not None and high is not None else ""
+        more = _interval_text(means, low, high) if low is not None and high is not None else ""
         facts.append((format_points(gain), "points of top-1, distilled − baseline", more))
     if seeds is not None:
-        p = format_number(whole.get("p"))
+        p = format_number(means.get("p"))
         more = "" if p is None else f"test over seeds and images: p = {format_decimal(p, 3)}"
         facts.append((format_count(seeds), "seeds, all with the same teacher", more))
-    elif format_number(whole.get("fixed")) is not None:
-        p = format_number(whole.get("mcnemar_p"))
-        changed = f"{format_count(whole['fixed'])} / {format_count(whole.get('broken'))}"
+    elif format_number(means.get("fixed")) is not None:
+        p = format_number(means.get("mcnemar_p"))
+        changed = f"{format_count(means['fixed'])} / {format_count(means.get('broken'))}"
         more = "" if p is None else f"McNemar's exact test: p = {format_decimal(p, 3)}"
         facts.append((changed, "test images newly right / newly wrong", more))
-    facts += _gap_facts(whole, found)
+    facts += _gap_facts(means, effect)
     for key, what in (
         ("parameter_ratio", "parameters, teacher : student"),
         ("file_ratio", "file size, teacher : student"),
         ("latency_ratio", "latency p50, teacher : student"),
     ):
-        if format_number(whole.get(key)) is not None:
-            facts.append((format_ratio(whole[key]), what, ""))
+        if format_number(means.get(key)) is not None:
+            facts.append((format_ratio(means[key]), what, ""))
     return facts
 
 
-def _gap_facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
-    gap, closed = format_number(whole.get("gap")), format_number(whole.get("gap_closed"))
+def _gap_facts(means: dict[str, Any], effect: str) -> list[tuple[str, str, str]]:
+    gap, closed = format_number(means.get("gap")), format_number(means.get("gap_closed"))
     if gap is None:
         return []
-    low, high = format_number(whole.get("gap_low")), format_number(whole.get("gap_high"))
+    low, high = format_number(means.get("gap_low")), format_number(means.get("gap_high"))
     more = "" if low is None or high is None else f"95 % interval {format_points(low)} to {format_points(high)}"
     facts = [(format_points(gap), "points of top-1, teacher − baseline", more if gap > 0 else "no gap to close")]
-    share_low, share_high = format_number(whole.get("gap_closed_low")), format_number(whole.get("gap_closed_high"))
-    sure = low is None or share_low is not None
-    if gap > 0 and sure and closed is not None and found == "helped":
+    share_low, share_high = format_number(means.get("gap_closed_low")), format_number(means.get("gap_closed_high"))
+    significant = low is None or share_low is not None
+    if gap > 0 and significant and closed is not None and effect == "helped":
         known = closed < 1 and share_low is not None and share_high is not None
         more = f"95 % interval {100 * (share_low or 0):.0f} to {100 * (share_high or 0):.0f} %" if known else ""
         facts.append((f"{100 * closed:.0f} %" if closed < 1 else "all", "of the gap to the teacher closed", more))
@@ -117,23 +117,23 @@ def _gap_facts(whole: dict[str, Any], found: str) -> list[tuple[str, str, str]]:
 
 
 def warnings_context(run: Run) -> dict[str, Any] | None:
-    """Sentences, the run's own first."""
-    said = [str(warning) for warning in run.results.get("warnings") or []]
+    """Return the warnings, the run's own first."""
+    warnings = [str(warning) for warning in run.results.get("warnings") or []]
     absent = [str(name) for name in run.results.get("planned") or STAGES if name not in run.stages | run.repeats]
-    if absent and len(run.stages) > 1:  # a stage trained alone on purpose misses nothing
-        said.append(f"Not part of this run: {', '.join(absent)}.")
+    if absent and len(run.stages) > 1:  # a single stage was meant to be alone
+        warnings.append(f"Not part of this run: {', '.join(absent)}.")
     for name, stage in run.stages.items():
         if "test" not in stage.metrics:
-            said.append(f"No test results of {name}.")
+            warnings.append(f"No test results of {name}.")
     for split, skipped in sorted(_classes_without_auc(run).items()):
-        said.append(f"AUC on {split} leaves out classes that it cannot be had for: {', '.join(skipped)}.")
+        warnings.append(f"AUC on {split} leaves out classes for which it is undefined: {', '.join(skipped)}.")
     if warning := picture_labels(run.class_names).warning:
-        said.append(warning)
-    return {"warnings": said} if said else None
+        warnings.append(warning)
+    return {"warnings": warnings} if warnings else None
 
 
 def _classes_without_auc(run: Run) -> dict[str, list[str]]:
-    """Split -> classes, as any stage says (they depend on the images alone)."""
+    """Return the classes by split, from any stage, as they depend on the images only."""
     found: dict[str, list[str]] = {}
     for stage in run.stages.values():
         for split, metrics in stage.metrics.items():
@@ -142,14 +142,14 @@ def _classes_without_auc(run: Run) -> dict[str, list[str]]:
     return found
 
 
-DifferenceFormatter = Callable[[float], str]  # how a difference is printed
+DifferenceFormatter = Callable[[float], str]
 
 _INTERMEDIATE_ROLES = ("assistant", "generation")
 _STUDENTS = ("baseline", "distilled")
 
 
 def comparison_context(run: Run) -> dict[str, Any] | None:
-    """The short table on test, what each network costs, each seed, and all figures on all splits."""
+    """Return the table on test, the costs of each network, each seed, and all metrics on all splits."""
     if not run.stages:
         return None
     stages = list(run.stages.values())
@@ -168,12 +168,12 @@ def comparison_context(run: Run) -> dict[str, Any] | None:
 
 
 def _seeds_summary(run: Run) -> dict[str, Any]:
-    """What several seeds gave; empty where there is but one."""
+    """Return the comparison over seeds; empty for a single seed."""
     return (run.comparison or {}).get("seeds") or {}
 
 
 def _seed_rows(run: Run) -> list[list[str]]:
-    """A row for each seed: top-1 of baseline and distilled, the gain, and which images changed."""
+    """Return a row for each seed: top-1 of baseline and distilled, the gain, and the number of changed images."""
     rows = []
     for at, each in enumerate(_seeds_summary(run).get("each") or [], start=1):
         stages = [(run.stages | run.repeats).get(stage_name(role, at)) for role in ("baseline", "distilled")]
@@ -193,7 +193,7 @@ def _seed_rows(run: Run) -> list[list[str]]:
 
 
 def _intermediate_rows(run: Run) -> list[dict[str, Any]]:
-    """A row for each stage between teacher and student, and for several networks as one."""
+    """Return a row for each stage between teacher and student, and for each ensemble."""
     gains = (run.comparison or {}).get("others") or {}
     tests = {
         name: stage.metrics.get("test", {}) for name, stage in run.stages.items() if stage.role in _INTERMEDIATE_ROLES
@@ -218,21 +218,16 @@ def _intermediate_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _gain_with_interval(gain: Any) -> str:
-    ends = [
-        format_number(gain.get(f"top1_gain{end}")) if isinstance(gain, dict) else None for end in ("", "_low", "_high")
-    ]
-    value, low, high = ends
+    gain = gain if isinstance(gain, dict) else {}
+    value, low, high = (format_number(gain.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
     if value is None:
         return MISSING
-    return (
-        format_points(value)
-        if low is None or high is None
-        else f"{format_points(value)} ({format_points(low)} to {format_points(high)})"
-    )
+    interval = "" if low is None or high is None else f" ({format_points(low)} to {format_points(high)})"
+    return format_points(value) + interval
 
 
 def _test_rows(run: Run) -> list[dict[str, Any]]:
-    """Rows on test with the difference distilled - baseline."""
+    """Return the rows on test with the difference distilled - baseline."""
     rows = [
         ("top1", "Top-1", format_percent, _signed_points),
         ("top3", f"Top-{run.best_k}", format_percent, _signed_points),
@@ -257,7 +252,7 @@ def _test_rows(run: Run) -> list[dict[str, Any]]:
 def _test_cell(
     run: Run, stage: StageResult, key: str, form: ValueFormatter, change: DifferenceFormatter
 ) -> tuple[str, str]:
-    """A figure on test and how sure it is: by its images; baseline and distilled of several seeds by these."""
+    """Return a metric on test and its interval; for students of several seeds, mean and standard deviation."""
     summary = (_seeds_summary(run).get("figures") or {}).get(key) or {}
     which = {"baseline": "a", "distilled": "b"}.get(stage.name)
     mean, deviation = (format_number(summary.get(f"{part}_{which}")) for part in ("mean", "sd"))
@@ -267,12 +262,12 @@ def _test_cell(
 
 
 def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[str, str]:
-    """Distilled - baseline, and its interval: over seeds where there are several, else over images if known."""
+    """Return distilled - baseline and its interval, over seeds if there are several, else over images if known."""
     summary = (_seeds_summary(run).get("figures") or {}).get(key) or {}
     if format_number(summary.get("difference")) is not None:
         value = change(summary["difference"])
         low, high = (format_number(summary.get(f"difference_{end}")) for end in ("low", "high"))
-        if key == "top1":  # the interval of the verdict, over seeds and images; the others are over seeds alone
+        if key == "top1":  # the verdict's interval, over seeds and images; the others are over seeds only
             low, high = (
                 format_number((_seeds_summary(run).get("top1_gain") or {}).get(end)) for end in ("low", "high")
             )
@@ -313,10 +308,10 @@ def _cost_rows(stages: list[StageResult]) -> list[tuple[str, list[str]]]:
         ),
         (f"Images a second, {batch} at once", [_images_per_second(stage.latency_of_batch) for stage in stages]),
         ("Memory: weights", [format_scaled(stage.memory.get("weights"), "B") for stage in stages]),
-        ("Memory: one image on its way", [format_scaled(stage.memory.get("activations"), "B") for stage in stages]),
+        ("Peak activation memory (batch 1)", [format_scaled(stage.memory.get("activations"), "B") for stage in stages]),
         ("Training time", [format_duration(stage.training.get("seconds")) for stage in stages]),
         ("Epochs (best)", [_epochs_text(stage) for stage in stages]),
-        ("Teachers' answers, each step", [format_milliseconds(stage.teaching.get("ms_per_step")) for stage in stages]),
+        ("Teacher time per step", [format_milliseconds(stage.teaching.get("ms_per_step")) for stage in stages]),
     ]
     return [(name, cells) for name, cells in rows if any(cell != MISSING for cell in cells)]
 
@@ -334,7 +329,7 @@ def _epochs_text(stage: StageResult) -> str:
 
 
 def _split_rows(run: Run, stages: list[StageResult]) -> list[tuple[str, list[list[tuple[str, str]]]]]:
-    """(metric, for each stage its cells over the splits)."""
+    """Return (metric, cells of each stage over the splits)."""
     splits = [split for split in SPLITS if any(split in stage.metrics for stage in stages)]
     rows = []
     for key, name, form in metric_rows(run.best_k):
@@ -347,12 +342,12 @@ def _split_rows(run: Run, stages: list[StageResult]) -> list[tuple[str, list[lis
 def _with_interval(stage: StageResult, split: str, key: str, form: ValueFormatter) -> tuple[str, str]:
     low, high = stage.interval(key) if split == "test" else (None, None)
     value = form(stage.metrics.get(split, {}).get(key))
-    sure = "" if low is None or high is None or value == MISSING else f"{form(low).removesuffix(' %')} to {form(high)}"
-    return value, sure
+    known = low is not None and high is not None and value != MISSING
+    return value, f"{form(low).removesuffix(' %')} to {form(high)}" if known else ""
 
 
 def advice_context(run: Run) -> dict[str, Any] | None:
-    """Each piece of advice with its facts and the command that follows it; None where the facts give no cause."""
+    """Return the advice with evidence and commands; None if there is none."""
     found = collect_advice(run)
     if not found:
         return None
@@ -360,17 +355,13 @@ def advice_context(run: Run) -> dict[str, Any] | None:
 
 
 def _follow_up_command(run: Run, each: Advice) -> str:
-    """The same run with the change, under another name unless it goes on."""
+    """Return the command for the same run with the change, under another name unless it is resumed."""
     if not (each.settings or each.flags) or not run.recipe:
         return ""
     folder = run.folder.resolve()
     recipe = f"{folder.parent.name}/{folder.name}/recipe.yaml"
-    goes_on = "--resume" in each.flags
-    name = (
-        ["--name", escape_invisible(folder.name)]
-        if goes_on
-        else ["--name", f"{escape_invisible(folder.name)[:58]}-next"]
-    )
+    name = escape_invisible(folder.name)
+    name = name if "--resume" in each.flags else f"{name[:58]}-next"
     changes = [part for setting in each.settings for part in ("--set", setting)]
     root = [] if folder.parent.name == "runs" else ["--output-dir", folder.parent.name]
-    return shlex.join(["potstill", "run", recipe, *changes, *each.flags, *name, *root])
+    return shlex.join(["potstill", "run", recipe, *changes, *each.flags, "--name", name, *root])

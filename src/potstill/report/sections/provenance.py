@@ -1,4 +1,4 @@
-"""Which images went in, what `potstill export` wrote, and how to make the run again."""
+"""The data, exported files, and how to reproduce the run."""
 
 import json
 import shlex
@@ -11,11 +11,11 @@ from potstill.io import read_checksummed_json
 from potstill.report.display_names import escape_invisible
 from potstill.report.run_reader import SPLITS, Run
 
-_MAX_UNFOLDED_CLASSES = 20  # classes up to which the counts are not folded
+_MAX_UNFOLDED_CLASSES = 20
 
 
 def data_context(run: Run) -> dict[str, Any] | None:
-    """Where the images came from and how many there are of each class in each split."""
+    """Return the source of the images and the number of images by class and split."""
     data = run.data
     if not data:
         return None
@@ -56,10 +56,10 @@ def data_context(run: Run) -> dict[str, Any] | None:
 
 
 def exports_context(run: Run) -> dict[str, Any] | None:
-    """A row for each exported file; None where there is none.
+    """Return a row for each exported file; None if there is none.
 
     Raises:
-        ArtifactError: a description that is damaged.
+        ArtifactError: a description is damaged.
     """
     found = [
         (path, read_checksummed_json(path))
@@ -86,19 +86,19 @@ def _export_row(path: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _latency_text(latency: dict[str, Any]) -> str:
-    told = []
+    parts = []
     for name, each in latency.items():
         p50, p95 = (format_number(each.get(key)) if isinstance(each, dict) else None for key in ("p50", "p95"))
         if p50 is not None and p95 is not None:
-            told.append(f"{name} {p50:.2f} / {p95:.2f} ms")
-    return ", ".join(told)
+            parts.append(f"{name} {p50:.2f} / {p95:.2f} ms")
+    return ", ".join(parts)
 
 
-_REPORTED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")  # whose version a result may depend on
+_REPORTED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")  # whose versions may change results
 
 
 def reproduce_context(run: Run) -> dict[str, Any] | None:
-    """Facts, commands, and the folded recipe and environment."""
+    """Return facts, commands, recipe and environment."""
     results = run.results
     method = results.get("method") or {}
     options = ", ".join(f"{key} = {_option_text(value)}" for key, value in method.items() if key != "name")
@@ -113,20 +113,17 @@ def reproduce_context(run: Run) -> dict[str, Any] | None:
         ("Took", format_duration(results.get("seconds"))),
     ]
     folder = run.folder.resolve()
-    place = f"{folder.parent.name}/{folder.name}"  # as people type it: runs/NAME; a full path would tell too much
-    again = ["potstill", "run", f"{place}/recipe.yaml", "--name", f"{folder.name[:58]}-again"]
+    path = f"{folder.parent.name}/{folder.name}"  # runs/NAME; the full path is private
+    again = ["potstill", "run", f"{path}/recipe.yaml", "--name", f"{folder.name[:58]}-again"]
+    commands = [
+        ("The same settings again", again),
+        ("The same run, and whether it gives the same results", ["potstill", "run", "--reproduce", path]),
+        ("A prediction with its student", ["potstill", "predict", path, "IMAGE.jpg"]),
+        ("This page again", ["potstill", "report", path]),
+    ]
     return {
         "facts": [(name, str(value)) for name, value in facts if value not in (None, "", MISSING)],
-        "commands": [
-            *([("The same settings again", shlex.join(again))] if run.recipe else []),
-            *(
-                [("The same run, and whether it gives the same", shlex.join(["potstill", "run", "--reproduce", place]))]
-                if run.recipe
-                else []
-            ),
-            ("A prediction with its student", shlex.join(["potstill", "predict", place, "IMAGE.jpg"])),
-            ("This page again", shlex.join(["potstill", "report", place])),
-        ],
+        "commands": [(title, shlex.join(words)) for title, words in (commands if run.recipe else commands[2:])],
         "recipe": escape_lines(run.recipe),
         "environment": escape_lines(run.environment),
     }
@@ -142,7 +139,7 @@ def _seed_facts(first: float | None, several: Any) -> list[tuple[str, str]]:
 
 
 def _machine_facts(environment: str | None) -> list[tuple[str, str]]:
-    """What the result may depend on besides the recipe, in a line each."""
+    """Return package versions and machine, on which results may depend besides the recipe."""
     try:
         found = json.loads(environment or "{}")
     except (ValueError, RecursionError):
@@ -163,12 +160,12 @@ def _machine_facts(environment: str | None) -> list[tuple[str, str]]:
 
 
 def _option_text(value: Any) -> str:
-    """An option; methods inside a method by their names."""
+    """Return an option as text, with nested methods by name."""
     inside = isinstance(value, dict) and "name" in value
     several = isinstance(value, list) and all(isinstance(each, dict) and "name" in each for each in value)
     return describe_method(value) if inside or (several and value) else str(value)
 
 
 def escape_lines(text: str | None) -> str | None:
-    """Text whose line ends stay while everything else invisible is written out."""
+    """Escape invisible characters except line ends."""
     return None if text is None else "\n".join(escape_invisible(line) for line in text.expandtabs(4).splitlines())
