@@ -35,6 +35,17 @@ def pages(name: str, generated_docs: Path) -> list[Path]:
     return found
 
 
+@pytest.fixture
+def reader(pages, tmp_path, monkeypatch):
+    """A working folder with the files outside of the source that the pages show, such as mine.py."""
+    for page in pages:
+        for name, text in re.findall(
+            r'^```python title="([^"/]+)"\n(.*?)^```', page.read_text("utf-8"), re.DOTALL | re.M
+        ):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
@@ -121,7 +132,7 @@ def test_every_command_parses(pages):
 
 
 @each_page
-def test_every_command_that_trains_names_settings_that_exist(pages):
+def test_every_command_that_trains_names_settings_that_exist(pages, reader):
     for words in [words for page in pages for words in commands(page)]:
         if words[0] not in ("run", "train") or len(words) == 1:
             continue
@@ -130,7 +141,7 @@ def test_every_command_that_trains_names_settings_that_exist(pages):
             continue
         recipe = given["recipe"] if not given["recipe"].endswith(".yaml") else "quickstart"
         teachers = [name for name in given["teacher"] or [] if not OF_THE_READER.search(name)]
-        flags = {"--data": given["data"], "--teacher": teachers or None, "--seed": given["seed"]}
+        flags = {"--data": given["data"], "--teacher": teachers or None, "--method": given["method"]}
         load_recipe(recipe, given["settings"] or (), flags=flags, data_needed=False)
 
 
@@ -145,7 +156,7 @@ def test_commands_are_found_and_wrong_ones_are_noticed(generated_docs):
 
 
 @each_page
-def test_every_recipe_shown_loads(pages, name):
+def test_every_recipe_shown_loads(pages, name, reader):
     for block in [block for page in pages for block in blocks(page, "yaml")]:
         value = yaml.safe_load(block)
         whole = {"teacher": {"model": "vgg16"}, "student": {"model": "resnet18"}} | value
@@ -180,7 +191,7 @@ def test_the_map_of_the_source_is_complete():
     there = {
         path.name
         for path in (ROOT / "src" / "potstill").iterdir()
-        if not path.name.startswith("_") and path.name != "py.typed"
+        if not path.name.startswith("_") and path.suffix not in (".typed", ".pyi")
     }
     assert shown == there
 
