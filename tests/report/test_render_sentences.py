@@ -148,7 +148,7 @@ def test_one_seed(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
         assert "All seeds" not in text
     assert "One seed only" in advice
     assert "potstill run runs/made/recipe.yaml --resume --seeds 5 --name made" in advice
-    assert "2 min 46 s with this seed" in advice  # twice 83 s
+    assert "2 min 46 s as this one did" in advice  # twice 83 s
 
 
 def test_teacher_worse_than_baseline(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
