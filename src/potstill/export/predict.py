@@ -13,7 +13,6 @@ from potstill.data.image_io import Pixels, decode
 from potstill.data.sources import walk_images
 from potstill.errors import DataError, UsageError
 from potstill.export.formats.onnx import ONNX_SUFFIX, load_onnx
-from potstill.export.loading import find_model_folder, load_classifier
 from potstill.formatting import format_names
 
 if TYPE_CHECKING:
@@ -112,6 +111,8 @@ def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
 def _create_torch_predictor(
     model: "Path | str | Classifier", device: str, classes: str | None, note: Callable[[str], None]
 ) -> _Predictor:
+    from potstill.export.loading import find_model_folder, load_classifier
+
     if isinstance(model, (str, os.PathLike)):
         find_model_folder(model)  # torch, which takes seconds, is not needed to find a mistake in a path
 

@@ -132,6 +132,7 @@ def _settings() -> dict[str, Any]:
 
 
 def draw_figure(draw: DrawFunction, size: tuple[float, float]) -> "Figure":
+    """Return a figure of ``size`` inches that ``draw`` has drawn on, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
