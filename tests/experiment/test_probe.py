@@ -141,6 +141,8 @@ def test_a_run_that_takes_the_probe_of_another_takes_its_folds(probing, recipe, 
 def test_fine_tuning_starts_from_the_probe_and_the_better_is_taken(probing, tmp_path):
     heard = Listening()
     changes = {"teacher.head": "finetune", "teacher.training.epochs": 2, "teacher.training.freeze": 1}
+    assert probing(**changes).stage_training("teacher").freeze_batch_norm is True
+    assert probing(**changes).stage_training("baseline").freeze_batch_norm is False
     run = pipeline.run(probing(**changes), root=tmp_path, stages=("teacher",), observer=heard)
     entry = results(run)["stages"]["teacher"]
     better = max(entry["head"]["val_top1"], entry["head"]["finetuned_val_top1"])

@@ -245,7 +245,12 @@ class Recipe(BaseModel):
         shared = self.training.model_dump()
         if stage_role(stage) in ("teacher", "assistant"):  # who is not deployed need not stand int8
             shared["qat_fraction"] = 0.0
-        return TrainingSettings.model_validate({**shared, **self.network(stage).training})
+        network = self.network(stage)
+        settings = {**shared, **network.training}
+        if settings["freeze_batch_norm"] == "auto":
+            # The head was fitted to embeddings normalised by these statistics; those of small batches spoil it.
+            settings["freeze_batch_norm"] = network.head == "finetune"
+        return TrainingSettings.model_validate(settings)
 
 
 def load_recipe(

@@ -301,7 +301,8 @@ def _training_problems(shared: dict[str, Any], value: dict[str, Any]) -> Iterato
             )
             yield (*where, "batch_size"), f"{dotted_key(where)}.batch_size is 1: {message}"
         for key in ("freeze", "freeze_batch_norm", "layer_decay"):
-            if getattr(merged, key) and key not in wrong and section.get("weights") is None:
+            used = getattr(merged, key) not in (0, False, None, "auto")
+            if used and key not in wrong and section.get("weights") is None:
                 where = (*place, "training") if key in own else ("training",)
                 yield (
                     (*where, key),

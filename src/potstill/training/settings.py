@@ -35,8 +35,10 @@ class TrainingSettings(BaseModel):
         ge=0,
         description="first epochs in which all but the head stays as the weights have it, BatchNorm statistics too",
     )
-    freeze_batch_norm: bool = Field(
-        False, description="keep BatchNorm's running statistics as the weights have them, and normalise by them"
+    freeze_batch_norm: bool | Literal["auto"] = Field(
+        "auto",
+        description="keep BatchNorm's running statistics as the weights have them, and normalise by them; auto: for "
+        "head finetune",
     )
     layer_decay: float | None = Field(
         None, gt=0, lt=1, description="learning rate of each block as a share of the next one's, from the head down"

@@ -343,7 +343,7 @@ class Trainer:
         self.distiller.train()
         if number < self.settings.freeze:
             self.distiller.student.eval()  # BatchNorm statistics belong to the encoder; dropout rests with it
-        elif self.settings.freeze_batch_norm:
+        elif self.settings.freeze_batch_norm is True:
             for module in self.distiller.student.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
