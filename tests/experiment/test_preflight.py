@@ -70,8 +70,11 @@ def test_a_setting_without_effect_is_said_of_each_network(recipe, changes, roles
             "{name: eskd, base_method: {name: reviewkd, warmup_epochs: 5}}",
             "method eskd around reviewkd reaches its full",
         ),
-        ("{name: nd, warmup: 1}", None),
-        ("{name: nd, warmup: 2}", "method nd reaches its full weight after 3 epochs, and training ends at 67% of it"),
+        ("{name: nd, warmup_epochs: 1}", None),
+        (
+            "{name: nd, warmup_epochs: 2}",
+            "method nd reaches its full weight after 3 epochs, and training ends at 67% of it",
+        ),
         ("{name: dkd, warmup_epochs: 2}", None),
     ],
 )

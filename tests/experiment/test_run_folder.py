@@ -93,7 +93,7 @@ def test_predictions_are_what_a_csv_reader_expects(tmp_path):
 def test_of_many_numbers_the_most_probable_classes_are_kept(tmp_path):
     run, labels = RunFolder(tmp_path / "a"), np.array([2, 0])
     shares = np.array([[0.4, 0.3, 0.15, 0.1, 0.03, 0.02], [0.02, 0.03, 0.1, 0.15, 0.3, 0.4]])
-    found = dataclasses.replace(Predictions.of(shares, labels), rows=None)
+    found = dataclasses.replace(Predictions.of(shares, labels), probabilities=None)
     run.write_predictions("teacher", "test", ["x.png", "y.png"], found, list("abcdef"))
     run.write_confusion("teacher", "test", found, list("abcdef"))
     lines = (run.stage("teacher") / "predictions_test.csv").read_text().splitlines()

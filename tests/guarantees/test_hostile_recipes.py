@@ -74,9 +74,7 @@ def test_addresses_are_no_names_of_anything(address, tmp_path, capsys, monkeypat
         assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", ["__import__('os').system('true')", "os", "..", "kd; rm", "kd\x00", "potstill.methods.kd:KD"]
-)
+@pytest.mark.parametrize("name", ["__import__('os').system('true')", "os", "..", "kd; rm", "kd\x00"])
 def test_names_of_methods_and_models_are_looked_up_only(name, tmp_path, capsys):
     refused(capsys, "quickstart", "--output-dir", tmp_path, "--set", f"method={{name: {name!r}}}")
     refused(capsys, "quickstart", "--output-dir", tmp_path, "--set", f"student.model={name!r}")

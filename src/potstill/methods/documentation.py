@@ -20,6 +20,7 @@ from typing import Any
 
 from potstill import methods
 from potstill.errors import UsageError
+from potstill.io import write_text
 from potstill.methods import CATALOG_FILE, MethodInfo, Paper, source_digest, takes_methods
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
@@ -78,7 +79,7 @@ def catalog_files() -> dict[Path, str]:
 def write_catalog() -> None:
     """Bring the files up to date with the source."""
     for path, text in catalog_files().items():
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
 
 def _changed(value: Any) -> dict[str, Any]:

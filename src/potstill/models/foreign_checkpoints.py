@@ -28,7 +28,7 @@ class KeyMap:
     repositories: str
     rules: tuple[tuple[str, str], ...]  # regular expressions and what takes their place; all of them, in order
 
-    def rename(self, state: Mapping[str, Tensor]) -> State:
+    def translate(self, state: Mapping[str, Tensor]) -> State:
         """The same tensors under our names."""
         return {self._rename(key): value for key, value in state.items()}
 
@@ -123,7 +123,7 @@ def _convert_by_map(checkpoint: Checkpoint, architecture: str, own: Mapping[str,
         note = f"weights have the layer names of Hugging Face transformers, read as {architecture}"
         return Converted(translated, (note,), checkpoint.normalisation)
     for key_map in KEY_MAPS:
-        if _fits(own, state := key_map.rename(checkpoint.tensors)):
+        if _fits(own, state := key_map.translate(checkpoint.tensors)):
             note = f"weights have the layer names of {key_map.repositories}, read as {architecture}"
             three_stages = not any(key.startswith("stage4.") for key in own)
             if key_map is KEY_MAPS[0] and three_stages:  # akamaster's
