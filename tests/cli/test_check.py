@@ -117,7 +117,7 @@ def test_settings_of_the_data(photos: Path, capsys: pytest.CaptureFixture[str]) 
         ("training.lr=3", "check looks at the data alone"),
         ("data.tets=0.1", "did you mean 'test'?"),
         ("data.options.root=x", "folders and manifests take no options"),
-        ("data.val=0.9", "must leave something to train on"),
+        ("data.val=0.9", "must sum to less than 1"),
     ],
 )
 def test_settings_that_do_not_fit(photos: Path, change: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def test_several_teachers_by_a_repeated_flag(calls: list[dict[str, Any]]) -> Non
     assert main(["run", "quickstart", "--teacher", "resnet18", "--name", "one"]) == 0
     assert main(["run", "quickstart", "--name", "none"]) == 0
 
-    teachers = [[(each.model, each.weights) for each in call["recipe"].each_teacher] for call in calls]
+    teachers = [[(each.model, each.weights) for each in call["recipe"].teacher_list] for call in calls]
     assert teachers == [
         [("resnet18", None), ("cifar/vgg8", "pretrained")],
         [("resnet18", None)],

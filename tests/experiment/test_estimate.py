@@ -43,8 +43,8 @@ class Listening(SilentObserver):
 def test_a_run_says_it_before_it_trains_on_the_store(recipe, tmp_path):
     first, second = Listening(), Listening()
     options = {"training.epochs": 3, "teacher_cache.views": 2, "seed": 77}  # a teacher that no other test has recorded
-    done = run(recipe(**options), root=tmp_path, name="first", observer=first)
-    run(recipe(**options, **{"teacher.weights": str(done)}), root=tmp_path, name="second", observer=second)
+    done = run(recipe(**options), output_dir=tmp_path, name="first", observer=first)
+    run(recipe(**options, **{"teacher.weights": str(done)}), output_dir=tmp_path, name="second", observer=second)
     # 42 of 60 images train; three classes take six bytes
     (said,), (again,) = first.said, second.said
     assert said.startswith("store: 2 views of 42 images, 504 B, none recorded yet. Expected: ")
@@ -54,5 +54,5 @@ def test_a_run_says_it_before_it_trains_on_the_store(recipe, tmp_path):
 
 def test_nothing_is_said_where_nothing_is_stored(recipe, tmp_path):
     listening = Listening()
-    run(recipe(**{"teacher_cache.mode": "off"}), root=tmp_path, observer=listening)
+    run(recipe(**{"teacher_cache.mode": "off"}), output_dir=tmp_path, observer=listening)
     assert listening.said == []

@@ -97,7 +97,7 @@ def test_a_metric_that_is_always_one_is_refused(recipe):
 
 
 def test_doubts_stand_in_the_results(recipe, tmp_path):
-    folder = run(recipe(**{"training.early_stopping_patience": 2}), root=tmp_path, stages=("baseline",))
+    folder = run(recipe(**{"training.early_stopping_patience": 2}), output_dir=tmp_path, stages=("baseline",))
     assert "baseline: training.early_stopping_patience 2 cannot act" in (folder / "results.json").read_text(
         encoding="utf-8"
     )

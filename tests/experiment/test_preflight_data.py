@@ -39,7 +39,7 @@ def metrics(path, stage):
 
 def test_a_run_with_unlabeled_images(recipe, unlabeled, tmp_path):
     changes = {"data.unlabeled": unlabeled, "data.unlabeled_share": 0.25, "training.epochs": 1}
-    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), root=tmp_path)
+    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), output_dir=tmp_path)
     found = json.loads((path / "results.json").read_text())
     assert found["data"]["origin"].endswith(f"; 10 unlabeled from {unlabeled}")
     train = sum(found["data"]["counts"]["train"].values())
@@ -50,7 +50,7 @@ def test_a_run_with_unlabeled_images(recipe, unlabeled, tmp_path):
 
 def test_a_run_with_mixed_images(recipe, tmp_path):
     changes = {"data.augment": "{hflip: true, mixup: 0.8, cutmix: 1}", "training.epochs": 1}
-    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), root=tmp_path)
+    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), output_dir=tmp_path)
     figures = metrics(path, "distilled")[0]["train"]
     assert set(figures["terms"]) == {"ce", "kd"}
 

@@ -57,7 +57,7 @@ REFUSED = {
 def test_what_cannot_work_is_refused_before_any_training(case, recipe, tmp_path):
     changes, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
-        pipeline.run(recipe(**changes), root=tmp_path, observer=Refusing())
+        pipeline.run(recipe(**changes), output_dir=tmp_path, observer=Refusing())
     assert not (tmp_path / "tiny").exists()
 
 
@@ -66,12 +66,12 @@ def test_two_classes_are_refused_where_they_mean_nothing(photographs, recipe, tm
         shutil.copytree(photographs / name, tmp_path / "two" / name)
     changes = {"data.source": f"'{tmp_path / 'two'}'", "method": "{name: dkd}"}
     with pytest.raises(UsageError, match="of 2 classes only one is left"):
-        pipeline.run(recipe(**changes), root=tmp_path, observer=Refusing())
+        pipeline.run(recipe(**changes), output_dir=tmp_path, observer=Refusing())
 
 
 def test_stages_without_the_method_are_not_held_to_it(recipe, tmp_path):
     changes = {"method": "{name: dist}", "training.batch_size": 1, "training.epochs": 1, "data.val": 0.05}
-    path = pipeline.run(recipe(**changes), root=tmp_path, stages=("baseline",))
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path, stages=("baseline",))
     assert (path / "baseline" / "model.json").exists()
 
 
@@ -94,5 +94,5 @@ def test_the_last_image_of_an_epoch_is_not_left_alone(recipe, tmp_path):
     made = recipe(**changes)
     data = load_data(made.data)
     assert (len(data.train), len(data.val)) == (39, 9)
-    path = pipeline.run(made, root=tmp_path)
+    path = pipeline.run(made, output_dir=tmp_path)
     assert (path / "distilled" / "model.json").exists()

@@ -273,7 +273,7 @@ def case(tmp_path_factory):
     shutil.rmtree(made.folder / "runs")
     recipe = load_recipe(made.folder / "tiny.yaml")
     with pytest.raises(Killed):
-        pipeline.run(recipe, root=made.folder / "runs", name="one", stages=("baseline",), observer=Killer())
+        pipeline.run(recipe, output_dir=made.folder / "runs", name="one", stages=("baseline",), observer=Killer())
     shutil.copytree(made.folder / "runs", made.folder / "runs before")
     return made
 

@@ -177,8 +177,8 @@ def test_a_replay_goes_on(replay, tiny_recipe, tmp_path, monkeypatch):
         patch.setattr(pipeline, "evaluate_stages", killed)
         with pytest.raises(Killed):
             pipeline.run(
-                load_recipe(tmp_path / "one" / "recipe.yaml"), root=tmp_path / "again", name="one-reproduced",
-                stages=("baseline",), replay=read_run_record(tmp_path / "one"),
+                load_recipe(tmp_path / "one" / "recipe.yaml"), output_dir=tmp_path / "again", name="one-reproduced",
+                stages=("baseline",), reproduce=read_run_record(tmp_path / "one"),
             )  # fmt: skip
     code, out, _ = replay("--resume", run=tmp_path / "one")
     assert code == 0

@@ -172,7 +172,9 @@ def serve(
     ],
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    root: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="The runs to be browsed.")] = Path("runs"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="The runs to be browsed.")] = Path(
+        "runs"
+    ),
     allow_code: AllowCode = False,
 ) -> None:
     """Try a run's models on images in a browser, on this machine alone."""
@@ -189,9 +191,15 @@ def serve(
         sys.stdout.write(escape_control(f"{address}  (Ctrl-C ends it)") + "\n")
         sys.stdout.flush()
 
-    below = root / run
+    below = output_dir / run
     try:
         with allowed_code(allow_code):
-            serve_page(below if not run.exists() and below.is_dir() else run, host=host, port=port, root=root, say=say)
+            serve_page(
+                below if not run.exists() and below.is_dir() else run,
+                host=host,
+                port=port,
+                output_dir=output_dir,
+                say=say,
+            )
     except Stopped as stopped:  # as it should end: nothing is left to be said
         raise RemoteFailure(stopped.exit_code) from None

@@ -54,7 +54,7 @@ def run(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the folder; RECIPE-federated where not given.")
     ] = None,
-    root: Root = Path("runs"),
+    output_dir: Root = Path("runs"),
     seed: Seed = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -90,7 +90,9 @@ def run(
         schedule=Schedule(rounds, local_epochs, public_epochs, temperature, max_share=max_share),
     )
     with Progress() as progress:
-        folder = federate(loaded, options, root=root, name=name, resume=resume, overwrite=overwrite, observer=progress)
+        folder = federate(
+            loaded, options, output_dir=output_dir, name=name, resume=resume, overwrite=overwrite, observer=progress
+        )
     found = read_checksummed_json(folder / RESULTS_FILE)
     print_section(f"{len(found['clients'])} clients, {partition}: {folder / RESULTS_FILE}", format_table(found))
     print_next_command(["potstill", "predict", str(folder / best_algorithm(found, names)), "IMAGE"])

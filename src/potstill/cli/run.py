@@ -66,7 +66,7 @@ def resume_after_restart(folder: dict[str, Any], name: str) -> None:
         return
     from potstill.experiment.run_folder import RunFolder
 
-    if RunFolder(Path(folder["root"]) / name).known:
+    if RunFolder(Path(folder["output_dir"]) / name).known:
         folder |= {"resume": True, "overwrite": False}
 
 
@@ -163,14 +163,14 @@ def run(
     device: Device = None,
     settings: Settings = None,
     name: Name = None,
-    root: Root = Path("runs"),
+    output_dir: Root = Path("runs"),
     seed: Seed = None,
     seeds: Seeds = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_code: AllowCode = False,
     baseline: Baseline = None,
-    replay: Reproduce = None,
+    reproduce: Reproduce = None,
 ) -> None:
     """Train teacher, baseline and distilled student, and report."""
     flags: dict[str, Any] = {
@@ -189,16 +189,24 @@ def run(
         "--seeds": seeds,
         "--skip-bad": skip_bad,
     }
-    if replay is not None:
+    if reproduce is not None:
         given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
-        _reproduce(replay, given, allow_code, root=root, name=name, resume=resume, overwrite=overwrite)
+        _reproduce(reproduce, given, allow_code, output_dir=output_dir, name=name, resume=resume, overwrite=overwrite)
         return
     if recipe is None:
         raise UsageError("give a RECIPE: a name from `potstill recipes`, or a YAML file; or --reproduce RUN")
     others: dict[str, Any] = {"baseline": baseline} if baseline is not None else {}
     flags["--allow-code"] = allow_code
     folder = _run_pipeline(
-        recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None, **others
+        recipe,
+        settings,
+        flags,
+        output_dir=output_dir,
+        name=name,
+        resume=resume,
+        overwrite=overwrite,
+        stages=None,
+        **others,
     )
     _report_results(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
 
@@ -224,7 +232,7 @@ def train(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the run folder; RECIPE-STAGE where not given.")
     ] = None,
-    root: Root = Path("runs"),
+    output_dir: Root = Path("runs"),
     seed: Seed = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -248,7 +256,14 @@ def train(
     }
     flags["--allow-code"] = allow_code
     folder = _run_pipeline(
-        recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
+        recipe,
+        settings,
+        flags,
+        output_dir=output_dir,
+        name=name,
+        resume=resume,
+        overwrite=overwrite,
+        stages=(stage.value,),
     )
     if stage is Stage.distilled:
         _report_results(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
@@ -261,7 +276,7 @@ def train(
     else:
         again["--baseline"] = str(folder)
     again["--set"] = settings
-    again["--output-dir"] = None if root == Path("runs") else str(root)
+    again["--output-dir"] = None if output_dir == Path("runs") else str(output_dir)
     again["--name"] = None if name is None else f"{name[:60]}-run"
     _report_results(folder, next_command=["potstill", "run", recipe, *_to_arguments(again)])
 
@@ -306,14 +321,14 @@ def _reproduce(run: Path, given: dict[str, Any], allow_code: bool, *, name: str 
         )
     record = read_run_record(run)
     name = f"{run.resolve().name[:53]}-reproduced" if name is None else name  # 64 characters are allowed
-    check_other_folder(record, folder["root"], name)
+    check_other_folder(record, folder["output_dir"], name)
     repeated = _run_pipeline(
         str(record.folder.recipe),
         None,
         {"--allow-code": allow_code},
         name=name,
         stages=record.stages,
-        replay=record,
+        reproduce=record,
         **folder,
     )
     if not is_first_process():

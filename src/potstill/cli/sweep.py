@@ -34,7 +34,7 @@ def sweep(
     student: Student = None,
     settings: Settings = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the sweep; RECIPE-sweep if not given.")] = None,
-    root: Root = Path("runs"),
+    output_dir: Root = Path("runs"),
     seed: Seed = None,
     confirm_seeds: Annotated[
         int,
@@ -85,13 +85,13 @@ def sweep(
             "--skip-bad": None,
             "--allow-code": None,
         }
-        once |= {"--name": name, "--output-dir": root}
+        once |= {"--name": name, "--output-dir": output_dir}
         once |= {"--confirm-seeds": confirm_seeds}
         words = [word for flag, texts in repeated.items() for text in texts or [] for word in (flag, text)]
         words += [word for flag, value in once.items() if value is not None for word in (flag, str(value))]
         words += [flag for flag in ("--skip-bad", "--allow-code") if flags[flag]]
         grids = "--grid" if grid else "--no-grid"
-        _launch_jobs(["sweep", recipe, *words, grids], root / name, slurm, ray, job_option or [])
+        _launch_jobs(["sweep", recipe, *words, grids], output_dir / name, slurm, ray, job_option or [])
         return
 
     from potstill.console import Progress, print_next_command, print_section
@@ -99,7 +99,7 @@ def sweep(
     from potstill.sweep.worker import Sweep
     from potstill.training.callbacks import SignalHandler
 
-    folder = root / name
+    folder = output_dir / name
     with SignalHandler() as stopping, Progress() as progress:
 
         def told(found: dict[str, Any]) -> None:

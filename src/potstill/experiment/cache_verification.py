@@ -149,7 +149,7 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
 
 def _domain_data(recipe: Recipe, data: DataSplits, facts: Mapping[str, Any], path: Path) -> DataSplits:
     """What the stage saw of two domains: its teacher says it again."""
-    if len(recipe.each_teacher) > 1 or recipe.assistants or recipe.born_again_generations > 1:
+    if len(recipe.teacher_list) > 1 or recipe.assistants or recipe.born_again_generations > 1:
         raise ArtifactError(
             f"{path}: of a run with data.target and several teachers, which chose its images together: it cannot be "
             "verified from one of them"

@@ -138,7 +138,7 @@ class Domains:
             return self._as("labels", target, both if share else source.train, val)
         if self.trusted is None:
             self.trusted = self._choose(known, models)
-        groups = self.trusted.groups if self.recipe.domains.class_balance else None
+        groups = self.trusted.groups if self.recipe.domain_settings.class_balance else None
         chosen = RelabeledSet(Subset(self.candidates, self.trusted.index), self.trusted.labels)
         return self._as("target", target, chosen, val, EpochSampling(len(source.train) + len(known), groups))
 
@@ -147,7 +147,7 @@ class Domains:
 
         A run that was stopped between the teacher's training and this does it when it goes on.
         """
-        if self.data.target is None or not self.recipe.domains.adapt_batch_norm or "batch_norm" in model.facts:
+        if self.data.target is None or not self.recipe.domain_settings.adapt_batch_norm or "batch_norm" in model.facts:
             return
         seen = self.take_statistics(model, name)
         model.facts["batch_norm"] = {"of": self.data.target.source, "images": seen}
@@ -185,7 +185,7 @@ class Domains:
         said = [self._answers(models[name], name) for name in sort_stages(models) if stage_role(name) == "teacher"]
         labels = np.full(len(self.candidates), UNLABELED, dtype=np.int64)
         labels[known] = self.candidates.labels[known]
-        confidence, names = self.recipe.domains.confidence, self.data.class_names
+        confidence, names = self.recipe.domain_settings.confidence, self.data.class_names
         found = select_pseudo_labels(average_probabilities(said, self.recipe.teachers), labels, confidence)
         self.observer.note(found.sentence(names, len(self.candidates), confidence))
         if unseen := [name for name, count in found.counts(names).items() if count == 0]:
@@ -275,7 +275,7 @@ def evaluate_adapted_baselines(
         compute: where.
     """
     found: dict[str, float] = {}
-    if data.target is None or not recipe.domains.adapt_batch_norm:
+    if data.target is None or not recipe.domain_settings.adapt_batch_norm:
         return found
     silent = SilentObserver()
     domains = Domains(recipe, data, compute, silent, silent.warn)
@@ -305,7 +305,7 @@ def describe_domains(
     """
     if data.target is None:
         return None
-    share, settings = recipe.data.target_labels, recipe.domains
+    share, settings = recipe.data.target_labels, recipe.domain_settings
     chosen: dict[str, Any] = next((model.facts["domain"] for model in models.values() if "domain" in model.facts), {})
     by_stage: dict[str, list[float]] = {}
     for name in sort_stages(figures):

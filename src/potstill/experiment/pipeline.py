@@ -64,12 +64,12 @@ _VISIBLE_TIMEOUT = 10.0  # seconds until a network's file system shows what anot
 
 @contextmanager
 def open_run_folder(
-    root: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
+    output_dir: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
 ) -> Iterator[RunFolder]:
     """The folder of a run that is about to begin or to go on, until it is over.
 
     Args:
-        root: where run folders stand.
+        output_dir: where run folders stand.
         name: of this one.
         processes: of which the first one writes.
         resume: go on with a run that is there.
@@ -80,12 +80,12 @@ def open_run_folder(
         StorageError: a process does not see the folder that the first one has made.
     """
     if processes.first:
-        with RunFolder.create(root, name, resume=resume, overwrite=overwrite) as folder:
+        with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
             processes.share(None)
             yield folder
         return
     processes.share(None)
-    path = root / name
+    path = output_dir / name
     patience = time.monotonic() + _VISIBLE_TIMEOUT
     while not path.is_dir():
         if time.monotonic() > patience:
@@ -100,7 +100,7 @@ def open_run_folder(
 def run(
     recipe: Recipe,
     *,
-    root: Path = Path("runs"),
+    output_dir: Path = Path("runs"),
     name: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -109,7 +109,7 @@ def run(
     observer: Observer | None = None,
     stopping: SignalHandler | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
-    replay: RunRecord | None = None,
+    reproduce: RunRecord | None = None,
     evaluate: bool = True,
     baseline: Path | None = None,
 ) -> Path:
@@ -117,7 +117,7 @@ def run(
 
     Args:
         recipe: checked settings.
-        root: where run folders stand.
+        output_dir: where run folders stand.
         name: the folder's name; the recipe's own where None.
         resume: go on with an existing run of the same recipe.
         overwrite: delete an existing run of this name first.
@@ -127,7 +127,7 @@ def run(
         observer: is told what happens.
         stopping: hears signals; a training then ends after its step, with all that it needs to go on saved.
         processes: that carry it out together; the first one writes, into a folder that all of them see.
-        replay: of the run that this one is to repeat: on the same images, with as many threads.
+        reproduce: of the run that this one is to repeat: on the same images, with as many threads.
         evaluate: False ends after training: no figures on test, no results.json.  ``resume`` adds them later.
         baseline: folder of another run, whose baseline is taken in place of training the same one again.
 
@@ -140,7 +140,7 @@ def run(
     if unknown or not stages:
         raise UsageError(f"stages are some of {', '.join(STAGE_GROUPS)}, got {list(stages)}")
     if "distilled" in stages and "teacher" not in stages and needs_teacher(recipe.method):
-        if any(teacher.weights is None for teacher in recipe.each_teacher):
+        if any(teacher.weights is None for teacher in recipe.teacher_list):
             raise UsageError(
                 "the distilled stage alone needs a teacher that is trained already: name its run or model folder with "
                 "--teacher, or train all stages with `potstill run`"
@@ -151,15 +151,18 @@ def run(
         raise UsageError(f"there is no teacher to train: method {describe_method(recipe.method)} learns from none")
     name = recipe.name if name is None else name
     extended: dict[str, list[int]] = {}
-    reused = None if baseline is None else _folder_of_baseline(baseline, root / name)
-    with open_run_folder(root, name, processes, resume=resume, overwrite=overwrite) as folder, ExitStack() as beside:
+    reused = None if baseline is None else _folder_of_baseline(baseline, output_dir / name)
+    with (
+        open_run_folder(output_dir, name, processes, resume=resume, overwrite=overwrite) as folder,
+        ExitStack() as beside,
+    ):
         if resume:
             recipe = restore_view_plan(folder.recipe, recipe)
             check_same_recipe(folder, recipe)
             extended = extended_stages(folder, recipe, planned)
         if overwrite:
             check_weights_outside(folder, recipe)
-        recorded = folder.read_environment() if resume else replay.environment if replay is not None else None
+        recorded = folder.read_environment() if resume else reproduce.environment if reproduce is not None else None
         keep = folder.add_to_environment if processes.first else None
         threads = ThreadSelector(recorded, keep, processes=processes)
         precisions = PrecisionSelector(recorded, keep, processes=processes)
@@ -167,8 +170,8 @@ def run(
         splits, compute, layers = check_all(recipe, data, once, observer, processes)
         if resume:
             check_same_data(folder, splits)
-        if replay is not None:
-            check_same_images(replay, splits.fingerprint, splits.as_rows())
+        if reproduce is not None:
+            check_same_images(reproduce, splits.fingerprint, splits.as_rows())
         if overwrite and processes.first:
             folder.clear()
         storing = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
@@ -188,7 +191,7 @@ def run(
                 logging_observer(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
             )
             observer = trackers
-        if recipe.each_teacher and "distilled" in stages and not needs_teacher(recipe.method):
+        if recipe.teacher_list and "distilled" in stages and not needs_teacher(recipe.method):
             observer.note(f"method {describe_method(recipe.method)} learns from no teacher: none is trained")
         for stage, table in layers.items():
             if table:
@@ -462,7 +465,7 @@ class _Experiment:
         """What to do about a teacher that is worse than its student."""
         remedy = "Give another one with --teacher"
         if "training" in self.models[teacher].facts:  # it was trained here
-            key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{stage_number(teacher) - 1}"
+            key = "teacher" if len(self.recipe.teacher_list) == 1 else f"teacher.{stage_number(teacher) - 1}"
             epochs = self.recipe.stage_training(teacher).epochs
             remedy = f"Train it longer, e.g. --set {key}.training.epochs={4 * epochs}, or give another with --teacher"
         method = self.recipe.method
@@ -494,7 +497,7 @@ class _Experiment:
         if order is None:
             return
         names = [classes[i] for i in order]
-        key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{stage_number(stage) - 1}"
+        key = "teacher" if len(self.recipe.teacher_list) == 1 else f"teacher.{stage_number(stage) - 1}"
         self.warn(
             f"the {stage} has the classes in another order: with its outputs assigned to them one to one, "
             f"{float((order[predicted] == labels).mean()):.1%} of the val images are right in place of "

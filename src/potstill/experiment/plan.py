@@ -85,7 +85,7 @@ def stage_recipe(recipe: Recipe, stage: PlannedStage) -> Recipe:
 
 def _first_seed_stages(recipe: Recipe, wanted: set[str]) -> list[PlannedStage]:
     """All stages of the first seed."""
-    count = len(recipe.each_teacher) if needs_teacher(recipe.method) else 0
+    count = len(recipe.teacher_list) if needs_teacher(recipe.method) else 0
     before = tuple(stage_name("teacher", each) for each in range(1, count + 1))
     stages = [PlannedStage(name) for name in before] if "teacher" in wanted else []
     stages += [PlannedStage("baseline")] if "baseline" in wanted else []

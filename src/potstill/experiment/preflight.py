@@ -93,7 +93,7 @@ def _dry_run_stage(
             if network.head is not None:
                 check_probe(network, start, data, network_key(recipe, network))
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
-    if data.target is not None and recipe.domains.adapt_batch_norm:
+    if data.target is not None and recipe.domain_settings.adapt_batch_norm:
         for name in (name for name in stage.teachers if stage_role(name) == "teacher"):
             check_batch_norm(networks[name].module, f"{name} {networks[name].architecture}")
     student, method = networks[stage.name], create_stage_method(recipe)

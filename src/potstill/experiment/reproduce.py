@@ -85,13 +85,13 @@ def read_run_record(path: Path) -> RunRecord:
     return RunRecord(folder, folder.read_environment(), stages, _weights(folder, planned))
 
 
-def check_other_folder(record: RunRecord, root: Path, name: str) -> None:
+def check_other_folder(record: RunRecord, output_dir: Path, name: str) -> None:
     """A run cannot be repeated in its own place.
 
     Raises:
-        UsageError: ``root/name`` is the run's folder.
+        UsageError: ``output_dir/name`` is the run's folder.
     """
-    if (root / name).resolve() == record.folder.path.resolve():
+    if (output_dir / name).resolve() == record.folder.path.resolve():
         raise UsageError(
             f"--reproduce compares with {record.folder.path}, so it needs another place; give another --name"
         )

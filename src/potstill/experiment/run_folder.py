@@ -126,8 +126,8 @@ class RunFolder:
         self._files: dict[str, str] = {}  # name below the folder -> SHA-256 of what was written there
 
     @classmethod
-    def create(cls, root: Path, name: str, *, resume: bool = False, overwrite: bool = False) -> "RunFolder":
-        """A new folder ``root/name``, or an existing one that may be gone on with or replaced; locked.
+    def create(cls, output_dir: Path, name: str, *, resume: bool = False, overwrite: bool = False) -> "RunFolder":
+        """A new folder ``output_dir/name``, or an existing one that may be gone on with or replaced; locked.
 
         Nothing is deleted here: call ``clear`` once it is certain that the new run can begin.
 
@@ -140,7 +140,7 @@ class RunFolder:
             raise UsageError(f"a run's name is 1 to 64 of the characters A-Z a-z 0-9 . _ -, got {name!r}")
         if resume and overwrite:
             raise UsageError("--resume goes on with a run and --overwrite deletes it: give one of them")
-        run = cls(root / name)
+        run = cls(output_dir / name)
         try:
             run._refuse_foreign()
             if resume and not run.path.is_dir():

@@ -156,7 +156,7 @@ _LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 def serve(
-    run: Path, *, host: str, port: int, root: Path, say: Callable[[str], None], limits: ServerLimits | None = None
+    run: Path, *, host: str, port: int, output_dir: Path, say: Callable[[str], None], limits: ServerLimits | None = None
 ) -> None:
     """Serve the page until SIGINT or SIGTERM.
 
@@ -164,7 +164,7 @@ def serve(
         run: a run folder, or a model's folder.
         host: address or name to listen at.
         port: 0: any free one.
-        root: folder of runs to browse.
+        output_dir: folder of runs to browse.
         say: called with the address of the page.
         limits: of requests.
 
@@ -181,7 +181,7 @@ def serve(
         worker = WorkerClient(folders, limits)
         try:
             worker.start()
-            app = create_app(worker, run.resolve().name, lambda: list_runs(root, run))
+            app = create_app(worker, run.resolve().name, lambda: list_runs(output_dir, run))
             guard = RequestGuardMiddleware(app, _allowed_hosts(shown, port), limits)
             config = uvicorn.Config(
                 guard,

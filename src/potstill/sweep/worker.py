@@ -111,7 +111,7 @@ def run_trial(
 
     folder = run(
         recipe,
-        root=trials,
+        output_dir=trials,
         name=name,
         resume=RunFolder(trials / name).known,
         stages=("teacher", "distilled") if student == "distilled" else (student,),
@@ -251,7 +251,7 @@ class Sweep:
         if self.student == "baseline":
             return ()
         several = isinstance(self.recipe.teacher, list)
-        networks = self.recipe.each_teacher
+        networks = self.recipe.teacher_list
         if not networks:
             return ()
         home = RunFolder(self.folder / "teacher")
@@ -263,7 +263,7 @@ class Sweep:
             try:
                 run(
                     teacher_recipe,
-                    root=self.folder,
+                    output_dir=self.folder,
                     name="teacher",
                     resume=home.known,
                     stages=("teacher",),
@@ -477,7 +477,7 @@ class Sweep:
                 home = RunFolder(self.folder / "confirmation" / student)
                 run(
                     recipe,
-                    root=home.path.parent,
+                    output_dir=home.path.parent,
                     name=student,
                     resume=home.known,
                     stages=("teacher", "distilled") if student == "distilled" else (student,),

@@ -86,7 +86,7 @@ def check_recipe(recipe: Recipe, names: Sequence[str]) -> None:
     }
     problems = [text for text, found in unsupported.items() if found]
     if any(ALGORITHMS[name].guide == "teacher" for name in names):
-        teachers = recipe.each_teacher
+        teachers = recipe.teacher_list
         if len(teachers) != 1 or teachers[0].weights is None:
             given = ", ".join(f"{each.model}{' without weights' * (each.weights is None)}" for each in teachers)
             problems.append(

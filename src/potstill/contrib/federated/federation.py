@@ -166,7 +166,7 @@ def federate(
     recipe: Recipe,
     options: FederationOptions,
     *,
-    root: Path = Path("runs"),
+    output_dir: Path = Path("runs"),
     name: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -179,7 +179,7 @@ def federate(
     Args:
         recipe: its epochs are not used.
         options: clients, algorithms and rounds.
-        root: holds the run folders.
+        output_dir: holds the run folders.
         name: of this one; None: the recipe's with ``-federated``.
         resume: continue after the last finished round.
         overwrite: delete an existing folder of this name first.
@@ -193,7 +193,7 @@ def federate(
     check_recipe(recipe, options.algorithms)
     observer = observer or SilentObserver()
     name = f"{recipe.name[:54]}-federated" if name is None else name
-    with RunFolder.create(root, name, resume=resume, overwrite=overwrite) as folder:
+    with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
         with silence_native_stderr():
             data = load_data(recipe.data, data, progress=observer)
         augment = recipe.data.augment or data.augment
@@ -278,11 +278,13 @@ class _FederatedRun:
             top1 = [results.trained[name]["test"]["top1"] for name in names.values()]
             results.update({_ALONE: mean_and_deviation(top1)})
 
-    def _train(self, name: str, algorithm: Algorithm, clients: Clients, root: Path, results: FederatedResults) -> None:
+    def _train(
+        self, name: str, algorithm: Algorithm, clients: Clients, output_dir: Path, results: FederatedResults
+    ) -> None:
         if name in results.trained:
             self.observer.note(f"{name}: already trained")
             return
-        started, folder = time.monotonic(), root / name
+        started, folder = time.monotonic(), output_dir / name
         baseline = name not in ALGORITHMS
         self.observer.stage(name, BASELINES[name.partition("-")[0]] if baseline else algorithm.summary)
         server = self._server(algorithm, clients, None if baseline else self.declared)
@@ -332,7 +334,7 @@ def load_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
         UsageError: it has not been trained for these classes.
         ArtifactError: it knows other ones.
     """
-    start = build_network(recipe, recipe.each_teacher[0], classes)
+    start = build_network(recipe, recipe.teacher_list[0], classes)
     if not start.ready:
         raise UsageError("guided: the server's teacher must be trained for these classes: --teacher RUN")
     return Classifier(start.module, start.architecture, classes, start.input)

@@ -330,7 +330,7 @@ def _federate(clients: Clients, config: Mapping[str, Any]) -> Path:
         return federate(
             recipe,
             options,
-            root=Path(str(config["output-dir"])).expanduser(),
+            output_dir=Path(str(config["output-dir"])).expanduser(),
             name=str(config["name"]),
             overwrite=bool(config["overwrite"]),
             observer=progress,
