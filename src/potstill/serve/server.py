@@ -156,7 +156,13 @@ _LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 def serve(
-    run: Path, *, host: str, port: int, output_dir: Path, say: Callable[[str], None], limits: ServerLimits | None = None
+    run: Path,
+    *,
+    host: str,
+    port: int,
+    output_dir: Path,
+    on_start: Callable[[str], None],
+    limits: ServerLimits | None = None,
 ) -> None:
     """Serve the page until SIGINT or SIGTERM.
 
@@ -165,7 +171,7 @@ def serve(
         host: address or name to listen at.
         port: 0: any free one.
         output_dir: folder of runs to browse.
-        say: called with the address of the page.
+        on_start: called with the address of the page.
         limits: of requests.
 
     Raises:
@@ -196,7 +202,7 @@ def serve(
                 timeout_keep_alive=5,
                 timeout_graceful_shutdown=3,
             )
-            say(f"http://{shown}:{port}/")
+            on_start(f"http://{shown}:{port}/")
             uvicorn.Server(config).run(sockets=[listening])
         finally:
             worker.close()
