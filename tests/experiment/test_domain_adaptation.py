@@ -165,7 +165,7 @@ def test_the_comparison_says_what_was_learned_from(done, between):
     verdict = results(done)["comparison"]["verdict"]
     assert "Top-1 on the target's test" in verdict
     assert "On the source's test" in verdict
-    assert "no label of the target took part" in verdict
+    assert "no label of the target was used" in verdict
     assert f"{found['images']} of 33 target images" in verdict
     assert "test images of the target" in verdict
     facts = dict(data_section.data_context(read_run(done))["facts"])
@@ -249,9 +249,9 @@ def test_the_student_sees_only_images_of_which_the_teacher_is_sure_in_balanced_d
     assert seen.draws.length == len(data.train)  # as many images per epoch as the baseline sees
     assert seen.val is data.val
     assert seen.test is data.target.test is own.stage_data(PlannedStage("teacher"), {}).test
-    assert any(f"{sure.sum()} of {len(sure)} target images teach" in text for text in listening.said)
+    assert any(f"{sure.sum()} of {len(sure)} target images are used for training" in text for text in listening.said)
     unseen = set(range(3)) - set(seen.draws.groups.tolist())
-    assert any("sure of no target image" in text for text in listening.said) == bool(unseen)
+    assert any("the teacher predicts no target image" in text for text in listening.said) == bool(unseen)
 
 
 def test_statistics_are_taken_from_mixed_batches_of_all_images(between):

@@ -13,8 +13,8 @@ def problems(*sets, source="domain", **flags):
 
 def test_the_shipped_recipe_says_what_is_missing():
     text = problems(**{"--seed": 0})
-    assert "data.source is not given" in text
-    assert "data.target is not given" in text
+    assert "data.source is missing" in text
+    assert "`domain` needs data.target" in text
     assert "domain.yaml:" in text
     assert load_recipe("domain", data_needed=False).data.target is None  # it comes with the data from Python
     recipe = load_recipe("domain", ["data.target=digits"], flags={"--data": "digits"})

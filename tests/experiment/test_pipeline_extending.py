@@ -111,7 +111,7 @@ def test_a_run_without_its_checkpoints_is_trained_from_the_start(recipe, root, t
         pipeline.run(longer, output_dir=root, name="part", resume=True, observer=Heard(("distilled", 2)))
     heard = Heard()
     assert pipeline.run(longer, output_dir=root, name="part", resume=True, observer=heard) == path
-    assert any("distilled: from 2 to 3 epochs, all of them from the start" in note for note in heard.notes)
+    assert any("distilled: extended from 2 to 3 epochs, trained again from the start" in note for note in heard.notes)
     for stage in STUDENTS:
         assert weights(path, stage) == weights(whole, stage)
 
@@ -127,7 +127,7 @@ def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, t
     # how good the ready-made teacher is comes before anything is trained
     images = results(alone)["stages"]["teacher"]["val"]["count"]
     assert f"on {images} val images" in next(note for note in heard.notes if note.startswith("teacher: top-1 "))
-    with pytest.raises(UsageError, match=r"needs a teacher that is trained already: .*--teacher"):
+    with pytest.raises(UsageError, match=r"needs a trained teacher: .*--teacher"):
         pipeline.run(recipe(), output_dir=root, name="none", stages=("distilled",))
 
     other = recipe(**same, **{"method.temperature": 4})  # which a baseline has nothing to do with
@@ -136,7 +136,7 @@ def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, t
     assert results(found)["stages"]["baseline"]["reused_from"] == str(baseline)
     assert results(found)["views_differ"] == []
     assert {**results(found)["stages"]["baseline"]["test"]} == results(whole)["stages"]["baseline"]["test"]
-    with pytest.raises(UsageError, match="the baseline is that of"):
+    with pytest.raises(UsageError, match="the baseline was taken from"):
         read_run_record(found)
 
 

@@ -189,7 +189,7 @@ def test_a_method_without_teacher_trains_none(recipe, tmp_path):
 
     made = recipe(**{"method": "{name: tfkd_reg}", "training.epochs": 1})
     path = pipeline.run(made, output_dir=tmp_path, observer=Listening())
-    assert said[0] == "method tfkd_reg learns from no teacher: none is trained"
+    assert said[0] == "method tfkd_reg needs no teacher: none is trained"
     assert not any("teacher" in note for note in said[1:])
     found = results(path)
     assert list(found["stages"]) == found["planned"] == ["baseline", "distilled"]

@@ -82,11 +82,11 @@ NOTHING = {"mixes": False, "unlabeled": False, "images": 40, "batch_size": 8}
 @pytest.mark.parametrize(
     ("needs", "data", "message"),
     [
-        ({"second": "strong"}, {"mixes": True}, "Plain needs a second image for each"),
-        ({"index": True}, {"mixes": True}, "Plain remembers samples, and a mixed image is none"),
+        ({"second": "strong"}, {"mixes": True}, "Plain needs a second view of each image"),
+        ({"index": True}, {"mixes": True}, "Plain has a memory by sample, and a mixed image is no sample"),
         ({}, {"mixes": True, "unlabeled": True}, "mix labels, which unlabeled images do not have"),
         ({"labels": True}, {"unlabeled": True}, "Plain needs the label of every image: leave data.unlabeled out"),
-        ({"index": True}, {"unlabeled": True}, "Plain remembers the labeled samples"),
+        ({"index": True}, {"unlabeled": True}, "Plain has a memory of the labeled samples"),
         ({"second": "same class"}, {"unlabeled": True}, "Plain compares images of the same class"),
         ({"batch_size": True}, {"unlabeled": True}, "Plain needs a fixed number"),
         ({"teacher": False}, {"unlabeled": True}, "Plain has no teacher"),

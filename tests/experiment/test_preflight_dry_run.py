@@ -23,15 +23,15 @@ class Refusing(SilentObserver):
 REFUSED = {
     "one image at a time": (
         {"method": "{name: dist}", "training.batch_size": 1},
-        "method dist compares images with each other, and distilled would see one at a time",
+        "method dist compares images with each other, and distilled has a batch size of 1",
     ),
     "BatchNorm of one image": (
         {"student": "{model: cifar/mobilenetv2}", "training.batch_size": 1},
-        "distilled cannot learn from one image at a time: its BatchNorm needs several",
+        "distilled cannot be trained on batches of one image: its BatchNorm needs several",
     ),
     "layers for a method that joins none": (
         {"feature_pairs": "[[stage1, stage1]]"},
-        "feature_pairs: method kd joins no feature maps of student and teacher",
+        "feature_pairs: method kd compares no feature maps of student and teacher",
     ),
     "unknown layer": ({"method": "{name: fitnet}", "feature_pairs": "[[stage1, stage9]]"}, "stage9"),
     "normalisation that is not there": (

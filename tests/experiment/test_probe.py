@@ -180,7 +180,7 @@ def test_a_fine_tuning_that_spoils_the_probe_leaves_the_probe(probing, encoder, 
 
 def test_weights_that_know_the_classes_are_refused(probing, tmp_path):
     first = pipeline.run(probing(), output_dir=tmp_path, name="first", stages=("teacher",))
-    with pytest.raises(UsageError, match=r"teacher\.head: .* knows these 3 classes already"):
+    with pytest.raises(UsageError, match=r"teacher\.head: .* already has a head for these 3 classes"):
         pipeline.run(probing(**{"teacher.weights": first}), output_dir=tmp_path, name="second")
 
 
@@ -191,7 +191,7 @@ def test_a_network_without_a_linear_head_is_refused(probing, tmp_path):
         "teacher.weights": tmp_path / "squeeze.pth",
         "data.size": 32,
     }
-    with pytest.raises(UsageError, match="no such layer at its end"):
+    with pytest.raises(UsageError, match="needs a last linear layer with bias"):
         pipeline.run(probing(**changes), output_dir=tmp_path)
 
 
@@ -211,12 +211,12 @@ def test_one_image_of_a_class_is_refused(probing, photographs, tmp_path):
     ("changes", "word"),
     [
         ({"student.head": "probe"}, "student.head is for teachers"),
-        ({"teacher.weights": "null"}, "teacher.weights names none"),
+        ({"teacher.weights": "null"}, "teacher.weights is not given"),
         ({"teacher.training.freeze": 3}, "freeze must be below epochs, 3"),
         ({"teacher.head": "prob"}, "probe"),
-        ({"training.freeze": 1}, "student.weights names none"),
-        ({"training.layer_decay": 0.5}, "student.weights names none"),
-        ({"training.freeze_batch_norm": True}, "student.weights names none"),
+        ({"training.freeze": 1}, "student.weights is not given"),
+        ({"training.layer_decay": 0.5}, "student.weights is not given"),
+        ({"training.freeze_batch_norm": True}, "student.weights is not given"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(probing, changes, word):

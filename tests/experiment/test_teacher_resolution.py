@@ -196,12 +196,12 @@ def test_the_key_differs_from_that_of_the_students_pixels():
 
 
 def test_a_pretrained_teacher_is_said_to_see_too_little():
-    assert builders._detail_notes("timm/resnet18", 64, "teacher.1") == [
-        "timm/resnet18 was designed for 224 px and sees 64 px, as its student does: --set teacher.1.size=224 cuts "
-        "its images from the original pixels, for about 12 times its computation"
+    assert builders._resolution_notes("timm/resnet18", 64, "teacher.1") == [
+        "timm/resnet18 was trained on 224 px and sees 64 px, like its student: --set teacher.1.size=224 gives "
+        "it more of the original pixels, for about 12 times the computation"
     ]
-    assert builders._detail_notes("timm/resnet18", 224, "teacher") == []
-    assert builders._detail_notes("cifar/resnet20", 32, "teacher") == []
+    assert builders._resolution_notes("timm/resnet18", 224, "teacher") == []
+    assert builders._resolution_notes("cifar/resnet20", 32, "teacher") == []
 
 
 def test_teacher_and_student_see_the_same_photograph(recipe, photographs, tmp_path):

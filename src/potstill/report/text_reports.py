@@ -140,7 +140,7 @@ def training_text(stage: StageResult) -> str:
     """``10 epochs in 1 min 23 s (321 images/s), best epoch 8 by top1 on val``."""
     training, head = stage.training, head_text(stage)
     if not training:
-        return head or "not here: it came ready-made"
+        return head or "none, pretrained"
     text = f"{_plural(training.get('epochs'), 'epoch')} in {format_duration(training.get('seconds'))}"
     if training.get("extended_from"):
         text += (
