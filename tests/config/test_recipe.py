@@ -533,7 +533,7 @@ def test_a_bare_state_dict_needs_its_architecture(written, tmp_path: Path) -> No
     assert load(SMALL, flags={"--teacher": "vgg16@w.pth"}).teacher.weights == "w.pth"
     torch.save({"a.weight": torch.zeros(2, 3)}, tmp_path / "w.pth")
     assert problems(SMALL, flags={"--teacher": "w.pth"}) == [
-        "--teacher w.pth: teacher.weights: w.pth holds weights alone; name their architecture as ARCHITECTURE@w.pth",
+        "--teacher w.pth: teacher.weights: w.pth contains weights only; give their architecture as ARCHITECTURE@w.pth",
         "It has 1 tensors of 6 values in all: a.weight (2, 3)",
     ]
     assert problems(SMALL, flags={"--teacher": "gone.pth"}) == [
