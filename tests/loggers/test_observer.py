@@ -49,7 +49,7 @@ def test_a_recipe_names_its_trackers_in_one_line(said, meant):
         ("tensorbord", "did you mean 'tensorboard'"),
         ({"name": "wandb", "uri": "http://x"}, "uri is for mlflow"),
         ({"name": "mlflow", "uri": "http://me:secret@host"}, "must contain no password"),
-        (["trackio", "trackio"], "named twice"),
+        (["trackio", "trackio"], "given twice"),
         ({"name": "mlflow", "project": "a/b"}, "letters, digits"),
         ({"name": "mlflow", "url": "http://x"}, "unknown key; did you mean 'uri'"),
     ],
