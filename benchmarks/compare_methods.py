@@ -62,7 +62,7 @@ def work(recipe: str, sets: list[str], flags: dict[str, Any], root: str, name: s
     from potstill.experiment.pipeline import run
 
     checked = load_recipe(recipe, sets, flags=flags)
-    run(checked, root=Path(root), name=name, overwrite=(Path(root) / name).exists(), stages=tuple(stages))
+    run(checked, output_dir=Path(root), name=name, overwrite=(Path(root) / name).exists(), stages=tuple(stages))
 
 
 def figures(folder: Path, stage: str) -> dict[str, float]:

@@ -113,7 +113,7 @@ def recipes_table() -> str:
             (
                 f"`{name}`",
                 recipe.description,
-                f"{', '.join(f'`{each.model}`' for each in recipe.each_teacher)} → `{recipe.student.model}`",
+                f"{', '.join(f'`{each.model}`' for each in recipe.teacher_list)} → `{recipe.student.model}`",
                 f"{recipe.data.size} px",
                 epochs,
             )

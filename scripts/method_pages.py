@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from potstill.cli.catalog import price_text
+from potstill.cli.catalog import cost_text
 from potstill.config.recipe import list_recipes
 from potstill.methods import MethodInfo, list_own_methods, measured_costs, method_info, methods_by_kind, step_costs
 from potstill.methods.requirements import Requirements
@@ -177,7 +177,7 @@ def _price(found: MethodInfo) -> str:
     price = step_costs().get(found.name)
     if price is None:
         return "Not measured yet."
-    return price_text(price)[:1].upper() + price_text(price)[1:] + " [How](../methods.md#price)."
+    return cost_text(price)[:1].upper() + cost_text(price)[1:] + " [How](../methods.md#price)."
 
 
 def measured_on() -> str:

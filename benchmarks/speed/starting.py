@@ -25,7 +25,7 @@ import torch.optim.optimizer as optimizer
 root, name, teacher, recipe, stop, *sets = sys.argv[1:]
 if stop == "stop":
     optimizer.register_optimizer_step_pre_hook(lambda *_: os._exit({FIRST_STEP}))
-folder = dict(root=Path(root), name=name, resume=False, overwrite=True)
+folder = dict(output_dir=Path(root), name=name, resume=False, overwrite=True)
 flags = {{"--teacher": [teacher] if teacher else None}}
 run._pipeline(recipe, sets, flags, stages=("teacher", "distilled"), **folder)
 """

@@ -24,13 +24,13 @@ from potstill.training.callbacks import Observer, SilentObserver
 def run(
     recipe: str | Path | Mapping[str, Any],
     *,
-    sets: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (),
     teacher: Network | Sequence[Network] | None = None,
     student: Network | None = None,
     teacher_input: InputSpec | None = None,
     student_input: InputSpec | None = None,
     data: DataSplits | None = None,
-    root: str | Path = "runs",
+    output_dir: str | Path = "runs",
     name: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -41,21 +41,21 @@ def run(
 
     Args:
         recipe: name of a recipe that comes with potstill, a YAML file, or its content as a dict.
-        sets: changed settings, such as ``"training.epochs=5"``.
+        overrides: changes of the recipe's settings, such as ``"training.epochs=5"``; as after ``--set``.
         teacher: a trained network, images [B, 3, S, S] -> logits [B, K], with its outputs in the order of the data's
-            classes (``teacher.classes`` sets another order), in place of the recipe's teacher; or several.
+            classes (``teacher.classes`` overrides another order), in place of the recipe's teacher; or several.
         student: the network to train, in place of the recipe's: a module, from whose weights every student of the run
             starts, or a callable that returns a new one (``callable(num_classes=K)`` or ``callable()``).  The run
             trains copies; what is passed is not changed.
         teacher_input: preprocessing of the teacher's images; None: that of the student.
         student_input: preprocessing of the student's images; None: ``data.size``, ``data.mean`` and ``data.std``.
         data: data set from Python (see ``potstill.data.datasets.from_torch``) in place of the recipe's source.
-        root: folder that holds the run folders.
+        output_dir: folder in which the run folder is created.
         name: name of the run folder; None: the recipe's name.
         resume: continue an existing run with the same settings.
         overwrite: delete an existing run of this name first.
-        allow_code: run code that a recipe file names, as ``package.module:Name`` or ``path/file.py:Name``; what
-            ``sets`` or a dict name needs no permission.
+        allow_code: run code that a recipe file names, as ``package.module:Name`` or ``path/file.py:Name``; code named
+            in ``overrides`` or in a dict needs no permission.
         observer: its methods are called with the progress; None: no output.
 
     Raises:
@@ -63,9 +63,15 @@ def run(
     """
     given, flags = _name_networks(teacher, student, teacher_input, student_input)
     with given_networks(given):
-        checked = load_recipe(recipe, sets, flags={**flags, "--allow-code": allow_code}, data_needed=data is None)
+        checked = load_recipe(recipe, overrides, flags={**flags, "--allow-code": allow_code}, data_needed=data is None)
         path = pipeline.run(
-            checked, root=Path(root), name=name, resume=resume, overwrite=overwrite, data=data, observer=observer
+            checked,
+            output_dir=Path(output_dir),
+            name=name,
+            resume=resume,
+            overwrite=overwrite,
+            data=data,
+            observer=observer,
         )
     render(path)
     log_files(path, observer or SilentObserver())
@@ -78,10 +84,10 @@ def _name_networks(
     teacher_input: InputSpec | None,
     student_input: InputSpec | None,
 ) -> tuple[dict[str, tuple[Network, InputSpec | None]], dict[str, Any]]:
-    """Names for networks from Python, and the flags that put them in the recipe's place.
+    """Return labels for networks from Python, and the flags that put them into the recipe.
 
     Raises:
-        UsageError: something that is no network, or an input specification without its network.
+        UsageError: a wrong type, or an input specification without its network.
     """
     # A module of layers, such as nn.Sequential, is no sequence of networks.
     teachers: list[Any] = [] if teacher is None else list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
@@ -89,14 +95,14 @@ def _name_networks(
         if network is not None and not isinstance(network, torch.nn.Module) and not callable(network):
             raise UsageError(
                 f"{key} must be an nn.Module or a callable that returns one, got {type(network).__name__}; an "
-                f"architecture by its name goes into the recipe: sets=('{key}.model=...',)"
+                f"architecture by its name goes into the recipe: overrides=('{key}.model=...',)"
             )
-    for key, spec, there in (
+    for key, spec, given_network in (
         ("teacher_input", teacher_input, teachers),
         ("student_input", student_input, student is not None),
     ):
-        if spec is not None and not there:
-            raise UsageError(f"{key} is for a {key.removesuffix('_input')} that is given from Python; none is")
+        if spec is not None and not given_network:
+            raise UsageError(f"{key} needs {key.removesuffix('_input')}, a network from Python")
     labels = [f"{GIVEN}teacher{f'-{at}' if at > 1 else ''}" for at in range(1, len(teachers) + 1)]
     given: dict[str, tuple[Network, InputSpec | None]] = {
         label: (each, teacher_input) for label, each in zip(labels, teachers, strict=True)

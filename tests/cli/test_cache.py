@@ -50,7 +50,7 @@ def test_ls_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert head.split() == ["key", "size", "views", "recorded", "record", "last", "use", "teacher", "data"]
     for cell in (path.name, " 2  ", "100.0 %", "float16, 8 B", "vgg\\x1b[2J16", "solar, train, 5,000 images"):
         assert cell in row
-    assert last.startswith("1 store, ")
+    assert last.startswith("1 teacher cache, ")
     assert last.endswith(str(tmp_path))
 
 
@@ -68,7 +68,7 @@ def test_ls_of_nothing_and_of_the_cache(
 ) -> None:
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
     assert main(["cache", "ls"]) == 0
-    assert capsys.readouterr().out == f"no stores in {tmp_path}/teachers\n"
+    assert capsys.readouterr().out == f"no teacher caches in {tmp_path}/teachers\n"
     make(tmp_path / "teachers")
     assert main(["cache", "ls", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 1
@@ -92,7 +92,7 @@ def test_verify_says_how_far_the_records_are(
     assert main(["cache", "verify", path.name[:6], "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{path.name}: 10,000 records are intact, 0 blocks are damaged",
-        "256 of them computed again: top class the same in 99.6 %, largest difference of a logit 0.0123",
+        "256 of them recomputed: same top class for 99.6 %, largest difference of a logit 0.0123",
     ]
     assert main(["cache", "verify", path.name, "--folder", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
@@ -111,7 +111,7 @@ def test_verify_fails_where_the_records_are_not_the_teachers(
     path = make(tmp_path)
     teacher.same_class = 0.4
     assert main(["cache", "verify", path.name, "--folder", str(tmp_path)]) == 4
-    assert "does not hold what its teacher says" in capsys.readouterr().err
+    assert "does not agree with its teacher" in capsys.readouterr().err
 
 
 def test_verify_finds_a_damaged_block(tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher: Again) -> None:
@@ -143,7 +143,7 @@ def test_rm_removes_what_is_named_or_all(tmp_path: Path, capsys: pytest.CaptureF
     assert list(tmp_path.iterdir()) == []
     capsys.readouterr()
     assert main(["cache", "rm", "--all", "--folder", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"no stores in {tmp_path}\n"
+    assert capsys.readouterr().out == f"no teacher caches in {tmp_path}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--all", "KEY"]])
@@ -163,7 +163,7 @@ def test_unknown_keys_are_refused_with_the_nearest_before_anything_is_removed(
     wrong = path.name[:-2] + "zz"
     keys = [path.name, wrong] if verb == "rm" else [wrong]
     assert main(["cache", verb, *keys, "--folder", str(tmp_path)]) == 2
-    assert f"no store {wrong!r} in {tmp_path}; did you mean {path.name!r}?" in capsys.readouterr().err
+    assert f"no teacher cache {wrong!r} in {tmp_path}; did you mean {path.name!r}?" in capsys.readouterr().err
     assert path.exists()
 
 

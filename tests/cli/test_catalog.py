@@ -34,8 +34,8 @@ def test_a_price_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(catalog, "step_costs", lambda: priced)
     monkeypatch.setattr(catalog, "measured_costs", lambda: facts)
     assert " ".join(shown("kd", capsys).partition("Price:\n")[2].partition("\n\n")[0].split()) == (
-        "a step takes 2.50 times that of the student on labels alone (quartiles 2.40 to 2.60, 1.25 of it the "
-        "teacher's) and 1.50 times its memory; 1,234 trained numbers beside the student's. "
+        "a training step takes 2.50 times as long as with labels alone (quartiles 2.40 to 2.60, of which the teacher "
+        "1.25) and 1.50 times the memory; 1,234 trained parameters beside the student's. "
         "cifar/a -> cifar/b, batches of 64, A CPU."
     )
 

@@ -114,10 +114,10 @@ def test_settings_of_the_data(photos: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("training.lr=3", "check looks at the data alone"),
+        ("training.lr=3", "check takes data settings only"),
         ("data.tets=0.1", "did you mean 'test'?"),
         ("data.options.root=x", "folders and manifests take no options"),
-        ("data.val=0.9", "must leave something to train on"),
+        ("data.val=0.9", "must sum to less than 1"),
     ],
 )
 def test_settings_that_do_not_fit(photos: Path, change: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

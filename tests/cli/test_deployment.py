@@ -55,7 +55,7 @@ def test_errors_have_their_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["export", str(tmp_path), "--format", "onxx"]) == 2
     assert "did you mean 'onnx'?" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--format", "torch-export"]) == ArtifactError.exit_code
-    assert "holds no model" in capsys.readouterr().err
+    assert "has no model" in capsys.readouterr().err
     (tmp_path / "x.onnx").write_bytes(b"no model")
     assert main(["predict", str(tmp_path / "x.onnx"), str(tmp_path / "x.onnx")]) == ArtifactError.exit_code
     assert "is no ONNX model" in capsys.readouterr().err

@@ -104,8 +104,8 @@ def test_the_parsers_own_errors_exit_with_2(
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 5, "error: No space left on device: runs/x\n"),
         (OSError(errno.EIO, "Input/output error", "runs/x"), 5, "error: Input/output error: runs/x\n"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 5, "error: Permission denied: x\n"),
-        (errors.Stopped(15), 143, "error: interrupted; a run goes on from its last checkpoint with --resume\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted; a run goes on from its last checkpoint with --resume\n"),
+        (errors.Stopped(15), 143, "error: interrupted; --resume continues a run from its last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; --resume continues a run from its last checkpoint\n"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
             5,

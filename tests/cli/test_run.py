@@ -23,10 +23,10 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     monkeypatch.chdir(tmp_path)
     made: list[dict[str, Any]] = []
 
-    def run(recipe: Any, *, root: Path, name: str | None, observer: Any, **rest: Any) -> Path:
-        made.append({"recipe": recipe, "root": root, "name": name, **rest})
+    def run(recipe: Any, *, output_dir: Path, name: str | None, observer: Any, **rest: Any) -> Path:
+        made.append({"recipe": recipe, "output_dir": output_dir, "name": name, **rest})
         observer.note("the pipeline ran")
-        folder = root / (name or recipe.name)
+        folder = output_dir / (name or recipe.name)
         folder.mkdir(parents=True)
         results = {"schema": 1, "stages": {"teacher": STAGE}, "comparison": None}
         write_checksummed_json(folder / "results.json", results)
@@ -69,7 +69,8 @@ def test_run_trains_everything_and_says_what_to_do_next(
     assert (recipe.training.epochs, recipe.training.lr, recipe.seed, recipe.student.model) == (3, 0.5, 4, "resnet18")
     assert isinstance(call["stopping"], SignalHandler)
     assert {**call, "recipe": None, "stopping": None} == {
-        "recipe": None, "root": Path("my runs"), "name": None, "resume": False, "overwrite": True, "stopping": None,
+        "recipe": None, "output_dir": Path("my runs"), "name": None, "resume": False, "overwrite": True,
+        "stopping": None, "baseline": None,
     }  # fmt: skip
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
@@ -88,7 +89,7 @@ def test_several_teachers_by_a_repeated_flag(calls: list[dict[str, Any]]) -> Non
     assert main(["run", "quickstart", "--teacher", "resnet18", "--name", "one"]) == 0
     assert main(["run", "quickstart", "--name", "none"]) == 0
 
-    teachers = [[(each.model, each.weights) for each in call["recipe"].each_teacher] for call in calls]
+    teachers = [[(each.model, each.weights) for each in call["recipe"].teacher_list] for call in calls]
     assert teachers == [
         [("resnet18", None), ("cifar/vgg8", "pretrained")],
         [("resnet18", None)],

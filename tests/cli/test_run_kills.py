@@ -85,7 +85,7 @@ def resumed(place, name):
 def test_a_signal_loses_nothing(place, whole):
     code, errors = stopped(place, "signal", 9, "SIGTERM")
     assert code == 143
-    assert errors.endswith("error: interrupted; a run goes on from its last checkpoint with --resume\n")
+    assert errors.endswith("error: interrupted; --resume continues a run from its last checkpoint\n")
     assert "Traceback" not in errors
     assert resumed(place, "signal") == whole
 

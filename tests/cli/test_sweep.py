@@ -13,7 +13,7 @@ from potstill.cli.entry import main
         ([], "something to vary"),
         (["--search", "method.temprature=1,2"], "did you mean 'temperature'"),
         (["--grid", "--search", "method.alpha=0..1"], "a range has no end"),
-        (["--search", "method.alpha=0.1,0.2", "--name", "../x"], "a sweep's name"),
+        (["--search", "method.alpha=0.1,0.2", "--name", "../x"], "--name must be"),
     ],
 )
 def test_a_mistake_costs_no_traceback(more, says, capsys, tmp_path):

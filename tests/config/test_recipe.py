@@ -76,8 +76,7 @@ def test_the_original_specification_has_its_own_settings() -> None:
 
 def test_a_recipe_without_data_says_how_to_give_some() -> None:
     assert problems("vgg16-resnet18", data_needed=True) == [
-        "vgg16-resnet18.yaml:7:3: data.source is not given: this recipe has no data of its own; "
-        "name a folder of images with --data DIR"
+        "vgg16-resnet18.yaml:7:3: data.source is missing: give a folder of images with --data DIR"
     ]
 
 
@@ -119,7 +118,7 @@ epochs: 3
         "; did you mean 'randaugment'?",
         "recipe.yaml:9:14: teacher.training.milestons: unknown key; did you mean 'milestones'?",
         "recipe.yaml:9:30: teacher.training.epochs must be at least 1, got 0",
-        "recipe.yaml:10:1: student.model is missing (an architecture, see `potstill models`, or file.py:callable)",
+        "recipe.yaml:10:1: student.model is missing (an architecture (see `potstill models`), or file.py:callable)",
         "recipe.yaml:10:11: student.mode: unknown key; did you mean 'model'?",
         "recipe.yaml:13:3: method.temperature must be above 0, got 0",
         "recipe.yaml:14:3: method.alph: no option 'alph'; did you mean 'alpha'? It takes temperature, alpha",
@@ -146,41 +145,41 @@ epochs: 3
         *(
             ({"training": training}, f"training.{message}")
             for training, message in [
-                ({"momentum": 0.5}, "momentum has no effect but with optimizer: sgd or dot"),
-                ({"optimizer": "sgd", "dot_delta": 0.05}, "dot_delta has no effect but with optimizer: dot"),
-                ({"gamma": 0.5}, "gamma has no effect but with schedule: step"),
-                ({"min_lr_ratio": 0.1}, "min_lr_ratio has no effect but with schedule: cosine"),
+                ({"momentum": 0.5}, "momentum has an effect with optimizer: sgd or dot only"),
+                ({"optimizer": "sgd", "dot_delta": 0.05}, "dot_delta has an effect with optimizer: dot only"),
+                ({"gamma": 0.5}, "gamma has an effect with schedule: step only"),
+                ({"min_lr_ratio": 0.1}, "min_lr_ratio has an effect with schedule: cosine only"),
                 ({"decay_all": True, "weight_decay": 0}, "decay_all has no effect with weight_decay: 0"),
-                ({"schedule": "cosine", "min_lr_ratio": 1}, "min_lr_ratio 1 leaves nothing to schedule cosine"),
-                ({"schedule": "step", "milestones": [3], "gamma": 1}, "gamma 1 leaves nothing to schedule step"),
+                ({"schedule": "cosine", "min_lr_ratio": 1}, "min_lr_ratio 1 makes schedule: cosine constant"),
+                ({"schedule": "step", "milestones": [3], "gamma": 1}, "gamma 1 makes schedule: step constant"),
                 (
                     {"schedule": "step", "milestones": [3], "warmup_epochs": 3},
                     "milestones must come after warmup_epochs, 3, got [3]",
                 ),
-                ({"optimizer_options": {"lr": 0.5}}, "optimizer_options.lr would contradict training.lr: leave it out"),
+                ({"optimizer_options": {"lr": 0.5}}, "optimizer_options.lr contradicts training.lr: leave it out"),
                 (
                     {"optimizer": "sgd", "optimizer_options": {"momentum": 0.5}},
-                    "optimizer_options.momentum would contradict training.momentum",
+                    "optimizer_options.momentum contradicts training.momentum",
                 ),
                 (
                     {"optimizer_options": {"weight_decay": 0.5}},
-                    "optimizer_options.weight_decay would contradict training.weight_decay",
+                    "optimizer_options.weight_decay contradicts training.weight_decay",
                 ),
             ]
         ),
         (
             {"teacher": {"model": "vgg16", "training": {"momentum": 0.5}}},
-            "teacher.training.momentum has no effect but with optimizer: sgd or dot",
+            "teacher.training.momentum has an effect with optimizer: sgd or dot only",
         ),
         (
             {"data": {"class_balance": "weights"}, "training": {"batch_size": 1}},
-            "training.batch_size is 1: data.class_balance: weights weighs the images of a batch against each other",
+            "training.batch_size must be at least 2: data.class_balance: weights has no effect in a batch of one image",
         ),
         ({"training": {"nesterov": True}}, "training.nesterov needs optimizer: sgd and momentum above 0"),
         ({"training": {"device": "gpu"}}, "training.device must be auto, cpu, cuda"),
         ({"training": {"threads": 0}}, "training.threads must be at least 1 or 'auto', got 0"),
         ({"training": {"lr": float("inf")}}, "training.lr must be a finite number, got inf"),
-        ({"data": {"val": 0.6, "test": 0.4}}, "data.val and data.test must leave something to train on"),
+        ({"data": {"val": 0.6, "test": 0.4}}, "data.val and data.test must sum to less than 1"),
         ({"data": {"augment": {"crop_scale": [0.9, 0.2]}}}, "data.augment.crop_scale must be two shares"),
         ({"data": {"augment": {"crop_scale": [0.9]}}}, "data.augment.crop_scale[1] is missing"),
         ({"data": {"workers": -1}}, "data.workers must be at least 0 or 'auto', got -1"),
@@ -189,7 +188,7 @@ epochs: 3
         ({"method": "kd"}, "method must be a mapping, got 'kd'"),
         ({"training": [3]}, "training must be a mapping, got [3]"),
         ({"seed": True}, "seed must be a whole number, got true"),
-        ({"teacher": None}, "teacher is missing: a network to learn from"),
+        ({"teacher": None}, "teacher is missing; for example"),
         ({"teacher": []}, "teacher is missing, got an empty list"),
         ({"teacher": "vgg16"}, "teacher must be a mapping, got 'vgg16'"),
         (
@@ -212,12 +211,12 @@ epochs: 3
         ({"born_again_generations": 0}, "born_again_generations must be at least 1, got 0"),
         (
             {"method": {"name": "tfkd_reg"}, "born_again_generations": 2},
-            "born_again_generations: each of several learns from the one before, and method tfkd_reg learns "
+            "born_again_generations: each student learns from the one before, and method tfkd_reg learns "
             "from no teacher",
         ),
         (
             {"method": {"name": "tfkd_reg"}, "assistants": [{"model": "a"}]},
-            "assistants stand between teacher and student, and method tfkd_reg learns from no teacher",
+            "assistants learn from a teacher, and method tfkd_reg learns from no teacher",
         ),
         ({"feature_pairs": [["a", "b"], ["c"]]}, "feature_pairs[1][1] is missing"),
         ({"feature_pairs": [["a", 1]]}, "feature_pairs[0][1] must be text, got 1"),
@@ -262,11 +261,11 @@ epochs: 3
         ),
         (
             {"training": {"pick_by": "nll"}},
-            "training.pick_by: unknown key; it is called 'selection_metric' now",
+            "training.pick_by: unknown key; it has been renamed to 'selection_metric'",
         ),
         (
             {"teacher": {"model": "a", "training": {"pick_by": "nll"}}},
-            "teacher.training.pick_by: unknown key; it is called 'selection_metric' now",
+            "teacher.training.pick_by: unknown key; it has been renamed to 'selection_metric'",
         ),
         (
             {"training": {"selection_metric": "loss"}},
@@ -309,7 +308,7 @@ def test_a_fault_in_one_setting_does_not_hide_another() -> None:
 @pytest.mark.parametrize("text", ["", "just text", "- a\n- b"])
 def test_a_recipe_that_is_no_mapping_is_refused(written, text: str) -> None:  # type: ignore[no-untyped-def]
     assert problems(written(text)) == [
-        "recipe.yaml: a recipe is a mapping; start from `potstill recipes quickstart`",
+        "recipe.yaml: a recipe must be a mapping; start from `potstill recipes quickstart`",
     ]
 
 
@@ -356,7 +355,7 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
 
     assert found[0] == "recipe.yaml:3:1: sed: unknown key; did you mean 'seed'?"
     assert sorted(found[1:]) == [
-        "--set a=1: a: unknown key. Known here: name, description, seed, seeds, data, domain, teacher, teachers, "
+        "--set a=1: a: unknown key. Keys here: name, description, seed, seeds, data, domain, teacher, teachers, "
         "assistants, student, born_again_generations, method, curriculum, feature_pairs, train_predictions, "
         "teacher_cache, training, "
         "tracker",
@@ -371,10 +370,10 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
 
 def test_a_renamed_key_names_the_new_one() -> None:
     assert problems("quickstart", "data.fit=squash") == [
-        "--set data.fit=squash: data.fit: unknown key; it is called 'resize_mode' now"
+        "--set data.fit=squash: data.fit: unknown key; it has been renamed to 'resize_mode'"
     ]
     assert problems("quickstart", "data.view_seed=1") == [
-        "--set data.view_seed=1: data.view_seed: unknown key; it is called 'augmentation_seed' now"
+        "--set data.view_seed=1: data.view_seed: unknown key; it has been renamed to 'augmentation_seed'"
     ]
     assert "'crop', 'pad' or 'stretch'" in problems("quickstart", "data.resize_mode=squash")[0]
 
@@ -382,7 +381,7 @@ def test_a_renamed_key_names_the_new_one() -> None:
 def test_a_misspelt_option_by_set_gets_the_nearest_name() -> None:
     found = problems("quickstart", "method.temperture=3", "name.x=3")
 
-    assert found[0] == "--set name.x=3: name is a single value and has no keys in it"
+    assert found[0] == "--set name.x=3: name is a single value without keys"
     assert found[1].startswith("--set method.temperture=3: ")
     assert "did you mean 'temperature'?" in found[1]
 
@@ -427,8 +426,8 @@ method:
         "recipe.yaml:9:5: method[1].factor must be a number at least 0, got 'heavy'",
         "recipe.yaml:12:7: method[1].base_method.bta: no option 'bta'; did you mean 'beta'? It takes "
         + ", ".join(method_info("dkd").options),
-        "--set teacher.2.model=d: teacher is a list, whose members are teacher.0 to teacher.1",
-        "--set teacher.model=d: teacher is a list, whose members are teacher.0 to teacher.1",
+        "--set teacher.2.model=d: teacher is a list with the members teacher.0 to teacher.1",
+        "--set teacher.model=d: teacher is a list with the members teacher.0 to teacher.1",
         "--set method.0.temperature=-1: method[0].temperature must be above 0, got -1",
     ]
 
@@ -475,10 +474,10 @@ def test_one_teacher_several_or_none() -> None:
     two = load({**SMALL, "teacher": [{"model": "a", "size": 64}, {"model": "b", "training": {"lr": 0.5}}]})
     none = load({"student": {"model": "c"}, "method": {"name": "tfkd_reg"}})
 
-    assert [teacher.model for teacher in load(SMALL).each_teacher] == ["cifar/vgg8"]
-    assert [(teacher.model, teacher.size) for teacher in two.each_teacher] == [("a", 64), ("b", None)]
+    assert [teacher.model for teacher in load(SMALL).teacher_list] == ["cifar/vgg8"]
+    assert [(teacher.model, teacher.size) for teacher in two.teacher_list] == [("a", 64), ("b", None)]
     assert (two.network("teacher-2").model, two.stage_training("teacher-2").lr) == ("b", 0.5)
-    assert none.each_teacher == ()
+    assert none.teacher_list == ()
 
 
 def test_assistants_and_generations_have_settings_of_their_own() -> None:
@@ -499,11 +498,11 @@ def test_several_teachers_by_flag_keep_what_the_recipe_says_of_each() -> None:
     recipe = load(source, flags={"--teacher": ["b", "c@pretrained"]})
     back = load(recipe.model_dump(mode="json"), flags={"--teacher": ["d"]})
 
-    assert [(t.model, t.weights, t.training) for t in recipe.each_teacher] == [
+    assert [(t.model, t.weights, t.training) for t in recipe.teacher_list] == [
         ("b", None, {"epochs": 3}),
         ("c", "pretrained", {"epochs": 3}),
     ]
-    assert [(t.model, t.weights) for t in back.each_teacher] == [("d", None)]
+    assert [(t.model, t.weights) for t in back.teacher_list] == [("d", None)]
     assert problems(source, flags={"--teacher": ["b", "gone.pth"]}) == [
         "--teacher gone.pth: teacher[1].weights: no such file or folder: gone.pth"
     ]
@@ -534,7 +533,7 @@ def test_a_bare_state_dict_needs_its_architecture(written, tmp_path: Path) -> No
     assert load(SMALL, flags={"--teacher": "vgg16@w.pth"}).teacher.weights == "w.pth"
     torch.save({"a.weight": torch.zeros(2, 3)}, tmp_path / "w.pth")
     assert problems(SMALL, flags={"--teacher": "w.pth"}) == [
-        "--teacher w.pth: teacher.weights: w.pth holds weights alone; name their architecture as ARCHITECTURE@w.pth",
+        "--teacher w.pth: teacher.weights: w.pth contains weights only; give their architecture as ARCHITECTURE@w.pth",
         "It has 1 tensors of 6 values in all: a.weight (2, 3)",
     ]
     assert problems(SMALL, flags={"--teacher": "gone.pth"}) == [
@@ -566,7 +565,7 @@ def test_classes_are_a_list_a_file_a_known_list_or_a_mapping(written, tmp_path: 
         ("{a: [red]}", "teacher.classes must be"),
         ("{a: [], b: [1]}", "teacher.classes.a must be"),
         ("5", "teacher.classes must be"),
-        ("cifar11", "teacher.classes: cifar11 cannot be read as class names, one a line: No such file or directory"),
+        ("cifar11", "teacher.classes: cifar11 cannot be read as class names, one per line: No such file or directory"),
     ],
 )
 def test_classes_that_are_none_of_these(written, tmp_path: Path, given, message) -> None:  # type: ignore[no-untyped-def]

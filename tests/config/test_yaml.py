@@ -11,12 +11,12 @@ def test_every_key_knows_its_line_and_column() -> None:
     document = parse_yaml("a: 1\nb:\n  c: [1, 2]\n  d: {e: 3}\n", "r.yaml")
 
     assert document.value == {"a": 1, "b": {"c": [1, 2], "d": {"e": 3}}}
-    assert document.places.find(("a",)) == "r.yaml:1:1"
-    assert document.places.find(("b", "c")) == "r.yaml:3:3"
-    assert document.places.find(("b", "d", "e")) == "r.yaml:4:7"
-    assert document.places.find(("b", "c", 1)) == "r.yaml:3:10"
-    assert document.places.find(("b", "c", 2)) == "r.yaml:3:3"  # what encloses it
-    assert document.places.find(("z",)) == "r.yaml"
+    assert document.locations.find(("a",)) == "r.yaml:1:1"
+    assert document.locations.find(("b", "c")) == "r.yaml:3:3"
+    assert document.locations.find(("b", "d", "e")) == "r.yaml:4:7"
+    assert document.locations.find(("b", "c", 1)) == "r.yaml:3:10"
+    assert document.locations.find(("b", "c", 2)) == "r.yaml:3:3"  # what encloses it
+    assert document.locations.find(("z",)) == "r.yaml"
 
 
 @pytest.mark.parametrize(

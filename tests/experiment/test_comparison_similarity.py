@@ -20,7 +20,7 @@ def run(photographs, tmp_path_factory):
             "training": {"epochs": 1, "batch_size": 16, "precision": "float32"},
         }
     )
-    return pipeline.run(recipe, root=tmp_path_factory.mktemp("runs"))
+    return pipeline.run(recipe, output_dir=tmp_path_factory.mktemp("runs"))
 
 
 def test_a_row_for_each_stage_of_the_teacher(run):

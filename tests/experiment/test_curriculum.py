@@ -51,7 +51,7 @@ def test_counts_by_hand(images, classes, epochs, start, counts):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"method": {"name": "supervised"}}, "the teacher says what is easy, and .* has none"),
+        ({"method": {"name": "supervised"}}, "a teacher scores the images, and method .* has none"),
         ({"data": {"source": "digits", "class_balance": "sampling"}}, "use class_balance: weights"),
         ({"data": {"source": "digits", "target": "digits"}}, "curriculum orders images by class"),
         ({"curriculum": {"order": "esy"}}, "did you mean 'easy'"),
@@ -110,8 +110,8 @@ def _states(path, names=("teacher", "baseline", "distilled")):
 
 def test_only_who_distils_follows_it_and_takes_as_many_steps(recipe, tmp_path, drawn):
     told, plain = Notes(), Notes()
-    path = pipeline.run(recipe(curriculum="{start: 0.5}"), root=tmp_path / "with", observer=told)
-    other = pipeline.run(recipe(), root=tmp_path / "without", observer=plain, evaluate=False)
+    path = pipeline.run(recipe(curriculum="{start: 0.5}"), output_dir=tmp_path / "with", observer=told)
+    other = pipeline.run(recipe(), output_dir=tmp_path / "without", observer=plain, evaluate=False)
     assert told.steps == plain.steps
     assert set(drawn) == {"teacher", "baseline", "distilled"}
     a, b = _states(path), _states(other)
@@ -120,13 +120,16 @@ def test_only_who_distils_follows_it_and_takes_as_many_steps(recipe, tmp_path, d
     assert not all(torch.equal(a["distilled"][key], b["distilled"][key]) for key in a["distilled"])
     images = json.loads((path / "results.json").read_text())["stages"]["distilled"]["train"]["count"]
     (note,) = [each for each in told.notes if each.startswith("curriculum")]
-    assert f"{images // 2} images in the first epoch, {images} from epoch 2 on; as many steps in each" in note
+    assert (
+        f"{images // 2} images in the first epoch, {images} from epoch 2 on; the number of steps per epoch does not "
+        "change" in note
+    )
     assert not [each for each in plain.notes if each.startswith("curriculum")]
 
 
 @pytest.mark.parametrize(("order", "sign"), [("easy", 1), ("hard", -1)])
 def test_the_order_is_that_of_the_teachers_own_predictions(recipe, tmp_path, drawn, order, sign):
-    path = pipeline.run(recipe(curriculum=f"{{order: {order}}}"), root=tmp_path)
+    path = pipeline.run(recipe(curriculum=f"{{order: {order}}}"), output_dir=tmp_path)
     rows = [line.split(",") for line in (path / "teacher" / "predictions_train.csv").read_text().splitlines()]
     classes = [name.removeprefix("p:") for name in rows[0][3:]]
     labels = np.array([classes.index(row[1]) for row in rows[1:]])
@@ -154,10 +157,10 @@ class Killer(SilentObserver):
 @pytest.mark.parametrize("order", ["easy", "random"])
 def test_a_killed_run_goes_on_with_the_same_order(recipe, tmp_path, order):
     made = recipe(curriculum=f"{{order: {order}, start: 0.5, until: 1}}", **{"training.threads": "1"})
-    whole = pipeline.run(made, root=tmp_path / "whole", **ALONE)
+    whole = pipeline.run(made, output_dir=tmp_path / "whole", **ALONE)
     with pytest.raises(Killed):
-        pipeline.run(made, root=tmp_path / "killed", observer=Killer(), **ALONE)
-    path = pipeline.run(made, root=tmp_path / "killed", resume=True, **ALONE)
+        pipeline.run(made, output_dir=tmp_path / "killed", observer=Killer(), **ALONE)
+    path = pipeline.run(made, output_dir=tmp_path / "killed", resume=True, **ALONE)
     a, b = (_states(each, ["distilled"])["distilled"] for each in (whole, path))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -166,7 +169,7 @@ def test_random_order_asks_for_no_ones_word_and_has_its_own_for_each_seed(recipe
     orders = []
     for seed in (0, 1):
         made = recipe(curriculum="{order: random}", seed=str(seed))
-        pipeline.run(made, root=tmp_path, name=f"seed{seed}", **ALONE)
+        pipeline.run(made, output_dir=tmp_path, name=f"seed{seed}", **ALONE)
         orders.append(drawn["distilled"].curriculum.order.tolist())
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]

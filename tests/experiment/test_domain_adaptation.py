@@ -67,7 +67,7 @@ def done(between, tmp_path_factory):
     """A whole run with AdaBN and stored answers, in two seeds."""
     root = tmp_path_factory.mktemp("domains")
     recipe = between("domain.adapt_batch_norm=true", f"teacher_cache.folder={root / 'stores'}", "seeds=2")
-    return pipeline.run(recipe, root=root)
+    return pipeline.run(recipe, output_dir=root)
 
 
 class Listening(SilentObserver):
@@ -165,7 +165,7 @@ def test_the_comparison_says_what_was_learned_from(done, between):
     verdict = results(done)["comparison"]["verdict"]
     assert "Top-1 on the target's test" in verdict
     assert "On the source's test" in verdict
-    assert "no label of the target took part" in verdict
+    assert "no label of the target was used" in verdict
     assert f"{found['images']} of 33 target images" in verdict
     assert "test images of the target" in verdict
     facts = dict(data_section.data_context(read_run(done))["facts"])
@@ -200,24 +200,24 @@ def test_labels_of_the_target_cannot_leak_into_training(between, tmp_path):
     kept = {name: value for name, value in recipe.model_dump().items() if name != "data"}
     without = recipe.__class__.model_validate(kept | {"data": plain.data.model_dump()})
     for name, each in (("as-they-are", target), ("mixed", replace(target, train=mixed["train"], val=mixed["val"]))):
-        pipeline.run(without, root=tmp_path, name=name, data=replace(data, target=each), evaluate=False)
+        pipeline.run(without, output_dir=tmp_path, name=name, data=replace(data, target=each), evaluate=False)
     for stage in ("teacher", "baseline", "distilled"):
         assert weights(tmp_path / "mixed", stage) == weights(tmp_path / "as-they-are", stage), stage
 
 
 def test_teacher_and_baseline_are_those_of_a_run_without_a_target(between, photographs, tmp_path):
     """But for the statistics that AdaBN takes anew, the target changes nothing of them."""
-    with_target = pipeline.run(between(**NOW), root=tmp_path, name="with", evaluate=False)
+    with_target = pipeline.run(between(**NOW), output_dir=tmp_path, name="with", evaluate=False)
     value = between(**NOW).model_dump(mode="json") | {"domain": None}
     value["data"] |= {"target": None}
-    alone = pipeline.run(load_recipe(value), root=tmp_path, name="alone", evaluate=False)
+    alone = pipeline.run(load_recipe(value), output_dir=tmp_path, name="alone", evaluate=False)
     for stage in ("teacher", "baseline"):
         assert weights(with_target, stage) == weights(alone, stage)
     assert weights(with_target) != weights(alone)
 
 
 def test_the_adapted_teacher_has_statistics_of_the_target_and_the_trained_weights(done, between, tmp_path):
-    plain = pipeline.run(between(**NOW), root=tmp_path, stages=("teacher",), evaluate=False)
+    plain = pipeline.run(between(**NOW), output_dir=tmp_path, stages=("teacher",), evaluate=False)
     before, after = (load_model(path / "teacher").module.state_dict() for path in (plain, done))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
@@ -249,9 +249,9 @@ def test_the_student_sees_only_images_of_which_the_teacher_is_sure_in_balanced_d
     assert seen.draws.length == len(data.train)  # as many images per epoch as the baseline sees
     assert seen.val is data.val
     assert seen.test is data.target.test is own.stage_data(PlannedStage("teacher"), {}).test
-    assert any(f"{sure.sum()} of {len(sure)} target images teach" in text for text in listening.said)
+    assert any(f"{sure.sum()} of {len(sure)} target images are used for training" in text for text in listening.said)
     unseen = set(range(3)) - set(seen.draws.groups.tolist())
-    assert any("sure of no target image" in text for text in listening.said) == bool(unseen)
+    assert any("the teacher predicts no target image" in text for text in listening.said) == bool(unseen)
 
 
 def test_statistics_are_taken_from_mixed_batches_of_all_images(between):
@@ -296,7 +296,7 @@ def test_a_share_of_labels_teaches_both_students_and_picks_both(between):
 
 
 def test_a_run_with_some_labels(between, tmp_path):
-    run = pipeline.run(between("data.target_labels=0.4", **NOW), root=tmp_path)
+    run = pipeline.run(between("data.target_labels=0.4", **NOW), output_dir=tmp_path)
     found = results(run)["comparison"]["domain"]
     assert found["labelled"] == 12
     assert found["picked_by"] == "the target's labelled val"
@@ -330,8 +330,8 @@ def test_more_images_without_labels_join_those_of_the_target(between, night, tmp
 def test_an_interrupted_run_goes_on_to_the_same_weights(between, done, tmp_path, stage, epoch):
     recipe = between("domain.adapt_batch_norm=true", f"teacher_cache.folder={tmp_path / 'stores'}")
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe, root=tmp_path, observer=Impatient(stage, epoch))
-    again = pipeline.run(recipe, root=tmp_path, resume=True)
+        pipeline.run(recipe, output_dir=tmp_path, observer=Impatient(stage, epoch))
+    again = pipeline.run(recipe, output_dir=tmp_path, resume=True)
     for each in ("teacher", "baseline", "distilled"):
         assert weights(again, each) == weights(done, each), each
     assert results(again)["comparison"]["domain"]["images"] == results(done)["comparison"]["domain"]["images"]
@@ -339,32 +339,32 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(between, done, tmp_path,
 
 def test_a_teacher_that_was_saved_but_not_yet_adapted_is_adapted_on_resuming(between, done, tmp_path):
     recipe = between("domain.adapt_batch_norm=true", f"teacher_cache.folder={tmp_path / 'stores'}")
-    run = pipeline.run(recipe, root=tmp_path, stages=("teacher",), evaluate=False)
-    plain = pipeline.run(between(**NOW), root=tmp_path, name="plain", stages=("teacher",), evaluate=False)
+    run = pipeline.run(recipe, output_dir=tmp_path, stages=("teacher",), evaluate=False)
+    plain = pipeline.run(between(**NOW), output_dir=tmp_path, name="plain", stages=("teacher",), evaluate=False)
     model, facts = load_model(plain / "teacher"), load_model(run / "teacher").facts
     model.facts = {key: value for key, value in facts.items() if key != "batch_norm"}
     save_model(model, run / "teacher")
     assert weights(run, "teacher") != weights(done, "teacher")
     listening = Listening()
-    pipeline.run(recipe, root=tmp_path, resume=True, observer=listening)
+    pipeline.run(recipe, output_dir=tmp_path, resume=True, observer=listening)
     assert weights(run, "teacher") == weights(done, "teacher")
     assert weights(run) == weights(done)
     assert sum("AdaBN" in text for text in listening.said) == 1
 
 
 def test_a_ready_made_teacher_is_adapted_too(between, done, photographs, tmp_path):
-    plain = pipeline.run(between(**NOW), root=tmp_path, name="plain", stages=("teacher",), evaluate=False)
+    plain = pipeline.run(between(**NOW), output_dir=tmp_path, name="plain", stages=("teacher",), evaluate=False)
     recipe = between(
         "domain.adapt_batch_norm=true", f"teacher.weights={plain / 'teacher'}", "teacher.training={}", **NOW
     )
-    run = pipeline.run(recipe, root=tmp_path, name="ready", stages=("teacher",), evaluate=False)
+    run = pipeline.run(recipe, output_dir=tmp_path, name="ready", stages=("teacher",), evaluate=False)
     assert weights(run, "teacher") == weights(done, "teacher")
 
 
 def test_a_run_is_repeated_byte_for_byte(done, tmp_path):
     record = reproduce.read_run_record(done)
     recipe = load_recipe(done / "recipe.yaml")
-    again = pipeline.run(recipe, root=tmp_path, replay=record)
+    again = pipeline.run(recipe, output_dir=tmp_path, reproduce=record)
     outcome = reproduce.compare(record, pipeline.RunFolder(again))
     assert outcome.equal, outcome.lines
 
@@ -373,18 +373,18 @@ def test_other_target_images_are_refused_on_resuming(between, night, tmp_path):
     other = tmp_path / "night"
     shutil.copytree(night, other)
     recipe = between(f"data.target={other}", **NOW)
-    run = pipeline.run(recipe, root=tmp_path, stages=("teacher",), evaluate=False)
+    run = pipeline.run(recipe, output_dir=tmp_path, stages=("teacher",), evaluate=False)
     shutil.copy(other / "red" / "n00.png", other / "red" / "n77.png")
     with pytest.raises(UsageError, match=r"(?s)same images.*red/n77\.png"):
-        pipeline.run(recipe, root=tmp_path, resume=True)
+        pipeline.run(recipe, output_dir=tmp_path, resume=True)
     (other / "red" / "n77.png").unlink()
     with pytest.raises(UsageError, match=r"domain\.confidence: was 0\.5, now 0\.6"):
-        pipeline.run(between(f"data.target={other}", "domain.confidence=0.6", **NOW), root=tmp_path, resume=True)
+        pipeline.run(between(f"data.target={other}", "domain.confidence=0.6", **NOW), output_dir=tmp_path, resume=True)
     assert (run / "teacher" / "model.json").exists()
 
 
 def test_stored_answers_give_the_same_weights_and_can_be_verified(done, between, tmp_path):
-    live = pipeline.run(between("domain.adapt_batch_norm=true", **NOW), root=tmp_path)
+    live = pipeline.run(between("domain.adapt_batch_norm=true", **NOW), output_dir=tmp_path)
     every = results(done)["stages"]["distilled"]["teaching"]
     assert every["asked"] + every["read"] > 0
     stores = sorted(path for path in (done.parent / "stores").iterdir() if path.is_dir())
@@ -416,10 +416,10 @@ def test_evaluate_knows_both_domains_of_a_run(done, between, photographs, night)
 
 def test_a_threshold_that_leaves_nothing_ends_the_run_before_the_student(between, tmp_path):
     with pytest.raises(UsageError, match=r"leaves none of 33 target images.*\n.*at 0\.5") as caught:
-        pipeline.run(between("domain.confidence=1", **NOW), root=tmp_path)
+        pipeline.run(between("domain.confidence=1", **NOW), output_dir=tmp_path)
     assert "adapt_batch_norm=true" in str(caught.value)
     assert not (tmp_path / "tiny" / "distilled" / "model.json").exists()
-    pipeline.run(between("domain.confidence=1", **NOW), root=tmp_path, name="b", stages=("baseline",))
+    pipeline.run(between("domain.confidence=1", **NOW), output_dir=tmp_path, name="b", stages=("baseline",))
 
 
 def test_what_cannot_work_is_refused_before_training(between, tmp_path):
@@ -434,7 +434,7 @@ def test_what_cannot_work_is_refused_before_training(between, tmp_path):
         ),
     ):
         with pytest.raises(UsageError, match=message):
-            pipeline.run(between(*sets, **NOW), root=tmp_path)
+            pipeline.run(between(*sets, **NOW), output_dir=tmp_path)
         assert not (tmp_path / "tiny").exists()
 
 
@@ -442,14 +442,14 @@ def test_images_from_python_without_a_target_are_refused(between, tmp_path):
     recipe = load_recipe("domain", data_needed=False)
     data = replace(load_data(between().data), target=None)
     with pytest.raises(UsageError, match=r"data\.target is not given"):
-        pipeline.run(recipe, root=tmp_path, data=data)
+        pipeline.run(recipe, output_dir=tmp_path, data=data)
 
 
 def test_classes_that_differ_are_refused_before_training(between, night, tmp_path):
     shutil.copytree(night, tmp_path / "night")
     (tmp_path / "night" / "red").rename(tmp_path / "night" / "reds")
     with pytest.raises(DataError, match=r"no 'red'; did you mean 'reds'"):
-        pipeline.run(between(f"data.target={tmp_path / 'night'}"), root=tmp_path)
+        pipeline.run(between(f"data.target={tmp_path / 'night'}"), output_dir=tmp_path)
 
 
 def test_a_store_of_several_teachers_cannot_be_verified(between, tmp_path):
@@ -457,7 +457,7 @@ def test_a_store_of_several_teachers_cannot_be_verified(between, tmp_path):
         "teacher=[{model: cifar/resnet8, training: {epochs: 1}}, {model: cifar/resnet8, training: {epochs: 1}}]",
         "domain.confidence=0", f"teacher_cache.folder={tmp_path / 'stores'}",
     )  # fmt: skip
-    run = pipeline.run(recipe, root=tmp_path)
+    run = pipeline.run(recipe, output_dir=tmp_path)
     assert results(run)["together"]["teachers"]["of"] == ["teacher", "teacher-2"]
     with pytest.raises(ArtifactError, match=r"data\.target and several teachers"):
         verify_cache(next(path for path in (tmp_path / "stores").iterdir() if path.is_dir()))

@@ -40,9 +40,8 @@ def test_a_threshold_that_leaves_nothing_says_what_lower_ones_would() -> None:
     with pytest.raises(UsageError) as caught:
         select_pseudo_labels(SAID, NOBODY, 0.99)
     assert str(caught.value).splitlines() == [
-        "domain.confidence 0.99 leaves none of 5 target images to learn from: the teacher's confidence is 0.960 at "
-        "most.",
-        "At lower thresholds there would be: 2 at 0.95, 3 at 0.9, 3 at 0.8, 4 at 0.7, 4 at 0.6, 4 at 0.5, "
+        "domain.confidence 0.99 leaves none of 5 target images: the teacher's confidence is 0.960 at most.",
+        "Images at lower thresholds: 2 at 0.95, 3 at 0.9, 3 at 0.8, 4 at 0.7, 4 at 0.6, 4 at 0.5, "
         "4 at 0.4, 5 at 0.3, 5 at 0",
         "Lower domain.confidence, set domain.adapt_batch_norm=true, or train the teacher longer",
     ]
@@ -51,6 +50,6 @@ def test_a_threshold_that_leaves_nothing_says_what_lower_ones_would() -> None:
 def test_the_sentence_counts_by_class_as_the_teacher_sees_it() -> None:
     found = select_pseudo_labels(SAID, np.array([-100, 1, -100, -100, -100]), 0.9)
     assert found.sentence(["cat", "dog", "owl"], 5, 0.9) == (
-        "4 of 5 target images teach the student, 1 of them with their label (teacher's confidence at least 0.9); "
-        "by class as the teacher sees it: cat 1, dog 2, owl 1"
+        "4 of 5 target images are used for training, 1 of them with their label (teacher's confidence at least 0.9); "
+        "by predicted class: cat 1, dog 2, owl 1"
     )

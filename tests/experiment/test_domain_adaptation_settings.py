@@ -13,12 +13,16 @@ def problems(*sets, source="domain", **flags):
 
 def test_the_shipped_recipe_says_what_is_missing():
     text = problems(**{"--seed": 0})
-    assert "data.source is not given" in text
-    assert "data.target is not given" in text
+    assert "data.source is missing" in text
+    assert "`domain` needs data.target" in text
     assert "domain.yaml:" in text
     assert load_recipe("domain", data_needed=False).data.target is None  # it comes with the data from Python
     recipe = load_recipe("domain", ["data.target=digits"], flags={"--data": "digits"})
-    assert (recipe.domains.confidence, recipe.domains.class_balance, recipe.domains.adapt_batch_norm) == (
+    assert (
+        recipe.domain_settings.confidence,
+        recipe.domain_settings.class_balance,
+        recipe.domain_settings.adapt_batch_norm,
+    ) == (
         0.9,
         True,
         False,
@@ -56,5 +60,5 @@ def test_a_recipe_without_a_target_is_written_and_read_as_before():
     assert again == recipe
     with_target = load_recipe("quickstart", ["data.target=digits"])
     assert with_target.domain is None
-    assert with_target.domains.confidence == 0.9
+    assert with_target.domain_settings.confidence == 0.9
     assert load_recipe(parse_yaml(dump_recipe(with_target), "again").value) == with_target

@@ -29,7 +29,7 @@ def test_the_groups_and_their_order():
 
 
 def test_no_more_than_asked_for_and_all_are_counted():
-    assert select_examples({"student": STUDENT}, most=1) == {"mistakes": ExampleGroup(3, (1,))}
+    assert select_examples({"student": STUDENT}, max_images=1) == {"mistakes": ExampleGroup(3, (1,))}
 
 
 def test_a_perfect_student_has_no_mistakes():

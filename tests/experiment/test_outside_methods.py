@@ -115,7 +115,7 @@ def test_a_preset_beside_code_in_a_file_loads_nothing(code, file, tmp_path):
 def test_from_python(code, recipe, tmp_path):
     value = yaml.safe_load(dump_recipe(recipe()))
     value["method"] = [{"name": code, "temperature": 2.0, "factor": 0.5}, {"name": "kd"}]
-    folder = potstill.run(value, root=tmp_path / "runs", name="dict")
+    folder = potstill.run(value, output_dir=tmp_path / "runs", name="dict")
     assert RunFolder(folder).read_results()["method"]["methods"][0]["name"] == f"{tmp_path}/halves.py:Halves"
     method = create_method(code, temperature=2.0, schedule={"share": {"shape": "linear", "start": 1.0, "end": 0.0}})
     method.start_epoch(1, 2)

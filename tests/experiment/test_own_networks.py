@@ -65,7 +65,9 @@ def test_modules_from_python(plain, tmp_path):
     teacher, student = by_colour(), create_model("cifar/resnet8", 3, size=16)
     before = {key: value.clone() for key, value in student.state_dict().items()}
     notes = Notes()
-    folder = potstill.run(plain, teacher=teacher, student=student, teacher_input=EXACT, root=tmp_path, observer=notes)
+    folder = potstill.run(
+        plain, teacher=teacher, student=student, teacher_input=EXACT, output_dir=tmp_path, observer=notes
+    )
     results = RunFolder(folder).read_results()
     assert results["stages"]["teacher"]["test"]["top1"] == 1.0
     assert results["stages"]["teacher"]["model"]["architecture"] == "python/teacher"
@@ -77,7 +79,7 @@ def test_modules_from_python(plain, tmp_path):
     assert load_model(folder / "teacher", module=by_colour()).input == EXACT
     more = Notes()
     networks = {"teacher": teacher, "student": student, "teacher_input": EXACT}
-    potstill.run(plain, **networks, root=tmp_path, resume=True, observer=more)
+    potstill.run(plain, **networks, output_dir=tmp_path, resume=True, observer=more)
     assert "distilled: already trained" in more.lines
 
 
@@ -85,7 +87,7 @@ def test_the_teacher_is_shown_what_the_student_is_where_nothing_is_said(plain, t
     spec = InputSpec(12, (0.3,) * 3, (0.4,) * 3)
     changes = ("training.epochs=1",)
     folder = potstill.run(
-        plain, sets=changes, teacher=by_colour(), student_input=spec, root=tmp_path,
+        plain, overrides=changes, teacher=by_colour(), student_input=spec, output_dir=tmp_path,
         student=lambda num_classes: create_model("cifar/resnet8", num_classes, size=12),
     )  # fmt: skip
     assert load_model(folder / "teacher", module=by_colour()).input == spec
@@ -97,7 +99,7 @@ def test_the_teacher_is_shown_what_the_student_is_where_nothing_is_said(plain, t
     [
         ({"teacher": "resnet18"}, "teacher must be an nn.Module or a callable that returns one, got str"),
         ({"student": 3}, "student must be an nn.Module"),
-        ({"teacher_input": EXACT}, "teacher_input is for a teacher that is given from Python"),
+        ({"teacher_input": EXACT}, "teacher_input needs teacher"),
         ({"teacher": nn.Linear(2, 2)}, "python/teacher cannot take images of 16 px"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(768, 4))}, r"gives \(1, 4\) instead of \(1, 3\)"),
         ({"student": lambda: None}, "python/student.* returned None"),
@@ -105,17 +107,19 @@ def test_the_teacher_is_shown_what_the_student_is_where_nothing_is_said(plain, t
 )
 def test_what_is_no_network_is_refused_before_training(plain, tmp_path, wrong, message):
     with pytest.raises(UsageError, match=message):
-        potstill.run(plain, root=tmp_path, **wrong)
+        potstill.run(plain, output_dir=tmp_path, **wrong)
 
 
 def test_a_permuted_teacher_is_recognised_and_the_line_to_write_mends_it(plain, tmp_path):
     notes = Notes()
     turned = by_colour((0, 2, 1))  # red, blue, green
-    potstill.run(plain, teacher=turned, teacher_input=EXACT, root=tmp_path, name="a", observer=notes)
+    potstill.run(plain, teacher=turned, teacher_input=EXACT, output_dir=tmp_path, name="a", observer=notes)
     found = next(line for line in notes.lines if "classes in another order" in line)
     setting = found.split("--set ")[1].strip().strip("'")
     assert setting == 'teacher.classes=["red", "blue", "green"]'
-    folder = potstill.run(plain, sets=(setting,), teacher=turned, teacher_input=EXACT, root=tmp_path, name="b")
+    folder = potstill.run(
+        plain, overrides=(setting,), teacher=turned, teacher_input=EXACT, output_dir=tmp_path, name="b"
+    )
     assert RunFolder(folder).read_results()["stages"]["teacher"]["test"]["top1"] == 1.0
 
 
@@ -203,7 +207,7 @@ def test_class_names_beside_weights_of_a_hub_folder_are_used(plain, code, tmp_pa
     for names, top1 in ((["red", "blue", "green"], 1.0), (["green", "red", "blue"], 0.0)):
         config = {"id2label": {str(at): name.upper() for at, name in enumerate(names)}}
         (folder / "config.json").write_text(json.dumps(config))
-        run = potstill.run(plain, sets=(*teacher, *exact, "training.epochs=1"), root=tmp_path, name=names[0])
+        run = potstill.run(plain, overrides=(*teacher, *exact, "training.epochs=1"), output_dir=tmp_path, name=names[0])
         assert RunFolder(run).read_results()["stages"]["teacher"]["test"]["top1"] == top1
 
 
@@ -212,7 +216,11 @@ def test_several_outputs_of_a_teacher_are_one_class(plain, tmp_path):
     many[2].weight.data = torch.tensor([[5.0, 0, 0], [5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0], [2.0, 2.0, 2.0]])
     wanted = "teacher.classes={blue: [3], green: 2, red: [0, 1]}"
     folder = potstill.run(
-        plain, sets=(wanted, "method.name=kd", "training.epochs=1"), teacher=many, teacher_input=EXACT, root=tmp_path
+        plain,
+        overrides=(wanted, "method.name=kd", "training.epochs=1"),
+        teacher=many,
+        teacher_input=EXACT,
+        output_dir=tmp_path,
     )
     assert RunFolder(folder).read_results()["stages"]["teacher"]["test"]["top1"] == 1.0
     saved = load_model(folder / "teacher", module=many)
@@ -220,4 +228,4 @@ def test_several_outputs_of_a_teacher_are_one_class(plain, tmp_path):
     assert saved.output_groups.groups == ((3,), (2,), (0, 1))
     wrong = "teacher.classes={blue: [7], green: 2, red: [0, 1]}"
     with pytest.raises(UsageError, match=r"teacher.classes: 'blue': the network has outputs 0 to 4, got 7"):
-        potstill.run(plain, sets=(wrong,), teacher=many, teacher_input=EXACT, root=tmp_path, name="w")
+        potstill.run(plain, overrides=(wrong,), teacher=many, teacher_input=EXACT, output_dir=tmp_path, name="w")

@@ -38,7 +38,7 @@ def module_recipe(photographs):
 
 @pytest.fixture(scope="module")
 def run(module_recipe, tmp_path_factory):
-    return pipeline.run(module_recipe, root=tmp_path_factory.mktemp("runs"))
+    return pipeline.run(module_recipe, output_dir=tmp_path_factory.mktemp("runs"))
 
 
 def results(path):
@@ -120,7 +120,7 @@ def test_the_temperature_is_fitted_on_val_alone(photographs, recipe, tmp_path):
     for path, at in zip(paths, random.permutation(len(paths)), strict=True):  # no network is ever sure and right
         path.write_bytes(pixels[at])
     confused = recipe(**{"data.source": tmp_path / "confused", "training.epochs": 1})
-    run = pipeline.run(confused, root=tmp_path / "runs", stages=("baseline",))
+    run = pipeline.run(confused, output_dir=tmp_path / "runs", stages=("baseline",))
     fitted = {}
     for split in ("val", "test"):
         classes, rows = predictions(run, "baseline", split)
@@ -161,7 +161,7 @@ def test_no_student_file_holds_the_teacher(run):
 
 def test_checkpoints_are_kept_on_request_and_hold_no_teacher(recipe, tmp_path):
     kept = recipe(**{"training.epochs": 1, "training.keep_checkpoint": True})
-    path = pipeline.run(kept, root=tmp_path, evaluate=False)
+    path = pipeline.run(kept, output_dir=tmp_path, evaluate=False)
     sizes = {}
     for stage in STAGES:
         (last,) = (path / stage / "checkpoints").iterdir()
@@ -177,19 +177,23 @@ def test_same_seed_same_weights_whatever_the_workers(run, module_recipe, tmp_pat
             update={"workers": workers, "cache_fraction": 1e-12}
         )  # streamed, not resident
         again = pipeline.run(
-            module_recipe.model_copy(update={"data": data}), root=tmp_path, name=f"w{workers}", stages=("baseline",),
-            evaluate=False,
+            module_recipe.model_copy(update={"data": data}), output_dir=tmp_path, name=f"w{workers}",
+            stages=("baseline",), evaluate=False,
         )  # fmt: skip
         assert same(weights(again, "baseline"), weights(run, "baseline"))
     other = pipeline.run(
-        module_recipe.model_copy(update={"seed": 1}), root=tmp_path, name="seed1", stages=("baseline",), evaluate=False
+        module_recipe.model_copy(update={"seed": 1}),
+        output_dir=tmp_path,
+        name="seed1",
+        stages=("baseline",),
+        evaluate=False,
     )
     assert not same(weights(other, "baseline"), weights(run, "baseline"))
 
 
 def test_baseline_and_distilled_differ_by_the_method_alone(recipe, tmp_path):
     # With alpha = 1 the teacher counts for nothing: the distilled student must be the baseline, bit for bit.
-    path = pipeline.run(recipe(**{"method.alpha": 1.0, "teacher.training.epochs": 1}), root=tmp_path)
+    path = pipeline.run(recipe(**{"method.alpha": 1.0, "teacher.training.epochs": 1}), output_dir=tmp_path)
     assert same(weights(path, "distilled"), weights(path, "baseline"))
     assert results(path)["comparison"]["top1_gain"] == 0
 
@@ -210,52 +214,54 @@ def test_a_killed_run_goes_on_and_ends_the_same(run, module_recipe, tmp_path):
                 raise Killed
 
     with pytest.raises(Killed):
-        pipeline.run(module_recipe, root=tmp_path, observer=Killer("teacher"))
+        pipeline.run(module_recipe, output_dir=tmp_path, observer=Killer("teacher"))
     with pytest.raises(Killed):
-        pipeline.run(module_recipe, root=tmp_path, observer=Killer("distilled"), resume=True)
-    path = pipeline.run(module_recipe, root=tmp_path, resume=True)
+        pipeline.run(module_recipe, output_dir=tmp_path, observer=Killer("distilled"), resume=True)
+    path = pipeline.run(module_recipe, output_dir=tmp_path, resume=True)
     for stage in STAGES:
         assert same(weights(path, stage), weights(run, stage)), stage
 
 
 def test_resume_refuses_other_settings_by_name(recipe, tmp_path):
-    pipeline.run(recipe(), root=tmp_path, stages=("baseline",), evaluate=False)
+    pipeline.run(recipe(), output_dir=tmp_path, stages=("baseline",), evaluate=False)
     with pytest.raises(UsageError, match=r"training\.lr: was 0\.003, now 0\.01"):
-        pipeline.run(recipe(**{"training.lr": 0.01}), root=tmp_path, stages=("baseline",), resume=True)
-    pipeline.run(recipe(**{"data.workers": 1}), root=tmp_path, stages=("baseline",), resume=True, evaluate=False)
+        pipeline.run(recipe(**{"training.lr": 0.01}), output_dir=tmp_path, stages=("baseline",), resume=True)
+    pipeline.run(recipe(**{"data.workers": 1}), output_dir=tmp_path, stages=("baseline",), resume=True, evaluate=False)
 
 
 def test_resume_fills_in_what_an_older_recipe_did_not_know(recipe, tmp_path):
-    path = pipeline.run(recipe(), root=tmp_path, stages=("baseline",), evaluate=False)
+    path = pipeline.run(recipe(), output_dir=tmp_path, stages=("baseline",), evaluate=False)
     older = yaml.safe_load((path / "recipe.yaml").read_text())
     for key in ("born_again_generations", "feature_pairs", "assistants", "teachers"):
         del older[key]
     del older["teacher"]["size"]
     write_checksummed_text(path / "recipe.yaml", yaml.safe_dump(older))
-    pipeline.run(recipe(), root=tmp_path, stages=("baseline",), resume=True, evaluate=False)
+    pipeline.run(recipe(), output_dir=tmp_path, stages=("baseline",), resume=True, evaluate=False)
     with pytest.raises(UsageError, match="born_again_generations: was 1, now 2"):
-        pipeline.run(recipe(born_again_generations=2), root=tmp_path, stages=("baseline",), resume=True)
+        pipeline.run(recipe(born_again_generations=2), output_dir=tmp_path, stages=("baseline",), resume=True)
 
 
 def test_resume_refuses_other_images(photographs, recipe, tmp_path):
     shutil.copytree(photographs, tmp_path / "mine")
     tiny = recipe(**{"data.source": f"'{tmp_path / 'mine'}'", "training.epochs": 1})
-    pipeline.run(tiny, root=tmp_path, stages=("baseline",), evaluate=False)
+    pipeline.run(tiny, output_dir=tmp_path, stages=("baseline",), evaluate=False)
     shutil.copy(photographs / "blue" / "00.png", tmp_path / "mine" / "red" / "00.png")
     with pytest.raises(UsageError, match="has changed since"):
-        pipeline.run(tiny, root=tmp_path, stages=("baseline",), resume=True)
+        pipeline.run(tiny, output_dir=tmp_path, stages=("baseline",), resume=True)
 
 
 def test_overwriting_spares_the_weights_that_the_new_run_starts_from(recipe, tmp_path):
-    path = pipeline.run(recipe(**{"teacher.training.epochs": 1}), root=tmp_path, stages=("teacher",), evaluate=False)
+    path = pipeline.run(
+        recipe(**{"teacher.training.epochs": 1}), output_dir=tmp_path, stages=("teacher",), evaluate=False
+    )
     again = recipe(**{"teacher.weights": f"'{path / 'teacher'}'"})
-    with pytest.raises(UsageError, match="would delete the teacher's own weights"):
-        pipeline.run(again, root=tmp_path, overwrite=True)
+    with pytest.raises(UsageError, match="would delete the weights from which teacher starts"):
+        pipeline.run(again, output_dir=tmp_path, overwrite=True)
     assert (path / "teacher" / "model.safetensors").exists()
 
 
 def test_a_teacher_from_another_run_is_not_trained_again(run, recipe, tmp_path):
-    path = pipeline.run(recipe(**{"teacher.weights": f"'{run / 'teacher'}'"}), root=tmp_path)
+    path = pipeline.run(recipe(**{"teacher.weights": f"'{run / 'teacher'}'"}), output_dir=tmp_path)
     assert same(weights(path, "teacher"), weights(run, "teacher"))
     assert results(path)["stages"]["teacher"]["training"] is None
     assert not (path / "teacher" / "metrics.jsonl").exists()
@@ -264,7 +270,9 @@ def test_a_teacher_from_another_run_is_not_trained_again(run, recipe, tmp_path):
 def test_a_bare_state_dict_is_a_teacher_too(run, recipe, tmp_path):
     file = tmp_path / "teacher.pth"
     torch.save({"state_dict": {f"module.{k}": v for k, v in weights(run, "teacher").items()}}, file)
-    path = pipeline.run(recipe(**{"teacher.weights": f"'{file}'"}), root=tmp_path, stages=("teacher",), evaluate=False)
+    path = pipeline.run(
+        recipe(**{"teacher.weights": f"'{file}'"}), output_dir=tmp_path, stages=("teacher",), evaluate=False
+    )
     assert same(weights(path, "teacher"), weights(run, "teacher"))
 
 
@@ -274,8 +282,8 @@ def test_of_several_teachers_one_with_another_order_of_classes_is_refused(run, r
     turned = Classifier(found.module, found.architecture, found.class_names[::-1], found.input)
     save_model(turned, tmp_path / "turned")
     both = [{"model": found.architecture, "weights": str(path)} for path in (run / "teacher", tmp_path / "turned")]
-    with pytest.raises(ArtifactError, match=r"turned knows other classes than this data, or the same in another order"):
-        pipeline.run(recipe(teacher=json.dumps(both)), root=tmp_path, name="two")
+    with pytest.raises(ArtifactError, match=r"turned has other classes than this data, or another order"):
+        pipeline.run(recipe(teacher=json.dumps(both)), output_dir=tmp_path, name="two")
 
 
 def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photographs, recipe, tmp_path):
@@ -284,8 +292,8 @@ def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photograp
     for new, old in {"azure": "blue", "green": "green", "red": "red"}.items():
         shutil.copytree(photographs / old, other / new)
     changes = {"data.source": f"'{other}'", "teacher.weights": f"'{run / 'teacher'}'"}
-    with pytest.raises(ArtifactError, match="knows other classes"):
-        pipeline.run(recipe(**changes), root=tmp_path, name="a")
+    with pytest.raises(ArtifactError, match="has other classes"):
+        pipeline.run(recipe(**changes), output_dir=tmp_path, name="a")
 
     said = []
 
@@ -293,7 +301,9 @@ def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photograp
         def warn(self, message):
             said.append(message)
 
-    path = pipeline.run(recipe(**changes, **{"teacher.new_head": True}), root=tmp_path, name="b", observer=Listening())
+    path = pipeline.run(
+        recipe(**changes, **{"teacher.new_head": True}), output_dir=tmp_path, name="b", observer=Listening()
+    )
     assert any("NEW HEAD" in message for message in said)
     assert results(path)["stages"]["teacher"]["training"]["epochs"] == 3
 
@@ -310,7 +320,7 @@ def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):
 
     path = pipeline.run(
         recipe(**{"teacher.training": "{epochs: 1, lr: 1e-12}", "training.epochs": 4}),
-        root=tmp_path,
+        output_dir=tmp_path,
         observer=Listening(),
     )
     warned = [i for i, event in enumerate(events) if "no better than chance" in event or "below the baseline" in event]
@@ -329,7 +339,7 @@ def test_all_mistakes_come_at_once_before_any_training(recipe, tmp_path):
     bad = recipe().model_copy(update={"student": recipe().student.model_copy(update={"model": "cifar/resnet9"})})
     bad = bad.model_copy(update={"training": bad.training.model_copy(update={"optimizer": "adamm"})})
     with pytest.raises(UsageError) as caught:
-        pipeline.run(bad, root=tmp_path)
+        pipeline.run(bad, output_dir=tmp_path)
     assert "cifar/resnet9" in str(caught.value)
     assert "adamm" in str(caught.value)
     assert not (tmp_path / "tiny" / "recipe.yaml").exists()
@@ -341,12 +351,12 @@ def test_a_broken_image_stops_the_run_before_training(photographs, recipe, tmp_p
         shutil.copytree(photographs / name, broken / name)
     (broken / "red" / "00.png").write_text("no picture")
     with pytest.raises(DataError, match=r"red/00\.png"):
-        pipeline.run(recipe(**{"data.source": f"'{broken}'"}), root=tmp_path)
+        pipeline.run(recipe(**{"data.source": f"'{broken}'"}), output_dir=tmp_path)
 
 
 def test_stages_must_make_sense(recipe, tmp_path):
-    with pytest.raises(UsageError, match="needs a teacher that is trained already"):
-        pipeline.run(recipe(), root=tmp_path, stages=("distilled",))
+    with pytest.raises(UsageError, match="needs a trained teacher"):
+        pipeline.run(recipe(), output_dir=tmp_path, stages=("distilled",))
 
 
 def test_class_weights_are_inverse_to_the_counts(photographs, recipe, tmp_path):

@@ -10,8 +10,8 @@ from potstill.experiment import pipeline
 
 def test_the_recipe_of_the_package_has_different_families_and_sizes():
     found = load_recipe("ensemble")
-    assert [each.model for each in found.each_teacher] == ["cifar/vgg8", "cifar/resnet20"]
-    assert [each.size or found.data.size for each in found.each_teacher] == [32, 16]
+    assert [each.model for each in found.teacher_list] == ["cifar/vgg8", "cifar/resnet20"]
+    assert [each.size or found.data.size for each in found.teacher_list] == [32, 16]
 
 
 @pytest.fixture
@@ -19,11 +19,11 @@ def both(recipe, tmp_path, monkeypatch):
     """A run of two teachers, and how to make another run from one of them."""
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
     teachers = [{"model": "cifar/resnet14"}, {"model": "cifar/wrn_16_1", "size": 24}]
-    path = pipeline.run(recipe(teacher=json.dumps(teachers)), root=tmp_path, name="both")
+    path = pipeline.run(recipe(teacher=json.dumps(teachers)), output_dir=tmp_path, name="both")
 
     def alone(stage):
         made = recipe(teacher=json.dumps({"weights": str(path / stage)}))
-        return pipeline.run(made, root=tmp_path, name=f"from-{stage}")
+        return pipeline.run(made, output_dir=tmp_path, name=f"from-{stage}")
 
     return path, alone
 

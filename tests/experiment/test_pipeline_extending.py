@@ -49,7 +49,7 @@ def ready(recipe, tmp_path_factory):
     """Two run folders: of a trained teacher alone, and of a baseline alone."""
     folder = tmp_path_factory.mktemp("ready")
     return tuple(
-        pipeline.run(recipe(), root=folder, name=stage, stages=(stage,), evaluate=False)
+        pipeline.run(recipe(), output_dir=folder, name=stage, stages=(stage,), evaluate=False)
         for stage in ("teacher", "baseline")
     )
 
@@ -67,15 +67,15 @@ def baseline(ready):
 def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, root, teacher):
     """Where neither learning rate nor views depend on the length."""
     same = {"teacher.weights": teacher, "teacher_cache.views": 2}
-    whole = pipeline.run(recipe(**same, **{"training.epochs": 4}), root=root, name="whole")
-    short = pipeline.run(recipe(**same, **{"training.keep_checkpoint": True}), root=root, name="part")
+    whole = pipeline.run(recipe(**same, **{"training.epochs": 4}), output_dir=root, name="whole")
+    short = pipeline.run(recipe(**same, **{"training.keep_checkpoint": True}), output_dir=root, name="part")
     assert results(short)["looks"]["epochs_added_after_look"] == 0
     before = weights(short, "teacher")
     longer = recipe(**same, **{"training.epochs": 4})
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(longer, root=root, name="part", resume=True, observer=Heard(("distilled", 3)))
+        pipeline.run(longer, output_dir=root, name="part", resume=True, observer=Heard(("distilled", 3)))
     heard = Heard()
-    assert pipeline.run(longer, root=root, name="part", resume=True, observer=heard) == short
+    assert pipeline.run(longer, output_dir=root, name="part", resume=True, observer=heard) == short
     assert heard.stages == ["distilled"]
     assert any("distilled: extended from 2 to 4 epochs" in note for note in heard.notes)
     for stage in STUDENTS:
@@ -92,49 +92,51 @@ def test_a_run_that_is_extended_is_one_that_was_as_long_from_the_start(recipe, r
 
 def test_a_run_is_not_shortened(recipe, root, teacher):
     same = {"teacher.weights": teacher}
-    pipeline.run(recipe(**same), root=root, name="part", stages=("teacher", "distilled"), evaluate=False)
+    pipeline.run(recipe(**same), output_dir=root, name="part", stages=("teacher", "distilled"), evaluate=False)
     with pytest.raises(UsageError, match=r"training\.epochs: was 2, now 1"):
-        pipeline.run(recipe(**same, **{"training.epochs": 1}), root=root, name="part", resume=True)
+        pipeline.run(recipe(**same, **{"training.epochs": 1}), output_dir=root, name="part", resume=True)
     with pytest.raises(UsageError, match=r"training\.lr: was 0\.003, now 0\.1"):
-        pipeline.run(recipe(**same, **{"training.epochs": 3, "training.lr": 0.1}), root=root, name="part", resume=True)
+        pipeline.run(
+            recipe(**same, **{"training.epochs": 3, "training.lr": 0.1}), output_dir=root, name="part", resume=True
+        )
 
 
 def test_a_run_without_its_checkpoints_is_trained_from_the_start(recipe, root, teacher):
     same = {"teacher.weights": teacher, "teacher_cache.views": 2}
-    whole = pipeline.run(recipe(**same, **{"training.epochs": 3}), root=root, name="whole", evaluate=False)
-    path = pipeline.run(recipe(**same), root=root, name="part")
+    whole = pipeline.run(recipe(**same, **{"training.epochs": 3}), output_dir=root, name="whole", evaluate=False)
+    path = pipeline.run(recipe(**same), output_dir=root, name="part")
     assert not (path / "baseline" / "checkpoints" / "last.checkpoint").exists()
     longer = recipe(**same, **{"training.epochs": 3})
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(longer, root=root, name="part", resume=True, observer=Heard(("distilled", 2)))
+        pipeline.run(longer, output_dir=root, name="part", resume=True, observer=Heard(("distilled", 2)))
     heard = Heard()
-    assert pipeline.run(longer, root=root, name="part", resume=True, observer=heard) == path
-    assert any("distilled: from 2 to 3 epochs, all of them from the start" in note for note in heard.notes)
+    assert pipeline.run(longer, output_dir=root, name="part", resume=True, observer=heard) == path
+    assert any("distilled: extended from 2 to 3 epochs, trained again from the start" in note for note in heard.notes)
     for stage in STUDENTS:
         assert weights(path, stage) == weights(whole, stage)
 
 
 def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, teacher, baseline):
     same = {"teacher.weights": teacher}
-    whole = pipeline.run(recipe(**same), root=root, name="whole")
+    whole = pipeline.run(recipe(**same), output_dir=root, name="whole")
     heard = Heard()
-    alone = pipeline.run(recipe(**same), root=root, name="alone", stages=("distilled",), observer=heard)
+    alone = pipeline.run(recipe(**same), output_dir=root, name="alone", stages=("distilled",), observer=heard)
     assert heard.stages == ["teacher", "distilled"]
     assert weights(alone, "distilled") == weights(whole, "distilled")
     assert results(alone)["comparison"] is None
     # how good the ready-made teacher is comes before anything is trained
     images = results(alone)["stages"]["teacher"]["val"]["count"]
     assert f"on {images} val images" in next(note for note in heard.notes if note.startswith("teacher: top-1 "))
-    with pytest.raises(UsageError, match=r"needs a teacher that is trained already: .*--teacher"):
-        pipeline.run(recipe(), root=root, name="none", stages=("distilled",))
+    with pytest.raises(UsageError, match=r"needs a trained teacher: .*--teacher"):
+        pipeline.run(recipe(), output_dir=root, name="none", stages=("distilled",))
 
     other = recipe(**same, **{"method.temperature": 4})  # which a baseline has nothing to do with
-    found = pipeline.run(other, root=root, name="reusing", baseline=baseline)
+    found = pipeline.run(other, output_dir=root, name="reusing", baseline=baseline)
     assert weights(found, "baseline") == weights(whole, "baseline")
     assert results(found)["stages"]["baseline"]["reused_from"] == str(baseline)
     assert results(found)["views_differ"] == []
     assert {**results(found)["stages"]["baseline"]["test"]} == results(whole)["stages"]["baseline"]["test"]
-    with pytest.raises(UsageError, match="the baseline is that of"):
+    with pytest.raises(UsageError, match="the baseline was taken from"):
         read_run_record(found)
 
 
@@ -152,12 +154,12 @@ def test_the_distilled_stage_alone_and_a_baseline_from_elsewhere(recipe, root, t
 )
 def test_a_baseline_that_was_trained_otherwise_is_refused(recipe, root, teacher, baseline, changes, named):
     with pytest.raises(UsageError, match=named):
-        pipeline.run(recipe(**{"teacher.weights": teacher}, **changes), root=root, name="run", baseline=baseline)
+        pipeline.run(recipe(**{"teacher.weights": teacher}, **changes), output_dir=root, name="run", baseline=baseline)
     assert not (root / "run").exists()
 
 
 def test_a_run_without_baseline_has_none_to_give(recipe, root, teacher):
     with pytest.raises(UsageError, match="there is no trained baseline"):
-        pipeline.run(recipe(**{"teacher.weights": teacher}), root=root, name="run", baseline=teacher)
+        pipeline.run(recipe(**{"teacher.weights": teacher}), output_dir=root, name="run", baseline=teacher)
     with pytest.raises(UsageError, match="is this run itself"):
-        pipeline.run(recipe(), root=teacher.parent, name=teacher.name, baseline=teacher, overwrite=True)
+        pipeline.run(recipe(), output_dir=teacher.parent, name=teacher.name, baseline=teacher, overwrite=True)

@@ -52,7 +52,7 @@ AUTO = {"training.precision": "auto", "training.threads": 1}
 def test_baseline_and_distilled_share_one_precision_and_the_teacher_has_its_own(recipe, tmp_path, hardware):
     hardware += ["bf16", "float32"]
     observer = Watching()
-    folder = run(recipe(**AUTO), root=tmp_path, observer=observer)
+    folder = run(recipe(**AUTO), output_dir=tmp_path, observer=observer)
     assert observer.stages == {"teacher": "bf16", "baseline": "float32", "distilled": "float32"}
     assert hardware == []  # each network was timed once
     found = environment(folder)
@@ -66,19 +66,19 @@ def test_baseline_and_distilled_share_one_precision_and_the_teacher_has_its_own(
 def test_a_run_that_goes_on_or_is_repeated_keeps_what_was_found(recipe, tmp_path, hardware):
     hardware += ["float32", "bf16"]
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(**AUTO), root=tmp_path, name="run", observer=Watching(stop=4))  # the baseline's first epoch
+        run(recipe(**AUTO), output_dir=tmp_path, name="run", observer=Watching(stop=4))  # the baseline's first epoch
     observer = Watching()
-    folder = run(recipe(**AUTO), root=tmp_path, name="run", resume=True, observer=observer)
+    folder = run(recipe(**AUTO), output_dir=tmp_path, name="run", resume=True, observer=observer)
     assert observer.stages == {"baseline": "bf16", "distilled": "bf16"}  # not timed again: nothing is left to give
     assert environment(folder)["precision"] == "bf16, float32"
     observer = Watching()
-    again = run(recipe(**AUTO), root=tmp_path, name="again", observer=observer, replay=read_run_record(folder))
+    again = run(recipe(**AUTO), output_dir=tmp_path, name="again", observer=observer, reproduce=read_run_record(folder))
     assert observer.stages == {"teacher": "float32", "baseline": "bf16", "distilled": "bf16"}
     assert environment(again)["precisions"] == environment(folder)["precisions"]
 
 
 def test_a_given_precision_is_taken_without_timing(recipe, tmp_path, hardware):
     observer = Watching()
-    folder = run(recipe(**AUTO | {"training.precision": "bf16"}), root=tmp_path, observer=observer)
+    folder = run(recipe(**AUTO | {"training.precision": "bf16"}), output_dir=tmp_path, observer=observer)
     assert set(observer.stages.values()) == {"bf16"}
     assert "precisions" not in environment(folder)

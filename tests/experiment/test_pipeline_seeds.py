@@ -67,7 +67,7 @@ def two(made, root, tmp_path_factory):
     """A run of two seeds, and what was said."""
     observer = Heard()
     store = tmp_path_factory.mktemp("store")
-    path = pipeline.run(made(seeds=2, **{"teacher_cache.folder": store}), root=root, observer=observer)
+    path = pipeline.run(made(seeds=2, **{"teacher_cache.folder": store}), output_dir=root, observer=observer)
     return path, observer, store
 
 
@@ -96,7 +96,7 @@ def test_assistants_and_earlier_generations_are_trained_once():
 def test_the_second_seed_is_what_a_run_of_that_seed_gives(two, made, root):
     path, _, store = two
     changes = {"seed": 1, "teacher.weights": path / "teacher", "teacher_cache.folder": store}
-    alone = pipeline.run(made(**changes), root=root, name="alone")
+    alone = pipeline.run(made(**changes), output_dir=root, name="alone")
     for name in ("baseline", "distilled"):
         assert same(weights(path / f"{name}-2"), weights(alone / name))
         assert not same(weights(path / f"{name}-2"), weights(path / name))
@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_more_seeds_and_not_with_fewer(two, made, root):
     stamps = {name: (path / name / "model.safetensors").stat().st_mtime_ns for name in before}
     observer = Heard()
     recipe = made(seeds=3, **{"teacher_cache.folder": store})
-    assert pipeline.run(recipe, root=root, resume=True, observer=observer) == path
+    assert pipeline.run(recipe, output_dir=root, resume=True, observer=observer) == path
     assert [name for name, _ in observer.stages] == ["baseline-3", "distilled-3"]
     (cost,) = [note for note in observer.notes if " about " in note]
     assert cost.startswith("the further seed takes about ")  # of the two, one is there
@@ -167,9 +167,9 @@ def test_a_run_goes_on_with_more_seeds_and_not_with_fewer(two, made, root):
     assert (found["looks"]["seeds_at_first_look"], found["looks"]["seeds_added_after_look"]) == (2, 1)
     assert found["looks"]["augmentation_seeds"] == 3
     with pytest.raises(UsageError, match="seeds: was 3, now 2"):
-        pipeline.run(made(seeds=2, **{"teacher_cache.folder": store}), root=root, resume=True)
+        pipeline.run(made(seeds=2, **{"teacher_cache.folder": store}), output_dir=root, resume=True)
     with pytest.raises(UsageError, match="seed: was 0, now 5"):
-        pipeline.run(made(seeds=4, seed=5, **{"teacher_cache.folder": store}), root=root, resume=True)
+        pipeline.run(made(seeds=4, seed=5, **{"teacher_cache.folder": store}), output_dir=root, resume=True)
 
 
 def test_one_seed_is_a_run_as_it_ever_was(made):

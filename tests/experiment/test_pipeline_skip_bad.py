@@ -51,7 +51,7 @@ class Told(SilentObserver):
 
 def test_a_run_lists_what_it_leaves_out_and_goes_on_with_the_same(folder: Path, tmp_path: Path) -> None:
     told = Told()
-    run = pipeline.run(recipe(folder), root=tmp_path, stages=("baseline",), observer=told)
+    run = pipeline.run(recipe(folder), output_dir=tmp_path, stages=("baseline",), observer=told)
 
     with (run / "skipped.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
@@ -72,10 +72,10 @@ def test_a_run_lists_what_it_leaves_out_and_goes_on_with_the_same(folder: Path, 
     assert "3, listed in skipped.csv" in page
     assert load_model(run / "baseline").input.resize_mode == "pad"
 
-    pipeline.run(recipe(folder), root=tmp_path, stages=("baseline",), resume=True)
+    pipeline.run(recipe(folder), output_dir=tmp_path, stages=("baseline",), resume=True)
     with pytest.raises(UsageError, match=r"data\.skip_bad: was True, now False"):
         pipeline.run(recipe(folder).model_copy(update={"data": recipe(folder).data.model_copy(
-            update={"skip_bad": False})}), root=tmp_path, stages=("baseline",), resume=True)  # fmt: skip
+            update={"skip_bad": False})}), output_dir=tmp_path, stages=("baseline",), resume=True)  # fmt: skip
     (next(folder.glob("*/00.png"))).write_text("now bad too")
     with pytest.raises(UsageError, match=r"(?s)same images.*gone: \w+/00\.png"):
-        pipeline.run(recipe(folder), root=tmp_path, stages=("baseline",), resume=True)
+        pipeline.run(recipe(folder), output_dir=tmp_path, stages=("baseline",), resume=True)

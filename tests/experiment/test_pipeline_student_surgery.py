@@ -25,7 +25,7 @@ def answers(path, stage="distilled"):
 @pytest.mark.parametrize(("method", "deployed"), [("simkd", "projected_head"), ("norm", "merged_stage")])
 def test_what_was_evaluated_is_what_is_saved(method, deployed, recipe, tmp_path):
     changes = {"method": f"{{name: {method}}}", "training.epochs": 2, "training.ema_decay": 0.5}
-    path = pipeline.run(recipe(**changes), root=tmp_path)
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path)
     model, said = answers(path)
     found = results(path)["stages"]["distilled"]["model"]
     assert found["remodelled"] == model.remodelled["name"] == deployed
@@ -44,7 +44,7 @@ def test_what_was_evaluated_is_what_is_saved(method, deployed, recipe, tmp_path)
 
 def test_a_merged_student_has_no_wide_layers_left(recipe, tmp_path):
     settings = {"method": "{name: norm}", "training.epochs": 1, "training.keep_checkpoint": True}
-    path = pipeline.run(recipe(**settings), root=tmp_path)
+    path = pipeline.run(recipe(**settings), output_dir=tmp_path)
     model, _ = answers(path)
     plain = results(path)["stages"]["baseline"]["model"]["parameters"]
     # One 1x1 convolution on 64 channels besides the student: 64 * 64 weights and 64 biases.
@@ -68,21 +68,21 @@ def test_a_killed_run_of_a_remodelled_student_ends_the_same(recipe, tmp_path):
                 raise Killed
 
     made = recipe(method="{name: simkd}")
-    whole = pipeline.run(made, root=tmp_path, name="whole")
+    whole = pipeline.run(made, output_dir=tmp_path, name="whole")
     with pytest.raises(Killed):
-        pipeline.run(made, root=tmp_path, name="cut", observer=Killer())
-    cut = pipeline.run(made, root=tmp_path, name="cut", resume=True)
+        pipeline.run(made, output_dir=tmp_path, name="cut", observer=Killer())
+    cut = pipeline.run(made, output_dir=tmp_path, name="cut", resume=True)
     assert torch.equal(answers(cut)[1], answers(whole)[1])
 
 
 def test_a_remodelled_network_teaches_but_gets_no_new_head(photographs, recipe, tmp_path):
-    path = pipeline.run(recipe(**{"method": "{name: simkd}", "training.epochs": 1}), root=tmp_path, name="first")
+    path = pipeline.run(recipe(**{"method": "{name: simkd}", "training.epochs": 1}), output_dir=tmp_path, name="first")
     teacher = {"teacher": f"{{weights: '{path / 'distilled'}'}}", "training.epochs": 1}
-    again = pipeline.run(recipe(**teacher), root=tmp_path, name="second")
+    again = pipeline.run(recipe(**teacher), output_dir=tmp_path, name="second")
     assert torch.equal(answers(again, "teacher")[1], answers(path)[1])
     assert load_model(again / "teacher").remodelled == load_model(path / "distilled").remodelled
     for name in ("blue", "red"):
         shutil.copytree(photographs / name, tmp_path / "two" / name)
     changes = {**teacher, "data.source": f"'{tmp_path / 'two'}'", "teacher.new_head": True}
     with pytest.raises(ArtifactError, match=r"remodelled network \(projected_head\)"):
-        pipeline.run(recipe(**changes), root=tmp_path, name="third")
+        pipeline.run(recipe(**changes), output_dir=tmp_path, name="third")

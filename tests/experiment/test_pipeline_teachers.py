@@ -71,7 +71,7 @@ def chain(photographs, tmp_path_factory):
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builders, "Distiller", recorder)
-        path = pipeline.run(recipe, root=tmp_path_factory.mktemp("runs"))
+        path = pipeline.run(recipe, output_dir=tmp_path_factory.mktemp("runs"))
     trained = recorder.calls[3:]  # the first three are the rehearsal's
     names = ("teacher", "teacher-2", "baseline", "assistant-1", "generation-1", "distilled")
     return path, dict(zip(names, trained, strict=True))
@@ -174,8 +174,8 @@ def test_a_chain_goes_on_where_it_was_killed(chain, tmp_path):
     path, _ = chain
     recipe = load_recipe(path / "recipe.yaml")
     with pytest.raises(Killed):
-        pipeline.run(recipe, root=tmp_path, observer=Killer())
-    again = pipeline.run(recipe, root=tmp_path, resume=True)
+        pipeline.run(recipe, output_dir=tmp_path, observer=Killer())
+    again = pipeline.run(recipe, output_dir=tmp_path, resume=True)
     for stage in results(path)["stages"]:
         assert same(weights(again, stage), weights(path, stage)), stage
 
@@ -188,8 +188,8 @@ def test_a_method_without_teacher_trains_none(recipe, tmp_path):
             said.append(message)
 
     made = recipe(**{"method": "{name: tfkd_reg}", "training.epochs": 1})
-    path = pipeline.run(made, root=tmp_path, observer=Listening())
-    assert said[0] == "method tfkd_reg learns from no teacher: none is trained"
+    path = pipeline.run(made, output_dir=tmp_path, observer=Listening())
+    assert said[0] == "method tfkd_reg needs no teacher: none is trained"
     assert not any("teacher" in note for note in said[1:])
     found = results(path)
     assert list(found["stages"]) == found["planned"] == ["baseline", "distilled"]
@@ -202,7 +202,7 @@ def test_a_method_without_teacher_trains_none(recipe, tmp_path):
 def test_a_student_may_be_its_own_teacher(chain, recipe, tmp_path):
     path, _ = chain
     changes = {"teacher": f"{{weights: '{path / 'baseline'}'}}", "method": "{name: tfkd_self}", "training.epochs": 1}
-    again = pipeline.run(recipe(**changes), root=tmp_path)
+    again = pipeline.run(recipe(**changes), output_dir=tmp_path)
     assert same(weights(again, "teacher"), weights(path, "baseline"))
     assert results(again)["stages"]["teacher"]["model"]["architecture"] == "cifar/resnet8"
 
@@ -220,7 +220,7 @@ def test_layers_and_adapters_are_written_and_shown(recipe, tmp_path):
         "feature_pairs": "[[stage2, stage3]]",
         "training.epochs": 1,
     }
-    path = pipeline.run(recipe(**changes), root=tmp_path, observer=Listening())
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path, observer=Listening())
     text = (path / "distilled" / "layers.txt").read_text()
     assert said[0] == f"distilled: {text}"
     assert "stage2 [32,8,8]" in text

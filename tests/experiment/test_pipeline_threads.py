@@ -44,7 +44,7 @@ def environment(folder):
 
 def test_one_number_for_all_stages_is_found_once_recorded_and_put_back(recipe, tmp_path, four_cores):
     observer = Counting()
-    folder = run(recipe(), root=tmp_path, observer=observer)
+    folder = run(recipe(), output_dir=tmp_path, observer=observer)
     assert four_cores == [[4, 1]]
     assert set(observer.seen) == {1}
     assert len(observer.seen) == 3 + 2 + 2  # teacher, baseline, distilled
@@ -55,10 +55,10 @@ def test_one_number_for_all_stages_is_found_once_recorded_and_put_back(recipe, t
 
 def test_a_run_that_goes_on_keeps_the_number(recipe, tmp_path, four_cores):
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(), root=tmp_path, name="run", observer=Counting(stop=4))
+        run(recipe(), output_dir=tmp_path, name="run", observer=Counting(stop=4))
     assert torch.get_num_threads() == 4
     observer = Counting()
-    folder = run(recipe(), root=tmp_path, name="run", resume=True, observer=observer)
+    folder = run(recipe(), output_dir=tmp_path, name="run", resume=True, observer=observer)
     assert four_cores == [[4, 1]]  # not timed again
     assert set(observer.seen) == {1}
     assert environment(folder)["threads"] == 1
@@ -67,7 +67,7 @@ def test_a_run_that_goes_on_keeps_the_number(recipe, tmp_path, four_cores):
 
 def test_a_given_number_is_taken_without_timing(recipe, tmp_path, four_cores):
     observer = Counting()
-    folder = run(recipe(**{"training.threads": 2}), root=tmp_path, observer=observer)
+    folder = run(recipe(**{"training.threads": 2}), output_dir=tmp_path, observer=observer)
     assert four_cores == []
     assert set(observer.seen) == {2}
     assert environment(folder)["threads"] == 2

@@ -45,13 +45,13 @@ ALL, STUDENTS = ["teacher", "baseline", "distilled"], ["baseline", "distilled"] 
         (
             {"training.early_stopping_patience": 2},
             STUDENTS,
-            "training.early_stopping_patience 2 cannot act within training.epochs 2",
+            "training.early_stopping_patience 2 has no effect with training.epochs 2",
         ),
         (
             {"training.warmup_epochs": 2, "training.schedule": "cosine"},
             STUDENTS,
             "training.warmup_epochs 2 is the whole training, so the learning rate reaches training.lr in the last step "
-            "only, and its schedule never acts",
+            "only, and its schedule has no effect",
         ),
     ],
 )
@@ -90,17 +90,17 @@ def test_a_methods_warm_up_that_is_longer_than_the_training(recipe, method, mess
 def test_a_methods_schedule_in_a_training_of_one_epoch(recipe):
     method = "[{name: kd, schedule: {kd: {shape: linear, start: 1, end: 0}}}, {name: logit_mse}]"
     (text,) = warnings(recipe(method=method, **{"training.epochs": 1}))
-    assert text == "distilled: the method's schedule stays at its start in a training of one epoch"
+    assert text == "distilled: the method's schedule stays at its start value in one epoch"
     assert warnings(recipe(method=method)) == []
 
 
 def test_a_metric_that_is_always_one_is_refused(recipe):
-    with pytest.raises(UsageError, match=r"top3 is 1 for any student of 3 classes.*use top1 or nll"):
+    with pytest.raises(UsageError, match=r"top3 is always 1 with 3 classes.*use top1 or nll"):
         check_all(recipe(**{"training.selection_metric": "top3"}), None)
 
 
 def test_doubts_stand_in_the_results(recipe, tmp_path):
-    folder = run(recipe(**{"training.early_stopping_patience": 2}), root=tmp_path, stages=("baseline",))
-    assert "baseline: training.early_stopping_patience 2 cannot act" in (folder / "results.json").read_text(
+    folder = run(recipe(**{"training.early_stopping_patience": 2}), output_dir=tmp_path, stages=("baseline",))
+    assert "baseline: training.early_stopping_patience 2 has no effect" in (folder / "results.json").read_text(
         encoding="utf-8"
     )

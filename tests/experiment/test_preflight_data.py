@@ -39,7 +39,7 @@ def metrics(path, stage):
 
 def test_a_run_with_unlabeled_images(recipe, unlabeled, tmp_path):
     changes = {"data.unlabeled": unlabeled, "data.unlabeled_share": 0.25, "training.epochs": 1}
-    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), root=tmp_path)
+    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), output_dir=tmp_path)
     found = json.loads((path / "results.json").read_text())
     assert found["data"]["origin"].endswith(f"; 10 unlabeled from {unlabeled}")
     train = sum(found["data"]["counts"]["train"].values())
@@ -50,7 +50,7 @@ def test_a_run_with_unlabeled_images(recipe, unlabeled, tmp_path):
 
 def test_a_run_with_mixed_images(recipe, tmp_path):
     changes = {"data.augment": "{hflip: true, mixup: 0.8, cutmix: 1}", "training.epochs": 1}
-    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), root=tmp_path)
+    path = pipeline.run(recipe(**changes, **{"teacher.training.epochs": 1}), output_dir=tmp_path)
     figures = metrics(path, "distilled")[0]["train"]
     assert set(figures["terms"]) == {"ce", "kd"}
 
@@ -82,11 +82,11 @@ NOTHING = {"mixes": False, "unlabeled": False, "images": 40, "batch_size": 8}
 @pytest.mark.parametrize(
     ("needs", "data", "message"),
     [
-        ({"second": "strong"}, {"mixes": True}, "Plain needs a second image for each"),
-        ({"index": True}, {"mixes": True}, "Plain remembers samples, and a mixed image is none"),
+        ({"second": "strong"}, {"mixes": True}, "Plain needs a second view of each image"),
+        ({"index": True}, {"mixes": True}, "Plain has a memory by sample, and a mixed image is no sample"),
         ({}, {"mixes": True, "unlabeled": True}, "mix labels, which unlabeled images do not have"),
         ({"labels": True}, {"unlabeled": True}, "Plain needs the label of every image: leave data.unlabeled out"),
-        ({"index": True}, {"unlabeled": True}, "Plain remembers the labeled samples"),
+        ({"index": True}, {"unlabeled": True}, "Plain has a memory of the labeled samples"),
         ({"second": "same class"}, {"unlabeled": True}, "Plain compares images of the same class"),
         ({"batch_size": True}, {"unlabeled": True}, "Plain needs a fixed number"),
         ({"teacher": False}, {"unlabeled": True}, "Plain has no teacher"),

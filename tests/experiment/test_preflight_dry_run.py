@@ -23,15 +23,15 @@ class Refusing(SilentObserver):
 REFUSED = {
     "one image at a time": (
         {"method": "{name: dist}", "training.batch_size": 1},
-        "method dist compares images with each other, and distilled would see one at a time",
+        "method dist compares images with each other, and distilled has a batch size of 1",
     ),
     "BatchNorm of one image": (
         {"student": "{model: cifar/mobilenetv2}", "training.batch_size": 1},
-        "distilled cannot learn from one image at a time: its BatchNorm needs several",
+        "distilled cannot be trained on batches of one image: its BatchNorm needs several",
     ),
     "layers for a method that joins none": (
         {"feature_pairs": "[[stage1, stage1]]"},
-        "feature_pairs: method kd joins no feature maps of student and teacher",
+        "feature_pairs: method kd compares no feature maps of student and teacher",
     ),
     "unknown layer": ({"method": "{name: fitnet}", "feature_pairs": "[[stage1, stage9]]"}, "stage9"),
     "normalisation that is not there": (
@@ -57,7 +57,7 @@ REFUSED = {
 def test_what_cannot_work_is_refused_before_any_training(case, recipe, tmp_path):
     changes, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
-        pipeline.run(recipe(**changes), root=tmp_path, observer=Refusing())
+        pipeline.run(recipe(**changes), output_dir=tmp_path, observer=Refusing())
     assert not (tmp_path / "tiny").exists()
 
 
@@ -66,12 +66,12 @@ def test_two_classes_are_refused_where_they_mean_nothing(photographs, recipe, tm
         shutil.copytree(photographs / name, tmp_path / "two" / name)
     changes = {"data.source": f"'{tmp_path / 'two'}'", "method": "{name: dkd}"}
     with pytest.raises(UsageError, match="of 2 classes only one is left"):
-        pipeline.run(recipe(**changes), root=tmp_path, observer=Refusing())
+        pipeline.run(recipe(**changes), output_dir=tmp_path, observer=Refusing())
 
 
 def test_stages_without_the_method_are_not_held_to_it(recipe, tmp_path):
     changes = {"method": "{name: dist}", "training.batch_size": 1, "training.epochs": 1, "data.val": 0.05}
-    path = pipeline.run(recipe(**changes), root=tmp_path, stages=("baseline",))
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path, stages=("baseline",))
     assert (path / "baseline" / "model.json").exists()
 
 
@@ -94,5 +94,5 @@ def test_the_last_image_of_an_epoch_is_not_left_alone(recipe, tmp_path):
     made = recipe(**changes)
     data = load_data(made.data)
     assert (len(data.train), len(data.val)) == (39, 9)
-    path = pipeline.run(made, root=tmp_path)
+    path = pipeline.run(made, output_dir=tmp_path)
     assert (path / "distilled" / "model.json").exists()

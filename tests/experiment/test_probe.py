@@ -65,7 +65,7 @@ def results(path):
 
 def test_the_encoder_stays_and_the_head_is_fitted(probing, encoder, tmp_path):
     heard = Listening()
-    run = pipeline.run(probing(), root=tmp_path, observer=heard)
+    run = pipeline.run(probing(), output_dir=tmp_path, observer=heard)
     before, teacher = torch.load(encoder), load_model(run / "teacher")
     after = teacher.module.state_dict()
     head = [key for key in before if not torch.equal(before[key], after[key])] if before.keys() == after.keys() else []
@@ -101,7 +101,7 @@ class Indices:
 @pytest.mark.parametrize(("mode", "size"), [("auto", 16), ("off", 16), ("auto", 24), ("off", 24)])
 def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, tmp_path, monkeypatch, mode, size):
     indices = Indices(monkeypatch)
-    run = pipeline.run(probing(**{"teacher_cache.mode": mode, "teacher.size": size}), root=tmp_path)
+    run = pipeline.run(probing(**{"teacher_cache.mode": mode, "teacher.size": size}), output_dir=tmp_path)
     teacher = load_model(run / "teacher")
     train = sum(results(run)["data"]["counts"]["train"].values())
     asked = {each for ids in indices.seen if ids is not None for each in ids}
@@ -111,22 +111,22 @@ def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, 
 
 
 def test_caches_hold_the_folds_answers_and_resuming_goes_on_with_them(probing, tmp_path):
-    whole = pipeline.run(probing(), root=tmp_path, name="whole")
+    whole = pipeline.run(probing(), output_dir=tmp_path, name="whole")
     (store,) = [
         path for path in (tmp_path / "cache" / "teachers").iterdir() if "train" in (path / "manifest.json").read_text()
     ][:1]
     assert verify_cache(store).largest < 0.05
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(probing(), root=tmp_path, name="parts", observer=Stopping("distilled"))
-    parts = pipeline.run(probing(), root=tmp_path, name="parts", resume=True)
+        pipeline.run(probing(), output_dir=tmp_path, name="parts", observer=Stopping("distilled"))
+    parts = pipeline.run(probing(), output_dir=tmp_path, name="parts", resume=True)
     ours, theirs = (load_model(each / "distilled").module.state_dict() for each in (whole, parts))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_run_that_takes_the_probe_of_another_takes_its_folds(probing, recipe, tmp_path):
-    first = pipeline.run(probing(), root=tmp_path, name="first")
+    first = pipeline.run(probing(), output_dir=tmp_path, name="first")
     again = pipeline.run(
-        recipe(**{"teacher.model": "cifar/resnet8", "teacher.weights": first}), root=tmp_path, name="again"
+        recipe(**{"teacher.model": "cifar/resnet8", "teacher.weights": first}), output_dir=tmp_path, name="again"
     )
     ours, theirs = (load_model(each / "distilled").module.state_dict() for each in (first, again))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -134,7 +134,7 @@ def test_a_run_that_takes_the_probe_of_another_takes_its_folds(probing, recipe, 
     (again / "teacher" / "fold_heads.safetensors").write_bytes(b"damaged")
     with pytest.raises(ArtifactError, match="fold_heads"):
         pipeline.run(
-            recipe(**{"teacher.weights": again, "teacher.model": "cifar/resnet8"}), root=tmp_path, name="third"
+            recipe(**{"teacher.weights": again, "teacher.model": "cifar/resnet8"}), output_dir=tmp_path, name="third"
         )
 
 
@@ -143,7 +143,7 @@ def test_fine_tuning_starts_from_the_probe_and_the_better_is_taken(probing, tmp_
     changes = {"teacher.head": "finetune", "teacher.training.epochs": 2, "teacher.training.freeze": 1}
     assert probing(**changes).stage_training("teacher").freeze_batch_norm is True
     assert probing(**changes).stage_training("baseline").freeze_batch_norm is False
-    run = pipeline.run(probing(**changes), root=tmp_path, stages=("teacher",), observer=heard)
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, stages=("teacher",), observer=heard)
     entry = results(run)["stages"]["teacher"]
     better = max(entry["head"]["val_top1"], entry["head"]["finetuned_val_top1"])
     assert load_model(run / "teacher").facts["val"]["top1"] == better
@@ -155,10 +155,10 @@ def test_fine_tuning_starts_from_the_probe_and_the_better_is_taken(probing, tmp_
 
 def test_an_interrupted_fine_tuning_goes_on_to_the_same_teacher(probing, tmp_path):
     recipe = probing(**{"teacher.head": "finetune", "teacher.training.epochs": 3, "teacher.training.freeze": 2})
-    whole = pipeline.run(recipe, root=tmp_path, name="whole", stages=("teacher",))
+    whole = pipeline.run(recipe, output_dir=tmp_path, name="whole", stages=("teacher",))
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe, root=tmp_path, name="parts", stages=("teacher",), observer=Stopping("teacher"))
-    parts = pipeline.run(recipe, root=tmp_path, name="parts", stages=("teacher",), resume=True)
+        pipeline.run(recipe, output_dir=tmp_path, name="parts", stages=("teacher",), observer=Stopping("teacher"))
+    parts = pipeline.run(recipe, output_dir=tmp_path, name="parts", stages=("teacher",), resume=True)
     ours, theirs = (load_model(each / "teacher") for each in (whole, parts))
     assert all(torch.equal(value, theirs.module.state_dict()[key]) for key, value in ours.module.state_dict().items())
     kept = [{**each.facts["head"], "seconds": 0} for each in (ours, theirs)]
@@ -171,17 +171,17 @@ def test_an_interrupted_fine_tuning_goes_on_to_the_same_teacher(probing, tmp_pat
 
 def test_a_fine_tuning_that_spoils_the_probe_leaves_the_probe(probing, encoder, tmp_path):
     changes = {"teacher.head": "finetune", "teacher.training.epochs": 1, "teacher.training.lr": 10.0}
-    spoilt = pipeline.run(probing(**changes), root=tmp_path, name="a", stages=("teacher",))
-    probed = pipeline.run(probing(), root=tmp_path, name="b", stages=("teacher",))
+    spoilt = pipeline.run(probing(**changes), output_dir=tmp_path, name="a", stages=("teacher",))
+    probed = pipeline.run(probing(), output_dir=tmp_path, name="b", stages=("teacher",))
     assert results(spoilt)["stages"]["teacher"]["head"]["taken"] == "probe"
     ours, theirs = (load_model(each / "teacher").module.state_dict() for each in (spoilt, probed))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_weights_that_know_the_classes_are_refused(probing, tmp_path):
-    first = pipeline.run(probing(), root=tmp_path, name="first", stages=("teacher",))
-    with pytest.raises(UsageError, match=r"teacher\.head: .* knows these 3 classes already"):
-        pipeline.run(probing(**{"teacher.weights": first}), root=tmp_path, name="second")
+    first = pipeline.run(probing(), output_dir=tmp_path, name="first", stages=("teacher",))
+    with pytest.raises(UsageError, match=r"teacher\.head: .* already has a head for these 3 classes"):
+        pipeline.run(probing(**{"teacher.weights": first}), output_dir=tmp_path, name="second")
 
 
 def test_a_network_without_a_linear_head_is_refused(probing, tmp_path):
@@ -191,8 +191,8 @@ def test_a_network_without_a_linear_head_is_refused(probing, tmp_path):
         "teacher.weights": tmp_path / "squeeze.pth",
         "data.size": 32,
     }
-    with pytest.raises(UsageError, match="no such layer at its end"):
-        pipeline.run(probing(**changes), root=tmp_path)
+    with pytest.raises(UsageError, match="needs a last linear layer with bias"):
+        pipeline.run(probing(**changes), output_dir=tmp_path)
 
 
 def test_one_image_of_a_class_is_refused(probing, photographs, tmp_path):
@@ -204,19 +204,19 @@ def test_one_image_of_a_class_is_refused(probing, photographs, tmp_path):
             for i in range(at, at + (count if name == "red" else 4)):
                 (folder / f"{i}.png").write_bytes((photographs / name / f"{i:02d}.png").read_bytes())
     with pytest.raises(UsageError, match="one image of 'red'"):
-        pipeline.run(probing(**{"data.source": tmp_path / "few"}), root=tmp_path)
+        pipeline.run(probing(**{"data.source": tmp_path / "few"}), output_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"student.head": "probe"}, "student.head is for teachers"),
-        ({"teacher.weights": "null"}, "teacher.weights names none"),
+        ({"teacher.weights": "null"}, "teacher.weights is not given"),
         ({"teacher.training.freeze": 3}, "freeze must be below epochs, 3"),
         ({"teacher.head": "prob"}, "probe"),
-        ({"training.freeze": 1}, "student.weights names none"),
-        ({"training.layer_decay": 0.5}, "student.weights names none"),
-        ({"training.freeze_batch_norm": True}, "student.weights names none"),
+        ({"training.freeze": 1}, "student.weights is not given"),
+        ({"training.layer_decay": 0.5}, "student.weights is not given"),
+        ({"training.freeze_batch_norm": True}, "student.weights is not given"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(probing, changes, word):

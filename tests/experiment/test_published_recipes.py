@@ -51,7 +51,7 @@ def test_every_published_pair_has_its_recipe():
 def test_the_cifar_protocol(name):
     recipe = load_recipe(name, data_needed=False)
     teacher, student = pair(name)
-    assert (recipe.each_teacher[0].model, recipe.student.model) == (f"cifar/{teacher}", f"cifar/{student}")
+    assert (recipe.teacher_list[0].model, recipe.student.model) == (f"cifar/{teacher}", f"cifar/{student}")
     assert recipe.name == name.replace("/", "-")
     rate = 0.01 if student.startswith(SMALL_RATES) else 0.05
     for stage, lr in (("teacher", 0.05), ("student", rate)):
@@ -95,7 +95,7 @@ def test_other_protocols():
     for name in OTHERS[:2]:
         recipe = load_recipe(name, data_needed=False)
         check_model(recipe.student.model)
-        assert recipe.each_teacher[0].weights == "pretrained"
+        assert recipe.teacher_list[0].weights == "pretrained"
         settings = recipe.training
         assert (settings.epochs, settings.milestones, settings.lr, settings.batch_size) == (100, [30, 60, 90], 0.1, 256)
         assert settings.weight_decay == 1e-4
@@ -168,7 +168,7 @@ def distil(recipe: Recipe, folder: Path) -> None:
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CIFAR]
 )
 def test_two_steps_of_each_published_pair(name, cifar_folder, tmp_path):
-    root = f"data.options.root={cifar_folder}"
+    root = f"data.options.output_dir={cifar_folder}"
     distil(load_recipe(name, (*SHORT, root)), tmp_path)
 
 

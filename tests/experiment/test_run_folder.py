@@ -42,7 +42,7 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path):
 def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "dear.jpg").write_bytes(b"")
-    with pytest.raises(UsageError, match="is no run folder"):
+    with pytest.raises(UsageError, match="is not a run folder"):
         RunFolder.create(tmp_path, "photos", overwrite=True)
     assert (tmp_path / "photos" / "dear.jpg").exists()
 
@@ -119,14 +119,14 @@ def test_the_model_meant_by_a_run_is_the_distilled_one(tmp_path):
     with pytest.raises(ArtifactError, match="does not exist"):
         find_model(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match="holds no model"):
+    with pytest.raises(ArtifactError, match="has no model"):
         find_model(tmp_path / "empty")
 
 
 def test_results_of_another_schema_are_refused(tmp_path):
     run = RunFolder(tmp_path)
     run.write_results({"schema": 2})
-    with pytest.raises(ArtifactError, match="not of schema 1"):
+    with pytest.raises(ArtifactError, match="another schema than 1"):
         run.read_results()
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_at_its_very_beginning_can_be_begun_again(tmp_path
         begin(run)
     getattr(run, missing).unlink()
     (run.path / f".{missing}.0123.part").write_text("name: fi")
-    with pytest.raises(UsageError, match=r"nothing to resume: .* had not begun"):
+    with pytest.raises(UsageError, match=r"nothing to resume: .* has not started"):
         RunFolder.create(tmp_path, "a", resume=True)
     with RunFolder.create(tmp_path, "a") as run:
         begin(run)

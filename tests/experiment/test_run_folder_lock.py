@@ -73,9 +73,11 @@ def test_of_another_machine_nobody_can_know(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     holder = tmp_path / run_folder.LOCK_HOLDER_FILE
-    for content, who in (("123\nnode7\n55\n", "process 123 on node7"), ("", "somebody who was interrupted")):
+    for content, who in (("123\nnode7\n55\n", "process 123 on node7"), ("", "an unknown process")):
         holder.write_text(content)
-        with pytest.raises(StorageError, match=rf"has no locks; \S+\.lock-holder was left by {who}.*delete the file"):
+        with pytest.raises(
+            StorageError, match=rf"has no locks; \S+\.lock-holder was written by {who}.*delete the file"
+        ):
             RunLock(tmp_path).acquire()
     holder.unlink()
     RunLock(tmp_path).acquire()

@@ -84,7 +84,7 @@ def filled(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("filled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POTSTILL_CACHE", str(folder / "cache"))
-        return run(recipe(**TWO_VIEWS), stages=ALL, root=folder, name="first"), folder / "cache"
+        return run(recipe(**TWO_VIEWS), stages=ALL, output_dir=folder, name="first"), folder / "cache"
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def first(filled, recipe, tmp_path, stores):
 
     def again(name, stages=("distilled",), **changes):
         changes = {**TWO_VIEWS, "teacher.weights": str(done), **changes}
-        return run(recipe(**changes), root=tmp_path, name=name, stages=stages)
+        return run(recipe(**changes), output_dir=tmp_path, name=name, stages=stages)
 
     return done, again
 
@@ -180,7 +180,7 @@ def test_one_changed_image_makes_another_store(first, recipe, photographs, tmp_p
     copied = tmp_path / "photographs"
     shutil.copytree(photographs, copied)
     changes = {"training.epochs": 3, "teacher_cache.views": 2, "teacher.weights": str(done), "data.source": str(copied)}
-    same = run(recipe(**changes), root=tmp_path, name="same")
+    same = run(recipe(**changes), output_dir=tmp_path, name="same")
     assert asked_and_read(same)[0] == 0
     from PIL import Image
 
@@ -188,7 +188,7 @@ def test_one_changed_image_makes_another_store(first, recipe, photographs, tmp_p
         pixels = np.asarray(image).copy()
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(copied / "red" / "00.png")
-    changed = run(recipe(**changes), root=tmp_path, name="changed")
+    changed = run(recipe(**changes), output_dir=tmp_path, name="changed")
     assert asked_and_read(changed)[0] > 0
 
 
@@ -218,7 +218,7 @@ def test_without_room_or_rights_training_goes_on_and_says_so_once(first, recipe,
     watching = Watching()
     changes = {"training.epochs": 3, "teacher_cache.views": 2, "teacher.weights": str(whole)}
     changes["teacher_cache.folder"] = str(tmp_path / "file" / "stores")
-    done = run(recipe(**changes), root=tmp_path, name="blocked", observer=watching)
+    done = run(recipe(**changes), output_dir=tmp_path, name="blocked", observer=watching)
     assert asked_and_read(done) == (None, None)
     assert weights(done) == weights(whole)
     told = [message for message in watching.warnings if "stored" in message]
@@ -233,7 +233,7 @@ def test_a_foreign_version_is_left_alone_and_training_goes_on(first, stores, rec
     write_checksummed_json(store / "manifest.json", manifest | {"format": 99})
     watching = Watching()
     changes = {"training.epochs": 3, "teacher_cache.views": 2, "teacher.weights": str(done)}
-    second = run(recipe(**changes), root=tmp_path, name="second", observer=watching)
+    second = run(recipe(**changes), output_dir=tmp_path, name="second", observer=watching)
     assert asked_and_read(second) == (None, None)
     assert any("format 99" in message for message in watching.warnings)
 
@@ -244,17 +244,17 @@ def test_several_teachers_each_have_a_store(recipe, tmp_path, stores):
         "teacher_cache.views": 2,
         "training.epochs": 3,
     }
-    done = run(recipe(**changes), root=tmp_path, name="several", stages=ALL)
+    done = run(recipe(**changes), output_dir=tmp_path, name="several", stages=ALL)
     assert len(train_stores(stores)) == 2
     assert asked_and_read(done) == (2 * 42, 42)
 
 
 def test_resuming_keeps_the_number_of_views_and_the_store(recipe, tmp_path, stores):
-    whole = run(recipe(**{"training.epochs": 4}), root=tmp_path, name="whole", stages=ALL)
+    whole = run(recipe(**{"training.epochs": 4}), output_dir=tmp_path, name="whole", stages=ALL)
     assert load_recipe(whole / "recipe.yaml").teacher_cache.views == 4
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(**{"training.epochs": 4}), root=tmp_path, name="part", stages=ALL, observer=Impatient())
-    resumed = run(recipe(**{"training.epochs": 4}), root=tmp_path, name="part", stages=ALL, resume=True)
+        run(recipe(**{"training.epochs": 4}), output_dir=tmp_path, name="part", stages=ALL, observer=Impatient())
+    resumed = run(recipe(**{"training.epochs": 4}), output_dir=tmp_path, name="part", stages=ALL, resume=True)
     assert weights(resumed) == weights(whole)
 
 
@@ -269,7 +269,9 @@ def test_records_are_what_the_teacher_says_now(first, stores):
 def test_verify_refuses_when_teacher_or_images_have_changed(recipe, photographs, tmp_path, stores):
     copied = tmp_path / "photographs"
     shutil.copytree(photographs, copied)
-    done = run(recipe(**{"data.source": str(copied), "teacher_cache.views": 1}), root=tmp_path, name="mine", stages=ALL)
+    done = run(
+        recipe(**{"data.source": str(copied), "teacher_cache.views": 1}), output_dir=tmp_path, name="mine", stages=ALL
+    )
     (store,) = train_stores(stores)
     verify_cache(store, 10)
     teacher = load_model(done / "teacher")

@@ -50,7 +50,7 @@ def carry_out(recipe, tmp_path, cache):
 
     def go(name, observer=None, resume=False, stages=("teacher", "distilled"), evaluate=False, **changes):
         options = {"observer": observer, "resume": resume, "stages": stages, "evaluate": evaluate}
-        return run(recipe(**{**BF16, **changes}), root=tmp_path, name=name, **options)
+        return run(recipe(**{**BF16, **changes}), output_dir=tmp_path, name=name, **options)
 
     return go
 
@@ -61,7 +61,7 @@ def filled(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("filled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POTSTILL_CACHE", str(folder / "cache"))
-        return run(recipe(**BF16), root=folder, name="first"), folder / "cache"
+        return run(recipe(**BF16), output_dir=folder, name="first"), folder / "cache"
 
 
 @pytest.fixture

@@ -48,11 +48,11 @@ def seen(monkeypatch):
 
 
 def test_cached_and_live_outputs_are_the_same_and_give_the_same_student(recipe, cache, tmp_path):
-    first = run(recipe(**TEACHER, **{"teacher_cache.record": "float32"}), root=tmp_path, name="first")
+    first = run(recipe(**TEACHER, **{"teacher_cache.record": "float32"}), output_dir=tmp_path, name="first")
     ready = TEACHER | {"teacher.weights": str(first)}
     ready.pop("teacher.training.epochs")
-    live = run(recipe(**ready | {"teacher_cache": "{mode: off, views: 2}"}), root=tmp_path, name="live")
-    again = run(recipe(**ready, **{"teacher_cache.record": "float32"}), root=tmp_path, name="again")
+    live = run(recipe(**ready | {"teacher_cache": "{mode: off, views: 2}"}), output_dir=tmp_path, name="live")
+    again = run(recipe(**ready, **{"teacher_cache.record": "float32"}), output_dir=tmp_path, name="again")
     assert weights(again) == weights(first)
     ours, theirs = (safetensors.torch.load(weights(folder)) for folder in (first, live))
     for name, tensor in ours.items():
@@ -67,7 +67,7 @@ def test_cached_and_live_outputs_are_the_same_and_give_the_same_student(recipe, 
 
 
 def test_stores_say_so_and_can_be_verified(recipe, cache, tmp_path):
-    run(recipe(**TEACHER), root=tmp_path, **SHORT)
+    run(recipe(**TEACHER), output_dir=tmp_path, **SHORT)
     assert [each["resolution"] for each in identities(cache)] == ["own"] * 2  # train and val
     for path in (cache / "teachers").iterdir():
         found = verify_cache(path)
@@ -79,13 +79,13 @@ def test_verification_finds_answers_to_the_students_pixels(recipe, cache, tmp_pa
     from potstill.experiment import stage
 
     monkeypatch.setattr(stage, "build_teacher_views", lambda *arguments, **options: None)
-    run(recipe(**TEACHER), root=tmp_path, **SHORT)
+    run(recipe(**TEACHER), output_dir=tmp_path, **SHORT)
     path = next(path for path in (cache / "teachers").iterdir())
     assert verify_cache(path).largest > 0.05
 
 
 def test_equal_sizes_have_the_keys_of_before(recipe, cache, tmp_path):
-    run(recipe(**TEACHER | {"teacher.size": 16}), root=tmp_path, **SHORT)
+    run(recipe(**TEACHER | {"teacher.size": 16}), output_dir=tmp_path, **SHORT)
     for each in identities(cache):
         assert set(each) == {"teacher", "classes", "data", "split", "names", "views"}
         assert "drawn" not in each["views"]
@@ -129,7 +129,7 @@ def test_every_kind_of_method_asks_the_teacher_at_its_size(recipe, tmp_path, see
         return found
 
     monkeypatch.setattr(pipeline, "check_all", checked)
-    run(recipe(**settings | {"training.epochs": 1}), root=tmp_path, name="one", **SHORT)
+    run(recipe(**settings | {"training.epochs": 1}), output_dir=tmp_path, name="one", **SHORT)
     assert enlarged == []
     assert {shape[1] for shape, _ in seen} >= {16, 24}
 
@@ -151,12 +151,12 @@ def test_the_faster_copy_is_compared_on_images_of_its_size(recipe, tmp_path, mon
 
     monkeypatch.setattr(stage, "convert_teachers", watched)
     monkeypatch.setattr("potstill.training.devices.Compute.teacher_in_bf16", True)
-    run(recipe(**TEACHER), root=tmp_path, **SHORT)
+    run(recipe(**TEACHER), output_dir=tmp_path, **SHORT)
     assert given == [24]
 
 
 def test_a_stopped_run_goes_on_with_the_same_weights(recipe, tmp_path, cache):
-    whole = run(recipe(**TEACHER | {"training.epochs": 3}), root=tmp_path, name="whole", **SHORT)
+    whole = run(recipe(**TEACHER | {"training.epochs": 3}), output_dir=tmp_path, name="whole", **SHORT)
 
     class Impatient(SilentObserver):
         def stage(self, name, detail):
@@ -168,8 +168,8 @@ def test_a_stopped_run_goes_on_with_the_same_weights(recipe, tmp_path, cache):
 
     settings = recipe(**TEACHER | {"training.epochs": 3})
     with pytest.raises(KeyboardInterrupt):
-        run(settings, root=tmp_path, name="parts", observer=Impatient(), **SHORT)
-    parts = run(settings, root=tmp_path, name="parts", resume=True, **SHORT)
+        run(settings, output_dir=tmp_path, name="parts", observer=Impatient(), **SHORT)
+    parts = run(settings, output_dir=tmp_path, name="parts", resume=True, **SHORT)
     assert weights(parts) == weights(whole)
 
 
@@ -196,12 +196,12 @@ def test_the_key_differs_from_that_of_the_students_pixels():
 
 
 def test_a_pretrained_teacher_is_said_to_see_too_little():
-    assert builders._detail_notes("timm/resnet18", 64, "teacher.1") == [
-        "timm/resnet18 was designed for 224 px and sees 64 px, as its student does: --set teacher.1.size=224 cuts "
-        "its images from the original pixels, for about 12 times its computation"
+    assert builders._resolution_notes("timm/resnet18", 64, "teacher.1") == [
+        "timm/resnet18 was trained on 224 px and sees 64 px, like its student: --set teacher.1.size=224 gives "
+        "it more of the original pixels, for about 12 times the computation"
     ]
-    assert builders._detail_notes("timm/resnet18", 224, "teacher") == []
-    assert builders._detail_notes("cifar/resnet20", 32, "teacher") == []
+    assert builders._resolution_notes("timm/resnet18", 224, "teacher") == []
+    assert builders._resolution_notes("cifar/resnet20", 32, "teacher") == []
 
 
 def test_teacher_and_student_see_the_same_photograph(recipe, photographs, tmp_path):

@@ -72,12 +72,12 @@ def test_sentences_of_several_seeds() -> None:
     assert headline(of_seeds(0.02, 0.01, 0.03, n=2)).startswith("Two seeds are too few for a verdict")
     later = of_seeds(0.02, -0.01, 0.05, p=0.2, looks=2, confidence=0.995)
     assert "99.5 % interval" in headline(later)
-    assert "This is look 2 at the test split" in verdict(later)
+    assert "This is evaluation 2 on the test split" in verdict(later)
 
 
 def test_equal_predictions() -> None:
     text = headline(comparison(0.0, -0.01, 0.01, fixed=0, broken=0))
-    assert "are right on the same of 270 test images" in text
+    assert "are correct on the same of 270 test images" in text
 
 
 def network(top1: float = 0.9, **more: Any) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_student_larger_and_slower() -> None:
     "missing", [None, {}, comparison(None, None, None), comparison(0.1, None, 0.2), comparison(0.1, math.nan, 1)]
 )
 def test_nothing_is_claimed_without_figures(missing: dict[str, Any] | None) -> None:
-    assert verdict(missing).startswith("Whether distillation helped cannot be said")
+    assert verdict(missing).startswith("Whether distillation helped is unknown")
 
 
 def test_accuracies_of_the_stages() -> None:

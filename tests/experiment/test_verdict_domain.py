@@ -12,23 +12,23 @@ def test_what_was_learned_from_without_labels_of_the_target():
     assert domain_sentence({"domain": FOUND}) == (
         "On the source's test: teacher 95.1 %, baseline 90.2 %, distilled 70.0 %. The baseline learned from the "
         "source's labels alone; the distilled student from 1,200 of 5,000 target images, of whose class the teacher "
-        "was at least 90 % sure, and from no label. All were picked by the source's val: no label of the target took "
-        "part."
+        "was at least 90 % sure, and from no label. All best epochs were selected on the source's val: no label of the "
+        "target was used."
     )
     assert domain_sentence({}) == ""
 
 
 def test_adapted_teachers_and_what_adapting_alone_brings():
     text = domain_sentence({"domain": FOUND | {"adapted": True, "adapted_baseline_top1": 0.623}})
-    assert text.startswith("Given the target's BatchNorm statistics and nothing else, the baseline has 62.3 %.")
-    assert "the teacher, given the target's BatchNorm statistics, was at least 90 % sure" in text
+    assert text.startswith("With the target's BatchNorm statistics only, the baseline has 62.3 %.")
+    assert "the teacher, with the target's BatchNorm statistics, was at least 90 % sure" in text
 
 
 def test_with_a_share_of_labels():
     text = domain_sentence({"domain": FOUND | {"target_labels": 0.1, "labelled": 500}})
     assert "The baseline learned from the source's labels and 10 % of the target's;" in text
     assert "those with the same labels, and those of whose class the teacher was at least 90 % sure" in text
-    assert "picked by the target's labelled val images, the teacher by the source's val" in text
+    assert "was selected on the target's labelled val images, that of the teacher on the source's val" in text
     assert "no label" not in text
 
 

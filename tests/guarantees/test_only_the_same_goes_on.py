@@ -273,7 +273,7 @@ def case(tmp_path_factory):
     shutil.rmtree(made.folder / "runs")
     recipe = load_recipe(made.folder / "tiny.yaml")
     with pytest.raises(Killed):
-        pipeline.run(recipe, root=made.folder / "runs", name="one", stages=("baseline",), observer=Killer())
+        pipeline.run(recipe, output_dir=made.folder / "runs", name="one", stages=("baseline",), observer=Killer())
     shutil.copytree(made.folder / "runs", made.folder / "runs before")
     return made
 
@@ -282,7 +282,7 @@ SPLITS = st.sampled_from(["train", "val", "test"])
 CLASSES = st.sampled_from(["blue", "red"])
 SAID = {  # what the refusal says of each edit; None where the run goes on
     "add": ["new: ", "new.png"], "remove": ["gone: "], "rename": ["gone: ", "new: ", "renamed.png"],
-    "repaint": ["all names are the same: the content of an image differs"], "other class": ["gone: ", "moved.png"],
+    "repaint": ["the names are the same, but the content of an image differs"], "other class": ["gone: ", "moved.png"],
     "other split": ["gone: ", "moved.png"], "rename class": ["gone: ", "new: ", "/green/"],
     "add class": ["new: ", "/green/"], "touch": None, "copy": None,
 }  # fmt: skip
@@ -331,7 +331,7 @@ def test_edits_of_images(kind, split, name, number, case, capsys):
         assert case.model.read_bytes() == case.weights
         return
     assert code == 2, error
-    assert "goes on with the same images" in error
+    assert "needs the same images" in error
     for words in SAID[kind]:
         assert words in error
     assert "Traceback" not in error
@@ -344,4 +344,4 @@ def test_without_its_list_of_images(case, capsys):
     (case.folder / "runs" / "one" / "splits.csv").unlink()
     edit(case.images, "remove", "train", "blue", 0)
     assert case.train("--resume") == 2
-    assert "which of them is not known" in capsys.readouterr().err
+    assert "the changed images are unknown" in capsys.readouterr().err

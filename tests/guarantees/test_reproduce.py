@@ -75,7 +75,7 @@ def test_other_weights_in_the_same_surroundings_are_a_bug(replay, changed_run):
     assert code == 1
     assert "teacher: the same weights, byte for byte" in out
     assert "baseline: other weights, by 0.25 at most; top-1 on test +0.00 points" in out
-    assert "nothing that is recorded differs: the weights should have been equal" in out
+    assert "the recorded environments are equal: the weights should have been equal" in out
 
 
 def test_other_weights_elsewhere_are_a_result(replay, changed_run):
@@ -108,7 +108,7 @@ def test_other_images_are_named_before_anything_is_trained(tiny_recipe, tmp_path
 
     pixels = np.asarray(Image.open(images / "blue" / "00.png"))
     Image.fromarray(255 - pixels).save(images / "blue" / "00.png")
-    assert "all names are the same: the content of an image differs" in refused()
+    assert "the names are the same, but the content of an image differs" in refused()
     (images / "blue" / "00.png").rename(images / "blue" / "zz.png")
     said = refused()
     assert "gone: " in said
@@ -120,7 +120,7 @@ def test_other_images_are_named_before_anything_is_trained(tiny_recipe, tmp_path
 def test_nothing_else_can_be_changed(replay, flags):
     code, _, err = replay(*flags)
     assert code == 2
-    assert "would make it another run" in err
+    assert "without changes" in err
     assert (flags[0] if flags[0].startswith("--") else "RECIPE") in err
 
 
@@ -177,8 +177,8 @@ def test_a_replay_goes_on(replay, tiny_recipe, tmp_path, monkeypatch):
         patch.setattr(pipeline, "evaluate_stages", killed)
         with pytest.raises(Killed):
             pipeline.run(
-                load_recipe(tmp_path / "one" / "recipe.yaml"), root=tmp_path / "again", name="one-reproduced",
-                stages=("baseline",), replay=read_run_record(tmp_path / "one"),
+                load_recipe(tmp_path / "one" / "recipe.yaml"), output_dir=tmp_path / "again", name="one-reproduced",
+                stages=("baseline",), reproduce=read_run_record(tmp_path / "one"),
             )  # fmt: skip
     code, out, _ = replay("--resume", run=tmp_path / "one")
     assert code == 0

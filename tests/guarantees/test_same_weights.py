@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from potstill.experiment.pipeline import run
 from potstill.config.recipe import load_recipe
-run(load_recipe(sys.argv[1], sys.argv[3:]), root=Path(sys.argv[2]))
+run(load_recipe(sys.argv[1], sys.argv[3:]), output_dir=Path(sys.argv[2]))
 """
 
 
@@ -55,7 +55,7 @@ def train(tiny_recipe, tmp_path, monkeypatch):
         number = sum(1 for each in tmp_path.iterdir() if each.name.startswith("runs"))
         root = tmp_path / f"runs {number}"
         monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / f"cache {number}"))
-        pipeline.run(load_recipe(recipe, [*SETTINGS, *settings]), root=root)  # the last setting of a key counts
+        pipeline.run(load_recipe(recipe, [*SETTINGS, *settings]), output_dir=root)  # the last setting of a key counts
         return learnt(root)
 
     return run

@@ -35,7 +35,7 @@ STAGES = ("teacher", "baseline", "distilled")
 LONG = 300  # seconds after which a process counts as hanging
 LATE = 14  # steps: the teacher's 8 are done, the baseline is in its second epoch
 GO_ON = "What was saved is intact: start all again, with --resume"
-INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume"
+INTERRUPTED = "interrupted; --resume continues a run from its last checkpoint"
 FAULTY = Path(__file__).with_name("faulty.py")
 
 

@@ -108,7 +108,7 @@ def weights(run: Path) -> dict[str, bytes]:
 def test_a_signal_in_any_phase(tiny_recipe: Path, finished_run: Path, tmp_path: Path, phase: str, number: str) -> None:
     code, errors = signalled(tiny_recipe, tmp_path, phase, number)
     assert code == 128 + getattr(signal, number), errors
-    assert errors.endswith("error: interrupted; a run goes on from its last checkpoint with --resume\n")
+    assert errors.endswith("error: interrupted; --resume continues a run from its last checkpoint\n")
     assert "Traceback" not in errors
     assert len(re.findall("error", errors)) == 1
     assert not list(tmp_path.rglob("*.part"))

@@ -25,7 +25,7 @@ HEAVY = ("potstill", "torch", "torchvision", "timm", "sklearn", "scipy", "matplo
 def test_two_starts_at_once(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], times: int) -> None:
     refusals = {
         5: r"error: \S+run is being written by another process; wait for it, or use --name",
-        2: r"error: \S+run exists\. Go on with it: --resume\. .*",  # it came when the other one was done
+        2: r"error: \S+run exists\. To continue it: --resume\. .*",  # it came when the other one was done
     }
     assert tiny(tmp_path / "alone") == 0
     # Forked from a process that has imported everything and trained nothing: PyTorch's autograd is not to be forked.

@@ -22,7 +22,7 @@ def carried_out(recipe, tmp_path, told, monkeypatch):
 
     def carry_out(tracker):
         monkeypatch.chdir(tmp_path)
-        path = pipeline.run(recipe(tracker=tracker), root=tmp_path / "runs", stages=("baseline",), observer=told)
+        path = pipeline.run(recipe(tracker=tracker), output_dir=tmp_path / "runs", stages=("baseline",), observer=told)
         (path / "report.html").write_text("<p>a report</p>")
         log_files(path, told)
         return path
@@ -145,7 +145,9 @@ def test_a_real_mlflow_server_gets_parameters_figures_and_the_report(carried_out
 def test_the_server_that_dies_in_the_midst_costs_one_warning(recipe, tmp_path, told, server):
     address, kill = server
     told.stage_end = lambda name, seconds: kill() if name == "teacher" else None
-    path = pipeline.run(recipe(tracker=f"{{name: mlflow, uri: '{address}'}}"), root=tmp_path / "runs", observer=told)
+    path = pipeline.run(
+        recipe(tracker=f"{{name: mlflow, uri: '{address}'}}"), output_dir=tmp_path / "runs", observer=told
+    )
     assert (path / "results.json").is_file()
     (warning,) = [each for each in told.warnings if "tracker" in each]
     assert "tracker mlflow gets no more of this run, which continues without it: " in warning

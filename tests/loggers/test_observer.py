@@ -48,8 +48,8 @@ def test_a_recipe_names_its_trackers_in_one_line(said, meant):
     [
         ("tensorbord", "did you mean 'tensorboard'"),
         ({"name": "wandb", "uri": "http://x"}, "uri is for mlflow"),
-        ({"name": "mlflow", "uri": "http://me:secret@host"}, "must carry no password"),
-        (["trackio", "trackio"], "named twice"),
+        ({"name": "mlflow", "uri": "http://me:secret@host"}, "must contain no password"),
+        (["trackio", "trackio"], "given twice"),
         ({"name": "mlflow", "project": "a/b"}, "letters, digits"),
         ({"name": "mlflow", "url": "http://x"}, "unknown key; did you mean 'uri'"),
     ],
@@ -66,7 +66,7 @@ def test_a_missing_package_is_an_error_before_anything_is_made(monkeypatch, reci
     monkeypatch.undo()
     monkeypatch.setattr("potstill.loggers._is_installed", lambda name: False)
     with pytest.raises(UsageError, match="tracker mlflow: the package is not installed"):
-        pipeline.run(recipe(tracker="mlflow"), root=tmp_path / "runs")
+        pipeline.run(recipe(tracker="mlflow"), output_dir=tmp_path / "runs")
     assert not (tmp_path / "runs" / "tiny").exists()
 
 
@@ -85,7 +85,7 @@ def installed(monkeypatch):
 
 def test_a_run_logs_every_epoch_and_the_figures_on_test(recipe, tmp_path, stand_in, installed, told):
     calls = stand_in(Keeps)
-    path = pipeline.run(recipe(tracker="trackio"), root=tmp_path / "runs", observer=told)
+    path = pipeline.run(recipe(tracker="trackio"), output_dir=tmp_path / "runs", observer=told)
     first, *epochs, final, end = calls
     assert first[3]["method.temperature"] == 2.0
     assert first[3]["teacher.training.epochs"] == 3
@@ -118,7 +118,9 @@ def test_an_interrupted_run_is_no_finished_one(tmp_path, stand_in, told):
 @pytest.fixture(scope="module")
 def plain(recipe, tmp_path_factory):
     """The run without a logger."""
-    return pipeline.run(recipe(**{"training.threads": "1"}), root=tmp_path_factory.mktemp("plain"), evaluate=False)
+    return pipeline.run(
+        recipe(**{"training.threads": "1"}), output_dir=tmp_path_factory.mktemp("plain"), evaluate=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,9 @@ def test_a_tracker_that_fails_or_hangs_costs_one_warning_and_nothing_else(
     recipe, tmp_path, stand_in, installed, told, plain, kind, why
 ):
     stand_in(kind)
-    path = pipeline.run(recipe(tracker="trackio", **{"training.threads": "1"}), root=tmp_path / "runs", observer=told)
+    path = pipeline.run(
+        recipe(tracker="trackio", **{"training.threads": "1"}), output_dir=tmp_path / "runs", observer=told
+    )
     (warning,) = [each for each in told.warnings if "tracker" in each]
     assert warning.startswith("tracker trackio gets no more of this run, which continues without it: ")
     assert warning.endswith(why if kind is Fails else f"it {why}")
@@ -166,9 +170,9 @@ def test_a_logger_that_cannot_be_imported_or_started_is_a_warning(tmp_path, monk
 
 def test_a_resumed_run_keeps_its_identity_and_may_change_its_trackers(recipe, tmp_path, stand_in, installed):
     calls, root = stand_in(Keeps), tmp_path / "runs"
-    pipeline.run(recipe(tracker="trackio"), root=root, evaluate=False)
+    pipeline.run(recipe(tracker="trackio"), output_dir=root, evaluate=False)
     before, count = calls[0], len(calls)
-    pipeline.run(recipe(tracker="[wandb]"), root=root, resume=True)
+    pipeline.run(recipe(tracker="[wandb]"), output_dir=root, resume=True)
     after = calls[count]
     assert (before[1], after[1]) == ("trackio", "wandb")
     assert before[2] == after[2]

@@ -49,8 +49,8 @@ CIFAR10 = class_list("cifar10")
         ({"pet": ["cat"], "ship": []}, CIFAR10, "lacks 1 of the 2"),
         ({"pet": ["cta"], "ship": [8]}, CIFAR10, "no output of the network is called 'cta'; did you mean 'cat'"),
         ({"pet": ["cat"], "ship": [10]}, CIFAR10, "outputs 0 to 9, got 10"),
-        ({"pet": ["cat"], "ship": [3]}, CIFAR10, "output 'cat' is named for 'pet' and for 'ship'"),
-        ({"pet": ["cat"], "ship": [8]}, None, "names of the network's 10 outputs are not known"),
+        ({"pet": ["cat"], "ship": [3]}, CIFAR10, "output 'cat' is given for 'pet' and for 'ship'"),
+        ({"pet": ["cat"], "ship": [8]}, None, "names of the network's 10 outputs are unknown"),
         ({"pet": ["a"], "ship": [8]}, ["x, a", "y, a"], r"'a' may be x, a \(output 0\); y, a \(output 1\)"),
     ],
 )

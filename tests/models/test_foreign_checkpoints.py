@@ -166,7 +166,7 @@ def test_unknown_names_are_assigned_by_order_and_shape(tmp_path):
     assert torch.allclose(outputs(loaded.module.eval()), outputs(other), atol=1e-4)
     assert "by order and shape" in loaded.notes[0]
     safetensors.torch.save_file(state, tmp_path / "t.safetensors")  # whose order is lost
-    with pytest.raises(ArtifactError, match="does not hold the weights of this network"):
+    with pytest.raises(ArtifactError, match="does not contain the weights of this network"):
         load_weights("cifar/resnet20", str(tmp_path / "t.safetensors"), 10, size=32)
 
 

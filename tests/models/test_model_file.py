@@ -125,7 +125,7 @@ def forge(folder, **changes):
         ({"architecture": "cifar/wrn_16_1"}, "not in the network"),
         ({"architecture": "no_such_network"}, "no model 'no_such_network'"),
         ({"architecture": 7}, "architecture"),
-        ({"class_names": ["a", "b", "c", "d", "a"]}, "stands twice"),
+        ({"class_names": ["a", "b", "c", "d", "a"]}, "given twice"),
         ({"class_names": ["a", 1, "c", "d", "e"]}, "class_names.1"),
         ({"class_names": "abcde"}, "class_names"),
         ({"class_names": ["a", "b"]}, "another number of classes"),

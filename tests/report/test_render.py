@@ -158,7 +158,7 @@ def test_one_stage_alone(build_run: BuildRun) -> None:
     builder = build_run(3, epochs=2)
     builder.stages = ("baseline",)
     html = render(builder.write()).read_text(encoding="utf-8")
-    assert "Whether distillation helped cannot be said" in html
+    assert "Whether distillation helped is unknown" in html
     assert 'id="classes"' not in html
     assert "Not part of this run" not in html
 

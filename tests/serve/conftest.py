@@ -36,7 +36,7 @@ from potstill.serve.server import serve
 if __name__ == "__main__":
     limits = ServerLimits(**eval(sys.argv[3], {}))
     say = lambda text: print(text, flush=True)
-    serve(Path(sys.argv[1]), host="127.0.0.1", port=0, root=Path(sys.argv[2]), say=say, limits=limits)
+    serve(Path(sys.argv[1]), host="127.0.0.1", port=0, output_dir=Path(sys.argv[2]), on_start=say, limits=limits)
 """
 
 

@@ -81,7 +81,7 @@ def test_without_slurm_it_says_what_to_do(source, tmp_path, monkeypatch, capsys)
     ("more", "says"),
     [
         (["--slurm", "1", "--ray", "1"], "--slurm and --ray exclude each other"),
-        (["--job-option", "num_gpus=1"], "--job-option goes with --slurm or --ray"),
+        (["--job-option", "num_gpus=1"], "--job-option needs --slurm or --ray"),
         (["--ray", "1", "--job-option", "gpus"], "--job-option is KEY=VALUE"),
     ],
 )

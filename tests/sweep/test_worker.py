@@ -73,10 +73,10 @@ def test_an_unconfirmed_search_never_reads_test(source, tmp_path):
 def test_a_winner_is_confirmed_on_fresh_seeds_against_a_baseline_searched_as_long(source, tmp_path):
     folder, over, seen = tmp_path / "sweep", ["method.alpha=0.2,0.8"], []
 
-    def told(_):
+    def on_trial(_):
         seen.extend(folder.rglob("results.json"))
 
-    assert make(source, folder, over=over, told=told, confirm_seeds=3).work()
+    assert make(source, folder, over=over, on_trial=on_trial, confirm_seeds=3).work()
     assert seen == []  # while trials ran
     assert len(rows(folder)) == len(rows(folder / "baseline")) == 2
     tried = [row["chosen"]["student.training.lr"] for row in rows(folder / "baseline")]

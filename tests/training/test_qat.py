@@ -126,7 +126,9 @@ def test_it_is_for_students_alone():
 
 
 def test_early_stopping_might_end_before_it():
-    with pytest.raises(UsageError, match="early_stopping_patience may end the training before qat_fraction begins"):
+    with pytest.raises(
+        UsageError, match="early_stopping_patience may end the training before quantization-aware training begins"
+    ):
         load_recipe("quickstart", ["training.qat_fraction=0.2", "training.early_stopping_patience=3"])
     load_recipe("quickstart", ["training.qat_fraction=1", "training.early_stopping_patience=3"])
     load_recipe("quickstart", ["training.qat_fraction=0.2", "teacher.training.early_stopping_patience=3"])

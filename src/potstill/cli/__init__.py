@@ -1,4 +1,4 @@
-"""The command line.  Nothing here imports torch before a command needs it, so that help appears at once."""
+"""The command line.  torch is imported only by the commands that need it, so that --help is fast."""
 
 from potstill.cli.entry import main as main
 

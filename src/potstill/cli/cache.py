@@ -1,4 +1,4 @@
-"""Verbs for the cached teacher outputs: ls, verify, rm."""
+"""Commands for the teacher caches: ls, verify, rm."""
 
 import json
 import sys
@@ -13,58 +13,59 @@ if TYPE_CHECKING:
     from potstill.distillation.teacher_cache.cache import CacheEntry
 
 
-MIN_AGREEMENT = 0.95  # the least share of records with the teacher's top class; rounding swaps near ties
+MIN_AGREEMENT = 0.95  # of records and the teacher's top class; rounding swaps near ties
 
 cache_app = typer.Typer(
-    help="Show, check or remove the stored teacher outputs.",
+    help="List, verify or remove teacher caches.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Folder = Annotated[
-    Path | None, typer.Option("--folder", metavar="DIR", help="Where the stores stand; by default in the cache.")
+    Path | None,
+    typer.Option("--folder", metavar="DIR", help="Folder of the teacher caches.  [default: in the user's cache]"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @cache_app.command()
 def ls(folder: Folder = None, as_json: AsJson = False) -> None:
-    """List the stores: size, what is recorded, teacher, data, last use."""
+    """List the teacher caches with size, recorded share, teacher, data and last use."""
     from potstill.distillation.teacher_cache.cache import list_caches
 
     root = _root(folder)
-    stores = list_caches(root)
+    caches = list_caches(root)
     if as_json:
-        sys.stdout.write(json.dumps([each.as_dict() for each in stores], indent=2) + "\n")
-    elif not stores:
-        sys.stdout.write(f"no stores in {root}\n")
+        sys.stdout.write(json.dumps([each.as_dict() for each in caches], indent=2) + "\n")
+    elif not caches:
+        sys.stdout.write(f"no teacher caches in {root}\n")
     else:
-        sys.stdout.write("\n".join(_cache_table(stores)) + "\n")
+        sys.stdout.write("\n".join(_cache_table(caches)) + "\n")
 
 
 @cache_app.command()
 def verify(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A store's key, or its beginning.")],
-    samples: Annotated[int, typer.Option(min=1, help="Records to compute again, at most.")] = 256,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A cache's key, or its beginning.")],
+    samples: Annotated[int, typer.Option(min=1, help="Largest number of records to recompute.")] = 256,
     folder: Folder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a store's checksums, and ask its teacher again for some of its records."""
+    """Check a cache's checksums, and recompute some of its records with the teacher."""
     from potstill.distillation.teacher_cache.cache import TeacherCache, find_cache
 
     path = find_cache(_root(folder), key)
-    store = TeacherCache.existing(path)
+    cache = TeacherCache.existing(path)
     try:
-        recorded, damaged = sum(store.coverage()), store.damaged()
+        recorded, damaged = sum(cache.coverage()), cache.damaged()
     finally:
-        store.close()
+        cache.close()
     found: dict[str, Any] = {"key": path.name, "intact": recorded, "damaged_blocks": len(damaged)}
     if recorded:
         from potstill.experiment.cache_verification import verify_cache
 
-        again = verify_cache(path, samples)
-        found |= {"compared": again.records, "largest_difference": again.largest, "same_class": again.same_class}
+        result = verify_cache(path, samples)
+        found |= {"compared": result.records, "largest_difference": result.largest, "same_class": result.same_class}
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
@@ -72,33 +73,31 @@ def verify(
     sys.stdout.flush()
     if damaged:
         raise ArtifactError(
-            f"{path}: {len(damaged)} blocks are damaged; their records are not used, and the next run records them anew"
+            f"{path}: {len(damaged)} blocks are damaged; their records are not used, and the next run replaces them"
         )
     if recorded and found["same_class"] < MIN_AGREEMENT:
-        raise ArtifactError(
-            f"{path} does not hold what its teacher says; remove it with `potstill cache rm {path.name}`"
-        )
+        raise ArtifactError(f"{path} does not agree with its teacher; remove it with `potstill cache rm {path.name}`")
 
 
 @cache_app.command()
 def rm(
     keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY...]", help="Keys, or their beginnings.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Remove every store.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all teacher caches.")] = False,
     folder: Folder = None,
 ) -> None:
-    """Remove stores; a run that needs one records it anew."""
+    """Remove teacher caches; the next run that needs one builds it again."""
     from potstill.console import format_bytes
     from potstill.distillation.teacher_cache.cache import delete_leftovers, find_cache, list_caches, remove_cache
 
     root = _root(folder)
     if everything == bool(keys):
-        raise UsageError("give the keys of the stores to remove, or --all; `potstill cache ls` shows them")
+        raise UsageError("give the keys of the caches to remove, or --all; `potstill cache ls` shows them")
     paths = [find_cache(root, key) for key in keys] if keys else [each.path for each in list_caches(root)]
     for path in dict.fromkeys(paths):
         freed = remove_cache(path)
         sys.stdout.write(f"removed {path.name} ({format_bytes(freed)})\n")
     if not paths:
-        sys.stdout.write(f"no stores in {root}\n")
+        sys.stdout.write(f"no teacher caches in {root}\n")
     delete_leftovers(root)
 
 
@@ -108,14 +107,20 @@ def _root(folder: Path | None) -> Path:
     return cache_folder("teachers") if folder is None else folder.expanduser()
 
 
-def _cache_table(stores: "list[CacheEntry]") -> list[str]:
+def _cache_table(caches: "list[CacheEntry]") -> list[str]:
     from potstill.console import escape_control, format_bytes
 
     rows: list[tuple[str, ...]] = [("key", "size", "views", "recorded", "record", "last use", "teacher", "data")]
-    for each in stores:
-        what = _describe_cache(each)
+    for each in caches:
+        columns = _describe_cache(each)
         rows.append(
-            (each.key, format_bytes(each.size), *what[:3], _format_age(each.used), *map(escape_control, what[3:]))
+            (
+                each.key,
+                format_bytes(each.size),
+                *columns[:3],
+                _format_time(each.used),
+                *map(escape_control, columns[3:]),
+            )
         )
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     right = {1, 2, 3}
@@ -123,30 +128,30 @@ def _cache_table(stores: "list[CacheEntry]") -> list[str]:
         "  ".join(f"{cell:>{w}}" if at in right else f"{cell:<{w}}" for at, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
         for row in rows
     ]
-    total = sum(each.size for each in stores)
-    count = f"{len(stores)} store{'s' if len(stores) > 1 else ''}"
-    return [*(line.rstrip() for line in lines), f"{count}, {format_bytes(total)} in {stores[0].path.parent}"]
+    total = sum(each.size for each in caches)
+    count = f"{len(caches)} teacher cache{'s' if len(caches) > 1 else ''}"
+    return [*(line.rstrip() for line in lines), f"{count}, {format_bytes(total)} in {caches[0].path.parent}"]
 
 
-def _describe_cache(store: "CacheEntry") -> tuple[str, str, str, str, str]:
-    """Views, share that is recorded, record, teacher, data."""
+def _describe_cache(cache: "CacheEntry") -> tuple[str, str, str, str, str]:
+    """Return the columns views, recorded, record, teacher, data."""
     from potstill.console import format_percent
 
-    if store.manifest is None:
-        return "-", "-", "-", store.error.splitlines()[0], ""
-    record, facts = store.manifest.record, store.manifest.facts
-    data = f"{facts.get('data', '?')}, {store.manifest.identity.get('split', '?')}, {store.manifest.samples:,} images"
+    if cache.manifest is None:
+        return "-", "-", "-", cache.error.splitlines()[0], ""
+    record, facts = cache.manifest.record, cache.manifest.facts
+    data = f"{facts.get('data', '?')}, {cache.manifest.identity.get('split', '?')}, {cache.manifest.samples:,} images"
     kind = f"{record.kind}, {record.nbytes} B"
     return (
-        str(len(store.recorded)),
-        format_percent(store.share),
+        str(len(cache.recorded)),
+        format_percent(cache.share),
         kind,
         str(facts.get("teacher", "?")),
-        store.error or data,
+        cache.error or data,
     )
 
 
-def _format_age(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     from datetime import datetime
 
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
@@ -158,8 +163,7 @@ def _verification_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['key']}: {found['intact']:,} records are intact, {found['damaged_blocks']} blocks are damaged"]
     if "compared" in found:
         lines.append(
-            f"{found['compared']:,} of them computed again: top class the same in "
-            f"{format_percent(found['same_class'])}, "
+            f"{found['compared']:,} of them recomputed: same top class for {format_percent(found['same_class'])}, "
             f"largest difference of a logit {found['largest_difference']:.3g}"
         )
     return lines

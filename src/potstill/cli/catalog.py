@@ -1,4 +1,4 @@
-"""Verbs that list what is available: recipes, models, methods; and the text that `potstill methods NAME` prints."""
+"""Commands that list recipes, models and methods; the text of `potstill methods NAME`."""
 
 import json
 import shutil
@@ -23,67 +23,65 @@ from potstill.methods import (
 from potstill.options import REQUIRED, Option, allowed_values
 
 
-def list_text() -> list[tuple[str, str, str]]:
-    """(name, kind, one sentence) of every method, kind by kind; those of other packages come last."""
+def method_rows() -> list[tuple[str, str, str]]:
+    """Return (name, kind, summary) of each method, sorted by kind; those of other packages come last."""
     rows = [(name, kind, method_info(name).summary) for kind, names in methods_by_kind().items() for name in names]
     for name in sorted({*list_methods()} - {*list_own_methods()}):
         try:
             info = method_info(name)
             rows.append((name, info.kind, info.summary))
-        except UsageError as error:  # a package that is broken keeps nobody from the other methods
+        except UsageError as error:  # a broken package does not affect the other methods
             rows.append((name, "not loadable", str(error)))
     return rows
 
 
 def method_text(name: str) -> str:
-    """Everything that is known of a method.
+    """Return the text of `potstill methods NAME`.
 
     Raises:
         UsageError: unknown name; names the nearest known one.
     """
-    found, price = method_info(name), step_costs().get(name)
+    info, cost = method_info(name), step_costs().get(name)
     sections = [
-        _wrapped(found.summary),
-        _paper(found),
-        _section("Loss", [_wrapped(_plain(found.loss), 2), *_rows(found.terms, wrap=False)]),
-        _section(f"Needs ({found.kind})", [_wrapped(", ".join(found.needs), 2)]),
-        _section("Options (method.NAME in a recipe)", _rows({k: option_text(v) for k, v in found.options.items()})),
-        _section("Presets (method.preset)", _rows({k: settings_text(v) for k, v in found.presets.items()})),
-        _section("Published top-1 of the student", _rows({k: f"{v:.2f} %" for k, v in found.published.items()})),
-        _section("Price", [_wrapped(price_text(price), 2)] if price else []),
-        _section("Notes", [_wrapped(_plain(found.notes), 2)] if found.notes else []),
-        _section("Traps", [f"  - {_wrapped(_plain(trap), 4).lstrip()}" for trap in found.traps]),
+        _wrapped(info.summary),
+        _paper(info),
+        _section("Loss", [_wrapped(_plain(info.loss), 2), *_rows(info.terms, wrap=False)]),
+        _section(f"Needs ({info.kind})", [_wrapped(", ".join(info.needs), 2)]),
+        _section("Options (method.NAME in a recipe)", _rows({k: _option_text(v) for k, v in info.options.items()})),
+        _section("Presets (method.preset)", _rows({k: _settings_text(v) for k, v in info.presets.items()})),
+        _section("Published top-1 of the student", _rows({k: f"{v:.2f} %" for k, v in info.published.items()})),
+        _section("Price", [_wrapped(cost_text(cost), 2)] if cost else []),
+        _section("Notes", [_wrapped(_plain(info.notes), 2)] if info.notes else []),
+        _section("Traps", [f"  - {_wrapped(_plain(trap), 4).lstrip()}" for trap in info.traps]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def option_text(option: Option) -> str:
-    """Range, default and meaning of an option."""
+def _option_text(option: Option) -> str:
     default = "required" if option.default is REQUIRED else f"default {option.default}"
     return f"{allowed_values(option.schema)}, {default}: {_plain(option.doc)}"
 
 
-def settings_text(settings: dict[str, object]) -> str:
-    """Options of a preset, as after ``--set``."""
+def _settings_text(settings: dict[str, object]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
-def price_text(price: StepCost) -> str:
-    """What a step costs, in one sentence."""
+def cost_text(cost: StepCost) -> str:
+    """Return time and memory of a training step, relative to those of the student alone, in one sentence."""
     facts = measured_costs()
-    teacher = f", {price.teacher:.2f} of it the teacher's" if price.teacher else ""
-    adapters = f"; {price.adapters:,} trained numbers beside the student's" if price.adapters else ""
+    teacher = f", of which the teacher {cost.teacher:.2f}" if cost.teacher else ""
+    adapters = f"; {cost.adapters:,} trained parameters beside the student's" if cost.adapters else ""
     return (
-        f"a step takes {price.time:.2f} times that of the student on labels alone (quartiles {price.low:.2f} to "
-        f"{price.high:.2f}{teacher}) and {price.memory:.2f} times its memory{adapters}. "
+        f"a training step takes {cost.time:.2f} times as long as with labels alone (quartiles {cost.low:.2f} to "
+        f"{cost.high:.2f}{teacher}) and {cost.memory:.2f} times the memory{adapters}. "
         f"{facts['teacher']} -> {facts['student']}, batches of {facts['batch']}, {facts['machine']['processor']}."
     )
 
 
-def _paper(found: MethodInfo) -> str:
-    if found.paper is None:
+def _paper(info: MethodInfo) -> str:
+    paper = info.paper
+    if paper is None:
         return ""
-    paper = found.paper
     return _wrapped(f'{paper.authors}, "{paper.title}", {paper.venue}.') + f"\n{paper.url}"
 
 
@@ -93,18 +91,18 @@ def _section(title: str, lines: Iterable[str]) -> str:
 
 
 def _rows(rows: dict[str, str], *, wrap: bool = True) -> list[str]:
-    """Two columns; long texts go on below their own beginning."""
+    """Return lines of two columns; long texts are wrapped inside the second."""
     width = max(map(len, rows), default=0)
-    room = max(_width() - width - 4, 30)
+    text_width = max(_width() - width - 4, 30)
     return [
         f"  {key:<{width}}  "
-        + (f"\n{' ' * (width + 4)}".join(textwrap.wrap(text, room, break_on_hyphens=False)) if wrap else text)
+        + (f"\n{' ' * (width + 4)}".join(textwrap.wrap(text, text_width, break_on_hyphens=False)) if wrap else text)
         for key, text in rows.items()
     ]
 
 
 def _wrapped(text: str, indent: int = 0) -> str:
-    """Paragraphs filled to the terminal's width."""
+    """Return the text with its paragraphs wrapped to the terminal's width."""
     return "\n".join(
         textwrap.fill(
             " ".join(paragraph.split()), _width(), initial_indent=" " * indent, subsequent_indent=" " * indent,
@@ -125,16 +123,16 @@ def _width() -> int:
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe's YAML.")] = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of recipes, with which editors complete them.")
+        bool, typer.Option("--schema", help="Print the JSON schema of recipes, for completion in editors.")
     ] = False,
 ) -> None:
-    """List the recipes, print one to change, or print their JSON schema.
+    """List the recipes, print one, or print their JSON schema.
 
     For example: potstill recipes solar > mine.yaml
     """
     if schema:
         if name is not None:
-            raise UsageError("--schema is that of all recipes: leave the name out")
+            raise UsageError("--schema is the same for all recipes: leave the name out")
         from potstill.config.recipe_schema import recipe_schema
 
         sys.stdout.write(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n")
@@ -154,7 +152,7 @@ def recipes(
 def models(
     pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help='Part of a name, or "resnet*".')] = "",
 ) -> None:
-    """List the architectures, for teacher and student."""
+    """List the architectures."""
     from potstill.models.registry import list_models
 
     names = list_models(pattern)
@@ -166,11 +164,13 @@ def models(
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show all about this method.")] = None,
 ) -> None:
-    """List the methods by kind, or show one: paper, loss, needs, options, presets, published figures, price, traps."""
+    """List the methods by kind, or show one: paper, loss, needs, options, presets, published accuracies, price,
+    traps.
+    """
     if name is not None:
         sys.stdout.write(method_text(name))
         return
-    rows = list_text()
+    rows = method_rows()
     names, kinds = (max(len(row[at]) for row in rows) for at in (0, 1))
     sys.stdout.write("".join(f"{name:<{names}}  {kind:<{kinds}}  {summary}\n" for name, kind, summary in rows))
 

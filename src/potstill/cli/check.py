@@ -1,4 +1,4 @@
-"""The verb that validates data: check; and the flags and stderr lines on skipped files that other verbs share."""
+"""The command `check`, and the flags and messages on skipped files that other commands share."""
 
 import contextlib
 import json
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 
 SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, and name them on stderr.")
+    bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, and list them on stderr.")
 ]
-FollowLinks = Annotated[bool, typer.Option("--follow-links", help="Read links to files and folders elsewhere too.")]
+FollowLinks = Annotated[
+    bool, typer.Option("--follow-links", help="Follow links to files and folders outside the data folder.")
+]
 
-MAX_SHOWN = 20  # files that are named
+MAX_SHOWN = 20  # files that are listed
 
 
 def print_skipped(source: str, skipped: Sequence[Sequence[str]]) -> None:
-    """Say on stderr how many files are left out, and which.
+    """List on stderr the files that are left out.
 
     Args:
-        source: the data, as the user named it.
-        skipped: path and reason of each.
+        source: the data, as given by the user.
+        skipped: (path, reason) of each file.
     """
     from potstill.console import escape_control
 
@@ -42,30 +44,34 @@ def print_skipped(source: str, skipped: Sequence[Sequence[str]]) -> None:
 
 
 def check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder, a manifest, .tar shards, or a name.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for warnings too.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Show every finding, not the first of each kind.")] = False,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A folder, a manifest, .tar shards, or the name of a data set.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 3 for warnings too.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show all findings, not only the first of each kind.")
+    ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Check what is left without bad files and classes that are too small.")
+        bool, typer.Option("--skip-bad", help="Leave out bad files and classes that are too small, and check the rest.")
     ] = False,
     follow_links: FollowLinks = False,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the data, as for run; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a data setting, as for run; may be repeated."),
     ] = None,
 ) -> None:
-    """Look for everything that is wrong with images, labels and splits.
+    """Check images, labels and splits for errors.
 
-    Exits with 3 where there are errors.
+    Exits with code 3 if there are any.
     """
     from potstill.data.library_warnings import silence_native_stderr
     from potstill.data.validation.validate import validate_data
 
     flags = {"skip_bad": skip_bad, "follow_links": follow_links}
     chosen = _data_settings(data, settings or []).model_copy(update={key: True for key, on in flags.items() if on})
-    with silence_native_stderr(), WaitProgress() as waiting:
-        report = validate_data(chosen, waiting)
+    with silence_native_stderr(), WaitProgress() as progress:
+        report = validate_data(chosen, progress)
     with contextlib.suppress(BrokenPipeError):  # `| head` does not change the exit code
         if as_json:
             sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
@@ -81,16 +87,16 @@ def check(
 
 
 def _data_settings(data: str, changes: list[str]) -> "DataSettings":
-    """The data's part of a recipe."""
+    """Return the data settings with ``--set`` applied."""
     from potstill.data.settings import DataSettings
 
     if not changes:
         return DataSettings(source=data)
     if others := [each for each in changes if not each.startswith("data.")]:
-        raise UsageError(f"--set {others[0]}: check looks at the data alone; give data.KEY=VALUE, as for run")
+        raise UsageError(f"--set {others[0]}: check takes data settings only, data.KEY=VALUE")
     from potstill.config.recipe import load_recipe
 
-    networks = {"teacher": {"model": "cifar/resnet20"}, "student": {"model": "cifar/resnet8"}}  # of no matter here
+    networks = {"teacher": {"model": "cifar/resnet20"}, "student": {"model": "cifar/resnet8"}}  # not used
     return load_recipe({"name": "check", **networks}, changes, flags={"--data": data}).data
 
 
@@ -103,10 +109,10 @@ def _raise_on_findings(report: "ValidationReport", strict: bool) -> None:
 
 
 class WaitProgress:
-    """Shows on stderr how far a wait is, once it has taken a second: a bar on a terminal, elsewhere some lines."""
+    """Shows progress on stderr after one second: as a bar on a terminal, else as lines."""
 
-    DELAY_SECONDS = 1.0  # seconds
-    LINE_SECONDS = 10.0  # seconds between lines
+    DELAY_SECONDS = 1.0
+    LINE_SECONDS = 10.0  # between lines
 
     def __init__(self) -> None:
         self._next: float | None = None
@@ -123,7 +129,7 @@ class WaitProgress:
             self._bar.stop()
 
     def wait(self, what: str, done: int, total: int) -> None:
-        """A longer wait: so much of it is over."""
+        """Show the progress of a longer wait."""
         if self._next is None:
             self._next = time.monotonic() + self.DELAY_SECONDS
         if self._bar is not None:
@@ -132,10 +138,10 @@ class WaitProgress:
             self._show(what, done, total)
 
     def note(self, message: str) -> None:
-        """Something worth reading."""
+        """Ignore notes."""
 
     def warn(self, message: str) -> None:
-        """Something that makes it slower than it could be."""
+        """Ignore warnings."""
 
     def _show(self, what: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Verbs that use a trained model: predict, evaluate, export, serve."""
+"""Commands that use a trained model: predict, evaluate, export, serve."""
 
 import json
 import shlex
@@ -17,14 +17,15 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="RUN_OR_MODEL",
-        help="A run folder (its distilled student), a model, ARCH@WEIGHTS, or a file of weights.",
+        help="A run folder (its distilled student), a model folder, ARCH@WEIGHTS, or a weight file.",
     ),
 ]
 Classes = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Class names of the outputs of bare weights, one a line; or cifar10, cifar100, imagenet-1k, imagenet-21k.",
+        help="Class names, one per line, for weights without class names; or cifar10, cifar100, imagenet-1k, "
+        "imagenet-21k.",
     ),
 ]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the code that the model file names.")]
@@ -34,16 +35,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def predict(
     model: Model,
     paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Images, or folders of images.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to show for each image.")] = 3,
     classes: Classes = None,
     allow_code: AllowCode = False,
     skip_bad: SkipBad = False,
     follow_links: FollowLinks = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is on images, with probabilities.
+    """Classify images.
 
-    Files of a folder that are no images are named on stderr.  Exits with 3 where an image cannot be read.
+    Files in folders that are no images are listed on stderr.  Exits with code 3 if an image cannot be read.
     """
     from potstill.console import escape_control
     from potstill.data.sources import ignored_files_note
@@ -51,11 +52,11 @@ def predict(
     from potstill.export.predict import predict as predict_images
 
     found = find_images(paths, follow_links=follow_links)
-    where = ", ".join(map(str, paths[:3])) + (" ..." if len(paths) > 3 else "")
+    label = ", ".join(map(str, paths[:3])) + (" ..." if len(paths) > 3 else "")
     if found.left_out:
-        print_skipped(where, found.left_out)
+        print_skipped(label, found.left_out)
     if found.passed_over:
-        sys.stderr.write(escape_control(f"{where}: {ignored_files_note(found.passed_over)}") + "\n")
+        sys.stderr.write(escape_control(f"{label}: {ignored_files_note(found.passed_over)}") + "\n")
     with silence_native_stderr(), allowed_code(allow_code):
         predictions = predict_images(model, found.images, top=top, classes=classes, note=_note)
     if as_json:
@@ -68,12 +69,11 @@ def predict(
     sys.stdout.flush()
     if broken and skip_bad:
         reasons = [(str(each.path), str(each.error).removeprefix(f"{each.path}: ")) for each in broken]
-        print_skipped(where, reasons)
+        print_skipped(label, reasons)
     elif broken:
         lines = "".join(f"\n{escape_control(str(each.error))}" for each in broken)
         raise DataError(
-            f"{len(broken)} of {len(predictions)} images could not be read:{lines}\n"
-            "To leave them out of the exit code: --skip-bad"
+            f"{len(broken)} of {len(predictions)} images could not be read:{lines}\nTo leave them out: --skip-bad"
         )
 
 
@@ -85,16 +85,18 @@ def _note(line: str) -> None:
 
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(metavar="DIR", help="Labelled images: a folder, a manifest, or a name.")],
+    data: Annotated[
+        str, typer.Option(metavar="DIR", help="Labelled images: a folder, a manifest, or the name of a data set.")
+    ],
     classes: Classes = None,
     allow_code: AllowCode = False,
     skip_bad: SkipBad = False,
     follow_links: FollowLinks = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a trained model on labelled images.
+    """Evaluate a trained model on labelled images.
 
-    Classes are matched by name, whatever their order.
+    Classes are matched by name.
     """
     from potstill.cli.results import metrics_lines
     from potstill.export.evaluate import evaluate as evaluate_model
@@ -124,8 +126,8 @@ Preprocessing = Annotated[
     typer.Option(
         "--preprocessing",
         metavar="none|normalise|resize",
-        help="How much of the preparation of images becomes part of the file: none (it takes normalised numbers), "
-        "normalise (pixels of the network's size), resize (pixels of any size).",
+        help="Preprocessing that the file includes: none (its input is normalised), normalise (its input is pixels of "
+        "the network's size), resize (its input is pixels of any size).",
     ),
 ]
 
@@ -134,22 +136,24 @@ def export(
     run: Run,
     model: Stage = None,
     form: FormatName = "onnx",
-    inside: Preprocessing = "none",
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize to 8 bits, calibrated on training images.")] = False,
+    preprocessing: Preprocessing = "none",
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize to int8, calibrated on training images.")] = False,
     max_drop: Annotated[
         float,
         typer.Option(
-            "--max-accuracy-drop", metavar="SHARE", help="Test accuracy that --int8 may lose; 0.01 is one point."
+            "--max-accuracy-drop",
+            metavar="SHARE",
+            help="Largest loss of test accuracy by --int8; 0.01 is one percentage point.",
         ),
     ] = 0.01,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
-    data: Annotated[str | None, typer.Option(metavar="DIR", help="Where the run's data are now.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DIR", help="The run's data, if it has moved.")] = None,
     allow_code: AllowCode = False,
 ) -> None:
-    """Write a trained model as a file for other engines, compared with the original before.
+    """Export a trained model for another inference engine.
 
-    The comparison is with PyTorch, on images of the run's test split.  A file NAME.json beside it holds its SHA-256
-    and what was measured.
+    The exported model is compared with PyTorch on images of the run's test split.  A file NAME.json beside it holds
+    its SHA-256 and the measurements.
     """
     from potstill.console import escape_control
     from potstill.export.exporter import export as export_model
@@ -157,9 +161,9 @@ def export(
     from potstill.export.options import ExportOptions
     from potstill.io import read_checksummed_json
 
-    wish = ExportOptions(form, inside, int8, max_drop, output, data)
+    options = ExportOptions(form, preprocessing, int8, max_drop, output, data)
     with allowed_code(allow_code):
-        path = export_model(run, model, wish, note=_note)
+        path = export_model(run, model, options, note=_note)
     sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
     sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
     if form == "onnx":
@@ -168,14 +172,16 @@ def export(
 
 def serve(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, a run's name below --output-dir, or a model.")
+        Path, typer.Argument(metavar="RUN", help="A run folder, the name of a run in --output-dir, or a model folder.")
     ],
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    root: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="The runs to be browsed.")] = Path("runs"),
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
+    output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the runs to show.")] = Path(
+        "runs"
+    ),
     allow_code: AllowCode = False,
 ) -> None:
-    """Try a run's models on images in a browser, on this machine alone."""
+    """Serve a run's models on a local web page."""
     from potstill.console import escape_control
 
     try:
@@ -185,13 +191,19 @@ def serve(
             raise
         raise UsageError(f'serve needs {error.name}\nInstall: pip install "potstill[serve]"') from error
 
-    def say(address: str) -> None:
-        sys.stdout.write(escape_control(f"{address}  (Ctrl-C ends it)") + "\n")
+    def print_address(address: str) -> None:
+        sys.stdout.write(escape_control(f"{address}  (Ctrl-C stops it)") + "\n")
         sys.stdout.flush()
 
-    below = root / run
+    below = output_dir / run
     try:
         with allowed_code(allow_code):
-            serve_page(below if not run.exists() and below.is_dir() else run, host=host, port=port, root=root, say=say)
-    except Stopped as stopped:  # as it should end: nothing is left to be said
+            serve_page(
+                below if not run.exists() and below.is_dir() else run,
+                host=host,
+                port=port,
+                output_dir=output_dir,
+                on_start=print_address,
+            )
+    except Stopped as stopped:  # the normal end: no message
         raise RemoteFailure(stopped.exit_code) from None

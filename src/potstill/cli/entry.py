@@ -1,4 +1,4 @@
-"""The entry point: the verbs, and the one place where errors become exit codes."""
+"""The entry point: the commands, and the mapping of errors to exit codes."""
 
 import contextlib
 import io
@@ -12,24 +12,24 @@ import typer
 
 from potstill import __version__
 from potstill.cli import cache, catalog, check, deployment, federated, run, sweep
-from potstill.cli.run import check_verb, is_first_process, rank_prefix
+from potstill.cli.run import check_torchrun_command, is_first_process, rank_prefix
 from potstill.console import escape_control
 from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, UsageError, storage_error
 from potstill.training.callbacks import SignalHandler
 
 INTERNAL_ERROR = 1
 USAGE_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it
-CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell shows of other programs whose reader has gone
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as in shells
 _HELP = ["-h", "--help"]
-_INTERRUPTED = "interrupted; a run goes on from its last checkpoint with --resume"
+_INTERRUPTED = "interrupted; --resume continues a run from its last checkpoint"
 
 app = typer.Typer(
     name="potstill",
-    help="Distil a large image classifier into a small one, and say honestly whether it helped.",
+    help="Distil a large image classifier into a small one, and test whether distillation helped.",
     epilog="Start with: potstill run quickstart.",
     no_args_is_help=True,
-    # Rich help costs 0.1 s at each start, rich tracebacks show local variables, completion is two more options.
+    # Rich help takes 0.1 s at each start, rich tracebacks show local variables, completion adds two options.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -37,8 +37,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool | None) -> None:
-    if wanted:
+def _print_version(value: bool | None) -> None:
+    if value:
         typer.echo(f"potstill {__version__}")
         raise typer.Exit
 
@@ -46,10 +46,11 @@ def _version(wanted: bool | None) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool | None,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = None,
 ) -> None:
-    """Options before the verb."""
+    """Parse the options before the command."""
 
 
 for _verb in (
@@ -71,7 +72,7 @@ app.add_typer(cache.cache_app, name="cache")
 app.add_typer(federated.federated_app, name="federated")
 
 
-# Former flags and verbs, and what they are called now.
+# Former flags and commands, and their names now.
 _RENAMED = {
     "--root": "--output-dir",
     "--replay": "--reproduce",
@@ -83,10 +84,10 @@ _RENAMED = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code (GUARANTEES: 0 well, 1 our bug, 2 usage, 3 data, 4 artifact, 5 storage...).
+    """Run a command and return its exit code: 0 success, 1 bug, 2 usage, 3 data, 4 artifact, 5 storage (see errors.py).
 
     Args:
-        arguments: what follows ``potstill`` on the command line; None takes ``sys.argv``.
+        arguments: those after ``potstill`` on the command line; None: ``sys.argv``.
     """
     try:
         return _exit_code(arguments)
@@ -98,15 +99,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _exit_code(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # any file's name can be shown in any locale
+            stream.reconfigure(errors="backslashreplace")  # so that any file name can be printed in any locale
     try:
-        with SignalHandler():  # whatever is being written when a signal comes is tidied up
+        with SignalHandler():  # a signal during a write does not leave temporary files
             code = _run_verb(list(sys.argv[1:] if arguments is None else arguments))
             sys.stdout.flush()
         if code == INTERRUPTED:  # the parser has caught the KeyboardInterrupt
             return _print_error(_INTERRUPTED, INTERRUPTED)
         return code if isinstance(code, int) else 0
-    except (BrokenPipeError, SystemExit):  # SystemExit: what the parser makes of a BrokenPipeError inside a verb
+    except (BrokenPipeError, SystemExit):  # the parser turns a BrokenPipeError inside a command into SystemExit
         return CLOSED_PIPE
     except KeyboardInterrupt:
         return _print_error(_INTERRUPTED, INTERRUPTED)
@@ -121,13 +122,13 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
 
 
 def _run_verb(arguments: list[str]) -> Any:
-    """Let typer run the verb; it returns an exit code, or None."""
-    check_verb(arguments)
+    """Run the command by typer; return its exit code, or None."""
+    check_torchrun_command(arguments)
     if arguments and (new := _RENAMED.get(arguments[0])) and not new.startswith("--"):
-        raise UsageError(f"`potstill {arguments[0]}` is called `potstill {new}` now")
+        raise UsageError(f"`potstill {arguments[0]}` has been renamed to `potstill {new}`")
     command: Any = typer.main.get_command(app)
     if len(arguments) == 2 and arguments[0] in command.commands and arguments[1] in _HELP:
-        # Typer would first check the (absent) options before the verb, with pydantic: a tenth of a second.
+        # Typer would first check the absent options before the command, which takes 0.1 s.
         verb = command.commands[arguments[0]]
         return verb.main(
             args=arguments[1:], prog_name=f"potstill {arguments[0]}", standalone_mode=False, help_option_names=_HELP
@@ -143,7 +144,7 @@ def _report_other_error(error: Exception) -> int:
     # Parser errors: their class is typer's in new versions and click's in older ones.
     if hasattr(error, "format_message") and hasattr(error, "show"):
         if new := _RENAMED.get(str(getattr(error, "option_name", ""))):
-            return _print_error(f"{error.option_name} is called {new} now", USAGE_ERROR)  # type: ignore[attr-defined]
+            return _print_error(f"{error.option_name} has been renamed to {new}", USAGE_ERROR)  # type: ignore[attr-defined]
         with contextlib.suppress(BrokenPipeError):
             error.show()
         return USAGE_ERROR
@@ -154,7 +155,7 @@ def _report_other_error(error: Exception) -> int:
 
 
 def _message_with_rank(error: PotstillError) -> str:
-    """The message, with the rank that has it: not for a recipe, wrong for all, nor for a lost rank, which is named."""
+    """Return the message with the rank; without it for usage errors, which all ranks have, and for lost ranks."""
     return str(error) if isinstance(error, UsageError | RankLost) else f"{rank_prefix()}{error}"
 
 
@@ -165,7 +166,7 @@ def _print_error(message: str, code: int) -> int:
 
 
 def _detach_closed_stream(stream: Any) -> None:
-    """Point a stream whose reader has gone at nothing, or the interpreter complains about it when it exits."""
+    """Redirect a stream without reader to os.devnull, or the interpreter prints an error at its exit."""
     try:
         stream.flush()
     except BrokenPipeError:

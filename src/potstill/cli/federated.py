@@ -1,4 +1,4 @@
-"""Verbs of federated training: run, app."""
+"""Commands of federated learning: run, app."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +8,7 @@ import typer
 from potstill.cli.run import Data, Overwrite, RecipeName, Resume, Root, Seed, Settings, SkipBad, Student, Teacher
 
 federated_app = typer.Typer(
-    help="Train one student with clients that keep their images.",
+    help="Federated distillation: train one student on clients that keep their images.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -17,34 +17,44 @@ federated_app = typer.Typer(
 
 @federated_app.callback()
 def _group() -> None:
-    """Train one student with clients that keep their images."""
+    """Federated distillation: train one student on clients that keep their images."""
 
 
 @federated_app.command()
 def run(
     recipe: RecipeName,
     clients: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of clients; 5, or one for each folder of folders:DIR.")
+        int | None, typer.Option(metavar="N", help="Number of clients.  [default: 5, or the folders of folders:DIR]")
     ] = None,
     partition: Annotated[
-        str, typer.Option(metavar="HOW", help="Division of the images: iid, dirichlet:ALPHA or folders:DIR.")
+        str, typer.Option(metavar="HOW", help="Partition of the images: iid, dirichlet:ALPHA or folders:DIR.")
     ] = "dirichlet:0.3",
     algorithms: Annotated[
-        str, typer.Option(metavar="A,B", help="Some of fedavg, feddf, fedmd, guided, selfguided.")
+        str, typer.Option(metavar="A,B", help="Algorithms to compare: fedavg, feddf, fedmd, guided, selfguided.")
     ] = "fedavg,feddf",
     baselines: Annotated[
-        str, typer.Option(metavar="A,B", help="alone (each client by itself), central (all images in one place).")
+        str,
+        typer.Option(
+            metavar="A,B", help="Baselines: alone (each client by itself), central (all images on one machine)."
+        ),
     ] = "",
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds of local training and averaging.")] = 5,
     local_epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Epochs of each client in each round.")] = 1,
     public: Annotated[
         float,
-        typer.Option(metavar="SHARE", min=0, max=0.9, help="Of training images made public; not with data.unlabeled."),
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=0.9,
+            help="Share of the training images that is public; not used with data.unlabeled.",
+        ),
     ] = 0.2,
     public_epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over public images per round.")] = 5,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0.01, help="Of the clients' averaged logits.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0.01, help="Temperature of the clients' averaged logits.")
+    ] = 1.0,
     max_share: Annotated[
-        float, typer.Option(metavar="SHARE", help="Of one client in an average, at most; 0.5 to 1.")
+        float, typer.Option(metavar="SHARE", help="Largest weight of one client in an average, 0.5 to 1.")
     ] = 0.5,
     data: Data = None,
     skip_bad: SkipBad = None,
@@ -52,14 +62,14 @@ def run(
     student: Student = None,
     settings: Settings = None,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the folder; RECIPE-federated where not given.")
+        str | None, typer.Option(metavar="NAME", help="Name of the run folder.  [default: RECIPE-federated]")
     ] = None,
-    root: Root = Path("runs"),
+    output_dir: Root = Path("runs"),
     seed: Seed = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Simulate server and clients on this machine, and compare algorithms on the same clients."""
+    """Simulate server and clients on this machine; compare algorithms on the same clients."""
     from potstill.config.recipe import load_recipe
     from potstill.contrib.federated.algorithms import ALGORITHMS, BASELINES, parse_names
     from potstill.contrib.federated.partition import parse_partition
@@ -90,7 +100,9 @@ def run(
         schedule=Schedule(rounds, local_epochs, public_epochs, temperature, max_share=max_share),
     )
     with Progress() as progress:
-        folder = federate(loaded, options, root=root, name=name, resume=resume, overwrite=overwrite, observer=progress)
+        folder = federate(
+            loaded, options, output_dir=output_dir, name=name, resume=resume, overwrite=overwrite, observer=progress
+        )
     found = read_checksummed_json(folder / RESULTS_FILE)
     print_section(f"{len(found['clients'])} clients, {partition}: {folder / RESULTS_FILE}", format_table(found))
     print_next_command(["potstill", "predict", str(folder / best_algorithm(found, names)), "IMAGE"])
@@ -99,9 +111,9 @@ def run(
 @federated_app.command(name="app")
 def write_app(
     recipe: RecipeName,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the two files.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the app's two files.")],
 ) -> None:
-    """Write a Flower app for `flwr run`: the same rounds between machines."""
+    """Write a Flower app, with which `flwr run` trains on several machines."""
     from potstill.console import print_section
     from potstill.contrib.federated.flower import write_app as write
 

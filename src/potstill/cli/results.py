@@ -12,7 +12,7 @@ from potstill.formatting import format_names
 
 
 def print_results(results: Mapping[str, Any], page: Path | None) -> None:
-    """Print the table of the stages, the verdict and where the report is."""
+    """Print the table of the stages, the verdict and the report's path."""
     lines = ["", *results_table(results["stages"]), ""]
     comparison = results.get("comparison") or {}
     if seeds := seeds_lines(comparison):
@@ -29,7 +29,7 @@ def print_results(results: Mapping[str, Any], page: Path | None) -> None:
 
 
 def results_table(stages: Mapping[str, Any]) -> list[str]:
-    """Every stage with its test figures, as aligned lines; absent stages are left out."""
+    """Return the stages' test metrics as aligned lines."""
     rows = [_COLUMNS]
     for name in sort_stages(stages):
         stage = stages[name]
@@ -55,13 +55,13 @@ def results_table(stages: Mapping[str, Any]) -> list[str]:
 
 
 def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
-    """What `evaluate` prints: the model, the overall figures, then a line for each class."""
-    shares = ("top1", "top3", "precision_macro", "recall_macro", "f1_macro", "f1_weighted", "ece")
+    """Yield the lines of `evaluate`: the model, the overall metrics, then a line for each class."""
+    percentages = ("top1", "top3", "precision_macro", "recall_macro", "f1_macro", "f1_weighted", "ece")
     numbers = ("auc_macro", "auc_micro", "nll")
     for key in ("model", "data", "count"):
         if key in metrics:
             yield f"{key:<16} {escape_control(str(metrics[key]))}"
-    for key in shares:
+    for key in percentages:
         yield f"{key:<16} {format_percent(metrics.get(key)):>8}"
     for key in numbers:
         yield f"{key:<16} {_format_metric(metrics.get(key)):>8}"
@@ -71,14 +71,14 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
         yield ""
         yield f"{'class':<{width}}  precision   recall      F1  images"
     for name, row in zip(names, metrics.get("per_class", ()), strict=True):
-        figures = (format_percent(row[key] if row["support"] else None) for key in ("precision", "recall", "f1"))
-        precision, recall, f1 = figures
+        shares = [format_percent(row[key] if row["support"] else None) for key in ("precision", "recall", "f1")]
+        precision, recall, f1 = shares
         yield f"{name:<{width}}  {precision:>9}  {recall:>7}  {f1:>6}  {row['support']:>6}"
     absent = [escape_control(str(name)) for name in metrics.get("absent_classes") or []]
     if absent:
         rest = len(names) - len(absent)
-        there = f"the other {rest} classes" if rest > 1 else "the one class that has images"
-        yield f"\nwarning: no image here is of {format_names(absent)}: macro figures are means over {there}"
+        averaged = f"the other {rest} classes" if rest > 1 else "the one class that has images"
+        yield f"\nwarning: no images of {format_names(absent)}: macro averages are over {averaged}"
     never = [escape_control(str(name)) for name in metrics.get("never_predicted") or []]
     if metrics.get("at_chance"):
         largest = format_percent(metrics.get("largest_class"))

@@ -1,4 +1,4 @@
-"""Verbs that train and report: run, train, report; run and train in one process or in those that torchrun starts."""
+"""Commands that train and report: run, train, report; run and train also in the processes of torchrun."""
 
 import enum
 import os
@@ -14,45 +14,45 @@ from potstill.code_references import is_code_reference
 from potstill.distributed.launch import is_torchrun_launched, restart_count
 from potstill.errors import RemoteFailure, UsageError
 
-DISTRIBUTED_VERBS = ("run", "train")
+DISTRIBUTED_COMMANDS = ("run", "train")
 
 
 def is_first_process() -> bool:
-    """Whether this is the one process, or the first of several: the one that talks."""
+    """Return whether this is the only process or that of rank 0, which prints."""
     return not is_torchrun_launched() or os.environ["RANK"] == "0"
 
 
 def rank_prefix() -> str:
-    """What a message of another process than the first begins with."""
+    """Return the prefix of messages: the rank, in processes of torchrun other than the first."""
     return "" if is_first_process() else f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: "
 
 
-def check_verb(arguments: list[str]) -> None:
-    """Only training is worth several processes.
+def check_torchrun_command(arguments: list[str]) -> None:
+    """Raise an error if torchrun starts a command that does not train.
 
     Raises:
-        UsageError: another verb, started by torchrun; ``RemoteFailure`` in all processes but the first.
+        UsageError: such a command; in all processes but the first, ``RemoteFailure``.
     """
-    if is_torchrun_launched() and arguments and arguments[0] not in DISTRIBUTED_VERBS:
+    if is_torchrun_launched() and arguments and arguments[0] not in DISTRIBUTED_COMMANDS:
         if not is_first_process():
             raise RemoteFailure(UsageError.exit_code)
         raise UsageError(
             f"torchrun has started `potstill {arguments[0]}` {os.environ['WORLD_SIZE']} times; "
-            f"only {' and '.join(DISTRIBUTED_VERBS)} share their work: start it without torchrun"
+            f"only {' and '.join(DISTRIBUTED_COMMANDS)} are distributed: start it without torchrun"
         )
 
 
 @contextmanager
-def joined_processes() -> Iterator[dict[str, Any]]:
-    """Join the other processes, where there are any.
+def distributed_arguments() -> Iterator[dict[str, Any]]:
+    """Join the process group, if torchrun started this process.
 
     Yields:
         Keyword arguments for the pipeline.
     """
-    if not is_torchrun_launched():  # torch, which takes seconds, is not needed to find a mistake in a recipe
+    if not is_torchrun_launched():  # import no torch, which takes seconds, to find a mistake in a recipe
         yield {}
         return
-    # Before torch is loaded.  Else each process warns that no parameter is unused, which is what we want.
+    # Before torch is imported.  Otherwise each process warns that all parameters are used, as intended.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from potstill.distributed.group import process_group
 
@@ -61,12 +61,12 @@ def joined_processes() -> Iterator[dict[str, Any]]:
 
 
 def resume_after_restart(folder: dict[str, Any], name: str) -> None:
-    """A run that torchrun starts again, after it has lost a process, goes on from its last checkpoint."""
+    """Set ``resume`` if torchrun restarts this run after the loss of a process."""
     if restart_count() == 0:
         return
     from potstill.experiment.run_folder import RunFolder
 
-    if RunFolder(Path(folder["root"]) / name).known:
+    if RunFolder(Path(folder["output_dir"]) / name).known:
         folder |= {"resume": True, "overwrite": False}
 
 
@@ -75,36 +75,38 @@ _TEACHER_WEIGHTS = re.compile(r"\s*teacher\.(\d+\.)?weights\s*=")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
 Data = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or a data set's name.")
+    str | None,
+    typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or the name of a data set."),
 ]
 Teacher = Annotated[
     list[str] | None,
     typer.Option(
         metavar="M",
-        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a file of weights, or a run or model folder; ARCH may be code, "
-        "path/file.py:callable. Repeat it for several.",
+        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a weight file, or a run or model folder; ARCH may be code, "
+        "path/file.py:callable. Repeat for several teachers.",
     ),
 ]
 Student = Annotated[
     str | None, typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder.")
 ]
-Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder; the recipe's where not given.")]
-Root = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder that holds the run folders.")]
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.  [default: the recipe's]")]
+Root = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the run folders.")]
 Epochs = Annotated[int | None, typer.Option(metavar="N", help="training.epochs: passes over the training images.")]
 Lr = Annotated[float | None, typer.Option(metavar="LR", help="training.lr: learning rate after warm-up.")]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="training.batch_size: images per step.")]
 ImageSize = Annotated[int | None, typer.Option(metavar="PIXELS", help="data.size: height and width of the images.")]
 Device = Annotated[str | None, typer.Option(metavar="D", help="training.device: auto, cpu, cuda, cuda:1 or mps.")]
 MethodName = Annotated[
-    str | None, typer.Option(metavar="M", help="method.name: how to distil; see `potstill methods`.")
+    str | None, typer.Option(metavar="M", help="method.name: distillation method; see `potstill methods`.")
 ]
-Temperature = Annotated[float | None, typer.Option(metavar="T", help="method.temperature: of the softened outputs.")]
-Alpha = Annotated[float | None, typer.Option(metavar="A", help="method.alpha: weight of the labels in kd.")]
-Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
+Temperature = Annotated[float | None, typer.Option(metavar="T", help="method.temperature: softmax temperature.")]
+Alpha = Annotated[float | None, typer.Option(metavar="A", help="method.alpha: weight of the label term in kd.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of initialisation, data order and augmentation.")]
 Seeds = Annotated[
     int | None,
     typer.Option(
-        metavar="N", help="Train baseline and distilled with N seeds, the teacher once; 5 tell gain from chance."
+        metavar="N",
+        help=("Train baseline and distilled with N seeds, the teacher once; 5 suffice for a significance test."),
     ),
 ]
 Settings = Annotated[
@@ -114,7 +116,8 @@ Settings = Annotated[
 SkipBad = Annotated[
     bool | None,
     typer.Option(
-        "--skip-bad", help="Leave out files that cannot be read and classes that are too small; list them in the run."
+        "--skip-bad",
+        help=("Leave out files that cannot be read and classes that are too small; list them in skipped.csv."),
     ),
 ]
 AllowCode = Annotated[
@@ -122,23 +125,21 @@ AllowCode = Annotated[
     typer.Option("--allow-code", help="Run code that the recipe file names: package.module:Name, path/file.py:Name."),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run of this name; more --seeds or training.epochs extend it.")
+    bool, typer.Option("--resume", help="Continue the run of this name; more --seeds or training.epochs extend it.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of this name first.")]
 Baseline = Annotated[
     Path | None,
-    typer.Option(metavar="RUN", help="Take the baseline of this run, if it was trained in the same way."),
+    typer.Option(metavar="RUN", help="Use the baseline of this run, if it was trained in the same way."),
 ]
 Reproduce = Annotated[
     Path | None,
-    typer.Option(
-        "--reproduce", metavar="RUN", help="In place of RECIPE: repeat a run, and say whether the weights are the same."
-    ),
+    typer.Option("--reproduce", metavar="RUN", help="In place of RECIPE: repeat a run, and compare the weights."),
 ]
 
 
 class Stage(enum.StrEnum):
-    """Stages that can be trained alone."""
+    """Stages that `train` can train."""
 
     teacher = "teacher"
     baseline = "baseline"
@@ -163,16 +164,16 @@ def run(
     device: Device = None,
     settings: Settings = None,
     name: Name = None,
-    root: Root = Path("runs"),
+    output_dir: Root = Path("runs"),
     seed: Seed = None,
     seeds: Seeds = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_code: AllowCode = False,
     baseline: Baseline = None,
-    replay: Reproduce = None,
+    reproduce: Reproduce = None,
 ) -> None:
-    """Train teacher, baseline and distilled student, and report."""
+    """Train teacher, baseline and distilled student, and write a report."""
     flags: dict[str, Any] = {
         "--data": data,
         "--teacher": teacher or None,
@@ -189,16 +190,23 @@ def run(
         "--seeds": seeds,
         "--skip-bad": skip_bad,
     }
-    if replay is not None:
+    if reproduce is not None:
         given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
-        _reproduce(replay, given, allow_code, root=root, name=name, resume=resume, overwrite=overwrite)
+        _reproduce(reproduce, given, allow_code, output_dir=output_dir, name=name, resume=resume, overwrite=overwrite)
         return
     if recipe is None:
         raise UsageError("give a RECIPE: a name from `potstill recipes`, or a YAML file; or --reproduce RUN")
-    others: dict[str, Any] = {"baseline": baseline} if baseline is not None else {}
     flags["--allow-code"] = allow_code
     folder = _run_pipeline(
-        recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=None, **others
+        recipe,
+        settings,
+        flags,
+        output_dir=output_dir,
+        name=name,
+        resume=resume,
+        overwrite=overwrite,
+        stages=None,
+        baseline=baseline,
     )
     _report_results(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
 
@@ -206,7 +214,10 @@ def run(
 def train(
     recipe: RecipeName,
     stage: Annotated[
-        Stage, typer.Option(help="The teacher; the student on labels alone; or distilled from a ready --teacher.")
+        Stage,
+        typer.Option(
+            help="The teacher; the student on labels alone; or the student distilled from a trained --teacher."
+        ),
     ],
     data: Data = None,
     skip_bad: SkipBad = None,
@@ -222,9 +233,9 @@ def train(
     device: Device = None,
     settings: Settings = None,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the run folder; RECIPE-STAGE where not given.")
+        str | None, typer.Option(metavar="NAME", help="Name of the run folder.  [default: RECIPE-STAGE]")
     ] = None,
-    root: Root = Path("runs"),
+    output_dir: Root = Path("runs"),
     seed: Seed = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -248,39 +259,49 @@ def train(
     }
     flags["--allow-code"] = allow_code
     folder = _run_pipeline(
-        recipe, settings, flags, root=root, name=name, resume=resume, overwrite=overwrite, stages=(stage.value,)
+        recipe,
+        settings,
+        flags,
+        output_dir=output_dir,
+        name=name,
+        resume=resume,
+        overwrite=overwrite,
+        stages=(stage.value,),
     )
     if stage is Stage.distilled:
         _report_results(folder, next_command=["potstill", "predict", str(folder), "IMAGE"])
         return
-    again: dict[str, Any] = flags | {"--teacher": teacher}
+    next_flags: dict[str, Any] = flags | {"--teacher": teacher}
     if stage is Stage.teacher:
         trained = sorted(folder.glob("teacher*/model.json"))
-        again["--teacher"] = [str(folder)] if len(trained) < 2 else [str(model.parent) for model in trained]
-        settings = [text for text in settings or [] if not _TEACHER_WEIGHTS.match(text)]  # --teacher names them now
+        next_flags["--teacher"] = [str(folder)] if len(trained) < 2 else [str(model.parent) for model in trained]
+        settings = [text for text in settings or [] if not _TEACHER_WEIGHTS.match(text)]  # replaced by --teacher
     else:
-        again["--baseline"] = str(folder)
-    again["--set"] = settings
-    again["--output-dir"] = None if root == Path("runs") else str(root)
-    again["--name"] = None if name is None else f"{name[:60]}-run"
-    _report_results(folder, next_command=["potstill", "run", recipe, *_to_arguments(again)])
+        next_flags["--baseline"] = str(folder)
+    next_flags["--set"] = settings
+    next_flags["--output-dir"] = None if output_dir == Path("runs") else str(output_dir)
+    next_flags["--name"] = None if name is None else f"{name[:60]}-run"
+    _report_results(folder, next_command=["potstill", "run", recipe, *to_arguments(next_flags)])
 
 
-def _to_arguments(flags: Mapping[str, Any]) -> list[str]:
-    """Flags with their values as a command line has them: those without a value left out, switches alone."""
-    values = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items()}
-    words = [(flag,) if one is True else (flag, str(one)) for flag, each in values.items() for one in each
-             if one is not None and one is not False]  # fmt: skip
-    return [part for pair in words for part in pair]
+def to_arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of a command line; flags that are None or False are left out, True has no value."""
+    arguments: list[str] = []
+    for flag, value in flags.items():
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and item is not False:
+                arguments += [flag] if item is True else [flag, str(item)]
+    return arguments
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
     output: Annotated[
-        Path, typer.Option(metavar="FILE", help="Page of the comparison; a single run's page is in its folder.")
+        Path,
+        typer.Option(metavar="FILE", help="Page of the comparison; that of a single run is report.html in its folder."),
     ] = Path("comparison.html"),
 ) -> None:
-    """Draw a run's report again, or compare several runs."""
+    """Write a run's report again, or compare several runs."""
     from potstill.cli.results import print_results
     from potstill.console import print_report_path
 
@@ -301,19 +322,19 @@ def _reproduce(run: Path, given: dict[str, Any], allow_code: bool, *, name: str 
 
     if other := [flag for flag, value in given.items() if value not in (None, [])]:
         raise UsageError(
-            f"--reproduce repeats {run} as it was; {', '.join(other)} would make it another run.\n"
-            "Beside it there may be --name, --output-dir, --resume and --overwrite"
+            f"--reproduce repeats {run} without changes: leave {', '.join(other)} out.\n"
+            "Allowed with it: --name, --output-dir, --resume and --overwrite"
         )
     record = read_run_record(run)
     name = f"{run.resolve().name[:53]}-reproduced" if name is None else name  # 64 characters are allowed
-    check_other_folder(record, folder["root"], name)
+    check_other_folder(record, folder["output_dir"], name)
     repeated = _run_pipeline(
         str(record.folder.recipe),
         None,
         {"--allow-code": allow_code},
         name=name,
         stages=record.stages,
-        replay=record,
+        reproduce=record,
         **folder,
     )
     if not is_first_process():
@@ -324,7 +345,7 @@ def _reproduce(run: Path, given: dict[str, Any], allow_code: bool, *, name: str 
     from potstill.experiment.run_folder import RunFolder
 
     outcome = compare(record, RunFolder(repeated))
-    print_section(f"repetition of {run}", outcome.lines)
+    print_section(f"reproduction of {run}", outcome.lines)
     if not outcome.equal and outcome.guaranteed:
         raise typer.Exit(INTERNAL_ERROR)
 
@@ -340,12 +361,12 @@ def _run_pipeline(
 ) -> Path:
     from potstill.config.recipe import load_recipe
 
-    with joined_processes() as processes:
+    with distributed_arguments() as processes:
         recipe = load_recipe(source, settings or (), flags=flags)
 
-        # From here on torch is loaded, which takes seconds.
+        # These imports load torch, which takes seconds.
         from potstill.console import Progress
-        from potstill.experiment.pipeline import run as carry_out
+        from potstill.experiment.pipeline import run as run_pipeline
         from potstill.training.callbacks import SignalHandler
 
         if stages is not None:
@@ -353,11 +374,11 @@ def _run_pipeline(
             name = f"{recipe.name}-{stages[0]}" if name is None else name
         resume_after_restart(folder, recipe.name if name is None else name)
         with SignalHandler() as stopping, Progress() if is_first_process() else nullcontext() as progress:
-            return carry_out(recipe, name=name, observer=progress, stopping=stopping, **processes, **folder)
+            return run_pipeline(recipe, name=name, observer=progress, stopping=stopping, **processes, **folder)
 
 
 def _report_results(folder: Path, next_command: list[str]) -> None:
-    if not is_first_process():  # of several processes one reports
+    if not is_first_process():
         return
     from potstill.cli.results import print_results
     from potstill.console import Progress, print_next_command
@@ -369,7 +390,7 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
     try:
         page = render(folder)
     finally:
-        # Hours of training were not for nothing where only a picture failed.
+        # Print the results even if a figure of the report fails.
         results = RunFolder(folder).read_results()
         print_results(results, page)
     with Progress() as progress:

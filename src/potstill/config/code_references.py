@@ -1,7 +1,7 @@
-"""Which settings of a recipe may name code from outside the package, and when such a recipe is refused.
+"""Settings that may name code outside the package, and the permission that they need.
 
-A name on the command line or from Python is the caller's own. A name in a recipe file may be anybody's, and loading it
-runs code: such a recipe needs ``--allow-code``.
+Code named on the command line or in Python is trusted. Code named in a recipe file, which may come from a stranger,
+needs ``--allow-code``.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ CODE_KEYS = {"method": "name", "teacher": "model", "assistants": "model", "stude
 
 
 def find_code(value: Any) -> Iterator[tuple[KeyPath, str]]:
-    """Every code reference in a recipe's plain values, with its key.
+    """Yield the code references in a recipe's plain values, as (key path, reference).
 
     Example:
         >>> list(find_code({"method": {"name": "ls", "base_method": {"name": "mine.py:Mine"}}, "name": "a:b"}))
@@ -38,23 +38,23 @@ def _find_code(value: Any, path: KeyPath, key: str) -> Iterator[tuple[KeyPath, s
             yield from _find_code(item, (*path, position), key)
 
 
-def refuse_code_in_recipe(value: Any, places: KeyLocations | None = None) -> None:
-    """Refuse a recipe that names code, unless the command line gave the name; nothing is loaded.
+def refuse_code_in_recipe(value: Any, locations: KeyLocations | None = None) -> None:
+    """Raise an error if a recipe file names code; load nothing.
 
     Args:
         value: the recipe's plain values, after flags and ``--set``.
-        places: where each key was written; None: everything comes from somebody else.
+        locations: where each key was written; None: all of ``value`` comes from a recipe file.
 
     Raises:
-        UsageError: names every key and what it names.
+        UsageError: names every such key and its code.
     """
     found = [
-        (places.find(path) if places else "", name)
+        (locations.find(path) if locations else "", name)
         for path, name in find_code(value)
-        if places is None or not is_own(path, places)
+        if locations is None or not is_from_caller(path, locations)
     ]
     if found:
-        lines = [f"{place}: {name}" if place else name for place, name in found]
+        lines = [f"{location}: {name}" if location else name for location, name in found]
         raise UsageError(
             "this recipe names code that would run on this machine:\n"
             + "\n".join(lines)
@@ -62,18 +62,18 @@ def refuse_code_in_recipe(value: Any, places: KeyLocations | None = None) -> Non
         )
 
 
-def resolve_code_paths(value: Any, places: KeyLocations, folder: Path) -> None:
-    """Make the paths of code files absolute, in place: in a recipe file they start from its folder, in flags from the
-    working folder.
+def resolve_code_paths(value: Any, locations: KeyLocations, folder: Path) -> None:
+    """Make the paths of code files absolute, in place: relative to ``folder``, that of the recipe file; if they come
+    from flags, to the working folder.
     """
     for path, name in list(find_code(value)):
         section = value
         for key in path[:-1]:
             section = section[key]
-        section[path[-1]] = resolve_reference(name, None if is_own(path, places) else folder)
+        section[path[-1]] = resolve_reference(name, None if is_from_caller(path, locations) else folder)
 
 
-def is_own(path: KeyPath, places: KeyLocations) -> bool:
-    """Whether a value comes from a flag or from a dict in Python, and so from whoever runs this."""
-    place = places.find(path)
-    return not place or place.startswith("--")
+def is_from_caller(path: KeyPath, locations: KeyLocations) -> bool:
+    """Return whether a value comes from a flag or from Python, not from a recipe file."""
+    location = locations.find(path)
+    return not location or location.startswith("--")

@@ -8,7 +8,7 @@ from potstill.methods import list_own_methods, method_info, takes_methods
 
 
 def normalize_method(method: Any) -> Any:
-    """A list of methods is short for the method ``combined``; anything else stays as it is.
+    """Return a list of methods as the method ``combined``, anything else unchanged.
 
     Example:
         >>> normalize_method([{"name": "kd"}, {"name": "crd", "factor": 0.8}])
@@ -18,10 +18,10 @@ def normalize_method(method: Any) -> Any:
 
 
 def inner_methods(settings: dict[str, Any]) -> list[tuple[tuple[str | int, ...], Any]]:
-    """The methods inside a method, each with its path: ``("base_method",)``, ``("methods", 0)``.
+    """Return the methods inside a method, each with its path: ``("base_method",)``, ``("methods", 0)``.
 
-    Empty for an unknown name; what stands there may be anything, since nobody has checked it.  A method from outside is
-    not loaded for it: what looks like a method is one.
+    The values are unchecked.  Empty if the name is missing.  A method from outside is not loaded: every option of it
+    that looks like a method counts as one.
     """
     name = settings.get("name")
     if not isinstance(name, str):
@@ -33,18 +33,20 @@ def inner_methods(settings: dict[str, Any]) -> list[tuple[tuple[str | int, ...],
         inside = {key: value for key, value in settings.items() if _looks_like_methods(value)}
     found: list[tuple[tuple[str | int, ...], Any]] = []
     for key, value in inside.items():
-        several = isinstance(value, list)
-        found += [((key, position), each) for position, each in enumerate(value)] if several else [((key,), value)]
+        if isinstance(value, list):
+            found += [((key, position), each) for position, each in enumerate(value)]
+        else:
+            found.append(((key,), value))
     return found
 
 
 def _looks_like_methods(value: Any) -> bool:
-    each = value if isinstance(value, list) else [value]
-    return bool(each) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in each)
+    methods = value if isinstance(value, list) else [value]
+    return bool(methods) and all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in methods)
 
 
 def needs_teacher(method: Any) -> bool:
-    """Whether a method learns from a teacher, with the defaults of its options; True if in doubt.
+    """Return whether a method needs a teacher, with the defaults of its options; True if it is unknown.
 
     Example:
         >>> needs_teacher({"name": "kd"}), needs_teacher({"name": "supervised"})
@@ -58,14 +60,14 @@ def needs_teacher(method: Any) -> bool:
     if inner := inner_methods(settings):
         return any(needs_teacher(each) for _, each in inner)
     try:
-        needs = method_info(settings["name"]).requirements
-    except UsageError:  # the check of the method reports it
+        requirements = method_info(settings["name"]).requirements
+    except UsageError:  # reported by check_method
         return True
-    return needs is None or needs.teacher
+    return requirements is None or requirements.teacher
 
 
 def describe_method(method: Any) -> str:
-    """A method in a few words, for tables and headings.
+    """Return a short label of a method, for tables and headings.
 
     Example:
         >>> (describe_method({"name": "ls", "base_method": {"name": "dkd"}}),
@@ -87,10 +89,10 @@ def describe_method(method: Any) -> str:
         text = " + ".join(_describe_weighted(each) for _, each in inner)
     else:
         text = f"{name} around {describe_method(inner[0][1])}" if inner else name
-    more = [str(settings["preset"])] if settings.get("preset") else []
+    details = [str(settings["preset"])] if settings.get("preset") else []
     if isinstance(settings.get("schedule"), dict):
-        more.append(f"scheduled {', '.join(map(str, settings['schedule']))}")
-    return f"{text} ({', '.join(more)})" if more else text
+        details.append(f"scheduled {', '.join(map(str, settings['schedule']))}")
+    return f"{text} ({', '.join(details)})" if details else text
 
 
 def _describe_weighted(settings: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.code_references import is_code_reference
-from potstill.config.code_references import is_own
+from potstill.config.code_references import is_from_caller
 from potstill.config.method_settings import normalize_method
 from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
@@ -19,7 +19,7 @@ from potstill.io import read_checksummed_json
 from potstill.methods import method_info
 from potstill.models.class_names import CLASS_LISTS
 
-# Flags that change one setting each, and which.
+# Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--epochs": ("training", "epochs"),
     "--lr": ("training", "lr"),
@@ -34,13 +34,13 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
 }
 FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json")
-WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those that own code gives
-# One of them makes a folder a run, a model, or a network as on the Hugging Face hub.
+WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
+# A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
 MODEL_FOLDER_FILES = ("model.json", "recipe.yaml", "results.json", "config.json")
 
 
-def apply_overrides(document: Document, flags: Mapping[str, Any], sets: Iterable[str]) -> None:
-    """Change ``document.value`` in place; flags come first, so that ``--set`` has the last word."""
+def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Change ``document.value`` in place: first by flags, then by ``overrides``, the texts after ``--set``."""
     for flag in FLAGS:
         if flags.get(flag) is not None and flag not in SETTING_FLAGS:
             _apply_flag(document, flag, flags[flag])
@@ -51,16 +51,16 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], sets: Iterable
     ]
     changes += [
         (change[0], change[1], f"--set {text}")
-        for text in sets
+        for text in overrides
         if (change := _parse_assignment(document, text)) is not None
     ]
     _prepare_method(document, {path: value for path, value, _ in changes}, allow_code=bool(flags.get("--allow-code")))
-    for path, value, place in changes:
-        _set_value(document, path, value, place)
+    for path, value, location in changes:
+        _set_value(document, path, value, location)
 
 
 def split_model(text: str) -> tuple[str | None, str | None]:
-    """What ``--teacher`` and ``--student`` take, as (architecture, weights); either may be None.
+    """Split a value of ``--teacher`` or ``--student`` into (architecture, weights); either may be None.
 
     Example:
         >>> split_model("resnet18")
@@ -89,33 +89,33 @@ def _is_path(text: str) -> bool:
 
 
 def _apply_flag(document: Document, flag: str, value: Any) -> None:
-    place = f"{flag} {value}"
+    location = f"{flag} {value}"
     if flag == "--data":
         data = document.value.get("data")
         if isinstance(data, dict) and data.get("source") != value:
             data.pop("options", None)  # they belong to the data set that the recipe had before
-        _set_value(document, ("data", "source"), os.fspath(value), place)
+        _set_value(document, ("data", "source"), os.fspath(value), location)
     elif flag == "--skip-bad":
         _set_value(document, ("data", "skip_bad"), bool(value), flag)
     elif flag == "--teacher":
-        _name_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
+        _set_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
     else:
         architecture, weights = split_model(os.fspath(value))
-        _set_value(document, ("student", "model"), architecture, place)
-        _set_value(document, ("student", "weights"), weights, place)
+        _set_value(document, ("student", "model"), architecture, location)
+        _set_value(document, ("student", "weights"), weights, location)
 
 
-def _name_teachers(document: Document, named: list[Any]) -> None:
-    """As many teachers as flags; each keeps what the recipe says of the teacher in its place, or of its last one."""
+def _set_teachers(document: Document, named: list[Any]) -> None:
+    """Replace the teachers; each keeps the other settings of the recipe's teacher at its position, else of the last."""
     former = document.value.get("teacher")
     sections = former if isinstance(former, list) else [former]
     if not all(section is None or isinstance(section, dict) for section in sections):
-        sections = [None]  # whatever stands there is replaced
+        sections = [None]  # the wrong value is replaced
     path: KeyPath
     if len(named) > 1 or isinstance(former, list):
         kept = [copy.deepcopy(sections[min(at, len(sections) - 1)] if sections else None) for at in range(len(named))]
         document.value["teacher"] = kept if len(named) > 1 else kept[0]
-        document.places.replace(("teacher",), " ".join(f"--teacher {each}" for each in named))
+        document.locations.replace(("teacher",), " ".join(f"--teacher {each}" for each in named))
     for at, each in enumerate(named):
         architecture, weights = split_model(os.fspath(each))
         path = ("teacher", at) if len(named) > 1 else ("teacher",)
@@ -138,30 +138,32 @@ def _parse_assignment(document: Document, text: str) -> tuple[KeyPath, Any] | No
     return tuple(parts), parsed.value
 
 
-def _set_value(document: Document, path: KeyPath, value: Any, place: str) -> None:
+def _set_value(document: Document, path: KeyPath, value: Any, location: str) -> None:
     """Set one key; ``teacher.1.size`` reaches into a list."""
     section, done = document.value, list[str | int]()
     for key in path[:-1]:
-        inner = _resolve_key(document, section, key, done, place)
+        inner = _resolve_key(document, section, key, done, location)
         if inner is None:
             return
         section, at = inner
         if section[at] is None:
             section[at] = {}
-            document.places.replace((*done, at), place)
+            document.locations.replace((*done, at), location)
         section = section[at]
         done.append(at)
-    last = _resolve_key(document, section, path[-1], done, place)
+    last = _resolve_key(document, section, path[-1], done, location)
     if last is not None:
         section, at = last
         section[at] = value
-        document.places.replace((*done, at), place)
+        document.locations.replace((*done, at), location)
 
 
 def _resolve_key(
-    document: Document, section: Any, key: str | int, done: list[str | int], place: str
+    document: Document, section: Any, key: str | int, done: list[str | int], location: str
 ) -> tuple[Any, str | int] | None:
-    """(The section, the key in it that exists now), or None and one problem more."""
+    """Return (section, key in it), the key made if it is missing; None, and a problem recorded, if there can be
+    none.
+    """
     enclosing = dotted_key(tuple(done))
     if isinstance(section, dict):
         section.setdefault(key, None)
@@ -170,18 +172,18 @@ def _resolve_key(
         if str(key).isdecimal() and int(key) < len(section):
             return section, int(key)
         known = f"{enclosing}.0" + (f" to {enclosing}.{len(section) - 1}" if len(section) > 1 else "")
-        document.problems.append(f"{place}: {enclosing} is a list, whose members are {known}")
+        document.problems.append(f"{location}: {enclosing} is a list with the members {known}")
         return None
-    document.problems.append(f"{place}: {enclosing} is a single value and has no keys in it")
+    document.problems.append(f"{location}: {enclosing} is a single value without keys")
     return None
 
 
 def _prepare_method(document: Document, changes: dict[KeyPath, Any], *, allow_code: bool) -> None:
-    """What the recipe says of its method makes room for the changes that are about to come."""
+    """Drop options of the recipe's method that the coming changes replace."""
     ours = [path for path in changes if path[0] == "method" and len(path) > 1]
     if isinstance(document.value.get("method"), list) and any(not str(path[1]).isdecimal() for path in ours):
         document.value["method"] = normalize_method(document.value["method"])
-        document.places.move(("method",), ("method", "methods"))
+        document.locations.move(("method",), ("method", "methods"))
     method = document.value.get("method")
     if not isinstance(method, dict):
         return
@@ -189,20 +191,20 @@ def _prepare_method(document: Document, changes: dict[KeyPath, Any], *, allow_co
         _drop_options(method, changes["method", "name"])
     if ("method", "preset") in changes:
         name = str(changes.get(("method", "name"), method.get("name")))
-        own = allow_code or ("method", "name") in changes or is_own(("method", "name"), document.places)
-        if own or not is_code_reference(name):  # looking the presets up loads code, which a file may not ask for
+        own = allow_code or ("method", "name") in changes or is_from_caller(("method", "name"), document.locations)
+        if own or not is_code_reference(name):  # looking up the presets loads code, which a file alone may not do
             _drop_preset_options(method, name, changes["method", "preset"])
 
 
 def _drop_options(method: dict[str, Any], name: Any) -> None:
-    """Another method starts from its own defaults: alpha of one paper is not alpha of the next."""
+    """Remove the options of another method: alpha of one paper is not alpha of the next."""
     if method.get("name") != name:
         for key in [key for key in method if key != "name"]:
             del method[key]
 
 
 def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None:
-    """A preset overrules the file, like everything after ``--set``; in the file itself options overrule the preset."""
+    """Remove what a preset sets: given with ``--set``, it overrides the file; inside the file, options override it."""
     try:
         chosen = method_info(name).presets.get(str(preset), {})
     except UsageError:
@@ -211,16 +213,20 @@ def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None
         method.pop(key, None)
 
 
-_MOST_BYTES = 10_000_000  # of a file of class names
-# Of a whole run, a teacher starts from the teacher; a student from the best student there is.
+_MAX_CLASS_FILE_BYTES = 10_000_000
+# The stages of a run from which a teacher or a student starts, best first.
 _STAGE_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
 
 
 def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> list[tuple[KeyPath, PotstillError]]:
-    """Complete ``model`` of each network from its ``weights`` and name the exact model folder of a run.
+    """Fill in, in place, ``model`` of each network from its ``weights``, and the model folder of a run.
 
-    Changes ``value`` in place; returns which key has weights that cannot be used, and why.
-    ``allow_code``: a model file may name code.
+    Args:
+        value: the recipe's plain values.
+        allow_code: whether a model file may name code.
+
+    Returns:
+        The keys whose weights cannot be used, each with the error.
     """
     failures: list[tuple[KeyPath, PotstillError]] = []
     for path, section in network_sections(value):
@@ -233,7 +239,10 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
                 failures.append(
-                    ((*path, "classes"), UsageError(f"{name}.classes is for ready weights; none are given"))
+                    (
+                        (*path, "classes"),
+                        UsageError(f"{name}.classes is for a network with weights, and {name}.weights is not set"),
+                    )
                 )
             continue
         try:
@@ -246,9 +255,9 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
 
 
 def find_model_json(path: Path, stage: str = "student") -> Path | None:
-    """The model.json of a model file, a model folder or a run folder; None where ``path`` is none of ours.
+    """Return the model.json of a model file, a model folder or a run folder; None if there is none.
 
-    ``stage``: for which key of a recipe, which decides what is taken of a whole run.
+    ``stage``: the key of the recipe's network, by which a model of a run is chosen.
     """
     if path.is_file():
         card = path if path.suffix == ".json" else path.with_suffix(".json")
@@ -261,7 +270,7 @@ def find_model_json(path: Path, stage: str = "student") -> Path | None:
 
 
 def _fill_classes(section: dict[str, Any], key: str) -> None:
-    """Read a file of class names; of ``{mine: theirs}``, let each value be a list."""
+    """Replace the path of a class file by its names, and each value of a mapping by a list."""
     classes = section.get("classes")
     if isinstance(classes, str) and classes not in CLASS_LISTS:
         section["classes"] = read_class_file(classes, key)
@@ -272,23 +281,23 @@ def _fill_classes(section: dict[str, Any], key: str) -> None:
 
 
 def read_class_file(file: str, key: str) -> list[str]:
-    """The class names in a text file, one a line.
+    """Return the class names in a text file, one per line.
 
     Args:
         file: its path.
-        key: of the setting or the flag that names it, for messages.
+        key: the setting or flag that names the file, for messages.
 
     Raises:
         UsageError: it cannot be read.
     """
     path = Path(file).expanduser()
     try:
-        text = path.read_bytes()[:_MOST_BYTES].decode("utf-8-sig")
+        text = path.read_bytes()[:_MAX_CLASS_FILE_BYTES].decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UsageError(
-            f"{key}: {file} cannot be read as class names, one a line: {reason}\n"
-            f"Lists that need no file: {', '.join(CLASS_LISTS)}"
+            f"{key}: {file} cannot be read as class names, one per line: {reason}\n"
+            f"Lists by name: {', '.join(CLASS_LISTS)}"
         ) from error
     names = [line.strip() for line in text.splitlines()]
     return [name for name in names if name]
@@ -321,7 +330,7 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> N
         raise UsageError(f"{weights} is a {architecture}, but {stage}.model is {section['model']}")
     if is_code_reference(architecture) and section.get("model") is None and not allow_code:
         raise UsageError(
-            f"{weights} is a network of code that would run on this machine: {architecture}\n"
+            f"{weights} is a network whose code would run on this machine: {architecture}\n"
             "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
         )
     section["model"] = architecture

@@ -1,4 +1,4 @@
-"""The recipe: every setting of a run, in one short YAML file that is validated completely before anything is loaded."""
+"""The recipe: the settings of a run in one YAML file, validated completely before images or weights are loaded."""
 
 import copy
 import re
@@ -33,41 +33,43 @@ from potstill.training.settings import TrainingSettings
 
 
 class CurriculumSettings(BaseModel):
-    """Easy images first, by its teacher's word; `null`: all images in every epoch."""
+    """Curriculum learning: the teacher's loss or confidence orders the images; ``null``: all images in every epoch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     order: Literal["easy", "hard", "random"] = Field(
-        "easy", description="who comes first; hard (anti-curriculum) and random are there to compare with"
+        "easy", description="which images come first; hard (anti-curriculum) and random are for comparison"
     )
     score: Literal["loss", "confidence"] = Field(
         "loss",
-        description="of the teacher: loss: on the true class; confidence: in whatever it names",
+        description="loss: the teacher's cross-entropy; confidence: the probability of its top class",
     )
-    pacing: Pacing = Field("linear", description="how the share of admitted images grows from start to 1")
-    start: float = Field(0.3, gt=0, le=1, description="share of each class that the first epoch draws from")
+    pacing: Pacing = Field("linear", description="growth of the share of admitted images from start to 1")
+    start: float = Field(0.3, gt=0, le=1, description="share of the images of each class that the first epoch uses")
     until: float = Field(0.5, gt=0, le=1, description="share of the epochs after which all images are admitted")
 
 
 class DomainSettings(BaseModel):
-    """Which images of `data.target` teach the student, and what their teacher is told of them first."""
+    """Domain adaptation: which images of ``data.target`` the student learns from, and how the teacher adapts to
+    them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     confidence: float = Field(
-        0.9, ge=0, le=1, description="least probability of the teacher's first class for an image to be learned from"
+        0.9, ge=0, le=1, description="images count if the teacher's top class has at least this probability"
     )
     class_balance: bool = Field(
-        True, description="draw each class that the teacher names equally often; false: each image equally often"
+        True, description="draw each class that the teacher predicts equally often; false: each image equally often"
     )
     adapt_batch_norm: bool = Field(
-        False, description="take the teacher's BatchNorm statistics anew from the target's training images"
+        False, description="estimate the teacher's BatchNorm statistics on the target's training images"
     )
 
 
 NAME_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
-MAX_BYTES = 1_000_000  # of a recipe file; a person writes a thousandth of that
-DATA_MISSING = "data.source is not given: this recipe has no data of its own; name a folder of images with --data DIR"
+MAX_BYTES = 1_000_000  # of a recipe file
+DATA_MISSING = "data.source is missing: give a folder of images with --data DIR"
 
 
 OutputClasses = Annotated[
@@ -87,55 +89,55 @@ OutputClasses = Annotated[
 
 
 class StageSettings(BaseModel):
-    """One network: what it is, what it starts from, what differs in its training."""
+    """One network: architecture, initial weights, and training settings of its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(
         min_length=1,
-        description="an architecture, see `potstill models`, or file.py:callable",
+        description="an architecture (see `potstill models`), or file.py:callable",
     )
     weights: str | None = Field(
         None,
-        description='"pretrained", a run folder, a model of ours, a state dict, "own" for those that code of your own '
+        description='"pretrained", a run folder, a model folder, a checkpoint file, or "own": those that your own code '
         "gives its network; null: random initialisation",
     )
     classes: OutputClasses | None = Field(
         None,
-        description="class names of the outputs of bare weights, in their order: a list, a text file with a name a "
-        "line, or cifar10, cifar100, imagenet-1k, imagenet-21k; or {mine: [theirs, ...]}, by name or number; null: "
-        "those of the data, in its order",
+        description="class names of the outputs, for weights without class names: a list in order, a text file with "
+        "one name per line, or cifar10, cifar100, imagenet-1k, imagenet-21k; or {mine: [theirs, ...]}, by name or "
+        "index; null: the classes of the data, in their order",
     )
-    new_head: bool = Field(False, description="allow weights of other classes: the head starts anew")
+    new_head: bool = Field(False, description="accept weights of other classes; the head is initialised randomly")
     head: Literal["probe", "finetune"] | None = Field(
         None,
-        description="of a teacher from weights of other classes: probe: a linear layer fitted on frozen embeddings; "
-        "finetune: trained on from there, and the better of both on val; null: a random one, trained with the rest",
+        description="head of a teacher with weights of other classes: probe: logistic regression on frozen embeddings; "
+        "finetune: then all layers are trained, and val selects the better; null: random, trained with all layers",
     )
     size: int | None = Field(
         None,
         ge=8,
         le=4096,
-        description="its own height and width in pixels, to which its images are cut from the originals, a teacher's "
-        "views too; null: data.size",
+        description="height and width of this network's input in pixels; a teacher's views are cut from the original "
+        "images; null: data.size",
     )
     precision: Literal["auto", "float32"] = Field(
-        "auto", description="of a teacher's answers; auto: weights in bf16 where the hardware is fast in it"
+        "auto", description="precision of a teacher; auto: bf16 if the hardware is fast in it and predictions agree"
     )
-    training: dict[str, Any] = Field({}, description="what differs from the recipe's shared training settings")
+    training: dict[str, Any] = Field({}, description="overrides of the recipe's training settings")
 
 
 class TeachersSettings(BaseModel):
-    """How several teachers speak with one voice."""
+    """How the outputs of several teachers are combined."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     combine: Literal["logits", "probabilities"] = Field(
-        "logits", description="what is averaged where a method compares logits"
+        "logits", description="what is averaged for methods that compare logits"
     )
     weights: list[float] | None = Field(
         None,
-        description="one for each teacher, at least 0: of its logits and of terms that read its layers; null: equal",
+        description="one weight >= 0 for each teacher, for its logits and its feature terms; null: equal",
     )
 
 
@@ -150,57 +152,56 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=NAME_PATTERN, description="the run folder's name unless --name gives another")
+    name: str = Field(pattern=NAME_PATTERN, description="name of the run folder, unless --name is given")
     description: str = Field("", description="one sentence for lists and reports")
     seed: int = Field(
         0,
         ge=0,
         le=2**32 - 1,
-        description="of initialisation, order, dropout, and of augmentation where data.augmentation_seed is null",
+        description="seed of initialisation, order and dropout, and of augmentation if data.augmentation_seed is null",
     )
     seeds: int = Field(
         1,
         ge=1,
         le=1000,
-        description="how many: baseline and distilled are trained with seed, seed + 1, ...; their teacher once",
+        description="number of seeds: baseline and distilled are trained with seed, seed + 1, ...; the teacher once",
     )
     data: DataSettings = DataSettings()
-    domain: DomainSettings | None = Field(
-        None, description="with `data.target`: how the student gets there; null: its defaults"
-    )
-    teacher: Teachers | None = Field(
-        None, description="one network or a list of them; null for methods that learn from no teacher"
-    )
+    domain: DomainSettings | None = Field(None, description="domain adaptation to `data.target`; null: the defaults")
+    teacher: Teachers | None = Field(None, description="one network or a list; null for methods without teacher")
     teachers: TeachersSettings = TeachersSettings()
     assistants: list[StageSettings] = Field(
         [],
-        description="networks between teacher and student, each of which learns from the one before",
+        description="teacher assistants, each of which learns from the network before",
     )
     student: StageSettings
     born_again_generations: int = Field(
         1,
         ge=1,
         le=100,
-        description="students in a row, each of which learns from the one before",
+        description="number of students in a row, each of which learns from the one before",
     )
     method: dict[str, Any] = Field(
-        {"name": "kd"}, description="name and options, or a list of methods with factors; see `potstill methods`"
+        {"name": "kd"}, description="name and options, or a list of methods, each with a factor; see `potstill methods`"
     )
     curriculum: CurriculumSettings | None = Field(
-        None, description="easy images first for whoever distils; null: all images in every epoch"
+        None, description="easy images first, in stages that distil; null: all images in every epoch"
     )
     feature_pairs: list[tuple[str, str]] | None = Field(
-        None, description="[path in the student, path in the teacher] of each joined pair; null: found by depth"
+        None,
+        description="pairs of layers that feature methods compare: [path in student, path in teacher]; null: found by "
+        "depth",
     )
     train_predictions: bool = Field(
         False,
-        description="predictions on train too where images x classes > 10 million; of fewer they are always written",
+        description="write the predictions on train too if images x classes > 10 million; below, they are always "
+        "written",
     )
     teacher_cache: TeacherCacheSettings = TeacherCacheSettings()
     training: TrainingSettings = TrainingSettings()
     tracker: list[LoggerSettings] = Field(
         [],
-        description="loggers for the metrics: tensorboard, wandb, mlflow, trackio, or several",
+        description="loggers of the metrics: tensorboard, wandb, mlflow, trackio, or a list",
     )
 
     @field_validator("teacher_cache", mode="before")
@@ -219,8 +220,8 @@ class Recipe(BaseModel):
         return normalize_method(method)
 
     @property
-    def each_teacher(self) -> tuple[StageSettings, ...]:
-        """The teachers, however many."""
+    def teacher_list(self) -> tuple[StageSettings, ...]:
+        """The teachers, as a tuple; empty if there is none."""
         if self.teacher is None:
             return ()
         return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
@@ -231,19 +232,19 @@ class Recipe(BaseModel):
         return self.seed if self.data.augmentation_seed is None else self.data.augmentation_seed
 
     @property
-    def domains(self) -> DomainSettings:
-        """How the student gets to the target, where there is one."""
+    def domain_settings(self) -> DomainSettings:
+        """``domain``, or its defaults if it is null."""
         return self.domain or DomainSettings()
 
     def network(self, stage: str) -> StageSettings:
-        """The network of a stage (see ``stage_names``); "student" is also that of baseline and distilled."""
-        several = {"teacher": self.each_teacher, "assistant": tuple(self.assistants)}.get(stage_role(stage))
+        """Return the network of a stage (see ``stage_names``) or of "student"."""
+        several = {"teacher": self.teacher_list, "assistant": tuple(self.assistants)}.get(stage_role(stage))
         return self.student if several is None else several[stage_number(stage) - 1]
 
     def stage_training(self, stage: str) -> TrainingSettings:
-        """The shared training settings with this stage's own on top."""
+        """Return the training settings of a stage: the shared ones, overridden by its own."""
         shared = self.training.model_dump()
-        if stage_role(stage) in ("teacher", "assistant"):  # who is not deployed need not stand int8
+        if stage_role(stage) in ("teacher", "assistant"):  # never deployed, so never quantized
             shared["qat_fraction"] = 0.0
         network = self.network(stage)
         settings = {**shared, **network.training}
@@ -255,46 +256,46 @@ class Recipe(BaseModel):
 
 def load_recipe(
     source: "str | Path | Mapping[str, Any]",
-    sets: Iterable[str] = (),
+    overrides: Iterable[str] = (),
     *,
     flags: Mapping[str, Any] | None = None,
     data_needed: bool = True,
     recorded: bool = False,
 ) -> Recipe:
-    """Read and check a recipe; flags overrule the file, ``sets`` overrule both.
+    """Read and check a recipe; flags override the file, and ``overrides`` override both.
 
     Args:
         source: name of a shipped recipe, a YAML file, or the same content as a dict.
-        sets: ``"training.epochs=5"``, as after ``--set``; values are YAML.
-        flags: by their names in ``overrides.FLAGS``, such as ``{"--data": "photos"}``; None if not given.
+        overrides: texts such as ``"training.epochs=5"``, as after ``--set``; values are YAML.
+        flags: values by flag, such as ``{"--data": "photos"}`` (see ``config.overrides.FLAGS``); None if not given.
             ``"--allow-code"``: True loads code that a recipe file names.
-        data_needed: False leaves ``data.source`` unchecked: the images come from Python, or are no longer needed.
-        recorded: True reads the recipe of a run folder for its settings: code that it names is neither loaded nor
-            refused, and what only that code could check is not checked again.
+        data_needed: False leaves ``data.source`` unchecked, since the images come from Python or are not read.
+        recorded: True for the recipe of a run folder: code that it names is neither loaded nor refused, and settings
+            that only this code could check are not checked.
 
     Raises:
-        UsageError: all problems at once, a line each, with file, line and column, or the flag; or a recipe file that
-            names code, without ``--allow-code``.
-        DataError, ArtifactError: the recipe itself is well, but its data or weights are not there.
+        UsageError: the recipe is wrong: all problems, one per line, with file, line and column, or the flag; or a
+            recipe file names code, without ``--allow-code``.
+        DataError, ArtifactError: the recipe is valid, but its data or weights cannot be used.
     """
     document = Document("", copy.deepcopy(dict(source))) if isinstance(source, Mapping) else _read(source)
     value = document.value
     if not isinstance(value, dict):
-        raise UsageError(f"{document.label}: a recipe is a mapping; start from `potstill recipes quickstart`")
+        raise UsageError(f"{document.label}: a recipe must be a mapping; start from `potstill recipes quickstart`")
     value.setdefault("method", {"name": "kd"})  # so that --set method.alpha=0.9 has a method to change
-    if isinstance(value.get("teacher_cache"), (str, bool)):  # likewise for --set teacher_cache.views=8
+    if isinstance(value.get("teacher_cache"), (str, bool)):  # so that --set teacher_cache.views=8 has a mapping
         value["teacher_cache"] = {"mode": value["teacher_cache"]}
-        document.places.move(("teacher_cache",), ("teacher_cache", "mode"))
-    apply_overrides(document, flags or {}, sets)
-    resolve_code_paths(value, document.places, Path() if isinstance(source, Mapping) else Path(source).parent)
+        document.locations.move(("teacher_cache",), ("teacher_cache", "mode"))
+    apply_overrides(document, flags or {}, overrides)
+    resolve_code_paths(value, document.locations, Path() if isinstance(source, Mapping) else Path(source).parent)
     if recorded and any(find_code(value)):
         recipe, problems = parse_settings(value, Recipe)
         _raise_problems(document, problems, [])
         assert recipe is not None
         return recipe
     if not (flags or {}).get("--allow-code"):
-        refuse_code_in_recipe(value, document.places)
-    if "tracker" in value:  # so that what is wrong with one has a place
+        refuse_code_in_recipe(value, document.locations)
+    if "tracker" in value:  # so that a problem has a path in the list
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
     failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")))
@@ -306,24 +307,24 @@ def load_recipe(
         found.append((("data", "source"), DATA_MISSING))
     if data_needed and lacks_target(value):
         found.append((("data", "target"), TARGET_MISSING))
-    if not no_source and data_needed and ("data", "val") not in dict(found):  # which it would say again
+    if not no_source and data_needed and ("data", "val") not in dict(found):  # which it would repeat
         failures += _source_failure(value)
     _raise_problems(document, found, failures)
     recipe, problems = parse_settings(value, Recipe)
     assert recipe is not None, problems
-    permit_code(name for _, name in find_code(value))  # in the model files of its run, too
+    permit_code(name for _, name in find_code(value))  # also in the model files of its run
     return recipe
 
 
 def list_recipes() -> dict[str, Path]:
-    """The recipes that ship with potstill, by name."""
+    """Return the paths of the recipes that ship with potstill, by name."""
     folder = Path(str(resources.files("potstill.recipes")))
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
-    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))  # those of a protocol come last
+    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))  # recipes in folders come last
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The complete recipe, defaults included, as YAML that ``load_recipe`` reads."""
+    """Return the complete recipe, defaults included, as YAML that ``load_recipe`` reads."""
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
@@ -342,9 +343,9 @@ def _read(source: str | Path) -> Document:
     except OSError as error:
         raise UsageError(f"cannot read recipe {source}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{label}: a recipe is a text file in UTF-8, and this is none") from error
+        raise UsageError(f"{label}: not a UTF-8 text file") from error
     if len(content) > MAX_BYTES:
-        raise UsageError(f"{label}: a recipe of more than {MAX_BYTES:,} bytes is no recipe")
+        raise UsageError(f"{label}: too large for a recipe: more than {MAX_BYTES:,} bytes")
     return parse_yaml(text, label)
 
 
@@ -372,11 +373,10 @@ def _source_failure(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]
 def _raise_problems(
     document: Document, found: list[SettingProblem], failures: list[tuple[KeyPath, PotstillError]]
 ) -> None:
-    """One error for everything; its kind is that of the failures only where nothing is wrong with the recipe."""
+    """Raise one error with all problems: a UsageError, unless there are only failures, all of one class."""
     kinds = {type(error) for _, error in failures}
-    where = document.places.find
-    lines = [(where(path), str(sentence)) for path, sentence in [*found, *failures]]
-    texts = document.problems + [f"{place}: {sentence}" if place else sentence for place, sentence in lines]
+    lines = [(document.locations.find(path), str(problem)) for path, problem in [*found, *failures]]
+    texts = document.problems + [f"{location}: {problem}" if location else problem for location, problem in lines]
     if texts and len(texts) == len(failures) and len(kinds) == 1:
         raise kinds.pop()("\n".join(texts))
     if texts:
@@ -384,6 +384,6 @@ def _raise_problems(
 
 
 def _reading_order(text: str, label: str) -> tuple[int, int, int]:
-    """The file from top to bottom, then the flags."""
+    """Return a sort key: the file from top to bottom, then the flags."""
     position = re.match(r":(\d+):(\d+): ", text.removeprefix(label)) if label and text.startswith(label) else None
     return (0, int(position[1]), int(position[2])) if position else (1, 0, 0)

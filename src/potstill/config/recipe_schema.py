@@ -1,6 +1,6 @@
-"""The JSON schema of a recipe file with the options of every method, for editors to complete and check recipes with.
+"""The JSON schema of recipe files with the options of every method, for completion and checks in editors.
 
-It describes what people write, which is more than the settings classes hold: short forms, and keys that are filled in.
+It allows what the settings classes do not: short forms, and required keys that are filled in.
 """
 
 from dataclasses import fields
@@ -17,11 +17,11 @@ _WEIGHTED: Schema = {"$ref": "#/$defs/WeightedMethod"}
 
 
 def recipe_schema() -> Schema:
-    """The schema, in the dialect 2020-12; methods of installed packages are in it, and are loaded for it."""
+    """Return the schema (dialect 2020-12); methods of other installed packages are loaded and included."""
     schema = Recipe.model_json_schema()
     definitions, keys = schema["$defs"], schema["properties"]
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "potstill recipe"}
-    schema["required"] = [key for key in schema["required"] if key != "name"]  # else the file's name
+    schema["required"] = [key for key in schema["required"] if key != "name"]  # default: the file's name
     definitions |= _method_definitions()
     keys["method"] = {
         "description": keys["method"]["description"],
@@ -31,7 +31,7 @@ def recipe_schema() -> Schema:
     source = definitions["DataSettings"]["properties"]["source"]
     source["type"] = [source["type"], "null"]  # null: given with --data
     stage = definitions["StageSettings"]
-    stage["required"] = [key for key in stage["required"] if key != "model"]  # else that of the weights
+    stage["required"] = [key for key in stage["required"] if key != "model"]  # default: that of the weights
     stage["anyOf"] = [{"required": ["model"]}, {"required": ["weights"]}]
     stage["properties"]["classes"].setdefault("anyOf", []).append({"type": "string"})  # a file
     stage["properties"]["training"] |= {"$ref": "#/$defs/TrainingSettings"}
@@ -47,13 +47,13 @@ def recipe_schema() -> Schema:
 
 
 def _method_definitions() -> dict[str, Schema]:
-    """One definition for each method, and one that the name chooses among them."""
+    """Return a definition for each method, and one that selects among them by name."""
     found = [info for name in list_methods() if (info := _loadable(name)) is not None]
     choice: Schema = {
         "type": "object",
         "required": ["name"],
         "properties": {"name": {"anyOf": [{"enum": [info.name for info in found]}, _CODE]}},
-        # No oneOf: of an unknown option an editor then says just that.
+        # Not oneOf: its error for an unknown option would list every method.
         "allOf": [
             {
                 "if": {"properties": {"name": {"const": info.name}}, "required": ["name"]},
@@ -85,8 +85,8 @@ def _method_schema(info: MethodInfo) -> Schema:
             "name": {"const": info.name},
             **options,
             **({"preset": {"enum": list(info.presets), "description": "the authors' options"}} if info.presets else {}),
-            "schedule": {"$ref": "#/$defs/Schedules", "description": "options and weights that change while training"},
-            "factor": {**WEIGHT_SCHEMA, "default": 1.0, "description": "of all its terms, in a list of methods"},
+            "schedule": {"$ref": "#/$defs/Schedules", "description": "options and weights that change during training"},
+            "factor": {**WEIGHT_SCHEMA, "default": 1.0, "description": "weight of all its terms, in a list of methods"},
         },
         "required": ["name", *(key for key in info.examples if key not in filled)],
         "additionalProperties": False,
@@ -94,12 +94,12 @@ def _method_schema(info: MethodInfo) -> Schema:
 
 
 def _weighted(schema: Schema) -> Schema:
-    """In a list of methods each may have a factor."""
+    """Return the schema of an option; methods in a list may each have a factor."""
     return {**schema, "items": _WEIGHTED} if schema.get("items") == METHOD_SCHEMA else schema
 
 
 def _loadable(name: str) -> MethodInfo | None:
     try:
         return method_info(name)
-    except UsageError:  # a package that is broken keeps nobody from the other methods
+    except UsageError:  # a broken package does not affect the other methods
         return None

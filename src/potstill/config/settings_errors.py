@@ -1,6 +1,4 @@
-"""Settings objects from plain values; pydantic's errors as sentences with the dotted key, the value and the nearest
-name.
-"""
+"""Settings objects from plain values, with pydantic's errors as messages that give key, value and nearest name."""
 
 import json
 import os
@@ -15,9 +13,9 @@ from potstill.config.yaml import KeyPath
 from potstill.errors import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
-SettingProblem = tuple[KeyPath, str]  # which key, and the sentence about it
+SettingProblem = tuple[KeyPath, str]  # key and message
 
-_KINDS = {
+_EXPECTED_TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -28,7 +26,7 @@ _KINDS = {
     "list_type": "a list",
     "tuple_type": "a list",
 }
-RENAMED_KEYS = {  # former keys, and what they are called now
+RENAMED_KEYS = {  # old: new
     "pick_by": "selection_metric",
     "view_seed": "augmentation_seed",
     "fit": "resize_mode",
@@ -44,12 +42,12 @@ RENAMED_KEYS = {  # former keys, and what they are called now
     "layers": "feature_pairs",
     "generations": "born_again_generations",
 }
-_CHOICE_HINTS = {  # values that cannot be, and why
-    ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs, so it is no "
-    "measure: use nll, the cross-entropy of the labels alone"
+_CHOICE_HINTS = {  # hints for wrong values
+    ("selection_metric", "loss"): "; the weights of the training loss may differ between epochs or runs: use nll, "
+    "the cross-entropy with the labels alone"
 }
 ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
-# Tags of the ways to say which classes a network's outputs are.
+# Tags of the forms of a network's `classes`.
 CLASS_LIST_NAME, CLASS_MAPPING, CLASS_SEQUENCE = "name of a class list", "mapping of classes", "list of classes"
 _TAGS = (ONE, SEVERAL, CLASS_LIST_NAME, CLASS_MAPPING, CLASS_SEQUENCE)
 _LIMITS = {
@@ -61,16 +59,16 @@ _LIMITS = {
 
 
 def parse_settings(section: Any, model: type[Model]) -> tuple[Model | None, list[SettingProblem]]:
-    """``section`` as a settings object, or None and what is wrong with it."""
+    """Return ``section`` as a settings object, or None and its problems."""
     try:
-        # Strict: "30" is no number and 1 no switch.  JSON: a list may fill a tuple.
+        # Strict: "30" is no number and 1 no bool.  JSON: a list is accepted for a tuple.
         return model.model_validate_json(json.dumps(section, default=str), strict=True), []
     except ValidationError as error:
-        return None, _sentences(error.errors(include_url=False), section, model)
+        return None, _format_errors(error.errors(include_url=False), section, model)
 
 
 def parse_valid_settings(section: dict[str, Any], model: type[Model]) -> tuple[Model, set[str]]:
-    """``section`` without the keys that are wrong, and those keys: what is right can still be checked."""
+    """Return the settings without the wrong keys, and these keys, so that the rest can be checked further."""
     wrong: set[str] = set()
     while True:
         settings, problems = parse_settings({key: item for key, item in section.items() if key not in wrong}, model)
@@ -80,35 +78,35 @@ def parse_valid_settings(section: dict[str, Any], model: type[Model]) -> tuple[M
 
 
 def dotted_key(path: KeyPath) -> str:
-    """For people: ``training.milestones[1]``."""
+    """Return a key path as text: ``training.milestones[1]``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
 
 
-def _sentences(errors: list[ErrorDetails], section: Any, model: type[BaseModel]) -> list[SettingProblem]:
-    """Pydantic's errors as ours; the alternatives of one union become one sentence."""
-    wishes: dict[KeyPath, list[str]] = {}
-    findings: dict[KeyPath, str] = {}
+def _format_errors(errors: list[ErrorDetails], section: Any, model: type[BaseModel]) -> list[SettingProblem]:
+    """Return pydantic's errors as problems; those of a union's alternatives are joined into one."""
+    expected: dict[KeyPath, list[str]] = {}
+    problems: dict[KeyPath, str] = {}
     for error in errors:
         path = _real_path(error["loc"], section, missing=error["type"] == "missing")
         if error["type"] == "extra_forbidden":
-            findings[path] = f"{dotted_key(path)}: unknown key{_nearest_key(path, model)}"
+            problems[path] = f"{dotted_key(path)}: unknown key{_nearest_key(path, model)}"
         elif error["type"] == "missing":
-            findings[path] = f"{dotted_key(path)} is missing{_purpose(path, model)}"
+            problems[path] = f"{dotted_key(path)} is missing{_description(path, model)}"
         else:
-            wishes.setdefault(path, []).append(_expected(error))
-    for path, texts in wishes.items():
+            expected.setdefault(path, []).append(_expected(error))
+    for path, texts in expected.items():
         got = _value_at(section, path)
         hint = did_you_mean(got, _choices(path, model)) if isinstance(got, str) else ""
         if isinstance(got, str):
             hint = _CHOICE_HINTS.get((str(path[-1]) if path else "", got), hint)
-        findings[path] = f"{dotted_key(path)} must be {' or '.join(texts)}, got {format_value(got)}{hint}"
-    return list(findings.items())
+        problems[path] = f"{dotted_key(path)} must be {' or '.join(texts)}, got {format_value(got)}{hint}"
+    return list(problems.items())
 
 
 def _expected(error: ErrorDetails) -> str:
     context, kind = error.get("ctx", {}), error["type"]
-    if kind in _KINDS:
-        return _KINDS[kind]
+    if kind in _EXPECTED_TYPES:
+        return _EXPECTED_TYPES[kind]
     if kind in _LIMITS:
         word, key = _LIMITS[kind]
         return f"{word} {context[key]:g}"
@@ -120,7 +118,7 @@ def _expected(error: ErrorDetails) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as YAML would show it, shortened, control characters escaped."""
+    """Return a value as YAML shows it, at most 80 characters, control characters escaped."""
     text = (
         {None: "null", True: "true", False: "false"}[value]
         if value is None or value is True or value is False
@@ -130,7 +128,7 @@ def format_value(value: Any) -> str:
 
 
 def _real_path(loc: tuple[int | str, ...], section: Any, *, missing: bool) -> KeyPath:
-    """Pydantic adds the tried member of a union to the path; what the recipe does not hold is cut off."""
+    """Return the path of an error in the recipe, without the tags of unions that pydantic adds."""
     loc = tuple(key for key in loc if key not in _TAGS)
     for depth, key in enumerate(loc):
         inside = (isinstance(section, dict) and key in section) or (
@@ -148,8 +146,8 @@ def _value_at(section: Any, path: KeyPath) -> Any:
     return os.fspath(section) if isinstance(section, os.PathLike) else section
 
 
-def _fields(path: KeyPath, model: type[BaseModel]) -> type[BaseModel] | None:
-    """The settings class that stands at ``path`` inside ``model``."""
+def _settings_class(path: KeyPath, model: type[BaseModel]) -> type[BaseModel] | None:
+    """Return the settings class at ``path`` inside ``model``."""
     current: type[BaseModel] | None = model
     for key in path:
         if isinstance(key, int):  # a position in a list of sections of one kind
@@ -161,36 +159,36 @@ def _fields(path: KeyPath, model: type[BaseModel]) -> type[BaseModel] | None:
 
 
 def _annotation_parts(annotation: Any) -> Iterator[Any]:
-    """An annotation and everything that it is made of."""
+    """Yield an annotation and, recursively, its arguments."""
     yield annotation
     for part in get_args(annotation):
         yield from _annotation_parts(part)
 
 
 def _nearest_key(path: KeyPath, model: type[BaseModel]) -> str:
-    key, siblings = str(path[-1]), _fields(path[:-1], model)
+    key, siblings = str(path[-1]), _settings_class(path[:-1], model)
     if siblings and (new := RENAMED_KEYS.get(key)) in siblings.model_fields:
-        return f"; it is called {new!r} now"
+        return f"; it has been renamed to {new!r}"
     if near := did_you_mean(key, siblings.model_fields if siblings else ()):
         return near
     elsewhere = [
         f"{section}.{key}"
         for section in model.model_fields
-        if (inner := _fields((section,), model)) and key in inner.model_fields
+        if (inner := _settings_class((section,), model)) and key in inner.model_fields
     ]
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"
-    return f". Known here: {', '.join(siblings.model_fields)}" if siblings else ""
+    return f". Keys here: {', '.join(siblings.model_fields)}" if siblings else ""
 
 
-def _purpose(path: KeyPath, model: type[BaseModel]) -> str:
-    enclosing = _fields(path[:-1], model)
+def _description(path: KeyPath, model: type[BaseModel]) -> str:
+    enclosing = _settings_class(path[:-1], model)
     field = enclosing.model_fields.get(str(path[-1])) if enclosing else None
     return f" ({field.description})" if field and field.description else ""
 
 
 def _choices(path: KeyPath, model: type[BaseModel]) -> list[str]:
-    enclosing = _fields(path[:-1], model) if path else None
+    enclosing = _settings_class(path[:-1], model) if path else None
     field = enclosing.model_fields.get(str(path[-1])) if enclosing else None
     return _literals(field.annotation) if field else []
 

@@ -1,4 +1,4 @@
-"""Names of a run's stages, each of which is one network and one folder."""
+"""Names of the stages of a run; each stage trains one network and has one folder."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ _NAME = re.compile(r"(teacher|baseline|distilled)(?:-([2-9]|[1-9]\d+))?|(assista
 
 
 def stage_role(name: str) -> str:
-    """Which of ROLES a stage has; "" for what is no stage's name (and so must not become a path).
+    """Return which of ROLES a stage has; "" for a text that is no stage name (and must not be used as a path).
 
     Example:
         >>> (stage_role("teacher"), stage_role("baseline-2"), stage_role("assistant-1"), stage_role("teacher-1"),
@@ -21,7 +21,7 @@ def stage_role(name: str) -> str:
 
 
 def stage_number(name: str) -> int:
-    """Which of several of its role a stage is, from 1; of baseline and distilled: the how manieth seed.
+    """Return the number of a stage among those of its role, from 1; that of baseline and distilled counts seeds.
 
     Example:
         >>> (stage_number("teacher"), stage_number("teacher-2"), stage_number("generation-1"),
@@ -32,7 +32,7 @@ def stage_number(name: str) -> int:
 
 
 def repeat_index(name: str) -> int:
-    """How many seeds later than the first a stage is: 1 for ``baseline-2``, 0 for all that is trained once.
+    """Return the index of a stage's seed, from 0: 1 for ``baseline-2``; 0 for stages that are trained once.
 
     Example:
         >>> (repeat_index("baseline"), repeat_index("distilled-3"), repeat_index("teacher-2"),
@@ -43,7 +43,7 @@ def repeat_index(name: str) -> int:
 
 
 def stage_name(role: str, number: int) -> str:
-    """The name of a stage: the first teacher is plainly "teacher", as are baseline and distilled of the first seed.
+    """Return the name of a stage; the first teacher, baseline and distilled have no number.
 
     Example:
         >>> stage_name("teacher", 1), stage_name("teacher", 2), stage_name("assistant", 1), stage_name("baseline", 2)
@@ -53,7 +53,7 @@ def stage_name(role: str, number: int) -> str:
 
 
 def sort_stages(names: Iterable[str]) -> list[str]:
-    """Names of stages as people read them: by role, then by number; whatever is none is left out.
+    """Return stage names sorted by role, then by number; other names are left out.
 
     Example:
         >>> sort_stages(["distilled", "teacher-2", "elsewhere", "baseline", "teacher"])

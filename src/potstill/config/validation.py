@@ -1,6 +1,4 @@
-"""Every problem in a recipe's plain values, found in one pass and without torch: networks, training, methods,
-trackers, curriculum and domain adaptation.
-"""
+"""All problems of a recipe's plain values, found in one pass and without torch."""
 
 import math
 import re
@@ -28,7 +26,7 @@ from potstill.training.settings import TrainingSettings
 
 
 def method_problems(method: Any) -> Iterator[SettingProblem]:
-    """Every problem with the key that it stands at; a value that is neither mapping nor list is the parser's matter."""
+    """Yield the problems of ``method``; values that are neither mapping nor list are left to ``parse_settings``."""
     if isinstance(method, dict):
         yield from _one_method(method, ("method",))
     elif isinstance(method, list):
@@ -39,7 +37,7 @@ def method_problems(method: Any) -> Iterator[SettingProblem]:
 
 
 def _weighted_method(settings: Any, path: KeyPath) -> Iterator[SettingProblem]:
-    """A method in a list: besides its own options it has a factor."""
+    """Yield the problems of a method in a list, which may have a factor beside its own options."""
     if isinstance(settings, dict) and "factor" in settings:
         for problem in value_problems(dotted_key((*path, "factor")), WEIGHT_SCHEMA, settings["factor"]):
             yield (*path, "factor"), problem
@@ -56,38 +54,38 @@ def _one_method(settings: Any, path: KeyPath) -> Iterator[SettingProblem]:
         return
     inner = inner_methods(settings)
     given = {key: option for key, option in settings.items() if key != "name"}
-    apart = {inside[0] for inside, _ in inner}  # each of these methods is checked below, where its own keys stand
+    inner_keys = {inside[0] for inside, _ in inner}  # these methods are checked below
     for problem in check_method(settings["name"], given):
         if problem.option is None:
             yield (*path, "name"), f"{dotted_key(path)}.name: {problem.message}"
-        elif problem.option not in apart:
-            # An option that is missing is a matter of the method that asks for it.
-            place = (*path, problem.option) if problem.option in given else (*path, "name", problem.option)
-            named = problem.message.startswith((f"{problem.option} ", f"{problem.option}.", f"{problem.option}["))
-            lead = "" if named else f"{problem.option}: "
-            yield place, f"{dotted_key(path)}.{lead}{problem.message}"
+        elif problem.option not in inner_keys:
+            # A missing option has no location of its own: that of the method's name.
+            option_path = (*path, problem.option) if problem.option in given else (*path, "name", problem.option)
+            has_key = problem.message.startswith((f"{problem.option} ", f"{problem.option}.", f"{problem.option}["))
+            prefix = "" if has_key else f"{problem.option}: "
+            yield option_path, f"{dotted_key(path)}.{prefix}{problem.message}"
     for inside, each in inner:
         yield from (_weighted_method if len(inside) > 1 else _one_method)(each, (*path, *inside))
 
 
 def tracker_problems(value: Any) -> Iterator[SettingProblem]:
-    """Of what stands under ``tracker``: a server for one that has none, a password, the same twice."""
-    named: list[str] = []
+    """Yield the problems of ``tracker``: a server for a logger without one, a password, a logger given twice."""
+    seen: list[str] = []
     for at, each in enumerate(as_logger_list(value)):
         if not isinstance(each, dict) or not isinstance(each.get("name"), str):
-            continue  # said elsewhere
+            continue  # reported by parse_settings
         path, uri = ("tracker", at, "uri"), each.get("uri")
         if uri is not None and each["name"] != "mlflow":
-            yield path, f"tracker[{at}].uri is for mlflow; {each['name']} is told by its own environment variables"
+            yield path, f"tracker[{at}].uri is for mlflow; {each['name']} reads its own environment variables"
         elif isinstance(uri, str) and _has_password(uri):
             yield (
                 path,
-                f"tracker[{at}].uri must carry no password, since recipes are kept and shared: "
+                f"tracker[{at}].uri must contain no password, since recipes are kept and shared: "
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI",
             )
-        if each["name"] in named:
-            yield ("tracker", at, "name"), f"tracker[{at}].name: {each['name']} is named twice; once is enough"
-        named.append(each["name"])
+        if each["name"] in seen:
+            yield ("tracker", at, "name"), f"tracker[{at}].name: {each['name']} is given twice; leave one out"
+        seen.append(each["name"])
 
 
 def _has_password(uri: str) -> bool:
@@ -98,7 +96,7 @@ def _has_password(uri: str) -> bool:
 
 
 def curriculum_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Of a recipe with ``curriculum``: nobody whose word decides, or another rule on what is drawn."""
+    """Yield the problems of ``curriculum``: no teacher to score images, or another setting that selects images."""
     if value.get("curriculum") is None:
         return
     found = value.get("data")
@@ -106,13 +104,14 @@ def curriculum_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
     if not needs_teacher(value.get("method")):
         yield (
             ("curriculum",),
-            "curriculum: the teacher says what is easy, and "
+            "curriculum: a teacher scores the images, and method "
             f"{describe_method(normalize_method(value.get('method')))} has none",
         )
     if data.get("class_balance") == "sampling":
         yield (
             ("data", "class_balance"),
-            "data.class_balance: sampling and curriculum both say which images are drawn; use class_balance: weights",
+            "data.class_balance: sampling and curriculum both decide which images are drawn; use class_balance: "
+            "weights",
         )
     if data.get("target") is not None:
         yield (
@@ -122,27 +121,27 @@ def curriculum_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 _TARGET_HINT = "name a folder of class folders, a manifest or a data set with --set data.target=DIR"
-TARGET_MISSING = f"data.target is not given, and `domain` says how to get there: {_TARGET_HINT}"
+TARGET_MISSING = f"`domain` needs data.target, which is not given: {_TARGET_HINT}"
 
 
 def lacks_target(value: dict[str, Any]) -> bool:
-    """Whether a recipe says how to get to a target, and names none."""
+    """Return whether a recipe has ``domain`` without ``data.target``."""
     data = value.get("data", {})
     return value.get("domain") is not None and (not isinstance(data, dict) or data.get("target") is None)
 
 
 def domain_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Settings that need a target without one, and a target that nobody can use."""
+    """Yield the problems of domain adaptation: settings that need a target, and a target that cannot be used."""
     section = value.get("data", {})
     if not isinstance(section, dict):
         return
     data, wrong = parse_valid_settings(section, DataSettings)
     if data.target is None and value.get("domain") is not None:
-        return  # perhaps it comes from Python; else see ``lacks_target``
+        return  # the target may come from Python; see lacks_target
     if data.target is None:
         for key in ("target_labels", "target_options"):
             if key not in wrong and getattr(data, key):
-                yield ("data", key), f"data.{key} is of data.target, which is not given: {_TARGET_HINT}"
+                yield ("data", key), f"data.{key} needs data.target, which is not given: {_TARGET_HINT}"
         return
     if data.augment is not None and data.augment.mixes:
         key = "mixup" if data.augment.mixup else "cutmix"
@@ -151,11 +150,11 @@ def domain_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
     method = value.get("method")
     if not needs_teacher(method):
         why = f"method {describe_method(normalize_method(method))} learns from no teacher"
-        yield ("data", "target"), f"data.target: only a teacher can say something of its images, and {why}; use kd"
+        yield ("data", "target"), f"data.target: its images have no labels and need a teacher, and {why}; use kd"
 
 
 def find_problems(value: dict[str, Any], recipe_class: type[BaseModel]) -> list[SettingProblem]:
-    """All that is wrong with a recipe's plain values; the first sentence about a key wins."""
+    """Return all problems of a recipe's plain values; only the first about each key."""
     found: dict[KeyPath, str] = {}
     for path, message in _all_problems(value, recipe_class):
         found.setdefault(path, message)
@@ -192,7 +191,7 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
     data, wrong = parse_valid_settings(section, DataSettings)
     if data.val + data.test >= 1 and not wrong & {"val", "test"}:
         sum_of = f"{data.val:g} + {data.test:g}"
-        yield ("data", "val"), f"data.val and data.test must leave something to train on, got shares {sum_of} of 1"
+        yield ("data", "val"), f"data.val and data.test must sum to less than 1, got {sum_of}"
     if isinstance(data.workers, int) and data.workers < 0:
         yield ("data", "workers"), f"data.workers must be at least 0 or 'auto', got {data.workers}"
     if data.unlabeled is not None and data.augment is not None and data.augment.mixes:
@@ -208,7 +207,7 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def network_sections(value: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """Where the settings of each network stand; sections of a wrong kind are left out."""
+    """Yield (key path, section) for the settings of each network; sections of a wrong type are left out."""
     for key in ("teacher", "assistants", "student"):
         section = value.get(key)
         if isinstance(section, dict):
@@ -218,25 +217,25 @@ def network_sections(value: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str,
 
 
 def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Who learns from whom: checks that need the method or the number of teachers."""
+    """Yield the problems of teachers, assistants and generations that depend on the method or on their number."""
     teacher, method = value.get("teacher"), value.get("method")
     count = len(teacher) if isinstance(teacher, list) else int(teacher is not None)
     if needs_teacher(method):
         if count == 0:
             got = ", got an empty list" if isinstance(teacher, list) else ""
             example = "teacher: {model: resnet50}"
-            yield ("teacher",), f"teacher is missing{got}: a network to learn from, for example: {example}"
+            yield ("teacher",), f"teacher is missing{got}; for example: {example}"
     else:
         why = f"{describe_method(normalize_method(method))} learns from no teacher"
         if value.get("assistants"):
-            yield ("assistants",), f"assistants stand between teacher and student, and method {why}"
+            yield ("assistants",), f"assistants learn from a teacher, and method {why}"
         if value.get("born_again_generations", 1) != 1:
             yield (
                 ("born_again_generations",),
-                f"born_again_generations: each of several learns from the one before, and method {why}",
+                f"born_again_generations: each student learns from the one before, and method {why}",
             )
-    together = value.get("teachers")
-    weights = together.get("weights") if isinstance(together, dict) else None
+    combination = value.get("teachers")
+    weights = combination.get("weights") if isinstance(combination, dict) else None
     if isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights):
         path = ("teachers", "weights")
         if len(weights) != count:
@@ -246,106 +245,109 @@ def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Of ``head``: another network than a teacher, or one without weights."""
-    for place, section in network_sections(value):
+    """Yield the problems of ``head``: a network that is no teacher, or has no weights."""
+    for network_path, section in network_sections(value):
         if section.get("head") is None:
             continue
-        key = dotted_key((*place, "head"))
-        if place[0] != "teacher":
-            yield (*place, "head"), f"{key} is for teachers, whose encoder stays as it is: leave it out"
+        key = dotted_key((*network_path, "head"))
+        if network_path[0] != "teacher":
+            yield (*network_path, "head"), f"{key} is for teachers only: leave it out"
         elif section.get("weights") is None:
             yield (
-                (*place, "head"),
-                f"{key} is a head for weights that are there already, and {dotted_key(place)}.weights names none: set "
-                "it to pretrained or to a file, or leave head out to train from scratch",
+                (*network_path, "head"),
+                f"{key} needs a pretrained encoder, and {dotted_key(network_path)}.weights is not given: set it "
+                "to pretrained or to a file, or leave head out to train from scratch",
             )
 
 
-# Settings that count with certain others only: what those are, and how a person says it.
+# Settings that have an effect only with certain others: the condition, and the message if it does not hold.
 _HAS_EFFECT: dict[str, tuple[Callable[[TrainingSettings], bool], str]] = {
     "momentum": (
         lambda training: training.optimizer.lower() in ("sgd", "dot"),
-        "has no effect but with optimizer: sgd or dot; others take what they have in optimizer_options",
+        "has an effect with optimizer: sgd or dot only; for others, use optimizer_options",
     ),
-    "dot_delta": (lambda training: training.optimizer.lower() == "dot", "has no effect but with optimizer: dot"),
-    "gamma": (lambda training: training.schedule == "step", "has no effect but with schedule: step"),
-    "min_lr_ratio": (lambda training: training.schedule == "cosine", "has no effect but with schedule: cosine"),
+    "dot_delta": (lambda training: training.optimizer.lower() == "dot", "has an effect with optimizer: dot only"),
+    "gamma": (lambda training: training.schedule == "step", "has an effect with schedule: step only"),
+    "min_lr_ratio": (lambda training: training.schedule == "cosine", "has an effect with schedule: cosine only"),
     "decay_all": (lambda training: training.weight_decay > 0, "has no effect with weight_decay: 0"),
 }
 
 
 def _training_problems(shared: dict[str, Any], value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Checks that need several settings at once are made on what each network really gets."""
+    """Yield the problems of training settings; those of several settings are checked on each network's merged ones."""
     data = value.get("data")
     weighted = isinstance(data, dict) and data.get("class_balance") == "weights"
-    inherited: dict[str, list[bool]] = {}  # of each shared setting: whether it counts for a network that has it
-    for place, section in network_sections(value):
+    used_by: dict[str, list[bool]] = {}  # by shared setting: whether it has an effect on a network that inherits it
+    for network_path, section in network_sections(value):
         own = section.get("training", {})
         if not isinstance(own, dict):
             continue
         _, problems = parse_settings(own, TrainingSettings)
         for path, message in problems:
-            yield (*place, "training", *path), f"{dotted_key(place)}.training.{message}"
-        left_out = set() if place[0] == "student" else {"qat_fraction"}  # as Recipe.stage_training has it
-        common = {key: item for key, item in shared.items() if key not in left_out}
+            yield (*network_path, "training", *path), f"{dotted_key(network_path)}.training.{message}"
+        ignored = set() if network_path[0] == "student" else {"qat_fraction"}  # as in Recipe.stage_training
+        common = {key: item for key, item in shared.items() if key not in ignored}
         merged, wrong = parse_valid_settings({**common, **own}, TrainingSettings)
-        for key, (counts, message) in _HAS_EFFECT.items():
-            if key in own and own[key] != TrainingSettings.model_fields[key].default and not (wrong or counts(merged)):
-                yield (*place, "training", key), f"{dotted_key(place)}.training.{key} {message}"
+        for key, (has_effect, message) in _HAS_EFFECT.items():
+            default = TrainingSettings.model_fields[key].default
+            if key in own and own[key] != default and not (wrong or has_effect(merged)):
+                yield (*network_path, "training", key), f"{dotted_key(network_path)}.training.{key} {message}"
             elif key not in own:
-                inherited.setdefault(key, []).append(bool(wrong) or counts(merged))
+                used_by.setdefault(key, []).append(bool(wrong) or has_effect(merged))
         if weighted and merged.batch_size == 1 and "batch_size" not in wrong:
-            where = (*place, "training") if "batch_size" in own else ("training",)
-            message = (
-                "data.class_balance: weights weighs the images of a batch against each other, so it needs two or more"
-            )
-            yield (*where, "batch_size"), f"{dotted_key(where)}.batch_size is 1: {message}"
+            section_path = (*network_path, "training") if "batch_size" in own else ("training",)
+            message = "data.class_balance: weights has no effect in a batch of one image"
+            yield (*section_path, "batch_size"), f"{dotted_key(section_path)}.batch_size must be at least 2: {message}"
         for key in ("freeze", "freeze_batch_norm", "layer_decay"):
             used = getattr(merged, key) not in (0, False, None, "auto")
             if used and key not in wrong and section.get("weights") is None:
-                where = (*place, "training") if key in own else ("training",)
+                section_path = (*network_path, "training") if key in own else ("training",)
                 yield (
-                    (*where, key),
-                    f"{dotted_key((*where, key))} spares weights that are there already, and "
-                    f"{dotted_key(place)}.weights names none: set it for a network with weights alone, such as "
-                    f"teacher.training.{key}",
+                    (*section_path, key),
+                    f"{dotted_key((*section_path, key))} needs initial weights, and {dotted_key(network_path)}.weights "
+                    f"is not given: set it for a network with weights only, for example teacher.training.{key}",
                 )
         for keys, message in _schedule_problems(merged):
             if wrong.intersection(keys):
                 continue
-            here = next((key for key in keys if key in own), None)
-            if here is not None:
-                yield (*place, "training", here), f"{dotted_key(place)}.training.{message}"
+            own_key = next((key for key in keys if key in own), None)
+            if own_key is not None:
+                yield (*network_path, "training", own_key), f"{dotted_key(network_path)}.training.{message}"
             else:
                 yield ("training", next((key for key in keys if key in shared), keys[0])), f"training.{message}"
-    for key, counted in inherited.items():
-        if key in shared and shared[key] != TrainingSettings.model_fields[key].default and not any(counted):
+    for key, effects in used_by.items():
+        if key in shared and shared[key] != TrainingSettings.model_fields[key].default and not any(effects):
             yield ("training", key), f"training.{key} {_HAS_EFFECT[key][1]}"
 
 
 def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(The settings that take part, a sentence that begins with one of them)."""
-    marks = training.milestones
-    if marks and training.schedule != "step":
+    """Yield (keys, message): settings that contradict each other, and a message that begins with one of them."""
+    milestones = training.milestones
+    if milestones and training.schedule != "step":
         yield ("milestones", "schedule"), f"milestones need schedule: step, got schedule: {training.schedule}"
-    elif training.schedule == "step" and not marks:
+    elif training.schedule == "step" and not milestones:
         yield ("schedule", "milestones"), "schedule step needs milestones, for example: milestones: [60, 80]"
-    elif marks and (marks != sorted(set(marks)) or marks[0] < 1 or marks[-1] >= training.epochs):
-        yield ("milestones", "epochs"), f"milestones must rise from 1 to below epochs {training.epochs}, got {marks}"
-    if marks and training.schedule == "step" and marks[0] <= training.warmup_epochs:
+    elif milestones and (
+        milestones != sorted(set(milestones)) or milestones[0] < 1 or milestones[-1] >= training.epochs
+    ):
+        yield (
+            ("milestones", "epochs"),
+            f"milestones must rise from 1 to below epochs {training.epochs}, got {milestones}",
+        )
+    if milestones and training.schedule == "step" and milestones[0] <= training.warmup_epochs:
         yield (
             ("milestones", "warmup_epochs"),
-            f"milestones must come after warmup_epochs, {training.warmup_epochs:g}, got {marks}",
+            f"milestones must come after warmup_epochs, {training.warmup_epochs:g}, got {milestones}",
         )
-    still = {"cosine": ("min_lr_ratio", training.min_lr_ratio), "step": ("gamma", training.gamma)}
-    key, end = still.get(training.schedule, ("", 0.0))
-    if end == 1:
-        yield (key, "schedule"), f"{key} 1 leaves nothing to schedule {training.schedule}; set schedule: constant"
+    ratios = {"cosine": ("min_lr_ratio", training.min_lr_ratio), "step": ("gamma", training.gamma)}
+    key, ratio = ratios.get(training.schedule, ("", 0.0))
+    if ratio == 1:
+        yield (key, "schedule"), f"{key} 1 makes schedule: {training.schedule} constant; set schedule: constant"
     for key in sorted({"params", *_own_settings(training.optimizer)} & training.optimizer_options.keys()):
         own = f"training.{'dot_delta' if key == 'delta' else key}" if key != "params" else "the student's weights"
         yield (
             ("optimizer_options",),
-            f"optimizer_options.{key} would contradict {own}: leave it out",
+            f"optimizer_options.{key} contradicts {own}: leave it out",
         )
     if training.warmup_epochs > training.epochs:
         yield (
@@ -355,13 +357,14 @@ def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, 
     if training.freeze >= training.epochs:
         yield (
             ("freeze", "epochs"),
-            f"freeze must be below epochs, {training.epochs}, got {training.freeze}: else no epoch trains the encoder",
+            f"freeze must be below epochs, {training.epochs}, got {training.freeze}: otherwise no epoch trains the "
+            "encoder",
         )
     if training.early_stopping_patience and 0 < training.qat_fraction < 1:
         yield (
             ("early_stopping_patience", "qat_fraction"),
-            "early_stopping_patience may end the training before qat_fraction begins; leave one of them out, "
-            "or set qat_fraction: 1",
+            "early_stopping_patience may end the training before quantization-aware training begins; leave one "
+            "of them out, or set qat_fraction: 1",
         )
     if training.nesterov and (training.optimizer.lower() != "sgd" or training.momentum == 0):
         yield ("nesterov", "optimizer", "momentum"), "nesterov needs optimizer: sgd and momentum above 0"
@@ -384,12 +387,12 @@ def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, 
 
 
 def _own_settings(optimizer: str) -> tuple[str, ...]:
-    """Keywords of an optimizer that are settings of the training themselves."""
-    more = {"sgd": ("momentum", "nesterov"), "dot": ("momentum", "delta")}
-    return ("lr", "weight_decay", *more.get(optimizer.lower(), ()))
+    """Return the keyword arguments of an optimizer that are training settings."""
+    momenta = {"sgd": ("momentum", "nesterov"), "dot": ("momentum", "delta")}
+    return ("lr", "weight_decay", *momenta.get(optimizer.lower(), ()))
 
 
-# Of torch.optim: importing torch to ask takes seconds.  A newer one's are asked for by name.
+# Classes of torch.optim, to spare importing torch, which takes seconds; other names are looked up there.
 _OPTIMIZERS = (
     "ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop",
     "SGD",
@@ -397,7 +400,7 @@ _OPTIMIZERS = (
 
 
 def _is_optimizer(name: str) -> bool:
-    """Whether a network can be trained by what has that name, whatever its case."""
+    """Return whether there is an optimizer of this name; case is ignored."""
     if name.lower() in {"dot", *(each.lower() for each in _OPTIMIZERS)}:
         return True
     from potstill.training.optim import get_optimizer_class

@@ -1,8 +1,7 @@
-"""YAML with positions: plain values, and for each key where it was written ("recipe.yaml:7:3").
+"""YAML with positions: plain values, and the location of each key ("recipe.yaml:7:3").
 
 Scalars are read by YAML 1.2's core rules, so that ``1e-4`` is a number and ``no`` is text (YAML 1.1 reads them the
-other way round). Duplicate keys, anchors and tags are refused: a recipe means what it shows, and opening one runs
-nothing.
+other way round). Duplicate keys, anchors and tags are errors, and reading a recipe runs no code.
 """
 
 import re
@@ -28,17 +27,17 @@ class _Scalars:
 
 
 class _Loader(_Scalars, yaml.SafeLoader):
-    """Composes nodes only; values are made below, from four kinds of scalars, lists and mappings."""
+    """Composes nodes only; ``_value`` converts them, from four kinds of scalars, lists and mappings."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = cast(Any, self).get_event().start_mark  # typed nowhere
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not used in recipes", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="anchors and aliases are not allowed in recipes", problem_mark=mark)
         return super().compose_node(parent, index)
 
 
 class _Dumper(_Scalars, yaml.SafeDumper):
-    """Quotes what the loader above would not read back as text."""
+    """Quotes text that the loader would read as another type."""
 
 
 for _kind, _pattern in _KINDS.items():
@@ -47,33 +46,35 @@ for _kind, _pattern in _KINDS.items():
 
 
 class KeyLocations:
-    """Where each key was written: a position in a file, or the flag that set it."""
+    """The location of each key: a position in a file, or the flag that set it."""
 
     def __init__(self, default: str = "") -> None:
         self.default = default
-        self._known: dict[KeyPath, str] = {}
+        self._locations: dict[KeyPath, str] = {}
 
     def find(self, path: KeyPath) -> str:
-        """The place of ``path`` or of what encloses it."""
+        """Return the location of ``path``, or else of the nearest section around it."""
         for length in range(len(path), -1, -1):
-            if path[:length] in self._known:
-                return self._known[path[:length]]
+            if path[:length] in self._locations:
+                return self._locations[path[:length]]
         return self.default
 
-    def add(self, path: KeyPath, place: str) -> None:
-        """``path`` was written at ``place``."""
-        self._known[path] = place
+    def add(self, path: KeyPath, location: str) -> None:
+        """Set the location of ``path``."""
+        self._locations[path] = location
 
     def move(self, path: KeyPath, to: KeyPath) -> None:
-        """What was known of ``path`` and everything in it is now true of ``to``, and of ``path`` too."""
-        inside = {known: where for known, where in self._known.items() if known[: len(path)] == path}
-        self._known = {known: where for known, where in self._known.items() if known not in inside or known == path}
-        self._known |= {(*to, *known[len(path) :]): where for known, where in inside.items()}
+        """Copy the location of ``path`` to ``to``, and move those of all keys inside it."""
+        inside = {key: location for key, location in self._locations.items() if key[: len(path)] == path}
+        self._locations = {
+            key: location for key, location in self._locations.items() if key not in inside or key == path
+        }
+        self._locations |= {(*to, *key[len(path) :]): location for key, location in inside.items()}
 
-    def replace(self, path: KeyPath, place: str) -> None:
-        """``path`` and everything in it was written at ``place``, whatever was known before."""
-        self._known = {known: where for known, where in self._known.items() if known[: len(path)] != path}
-        self._known[path] = place
+    def replace(self, path: KeyPath, location: str) -> None:
+        """Set the location of ``path`` and of all keys inside it."""
+        self._locations = {key: known for key, known in self._locations.items() if key[: len(path)] != path}
+        self._locations[path] = location
 
 
 @dataclass
@@ -82,11 +83,11 @@ class Document:
 
     label: str  # the file's name, or the flag that the text came with
     value: Any = None
-    places: KeyLocations = field(default_factory=KeyLocations)
+    locations: KeyLocations = field(default_factory=KeyLocations)
     problems: list[str] = field(default_factory=list)  # "recipe.yaml:7:3: key 'lr' is given twice"
 
-    def place(self, mark: Any) -> str:
-        """The label with line and column; a flag is one line, which has no number."""
+    def format_location(self, mark: Any) -> str:
+        """Return the label with line and column, or alone for a flag."""
         return (
             self.label
             if mark is None or self.label.startswith("-")
@@ -95,27 +96,27 @@ class Document:
 
 
 def parse_yaml(text: str, label: str) -> Document:
-    """Parse one YAML document; ``label`` is the file's name in messages, or the flag's text.
+    """Parse one YAML document.  ``label``: the file's name in messages, or the flag's text.
 
     Raises:
-        UsageError: no YAML; names line and column.
+        UsageError: invalid YAML; names line and column.
     """
-    document = Document(label, places=KeyLocations(label))
+    document = Document(label, locations=KeyLocations(label))
     try:
         node = _Loader(text).get_single_node()
         document.value = None if node is None else _value(node, (), document)
     except yaml.MarkedYAMLError as error:
-        place = document.place(error.problem_mark or error.context_mark)
-        raise UsageError(f"{place}: {error.problem or error.context}") from error
+        location = document.format_location(error.problem_mark or error.context_mark)
+        raise UsageError(f"{location}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"{label}: no YAML text: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{label}: invalid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UsageError(f"{label}: nested too deeply") from error
     return document
 
 
 def dump_yaml(value: Any) -> str:
-    """Plain values as YAML that ``parse_yaml`` reads back to the same values."""
+    """Return plain values as YAML from which ``parse_yaml`` reads the same values."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -125,13 +126,13 @@ def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:
         return _mapping(node, path, document)
     if isinstance(node, yaml.SequenceNode) and kind == "seq":
         for i, child in enumerate(node.value):
-            document.places.add((*path, i), document.place(child.start_mark))
+            document.locations.add((*path, i), document.format_location(child.start_mark))
         return [_value(child, (*path, i), document) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode) and kind == "str":
         return node.value
     if isinstance(node, yaml.ScalarNode) and kind in _KINDS and _KINDS[kind].match(node.value):
         return _scalar(kind, node.value)
-    document.problems.append(f"{document.place(node.start_mark)}: tag {node.tag} is not used in recipes")
+    document.problems.append(f"{document.format_location(node.start_mark)}: tag {node.tag} is not allowed in recipes")
     return None
 
 
@@ -148,14 +149,14 @@ def _scalar(kind: str, text: str) -> Any:
 def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        place = document.place(key_node.start_mark)
+        location = document.format_location(key_node.start_mark)
         if not isinstance(key_node, yaml.ScalarNode):
-            document.problems.append(f"{place}: a key must be text")
+            document.problems.append(f"{location}: a key must be text")
             continue
         key = str(key_node.value)
         if key in result:
-            document.problems.append(f"{place}: key {key!r} is given twice")
+            document.problems.append(f"{location}: key {key!r} is given twice")
             continue
-        document.places.add((*path, key), place)
+        document.locations.add((*path, key), location)
         result[key] = _value(value_node, (*path, key), document)
     return result

@@ -7,30 +7,37 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from potstill.errors import UsageError, did_you_mean
 
-Pacing = Literal["linear", "root", "step"]  # of a curriculum: how its share of the images grows
+Pacing = Literal["linear", "root", "step"]  # of a curriculum: growth of the share of admitted images
 
 
 class AugmentSettings(BaseModel):
-    """What a view of a training image may change; each draw depends on (seed, sample id, view) alone."""
+    """Random augmentation of training images; each draw depends on (seed, sample id, view) alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    pad_crop: float = Field(0.0, ge=0, le=0.5, description="shift by up to this share of the size")
-    pad_mode: Literal["reflect", "black"] = Field("reflect", description="what a shift shows beyond the border")
+    pad_crop: float = Field(0.0, ge=0, le=0.5, description="random shift by up to this share of the size")
+    pad_mode: Literal["reflect", "black"] = Field("reflect", description="pixels beyond the border after a shift")
     crop_scale: tuple[float, float] | None = Field(
-        None, description="area shares between which a random resized crop is drawn, e.g. [0.35, 1]; null: none"
+        None, description="area of a random resized crop as shares of the image, e.g. [0.35, 1]; null: none"
     )
-    hflip: bool = Field(False, description="mirror left to right for half of the views")
-    vflip: bool = Field(False, description="mirror top to bottom for half of the views")
-    rotate90: bool = Field(False, description="turn by 0, 90, 180 or 270 degrees")
-    color_jitter: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation change")
-    auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="torchvision v2 policy")
+    hflip: bool = Field(False, description="flip left to right with probability 0.5")
+    vflip: bool = Field(False, description="flip top to bottom with probability 0.5")
+    rotate90: bool = Field(False, description="rotate by 0, 90, 180 or 270 degrees")
+    color_jitter: float = Field(
+        0.0, ge=0, le=1, description="strength of the changes of brightness, contrast and saturation"
+    )
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field(
+        "none", description="policy of torchvision v2"
+    )
     erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a rectangle")
     mixup: float = Field(
-        0.0, ge=0, le=100, description="alpha of mixup: images of a batch blended in pairs, labels too; 0: off"
+        0.0, ge=0, le=100, description="alpha of mixup: blend pairs of images and their labels; 0: off"
     )
     cutmix: float = Field(
-        0.0, ge=0, le=100, description="alpha of cutmix: a rectangle from another image; with mixup: one or the other"
+        0.0,
+        ge=0,
+        le=100,
+        description="alpha of CutMix: paste a rectangle of another image; 0: off; with mixup: one of both per batch",
     )
 
     @property
@@ -41,8 +48,8 @@ class AugmentSettings(BaseModel):
     @property
     def changes_nothing(self) -> bool:
         """Whether every view of an image is the same."""
-        beside = {"pad_mode"}  # says how, not whether
-        return self.model_dump(exclude=beside) == AugmentSettings().model_dump(exclude=beside)
+        ignored = {"pad_mode"}  # has no effect alone
+        return self.model_dump(exclude=ignored) == AugmentSettings().model_dump(exclude=ignored)
 
 
 class DataSettings(BaseModel):
@@ -51,58 +58,67 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
-        "digits", description="a name of `potstill.data.datasets.DATASETS`, a folder, or a .csv/.jsonl manifest"
+        "digits", description="a name in `potstill.data.datasets.DATASETS`, a folder, or a .csv/.jsonl manifest"
     )
-    options: dict[str, Any] = Field({}, description="options of the named data set, e.g. {classes: 2} for solar")
+    options: dict[str, Any] = Field({}, description="options of a data set given by name, e.g. {classes: 2} for solar")
     follow_links: bool = Field(
-        False, description="read links and a manifest's paths to files and folders outside the data folder too"
+        False, description="follow links, and paths of a manifest, to files and folders outside the data folder"
     )
     skip_bad: bool = Field(
         False,
         description="leave out files that cannot be read and classes that are too small, and list them in skipped.csv",
     )
-    size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
+    size: int = Field(224, ge=8, le=4096, description="height and width of the networks' input in pixels")
     range: Literal["auto"] | tuple[float, float] = Field(
         "auto",
-        description="ends between which images of more than 8 bits are read, e.g. [0, 4095]; auto: found once, over "
-        "the training images",
+        description="[black, white] of images of more than 8 bits, e.g. [0, 4095]; auto: measured on the training "
+        "images",
     )
     resize_mode: Literal["crop", "pad", "stretch"] = Field(
         "crop",
-        description="how an image that is not square becomes square: its centre, black borders, or other proportions",
+        description="how images become square: crop the centre, pad with black, or stretch",
     )
     unlabeled: str | None = Field(
-        None, description="a second folder, of images without labels at any depth: they join the teacher's terms only"
+        None, description="a folder of unlabeled training images, at any depth; only terms without labels use them"
     )
     unlabeled_share: float = Field(
-        0.5, gt=0, le=0.9, description="share of such images in a batch; they come on top of `batch_size`"
+        0.5,
+        gt=0,
+        le=0.9,
+        description="share of unlabeled images in a batch; they are added to the `batch_size` labeled ones",
     )
     target: str | None = Field(
-        None, description="another domain of the same classes, in which the student is to work; given as `source` is"
+        None, description="target domain of the student: images of the same classes; given in the same way as `source`"
     )
-    target_options: dict[str, Any] = Field({}, description="options of the target, where it is a named data set")
+    target_options: dict[str, Any] = Field({}, description="options of a target given by name")
     target_labels: float = Field(
         0.0, ge=0, le=1, description="share of the target's training and val images whose labels may be used"
     )
     mean: tuple[float, float, float] | None = Field(
-        None, description="of RGB in [0, 1], subtracted from images; null, and for published weights: the network's own"
+        None, description="RGB mean in [0, 1] for normalisation; null, or weights: pretrained: the network's own"
     )
-    std: tuple[float, float, float] | None = Field(None, description="likewise, by which they are then divided")
-    val: float = Field(0.15, gt=0, lt=1, description="share split off for val where the source has none")
-    test: float = Field(0.15, gt=0, lt=1, description="share split off for test where the source has none")
-    split_seed: int = Field(0, ge=0, description="of the split; separate from `seed`, so that seeds share a split")
-    augment: AugmentSettings | None = Field(None, description="null: the light default of the data set")
+    std: tuple[float, float, float] | None = Field(
+        None, description="RGB standard deviation for normalisation; null: as for mean"
+    )
+    val: float = Field(0.15, gt=0, lt=1, description="share of the images that becomes val, if the source has none")
+    test: float = Field(0.15, gt=0, lt=1, description="share of the images that becomes test, if the source has none")
+    split_seed: int = Field(0, ge=0, description="seed of the split; runs with different `seed` share a split")
+    augment: AugmentSettings | None = Field(
+        None, description="augmentation of training images; null: the data set's default"
+    )
     augmentation_seed: int | None = Field(
         None,
         ge=0,
-        description="of the views; null: `seed`, so that each seed has views of its own; a number: all seeds see the "
-        "same views and share stored answers",
+        description="seed of the augmentation; null: `seed`; a number: all seeds see the same views and share cached "
+        "teacher outputs",
     )
     class_balance: Literal["none", "weights", "sampling"] = Field(
-        "none", description="against imbalance: class weights in the label loss, or balanced sampling"
+        "none", description="for imbalanced classes: class weights in the label loss, or balanced sampling"
     )
-    workers: int | Literal["auto"] = Field("auto", description="processes that decode; results do not depend on it")
-    cache_fraction: float = Field(0.3, gt=0, lt=1, description="share of free memory that decoded pixels may take")
+    workers: int | Literal["auto"] = Field(
+        "auto", description="processes that decode images; results do not depend on it"
+    )
+    cache_fraction: float = Field(0.3, gt=0, lt=1, description="share of free memory for decoded images")
 
     @field_validator("range")
     @classmethod
@@ -113,7 +129,7 @@ class DataSettings(BaseModel):
 
 
 class Options(BaseModel):
-    """Base of every data set's options: unknown ones are refused."""
+    """Base class of the options of a data set; unknown options are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -122,20 +138,20 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def read_options(settings: DataSettings, model: type[OptionsT]) -> OptionsT:
-    """``settings.options`` as the data set's own options.
+    """Return ``settings.options`` as the options class of the data set.
 
     Raises:
-        UsageError: unknown options or values; all of them, with the nearest known name.
+        UsageError: unknown options or wrong values; names all of them, and the nearest known name.
     """
     try:
         return model.model_validate(settings.options)
     except ValidationError as error:
         problems = []
-        for each in error.errors(include_url=False):
-            name = ".".join(map(str, each["loc"]))
-            if each["type"] == "extra_forbidden":
+        for problem in error.errors(include_url=False):
+            name = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "extra_forbidden":
                 allowed = ", ".join(model.model_fields) or "none"
                 problems.append(f"unknown option {name!r} (allowed: {allowed}){did_you_mean(name, model.model_fields)}")
             else:
-                problems.append(f"option {name}: {each['msg']}, got {each['input']!r}")
+                problems.append(f"option {name}: {problem['msg']}, got {problem['input']!r}")
         raise UsageError(f"data set {settings.source!r}: " + "; ".join(problems)) from error

@@ -1,1 +1,1 @@
-"""From a recipe to a run folder: plan, preflight, training of each stage, evaluation, comparison and verdict."""
+"""From a recipe to a run folder: plan, preflight checks, training of each stage, evaluation, comparison, verdict."""

@@ -1,4 +1,4 @@
-"""What a stage is made of, built as the recipe says: networks (new or from weights), loaders, and the Distiller."""
+"""Build the parts of a stage from the recipe: networks (new or with weights), loaders, and the Distiller."""
 
 import json
 import time
@@ -41,59 +41,52 @@ from potstill.training.settings import TrainingSettings
 
 @dataclass
 class InitialNetwork:
-    """A network before this run trains it."""
+    """A network before training."""
 
     module: nn.Module
     architecture: str
     input: InputSpec
-    ready: bool  # it knows these classes already: a teacher needs no training
-    facts: dict[str, Any] = field(default_factory=dict)  # where its weights come from
-    remodelled: dict[str, Any] | None = None  # of a model file whose network a method has changed
-    output_groups: OutputGroups | None = None  # of a network whose outputs are not the classes one by one
+    ready: bool  # its head is for these classes, so that a teacher needs no training
+    facts: dict[str, Any] = field(default_factory=dict)  # the source of its weights
+    remodelled: dict[str, Any] | None = None  # from a model file, if a method has changed its layers
+    output_groups: OutputGroups | None = None  # if several outputs belong to one class
     notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)  # a head that starts anew
+    warnings: list[str] = field(default_factory=list)  # such as a randomly initialised head
 
 
 def build_network(
-    recipe: Recipe, network: StageSettings, classes: tuple[str, ...], ends: ValueRange | None = None
+    recipe: Recipe, network: StageSettings, classes: tuple[str, ...], value_range: ValueRange | None = None
 ) -> InitialNetwork:
-    """A new network, or one that starts from ``network.weights``.
+    """Return a new network, or one with the weights of ``network.weights``.
 
-    The global random generator decides the initialisation.
+    The initialisation draws from torch's global random generator.
 
     Args:
         recipe: of the run.
-        network: which of its networks.
+        network: one of its networks.
         classes: of the data, in order.
-        ends: the data's range, by which images of more than 8 bits are read; None: it has none.
+        value_range: [black, white] of the data's images of more than 8 bits; None: there are none.
 
     Raises:
-        ArtifactError: weights of other classes where no new head was asked for, or of another range; damaged or
-            foreign files.
-        UsageError: pretrained weights that cannot be had.
+        ArtifactError: weights of other classes without ``new_head``, or of another range; unreadable files.
+        UsageError: pretrained weights that are not available; class names that do not fit.
     """
     start = _build_network(recipe, network, classes)
     own = start.input.range
-    if ends is None or own == ends:
+    if value_range is None or own == value_range:
         return start
     if own is not None:
         raise ArtifactError(
-            f"{network.weights} was trained on images of more than 8 bits read by the range "
-            f"{format_range(own)}, and this "
-            f"data is read by {format_range(ends)}: the same gray would be another one.\n"
+            f"{network.weights} was trained with data.range {format_range(own)}, but this data has the range "
+            f"{format_range(value_range)}.\n"
             f"Set data.range=[{own[0]:.10g},{own[1]:.10g}], or train the network on this data"
         )
-    start.input = replace(start.input, range=ends)
+    start.input = replace(start.input, range=value_range)
     return start
 
 
 def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
-    """As ``build_network``, before the range of the data is known.
-
-    Raises:
-        ArtifactError: weights of other classes where no new head was asked for; damaged or foreign files.
-        UsageError: pretrained weights that cannot be had; class names that do not fit weights or data.
-    """
+    """Do as ``build_network``, but for the range."""
     size = network.size or recipe.data.size
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
@@ -117,9 +110,9 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     new_head = network.new_head or network.head is not None
     if loaded.new_head and network.weights not in WITHOUT_FILE and not new_head:
         raise ArtifactError(
-            f"{network.weights} was trained on another number of classes than the {len(classes)} of this data.\n"
-            f"If they include these, name the class of each output, {key}.classes={_likely_classes(classes)}; to train "
-            f"it on with a new head, set {key}.new_head=true"
+            f"{network.weights} has another number of classes than this data, {len(classes)}.\n"
+            f"If they include these, give the class of each output: {key}.classes={_likely_classes(classes)}; to train "
+            f"it with a new head, set {key}.new_head=true"
         )
     start = InitialNetwork(
         loaded.module,
@@ -129,25 +122,25 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         facts={"weights": network.weights},
     )
     if network.weights == "pretrained" and network.size is None and key.startswith("teacher"):
-        start.notes += _detail_notes(network.model, size, key)
+        start.notes += _resolution_notes(network.model, size, key)
     if loaded.new_head:
         start.warnings += [] if network.head else loaded.notes  # a probe sets the head
         if found := lists_with(classes):
             start.notes.append(
-                f"all classes of this data are among those of {found[0]}: if the outputs of {network.weights} are "
-                f"these, {key}.classes={found[0]} keeps them, and needs no training"
+                f"all classes of this data are classes of {found[0]}: if the outputs of {network.weights} are "
+                f"those, {key}.classes={found[0]} keeps the head, and no training is needed"
             )
     else:
         start.notes += [
             *loaded.notes,
-            f"{_weights_label(network)} carries no class names: its outputs are taken to be, in this order, "
-            f"{_names(classes)}; {key}.classes names another order",
+            f"{_weights_label(network)} has no class names: its outputs are assumed to be, in this order, "
+            f"{_names(classes)}; {key}.classes gives another order",
         ]
     return start
 
 
 def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
-    """Class names beside weights from the Hugging Face hub; None where a class of the data is not among them."""
+    """Return the class names beside weights from the Hugging Face hub; None if a class of the data is missing."""
     names = read_class_names(weights.expanduser())
     if names is None or len(set(names)) < len(names):
         return None
@@ -156,19 +149,19 @@ def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
 
 
 def _likely_classes(classes: tuple[str, ...]) -> str:
-    """What ``teacher.classes`` may be for this data."""
+    """Return a value of ``teacher.classes`` that may fit this data."""
     return next(iter(lists_with(classes)), "FILE")
 
 
-def _detail_notes(architecture: str, size: int, key: str) -> list[str]:
-    """What to set where a pretrained teacher would see fewer pixels than its weights were made for."""
+def _resolution_notes(architecture: str, size: int, key: str) -> list[str]:
+    """Return a note if a pretrained teacher sees fewer pixels than its weights were trained on."""
     family, bare = resolve(architecture)
     own = family.own_size(bare)
     if own is None or own <= size:
         return []
     return [
-        f"{architecture} was designed for {own} px and sees {size} px, as its student does: --set {key}.size={own} "
-        f"cuts its images from the original pixels, for about {(own / size) ** 2:.0f} times its computation"
+        f"{architecture} was trained on {own} px and sees {size} px, like its student: --set {key}.size={own} "
+        f"gives it more of the original pixels, for about {(own / size) ** 2:.0f} times the computation"
     ]
 
 
@@ -177,9 +170,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
     facts = {"weights": str(path)}
     if model.class_names == classes:
         if network.size not in (None, model.input.size):
-            raise ArtifactError(
-                f"{path} takes images of {model.input.size} px, and the recipe says size: {network.size}"
-            )
+            raise ArtifactError(f"{path} takes images of {model.input.size} px, but {key}.size is {network.size}")
         facts |= {"head": model.facts["head"]} if "head" in model.facts else {}
         return InitialNetwork(
             model.module,
@@ -192,17 +183,17 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
         )
     if model.remodelled is not None:
         name = model.remodelled.get("name")
-        raise ArtifactError(f"{path} is a remodelled network ({name}), whose head cannot start anew for other classes")
+        raise ArtifactError(f"{path} has layers of method {name}: it cannot get a new head for other classes")
     if model.output_groups is not None:
-        raise ArtifactError(f"{path} is a network with several outputs for a class, whose head cannot start anew")
+        raise ArtifactError(f"{path} has several outputs per class: it cannot get a new head for other classes")
     if not network.new_head and network.head is None:
         raise ArtifactError(
-            f"{path} knows other classes than this data, or the same in another order.\n"
-            f"It knows {len(model.class_names)}: {_names(model.class_names)}\n"
+            f"{path} has other classes than this data, or another order.\n"
+            f"It has {len(model.class_names)}: {_names(model.class_names)}\n"
             f"The data has {len(classes)}: {_names(classes)}\n"
-            f"Use data with the same class names, or train it on with a new head: {key}.new_head=true"
+            f"Use data with the same class names, or train it with a new head: {key}.new_head=true"
         )
-    warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights stay"
+    warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights are kept"
     module = create_model(model.architecture, len(classes), size=model.input.size)
     own = module.state_dict()
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
@@ -213,18 +204,18 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
 
 
 def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:
-    """How the network wants its images; published weights know one normalisation, others take the recipe's.
+    """Return the preprocessing of a network: pretrained weights have their own normalisation, others the recipe's.
 
-    ``normalisation``: mean and deviation that the weights' file or repository tells.
+    ``normalisation``: mean and standard deviation from the weights' file or repository.
     """
     data = recipe.data
     if network.model.startswith(GIVEN):
         given = given_input(network.model)
         if given is not None:
             return given
-        if network is not recipe.student:  # who says nothing is shown what the student is
-            shown = _spec(recipe, recipe.student)
-            return replace(shown, size=network.size or shown.size)
+        if network is not recipe.student:  # default: the student's preprocessing
+            spec = _spec(recipe, recipe.student)
+            return replace(spec, size=network.size or spec.size)
     spec = input_spec(network.model, network.size or data.size, data.resize_mode)
     if normalisation is not None:
         spec = replace(spec, mean=normalisation[0], std=normalisation[1])
@@ -238,7 +229,7 @@ def _weights_label(network: StageSettings) -> str:
 
 
 def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
-    """Parameters of the last linear layer, which equal shapes alone would carry over to other classes."""
+    """Return the parameters of the last linear layer, if equal shapes would keep them for other classes."""
     if not same_size:
         return set()
     last = [name for name, module in new.named_modules() if isinstance(module, nn.Linear)][-1:]
@@ -246,11 +237,11 @@ def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
 
 
 def network_key(recipe: Recipe, network: StageSettings) -> str:
-    """How ``--set`` names a network of the recipe: "teacher", "teacher.1", "student"."""
-    several = [("assistants", recipe.assistants)]
+    """Return the key of a network of the recipe, as for ``--set``: "teacher", "teacher.1", "student"."""
+    lists = [("assistants", recipe.assistants)]
     if isinstance(recipe.teacher, list):
-        several.append(("teacher", recipe.teacher))
-    found = (f"{key}.{at}" for key, networks in several for at, each in enumerate(networks) if each is network)
+        lists.append(("teacher", recipe.teacher))
+    found = (f"{key}.{at}" for key, networks in lists for at, each in enumerate(networks) if each is network)
     return next(found, "teacher" if network is recipe.teacher else "student")
 
 
@@ -277,11 +268,11 @@ def train_loader(
     observer: Observer | None = None,
     drawn_for: InputSpec | None = None,
 ) -> Loader:
-    """Augmented training images in a new order each epoch.
+    """Return the loader of augmented training images, in a new order each epoch.
 
-    Baseline and distilled draw the same order and the same views from the seeds, so that only the method differs (one
-    that needs batches of a fixed size leaves out the last, smaller one; unlabeled images are for who has a teacher).
-    ``drawn_for``: the student's spec, where its views are shown at the size of ``spec``.
+    Baseline and distilled get the same order and the same views, so that only the method differs (methods that need
+    batches of a fixed size drop the last, smaller one; stages without teacher get no unlabeled images).
+    ``drawn_for``: the student's spec, if its views are drawn at the size of ``spec``.
     """
     views = recipe.teacher_cache.views
     balances = recipe.data.class_balance == "sampling" if data.draws is None else data.draws.groups is not None
@@ -312,17 +303,17 @@ def train_loader(
 
 
 def describe_training_views(loader: Loader, recipe: Recipe, data: DataSplits, epochs: int) -> dict[str, Any]:
-    """What identifies the views that a student is trained on, whatever its method.
+    """Return what identifies the views that a student is trained on.
 
     Args:
         loader: of its training images.
-        recipe: with the stage's own seed.
-        data: what the loader shows.
-        epochs: that are planned.
+        recipe: with the stage's seed.
+        data: the splits of the loader.
+        epochs: planned epochs.
 
     Returns:
-        ``count`` of different views of an image, ``augmentation_seed``, and ``sha256`` over all that decides them:
-        equal digests, equal views.  Unlabeled images beside the labeled ones are left out.
+        ``count`` of different views of an image, ``augmentation_seed``, and ``sha256`` of all that determines the
+        views of labeled images: equal digests mean equal views.
     """
     described = loader.describe_views()
     described["samples"] = described["samples"][0]
@@ -342,10 +333,10 @@ def split_loader(
     shared: bool = True,
     drawn_for: InputSpec | None = None,
 ) -> Loader:
-    """Every image of a split once, in its listed order, without augmentation.
+    """Return the loader of the images of a split, in order and without augmentation.
 
-    ``shared``: among several processes, each of which has its own batches; else each has all of them.
-    ``drawn_for``: the student's spec, where its images are shown at the size of ``spec``.
+    ``shared``: divide the batches among the processes; False: each process gets all of them.
+    ``drawn_for``: the student's spec, if its images are shown at the size of ``spec``.
     """
     processes = compute.processes
     return Loader(
@@ -357,7 +348,7 @@ def split_loader(
         cache_fraction=recipe.data.cache_fraction,
         local_processes=processes.local_count,
         identity=f"{data.fingerprint}/{split}",
-        progress=SilentObserver(),  # what there is to say has been said of the training images
+        progress=SilentObserver(),  # the loader of the training images has reported already
         share=(processes.rank, processes.count) if shared else (0, 1),
         drawn_for=drawn_for,
     )
@@ -369,14 +360,14 @@ def build_teacher_views(
     loader: Callable[..., Loader],
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> TeacherViews | None:
-    """The views of a split for teachers of another size than the student's; None where there are none such.
+    """Return the views of a split for teachers with another input size than the student's; None if there are none.
 
-    They are prepared as the student's are, but for size and normalisation, which are the teacher's.
+    They are the student's views at the teacher's size and with the teacher's normalisation.
 
     Args:
-        student: how the student's loader prepares its images.
-        teachers: how each teacher wants its images.
-        loader: ``train_loader`` or ``split_loader`` of the split, waiting for ``spec`` and ``drawn_for``.
+        student: preprocessing of the student's images.
+        teachers: preprocessing of each teacher's images.
+        loader: a partial of ``train_loader`` or ``split_loader`` that takes ``spec`` and ``drawn_for``.
         memory_format: of the images.
     """
     specs = [
@@ -387,7 +378,7 @@ def build_teacher_views(
     return TeacherViews([None if spec is None else loaders[spec] for spec in specs], memory_format) if loaders else None
 
 
-TIMING_ROUNDS = 3  # in which a teacher's answer is timed, after one that is thrown away
+TIMING_ROUNDS = 3  # timed forward passes of the teachers, after one for warm-up
 
 
 def build_distiller(
@@ -402,14 +393,14 @@ def build_distiller(
     example: Tensor,
     label_loss: nn.Module,
 ) -> Distiller:
-    """A Distiller on the compute's device; each teacher gets images of its own size and normalisation.
+    """Return a Distiller on the compute's device; each teacher gets images of its own size and normalisation.
 
     Raises:
-        UsageError: networks that the method cannot join.
+        UsageError: networks that do not fit the method.
     """
     if planned.feature_pairs and method.needs.maps == "none":
         raise UsageError(
-            f"feature_pairs: method {describe_method(recipe.method)} joins no feature maps of student and "
+            f"feature_pairs: method {describe_method(recipe.method)} compares no feature maps of student and "
             "teacher; leave them out"
         )
     several = len(teachers) > 1
@@ -432,7 +423,7 @@ def build_distiller(
 
 
 def take_deployed_network(student: Classifier, distiller: Distiller) -> None:
-    """Let ``student`` hold what is deployed: for few methods another network than the one that went in."""
+    """Set ``student.module`` to the network to deploy: some methods replace or merge layers."""
     network = distiller.student
     if network is student.module:
         return
@@ -442,12 +433,12 @@ def take_deployed_network(student: Classifier, distiller: Distiller) -> None:
     student.remodelled = network.facts if isinstance(network, ModifiedStudent) else None
 
 
-def describe_layers(distiller: Distiller, *, most: int | None = None) -> str:
-    """For people: which layers are joined and what is trained besides the student; empty where there is neither.
+def describe_layers(distiller: Distiller, *, max_rows: int | None = None) -> str:
+    """Return a text on the feature pairs and on what is trained besides the student; empty if there is neither.
 
     Args:
-        distiller: whose table and adapters are shown.
-        most: rows of adapters; of more, only the sum of each group is shown.
+        distiller: of a stage.
+        max_rows: largest number of rows of adapters; if there are more, they are summed by group.
 
     Example:
         >>> from potstill.methods.kd import KD
@@ -455,7 +446,7 @@ def describe_layers(distiller: Distiller, *, most: int | None = None) -> str:
         >>> describe_layers(Distiller(student, teacher, KD()))
         ''
     """
-    parts = [f"Joined layers\n\n{distiller.table.rstrip()}"] if distiller.table else []
+    parts = [f"Feature pairs\n\n{distiller.table.rstrip()}"] if distiller.table else []
     if isinstance(distiller.student, ModifiedStudent):
         facts = ", ".join(f"{key} {value}" for key, value in distiller.student.facts.items() if value and key != "name")
         parts.append(f"The student with other last layers: {distiller.student.name}\n\n{facts}")
@@ -465,34 +456,32 @@ def describe_layers(distiller: Distiller, *, most: int | None = None) -> str:
         if not name.startswith("student.")
     ]
     if adapters:
-        parts.append(
-            f"Trained besides the student, and left behind with the teacher\n\n{_adapter_table(adapters, most)}"
-        )
+        parts.append(f"Trained besides the student, not deployed\n\n{_adapter_table(adapters, max_rows)}")
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
-def _adapter_table(adapters: list[tuple[str, nn.Parameter]], most: int | None) -> str:
+def _adapter_table(adapters: list[tuple[str, nn.Parameter]], max_rows: int | None) -> str:
     rows = [(name, " x ".join(map(str, each.shape)) or "1", each.numel()) for name, each in adapters]
     total = sum(count for *_, count in rows)
-    if most is not None and len(rows) > most:
+    if max_rows is not None and len(rows) > max_rows:
         groups: dict[str, list[int]] = {}
         for name, _, count in rows:
             groups.setdefault(".".join(name.split(".")[:2]), []).append(count)
         rows = [(f"{name}.*", f"{len(counts)} tensors", sum(counts)) for name, counts in groups.items()]
     cells = [("name", "shape", "parameters"), *((a, b, f"{c:,}") for a, b, c in rows), ("total", "", f"{total:,}")]
-    wide, middle, narrow = (max(map(len, column)) for column in zip(*cells, strict=True))
-    return "\n".join(f"{a:<{wide}}  {b:>{middle}}  {c:>{narrow}}" for a, b, c in cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells)
 
 
 def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:
-    """What the teachers' answers cost in each training step: ``parameters``, ``bytes`` that these take in memory, and
-    ``ms_per_step`` (median); None where there is no teacher.
+    """Return the cost of the teachers' forward pass in a training step: ``parameters``, their ``bytes`` in memory, and
+    ``ms_per_step`` (median); None without teacher.
 
     Args:
         distiller: on the compute's device.
         batch_size: images of a step.
         size: of the student's images in pixels.
-        compute: where and in which precision.
+        compute: device and precision.
     """
     if distiller.teacher is None:
         return None
@@ -505,10 +494,10 @@ def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compu
             distiller.run_teacher(images)
         compute.synchronize()
         times.append(1000 * (time.perf_counter() - start))
-    held = list(distiller.teacher.parameters())
+    parameters = list(distiller.teacher.parameters())
     return {
         "parameters": count_parameters(distiller.teacher),
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in held),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         "ms_per_step": round(sorted(times[1:])[TIMING_ROUNDS // 2], 3),
         "batch_size": batch_size,
     }

@@ -36,44 +36,44 @@ from potstill.training.devices import Compute, create_compute
 
 @dataclass(frozen=True)
 class CacheVerification:
-    """How far a store's records are from what the teacher says now."""
+    """The difference between records of a teacher cache and the teacher's present outputs."""
 
     records: int  # compared
-    largest: float  # of all differences of two logits, each less its image's largest
+    largest: float  # largest difference of a logit, relative to the image's largest logit
     same_class: float  # share of records with the same top class
 
 
 def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
-    """Recompute records of a store, spread evenly over those that it holds.
+    """Recompute some of the records of a teacher cache, evenly spaced.
 
     Args:
-        path: the store's folder.
-        samples: how many records at most.
+        path: folder of the cache.
+        samples: largest number of records.
 
     Raises:
-        ArtifactError: no store, a damaged one, or one whose teacher is gone or has changed.
-        DataError: images that are gone or have changed.
+        ArtifactError: no cache, a damaged one, or one whose teacher is missing or has changed.
+        DataError: images are missing or have changed.
     """
-    store = TeacherCache.existing(path)
+    cache = TeacherCache.existing(path)
     try:
-        facts, identity = store.facts, store.identity
+        facts, identity = cache.facts, cache.identity
         recipe = load_recipe(yaml.safe_load(facts["recipe"]), recorded=True)
         data = load_data(recipe.data)
         if data.target is not None:
             data = _domain_data(recipe, data, facts, path)
         if data.fingerprint != identity["data"]:
-            raise DataError(f"{path}: the images of {data.source} have changed since; the store is of no use any more")
+            raise DataError(f"{path}: the images of {data.source} have changed; this cache cannot be used any more")
         network = load_model(Path(facts["folder"]))
         heads = None if data.target is not None else load_fold_heads(Path(facts["folder"]), network.facts, data)
         digest = None if heads is None else module_digest(heads)
         taught = StageTeacher(network, Path(facts["folder"]), module_digest(network.module), None, digest)
         teacher = {**identity["teacher"], "asked in": None}
         if canonical_json(describe_teacher(taught)) != canonical_json(teacher):
-            raise ArtifactError(f"{path}: the teacher in {facts['folder']} has changed since and has another store now")
-        chosen = _recorded_ids(store, samples)
+            raise ArtifactError(f"{path}: the teacher in {facts['folder']} has changed since it was cached")
+        chosen = _recorded_ids(cache, samples)
         if not chosen:
-            raise ArtifactError(f"{path} holds no records yet")
-        spec = _spec(facts["student input"])
+            raise ArtifactError(f"{path} has no records yet")
+        spec = InputSpec.from_dict(facts["student input"])
         compute = create_compute(recipe.stage_training(facts["stage"]))
         loading = partial(_loader, recipe, facts["stage"], identity["split"], data=data, compute=compute)
         loader, teachers = loading(spec=spec), Teachers([network.module.to(compute.device)], [nn.Identity()])
@@ -86,9 +86,9 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         _convert_as_recorded(teachers, identity["teacher"]["asked in"], loader, path)
         second = identity["views"].get("strong", False)
         training = identity["split"] == "train"
-        return _compare(store, chosen, loader, teachers, compute, second=second, training=training)
+        return _compare(cache, chosen, loader, teachers, compute, second=second, training=training)
     finally:
-        store.close()
+        cache.close()
 
 
 def _convert_as_recorded(teachers: Teachers, facts: dict[str, Any] | None, loader: Loader, path: Path) -> None:
@@ -97,23 +97,23 @@ def _convert_as_recorded(teachers: Teachers, facts: dict[str, Any] | None, loade
     try:
         how = InferenceSettings.of(facts)
     except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} was written by another version: its teacher was asked in {facts!r}") from error
+        raise ArtifactError(f"{path} was written by another version: unknown inference settings {facts!r}") from error
     convert_as(teachers, how, teacher_images(teachers, 0, loader, None, spread_ids(loader.samples)))
     if teachers.asking != [how]:
-        raise ArtifactError(f"{path}: its teacher was asked in {how}, which is not possible here")
+        raise ArtifactError(f"{path}: its teacher ran in {how}, which is not possible on this machine")
 
 
-def _recorded_ids(store: TeacherCache, samples: int) -> dict[int, list[int]]:
-    """View -> sample ids that are recorded, about evenly spread over all."""
-    every = np.arange(store.samples, dtype=np.int64)
-    present = {view: every[store.read(view, every)[1]] for view in range(store.views)}
+def _recorded_ids(cache: TeacherCache, samples: int) -> dict[int, list[int]]:
+    """Return view -> ids of recorded samples, about evenly spaced over all records."""
+    every = np.arange(cache.samples, dtype=np.int64)
+    present = {view: every[cache.read(view, every)[1]] for view in range(cache.views)}
     total = sum(map(len, present.values()))
     step = max(1, -(-total // samples))
     return {view: ids[view % step :: step].tolist() for view, ids in present.items() if len(ids[view % step :: step])}
 
 
 def _compare(
-    store: TeacherCache,
+    cache: TeacherCache,
     chosen: dict[int, list[int]],
     loader: Loader,
     teachers: Teachers,
@@ -128,31 +128,31 @@ def _compare(
             index = torch.tensor(ids[start : start + 64], dtype=torch.int64)
             images = (loader.second_view if second else loader.view)(index, view)
             with compute.autocast():
-                said = teachers.ask(
+                outputs = teachers.ask(
                     images.contiguous(memory_format=compute.memory_format),
                     index=index.to(compute.device) if training else None,
                 )[0]
-            records, _ = store.read(view, index.numpy())
-            kept = torch.from_numpy(store.record.decode(records, 1.0)[0])
-            now = said.logits.cpu()
-            differences = max(differences, _largest_difference(now, kept))
-            same += int((now.argmax(dim=1) == kept.argmax(dim=1)).sum())
+            records, _ = cache.read(view, index.numpy())
+            cached = torch.from_numpy(cache.record.decode(records, 1.0)[0])
+            live = outputs.logits.cpu()
+            differences = max(differences, _largest_difference(live, cached))
+            same += int((live.argmax(dim=1) == cached.argmax(dim=1)).sum())
             count += len(index)
     return CacheVerification(count, differences, same / count)
 
 
-def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    top = ours.topk(min(16, ours.shape[1]), dim=1).indices  # of a record that keeps no more, the others are made up
-    ours, theirs = (each - each.amax(dim=1, keepdim=True) for each in (ours, theirs))
-    return float((ours - theirs).gather(1, top).abs().max())
+def _largest_difference(live: Tensor, cached: Tensor) -> float:
+    top = live.topk(min(16, live.shape[1]), dim=1).indices  # the others of a top16 record are filled in
+    live, cached = (each - each.amax(dim=1, keepdim=True) for each in (live, cached))
+    return float((live - cached).gather(1, top).abs().max())
 
 
 def _domain_data(recipe: Recipe, data: DataSplits, facts: Mapping[str, Any], path: Path) -> DataSplits:
-    """What the stage saw of two domains: its teacher says it again."""
-    if len(recipe.each_teacher) > 1 or recipe.assistants or recipe.born_again_generations > 1:
+    """Return the stage's images of a run with ``data.target``, as its teacher selects them."""
+    if len(recipe.teacher_list) > 1 or recipe.assistants or recipe.born_again_generations > 1:
         raise ArtifactError(
-            f"{path}: of a run with data.target and several teachers, which chose its images together: it cannot be "
-            "verified from one of them"
+            f"{path}: a cache of a run with data.target and several teachers cannot be verified, since they selected "
+            "its images together"
         )
     planned = next(each for each in plan_stages(recipe) if each.name == facts["stage"])
     compute = create_compute(recipe.stage_training(planned.name))
@@ -178,7 +178,3 @@ def _loader(
     planned = next(each for each in plan_stages(recipe) if each.name == stage)
     needs = create_stage_method(recipe).needs
     return train_loader(planned, needs, spec, recipe=recipe, data=data, compute=compute, drawn_for=drawn_for)
-
-
-def _spec(facts: dict[str, Any]) -> InputSpec:
-    return InputSpec.from_dict(facts)

@@ -1,5 +1,5 @@
-"""``comparison`` and ``cka`` of results.json: the distilled student against the baseline on the same test images, by
-every seed, and the CKA of teacher and students on val.
+"""``comparison`` and ``cka`` of results.json: distilled student against baseline, and the CKA of teacher and
+students.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from potstill.experiment.verdict import MIN_SEEDS, finite_figure, verdict
 from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute
 
-CKA_IMAGES = 512  # of val at most
+CKA_IMAGES = 512  # of val, at most
 _CKA_BATCH = 64
 _CKA_SPLIT = "val"
 
@@ -37,12 +37,12 @@ _CKA_SPLIT = "val"
 def describe_similarity(
     models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
 ) -> dict[str, Any] | None:
-    """Linear CKA between the stages of the first teacher and those of baseline and distilled, on images of val.
+    """Return the linear CKA between the stages of the first teacher and those of the students, on images of val.
 
     Returns:
         ``split``, ``images``, ``layers`` (by stage of the run: paths), ``values`` (by student: a row for each stage of
-        the teacher, a column for each of its own) and ``left_out``; ``failed`` alone where it cannot be had; None where
-        there is no teacher or no student.
+        the teacher, a column for each of its own) and ``left_out``; ``failed`` alone if it cannot be computed; None
+        without teacher or student.
     """
     names = [name for name in ("teacher", "baseline", "distilled") if name in models]
     if names[:1] != ["teacher"] or len(names) < 2:
@@ -54,7 +54,7 @@ def describe_similarity(
             {name: models[name].module for name in names},
             _batches({name: models[name] for name in names}, recipe, data, compute),
         )
-    except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, no memory among them
+    except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, such as out of memory
         return {"split": _CKA_SPLIT, "failed": str(error).splitlines()[0] if str(error) else type(error).__name__}
     return {
         "split": _CKA_SPLIT,
@@ -68,7 +68,7 @@ def describe_similarity(
 def _batches(
     models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
 ) -> Iterator[dict[str, Tensor]]:
-    """Images spread evenly over val, and so over its classes where it is sorted by them; so is each batch."""
+    """Yield batches of images evenly spaced over val, and so over its classes if it is sorted by class."""
     count = min(CKA_IMAGES, len(data.val))
     chosen = np.linspace(0, len(data.val) - 1, count).round().astype(np.int64)
     loaders = {
@@ -85,8 +85,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-SEED_METRICS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll")  # figures that are averaged over the seeds
-_INTERMEDIATE_ROLES = ("assistant", "generation")  # stages on the way to the distilled student
+SEED_METRICS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll")  # averaged over the seeds
+_INTERMEDIATE_ROLES = ("assistant", "generation")
 
 
 def compare_with_baseline(
@@ -98,15 +98,15 @@ def compare_with_baseline(
     domain: Mapping[str, Any] | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All that sets distilled and baseline side by side.
+    """Return ``comparison`` of results.json.
 
     Args:
-        stages: of results.json, with baseline and distilled; with teachers where there are any.
+        stages: of results.json, with baseline and distilled; with the teachers, if any.
         correct: stage, repeat or group -> [N] bool, whether each test image was classified correctly.
         groups: ``together`` of results.json.
         repeats: of results.json: baseline and distilled of further seeds.
         seed: the first one.
-        domain: what ``domain_results.describe_domains`` says, where there is a target.
+        domain: from ``domain_adaptation.describe_domains``.
         known: further facts for the verdict: ``test_evaluations`` and ``teacher_below_baseline``, as in results.json.
     """
     groups = groups or {}
@@ -136,9 +136,9 @@ def compare_with_baseline(
 
 
 def count_test_evaluations(known: Mapping[str, Any] | None) -> int:
-    """How many times a verdict could be read from the test split, the present one included.
+    """Return how many evaluations on test could give a verdict, including the present one.
 
-    A first look at fewer seeds than a verdict takes does not count: none could be read there.
+    A first evaluation with fewer seeds than a verdict needs does not count.
     """
     found = (known or {}).get("looks") or {}
     evaluations = int(finite_figure(found, "test_evaluations") or 1)
@@ -149,7 +149,9 @@ def count_test_evaluations(known: Mapping[str, Any] | None) -> int:
 def _over_seeds(
     stages: Mapping[str, Any], correct: Mapping[str, Array], teacher: Array | None, seed: int, looks: int
 ) -> dict[str, Any]:
-    """The same over all seeds: by seed, their means, and the mean gain with one interval over seeds and images."""
+    """Return the comparison over all seeds: each seed, means, and the mean gain with its interval over seeds and
+    images.
+    """
     count = 1
     while {stage_name("baseline", count + 1), stage_name("distilled", count + 1)} <= stages.keys():
         count += 1
@@ -191,14 +193,14 @@ def _gain(before: Array, after: Array) -> dict[str, Any]:
 
 
 def _teacher_correct(correct: Mapping[str, Array], names: Sequence[str]) -> Array | None:
-    """[N] bool of the teacher, or of several together; None where there is none, or only their figures are known."""
+    """Return [N] bool of the teacher, or of the ensemble of teachers; None if unknown."""
     if len(names) == 1:
         return correct.get(names[0])
     return correct.get("teachers") if names else None
 
 
 def _gap_intervals(teacher: Array | None, baseline: Array, distilled: Array) -> dict[str, float]:
-    """Ends of the intervals; those of the share that is closed only where there surely is a gap."""
+    """Return the intervals of the gap and, if the gap is significant, of its closed share."""
     if teacher is None:
         return {}
     gap, closed = gap_closed(teacher, baseline, distilled)
@@ -207,12 +209,12 @@ def _gap_intervals(teacher: Array | None, baseline: Array, distilled: Array) -> 
 
 
 def _compare_with_teachers(stages: dict[str, Any], groups: dict[str, Any], gain: float) -> dict[str, Any]:
-    """How far the teacher, or the teachers together, lead, and what they cost beside the student."""
+    """Return the lead of the teachers over the baseline, and their cost relative to the student's."""
     names, student = group_members("teachers", stages), stages["distilled"]
     if not names:
         return {"teachers": 0, "gap": None, "gap_closed": None}
-    reached = groups.get("teachers", stages[names[0]])["test"]["top1"]
-    lead = reached - stages["baseline"]["test"]["top1"]
+    top1 = groups.get("teachers", stages[names[0]])["test"]["top1"]
+    lead = top1 - stages["baseline"]["test"]["top1"]
     sums = {
         "parameter_ratio": ("model", "parameters"),
         "file_ratio": ("model", "file_bytes"),
@@ -220,7 +222,7 @@ def _compare_with_teachers(stages: dict[str, Any], groups: dict[str, Any], gain:
     }
     return {
         "teachers": len(names),
-        "teachers_top1": reached,
+        "teachers_top1": top1,
         "gap": lead,
         "gap_closed": gain / lead if lead > 0 else None,
         **{

@@ -29,11 +29,11 @@ def apply_curriculum(
     compute: Compute,
     observer: Observer,
 ) -> DataSplits:
-    """The data with the draws of a stage's curriculum; as it is where the recipe has none, or the stage distils not.
+    """Return the data with the sampling of a stage's curriculum; unchanged without curriculum or distillation.
 
-    The teachers are asked once for every training image, without augmentation.  The order follows from their answers
-    alone (of "random": from the seed), so a run that goes on finds the same one.  An epoch has as many images as
-    without, so there are as many steps.
+    The teachers run once on each training image, without augmentation.  The order depends on their outputs only (for
+    "random": on the seed), so a resumed run has the same order.  An epoch has the same number of steps as without
+    curriculum.
     """
     settings = recipe.curriculum
     if settings is None or not stage.distils:
@@ -51,7 +51,7 @@ def apply_curriculum(
 
 
 def images_per_epoch(settings: CurriculumSettings, images: int, classes: int, epochs: int) -> tuple[int, ...]:
-    """How many images each epoch draws from; never fewer than there are classes, or than there are images."""
+    """Return how many images each epoch draws from, at least one per class."""
     shares = (
         curriculum_share(settings.pacing, epoch, epochs, start=settings.start, until=settings.until)
         for epoch in range(epochs)
@@ -60,10 +60,10 @@ def images_per_epoch(settings: CurriculumSettings, images: int, classes: int, ep
 
 
 def image_difficulty(probabilities: Array, labels: NDArray[np.int64], score: str) -> Array:
-    """How hard each image is.
+    """Return the difficulty of each image.
 
     Args:
-        probabilities: [N, K], the teachers' as one.
+        probabilities: [N, K], combined over the teachers.
         labels: [N].
         score: "loss": -log p of the label; "confidence": 1 - the largest p.
 
@@ -84,20 +84,20 @@ def _predict_difficulty(
     recipe: Recipe,
     compute: Compute,
 ) -> Array:
-    said = []
+    probabilities = []
     for teacher in teachers:
         teacher.module.to(compute.device)
         loader = split_loader(data, "train", teacher.input, recipe, recipe.stage_training("student"), compute)
-        found, _, _ = predict_probabilities(
+        of_teacher, _, _ = predict_probabilities(
             teacher.module,
             loader,
             classes=len(data.class_names),
             processes=compute.processes,
             names=[f"the teacher on train, {name}," for name in data.train.names],
         )
-        said.append(found)
-    together = said[0] if len(said) == 1 else average_probabilities(said, recipe.teachers)
-    return image_difficulty(np.asarray(together), np.asarray(data.train.labels), settings.score)
+        probabilities.append(of_teacher)
+    mean = average_probabilities(probabilities, recipe.teachers)
+    return image_difficulty(np.asarray(mean), np.asarray(data.train.labels), settings.score)
 
 
 def _describe_curriculum(settings: CurriculumSettings, counts: Sequence[int], difficulty: Array) -> str:
@@ -106,5 +106,5 @@ def _describe_curriculum(settings: CurriculumSettings, counts: Sequence[int], di
     by = "" if settings.order == "random" else f" by the teacher's {settings.score}, median {np.median(difficulty):.3g}"
     return (
         f"curriculum: {first}{by}: {counts[0]:,} images in the first epoch, {counts[-1]:,} from epoch {full} on; "
-        "as many steps in each"
+        "the number of steps per epoch does not change"
     )

@@ -1,11 +1,9 @@
-"""Domain adaptation: the images that each stage of a run sees if the student is to work in another domain than its
-teacher, and the domain part of results.json.
+"""Domain adaptation: the images of each stage if the student's target domain differs from the teacher's source.
 
-The teacher is trained and selected in the source. The baseline learns from every label there is: the source's, and
-those of the target that may be used. A distilled student learns from target images alone (those with a label, and
-those that the teacher pseudo-labels with enough confidence), in epochs as long as the baseline's. Both are selected
-by the labels of the target's val that may be used, or, if there are none, in the source. Figures are measured in the
-target.
+The teacher is trained and selected on the source. The baseline learns from all labels: the source's, and those of the
+target that may be used. A distilled student learns from target images only (labeled ones, and those that the teacher
+pseudo-labels with enough confidence), in epochs as long as the baseline's. The best epoch of both is selected on the
+target's labeled val images, or, if there are none, on the source's val. Final metrics are those on the target.
 """
 
 import copy
@@ -37,74 +35,72 @@ from potstill.training.averaging import adapt_batch_norm, batch_norm_layers
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 
-LOWER_THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.0)  # thresholds that a message looks at
-_MAX_CLASSES = 10  # classes that a sentence names
+LOWER_THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.0)  # of domain.confidence, for a message
+_MAX_CLASSES = 10  # classes that a message lists
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Images of the target that the student learns from."""
+    """The target images that the student learns from."""
 
-    index: Ids  # [M], of all target images for training, rising
-    labels: Ids  # [M]: class ids where the label may be used, else -100
-    groups: Ids  # [M]: class ids; the label where it may be used, else what the teacher says
+    index: Ids  # [M], among all target images for training, ascending
+    labels: Ids  # [M]: class ids if the label may be used, else -100
+    groups: Ids  # [M]: class ids: the label if it may be used, else the teacher's prediction
 
     def counts(self, class_names: Sequence[str]) -> dict[str, int]:
-        """Images by the class of their group."""
-        found = np.bincount(self.groups, minlength=len(class_names))
-        return dict(zip(class_names, found.tolist(), strict=True))
+        """Return the number of images by class of their group."""
+        counts = np.bincount(self.groups, minlength=len(class_names))
+        return dict(zip(class_names, counts.tolist(), strict=True))
 
     def sentence(self, class_names: Sequence[str], of: int, confidence: float) -> str:
-        """For people: how many, and of which classes."""
+        """Return a sentence on the number of images by class."""
         counts = self.counts(class_names)
-        said = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:_MAX_CLASSES])
+        listed = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:_MAX_CLASSES])
         more = f" and {len(counts) - _MAX_CLASSES} more classes" if len(counts) > _MAX_CLASSES else ""
         known = int((self.labels != UNLABELED).sum())
         labelled = f", {known:,} of them with their label" if known else ""
         return (
-            f"{len(self.index):,} of {of:,} target images teach the student{labelled} (teacher's confidence "
-            f"at least {confidence:g}); by class as the teacher sees it: {said}{more}"
+            f"{len(self.index):,} of {of:,} target images are used for training{labelled} (teacher's confidence "
+            f"at least {confidence:g}); by predicted class: {listed}{more}"
         )
 
 
 def select_pseudo_labels(probabilities: Array, labels: Ids, confidence: float) -> PseudoLabels:
-    """The images of which the teacher is sure enough, and those whose label may be used.
+    """Select the images with a confident prediction, and those whose label may be used.
 
     Args:
-        probabilities: [N, K], the teacher's; of equal ones the lower class comes first.
-        labels: [N] class ids where they may be used, else -100.
-        confidence: least probability of the first class, from 0 to 1.
+        probabilities: [N, K], the teacher's; ties go to the lower class.
+        labels: [N] class ids if they may be used, else -100.
+        confidence: least probability of the top class, from 0 to 1.
 
     Raises:
-        UsageError: nothing is left; says how many would be at lower thresholds.
+        UsageError: no image is left; gives the counts at lower thresholds.
     """
-    sure, said = probabilities.max(axis=1), probabilities.argmax(axis=1).astype(np.int64)
+    top, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1).astype(np.int64)
     known = labels != UNLABELED
-    index = np.flatnonzero((sure >= confidence) | known)
+    index = np.flatnonzero((top >= confidence) | known)
     if len(index) == 0:
-        lower = ", ".join(
-            f"{int((sure >= each).sum()):,} at {each:g}" for each in LOWER_THRESHOLDS if each < confidence
-        )
+        lower = ", ".join(f"{int((top >= each).sum()):,} at {each:g}" for each in LOWER_THRESHOLDS if each < confidence)
         raise UsageError(
-            f"domain.confidence {confidence:g} leaves none of {len(sure):,} target images to learn from: the teacher's "
-            f"confidence is {sure.max():.3f} at most.\nAt lower thresholds there would be: {lower}\n"
+            f"domain.confidence {confidence:g} leaves none of {len(top):,} target images: the teacher's "
+            f"confidence is {top.max():.3f} at most.\nImages at lower thresholds: {lower}\n"
             "Lower domain.confidence, set domain.adapt_batch_norm=true, or train the teacher longer"
         )
-    return PseudoLabels(index, labels[index], np.where(known, labels, said)[index])
+    return PseudoLabels(index, labels[index], np.where(known, labels, predicted)[index])
 
 
 @dataclass
 class Domains:
-    """The domains of one run; with a source alone, every stage sees all of it.
+    """The images of each stage of a run; without a target, all stages use the source.
 
     Args:
-        recipe: says what is learned from.
-        data: the source's, with the target beside.
-        compute: where the teachers are asked.
-        observer: is told which images are learned from.
-        warn: is told of classes that the student will not see.
+        recipe: of the run.
+        data: the source's splits, with ``target``.
+        compute: device and precision of the teachers.
+        observer: its methods are called with the number of selected images.
+        warn: called with a message on classes without images.
     """
 
     recipe: Recipe
@@ -112,17 +108,17 @@ class Domains:
     compute: Compute
     observer: Observer
     warn: Callable[[str], None]
-    trusted: PseudoLabels | None = field(default=None, init=False)  # once a student is to be taught
+    trusted: PseudoLabels | None = field(default=None, init=False)  # set for the first student
 
     def stage_data(self, stage: PlannedStage, models: Mapping[str, Classifier]) -> DataSplits:
-        """The images of a stage about to be trained.
+        """Return the splits of a stage.
 
         Args:
-            stage: which.
-            models: that have been trained; whoever distils needs the teachers.
+            stage: to be trained.
+            models: trained models by stage, with the stage's teachers.
 
         Raises:
-            UsageError: the teacher is sure of no image.
+            UsageError: no prediction of the teacher is confident enough.
         """
         source, target = self.data, self.data.target
         if target is None:
@@ -137,17 +133,17 @@ class Domains:
             both = RelabeledSet(SemiSupervisedSet(source.train, Subset(target.train, known)), labels)
             return self._as("labels", target, both if share else source.train, val)
         if self.trusted is None:
-            self.trusted = self._choose(known, models)
-        groups = self.trusted.groups if self.recipe.domains.class_balance else None
+            self.trusted = self._select(known, models)
+        groups = self.trusted.groups if self.recipe.domain_settings.class_balance else None
         chosen = RelabeledSet(Subset(self.candidates, self.trusted.index), self.trusted.labels)
         return self._as("target", target, chosen, val, EpochSampling(len(source.train) + len(known), groups))
 
     def adapt(self, model: Classifier, name: str, folder: Path) -> None:
-        """Give a teacher the target's BatchNorm statistics and save it; nothing where that is done, or not wanted.
+        """Set a teacher's BatchNorm statistics to the target's and save it, if the recipe asks for it.
 
-        A run that was stopped between the teacher's training and this does it when it goes on.
+        This is done once; a run that was interrupted before does it when it is resumed.
         """
-        if self.data.target is None or not self.recipe.domains.adapt_batch_norm or "batch_norm" in model.facts:
+        if self.data.target is None or not self.recipe.domain_settings.adapt_batch_norm or "batch_norm" in model.facts:
             return
         seen = self.take_statistics(model, name)
         model.facts["batch_norm"] = {"of": self.data.target.source, "images": seen}
@@ -156,8 +152,8 @@ class Domains:
         self.observer.note(f"{name}: BatchNorm statistics of {seen:,} target images in place of the source's (AdaBN)")
 
     def take_statistics(self, model: Classifier, name: str) -> int:
-        """Give a network the target's BatchNorm statistics, in place; how many images they are of."""
-        # In one layout, whether it was just trained or read from its file: sums are rounded alike.
+        """Set a network's BatchNorm statistics to the target's, in place; return the number of images."""
+        # In one memory layout, whether it was just trained or loaded, so that sums are rounded equally.
         model.module.to(self.compute.device).to(memory_format=self.compute.memory_format)
         loader = self._loader(model, shuffled=derive_seed(self.recipe.seed, f"{name}/batch norm"))
         seen = adapt_batch_norm(model.module, loader.epoch())
@@ -165,7 +161,7 @@ class Domains:
         return seen
 
     def facts(self) -> dict[str, Any]:
-        """Of the images that teach a student, for its model file; empty where nothing was chosen."""
+        """Return facts on the selected images, for the student's model file; empty if there are none."""
         if self.trusted is None:
             return {}
         return {
@@ -177,25 +173,27 @@ class Domains:
 
     @cached_property
     def candidates(self) -> ImageSet:
-        """All target images for training, those of ``data.unlabeled`` among them."""
+        """All target images for training, including those of ``data.unlabeled``."""
         target = self.data.measured
         return target.train if target.unlabeled is None else SemiSupervisedSet(target.train, target.unlabeled)
 
-    def _choose(self, known: Ids, models: Mapping[str, Classifier]) -> PseudoLabels:
-        said = [self._answers(models[name], name) for name in sort_stages(models) if stage_role(name) == "teacher"]
+    def _select(self, known: Ids, models: Mapping[str, Classifier]) -> PseudoLabels:
+        probabilities = [
+            self._predict(models[name], name) for name in sort_stages(models) if stage_role(name) == "teacher"
+        ]
         labels = np.full(len(self.candidates), UNLABELED, dtype=np.int64)
         labels[known] = self.candidates.labels[known]
-        confidence, names = self.recipe.domains.confidence, self.data.class_names
-        found = select_pseudo_labels(average_probabilities(said, self.recipe.teachers), labels, confidence)
+        confidence, names = self.recipe.domain_settings.confidence, self.data.class_names
+        found = select_pseudo_labels(average_probabilities(probabilities, self.recipe.teachers), labels, confidence)
         self.observer.note(found.sentence(names, len(self.candidates), confidence))
         if unseen := [name for name, count in found.counts(names).items() if count == 0]:
             self.warn(
-                f"the teacher is sure of no target image of {', '.join(unseen[:10])}, so the distilled student sees no "
-                "such image: lower domain.confidence, or try domain.adapt_batch_norm=true"
+                f"the teacher predicts no target image as {', '.join(unseen[:10])} with enough confidence, so the "
+                "distilled student sees none:  lower domain.confidence, or try domain.adapt_batch_norm=true"
             )
         return found
 
-    def _answers(self, model: Classifier, name: str) -> "np.ndarray[Any, Any]":
+    def _predict(self, model: Classifier, name: str) -> "np.ndarray[Any, Any]":
         model.module.to(self.compute.device)
         probabilities, _, _ = predict_probabilities(
             model.module,
@@ -207,12 +205,14 @@ class Domains:
         return probabilities
 
     def _loader(self, model: Classifier, shuffled: int | None = None) -> Loader:
-        """Every candidate as it is, in listed order; or, with the seed ``shuffled``, mixed and for each process."""
+        """Return a loader of the candidates, without augmentation: in order, or shuffled and complete in each
+        process.
+        """
         processes, least = self.compute.processes, self.recipe.stage_training("student").batch_size
         return Loader(
             self.candidates,
             model.input,
-            # A last batch of one image would be left out where they are mixed.
+            # A shuffled loader drops a last batch of one image.
             batch_size=next(size for size in itertools.count(least) if size == 1 or len(self.candidates) % size != 1),
             order="listed" if shuffled is None else "shuffled",
             seed=shuffled or 0,
@@ -240,7 +240,7 @@ class Domains:
 
 
 def _labelled(images: ImageSet, share: float, seed: int) -> Ids:
-    """Positions of the images whose labels may be used: of each class its share, but one at least."""
+    """Return the positions of images whose labels may be used: a share of each class, at least one image."""
     if share == 0:
         return np.zeros(0, dtype=np.int64)
     return stratified_subset(images.names, images.labels, round(share * len(images)), seed)
@@ -249,13 +249,13 @@ def _labelled(images: ImageSet, share: float, seed: int) -> Ids:
 def evaluate_on_source(
     models: Mapping[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
 ) -> dict[str, dict[str, Any]]:
-    """Figures of every network on the source's test images; nothing where there is no target.  All processes ask.
+    """Return the metrics of every network on the source's test split; empty without a target.  Call in all processes.
 
     Args:
         models: by stage.
-        recipe: how the images are prepared.
-        data: the source's, with the target beside.
-        compute: where.
+        recipe: of the run.
+        data: the source's splits, with ``target``.
+        compute: device and precision.
     """
     if data.target is None:
         return {}
@@ -265,17 +265,18 @@ def evaluate_on_source(
 def evaluate_adapted_baselines(
     models: Mapping[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
 ) -> dict[str, float]:
-    """Top-1 on the target's test of every baseline that is given the target's BatchNorm statistics, as its teacher was:
-    what the statistics alone would have brought.  Nothing where no teacher was.  All processes ask.
+    """Return top-1 of each baseline on the target with the target's BatchNorm statistics: the effect of AdaBN alone.
+
+    Empty if the teachers were not adapted.  Call in all processes.
 
     Args:
-        models: by stage; they stay as they are.
-        recipe: whether statistics were adapted.
-        data: the source's, with the target beside.
-        compute: where.
+        models: by stage; not changed.
+        recipe: of the run.
+        data: the source's splits, with ``target``.
+        compute: device and precision.
     """
     found: dict[str, float] = {}
-    if data.target is None or not recipe.domains.adapt_batch_norm:
+    if data.target is None or not recipe.domain_settings.adapt_batch_norm:
         return found
     silent = SilentObserver()
     domains = Domains(recipe, data, compute, silent, silent.warn)
@@ -294,18 +295,18 @@ def describe_domains(
     figures: Mapping[str, Mapping[str, Any]],
     adapted: Mapping[str, float],
 ) -> dict[str, Any] | None:
-    """``domain`` of the comparison; None where there is no target.
+    """Return ``domain`` of the comparison; None without a target.
 
     Args:
-        recipe: says what was learned from.
-        data: the source's, with the target beside.
+        recipe: of the run.
+        data: the source's splits, with ``target``.
         models: by stage.
-        figures: of ``evaluate_on_source``.
-        adapted: of ``evaluate_adapted_baselines``.
+        figures: from ``evaluate_on_source``.
+        adapted: from ``evaluate_adapted_baselines``.
     """
     if data.target is None:
         return None
-    share, settings = recipe.data.target_labels, recipe.domains
+    share, settings = recipe.data.target_labels, recipe.domain_settings
     chosen: dict[str, Any] = next((model.facts["domain"] for model in models.values() if "domain" in model.facts), {})
     by_stage: dict[str, list[float]] = {}
     for name in sort_stages(figures):
@@ -321,7 +322,7 @@ def describe_domains(
         **chosen,
         "picked_by": "the target's labelled val" if share else "the source's val",
         "source_images": len(data.test),
-        "source_top1": {stage: float(np.mean(found)) for stage, found in by_stage.items()},  # of several seeds the mean
+        "source_top1": {stage: float(np.mean(found)) for stage, found in by_stage.items()},  # mean over the seeds
         **({"adapted_baseline_top1": float(np.mean(list(adapted.values())))} if adapted else {}),
     }
 

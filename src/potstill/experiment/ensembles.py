@@ -1,4 +1,4 @@
-"""Predictions of several networks of a run as one: of its teachers, and of the generations of its student."""
+"""Ensembles: combined predictions of a run's teachers, and of the generations of its student."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)  # in place of a prob
 
 
 def group_members(group: str, stages: Iterable[str]) -> list[str]:
-    """The stages of a group: all ``teachers``; the ``generations``, of which distilled is the last."""
+    """Return the stages of a group: all ``teachers``; or the ``generations``, of which distilled is the last."""
     roles = ("teacher",) if group == "teachers" else ("generation", "distilled")
     return sort_stages(name for name in stages if stage_role(name) in roles)
 
 
 @dataclass(frozen=True)
 class MeanPredictions:
-    """Probabilities of several networks as one, computed block by block."""
+    """Mean probabilities of several networks, computed block by block."""
 
     each: tuple[Probabilities, ...]
     shares: Array  # [M, 1, 1]
@@ -38,27 +38,25 @@ class MeanPredictions:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """N and K."""
+        """(N, K)."""
         return self.each[0].shape
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Blocks of the mean."""
-        for which, blocks in iterate_blocks(*self.each):
-            yield which, _mean(np.stack(blocks), self.shares, self.by_logits)
+        """Yield (rows, mean probabilities) of each block."""
+        for rows, blocks in iterate_blocks(*self.each):
+            yield rows, _mean(np.stack(blocks), self.shares, self.by_logits)
 
 
 def ensemble_predictions(
     stages: Mapping[str, Mapping[str, Predictions]], settings: TeachersSettings
 ) -> dict[str, SplitPredictions]:
-    """What several networks say as one: the teachers as the recipe combines them, the generations by their mean.
+    """Return combined predictions: of the teachers, as the recipe sets, and of the generations, by their mean.
 
-    A lone teacher is its own group; generations are one where there are several.  Splits whose probabilities were not
-    kept are left out.
-
+    A single teacher is returned unchanged; a single generation is left out, as are splits without probabilities.
     Averaged logits are, after softmax, the weighted geometric mean of the probabilities.
 
     Args:
-        stages: stage -> split -> what it predicted.
+        stages: stage -> split -> predictions.
         settings: how teachers are combined.
     """
     groups: dict[str, SplitPredictions] = {}
@@ -84,7 +82,7 @@ def ensemble_predictions(
 
 
 def _in_memory(rows: MeanPredictions) -> Probabilities:
-    """As an array, where that is small."""
+    """Return the probabilities as an array, if it is small."""
     if rows.shape[0] * rows.shape[1] > MAX_VALUES_IN_MEMORY:
         return rows
     blocks = [block for _, block in rows.blocks()]
@@ -92,10 +90,10 @@ def _in_memory(rows: MeanPredictions) -> Probabilities:
 
 
 def average_probabilities(each: Sequence[Array], settings: TeachersSettings) -> Array:
-    """What several teachers say as one of the same images, [N, K]; a lone teacher's word as it is.
+    """Return the combined probabilities of teachers on the same images, [N, K]; those of a single teacher unchanged.
 
     Args:
-        each: [N, K] probabilities of each, in their order.
+        each: [N, K] probabilities of each teacher, in order.
         settings: how they are combined.
     """
     given = settings.weights if settings.weights is not None else [1.0] * len(each)
@@ -104,7 +102,7 @@ def average_probabilities(each: Sequence[Array], settings: TeachersSettings) -> 
 
 
 def _mean(stacked: Array, shares: Array, by_logits: bool) -> Array:
-    """[M, N, K] -> [N, K]."""
+    """Return the weighted mean, [M, N, K] -> [N, K]."""
     stacked = stacked.astype(np.float64)
     mean: Array = (shares * stacked).sum(axis=0)
     if len(stacked) == 1 or not by_logits:

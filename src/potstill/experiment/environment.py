@@ -1,6 +1,6 @@
 """What a result may depend on besides the recipe: versions, hardware, source digest and git commit.
 
-Of a repository only the commit is read, with a time-out; no code of it is run.
+Of a git repository only the commit is read, with a time-out; no code of it is run.
 """
 
 import functools
@@ -24,11 +24,11 @@ _GIT_TIMEOUT = 2.0
 
 
 def git_state(folder: Path) -> dict[str, str | bool] | None:
-    """The commit, and whether tracked files differ from it.
+    """Return the commit, and whether tracked files differ from it.
 
     Returns:
-        ``{"commit": 40 hex digits, "changed": bool}``; None where there is no git, no repository, no commit yet, or
-        no answer within two seconds.
+        ``{"commit": 40 hex digits, "changed": bool}``; None without git, repository or commit, or
+        after two seconds.
     """
     commit = _run_git(folder, "rev-parse", "--verify", "HEAD")
     status = _run_git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -41,11 +41,11 @@ def _run_git(folder: Path, *arguments: str) -> str | None:
     program = shutil.which("git")
     if program is None or not folder.is_dir():
         return None
-    # A repository's own settings may name programs that git is to start: a monitor of files, hooks.
+    # A repository's settings may name programs that git starts: a file monitor, hooks.
     nothing = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
     try:
-        done = subprocess.run(  # nosec B603 # no shell, no word of a user's but the folder's name
+        done = subprocess.run(  # nosec B603 # no shell, no user input but the folder's name
             [program, "-C", str(folder), *nothing, *arguments],
             capture_output=True,
             timeout=_GIT_TIMEOUT,
@@ -61,7 +61,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", 
 
 
 def describe_environment(recipe: Recipe, recipe_text: str, fingerprint: str, compute: Compute) -> dict[str, Any]:
-    """Versions, processor, threads, processes, device, seeds, hashes of recipe and data; no user or host names."""
+    """Return versions, hardware, threads, device, seeds, hashes of recipe and data; no user or host names."""
     device = compute.device
     return {
         "potstill": potstill.__version__,
@@ -90,7 +90,7 @@ def describe_environment(recipe: Recipe, recipe_text: str, fingerprint: str, com
 
 @functools.cache
 def _source_digest() -> str | None:
-    """SHA-256 over potstill's own modules, changes that nobody committed among them; None where they are no files."""
+    """Return the SHA-256 of potstill's modules, including uncommitted changes; None if they are no files."""
     folder, sums = Path(potstill.__file__).parent, hashlib.sha256()
     try:
         for path in sorted(folder.rglob("*.py")):
@@ -110,7 +110,7 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """Its model, as the system says it; "" where it does not."""
+    """Return the processor's model name; "" if unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

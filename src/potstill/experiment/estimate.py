@@ -14,22 +14,22 @@ from potstill.models.model_file import Classifier
 from potstill.training.autotune import create_timed_step, timed_batch_size
 from potstill.training.devices import Compute
 
-_ROUNDS = 3  # in which a step is timed, after one that is thrown away
-_NEGLIGIBLE_SPEED_UP = 1.05  # times as fast: less is not worth a word
+_ROUNDS = 3  # timed steps, after one for warm-up
+_NEGLIGIBLE_SPEED_UP = 1.05
 
 
 @dataclass(frozen=True)
 class CacheEstimate:
-    """Of one student's training.
+    """The estimated effect of the teacher cache on one student's training.
 
     Attributes:
-        views: drawn in turn.
-        images: N.
-        size: bytes that all views take on disk.
-        recorded: share of them that is there already.
-        teacher: seconds for an image.
-        student: seconds for an image, forward and backward.
-        epochs: to come.
+        views: number of views of each image.
+        images: number of images.
+        size: bytes of all views on disk.
+        recorded: share of them that is cached already.
+        teacher: seconds per image.
+        student: seconds per image, forward and backward.
+        epochs: number of epochs.
     """
 
     views: int
@@ -42,35 +42,37 @@ class CacheEstimate:
 
     @property
     def speed_up(self) -> float:
-        """Times as fast as with a teacher that is asked in every step."""
-        asked = self.views * (1 - self.recorded)
-        return self.epochs * (self.teacher + self.student) / (asked * self.teacher + self.epochs * self.student)
+        """Speed-up over running the teacher in every step."""
+        passes = self.views * (1 - self.recorded)  # of the teacher, over the images
+        return self.epochs * (self.teacher + self.student) / (passes * self.teacher + self.epochs * self.student)
 
     @property
     def later(self) -> float:
-        """The same for a run that finds everything recorded: another temperature, alpha, method or student."""
+        """Speed-up with a full cache, as in a run with another temperature, alpha, method or student."""
         return (self.teacher + self.student) / self.student
 
     def __str__(self) -> str:
-        """For people.
+        """Return the estimate as a sentence.
 
         Example:
             >>> print(CacheEstimate(8, 10_000, 640_000, 0.0, 3e-3, 1e-3, 24))
-            store: 8 views of 10,000 images, 640 kB, none recorded yet. Expected: 2.0 times as fast as asking the \
+            teacher cache: 8 views of 10,000 images, 640 kB, none recorded yet. Expected: 2.0 times as fast as running
+            the \
 teacher in every step, and 4.0 times in later runs
             >>> print(CacheEstimate(8, 10_000, 640_000, 1.0, 3e-3, 1e-3, 24))
-            store: 8 views of 10,000 images, 640 kB, all recorded. Expected: 4.0 times as fast as asking the teacher \
+            teacher cache: 8 views of 10,000 images, 640 kB, all recorded. Expected: 4.0 times as fast as running the
+            teacher \
 in every step
         """
         views = f"{self.views} view{'' if self.views == 1 else 's'} of {format_count(self.images)} images"
-        there = "all recorded" if self.recorded == 1 else f"{format_percent(self.recorded, 0)} recorded"
+        state = "all recorded" if self.recorded == 1 else f"{format_percent(self.recorded, 0)} recorded"
         if self.recorded == 0:
-            there = "none recorded yet"
-        first = f"{self.speed_up:.1f} times as fast as asking the teacher in every step"
+            state = "none recorded yet"
+        first = f"{self.speed_up:.1f} times as fast as running the teacher in every step"
         if self.speed_up < _NEGLIGIBLE_SPEED_UP:
-            first = "as fast as asking the teacher in every step"
+            first = "as fast as running the teacher in every step"
         later = "" if self.recorded == 1 else f", and {self.later:.1f} times in later runs"
-        return f"store: {views}, {format_scaled(self.size, 'B')}, {there}. Expected: {first}{later}"
+        return f"teacher cache: {views}, {format_scaled(self.size, 'B')}, {state}. Expected: {first}{later}"
 
 
 def estimate_cache(
@@ -83,25 +85,25 @@ def estimate_cache(
     epochs: int,
     compute: Compute,
 ) -> CacheEstimate:
-    """Times a training step of a copy of the student; nothing else is touched.
+    """Estimate the effect of the teacher cache by timing a training step of a copy of the student.
 
     Args:
         recorded: of the training images.
         loader: of the training images.
-        student: as it will be trained.
-        teacher: seconds for an image.
+        student: before training.
+        teacher: seconds per image.
         batch: images of a step.
-        epochs: at most.
-        compute: where.
+        epochs: largest number of epochs.
+        compute: device and precision.
     """
     caches = [*recorded.caches, *recorded.second]
     views = 1 if not loader.distinct_views else min(loader.views_in_turn or epochs, epochs)
-    there = sum(sum(shelf.coverage(views)) for shelf in caches) / (views * loader.samples * len(caches))
+    recorded_share = sum(sum(cache.coverage(views)) for cache in caches) / (views * loader.samples * len(caches))
     return CacheEstimate(
         views=views,
         images=loader.samples,
-        size=views * loader.samples * sum(shelf.record.nbytes for shelf in caches),
-        recorded=there,
+        size=views * loader.samples * sum(cache.record.nbytes for cache in caches),
+        recorded=recorded_share,
         teacher=teacher,
         student=seconds_per_image(student, batch, compute),
         epochs=epochs,
@@ -109,7 +111,7 @@ def estimate_cache(
 
 
 def seconds_per_image(student: Classifier, batch: int, compute: Compute) -> float:
-    """In a training step of a copy of the student, forward and backward."""
+    """Return the seconds per image of a training step of a copy of the student, forward and backward."""
     size = student.input.size
     step, images = create_timed_step(student.module, size, batch, compute), timed_batch_size(batch, size)
     times = []
@@ -122,7 +124,7 @@ def seconds_per_image(student: Classifier, batch: int, compute: Compute) -> floa
 
 
 def describe_seeds(recipe: Recipe, planned: Sequence[PlannedStage]) -> str:
-    """How many trainings the seeds make; "" where there is but one seed.
+    """Return a sentence on the trainings of several seeds; "" if there is one seed.
 
     Example:
         >>> from potstill.experiment.plan import plan_stages
@@ -136,24 +138,24 @@ def describe_seeds(recipe: Recipe, planned: Sequence[PlannedStage]) -> str:
     seeds = sorted({stage_recipe(recipe, stage).seed for stage in planned})
     shown = ", ".join(map(str, seeds)) if len(seeds) <= 8 else f"{seeds[0]} to {seeds[-1]}"
     trained = [stage.role for stage in planned if stage.role in ("baseline", "distilled")]
-    who = " and ".join(dict.fromkeys(trained)) + (" is" if len(set(trained)) == 1 else " are")
+    subject = " and ".join(dict.fromkeys(trained)) + (" is" if len(set(trained)) == 1 else " are")
     teacher = ", all with the same teacher" if any(stage.teachers for stage in planned) else ""
     fixed = recipe.data.augmentation_seed
-    views = "" if fixed is None else f"; data.augmentation_seed={fixed}: no seed varies the views"
-    return f"seeds {shown}: {who} trained with each of them, {format_count(len(trained))} trainings{teacher}{views}"
+    views = "" if fixed is None else f"; data.augmentation_seed={fixed}: all seeds see the same views"
+    return f"seeds {shown}: {subject} trained with each of them, {format_count(len(trained))} trainings{teacher}{views}"
 
 
 def estimate_further_seeds(
     recipe: Recipe, planned: Sequence[PlannedStage], student: Classifier, images: int, compute: Compute
 ) -> str:
-    """What the further seeds take, from one timed training step of the student; "" where there are none to come.
+    """Estimate the time of further seeds from one training step of the student; "" if there are none.
 
     Args:
-        recipe: says how many seeds and epochs.
-        planned: the stages to come.
-        student: before its training; a copy of it is timed.
+        recipe: of the run.
+        planned: the remaining stages.
+        student: before its training; a copy is timed.
         images: of the training split.
-        compute: where.
+        compute: device, precision and process group.
     """
     further = [stage for stage in planned if stage.repeat]
     if not further:
@@ -166,5 +168,5 @@ def estimate_further_seeds(
     return (
         f"{more} about {format_duration(total)} ({format_count(len(further))} trainings of "
         f"{format_count(settings.epochs)} "
-        f"epoch{'' if settings.epochs == 1 else 's'}; more where the teacher is asked in every step)"
+        f"epoch{'' if settings.epochs == 1 else 's'}; more if the teacher runs in every step)"
     )

@@ -1,7 +1,7 @@
 """examples.json: test images for the report, with the predictions and Grad-CAM maps of the networks.
 
-Written once, after the evaluation, so that the report needs neither torch nor the data set. The images illustrate
-what was measured; nothing is selected by them.
+Written after the evaluation, so that the report needs neither torch nor the data set. The images are illustrations;
+nothing is selected by them.
 """
 
 import base64
@@ -26,70 +26,70 @@ from potstill.evaluation.gradcam import grad_cam, visible_region
 from potstill.evaluation.predictions import Predictions
 from potstill.models.model_file import Classifier
 
-MAX_PER_GROUP = 6  # images of a group
+MAX_PER_GROUP = 6  # images
 
 
 @dataclass(frozen=True)
 class ExampleGroup:
-    """A group of images: how many there are of the kind, and the positions of the first."""
+    """A group of images: their number, and the positions of the first ones."""
 
     count: int
     images: tuple[int, ...]
 
 
-def select_examples(answers: Mapping[str, Predictions], most: int = MAX_PER_GROUP) -> dict[str, ExampleGroup]:
-    """Images by group, the clearest first; of two equally clear ones the earlier in the split.
+def select_examples(predictions: Mapping[str, Predictions], max_images: int = MAX_PER_GROUP) -> dict[str, ExampleGroup]:
+    """Select images by group, those with the highest score first; ties in the order of the split.
 
-    ``mistakes``: the student is wrong, by its confidence.  ``disagreements``: student and teacher name different
-    classes, by the product of their confidences.  ``repaired`` and ``broken``: only distilled, or only the baseline,
-    is right, by how much the probability of the true class changed.
+    ``mistakes``: the student is wrong; score: its confidence.  ``disagreements``: student and teacher predict different
+    classes; score: the product of their confidences.  ``repaired`` and ``broken``: only the distilled student, or only
+    the baseline, is right; score: the change of the true class's probability.
 
     Args:
-        answers: ``student`` (required), ``teacher``, ``baseline`` -> what was predicted for the same images.
-        most: images of a group.
+        predictions: ``student`` (required), ``teacher``, ``baseline`` -> predictions for the same images.
+        max_images: largest number of images of a group.
 
     Returns:
-        group -> what was found; a group that needs a network which is not there is left out.
+        group -> images; groups that need a missing network are left out.
 
     Example:
         >>> student = np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8]])
-        >>> select_examples({"student": Predictions.of(student, np.array([0, 0, 0]))}, most=1)
+        >>> select_examples({"student": Predictions.of(student, np.array([0, 0, 0]))}, max_images=1)
         {'mistakes': ExampleGroup(count=2, images=(2,))}
     """
-    student = answers["student"]
-    found = {"mistakes": _clearest(~student.correct, student.confidence, most)}
-    if "teacher" in answers:
-        teacher = answers["teacher"]
+    student = predictions["student"]
+    groups = {"mistakes": _select_by_score(~student.correct, student.confidence, max_images)}
+    if "teacher" in predictions:
+        teacher = predictions["teacher"]
         both = student.confidence * teacher.confidence
-        found["disagreements"] = _clearest(student.predicted != teacher.predicted, both, most)
-    if "baseline" in answers:
-        baseline = answers["baseline"]
+        groups["disagreements"] = _select_by_score(student.predicted != teacher.predicted, both, max_images)
+    if "baseline" in predictions:
+        baseline = predictions["baseline"]
         gain = student.label_probability - baseline.label_probability
         before, after = baseline.correct, student.correct
-        found["repaired"] = _clearest(after & ~before, gain, most)
-        found["broken"] = _clearest(before & ~after, -gain, most)
-    return found
+        groups["repaired"] = _select_by_score(after & ~before, gain, max_images)
+        groups["broken"] = _select_by_score(before & ~after, -gain, max_images)
+    return groups
 
 
-def _clearest(wanted: Array, clarity: Array, most: int) -> ExampleGroup:
-    places = np.flatnonzero(wanted)
-    order = places[np.argsort(-clarity[places], kind="stable")]
-    return ExampleGroup(len(places), tuple(order[:most].tolist()))
+def _select_by_score(mask: Array, score: Array, max_images: int) -> ExampleGroup:
+    positions = np.flatnonzero(mask)
+    order = positions[np.argsort(-score[positions], kind="stable")]
+    return ExampleGroup(len(positions), tuple(order[:max_images].tolist()))
 
 
-THUMBNAIL_SIDE = 120  # pixels of the longer side at most
-_MAX_JPEG_BYTES = 9_000  # of a picture: 24 of them, in base64, are 0.3 MB of a page
+THUMBNAIL_SIDE = 120  # pixels of the longer side, at most
+_MAX_JPEG_BYTES = 9_000  # 24 such images, in base64, are 0.3 MB
 _QUALITIES = (82, 70, 55, 40, 25)
 
 
 def encode_thumbnail(pixels: Pixels) -> dict[str, Any]:
-    """A PNG of images of a few pixels, which a browser can enlarge without blur, else a JPEG.
+    """Return a PNG of small images, which a browser can enlarge without blur; of others, a JPEG.
 
     Args:
         pixels: uint8 [H, W, 3].
 
     Returns:
-        ``type`` ("png" or "jpeg"), ``width``, ``height`` of the picture in pixels, ``data`` in base64.
+        ``type`` ("png" or "jpeg"), ``width`` and ``height`` in pixels, ``data`` in base64.
     """
     image = Image.fromarray(pixels)
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
@@ -110,7 +110,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _jpeg(image: Image.Image) -> bytes:
-    """Of noise, which compresses badly, a worse picture rather than a larger one."""
+    """Return a JPEG of limited size: images that compress badly get a lower quality."""
     content = b""
     for quality in _QUALITIES:
         file = io.BytesIO()
@@ -122,22 +122,21 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 SCHEMA = 1
-SPLIT = "test"  # what the verdict, and its numbers of repaired and broken images, are about
-_CAM_BATCH = 8  # images at once through a network whose gradients are wanted
-_MAX_CAM_SIDE = 14  # rows and columns of a heat map at most
+SPLIT = "test"
+_CAM_BATCH = 8  # batch size of Grad-CAM
+_MAX_CAM_SIDE = 14  # rows and columns of a heat map, at most
 
 
 def describe_examples(
-    models: dict[str, Classifier], answers: dict[str, Predictions], images: ImageSet, class_names: Sequence[str]
+    models: dict[str, Classifier], predictions: dict[str, Predictions], images: ImageSet, class_names: Sequence[str]
 ) -> dict[str, Any] | None:
-    """What examples.json holds; None where there is no student, or no image.
+    """Return the content of examples.json; None without student or images.
 
-    Whatever stands in the way of a picture or a heat map is noted in its place: a run does not fail for want of an
-    illustration.
+    Errors of an image or a heat map are recorded in it; they do not stop the run.
 
     Args:
-        models: by stage; of several teachers the first one counts.
-        answers: by stage, what it predicted for ``images``.
+        models: by stage; of several teachers the first is used.
+        predictions: by stage, for ``images``.
         images: of the test split.
         class_names: of the K columns.
     """
@@ -149,76 +148,82 @@ def describe_examples(
         parts["baseline"] = "baseline"
     parts = {part: stage for part, stage in parts.items() if stage in models}
     labels = images.labels
-    groups = select_examples({part: answers[stage] for part, stage in parts.items()})
-    chosen = list(dict.fromkeys(place for group in groups.values() for place in group.images))
+    groups = select_examples({part: predictions[stage] for part, stage in parts.items()})
+    chosen = list(dict.fromkeys(position for group in groups.values() for position in group.images))
     pixels = _read_pixels(images, chosen)
-    looks, failed = _heat_maps(
-        {stage: models[stage] for stage in (student, parts.get("teacher")) if stage}, answers, pixels
+    heat_maps, failed = _heat_maps(
+        {stage: models[stage] for stage in (student, parts.get("teacher")) if stage}, predictions, pixels
     )
     return {
         "schema": SCHEMA,
         "split": SPLIT,
         "parts": parts,
         "groups": {
-            name: {"count": group.count, "images": [str(place) for place in group.images]}
+            name: {"count": group.count, "images": [str(position) for position in group.images]}
             for name, group in groups.items()
         },
         "images": {
-            str(place): {
-                "name": images.names[place],
-                "class": class_names[labels[place]],
-                "said": {stage: _describe_prediction(answers[stage], place, class_names) for stage in parts.values()},
-                "thumbnail": encode_thumbnail(pixels[place]) if place in pixels else None,
-                "looks": looks.get(place, {}),
+            str(position): {
+                "name": images.names[position],
+                "class": class_names[labels[position]],
+                "said": {
+                    stage: _describe_prediction(predictions[stage], position, class_names) for stage in parts.values()
+                },
+                "thumbnail": encode_thumbnail(pixels[position]) if position in pixels else None,
+                "looks": heat_maps.get(position, {}),
             }
-            for place in chosen
+            for position in chosen
         },
         "failed": failed,
     }
 
 
-def _describe_prediction(found: Predictions, place: int, class_names: Sequence[str]) -> dict[str, Any]:
-    probability = round(float(found.confidence[place]), 4)
-    return {"class": class_names[int(found.predicted[place])], "probability": probability}
+def _describe_prediction(found: Predictions, position: int, class_names: Sequence[str]) -> dict[str, Any]:
+    probability = round(float(found.confidence[position]), 4)
+    return {"class": class_names[int(found.predicted[position])], "probability": probability}
 
 
-def _read_pixels(images: ImageSet, places: Sequence[int]) -> dict[int, Pixels]:
-    """Pixels by position, of those that can be read now."""
+def _read_pixels(images: ImageSet, positions: Sequence[int]) -> dict[int, Pixels]:
+    """Return the pixels of the images that can be read, by position."""
     pixels: dict[int, Pixels] = {}
-    for place in places:
+    for position in positions:
         with contextlib.suppress(PotstillError):
-            pixels[place] = images.pixels(place)
+            pixels[position] = images.pixels(position)
     return pixels
 
 
 def _heat_maps(
-    models: dict[str, Classifier], answers: dict[str, Predictions], pixels: dict[int, Pixels]
+    models: dict[str, Classifier], predictions: dict[str, Predictions], pixels: dict[int, Pixels]
 ) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
-    """Heat maps: position -> stage -> ``rows`` (two hex digits a field) and ``region``; and stage -> why none."""
-    looks: dict[int, dict[str, Any]] = {place: {} for place in pixels}
+    """Return heat maps, position -> stage -> ``rows`` (two hex digits a field) and ``region``, and errors, stage ->
+    message.
+    """
+    heat_maps: dict[int, dict[str, Any]] = {position: {} for position in pixels}
     failed: dict[str, str] = {}
-    places = list(pixels)
+    positions = list(pixels)
     for stage, model in models.items():
-        wanted = answers[stage].predicted
+        predicted = predictions[stage].predicted
         try:
-            for start in range(0, len(places), _CAM_BATCH):
-                some = places[start : start + _CAM_BATCH]
-                maps = _grad_cam(model, [pixels[place] for place in some], [int(wanted[place]) for place in some])
-                for place, rows in zip(some, maps.tolist(), strict=True):
-                    height, width = pixels[place].shape[:2]
-                    looks[place][stage] = {
+            for start in range(0, len(positions), _CAM_BATCH):
+                part = positions[start : start + _CAM_BATCH]
+                maps = _grad_cam(
+                    model, [pixels[position] for position in part], [int(predicted[position]) for position in part]
+                )
+                for position, rows in zip(part, maps.tolist(), strict=True):
+                    height, width = pixels[position].shape[:2]
+                    heat_maps[position][stage] = {
                         "rows": [bytes(row).hex() for row in rows],
                         "region": visible_region(height, width, model.input),
                     }
-        except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, no memory among them
+        except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, such as out of memory
             failed[stage] = str(error).splitlines()[0] if str(error) else type(error).__name__
-            for each in looks.values():
+            for each in heat_maps.values():
                 each.pop(stage, None)
-    return looks, failed
+    return heat_maps, failed
 
 
 def _grad_cam(model: Classifier, pixels: Sequence[Pixels], classes: Sequence[int]) -> Tensor:
-    """uint8 [B, h, w]."""
+    """Return Grad-CAM maps, uint8 [B, h, w]."""
     device = next(model.module.parameters()).device
     images = torch.stack([preprocess(each, model.input) for each in pixels]).to(device)
     maps = grad_cam(model.module, images, classes)

@@ -1,6 +1,4 @@
-"""From a recipe to a run folder: teacher, baseline, distilled, figures; in one process, or in several of which the
-first writes.
-"""
+"""Runs: train and evaluate the stages of a recipe, in one process or several, of which the first writes."""
 
 import json
 import shlex
@@ -33,8 +31,8 @@ from potstill.experiment.preflight import check_all, create_stage_method, warn_a
 from potstill.experiment.probe import ProbedTeacher, check_probe, copy_fold_heads, load_fold_heads, probe_teacher
 from potstill.experiment.reproduce import RunRecord, check_same_images
 from potstill.experiment.results import describe_run, evaluate_stages
-from potstill.experiment.resume import TEST_EVALUATIONS_KEY as LOOKS
 from potstill.experiment.resume import (
+    TEST_EVALUATIONS_KEY,
     check_same_baseline,
     check_same_data,
     check_same_recipe,
@@ -59,39 +57,39 @@ from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import lr_factor
 from potstill.training.settings import TrainingSettings
 
-_VISIBLE_TIMEOUT = 10.0  # seconds until a network's file system shows what another machine has made
+_VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another machine's folder
 
 
 @contextmanager
 def open_run_folder(
-    root: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
+    output_dir: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
 ) -> Iterator[RunFolder]:
-    """The folder of a run that is about to begin or to go on, until it is over.
+    """Open the folder of a new or resumed run; it is locked inside the block.
 
     Args:
-        root: where run folders stand.
-        name: of this one.
-        processes: of which the first one writes.
-        resume: go on with a run that is there.
-        overwrite: delete it first.
+        output_dir: folder of the run folders.
+        name: name of the run folder.
+        processes: the process group, of which the first writes.
+        resume: continue an existing run.
+        overwrite: replace an existing run.
 
     Raises:
         UsageError, StorageError, ArtifactError: as ``RunFolder.create``.
-        StorageError: a process does not see the folder that the first one has made.
+        StorageError: a process does not see the folder that the first one has created.
     """
     if processes.first:
-        with RunFolder.create(root, name, resume=resume, overwrite=overwrite) as folder:
+        with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
             processes.share(None)
             yield folder
         return
     processes.share(None)
-    path = root / name
-    patience = time.monotonic() + _VISIBLE_TIMEOUT
+    path = output_dir / name
+    deadline = time.monotonic() + _VISIBLE_TIMEOUT
     while not path.is_dir():
-        if time.monotonic() > patience:
+        if time.monotonic() > deadline:
             raise StorageError(
-                f"{path} was made by the first process, and rank {processes.rank} does not see it: "
-                "give a --output-dir that all machines share"
+                f"rank {processes.rank} does not see {path}, which the first process has created: "
+                "give an --output-dir that all machines share"
             )
         time.sleep(0.1)
     yield RunFolder(path)
@@ -100,7 +98,7 @@ def open_run_folder(
 def run(
     recipe: Recipe,
     *,
-    root: Path = Path("runs"),
+    output_dir: Path = Path("runs"),
     name: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -109,92 +107,95 @@ def run(
     observer: Observer | None = None,
     stopping: SignalHandler | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
-    replay: RunRecord | None = None,
+    reproduce: RunRecord | None = None,
     evaluate: bool = True,
     baseline: Path | None = None,
 ) -> Path:
-    """Carry out a recipe; returns the run folder.
+    """Train and evaluate the stages of a recipe; return the run folder.
 
     Args:
         recipe: checked settings.
-        root: where run folders stand.
-        name: the folder's name; the recipe's own where None.
-        resume: go on with an existing run of the same recipe.
+        output_dir: folder of the run folders.
+        name: name of the run folder; None: the recipe's.
+        resume: continue an existing run of the same recipe.
         overwrite: delete an existing run of this name first.
-        stages: which of teacher, baseline, distilled to carry out (all teachers; with assistants and generations);
-            distilled alone needs a ready-made teacher where the method has one.
+        stages: which of teacher, baseline, distilled to train (all teachers; with assistants and generations);
+            distilled alone needs a trained teacher if the method has one.
         data: data sets from Python in place of ``recipe.data.source``.
-        observer: is told what happens.
-        stopping: hears signals; a training then ends after its step, with all that it needs to go on saved.
-        processes: that carry it out together; the first one writes, into a folder that all of them see.
-        replay: of the run that this one is to repeat: on the same images, with as many threads.
-        evaluate: False ends after training: no figures on test, no results.json.  ``resume`` adds them later.
-        baseline: folder of another run, whose baseline is taken in place of training the same one again.
+        observer: its methods are called with the progress; None: no output.
+        stopping: signal handler; after a signal, training stops at the end of its step and saves a checkpoint.
+        processes: the process group; the first process writes, into a folder that all processes see.
+        reproduce: record of a run to repeat, on the same images and with the same number of threads.
+        evaluate: False stops after training: no metrics on test, no results.json.  ``resume`` adds them later.
+        baseline: folder of another run, whose baseline is used in place of training the same one again.
 
     Raises:
-        PotstillError: anything that a user can mend; see ``potstill.errors`` for kinds and exit codes.
-        Stopped: a signal came.
+        PotstillError: any error that the user can correct; see ``potstill.errors`` for classes and exit codes.
+        Stopped: after a signal.
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in STAGE_GROUPS]
     if unknown or not stages:
-        raise UsageError(f"stages are some of {', '.join(STAGE_GROUPS)}, got {list(stages)}")
+        raise UsageError(f"stages must be some of {', '.join(STAGE_GROUPS)}, got {list(stages)}")
     if "distilled" in stages and "teacher" not in stages and needs_teacher(recipe.method):
-        if any(teacher.weights is None for teacher in recipe.each_teacher):
+        if any(teacher.weights is None for teacher in recipe.teacher_list):
             raise UsageError(
-                "the distilled stage alone needs a teacher that is trained already: name its run or model folder with "
+                "the distilled stage alone needs a trained teacher: give its run or model folder with "
                 "--teacher, or train all stages with `potstill run`"
             )
         stages = ("teacher", *stages)
     planned, observer = plan_stages(recipe, stages), observer or SilentObserver()
     if not planned:
-        raise UsageError(f"there is no teacher to train: method {describe_method(recipe.method)} learns from none")
+        raise UsageError(f"there is no teacher to train: method {describe_method(recipe.method)} needs none")
     name = recipe.name if name is None else name
     extended: dict[str, list[int]] = {}
-    reused = None if baseline is None else _folder_of_baseline(baseline, root / name)
-    with open_run_folder(root, name, processes, resume=resume, overwrite=overwrite) as folder, ExitStack() as beside:
+    reused = None if baseline is None else _folder_of_baseline(baseline, output_dir / name)
+    with (
+        open_run_folder(output_dir, name, processes, resume=resume, overwrite=overwrite) as folder,
+        ExitStack() as stack,
+    ):
         if resume:
             recipe = restore_view_plan(folder.recipe, recipe)
             check_same_recipe(folder, recipe)
             extended = extended_stages(folder, recipe, planned)
         if overwrite:
             check_weights_outside(folder, recipe)
-        recorded = folder.read_environment() if resume else replay.environment if replay is not None else None
-        keep = folder.add_to_environment if processes.first else None
-        threads = ThreadSelector(recorded, keep, processes=processes)
-        precisions = PrecisionSelector(recorded, keep, processes=processes)
-        once = [stage for stage in planned if not stage.repeat]  # further seeds train the same networks again
-        splits, compute, layers = check_all(recipe, data, once, observer, processes)
+        recorded = folder.read_environment() if resume else reproduce.environment if reproduce is not None else None
+        record = folder.add_to_environment if processes.first else None
+        threads = ThreadSelector(recorded, record, processes=processes)
+        precisions = PrecisionSelector(recorded, record, processes=processes)
+        first_seed = [stage for stage in planned if not stage.repeat]  # further seeds train the same networks
+        splits, compute, layers = check_all(recipe, data, first_seed, observer, processes)
         if resume:
             check_same_data(folder, splits)
-        if replay is not None:
-            check_same_images(replay, splits.fingerprint, splits.as_rows())
+        if reproduce is not None:
+            check_same_images(reproduce, splits.fingerprint, splits.as_rows())
         if overwrite and processes.first:
             folder.clear()
-        storing = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
-        recipe = apply_view_plan(recipe, storing)
+        view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
+        recipe = apply_view_plan(recipe, view_plan)
         text = dump_recipe(recipe)
         if reused is not None:
             check_same_baseline(reused, recipe, splits)
-        processes.highest(0)  # nobody reads what the first process now writes
+        processes.highest(0)  # a barrier: the first process now writes files that the others have read
         if processes.first:
             folder.write_recipe(text)
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
-            before = {LOOKS: recorded_test_evaluations(folder)} if resume else {}
+            before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
             folder.write_environment(facts | threads.facts | precisions.facts | before)
             folder.write_splits(splits.as_rows())
             folder.write_skipped((each.path, each.kind, each.reason) for each in splits.all_skipped)
-            trackers = beside.enter_context(
+            trackers = stack.enter_context(
                 logging_observer(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
             )
             observer = trackers
-        if recipe.each_teacher and "distilled" in stages and not needs_teacher(recipe.method):
-            observer.note(f"method {describe_method(recipe.method)} learns from no teacher: none is trained")
+        if recipe.teacher_list and "distilled" in stages and not needs_teacher(recipe.method):
+            observer.note(f"method {describe_method(recipe.method)} needs no teacher: none is trained")
         for stage, table in layers.items():
             if table:
                 observer.note(f"{stage}: {table}")
-        if storing.note and "distilled" in stages:
-            observer.note(storing.note)
+        if view_plan.note and "distilled" in stages:
+            observer.note(view_plan.note)
         if text := describe_seeds(recipe, planned):
             observer.note(text)
         experiment = _Experiment(
@@ -204,7 +205,7 @@ def run(
             compute,
             observer,
             resume,
-            storing,
+            view_plan,
             threads,
             precisions,
             stopping,
@@ -215,29 +216,29 @@ def run(
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
         experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
         with threads:
-            # Ready-made teachers first: how good they are is said before anything is trained.
-            for each in sorted(planned, key=lambda planned_one: not _starts_from_weights(recipe, planned_one)):
-                experiment.carry_out(each)
+            # Pretrained teachers first, so that their accuracy is reported before anything is trained.
+            for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
+                experiment.run_stage(each)
             models = {stage.name: experiment.models[stage.name] for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
-            known: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
+            facts_of_run: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
             if processes.first:
                 record_test_evaluation(folder, recipe, planned)
-                known["looks"] = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
-            known["views_differ"] = _views_that_differ(models)
-            for sentence in known["views_differ"]:
+                facts_of_run["looks"] = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
+            facts_of_run["views_differ"] = _view_differences(models)
+            for sentence in facts_of_run["views_differ"]:
                 experiment.warn(sentence)
-            evaluated = evaluate_stages(folder, models, recipe, splits, compute, known)
+            evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
         if not processes.first:
             return folder.path
         seconds = time.monotonic() - started
         names = [stage.name for stage in planned]
-        found = describe_run(folder.path.name, recipe, splits, names, evaluated, seconds, experiment.warnings)
+        results = describe_run(folder.path.name, recipe, splits, names, evaluated, seconds, experiment.warnings)
         for stage, model in models.items():
             folder.check_epochs(stage, model.facts.get("lines"))
-        folder.write_results(found)
-        trackers.results(found)
+        folder.write_results(results)
+        trackers.results(results)
     return folder.path
 
 
@@ -249,23 +250,23 @@ class _Experiment:
     compute: Compute
     observer: Observer
     resume: bool
-    storing: ViewPlan  # whether and how the teacher's answers are kept
+    view_plan: ViewPlan  # of the teacher cache
     threads: ThreadSelector
     precisions: PrecisionSelector
     stopping: SignalHandler | None
     planned: tuple[PlannedStage, ...]
-    extended: dict[str, list[int]]  # stages that are done, and trained longer now
-    reused: RunFolder | None  # the run whose baseline is taken
+    extended: dict[str, list[int]]  # finished stages that get more epochs -> numbers of epochs so far
+    reused: RunFolder | None  # the run whose baseline is reused
     warnings: list[str] = field(default_factory=list)
     models: dict[str, Classifier] = field(default_factory=dict)
     fold_heads: dict[str, FoldHeads | None] = field(default_factory=dict)  # of teachers, for the training images
-    teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # by val
+    teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # on val
 
     def __post_init__(self) -> None:
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
 
-    def carry_out(self, stage: PlannedStage) -> Classifier:
-        """Train a stage, or load it where it is done already."""
+    def run_stage(self, stage: PlannedStage) -> Classifier:
+        """Train a stage, or load it if it is finished."""
         started = time.monotonic()
         if self._done(stage):
             self.observer.note(f"{stage.name}: already trained")
@@ -285,7 +286,7 @@ class _Experiment:
             if stage.name not in self.fold_heads:
                 self.fold_heads[stage.name] = load_fold_heads(self.folder.stage(stage.name), model.facts, self.data)
             self.domains.adapt(model, stage.name, self.folder.stage(stage.name))
-        elif stage.name == "baseline" and not self.recipe.data.target_labels:  # else they are picked by other images
+        elif stage.name == "baseline" and not self.recipe.data.target_labels:  # otherwise their val images differ
             self._compare_with_baseline()
         self.observer.stage_end(stage.name, time.monotonic() - started)
         return model
@@ -294,7 +295,7 @@ class _Experiment:
         return self.resume and self.folder.trained(stage.name) and stage.name not in self.extended
 
     def _reuse(self, stage: PlannedStage, other: RunFolder) -> Classifier:
-        """The baseline of another run, copied."""
+        """Copy the baseline of another run."""
         model = load_model(other.stage(stage.name))
         self.observer.stage(stage.name, f"{model.architecture}, reused from {other.path}")
         model.facts["reused_from"] = str(other.path)
@@ -316,10 +317,10 @@ class _Experiment:
         facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
         model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
         if stage.role == "teacher" and start.ready:
-            self.observer.stage(stage.name, f"{start.architecture}, ready-made: {start.facts['weights']}")
+            self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             model.module.to(self.compute.device)
             weights = recipe.network(stage.name).weights
-            if "head" in model.facts and weights is not None:  # a probe's, of another run
+            if "head" in model.facts and weights is not None:  # a probe of another run
                 source = find_model(Path(weights))
                 self.fold_heads[stage.name] = load_fold_heads(source, model.facts, self.data)
                 if self.compute.processes.first:
@@ -361,8 +362,9 @@ class _Experiment:
                 self.observer.note(_extension_text(stage.name, lengths[-1], settings, train.steps))
             else:
                 self.observer.note(
-                    f"{stage.name}: from {lengths[-1]} to {settings.epochs} epochs, all of them from the start: its "
-                    "last checkpoint was removed when it was done (training.keep_checkpoint=true keeps it)"
+                    f"{stage.name}: extended from {lengths[-1]} to {settings.epochs} epochs, trained again from the "
+                    "start: its last checkpoint was deleted when it was finished (training.keep_checkpoint=true keeps "
+                    "it)"
                 )
         self._estimate_seeds(stage, model, compute)
         train_stage(
@@ -378,16 +380,16 @@ class _Experiment:
             observer=self.observer,
             resume=self.resume,
             stopping=self.stopping,
-            teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.storing.record else None,
+            teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.view_plan.record else None,
             fold_heads=[self.fold_heads.get(name) for name in stage.teachers] if self.data.target is None else (),
             probed=probed,
-            keeps=self.storing.keeps,
+            keeps=self.view_plan.keeps,
             extended_from=self.extended.get(stage.name, ()),
         )
         return model
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the head of a teacher that is to have such a one."""
+        """Fit the linear probe of a teacher; return None if the recipe asks for none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
         if network.head is None:
             return None
@@ -409,11 +411,10 @@ class _Experiment:
         return probed
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
-        several = (
+        teachers = ", ".join(
             self.models[name].architecture + _teacher_label(name) + _size_label(self.models[name], model)
             for name in stage.teachers
         )
-        teachers = ", ".join(several)
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
         seed = f", seed {stage_recipe(self.recipe, stage).seed}" if stage.repeat else ""
         return f"{learns}{seed}, {epochs} epoch{'' if epochs == 1 else 's'}, {compute}"
@@ -427,11 +428,9 @@ class _Experiment:
         return start
 
     def _estimate_seeds(self, stage: PlannedStage, student: Classifier, compute: Compute) -> None:
-        to_come = [each for each in self.planned if not self._done(each)]
-        if stage.name == "baseline" and any(each.repeat for each in to_come):
-            self.observer.note(estimate_further_seeds(self.recipe, to_come, student, len(self.data.train), compute))
-
-    # a bad teacher is said before the student's training is spent
+        remaining = [each for each in self.planned if not self._done(each)]
+        if stage.name == "baseline" and any(each.repeat for each in remaining):
+            self.observer.note(estimate_further_seeds(self.recipe, remaining, student, len(self.data.train), compute))
 
     def _check_teacher(self, name: str) -> None:
         labels = np.asarray(self.data.val.labels)
@@ -441,8 +440,8 @@ class _Experiment:
         if self._val_top1(name) <= chance:
             self.warn(
                 f"the {name} is no better than chance: top-1 {self._val_top1(name):.1%} on val, "
-                f"where always naming the largest class gives {chance:.1%}. Train it longer or with another "
-                "learning rate, or give a better one with --teacher"
+                f"where always predicting the largest class gives {chance:.1%}. Train it longer or with another "
+                "learning rate, or give a better teacher with --teacher"
             )
 
     def _compare_with_baseline(self) -> None:
@@ -455,50 +454,50 @@ class _Experiment:
                 self.teacher_below_baseline.append(found)
                 self.warn(
                     f"the {name} is below the baseline: top-1 {top1:.1%} against {baseline:.1%} on {images:,} "
-                    f"val images. Distilling from it may hurt. {self._remedy(name)}"
+                    f"val images. Distilling from it may hurt. {self._advise_on_teacher(name)}"
                 )
 
-    def _remedy(self, teacher: str) -> str:
-        """What to do about a teacher that is worse than its student."""
-        remedy = "Give another one with --teacher"
+    def _advise_on_teacher(self, teacher: str) -> str:
+        """Return what to do about a teacher that is worse than the baseline."""
+        advice = "Give another teacher with --teacher"
         if "training" in self.models[teacher].facts:  # it was trained here
-            key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{stage_number(teacher) - 1}"
+            key = "teacher" if len(self.recipe.teacher_list) == 1 else f"teacher.{stage_number(teacher) - 1}"
             epochs = self.recipe.stage_training(teacher).epochs
-            remedy = f"Train it longer, e.g. --set {key}.training.epochs={4 * epochs}, or give another with --teacher"
+            advice = f"Train it longer, e.g. --set {key}.training.epochs={4 * epochs}, or give another with --teacher"
         method = self.recipe.method
         if method.get("name") == "kd":
-            remedy += "; or weigh the labels more: --set method.alpha=0.9 (at 1, nothing is learned from the teacher)"
-        return remedy
+            advice += "; or give the labels more weight: --set method.alpha=0.9 (at 1, the teacher has no effect)"
+        return advice
 
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
-        if "val" not in model.facts:  # ready-made: measured once, here
+        if "val" not in model.facts:  # not trained here
             settings = self.recipe.stage_training(stage)
             loader = split_loader(self.data, "val", model.input, self.recipe, settings, self.compute)
-            found, labels, _ = predict_probabilities(
+            probabilities, labels, _ = predict_probabilities(
                 model.module,
                 loader,
                 classes=len(model.class_names),
                 processes=self.compute.processes,
                 names=[f"the {stage} on val, {name}," for name in self.data.val.names],
             )
-            predicted = found.argmax(axis=1)
+            predicted = probabilities.argmax(axis=1)
             model.facts["val"] = {"top1": float((predicted == labels).mean())}
             self._check_class_order(stage, predicted, labels)
         return float(model.facts["val"]["top1"])
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
-        """Warn of a ready-made teacher that is right but for the order of its classes."""
+        """Warn if a pretrained teacher has the right classes in another order."""
         classes = self.data.class_names
         order = class_order(predicted, labels, len(classes))
         if order is None:
             return
         names = [classes[i] for i in order]
-        key = "teacher" if len(self.recipe.each_teacher) == 1 else f"teacher.{stage_number(stage) - 1}"
+        key = "teacher" if len(self.recipe.teacher_list) == 1 else f"teacher.{stage_number(stage) - 1}"
         self.warn(
-            f"the {stage} has the classes in another order: with its outputs assigned to them one to one, "
-            f"{float((order[predicted] == labels).mean()):.1%} of the val images are right in place of "
-            f"{float((predicted == labels).mean()):.1%}. Name the class of each output with\n"
+            f"the {stage} seems to have the classes in another order: top-1 on val is "
+            f"{float((order[predicted] == labels).mean()):.1%} with its outputs reordered, "
+            f"{float((predicted == labels).mean()):.1%} without. Give the class of each output with\n"
             f"  --set {shlex.quote(f'{key}.classes={json.dumps(names, ensure_ascii=False)}')}"
         )
 
@@ -512,27 +511,27 @@ def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:
 
 
 def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
-    """The run that ``--baseline`` names, by its folder or that of its baseline."""
+    """Return the run of ``--baseline``, given by its folder or that of its baseline."""
     path = path.parent if (path / "model.json").is_file() else path
     if path.resolve() == own.resolve():
-        raise UsageError(f"--baseline {path} is this run itself; name another one, or go on with --resume")
+        raise UsageError(f"--baseline {path} is this run itself; give another run, or continue this one with --resume")
     return RunFolder(path)
 
 
 def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:
-    """How a training that was done goes on."""
+    """Return the note on a finished training that gets more epochs."""
     steps = -(-steps // settings.gradient_accumulation_steps)
-    former = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
-    now = lr_factor(settings, steps)(before * steps)
+    last = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
+    following = lr_factor(settings, steps)(before * steps)
     return (
-        f"{name}: extended from {before} to {settings.epochs} epochs. It goes on from its last checkpoint, by the "
-        f"schedule of {settings.epochs} epochs: the learning rate ended at {settings.lr * former:.3g} and goes on at "
-        f"{settings.lr * now:.3g}"
+        f"{name}: extended from {before} to {settings.epochs} epochs. It continues from its last checkpoint with the "
+        f"schedule of {settings.epochs} epochs: the learning rate ended at {settings.lr * last:.3g} and continues at "
+        f"{settings.lr * following:.3g}"
     )
 
 
-def _views_that_differ(models: Mapping[str, Classifier]) -> list[str]:
-    """A sentence for each seed whose baseline and distilled student were not trained on the same views."""
+def _view_differences(models: Mapping[str, Classifier]) -> list[str]:
+    """Return a sentence for each seed whose baseline and distilled student were not trained on the same views."""
     found = []
     for name in (name for name in models if stage_role(name) == "distilled"):
         other = stage_name("baseline", stage_number(name))
@@ -544,10 +543,10 @@ def _views_that_differ(models: Mapping[str, Classifier]) -> list[str]:
 
 
 def _size_label(teacher: Classifier, student: Classifier) -> str:
-    """The teacher's own size, where it is another one."""
+    """Return the teacher's input size if it differs from the student's."""
     return "" if teacher.input.size == student.input.size else f" at {teacher.input.size} px"
 
 
 def _teacher_label(teacher: str) -> str:
-    """Which network it is, where the architecture alone does not say."""
+    """Return the stage of a network that is not the recipe's teacher."""
     return "" if stage_role(teacher) == "teacher" else f" ({teacher})"

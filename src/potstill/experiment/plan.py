@@ -10,7 +10,7 @@ from potstill.config.stage_names import repeat_index, stage_name, stage_role
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """A seed in [0, 2**63) for one purpose.
+    """Return a seed in [0, 2**63) for one purpose.
 
     Example:
         >>> (derive_seed(0, "student") == derive_seed(0, "student"),
@@ -24,19 +24,19 @@ STAGE_GROUPS = (
     "teacher",
     "baseline",
     "distilled",
-)  # what can be asked for; assistants and generations belong to distilled
+)  # assistants and generations belong to distilled
 
 LayerPairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage to come."""
+    """One stage of a run."""
 
-    name: str  # of its folder and of its entry in results.json
+    name: str  # of its folder and its entry in results.json
     teachers: tuple[str, ...] = ()  # stages that it learns from
-    distils: bool = False  # trained by the recipe's method; else on labels alone
-    feature_pairs: LayerPairs | None = None  # the recipe's pairs of layers, where they are meant for this stage
+    distils: bool = False  # trained with the recipe's method; False: on labels alone
+    feature_pairs: LayerPairs | None = None  # the recipe's, if they are for this stage
 
     @property
     def role(self) -> str:
@@ -45,25 +45,26 @@ class PlannedStage:
 
     @property
     def seed(self) -> str:
-        """Whose random streams it draws: baseline and distilled start alike and see the same views."""
+        """Name of its random streams: those of baseline and distilled are equal, and so are their views."""
         return "student" if self.role in ("baseline", "distilled") else self.name
 
     @property
     def repeat(self) -> int:
-        """By how much its seed is above the recipe's: 0 but for baseline and distilled of further seeds."""
+        """Offset of its seed from the recipe's; above 0 for baseline and distilled of further seeds."""
         return repeat_index(self.name)
 
 
 def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[PlannedStage, ...]:
-    """The stages in the order of training.
+    """Return the stages in the order of training.
 
-    Teachers, the baseline, the assistants (each learns from the one before), then the student's generations, the last
-    of which is "distilled".  A method that learns from no teacher has none, whatever the recipe says.  The recipe's
-    ``feature_pairs`` are those of the student and of whom it learns from; between two generations, which are the same
-    network, the student's are joined to themselves; assistants are joined by depth.
+    They are teachers, baseline, assistants (each learns from the one before), and the student's generations, of which
+    the last is "distilled".  There are no teachers if the method needs none.  The recipe's ``feature_pairs`` are for
+    the student and its teacher; between two generations the student's layers are paired with themselves; for
+    assistants,
+    pairs are found by depth.
 
-    With several seeds, baseline and distilled follow once more for each further one; whoever teaches them is trained
-    once.  So the first seed's stages are done first, and a run that goes on with more seeds only adds to them.
+    Further seeds add baseline and distilled; the other networks are trained once.  The stages of the first seed come
+    first, so that a resumed run with more seeds only appends stages.
 
     Example:
         >>> from potstill.config.recipe import load_recipe
@@ -79,13 +80,13 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[Pl
 
 
 def stage_recipe(recipe: Recipe, stage: PlannedStage) -> Recipe:
-    """The recipe with the seed that a stage is trained with: of a further one, as if the recipe had said so itself."""
+    """Return the recipe with the seed of a stage."""
     return recipe.model_copy(update={"seed": recipe.seed + stage.repeat})
 
 
 def _first_seed_stages(recipe: Recipe, wanted: set[str]) -> list[PlannedStage]:
-    """All stages of the first seed."""
-    count = len(recipe.each_teacher) if needs_teacher(recipe.method) else 0
+    """Return the stages of the first seed."""
+    count = len(recipe.teacher_list) if needs_teacher(recipe.method) else 0
     before = tuple(stage_name("teacher", each) for each in range(1, count + 1))
     stages = [PlannedStage(name) for name in before] if "teacher" in wanted else []
     stages += [PlannedStage("baseline")] if "baseline" in wanted else []

@@ -1,6 +1,4 @@
-"""Everything that can be found wrong before the first training step, found together: settings, data, devices, and a
-dry run of one step of every stage on random images.
-"""
+"""Checks before the first training step: settings, data, devices, and a dry run of each stage on random images."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -49,20 +47,20 @@ from potstill.training.settings import TrainingSettings
 from potstill.training.trainer import LabelLoss
 from potstill.types import UNLABELED, Batch
 
-MAX_ADAPTER_ROWS = 12  # of adapters that are shown; layers.txt in the run folder lists all
-DRY_RUN_IMAGES = 4  # of a batch: enough for what compares images with each other
+MAX_ADAPTER_ROWS = 12  # in the output; layers.txt in the run folder lists all adapters
+DRY_RUN_IMAGES = 4  # in a batch: enough for methods that compare images
 
 
 def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -> dict[str, str]:
-    """Whatever a method refuses, it refuses here: networks, class counts, batch sizes, images without labels.
+    """Run one step of each stage on random images, so that methods reject unfit networks, class counts and batch sizes.
 
-    Every network is made for this alone, and torch's random state is put back.
+    The networks are built for this only, and torch's random state is restored.
 
     Returns:
-        For each stage that a method trains: the table of joined layers and adapters, "" where there are none.
+        For each distilling stage: the text on its feature pairs and adapters, "" if there are none.
 
     Raises:
-        UsageError: a stage that cannot be trained so.
+        UsageError: a stage that cannot be trained.
         ArtifactError: weights that do not fit.
     """
     texts, networks = {}, dict[str, Classifier]()
@@ -77,7 +75,7 @@ def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -
 
 
 def create_stage_method(recipe: Recipe) -> Method:
-    """The recipe's method, new."""
+    """Return a new instance of the recipe's method."""
     options = dict(recipe.method)
     return create_method(options.pop("name"), **options)
 
@@ -93,15 +91,14 @@ def _dry_run_stage(
             if network.head is not None:
                 check_probe(network, start, data, network_key(recipe, network))
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
-    if data.target is not None and recipe.domains.adapt_batch_norm:
+    if data.target is not None and recipe.domain_settings.adapt_batch_norm:
         for name in (name for name in stage.teachers if stage_role(name) == "teacher"):
             check_batch_norm(networks[name].module, f"{name} {networks[name].architecture}")
     student, method = networks[stage.name], create_stage_method(recipe)
     if method.needs.several and settings.batch_size < 2:
         raise UsageError(
-            f"method {describe_method(recipe.method)} compares images with each other, and {stage.name} would "
-            "see one at a "
-            "time: set training.batch_size to 2 or more, or use kd"
+            f"method {describe_method(recipe.method)} compares images with each other, and {stage.name} has a batch "
+            "size of 1: set training.batch_size to 2 or more, or use kd"
         )
     images = _RandomImages(data, student.input.size, settings, recipe.data.augment or data.augment, method, compute)
     distiller = build_distiller(
@@ -118,19 +115,19 @@ def _dry_run_stage(
     try:
         _dry_run_step(distiller, images, settings, compute)
     except ValueError as error:
-        if "more than 1 value per channel" in str(error):  # what torch's BatchNorm says
+        if "more than 1 value per channel" in str(error):  # the error of torch's BatchNorm
             raise UsageError(
-                f"{stage.name} cannot learn from one image at a time: its BatchNorm needs several; "
+                f"{stage.name} cannot be trained on batches of one image: its BatchNorm needs several; "
                 "set training.batch_size to 2 or more"
             ) from error
         raise
-    text = describe_layers(distiller, most=MAX_ADAPTER_ROWS)
+    text = describe_layers(distiller, max_rows=MAX_ADAPTER_ROWS)
     take_deployed_network(student, distiller)
     return text
 
 
 def _dry_run_step(distiller: Distiller, images: "_RandomImages", settings: TrainingSettings, compute: Compute) -> None:
-    """Forward in train mode and as on val; no gradient is taken.  A method that trains in stages is tried in both."""
+    """Run the forward pass in train and eval mode, without gradients; methods with two phases run both."""
     if distiller.method.needs.prepare:
         distiller.prepare(images.passes)
     batch, staged = images.batch(), distiller.method.staged
@@ -152,7 +149,7 @@ def _dry_run_step(distiller: Distiller, images: "_RandomImages", settings: Train
 
 
 class _RandomImages:
-    """Noise with the labels and ids of real training images."""
+    """Random images with the labels and ids of training images."""
 
     def __init__(
         self,
@@ -167,10 +164,10 @@ class _RandomImages:
         self.count = settings.batch_size if self.needs.batch_size else min(settings.batch_size, DRY_RUN_IMAGES)
 
     def batch(self) -> Batch:
-        """What the loader would give, as far as shapes and kinds go."""
+        """Return a batch with the shapes and dtypes of the loader's."""
         device, classes = self.compute.device, len(self.data.class_names)
         labels = np.asarray(self.data.train.labels)
-        index = np.linspace(0, len(labels) - 1, self.count).astype(np.int64)  # of various classes
+        index = np.linspace(0, len(labels) - 1, self.count).astype(np.int64)  # of several classes
         chosen = torch.as_tensor(labels[index], dtype=torch.int64, device=device)
         shares = torch.nn.functional.one_hot(chosen, classes).float()
         if self.data.target is not None:
@@ -187,7 +184,7 @@ class _RandomImages:
         )
 
     def passes(self) -> Iterator[Batch]:
-        """One pass over the training images, as a method with a preparation asks for."""
+        """Yield one batch in place of a pass over the training images, for ``Distiller.prepare``."""
         batch = self.batch()
         batch.labels = batch.labels.clamp(min=0)
         yield batch
@@ -200,15 +197,15 @@ class _RandomImages:
 def check_data_requirements(
     method: Method, *, mixes: bool, unlabeled: bool, images: int, batch_size: int, target: bool = False
 ) -> None:
-    """Refuse what could only fail, or silently mean something else, hours later.
+    """Check that a method fits the training images.
 
     Args:
         method: of the distilled stage.
         mixes: whether training images are mixed (mixup, cutmix).
-        unlabeled: whether images without labels join.
-        images: for training.
+        unlabeled: whether there are images without labels.
+        images: number of training images.
         batch_size: of the student's training.
-        target: whether the student learns in another domain, whose images have no labels.
+        target: whether the student learns on another domain, whose images have no labels.
 
     Raises:
         UsageError: all conflicts, with what to do.
@@ -217,10 +214,10 @@ def check_data_requirements(
     problems = []
     if mixes and needs.second != "none":
         problems.append(
-            f"{name} needs a second image for each, and mixed images have none: switch mixup and cutmix off"
+            f"{name} needs a second view of each image, and mixed images have none: switch mixup and cutmix off"
         )
     if mixes and needs.index:
-        problems.append(f"{name} remembers samples, and a mixed image is none of them: switch mixup and cutmix off")
+        problems.append(f"{name} has a memory by sample, and a mixed image is no sample: switch mixup and cutmix off")
     if mixes and unlabeled:
         problems.append("mixup and cutmix mix labels, which unlabeled images do not have: switch one of them off")
     if target and (reason := _why_not_unlabeled(method)):
@@ -228,7 +225,9 @@ def check_data_requirements(
     elif unlabeled and (reason := _why_not_unlabeled(method)):
         problems.append(f"{name} {reason}: leave data.unlabeled out, or use kd or dist")
     if needs.batch_size and images < batch_size:
-        problems.append(f"{name} needs full batches, and {images} images do not fill one of {batch_size}: lower it")
+        problems.append(
+            f"{name} needs full batches, and {images} images do not fill one of {batch_size}: lower training.batch_size"
+        )
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -237,10 +236,10 @@ def _why_not_unlabeled(method: Method) -> str | None:
     needs = method.needs
     reasons = {
         "needs the label of every image": needs.labels,
-        "remembers the labeled samples by their ids": needs.index,
+        "has a memory of the labeled samples": needs.index,
         "compares images of the same class": needs.second == "same class",
         "needs a fixed number of images in every batch": needs.batch_size,
-        "has no teacher or peer who would say something about unlabeled images": not (needs.teacher or needs.peers),
+        "has no teacher or peer to learn from on unlabeled images": not (needs.teacher or needs.peers),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -252,16 +251,20 @@ def check_all(
     observer: Observer | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[DataSplits, Compute, dict[str, str]]:
-    """Check method, models, optimizers, device and data; load the data; rehearse what a method trains.
+    """Check method, models, optimizers, device and data; load the data; run the dry run.
 
-    ``planned``: the stages to come; all that the recipe wants where None.  ``observer``: is told how far the check of
-    the files is.  ``processes``: that carry out the run together.
+    Args:
+        recipe: of the run.
+        data: data from Python; None: load the recipe's.
+        planned: the stages; None: all of the recipe.
+        observer: its ``wait`` is called while files are read.
+        processes: the process group of the run.
 
     Returns:
-        Data, device, and for each stage that a method trains the table of its joined layers.
+        Data, device, and the texts of ``dry_run``.
 
     Raises:
-        PotstillError: all problems in one message, with the kind (and so the exit code) of the first.
+        PotstillError: all problems in one message; its class, and so the exit code, is that of the first.
     """
     planned = plan_stages(recipe) if planned is None else planned
     settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}
@@ -298,7 +301,7 @@ def check_all(
     if not any(stage.distils for stage in planned):
         for stage in planned:
             network = recipe.network(stage.name)
-            if network.weights is not None:  # loaded again later; better twice than to fail after hours
+            if network.weights is not None:  # loaded twice, so that errors come before training
                 start = build_network(recipe, network, splits.class_names, splits.range)
                 if network.head is not None:
                     check_probe(network, start, splits, network_key(recipe, network))
@@ -320,8 +323,8 @@ def check_all(
 def _check_metric(training: TrainingSettings, classes: int) -> None:
     if training.selection_metric == "top3" and classes <= 3:
         raise UsageError(
-            f"training.selection_metric: top3 is 1 for any student of {classes} classes, so that it would always pick "
-            "the first epoch; use top1 or nll"
+            f"training.selection_metric: top3 is always 1 with {classes} classes, so the first epoch would be "
+            "selected; use top1 or nll"
         )
 
 
@@ -333,30 +336,30 @@ def _load(recipe: Recipe, data: DataSplits | None, observer: Observer | None) ->
 def warn_about_settings(
     recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, observer: Observer
 ) -> list[str]:
-    """Warn of settings without effect in trainings of this length, on this data.
+    """Warn about settings without effect, given the number of epochs and images.
 
     Returns:
         The warnings, for the report.
     """
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}  # in order, without repetitions
     images, method = len(data.train), create_stage_method(recipe)
     for stage in planned:
         settings = recipe.stage_training(stage.name)
         for text in _without_effect(settings, images):
-            found[f"{stage.role}: {text}"] = None
+            texts[f"{stage.role}: {text}"] = None
         if stage.distils:
             if 1 < settings.epochs < method.warmup_length:
                 share = settings.epochs / method.warmup_length
-                found[
+                texts[
                     f"{stage.role}: method {describe_method(recipe.method)} reaches its full weight after "
                     f"{method.warmup_length:g} epochs, and training ends at {share:.0%} of it with training.epochs "
                     f"{settings.epochs}; lower the method's warm-up, or train longer"
                 ] = None
             if settings.epochs == 1 and any(isinstance(each, ScheduledMethod) for each in method.modules()):
-                found[f"{stage.role}: the method's schedule stays at its start in a training of one epoch"] = None
-    for warning in found:
+                texts[f"{stage.role}: the method's schedule stays at its start value in one epoch"] = None
+    for warning in texts:
         observer.warn(warning)
-    return list(found)
+    return list(texts)
 
 
 def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
@@ -364,40 +367,38 @@ def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
     if training.batch_size > images:
         yield (
             f"training.batch_size {training.batch_size} is more than the {images} training images: each epoch is one "
-            "step on all of them"
+            "step"
         )
     if training.gradient_accumulation_steps > batches:
         yield (
             f"training.gradient_accumulation_steps {training.gradient_accumulation_steps} is more than the "
-            f"{batches} batches of an epoch: a step "
-            f"averages {batches}"
+            f"{batches} batches of an epoch: a step averages {batches}"
         )
     if training.early_stopping_patience is not None and training.early_stopping_patience >= training.epochs:
         yield (
-            f"training.early_stopping_patience {training.early_stopping_patience} cannot act within "
+            f"training.early_stopping_patience {training.early_stopping_patience} has no effect with "
             f"training.epochs {training.epochs}"
         )
     if 1 < training.epochs <= training.warmup_epochs:
-        also = "" if training.schedule == "constant" else ", and its schedule never acts"
+        consequence = "" if training.schedule == "constant" else ", and its schedule has no effect"
         yield (
             f"training.warmup_epochs {training.warmup_epochs:g} is the whole training, so the learning rate reaches "
-            f"training.lr in the last step only{also}"
+            f"training.lr in the last step only{consequence}"
         )
 
 
 def warn_about_data(data: DataSplits, observer: Observer, resize_mode: str = "crop") -> list[str]:
-    """Tell what is wrong with data that can be trained on: repeated images, what `potstill check` has found in it, what
-    is left out or not used, and what the network does not see of its images.
+    """Report the findings of the quick data check, files that were left out, and cropped parts of images.
 
     Returns:
-        What spoils the figures, for the report; the rest is only noted.
+        The warnings, for the report; notes are not in it.
     """
     warnings, notes = list[str](), list[str]()
     for each in (data, data.target):
         if each is not None:
-            more, also = summary_messages(quick_findings(each), each.source)
-            warnings += more
-            notes += [*also, *(f"{each.source}: {note}" for note in each.notes)]
+            new_warnings, new_notes = summary_messages(quick_findings(each), each.source)
+            warnings += new_warnings
+            notes += [*new_notes, *(f"{each.source}: {note}" for note in each.notes)]
             notes += [f"{each.source}: {note}" for note in crop_notes(*image_sizes(each.train), resize_mode)]
     if skipped := data.all_skipped:
         warnings.append(describe_skipped(skipped))
@@ -409,7 +410,7 @@ def warn_about_data(data: DataSplits, observer: Observer, resize_mode: str = "cr
 
 
 def describe_skipped(skipped: Sequence[SkippedFile]) -> str:
-    """How many files and classes ``data.skip_bad`` left out, by kind."""
+    """Return a sentence on the files and classes that ``data.skip_bad`` left out, by kind."""
     counts = Counter(FINDING_KINDS[each.kind].what for each in skipped)
     kinds = ", ".join(f"{count:,} x {what}" for what, count in counts.most_common())
     return f"left out by data.skip_bad: {kinds}; skipped.csv lists them, such as {skipped[0].path}: {skipped[0].reason}"

@@ -1,8 +1,7 @@
-"""A teacher of a frozen encoder: its head is fitted by logistic regression on the embeddings of the training images.
+"""Linear probe: the head of a teacher, fitted by logistic regression on the embeddings of a frozen encoder.
 
-The encoder runs once over train and val, each image as it is (no augmentation), at the teacher's own size.  Its mirror
-image, as a second sample, costs as much again and was worth 0.4 points of accuracy at most (EfficientNet-Lite0, 1,000
-images of CIFAR-10), so it is left out.
+The encoder runs once over train and val, without augmentation, at the teacher's own size.  Flipped images as further
+samples would double the cost for 0.4 points of accuracy at most (EfficientNet-Lite0, 1,000 images of CIFAR-10).
 """
 
 import time
@@ -41,16 +40,16 @@ from potstill.training.probe import Probe, check_probe_labels, fit_probe
 from potstill.training.trainer import balanced_class_weights
 
 FOLD_HEADS_FILE = "fold_heads.safetensors"
-_MAX_DIFFERENCE = 0.03  # of embeddings in bf16, as a share of their length; above, they are computed in float32
+_MAX_DIFFERENCE = 0.03  # relative difference of embeddings in bf16, above which they are computed in float32
 
 
 @dataclass(frozen=True)
 class ProbedTeacher:
-    """What a probe gives besides the network, whose head it has set.
+    """The result of a linear probe, besides the network's head.
 
     Attributes:
-        heads: of the folds, by which training images are answered.
-        val: its figures on val.
+        heads: cross-fitted heads, for the teacher's outputs on training images.
+        val: its metrics on val.
         state: a copy of the network's weights.
     """
 
@@ -60,7 +59,7 @@ class ProbedTeacher:
 
 
 def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits, key: str) -> str:
-    """Refuse what no head can be fitted for; return the path of the network's last linear layer.
+    """Check that a head can be fitted; return the path of the network's last linear layer.
 
     Args:
         network: the teacher's settings, with ``head``.
@@ -69,21 +68,20 @@ def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits,
         key: of the settings, for messages.
 
     Raises:
-        UsageError: weights that know the classes already, a network without a linear head, a class with fewer than two
-            training images.
+        UsageError: weights of the data's classes, a network without linear head, a class with fewer than two training
+            images.
     """
     if start.ready:
         raise UsageError(
-            f"{key}.head: {network.weights} knows these {len(data.class_names)} classes already, so there is no head "
-            f"to fit: leave {key}.head out (it teaches as it is), or name weights of other classes"
+            f"{key}.head: {network.weights} already has a head for these {len(data.class_names)} classes: leave "
+            f"{key}.head out, or give weights of other classes"
         )
     example = torch.randn(2, 3, start.input.size, start.input.size, generator=torch.Generator().manual_seed(0))
     device = next(start.module.parameters()).device
     head = find_stages(start.module, example.to(device)).head
     if head is None or getattr(start.module.get_submodule(head), "bias", None) is None:
         raise UsageError(
-            f"{key}.head: {network.head} sets the linear layer that puts out the logits, with its bias, and "
-            f"{start.architecture} has no such layer at its end: "
+            f"{key}.head: {network.head} needs a last linear layer with bias, and {start.architecture} has none: "
             f"leave {key}.head out to train the whole network, or choose another network"
         )
     check_probe_labels(np.asarray(data.train.labels), data.class_names)
@@ -101,17 +99,17 @@ def probe_teacher(
     folder: Path,
     observer: Observer,
 ) -> ProbedTeacher:
-    """Fit the head of ``model`` in place and write the heads of the folds to ``folder``; the model itself is not saved.
+    """Fit the head of ``model`` in place and write the cross-fitted heads to ``folder``; the model is not saved.
 
     Args:
         stage: the teacher's.
-        model: its network; ``facts`` receives ``head``, ``val`` and what all trained models say.
+        model: its network; ``facts`` receives ``head``, ``val`` and the facts of every trained model.
         layer: path of its last linear layer.
         recipe: of the run.
         data: of the stage.
-        compute: where, in which precision, and in how many processes.
+        compute: device, precision and process group.
         folder: of the stage.
-        observer: is told how far it is, and what came of it.
+        observer: its methods are called with progress and result.
 
     Raises:
         NonFiniteError: an embedding is NaN or infinite.
@@ -119,20 +117,22 @@ def probe_teacher(
     started = time.monotonic()
     settings = recipe.stage_training(stage.name)
     model.module.to(compute.device).to(memory_format=compute.memory_format)
-    network, how = _convert(stage, model, layer, recipe, data, compute)
+    network, inference = _convert(stage, model, layer, recipe, data, compute)
     found = {}
     for split in ("train", "val"):
         loader = split_loader(data, split, model.input, recipe, settings, compute)
-        found[split] = _embed(network, how, layer, loader, f"{stage.name}: embeddings of {split}", observer, compute)
+        found[split] = _embed(
+            network, inference, layer, loader, f"{stage.name}: embeddings of {split}", observer, compute
+        )
     embeddings, labels = found["train"]
     balance = recipe.data.class_balance != "none" if data.draws is None else False
-    known = labels[labels >= 0]
+    labeled = labels[labels >= 0]
     probe = fit_probe(
         embeddings.to(compute.device),
         labels,
         len(data.class_names),
         seed=derive_seed(recipe.seed, f"{stage.name}/folds"),
-        class_weights=balanced_class_weights(known.bincount(minlength=len(data.class_names))) if balance else None,
+        class_weights=balanced_class_weights(labeled.bincount(minlength=len(data.class_names))) if balance else None,
     )
     probe = compute.processes.share(probe)
     _set_head(model.module, layer, probe)
@@ -152,7 +152,7 @@ def probe_teacher(
             "layer": layer,
             "C": float(f"{probe.C:.3g}"),
             "folds": probe.folds,
-            "images": len(known),
+            "images": len(labeled),
             "embedding": embeddings.shape[1],
             "cross_validated": {"top1": probe.top1, "nll": probe.nll},
             "val_top1": figures["top1"],
@@ -164,20 +164,20 @@ def probe_teacher(
         "potstill": __version__,
     }
     observer.note(
-        f"{stage.name}: a linear probe on {format_count(len(known))} embeddings of {embeddings.shape[1]:,} numbers: C "
-        f"{probe.C:.2g} by {probe.folds}-fold cross-validation on train (top-1 {format_percent(probe.top1)}), "
+        f"{stage.name}: a linear probe on {format_count(len(labeled))} embeddings of {embeddings.shape[1]:,} numbers: "
+        f"C {probe.C:.2g} by {probe.folds}-fold cross-validation on train (top-1 {format_percent(probe.top1)}), "
         f"val top-1 {format_percent(figures['top1'])}, {format_duration(seconds)}"
     )
     return ProbedTeacher(heads, figures, copy_state_dict(model.module))
 
 
 def load_fold_heads(folder: Path, facts: dict[str, Any], data: DataSplits) -> FoldHeads | None:
-    """Read the heads by which a probe answers these training images; None where the model has none, or for others.
+    """Return the cross-fitted heads of a probe for these training images; None if there are none.
 
     Args:
         folder: of the model.
         facts: of its model.json.
-        data: whose training images are to be answered.
+        data: with these training images.
 
     Raises:
         ArtifactError: the file is missing or damaged.
@@ -191,87 +191,87 @@ def load_fold_heads(folder: Path, facts: dict[str, Any], data: DataSplits) -> Fo
         tensors = safetensors.torch.load(read_bytes(path, sha256=str(described["sha256"])))
         return FoldHeads(str(known["layer"]), tensors["weight"], tensors["bias"], tensors["fold"])
     except (KeyError, SafetensorError) as error:
-        raise ArtifactError(f"{path} holds no heads of folds: {error}") from error
+        raise ArtifactError(f"{path} has no cross-fitted heads: {error}") from error
 
 
 def copy_fold_heads(source: Path, target: Path) -> None:
-    """Put the file of ``load_fold_heads`` beside a copy of the model, where there is one."""
+    """Copy the file of ``load_fold_heads``, if there is one."""
     if (source / FOLD_HEADS_FILE).is_file() and source.resolve() != target.resolve():
         target.mkdir(parents=True, exist_ok=True)
         write_bytes(target / FOLD_HEADS_FILE, read_bytes(source / FOLD_HEADS_FILE))
 
 
 def _train_digest(data: DataSplits) -> str:
-    """Of the training images in their order, which decides their sample ids and so their folds."""
+    """Return a digest of the training images in their order, which determines the folds."""
     return sha256_hex(f"{data.fingerprint}/{names_digest(data.train.names)}".encode())
 
 
 def _convert(
     stage: PlannedStage, model: Classifier, layer: str, recipe: Recipe, data: DataSplits, compute: Compute
 ) -> tuple[nn.Module, InferenceSettings]:
-    """The encoder as it is fastest: BatchNorm folded, in bf16 where that changes its embeddings little enough."""
+    """Return the encoder with folded BatchNorm, in bf16 if its embeddings agree, and its settings."""
     settings = recipe.stage_training(stage.name)
     loader = split_loader(data, "train", model.input, recipe, settings, compute, shared=False)
     ids = np.linspace(0, loader.samples - 1, min(16, loader.samples)).round().astype(np.int64)
-    few = loader.view(torch.from_numpy(ids), 0)
+    images = loader.view(torch.from_numpy(ids), 0)
     plain = InferenceSettings(memory_format=compute.memory_format)
-    reader = FeatureExtractor(ExtractionRequest(embedding=layer))
+    extractor = FeatureExtractor(ExtractionRequest(embedding=layer))
     with evaluation_mode(model.module):
-        exact = reader.ask(model.module, few, plain).embedding
+        exact = extractor.ask(model.module, images, plain).embedding
         assert exact is not None
         if compute.teacher_in_bf16 and recipe.network(stage.name).precision == "auto":
             try:
-                network, how = convert_for_inference(model.module, torch.bfloat16, compute.memory_format, few)
-                rough = reader.ask(network, few, how).embedding
-                if rough is not None and (rough - exact).norm() <= _MAX_DIFFERENCE * exact.norm():
-                    return network, how
-            except Exception:  # in another dtype, networks of others fail in any way they like
+                network, inference = convert_for_inference(model.module, torch.bfloat16, compute.memory_format, images)
+                rounded = extractor.ask(network, images, inference).embedding
+                if rounded is not None and (rounded - exact).norm() <= _MAX_DIFFERENCE * exact.norm():
+                    return network, inference
+            except Exception:  # other people's networks may fail in bf16 with any error
                 pass
-        return convert_for_inference(model.module, torch.float32, compute.memory_format, few)
+        return convert_for_inference(model.module, torch.float32, compute.memory_format, images)
 
 
 def _embed(
     network: nn.Module,
-    how: InferenceSettings,
+    inference: InferenceSettings,
     layer: str,
     loader: Loader,
-    what: str,
+    label: str,
     observer: Observer,
     compute: Compute,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings [N, D] float32 and labels [N] of all images, on the CPU, in the order of their ids."""
-    reader = FeatureExtractor(ExtractionRequest(embedding=layer))
+    """Return embeddings [N, D] float32 and labels [N] of all images, on the CPU, in the order of their ids."""
+    extractor = FeatureExtractor(ExtractionRequest(embedding=layer))
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     done = 0
     with evaluation_mode(network):
         for batch in loader.epoch():
-            embedding = reader.ask(network, batch.images, how).embedding
-            assert embedding is not None  # it was asked for
-            assert batch.index is not None  # a loader numbers its images
+            embedding = extractor.ask(network, batch.images, inference).embedding
+            assert embedding is not None  # requested
+            assert batch.index is not None  # set by every loader
             parts.append((embedding.cpu(), batch.labels.cpu(), batch.index.cpu()))
             compute.processes.progress()
             done += len(batch)
-            observer.wait(what, min(done * compute.processes.count, loader.count), loader.count)
+            observer.wait(label, min(done * compute.processes.count, loader.count), loader.count)
     embeddings, labels, index = _gather(parts, compute.processes)
     check_complete(index.numpy(), loader.count)
     order = index.argsort()
     embeddings, labels = embeddings[order], labels[order]
     if not (finite := embeddings.isfinite().all(dim=1)).all():
         first = int((~finite).nonzero()[0])
-        raise NonFiniteError(f"{what}: that of {loader.images.names[first]} is NaN or infinite")
+        raise NonFiniteError(f"{label}: that of {loader.images.names[first]} is NaN or infinite")
     return embeddings, labels
 
 
 def _gather(parts: list[tuple[Tensor, Tensor, Tensor]], processes: ProcessGroup) -> list[Tensor]:
     own = [torch.cat(column) for column in zip(*parts, strict=True)]
-    every = [columns for columns in processes.gather(own) if columns]  # few images: some processes have none
-    return [torch.cat(column) for column in zip(*every, strict=True)]
+    gathered = [columns for columns in processes.gather(own) if columns]  # processes without images have none
+    return [torch.cat(column) for column in zip(*gathered, strict=True)]
 
 
 @torch.no_grad()
 def _set_head(module: nn.Module, layer: str, probe: Probe) -> None:
     head = module.get_submodule(layer)
-    assert isinstance(head, nn.Linear)  # that is how it was found
+    assert isinstance(head, nn.Linear)  # see check_probe
     head.weight.copy_(probe.weight[-1])
     assert head.bias is not None
     head.bias.copy_(probe.bias[-1])

@@ -22,12 +22,12 @@ _IGNORED_KEYS = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a finished run is repeated from.
+    """The record of a finished run, from which it can be repeated.
 
     Attributes:
         folder: the run's.
         environment: its environment.json.
-        stages: which of teacher, baseline, distilled were carried out.
+        stages: which of teacher, baseline, distilled were trained.
         models: SHA-256 of each stage's weights.
     """
 
@@ -39,12 +39,12 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class ReproductionResult:
-    """How a repetition came out.
+    """The comparison of a run with its repetition.
 
     Attributes:
-        lines: for people, one for each model, and what else differs.
-        equal: whether all weights are the same, byte for byte.
-        promised: whether they had to be: on a CPU, with nothing different that the weights may depend on.
+        lines: text, one line for each model, and differences of the environments.
+        equal: whether all weights are equal, byte for byte.
+        guaranteed: whether they must be: on a CPU in the same environment.
     """
 
     lines: list[str]
@@ -53,17 +53,18 @@ class ReproductionResult:
 
 
 def read_run_record(path: Path) -> RunRecord:
-    """The record of a run.
+    """Return the record of a run.
 
     Raises:
-        ArtifactError: there is none, it is damaged, or the run was never finished.
+        ArtifactError: there is none, it is damaged, or the run is not finished.
+        UsageError: a stage was extended, or taken from another run.
     """
     folder = RunFolder(path)
     if not folder.known:
-        raise ArtifactError(f"{path} holds no run: there is no recipe.yaml with an environment.json beside it")
+        raise ArtifactError(f"{path} is not a run folder: it needs recipe.yaml and environment.json")
     folder.read_recipe()
     if not folder.results.exists():
-        raise ArtifactError(f"{path} is not finished, so there is nothing to compare with; go on with --resume first")
+        raise ArtifactError(f"{path} is not finished; continue it with --resume first")
     results = folder.read_results()
     planned = results["planned"]
     for name, entry in (results["stages"] | (results.get("repeats") or {})).items():
@@ -74,8 +75,8 @@ def read_run_record(path: Path) -> RunRecord:
             )
         if entry.get("reused_from"):
             raise UsageError(
-                f"{path}: the {name} is that of {entry['reused_from']} (--baseline), so there is nothing to repeat: "
-                "reproduce that run, or train from this recipe.yaml"
+                f"{path}: the {name} was taken from {entry['reused_from']} (--baseline): reproduce that run, or train "
+                "from this recipe.yaml"
             )
     _check_splits(folder)
     for stage in planned:
@@ -85,28 +86,28 @@ def read_run_record(path: Path) -> RunRecord:
     return RunRecord(folder, folder.read_environment(), stages, _weights(folder, planned))
 
 
-def check_other_folder(record: RunRecord, root: Path, name: str) -> None:
-    """A run cannot be repeated in its own place.
+def check_other_folder(record: RunRecord, output_dir: Path, name: str) -> None:
+    """Check that a run is not repeated in its own folder.
 
     Raises:
-        UsageError: ``root/name`` is the run's folder.
+        UsageError: ``output_dir/name`` is the run's folder.
     """
-    if (root / name).resolve() == record.folder.path.resolve():
+    if (output_dir / name).resolve() == record.folder.path.resolve():
         raise UsageError(
-            f"--reproduce compares with {record.folder.path}, so it needs another place; give another --name"
+            f"--reproduce compares with {record.folder.path}, so it needs another folder; give another --name"
         )
 
 
 def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Whoever repeats a run must see the same images.
+    """Check that the data are those of the recorded run.
 
     Args:
         record: of the run.
-        fingerprint: of the data that is there now.
-        rows: (split, name, class) of every image now.
+        fingerprint: of the present data.
+        rows: (split, name, class) of each present image.
 
     Raises:
-        DataError: something else is there; names it where the list of images tells.
+        DataError: the data have changed; lists some of the changes.
     """
     if record.environment.get("data_fingerprint") == fingerprint:
         return
@@ -118,7 +119,7 @@ def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[
 
 
 def compare(record: RunRecord, repeated: RunFolder) -> ReproductionResult:
-    """Two runs of one recipe, model by model.
+    """Compare two runs of one recipe, model by model.
 
     Raises:
         ArtifactError: a file of either is damaged.
@@ -143,16 +144,16 @@ def compare(record: RunRecord, repeated: RunFolder) -> ReproductionResult:
     if not equal:
         lines += [f"differs: {change}" for change in changes]
         if not on_cpu:
-            lines.append("equal weights are promised on a CPU only")
+            lines.append("equal weights are guaranteed on a CPU only")
         elif not changes:
-            lines.append("nothing that is recorded differs: the weights should have been equal")
+            lines.append("the recorded environments are equal: the weights should have been equal")
     return ReproductionResult(lines, equal, guaranteed=on_cpu and not changes)
 
 
 def environment_differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What two environments differ in, as ``key: was, is``.
+    """Return the differences of two environments, as ``key: was, is``.
 
-    The commit that a run was started at does not matter, and potstill's own only where its source is not the same.
+    The commit of the working folder is ignored, and potstill's own if its source is the same.
     """
     found = []
     source = before.get("source_sha256")
@@ -169,7 +170,7 @@ def environment_differences(before: Mapping[str, Any], after: Mapping[str, Any],
 
 
 def largest_metric_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Which figure of a stage differs most between two runs, in words.
+    """Return a text on the metric of a stage that differs most between two runs.
 
     Example:
         >>> largest_metric_difference({"test": {"top1": 0.5, "nll": 1.0}}, {"test": {"top1": 0.5, "nll": 1.25}})
@@ -187,7 +188,7 @@ def largest_metric_difference(before: Mapping[str, Any], after: Mapping[str, Any
 
 
 def largest_weight_difference(first: Path, second: Path) -> float:
-    """The largest absolute difference of two models' weights; infinite where they have other shapes.
+    """Return the largest absolute difference of two models' weights; infinite if shapes differ.
 
     Raises:
         ArtifactError: damaged files.
@@ -201,7 +202,7 @@ def largest_weight_difference(first: Path, second: Path) -> float:
 
 
 def _stage_metrics(folder: RunFolder) -> dict[str, Any]:
-    """By stage, those of further seeds among them."""
+    """Return the results by stage, including further seeds."""
     results = folder.read_results()
     return {**results["stages"], **(results.get("repeats") or {})}
 
@@ -215,7 +216,7 @@ def _check_weights(stage: Path) -> None:
 def _check_splits(folder: RunFolder) -> None:
     path = folder.path / "splits.csv"
     if sha256_hex(read_bytes(path)) != folder.read_results()["files"].get(path.name):
-        raise ArtifactError(f"{path} is not what the run wrote: its SHA-256 differs")
+        raise ArtifactError(f"{path} has changed since the run wrote it: its SHA-256 differs")
 
 
 def _weights(folder: RunFolder, stages: Sequence[str]) -> dict[str, str]:

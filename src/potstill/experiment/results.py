@@ -1,4 +1,4 @@
-"""Final evaluation of a run: every stage on train, val and test (once), then the comparison, as results.json."""
+"""Final evaluation of a run: all stages on train, val and test, and the comparison, for results.json."""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -25,7 +25,7 @@ from potstill.io import write_text
 from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute
 
-LATENCY_BATCH = 16  # images at once, where it is timed how many a second are answered
+LATENCY_BATCH = 16  # batch size of latency_batch_ms
 _PER_CLASS_KEYS = ("per_class",)  # kept in metrics.json, left out of results.json
 
 
@@ -37,14 +37,12 @@ def evaluate_stages(
     compute: Compute,
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages``, ``repeats``,
-    ``ensemble_predictions``, ``comparison`` and ``cka`` of results.json.  Where there is a target, all of these are of
-    its images.
+    """Write predictions, metrics and summaries of every stage, and examples.json; return the part of results.json from
+    ``stages`` to ``cka``.  With a target, all of these are on its images.
 
-    ``known``: further facts that the comparison and results.json repeat: ``looks``, ``teacher_below_baseline``.
-    The test split is read here and nowhere before, unless the recipe asks for test curves.  In float32, as ``predict``
-    and ``evaluate`` compute, so that they give the same answers.  Of several processes all are asked, and the first one
-    writes; the others get nothing.
+    ``known``: further facts for the comparison and results.json: ``looks``, ``teacher_below_baseline``.
+    The test split is not read before, unless the recipe asks for test metrics of every epoch.  The networks run in
+    float32, as in ``predict`` and ``evaluate``.  Call in all processes; the first one writes, the others get {}.
     """
     source, data = data, data.measured
     before = evaluate_on_source(models, recipe, source, compute)
@@ -124,7 +122,7 @@ def describe_run(
     seconds: float,
     warnings: list[str],
 ) -> dict[str, Any]:
-    """The whole of results.json, schema 1."""
+    """Return the content of results.json, schema 1."""
     source, data = data, data.measured
     before = {"source": source.source, "origin": source.origin, "counts": source.counts()}
     return {
@@ -155,7 +153,7 @@ def describe_run(
 
 
 def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
-    """What one image, and several at once, cost each network: time, taking turns, and memory."""
+    """Return latency, for one image and for a batch, and memory of each network."""
     networks = {name: (model.module, model.input) for name, model in models.items()}
     one, several = (
         measure_latency(networks, batch=1),
@@ -174,10 +172,9 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
 def _predict(
     run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
 ) -> SplitPredictions:
-    """On every split, with the files of it; of train, where it is large and nobody wants them, the figures alone."""
+    """Predict all splits and write the predictions; those on a large train only if the recipe asks for them."""
     settings = recipe.stage_training(name)
-    # A network that was just trained has its weights in this layout; one that was loaded has not, and a convolution
-    # rounds differently in each.
+    # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
     model.module.to(compute.device).to(memory_format=compute.memory_format)
     found: SplitPredictions = {}
     for split in SPLITS:
@@ -203,8 +200,8 @@ def _predict(
     return found
 
 
-def _image_label(where: str, images: ImageSet, image: int) -> str:
-    return f"{where}{images.names[image]},"
+def _image_label(prefix: str, images: ImageSet, image: int) -> str:
+    return f"{prefix}{images.names[image]},"
 
 
 def _metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -213,7 +210,7 @@ def _metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:
-    """Agreement and, where the probabilities of both were kept, the divergence."""
+    """Return agreement and, if the probabilities of both are known, the divergence."""
     if teacher is None:
         return {"agreement": None, "kl_to_teacher": None}
     if student.probabilities is None or teacher.probabilities is None:

@@ -1,6 +1,4 @@
-"""Continuity of a run folder: checks that a run may resume, replace or reuse it (same recipe, images, baseline,
-views), and the record of how often its test split was evaluated and what was trained after that.
-"""
+"""Checks that a run may resume, replace or reuse a run folder, and the record of its evaluations on test."""
 
 import csv
 import io
@@ -26,46 +24,46 @@ TEST_EVALUATIONS_KEY = "looks"  # in environment.json
 def record_test_evaluation(folder: RunFolder, recipe: Recipe, planned: Sequence[PlannedStage]) -> None:
     """Record in environment.json that the test split is about to be evaluated.
 
-    The record is written before the first test image is read, so that a run that was killed meanwhile counts too.
-    Evaluating the same stages of the same lengths again (after an interruption) is no further look.
+    This is written before the first test image is read, so that an interrupted evaluation counts.  Evaluating the same
+    stages with the same numbers of epochs again does not count.
     """
-    look = {
+    evaluation = {
         "seeds": recipe.seeds,
         "epochs": recipe.stage_training("student").epochs,
         "stages": [stage.name for stage in planned],
     }
     before = recorded_test_evaluations(folder)
-    if not before or before[-1] != look:
-        folder.add_to_environment({TEST_EVALUATIONS_KEY: [*before, look]})
+    if not before or before[-1] != evaluation:
+        folder.add_to_environment({TEST_EVALUATIONS_KEY: [*before, evaluation]})
 
 
 def recorded_test_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
-    """The looks recorded in environment.json, the first one first."""
+    """Return the evaluations on test that environment.json records, oldest first."""
     return list(folder.read_environment().get(TEST_EVALUATIONS_KEY) or []) if folder.environment.exists() else []
 
 
 def describe_test_evaluations(
-    looks: Sequence[dict[str, Any]], recipe: Recipe, planned: Sequence[PlannedStage]
+    evaluations: Sequence[dict[str, Any]], recipe: Recipe, planned: Sequence[PlannedStage]
 ) -> dict[str, Any]:
-    """``looks`` of results.json.
+    """Return ``looks`` of results.json.
 
     Args:
-        looks: as recorded, the present one last.
+        evaluations: as recorded, oldest first.
         recipe: of the run.
         planned: its stages.
 
     Returns:
-        ``test_evaluations``: how often different sets of trained stages were evaluated on test; ``seeds``, and of them
+        ``test_evaluations``: how often different sets of trained stages were evaluated on test; ``seeds``, and of these
         ``seeds_at_first_look`` and ``seeds_added_after_look``; ``epochs_added_after_look``; ``test_every_epoch``:
-        whether test curves were drawn while training; ``augmentation_seeds``: how many different ones the seeds have
-        (1: no seed varies the views).
+        whether the test metrics of every epoch were recorded; ``augmentation_seeds``: number of different augmentation
+        seeds (1: all seeds see the same views).
     """
-    first, last = looks[0], looks[-1]
+    first, last = evaluations[0], evaluations[-1]
     seeds = {
         stage_recipe(recipe, stage).augmentation_seed for stage in planned if stage.role in ("baseline", "distilled")
     }
     return {
-        "test_evaluations": len(looks),
+        "test_evaluations": len(evaluations),
         "seeds": last["seeds"],
         "seeds_at_first_look": first["seeds"],
         "seeds_added_after_look": max(0, last["seeds"] - first["seeds"]),
@@ -76,12 +74,12 @@ def describe_test_evaluations(
 
 
 def describe_view_difference(first: str, views: Any, second: str, others: Any) -> str:
-    """A sentence on two trainings that were not on the same views of the training images; "" where they were.
+    """Return a sentence if two stages were not trained on the same views of the images; else "".
 
     Args:
-        first: what the first training is called.
-        views: of its stage, as ``loaders.views_seen`` gives them; None where they were not recorded.
-        second: what the second training is called.
+        first: name of the first stage.
+        views: its views, from ``builders.describe_training_views``; None if not recorded.
+        second: name of the second stage.
         others: its views.
 
     Example:
@@ -103,23 +101,27 @@ def describe_view_difference(first: str, views: Any, second: str, others: Any) -
         differ.append(f"{views.get('count')} views and {others.get('count')} views")
     if views.get("augmentation_seed") != others.get("augmentation_seed"):
         differ.append(f"augmentation seeds {views.get('augmentation_seed')} and {others.get('augmentation_seed')}")
-    how = "; ".join(differ) or "other images, another input size or another augmentation"
+    difference = "; ".join(differ) or "other images, another input size or another augmentation"
     return (
-        f"{first} and {second} were not trained on the same views of the images ({how}), so their difference is not "
-        "that of the method alone"
+        f"{first} and {second} were not trained on the same views of the images ({difference}), so their difference is "
+        "not that of the method alone"
     )
 
 
-# Settings that do not touch the result, so a resumed run may change them; those of training stand in several places.
+# Settings that do not affect the result, so that a resumed run may change them.
 _NEUTRAL_KEYS = {"name", "description", "data.workers", "data.cache_fraction", "teacher_cache.folder"}
-_MAX_CHANGES = 8  # changes that are named
-_MAX_IMAGES = 3  # images that are
+_MAX_CHANGES = 8  # changed settings that a message lists
+_MAX_IMAGES = 3  # images that a message lists
 _NEUTRAL_TRAINING_KEYS = ("checkpoint_seconds", "keep_checkpoint")
-_NEUTRAL_SECTION = "tracker"  # who else gets the figures
+_NEUTRAL_SECTION = "tracker"
 
 
 def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    """A resumed run must be the same run; it may have more seeds, and more epochs in every stage."""
+    """Check that a resumed run has the same recipe; it may have more seeds, and more epochs in every stage.
+
+    Raises:
+        UsageError: settings differ; lists them.
+    """
     former = _with_defaults(yaml.safe_load(folder.read_recipe()))
     before = flatten_settings(former)
     after = flatten_settings(yaml.safe_load(dump_recipe(recipe)))
@@ -135,17 +137,17 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     if changed:
         more = [f"  and {len(changed) - _MAX_CHANGES} more"] if len(changed) > _MAX_CHANGES else []
         raise UsageError(
-            f"--resume goes on with the same recipe, but {folder.recipe} has other settings:\n"
+            f"--resume needs the same recipe, but {folder.recipe} has other settings:\n"
             + "\n".join(changed[:_MAX_CHANGES] + more)
             + "\nResume without these changes, or start another run with --name"
         )
 
 
 def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[PlannedStage]) -> dict[str, list[int]]:
-    """The stages that are done and that the recipe now trains longer, with the lengths that they had so far.
+    """Return the finished stages that now get more epochs, with their numbers of epochs so far.
 
     Raises:
-        UsageError: such a stage is that of another run.
+        UsageError: such a stage was taken from another run.
     """
     found: dict[str, list[int]] = {}
     for stage in planned:
@@ -157,15 +159,15 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
             continue
         if other := _model_facts(folder, stage).get("reused_from"):
             raise UsageError(
-                f"{stage.name} is that of {other}, which --baseline has taken: extend that run first, and begin "
-                "this one anew with another --name"
+                f"{stage.name} was taken from {other} by --baseline: extend that run first, and start this one again "
+                "with another --name"
             )
         found[stage.name] = [*training.get("extended_from", []), epochs]
     return found
 
 
 def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> None:
-    """The baseline of another run may stand for this run's where it would be trained in the same way.
+    """Check that the baseline of another run was trained as this run's would be.
 
     Args:
         folder: of the other run.
@@ -190,25 +192,29 @@ def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> 
     ]
     more = [f"  and {len(lines) - _MAX_CHANGES} more"] if len(lines) > _MAX_CHANGES else []
     raise UsageError(
-        f"--baseline {folder.path} was trained otherwise than this run's baseline would be:\n"
+        f"--baseline {folder.path} was not trained as this run's baseline would be:\n"
         + "\n".join(lines[:_MAX_CHANGES] + more)
         + "\nMake these settings equal, or leave --baseline out"
     )
 
 
 def check_same_data(folder: RunFolder, data: DataSplits) -> None:
-    """A resumed run must see the same images."""
+    """Check that a resumed run has the same images.
+
+    Raises:
+        UsageError: they have changed; lists some of the changes.
+    """
     before = folder.read_environment().get("data_fingerprint")
     if before != data.fingerprint:
         raise UsageError(
-            f"--resume goes on with the same images, but {data.source} has changed since {folder.path} began:\n"
+            f"--resume needs the same images, but {data.source} has changed since {folder.path} was started:\n"
             + "\n".join(changed_images(folder, data.as_rows()))
-            + "\nPut the former images back, or start another run with --name"
+            + "\nRestore the former images, or start another run with --name"
         )
 
 
 def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> list[str]:
-    """Lines that name what differs between a run's splits.csv and the images that are there now.
+    """Return lines on the differences between a run's splits.csv and the present images.
 
     Args:
         folder: the run's.
@@ -217,27 +223,35 @@ def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> l
     try:
         known = _rows_by_name(read_bytes(folder.path / "splits.csv").decode("utf-8", "replace"))
     except (ArtifactError, csv.Error):
-        return ["  which of them is not known: splits.csv cannot be read"]
+        return ["  the changed images are unknown: splits.csv cannot be read"]
     found = _rows_by_name(as_csv(("split", "name", "class"), rows))
-    told = {
+    changes = {
         "gone": known.keys() - found.keys(),
         "new": found.keys() - known.keys(),
         "in another split or class": {name for name in known.keys() & found.keys() if known[name] != found[name]},
     }
-    lines = [f"  {what}: {format_names(sorted(names), _MAX_IMAGES)}" for what, names in told.items() if names]
-    return lines or ["  all names are the same: the content of an image differs"]
+    lines = [f"  {what}: {format_names(sorted(names), _MAX_IMAGES)}" for what, names in changes.items() if names]
+    return lines or ["  the names are the same, but the content of an image differs"]
 
 
 def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:
-    """--overwrite must not delete what the new run is to start from."""
+    """Check that ``--overwrite`` does not delete weights from which the new run starts.
+
+    Raises:
+        UsageError: it would.
+    """
     for name in (*(stage.name for stage in plan_stages(recipe)), "student"):
         weights = recipe.network(name).weights
         if weights and weights not in WITHOUT_FILE and Path(weights).resolve().is_relative_to(folder.path.resolve()):
-            raise UsageError(f"--overwrite would delete the {name}'s own weights, {weights}; choose another --name")
+            raise UsageError(
+                f"--overwrite would delete the weights from which {name} starts, {weights}; choose another --name"
+            )
 
 
 def _only_extends(folder: RunFolder, before: Any, recipe: Recipe) -> bool:
-    """Whether no stage has fewer epochs than before, and none is in the midst of them: its schedule is fixed."""
+    """Return whether no stage has fewer epochs than before, and no unfinished stage (its schedule is fixed) has
+    more.
+    """
     former, _ = parse_settings(before, Recipe)
     if former is None:
         return False
@@ -253,7 +267,7 @@ def _only_extends(folder: RunFolder, before: Any, recipe: Recipe) -> bool:
 
 
 def _planned_epochs(folder: RunFolder, stage: PlannedStage) -> int | None:
-    """Of a stage that is done; None of a ready-made teacher."""
+    """Return the epochs of a finished stage; None for a teacher that was not trained."""
     found = _training_facts(folder, stage).get("planned_epochs")
     return found if isinstance(found, int) else None
 
@@ -267,35 +281,35 @@ def _model_facts(folder: RunFolder, stage: PlannedStage) -> dict[str, Any]:
 
 
 def _baseline_settings(recipe: Recipe) -> dict[str, Any]:
-    """All settings that a baseline depends on, by their keys."""
+    """Return the settings that affect a baseline, by dotted key."""
     value = yaml.safe_load(dump_recipe(recipe))
     settings = {key: value[key] for key in ("seed", "data", "student")}
     settings["training"] = recipe.stage_training("baseline").model_dump(mode="json")
     settings["student"] = {key: each for key, each in settings["student"].items() if key != "training"}
     settings["teacher_cache"] = {"views": value["teacher_cache"]["views"]}
-    unlike = ("data.unlabeled", "student.precision")  # for who has a teacher, and for teachers
+    unused = ("data.unlabeled", "student.precision")  # by a stage without teacher
     return {
         key: each
         for key, each in flatten_settings(settings).items()
-        if not is_result_neutral(key) and not key.startswith(unlike)
+        if not is_result_neutral(key) and not key.startswith(unused)
     }
 
 
 def is_result_neutral(key: str) -> bool:
-    """Whether a setting, by its dotted key, does not touch the result."""
+    """Return whether a setting, given by its dotted key, does not affect the result."""
     section, _, name = key.rpartition(".")
     of_training = section.split(".")[-1] == "training" and name in _NEUTRAL_TRAINING_KEYS
     return key in _NEUTRAL_KEYS or of_training or key.split(".")[0] == _NEUTRAL_SECTION
 
 
 def _with_defaults(value: Any) -> Any:
-    """A recipe's plain values with today's defaults for settings that it is too old to know."""
-    found, _ = parse_settings(value, Recipe)
-    return value if found is None else yaml.safe_load(dump_recipe(found))
+    """Return a recipe's plain values, completed by the defaults of settings that it lacks."""
+    recipe, _ = parse_settings(value, Recipe)
+    return value if recipe is None else yaml.safe_load(dump_recipe(recipe))
 
 
 def flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings of a recipe's plain value by their dotted keys."""
+    """Return the settings of a recipe's plain values by dotted key."""
     if isinstance(value, list) and any(isinstance(each, dict) for each in value):
         value = dict(enumerate(value))  # networks or methods, one by one
     if not isinstance(value, dict):
@@ -306,5 +320,5 @@ def flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _rows_by_name(text: str) -> dict[str, list[str]]:
-    """Rows of splits.csv by the name of the image; one that stands twice counts once."""
+    """Return the rows of splits.csv by the name of the image."""
     return {row[1]: row for row in csv.reader(io.StringIO(text)) if len(row) == 3}

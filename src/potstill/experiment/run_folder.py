@@ -1,15 +1,13 @@
-"""The run folder: the only link between training and everything that reads results. No torch here.
+"""The run folder, which training writes and reports, export and serve read.  No torch here.
 
 ``runs/<name>/`` holds recipe.yaml, environment.json, splits.csv, results.json and one folder for each stage.
 
-recipe.yaml, environment.json and results.json carry their own SHA-256 (``potstill.sealed``); results.json, written
-last, also that of every other file that is ever read again (``files``), but for models and checkpoints, which have
-their own.
+recipe.yaml, environment.json and results.json contain their own SHA-256 (see ``potstill.io``); results.json, written
+last, also that of every other file that is read again (``files``), except models and checkpoints, which have their own.
 
-A folder has one writer. The system's lock on ``.lock`` ends with its holder, even by SIGKILL. Some file systems (of
-networks, of containers) have no locks: there a file ``.lock-holder`` names the writer by process, machine and start
-time. If that process is known to be gone, its file is taken over; for another machine's process a person has to
-decide.
+A folder has one writer. The system releases its lock on ``.lock`` when the process ends, even by SIGKILL. Some network
+and container file systems have no locks: there a file ``.lock-holder`` names the writer by process, machine and start
+time. If that process has ended on this machine, its file is replaced; on another machine, the user has to delete it.
 """
 
 import contextlib
@@ -50,25 +48,25 @@ if TYPE_CHECKING:
 
 LOCK_FILE, LOCK_HOLDER_FILE = ".lock", ".lock-holder"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-_MAX_HOLDER_BYTES = 1000  # bytes of a holder's file
+_MAX_HOLDER_BYTES = 1000  # of .lock-holder
 
 
 class RunLock:
-    """The lock of one folder, which must be there; held at most once."""
+    """The lock of an existing folder; not reentrant."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock: BaseFileLock = FileLock(folder / LOCK_FILE, mode=0o644, fallback_to_soft=False)
 
-    def acquire(self, way_out: str = "wait for it") -> None:
-        """Become the one writer.
+    def acquire(self, advice: str = "wait for it") -> None:
+        """Acquire the lock.
 
         Args:
-            way_out: what the message tells to do.
+            advice: what to do, for the error message.
 
         Raises:
-            StorageError: another process writes there, or may.
-            OSError: the lock's file cannot be made.
+            StorageError: another process has the lock, or may have it.
+            OSError: the lock file cannot be created.
         """
         try:
             try:
@@ -79,15 +77,15 @@ class RunLock:
                 self._lock = SoftFileLock(self.folder / LOCK_HOLDER_FILE, mode=0o644)
                 self._lock.acquire(timeout=0)
         except Timeout:
-            message = f"{self.folder} is being written by another process; {way_out}{self._doubt()}"
+            message = f"{self.folder} is being written by another process; {advice}{self._stale_lock_hint()}"
             raise StorageError(message) from None
 
     def release(self) -> None:
-        """Let others write; may be called twice."""
+        """Release the lock; may be called twice."""
         self._lock.release()
 
-    def _doubt(self) -> str:
-        """What a person can do who knows better, on a file system without locks."""
+    def _stale_lock_hint(self) -> str:
+        """Return what to do about a stale lock, on a file system without locks."""
         path = self.folder / LOCK_HOLDER_FILE
         if not isinstance(self._lock, SoftFileLock):
             return ""
@@ -96,59 +94,61 @@ class RunLock:
                 lines = file.read(_MAX_HOLDER_BYTES).decode("ascii", "replace").splitlines()
         except OSError:
             lines = []
-        known = len(lines) >= 2 and lines[0].isdigit()
-        who = f"process {lines[0]} on {lines[1]}" if known else "somebody who was interrupted while saying so"
-        return f".\nThis file system has no locks; {path} was left by {who}: if that is gone, delete the file"
+        complete = len(lines) >= 2 and lines[0].isdigit()
+        holder = f"process {lines[0]} on {lines[1]}" if complete else "an unknown process"
+        return f".\nThis file system has no locks; {path} was written by {holder}: if it has ended, delete the file"
 
 
 STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
 _LOCKS = (LOCK_FILE, LOCK_HOLDER_FILE)
-_FORMULA = re.compile(r"'*[=+\-@]")  # how a cell begins that a spreadsheet runs, or that was made harmless
-_FILES_BEFORE_TRAINING = (
+_FORMULA = re.compile(r"'*[=+\-@]")  # start of a cell that a spreadsheet runs as a formula, escaped or not
+_FILES_BEFORE_TRAINING = (  # files of a run that has not trained
     *_LOCKS,
     "recipe.yaml",
     "environment.json",
     "splits.csv",
     "skipped.csv",
-)  # all that a run has before it trains
+)
 _METRICS_FILE = "metrics.jsonl"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RunFolder:
-    """One run's folder, locked for one writer.  Use as a context manager, or only to read."""
+    """One run's folder.  ``create`` locks it for writing, until the end of its ``with`` block; reading needs no
+    lock.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = RunLock(path)
-        self._files: dict[str, str] = {}  # name below the folder -> SHA-256 of what was written there
+        self._files: dict[str, str] = {}  # path in the folder -> SHA-256 of the written content
 
     @classmethod
-    def create(cls, root: Path, name: str, *, resume: bool = False, overwrite: bool = False) -> "RunFolder":
-        """A new folder ``root/name``, or an existing one that may be gone on with or replaced; locked.
+    def create(cls, output_dir: Path, name: str, *, resume: bool = False, overwrite: bool = False) -> "RunFolder":
+        """Lock and return ``output_dir/name``: a new folder, or an existing one to resume or replace.
 
-        Nothing is deleted here: call ``clear`` once it is certain that the new run can begin.
+        Nothing is deleted: call ``clear`` when all checks have passed.
 
         Raises:
-            UsageError: a name that is no plain file name; a folder that exists and neither flag; both flags.
-            StorageError: it cannot be made, or another process is writing in it.
-            ArtifactError: what is to be gone on with is damaged.
+            UsageError: a wrong name; an existing folder without a flag; both flags.
+            StorageError: it cannot be created, or another process is writing in it.
+            ArtifactError: the run to resume is damaged.
         """
         if not _NAME.fullmatch(name) or set(name) == {"."}:
-            raise UsageError(f"a run's name is 1 to 64 of the characters A-Z a-z 0-9 . _ -, got {name!r}")
+            raise UsageError(f"--name must be 1 to 64 of the characters A-Z a-z 0-9 . _ -, got {name!r}")
         if resume and overwrite:
-            raise UsageError("--resume goes on with a run and --overwrite deletes it: give one of them")
-        run = cls(root / name)
+            raise UsageError("--resume continues a run and --overwrite deletes it: give one of them")
+        run = cls(output_dir / name)
         try:
-            run._refuse_foreign()
+            run._check_is_run_folder()
             if resume and not run.path.is_dir():
                 raise UsageError(f"nothing to resume: {run.path} does not exist")
             run.acquire()
-            try:  # what stands there can only be judged now that nobody else changes it
-                run._refuse_foreign()
-                run._judge(resume=resume, overwrite=overwrite)
+            try:  # again, now that no other process can change it
+                run._check_is_run_folder()
+                run._check_flags(resume=resume, overwrite=overwrite)
             except BaseException:
                 run.__exit__(None, None, None)
                 raise
@@ -156,31 +156,31 @@ class RunFolder:
             raise StorageError(f"cannot write to {run.path}: {error.strerror or error}") from error
         return run
 
-    def _refuse_foreign(self) -> None:
+    def _check_is_run_folder(self) -> None:
         if self.known or not self.path.is_dir():
             return
         names = (entry.name for entry in self.path.iterdir())
         if any(name not in _FILES_BEFORE_TRAINING and not name.endswith(PART) for name in names):
-            raise UsageError(f"{self.path} exists and is no run folder; choose another --name or --output-dir")
+            raise UsageError(f"{self.path} exists and is not a run folder; choose another --name or --output-dir")
 
-    def _judge(self, *, resume: bool, overwrite: bool) -> None:
+    def _check_flags(self, *, resume: bool, overwrite: bool) -> None:
         if self.known and not (resume or overwrite):
             raise UsageError(
-                f"{self.path} exists. Go on with it: --resume. Replace it: --overwrite. "
-                f"Keep it: --name {self.path.name}-2"
+                f"{self.path} exists. To continue it: --resume. To replace it: --overwrite. "
+                f"To keep it: --name {self.path.name}-2"
             )
         if resume and not self.known:
-            raise UsageError(f"nothing to resume: the run in {self.path} had not begun; start it without --resume")
+            raise UsageError(f"nothing to resume: the run in {self.path} has not started; run it without --resume")
         remove_partial_files(self.path)
         if resume:
             self.read_recipe()
             self.read_environment()
 
     def acquire(self) -> None:
-        """Become the one writer.
+        """Create the folder if it is missing, and lock it.
 
         Raises:
-            StorageError: it cannot be made, or another process is writing in it.
+            StorageError: it cannot be created, or another process is writing in it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -190,18 +190,18 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self, *, writing: bool) -> Iterator[None]:
-        """Keep writers out within the block; where there is no run, nothing is made.
+        """Lock an existing run inside the block; if there is none, do nothing.
 
         Args:
-            writing: False: the folder is only read, so it may as well be one in which nobody may write.
+            writing: False: the block only reads, so a read-only folder is no error.
 
         Raises:
             StorageError: another process is writing in it.
         """
-        known = self.results.is_file() or any((self.path / name).exists() for name in _LOCKS)
+        exists = self.results.is_file() or any((self.path / name).exists() for name in _LOCKS)
         locked = False
         try:
-            if known:
+            if exists:
                 try:
                     self._lock.acquire()
                     locked = True
@@ -219,21 +219,19 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the lock; a folder in which nothing was written goes too."""
+        """Release the lock; delete the folder if nothing was written."""
         if self.path.is_dir() and all(entry.name in _LOCKS for entry in self.path.iterdir()):
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
     @property
     def known(self) -> bool:
-        """Whether there is a run to go on with, or to spare: it had written all that it is to be repeated from."""
+        """Whether the folder holds a run: recipe.yaml and environment.json exist."""
         return self.recipe.exists() and self.environment.exists()
-
-    # where things are
 
     @property
     def recipe(self) -> Path:
-        """recipe.yaml, complete, with every default spelt out."""
+        """recipe.yaml, with all defaults."""
         return self.path / "recipe.yaml"
 
     @property
@@ -243,25 +241,23 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """results.json; its schema is documented in docs/run-folder.md."""
+        """results.json; docs/run-folder.md describes its schema."""
         return self.path / "results.json"
 
     def stage(self, name: str) -> Path:
-        """The folder of teacher, baseline or distilled."""
+        """Return the folder of a stage."""
         return self.path / name
 
     def trained(self, name: str) -> bool:
-        """Whether a stage's model has been written."""
+        """Return whether a stage's model has been written."""
         return (self.stage(name) / "model.json").exists()
 
-    # what is written
-
     def write_recipe(self, text: str) -> None:
-        """Keep the recipe, so that anybody can repeat the run."""
+        """Write recipe.yaml."""
         write_checksummed_text(self.recipe, text)
 
     def read_recipe(self) -> str:
-        """What ``write_recipe`` wrote.
+        """Return the text of recipe.yaml.
 
         Raises:
             ArtifactError: missing or damaged.
@@ -269,11 +265,11 @@ class RunFolder:
         return read_checksummed_text(self.recipe)
 
     def write_environment(self, facts: dict[str, Any]) -> None:
-        """Keep what the result may depend on besides the recipe."""
+        """Write environment.json: what the result may depend on besides the recipe."""
         write_checksummed_json(self.environment, facts)
 
     def read_environment(self) -> dict[str, Any]:
-        """What ``write_environment`` wrote.
+        """Return the content of environment.json.
 
         Raises:
             ArtifactError: missing or damaged.
@@ -281,34 +277,36 @@ class RunFolder:
         return read_checksummed_json(self.environment)
 
     def add_to_environment(self, facts: dict[str, Any]) -> None:
-        """What became known later."""
+        """Add entries to environment.json."""
         self.write_environment(self.read_environment() | facts)
 
     def write_splits(self, rows: Iterable[tuple[str, str, str]]) -> None:
-        """Keep (split, name, class) of every image."""
+        """Write splits.csv: (split, name, class) of each image."""
         self._write("splits.csv", encode_text(as_csv(("split", "name", "class"), rows)))
 
     def write_skipped(self, rows: Iterable[tuple[str, str, str]]) -> None:
-        """Keep (path, kind, reason) of every file and class that was left out; no file where there is none."""
+        """Write skipped.csv: (path, kind, reason) of each file and class that was left out; no file if there are
+        none.
+        """
         listed = list(rows)
         if listed:
             self._write("skipped.csv", encode_text(as_csv(("path", "kind", "reason"), listed)))
-        else:  # what was bad when the run began may be gone by now
+        else:  # a resumed run may have none any more
             (self.path / "skipped.csv").unlink(missing_ok=True)
 
     def write_metrics(self, stage: str, metrics: dict[str, Any]) -> None:
-        """Keep a stage's final figures on each split."""
+        """Write metrics.json of a stage: its final metrics on each split."""
         self._write(f"{stage}/metrics.json", encode_json(metrics))
 
     def check_epochs(self, stage: str, lines: Sequence[str] | None) -> None:
-        """Compare a stage's metrics.jsonl with the digests of its lines that its model carries.
+        """Compare a stage's metrics.jsonl with the digests of its lines in the model file.
 
         Args:
             stage: its name.
-            lines: as ``verify_json_lines`` takes them; None: the stage was not trained here.
+            lines: digests for ``verify_json_lines``; None: the stage was not trained here.
 
         Raises:
-            ArtifactError: the file is gone, or a line is not the one that training wrote; says which.
+            ArtifactError: the file is missing, or a line has changed; gives its number.
         """
         if lines is not None:
             self._files[f"{stage}/{_METRICS_FILE}"] = sha256_hex(
@@ -316,64 +314,64 @@ class RunFolder:
             )
 
     def write_examples(self, examples: dict[str, Any]) -> None:
-        """Keep the test images that the report shows."""
+        """Write examples.json: the test images that the report shows."""
         self._write("examples.json", encode_json(examples))
 
     def write_predictions(
         self, stage: str, split: str, names: Sequence[str], found: "Predictions", classes: Sequence[str]
     ) -> None:
-        """Keep a stage's class probabilities on a split, in the order of its images: all of them, or, of more than
-        ``predictions.MOST``, those of the most probable classes.
+        """Write predictions_<split>.csv of a stage: the probabilities of all classes, or, if there are too many for
+        memory, of the most probable ones.  A row for each image, in the order of the split.
         """
         indices = zip(found.labels.tolist(), found.predicted.tolist(), strict=True)
         if found.array is not None:
             header = ["path", "label", "prediction", *(f"p:{name}" for name in classes)]
             shares = (row.tolist() for row in found.array)
             rows: Iterable[Sequence[Any]] = (
-                (name, classes[label], classes[said], *(f"{p:.9g}" for p in row))
-                for name, (label, said), row in zip(names, indices, shares, strict=True)
+                (name, classes[label], classes[predicted], *(f"{p:.9g}" for p in row))
+                for name, (label, predicted), row in zip(names, indices, shares, strict=True)
             )
         else:
-            few = found.top.shape[1]
-            others = [text for place in range(2, few + 1) for text in (f"class_{place}", f"p_{place}")]
+            count = found.top.shape[1]
+            others = [text for rank in range(2, count + 1) for text in (f"class_{rank}", f"p_{rank}")]
             header = ["path", "label", "prediction", "label_index", "prediction_index", "p_1", *others]
             best = zip(map(_to_list, found.top), map(_to_list, found.top_probabilities), strict=True)
             rows = (
                 (
-                    *(name, classes[label], classes[said], label, said, f"{shares[0]:.6g}"),
+                    *(name, classes[label], classes[predicted], label, predicted, f"{shares[0]:.6g}"),
                     *(t for i, p in zip(top[1:], shares[1:], strict=True) for t in (classes[i], f"{p:.6g}")),
                 )
-                for name, (label, said), (top, shares) in zip(names, indices, best, strict=True)
+                for name, (label, predicted), (top, shares) in zip(names, indices, best, strict=True)
             )
         self._write_rows(f"{stage}/predictions_{split}.csv", header, rows)
 
     def write_confusion(self, stage: str, split: str, found: "Predictions", classes: Sequence[str]) -> None:
-        """Keep the number of images of each pair of true and predicted class that has any."""
+        """Write confusion_<split>.csv of a stage: the number of images by true and predicted class, without zeros."""
         header = ("true_index", "predicted_index", "images", "true", "predicted")
         pairs = zip(*map(_to_list, found.confusion()), strict=True)
-        rows = ((true, said, images, classes[true], classes[said]) for true, said, images in pairs)
+        rows = ((true, predicted, images, classes[true], classes[predicted]) for true, predicted, images in pairs)
         self._write_rows(f"{stage}/confusion_{split}.csv", header, rows)
 
     def add_file(self, name: str) -> None:
-        """Note the digest of a file that was written into the folder by others."""
+        """Record the digest of a file that was written by other code."""
         self._files[name] = file_sha256(self.path / name)
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Keep the figures of all stages, and which files they go together with."""
+        """Write results.json, with the digests of the other files."""
         stages = (*results.get("stages", ()), *results.get("repeats", ()))
         epochs = {f"{stage}/{_METRICS_FILE}": self.stage(stage) / _METRICS_FILE for stage in stages}
         files = {name: file_sha256(path) for name, path in epochs.items() if path.exists()} | self._files
         write_checksummed_json(self.results, results | {"files": dict(sorted(files.items()))})
 
     def read_results(self) -> dict[str, Any]:
-        """What ``write_results`` wrote.
+        """Return the content of results.json.
 
         Raises:
             ArtifactError: missing or damaged.
         """
         results = read_checksummed_json(self.results)
         if results.get("schema") != 1:
-            raise ArtifactError(f"{self.results} is not of schema 1, the one that this version reads")
+            raise ArtifactError(f"{self.results} has another schema than 1, which this version reads")
         return results
 
     def _write_rows(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -384,7 +382,7 @@ class RunFolder:
         self._files[name] = sha256_hex(content)
 
     def clear(self) -> None:
-        """Delete what an earlier run left, all but the lock; whenever that is cut short, it can be done again.
+        """Delete an earlier run, except the lock; if this is interrupted, it can be repeated.
 
         Raises:
             StorageError: something could not be deleted.
@@ -393,7 +391,7 @@ class RunFolder:
             entries = [entry for entry in self.path.iterdir() if entry.name not in _LOCKS]
             for entry in sorted(
                 entries, key=lambda entry: entry.name in _FILES_BEFORE_TRAINING
-            ):  # they show whose folder it is
+            ):  # last the files that show that this is a run
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
@@ -412,19 +410,19 @@ def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def csv_texts(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """The same in parts of some thousand lines."""
-    every = itertools.chain([header], rows)
-    while some := list(itertools.islice(every, 4096)):
+    """Yield the text of ``as_csv`` in parts of up to 4096 lines."""
+    lines = itertools.chain([header], rows)
+    while part := list(itertools.islice(lines, 4096)):
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([_escape_cell(cell) for cell in row] for row in some)
+        csv.writer(out, lineterminator="\n").writerows([_escape_cell(cell) for cell in row] for row in part)
         yield out.getvalue()
 
 
 def find_model(path: Path) -> Path:
-    """The model folder that a user means: a run folder (distilled, else baseline, else teacher), or itself.
+    """Return the model folder at a path: that of a run (distilled, else baseline, else teacher), or the path itself.
 
     Raises:
-        ArtifactError: there is no model of ours at ``path``.
+        ArtifactError: there is no potstill model at ``path``.
     """
     if path.is_file() and path.name in ("model.json", "model.safetensors"):
         return path.parent
@@ -433,7 +431,7 @@ def find_model(path: Path) -> Path:
             return folder
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; give a run folder or a folder with model.json")
-    raise ArtifactError(f"{path} holds no model: neither model.json nor a trained stage ({', '.join(STAGES)})")
+    raise ArtifactError(f"{path} has no model: neither model.json nor a trained stage ({', '.join(STAGES)})")
 
 
 def _to_list(values: Array) -> list[Any]:

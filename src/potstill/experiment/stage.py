@@ -1,4 +1,4 @@
-"""One stage: a network is trained, and its best epoch is written as a model."""
+"""One stage: train a network and save the weights of its best epoch."""
 
 import contextlib
 from collections.abc import Sequence
@@ -66,10 +66,25 @@ def train_stage(
 ) -> History:
     """Train ``student`` in place by ``method`` on the images of ``train`` and save it to ``folder``.
 
-    ``teacher_folders``: where the teachers' models stand; given where the student is to learn from records of their
-    answers, which are kept on disk if ``keeps``.
-    ``fold_heads``: of each teacher, for the images of ``train``.  ``probed``: what ``student`` starts from; it stays
-    so where no epoch is better on val.  ``extended_from``: numbers of epochs with which it was done before.
+    Args:
+        planned: the stage.
+        student: the network to train.
+        method: its distillation method.
+        teachers: their trained networks.
+        train: loader of the training images.
+        recipe: with the stage's seed.
+        data: the splits.
+        compute: device and precision.
+        folder: of the stage.
+        observer: its methods are called with the progress.
+        resume: continue from the last checkpoint, if there is one.
+        teacher_folders: model folders of the teachers, if the student learns from rounded teacher outputs, as in a
+            cache; else None.
+        fold_heads: cross-fitted heads of each teacher, for the images of ``train``.
+        probed: the linear probe that ``student`` starts from; it stays if no epoch is better on val.
+        keeps: keep these outputs in a teacher cache on disk.
+        extended_from: numbers of epochs after which the stage was finished before.
+        stopping: signal handler; after a signal, training stops and saves a checkpoint.
     """
     settings = recipe.stage_training(planned.name)
     size = student.input.size
@@ -85,24 +100,24 @@ def train_stage(
         label_loss=label_loss(recipe, settings, data),
     )
     processes = compute.processes
-    shown = partial(
+    teacher_views = partial(
         build_teacher_views,
         student.input,
         [teacher.input for teacher in teachers] if distiller.teacher is not None else (),
         memory_format=compute.memory_format,
     )
-    from_train = partial(
+    train_views = partial(
         train_loader, planned, method.needs, recipe=recipe, data=data, compute=compute, observer=observer
     )
-    views = {"train": shown(from_train)}
+    views = {"train": teacher_views(train_views)}
     if processes.first and (text := describe_layers(distiller)):
         write_text(folder / "layers.txt", text)
-    taught: list[StageTeacher] = []
+    converted: list[StageTeacher] = []
     if distiller.teacher is not None:
         for at, heads in enumerate(fold_heads):
             if heads is not None:
                 distiller.teacher.cross_fit(at, heads.to(compute.device))
-        taught = convert_teachers(
+        converted = convert_teachers(
             distiller,
             teachers,
             teacher_folders or [None] * len(teachers),
@@ -115,27 +130,28 @@ def train_stage(
             views=views["train"],
         )
     cost = measure_teacher_cost(distiller, settings.batch_size, size, compute)
-    if cost is not None:  # their own parameters, whatever was folded
+    if cost is not None:  # the parameters before BatchNorm was folded
         cost |= {"parameters": sum(count_parameters(teacher.module) for teacher in teachers)}
     torch.manual_seed(
         derive_seed(recipe.seed, f"{planned.seed}/dropout{f' {processes.rank}' if processes.rank else ''}")
     )
     if method.needs.prepare:
-        # On resuming too: what the checkpoint holds is then loaded over it.
+        # Also when resuming: the checkpoint's state is loaded afterwards.
         passes = partial(split_loader, data, "train", recipe=recipe, settings=settings, compute=compute, shared=False)
-        distiller.prepare(passes(spec=student.input).epoch, shown(passes))
+        distiller.prepare(passes(spec=student.input).epoch, teacher_views(passes))
     others = {split: split_loader(data, split, student.input, recipe, settings, compute) for split in ("val", "test")}
     if not settings.evaluate_test_every_epoch:
         del others["test"]
     for split in others:
-        views[split] = shown(partial(split_loader, data, split, recipe=recipe, settings=settings, compute=compute))
-    own_size = {split: each for split, each in views.items() if each is not None}
-    stored = StageCaches()
+        split_views = partial(split_loader, data, split, recipe=recipe, settings=settings, compute=compute)
+        views[split] = teacher_views(split_views)
+    used_views = {split: each for split, each in views.items() if each is not None}
+    caches = StageCaches()
     if teacher_folders is not None and distiller.teacher is not None:
-        stored = open_caches(
+        caches = open_caches(
             distiller,
             {"train": train, **others},
-            taught,
+            converted,
             stage=planned.name,
             student=student.input,
             recipe=recipe,
@@ -143,14 +159,14 @@ def train_stage(
             compute=compute,
             observer=observer,
             keeps=keeps,
-            views=own_size,
+            views=used_views,
         )
-    if stored.kept and cost is not None:
-        with contextlib.suppress(StorageError):  # of reading the store; training meets it again, and says so
+    if caches.kept and cost is not None:
+        with contextlib.suppress(StorageError):  # training raises it again
             observer.note(
                 str(
                     estimate_cache(
-                        stored.by_split["train"],
+                        caches.by_split["train"],
                         train,
                         student,
                         teacher=cost["ms_per_step"] / 1000 / settings.batch_size,
@@ -171,22 +187,26 @@ def train_stage(
             observer=observer,
             classes=len(data.class_names),
             test=others.get("test"),
-            teacher_outputs=stored.by_split,
-            teacher_views=own_size,
+            teacher_outputs=caches.by_split,
+            teacher_views=used_views,
             signals=stopping,
         ).run(resume=resume)
     finally:
-        stored.close()
-    processes.share_state(student.module)  # as it goes into the model file; its digest is part of a store's key
+        caches.close()
+    processes.share_state(student.module)  # the model file, whose digest is part of the cache key, holds this state
     take_deployed_network(student, distiller)
     best = history.records[history.best_epoch - 1]
-    val = best["val"] if probed is None else _better_of_both(student, probed, best, settings, observer, planned.name)
+    val = (
+        best["val"]
+        if probed is None
+        else _select_probe_or_finetuned(student, probed, best, settings, observer, planned.name)
+    )
     student.facts |= {
         "stage": planned.name,
         "seed": recipe.seed,
         "method": recipe.method if planned.distils else {"name": "supervised"},
         "training": training_facts(history, settings, extended_from),
-        **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **stored.counts(processes)}}),
+        **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **caches.counts(processes)}}),
         "views": describe_training_views(train, recipe, data, settings.epochs),
         "val": val,
         "lines": history.lines,  # of metrics.jsonl
@@ -199,7 +219,7 @@ def train_stage(
     return history
 
 
-def _better_of_both(
+def _select_probe_or_finetuned(
     student: Classifier,
     probed: ProbedTeacher,
     best: EpochRecord,
@@ -207,17 +227,17 @@ def _better_of_both(
     observer: Observer,
     name: str,
 ) -> EpochRecord:
-    """Put the probe back where the best epoch is not better on val; return the figures of what is taken."""
+    """Restore the probe if the best epoch is not better on val; return the val metrics of the better one."""
     metric, head = settings.selection_metric, student.facts["head"]
-    keeps_probe = selection_value(metric, probed.val) >= selection_value(metric, best["val"])
-    head |= {"kind": "finetune", "taken": "probe" if keeps_probe else "finetuned"}
+    keep_probe = selection_value(metric, probed.val) >= selection_value(metric, best["val"])
+    head |= {"kind": "finetune", "taken": "probe" if keep_probe else "finetuned"}
     head["finetuned_val_top1"] = best["val"]["top1"]
     observer.note(
         f"{name}: val top-1 {format_percent(probed.val['top1'])} as a probe, {format_percent(best['val']['top1'])} "
-        f"fine-tuned (epoch {best['epoch']}): {'the probe' if keeps_probe else 'the fine-tuned network'} is taken"
+        f"fine-tuned (epoch {best['epoch']}): {'the probe' if keep_probe else 'the fine-tuned network'} is used"
         + ("" if metric == "top1" else f", by {metric}")
     )
-    if not keeps_probe:
+    if not keep_probe:
         head.pop("fold_heads")  # they read the embeddings of the frozen encoder
         val: EpochRecord = best["val"]
         return val
@@ -226,7 +246,7 @@ def _better_of_both(
 
 
 def training_facts(history: History, settings: TrainingSettings, extended_from: Sequence[int] = ()) -> dict[str, Any]:
-    """What results.json says of a stage's training."""
+    """Return the entry ``training`` of a stage in results.json."""
     return {
         "epochs": len(history.records),
         "planned_epochs": settings.epochs,
@@ -239,12 +259,12 @@ def training_facts(history: History, settings: TrainingSettings, extended_from: 
 
 
 def label_loss(recipe: Recipe, settings: TrainingSettings, data: DataSplits) -> nn.Module:
-    """Cross-entropy with the recipe's label smoothing and class weights, over the images that have a label."""
+    """Return cross-entropy with the recipe's label smoothing and class weights; unlabeled images are ignored."""
     weight, labels = None, np.asarray(data.train.labels)
-    known = labels[labels >= 0]
-    if recipe.data.class_balance == "weights" and len(known):
-        counts = np.bincount(known, minlength=len(data.class_names))
+    labeled = labels[labels >= 0]
+    if recipe.data.class_balance == "weights" and len(labeled):
+        counts = np.bincount(labeled, minlength=len(data.class_names))
         weight = balanced_class_weights(torch.as_tensor(counts))
-    if weight is None and len(known) == len(labels):
+    if weight is None and len(labeled) == len(labels):
         return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     return LabelLoss(weight, settings.label_smoothing)

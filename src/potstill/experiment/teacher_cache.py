@@ -182,7 +182,7 @@ def _bytes_of_seed(recipe: Recipe, method: Method, data: DataSplits, kind: Recor
     data = data.measured  # of a target more may be stored than the teacher will be sure of
     images = len(data.train) + (0 if data.unlabeled is None else len(data.unlabeled))
     record = RecordFormat(kind, classes, _ASSUMED_WIDTH if method.needs.embedding else 0)
-    stores = max(1, len(recipe.each_teacher)) * (1 if method.needs.second == "none" else 2)
+    stores = max(1, len(recipe.teacher_list)) * (1 if method.needs.second == "none" else 2)
     return (_views_shown(recipe) if distinct else 1) * images * record.nbytes * stores
 
 

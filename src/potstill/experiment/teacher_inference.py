@@ -1,6 +1,4 @@
-"""Faster inference of a stage's teachers (bf16, BN folded, channels_last) if it agrees with float32 on the stage's
-images.
-"""
+"""Faster inference of a stage's teachers (bf16, folded BatchNorm, channels_last), if it agrees with float32."""
 
 import contextlib
 import dataclasses
@@ -30,8 +28,8 @@ from potstill.training.devices import Compute
 
 FORMAT = 2
 MAX_COMPARED, MIN_COMPARED = 256, 64  # images that are compared
-_MAX_FLOPS = 4e11  # that float32 may take for it on a CPU: some seconds
-_KNOWN_COMPARED = 2  # images, where it is known how the comparison ends
+_MAX_FLOPS = 4e11  # of the comparison in float32 on a CPU: some seconds
+_KNOWN_COMPARED = 2  # images, if the result of the comparison is known
 
 
 def convert_teachers(
@@ -47,49 +45,49 @@ def convert_teachers(
     observer: Observer,
     views: TeacherViews | None = None,
 ) -> list[StageTeacher]:
-    """Convert the distiller's teachers as the recipe allows; those that were given to it stay as they are.
+    """Convert the distiller's teachers as the recipe allows; ``teachers`` themselves are not changed.
 
-    Which images are compared depends on nothing but the data and the network, so a run that goes on decides as it did
-    when it began.  Where a method reads feature maps, or the hardware is not fast in bf16, nothing is converted.
+    The compared images depend on data and network only, so a resumed run decides in the same way.  Nothing is
+    converted if the method reads feature maps or the hardware is not fast in bf16.
 
     Args:
-        distiller: joined.
+        distiller: of the stage.
         teachers: in its order.
-        folders: where their models stand; None where nothing is stored.
-        names: of their stages.
-        train: some of its images are looked at, in their first view.
-        recipe: says in which precision each may answer.
-        data: what ``train`` shows.
-        compute: whose precision and layout the faster ones have.
-        observer: is told of each what was done, or why not.
+        folders: their model folders; None if nothing is cached.
+        names: their stages.
+        train: loader whose images, in their first view, are compared.
+        recipe: with the precision of each teacher.
+        data: the splits of ``train``.
+        compute: device, precision and memory format.
+        observer: its ``note`` is called with the result for each teacher.
         views: the images of ``train`` for teachers of another size than the student's.
 
     Returns:
-        How each is asked from now on; empty where the method asks for what cannot be stored.
+        The teachers with their inference settings; empty if the method needs outputs that cannot be cached.
     """
-    asked = distiller.teacher
-    assert asked is not None  # they were given
-    convertible, taught = is_cacheable(distiller.method), []
+    live = distiller.teacher
+    assert live is not None
+    cacheable, converted = is_cacheable(distiller.method), []
     for at, (teacher, folder, name) in enumerate(zip(teachers, folders, names, strict=True)):
-        digest = module_digest(asked.fold_heads[str(at)]) if str(at) in asked.fold_heads else None
-        one = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if convertible else None
-        if recipe.network(name).precision == "float32" or (convertible and not compute.teacher_in_bf16):
-            asked.in_float32(at, compute.memory_format)
-        elif one is not None:
+        digest = module_digest(live.fold_heads[str(at)]) if str(at) in live.fold_heads else None
+        described = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if cacheable else None
+        if recipe.network(name).precision == "float32" or (cacheable and not compute.teacher_in_bf16):
+            live.in_float32(at, compute.memory_format)
+        elif described is not None:
             own = None if views is None else views.loaders[at]
-            observer.note(f"{name} {_convert_teacher(asked, at, one, train, own, data, compute)}")
-        if one is not None:
-            taught.append(dataclasses.replace(one, how=asked.asking[at]))
-    return taught
+            observer.note(f"{name} {_convert_teacher(live, at, described, train, own, data, compute)}")
+        if described is not None:
+            converted.append(dataclasses.replace(described, how=live.asking[at]))
+    return converted
 
 
 def convert_as(teachers: Teachers, how: InferenceSettings, images: Tensor) -> None:
-    """Ask a single teacher just so, whatever it may cost in agreement.
+    """Convert a single teacher to given inference settings, without comparing its outputs.
 
     Args:
-        teachers: of one.
-        how: ``teachers.asking`` says afterwards what came of it.
-        images: a few, prepared for this teacher.
+        teachers: a single one; ``teachers.asking`` has its settings afterwards.
+        how: the settings.
+        images: some, preprocessed for this teacher.
     """
     if how.dtype == torch.float32:
         teachers.in_float32(0, how.memory_format)
@@ -97,24 +95,24 @@ def convert_as(teachers: Teachers, how: InferenceSettings, images: Tensor) -> No
         teachers.optimize_one_for_inference(0, how.dtype, how.memory_format, images, known=Fidelity(1.0, 0.0, 0))
 
 
-def teacher_images(asked: Teachers, at: int, loader: Loader, own: Loader | None, index: Tensor) -> Tensor:
-    """These samples in view 0, prepared for one of the teachers, [B, 3, S, S].
+def teacher_images(teachers: Teachers, at: int, loader: Loader, own: Loader | None, index: Tensor) -> Tensor:
+    """Return samples in view 0, preprocessed for one of the teachers, [B, 3, S, S].
 
     Args:
-        asked: the teachers.
-        at: which of them.
-        loader: prepares images for the student.
-        own: the same views at the teacher's size, where that is another one.
+        teachers: of the stage.
+        at: index of the teacher.
+        loader: of the student's images.
+        own: the same views at the teacher's size, if it is another one.
         index: int64 [B], sample ids.
     """
     if own is not None:
         return own.view(index, 0)
-    found: Tensor = asked.input_converters[at](loader.view(index, 0))
-    return found
+    images: Tensor = teachers.input_converters[at](loader.view(index, 0))
+    return images
 
 
 def spread_ids(samples: int, count: int = _KNOWN_COMPARED) -> Tensor:
-    """``count`` sample ids at most, evenly spread, int64; the first and the last one come first, whatever the count.
+    """Return up to ``count`` evenly spaced sample ids, int64; the first and the last sample come first.
 
     Example:
         >>> spread_ids(101, 5), spread_ids(101)
@@ -125,7 +123,7 @@ def spread_ids(samples: int, count: int = _KNOWN_COMPARED) -> Tensor:
 
 
 def _convert_teacher(
-    asked: Teachers,
+    teachers: Teachers,
     at: int,
     teacher: StageTeacher,
     train: Loader,
@@ -133,24 +131,24 @@ def _convert_teacher(
     data: DataSplits,
     compute: Compute,
 ) -> str:
-    known = _FidelityCache(teacher, train, data, compute)
-    found = known.read()
+    cache = _FidelityCache(teacher, train, data, compute)
+    found = cache.read()
     count = (
         _KNOWN_COMPARED if found is not None else _count_compared(teacher.classifier, train.samples, compute)
     )  # which takes a second
-    images = teacher_images(asked, at, train, own, spread_ids(train.samples, count))
-    done = asked.optimize_one_for_inference(
+    images = teacher_images(teachers, at, train, own, spread_ids(train.samples, count))
+    done = teachers.optimize_one_for_inference(
         at, torch.bfloat16, compute.memory_format, images, least=MIN_AGREEMENT, known=found
     )
     if found is None and done.fidelity is not None:
-        known.write(done.fidelity)
+        cache.write(done.fidelity)
     return done.note
 
 
 def _count_compared(teacher: Classifier, samples: int, compute: Compute) -> int:
-    """How many images are compared: a quarter of them, within what is worth its time.
+    """Return how many images are compared: a quarter of them, within limits of count and computation.
 
-    Never by the clock: it must be the same when the run goes on.
+    It does not depend on time measurements, so that a resumed run has the same number.
     """
     most = (
         MAX_COMPARED if compute.device.type != "cpu" else int(_MAX_FLOPS / count_flops(teacher.module, teacher.input))
@@ -159,9 +157,9 @@ def _count_compared(teacher: Classifier, samples: int, compute: Compute) -> int:
 
 
 class _FidelityCache:
-    """What an earlier comparison of the same networks on the same images gave; the next run need not wait for it.
+    """The result of an earlier comparison of the same networks on the same images, on disk.
 
-    How many images are compared follows from these and from ``FORMAT``, which goes up with the rule.
+    ``FORMAT`` has to be raised when the rule for the number of compared images changes.
     """
 
     def __init__(self, teacher: StageTeacher, train: Loader, data: DataSplits, compute: Compute) -> None:
@@ -176,13 +174,13 @@ class _FidelityCache:
         self.path = cache_folder("fidelity", f"{key}.json")
 
     def read(self) -> Fidelity | None:
-        """None where there is nothing, or nothing intact."""
+        """Return the result; None if there is none, or it is damaged."""
         with contextlib.suppress(ArtifactError, TypeError):
             return Fidelity(**read_checksummed_json(self.path))
         return None
 
     def write(self, found: Fidelity) -> None:
-        """Where that is not possible, it is done again the next time."""
-        if math.isfinite(found.largest):  # JSON has no word for what is not
+        """Write the result; failures are ignored."""
+        if math.isfinite(found.largest):  # JSON has no infinity or NaN
             with contextlib.suppress(StorageError):
                 write_checksummed_json(self.path, dataclasses.asdict(found))

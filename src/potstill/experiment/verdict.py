@@ -1,8 +1,7 @@
-"""The effect of distillation in plain and careful words; free of torch and scipy, so that the terminal can print it.
+"""The verdict on distillation, as sentences.  Without torch and scipy, so that reports can import it.
 
-"Helped" and "hurt" take three seeds or more, and an interval over seeds and test images together that excludes 0.
-With one seed the verdict states what was measured on that seed, and how to repeat it. Sentences are "" if their
-figures are missing.
+"Helped" and "hurt" need three seeds or more, and an interval over seeds and test images together that excludes 0.
+With one seed the verdict states what was measured on that seed. Sentences are "" if their numbers are missing.
 """
 
 from collections.abc import Mapping
@@ -12,11 +11,11 @@ from potstill.config.stage_names import sort_stages, stage_role
 from potstill.formatting import format_duration, format_names, format_number, format_percent, format_points
 from potstill.formatting import format_points as points
 
-MIN_SEEDS = 3  # seeds, from which "helped" and "hurt" are said
+MIN_SEEDS = 3  # for "helped" and "hurt"
 
 
 def seeds_of(comparison: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """What several seeds gave; None where there is but one."""
+    """Return ``seeds`` of a comparison; None if there is only one seed."""
     seeds = (comparison or {}).get("seeds")
     if not isinstance(seeds, Mapping):
         return None
@@ -25,8 +24,9 @@ def seeds_of(comparison: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 
 def average_over_seeds(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """The comparison with gain, interval and gap over all seeds, where there are several; ``confidence`` is that of the
-    interval, and ``p`` that of the test of seeds and images together.
+    """Return the comparison with gain, interval and gap over all seeds, if there are several.
+
+    ``confidence`` is that of the interval, ``p`` that of the test over seeds and images together.
     """
     seeds, found = seeds_of(comparison), dict(comparison)
     if seeds is None:
@@ -40,7 +40,7 @@ def average_over_seeds(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seeds_lines(comparison: Mapping[str, Any] | None) -> list[str]:
-    """A line for each seed, where there are several.
+    """Return a line for each seed, if there are several.
 
     Example:
         >>> pair = {"seed": 0, "top1_gain": 0.01, "fixed": 5, "broken": 2, "mcnemar_p": 0.45}
@@ -59,22 +59,22 @@ def seeds_lines(comparison: Mapping[str, Any] | None) -> list[str]:
 
 
 def finite_figure(values: Mapping[str, Any] | None, key: str) -> float | None:
-    """A finite number out of a mapping, or None."""
+    """Return a value of a mapping if it is a finite number, else None."""
     return format_number((values or {}).get(key))
 
 
 Effect = Literal["helped", "hurt", "unclear", "one_seed", "unknown"]
-MAX_CLASSES_NAMED = 5  # classes
+MAX_CLASSES_NAMED = 5
 
 
 def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> list[str]:
-    """What makes the figures void, the worst first: a network at chance, classes that one never predicts, and a
-    teacher that is below the baseline on val.
+    """Return sentences on what invalidates the results, the worst first: a network at chance, classes that are never
+    predicted, a teacher below the baseline on val.
     """
     tests = {name: (stages.get(name) or {}).get("test") or {} for name in sort_stages(stages)}
     judged = {name: test for name, test in tests.items() if stage_role(name) in ("teacher", "baseline", "distilled")}
     at_chance = [name for name, test in judged.items() if test.get("at_chance")]
-    said = [
+    sentences = [
         f"The {_stage_label(name)} is not clearly better than chance on test: top-1 "
         f"{format_percent(judged[name].get('top1'))}, where always "
         f"predicting the most frequent class gives {format_percent(judged[name].get('largest_class'))}; "
@@ -90,17 +90,17 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
         if missing:
             listed = format_names(list(map(str, missing)), MAX_CLASSES_NAMED)
             classes = "one class" if len(missing) == 1 else f"{len(missing)} classes"
-            said.append(f"The {_stage_label(name)} never predicts {classes} of the test split: {listed}.")
+            sentences.append(f"The {_stage_label(name)} never predicts {classes} of the test split: {listed}.")
     for each in comparison.get("teacher_below_baseline") or []:
         if each.get("teacher") not in at_chance:
             teacher, baseline = each.get("teacher_val_top1"), each.get("baseline_val_top1")
             top1 = f"{format_percent(teacher)} against {format_percent(baseline)}"
-            said.append(
+            sentences.append(
                 f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): train it longer or give a "
                 "better one."
             )
-    said += [f"{str(each).rstrip('.')}." for each in comparison.get("views_differ") or []]
-    return said
+    sentences += [f"{str(each).rstrip('.')}." for each in comparison.get("views_differ") or []]
+    return sentences
 
 
 def _stage_label(stage: str) -> str:
@@ -108,31 +108,31 @@ def _stage_label(stage: str) -> str:
 
 
 def format_confidence(confidence: float) -> str:
-    """``95 %``, ``99.75 %``."""
+    """Return a confidence level in percent: ``95 %``, ``99.75 %``."""
     return f"{100 * confidence:.4g} %"
 
 
 def accuracy_sentence(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
-    """Top-1 of every stage on test, and of several teachers together."""
+    """Return top-1 of each stage on test, and of several teachers together."""
     top1 = ((seeds_of(comparison) or {}).get("figures") or {}).get("top1") or {}
     means = {"baseline": finite_figure(top1, "mean_a"), "distilled": finite_figure(top1, "mean_b")}
-    said = []
+    sentences = []
     for name in sort_stages(stages):
         share = means.get(name)
         if share is None:
             share = finite_figure((stages.get(name) or {}).get("test"), "top1")
         if share is not None:
-            said.append(f"{name} {100 * share:.1f} %")
+            sentences.append(f"{name} {100 * share:.1f} %")
     together = finite_figure(comparison, "teachers_top1")
-    if said and together is not None and (finite_figure(comparison, "teachers") or 0) > 1:
-        said.append(f"the teachers together {100 * together:.1f} %")
+    if sentences and together is not None and (finite_figure(comparison, "teachers") or 0) > 1:
+        sentences.append(f"the teachers together {100 * together:.1f} %")
     mean = " (baseline and distilled: mean over the seeds)" if means["baseline"] is not None else ""
-    where = "the target's test" if comparison.get("domain") else "test"
-    return f"Top-1 on {where}: {', '.join(said)}{mean}." if len(said) > 1 else ""
+    split = "the target's test" if comparison.get("domain") else "test"
+    return f"Top-1 on {split}: {', '.join(sentences)}{mean}." if len(sentences) > 1 else ""
 
 
 def gap_sentence(comparison: Mapping[str, Any], found: Effect) -> str:
-    """How far the teacher leads, and how much of that the student has made up."""
+    """Return the teacher's lead over the baseline, and the share of it that the distilled student has closed."""
     gap, closed = finite_figure(comparison, "gap"), finite_figure(comparison, "gap_closed")
     if gap is None:
         return ""
@@ -173,26 +173,30 @@ def _range(comparison: Mapping[str, Any]) -> str:
 
 
 def cost_sentence(comparison: Mapping[str, Any]) -> str:
-    """How much smaller and faster the student is.
+    """Return how much smaller and faster the student is.
 
     Ratios are teacher to student: 12.3 means that the teacher has 12.3 times as many.
     """
     small, fast = finite_figure(comparison, "parameter_ratio"), finite_figure(comparison, "latency_ratio")
     size, speed = _format_ratio(small, "smaller", "larger"), _format_ratio(fast, "faster", "slower")
-    said = [text for text in (size and f"{size} in parameters", speed and f"{speed} for one image") if text]
+    ratios = [text for text in (size and f"{size} in parameters", speed and f"{speed} for one image") if text]
     several = (finite_figure(comparison, "teachers") or 1) > 1
-    return f"Against the teacher{'s together' if several else ''}, the student is {' and '.join(said)}." if said else ""
+    return (
+        f"Against the teacher{'s together' if several else ''}, the student is {' and '.join(ratios)}."
+        if ratios
+        else ""
+    )
 
 
 def time_sentence(stages: Mapping[str, Any]) -> str:
-    """What distillation took beyond training the baseline: the teachers' training too, where it was done here."""
+    """Return the training time beyond the baseline's, with that of teachers that were trained in this run."""
     taken = {name: finite_figure((stages[name] or {}).get("training"), "seconds") for name in sort_stages(stages)}
     baseline, distilled = taken.get("baseline"), taken.get("distilled")
     if baseline is None or distilled is None:
         return ""
     others = {name: seconds for name, seconds in taken.items() if name not in ("baseline", "distilled")}
     parts = [
-        f"{name} {'ready-made' if seconds is None else format_duration(seconds)}" for name, seconds in others.items()
+        f"{name} {'not trained' if seconds is None else format_duration(seconds)}" for name, seconds in others.items()
     ]
     parts += [f"distilled {format_duration(distilled)}", f"baseline {format_duration(baseline)}"]
     more = sum(seconds or 0.0 for seconds in others.values()) + distilled - baseline
@@ -201,25 +205,25 @@ def time_sentence(stages: Mapping[str, Any]) -> str:
 
 
 def limits_sentence(comparison: Mapping[str, Any]) -> str:
-    """What the figures above cannot tell."""
+    """Return what the interval does not cover."""
     seeds = seeds_of(comparison)
     if seeds is None:
         return (
-            "One seed cannot separate what distillation does from what another seed would do: the interval covers the "
-            "choice of test images only (--resume --seeds 5 goes on from here)."
+            "One seed cannot separate the effect of distillation from that of the seed: the interval covers the choice "
+            "of test images only (--resume --seeds 5 continues from here)."
         )
-    said = []
+    sentences = []
     looks = finite_figure(seeds.get("top1_gain"), "looks") or 1
     if looks > 1:
-        said.append(
-            f"This is look {looks:.0f} at the test split, so the interval is wider than 95 %: seeds or epochs that are "
-            "added after a look give chance another try."
+        sentences.append(
+            f"This is evaluation {looks:.0f} on the test split, so the interval is wider than 95 %: seeds or epochs "
+            "that are added after an evaluation raise the chance of a false result."
         )
     if finite_figure(comparison.get("looks"), "augmentation_seeds") == 1:
-        said.append("All seeds saw the same augmented views: what other views would give is not covered either.")
+        sentences.append("All seeds saw the same augmented views: the variation of views is not covered either.")
     if finite_figure(comparison, "teachers"):
-        said.append("All seeds learn from the same teacher: another teacher is not covered by the interval.")
-    return " ".join(said)
+        sentences.append("All seeds learn from the same teacher: another teacher is not covered by the interval.")
+    return " ".join(sentences)
 
 
 def _format_ratio(ratio: float | None, more: str, less: str) -> str:
@@ -232,16 +236,15 @@ def _format_ratio(ratio: float | None, more: str, less: str) -> str:
 
 
 def format_test_images(comparison: Mapping[str, Any]) -> str:
-    """``270 test images``, "of the target" where there is one."""
-    count, whose = finite_figure(comparison, "test_images"), " of the target" if comparison.get("domain") else ""
+    """Return ``270 test images``, with "of the target" if there is one."""
+    count, suffix = finite_figure(comparison, "test_images"), " of the target" if comparison.get("domain") else ""
     if count is None:
-        return f"the test images{whose}"
-    return f"1 test image{whose}" if count == 1 else f"{count:,.0f} test images{whose}"
+        return f"the test images{suffix}"
+    return f"1 test image{suffix}" if count == 1 else f"{count:,.0f} test images{suffix}"
 
 
 def domain_sentence(comparison: Mapping[str, Any]) -> str:
-    """What adapting alone brings, top-1 on the source's test, and what was learned from and picked by; "" without a
-    target.
+    """Return the results of domain adaptation: AdaBN alone, top-1 on the source, training images; "" without a target.
 
     Args:
         comparison: of results.json.
@@ -249,38 +252,38 @@ def domain_sentence(comparison: Mapping[str, Any]) -> str:
     found = comparison.get("domain")
     if not found:
         return ""
-    said = [f"{name} {100 * share:.1f} %" for name, share in (found.get("source_top1") or {}).items()]
-    parts = [f"On the source's test: {', '.join(said)}."] if said else []
+    top1 = [f"{name} {100 * share:.1f} %" for name, share in (found.get("source_top1") or {}).items()]
+    parts = [f"On the source's test: {', '.join(top1)}."] if top1 else []
     alone = finite_figure(found, "adapted_baseline_top1")
     if alone is not None:
-        given = "Given the target's BatchNorm statistics and nothing else"
-        parts.insert(0, f"{given}, the baseline has {100 * alone:.1f} %.")
+        parts.insert(0, f"With the target's BatchNorm statistics only, the baseline has {100 * alone:.1f} %.")
     return " ".join([*parts, _training_images_sentence(found)])
 
 
 def _training_images_sentence(found: Mapping[str, Any]) -> str:
     share, count, every = (finite_figure(found, key) or 0.0 for key in ("target_labels", "images", "of"))
-    teacher = "the teacher, given the target's BatchNorm statistics," if found.get("adapted") else "the teacher"
+    teacher = "the teacher, with the target's BatchNorm statistics," if found.get("adapted") else "the teacher"
     sure = f"{teacher} was at least {100 * (finite_figure(found, 'confidence') or 0.0):g} % sure"
     images = f"{count:,.0f} of {every:,.0f} target images"
     if share:
         return (
             f"The baseline learned from the source's labels and {100 * share:g} % of the target's; the distilled "
-            f"student from {images}: those with the same labels, and those of whose class {sure}. Both were picked by "
-            "the target's labelled val images, the teacher by the source's val."
+            f"student from {images}: those with the same labels, and those of whose class {sure}. The best epoch of "
+            "both was selected on the target's labelled val images, that of the teacher on the source's val."
         )
     return (
         f"The baseline learned from the source's labels alone; the distilled student from {images}, of whose class "
-        f"{sure}, and from no label. All were picked by the source's val: no label of the target took part."
+        f"{sure}, and from no label. All best epochs were selected on the source's val: no label of the target was "
+        "used."
     )
 
 
 def verdict(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | None = None) -> str:
-    """All that a run can say of distillation, as a few plain sentences.
+    """Return the verdict of a run as text.
 
     Args:
-        comparison: ``comparison`` of results.json (gains as shares), or None where a stage is missing.
-        stages: ``stages`` of results.json; with it the sentences also give the accuracies themselves.
+        comparison: ``comparison`` of results.json (gains as shares), or None if a stage is missing.
+        stages: ``stages`` of results.json, for accuracies and warnings.
 
     Example:
         >>> found = {"top1_gain": 0.018, "top1_gain_low": 0.004, "top1_gain_high": 0.032, "test_images": 270}
@@ -292,26 +295,28 @@ def verdict(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | No
 
 
 def verdict_sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | None = None) -> list[str]:
-    """The sentences of ``verdict``: what makes the figures void comes first, then the headline."""
+    """Return the sentences of ``verdict``: warnings first, then the headline."""
     found = effect_of(comparison)
-    said = [*warning_sentences(stages or {}, comparison or {}), headline(comparison)]
+    sentences = [*warning_sentences(stages or {}, comparison or {}), headline(comparison)]
     if comparison is None or found == "unknown":
-        return said
+        return sentences
     whole = average_over_seeds(comparison)
-    said += [
+    sentences += [
         accuracy_sentence(stages or {}, comparison),
         domain_sentence(comparison),
         gap_sentence(whole, found),
         cost_sentence(comparison),
         time_sentence(stages or {}),
     ]
-    said.append(limits_sentence(comparison))
-    return [sentence for sentence in said if sentence]
+    sentences.append(limits_sentence(comparison))
+    return [sentence for sentence in sentences if sentence]
 
 
 def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
-    """``helped`` or ``hurt`` only with ``MIN_SEEDS`` seeds or more, where the whole interval of the top-1 gain over
-    seeds and test images lies on one side of 0 and the test agrees; ``one_seed`` for whatever one seed gave.
+    """Return the effect of distillation.
+
+    ``helped`` or ``hurt`` need ``MIN_SEEDS`` seeds, an interval of the top-1 gain over seeds and test images on one
+    side of 0, and a significant test; ``one_seed``: any result of one seed.
     """
     if comparison is None:
         return "unknown"
@@ -332,19 +337,17 @@ def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
 
 
 def headline(comparison: Mapping[str, Any] | None) -> str:
-    """What distillation did, in one sentence."""
+    """Return the effect of distillation in one sentence."""
     found = effect_of(comparison)
     if comparison is None or found == "unknown":
-        return (
-            "Whether distillation helped cannot be said: it takes test results of both baseline and distilled student."
-        )
+        return "Whether distillation helped is unknown: it takes test results of baseline and distilled student."
     whole = average_over_seeds(comparison)
     gain, low, high = (float(whole[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
     size, images = points(abs(gain), signed=False), format_test_images(whole)
     ends = f"{points(low)} to {points(high)}"
     if found == "one_seed":
         if finite_figure(comparison, "fixed") == 0 and finite_figure(comparison, "broken") == 0:
-            what = f"the distilled student and the baseline are right on the same of {images}"
+            what = f"the distilled student and the baseline are correct on the same of {images}"
         elif gain == 0:
             what = f"distilled student and baseline have the same top-1 on {images} "
             what += f"(95 % interval over test images {ends})"
@@ -361,7 +364,7 @@ def headline(comparison: Mapping[str, Any] | None) -> str:
         return f"Distillation hurt: the student lost {size} points of top-1 {average} ({interval})."
     changed = f"the student's top-1 changed by {points(gain)} points {average} ({interval}"
     if whole["seeds_count"] < MIN_SEEDS:
-        return f"Two seeds are too few for a verdict: with distillation {changed}); go on with --resume --seeds 5."
+        return f"Two seeds are too few for a verdict: with distillation {changed}); continue with --resume --seeds 5."
     if low <= 0 <= high:
         return f"No clear difference: with distillation {changed}, which includes 0)."
     return (

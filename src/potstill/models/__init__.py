@@ -1,1 +1,1 @@
-"""Classifiers: images -> logits, and nothing of distillation."""
+"""Classifiers: images -> logits, independent of distillation."""

@@ -1,6 +1,6 @@
-"""Names of the outputs of published networks, and which outputs a person's class names mean.  No torch here.
+"""Class names of published networks, and the outputs that belong to the classes of a data set.  No torch here.
 
-CIFAR's names lie beside this module; those of ImageNet come with timm, as WordNet numbers with their synonyms.
+The names of CIFAR are beside this module; those of ImageNet come with timm, as WordNet numbers with their synonyms.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ def class_list(name: str) -> tuple[str, ...]:
 
 
 def lists_with(names: Sequence[str]) -> list[str]:
-    """The lists of ``CLASS_LISTS`` that have all of ``names``, each of them once.
+    """Return the lists of ``CLASS_LISTS`` that have all of ``names``, each once.
 
     Example:
         >>> lists_with(["cat", "truck"]), lists_with(["golden_retriever", "daisy"])
@@ -51,10 +51,9 @@ def lists_with(names: Sequence[str]) -> list[str]:
 
 
 class OutputNames:
-    """The names of a network's outputs, to look them up by one of their spellings.
+    """The class names of a network's outputs, for look-up by several spellings.
 
-    A name is found as it stands, without regard to case and underscores, or by one of its synonyms (the parts between
-    commas).
+    A name is found as written, ignoring case and underscores, or by one of its synonyms (the parts between commas).
 
     Example:
         >>> names = OutputNames(class_list("imagenet-1k"))
@@ -74,12 +73,12 @@ class OutputNames:
                 self._synonyms.setdefault(synonym, []).append(at)
 
     def find(self, name: str) -> list[int]:
-        """The outputs that ``name`` may mean; several where it is ambiguous, none where it is unknown."""
+        """Return the outputs that match ``name``: several if it is ambiguous, none if it is unknown."""
         plain = _plain(name)
         return self._exact.get(name) or self._plain.get(plain) or self._synonyms.get(plain) or []
 
     def nearest(self, name: str) -> str:
-        """The end of a message: names like ``name``."""
+        """Return the end of a message, with names similar to ``name``."""
         return did_you_mean(_plain(name), self._synonyms)
 
 
@@ -111,7 +110,7 @@ def find_outputs(
     if missing:
         raise UsageError(
             f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: {_some(missing)}"
-            f"{did_you_mean(missing[0], wanted)}\nIt has to name the outputs of each class of the data"
+            f"{did_you_mean(missing[0], wanted)}\nIt must give the outputs of each class of the data"
         )
     groups, owner = list[list[int]](), dict[int, str]()
     for name in ours:
@@ -119,7 +118,7 @@ def find_outputs(
         for each in group:
             if each in owner:
                 shown = repr(names[each]) if names is not None else str(each)
-                raise UsageError(f"{key}: output {shown} is named for {owner[each]!r} and for {name!r}; once is enough")
+                raise UsageError(f"{key}: output {shown} is given for {owner[each]!r} and for {name!r}")
             owner[each] = name
         groups.append(group)
     return groups
@@ -132,7 +131,7 @@ def _find_output(wanted: str | int, known: OutputNames | None, count: int, where
         return wanted
     if known is None:
         raise UsageError(
-            f"{where}: the names of the network's {count} outputs are not known, so that {wanted!r} cannot be found; "
+            f"{where}: the names of the network's {count} outputs are unknown, so {wanted!r} cannot be found; "
             f"give their numbers, 0 to {count - 1}"
         )
     found = known.find(wanted)

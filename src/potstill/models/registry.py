@@ -28,27 +28,27 @@ class Family(Protocol):
     """Names here are without the family's prefix."""
 
     def names(self) -> list[str]:
-        """The names that are listed."""
+        """Return the names to list."""
         ...
 
     def is_model(self, name: str) -> bool:
-        """Whether ``build`` takes this name (also names that are not listed, such as ``wrn_22_3``)."""
+        """Return whether ``build`` takes this name (also names that are not listed, such as ``wrn_22_3``)."""
         ...
 
     def build(self, name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
-        """A network with random weights; its forward takes images [B, in_chans, size, size], gives logits [B, K]."""
+        """Return a network with random weights: images [B, in_chans, size, size] -> logits [B, K]."""
         ...
 
     def own_size(self, name: str) -> int | None:
-        """Height and width in pixels that the network was designed for."""
+        """Return the height and width in pixels that the network was designed for."""
         ...
 
     def normalisation(self, name: str) -> tuple[Triple, Triple]:
-        """Mean and standard deviation of RGB in [0, 1] that its weights were trained with."""
+        """Return the RGB mean and standard deviation in [0, 1] of its pretrained weights."""
         ...
 
     def pretrained(self, name: str, num_classes: int, size: int) -> tuple[nn.Module, int]:
-        """The network with its published weights, and how many classes those were trained for.
+        """Return the network with its pretrained weights, and their number of classes.
 
         Where that number is not ``num_classes``, the head has random weights.
 
@@ -68,7 +68,7 @@ ALIASES: dict[str, str] = {name: packaged.architecture for name, packaged in PAC
 
 
 def check_model(name: str) -> None:
-    """Refuse a name that ``create_model`` does not know.
+    """Check that ``create_model`` knows a name.
 
     Raises:
         UsageError: says the nearest known names.
@@ -77,7 +77,7 @@ def check_model(name: str) -> None:
 
 
 def is_model(name: str) -> bool:
-    """Whether ``create_model`` knows this name."""
+    """Return whether ``create_model`` knows this name."""
     try:
         resolve(name)
     except UsageError:
@@ -86,7 +86,7 @@ def is_model(name: str) -> bool:
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """All names with their prefix, or those that contain ``pattern`` (or match it, if it holds ``*`` or ``?``)."""
+    """Return all names with their prefix, or those that contain ``pattern`` (or match it, if it has ``*`` or ``?``)."""
     known = [
         *ALIASES,
         *own_models.names(),
@@ -100,7 +100,7 @@ def list_models(pattern: str = "") -> list[str]:
 
 
 def resolve(name: str) -> tuple[Family, str]:
-    """The family that builds ``name``, and the name there.
+    """Return the family that builds ``name``, and the name without its prefix.
 
     Raises:
         UsageError: unknown; says the nearest known names.
@@ -109,7 +109,7 @@ def resolve(name: str) -> tuple[Family, str]:
     if is_code_reference(name) or name.startswith(own_models.GIVEN):
         if not own_models.is_model(name):
             raise UsageError(
-                f"the network {name} was given from Python, and is known in that process alone: "
+                f"the network {name} was given from Python, and is known in that process only: "
                 "give it again with potstill.run(..., teacher=..., student=...) or potstill.load(path, module=...)"
             )
         return own_models, name
@@ -128,7 +128,7 @@ def resolve(name: str) -> tuple[Family, str]:
 
 
 def _nearest_names(prefix: str, bare: str) -> str:
-    """Names like ``bare``: of the family that was meant first, then of all."""
+    """Return names similar to ``bare``: first of the given family, then of all."""
     found: list[str] = []
     bare = bare.rpartition("/")[2].partition(".")[0]  # without a prefix that is not known, without the tag of weights
     for family in [prefix, *FAMILIES]:
@@ -148,13 +148,13 @@ def _without_prefix(name: str) -> str:
 
 
 def own_size(name: str) -> int:
-    """Height and width in pixels that a network was designed for; 224 where it does not say."""
+    """Return the height and width in pixels that a network was designed for; 224 if unknown."""
     family, bare = resolve(name)
     return family.own_size(bare) or 224
 
 
 def input_spec(name: str, size: int, resize_mode: str = "crop") -> InputSpec:
-    """Size and fit as asked for, with the mean and standard deviation of the network's own data config.
+    """Return an input spec with this size and resize mode, and the network's own mean and standard deviation.
 
     A network that was given from Python with an input specification has that one.
 
@@ -173,7 +173,7 @@ def input_spec(name: str, size: int, resize_mode: str = "crop") -> InputSpec:
 
 
 def build_model(name: str, num_classes: int, *, size: int, in_chans: int = 3) -> nn.Module:
-    """``create_model`` with random weights and without the trial on an image."""
+    """Do as ``create_model`` with random weights, without running the network on an image."""
     family, bare = resolve(name)
     if num_classes < 2:
         raise UsageError(f"a classifier needs at least 2 classes, got num_classes={num_classes}")
@@ -188,7 +188,7 @@ def build_model(name: str, num_classes: int, *, size: int, in_chans: int = 3) ->
 
 
 def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in_chans: int = 3) -> None:
-    """Run one black image through ``module``, in eval mode and without a trace.
+    """Run ``module`` on one black image, in eval mode; its state does not change.
 
     Raises:
         UsageError: it fails, or gives something else than logits [1, num_classes].
@@ -205,7 +205,7 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (1, num_classes):
         own = resolve(name)[0] is own_models
-        advice = "\nIt has to return logits [B, K]; a callable that takes num_classes is told K" if own else ""
+        advice = "\nIt has to return logits [B, K]; a callable may take num_classes=K" if own else ""
         raise UsageError(
             f"{name} is no classifier of {num_classes} classes: one image gives {shape} instead of (1, {num_classes})"
             f"{advice}"
@@ -213,7 +213,7 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
 
 
 def output_count(module: nn.Module, name: str, *, size: int) -> int:
-    """How many logits ``module`` gives for a black image.
+    """Return the number of logits of ``module`` for a black image.
 
     Raises:
         UsageError: it fails, or gives no logits.

@@ -21,7 +21,7 @@ from potstill.errors import ArtifactError
 from potstill.input_spec import Triple
 from potstill.io import read_bytes
 
-# Keys under which training scripts keep the weights; where a file has several of them, the first in this list counts.
+# Keys of the weights in checkpoints of training scripts, by precedence.
 # Averaged weights come first, since they are those that the scripts evaluate.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "network", "net_state_dict", "weights",
@@ -33,7 +33,7 @@ HUB_CONFIG = "config.json"  # of a folder as on the Hugging Face hub
 _HUB_PREPROCESSING = "preprocessor_config.json"
 _HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MAX_CONFIG_BYTES = 50_000_000
-# What training scripts keep beside the weights, and what is plain data: their settings, and numpy's numbers and arrays.
+# Plain data that training scripts save beside the weights: settings, and NumPy numbers and arrays.
 _NUMPY_FUNCTIONS = (multiarray.scalar, multiarray._reconstruct)
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -48,20 +48,20 @@ _ANSI_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights in a file, and what the file says of them."""
+    """The weights in a file, and its other information on them."""
 
     tensors: dict[str, Tensor]  # without wrapping keys and prefix
     prefix: str = ""  # that all names had
-    ordered: bool = True  # whether the tensors stand in the order of the layers; safetensors sorts them
+    ordered: bool = True  # whether the tensors are in the order of the layers; safetensors sorts them
     taken_from: str = ""  # the wrapping keys, such as "state_dict"
-    left: tuple[str, ...] = ()  # keys beside it under which further weights stand
-    architectures: tuple[str, ...] = ()  # that the file may mean, by what stands beside the weights
+    left: tuple[str, ...] = ()  # other keys with weights
+    architectures: tuple[str, ...] = ()  # candidates, from other entries of the file
     class_names: tuple[str, ...] | None = None  # of the outputs, in order
     normalisation: tuple[Triple, Triple] | None = None  # mean and standard deviation
 
     @property
     def notes(self) -> list[str]:
-        """What a person must know of the choice of weights."""
+        """Notes for the user on the choice of weights."""
         if not self.taken_from:
             return []
         beside = f", not from {' or '.join(map(repr, self.left))} beside it" if self.left else ""
@@ -69,7 +69,7 @@ class Checkpoint:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of ``read_checkpoint``."""
+    """Return the tensors of ``read_checkpoint``."""
     return read_checkpoint(path).tensors
 
 
@@ -92,7 +92,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_class_names(path: Path) -> tuple[str, ...] | None:
-    """The class names that ``config.json`` in a folder of the Hugging Face hub has, or that beside a file of its."""
+    """Return the class names in ``config.json`` of a Hugging Face folder, or of the folder of a file."""
     config = (path if path.is_dir() else path.parent) / HUB_CONFIG
     if not config.is_file() or not (path.is_dir() or path.name in _HUB_WEIGHTS):
         return None
@@ -100,7 +100,7 @@ def read_class_names(path: Path) -> tuple[str, ...] | None:
 
 
 def _read_content(path: Path) -> tuple[Any, bool]:
-    """What the file holds, and whether that is in the order in which it was written."""
+    """Return the content of a file, and whether it is in the order of writing."""
     data = read_bytes(path)
     try:
         if path.suffix == ".safetensors":
@@ -120,7 +120,7 @@ def _read_hub_folder(folder: Path) -> Checkpoint:
         return read_checkpoint(file)
     parts = sorted({*folder.glob("model-*-of-*.safetensors"), *folder.glob("pytorch_model-*-of-*.bin")})
     if not parts:
-        raise ArtifactError(f"{folder} holds no weights: neither {' nor '.join(_HUB_WEIGHTS)}")
+        raise ArtifactError(f"{folder} has no weights: neither {' nor '.join(_HUB_WEIGHTS)}")
     tensors: dict[str, Tensor] = {}
     for part in parts:
         tensors |= _read_content(part)[0]
@@ -129,7 +129,7 @@ def _read_hub_folder(folder: Path) -> Checkpoint:
 
 
 def _with_config(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """Add what ``config.json`` says: as timm writes it, or as transformers does."""
+    """Add the information in ``config.json`` of timm or transformers."""
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ValueError("too large")
@@ -161,7 +161,7 @@ def _with_config(checkpoint: Checkpoint, path: Path) -> Checkpoint:
 
 
 def load_state_dict(module: nn.Module, state: dict[str, Tensor], num_classes: int, origin: str) -> bool:
-    """Copy ``state`` into ``module``; every tensor on either side must have its partner of the same shape.
+    """Copy ``state`` into ``module``; names and shapes must be the same.
 
     The one exception is a head for another number of classes: it keeps its random weights.
 
@@ -183,7 +183,7 @@ def load_state_dict(module: nn.Module, state: dict[str, Tensor], num_classes: in
         shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in other]
         problems += [f"of another shape: {_shorten(shapes)}"]
     if problems:
-        raise ArtifactError("\n".join([f"{origin} does not hold the weights of this network", *problems]))
+        raise ArtifactError("\n".join([f"{origin} does not contain the weights of this network", *problems]))
     module.load_state_dict({key: value for key, value in state.items() if key not in other}, strict=False)
     return new_head
 
@@ -201,7 +201,7 @@ def _unpickle(data: bytes, path: Path) -> Any:
 
 
 def _unreadable(data: bytes, path: Path, error: Exception) -> str:
-    """The message for a file that gave ``error``: what it looks like, and how to convert it."""
+    """Return the message for an unreadable file: what it seems to be, and how to convert it."""
     if kind := _recognise(data):
         what, lines = kind
         convert = "".join(f"\n  {line}" for line in lines).replace("FILE", repr(path.name))
@@ -230,7 +230,7 @@ def _unreadable(data: bytes, path: Path, error: Exception) -> str:
 
 
 _SAVE_ARRAYS = 'torch.save({key: torch.from_numpy(arrays[key].copy()) for key in arrays}, "weights.pth")'
-# How other files begin, what they are, and the lines that convert them; FILE stands for the name.
+# First bytes of other formats, their names, and the lines that convert them; FILE is replaced by the name.
 _OTHER_FORMATS: tuple[tuple[bytes, str, tuple[str, ...]], ...] = (
     (
         b"version https://git-lfs",
@@ -252,9 +252,9 @@ _OTHER_FORMATS: tuple[tuple[bytes, str, tuple[str, ...]], ...] = (
 
 
 def _recognise(data: bytes) -> tuple[str, tuple[str, ...]] | None:
-    """What a file is that torch cannot read, and the lines that convert it; None where nothing is known."""
+    """Return the format of a file that torch cannot read, and the lines that convert it; None if unknown."""
     names: list[str] = []
-    # What is no archive, or a damaged one, has no names.
+    # Other files, and damaged archives, have no names.
     with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.namelist()
     if names and all(name.endswith(".npy") for name in names):
@@ -293,7 +293,8 @@ def _unwrap(content: Any, path: Path, ordered: bool) -> Checkpoint:
             holders = [key for key, value in content.items() if isinstance(key, str) and _holds_weights(value)]
             if len(holders) > 1:
                 raise ArtifactError(
-                    f"{path} holds several sets of weights: {_shorten(holders)}. Write the one that is meant:\n"
+                    f"{path} holds several sets of weights: {_shorten(holders)}. Save one of them in a file of its "
+                    "own:\n"
                     f'  checkpoint = torch.load({path.name!r}, map_location="cpu")\n'
                     f'  torch.save(checkpoint[{holders[0]!r}], "weights.pth")'
                 )
@@ -317,7 +318,7 @@ def _unwrap(content: Any, path: Path, ordered: bool) -> Checkpoint:
 
 
 def _holds_weights(value: Any, depth: int = 0) -> bool:
-    """Whether ``value`` is a state dict, perhaps inside further wrapping keys."""
+    """Return whether ``value`` is a state dict, possibly inside wrapping keys."""
     if not isinstance(value, Mapping) or depth > len(WRAPPERS):
         return False
     if any(isinstance(each, Tensor) and isinstance(key, str) for key, each in value.items()):
@@ -326,14 +327,16 @@ def _holds_weights(value: Any, depth: int = 0) -> bool:
 
 
 def _count_tensors(value: Any) -> int:
-    """How many tensors of any layer are in ``value``, inside further wrapping keys too."""
+    """Return the number of tensors in ``value``, including those inside wrapping keys."""
     if isinstance(value, Mapping):
         return sum(_count_tensors(each) for each in value.values())
     return int(isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _named_architectures(content: Any) -> tuple[str, ...]:
-    """Of a training script's checkpoint: timm's and PyTorch's examples write ``arch``, torchvision's ``args.model``."""
+    """Return the architectures that a checkpoint names: ``arch`` of timm and PyTorch's examples, ``args.model`` of
+    torchvision.
+    """
     if not isinstance(content, Mapping):
         return ()
     settings = content.get("args")
@@ -344,7 +347,7 @@ def _named_architectures(content: Any) -> tuple[str, ...]:
 
 
 def is_head(own: dict[str, Tensor], state: dict[str, Tensor], keys: list[str], num_classes: int) -> bool:
-    """Whether the tensors that differ do so in one way: K classes here, another number there, in the first axis.
+    """Return whether the tensors differ in the number of classes only, in the first axis.
 
     Args:
         own: of the network.

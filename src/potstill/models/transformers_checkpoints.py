@@ -24,9 +24,9 @@ _VIT_DEPTHS = {"tiny": 12, "small": 12, "base": 12, "large": 24}
 
 
 def translate_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors under timm's names; None where they are of another kind of network.
+    """Return the tensors under timm's names; None for other kinds of networks.
 
-    ViT's three matrices of the attention become one, as timm has them.
+    The three attention matrices of ViT are concatenated, as in timm.
     """
     if "vit.embeddings.cls_token" in tensors:
         return _translate_vit(tensors)
@@ -36,7 +36,7 @@ def translate_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 def network_name(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of timm's network that tensors under its names belong to; None where timm has none of these sizes."""
+    """Return the name of timm's network with these tensors; None if timm has none of these sizes."""
     if "pos_embed" in tensors:
         size = _VIT_WIDTHS.get(tensors["pos_embed"].shape[-1])
         if size is None or _count(tensors, r"blocks\.(\d+)\.norm1\.weight") != _VIT_DEPTHS[size]:

@@ -23,15 +23,17 @@ _MAX_POINTS = 400  # of a curve
 _IDLE_SECONDS = 120.0  # seconds without a new epoch after which a run counts as stopped, if its epochs are short
 
 
-def list_runs(root: Path, own: Path | None = None) -> dict[str, Path]:
-    """Return the runs below ``root`` and the one that was named, by id, the newest first.
+def list_runs(output_dir: Path, own: Path | None = None) -> dict[str, Path]:
+    """Return the runs below ``output_dir`` and the one that was named, by id, the newest first.
 
     Requests are looked up here: none of their text becomes part of a path.
     """
     found: dict[str, Path] = {}
     try:
-        found = {each.name: each for each in root.iterdir() if not each.is_symlink()} if root.is_dir() else {}
-    except OSError:  # a root that may not be listed: the named run is served all the same
+        found = (
+            {each.name: each for each in output_dir.iterdir() if not each.is_symlink()} if output_dir.is_dir() else {}
+        )
+    except OSError:  # the folder may not be listed; the named run is served nevertheless
         found = {}
     if own is not None:
         found[own.resolve().name] = own

@@ -156,7 +156,13 @@ _LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 def serve(
-    run: Path, *, host: str, port: int, root: Path, say: Callable[[str], None], limits: ServerLimits | None = None
+    run: Path,
+    *,
+    host: str,
+    port: int,
+    output_dir: Path,
+    on_start: Callable[[str], None],
+    limits: ServerLimits | None = None,
 ) -> None:
     """Serve the page until SIGINT or SIGTERM.
 
@@ -164,8 +170,8 @@ def serve(
         run: a run folder, or a model's folder.
         host: address or name to listen at.
         port: 0: any free one.
-        root: folder of runs to browse.
-        say: called with the address of the page.
+        output_dir: folder of runs to browse.
+        on_start: called with the address of the page.
         limits: of requests.
 
     Raises:
@@ -181,7 +187,7 @@ def serve(
         worker = WorkerClient(folders, limits)
         try:
             worker.start()
-            app = create_app(worker, run.resolve().name, lambda: list_runs(root, run))
+            app = create_app(worker, run.resolve().name, lambda: list_runs(output_dir, run))
             guard = RequestGuardMiddleware(app, _allowed_hosts(shown, port), limits)
             config = uvicorn.Config(
                 guard,
@@ -196,7 +202,7 @@ def serve(
                 timeout_keep_alive=5,
                 timeout_graceful_shutdown=3,
             )
-            say(f"http://{shown}:{port}/")
+            on_start(f"http://{shown}:{port}/")
             uvicorn.Server(config).run(sockets=[listening])
         finally:
             worker.close()

@@ -111,7 +111,7 @@ def run_trial(
 
     folder = run(
         recipe,
-        root=trials,
+        output_dir=trials,
         name=name,
         resume=RunFolder(trials / name).known,
         stages=("teacher", "distilled") if student == "distilled" else (student,),
@@ -151,12 +151,17 @@ class Sweep:
         grid: bool = False,
         observer: Observer | None = None,
         stopping: "SignalHandler | None" = None,
-        told: Callable[[dict[str, Any]], None] | None = None,
+        on_trial: Callable[[dict[str, Any]], None] | None = None,
         student: str = "distilled",
         confirm_seeds: int = CONFIRM_SEEDS,
     ) -> None:
         self.source, self.sets, self.flags, self.space = source, tuple(sets), dict(flags), space
-        self.folder, self.observer, self.stopping, self.told = folder, observer or SilentObserver(), stopping, told
+        self.folder, self.observer, self.stopping, self.on_trial = (
+            folder,
+            observer or SilentObserver(),
+            stopping,
+            on_trial,
+        )
         self.grid = grid
         self.combinations = space.grid() if grid else []
         self.trials = trials if trials is not None else len(self.combinations) or DEFAULT_TRIALS
@@ -251,7 +256,7 @@ class Sweep:
         if self.student == "baseline":
             return ()
         several = isinstance(self.recipe.teacher, list)
-        networks = self.recipe.each_teacher
+        networks = self.recipe.teacher_list
         if not networks:
             return ()
         home = RunFolder(self.folder / "teacher")
@@ -263,7 +268,7 @@ class Sweep:
             try:
                 run(
                     teacher_recipe,
-                    root=self.folder,
+                    output_dir=self.folder,
                     name="teacher",
                     resume=home.known,
                     stages=("teacher",),
@@ -412,8 +417,8 @@ class Sweep:
         rows = self.rows()
         found = {"schema": 1, "trials": rows, "importance": study.parameter_importances(self.study)}
         write_checksummed_json(self.folder / study.TRIALS_FILE, found)
-        if self.told is not None:
-            self.told({**found, "measure": self.measure, "wanted": self.trials})
+        if self.on_trial is not None:
+            self.on_trial({**found, "measure": self.measure, "wanted": self.trials})
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all started trials in order, without those of dead processes, which were retried."""
@@ -477,7 +482,7 @@ class Sweep:
                 home = RunFolder(self.folder / "confirmation" / student)
                 run(
                     recipe,
-                    root=home.path.parent,
+                    output_dir=home.path.parent,
                     name=student,
                     resume=home.known,
                     stages=("teacher", "distilled") if student == "distilled" else (student,),

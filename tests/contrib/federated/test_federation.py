@@ -22,7 +22,7 @@ def test_the_weights_of_a_run_that_is_resumed_are_those_of_one_that_was_not(tmp_
     options = FederationOptions(
         2, Partition(), ("fedavg", "selfguided"), ("alone", "central"), 0.2, Schedule(rounds=2, public_epochs=1)
     )
-    whole = federate(recipe(), options, root=tmp_path, name="whole", data=data)
+    whole = federate(recipe(), options, output_dir=tmp_path, name="whole", data=data)
     train = Server.train
 
     def killed(self, observer, progress=None, save=None):
@@ -32,12 +32,12 @@ def test_the_weights_of_a_run_that_is_resumed_are_those_of_one_that_was_not(tmp_
 
     monkeypatch.setattr(Server, "train", killed)
     with pytest.raises(KeyboardInterrupt):
-        federate(recipe(), options, root=tmp_path, name="again", data=data)
+        federate(recipe(), options, output_dir=tmp_path, name="again", data=data)
     monkeypatch.undo()
     other = FederationOptions(2, Partition(0.5), ("fedavg",), (), 0.2, Schedule(rounds=3))
     with pytest.raises(UsageError, match=r"partition was iid and is dirichlet:0.5; .*rounds was 2 and is 3"):
-        federate(recipe(), other, root=tmp_path, name="again", data=data, resume=True)
-    again = federate(recipe(), options, root=tmp_path, name="again", data=data, resume=True)
+        federate(recipe(), other, output_dir=tmp_path, name="again", data=data, resume=True)
+    again = federate(recipe(), options, output_dir=tmp_path, name="again", data=data, resume=True)
     for name in ("fedavg", "selfguided", "central", "alone-0"):
         files = [(run / name / "model.safetensors").read_bytes() for run in (whole, again)]
         assert files[0] == files[1], name

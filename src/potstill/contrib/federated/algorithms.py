@@ -10,7 +10,7 @@ from potstill.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What clients compute and send, and what the server does with it."""
+    """A federated algorithm: what the clients compute and send, and how the server uses it."""
 
     summary: str
     sends: Literal["weights", "logits"] = "weights"
@@ -75,7 +75,7 @@ def check_recipe(recipe: Recipe, names: Sequence[str]) -> None:
         "training.gradient_accumulation_steps: set it to 1, and training.batch_size to what a client can hold": (
             training.gradient_accumulation_steps > 1
         ),
-        "data.class_balance: set it to none: nobody knows the class frequencies over all clients": (
+        "data.class_balance: set it to none: the class frequencies over all clients are unknown": (
             recipe.data.class_balance != "none"
         ),
         "data.target: set it to null: there is one domain": recipe.data.target is not None,
@@ -86,7 +86,7 @@ def check_recipe(recipe: Recipe, names: Sequence[str]) -> None:
     }
     problems = [text for text, found in unsupported.items() if found]
     if any(ALGORITHMS[name].guide == "teacher" for name in names):
-        teachers = recipe.each_teacher
+        teachers = recipe.teacher_list
         if len(teachers) != 1 or teachers[0].weights is None:
             given = ", ".join(f"{each.model}{' without weights' * (each.weights is None)}" for each in teachers)
             problems.append(

@@ -1,4 +1,4 @@
-"""A client: its images stay here; it replies to the server's requests with weights or logits, and counts.
+"""A client: it keeps its images, and replies to the server's requests with weights or logits, and counts.
 
 A round's few epochs take the same steps as the trainer, without checkpoints and without a choice of the best epoch: a
 client has no val split, and returns its weights after the last epoch.  A test compares both bit for bit.
@@ -59,7 +59,7 @@ ImageSource = Callable[[tuple[str, ...]], ImageSet]  # the server's classes -> a
 
 
 class PublicDataset:
-    """Unlabeled images of which server and clients have the same copy.
+    """Unlabeled images that server and clients share.
 
     Args:
         images: P of them; their labels are not used.
@@ -163,7 +163,7 @@ def create_local_distiller(
 
 
 def check_method(recipe: Recipe, student: Classifier, teacher: Classifier, compute: Compute) -> None:
-    """Check that the recipe's method can guide clients; the networks stay as they are.
+    """Check that the recipe's method can be used on clients; the networks are not changed.
 
     Raises:
         UsageError: it cannot; says why.
@@ -233,7 +233,7 @@ _OWN_PREFIX = "own/"  # in a client's memory: the network that it keeps
 
 @dataclass
 class _Work:
-    """What a client has built from the server's recipe."""
+    """A client's objects, built from the server's recipe."""
 
     recipe: Recipe
     settings: TrainingSettings
@@ -252,7 +252,7 @@ class Client:
 
     Args:
         images: the server's classes -> this client's training images.
-        public: the unlabeled images of which everybody has a copy; None: this client has none.
+        public: the public unlabeled images; None: this client has none.
     """
 
     def __init__(self, images: ImageSource, public: Callable[[], ImageSet] | None = None) -> None:
@@ -260,7 +260,7 @@ class Client:
         self._work: tuple[dict[str, str], float, _Work] | None = None
 
     def reply(self, request: Message, memory: Arrays) -> Message:
-        """Carry out a request.
+        """Process a request and return the reply.
 
         Args:
             request: of the server.

@@ -1,4 +1,4 @@
-"""From a recipe to a folder of trained students: this process plays server and clients, or clients are elsewhere.
+"""Federated runs: train a student by each algorithm, with simulated clients in this process or remote ones.
 
 ``federated.json`` holds the images of each client, and each algorithm's rounds, metrics and traffic.
 """
@@ -48,7 +48,7 @@ _ALONE, _CENTRAL = BASELINES
 
 @dataclass(frozen=True)
 class FederationOptions:
-    """What a federated run does besides its recipe."""
+    """Options of a federated run, besides its recipe."""
 
     clients: int | None = 5
     partition: Partition = field(default_factory=lambda: Partition(0.3))
@@ -101,7 +101,7 @@ class FederatedResults:
 
     @property
     def trained(self) -> dict[str, Any]:
-        """Algorithm or baseline -> its rounds and figures."""
+        """Algorithm or baseline -> its rounds and metrics."""
         found: dict[str, Any] = self.content["trained"]
         return found
 
@@ -146,7 +146,7 @@ def best_algorithm(found: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def format_table(found: dict[str, Any]) -> list[str]:
-    """Return the lines of the table that people read: one for each algorithm and baseline."""
+    """Return the lines of the results table, one for each algorithm and baseline."""
     rows = [("", "val top-1", "test top-1", "best round", "down/round", "up/round", "total")]
     for name, entry in found["trained"].items():
         if name.startswith(f"{_ALONE}-"):
@@ -166,7 +166,7 @@ def federate(
     recipe: Recipe,
     options: FederationOptions,
     *,
-    root: Path = Path("runs"),
+    output_dir: Path = Path("runs"),
     name: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -179,21 +179,21 @@ def federate(
     Args:
         recipe: its epochs are not used.
         options: clients, algorithms and rounds.
-        root: holds the run folders.
-        name: of this one; None: the recipe's with ``-federated``.
+        output_dir: folder of the run folders.
+        name: name of the run folder; None: the recipe's with ``-federated``.
         resume: continue after the last finished round.
         overwrite: delete an existing folder of this name first.
         data: in place of ``recipe.data.source``.
         observer: receives progress, notes and warnings.
-        clients: that are elsewhere, with images of their own; None: this process plays them.
+        clients: remote clients with images of their own; None: simulate them in this process.
 
     Raises:
-        PotstillError: anything that a user can correct.
+        PotstillError: any error that the user can correct.
     """
     check_recipe(recipe, options.algorithms)
     observer = observer or SilentObserver()
     name = f"{recipe.name[:54]}-federated" if name is None else name
-    with RunFolder.create(root, name, resume=resume, overwrite=overwrite) as folder:
+    with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
         with silence_native_stderr():
             data = load_data(recipe.data, data, progress=observer)
         augment = recipe.data.augment or data.augment
@@ -263,7 +263,7 @@ class _FederatedRun:
         return {"recipe": self.recipe.name, "clients": found, "public": public, "test": len(self.data.test)}
 
     def train(self, folder: Path, results: FederatedResults) -> None:
-        """Carry out every algorithm, then every baseline."""
+        """Train with every algorithm, then every baseline."""
         for name in self.options.algorithms:
             # Clients in this process keep nothing from one algorithm to the next.
             self._train(name, ALGORITHMS[name], self.remote or InProcessClients(self.local), folder, results)
@@ -278,11 +278,13 @@ class _FederatedRun:
             top1 = [results.trained[name]["test"]["top1"] for name in names.values()]
             results.update({_ALONE: mean_and_deviation(top1)})
 
-    def _train(self, name: str, algorithm: Algorithm, clients: Clients, root: Path, results: FederatedResults) -> None:
+    def _train(
+        self, name: str, algorithm: Algorithm, clients: Clients, output_dir: Path, results: FederatedResults
+    ) -> None:
         if name in results.trained:
             self.observer.note(f"{name}: already trained")
             return
-        started, folder = time.monotonic(), root / name
+        started, folder = time.monotonic(), output_dir / name
         baseline = name not in ALGORITHMS
         self.observer.stage(name, BASELINES[name.partition("-")[0]] if baseline else algorithm.summary)
         server = self._server(algorithm, clients, None if baseline else self.declared)
@@ -332,7 +334,7 @@ def load_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
         UsageError: it has not been trained for these classes.
         ArtifactError: it knows other ones.
     """
-    start = build_network(recipe, recipe.each_teacher[0], classes)
+    start = build_network(recipe, recipe.teacher_list[0], classes)
     if not start.ready:
         raise UsageError("guided: the server's teacher must be trained for these classes: --teacher RUN")
     return Classifier(start.module, start.architecture, classes, start.input)

@@ -202,7 +202,7 @@ def handle_message(
         _LOG.error("potstill: %s", error)
         reply = Message(task, texts={"failed": type(error).__name__})
     except Exception as error:
-        _LOG.exception("potstill: a request could not be carried out")
+        _LOG.exception("potstill: a request has failed")
         reply = Message(task, texts={"failed": type(error).__name__})
     return FlowerMessage(content=message_to_records(reply), reply_to=envelope)
 
@@ -285,7 +285,7 @@ def _create_client(node: Mapping[str, Any], run: Mapping[str, Any]) -> Client:
 
 
 def run_server(clients: Clients, config: Mapping[str, Any]) -> Path:
-    """Wait for the clients, carry out the rounds, and print the table.
+    """Wait for the clients, train all rounds, and print the table.
 
     Args:
         clients: on other machines.
@@ -330,7 +330,7 @@ def _federate(clients: Clients, config: Mapping[str, Any]) -> Path:
         return federate(
             recipe,
             options,
-            root=Path(str(config["output-dir"])).expanduser(),
+            output_dir=Path(str(config["output-dir"])).expanduser(),
             name=str(config["name"]),
             overwrite=bool(config["overwrite"]),
             observer=progress,

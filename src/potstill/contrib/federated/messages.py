@@ -43,7 +43,7 @@ class Message:
 
     @property
     def size(self) -> int:
-        """Bytes of its arrays, and of its names, numbers and texts as JSON; what is reported as traffic."""
+        """Bytes of its arrays, and of its names, numbers and texts as JSON; reported as traffic."""
         rest = json.dumps([self.task, list(self.arrays), self.numbers, self.texts])
         return sum(each.nbytes for each in self.arrays.values()) + len(rest.encode())
 

@@ -1,4 +1,4 @@
-"""The division of images: which are public, and which belong to which client.
+"""Partition of the images into public ones and those of each client.
 
 On one machine the training images are divided among the clients; or each client has a folder of its own,
 ``DIR/<class>/*``, with some of the server's classes, all of it for training.
@@ -36,7 +36,7 @@ IndexArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Partition:
-    """How the images are divided among clients."""
+    """The partition of the images among clients."""
 
     alpha: float | None = None  # of the Dirichlet distribution: small if clients differ much; None: identical (iid)
     folders: Path | None = None  # holds one folder for each client
@@ -81,7 +81,7 @@ def partition_indices(labels: IndexArray, clients: int, partition: Partition, se
 
     Args:
         labels: class ids ``[N]``.
-        clients: how many.
+        clients: number of clients.
         partition: by label distribution; not of folders.
         seed: of the draw.
 
@@ -113,7 +113,7 @@ def partition_indices(labels: IndexArray, clients: int, partition: Partition, se
 
 
 def _draw_dirichlet(labels: IndexArray, clients: int, alpha: float, random: np.random.Generator) -> list[IndexArray]:
-    """Divide each class by itself, in shares drawn from the Dirichlet distribution."""
+    """Divide each class in shares drawn from the Dirichlet distribution."""
     parts: list[list[IndexArray]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
@@ -199,8 +199,8 @@ def client_image_sources(train: ImageSet, partition: Partition, clients: int | N
 
     Args:
         train: the images to divide, unless the clients have folders.
-        partition: how.
-        clients: how many; None: 5, or as many as there are folders.
+        partition: of the images.
+        clients: number of clients; None: 5, or the number of folders.
         seed: of the recipe.
 
     Raises:

@@ -146,7 +146,7 @@ def limit_updates(states: Sequence[Arrays], reference: Arrays) -> tuple[list[Arr
 
 @dataclass
 class Replies:
-    """What came back from the clients that received a request."""
+    """The replies of the clients to a request, and their failures."""
 
     replies: dict[int, Message] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # client -> kind of failure
@@ -198,7 +198,7 @@ class InProcessClients:
                 if request.task == "describe":
                     raise errors[-1] from error
                 result.failed[number] = type(error).__name__
-            except Exception as error:  # whatever a client dies of, the round goes on
+            except Exception as error:  # any error of a client: the round continues without it
                 result.failed[number] = type(error).__name__
         if errors and len(errors) == len(requests):
             raise errors[0]
@@ -210,7 +210,7 @@ RoundRecord = dict[str, Any]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rounds: how many, how long, and which replies make one."""
+    """Number and length of the rounds, and the replies that they need."""
 
     rounds: int = 5
     local_epochs: int = 1
@@ -287,7 +287,7 @@ class Server:
         }
 
     def describe_clients(self) -> tuple[dict[int, int], dict[int, str]]:
-        """Request the clients' numbers of images; returns these, and why each of the others cannot take part.
+        """Request the clients' numbers of images; return these, and the errors of clients that cannot take part.
 
         Raises:
             PotstillError: of a client in this process that cannot take part.
@@ -306,7 +306,7 @@ class Server:
     def train(
         self, observer: Observer, progress: ServerState | None = None, save: Callable[[ServerState], None] | None = None
     ) -> ServerState:
-        """Carry out all rounds; leaves the student with the weights of the round that was best on val.
+        """Train all rounds; the student ends with the weights of the best round on val.
 
         Args:
             observer: receives a note for each round, and warnings.
@@ -361,7 +361,7 @@ class Server:
     # one round
 
     def _round(self, number: int, progress: ServerState) -> tuple[Replies, list[int]]:
-        """Returns the valid replies, and the clients whose update was scaled down."""
+        """Return the valid replies, and the clients whose update was scaled down."""
         weights, when = self.algorithm.sends == "weights", f"round {number}"
         start = state_dict_to_arrays(self.student.module.state_dict())
         first = (number - 1) * self.schedule.local_epochs
@@ -488,7 +488,7 @@ _ARRAY_FIELDS = ("state", "best_state", "logits")
 
 
 class RoundCheckpoint:
-    """A checkpoint of the server's progress and of what each client keeps (but the teacher, which is sent again).
+    """A checkpoint of the server's progress and of each client's memory, without the teacher, which is sent again.
 
     Args:
         path: of the file.

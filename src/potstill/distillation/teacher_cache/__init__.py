@@ -1,5 +1,5 @@
-"""Teacher outputs cached on disk by (sample, view), so that the teacher runs once for each of them; and the settings
-of that cache.
+"""The teacher cache: teacher outputs on disk by (sample, view), so that the teacher runs once for each; its
+settings.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,26 +10,26 @@ RecordChoice = Literal["auto", "float16", "float32", "top16"]
 
 
 class TeacherCacheSettings(BaseModel):
-    """Whether and how the teacher's answers are kept on disk; ``teacher_cache: off`` in a recipe is short for
-    the mode.
-    """
+    """Whether and how teacher outputs are kept on disk; ``teacher_cache: off`` is short for ``{mode: off}``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Literal["auto", "off"] = Field(
-        "auto", description="auto: record the teacher's answers where the method needs no feature maps; off: ask anew"
+        "auto",
+        description="auto: cache the teacher's logits, unless the method needs its feature maps; off: always run the "
+        "teacher",
     )
     views: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto", "all"] = Field(
         "auto",
-        description="how many augmented versions of an image are drawn in turn, by whatever method; auto: one for four "
-        "epochs, eight at least; all: a new one in each epoch",
+        description="number of augmented views of each image, which the epochs use in turn; auto: epochs / 4, at least "
+        "8; all: a new view in each epoch",
     )
     record: RecordChoice = Field(
         "auto",
-        description="what is kept of the logits: float16, float32, or top16: the 16 largest and the mass of the rest; "
-        "auto: float16, or top16 where float16 takes more than 10 GB for one seed and 16 suffice",
+        description="format of the cached logits: float16, float32, or top16: the 16 largest and the probability of "
+        "the rest; auto: float16, or top16 if float16 needs more than 10 GB for one seed and the method allows it",
     )
-    folder: str | None = Field(None, description="where stores stand; null: the cache folder")
+    folder: str | None = Field(None, description="folder of the teacher caches; null: a folder in potstill's cache")
 
     @field_validator("mode", mode="before")
     @classmethod

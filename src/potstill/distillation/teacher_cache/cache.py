@@ -467,7 +467,7 @@ def find_cache(root: Path, key: str) -> Path:
     if found:
         raise UsageError(f"several stores begin with {key!r}: {', '.join(sorted(found))}")
     raise UsageError(
-        f"no store {key!r} in {root}{did_you_mean(key, known)}\nKnown: {', '.join(sorted(known)) or 'none'}; "
+        f"no teacher cache {key!r} in {root}{did_you_mean(key, known)}\nKnown: {', '.join(sorted(known)) or 'none'}; "
         "`potstill cache ls` shows them"
     )
 

@@ -65,7 +65,7 @@ class MobileNetV2(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, K]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         features = self.last(self.stage4(self.stage3(self.stage2(self.stage1(self.stem(images))))))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
@@ -121,7 +121,7 @@ class ShuffleNetV1(nn.Module):
         self.head = nn.Linear(SHUFFLENET_V1_CHANNELS[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, K]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         features = self.stage3(self.stage2(self.stage1(self.stem(images))))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
@@ -185,7 +185,7 @@ class ShuffleNetV2(nn.Module):
         self.head = nn.Linear(_SHUFFLENET_V2_LAST, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, K]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         features = self.last(self.stage3(self.stage2(self.stage1(self.stem(images)))))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits

@@ -54,7 +54,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, K]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         features = self.stage3(self.stage2(self.stage1(self.stem(images))))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
@@ -132,7 +132,7 @@ class FourStageResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, K]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         features = self.stage4(self.stage3(self.stage2(self.stage1(self.stem(images)))))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
@@ -192,7 +192,7 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, K]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         features = self.relu(self.bn(self.stage3(self.stage2(self.stage1(self.stem(images))))))
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits

@@ -42,7 +42,7 @@ class VGG(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, K]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         x = self.pool(self.stage1(images))
         x = self.pool(self.stage2(x))
         x = self.stage4(self.pool(self.stage3(x)))

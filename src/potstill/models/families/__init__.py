@@ -1,1 +1,1 @@
-"""Where classifiers come from: one module for each family of names."""
+"""Families of classifiers: one module for each prefix of names."""

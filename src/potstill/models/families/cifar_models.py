@@ -76,7 +76,7 @@ def pretrained(name: str, num_classes: int, size: int) -> tuple[nn.Module, int]:
 
 
 def _parse_wide_resnet(name: str) -> tuple[int, int] | None:
-    """Depth and width of ``wrn_d_w``: any d = 6n + 4 of at least 10, any w of at least 1."""
+    """Return depth and width of ``wrn_d_w``: any d = 6n + 4 of at least 10, any w of at least 1."""
     match = re.fullmatch(r"wrn_([1-9]\d{1,3})_([1-9]\d?)", name, re.ASCII)
     if match is None or int(match[1]) % 6 != 4:
         return None

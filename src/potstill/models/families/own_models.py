@@ -30,7 +30,7 @@ _given: dict[str, tuple[Network, InputSpec | None]] = {}
 
 @contextmanager
 def given_networks(networks: Mapping[str, tuple[Network, InputSpec | None]]) -> Iterator[None]:
-    """Know networks by name within the block, each with its input specification or None."""
+    """Register networks by name inside the block, each with its input specification or None."""
     former = dict(_given)
     _given.update(networks)
     try:
@@ -41,7 +41,7 @@ def given_networks(networks: Mapping[str, tuple[Network, InputSpec | None]]) -> 
 
 
 def given_input(name: str) -> InputSpec | None:
-    """The input specification that a network was given with."""
+    """Return the input specification of a network given from Python."""
     return _given[name][1] if name in _given else None
 
 
@@ -54,7 +54,7 @@ def is_model(name: str) -> bool:
 
 
 def build(name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
-    """Make the network anew; one that is a module already is copied, with its weights.
+    """Return a new network; a module is copied, with its weights.
 
     Raises:
         UsageError: the code cannot be loaded or called, or what it returns is no ``nn.Module``.

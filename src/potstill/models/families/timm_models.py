@@ -21,7 +21,7 @@ def names() -> list[str]:
 
 
 def is_model(name: str) -> bool:
-    """A name may carry the tag of its weights, as in ``resnet18.a1_in1k``."""
+    """Return whether timm has a network of this name, with or without a tag, as in ``resnet18.a1_in1k``."""
     import timm
 
     if ":" in name or "/" in name:  # timm would fetch these from a hub or read them from a folder
@@ -70,13 +70,13 @@ def _config(name: str) -> Any:
 
 
 def _size(name: str, size: int) -> dict[str, int]:
-    """Networks whose weights depend on the image size (ViT, Swin, ...) are told it; the others take any."""
+    """Return the argument ``img_size`` for networks whose weights depend on the image size (ViT, Swin, ...)."""
     config = _config(name)
     return {"img_size": size} if config and config.fixed_input_size else {}
 
 
 def _weights_file(name: str, config: Any) -> Path:
-    """The file in the cache, fetched if need be; timm itself would try the network for most of a minute."""
+    """Return the file in the cache, downloaded if missing; timm itself would retry for most of a minute."""
     if not config.hf_hub_id:
         return download_from_url(config.url, f"the weights of {name!r}")
     files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
@@ -84,5 +84,5 @@ def _weights_file(name: str, config: Any) -> Path:
 
 
 def _own_format(config: Any) -> bool:
-    """Whether the network reads the file itself (JAX's .npz and the like); on the hub only where it says "hf"."""
+    """Return whether timm reads the file itself (such as JAX's .npz)."""
     return config.custom_load == "hf" if config.hf_hub_id else bool(config.custom_load)
