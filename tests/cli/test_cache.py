@@ -163,13 +163,13 @@ def test_unknown_keys_are_refused_with_the_nearest_before_anything_is_removed(
     wrong = path.name[:-2] + "zz"
     keys = [path.name, wrong] if verb == "rm" else [wrong]
     assert main(["cache", verb, *keys, "--folder", str(tmp_path)]) == 2
-    assert f"no store {wrong!r} in {tmp_path}; did you mean {path.name!r}?" in capsys.readouterr().err
+    assert f"no cache {wrong!r} in {tmp_path}; did you mean {path.name!r}?" in capsys.readouterr().err
     assert path.exists()
 
 
 def test_a_store_in_use_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path)
-    store = TeacherCache.existing(path)
+    store = TeacherCache.open_existing(path)
     assert main(["cache", "rm", "--all", "--folder", str(tmp_path)]) == 5
     assert "is in use" in capsys.readouterr().err
     store.close()

@@ -54,7 +54,7 @@ def verify(
     from potstill.distillation.teacher_cache.cache import TeacherCache, find_cache
 
     path = find_cache(_root(folder), key)
-    store = TeacherCache.existing(path)
+    store = TeacherCache.open_existing(path)
     try:
         recorded, damaged = sum(store.coverage()), store.damaged()
     finally:
@@ -115,7 +115,7 @@ def _cache_table(stores: "list[CacheEntry]") -> list[str]:
     for each in stores:
         what = _describe_cache(each)
         rows.append(
-            (each.key, format_bytes(each.size), *what[:3], _format_age(each.used), *map(escape_control, what[3:]))
+            (each.key, format_bytes(each.size), *what[:3], _format_age(each.last_used), *map(escape_control, what[3:]))
         )
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     right = {1, 2, 3}
@@ -139,7 +139,7 @@ def _describe_cache(store: "CacheEntry") -> tuple[str, str, str, str, str]:
     kind = f"{record.kind}, {record.nbytes} B"
     return (
         str(len(store.recorded)),
-        format_percent(store.share),
+        format_percent(store.coverage),
         kind,
         str(facts.get("teacher", "?")),
         store.error or data,

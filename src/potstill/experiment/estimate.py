@@ -42,7 +42,7 @@ class CacheEstimate:
 
     @property
     def speed_up(self) -> float:
-        """Times as fast as with a teacher that is asked in every step."""
+        """Times as fast as with a teacher that runs in every step."""
         asked = self.views * (1 - self.recorded)
         return self.epochs * (self.teacher + self.student) / (asked * self.teacher + self.epochs * self.student)
 
@@ -56,21 +56,21 @@ class CacheEstimate:
 
         Example:
             >>> print(CacheEstimate(8, 10_000, 640_000, 0.0, 3e-3, 1e-3, 24))
-            store: 8 views of 10,000 images, 640 kB, none recorded yet. Expected: 2.0 times as fast as asking the \
-teacher in every step, and 4.0 times in later runs
+            teacher cache: 8 views of 10,000 images, 640 kB, empty. Expected: 2.0 times as fast as with the teacher \
+running in every step, and 4.0 times in later runs
             >>> print(CacheEstimate(8, 10_000, 640_000, 1.0, 3e-3, 1e-3, 24))
-            store: 8 views of 10,000 images, 640 kB, all recorded. Expected: 4.0 times as fast as asking the teacher \
-in every step
+            teacher cache: 8 views of 10,000 images, 640 kB, complete. Expected: 4.0 times as fast as with the teacher \
+running in every step
         """
         views = f"{self.views} view{'' if self.views == 1 else 's'} of {format_count(self.images)} images"
-        there = "all recorded" if self.recorded == 1 else f"{format_percent(self.recorded, 0)} recorded"
+        filled = "complete" if self.recorded == 1 else f"{format_percent(self.recorded, 0)} filled"
         if self.recorded == 0:
-            there = "none recorded yet"
-        first = f"{self.speed_up:.1f} times as fast as asking the teacher in every step"
+            filled = "empty"
+        first = f"{self.speed_up:.1f} times as fast as with the teacher running in every step"
         if self.speed_up < _NEGLIGIBLE_SPEED_UP:
-            first = "as fast as asking the teacher in every step"
+            first = "as fast as with the teacher running in every step"
         later = "" if self.recorded == 1 else f", and {self.later:.1f} times in later runs"
-        return f"store: {views}, {format_scaled(self.size, 'B')}, {there}. Expected: {first}{later}"
+        return f"teacher cache: {views}, {format_scaled(self.size, 'B')}, {filled}. Expected: {first}{later}"
 
 
 def estimate_cache(
@@ -96,11 +96,11 @@ def estimate_cache(
     """
     caches = [*recorded.caches, *recorded.second]
     views = 1 if not loader.distinct_views else min(loader.views_in_turn or epochs, epochs)
-    there = sum(sum(shelf.coverage(views)) for shelf in caches) / (views * loader.samples * len(caches))
+    there = sum(sum(cache.coverage(views)) for cache in caches) / (views * loader.samples * len(caches))
     return CacheEstimate(
         views=views,
         images=loader.samples,
-        size=views * loader.samples * sum(shelf.record.nbytes for shelf in caches),
+        size=views * loader.samples * sum(cache.record.nbytes for cache in caches),
         recorded=there,
         teacher=teacher,
         student=seconds_per_image(student, batch, compute),
@@ -166,5 +166,5 @@ def estimate_further_seeds(
     return (
         f"{more} about {format_duration(total)} ({format_count(len(further))} trainings of "
         f"{format_count(settings.epochs)} "
-        f"epoch{'' if settings.epochs == 1 else 's'}; more where the teacher is asked in every step)"
+        f"epoch{'' if settings.epochs == 1 else 's'}; more if the teacher runs in every step)"
     )

@@ -74,12 +74,12 @@ def convert_teachers(
         digest = module_digest(asked.fold_heads[str(at)]) if str(at) in asked.fold_heads else None
         one = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if convertible else None
         if recipe.network(name).precision == "float32" or (convertible and not compute.teacher_in_bf16):
-            asked.in_float32(at, compute.memory_format)
+            asked.use_float32(at, compute.memory_format)
         elif one is not None:
             own = None if views is None else views.loaders[at]
             observer.note(f"{name} {_convert_teacher(asked, at, one, train, own, data, compute)}")
         if one is not None:
-            taught.append(dataclasses.replace(one, how=asked.asking[at]))
+            taught.append(dataclasses.replace(one, how=asked.inference_settings[at]))
     return taught
 
 
@@ -88,13 +88,13 @@ def convert_as(teachers: Teachers, how: InferenceSettings, images: Tensor) -> No
 
     Args:
         teachers: of one.
-        how: ``teachers.asking`` says afterwards what came of it.
+        how: ``teachers.inference_settings`` says afterwards what came of it.
         images: a few, prepared for this teacher.
     """
     if how.dtype == torch.float32:
-        teachers.in_float32(0, how.memory_format)
+        teachers.use_float32(0, how.memory_format)
     else:
-        teachers.optimize_one_for_inference(0, how.dtype, how.memory_format, images, known=Fidelity(1.0, 0.0, 0))
+        teachers.optimize_one_for_inference(0, how.dtype, how.memory_format, images, fidelity=Fidelity(1.0, 0.0, 0))
 
 
 def teacher_images(asked: Teachers, at: int, loader: Loader, own: Loader | None, index: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _convert_teacher(
     )  # which takes a second
     images = teacher_images(asked, at, train, own, spread_ids(train.samples, count))
     done = asked.optimize_one_for_inference(
-        at, torch.bfloat16, compute.memory_format, images, least=MIN_AGREEMENT, known=found
+        at, torch.bfloat16, compute.memory_format, images, min_agreement=MIN_AGREEMENT, fidelity=found
     )
     if found is None and done.fidelity is not None:
         known.write(done.fidelity)

@@ -10,26 +10,25 @@ RecordChoice = Literal["auto", "float16", "float32", "top16"]
 
 
 class TeacherCacheSettings(BaseModel):
-    """Whether and how the teacher's answers are kept on disk; ``teacher_cache: off`` in a recipe is short for
-    the mode.
-    """
+    """Whether and how teacher outputs are cached on disk; ``teacher_cache: off`` in a recipe sets ``mode``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Literal["auto", "off"] = Field(
-        "auto", description="auto: record the teacher's answers where the method needs no feature maps; off: ask anew"
+        "auto",
+        description="auto: cache teacher outputs if the method needs no feature maps; off: run the teacher each step",
     )
     views: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto", "all"] = Field(
         "auto",
-        description="how many augmented versions of an image are drawn in turn, by whatever method; auto: one for four "
-        "epochs, eight at least; all: a new one in each epoch",
+        description="number of augmented views of an image, used in turn by all methods; auto: one for every four "
+        "epochs, at least eight; all: a new view in each epoch",
     )
     record: RecordChoice = Field(
         "auto",
-        description="what is kept of the logits: float16, float32, or top16: the 16 largest and the mass of the rest; "
-        "auto: float16, or top16 where float16 takes more than 10 GB for one seed and 16 suffice",
+        description="format of the logits: float16, float32, or top16: the 16 largest and the mass of the others; "
+        "auto: float16, or top16 if float16 takes more than 10 GB for one seed and the method reads no more",
     )
-    folder: str | None = Field(None, description="where stores stand; null: the cache folder")
+    folder: str | None = Field(None, description="folder of the caches; null: potstill's cache folder")
 
     @field_validator("mode", mode="before")
     @classmethod
