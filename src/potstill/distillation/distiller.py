@@ -131,7 +131,7 @@ class Distiller(nn.Module):
         names = self.method.label_term_names
         needs = self.method.needs
         if not self.training and (needs.training_only or (needs.several and len(labels) < 2)):
-            output = self.router.extractor.extract(self.student, images)
+            output = self.router.extractor.run(self.student, images)
             _check_shapes(output.logits, None, labels)
             return Step(output.logits, self.method.plain_label_terms(output.outputs(), batch), names)
         self._check_inputs(batch)
@@ -272,12 +272,12 @@ class Distiller(nn.Module):
         return student_info, network_info(teacher, stages, self.router.batch_norms(self.teacher))
 
     def _run_student(self, images: Tensor, second: Tensor | None) -> Outputs:
-        outputs = self.router.student_outputs(self.router.extractor.extract(self.student, images))
+        outputs = self.router.student_outputs(self.router.extractor.run(self.student, images))
         if second is None or self.method.needs.second == "none":
             return outputs
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.needs.second_gradient):
             return attach_second_outputs(
-                outputs, self.router.student_outputs(self.router.extractor.extract(self.student, second))
+                outputs, self.router.student_outputs(self.router.extractor.run(self.student, second))
             )
 
 

@@ -57,7 +57,7 @@ class FeatureExtractor:
         """Whether more than logits and head is read."""
         return self.reads_maps or self.request.embedding is not None
 
-    def extract(self, network: nn.Module, images: Tensor, settings: InferenceSettings | None = None) -> ForwardOutput:
+    def run(self, network: nn.Module, images: Tensor, settings: InferenceSettings | None = None) -> ForwardOutput:
         """Run one forward pass and return what was requested.
 
         Args:

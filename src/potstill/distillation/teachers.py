@@ -108,7 +108,7 @@ class Teachers(nn.Module):
         if any(module.training for module in self.networks.modules()):  # after train() was called on a teacher
             self.train()
         outputs = [
-            extractor.extract(network, convert(images) if own is None else own, settings)
+            extractor.run(network, convert(images) if own is None else own, settings)
             for network, convert, own, extractor, settings in zip(
                 self.networks,
                 self.input_converters,

@@ -217,12 +217,12 @@ def _convert(
     plain = InferenceSettings(memory_format=compute.memory_format)
     reader = FeatureExtractor(ExtractionRequest(embedding=layer))
     with evaluation_mode(model.module):
-        exact = reader.extract(model.module, few, plain).embedding
+        exact = reader.run(model.module, few, plain).embedding
         assert exact is not None
         if compute.teacher_in_bf16 and recipe.network(stage.name).precision == "auto":
             try:
                 network, how = convert_for_inference(model.module, torch.bfloat16, compute.memory_format, few)
-                rough = reader.extract(network, few, how).embedding
+                rough = reader.run(network, few, how).embedding
                 if rough is not None and (rough - exact).norm() <= _MAX_DIFFERENCE * exact.norm():
                     return network, how
             except Exception:  # in another dtype, networks of others fail in any way they like
@@ -245,7 +245,7 @@ def _embed(
     done = 0
     with evaluation_mode(network):
         for batch in loader.epoch():
-            embedding = reader.extract(network, batch.images, how).embedding
+            embedding = reader.run(network, batch.images, how).embedding
             assert embedding is not None  # it was asked for
             assert batch.index is not None  # a loader numbers its images
             parts.append((embedding.cpu(), batch.labels.cpu(), batch.index.cpu()))
