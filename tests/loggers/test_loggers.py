@@ -148,4 +148,4 @@ def test_the_server_that_dies_in_the_midst_costs_one_warning(recipe, tmp_path, t
     path = pipeline.run(recipe(tracker=f"{{name: mlflow, uri: '{address}'}}"), root=tmp_path / "runs", observer=told)
     assert (path / "results.json").is_file()
     (warning,) = [each for each in told.warnings if "tracker" in each]
-    assert "tracker mlflow gets no more of this run, which continues without it: " in warning
+    assert "tracker mlflow has stopped logging this run, which continues without it: " in warning
