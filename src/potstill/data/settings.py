@@ -11,18 +11,18 @@ Pacing = Literal["linear", "root", "step"]  # of a curriculum: how its share of 
 
 
 class AugmentSettings(BaseModel):
-    """What a view of a training image may change; each draw depends on (seed, sample id, view) alone."""
+    """Augmentation of training images; each random choice depends only on (seed, sample id, view)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pad_crop: float = Field(0.0, ge=0, le=0.5, description="shift by up to this share of the size")
-    pad_mode: Literal["reflect", "black"] = Field("reflect", description="what a shift shows beyond the border")
+    pad_mode: Literal["reflect", "black"] = Field("reflect", description="how a shift fills pixels beyond the border")
     crop_scale: tuple[float, float] | None = Field(
         None, description="area shares between which a random resized crop is drawn, e.g. [0.35, 1]; null: none"
     )
     hflip: bool = Field(False, description="mirror left to right for half of the views")
     vflip: bool = Field(False, description="mirror top to bottom for half of the views")
-    rotate90: bool = Field(False, description="turn by 0, 90, 180 or 270 degrees")
+    rotate90: bool = Field(False, description="rotate by 0, 90, 180 or 270 degrees")
     color_jitter: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation change")
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="torchvision v2 policy")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a rectangle")
@@ -41,8 +41,8 @@ class AugmentSettings(BaseModel):
     @property
     def changes_nothing(self) -> bool:
         """Whether every view of an image is the same."""
-        beside = {"pad_mode"}  # says how, not whether
-        return self.model_dump(exclude=beside) == AugmentSettings().model_dump(exclude=beside)
+        no_effect = {"pad_mode"}  # without pad_crop
+        return self.model_dump(exclude=no_effect) == AugmentSettings().model_dump(exclude=no_effect)
 
 
 class DataSettings(BaseModel):
@@ -61,15 +61,15 @@ class DataSettings(BaseModel):
         False,
         description="leave out files that cannot be read and classes that are too small, and list them in skipped.csv",
     )
-    size: int = Field(224, ge=8, le=4096, description="height and width in pixels that the networks see")
+    size: int = Field(224, ge=8, le=4096, description="height and width, in pixels, of the networks' input")
     range: Literal["auto"] | tuple[float, float] = Field(
         "auto",
-        description="ends between which images of more than 8 bits are read, e.g. [0, 4095]; auto: found once, over "
-        "the training images",
+        description="value range of images of more than 8 bits, mapped to 0 to 255, e.g. [0, 4095]; auto: found once, "
+        "over the training images",
     )
     resize_mode: Literal["crop", "pad", "stretch"] = Field(
         "crop",
-        description="how an image that is not square becomes square: its centre, black borders, or other proportions",
+        description="how an image becomes square: centre crop, black borders, or another aspect ratio",
     )
     unlabeled: str | None = Field(
         None, description="a second folder, of images without labels at any depth: they join the teacher's terms only"
@@ -78,28 +78,30 @@ class DataSettings(BaseModel):
         0.5, gt=0, le=0.9, description="share of such images in a batch; they come on top of `batch_size`"
     )
     target: str | None = Field(
-        None, description="another domain of the same classes, in which the student is to work; given as `source` is"
+        None, description="another domain of the same classes, in which the student will be used; given like `source`"
     )
-    target_options: dict[str, Any] = Field({}, description="options of the target, where it is a named data set")
+    target_options: dict[str, Any] = Field({}, description="options of the target, if it is a named data set")
     target_labels: float = Field(
         0.0, ge=0, le=1, description="share of the target's training and val images whose labels may be used"
     )
     mean: tuple[float, float, float] | None = Field(
         None, description="of RGB in [0, 1], subtracted from images; null, and for published weights: the network's own"
     )
-    std: tuple[float, float, float] | None = Field(None, description="likewise, by which they are then divided")
-    val: float = Field(0.15, gt=0, lt=1, description="share split off for val where the source has none")
-    test: float = Field(0.15, gt=0, lt=1, description="share split off for test where the source has none")
+    std: tuple[float, float, float] | None = Field(
+        None, description="of RGB in [0, 1], by which images are then divided; null as for `mean`"
+    )
+    val: float = Field(0.15, gt=0, lt=1, description="share split off for val if the source has none")
+    test: float = Field(0.15, gt=0, lt=1, description="share split off for test if the source has none")
     split_seed: int = Field(0, ge=0, description="of the split; separate from `seed`, so that seeds share a split")
-    augment: AugmentSettings | None = Field(None, description="null: the light default of the data set")
+    augment: AugmentSettings | None = Field(None, description="null: the data set's default, a light one")
     augmentation_seed: int | None = Field(
         None,
         ge=0,
-        description="of the views; null: `seed`, so that each seed has views of its own; a number: all seeds see the "
-        "same views and share stored answers",
+        description="of the views; null: `seed`, so that each seed has its own views; a number: all seeds have the "
+        "same views and share cached teacher outputs",
     )
     class_balance: Literal["none", "weights", "sampling"] = Field(
-        "none", description="against imbalance: class weights in the label loss, or balanced sampling"
+        "none", description="class weights in the label loss, or balanced sampling, for imbalanced classes"
     )
     workers: int | Literal["auto"] = Field("auto", description="processes that decode; results do not depend on it")
     cache_fraction: float = Field(0.3, gt=0, lt=1, description="share of free memory that decoded pixels may take")
@@ -122,7 +124,7 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def read_options(settings: DataSettings, model: type[OptionsT]) -> OptionsT:
-    """``settings.options`` as the data set's own options.
+    """Return ``settings.options`` as the data set's own model.
 
     Raises:
         UsageError: unknown options or values; all of them, with the nearest known name.
