@@ -341,8 +341,8 @@ def _label(content: bytes, suffix: str, where: str, shard: Shard) -> str | None:
     try:
         text = found = content.decode("utf-8").strip()
         if suffix == "json":
-            said = json.loads(text)
-            found = said.get("label", said.get("class")) if isinstance(said, dict) else None
+            value = json.loads(text)
+            found = value.get("label", value.get("class")) if isinstance(value, dict) else None
         found = None if found is None or isinstance(found, (dict, list, bool, float)) else str(found)
     except (ValueError, RecursionError):  # no UTF-8, no JSON, thousands of digits, or nested too deeply
         shard.problems.append(f"{where}: neither text nor JSON that can be read")
