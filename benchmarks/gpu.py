@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks.speed.clock import Watch, mark_of
-from benchmarks.speed.ours import asking, optimize_for_inference
+from benchmarks.speed.ours import optimize_for_inference, teacher_precision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -70,7 +70,7 @@ class Bench:
     folder: Path  # for stores
     compute: Compute = field(default_factory=lambda: create_compute(TrainingSettings()))
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
-    asking: str = ""  # how its teachers are asked
+    precision: str = ""  # in which its teachers run
     numbers: Iterator[int] = field(default_factory=itertools.count)  # of stores
 
     @property
@@ -177,7 +177,7 @@ class Student:
         self.listed = Listed(self.batch, bench.steps)
         if kind in ("live", "stored"):
             optimize_for_inference(self.distiller, self.listed, self.compute)
-            bench.asking = asking(self.distiller)
+            bench.precision = teacher_precision(self.distiller)
         self.recorded = self._filled() if kind == "stored" else None
         self.compiling = StudentCompiler(self.distiller, self.optimizer, self.settings, self.compute, SilentObserver())
 
@@ -318,7 +318,7 @@ def _teacher_flops(bench: Bench, batch: int) -> float:
     def block() -> None:
         with way.compute.autocast():
             for _ in range(bench.steps):
-                teachers.ask(images)
+                teachers.run(images)
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(images)
@@ -435,7 +435,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> int:
 def _print_table(bench: Bench, mark: str) -> None:
     print(f"{_device_name(bench)}, {bench.compute.precision}, torch {torch.__version__}{mark}")
     print(f"{bench.teacher_name} -> {bench.student_name} at {bench.size} px, blocks of {bench.steps} steps")
-    print(f"teacher asked in {bench.asking or 'the precision of autocast'}\n")
+    print(f"teacher runs in {bench.precision or 'the precision of autocast'}\n")
     widths = [max((len(row[at]) for row in bench.rows), default=0) for at in range(3)]
     for row in bench.rows:
         print("  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]), row[3]]).rstrip())

@@ -51,41 +51,43 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def contestants(network: nn.Module, images: Tensor) -> dict[str, Turn]:
-    """Each a way to ask the same network of the same images."""
+    """Return ways to run the same network on the same images."""
     bf16, last = torch.bfloat16, torch.channels_last
     plain, laid_out = copy.deepcopy(network).to(bf16), copy.deepcopy(network).to(bf16).to(memory_format=last)
     wide = copy.deepcopy(network).to(memory_format=last)
     quick, how = convert_for_inference(network, bf16, last, images)
     folded, exactly = convert_for_inference(network, torch.float32, last, images)
 
-    def ask(asked: nn.Module, *, dtype: torch.dtype = torch.float32, autocast: bool = False, **layout: object) -> Turn:
+    def run(
+        network: nn.Module, *, dtype: torch.dtype = torch.float32, autocast: bool = False, **layout: object
+    ) -> Turn:
         def turn() -> None:
             with (
                 torch.no_grad(),
                 torch.autocast(images.device.type, dtype=bf16) if autocast else contextlib.nullcontext(),
             ):
-                asked(images.to(dtype=dtype, **layout)).float()
+                network(images.to(dtype=dtype, **layout)).float()
             _wait(images.device)
 
         return turn
 
-    def answer(asked: nn.Module, how: InferenceSettings) -> Turn:
+    def run_converted(network: nn.Module, how: InferenceSettings) -> Turn:
         def turn() -> None:
-            how.logits(asked, images)
+            how.logits(network, images)
             _wait(images.device)
 
         return turn
 
     return {
-        FLOAT32: ask(network),
-        "float32, channels_last": ask(wide, memory_format=last),
-        f"float32, BN folded ({exactly.folded}), channels_last, inference mode": answer(folded, exactly),
-        "autocast bf16": ask(network, autocast=True),
-        "autocast bf16, channels_last": ask(wide, autocast=True, memory_format=last),
-        "bf16 weights": ask(plain, dtype=bf16),
-        "bf16 weights, channels_last": ask(laid_out, dtype=bf16, memory_format=last),
-        f"bf16 weights, channels_last, BN folded ({how.folded})": ask(quick, dtype=bf16, memory_format=last),
-        "bf16 weights, channels_last, BN folded, inference mode": answer(quick, how),
+        FLOAT32: run(network),
+        "float32, channels_last": run(wide, memory_format=last),
+        f"float32, BN folded ({exactly.folded}), channels_last, inference mode": run_converted(folded, exactly),
+        "autocast bf16": run(network, autocast=True),
+        "autocast bf16, channels_last": run(wide, autocast=True, memory_format=last),
+        "bf16 weights": run(plain, dtype=bf16),
+        "bf16 weights, channels_last": run(laid_out, dtype=bf16, memory_format=last),
+        f"bf16 weights, channels_last, BN folded ({how.folded})": run(quick, dtype=bf16, memory_format=last),
+        "bf16 weights, channels_last, BN folded, inference mode": run_converted(quick, how),
     }
 
 
@@ -99,7 +101,7 @@ def _table(result: Result, batch: int) -> str:
     for name, seconds in result.seconds.items():
         ratio, least, most = (1 / each for each in result.ratio(name, FLOAT32))
         rows.append([name, f"{batch / statistics.median(seconds):.1f}", f"{ratio:.2f}", f"{most:.2f} - {least:.2f}"])
-    return table(["asked in", "images/s", "x float32", "range"], rows)
+    return table(["runs in", "images/s", "x float32", "range"], rows)
 
 
 if __name__ == "__main__":

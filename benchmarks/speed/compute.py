@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.speed.clock import Result, table, take_turns
-from benchmarks.speed.ours import Ours, asking
+from benchmarks.speed.ours import Ours, teacher_precision
 from benchmarks.speed.scene import add_arguments, make_scene, workplace
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,7 +52,7 @@ def measure(given: argparse.Namespace, folder: Path) -> str:
 
     def ask() -> None:
         with ours.compute.autocast():
-            teachers.ask(images)
+            teachers.run(images)
 
     scene_flops = {
         "training": _flops(scene.student(), images, backward=True),
@@ -64,8 +64,8 @@ def measure(given: argparse.Namespace, folder: Path) -> str:
     }
     work = scene_flops | {name: flops for name, (_, flops) in yardsticks.items()}
     result = take_turns(turns, given.rounds)
-    how = asking(ours.distiller) or "the precision of autocast"
-    return f"(c) {ours.compute}, batch {len(images)}, {given.size} px, teacher asked in {how}{result.mark}\n" + _shares(
+    how = teacher_precision(ours.distiller) or "the precision of autocast"
+    return f"(c) {ours.compute}, batch {len(images)}, {given.size} px, teacher runs in {how}{result.mark}\n" + _shares(
         result, work
     )
 

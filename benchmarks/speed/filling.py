@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from benchmarks.speed.clock import table, take_turns
-from benchmarks.speed.ours import Ours, asking
+from benchmarks.speed.ours import Ours, teacher_precision
 from benchmarks.speed.scene import add_arguments, make_scene, workplace
 
 from potstill.distillation.teacher_cache.cache import TeacherCache
@@ -68,7 +68,7 @@ def fill_rate(given: argparse.Namespace, folder: Path) -> str:
     def resident() -> None:
         for ids in ours.loader.epochs.batches(0):
             with ours.compute.autocast():
-                teachers.ask(kept[: len(ids)])
+                teachers.run(kept[: len(ids)])
 
     def filling() -> None:
         number = next(numbers)
@@ -82,9 +82,9 @@ def fill_rate(given: argparse.Namespace, folder: Path) -> str:
         raise RuntimeError(f"the teacher was asked of {ours.asked} images")
     middle, least, most = result.ratio("resident", "filling")
     speed = f"{ours.loader.count / result.median('filling'):.0f} views/s"
-    how = asking(ours.distiller) or "the precision of autocast"
+    how = teacher_precision(ours.distiller) or "the precision of autocast"
     lines = [
-        f"(g) teacher asked in {how}{result.mark}",
+        f"(g) teacher runs in {how}{result.mark}",
         f"filling / resident {middle:.3f}  ({least:.3f} to {most:.3f})  goal >= 0.95  {speed}",
     ]
     return "\n".join(lines)

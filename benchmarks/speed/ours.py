@@ -139,7 +139,7 @@ class Ours:
     @property
     def asked(self) -> int:
         """Images of which the teacher has been asked for the record."""
-        return 0 if self.recorded is None else self.recorded.counts.asked
+        return 0 if self.recorded is None else self.recorded.counts.computed
 
     def steps(self) -> list[float]:
         """Seconds of each step of such an epoch, its batch and its soft targets included."""
@@ -148,9 +148,9 @@ class Ours:
         return [end - start for start, end in itertools.pairwise(self.observer.at)]
 
 
-def asking(distiller: Distiller) -> str:
-    """In which precision and layout the teacher is asked, where it is not as autocast decides."""
-    return "; ".join(str(how) for how in getattr(distiller.teacher, "asking", ()) if how is not None)
+def teacher_precision(distiller: Distiller) -> str:
+    """Return the precision and layout in which the teacher runs; empty if autocast decides."""
+    return "; ".join(str(how) for how in getattr(distiller.teacher, "inference_settings", ()) if how is not None)
 
 
 def optimize_for_inference(distiller: Distiller, batches: Loader, compute: Compute) -> None:
@@ -162,7 +162,7 @@ def optimize_for_inference(distiller: Distiller, batches: Loader, compute: Compu
         images, agreed = next(iter(batches.epoch(0))).images[:2], Fidelity(1.0, 0.0, 0)
         for at in range(len(distiller.teacher)):
             distiller.teacher.optimize_one_for_inference(
-                at, torch.bfloat16, compute.memory_format, images, known=agreed
+                at, torch.bfloat16, compute.memory_format, images, fidelity=agreed
             )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.speed import peers
 from benchmarks.speed.clock import Result, Turn, clock_of, table, take_turns
-from benchmarks.speed.ours import Ours, asking, loader
+from benchmarks.speed.ours import Ours, loader, teacher_precision
 from benchmarks.speed.scene import Scene, add_arguments, make_scene, workplace
 
 NAIVE, DISTILL = "naive tutorial loop", "torchdistill"
@@ -59,7 +59,7 @@ def race(given: argparse.Namespace, folder: Path, batch: int) -> str:
             title + result.mark,
             *_table(result, scene.images),
             *[f"left out: {name}, {why}" for name, why in absent.items()],
-            f"potstill's teacher is asked in {asking(cold.distiller) or 'the precision of autocast'}",
+            f"potstill's teacher runs in {teacher_precision(cold.distiller) or 'the precision of autocast'}",
             f"decoding once, before: {1e3 * once / count:.2f} ms/image; a first epoch with it and a cold store: "
             f"{count / first:.0f} images/s, {result.median(NAIVE) / first:.2f} x naive",
             "",

@@ -115,7 +115,7 @@ def point(folder: Path, images: int, classes: int, views: int, teachers: int) ->
 
     asked = min(epoch(number) for number in range(views))
     read = min(epoch(number) for number in range(views, 2 * views))
-    if (recorded.counts.asked, recorded.counts.read) != (views * loader.count, views * loader.count):
+    if (recorded.counts.computed, recorded.counts.read) != (views * loader.count, views * loader.count):
         raise RuntimeError(f"the teachers were not asked once for each view: {recorded.counts}")
     memory = _own_memory()
     recorded.close()

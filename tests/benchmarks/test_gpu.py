@@ -102,4 +102,4 @@ def test_the_stored_student_reads_a_store_and_never_asks(gpu, tmp_path):
     bench = gpu.Bench(True, 0.0, "cifar/resnet8", "cifar/resnet8", tmp_path)
     way = gpu.Student(bench, 8, "stored")
     way.block()
-    assert (way.recorded.counts.asked, way.recorded.counts.read) == (0, 8 * bench.steps)
+    assert (way.recorded.counts.computed, way.recorded.counts.read) == (0, 8 * bench.steps)

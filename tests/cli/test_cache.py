@@ -169,7 +169,7 @@ def test_unknown_keys_are_refused_with_the_nearest_before_anything_is_removed(
 
 def test_a_store_in_use_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path)
-    store = TeacherCache.existing(path)
+    store = TeacherCache.open_existing(path)
     assert main(["cache", "rm", "--all", "--folder", str(tmp_path)]) == 5
     assert "is in use" in capsys.readouterr().err
     store.close()

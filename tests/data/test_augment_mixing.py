@@ -33,7 +33,7 @@ def test_mixup_by_a_slow_reference() -> None:
         assert soft[i].tolist() == pytest.approx(shares.tolist())
         assert labels[i] == (own_labels if share >= 0.5 else other_labels)[i]
     assert soft.dtype == images.dtype == torch.float32
-    assert torch.equal(images[0], own[0] * drawn.shares[0] + others[0] * (1 - drawn.shares[0]))  # exact in float32
+    assert torch.equal(images[0], own[0] * drawn.weights[0] + others[0] * (1 - drawn.weights[0]))  # exact in float32
 
 
 def test_partners_are_any_images_or_of_any_class_where_that_is_asked() -> None:
@@ -52,7 +52,7 @@ def test_partners_are_any_images_or_of_any_class_where_that_is_asked() -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 3.0])
 def test_each_image_has_a_share_of_its_own_from_the_beta_distribution(alpha: float) -> None:
-    shares = mixing(mixup=alpha).draw(np.arange(2000), 0).shares
+    shares = mixing(mixup=alpha).draw(np.arange(2000), 0).weights
     assert stats.kstest(shares, stats.beta(alpha, alpha).cdf).pvalue > 0.01
 
 
@@ -99,19 +99,19 @@ def test_labels_are_those_of_the_larger_share() -> None:
 def test_both_are_used_with_equal_chance_one_an_image() -> None:
     maker = mixing(mixup=0.2, cutmix=3.0)
     drawn = maker.draw(np.arange(4000), 0)
-    assert 0.46 < drawn.blends.mean() < 0.54
+    assert 0.46 < drawn.is_mixup.mean() < 0.54
     # each with its own alpha
-    assert stats.kstest(drawn.shares[drawn.blends], stats.beta(0.2, 0.2).cdf).pvalue > 0.01
-    assert drawn.shares[~drawn.blends].std() < 0.25 < drawn.shares[drawn.blends].std()
+    assert stats.kstest(drawn.weights[drawn.is_mixup], stats.beta(0.2, 0.2).cdf).pvalue > 0.01
+    assert drawn.weights[~drawn.is_mixup].std() < 0.25 < drawn.weights[drawn.is_mixup].std()
     images = maker.images(torch.zeros(4000, 3, 8, 8), torch.ones(4000, 3, 8, 8), drawn)
     between = ((images > 0) & (images < 1)).float().mean(dim=(1, 2, 3))
     assert set(between.tolist()) <= {0.0, 1.0}
-    assert not between[torch.from_numpy(~drawn.blends)].any()
+    assert not between[torch.from_numpy(~drawn.is_mixup)].any()
 
 
 def test_a_mixture_is_a_function_of_seed_sample_and_view_alone() -> None:
     def rows(drawn: MixParams) -> list[tuple[object, ...]]:
-        return list(zip(drawn.partners, drawn.shares, drawn.blends, map(tuple, drawn.boxes), strict=True))
+        return list(zip(drawn.partners, drawn.weights, drawn.is_mixup, map(tuple, drawn.boxes), strict=True))
 
     ids = np.arange(30)
     maker = mixing(mixup=0.8, cutmix=1.0)

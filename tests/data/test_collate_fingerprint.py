@@ -92,7 +92,7 @@ def test_second_views_are_described_apart():
     assert len({words(strong), words(strong, True), words(same, True)}) == 3
     assert words(same) == words(strong)
     assert strong.describe_views(second=True)["strong"] is True
-    with pytest.raises(UsageError, match="gives no second images"):
+    with pytest.raises(UsageError, match="has no second images"):
         loader().describe_views(second=True)
 
 

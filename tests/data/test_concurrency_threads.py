@@ -9,15 +9,15 @@ import pytest
 from potstill.data.concurrency import raise_if_cancelled, threaded_map
 
 
-@pytest.mark.parametrize("at_once", [1, 3, None])
-def test_results_come_in_the_order_of_the_items(at_once: int | None) -> None:
-    assert list(threaded_map(lambda i: i * i, range(50), at_once=at_once)) == [i * i for i in range(50)]
-    assert list(threaded_map(lambda i: i, [], at_once=at_once)) == []
+@pytest.mark.parametrize("threads", [1, 3, None])
+def test_results_come_in_the_order_of_the_items(threads: int | None) -> None:
+    assert list(threaded_map(lambda i: i * i, range(50), threads=threads)) == [i * i for i in range(50)]
+    assert list(threaded_map(lambda i: i, [], threads=threads)) == []
 
 
 def test_only_a_few_are_begun_ahead() -> None:
     begun: list[int] = []
-    results = threaded_map(lambda i: begun.append(i), range(10_000), at_once=2)
+    results = threaded_map(lambda i: begun.append(i), range(10_000), threads=2)
     next(results)
     assert len(begun) <= 10
     results.close()  # whoever stops does not wait for the rest
@@ -25,7 +25,7 @@ def test_only_a_few_are_begun_ahead() -> None:
 
 
 def test_the_caller_does_it_all_where_one_is_enough() -> None:
-    assert set(threaded_map(lambda _: threading.get_ident(), range(5), at_once=1)) == {threading.get_ident()}
+    assert set(threaded_map(lambda _: threading.get_ident(), range(5), threads=1)) == {threading.get_ident()}
 
 
 def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
@@ -37,7 +37,7 @@ def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
             raise ValueError("five")
         return i
 
-    results = threaded_map(work, range(1000), at_once=2)
+    results = threaded_map(work, range(1000), threads=2)
     assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="five"):
         next(results)
@@ -65,6 +65,6 @@ def test_work_that_nobody_wants_any_more_stops_before_its_next_image() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(threaded_map(work, interrupted(), at_once=2))
+        list(threaded_map(work, interrupted(), threads=2))
     assert done == [1]  # not 2 and 3
     raise_if_cancelled()  # here it is wanted

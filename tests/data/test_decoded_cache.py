@@ -84,7 +84,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def packed_pixels(images: Any, heard: Heard | None = None, **options: Any) -> torch.Tensor | None:
-    given = {"side": SIDE, "how": "crop", "cache_fraction": 0.5, "identity": "id", "device": CPU} | options
+    given = {"side": SIDE, "resize_mode": "crop", "cache_fraction": 0.5, "identity": "id", "device": CPU} | options
     return decode_all(images, progress=heard, **given)
 
 
@@ -138,8 +138,8 @@ def test_everything_that_decides_the_pixels_decides_the_key(cache: Path, monkeyp
     changes: list[tuple[Any, dict[str, Any]]] = [
         (Drawn(), {"identity": "other"}),
         (Drawn(), {"side": SIDE + 1}),
-        (Drawn(), {"how": "stretch"}),
-        (Drawn(), {"how": "pad"}),
+        (Drawn(), {"resize_mode": "stretch"}),
+        (Drawn(), {"resize_mode": "pad"}),
         (Drawn(19), {}),
         (renamed, {}),
         (Drawn(seed=1), {}),  # other content under the same word: found by a look at one of them
@@ -147,8 +147,8 @@ def test_everything_that_decides_the_pixels_decides_the_key(cache: Path, monkeyp
     ]
     for number, (images, options) in enumerate(changes):
         found = packed_pixels(images, **options)
-        side, how = options.get("side", SIDE), options.get("how", "crop")
-        expected = np.stack([resize_to_square(image, side, how) for image in images.all])
+        side, resize_mode = options.get("side", SIDE), options.get("resize_mode", "crop")
+        expected = np.stack([resize_to_square(image, side, resize_mode) for image in images.all])
         assert found is not None
         assert torch.equal(found, torch.from_numpy(expected))
         assert len(folders(cache)) == number + 2
@@ -236,7 +236,7 @@ def test_what_cannot_be_decoded_is_an_error_and_the_rest_is_kept(cache: Path, mo
         packed_pixels(Bad())
     images, heard = Drawn(), Heard()
     assert torch.equal(packed_pixels(images, heard), images.expected)
-    assert heard.notes[0].endswith("(3.84 kB), of which 12 are there already")
+    assert heard.notes[0].endswith("(3.84 kB), of which 12 exist already")
     assert sorted(images.asked) == [0, *range(12, 20)]
 
 
@@ -288,7 +288,7 @@ def test_where_the_disk_has_no_room_it_is_said_once(cache: Path, monkeypatch: py
     heard = Heard()
     for seed in range(2):
         assert torch.equal(packed_pixels(Drawn(seed=seed), heard), Drawn(seed=seed).expected)
-    assert heard.notes == [f"decoded pixels are not kept on disk: 3.84 kB is more than 50 % of the room in {cache}"]
+    assert heard.notes == [f"decoded pixels are not cached on disk: 3.84 kB is over 50 % of the free space in {cache}"]
     assert folders(cache) == []
     room["memory"] = 0
     assert packed_pixels(Drawn(), heard) is None
@@ -313,7 +313,7 @@ def test_a_full_disk(
         images = Drawn(15_000, seed=seed)
         assert torch.equal(packed_pixels(images, heard), images.expected)
     (warning,) = heard.warnings
-    assert warning.startswith(f"decoded pixels are not kept on disk: {disk}")
+    assert warning.startswith(f"decoded pixels are not cached on disk: {disk}")
     assert warning.endswith("No space left on device")
     assert os.statvfs(disk).f_bavail * 4096 > 1.9 * 2**20  # the room was given back
 
@@ -486,7 +486,7 @@ def test_a_process_that_does_not_get_on_is_not_waited_for(cache: Path, monkeypat
     with file_lock(folder / "lock", lambda: None):
         assert torch.equal(packed_pixels(Drawn(), heard), Drawn().expected)
     assert heard.waits[0] == ("waiting for another process that decodes images", 0, 10)
-    assert "has not got on" in heard.warnings[0]
+    assert "has made no progress" in heard.warnings[0]
 
 
 # what is no longer used
@@ -531,7 +531,7 @@ def test_where_room_is_short_what_was_not_used_today_makes_way(cache: Path, monk
     heard = Heard()
     packed_pixels(Drawn(seed=10), heard)
     assert [there[seed].exists() for seed in range(3)] == [False, False, True]
-    assert "not kept on disk" in heard.notes[0]
+    assert "not cached on disk" in heard.notes[0]
 
 
 # beside

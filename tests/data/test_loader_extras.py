@@ -58,7 +58,7 @@ def same(mine: Batch, theirs: Batch) -> bool:
 def test_without_second_there_is_none() -> None:
     loader = Loader(images(), SPEC, batch_size=4, augment=LIGHT)
     assert next(loader.epoch()).second is None
-    with pytest.raises(UsageError, match="gives no second images"):
+    with pytest.raises(UsageError, match="has no second images"):
         loader.second_view(torch.tensor([0]), 0)
 
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-from potstill.data.preprocessing import cropped_share, decoded_side, resize_to_square
+from potstill.data.preprocessing import decoded_side, resize_to_square
 from potstill.data.transforms import preprocess
 from potstill.input_spec import InputSpec
 
@@ -85,10 +85,3 @@ def test_nothing_of_a_padded_image_is_lost() -> None:
     found = resize_to_square(pixels, 30, "pad").astype(float)
     assert found.mean() * 2 == pytest.approx(pixels.mean(), abs=1.0)
     assert resize_to_square(np.full((1, 300, 3), 9, np.uint8), 16, "pad").any()
-
-
-@pytest.mark.parametrize(
-    ("shape", "how", "share"), [((300, 400), "crop", 0.25), ((400, 100), "crop", 0.75), ((300, 400), "pad", 0.0)]
-)
-def test_the_share_that_is_not_seen(shape: tuple[int, int], how: str, share: float) -> None:
-    assert cropped_share(*shape, how) == pytest.approx(share)

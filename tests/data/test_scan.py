@@ -69,7 +69,7 @@ def test_of_two_that_come_at_once_one_reads_and_the_other_waits(
     folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have found nothing known before either begins to read."""
-    both, below, looks = threading.Barrier(2), FileIndex.below, itertools.count()
+    both, below, looks = threading.Barrier(2), FileIndex.load, itertools.count()
 
     def look(root: Path, *, decoded: bool) -> FileIndex:
         found = below(root, decoded=decoded)
@@ -77,7 +77,7 @@ def test_of_two_that_come_at_once_one_reads_and_the_other_waits(
             both.wait(60)
         return found
 
-    monkeypatch.setattr(FileIndex, "below", look)
+    monkeypatch.setattr(FileIndex, "load", look)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: check_files(folder, NAMES, "test"), range(2))
     assert first == second
@@ -167,7 +167,7 @@ def test_what_is_kept_grows_and_shrinks_with_the_folder(folder: Path, reads: lis
     paint(folder / "1.png", 99)
     time.sleep(2 * TICK / 1e9)
     check_files(folder, NAMES[1:2], "test")
-    assert sorted(FileIndex.below(folder, decoded=True).names) == NAMES[1:]
+    assert sorted(FileIndex.load(folder, decoded=True).names) == NAMES[1:]
 
 
 def test_each_of_400_changed_bits_is_found(folder: Path, reads: list[str]) -> None:
@@ -178,7 +178,7 @@ def test_each_of_400_changed_bits_is_found(folder: Path, reads: list[str]) -> No
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
-        assert len(FileIndex.below(folder, decoded=True).names) == 0, bit
+        assert len(FileIndex.load(folder, decoded=True).names) == 0, bit
     for wrong in (b"", data[:-1], data[:20], data + b"x"):
         path.write_bytes(wrong)
         reads.clear()

@@ -8,7 +8,7 @@ from potstill.data.transforms import SamplingGrid, apply_fill_and_rotation, samp
 
 
 def places(rows, columns, **options):
-    return SamplingGrid(torch.tensor(rows), torch.tensor(columns), **({"black": None, "turned": None} | options))
+    return SamplingGrid(torch.tensor(rows), torch.tensor(columns), **({"black": None, "transposed": None} | options))
 
 
 def test_rows_and_columns_are_those_of_the_centre():
@@ -26,7 +26,7 @@ def test_black_and_turned():
     image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).expand(2, 3, 2, 2)
     black = torch.tensor([[[[False, True], [False, False]]]] * 2)
     found = apply_fill_and_rotation(
-        image, places([[0, 1]] * 2, [[0, 1]] * 2, black=black, turned=torch.tensor([False, True]))
+        image, places([[0, 1]] * 2, [[0, 1]] * 2, black=black, transposed=torch.tensor([False, True]))
     )
     assert found[0, 0].tolist() == [[1, 0], [3, 4]]
     assert found[1, 2].tolist() == [[1, 3], [0, 4]]

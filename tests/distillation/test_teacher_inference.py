@@ -99,56 +99,56 @@ def unchanged(network, before):
 @pytest.mark.parametrize("network", [Net, Attention])
 def test_a_copy_takes_the_place_and_the_original_stays(network):
     network = network().eval()
-    before, asked = snapshot(network), teachers(network)
-    exact = asked.ask(IMAGES)[0].logits
+    before, frozen = snapshot(network), teachers(network)
+    exact = frozen.run(IMAGES)[0].logits
     random = torch.get_rng_state()
-    (note,) = asked.optimize_for_inference(BF16, LAST, IMAGES)
+    (note,) = frozen.optimize_for_inference(BF16, LAST, IMAGES)
     assert torch.equal(torch.get_rng_state(), random)
     assert unchanged(network, before)
-    assert asked.networks[0] is not network
-    weights = dict(asked.networks[0].named_parameters())
+    assert frozen.networks[0] is not network
+    weights = dict(frozen.networks[0].named_parameters())
     exactly = {name for name, value in weights.items() if value.dtype == torch.float32}
     assert exactly == {name for name in weights if name.startswith(("head.", "stage2.2."))}
     assert not any(value.requires_grad for value in weights.values())
-    said = asked.ask(IMAGES)[0].logits
+    said = frozen.run(IMAGES)[0].logits
     assert said.dtype == torch.float32
     assert 0 < (said - exact).abs().max() < 0.02
-    assert note.startswith("asked in bf16, ")
-    assert "channels_last: agrees with float32 on " in note
+    assert note.startswith("runs in bf16, ")
+    assert "channels_last (same top class as float32 on " in note
     assert " of 16 images, largest logit difference 0.0" in note
 
 
 def test_folded_alone_it_says_the_same():
     network = Net().eval()
-    asked = teachers(network)
-    exact = asked.ask(IMAGES)[0].logits
-    assert asked.optimize_for_inference(torch.float32, torch.contiguous_format, IMAGES) == [
-        f"asked in float32, BN folded: agrees with float32 on 100.0 % of 16 images, largest logit difference "
-        f"{(asked.ask(IMAGES)[0].logits - exact).abs().max():.2g}"
+    frozen = teachers(network)
+    exact = frozen.run(IMAGES)[0].logits
+    assert frozen.optimize_for_inference(torch.float32, torch.contiguous_format, IMAGES) == [
+        "runs in float32, BN folded (same top class as float32 on 100.0 % of 16 images, largest logit difference "
+        f"{(frozen.run(IMAGES)[0].logits - exact).abs().max():.2g})"
     ]
-    assert asked.asking == [InferenceSettings(torch.float32, torch.contiguous_format, 1)]
-    torch.testing.assert_close(asked.ask(IMAGES)[0].logits, exact, atol=1e-5, rtol=1e-5)
+    assert frozen.inference_settings == [InferenceSettings(torch.float32, torch.contiguous_format, 1)]
+    torch.testing.assert_close(frozen.run(IMAGES)[0].logits, exact, atol=1e-5, rtol=1e-5)
 
 
 def test_autocast_around_it_changes_nothing():
-    asked = teachers(Net())
-    asked.optimize_for_inference(BF16, LAST, IMAGES)
-    plain = asked.ask(IMAGES)[0].logits
+    frozen = teachers(Net())
+    frozen.optimize_for_inference(BF16, LAST, IMAGES)
+    plain = frozen.run(IMAGES)[0].logits
     with torch.autocast("cpu", dtype=torch.float16):
-        assert torch.equal(asked.ask(IMAGES)[0].logits, plain)
+        assert torch.equal(frozen.run(IMAGES)[0].logits, plain)
 
 
 def test_float32_on_demand_whatever_autocast_says():
-    asked = teachers(Net())
-    exact = asked.ask(IMAGES)[0].logits
-    asked.in_float32(0)
+    frozen = teachers(Net())
+    exact = frozen.run(IMAGES)[0].logits
+    frozen.use_float32(0)
     with torch.autocast("cpu", dtype=BF16):
-        assert torch.equal(asked.ask(IMAGES)[0].logits, exact)
+        assert torch.equal(frozen.run(IMAGES)[0].logits, exact)
 
 
 def test_answers_can_be_saved_for_a_backward_pass():
     distiller = Distiller(Net(4), Net(), create_method("rkd"), example=IMAGES)
-    assert distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)[0].startswith("asked in bf16")
+    assert distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)[0].startswith("runs in bf16")
     outputs = distiller.run_teacher(IMAGES)
     for answer in (outputs.logits, outputs.embedding):
         assert answer.dtype == torch.float32
@@ -162,7 +162,7 @@ def test_answers_can_be_saved_for_a_backward_pass():
 def test_a_head_that_a_method_reads_stays_exact():
     teacher = Net()
     distiller = Distiller(Net(4), teacher, create_method("srrl", form="pooled"), example=IMAGES)
-    assert distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)[0].startswith("asked in bf16")
+    assert distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)[0].startswith("runs in bf16")
     head = distiller.run_teacher(IMAGES).head
     assert torch.equal(head.weight, teacher.head.weight)
     assert torch.equal(head.bias, teacher.head.bias)
@@ -174,16 +174,16 @@ def test_where_maps_are_read_nothing_is_done():
     teacher = Net()
     distiller = Distiller(Net(4), teacher, create_method("at"), example=IMAGES)
     assert distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES) == [
-        "asked as autocast says, since its feature maps are read"
+        "runs under autocast, since its feature maps are read"
     ]
     assert distiller.teacher.networks[0] is teacher
-    assert distiller.teacher.asking == [None]
+    assert distiller.teacher.inference_settings == [None]
 
 
 def test_maps_in_float32_on_demand():
     distiller = Distiller(Net(4), Net(), create_method("at"), example=IMAGES)
     exact = distiller.run_teacher(IMAGES).maps
-    distiller.teacher.in_float32(0)
+    distiller.teacher.use_float32(0)
     with torch.autocast("cpu", dtype=BF16):
         found = distiller.run_teacher(IMAGES).maps
     assert all(torch.equal(one, other) for one, other in zip(found, exact, strict=True))
@@ -203,7 +203,7 @@ def test_copies_and_states_go_on_working():
     distiller = Distiller(Net(4), [Net(), Attention()], KD(), teacher_weights=[3, 1])
     keys = list(distiller.state_dict())
     notes = distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)
-    assert [note.startswith("asked in bf16") for note in notes] == [True, True]
+    assert [note.startswith("runs in bf16") for note in notes] == [True, True]
     assert list(distiller.state_dict()) == keys
     assert not any(name.startswith("teacher.") for name, _ in distiller.trained_parameters())
     distiller.load_state_dict(distiller.state_dict())
@@ -214,7 +214,7 @@ def test_copies_and_states_go_on_working():
     assert not any(module.training for module in distiller.train().teacher.modules())
 
 
-def test_second_images_are_asked_for_alike():
+def test_second_images_run_alike():
     distiller = Distiller(Net(4), Net(), create_method("mlld"), example=IMAGES)
     distiller.teacher.optimize_for_inference(BF16, LAST, IMAGES)
     flipped = IMAGES.flip(3)
@@ -224,22 +224,22 @@ def test_second_images_are_asked_for_alike():
 
 
 def test_where_it_does_not_agree_float32_stays():
-    asked = teachers(Between())
-    network = asked.networks[0]
-    exact = asked.ask(IMAGES)[0].logits
-    (note,) = asked.optimize_for_inference(BF16, LAST, IMAGES)
-    assert note.startswith("asked in float32: in bf16 it would agree only on ")
-    assert asked.networks[0] is network
+    frozen = teachers(Between())
+    network = frozen.networks[0]
+    exact = frozen.run(IMAGES)[0].logits
+    (note,) = frozen.optimize_for_inference(BF16, LAST, IMAGES)
+    assert note.startswith("runs in float32; bf16 is too inaccurate (same top class as float32 on ")
+    assert frozen.networks[0] is network
     with torch.autocast("cpu", dtype=BF16):
-        torch.testing.assert_close(asked.ask(IMAGES)[0].logits, exact)
+        torch.testing.assert_close(frozen.run(IMAGES)[0].logits, exact)
 
 
 def test_what_cannot_be_converted_stays():
-    asked = teachers(OnlyFloat32())
-    assert asked.optimize_for_inference(BF16, LAST, IMAGES) == [
-        "asked in float32, since it could not be converted: no, thank you"
+    frozen = teachers(OnlyFloat32())
+    assert frozen.optimize_for_inference(BF16, LAST, IMAGES) == [
+        "runs in float32, since it could not be converted: no, thank you"
     ]
-    assert asked.asking == [InferenceSettings(memory_format=LAST)]
+    assert frozen.inference_settings == [InferenceSettings(memory_format=LAST)]
 
 
 @pytest.mark.parametrize("kind", [Looks, Decays])
@@ -251,13 +251,15 @@ def test_what_is_looked_into_from_outside_is_not_folded(kind):
 
 
 def test_other_weights_stay_and_twice_is_once():
-    asked = teachers(Net().double())
-    assert asked.optimize_for_inference(BF16, LAST, IMAGES) == ["asked as it is, since it has weights in torch.float64"]
-    asked = teachers(Net())
-    asked.optimize_for_inference(BF16, LAST, IMAGES)
-    before = asked.networks[0]
-    assert asked.optimize_for_inference(BF16, LAST, IMAGES) == ["asked in bf16, BN folded, channels_last already"]
-    assert asked.networks[0] is before
+    frozen = teachers(Net().double())
+    assert frozen.optimize_for_inference(BF16, LAST, IMAGES) == [
+        "runs unconverted, since it has weights in torch.float64"
+    ]
+    frozen = teachers(Net())
+    frozen.optimize_for_inference(BF16, LAST, IMAGES)
+    before = frozen.networks[0]
+    assert frozen.optimize_for_inference(BF16, LAST, IMAGES) == ["runs in bf16, BN folded, channels_last already"]
+    assert frozen.networks[0] is before
 
 
 def test_the_same_conversion_twice_gives_the_same_bits():

@@ -87,7 +87,7 @@ def test_live_and_cached_outputs_see_the_same_pixels(tmp_path):
             said = [answers(batch).logits for answers in (cached, live)]
             assert torch.equal(said[0], expected)
             assert torch.equal(said[1], expected)
-    assert cached.counts.asked == 2 * COUNT
+    assert cached.counts.computed == 2 * COUNT
 
 
 def test_batches_that_are_there_already_are_not_decoded(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_teachers_of_several_sizes():
     ours = Distiller(Network(8), networks, KD(), student_input=STUDENT, teacher_input=[TEACHER, STUDENT])
     views = TeacherViews([loader(TEACHER, drawn_for=STUDENT), None])
     views.start_epoch(0)
-    found = ours.run_teacher(batch.images, own=views.of(0, batch))
+    found = ours.run_teacher(batch.images, teacher_images=views.of(0, batch))
     assert torch.equal(networks[1].seen[-1], batch.images)
     assert torch.equal(networks[0].seen[-1], views.of(0, batch).images[0])
     assert torch.allclose(found.logits, (found.members[0].logits + found.members[1].logits) / 2)

@@ -96,5 +96,5 @@ def test_a_store_is_filled_by_both_and_read_by_both(found):
     for each in found:
         assert each["store"]["asked"] == [6, 6, 6]
         assert each["store"]["coverage"] == [two.IMAGES]
-    assert sum(each["store"]["counts"]["asked"] for each in found) == two.IMAGES
+    assert sum(each["store"]["counts"]["computed"] for each in found) == two.IMAGES
     assert sum(each["store"]["counts"]["read"] for each in found) == 2 * two.IMAGES

@@ -23,13 +23,13 @@ def test_what_is_recorded_already_is_not_asked_for():
 
 def test_as_many_views_as_epochs_save_nothing_now_and_all_later():
     text = str(made(views=24))
-    assert "Expected: as fast as running the teacher in every step, and 4.0 times in later runs" in text
-    assert "none recorded yet" in text
+    assert "Expected: as fast as with the teacher running in every step, and 4.0 times in later runs" in text
+    assert ", empty. " in text
 
 
 def test_one_view_is_no_plural():
     assert str(made(views=1)).startswith("teacher cache: 1 view of 1,000 images")
-    assert "50 % recorded" in str(made(recorded=0.5))
+    assert "50 % filled" in str(made(recorded=0.5))
 
 
 class Listening(SilentObserver):
@@ -47,9 +47,9 @@ def test_a_run_says_it_before_it_trains_on_the_store(recipe, tmp_path):
     run(recipe(**options, **{"teacher.weights": str(done)}), output_dir=tmp_path, name="second", observer=second)
     # 42 of 60 images train; three classes take six bytes
     (said,), (again,) = first.said, second.said
-    assert said.startswith("teacher cache: 2 views of 42 images, 504 B, none recorded yet. Expected: ")
+    assert said.startswith("teacher cache: 2 views of 42 images, 504 B, empty. Expected: ")
     assert said.endswith("times in later runs")
-    assert again.startswith("teacher cache: 2 views of 42 images, 504 B, all recorded. Expected: ")
+    assert again.startswith("teacher cache: 2 views of 42 images, 504 B, complete. Expected: ")
 
 
 def test_nothing_is_said_where_nothing_is_stored(recipe, tmp_path):

@@ -223,7 +223,7 @@ def test_without_room_or_rights_training_goes_on_and_says_so_once(first, recipe,
     assert weights(done) == weights(whole)
     told = [message for message in watching.warnings if "stored" in message]
     assert len(told) == 1
-    assert "asked in every step" in told[0]
+    assert "runs in every step" in told[0]
 
 
 def test_a_foreign_version_is_left_alone_and_training_goes_on(first, stores, recipe, tmp_path):

@@ -102,7 +102,7 @@ def test_it_is_said_once_and_part_of_the_key(carry_out, cache, monkeypatch):
     watching = Watching()
     done = carry_out("mine", watching)
     (note,) = watching.told
-    assert note.startswith("teacher asked in bf16, BN folded, channels_last: agrees with float32 on ")
+    assert note.startswith("teacher runs in bf16, BN folded, channels_last (same top class as float32 on ")
     assert " of 42 images, largest logit difference " in note
     assert asked_in(cache) == [CONVERTED]
     assert facts(done)["asked"] == 2 * 42
@@ -131,13 +131,13 @@ def test_verifying_asks_in_the_same_way(first, cache):
 
 @pytest.mark.parametrize(
     ("told", "message"),
-    [("bf16", "written by another version"), ({"folded": 3}, "asked in bf16, BN folded, channels_last, which is not")],
+    [("bf16", "written by another version"), ({"folded": 3}, "ran in bf16, BN folded, channels_last, which is not")],
 )
 def test_answers_that_cannot_be_had_again_are_not_verified(first, cache, monkeypatch, told, message):
-    store = TeacherCache.existing(next((cache / "teachers").iterdir()))
+    store = TeacherCache.open_existing(next((cache / "teachers").iterdir()))
     teacher = store.identity["teacher"]
     monkeypatch.setitem(teacher, "asked in", CONVERTED | told if isinstance(told, dict) else told)
-    monkeypatch.setattr(TeacherCache, "existing", lambda path: store)
+    monkeypatch.setattr(TeacherCache, "open_existing", lambda path: store)
     with pytest.raises(ArtifactError, match=message):
         verify_cache(store.path, 10)
 
@@ -157,7 +157,7 @@ def test_where_it_does_not_agree_float32_is_kept_and_said(carry_out, cache, monk
     watching = Watching()
     carry_out("mine", watching)
     (note,) = watching.told
-    assert note.startswith("teacher asked in float32: in bf16 it would agree only on ")
+    assert note.startswith("teacher runs in float32; bf16 is too inaccurate (same top class as float32 on ")
     assert asked_in(cache) == [PLAIN]
 
 

@@ -150,4 +150,4 @@ def test_the_server_that_dies_in_the_midst_costs_one_warning(recipe, tmp_path, t
     )
     assert (path / "results.json").is_file()
     (warning,) = [each for each in told.warnings if "tracker" in each]
-    assert "tracker mlflow gets no more of this run, which continues without it: " in warning
+    assert "tracker mlflow has stopped logging this run, which continues without it: " in warning

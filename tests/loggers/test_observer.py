@@ -10,8 +10,7 @@ from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.loggers import LoggerSettings, check_loggers_installed
-from potstill.loggers.observer import LoggingObserver, log_files, logging_observer
-from potstill.loggers.thread import LoggerThread
+from potstill.loggers.observer import LoggerThread, LoggingObserver, log_files, logging_observer
 from potstill.models.model_file import load_model
 
 from .conftest import Fails, Hangs, Keeps
@@ -134,14 +133,14 @@ def test_a_tracker_that_fails_or_hangs_costs_one_warning_and_nothing_else(
         recipe(tracker="trackio", **{"training.threads": "1"}), output_dir=tmp_path / "runs", observer=told
     )
     (warning,) = [each for each in told.warnings if "tracker" in each]
-    assert warning.startswith("tracker trackio gets no more of this run, which continues without it: ")
+    assert warning.startswith("tracker trackio has stopped logging this run, which continues without it: ")
     assert warning.endswith(why if kind is Fails else f"it {why}")
     ours, theirs = (load_model(run / "distilled").module.state_dict() for run in (plain, path))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_nobody_waits_for_a_logger_and_its_queue_is_bounded(monkeypatch, stand_in, told):
-    monkeypatch.setattr("potstill.loggers.thread.QUEUE_SIZE", 100)
+    monkeypatch.setattr("potstill.loggers.observer.QUEUE_SIZE", 100)
     calls = stand_in(Hangs)
     thread = LoggerThread("trackio", lambda: type("Logger", (Hangs,), {"calls": calls})(TRACKIO[0], None, "", {}))
     for epoch in range(90):
@@ -149,7 +148,7 @@ def test_nobody_waits_for_a_logger_and_its_queue_is_bounded(monkeypatch, stand_i
     assert thread.problem is None
     for epoch in range(20):
         thread.send(lambda logger, epoch=epoch: logger.epoch("teacher", epoch, {}))
-    assert "100 messages are waiting" in thread.problem
+    assert "100 calls are waiting" in thread.problem
     assert thread.close(60) is None  # at once, and reported before
 
 
@@ -165,7 +164,7 @@ def test_a_logger_that_cannot_be_imported_or_started_is_a_warning(tmp_path, monk
     monkeypatch.setattr("potstill.loggers.observer.load_logger_class", refuse)
     with logging_observer(TRACKIO, tmp_path, {}, told):
         pass
-    assert told.warnings == ["tracker trackio gets nothing of this run: RuntimeError: can't start new thread"] * 2
+    assert told.warnings == ["tracker trackio does not log this run: RuntimeError: can't start new thread"] * 2
 
 
 def test_a_resumed_run_keeps_its_identity_and_may_change_its_trackers(recipe, tmp_path, stand_in, installed):

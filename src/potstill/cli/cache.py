@@ -55,7 +55,7 @@ def verify(
     from potstill.distillation.teacher_cache.cache import TeacherCache, find_cache
 
     path = find_cache(_root(folder), key)
-    cache = TeacherCache.existing(path)
+    cache = TeacherCache.open_existing(path)
     try:
         recorded, damaged = sum(cache.coverage()), cache.damaged()
     finally:
@@ -118,7 +118,7 @@ def _cache_table(caches: "list[CacheEntry]") -> list[str]:
                 each.key,
                 format_bytes(each.size),
                 *columns[:3],
-                _format_time(each.used),
+                _format_time(each.last_used),
                 *map(escape_control, columns[3:]),
             )
         )
@@ -144,7 +144,7 @@ def _describe_cache(cache: "CacheEntry") -> tuple[str, str, str, str, str]:
     kind = f"{record.kind}, {record.nbytes} B"
     return (
         str(len(cache.recorded)),
-        format_percent(cache.share),
+        format_percent(cache.coverage),
         kind,
         str(facts.get("teacher", "?")),
         cache.error or data,

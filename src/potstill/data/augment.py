@@ -1,24 +1,23 @@
 """Augmentation of whole batches: views of images, colour jitter, RandAugment, TrivialAugment, mixup and CutMix.
 
-What a view changes is a pure function of (seed, sample id, view number), so that a teacher's output for a view can be
-stored and the view reproduced exactly.  Order: crop, shift, flips, rotation, colour jitter, policy, erasing.
+A view is a pure function of (seed, sample id, view number), so that a teacher's output for it can be cached and the
+view reproduced exactly.  Order: crop, shift, flips, rotation, colour jitter, policy, erasing.
 
 Colour jitter follows torchvision's formulas, which apply to one image at a time.  Here each of three rounds applies to
-every image its next operation; all three are ``factor * pixels + something``.  Factors are multiples of 2**-10, and
-greys are computed in whole numbers, so that next to nothing is rounded: views are the same on every device.
+every image its next operation; all three have the form ``factor * pixels + offset``.  Factors are multiples of 2**-10,
+and grey values are integers, so that hardly anything is rounded: views are the same on every device.
 
-RandAugment and TrivialAugment call torchvision's operations, for all images at once that get the same one: Cubuk et
-al., "RandAugment", NeurIPS 2020, https://arxiv.org/abs/1909.13719; Müller and Hutter, "TrivialAugment: Tuning-free Yet
+RandAugment and TrivialAugment call torchvision's operations, once for all images that get the same one: Cubuk et al.,
+"RandAugment", NeurIPS 2020, https://arxiv.org/abs/1909.13719; Müller and Hutter, "TrivialAugment: Tuning-free Yet
 State-of-the-Art Data Augmentation", ICCV 2021, https://arxiv.org/abs/2103.10158.
 
-Mixup and CutMix combine each image with another one, and the labels by the same shares: Zhang et al., "mixup: Beyond
+Mixup and CutMix combine each image with another one, and the labels with the same weights: Zhang et al., "mixup: Beyond
 Empirical Risk Minimization", ICLR 2018, https://arxiv.org/abs/1710.09412; Yun et al., "CutMix: Regularization Strategy
 to Train Strong Classifiers with Localizable Features", ICCV 2019, https://arxiv.org/abs/1905.04899.  Student and
 teacher see the same mixed images (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent",
-CVPR 2022, https://arxiv.org/abs/2106.05237).  The papers mix the images of a batch with each other, all by one share.
-Here partner, share and kind follow from (seed, sample id, view) for each image alone, so that a mixed view does not
-depend on its batch and can be reproduced: the partner is any labeled training image, in its own view of the same
-number.
+CVPR 2022, https://arxiv.org/abs/2106.05237).  The papers mix the images of a batch with each other, with one weight.
+Here partner, weight and kind follow from (seed, sample id, view) for each image alone, so that a mixed view does not
+depend on its batch and can be reproduced: the partner is any labeled training image, in its view of the same number.
 """
 
 import math
@@ -54,24 +53,24 @@ _ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1
 
 
 def color_jitter(images: Tensor, strength: float, draws: CounterRNG) -> Tensor:
-    """Brightness, contrast and saturation, in an order of its own for each image.
+    """Change brightness, contrast and saturation, in a random order for each image.
 
     Args:
         images: uint8 [B, 3, S, S].
         strength: s; the factors are uniform in [1 - s, 1 + s].
-        draws: of these samples.
+        draws: random numbers of these samples.
 
     Returns:
         The same shape and type.
     """
-    drawn = np.stack([draws(f"jitter {what}") for what in ("brightness", "contrast", "saturation")], axis=1)
-    factors = np.rint((1 - strength + 2 * strength * drawn) * _STEPS) / _STEPS
+    uniforms = np.stack([draws(f"jitter {name}") for name in ("brightness", "contrast", "saturation")], axis=1)
+    factors = np.rint((1 - strength + 2 * strength * uniforms) * _STEPS) / _STEPS
     orders = _ORDERS[(draws("jitter order") * len(_ORDERS)).astype(np.int64)]
     return adjust_colors(images, np.take_along_axis(factors, orders, axis=1), orders)
 
 
 def adjust_colors(images: Tensor, factors: NDArray[np.float64], orders: NDArray[np.int64]) -> Tensor:
-    """Images changed in rounds; what is left of one round are whole numbers.
+    """Apply one operation to each image in each round; pixels are rounded down to integers after each.
 
     Args:
         images: uint8 [B, 3, S, S].
@@ -79,38 +78,40 @@ def adjust_colors(images: Tensor, factors: NDArray[np.float64], orders: NDArray[
         orders: [B, rounds]: 0 brightness, 1 contrast, 2 saturation.
     """
     rounds = torch.from_numpy(np.stack([factors, orders]).astype(np.float32)).to(images.device, non_blocking=True)
-    changed = torch.empty_like(images, memory_format=torch.contiguous_format)
+    adjusted = torch.empty_like(images, memory_format=torch.contiguous_format)
     for chosen in batch_slices(images):
         some = images[chosen].to(torch.float32, memory_format=torch.contiguous_format)
-        for factor, what in rounds[:, chosen, :, None, None, None].unbind(2):
-            _adjust_round(some, factor, what)
-        changed[chosen] = some.to(torch.int16)  # from which bytes are made faster
-    return changed
+        for factor, operation in rounds[:, chosen, :, None, None, None].unbind(2):
+            _adjust_round(some, factor, operation)
+        adjusted[chosen] = some.to(torch.int16)  # converting to uint8 is faster from int16
+    return adjusted
 
 
-def _adjust_round(images: Tensor, factor: Tensor, what: Tensor) -> None:
-    """One round, in place; ``factor`` and ``what`` are [B, 1, 1, 1]."""
+def _adjust_round(images: Tensor, factor: Tensor, operation: Tensor) -> None:
+    """Apply one round in place; ``factor`` and ``operation`` are [B, 1, 1, 1]."""
     grey, rest = _grey(images), 1 - factor
-    lines = grey.sum(dim=3, keepdim=True)  # whole numbers: exact in any order, as are doubles of them
-    total = lines.sum(dim=2, keepdim=True, dtype=torch.float64)
-    mean = total / torch.full_like(total, grey[0].numel())  # by a plain number, some devices round otherwise
-    towards = torch.where(what == _CONTRAST, rest * mean, 0).float()
-    grey.mul_(torch.where(what == _SATURATION, rest, 0)).add_(towards)
+    rows = grey.sum(dim=3, keepdim=True)  # integers: exact in any order of summation, in float32 and float64
+    total = rows.sum(dim=2, keepdim=True, dtype=torch.float64)
+    mean = total / torch.full_like(
+        total, grey[0].numel()
+    )  # some devices round a division by a Python number differently
+    offset = torch.where(operation == _CONTRAST, rest * mean, 0).float()
+    grey.mul_(torch.where(operation == _SATURATION, rest, 0)).add_(offset)
     images.mul_(factor).add_(grey).clamp_(0, 255).floor_()
 
 
 def _grey(images: Tensor) -> Tensor:
-    """[B, 1, S, S]: 0.2989 R + 0.587 G + 0.114 B, rounded down."""
+    """Return 0.2989 R + 0.587 G + 0.114 B, rounded down, [B, 1, S, S]."""
     red, green, blue = images.unbind(1)
     weighted = torch.mul(red, 2989).add_(green, alpha=5870).add_(blue, alpha=1140)
-    # Half a unit away from where rounding down would depend on the last bit.
+    # The offset keeps values away from integers, where rounding down would depend on the last bit.
     return weighted.add_(0.5).mul_(1e-4).floor_()[:, None]
 
 
 Operation = Callable[[Tensor, float], Tensor]  # uint8 [B, 3, S, S] and a magnitude -> the same shape and type
 
-_BINS = 31  # of magnitudes
-_TRANSLATIONS = {"TranslateX", "TranslateY"}  # of which the magnitude is a number of pixels
+_BINS = 31  # number of magnitudes
+_TRANSLATIONS = {"TranslateX", "TranslateY"}  # their magnitude is a number of pixels
 _SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
 
 
@@ -121,13 +122,13 @@ class AugmentPolicy:
     Magnitudes and operations are those of torchvision's ``v2.RandAugment`` and ``v2.TrivialAugmentWide``.
     """
 
-    field: str  # of the draws
+    field: str  # prefix of the random numbers' fields
     count: int = 1
     magnitude: int | None = None  # bin of 31; None: drawn for each operation
     space: Literal["randaugment", "trivialaugment"] = "randaugment"
 
     def __call__(self, images: Tensor, draws: CounterRNG, drawn_size: int | None = None) -> Tensor:
-        """uint8 [B, 3, S, S] -> the same shape and type; translations are drawn in pixels of ``drawn_size`` (S)."""
+        """Return uint8 [B, 3, S, S], as ``images``; translations are drawn in pixels of ``drawn_size`` (None: S)."""
         size, operations = images.shape[-1], _operations()
         names, largest = list(operations), _magnitudes(self.space, drawn_size or size)
         images = images.clone()
@@ -138,14 +139,14 @@ class AugmentPolicy:
                 bins = (draws(f"{self.field} magnitude {number}") * _BINS).astype(np.int64)
             signs = draws(f"{self.field} sign {number}") < 0.5
             keys, group = np.unique(np.stack([chosen, bins, signs], axis=1), axis=0, return_inverse=True)
-            for place, (operation, level, negative) in enumerate(keys.tolist()):
+            for position, (operation, level, negative) in enumerate(keys.tolist()):
                 name = names[operation]
                 magnitude = largest[name](level) if name in largest else 0.0
                 if negative and name in _SIGNED:
                     magnitude = -magnitude
                 if name in _TRANSLATIONS:
                     magnitude = round(int(magnitude) * size / (drawn_size or size))
-                index = torch.from_numpy(np.flatnonzero(group.reshape(-1) == place)).to(images.device)
+                index = torch.from_numpy(np.flatnonzero(group.reshape(-1) == position)).to(images.device)
                 images[index] = operations[name](images[index], magnitude)
         return images
 
@@ -154,22 +155,22 @@ POLICIES = {
     "randaugment": AugmentPolicy("randaugment", count=2, magnitude=9),
     "trivialaugment": AugmentPolicy("trivialaugment", space="trivialaugment"),
 }
-STRONG_POLICY = AugmentPolicy("strong", count=2, magnitude=10)  # MLLD's and CRLD's transform
+STRONG_POLICY = AugmentPolicy("strong", count=2, magnitude=10)  # the transform of MLLD and CRLD
 
 
 def _magnitudes(space: str, size: int) -> dict[str, Callable[[int], float]]:
-    """Of each operation, by bin; those that have none are left out."""
+    """Return the magnitude by bin of each operation that has one."""
     wide = space == "trivialaugment"
 
-    def rising(largest: float) -> Callable[[int], float]:
+    def linear(largest: float) -> Callable[[int], float]:
         return torch.linspace(0.0, largest, _BINS).tolist().__getitem__
 
-    tone, shift = rising(0.99 if wide else 0.9), rising(32.0 if wide else 150.0 / 331.0 * size)
+    tone, shift = linear(0.99 if wide else 0.9), linear(32.0 if wide else 150.0 / 331.0 * size)
     bits = (8 - torch.arange(_BINS) / ((_BINS - 1) / (6 if wide else 4))).round().tolist()
     return {
-        **dict.fromkeys(("ShearX", "ShearY"), rising(0.99 if wide else 0.3)),
+        **dict.fromkeys(("ShearX", "ShearY"), linear(0.99 if wide else 0.3)),
         **dict.fromkeys(("TranslateX", "TranslateY"), shift),
-        "Rotate": rising(135.0 if wide else 30.0),
+        "Rotate": linear(135.0 if wide else 30.0),
         **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), tone),
         "Posterize": bits.__getitem__,
         "Solarize": torch.linspace(1.0, 0.0, _BINS).tolist().__getitem__,
@@ -177,12 +178,12 @@ def _magnitudes(space: str, size: int) -> dict[str, Callable[[int], float]]:
 
 
 def _operations() -> dict[str, Operation]:
-    """By torchvision's names, in its order."""
-    from torchvision.transforms.v2 import functional as F  # slow to import, and most recipes do without
+    """Return the operations by torchvision's names, in its order."""
+    from torchvision.transforms.v2 import functional as F  # slow to import, and rarely needed
 
     def affine(images: Tensor, *, shear: list[float], translate: list[int], centre: list[float] | None) -> Tensor:
-        found: Tensor = F.affine(images, 0.0, translate, 1.0, shear, center=centre)
-        return found
+        moved: Tensor = F.affine(images, 0.0, translate, 1.0, shear, center=centre)
+        return moved
 
     def degrees(magnitude: float) -> float:
         return math.degrees(math.atan(magnitude))
@@ -209,14 +210,14 @@ Ids = NDArray[np.int64]
 
 
 class ViewTransform:
-    """``Views(...)(squares, ids, view)``: uint8 [B, 3, R, R] -> uint8 [B, 3, size, size].
+    """Augmentation of a batch of squares, uint8 [B, 3, R, R], to views, uint8 [B, 3, size, size].
 
     Args:
-        augment: what a view may change.
+        augment: settings of the augmentation.
         size: side of a view, in pixels; at most R.
-        seed: of the draws.
-        strong: other draws than without, and RandAugment(2, 10) on top: the second view that MLLD and CRLD use.
-        drawn: the pixels in which views are drawn; None: R and ``size``.
+        seed: of the random numbers.
+        strong: the second view of MLLD and CRLD: other random numbers, followed by RandAugment(2, 10).
+        drawn: sizes in whose pixels boxes and shifts are drawn; None: R and ``size``.
     """
 
     def __init__(
@@ -233,13 +234,13 @@ class ViewTransform:
         self.policies = [POLICIES[augment.auto_augment]] if augment.auto_augment != "none" else []
         if strong:
             self.policies.append(STRONG_POLICY)
-        self.moves = augment.pad_crop > 0 or augment.hflip or augment.vflip or augment.rotate90
+        self.moves_pixels = augment.pad_crop > 0 or augment.hflip or augment.vflip or augment.rotate90
 
     def __call__(self, squares: Tensor, ids: Ids, view: Ids | int) -> Tensor:
-        """The views of samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
+        """Return the views of samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
         draws = CounterRNG(self.seed, ids, view)
         drawn = self.drawn or ViewSize(squares.shape[-1], self.size)
-        images = self._moved(squares, draws, drawn)
+        images = self._crop_and_move(squares, draws, drawn)
         if self.augment.color_jitter:
             images = color_jitter(images, self.augment.color_jitter, draws)
         for policy in self.policies:
@@ -248,43 +249,43 @@ class ViewTransform:
             images = random_erase(images, self.augment.erasing, draws, drawn.size)
         return images
 
-    def _moved(self, squares: Tensor, draws: CounterRNG, drawn: ViewSize) -> Tensor:
+    def _crop_and_move(self, squares: Tensor, draws: CounterRNG, drawn: ViewSize) -> Tensor:
         scale = self.augment.crop_scale
-        if scale is None and not self.moves:
+        if scale is None and not self.moves_pixels:
             return center_crop(squares, self.size)
-        places = draw_grid(self.augment, self.size, draws, squares.device, drawn.size)
+        grid = draw_grid(self.augment, self.size, draws, squares.device, drawn.size)
         if scale is None:
-            return sample_grid(squares, places)
+            return sample_grid(squares, grid)
         boxes, _ = sample_boxes(scale, CROP_RATIO, drawn.side, draws, "crop")
-        return resized_crops(squares, scale_boxes(boxes, drawn.side, squares.shape[-1]), places)
+        return resized_crops(squares, scale_boxes(boxes, drawn.side, squares.shape[-1]), grid)
 
 
 Numbers = NDArray[np.float64]
 
-_UNITS = 2**24  # shares are multiples of one part in so many: 1 - share is exact in float32 then
+_UNITS = 2**24  # weights are multiples of 1 / _UNITS, so that 1 - weight is exact in float32
 
 
 @dataclass(frozen=True)
 class MixParams:
-    """How the images of a batch are mixed, one entry for each."""
+    """How each image of a batch is mixed."""
 
     partners: Ids  # [B] sample ids
-    shares: Numbers  # [B] of the image itself, in [0, 1]
-    blends: NDArray[np.bool_]  # [B]: mixup; else CutMix
-    boxes: Ids  # [B, 4], what CutMix takes from the partner: top, bottom, left, right
+    weights: Numbers  # [B] of the image itself, in [0, 1]
+    is_mixup: NDArray[np.bool_]  # [B]; else CutMix
+    boxes: Ids  # [B, 4], the part that CutMix takes from the partner: top, bottom, left, right
 
 
 class BatchMixer:
-    """``draw(ids, view)`` says what is mixed and how; ``images`` and ``labels`` do it.
+    """Mixup and CutMix: ``draw`` the parameters, then mix ``images`` and ``labels``.
 
     Args:
         labels: [N] class ids of all labeled training images.
         mixup: alpha of mixup's Beta(alpha, alpha), 0: off.
-        cutmix: alpha of CutMix'; where both are on, each image gets one of them, with equal chance.
+        cutmix: alpha of CutMix, 0: off; if both are on, each image gets one of them with probability 1/2.
         classes: K.
-        size: S, of the views in whose pixels CutMix draws.
-        seed: of the draws.
-        balanced: each class is equally likely to give the partner; else each image is.
+        size: S, of the views in whose pixels CutMix's boxes are drawn.
+        seed: of the random numbers.
+        balanced: the partner's class is drawn uniformly; else the partner is.
     """
 
     def __init__(
@@ -295,64 +296,64 @@ class BatchMixer:
         self.by_class = ClassIndex(labels) if balanced else None
 
     def draw(self, ids: Ids, view: Ids | int) -> MixParams:
-        """For samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
+        """Return the parameters for samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
 
         def drawn(field: str) -> Numbers:
             return uniform(self.seed, f"mix {field}", ids, view)
 
         if self.by_class is not None:
-            partners = self.by_class.choose(drawn("class"), drawn("partner"))
+            partners = self.by_class.sample(drawn("class"), drawn("partner"))
         else:
             partners = (drawn("partner") * self.count).astype(np.int64)
         if self.mixup and self.cutmix:
-            blends = drawn("kind") < 0.5
+            is_mixup = drawn("kind") < 0.5
         else:
-            blends = np.full(len(ids), self.mixup > 0)
-        shares = _beta(np.where(blends, self.mixup, self.cutmix), drawn("share"))
-        boxes = cutmix_boxes(self.size, shares, drawn("row"), drawn("column"))
+            is_mixup = np.full(len(ids), self.mixup > 0)
+        weights = _beta(np.where(is_mixup, self.mixup, self.cutmix), drawn("share"))
+        boxes = cutmix_boxes(self.size, weights, drawn("row"), drawn("column"))
         pasted = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
-        shares = np.where(blends, np.rint(shares * _UNITS) / _UNITS, 1 - pasted / self.size**2)
-        return MixParams(partners, shares, blends, boxes)
+        weights = np.where(is_mixup, np.rint(weights * _UNITS) / _UNITS, 1 - pasted / self.size**2)
+        return MixParams(partners, weights, is_mixup, boxes)
 
-    def images(self, own: Tensor, others: Tensor, mixture: MixParams) -> Tensor:
-        """Mixed images.
+    def images(self, own: Tensor, others: Tensor, params: MixParams) -> Tensor:
+        """Return the mixed images.
 
         Args:
-            own: [B, 3, H, H], normalised; H may be another size than S.
-            others: likewise, those of the partners.
-            mixture: of these samples.
+            own: [B, 3, H, H], normalised; H may differ from S.
+            others: [B, 3, H, H], those of the partners.
+            params: of these samples.
         """
         size = own.shape[-1]
         line = np.arange(size)
-        top, bottom, left, right = np.rint(mixture.boxes * size / self.size).T[:, :, None]
+        top, bottom, left, right = np.rint(params.boxes * size / self.size).T[:, :, None]
         rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
-        stays = ~(rows[:, :, None] & columns[:, None, :])
-        shares = np.where(mixture.blends[:, None, None], mixture.shares[:, None, None], stays).astype(np.float32)
-        share = torch.from_numpy(shares)[:, None].to(own.device, non_blocking=True)
-        # Products and sum one after the other, not fused: each is rounded the same way on every device.
-        return own * share + others * (1 - share)
+        outside = ~(rows[:, :, None] & columns[:, None, :])
+        weights = np.where(params.is_mixup[:, None, None], params.weights[:, None, None], outside).astype(np.float32)
+        weight = torch.from_numpy(weights)[:, None].to(own.device, non_blocking=True)
+        # Not fused, so that each product and sum is rounded in the same way on every device.
+        return own * weight + others * (1 - weight)
 
-    def labels(self, own: Tensor, others: Tensor, mixture: MixParams) -> tuple[Tensor, Tensor]:
-        """Labels [B], those of the larger share, and the shares of the classes, [B, K].
+    def labels(self, own: Tensor, others: Tensor, params: MixParams) -> tuple[Tensor, Tensor]:
+        """Return the labels of the larger weight, int64 [B], and the soft labels [B, K].
 
         Args:
             own: int64 [B].
-            others: likewise, those of the partners.
-            mixture: of these samples.
+            others: int64 [B], those of the partners.
+            params: of these samples.
         """
-        share = torch.from_numpy(mixture.shares.astype(np.float32)).to(own.device, non_blocking=True)
-        soft = _one_hot(own, self.classes) * share[:, None] + _one_hot(others, self.classes) * (1 - share)[:, None]
-        return torch.where(share >= 0.5, own, others), soft
+        weight = torch.from_numpy(params.weights.astype(np.float32)).to(own.device, non_blocking=True)
+        soft = _one_hot(own, self.classes) * weight[:, None] + _one_hot(others, self.classes) * (1 - weight)[:, None]
+        return torch.where(weight >= 0.5, own, others), soft
 
 
-def cutmix_boxes(size: int, share: Numbers, row: Numbers, column: Numbers) -> Ids:
-    """The squares that another image fills: 1 - share of the image's area, cut at the border.
+def cutmix_boxes(size: int, weight: Numbers, row: Numbers, column: Numbers) -> Ids:
+    """Return squares of a share ``1 - weight`` of the image's area, clipped at the border.
 
     Args:
         size: side of the image, in pixels.
-        share: [B] of the image that stays, before the cut.
-        row: [B] centre of the square, in [0, 1).
-        column: likewise.
+        weight: [B], of the image outside of the square, before clipping.
+        row: [B], of the square's centre, in [0, 1).
+        column: [B], of the square's centre, in [0, 1).
 
     Returns:
         int64 [B, 4]: top, bottom, left, right.
@@ -361,18 +362,18 @@ def cutmix_boxes(size: int, share: Numbers, row: Numbers, column: Numbers) -> Id
         >>> cutmix_boxes(8, np.array([0.75]), np.array([0.5]), np.array([0.0]))  # sides of 4, around row 4 and column 0
         array([[2, 6, 0, 2]])
     """
-    half = (np.sqrt(1 - share) * size).astype(np.int64) // 2
+    half = (np.sqrt(1 - weight) * size).astype(np.int64) // 2
     middle = (np.stack([row, column]) * size).astype(np.int64)
     first, last = np.maximum(middle - half, 0), np.minimum(middle + half, size)
     return np.stack([first[0], last[0], first[1], last[1]], axis=1)
 
 
 def _beta(alpha: Numbers, drawn: Numbers) -> Numbers:
-    """From Beta(alpha, alpha), by inverting its distribution function: one hash, one number."""
-    from scipy.special import betaincinv  # here, since most recipes do without
+    """Return samples of Beta(alpha, alpha) by the inverse of its distribution function."""
+    from scipy.special import betaincinv  # slow to import, and rarely needed
 
-    found: Numbers = betaincinv(alpha, alpha, drawn)
-    return found
+    samples: Numbers = betaincinv(alpha, alpha, drawn)
+    return samples
 
 
 def _one_hot(labels: Tensor, classes: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Collate sample ids and pixels into a batch: views, second images, mixed images, labels.
 
-``view_fingerprint`` lists everything that decides the pixels of a view: a cache of teacher outputs compares it.
+``view_fingerprint`` describes everything that determines the pixels of a view; it is part of a teacher cache's key.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from potstill.input_spec import InputSpec
 from potstill.types import Batch
 
 GENERATOR = "splitmix64"
-VERSION = 2  # of all that turns decoded pixels into a view; raised with every change that changes a pixel
+VERSION = 2  # of the augmentation; increased with every change that changes a pixel of a view
 
 
 def view_fingerprint(
@@ -39,23 +39,23 @@ def view_fingerprint(
     same_class: bool,
     device: str,
 ) -> dict[str, Any]:
-    """Values that JSON knows; where they are equal, so are the views of equal images.
+    """Return JSON values; if they are equal, so are the views of equal images.
 
     Args:
-        augment: what views change.
-        spec: how the network wants its images.
-        side: of the squares that views are cut from.
+        augment: settings of the augmentation; None: none.
+        spec: preprocessing of the network.
+        side: of the squares from which views are cropped.
         seed: of the views.
-        labels: [N] class ids; which samples are partners may depend on them.
-        unlabeled: how many images without labels there are.
-        balanced: partners to mix with are drawn class by class.
-        strong: these are the second views with RandAugment on top.
+        labels: [N] class ids, on which the partners may depend.
+        unlabeled: number of images without labels.
+        balanced: the class of a partner to mix with is drawn uniformly.
+        strong: these are the second views, with RandAugment.
         same_class: these are views of other samples of the same class.
-        device: its kind; torchvision's policies may differ by a pixel between two kinds, nothing else does.
+        device: its type; only torchvision's policies may differ by a pixel between two types.
     """
     augment = augment or AugmentSettings()
     changes = not augment.changes_nothing or strong or same_class
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "version": VERSION,
         "decoder": decoder_version(),
         "input": dataclasses.asdict(spec)
@@ -66,21 +66,21 @@ def view_fingerprint(
         "augment": None,
     }
     if changes:
-        beside = set() if augment.pad_crop else {"pad_mode"}
-        found |= {"augment": augment.model_dump(mode="json", exclude=beside), "generator": GENERATOR, "seed": seed}
+        unused = set() if augment.pad_crop else {"pad_mode"}
+        values |= {"augment": augment.model_dump(mode="json", exclude=unused), "generator": GENERATOR, "seed": seed}
     if same_class or augment.mixes:
         content = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
-        found["partners"] = {"same class": same_class, "balanced": augment.mixes and balanced, "labels": content}
+        values["partners"] = {"same class": same_class, "balanced": augment.mixes and balanced, "labels": content}
     if augment.mixes:
-        import scipy  # whose function gives the shares
+        import scipy  # computes the weights of mixed images
 
-        found["scipy"] = scipy.__version__
+        values["scipy"] = scipy.__version__
     if strong or augment.auto_augment != "none":
         import torch
         import torchvision
 
-        found |= {"torch": torch.__version__, "torchvision": torchvision.__version__, "device": device}
-    return found
+        values |= {"torch": torch.__version__, "torchvision": torchvision.__version__, "device": device}
+    return values
 
 
 SecondImages = Literal["none", "strong", "same class"]
@@ -88,27 +88,27 @@ SecondImages = Literal["none", "strong", "same class"]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Samples of a batch, and what has been drawn for them."""
+    """Samples of a batch, and the random choices for them."""
 
     ids: Ids  # [B]
-    view: Ids | int  # of all, or [B]
-    partners: Ids | None = None  # [B]: samples of which images are needed beside
-    mixture: MixParams | None = None  # how the partners are mixed in
+    view: Ids | int  # view number, one for all or [B]
+    partners: Ids | None = None  # [B] sample ids of partners or second images
+    mixing: MixParams | None = None  # how the partners are mixed in
 
     @property
-    def shown(self) -> Ids:
-        """The samples whose pixels are needed, [B] or [2 B]."""
+    def pixel_ids(self) -> Ids:
+        """Samples whose pixels are needed, [B] or [2 B]."""
         return self.ids if self.partners is None else np.concatenate([self.ids, self.partners])
 
     @property
-    def views(self) -> Ids | int:
-        """The view numbers in which they are."""
+    def pixel_views(self) -> Ids | int:
+        """View numbers of ``pixel_ids``, one for all or [B] or [2 B]."""
         twice = self.partners is not None and not isinstance(self.view, int)
         return np.concatenate([self.view, self.view]) if twice else self.view
 
 
 class Collator:
-    """``batch(wanted(ids, view), pixels)``; the arguments are those of ``Loader``.
+    """``batch(plan(ids, view), pixels)``; the arguments are those of ``Loader``.
 
     Args:
         labels: [N] class ids of the labeled images.
@@ -141,7 +141,7 @@ class Collator:
         self.views = None
         if augment is not None:
             self.views = ViewTransform(augment, size=spec.size, seed=seed, drawn=self.drawn)
-        self.strong = self.partners = self.mixing = None
+        self.strong = self.partners = self.mixer = None
         if second == "strong":
             self.strong = ViewTransform(
                 augment or AugmentSettings(), size=spec.size, seed=seed, strong=True, drawn=self.drawn
@@ -150,7 +150,7 @@ class Collator:
             self.partners = SameClassSampler(labels, seed)
         if augment is not None and augment.mixes and classes is not None:
             alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
-            self.mixing = BatchMixer(
+            self.mixer = BatchMixer(
                 labels, **alphas, classes=classes, size=self.drawn.size, seed=seed, balanced=balanced
             )
 
@@ -162,13 +162,13 @@ class Collator:
     @property
     def has_partners(self) -> bool:
         """Whether a batch needs the pixels of twice as many samples."""
-        return self.mixing is not None or self.partners is not None
+        return self.mixer is not None or self.partners is not None
 
     def describe(self, second: bool) -> dict[str, Any]:
-        """All that decides a view's pixels besides the images themselves, as ``Loader.describe_views``."""
+        """Return everything that determines a view's pixels besides the images, as ``Loader.describe_views``."""
         if second:
-            self._refuse_without_second()
-        found = view_fingerprint(
+            self._require_second()
+        values = view_fingerprint(
             self.augment,
             self.spec,
             side=self.side,
@@ -180,67 +180,67 @@ class Collator:
             same_class=second and self.second == "same class",
             device=self.device.type,
         )
-        return found if self.drawn == (self.side, self.spec.size) else found | {"drawn": list(self.drawn)}
+        return values if self.drawn == (self.side, self.spec.size) else values | {"drawn": list(self.drawn)}
 
-    def wanted(self, ids: Ids, view: Ids | int, *, second: bool = True) -> BatchPlan:
-        """What a batch of these samples needs; without ``second``, what its first images do."""
-        if self.mixing is not None:
-            mixture = self.mixing.draw(ids, view)
-            return BatchPlan(ids, view, mixture.partners, mixture)
+    def plan(self, ids: Ids, view: Ids | int, *, second: bool = True) -> BatchPlan:
+        """Draw the random choices for a batch of these samples; without ``second``, for its first images only."""
+        if self.mixer is not None:
+            params = self.mixer.draw(ids, view)
+            return BatchPlan(ids, view, params.partners, params)
         if self.partners is not None and second:
             return BatchPlan(ids, view, self.partners(ids, view))
         return BatchPlan(ids, view)
 
-    def batch(self, wanted: BatchPlan, pixels: Tensor) -> Batch:
-        """The batch; ``pixels``: uint8 [B or 2 B, 3, R, R], the squares of ``wanted.shown``."""
+    def batch(self, plan: BatchPlan, pixels: Tensor) -> Batch:
+        """Return the batch; ``pixels`` are the squares of ``plan.pixel_ids``, uint8 [B or 2 B, 3, R, R]."""
         pixels = self._move_to_device(pixels)
-        index = torch.from_numpy(wanted.ids).to(self.device, non_blocking=True)
-        numbers = np.broadcast_to(wanted.view, wanted.ids.shape).astype(np.int64)
-        images, second = self._both(wanted, pixels)
+        index = torch.from_numpy(plan.ids).to(self.device, non_blocking=True)
+        numbers = np.broadcast_to(plan.view, plan.ids.shape).astype(np.int64)
+        images, second = self._transform(plan, pixels)
         labels, soft = self.every_label[index], None
-        if wanted.mixture is not None and self.mixing is not None:
-            others = self.every_label[torch.from_numpy(wanted.mixture.partners).to(self.device, non_blocking=True)]
-            labels, soft = self.mixing.labels(labels, others, wanted.mixture)
+        if plan.mixing is not None and self.mixer is not None:
+            others = self.every_label[torch.from_numpy(plan.mixing.partners).to(self.device, non_blocking=True)]
+            labels, soft = self.mixer.labels(labels, others, plan.mixing)
         view = torch.from_numpy(numbers).to(self.device, non_blocking=True)
         return Batch(images, labels, index, view, second, soft)
 
-    def images(self, wanted: BatchPlan, pixels: Tensor) -> Tensor:
-        """The batch's first images alone."""
-        return self._both(wanted, self._move_to_device(pixels), strong=False)[0]
+    def images(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
+        """Return only the batch's first images."""
+        return self._transform(plan, self._move_to_device(pixels), strong=False)[0]
 
-    def seconds(self, wanted: BatchPlan, pixels: Tensor) -> Tensor:
-        """The batch's second images alone.
+    def second_images(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
+        """Return only the batch's second images.
 
         Raises:
             UsageError: there are none.
         """
-        self._refuse_without_second()
-        second = self._both(wanted, self._move_to_device(pixels))[1]
+        self._require_second()
+        second = self._transform(plan, self._move_to_device(pixels))[1]
         assert second is not None
         return second
 
-    def _both(self, wanted: BatchPlan, pixels: Tensor, *, strong: bool = True) -> tuple[Tensor, Tensor | None]:
-        images = self._prepared(pixels, wanted, self.views)
-        count = len(wanted.ids)
-        if wanted.mixture is not None and self.mixing is not None:
-            return self.mixing.images(images[:count], images[count:], wanted.mixture), None
-        if wanted.partners is not None:
+    def _transform(self, plan: BatchPlan, pixels: Tensor, *, strong: bool = True) -> tuple[Tensor, Tensor | None]:
+        images = self._augment(pixels, plan, self.views)
+        count = len(plan.ids)
+        if plan.mixing is not None and self.mixer is not None:
+            return self.mixer.images(images[:count], images[count:], plan.mixing), None
+        if plan.partners is not None:
             return images[:count], images[count:]
         if self.strong is not None and strong:
-            return images, self._prepared(pixels, wanted, self.strong)
+            return images, self._augment(pixels, plan, self.strong)
         return images, None
 
-    def _prepared(self, pixels: Tensor, wanted: BatchPlan, views: ViewTransform | None) -> Tensor:
+    def _augment(self, pixels: Tensor, plan: BatchPlan, views: ViewTransform | None) -> Tensor:
         size = self.spec.size
-        shown = views(pixels, wanted.shown, wanted.views) if views is not None else center_crop(pixels, size)
-        return normalize(shown, self.spec)
+        images = views(pixels, plan.pixel_ids, plan.pixel_views) if views is not None else center_crop(pixels, size)
+        return normalize(images, self.spec)
 
     def _move_to_device(self, pixels: Tensor) -> Tensor:
-        """To the device; from memory that it reads by itself, so that nobody waits."""
+        """Copy to the device, from pinned memory so that the CPU need not wait."""
         if self.device.type == "cuda" and pixels.device.type == "cpu":
             pixels = pixels.pin_memory()
         return pixels.to(self.device, non_blocking=True)
 
-    def _refuse_without_second(self) -> None:
+    def _require_second(self) -> None:
         if self.second == "none":
-            raise UsageError('this loader gives no second images; make it with second="strong" or "same class"')
+            raise UsageError('this loader has no second images; create it with second="strong" or "same class"')

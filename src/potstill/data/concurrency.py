@@ -1,7 +1,7 @@
-"""Threads that share work, file locks between processes, and the protocol that reports progress.
+"""A map over threads, file locks between processes, and the protocol for progress reports.
 
-``threaded_map`` returns results in order and keeps few pieces of work waiting.  The operating system frees a file
-lock however its holder ends.  ``potstill.training.observer.Observer`` is one ``ProgressReporter``.
+The operating system releases a file lock when its holder ends.  ``potstill.training.callbacks.Observer`` is a
+``ProgressReporter``.
 """
 
 import itertools
@@ -17,28 +17,28 @@ from typing import Protocol, TypeVar
 
 
 class ProgressReporter(Protocol):
-    """Every call is cheap."""
+    """Receives progress and messages; every call is cheap."""
 
     def wait(self, what: str, done: int, total: int) -> None:
-        """A longer wait: so much of it is over; ``done == total``: all."""
+        """Report that ``done`` of ``total`` are finished, of work that takes long."""
 
     def note(self, message: str) -> None:
-        """Something worth reading."""
+        """Report information."""
 
     def warn(self, message: str) -> None:
-        """Something that makes it slower than it could be."""
+        """Report a problem that does not stop the work."""
 
 
-_QUEUED_PER_THREAD = 4  # pieces of work per thread that may wait
+_QUEUED_PER_THREAD = 4  # items that are submitted ahead
 
-_thread = threading.local()  # whether the work of this thread is still wanted
+_thread = threading.local()  # holds the event that cancels this thread's work
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def thread_count() -> int:
-    """The cores that this process may use, at most 16.
+    """Return the number of cores that this process may use, at most 16.
 
     Example:
         >>> 1 <= thread_count() <= 16
@@ -49,11 +49,11 @@ def thread_count() -> int:
 
 
 def raise_if_cancelled() -> None:
-    """Call before what takes long, in work that ``threaded_map`` spreads.
+    """Call before long operations in work that ``threaded_map`` runs.
 
     Raises:
-        CancelledError: nobody takes the results any more, as after a signal: a thread that has more of its piece to do
-            would keep the process alive.
+        CancelledError: the results are no longer used, as after a signal; a thread that went on would keep the process
+            alive.
     """
     stopped: threading.Event | None = getattr(_thread, "stopped", None)
     if stopped is not None and stopped.is_set():
@@ -61,21 +61,21 @@ def raise_if_cancelled() -> None:
 
 
 def threaded_map(
-    work: Callable[[Item], Result], items: Iterable[Item], *, at_once: int | None = None
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None
 ) -> Iterator[Result]:
-    """Like ``map``, in threads: results in order, a few pieces ahead of whoever takes them.
+    """Like ``map``, in threads; yields results in order, and computes only a few of them ahead.
 
-    So memory does not grow with the number of items, and whoever stops waits for a few of them only.
+    So memory does not grow with the number of items, and a caller that stops waits for a few of them only.
 
     Args:
-        work: what to do with an item; its errors surface in the turn of the item.
+        work: called with each item; its exception is raised in place of the result.
         items: in order.
-        at_once: threads; None: ``thread_count()``; 1: none, everything is done by the caller.
+        threads: number of threads; None: ``thread_count()``; 1: the caller's own thread.
     """
-    count = thread_count() if at_once is None else at_once
+    count = thread_count() if threads is None else threads
     stopped = threading.Event()
 
-    def do(item: Item) -> Result:
+    def run(item: Item) -> Result:
         _thread.stopped = stopped
         return work(item)
 
@@ -86,7 +86,7 @@ def threaded_map(
     pool = ThreadPoolExecutor(count)
     try:
         for item in items:
-            waiting.append(pool.submit(do, item))
+            waiting.append(pool.submit(run, item))
             if len(waiting) >= count * _QUEUED_PER_THREAD:
                 yield waiting.popleft().result()
         while waiting:
@@ -101,26 +101,26 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-HAS_FILE_LOCKS = fcntl is not None  # whether this system has such locks
-_POLL_SECONDS = 0.1  # seconds between two looks
-_POLLS_BEFORE_NOTE = 20  # until a message says what is waited for
+HAS_FILE_LOCKS = fcntl is not None  # not on Windows
+_POLL_SECONDS = 0.1
+_POLLS_BEFORE_NOTE = 20  # until a note says that this process waits
 
 
 @contextmanager
-def file_lock(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Hold the lock file, which is made with its folder; gives whether another process had it before.
+def file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
+    """Hold a lock file, created with its folder if missing; yield whether another process held it before.
 
     Args:
         path: of the file.
-        waiting: is called every now and then while another process has it; may raise.
+        on_wait: called repeatedly while another process holds the lock; may raise.
 
     Raises:
-        OSError: the file cannot be made, or cannot be locked there.
+        OSError: the file cannot be created, or not be locked on its file system.
     """
     waited = False
     while (handle := _try_lock(path)) is None:
         waited = True
-        waiting()
+        on_wait()
         time.sleep(_POLL_SECONDS)
     try:
         yield waited
@@ -130,30 +130,31 @@ def file_lock(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
 
 @contextmanager
 def interprocess_lock(path: Path, what: str, progress: ProgressReporter | None) -> Iterator[None]:
-    """Of several processes on a machine (of one run, or of a sweep) one works, and keeps what it has found for the
-    others, which wait meanwhile; where nothing can be locked, each works by itself.
+    """Let only one process of this machine run the block at a time, so that the others find its cached results.
+
+    Does nothing if the file cannot be locked.
 
     Args:
         path: of the lock file.
-        what: that the other process does; for a note, if it takes longer.
+        what: what the other process does, for a note if this process waits long.
         progress: receives the note.
     """
-    looks = itertools.count(1)
+    polls = itertools.count(1)
 
-    def waiting() -> None:
-        if next(looks) == _POLLS_BEFORE_NOTE and progress is not None:
+    def on_wait() -> None:
+        if next(polls) == _POLLS_BEFORE_NOTE and progress is not None:
             progress.note(f"another process {what}; waiting for it")
 
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if HAS_FILE_LOCKS:
-            with suppress(OSError):  # a cache that is read-only, or on a disk without locks
-                held.enter_context(file_lock(path, waiting))
+            with suppress(OSError):  # a read-only cache, or a file system without locks
+                stack.enter_context(file_lock(path, on_wait))
         yield
 
 
 @contextmanager
 def try_file_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file where nobody else does; gives whether that is so."""
+    """Try to hold a lock file without waiting; yield whether it is held."""
     handle = _try_lock(path)
     try:
         yield handle is not None
@@ -176,13 +177,13 @@ def _try_lock(path: Path) -> int | None:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # somebody has removed the folder between the two calls
+        os.close(handle)  # the folder was removed between the two calls
 
 
 def _is_same_file(handle: int, path: Path) -> bool:
-    mine = os.fstat(handle)
+    locked = os.fstat(handle)
     try:
-        there = path.stat()
+        current = path.stat()
     except FileNotFoundError:
         return False
-    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+    return (locked.st_dev, locked.st_ino) == (current.st_dev, current.st_ino)

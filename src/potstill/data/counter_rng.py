@@ -1,7 +1,7 @@
-"""Random numbers that are a pure function of what they are for.
+"""Counter-based random numbers: pure functions of seed, field, sample id and view.
 
-A number is the hash of (seed, field, sample id, view): no generator is advanced, so that it depends neither on the
-order of drawing, nor on the batch, nor on the number of processes.  The hash is splitmix64 (Steele, Lea and Flood,
+A number is the hash of (seed, field, sample id, view), so that it depends neither on the order of drawing, nor on the
+batch, nor on the number of processes.  The hash is splitmix64 (Steele, Lea and Flood,
 "Fast Splittable Pseudorandom Number Generators", 2014), one round for each word.
 """
 
@@ -20,7 +20,7 @@ _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def splitmix64(state: Bits) -> Bits:
-    """The output of a splitmix64 generator in each of these states; wraps modulo 2**64."""
+    """Return the output of a splitmix64 generator in each of these states; wraps modulo 2**64."""
     mixed = state + _GOLDEN
     mixed = (mixed ^ (mixed >> np.uint64(30))) * _FIRST
     mixed = (mixed ^ (mixed >> np.uint64(27))) * _SECOND
@@ -28,13 +28,13 @@ def splitmix64(state: Bits) -> Bits:
 
 
 def random_bits(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> Bits:
-    """64 random bits for each sample.
+    """Return 64 random bits for each sample.
 
     Args:
         seed: of the run.
-        field: what is drawn, e.g. "hflip"; other fields get other bits.
+        field: name of the quantity, such as "hflip"; fields are independent of each other.
         ids: [B] sample ids.
-        view: view number of all, or [B].
+        view: view number, one for all or [B].
 
     Returns:
         uint64 [B].
@@ -44,31 +44,31 @@ def random_bits(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.
     return splitmix64(state)
 
 
-@lru_cache(maxsize=4096)  # the same few for every batch
+@lru_cache(maxsize=4096)  # every batch uses the same few
 def _hash_field(seed: int, field: str) -> np.uint64:
-    """The hash of (seed, field), which is that of all samples so far."""
+    """Return the hash of (seed, field), which all samples share."""
     state = splitmix64(np.array([seed & _MASK], dtype=np.uint64)) ^ np.uint64(zlib.crc32(field.encode()))
     return np.uint64(splitmix64(state)[0])
 
 
 def uniform(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> Uniform:
-    """Uniform in [0, 1), float64 [B]: the upper 53 bits of ``random_bits``."""
+    """Return float64 [B], uniform in [0, 1): the upper 53 bits of ``random_bits``."""
     return (random_bits(seed, field, ids, view) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def derive_seed(seed: int, field: str) -> int:
-    """A seed whose draws have nothing to do with those of ``seed``, for a second use of the same fields."""
+    """Return a seed that is independent of ``seed``, for a second use of the same fields."""
     return int(random_bits(seed, field, np.zeros(1, dtype=np.int64), 0)[0])
 
 
 class CounterRNG:
-    """``Draws(seed, ids, view)(field)``: the uniform numbers [B] of these samples for one field after the other."""
+    """Uniform random numbers of a batch: ``CounterRNG(seed, ids, view)(field)`` returns those of one field, [B]."""
 
     def __init__(self, seed: int, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> None:
         self.seed, self.ids, self.view = seed, ids, view
 
     def __call__(self, field: str) -> Uniform:
-        """Uniform in [0, 1), float64 [B]."""
+        """Return float64 [B], uniform in [0, 1)."""
         return uniform(self.seed, field, self.ids, self.view)
 
     def __len__(self) -> int:

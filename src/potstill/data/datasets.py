@@ -35,7 +35,7 @@ _MAX_NAMES = 20  # class names of a domain that a message lists
 
 
 def target_settings(settings: DataSettings) -> DataSettings:
-    """Settings that load the target as if it were the source: split by the same shares and seed.
+    """Return settings that load the target as the source, split by the same shares and seed.
 
     Raises:
         UsageError: there is no target.
@@ -47,7 +47,7 @@ def target_settings(settings: DataSettings) -> DataSettings:
 
 
 def add_target(data: DataSplits, target: DataSplits) -> DataSplits:
-    """The source's splits with the target beside them; its classes get the source's ids, by name.
+    """Return the source's splits with the target, whose classes get the source's ids by name.
 
     Args:
         data: of the source.
@@ -75,7 +75,7 @@ def add_target(data: DataSplits, target: DataSplits) -> DataSplits:
 
 
 def combine_fingerprints(*parts: str) -> str:
-    """SHA-256 over several words, in their order."""
+    """Return the SHA-256 of several fingerprints, in order."""
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -98,14 +98,14 @@ def _check_same_classes(data: DataSplits, target: DataSplits) -> None:
 
 
 def _check_disjoint(data: DataSplits, target: DataSplits) -> None:
-    """A file in both domains may be trained on in one and measured in the other."""
+    """Refuse files that are in both domains: one could be in train of one and in test of the other."""
     ours, theirs = (
         {path.resolve() for images in _all_sets(each) for path in file_paths(images)} for each in (data, target)
     )
     if shared := sorted(ours & theirs):
         raise DataError(
             f"source {data.source} and target {target.source} share {len(shared):,} files, for example {shared[0]}.\n"
-            "Two domains are two sets of images: what is trained on in one must not be measured in the other"
+            "The domains must have no images in common: one could be in train of the one and in test of the other"
         )
 
 
@@ -120,7 +120,7 @@ DATASETS: dict[str, Callable[[DataSettings], DataSplits]] = {
     "cifar100": _cifar100.cifar100,
 }
 
-# Only where a cheap look beforehand can spare the user a wait: unknown options, a missing package or folder.
+# Cheap checks before loading: unknown options, a missing package or folder.
 _CHECKS: dict[str, Callable[[DataSettings], object]] = {
     "digits": lambda settings: read_options(settings, DigitsOptions),
     "solar": _solar.check,
@@ -132,12 +132,12 @@ _CHECKS: dict[str, Callable[[DataSettings], object]] = {
 def load_data(
     settings: DataSettings, data: DataSplits | None = None, *, progress: ProgressReporter | None = None
 ) -> DataSplits:
-    """Find, split and check the data of a recipe; every file that is new or has changed is read once.
+    """Load, split and check the data of a recipe; every file that is new or has changed is read once.
 
     Args:
-        settings: where from, and how to split.
+        settings: source and split.
         data: splits from Python, which are only checked.
-        progress: is called with the progress of the check of the files.
+        progress: receives the progress of checking files.
 
     Raises:
         UsageError: an unknown name or option.
@@ -151,7 +151,7 @@ def load_data(
     target = _load_target(settings, data, progress)
     if target is None:
         return add_unlabeled(settings, found, progress)
-    # Images without labels are more of what the student is to work on.
+    # Unlabeled images belong to the target domain.
     return add_target(found, add_unlabeled(settings, target, progress))
 
 
@@ -176,7 +176,7 @@ def _load_labeled(settings: DataSettings, progress: ProgressReporter | None) -> 
 
 
 def check_source(settings: DataSettings) -> None:
-    """Whether the source is there, without reading an image or importing torch.
+    """Check that the source exists, without reading an image or importing torch.
 
     Raises:
         UsageError: an unknown name, a missing path, or unknown options.
@@ -208,7 +208,7 @@ def check_source(settings: DataSettings) -> None:
 
 
 def check_target(settings: DataSettings) -> None:
-    """Likewise of the target; nothing where there is none.
+    """Check that the target exists, if there is one.
 
     Raises:
         UsageError: as ``check_source``.

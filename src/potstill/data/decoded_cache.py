@@ -1,6 +1,6 @@
-"""Decode an image set once: one uint8 tensor, in memory or mapped from a file of the cache.
+"""Decode an image set once, to a uint8 tensor in memory or a memory-mapped file of the cache.
 
-Files are in the cache folder, ``pixels/<key>/``; the key covers everything that decides the pixels.
+Files are in the cache folder, ``pixels/<key>/``; the key depends on everything that determines the pixels.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from potstill.errors import StorageError
 from potstill.formatting import format_scaled
 from potstill.io import cache_folder, write_text
 
-_DEFAULT_BYTES = 4 * 2**30  # bytes, where the system does not say
+_DEFAULT_BYTES = 4 * 2**30  # if the system does not report it
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes free on the device; of the CPU's memory, what the container may still take."""
+    """Return the free memory of a device in bytes; of the CPU, within the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
-        return 0  # what an accelerator shares with the CPU cannot be asked for: keep the pixels on the CPU
+        return 0  # unknown for other accelerators: keep the pixels on the CPU
     return min(_available(), _container_free())
 
 
@@ -49,7 +49,7 @@ def _available() -> int:
     except OSError:
         pass
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS; half of it is a guess
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS; half is an estimate
     except (AttributeError, ValueError, OSError):
         return _DEFAULT_BYTES
 
@@ -64,19 +64,19 @@ def _container_free() -> int:
 
 
 def _reclaimable() -> int:
-    """Bytes that the container is charged for, but which the system takes back: mapped pixels too."""
+    """Return bytes that count for the container's limit but can be reclaimed, such as mapped pixels."""
     rows = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     return sum(int(value) for name, value in rows if name in ("inactive_file", "active_file"))
 
 
 FORMAT = 1
-SMALLEST = 2**20  # bytes of pixels that are worth a file
+SMALLEST = 2**20  # bytes of pixels from which a file is written
 MANIFEST, LOCK = "manifest.json", "lock"
-_PROBED = 16  # images, of sets whose content only their owner vouches for
-_SYNC_SECONDS = 2.0  # work that a kill may cost
+_PROBED = 16  # images that are compared for sets without content hashes
+_SYNC_SECONDS = 2.0  # of work that is lost if the process is killed
 _SYNC_BYTES = 2**26
-_LARGE = 2**30  # bytes that take longer than a moment to check
-_STALLED = 600.0  # seconds in which another process has filled nothing
+_LARGE = 2**30  # bytes from which checking reports its progress
+_STALLED = 600.0  # seconds without progress of another process
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _reported: "WeakKeyDictionary[ProgressReporter, set[str]]" = WeakKeyDictionary()
@@ -84,27 +84,27 @@ _reported: "WeakKeyDictionary[ProgressReporter, set[str]]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """Squares of N images.
+    """Images to decode to squares.
 
     Args:
-        images: N of them.
+        images: N images.
         side: R.
-        how: "crop", "pad" or "stretch", as ``preprocess.fit``.
-        identity: a word for the images and their content.
+        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``.
+        identity: identifies the images and their content.
     """
 
     images: ImageSet
     side: int
-    how: str
+    resize_mode: str
     identity: str
 
     @property
     def nbytes(self) -> int:
-        """Of all squares."""
+        """Bytes of all squares."""
         return len(self.images) * 3 * self.side**2
 
     def manifest(self) -> str:
-        """All that decides the pixels, as JSON; its SHA-256 is the key."""
+        """Return everything that determines the pixels, as JSON; its SHA-256 is the key."""
         names = "\n".join(self.images.names).encode("utf-8", "surrogateescape")
         found = {
             "format": FORMAT,
@@ -113,7 +113,7 @@ class DecodeRequest:
             "names": hashlib.sha256(names).hexdigest(),
             "images": len(self.images),
             "side": self.side,
-            "resize_mode": self.how,
+            "resize_mode": self.resize_mode,
             "decoder": decoder_version(),
             "ranges": value_ranges(self.images),
         }
@@ -128,55 +128,55 @@ class DecodeRequest:
         return hashlib.sha256(b"".join(f"{each.shape}".encode() + each.tobytes() for each in pixels)).hexdigest()
 
 
-def cached_pixels(wanted: DecodeRequest, *, share: float, progress: ProgressReporter | None) -> Tensor | None:
-    """The squares, from a file that is filled where it is not there yet.
+def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressReporter | None) -> Tensor | None:
+    """Return the squares from a file of the cache, which is filled first if necessary.
 
     Args:
-        wanted: which.
+        request: the images.
         share: of the free disk that they may take.
-        progress: is told how large they are, how far it is, and once if it cannot be done.
+        progress: receives the size, the progress, and a warning if the cache cannot be used.
 
     Returns:
-        uint8 [N, 3, R, R], mapped from the file and not to be written to; None where they cannot be kept.
+        uint8 [N, 3, R, R], memory-mapped and read-only; None if they cannot be cached on disk.
 
     Raises:
         DataError: an image cannot be decoded.
     """
-    if not HAS_FILE_LOCKS or wanted.nbytes < SMALLEST:
+    if not HAS_FILE_LOCKS or request.nbytes < SMALLEST:
         return None
-    text = wanted.manifest()
+    text = request.manifest()
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     folder = cache_folder("pixels", key)
-    file = PixelFile(folder, len(wanted.images), wanted.side, key)
+    file = PixelFile(folder, len(request.images), request.side, key)
     try:
         if not (
             _read(folder / MANIFEST) == text and file.intact(_check_progress(file, progress)).all()
-        ) and not _fill_file(file, folder, text, wanted, share, progress):
+        ) and not _fill_file(file, folder, text, request, share, progress):
             return None
-        with contextlib.suppress(OSError):  # the last use; a cache may be read-only
+        with contextlib.suppress(OSError):  # time of the last use; a cache may be read-only
             os.utime(folder / MANIFEST)
         return file.tensor()
     except (OSError, StorageError) as error:
         reason = f"{folder}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-        _report_once(progress, "warn", f"decoded pixels are not kept on disk: {reason}")
+        _report_once(progress, "warn", f"decoded pixels are not cached on disk: {reason}")
         return None
 
 
 def _fill_file(
-    file: PixelFile, folder: Path, text: str, wanted: DecodeRequest, share: float, progress: ProgressReporter | None
+    file: PixelFile, folder: Path, text: str, request: DecodeRequest, share: float, progress: ProgressReporter | None
 ) -> bool:
-    """Have the whole file on disk, by this process or another; False: there is no room."""
-    patience = _StallDetector(file, progress)
-    with file_lock(folder / LOCK, patience.look) as waited:
+    """Fill the file, or wait until another process has; return False if there is no space."""
+    stall_detector = _StallDetector(file, progress)
+    with file_lock(folder / LOCK, stall_detector.check) as waited:
         if waited:
-            patience.over()
+            stall_detector.finish()
         missing = np.flatnonzero(~file.intact())
         if len(missing) and not make_room(folder, file.nbytes, share):
             size, where = format_scaled(file.nbytes, "B"), folder.parent
             _report_once(
                 progress,
                 "note",
-                f"decoded pixels are not kept on disk: {size} is more than {100 * share:g} % of the room in {where}",
+                f"decoded pixels are not cached on disk: {size} is over {100 * share:g} % of the free space in {where}",
             )
             shutil.rmtree(folder, ignore_errors=True)
             return False
@@ -185,36 +185,38 @@ def _fill_file(
                 write_text(folder / MANIFEST, text)
             if len(missing):
                 file.reserve()
-                _decode_missing(file, missing.tolist(), wanted, progress)
+                _decode_missing(file, missing.tolist(), request, progress)
         except (OSError, StorageError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             if isinstance(cause, OSError) and cause.errno in _FULL:
-                shutil.rmtree(folder, ignore_errors=True)  # others need the room
+                shutil.rmtree(folder, ignore_errors=True)  # frees the space
             raise
     return True
 
 
 def _decode_missing(
-    file: PixelFile, missing: list[int], wanted: DecodeRequest, progress: ProgressReporter | None
+    file: PixelFile, missing: list[int], request: DecodeRequest, progress: ProgressReporter | None
 ) -> None:
-    images, side, total = wanted.images, wanted.side, len(wanted.images)
+    images, side, total = request.images, request.side, len(request.images)
     done = total - sum(len(file.ids_of(block)) for block in missing)
     if progress is not None:
-        there = f", of which {done:,} are there already" if done else ""
-        progress.note(f"decoding {total:,} images once, into {file.pixels} ({format_scaled(file.nbytes, 'B')}){there}")
+        existing = f", of which {done:,} exist already" if done else ""
+        progress.note(
+            f"decoding {total:,} images once, into {file.pixels} ({format_scaled(file.nbytes, 'B')}){existing}"
+        )
     with file.filling() as put:
 
         def fill(block: int) -> tuple[int, int]:
             ids = file.ids_of(block)
             squares = np.empty((len(ids), 3, side, side), np.uint8)
-            for place, i in enumerate(ids):
-                squares[place] = resize_to_square(images.pixels(i), side, wanted.how)
+            for position, i in enumerate(ids):
+                squares[position] = resize_to_square(images.pixels(i), side, request.resize_mode)
             return block, put(block, squares)
 
         filled: dict[int, int] = {}
         synced = time.monotonic()
-        # Pillow lets other threads run while it decodes; somebody's own image set may know nothing of threads.
-        for block, mark in threaded_map(fill, missing, at_once=None if is_file_based(images) else 1):
+        # Pillow releases the GIL while it decodes; a user's image set may not be thread-safe.
+        for block, mark in threaded_map(fill, missing, threads=None if is_file_based(images) else 1):
             filled[block] = mark
             done += len(file.ids_of(block))
             if progress is not None:
@@ -226,7 +228,7 @@ def _decode_missing(
 
 
 class _StallDetector:
-    """Waits for another process for as long as that gets on."""
+    """Raises an error if another process that fills the file makes no progress."""
 
     WHAT = "waiting for another process that decodes images"
 
@@ -234,31 +236,33 @@ class _StallDetector:
         self.file, self.progress = file, progress
         self.marked, self.since = -1, time.monotonic()
 
-    def over(self) -> None:
+    def finish(self) -> None:
         if self.progress is not None:
             self.progress.wait(self.WHAT, self.file.blocks, self.file.blocks)
 
-    def look(self) -> None:
-        marked = int(np.count_nonzero(self.file.marked()))
+    def check(self) -> None:
+        marked = int(np.count_nonzero(self.file.read_marks()))
         if marked != self.marked:
             self.marked, self.since = marked, time.monotonic()
             if self.progress is not None:
                 self.progress.wait(self.WHAT, marked, self.file.blocks)
         elif time.monotonic() - self.since > _STALLED:
-            raise StorageError(f"another process holds {self.file.pixels.parent} and has not got on for ten minutes")
+            raise StorageError(
+                f"another process holds {self.file.pixels.parent} and has made no progress for ten minutes"
+            )
 
 
 def _check_progress(file: PixelFile, progress: ProgressReporter | None) -> Callable[[int], None]:
-    """For a file that takes long to check: how far it is."""
+    """Return a callback that reports the progress of checking a large file."""
     checked = 0
 
-    def watch(blocks: int) -> None:
+    def on_progress(blocks: int) -> None:
         nonlocal checked
         checked += blocks
         if progress is not None and file.nbytes > _LARGE:
             progress.wait("checking decoded pixels", checked, file.blocks)
 
-    return watch
+    return on_progress
 
 
 def _read(path: Path) -> str | None:
@@ -268,13 +272,13 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _report_once(progress: ProgressReporter | None, how: str, message: str) -> None:
+def _report_once(progress: ProgressReporter | None, severity: str, message: str) -> None:
     if progress is None:
         return
-    told = _reported.setdefault(progress, set())
-    if how not in told:
-        told.add(how)
-        progress.warn(message) if how == "warn" else progress.note(message)
+    reported = _reported.setdefault(progress, set())
+    if severity not in reported:
+        reported.add(severity)
+        progress.warn(message) if severity == "warn" else progress.note(message)
 
 
 _PIECE = 64  # images that a thread decodes at a time
@@ -286,7 +290,7 @@ _decoded: "WeakKeyDictionary[ImageSet, dict[_DecodedKey, Tensor]]" = WeakKeyDict
 def decode_all(
     images: ImageSet,
     side: int,
-    how: str,
+    resize_mode: str,
     *,
     device: torch.device,
     cache_fraction: float,
@@ -294,70 +298,72 @@ def decode_all(
     identity: str | None = None,
     progress: ProgressReporter | None = None,
 ) -> Tensor | None:
-    """All images as squares, decoded once for as long as the image set lives, or, where they are kept on disk, for as
-    long as the images stay the same.
+    """Return all images as squares, decoded once for the lifetime of the image set or, if cached on disk, until the
+    images change.
 
     Args:
-        images: N of them.
+        images: N images.
         side: R, of the square in pixels.
-        how: "crop", "pad" or "stretch", as ``preprocess.fit``.
-        device: where the tensor is wanted; it stays on the CPU where the device has no room.
+        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``.
+        device: of the tensor; it stays on the CPU if the device has too little memory.
         cache_fraction: of free memory, and of the free disk, that it may take.
-        processes: of this machine that call this: each has its share of the memory, and all map one file.
-        identity: a word for the images and their content; None: they are not kept on disk.
-        progress: is told about what takes long.
+        processes: number of processes on this machine that call this; they share the memory, and map one file.
+        identity: identifies the images and their content; None: not cached on disk.
+        progress: receives the progress.
 
     Returns:
-        uint8 [N, 3, R, R], not to be written to; None where it does not fit anywhere.
+        uint8 [N, 3, R, R], read-only; None if it fits neither into memory nor on the disk.
 
     Raises:
         DataError: an image cannot be decoded.
     """
     size = len(images) * 3 * side * side
     cpu = torch.device("cpu")
-    places = [device, cpu] if device.type != "cpu" else [device]
-    known = _decoded_of(images)
-    for place in places:
-        if (side, how, place) in known:
-            return known[side, how, place]
-    roomy = [place for place in places if size <= cache_fraction / processes * free_bytes(place)]
-    packed = None
-    # Arrays lie in memory already, and are quickly made to squares.
-    if identity is not None and not (roomy and is_array_based(images)):
-        packed = cached_pixels(DecodeRequest(images, side, how, identity), share=cache_fraction, progress=progress)
-    if packed is None:
-        if not roomy:
+    devices = [device, cpu] if device.type != "cpu" else [device]
+    decoded = _decoded_of(images)
+    for each in devices:
+        if (side, resize_mode, each) in decoded:
+            return decoded[side, resize_mode, each]
+    fitting = [each for each in devices if size <= cache_fraction / processes * free_bytes(each)]
+    pixels = None
+    # Arrays are in memory already, and resizing them is fast.
+    if identity is not None and not (fitting and is_array_based(images)):
+        pixels = cached_pixels(
+            DecodeRequest(images, side, resize_mode, identity), share=cache_fraction, progress=progress
+        )
+    if pixels is None:
+        if not fitting:
             return None
-        packed = _decode_in_memory(images, side, how, progress)
-    place = device if device in roomy else cpu
-    packed = known[side, how, place] = packed.to(place)
-    return packed
+        pixels = _decode_in_memory(images, side, resize_mode, progress)
+    target = device if device in fitting else cpu
+    pixels = decoded[side, resize_mode, target] = pixels.to(target)
+    return pixels
 
 
-def decode_squares(images: ImageSet, index: list[int], side: int, how: str) -> Tensor:
-    """These images as squares, uint8 [B, 3, side, side]."""
-    return torch.stack([torch.from_numpy(resize_to_square(images.pixels(i), side, how)) for i in index])
+def decode_squares(images: ImageSet, index: list[int], side: int, resize_mode: str) -> Tensor:
+    """Return some images as squares, uint8 [B, 3, side, side]."""
+    return torch.stack([torch.from_numpy(resize_to_square(images.pixels(i), side, resize_mode)) for i in index])
 
 
-def _decode_in_memory(images: ImageSet, side: int, how: str, progress: ProgressReporter | None) -> Tensor:
-    packed = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
-    target = packed.numpy()
+def _decode_in_memory(images: ImageSet, side: int, resize_mode: str, progress: ProgressReporter | None) -> Tensor:
+    pixels = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
+    target = pixels.numpy()
 
     def put(start: int) -> int:
         end = min(start + _PIECE, len(images))
         for i in range(start, end):
-            target[i] = resize_to_square(images.pixels(i), side, how)
+            target[i] = resize_to_square(images.pixels(i), side, resize_mode)
         return end
 
-    # Pillow lets other threads run while it decodes; somebody's own image set may know nothing of threads.
-    for done in threaded_map(put, range(0, len(images), _PIECE), at_once=None if is_file_based(images) else 1):
+    # Pillow releases the GIL while it decodes; a user's image set may not be thread-safe.
+    for done in threaded_map(put, range(0, len(images), _PIECE), threads=None if is_file_based(images) else 1):
         if progress is not None:
             progress.wait("decoding images", done, len(images))
-    return packed
+    return pixels
 
 
 def _decoded_of(images: ImageSet) -> dict[_DecodedKey, Tensor]:
     try:
         return _decoded.setdefault(images, {})
-    except TypeError:  # somebody's own image set that cannot be hashed or weakly referred to: decoded each time
+    except TypeError:  # a user's image set that cannot be hashed or weakly referenced is decoded each time
         return {}

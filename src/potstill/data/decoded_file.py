@@ -1,10 +1,10 @@
 """A file of decoded pixels in blocks with a checksum each: a half-filled or damaged file is never taken for complete.
 
 ``pixels.bin``: uint8 [N, 3, R, R].  ``done.bin``: 8 bytes a block: 1 and a CRC-32 of its bytes, or zeros.  Blocks are
-synced before they are marked, and compared with their marks before they are used.  A block's bytes depend on the key
-alone, so writing one again changes nothing for processes that read it at the same time.
+synced before they are marked, and compared with their marks before they are used.  A block's bytes depend only on the
+key, so rewriting one changes nothing for processes that read it at the same time.
 
-``make_room`` removes files that were not used for long when the disk has no room for a new one.
+``make_room`` removes files that were not used for long if the disk has no space for a new one.
 """
 
 import contextlib
@@ -25,24 +25,25 @@ from torch import Tensor
 
 from potstill.data.concurrency import threaded_map, try_file_lock
 
-BLOCK = 2**20  # bytes, about
+BLOCK = 2**20  # bytes, approximately
 _BLOCKS_PER_CHECK = 16  # blocks that a thread checks at a time
-_WRITTEN = 2**32  # beside the checksum
-_WORD = 0xFFFFFFFF
+_WRITTEN = 2**32  # a bit above the checksum
+_UINT32_MAX = 0xFFFFFFFF
 
 Pixels = NDArray[np.uint8]
 
 
 class PixelFile:
-    """N images of R x R pixels.
+    """The file of N images of R x R pixels.
 
     Args:
-        folder: where the two files are, or will be.
+        folder: of the two files.
         images: N.
         side: R.
-        key: hex digits; bound into the checksums, so that no other file's blocks fit.
+        key: hex digits; part of the checksums, so that another file's blocks do not match.
 
-    Every call may raise OSError.
+    Raises:
+        OSError: from all methods.
     """
 
     def __init__(self, folder: Path, images: int, side: int, key: str) -> None:
@@ -55,38 +56,38 @@ class PixelFile:
 
     @property
     def nbytes(self) -> int:
-        """Of all pixels."""
+        """Bytes of all pixels."""
         return self.shape[0] * self._image
 
     @property
     def block_bytes(self) -> int:
-        """Of a block, but perhaps the last."""
+        """Bytes of a block; the last may be smaller."""
         return self.rows * self._image
 
     def ids_of(self, block: int) -> range:
-        """The images of a block."""
+        """Return the images of a block."""
         return range(block * self.rows, min(self.shape[0], (block + 1) * self.rows))
 
-    def marked(self) -> NDArray[np.int64]:
-        """[blocks]: 0, or a checksum above 2**32."""
+    def read_marks(self) -> NDArray[np.int64]:
+        """Return the marks [blocks]: 0, or 2**32 + checksum."""
         try:
-            found = self.marks.read_bytes()[: 8 * self.blocks]
+            content = self.marks.read_bytes()[: 8 * self.blocks]
         except FileNotFoundError:
-            found = b""
-        return np.frombuffer(found.ljust(8 * self.blocks, b"\0"), "<i8").astype(np.int64)
+            content = b""
+        return np.frombuffer(content.ljust(8 * self.blocks, b"\0"), "<i8").astype(np.int64)
 
-    def intact(self, watch: Callable[[int], None] = lambda blocks: None) -> NDArray[np.bool_]:
-        """[blocks]: which are there with the bytes they were marked with.  Reads the whole file.
+    def intact(self, on_progress: Callable[[int], None] = lambda blocks: None) -> NDArray[np.bool_]:
+        """Return which blocks match their marks, [blocks].  Reads the whole file.
 
         Args:
-            watch: is told of each so many blocks that were read.
+            on_progress: called with the number of blocks read since the last call.
         """
-        marks = self.marked()
-        found = np.zeros(self.blocks, np.bool_)
-        there = np.flatnonzero(marks)
-        if not len(there):
-            return found
-        pieces = [there[start : start + _BLOCKS_PER_CHECK] for start in range(0, len(there), _BLOCKS_PER_CHECK)]
+        marks = self.read_marks()
+        is_intact = np.zeros(self.blocks, np.bool_)
+        marked = np.flatnonzero(marks)
+        if not len(marked):
+            return is_intact
+        pieces = [marked[start : start + _BLOCKS_PER_CHECK] for start in range(0, len(marked), _BLOCKS_PER_CHECK)]
         with _open(self.pixels, os.O_RDONLY) as handle:
 
             def check(piece: NDArray[np.int64]) -> list[bool]:
@@ -94,21 +95,21 @@ class PixelFile:
                 return [self._read_check(handle, int(block), buffer) == marks[block] for block in piece]
 
             for piece, same in zip(pieces, threaded_map(check, pieces), strict=True):
-                found[piece] = same
-                watch(len(piece))
-        return found
+                is_intact[piece] = same
+                on_progress(len(piece))
+        return is_intact
 
     def reserve(self) -> None:
-        """Take the room on the disk, or fail now instead of later."""
+        """Allocate the disk space, so that a full disk is an error now."""
         with _open(self.pixels, os.O_RDWR | os.O_CREAT) as handle:
             if os.fstat(handle).st_size > self.nbytes:
                 os.ftruncate(handle, self.nbytes)
-            if hasattr(os, "posix_fallocate"):  # where it is missing, writing finds out
+            if hasattr(os, "posix_fallocate"):  # elsewhere a full disk is found while writing
                 os.posix_fallocate(handle, 0, self.nbytes)
 
     @contextmanager
     def filling(self) -> Iterator[Callable[[int, Pixels], int]]:
-        """A function that puts a block's pixels [rows, 3, R, R] into the file, from any thread, and gives its mark."""
+        """Yield a thread-safe function that writes a block's pixels [rows, 3, R, R] and returns its mark."""
         with _open(self.pixels, os.O_RDWR | os.O_CREAT) as handle:
 
             def put(block: int, pixels: Pixels) -> int:
@@ -118,7 +119,7 @@ class PixelFile:
             yield put
 
     def mark(self, marks: Mapping[int, int]) -> None:
-        """Make blocks that were filled last, then say so.
+        """Sync the filled blocks to disk, then write their marks.
 
         Args:
             marks: block -> its mark.
@@ -131,9 +132,9 @@ class PixelFile:
             os.fsync(handle)
 
     def tensor(self) -> Tensor:
-        """uint8 [N, 3, R, R], mapped: it takes no memory that the system could not take back.  Not to be written to."""
+        """Return uint8 [N, 3, R, R], memory-mapped and read-only: the system can reclaim its memory."""
         with _open(self.pixels, os.O_RDONLY) as handle:
-            # Not as a copy on write, for which the system might want to set memory aside.
+            # Not copy-on-write, for which the system may reserve memory.
             mapped = mmap.mmap(handle, self.nbytes, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
@@ -142,16 +143,16 @@ class PixelFile:
     def _read_check(self, handle: int, block: int, buffer: bytearray) -> int:
         size = len(self.ids_of(block)) * self._image
         view = memoryview(buffer)[:size]
-        there = 0
-        while there < size:
-            step = os.preadv(handle, [view[there:]], block * self.block_bytes + there)
-            if step == 0:
+        done = 0
+        while done < size:
+            count = os.preadv(handle, [view[done:]], block * self.block_bytes + done)
+            if count == 0:
                 return 0
-            there += step
+            done += count
         return self._mark(block, view)
 
     def _mark(self, block: int, pixels: memoryview) -> int:
-        return _WRITTEN | zlib.crc32(pixels, (self._seed + block) & _WORD)
+        return _WRITTEN | zlib.crc32(pixels, (self._seed + block) & _UINT32_MAX)
 
 
 @contextmanager
@@ -169,27 +170,27 @@ def _write(handle: int, data: memoryview, at: int) -> None:
         data, at = data[step:], at + step
 
 
-_STALE_SECONDS = 30 * 86_400.0  # seconds without use after which pixels are removed when others come
-_IDLE_SECONDS = 86_400.0  # after which they are removed where room is short
+_STALE_SECONDS = 30 * 86_400.0  # without use, after which pixels are removed when others are written
+_IDLE_SECONDS = 86_400.0  # without use, after which they are removed if space is short
 
 
 def make_room(folder: Path, need: int, share: float) -> bool:
-    """Whether the folder's pixels may be written, after others have been removed.
+    """Remove unused pixels if necessary; return whether new ones may be written.
 
     Args:
-        folder: where they will be; its neighbours hold other pixels, and were changed when they were last used.
-        need: bytes; those that lie in the folder already count as free.
+        folder: of the new pixels; its neighbours hold others, whose modification time is that of the last use.
+        need: bytes; those already in the folder count as free.
         share: of the free disk that they may take.
 
     Raises:
-        OSError: the disk does not say how much is free.
+        OSError: the free disk space is unknown.
     """
     now, have = time.time(), _size(folder)
     for used, other in sorted(_neighbours(folder)):
         fits = need - have <= share * shutil.disk_usage(folder).free
         if now - used < (_STALE_SECONDS if fits else _IDLE_SECONDS):
             break
-        # Who has mapped these pixels keeps them until he ends; who is filling the file holds its lock.
+        # Processes that have mapped these pixels keep them; one that is filling the file holds its lock.
         with try_file_lock(other / "lock") as free:
             if free:
                 shutil.rmtree(other, ignore_errors=True)
@@ -197,19 +198,19 @@ def make_room(folder: Path, need: int, share: float) -> bool:
 
 
 def _neighbours(folder: Path) -> list[tuple[float, Path]]:
-    """Time of last use, and folder."""
-    found = []
+    """Return time of last use and folder of all others."""
+    neighbours = []
     for path in folder.parent.glob("*/manifest.json"):
         if path.parent != folder:
             with contextlib.suppress(OSError):
-                found.append((path.stat().st_mtime, path.parent))
-    return found
+                neighbours.append((path.stat().st_mtime, path.parent))
+    return neighbours
 
 
 def _size(folder: Path) -> int:
-    """Bytes on the disk; not what a file's length says, since it may have holes."""
-    found = 0
+    """Return the allocated bytes; a file may have holes."""
+    total = 0
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
-            found += getattr(path.stat(), "st_blocks", 0) * 512
-    return found
+            total += getattr(path.stat(), "st_blocks", 0) * 512
+    return total

@@ -1,6 +1,6 @@
-"""Entries of (name, class, split) that a folder or a manifest lists before a file is opened, and kinds of problems.
+"""Entries (name, class, split) that a folder or a manifest lists before a file is opened, and kinds of findings.
 
-``FINDING_KINDS`` defines every problem that data can have: its severity, why it matters, whether a run refuses it and
+``FINDING_KINDS`` defines every kind of problem of data: its severity, why it matters, whether a run refuses it and
 whether ``data.skip_bad`` leaves it out.
 """
 
@@ -20,7 +20,7 @@ SPLIT_WORDS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 
-# What desktops, NAS systems, version control and notebooks keep beside the user's files, in lower case.
+# Created by desktops, NAS systems, version control and notebooks, in lower case.
 SYSTEM_FOLDERS = {
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", ".@__thumb", "#recycle", "#snapshot", ".snapshot",
     ".snapshots", ".zfs", "lost+found", ".thumbnails", ".thumbs", "__macosx", ".appledouble", ".appledb",
@@ -36,7 +36,7 @@ SYSTEM_FILES = {
     ".apdisk", ".fuse_hidden", "icon\r",
 }  # fmt: skip
 
-# Endings of images, those that are not read among them: a file that ends so is never taken for something else.
+# Suffixes of images, including formats that are not supported: such a file always counts as an image.
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
     ".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jxr", ".psd", ".psb",
@@ -53,36 +53,36 @@ class Entry:
 
     name: str  # path below the root, forward slashes; of a file elsewhere its absolute path
     label: str  # class name
-    split: str | None = None  # train, val or test, where the source says so
+    split: str | None = None  # train, val or test; None: not given by the source
 
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """What ``data.skip_bad`` left out."""
+    """A file or class that ``data.skip_bad`` left out."""
 
     path: str  # below the data folder
-    kind: str  # of ``doctor.findings.KINDS``
+    kind: str  # of FINDING_KINDS
     reason: str
 
 
 def raise_problems(source: str, problems: Iterable[str], what: str = "problem", hints: Iterable[str] = ()) -> None:
-    """One error for all problems: the first twenty and a count, then what can be done about them.
+    """Raise one error for all problems: the first twenty and a count, then the hints.
 
     Raises:
         DataError: there are any.
     """
-    found = list(problems)
-    if not found:
+    listed = list(problems)
+    if not listed:
         return
-    lines = [f"  {problem}" for problem in found[:MAX_LISTED_PROBLEMS]]
-    if len(found) > MAX_LISTED_PROBLEMS:
-        lines.append(f"  and {len(found) - MAX_LISTED_PROBLEMS} more")
-    plural = "" if len(found) == 1 else "s"
-    raise DataError("\n".join([f"{source}: {len(found)} {what}{plural}", *lines, *hints]))
+    lines = [f"  {problem}" for problem in listed[:MAX_LISTED_PROBLEMS]]
+    if len(listed) > MAX_LISTED_PROBLEMS:
+        lines.append(f"  and {len(listed) - MAX_LISTED_PROBLEMS} more")
+    plural = "" if len(listed) == 1 else "s"
+    raise DataError("\n".join([f"{source}: {len(listed)} {what}{plural}", *lines, *hints]))
 
 
 def name_problem(name: str) -> str | None:
-    """Why a path or a class name cannot be written to tables and logs, or None."""
+    """Return why a path or a class name cannot be written to tables and logs; None if it can."""
     if not name.isprintable():
         try:
             name.encode("utf-8")
@@ -93,8 +93,8 @@ def name_problem(name: str) -> str | None:
 
 
 def is_system_name(name: str, path: str) -> bool:
-    """Whether a system made this file or folder beside the user's: by the lists above, AppleDouble's ``._*`` for files
-    and ``.Trash-1000`` for folders.
+    """Return whether software created this file or folder: by the lists above, AppleDouble's ``._*`` for files and
+    ``.Trash-1000`` for folders.
     """
     lower = name.lower()
     file = lower in SYSTEM_FILES or lower.startswith("._")
@@ -103,7 +103,7 @@ def is_system_name(name: str, path: str) -> bool:
 
 
 def has_image_suffix(name: str) -> bool:
-    """Whether a file's name ends as names of images do, in whatever case."""
+    """Return whether a file's name has the suffix of an image, in any case."""
     return "." in name and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
@@ -112,11 +112,11 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class FindingKind:
-    """One kind of problem."""
+    """One kind of finding."""
 
     severity: Severity
     what: str  # heading, in the plural
-    why: str  # it is an error, or only a warning
+    why: str  # the reason for its severity
     refused: bool = False  # by `potstill run`
     skippable: bool = False  # left out with data.skip_bad
 
@@ -131,96 +131,96 @@ def _skippable(what: str, why: str) -> FindingKind:
 
 FINDING_KINDS: dict[str, FindingKind] = {
     # files
-    "unreadable": _skippable("unreadable files", "no sample may be left out or replaced unseen"),
-    "empty-file": _skippable("empty files", "there is no image in them; often a copy that broke off"),
-    "truncated": _skippable("truncated images", "part of the picture is missing; copy the files again"),
-    "damaged": _skippable("damaged images", "their pixels cannot be told"),
-    "no-image": _skippable("files that are no images", "every file in a class folder counts as an image"),
+    "unreadable": _skippable("unreadable files", "no sample may be left out or replaced silently"),
+    "empty-file": _skippable("empty files", "they hold no image; often an interrupted copy"),
+    "truncated": _skippable("truncated images", "part of the image is missing; copy the files again"),
+    "damaged": _skippable("damaged images", "their pixels cannot be decoded"),
+    "no-image": _skippable("files that are not images", "every file in a class folder counts as an image"),
     "oversize": _skippable("oversize files", "beyond the limits of file size or pixels that protect memory"),
     # the listing
-    "unreadable-folder": _skippable("unreadable folders", "nobody knows which images are missing"),
+    "unreadable-folder": _skippable("unreadable folders", "their images would be missing"),
     "no-classes": _refused("places without class folders", "there is nothing to learn"),
     "empty-class": _skippable("empty classes", "a class without images cannot be learned"),
     "one-class": _refused("too few classes", "a classifier needs at least two"),
-    "missing-class": _skippable("classes that are not in every split", "figures of such a split leave a class out"),
+    "missing-class": _skippable("classes that are not in every split", "metrics of such a split leave out a class"),
     "too-few": _skippable("classes too small for a split", "each of train, val and test needs an image of each class"),
-    "split-folders": _refused("contradictory split folders", "which images are for training is not clear"),
+    "split-folders": _refused("contradictory split folders", "it is not clear which images are for training"),
     "link-out": _skippable(
         "paths and links out of the data",
-        "the data would change with what lies elsewhere; data.follow_links: true reads them",
+        "the data would change with files elsewhere; data.follow_links: true reads them",
     ),
     "link-folder": _skippable("links to folders", "images would count twice, or a loop would never end"),
-    "link-broken": _skippable("links to nothing", "the image is missing"),
-    "name": _skippable("names that cannot be written down", "they would spoil tables and logs"),
-    "manifest": _refused("manifests that cannot be read", "which images there are is not clear"),
-    "manifest-row": _skippable("rows of the manifest", "what they hold cannot be used"),
+    "link-broken": _skippable("broken links", "the image is missing"),
+    "name": _skippable("names that cannot be printed", "they would break tables and logs"),
+    "manifest": _refused("manifests that cannot be read", "it is not clear which images there are"),
+    "manifest-row": _skippable("invalid rows of the manifest", "their images cannot be used"),
     "listed-twice": _skippable("files that are listed twice", "the image would count twice, perhaps under two labels"),
-    # what the images say
+    # the images
     "two-labels": FindingKind(
-        "error", "images under two labels", "at most one label is right, and no model can give both"
+        "error", "images under two labels", "at most one label is right, and no model can predict both"
     ),
     "across-splits": FindingKind(
-        "error", "images in more than one split", "figures on images that were trained on, or picked by, say too much"
+        "error", "images in more than one split", "metrics on images used for training or model selection are too high"
     ),
     "few-across-splits": FindingKind(
-        "warning", "images in more than one split", "below 1 % of the split, figures hardly move"
+        "warning", "images in more than one split", "below 1 % of the split, metrics hardly change"
     ),
-    "duplicate": FindingKind("warning", "duplicates", "the image counts twice, which may be meant"),
-    "other-format": FindingKind("warning", "names that say another format", "other programs may go by the name"),
+    "duplicate": FindingKind("warning", "duplicates", "the image counts twice, which may be intended"),
+    "other-format": FindingKind("warning", "suffixes of another format", "other programs may rely on the suffix"),
     "narrow-range": FindingKind(
         "warning", "images that use less than 1/8 of the range", "they are nearly black to the network; set data.range"
     ),
     "beyond-range": FindingKind(
-        "warning", "images with values beyond the range", "what lies beyond becomes black or white; set data.range"
+        "warning", "images with values beyond the range", "values beyond become black or white; set data.range"
     ),
     "mixed-range": FindingKind(
-        "warning", "images of different depth", "one range is for all; convert them alike, or set data.range"
+        "warning", "images of different depth", "all share one range; convert them to one depth, or set data.range"
     ),
     "blank": FindingKind("warning", "blank images", "all pixels have one colour; most likely a failed export"),
-    "tiny": FindingKind("warning", "tiny images", "a side below 8 pixels shows next to nothing"),
+    "tiny": FindingKind("warning", "tiny images", "a side below 8 pixels shows hardly anything"),
     "similar-names": FindingKind(
-        "warning", "names that differ in case, blanks or Unicode form only", "most likely meant to be one"
+        "warning", "names that differ in case, blanks or Unicode form only", "most likely intended to be the same"
     ),
     "beside-classes": FindingKind("warning", "images beside the class folders", "they have no class, and are not used"),
     "hidden": FindingKind("warning", "hidden images and folders of images", "they are not used"),
-    "imbalance": FindingKind("warning", "imbalance", "figures over all images say little of the small classes"),
+    "imbalance": FindingKind("warning", "imbalance", "metrics over all images say little about the small classes"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem."""
+    """One problem of the data."""
 
-    kind: str  # of KINDS
-    path: str  # below the data folder, forward slashes; "." for the whole
+    kind: str  # of FINDING_KINDS
+    path: str  # below the data folder, forward slashes; ".": all of it
     reason: str  # what was found there, and what to do
-    others: tuple[str, ...] = ()  # further paths that it is about
+    others: tuple[str, ...] = ()  # further paths concerned
 
     @property
     def severity(self) -> Severity:
-        """How bad its kind is."""
+        """Severity of its kind."""
         return FINDING_KINDS[self.kind].severity
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         return {"severity": self.severity, **vars(self), "others": list(self.others)}
 
 
 def suggest_fixes(findings: list[Finding], *, skip_bad: bool = False) -> list[str]:
-    """What can be done about refused findings, besides mending the data; a line each."""
+    """Return options that accept refused findings, one a line; the alternative is to repair the data."""
     kinds = {each.kind for each in findings}
-    found = []
+    fixes = []
     if "link-out" in kinds or any(
         each.reason.startswith("a link to a folder;") or each.reason == "a link to a folder" for each in findings
     ):
-        found.append("To read files elsewhere by links and paths: --set data.follow_links=true")
+        fixes.append("To read files elsewhere by links and paths: --set data.follow_links=true")
     if not skip_bad and any(FINDING_KINDS[kind].skippable for kind in kinds):
-        found.append("To go on without the bad files and the classes that are too small, and list them: --skip-bad")
-    return found
+        fixes.append("To go on without the bad files and the classes that are too small, and list them: --skip-bad")
+    return fixes
 
 
 def format_refused(findings: list[Finding], root: Path) -> list[str]:
-    """Those that `potstill run` refuses, as sentences that can be printed, in their order and each once."""
+    """Return the findings that `potstill run` refuses as printable sentences, in order, without repetitions."""
     refused = (each for each in findings if FINDING_KINDS[each.kind].refused)
     return list(dict.fromkeys(f"{_printable(str(root / each.path))}: {each.reason}" for each in refused))
 
@@ -234,47 +234,47 @@ LINK_TO_FOLDER = "a link to a folder"
 
 @dataclass
 class Listing:
-    """What a source lists, with all that is wrong about the list itself."""
+    """The entries of a source, with the findings about the listing itself."""
 
     root: Path  # of the entries' names
-    kind: str  # "folders" or "manifest"; of data that comes split, a sentence on the splits
-    ready: bool = False  # comes split
-    fingerprint: str = ""  # of data that comes split
+    kind: str  # "folders" or "manifest"; if ready, a sentence on the splits
+    ready: bool = False  # a data set with its own splits
+    fingerprint: str = ""  # only if ready
     entries: list[Entry] = field(default_factory=list)  # sorted by name
     findings: list[Finding] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)  # hidden and system files and folders, by name
-    notes: list[str] = field(default_factory=list)  # sentences on what is not wrong
-    images: ImageSet | None = None  # in the order of the entries, where they are no files below the root
+    notes: list[str] = field(default_factory=list)  # remarks that are no findings
+    images: ImageSet | None = None  # in the order of the entries; None: files below the root
     follow_links: bool = False
-    _reached: dict[str, str] = field(default_factory=dict)  # folder without links -> where it was read first
+    _visited: dict[str, str] = field(default_factory=dict)  # real path of a folder -> path by which it was read
 
-    def find(self, kind: str, path: Path | str, reason: str, *others: str) -> None:
-        """Note a problem; ``path`` as it is below the root, or beginning with it."""
+    def report(self, kind: str, path: Path | str, reason: str, *others: str) -> None:
+        """Add a finding; ``path`` is relative to the root, or a ``Path`` that begins with it."""
         below = path.relative_to(self.root).as_posix() if isinstance(path, Path) else path
         self.findings.append(Finding(kind, below, reason, others))
 
-    def find_name(self, path: Path | str, name: str) -> None:
-        """Note a name that cannot be written to tables and logs."""
+    def check_name(self, path: Path | str, name: str) -> None:
+        """Add a finding if a name cannot be written to tables and logs."""
         if problem := name_problem(name):
-            self.find("name", path, problem.removeprefix(f"{name!r}: "))
+            self.report("name", path, problem.removeprefix(f"{name!r}: "))
 
-    def enter(self, folder: str) -> bool:
-        """Whether to read a folder, given as it is below the root; one that links lead to twice is a problem."""
+    def visit(self, folder: str) -> bool:
+        """Return whether to read a folder, a path below the root; a second path to the same folder is a finding."""
         if not self.follow_links:
             return True
         real = os.path.realpath(self.root / folder)
-        first = self._reached.setdefault(real, folder)
+        first = self._visited.setdefault(real, folder)
         if first != folder:
-            self.find("link-folder", folder, f"the same folder as {first}, by a link: its images would count twice")
+            self.report("link-folder", folder, f"the same folder as {first}, by a link: its images would count twice")
         return first == folder
 
     def link_problem(self, path: str, root: str) -> tuple[str, str] | None:
-        """Why a link must not be followed: kind of finding and reason; None where it leads to a file below the root,
-        or, with ``follow_links``, to a file or folder anywhere.
+        """Return kind and reason of the finding if a link must not be followed; None if it leads to a file below the
+        root or, with ``follow_links``, to any file or folder.
 
         Args:
             path: the link.
-            root: the data folder, without links.
+            root: real path of the data folder.
         """
         target = os.path.realpath(path)
         if os.path.islink(target):
@@ -288,15 +288,15 @@ class Listing:
             return None if self.follow_links else ("link-folder", LINK_TO_FOLDER)
         if not os.path.exists(target):
             return "link-broken", broken_link_reason(path)
-        return None if os.path.isfile(target) else ("unreadable", "a link to what is no regular file")
+        return None if os.path.isfile(target) else ("unreadable", "a link to something other than a regular file")
 
 
 def broken_link_reason(path: str) -> str:
-    """What a link is that leads to no file and no folder."""
-    no_end = os.path.islink(os.path.realpath(path))
-    return "a link that leads round in a circle" if no_end else "a link to nothing"
+    """Return what is wrong with a link that leads to no file and no folder."""
+    is_circular = os.path.islink(os.path.realpath(path))
+    return "a link that leads round in a circle" if is_circular else "a link to nothing"
 
 
 def is_below(path: str, root: str) -> bool:
-    """Whether a path lies below a folder or is it, both without links."""
+    """Return whether a path is a folder or lies below it; both are real paths."""
     return path == root or path.startswith(root if root.endswith(os.sep) else root + os.sep)

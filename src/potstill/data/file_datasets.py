@@ -41,18 +41,17 @@ from potstill.io import cache_folder, sha256_hex
 
 
 def check_unlabeled(settings: DataSettings) -> None:
-    """Whether the folder is there, without reading an image.
+    """Check that the folder of unlabeled images exists, without reading an image.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it does not exist.
     """
     if settings.unlabeled is not None and not Path(settings.unlabeled).expanduser().is_dir():
         raise UsageError(f"data.unlabeled: no folder {settings.unlabeled!r}; name one with images, at any depth")
 
 
 def add_unlabeled(settings: DataSettings, data: DataSplits, progress: ProgressReporter | None = None) -> DataSplits:
-    """The data with the images of ``settings.unlabeled``; as it is where none are asked for.  ``progress`` is told
-    how far the check of the files is.
+    """Return the data with the images of ``settings.unlabeled``, if any; ``progress`` receives that of checking files.
 
     Raises:
         UsageError: no such folder; or the data has unlabeled images already.
@@ -86,13 +85,13 @@ def add_unlabeled(settings: DataSettings, data: DataSplits, progress: ProgressRe
 
 
 def _check_unseen(found: UnlabeledFileSet, data: DataSplits) -> None:
-    """The teacher's answers on val and test images would be learned, and then measured on the same images."""
+    """Refuse images of val and test: the student would be trained on teacher outputs for its own test images."""
     unlabeled = {path.resolve() for path in file_paths(found)}
     for split in ("val", "test"):
         if seen := sorted(unlabeled.intersection(path.resolve() for path in file_paths(data.split(split)))):
             raise DataError(
                 f"{found.root}: {len(seen)} of the unlabeled images are images of {split}, for example {seen[0]}.\n"
-                "Figures on images that were trained on say nothing; name a folder without them"
+                "Metrics on images used for training are meaningless; name a folder without them"
             )
 
 
@@ -101,22 +100,22 @@ def _fingerprint_with_unlabeled(labeled: str, contents: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-DEFAULT_AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # things look alike in a mirror more often than not
+DEFAULT_AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # most objects may be mirrored
 
 
 def list_source(settings: DataSettings) -> Listing:
-    """What a folder or a manifest lists; see ``doctor.folder`` and ``doctor.manifest`` for their forms."""
+    """Return the listing of a folder or a manifest; see ``data.sources`` for their layouts."""
     path = Path(settings.source).expanduser()
     read = walk_folder if path.is_dir() else read_manifest
     return read(path, follow_links=settings.follow_links)
 
 
 def load_files(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
-    """The images of a folder or a manifest, in three splits.  ``progress`` is told how far the check of the files is.
+    """Return the images of a folder or a manifest in three splits; ``progress`` receives that of checking files.
 
     Raises:
-        DataError: a listing or files that cannot be trained on, with all that is wrong in it; with
-            ``settings.skip_bad`` only where too little is left.
+        DataError: a listing or files that cannot be used, with all problems; with ``settings.skip_bad`` only if too
+            little is left.
     """
     listing, skipped, contents = read_files(list_source(settings), settings, progress)
     if settings.skip_bad:
@@ -147,8 +146,9 @@ _UNREADABLE = Finding("unreadable", ".", "")
 def read_files(
     listing: Listing, settings: DataSettings, progress: ProgressReporter | None = None
 ) -> tuple[Listing, list[Finding], dict[str, str]]:
-    """With ``settings.skip_bad``: the listing without what cannot be read, what was left out, and name -> content of
-    the files that are left.  Else the listing as it is, and nothing read.
+    """Return the listing without unreadable files, findings on these, and name -> content of the others.
+
+    Without ``settings.skip_bad``, return the listing unchanged and read no file.
     """
     if not settings.skip_bad:
         return listing, [], {}
@@ -161,7 +161,7 @@ def read_files(
 
 
 def unreadable_findings(root: Path, bad: Mapping[str, str]) -> list[Finding]:
-    """What ``check.check_files`` said of files that cannot be decoded, as findings."""
+    """Return the problems of undecodable files, as reported by ``scan.check_files``, as findings."""
 
     def kind(name: str, reason: str) -> str:
         readable = os.path.isfile(root / name) and os.access(root / name, os.R_OK)
@@ -171,9 +171,7 @@ def unreadable_findings(root: Path, bad: Mapping[str, str]) -> list[Finding]:
 
 
 def drop_bad_entries(listing: Listing, bad: Sequence[Finding]) -> tuple[Listing, list[Finding]]:
-    """The listing without the files and folders that ``bad`` and its own findings are about, where these can be left
-    out; and these findings.
-    """
+    """Return the listing without the files and folders of skippable findings (``bad`` and its own), and these."""
     skipped = [each for each in (*listing.findings, *bad) if FINDING_KINDS[each.kind].skippable]
     names = {entry.name for entry in listing.entries}
     dropped = {each.path for each in skipped if each.kind not in ("listed-twice", "manifest-row")}
@@ -182,20 +180,19 @@ def drop_bad_entries(listing: Listing, bad: Sequence[Finding]) -> tuple[Listing,
     folders = tuple(f"{each.path}/" for each in skipped if each.kind == "name" and each.path not in names)
     kept = [each for each in listing.entries if not (each.name in dropped or each.name.startswith(folders))]
     rest = [each for each in listing.findings if not FINDING_KINDS[each.kind].skippable]
-    # Classes that are missing in a split are named by ``drop_small_classes``.
+    # Classes that are missing in a split are reported by ``drop_small_classes``.
     return replace(listing, entries=kept, findings=rest), [each for each in skipped if each.kind != "missing-class"]
 
 
 def drop_small_classes(listing: Listing, settings: DataSettings) -> tuple[Listing, list[Finding]]:
-    """The listing without the classes that are too small for the splits, and what is said of each of these."""
+    """Return the listing without classes that are too small for the splits, and a finding for each of these."""
     small = find_small_classes(listing, settings)
     names = {each.path for each in small}
     return replace(listing, entries=[each for each in listing.entries if each.label not in names]), small
 
 
 def list_images(root: Path, settings: DataSettings) -> tuple[list[str], list[Finding]]:
-    """Paths of all images below a folder, at any depth and of no class, relative to it and sorted; and what was left
-    out of them.
+    """Return the sorted relative paths of all images below a folder, at any depth; and findings on files left out.
 
     Raises:
         DataError: none, or forbidden links or names; all of them in one message.
@@ -208,7 +205,7 @@ def list_images(root: Path, settings: DataSettings) -> tuple[list[str], list[Fin
 
 
 def raise_refused(settings: DataSettings, findings: list[Finding], root: Path) -> None:
-    """One error for all findings that a run refuses.
+    """Raise one error for all findings that a run refuses.
 
     Raises:
         DataError: there are any.
@@ -220,23 +217,23 @@ def raise_refused(settings: DataSettings, findings: list[Finding], root: Path) -
 
 
 def to_skipped(findings: Sequence[Finding]) -> tuple[SkippedFile, ...]:
-    """What ``skipped.csv`` lists, each once."""
+    """Return the rows of ``skipped.csv``, without repetitions."""
     return tuple(dict.fromkeys(SkippedFile(each.path, each.kind, each.reason) for each in findings))
 
 
 def unused_findings(listing: Listing) -> tuple[Finding, ...]:
-    """What a listing shows of images that are not used."""
+    """Return the findings on images that are not used."""
     return tuple(each for each in listing.findings if not FINDING_KINDS[each.kind].refused)
 
 
 def listing_notes(listing: Listing) -> tuple[str, ...]:
-    """Sentences on what a listing does not use, though nothing is wrong with it."""
+    """Return remarks on unused files that are no findings."""
     passed_over = [ignored_files_note(listing.passed_over)] if listing.passed_over else []
     return (*listing.notes, *passed_over)
 
 
 def split_sets(images: ImageSet, division: SplitAssignment) -> dict[str, ImageSet]:
-    """Split -> its images."""
+    """Return split -> images."""
     return {split: Subset(images, np.flatnonzero(division.splits == i)) for i, split in enumerate(SPLITS)}
 
 
@@ -246,7 +243,7 @@ def fingerprint_by_name(
     contents: Mapping[str, str],
     wanted: ValueRange | Literal["auto"],
 ) -> str:
-    """``splits.fingerprint``, where ``contents`` are by name; the range counts."""
+    """Return ``splits.fingerprint``, given contents by name, combined with the value range."""
     words = {split: [contents[name] for name in part.names] for split, part in parts.items()}
     return fingerprint_with_range(
         fingerprint(parts, class_names, words), resolve_range(parts["train"].names, contents, wanted)
@@ -254,15 +251,15 @@ def fingerprint_by_name(
 
 
 class ShardOptions(Options):
-    """What stands beside the shards of train."""
+    """Options of shards."""
 
-    classes: str | list[str] | None = None  # names by number, or a text file of them, one a line
-    val: str | None = None  # further shards; split from those of train where there are none
+    classes: str | list[str] | None = None  # class names by id, or a text file with one a line
+    val: str | None = None  # further shards; None: split off from train
     test: str | None = None
 
 
 def check_shards(settings: DataSettings) -> None:
-    """What can be said before a shard is opened.
+    """Check names and options before a shard is opened.
 
     Raises:
         UsageError: names or options that are wrong, or a shard on this machine that is not there.
@@ -319,13 +316,13 @@ def load_shards(
 
 
 def _ignored_members(shards: Sequence[Shard]) -> str:
-    """What of the shards is not used, counted and with examples."""
-    found = ""
+    """Return a text on unused members of the shards, with counts and examples."""
+    text = ""
     for why in dict.fromkeys(why for shard in shards for why in shard.left):
         names = [name for shard in shards for name in shard.left.get(why, [])]
         examples = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
-        found += f"; {len(names):,} {why} are left alone ({examples}{', ...' if len(names) > 3 else ''})"
-    return found
+        text += f"; {len(names):,} {why} are not used ({examples}{', ...' if len(names) > 3 else ''})"
+    return text
 
 
 def _read_shards(source: str, progress: ProgressReporter | None) -> list[Shard]:
@@ -342,17 +339,19 @@ def _read_shards(source: str, progress: ProgressReporter | None) -> list[Shard]:
 def _label_samples(
     source: str, shards: dict[str, list[Shard]], given: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, ShardSet]]:
-    """Class names, and a set for each split; a class is what .cls or .json says, or else the directory."""
+    """Return class names and a set for each split; the class is given by .cls or .json, or else by the directory."""
     places = {
         split: [(shard.url, each) for shard in found for each in shard.samples] for split, found in shards.items()
     }
     everything = [place for found in places.values() for place in found]
     if not everything:
         raise DataError(f"{source}: no image in any shard; a sample is KEY.jpg (or png, ...) with KEY.cls beside it")
-    said = [each.label is not None for _, each in everything]
-    if any(said) and not all(said):
-        without = sample_name(*everything[said.index(False)])
-        raise DataError(f"{source}: {said.count(False)} of {len(said)} images have no class, for example {without}")
+    labeled = [each.label is not None for _, each in everything]
+    if any(labeled) and not all(labeled):
+        without = sample_name(*everything[labeled.index(False)])
+        raise DataError(
+            f"{source}: {labeled.count(False)} of {len(labeled)} images have no class, for example {without}"
+        )
     texts = {split: [each.label or _directory(each) for _, each in found] for split, found in places.items()}
     used = {text for found in texts.values() for text in found}
     names = tuple(given) if given is not None else _names_of(used, source)
@@ -360,7 +359,7 @@ def _label_samples(
     if all(text.isdecimal() for text in used) and not used <= set(names):
         ids = {str(at): at for at in range(len(names))}
     strange = sorted(used - set(ids))
-    raise_problems(source, [f"class {text!r} is none of the {len(names)} names" for text in strange])
+    raise_problems(source, [f"class {text!r} is not one of the {len(names)} names" for text in strange])
     raise_problems(source, _name_problems(everything, names))
     return names, {split: ShardSet(found, [ids[text] for text in texts[split]]) for split, found in places.items()}
 

@@ -8,13 +8,13 @@ Rules, the same for training, evaluation and prediction:
 * EXIF orientation is applied.
 * Alpha, a transparent palette entry or a transparent colour: composited over white.
 * CMYK: R = (255 - C)(255 - K) / 255, and so on; colour profiles are not applied.
-* Gray images of 12 to 32 bits: by one range for a data set, as below; where no range is given, by the
-  image's own.  (``convert("RGB")`` of Pillow clips them to white.)
+* Gray images of 12 to 32 bits: mapped from one range for a data set, as below; if no range is given, from
+  the image's own.  (``convert("RGB")`` of Pillow clips them to white.)
 * Colours of 16 bits: the high byte of each channel.
 
-The range of images of more than 8 bits is chosen once, over the training images (``data.range: auto``), or given; from
-its ends pixels become 0 and 255.  It is kept in the model and used for every image that the model sees later.  Chosen
-by image, the same gray would be bright in one image and black in another.  Images of 8 bits are left as they are.
+The range of images of more than 8 bits is found once, over the training images (``data.range: auto``), or given; it is
+mapped to 0 to 255.  It is saved with the model and used for every later image.  If each image had its own range, the
+same gray would be bright in one image and black in another.  Images of 8 bits are not changed.
 """
 
 import hashlib
@@ -40,9 +40,9 @@ ValueRange = tuple[float, float]
 
 
 class ValueSpan(NamedTuple):
-    """The values of one image of more than 8 bits.
+    """Smallest and largest value of one image of more than 8 bits.
 
-    "colour": 16 bits a channel, of which Pillow reads the high byte, so that no range is applied.
+    "colour": 16 bits a channel, of which Pillow reads the high byte; no range is applied.
     """
 
     kind: "SpanKind"
@@ -54,11 +54,11 @@ class ValueSpan(NamedTuple):
 
 
 SpanKind = Literal["integer", "float", "colour"]
-SPAN_KINDS: tuple[SpanKind, ...] = ("integer", "float", "colour")  # by number, from 1, in files
+SPAN_KINDS: tuple[SpanKind, ...] = ("integer", "float", "colour")  # stored as numbers from 1
 
 
 def parse_span(content: str) -> ValueSpan | None:
-    """The span at the end of "SIZE SHA256 KIND LOW HIGH", a word on a file's content; None where it ends before.
+    """Return the span in a content description "SIZE SHA256 KIND LOW HIGH"; None if it has only size and digest.
 
     Example:
         >>> parse_span("12 ab integer 0.0 4095.0").high, parse_span("12 ab")
@@ -69,10 +69,10 @@ def parse_span(content: str) -> ValueSpan | None:
 
 
 def compute_range(spans: Iterable[ValueSpan | None]) -> ValueRange | None:
-    """The range of a set of images; None where all have 8 bits.
+    """Return the range of a set of images; None if all have 8 bits.
 
     Integers: from 0 to the largest value of the smallest number of bits, at least 8, that holds the set's maximum.
-    Floats: [0, 1] where all lie within; else from 0 to the set's maximum.  With negative values, from the set's
+    Floats: [0, 1] if it holds all; else from 0 to the set's maximum.  With negative values, from the set's
     minimum to its maximum.
 
     Example:
@@ -95,24 +95,26 @@ def compute_range(spans: Iterable[ValueSpan | None]) -> ValueRange | None:
 
 
 def resolve_range(
-    train: Iterable[str], contents: Mapping[str, str], wanted: ValueRange | Literal["auto"]
+    train: Iterable[str], contents: Mapping[str, str], setting: ValueRange | Literal["auto"]
 ) -> ValueRange | None:
-    """The range by which the images of a data set are read.
+    """Return the value range of a data set's images.
 
     Args:
         train: names of the training images.
-        contents: name -> word on its content, as ``parse_span`` takes it, of all images.
-        wanted: the setting ``data.range``; "auto": that of the training images, or where those have 8 bits, of all.
+        contents: name -> content description, see ``parse_span``, of all images.
+        setting: ``data.range``; "auto": that of the training images, or of all images if those have 8 bits.
     """
-    if wanted != "auto":
-        return wanted
+    if setting != "auto":
+        return setting
     found = compute_range(parse_span(contents[name]) for name in train)
     return found if found is not None else compute_range(map(parse_span, contents.values()))
 
 
 def to_uint8(values: NDArray[Any], ends: ValueRange) -> NDArray[np.uint8]:
-    """Values beyond the ends are cut off.  Integers lose their low bits, so that 8-bit images which were stored in 16
-    bits, as v * 257 or as v * 256, come back exactly; others are rounded.
+    """Map a range to 0 to 255; values beyond its ends are clipped.
+
+    Integers lose their low bits, so that 8-bit images that were stored in 16 bits, as v * 257 or as v * 256, are
+    restored exactly; floats are rounded.
 
     Args:
         values: of any shape and type.
@@ -129,14 +131,14 @@ def to_uint8(values: NDArray[Any], ends: ValueRange) -> NDArray[np.uint8]:
 
 
 def fingerprint_with_range(fingerprint: str, ends: ValueRange | None) -> str:
-    """The fingerprint of a data set whose images are read by a range."""
+    """Return the fingerprint of a data set whose images have this value range."""
     if ends is None:
         return fingerprint
     return hashlib.sha256(f"{fingerprint}\nrange {ends[0]!r} {ends[1]!r}".encode()).hexdigest()
 
 
 def format_range(ends: ValueRange) -> str:
-    """For messages.
+    """Format a range for messages.
 
     Example:
         >>> format_range((0.0, 4095.0)), format_range((-0.5, 1.02))
@@ -148,23 +150,23 @@ def format_range(ends: ValueRange) -> str:
 Pixels = NDArray[np.uint8]
 
 MAX_BYTES = 64 * 2**20
-DECODER_VERSION = 2  # another one whenever a file gives other pixels than before, here or in ``preprocess.fit``
+DECODER_VERSION = 2  # increased with every change of decoded pixels, here or in ``resize_to_square``
 
 _ORIENTATION = 0x0112  # EXIF tag
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 
 def decoder_version() -> str:
-    """All that decides the pixels of a file besides its bytes: these rules, and the libraries that decode."""
+    """Return the version of everything that determines a file's pixels: these rules, and the decoding libraries."""
     libraries = (f"{name} {features.version(name)}" for name in ("pil", "libjpeg_turbo", "jpg", "webp", "libtiff"))
     return ", ".join([f"rules {DECODER_VERSION}", *libraries])
 
 
 class DecodedImage(NamedTuple):
-    """An image."""
+    """Pixels of an image, and the span of the values in its file."""
 
     pixels: Pixels
-    span: ValueSpan | None  # of the values in the file, where it has more than 8 bits
+    span: ValueSpan | None  # None: 8 bits
 
 
 def decode(source: Path | bytes, ends: ValueRange | None = None) -> Pixels:
@@ -178,14 +180,14 @@ def decode(source: Path | bytes, ends: ValueRange | None = None) -> Pixels:
         uint8 RGB pixels [H, W, 3].
 
     Raises:
-        DataError: no such file, no image of the formats, damaged, or over a limit; names path and reason.
+        DataError: missing, no image of these formats, damaged, or over a limit; names path and reason.
     """
     content = read_file(source) if isinstance(source, Path) else source
     return decode_bytes(content, str(source) if isinstance(source, Path) else "image", ends)
 
 
 def decode_bytes(content: bytes, name: str, ends: ValueRange | None = None) -> Pixels:
-    """``decode`` of a file that was read already; ``name`` is what messages call it.
+    """Decode the content of a file; ``name`` is used in messages.
 
     Raises:
         DataError: as ``decode``.
@@ -194,7 +196,7 @@ def decode_bytes(content: bytes, name: str, ends: ValueRange | None = None) -> P
 
 
 def read_image(content: bytes, name: str, ends: ValueRange | None = None) -> DecodedImage:
-    """``decode_bytes``, with the span of the file's values.
+    """Decode the content of a file, with the span of its values.
 
     Raises:
         DataError: as ``decode``.
@@ -214,7 +216,7 @@ def read_image(content: bytes, name: str, ends: ValueRange | None = None) -> Dec
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file of at most ``MAX_BYTES``.
+    """Return the bytes of a regular file of at most ``MAX_BYTES``.
 
     Raises:
         DataError: missing, unreadable, no regular file (a pipe would block for ever), empty or too large.
@@ -237,18 +239,18 @@ def read_file(path: Path) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Pixels:
-    """Pixels [H, W, 3] of an image that Pillow has loaded, by the rules above, orientation aside."""
+    """Return pixels [H, W, 3] of a loaded Pillow image by the rules above; the orientation is not applied."""
     if image.mode in _WIDE_MODES:
         return _wide_to_rgb(image)
     if image.mode in ("RGBa", "La"):
         image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
     if image.mode == "PA" or image.mode in ("RGBA", "LA") or "transparency" in image.info:
         return _composite_over_white(image)
-    return _in_bands(image)
+    return _convert_in_bands(image)
 
 
 def to_upright_rgb(image: Image.Image) -> Pixels:
-    """``to_rgb``, with the orientation applied."""
+    """Return pixels [H, W, 3] of a loaded Pillow image, with the orientation applied."""
     return np.ascontiguousarray(_upright(to_rgb(image), _orientation(image)))
 
 
@@ -284,7 +286,7 @@ def _composite_over_white(image: Image.Image) -> Pixels:
     return mixed
 
 
-def _in_bands(image: Image.Image) -> Pixels:
+def _convert_in_bands(image: Image.Image) -> Pixels:
     width, height = image.size
     pixels = np.empty((height, width, 3), dtype=np.uint8)
     for rows in _bands(height, width):
@@ -294,7 +296,7 @@ def _in_bands(image: Image.Image) -> Pixels:
 
 
 def _bands(height: int, width: int) -> Iterator[slice]:
-    """Rows in pieces of some 2**18 pixels: copies and wide numbers of a whole image could take a gigabyte."""
+    """Yield bands of about 2**18 pixels: copies of a whole image in wide numbers could take a gigabyte."""
     step = max(1, 2**18 // width)
     for top in range(0, height, step):
         yield slice(top, min(top + step, height))
@@ -316,7 +318,7 @@ def _wide_to_rgb(image: Image.Image, ends: ValueRange | None = None) -> Pixels:
 
 
 def _value_span(image: Image.Image) -> ValueSpan:
-    """Smallest and largest value."""
+    """Return the smallest and largest value."""
     width, height = image.size
     low, high = np.inf, -np.inf
     for rows in _bands(height, width):
@@ -328,17 +330,18 @@ def _value_span(image: Image.Image) -> ValueSpan:
 
 
 def _high_bytes(pixels: Pixels) -> tuple[float, float]:
-    """The span of 16-bit values of which these are the high bytes."""
+    """Return the span of 16-bit values whose high bytes these are."""
     return 256.0 * int(pixels.min()), 256.0 * int(pixels.max()) + 255
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; a damaged EXIF block counts as none.  Read after the pixels: PNG keeps it at the end,
-    and Pillow has turned a TIFF by then and removed the tag.
+    """Return the EXIF orientation, 1 to 8; 1 if the EXIF block is damaged.
+
+    Called after the pixels are read: PNG stores it at the end, and Pillow rotates a TIFF and then removes the tag.
     """
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # as above: the block is a file format of its own, and no reason to refuse the pixels
+    except Exception:  # a damaged EXIF block is no reason to refuse the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -359,6 +362,6 @@ def _error_reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS // 1_000_000} megapixels"
     if isinstance(error, MemoryError):
-        return "too large for the memory that is free"
+        return "too large for the free memory"
     words = " ".join(str(error).split())[:160]
     return f"damaged image ({words or type(error).__name__})"

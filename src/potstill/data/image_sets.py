@@ -1,7 +1,7 @@
 """Image sets: names, labels and pixels of one split, and combinations of sets.
 
-An image set consists of files, members of tar shards, arrays, or items of a data set that only its owner knows; a
-subset, a set with other labels and a set with unlabeled images wrap other sets.
+An image set consists of files, members of tar shards, arrays, or items of a torch data set; a subset, a set with other
+labels and a set with unlabeled images wrap other sets.
 """
 
 import hashlib
@@ -22,37 +22,37 @@ from potstill.errors import DataError
 
 
 class ShardSet:
-    """Images in shards, each read by its byte range when asked for.
+    """Images in tar shards, each read by its byte range on access.
 
     Args:
-        places: [N] (shard, sample).
+        samples: [N] (shard URL, sample).
         labels: [N] class ids.
     """
 
-    def __init__(self, places: Sequence[tuple[str, ShardSample]], labels: Sequence[int]) -> None:
-        self.places = [(url, each.offset, each.size) for url, each in places]
-        self.names = tuple(sample_name(url, each) for url, each in places)
+    def __init__(self, samples: Sequence[tuple[str, ShardSample]], labels: Sequence[int]) -> None:
+        self.locations = [(url, each.offset, each.size) for url, each in samples]
+        self.names = tuple(sample_name(url, each) for url, each in samples)
         self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
-        digests = b"".join(bytes.fromhex(each.digest) for _, each in places)
-        self.digests: NDArray[np.uint8] = np.frombuffer(digests, np.uint8).reshape(len(places), 32)
+        digests = b"".join(bytes.fromhex(each.digest) for _, each in samples)
+        self.digests: NDArray[np.uint8] = np.frombuffer(digests, np.uint8).reshape(len(samples), 32)
         self.contents = {
             name: f"{each.size} {each.digest} {each.span}".rstrip()
-            for name, (_, each) in zip(self.names, places, strict=True)
+            for name, (_, each) in zip(self.names, samples, strict=True)
         }
-        self.range: ValueRange | None = None  # as of a ``FileSet``
+        self.range: ValueRange | None = None  # see ``FileSet``
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     def pixels(self, i: int) -> Pixels:
-        """Image i, uint8 [H, W, 3].
+        """Return image i, uint8 [H, W, 3].
 
         Raises:
             DataError: the shard cannot be read, or has changed since it was checked.
         """
-        content = read_byte_range(*self.places[i])
+        content = read_byte_range(*self.locations[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
-            raise DataError(f"{self.places[i][0]}: {self.names[i]} has changed since it was checked; start again")
+            raise DataError(f"{self.locations[i][0]}: {self.names[i]} has changed since it was checked; start again")
         return decode_bytes(content, self.names[i], self.range)
 
 
@@ -69,7 +69,7 @@ class ImageSet(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """[N]: the path relative to the data folder, or a made name such as "digits/00017"."""
+        """[N]: the path relative to the data folder, or a generated name such as "digits/00017"."""
 
     @property
     def labels(self) -> Labels:
@@ -78,7 +78,7 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, i: int) -> Pixels:
-        """Image i: uint8 RGB [H, W, 3] of any size.
+        """Return image i, uint8 RGB [H, W, 3] of any size.
 
         Raises:
             DataError: it cannot be decoded.
@@ -104,13 +104,13 @@ class ArraySet:
         return len(self.images)
 
     def pixels(self, i: int) -> Pixels:
-        """Image i, uint8 [H, W, 3]."""
+        """Return image i, uint8 [H, W, 3]."""
         image: Pixels = self.images[i]
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
 class FileSet:
-    """Image files below a folder, decoded when asked for.
+    """Image files below a folder, decoded on access.
 
     Args:
         root: the folder.
@@ -128,19 +128,19 @@ class FileSet:
         return len(self.names)
 
     def expect(self, contents: Mapping[str, str]) -> None:
-        """From now on, a file with another content than was found in it is refused.
+        """From now on, refuse a file with another content.
 
         Args:
-            contents: name -> size and SHA-256, as ``check.check_files`` gives them.
+            contents: name -> size and SHA-256, as ``scan.check_files`` returns them.
         """
-        found = "".join(contents[name].split()[1] for name in self.names)
-        self.digests = np.frombuffer(bytes.fromhex(found), np.uint8).reshape(len(self.names), 32)
+        digests = "".join(contents[name].split()[1] for name in self.names)
+        self.digests = np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(len(self.names), 32)
 
     def pixels(self, i: int) -> Pixels:
-        """Image i, uint8 [H, W, 3].
+        """Return image i, uint8 [H, W, 3].
 
         Raises:
-            DataError: the file cannot be decoded, or is not the one that was expected.
+            DataError: the file cannot be decoded, or has changed.
         """
         path = self.root / self.names[i]
         content = read_file(path)
@@ -157,10 +157,10 @@ class TorchSet:
             floats in [0, 1].
         labels: [N] class ids; None: the data set's ``targets``, or read from its items one by one.
         names: [N]; None: ``prefix/00000`` and so on.
-        prefix: of made names.
+        prefix: of generated names.
 
     Raises:
-        DataError: no image, or labels that are no class ids.
+        DataError: an item is no image, or labels are no class ids.
     """
 
     def __init__(
@@ -180,14 +180,14 @@ class TorchSet:
         return len(self.names)
 
     def pixels(self, i: int) -> Pixels:
-        """Image i, uint8 [H, W, 3].
+        """Return image i, uint8 [H, W, 3].
 
         Raises:
             DataError: an item that is no image, or floats outside [0, 1].
         """
         try:
             item = self.dataset[i]
-        except Exception as error:  # the data set is the user's: whatever it raises, the item cannot be read
+        except Exception as error:  # the user's data set may raise anything
             raise DataError(f"{self.names[i]}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
         try:
             return _to_pixels(item[0])
@@ -196,7 +196,7 @@ class TorchSet:
 
 
 class Subset:
-    """Some images of another set, in the given order."""
+    """A selection of another set's images, in the given order."""
 
     def __init__(self, images: ImageSet, index: Sequence[int] | NDArray[Any]) -> None:
         self.images, self.index = images, np.asarray(index, dtype=np.int64)
@@ -207,7 +207,7 @@ class Subset:
         return len(self.index)
 
     def pixels(self, i: int) -> Pixels:
-        """Image i of the subset, uint8 [H, W, 3]."""
+        """Return image i of the subset, uint8 [H, W, 3]."""
         return self.images.pixels(int(self.index[i]))
 
 
@@ -222,9 +222,9 @@ def _validate_labels(labels: Sequence[int] | NDArray[Any], images: int, names: i
 
 def _labels_of(dataset: Any) -> NDArray[Any]:
     # A target_transform would change what `targets` holds.
-    known = getattr(dataset, "targets", None)
-    if known is not None and len(known) == len(dataset) and getattr(dataset, "target_transform", None) is None:
-        return np.asarray(known)
+    targets = getattr(dataset, "targets", None)
+    if targets is not None and len(targets) == len(dataset) and getattr(dataset, "target_transform", None) is None:
+        return np.asarray(targets)
     return np.asarray([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64)
 
 
@@ -256,7 +256,7 @@ class RelabeledSet:
 
     Args:
         images: N of them.
-        labels: [N] class ids; -100 where the label is unknown, or is not to be used.
+        labels: [N] class ids; -100: unknown, or not to be used.
     """
 
     def __init__(self, images: ImageSet, labels: Labels) -> None:
@@ -267,15 +267,15 @@ class RelabeledSet:
         return len(self.images)
 
     def pixels(self, i: int) -> Pixels:
-        """Image i, uint8 [H, W, 3]."""
+        """Return image i, uint8 [H, W, 3]."""
         return self.images.pixels(i)
 
 
-UNLABELED = -100  # `potstill.types.UNLABELED`, which lies beside torch
+UNLABELED = -100  # as ``potstill.types.UNLABELED``, whose module imports torch
 
 
 class UnlabeledFileSet(FileSet):
-    """Image files below a folder, of no class.
+    """Image files below a folder, without labels.
 
     Args:
         root: the folder.
@@ -288,7 +288,7 @@ class UnlabeledFileSet(FileSet):
 
 
 class SemiSupervisedSet:
-    """Labeled images, then unlabeled ones, as one set; whatever labels the latter have do not count."""
+    """Labeled images followed by unlabeled ones; labels of the latter are ignored."""
 
     def __init__(self, labeled: ImageSet, unlabeled: ImageSet) -> None:
         self.labeled, self.unlabeled = labeled, unlabeled
@@ -304,13 +304,13 @@ class SemiSupervisedSet:
         return len(self.names)
 
     def pixels(self, i: int) -> Pixels:
-        """Image i, uint8 [H, W, 3]; those without labels follow the others."""
-        own = len(self.labeled)
-        return self.labeled.pixels(i) if i < own else self.unlabeled.pixels(i - own)
+        """Return image i, uint8 [H, W, 3]; unlabeled images follow the labeled ones."""
+        count = len(self.labeled)
+        return self.labeled.pixels(i) if i < count else self.unlabeled.pixels(i - count)
 
 
 def file_paths(images: ImageSet) -> list[Path]:
-    """Files of a set, as far as it consists of files."""
+    """Return the paths of a set's files; empty if it does not consist of files."""
     if isinstance(images, RelabeledSet):
         return file_paths(images.images)
     if isinstance(images, Subset):
@@ -319,48 +319,47 @@ def file_paths(images: ImageSet) -> list[Path]:
     return [images.root / name for name in images.names] if isinstance(images, FileSet) else []
 
 
-_MAX_SIZES = 256  # images whose size is looked at before a run
+_MAX_SIZES = 256  # images whose size is read before a run
 
 
 def is_file_based(images: ImageSet) -> bool:
-    """Whether all images are files, which may be decoded in several threads."""
+    """Return whether all images are files, which can be decoded in several threads."""
     return all(isinstance(part, (FileSet, ShardSet)) for part in _leaf_sets(images))
 
 
 def is_array_based(images: ImageSet) -> bool:
-    """Whether all images lie in memory already."""
+    """Return whether all images are arrays in memory."""
     return all(isinstance(part, ArraySet) for part in _leaf_sets(images))
 
 
 def file_digests(images: ImageSet) -> NDArray[np.uint8] | None:
-    """uint8 [N, 32]: SHA-256 of each file's content, where all images are files that were checked; else None."""
+    """Return the SHA-256 of each file, uint8 [N, 32]; None unless all images are files that were checked."""
     if isinstance(images, RelabeledSet):
         return file_digests(images.images)
     if isinstance(images, Subset):
         inner = file_digests(images.images)
         return None if inner is None else inner[images.index]
     if isinstance(images, SemiSupervisedSet):
-        found = [file_digests(part) for part in images.parts]
-        whole = [each for each in found if each is not None]
-        return np.concatenate(whole) if len(whole) == len(found) else None
+        digests = [each for part in images.parts if (each := file_digests(part)) is not None]
+        return np.concatenate(digests) if len(digests) == len(images.parts) else None
     return images.digests if isinstance(images, (FileSet, ShardSet)) else None
 
 
 def value_ranges(images: ImageSet) -> list[ValueRange | None]:
-    """By which its files are read, one for each part; without what the parts have in common."""
-    found = [part.range for part in _leaf_sets(images) if isinstance(part, (FileSet, ShardSet))]
-    return list(dict.fromkeys(found))
+    """Return the distinct value ranges of a set's files."""
+    ranges = [part.range for part in _leaf_sets(images) if isinstance(part, (FileSet, ShardSet))]
+    return list(dict.fromkeys(ranges))
 
 
 def set_value_range(images: ImageSet, ends: ValueRange) -> None:
-    """From now on, files of more than 8 bits are read by this range: that of the model which is to see them."""
+    """From now on, map files of more than 8 bits from this range: that of the model whose input they are."""
     for part in _leaf_sets(images):
         if isinstance(part, (FileSet, ShardSet)):
             part.range = ends
 
 
 def image_sizes(images: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Widths and heights of at most ``_MAX_SIZES`` images, evenly from all, by the headers of their files; empty where
+    """Return widths and heights of at most ``_MAX_SIZES`` evenly spread images, from their files' headers; empty if
     the images are neither files nor arrays.
     """
     found = [size for i in np.unique(np.linspace(0, len(images) - 1, _MAX_SIZES).astype(int)).tolist()
@@ -381,12 +380,12 @@ def _image_size(images: ImageSet, i: int) -> tuple[int, int] | None:
         structure = parse_structure(read_file(images.root / images.names[i]))
         with silence_pillow(), Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
             return image.size
-    except Exception:  # Pillow raises nearly anything; the run says what is wrong with the file
+    except Exception:  # Pillow raises nearly anything; the run reports the file
         return None
 
 
 def _leaf_sets(images: ImageSet) -> Sequence[ImageSet]:
-    """Without the sets that only arrange others."""
+    """Return the sets within wrappers."""
     if isinstance(images, (Subset, RelabeledSet)):
         return _leaf_sets(images.images)
     if isinstance(images, SemiSupervisedSet):

@@ -33,7 +33,7 @@ _idle_lock = threading.Lock()
 
 
 def decode_isolated(content: bytes, kind: str) -> NDArray[np.uint8]:
-    """Decode in another process.
+    """Decode an image in another process.
 
     Args:
         content: of the file.
@@ -53,7 +53,7 @@ def decode_isolated(content: bytes, kind: str) -> NDArray[np.uint8]:
         child = _idle_processes.pop() if _idle_processes else None
     child = child if child is not None and child.process.poll() is None else _DecoderProcess()
     try:
-        pixels = child.ask(content, kind)
+        pixels = child.decode(content, kind)
     except DataError:
         _return_process(child)
         raise
@@ -64,7 +64,7 @@ def decode_isolated(content: bytes, kind: str) -> NDArray[np.uint8]:
                 f"{'an' if kind == 'AVIF' else 'a'} {kind} image whose decoding ended its process: beyond the limits "
                 f"({MAX_CPU_SECONDS} s of CPU, {MAX_EXTRA // 2**20} MiB more than the pixels), or damaged"
             ) from error
-        raise  # a signal came: what the process would answer belongs to nobody
+        raise  # interrupted by a signal: the response must not be read by another request
     _return_process(child)
     return pixels
 
@@ -75,7 +75,7 @@ def _return_process(child: "_DecoderProcess") -> None:
 
 
 def _clear_after_fork() -> None:
-    """In a forked process: the children belong to the other one."""
+    """In a forked process: the decoders belong to the parent."""
     global _idle_lock
     _idle_lock = threading.Lock()
     _idle_processes.clear()
@@ -83,7 +83,7 @@ def _clear_after_fork() -> None:
 
 @atexit.register
 def close_decoders() -> None:
-    """End the processes that wait."""
+    """End the idle processes."""
     with _idle_lock:
         waiting = [*_idle_processes]
         _idle_processes.clear()
@@ -96,7 +96,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _DecoderProcess:
-    """One process."""
+    """One decoder process."""
 
     def __init__(self) -> None:
         paths = os.pathsep.join(each for each in sys.path if each)
@@ -106,11 +106,11 @@ class _DecoderProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C at a terminal is for the process that asks
+            start_new_session=True,  # Ctrl-C at a terminal is for the main process
         )
 
-    def ask(self, content: bytes, kind: str) -> NDArray[np.uint8]:
-        """Pixels; OSError or EOFError where the process has died."""
+    def decode(self, content: bytes, kind: str) -> NDArray[np.uint8]:
+        """Return the pixels; OSError or EOFError if the process has died."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         watch = threading.Timer(_WALL_SECONDS, self.process.kill)
@@ -130,7 +130,7 @@ class _DecoderProcess:
             watch.cancel()
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
@@ -158,7 +158,7 @@ def _read_into(stream: IO[bytes], target: memoryview) -> None:
 
 
 def serve_decoder() -> None:
-    """Answer until the input is closed."""
+    """Decode requests until the input is closed."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     from PIL import AvifImagePlugin
 
@@ -216,7 +216,7 @@ def _decode_in_child(content: bytes, kind: str) -> NDArray[np.uint8]:
 
 
 def _limit_memory() -> None:
-    """What is taken now, and what the pixels and the limit leave."""
+    """Limit memory to the present use plus that of the pixels and of decoding."""
     try:
         import resource
 

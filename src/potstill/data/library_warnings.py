@@ -22,10 +22,10 @@ _saved_filters = warnings.catch_warnings()
 
 @contextmanager
 def silence_pillow() -> Iterator[None]:
-    """Within the block, in every thread, Pillow's modules give no warnings.
+    """Suppress warnings of Pillow's modules within the block, in every thread.
 
-    ``warnings.catch_warnings`` alone saves and restores global state, so that threads which overlap restore each
-    other's; here the first one in saves, the last one out restores.
+    ``warnings.catch_warnings`` saves and restores global state, so that overlapping threads would restore each other's;
+    here the first thread saves it and the last one restores it.
     """
     global _depth, _saved_filters
     with _lock:
@@ -48,9 +48,9 @@ _STDERR = 2  # the descriptor
 
 @contextmanager
 def silence_native_stderr() -> Iterator[None]:
-    """Within the block, what is written to descriptor 2 is lost; ``sys.stderr`` goes on where it went before.
+    """Discard what is written to descriptor 2 within the block; ``sys.stderr`` keeps its destination.
 
-    Nothing happens where ``sys.stderr`` is not that descriptor.
+    Does nothing if ``sys.stderr`` is not that descriptor.
     """
     outer = sys.stderr
     if not isinstance(outer, io.TextIOWrapper) or _descriptor(outer) != _STDERR:

@@ -1,4 +1,4 @@
-"""Batches of a split: images as a network wants them, with labels, sample ids and view numbers."""
+"""Batches of a split: preprocessed images with labels, sample ids and view numbers."""
 
 import warnings
 from collections.abc import Iterator
@@ -26,48 +26,48 @@ from potstill.types import Batch
 class Loader:
     """The batches of one split.
 
-    Order and views, mixed ones too, depend on seed, epoch and sample id alone: neither on batch size, number of
-    workers, device, nor on whether the pixels fit into memory.
+    Order and views, mixed ones too, depend only on seed, epoch and sample id: not on batch size, number of workers,
+    device, or whether the pixels fit into memory.
 
     Args:
         images: N images with labels.
-        spec: how the network wants its images.
+        spec: preprocessing of the network.
         batch_size: labeled images per batch.  In the orders "shuffled" and "balanced", a last batch of a single image
             is dropped (a network with batch normalisation cannot train on it).
-        augment: what views change, and whether images are mixed; None: every image as ``preprocess.prepare`` gives it.
+        augment: settings of the augmentation; None: images as ``transforms.preprocess`` returns them.
         order: "listed"; "shuffled": a new permutation each epoch; "balanced": N draws with replacement, each class
             equally likely (an image drawn twice in an epoch is seen in the same view).
         seed: of order and views.
-        workers: processes that decode, where the pixels do not fit into memory; "auto": half of the cores.  Fewer, down
-            to none, where shared memory does not suffice for their batches.
-        device: where the batches are wanted.
+        workers: processes that decode if the pixels do not fit into memory; "auto": half of the cores.  Fewer, or
+            none, if shared memory does not suffice for their batches.
+        device: of the batches.
         cache_fraction: of free memory, and of the free disk, that decoded pixels may take.
-        local_processes: of this machine that load the same images: they share its memory and cores, and one file of
-            decoded pixels.
-        second: what ``Batch.second`` holds for each sample: "strong", another view with RandAugment on top; "same
-            class", another sample of its class in that sample's own view (itself where the class has no other).
-        classes: K; needed where images are mixed.
-        unlabeled: M further images, shown in every batch after the labeled ones, again and again, each time in a new
+        local_processes: processes on this machine that load the same images: they share its memory and cores, and one
+            file of decoded pixels.
+        second: what ``Batch.second`` holds for each sample: "strong", another view with RandAugment; "same class",
+            another sample of its class in that sample's own view (itself if the class has no other).
+        classes: K; required if images are mixed.
+        unlabeled: M further images, in every batch after the labeled ones; they are repeated, each time in a new
             order; their label is -100 and their sample ids are N to N + M - 1.
-        unlabeled_share: of a batch that they make up, at least 0 and below 1.
-        whole_batches: leave out a last batch of fewer images than the others.
-        views: how many views are drawn in turn: epoch e shows view e modulo ``views``; None: a new one in each epoch.
-        view_seed: of views and of what is mixed, where another than that of the order is wanted.
-        identity: a word for these images and their content, by which decoded pixels are kept on disk; None: they are
-            kept in memory only.
-        progress: is told about what takes long.
-        draws: another length of an epoch, and groups that the order "balanced" draws from in place of the classes.
-        share: (rank, count): this is one of so many processes, each of which takes every count-th image of a batch; in
-            the order "listed", every count-th batch, so that a network answers as if there were one process.
-        drawn_for: show the very views that a loader with this spec shows, at ``spec.size`` and cut from the original
-            pixels: what a teacher sees of its student's views.  The two specs have ``resize_mode`` and ``crop_share``
-            in common.  Pixels are decoded when the first epoch begins; until then ``view`` decodes what it shows.
+        unlabeled_share: share of unlabeled images in a batch, at least 0 and below 1.
+        whole_batches: drop a smaller last batch.
+        views: number of views of an image, used in turn: epoch e has view e modulo ``views``; None: a new one in each
+            epoch.
+        view_seed: of the views; None: ``seed``.
+        identity: identifies the images and their content, for a cache of decoded pixels on disk; None: no such cache.
+        progress: receives the progress of decoding.
+        draws: length of an epoch, and groups that the order "balanced" uses instead of the classes.
+        share: (rank, count) of this process among those that share each batch; each takes every count-th image of a
+            batch, or, in the order "listed", every count-th batch, so that outputs are those of a single process.
+        drawn_for: return the same views as a loader with this spec, at ``spec.size`` and cropped from the original
+            pixels, for a teacher of another size than its student.  Both specs have the same ``resize_mode`` and
+            ``crop_share``.  Pixels are decoded when the first epoch begins; before, ``view`` decodes its images.
 
     Attributes:
-        processes: that decode; 0 where all pixels are decoded beforehand.
+        processes: number of processes that decode; 0 if all pixels were decoded beforehand.
 
     Raises:
-        UsageError: an unknown order, a batch size below 1, or wishes that exclude each other.
+        UsageError: an unknown order, a batch size below 1, or arguments that exclude each other.
         DataError: no images, or one that cannot be decoded.
     """
 
@@ -119,7 +119,7 @@ class Loader:
         if drawn_for is not None:
             drawn = ViewSize(decoded_side(drawn_for, random_crops=random_crops), drawn_for.size)
         self.labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
-        more = 0 if unlabeled is None else len(unlabeled)
+        unlabeled_count = 0 if unlabeled is None else len(unlabeled)
         self.share = share
         _check_sharing(share[1], order, batch_size, len(images), whole_batches)
         self.epochs = EpochSampler(
@@ -127,7 +127,7 @@ class Loader:
             batch_size,
             order,
             seed,
-            more,
+            unlabeled_count,
             unlabeled_share,
             whole_batches,
             processes=share[1],
@@ -136,11 +136,11 @@ class Loader:
         )
         if self.epochs.steps == 0:
             raise UsageError(f"{len(images)} images do not fill one batch of {batch_size}: lower the batch size")
-        self.assembly = Collator(
+        self.collator = Collator(
             spec,
             augment,
             labels=self.labels.numpy(),
-            unlabeled=more,
+            unlabeled=unlabeled_count,
             side=self.side,
             seed=self.view_seed,
             second=second,
@@ -150,23 +150,23 @@ class Loader:
             drawn=drawn,
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
-        self._packed: Tensor | None = None
+        self._pixels: Tensor | None = None
         self._workers: DecodeWorkers | None = None
         self.processes, self._decoding = 0, False
         self._cache_fraction, self._local_processes = cache_fraction, local_processes
-        self._wanted = max(1, thread_count() // 2 // local_processes) if workers == "auto" else workers
+        self._worker_count = max(1, thread_count() // 2 // local_processes) if workers == "auto" else workers
         self._identity, self._progress = identity, progress
         if drawn_for is None:
             self._start_decoding()
 
     @property
     def resident(self) -> bool:
-        """Whether all pixels are decoded, in memory or in a file that is mapped into it."""
-        return self._packed is not None
+        """Whether all pixels are decoded, in memory or in a memory-mapped file."""
+        return self._pixels is not None
 
     @property
     def count(self) -> int:
-        """Images per epoch, those without labels and those of other processes included."""
+        """Images per epoch, including those without labels and those of other processes."""
         return self.epochs.count
 
     @property
@@ -176,44 +176,44 @@ class Loader:
 
     @property
     def common_steps(self) -> int:
-        """Batches per epoch that every process has at least."""
+        """Smallest number of batches per epoch of any process."""
         return self.epochs.steps // self.share[1] if self._listed else self.epochs.steps
 
     @property
     def samples(self) -> int:
-        """N + M: how many sample ids there are."""
+        """N + M, the number of sample ids."""
         return len(self._all)
 
     @property
     def distinct_views(self) -> bool:
         """Whether two views of an image differ."""
-        return self.assembly.distinct_views
+        return self.collator.distinct_views
 
     def describe_views(self, second: bool = False) -> dict[str, Any]:
-        """All that decides the pixels of a view besides the images themselves, as values that JSON knows.
+        """Return everything that determines the pixels of a view besides the images, as JSON values.
 
         Args:
-            second: of what ``Batch.second`` holds.
+            second: describe ``Batch.second`` instead of ``Batch.images``.
 
         Raises:
             UsageError: this loader has no second images.
         """
-        return self.assembly.describe(second)
+        return self.collator.describe(second)
 
     def ids_of(self, epoch: int) -> list[Ids]:
-        """The sample ids of each batch of an epoch, int64 [B] on the CPU; this process's share of them."""
+        """Return the sample ids of each batch of an epoch, int64 [B]; only those of this process."""
         rank, count = self.share
         batches = self.epochs.batches(epoch)
         return batches[rank::count] if self._listed else [ids[rank::count] for ids in batches]
 
     def sizes_of(self, epoch: int) -> list[int]:
-        """Images of each batch that this process has a share in, with those that others have of it."""
+        """Return the sizes of the batches that this process takes part in, over all processes."""
         rank, count = self.share
         sizes = [len(ids) for ids in self.epochs.batches(epoch)]
         return sizes[rank::count] if self._listed else sizes
 
     def names_at(self, epoch: int, step: int) -> list[str]:
-        """Names of the images of an epoch's batch number ``step``, from 1, those of other processes included."""
+        """Return the names of the images in an epoch's batch number ``step``, from 1, over all processes."""
         return [self._all.names[i] for i in self.epochs.batches(epoch)[step - 1].tolist()]
 
     @property
@@ -221,52 +221,52 @@ class Loader:
         return self.epochs.order == "listed"
 
     def view_of(self, epoch: int) -> int:
-        """The view number that images have in an epoch; 0 where views do not differ."""
+        """Return the view number of an epoch; 0 if views do not differ."""
         if not self.distinct_views:
             return 0
         return epoch if self.views_in_turn is None else epoch % self.views_in_turn
 
     def epoch(self, number: int = 0, step: int = 0) -> Iterator[Batch]:
-        """All batches of an epoch but the first ``step``; its images are shown in view ``view_of(number)``.
+        """Yield the batches of an epoch from number ``step`` on, in view ``view_of(number)``.
 
         Raises:
-            DataError: an image that could be decoded before no longer can.
+            DataError: an image can no longer be decoded.
             WorkerError: a process that decodes has died.
         """
         self._start_decoding()
         view = self.view_of(number)
-        coming = (self.assembly.wanted(ids, view) for ids in self.ids_of(number)[step:])
-        for wanted, pixels in self._with_squares(coming):
-            yield self.assembly.batch(wanted, pixels)
+        plans = (self.collator.plan(ids, view) for ids in self.ids_of(number)[step:])
+        for plan, pixels in self._with_pixels(plans):
+            yield self.collator.batch(plan, pixels)
 
     def view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Random access: the images [B, 3, S, S] that an epoch with this view gives for these samples.
+        """Return the images [B, 3, S, S] of any samples in any view, as an epoch with this view has them.
 
         Args:
-            index: int64 [B], sample ids.
-            view: view number of all, or int64 [B].
+            index: [B] int64 sample ids.
+            view: view number, one for all or [B] int64.
         """
-        wanted = self.assembly.wanted(*_to_numpy(index, view), second=False)
-        return self.assembly.images(wanted, self._at(wanted.shown))
+        plan = self.collator.plan(*_to_numpy(index, view), second=False)
+        return self.collator.images(plan, self._read_pixels(plan.pixel_ids))
 
     def second_view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Random access: what such an epoch gives as ``Batch.second`` for these samples, [B, 3, S, S].
+        """Return the second images [B, 3, S, S] of any samples in any view, as an epoch with this view has them.
 
         Args:
-            index: int64 [B], sample ids.
-            view: view number of all, or int64 [B].
+            index: [B] int64 sample ids.
+            view: view number, one for all or [B] int64.
 
         Raises:
             UsageError: this loader has no second images.
         """
-        wanted = self.assembly.wanted(*_to_numpy(index, view))
-        return self.assembly.seconds(wanted, self._at(wanted.shown))
+        plan = self.collator.plan(*_to_numpy(index, view))
+        return self.collator.second_images(plan, self._read_pixels(plan.pixel_ids))
 
     def _start_decoding(self) -> None:
-        """Have all pixels decoded, or processes that decode them."""
+        """Decode all pixels, or start the processes that decode them."""
         if self._decoding:
             return
-        self._packed = decode_all(
+        self._pixels = decode_all(
             self._all,
             self.side,
             self.spec.resize_mode,
@@ -277,27 +277,27 @@ class Loader:
             progress=self._progress,
         )
         self._decoding = True
-        if self._wanted and self._packed is None:
-            images_of_batch = self.epochs.largest * (2 if self.assembly.has_partners else 1)
+        if self._worker_count and self._pixels is None:
+            largest_batch = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
             warn = self._progress.warn if self._progress is not None else warnings.warn
             workers = DecodeWorkers(
-                self._all, self.side, self.spec.resize_mode, self._wanted, batch=images_of_batch, warn=warn
+                self._all, self.side, self.spec.resize_mode, self._worker_count, batch=largest_batch, warn=warn
             )
             if workers.count:
                 self._workers, self.processes = workers, workers.count
 
-    def _with_squares(self, coming: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+    def _with_pixels(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
         if self._workers is None:
-            for wanted in coming:
-                yield wanted, self._at(wanted.shown)
+            for plan in plans:
+                yield plan, self._read_pixels(plan.pixel_ids)
             return
-        every = list(coming)
-        pixels = self._workers.squares([wanted.shown.tolist() for wanted in every])
-        yield from zip(every, pixels, strict=True)
+        epoch = list(plans)
+        pixels = self._workers.squares([plan.pixel_ids.tolist() for plan in epoch])
+        yield from zip(epoch, pixels, strict=True)
 
-    def _at(self, ids: Ids) -> Tensor:
-        if self._packed is not None:
-            return self._packed.index_select(0, torch.from_numpy(ids).to(self._packed.device, non_blocking=True))
+    def _read_pixels(self, ids: Ids) -> Tensor:
+        if self._pixels is not None:
+            return self._pixels.index_select(0, torch.from_numpy(ids).to(self._pixels.device, non_blocking=True))
         return decode_squares(self._all, ids.tolist(), self.side, self.spec.resize_mode)
 
 
@@ -315,7 +315,7 @@ def _check_sharing(processes: int, order: str, batch_size: int, images: int, who
         )
     if whole_batches and batch_size % processes:
         raise UsageError(
-            f"the method's layers are sized by the batch, which {processes} processes share evenly: make "
+            f"the method's layers depend on the batch size, and {processes} processes share each batch evenly: make "
             f"training.batch_size a multiple of {processes}, got {batch_size}"
         )
 

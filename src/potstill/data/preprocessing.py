@@ -1,6 +1,6 @@
 """Preprocess one decoded image with numpy alone: resize to a square, centre crop, normalise.
 
-``transforms`` does the same with batches of tensors; both give the same bits, which a test compares.
+``transforms`` does the same with batches of tensors, with identical results.
 """
 
 from functools import lru_cache
@@ -13,39 +13,39 @@ from PIL import Image
 from potstill.data.image_io import Pixels
 from potstill.input_spec import InputSpec, Triple
 
-_NEGLIGIBLE = 0.02  # share of an image that does not matter
-CROP_SHARE = 0.875  # side of the square that random resized crops are drawn from is size / CROP_SHARE
+_NEGLIGIBLE = 0.02  # share of an image below which a crop is not reported
+CROP_SHARE = 0.875  # random resized crops are drawn from a square of side size / CROP_SHARE
 
 Floats = NDArray[np.float32]
 
 
 def decoded_side(spec: InputSpec, *, random_crops: bool = False) -> int:
-    """Side in pixels of the square that images are kept as before views are cut from it."""
+    """Return the side, in pixels, of the square that images are decoded to, before views are cropped from it."""
     if random_crops:
         return round(spec.size / CROP_SHARE)
     return round(spec.size / spec.crop_share) if spec.resize_mode == "crop" else spec.size
 
 
-def resize_to_square(pixels: Pixels, side: int, how: str) -> Pixels:
+def resize_to_square(pixels: Pixels, side: int, resize_mode: str) -> Pixels:
     """Resize to a square, bilinear with antialiasing.
 
     Args:
         pixels: uint8 [H, W, 3].
         side: of the square, in pixels.
-        how: "crop": the largest centred square of the image; "pad": the whole image, centred between black borders,
-            as torchvision's ``Pad`` and Keras's ``pad_to_aspect_ratio`` fill them; "stretch": the whole image, with
-            other proportions.
+        resize_mode: "crop": the largest centred square; "pad": the whole image, centred between black borders, the
+            default fill of torchvision's ``Pad`` and Keras's ``pad_to_aspect_ratio``; "stretch": the whole image, in
+            another aspect ratio.
 
     Returns:
         uint8 [3, side, side]: channels first, so that normalising a batch needs no transposition.
     """
     height, width = pixels.shape[:2]
-    if how == "pad" and height != width:
+    if resize_mode == "pad" and height != width:
         return _pad_to_square(pixels, side)
     if (height, width) != (side, side):
         short = min(height, width)
         left, top = (width - short) / 2, (height - short) / 2
-        box = (left, top, left + short, top + short) if how == "crop" else (0, 0, width, height)
+        box = (left, top, left + short, top + short) if resize_mode == "crop" else (0, 0, width, height)
         pixels = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR, box=box))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -60,7 +60,7 @@ def _pad_to_square(pixels: Pixels, side: int) -> Pixels:
 
 
 def padded_shape(height: int, width: int, side: int) -> tuple[int, int]:
-    """Height and width of an image within the square that it is padded to: the longer side is ``side``.
+    """Return height and width of an image within its padded square, whose side is the longer one.
 
     Example:
         >>> padded_shape(100, 200, 32)
@@ -70,18 +70,8 @@ def padded_shape(height: int, width: int, side: int) -> tuple[int, int]:
     return max(1, (2 * height * side + longer) // (2 * longer)), max(1, (2 * width * side + longer) // (2 * longer))
 
 
-def cropped_share(height: int, width: int, how: str) -> float:
-    """Share of an image's area that a network does not see: all beside the centred square where it is cropped.
-
-    Example:
-        >>> cropped_share(300, 400, "crop"), cropped_share(300, 400, "pad")
-        (0.25, 0.0)
-    """
-    return 1 - min(height, width) / max(height, width) if how == "crop" else 0.0
-
-
-def crop_notes(widths: NDArray[Any], heights: NDArray[Any], how: str) -> list[str]:
-    """A sentence on what the median image loses by ``how``; none where all are square, or no size is known.
+def crop_notes(widths: NDArray[Any], heights: NDArray[Any], resize_mode: str) -> list[str]:
+    """Return a sentence on what the median image loses by ``resize_mode``; none if all are square, or unknown.
 
     Example:
         >>> crop_notes(np.array([400, 400, 100]), np.array([300, 300, 100]), "crop")
@@ -93,9 +83,9 @@ def crop_notes(widths: NDArray[Any], heights: NDArray[Any], how: str) -> list[st
         return []
     ratios = shorter / longer
     typical = float(np.median(ratios))
-    if typical > 1 - _NEGLIGIBLE:  # most are square: what of the others?
+    if typical > 1 - _NEGLIGIBLE:  # most are square: report the others
         odd = ratios[ratios <= 1 - _NEGLIGIBLE]
-        if how != "crop" or not len(odd):
+        if resize_mode != "crop" or not len(odd):
             return []
         share = f"{100 * (1 - float(np.median(odd))):.0f} % of the median one of {len(odd):,} images"
         return [f"the centre crop cuts off {share} that are not square; data.resize_mode: pad keeps all of them"]
@@ -104,27 +94,27 @@ def crop_notes(widths: NDArray[Any], heights: NDArray[Any], how: str) -> list[st
         {
             "crop": f"the centre crop cuts off {lost} of the median image; data.resize_mode: pad keeps all of it",
             "pad": f"{lost} of the median image's square is black border",
-            "stretch": f"the median image is stretched by {1 / typical:.2f}; data.resize_mode: pad keeps proportions",
-        }[how]
+            "stretch": f"the median image is stretched by {1 / typical:.2f}; data.resize_mode: pad keeps aspect ratios",
+        }[resize_mode]
     ]
 
 
 def crop_to_input(pixels: Pixels, spec: InputSpec) -> Pixels:
-    """What the network sees of an image, before it is normalised: uint8 [H, W, 3] -> uint8 [3, size, size]."""
+    """Return the network's input before normalisation: uint8 [H, W, 3] -> uint8 [3, size, size]."""
     square = resize_to_square(pixels, decoded_side(spec), spec.resize_mode)
     start = (square.shape[-1] - spec.size) // 2
     return np.ascontiguousarray(square[:, start : start + spec.size, start : start + spec.size])
 
 
 def normalize_array(images: Pixels, spec: InputSpec) -> Floats:
-    """uint8 [..., 3, S, S] -> float32 of the same shape: (x / 255 - mean) / std."""
+    """Return (x / 255 - mean) / std: uint8 [..., 3, S, S] -> float32 of the same shape."""
     scale, shift = scale_and_shift(spec.mean, spec.std)
     return images.astype(np.float32) * scale - shift
 
 
 @lru_cache(maxsize=16)
 def scale_and_shift(mean: Triple, std: Triple) -> tuple[Floats, Floats]:
-    """Two float32 [3, 1, 1]: a normalised image is its pixels (0 to 255) times the one, less the other."""
+    """Return scale and shift, float32 [3, 1, 1]: a normalised image is pixels (0 to 255) * scale - shift."""
     means, deviations = (np.array(each, dtype=np.float64).reshape(3, 1, 1) for each in (mean, std))
     factors: Any = (1 / (255 * deviations)).astype(np.float32), (means / deviations).astype(np.float32)
     return factors[0], factors[1]

@@ -1,10 +1,10 @@
 """Sample ids of each batch: in order, shuffled, class-balanced, or by a curriculum.
 
-Hashes of (seed, sample id, epoch) are sorted; no generator is advanced.
+Shuffling sorts hashes of (seed, sample id, epoch), so that an epoch's order depends on nothing else.
 
-A curriculum draws from easy images first.  Sources: Bengio et al., "Curriculum Learning" (ICML 2009); Hacohen and
-Weinshall, "On The Power of Curriculum Learning in Training Deep Networks" (ICML 2019), of whom are scores by transfer,
-control orders and classes kept in balance; the root is the competence of Platanios et al. (NAACL 2019).
+A curriculum trains on easy images first.  Sources: Bengio et al., "Curriculum Learning" (ICML 2009); Hacohen and
+Weinshall, "On The Power of Curriculum Learning in Training Deep Networks" (ICML 2019): scores by transfer, control
+orders and balanced classes; Platanios et al. (NAACL 2019): the "root" pacing.
 """
 
 import math
@@ -22,25 +22,25 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The images that epochs draw from: the first ones of ``order``, more in each epoch."""
+    """The images that each epoch uses: the first ones of ``order``, more from epoch to epoch."""
 
-    order: Ids  # [N] sample ids: who is admitted first
-    counts: tuple[int, ...]  # of them, by epoch; the last one holds on
+    order: Ids  # [N] sample ids, easiest first
+    counts: tuple[int, ...]  # number of images by epoch; the last one applies to all later epochs
 
-    def of(self, epoch: int) -> Ids:
-        """Sample ids of an epoch, from 0."""
+    def admitted(self, epoch: int) -> Ids:
+        """Return the sample ids that an epoch, from 0, uses."""
         return self.order[: self.counts[min(epoch, len(self.counts) - 1)]]
 
 
 def curriculum_share(pacing: Pacing, epoch: int, epochs: int, *, start: float, until: float) -> float:
-    """The share of images that an epoch, from 0, draws from.
+    """Return the share of images that an epoch uses.
 
     Args:
-        pacing: "linear"; "root": ever fewer newcomers, so that each has more time; "step": all at once at ``until``.
-        epoch: where training stands.
-        epochs: of how many.
+        pacing: "linear"; "root": square root, ever fewer new images; "step": all others at once at ``until``.
+        epoch: from 0.
+        epochs: number of epochs.
         start: share in the first epoch, above 0.
-        until: share of the training, between its first epoch and its last, after which all are admitted.
+        until: share of the training after which all images are used.
 
     Example:
         >>> [round(curriculum_share("linear", epoch, 5, start=0.2, until=0.5), 4) for epoch in range(5)]
@@ -48,35 +48,35 @@ def curriculum_share(pacing: Pacing, epoch: int, epochs: int, *, start: float, u
         >>> round(curriculum_share("root", 1, 5, start=0.2, until=0.5), 4)  # sqrt(0.04 + 0.96 / 2)
         0.7211
     """
-    gone = min(epoch / max(epochs - 1, 1) / until, 1.0)
-    if gone >= 1.0:
+    progress = min(epoch / max(epochs - 1, 1) / until, 1.0)
+    if progress >= 1.0:
         return 1.0
     if pacing == "step":
         return start
     if pacing == "root":
-        return math.sqrt(start**2 + (1 - start**2) * gone)
-    return start + (1 - start) * gone
+        return math.sqrt(start**2 + (1 - start**2) * progress)
+    return start + (1 - start) * progress
 
 
 def curriculum_order(difficulty: NDArray[np.float64], labels: Ids) -> Ids:
-    """Sample ids [N], first the easiest; every class enters at the same rate.
+    """Return sample ids [N], easiest first, with the classes in constant proportions.
 
-    Of a class with n images, the k-th easiest (from 0) stands at place (k + 1/2) / n, whatever the other classes have.
+    In a class with n images, the k-th easiest (from 0) has rank (k + 1/2) / n, whatever the other classes have.
 
     Args:
-        difficulty: [N]; of equal ones the smaller id comes first.
+        difficulty: [N]; among equal ones the smaller id comes first.
         labels: [N] class ids.
 
     Example:
         >>> curriculum_order(np.array([0.9, 0.1, 0.5, 0.2, 0.8]), np.array([0, 0, 0, 1, 1]))
         array([1, 3, 2, 4, 0])
     """
-    place = np.empty(len(labels))
+    rank = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         easiest = members[np.argsort(difficulty[members], kind="stable")]
-        place[easiest] = (np.arange(len(members)) + 0.5) / len(members)
-    return np.argsort(place, kind="stable").astype(np.int64)
+        rank[easiest] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.argsort(rank, kind="stable").astype(np.int64)
 
 
 Numbers = NDArray[np.float64]
@@ -85,35 +85,35 @@ SampleOrder = Literal["listed", "shuffled", "balanced"]
 
 @dataclass(frozen=True)
 class EpochSampler:
-    """The batches of every epoch, as sample ids; the arguments are those of ``Loader``."""
+    """The sample ids of every epoch's batches; the arguments are those of ``Loader``."""
 
     labels: Ids  # [N], of the labeled images
     batch_size: int
     order: SampleOrder
     seed: int
-    unlabeled: int = 0  # M: how many images without labels; their ids are N to N + M - 1
+    unlabeled: int = 0  # M, number of images without labels; their ids are N to N + M - 1
     unlabeled_share: float = 0.5
     whole_batches: bool = False
     processes: int = 1  # that share each batch
-    length: int | None = None  # labeled images per epoch, drawn again where they are fewer; None: each once
-    curriculum: Curriculum | None = None  # in the order "shuffled": of whom an epoch draws
+    length: int | None = None  # labeled images per epoch, repeated if there are fewer; None: each once
+    curriculum: Curriculum | None = None  # for the order "shuffled"
 
     @property
     def labeled(self) -> int:
-        """Labeled images per epoch: a last batch in which a process would have a single one is left out, unless they
-        are all to be evaluated.
+        """Labeled images per epoch; a last batch of a single image for a process is dropped, except in the order
+        "listed".
         """
         total = len(self.labels) if self.length is None else self.length
         rest = total % self.batch_size
         if self.whole_batches:
             return total - rest
-        lonely = self.order != "listed" and total > rest > 0 and rest < 2 * self.processes and self.batch_size > 1
-        return total - rest if lonely else total
+        single = self.order != "listed" and total > rest > 0 and rest < 2 * self.processes and self.batch_size > 1
+        return total - rest if single else total
 
     @property
     def count(self) -> int:
-        """Images per epoch, those without labels included."""
-        return self.labeled + self._unlabeled_beside(self.labeled)
+        """Images per epoch, including those without labels."""
+        return self.labeled + self._unlabeled_count(self.labeled)
 
     @property
     def steps(self) -> int:
@@ -121,33 +121,34 @@ class EpochSampler:
         return math.ceil(self.labeled / self.batch_size)
 
     @property
-    def largest(self) -> int:
-        """Images that one process has at most of a batch."""
+    def largest_batch(self) -> int:
+        """Largest number of images of a batch in one process."""
         labeled = min(self.batch_size, self.labeled)
-        more = math.ceil(labeled * self.unlabeled_share / (1 - self.unlabeled_share)) if self.unlabeled else 0
-        return labeled + more if self.order == "listed" else math.ceil((labeled + more) / self.processes)
+        unlabeled = math.ceil(labeled * self.unlabeled_share / (1 - self.unlabeled_share)) if self.unlabeled else 0
+        total = labeled + unlabeled
+        return total if self.order == "listed" else math.ceil(total / self.processes)
 
     def batches(self, epoch: int) -> list[Ids]:
-        """Sample ids of each batch: first the labeled ones, then the others."""
+        """Return the sample ids of each batch, those with labels first."""
         ids = self._in_order(epoch)[: self.labeled]
         batches = [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
         if not self.unlabeled:
             return batches
-        before, joined = epoch * self._unlabeled_beside(self.labeled), []
+        before, mixed = epoch * self._unlabeled_count(self.labeled), []
         for start, batch in zip(range(0, len(ids), self.batch_size), batches, strict=True):
-            first, last = (before + self._unlabeled_beside(place) for place in (start, start + len(batch)))
-            joined.append(
+            first, last = (before + self._unlabeled_count(labeled) for labeled in (start, start + len(batch)))
+            mixed.append(
                 np.concatenate([batch, len(self.labels) + cycle_shuffled(self.unlabeled, self.seed, first, last)])
             )
-        return joined
+        return mixed
 
-    def _unlabeled_beside(self, place: int) -> int:
-        """How many unlabeled images go with the first ``place`` labeled ones of an epoch, whatever the batch size."""
-        return int(place * self.unlabeled_share / (1 - self.unlabeled_share) + 0.5) if self.unlabeled else 0
+    def _unlabeled_count(self, labeled: int) -> int:
+        """Return the number of unlabeled images beside the first ``labeled`` ones of an epoch, for any batch size."""
+        return int(labeled * self.unlabeled_share / (1 - self.unlabeled_share) + 0.5) if self.unlabeled else 0
 
     def _in_order(self, epoch: int) -> Ids:
         if self.order == "shuffled" and self.curriculum is not None:
-            ids, total = self.curriculum.of(epoch), self.length or len(self.labels)
+            ids, total = self.curriculum.admitted(epoch), self.length or len(self.labels)
             return ids[cycle_shuffled(len(ids), self.seed, 0, total, f"curriculum {epoch}")]
         if self.order == "shuffled" and self.length is not None:
             return cycle_shuffled(len(self.labels), self.seed, epoch * self.length, (epoch + 1) * self.length, "order")
@@ -159,30 +160,30 @@ class EpochSampler:
 
 
 def shuffle_ids(count: int, seed: int, epoch: int, field: str = "order") -> Ids:
-    """A permutation of ``count`` sample ids; another ``field``, another permutation."""
+    """Return a permutation of ``count`` sample ids; each ``field`` has its own."""
     return np.argsort(random_bits(seed, field, np.arange(count, dtype=np.int64), epoch), kind="stable")
 
 
 def sample_balanced(labels: Ids, seed: int, epoch: int, count: int | None = None) -> Ids:
-    """``count`` draws with replacement (None: as many as there are labels [N]), each class equally likely."""
+    """Return ``count`` sample ids (None: N), drawn with replacement, each class equally likely."""
     slots = np.arange(len(labels) if count is None else count, dtype=np.int64)
     classes, images = (uniform(seed, f"balanced {field}", slots, epoch) for field in ("class", "image"))
-    return ClassIndex(labels).choose(classes, images)
+    return ClassIndex(labels).sample(classes, images)
 
 
 def cycle_shuffled(count: int, seed: int, start: int, stop: int, field: str = "unlabeled order") -> Ids:
-    """Places ``start`` to ``stop`` of an endless sequence that shows ``count`` samples again and again, each time all
-    of them in a new order; another ``field``, other orders.
+    """Return the elements ``start`` to ``stop`` of an endless sequence of permutations of ``count`` sample ids; each
+    ``field`` has its own.
     """
     if stop <= start:
         return np.zeros(0, dtype=np.int64)
     first, last = start // count, (stop - 1) // count
-    turns = [shuffle_ids(count, seed, turn, field) for turn in range(first, last + 1)]
-    return np.concatenate(turns)[start - first * count : stop - first * count]
+    cycles = [shuffle_ids(count, seed, cycle, field) for cycle in range(first, last + 1)]
+    return np.concatenate(cycles)[start - first * count : stop - first * count]
 
 
 class ClassIndex:
-    """Sample ids, class by class.
+    """Sample ids grouped by class.
 
     Args:
         labels: [N] class ids.
@@ -190,41 +191,43 @@ class ClassIndex:
 
     def __init__(self, labels: Ids) -> None:
         self.grouped = np.argsort(labels, kind="stable")  # [N]
-        self.classes, self.counts = np.unique(labels, return_counts=True)  # that have images, and how many
-        self.starts = np.cumsum(self.counts) - self.counts  # where each begins in `grouped`
+        self.classes, self.counts = np.unique(
+            labels, return_counts=True
+        )  # classes with images, and their numbers of images
+        self.starts = np.cumsum(self.counts) - self.counts  # of each class in `grouped`
 
-    def choose(self, of_class: Numbers, of_image: Numbers) -> Ids:
-        """Sample ids [B]: the class by the first, the image within it by the second number in [0, 1), [B] each."""
-        chosen = (of_class * len(self.classes)).astype(np.int64)
-        place = (of_image * self.counts[chosen]).astype(np.int64)
-        ids: Ids = self.grouped[self.starts[chosen] + place]
+    def sample(self, class_draws: Numbers, image_draws: Numbers) -> Ids:
+        """Return sample ids [B], given random numbers in [0, 1) for the class and for the image within it, [B]."""
+        chosen = (class_draws * len(self.classes)).astype(np.int64)
+        position = (image_draws * self.counts[chosen]).astype(np.int64)
+        ids: Ids = self.grouped[self.starts[chosen] + position]
         return ids
 
 
 class SameClassSampler:
-    """For each sample another one of its class.
+    """Draws for each sample another one of its class.
 
     Args:
         labels: [N] class ids.
-        seed: of the draws.
+        seed: of the random numbers.
     """
 
     def __init__(self, labels: Ids, seed: int) -> None:
         self.seed = seed
         by_class = ClassIndex(labels)
         self.grouped = by_class.grouped
-        place = np.searchsorted(by_class.classes, labels)
-        self.sizes = by_class.counts[place]  # [N]: of each sample's class
-        self.starts = by_class.starts[place]  # [N]: where its class begins in `grouped`
-        self.places = np.empty_like(self.grouped)
-        self.places[self.grouped] = np.arange(len(labels))
-        self.places -= self.starts  # [N]: within its class
+        position = np.searchsorted(by_class.classes, labels)
+        self.sizes = by_class.counts[position]  # [N], of each sample's class
+        self.starts = by_class.starts[position]  # [N], of its class in `grouped`
+        self.ranks = np.empty_like(self.grouped)
+        self.ranks[self.grouped] = np.arange(len(labels))
+        self.ranks -= self.starts  # [N], within its class
 
     def __call__(self, ids: Ids, view: Ids | int) -> Ids:
-        """Partners of samples ``ids`` [B], each other member of the class equally likely; itself only where the class
-        has no other.
+        """Return partners of samples ``ids`` [B], each other member of the class equally likely; the sample itself if
+        the class has no other.
         """
         others = self.sizes[ids] - 1
-        ahead = 1 + (uniform(self.seed, "same class", ids, view) * others).astype(np.int64)
-        partners: Ids = self.grouped[self.starts[ids] + (self.places[ids] + ahead) % self.sizes[ids]]
+        offset = 1 + (uniform(self.seed, "same class", ids, view) * others).astype(np.int64)
+        partners: Ids = self.grouped[self.starts[ids] + (self.ranks[ids] + offset) % self.sizes[ids]]
         return partners

@@ -1,13 +1,11 @@
-"""Read and decode every image once before training, so that no run fails in its tenth hour.
+"""Read and decode every image once before training, so that a run does not fail later; all problems in one report.
 
-All problems are reported at once.
-
-``FileIndex`` caches the content hash of each file below a folder for as long as the file is unchanged, judged by its
-size, its times of change (of content and of inode; no program can set the second one) and its inode, as git does.  A
+``FileIndex`` caches the content hash of each file below a folder as long as the file is unchanged, judged like git by
+its size, modification time, status change time (which no program can set) and inode.  A
 file that changed less than two seconds before it was read may change again within the same tick of the file system's
 clock: it is not trusted, and read again the next time.
 
-Large images are decoded one at a time, in whichever thread, so that memory does not grow with the cores.
+Large images are decoded one at a time over all threads, so that memory does not grow with the number of cores.
 """
 
 import contextlib
@@ -52,11 +50,11 @@ class FileIndex:
     """Files below one folder, by name.
 
     Args:
-        path: the file that this is kept in.
+        path: of the file that stores the index.
         names: [N].
         states: int64 [N, 4], as ``file_state``.
         digests: uint8 [N, 32], SHA-256 of the content.
-        spans: float64 [N, 3]: number of the kind in ``value_range.KINDS``, 0 for images of 8 bits, low and high.
+        spans: float64 [N, 3]: number of the kind in ``image_io.SPAN_KINDS`` from 1, 0 for images of 8 bits; low; high.
     """
 
     path: Path
@@ -66,12 +64,12 @@ class FileIndex:
     spans: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, _SPAN), np.float64))
 
     @classmethod
-    def below(cls, root: Path, *, decoded: bool) -> "FileIndex":
-        """What is known of a folder; nothing where that is missing, damaged, or of another version.
+    def load(cls, root: Path, *, decoded: bool) -> "FileIndex":
+        """Return the index of a folder; empty if it is missing, damaged, or of another version.
 
         Args:
             root: the folder.
-            decoded: of files that this decoder could decode; False: of files that were only read.
+            decoded: index of files that were decoded; False: that were only read.
         """
         subject = json.dumps([FORMAT, str(root.resolve()), decoder_version() if decoded else None])
         path = cache_folder("known-files", f"{sha256_hex(os.fsencode(subject))[:16]}.bin")
@@ -81,26 +79,26 @@ class FileIndex:
             return cls(path)
 
     def unchanged(self, root: Path, names: Sequence[str]) -> dict[str, str]:
-        """Of those files that are known and have not changed since: name -> the word that ``keep`` was given."""
+        """Return name -> content description, as given to ``update``, of indexed files that have not changed since."""
         if not self.names:
             return {}
-        places = {name: i for i, name in enumerate(self.names)}
-        asked = [(name, places[name]) for name in names if name in places]
-        now = np.array([file_state(os.path.join(root, name)) for name, _ in asked], np.int64).reshape(-1, _STATE)
-        same = (now == self.states[[place for _, place in asked]]).all(axis=1)
+        rows = {name: row for row, name in enumerate(self.names)}
+        indexed = [(name, rows[name]) for name in names if name in rows]
+        now = np.array([file_state(os.path.join(root, name)) for name, _ in indexed], np.int64).reshape(-1, _STATE)
+        unchanged = (now == self.states[[row for _, row in indexed]]).all(axis=1)
         return {
-            name: f"{size} {self.digests[place].tobytes().hex()}{_format_span(self.spans[place])}"
-            for (name, place), kept, size in zip(asked, same.tolist(), now[:, 0].tolist(), strict=True)
-            if kept
+            name: f"{size} {self.digests[row].tobytes().hex()}{_format_span(self.spans[row])}"
+            for (name, row), same, size in zip(indexed, unchanged.tolist(), now[:, 0].tolist(), strict=True)
+            if same
         }
 
-    def keep(self, root: Path, read: Mapping[str, tuple[FileState | None, str]]) -> None:
-        """Add files that were read, and forget those that are gone; where nothing can be written, nothing is kept.
+    def update(self, root: Path, read: Mapping[str, tuple[FileState | None, str]]) -> None:
+        """Add files that were read, remove deleted ones, and save the index; errors of writing are ignored.
 
         Args:
             root: the folder.
-            read: name -> state, None where it must not be trusted, and size, SHA-256 and span of the content as
-                ``check.check_files`` has them.
+            read: name -> state, None if it cannot be trusted; and size, SHA-256 and span of the content, as
+                ``check_files`` returns them.
         """
         new = {name: (state, word) for name, (state, word) in read.items() if state is not None}
         old = [i for i, name in enumerate(self.names) if name not in read and os.path.exists(os.path.join(root, name))]
@@ -120,20 +118,20 @@ class FileIndex:
 
 
 def file_state(path: str | Path) -> FileState:
-    """What tells a file from its changed self; all negative or zero where there is none."""
+    """Return the values by which a change of a file is detected; a constant if there is no file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError):
         return _MISSING
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & (2**63 - 1)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & (2**63 - 1)
 
 
 def stable_state(before: FileState, after: FileState, read_at: int) -> FileState | None:
-    """The state of a file that was read, or None where it may have changed unseen.
+    """Return the state of a file that was read; None if it may have changed without another state.
 
     Args:
         before: its state before it was read.
-        after: and afterwards.
+        after: its state afterwards.
         read_at: nanoseconds since 1970, when ``before`` was taken.
     """
     _, modified, changed, _ = before
@@ -174,19 +172,19 @@ def _parse(data: bytes) -> tuple[list[str], NDArray[np.int64], NDArray[np.uint8]
     return names, states, digests, spans
 
 
-MOST_PIXELS = 4_000_000  # of an image, and
-MOST_BYTES = 8 * 2**20  # of its file; what has more is large
+MOST_PIXELS = 4_000_000  # an image with more is large,
+MOST_BYTES = 8 * 2**20  # and so is one with a larger file
 
 _large_lock = threading.RLock()
 
 
 def large_image_lock(large: bool) -> AbstractContextManager[object]:
-    """Whoever has a large image waits until no other thread has one."""
+    """Return a context that only one thread at a time enters with a large image."""
     return _large_lock if large else contextlib.nullcontext()
 
 
 def read_header(content: bytes) -> tuple[str, str, int]:
-    """Format, mode and number of pixels; what cannot be opened is refused by the decoder, with its reason."""
+    """Return format, mode and number of pixels; empty if the file cannot be opened, which the decoder then reports."""
     try:
         structure = parse_structure(content)
         if structure.isolated:  # in a process of its own, whose memory is limited
@@ -199,9 +197,9 @@ def read_header(content: bytes) -> tuple[str, str, int]:
 
 _Result = TypeVar("_Result")
 
-_PIECE = 64  # files; fewer would make more of handing them to threads than of reading them
+_PIECE = 64  # files that a thread reads at a time
 
-_Read = tuple[FileState | None, str]  # a file's state and its content, as ``FileIndex.keep`` takes them
+_Read = tuple[FileState | None, str]  # a file's state and its content, as ``FileIndex.update`` takes them
 
 
 def check_files(
@@ -214,33 +212,33 @@ def check_files(
     bad: dict[str, str] | None = None,
     hints: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Read and decode files; those that were found good before, and have not changed since, are not read again.
+    """Read and decode files; those that were decoded before, and have not changed since, are not read again.
 
     Args:
         root: the folder that names are relative to.
         names: of the files.
-        source: what messages call the data.
-        decode: False: only read, for files that somebody else has verified.
-        progress: is told how much is done.
+        source: name of the data in messages.
+        decode: False: only read, for files verified elsewhere.
+        progress: receives the progress.
         bad: receives name -> reason of files that cannot be decoded; None: these are an error.
         hints: lines at the end of that error.
 
     Returns:
-        name -> size and SHA-256 of the content, and where it has more than 8 bits the span of its values; of the good
-        files.
+        name -> content description of each good file: size, SHA-256 and, for more than 8 bits, the span of its
+        values.
 
     Raises:
         DataError: files that cannot be decoded: path and reason of the first twenty, and their number.
     """
-    known = FileIndex.below(root, decoded=decode)
-    unchanged = known.unchanged(root, names)
+    index = FileIndex.load(root, decoded=decode)
+    unchanged = index.unchanged(root, names)
     found: list[_Read | DataError] = []
     new: list[str] = []
     good: dict[str, _Read] = {}
     if not all(name in unchanged for name in names):
-        with interprocess_lock(cache_folder("locks", f"{known.path.stem}.lock"), "checks these images", progress):
-            known = FileIndex.below(root, decoded=decode)  # another process may have checked them just now
-            unchanged = known.unchanged(root, names)
+        with interprocess_lock(cache_folder("locks", f"{index.path.stem}.lock"), "checks these images", progress):
+            index = FileIndex.load(root, decoded=decode)  # another process may have checked them just now
+            unchanged = index.unchanged(root, names)
             new = [name for name in names if name not in unchanged]
             pieces = [new[start : start + _PIECE] for start in range(0, len(new), _PIECE)]
             for results in threaded_map(partial(_check_piece, root, decode), pieces):
@@ -249,7 +247,7 @@ def check_files(
                     progress.wait("checking images", len(found), len(new))
             good = {name: each for name, each in zip(new, found, strict=True) if not isinstance(each, DataError)}
             if new:
-                known.keep(root, good)
+                index.update(root, good)
     if bad is None:
         _raise_unreadable(found, source, hints)
     else:
@@ -278,24 +276,24 @@ def _read(path: Path, decode: bool) -> _Read:
 
 
 def check_images(images: ImageSet, source: str) -> list[str]:
-    """Read every image of a set; for each, the shape and SHA-256 of its pixels.
+    """Read every image of a set; return the shape and SHA-256 of its pixels for each.
 
     Raises:
         DataError: images that cannot be read, as ``check_files``.
     """
 
-    def look(i: int) -> str:
+    def describe(i: int) -> str:
         pixels = images.pixels(i)
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != "uint8" or 0 in pixels.shape:
             raise DataError(f"{images.names[i]}: pixels must be uint8 [H, W, 3], got {pixels.dtype} {pixels.shape}")
         return f"{pixels.shape} {hashlib.sha256(pixels.tobytes()).hexdigest()}"
 
-    return _raise_unreadable([_attempt(partial(look, i)) for i in range(len(images))], source)
+    return _raise_unreadable([_attempt(partial(describe, i)) for i in range(len(images))], source)
 
 
-def _attempt(look: Callable[[], _Result]) -> _Result | DataError:
+def _attempt(read: Callable[[], _Result]) -> _Result | DataError:
     try:
-        return look()
+        return read()
     except DataError as error:
         return error
 
@@ -318,7 +316,7 @@ MIN_SIDE = 8  # pixels: the smallest data.size
 
 UNKNOWN_STATE: FileState = (-1, 0, 0, 0)
 
-# What the decoder says, in the order in which it is asked -> kind of finding.
+# Part of the decoder's message -> kind of finding; the first match counts.
 _REASON_KINDS = (
     ("no image of the formats", "no-image"),
     ("empty file", "empty-file"),
@@ -332,25 +330,25 @@ _REASON_KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class ImageScan:
-    """What is kept of an image."""
+    """Facts about a decoded image."""
 
-    size: int  # bytes of the file; of the pixels where there is no file
+    size: int  # bytes of the file, or of the pixels if there is no file
     format: str  # of FORMATS, or "array"
-    mode: str  # Pillow's word: "RGB", "L", "I;16"
+    mode: str  # Pillow's, such as "RGB", "L", "I;16"
     width: int  # upright
     height: int
     blank: bool  # all pixels have one colour
     content: bytes  # 32: SHA-256 of the file
     pixels: bytes  # 16: of shape and RGB pixels
-    state: FileState = UNKNOWN_STATE  # of the file, where it can be trusted not to have changed since
-    span: ValueSpan | None = None  # of the values, where they have more than 8 bits
+    state: FileState = UNKNOWN_STATE  # of the file; unknown if it cannot be trusted
+    span: ValueSpan | None = None  # of the values; None: 8 bits
 
 
 Scanner = Callable[[int], ImageScan | Finding]
 
 
 def file_scanner(root: Path, names: list[str]) -> Scanner:
-    """Looks at file i of those names."""
+    """Return a function that scans file number i."""
     return lambda i: scan_file(root, names[i])
 
 
@@ -369,7 +367,7 @@ def scan_file(root: Path, name: str) -> ImageScan | Finding:
 
 
 def scan_content(content: bytes, name: str, state: FileState = UNKNOWN_STATE) -> ImageScan | Finding:
-    """Decode what was read from a file."""
+    """Decode the content of a file; a problem is returned, never raised."""
     kind, mode, pixels = read_header(content)
     with large_image_lock(pixels > MOST_PIXELS):
         try:
@@ -381,24 +379,24 @@ def scan_content(content: bytes, name: str, state: FileState = UNKNOWN_STATE) ->
 
 
 def image_set_scanner(images: ImageSet) -> Scanner:
-    """Looks at image i of a set that has no files."""
+    """Return a function that scans image i of a set without files."""
 
-    def look(i: int) -> ImageScan | Finding:
+    def scan(i: int) -> ImageScan | Finding:
         try:
             pixels = images.pixels(i)
         except DataError as error:
             return Finding("damaged", images.names[i], str(error).removeprefix(f"{images.names[i]}: "))
         return _make_scan(pixels, pixels.nbytes, "array", "RGB", bytes(32))
 
-    return look
+    return scan
 
 
 def format_mismatch(name: str, kind: str) -> str | None:
-    """Why a file's name says another format than its content, or None; a name without ending says nothing."""
-    ending = os.path.splitext(name)[1].lower()
-    if not ending or kind == "array" or FORMAT_BY_SUFFIX.get(ending) == kind:
+    """Return what is wrong if a file's suffix is that of another format; None without a suffix."""
+    suffix = os.path.splitext(name)[1].lower()
+    if not suffix or kind == "array" or FORMAT_BY_SUFFIX.get(suffix) == kind:
         return None
-    return f"a {kind} file whose name ends in {ending}"
+    return f"a {kind} file whose name ends in {suffix}"
 
 
 def _make_scan(
@@ -418,10 +416,10 @@ def _make_scan(
 
 
 def _is_uniform(pixels: Pixels) -> bool:
-    """Row by row, since nearly every image says no in its first."""
+    """Return whether all pixels are equal; row by row, since most images differ in the first row."""
     return all(bool((row == pixels[0, 0]).all()) for row in pixels)
 
 
 def finding_kind(reason: str, otherwise: str) -> str:
-    """The kind of finding that the decoder's reason is."""
+    """Return the kind of finding for a decoder's message."""
     return next((kind for words, kind in _REASON_KINDS if words.lower() in reason.lower()), otherwise)

@@ -22,11 +22,11 @@ from potstill.data.image_structure import FORMATS
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError
 from potstill.io import cache_folder, read_checksummed_json, write_checksummed_json
 
-MAX_SHARDS = 100_000  # shards; a slip of the keyboard in a range is not tried for hours
+MAX_SHARDS = 100_000  # guards against a typing error in a range
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _COMPRESSED = re.compile(r"\.(tgz|tar\.\w+)$", re.IGNORECASE)
-_PACKAGES = {  # protocol -> what fsspec reads it with
+_PACKAGES = {  # protocol -> package that fsspec needs
     "s3": "s3fs",
     "s3a": "s3fs",
     "gs": "gcsfs",
@@ -39,7 +39,7 @@ _PACKAGES = {  # protocol -> what fsspec reads it with
 
 
 def is_shards(source: str) -> bool:
-    """Whether a source names tar files, compressed ones (which are refused later) among them.
+    """Return whether a source names tar files, including compressed ones (which are refused later).
 
     Example:
         >>> is_shards("s3://bucket/train-{000..019}.tar"), is_shards("photos"), is_shards("a.tar.gz")
@@ -49,7 +49,7 @@ def is_shards(source: str) -> bool:
 
 
 def expand_shards(source: str) -> list[str]:
-    """Every shard that a name stands for, in its order.
+    """Return the URLs of all shards that a pattern stands for, in order.
 
     Args:
         source: with any number of ``{000..146}`` (as many digits as are written) and ``{a,b}``.
@@ -96,12 +96,12 @@ def _brace_values(text: str, source: str) -> Iterator[str]:
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a shard, as fsspec has it, and the shard's name there.
+    """Return fsspec's file system of a shard, and the shard's path in it.
 
     Raises:
         UsageError: an unknown protocol, or one whose package is not installed.
     """
-    import fsspec  # 0.1 s that other data need not wait for
+    import fsspec  # takes 0.1 s to import
 
     try:
         system, path = fsspec.core.url_to_fs(url)
@@ -114,7 +114,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def read_byte_range(url: str, start: int, size: int) -> bytes:
-    """So many bytes of a shard.
+    """Return ``size`` bytes of a shard from ``start`` on.
 
     Raises:
         DataError: it cannot be read, or is shorter than it was.
@@ -122,7 +122,7 @@ def read_byte_range(url: str, start: int, size: int) -> bytes:
     system, path = open_filesystem(url)
     try:
         content: bytes = system.cat_file(path, start=start, end=start + size)
-    except Exception as error:  # each storage raises its own; all mean that the bytes are not to be had
+    except Exception as error:  # each storage raises its own errors
         raise DataError(f"{url}: cannot be read at byte {start}: {_first_line(error)}") from error
     if len(content) != size:
         raise DataError(f"{url}: {len(content)} of {size} bytes at byte {start}; the shard has changed or is cut off")
@@ -153,43 +153,43 @@ _VERSION_KEYS = (
     "last_modified",
     "updated",
     "md5",
-)  # by which storages tell changes
+)  # by which storages identify a version
 
 
 @dataclass
 class ShardSample:
-    """An image of a shard, and what its companions say of it."""
+    """An image of a shard, with its label."""
 
-    key: str  # its name below the shard, without any suffix
-    name: str  # with the image's own
+    key: str  # path in the shard without suffixes
+    name: str  # path in the shard
     offset: int = -1  # of the image's bytes in the shard
     size: int = 0
     digest: str = ""  # SHA-256 of the image's bytes
-    span: str = ""  # of its values, where it has more than 8 bits; as a ``value_range.Span`` is written
+    span: str = ""  # ``str`` of its ``image_io.ValueSpan``; empty: 8 bits
     label: str | None = None  # text of .cls, or "label" or "class" of .json
 
 
 @dataclass
 class Shard:
-    """What stands in one tar file."""
+    """The samples of one tar file."""
 
     url: str
     samples: list[ShardSample] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    left: dict[str, list[str]] = field(default_factory=dict)  # why members are left alone -> their names
+    left: dict[str, list[str]] = field(default_factory=dict)  # reason -> names of ignored members
 
 
 def read_shard(url: str) -> Shard:
-    """Read a shard from its beginning to its end, once; what was found is remembered until the shard changes.
+    """Read a shard from beginning to end; the result is cached until the shard changes.
 
     Raises:
-        DataError: it is not there, or no tar file.
+        DataError: the shard is missing, or no tar file.
         UsageError: its protocol cannot be read here.
     """
-    remembered = _index_path(url)
-    if remembered is not None and remembered.exists():
+    index = _index_path(url)
+    if index is not None and index.exists():
         try:
-            found = read_checksummed_json(remembered)
+            found = read_checksummed_json(index)
             return Shard(url, [ShardSample(**each) for each in found["samples"]], found["problems"], found["left"])
         except (ArtifactError, KeyError, TypeError):
             pass  # damaged, or of another version: it is read anew
@@ -200,17 +200,17 @@ def read_shard(url: str) -> Shard:
         if sample.offset < 0:
             shard.left.setdefault(LABEL_WITHOUT_IMAGE, []).append(sample.name)
     shard.samples = [sample for sample in shard.samples if sample.offset >= 0]
-    if remembered is not None:
+    if index is not None:
         try:
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            write_checksummed_json(remembered, asdict(shard))
+            index.parent.mkdir(parents=True, exist_ok=True)
+            write_checksummed_json(index, asdict(shard))
         except (StorageError, OSError):
             pass  # a cache that cannot be written costs time, not the run
     return shard
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; one that cannot be is an error, where tarfile takes it for the end of the archive."""
+    """A member's header; an invalid one is an error, while tarfile takes it for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
@@ -228,17 +228,17 @@ class _Header(tarfile.TarInfo):
             raise ReadError(f"{self.name}: a size of {self.size:,} bytes")
         if self.size > _MAX_HEADER_BYTES and self.type in (XHDTYPE, XGLTYPE, SOLARIS_XHDTYPE, *GNU_LONG):
             raise ReadError(f"{self.name}: a header of {self.size:,} bytes; at most {_MAX_HEADER_BYTES:,} are read")
-        return super()._proc_member(tarfile)  # type: ignore[misc] # where tarfile itself tells the kinds apart
+        return super()._proc_member(tarfile)  # type: ignore[misc] # a private method, which handles all types of members
 
 
 class _Bounded:
-    """A file that may be read to its end, and not again and again behind it, as for a member of 2**80 bytes."""
+    """A file that raises if it is read repeatedly beyond its end, as for a member of 2**80 bytes."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.ends = file, 0
 
     def read(self, size: int) -> bytes:
-        """At most ``size`` bytes."""
+        """Read at most ``size`` bytes."""
         found: bytes = self.file.read(size)
         self.ends += not found
         if self.ends > 2:
@@ -247,7 +247,7 @@ class _Bounded:
 
 
 def _members(shard: Shard) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Files of a shard that belong to samples, with their content."""
+    """Yield the members of a shard that belong to samples, with their contents."""
     system, path = open_filesystem(shard.url)
     try:
         with (
@@ -267,7 +267,7 @@ def _members(shard: Shard) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         struct.error,
         RecursionError,
     ) as error:
-        # What tarfile raises on numbers and names that cannot be.
+        # Raised by tarfile for invalid numbers and names.
         raise DataError(f"{shard.url}: damaged or no tar file ({_one_line(error)})") from error
     except OSError as error:
         raise DataError(f"{shard.url}: cannot be read: {_one_line(error)}") from error
@@ -302,7 +302,7 @@ def _sample_members(tar: tarfile.TarFile, shard: Shard, total: int | None) -> It
 
 
 def _expect_end(file: Any) -> None:
-    """Behind the archive's end there is nothing but zeros: joined archives would lose all but the first."""
+    """Require only zeros after the archive's end: concatenated archives would lose all but the first."""
     while rest := file.read(2**20):
         if rest.strip(b"\0"):
             raise ReadError("there is more behind the archive's end; join tar files with: tar --concatenate")
@@ -341,8 +341,8 @@ def _label(content: bytes, suffix: str, where: str, shard: Shard) -> str | None:
     try:
         text = found = content.decode("utf-8").strip()
         if suffix == "json":
-            said = json.loads(text)
-            found = said.get("label", said.get("class")) if isinstance(said, dict) else None
+            value = json.loads(text)
+            found = value.get("label", value.get("class")) if isinstance(value, dict) else None
         found = None if found is None or isinstance(found, (dict, list, bool, float)) else str(found)
     except (ValueError, RecursionError):  # no UTF-8, no JSON, thousands of digits, or nested too deeply
         shard.problems.append(f"{where}: neither text nor JSON that can be read")
@@ -360,7 +360,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """Key and suffix as WebDataset has them: the key ends before the first dot of the last part.
+    """Split a name into key and suffix like WebDataset: the key ends before the first dot of the last part.
 
     Example:
         >>> split_member_name("a.b/000.seg.png"), split_member_name("./x/1.JPG")
@@ -372,11 +372,11 @@ def split_member_name(name: str) -> tuple[str, str]:
 
 
 def _index_path(url: str) -> Path | None:
-    """Where a shard's contents are remembered; None where its storage does not tell one state from another."""
+    """Return the path of a shard's cached index; None if its storage does not identify versions."""
     system, path = open_filesystem(url)
     try:
         info = system.info(path)
-    except Exception:  # whatever is wrong is said when it is read
+    except Exception:  # reading the shard reports the error
         return None
     state = [str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None]
     if not state or info.get("size") is None:

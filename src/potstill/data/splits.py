@@ -23,11 +23,11 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class EpochSampling:
-    """What an epoch shows of training images that are not simply shown once each."""
+    """The training images of an epoch, if they are not simply each image once."""
 
     length: int  # images per epoch
-    groups: Index | None = None  # [N]: each group is equally likely in every draw; None: all images in turn
-    curriculum: Curriculum | None = None  # of whom an epoch's images are drawn; None: of all
+    groups: Index | None = None  # [N]; each group is equally likely in every draw; None: permutations
+    curriculum: Curriculum | None = None  # the images that an epoch uses; None: all
 
 
 @dataclass(frozen=True)
@@ -41,36 +41,36 @@ class DataSplits:
     source: str  # name or path, as given
     origin: str  # one sentence: where the splits come from
     fingerprint: str  # sha256 over names, content, labels and splits
-    augment: AugmentSettings  # the light default of this data
-    unlabeled: ImageSet | None = None  # further training images that nobody has labeled
+    augment: AugmentSettings  # default augmentation of this data
+    unlabeled: ImageSet | None = None  # further training images, without labels
     target: "DataSplits | None" = None  # another domain of the same classes
-    draws: EpochSampling | None = None  # what an epoch shows of train; None: each image once
-    range: ValueRange | None = None  # by which images of more than 8 bits are read; None: there are none
+    draws: EpochSampling | None = None  # training images of an epoch; None: each once
+    range: ValueRange | None = None  # of images of more than 8 bits; None: there are none
     skipped: tuple[SkippedFile, ...] = ()  # left out by data.skip_bad
     doubts: tuple[Finding, ...] = ()  # warnings of the listing: images that are not used
-    notes: tuple[str, ...] = ()  # what else is not used
+    notes: tuple[str, ...] = ()  # remarks on what else is not used
 
     @property
     def measured(self) -> "DataSplits":
-        """The domain in which figures are measured: the target, where there is one."""
+        """The domain of the metrics: the target if there is one."""
         return self if self.target is None else self.target
 
     @property
     def all_skipped(self) -> tuple[SkippedFile, ...]:
-        """What was left out, of the target too."""
+        """Files that were left out, including the target's."""
         return (*self.skipped, *(() if self.target is None else self.target.skipped))
 
     def split(self, name: str) -> ImageSet:
-        """The images of "train", "val" or "test"."""
+        """Return the images of "train", "val" or "test"."""
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Images by split and class name."""
+        """Return the number of images by split and class name."""
         counted = {name: np.bincount(self.split(name).labels, minlength=len(self.class_names)) for name in SPLITS}
         return {name: dict(zip(self.class_names, found.tolist(), strict=True)) for name, found in counted.items()}
 
     def as_rows(self) -> list[tuple[str, str, str]]:
-        """(split, image name, class name) of every image; those of a target are of "target train" and so on."""
+        """Return (split, image name, class name) of every image; the target's splits are "target train" and so on."""
         rows = [
             (split, name, self.class_names[label])
             for split in SPLITS
@@ -83,10 +83,10 @@ class DataSplits:
 def stratified_split(
     names: Sequence[str], labels: Index, shares: Mapping[str, float], seed: int, class_names: Sequence[str]
 ) -> dict[str, Index]:
-    """Divide images so that every class has the same share in every part.
+    """Split images into parts with the same class proportions.
 
     Within a class, images are ordered by SHA-256 of (seed, name): the result does not depend on the order of the
-    files, on a random generator's version, or on other classes.
+    files, a library's version, or other classes.
 
     Args:
         names: [N], distinct.
@@ -127,7 +127,7 @@ def stratified_split(
 
 
 def stratified_subset(names: Sequence[str], labels: Index, count: int, seed: int) -> Index:
-    """About ``count`` positions, sorted, with the classes' shares kept and at least one image of each class."""
+    """Return about ``count`` sorted positions with the same class proportions, at least one image of each class."""
     chosen = []
     for label in np.unique(labels):
         members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
@@ -138,12 +138,12 @@ def stratified_subset(names: Sequence[str], labels: Index, count: int, seed: int
 def fingerprint(
     parts: Mapping[str, ImageSet], class_names: Sequence[str], contents: Mapping[str, Sequence[str]]
 ) -> str:
-    """SHA-256 of a data set's identity, independent of the order of its files.
+    """Return the SHA-256 of a data set's names, contents, labels and splits, independent of the order of its files.
 
     Args:
         parts: split -> images.
         class_names: class id -> name.
-        contents: split -> for each image, a word on its content (size and hash).
+        contents: split -> content description of each image (size and hash).
 
     Returns:
         64 hex digits.
@@ -157,7 +157,7 @@ def fingerprint(
 
 
 def check_splits(class_names: Sequence[str], parts: Mapping[str, ImageSet], source: str) -> None:
-    """Refuse what cannot be trained and evaluated on; all problems in one message.
+    """Check that every class has images in every split; all problems in one message.
 
     Raises:
         DataError: fewer than two classes, or a class without images in a split.
@@ -178,7 +178,7 @@ def check_splits(class_names: Sequence[str], parts: Mapping[str, ImageSet], sour
 
 
 def _part_sizes(count: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Rounded shares of a class, at least 1 each, that leave at least 1 for train."""
+    """Return rounded sizes of a class's parts, at least 1 each, that leave at least 1 for train."""
     sizes = {part: max(1, int(count * share + 0.5)) for part, share in shares.items()}
     while sum(sizes.values()) >= count:
         sizes[max(sizes, key=lambda part: sizes[part])] -= 1
@@ -206,7 +206,7 @@ class SplitAssignment:
     origin: str  # one sentence: where the splits come from
 
     def counts(self) -> dict[str, NDArray[np.int64]]:
-        """Split -> [K] images by class; "all" where they could not be split."""
+        """Return split -> [K] number of images by class; "all" if they could not be split."""
         names = {UNSPLIT: "all", **dict(enumerate(SPLITS))}
         classes = len(self.class_names)
         found = {name: np.bincount(self.labels[self.splits == at], minlength=classes) for at, name in names.items()}
@@ -214,12 +214,12 @@ class SplitAssignment:
 
     @property
     def split(self) -> bool:
-        """Whether there are splits."""
+        """Whether the images are split."""
         return bool((self.splits != UNSPLIT).any())
 
 
 def assign_splits(listing: Listing, settings: DataSettings) -> tuple[SplitAssignment, list[Finding]]:
-    """Splits as the source gives them; what it lacks is made as ``settings`` say, where classes are large enough.
+    """Return the source's splits, with missing ones split off by ``settings`` if the classes are large enough.
 
     Raises:
         DataError: the shares of ``settings`` leave no images for train.
@@ -242,7 +242,7 @@ def _fill_splits(
     listing: Listing, labels: NDArray[np.int64], splits: NDArray[np.int8], class_names: tuple[str, ...],
     settings: DataSettings,
 ) -> tuple[str, list[Finding]]:  # fmt: skip
-    """Fill in ``splits``; a sentence on where they come from."""
+    """Fill in ``splits`` in place; return a sentence on their origin, and findings."""
     given = [split for i, split in enumerate(SPLITS) if (splits == i).any()]
     shares = {split: share for split, share in (("val", settings.val), ("test", settings.test)) if split not in given}
     words = " ".join([listing.kind, ", ".join(given) if given else "without splits"])
@@ -269,13 +269,13 @@ def _fill_splits(
 def _stratify_present(
     names: list[str], labels: NDArray[np.int64], shares: dict[str, float], seed: int, class_names: Sequence[str]
 ) -> dict[str, NDArray[np.int64]]:
-    """As ``stratified_split``, for the classes that there are in this pool."""
+    """Return ``stratified_split`` over the classes that are present in the pool."""
     present, own = np.unique(labels, return_inverse=True)
     return stratified_split(names, own.astype(np.int64), shares, seed, [class_names[i] for i in present])
 
 
 def _too_few_finding(listing: Listing, members: NDArray[np.int64], name: str, parts: list[str]) -> Finding:
-    """``members``: of a class, not enough for those parts."""
+    """Return a finding for a class whose ``members`` are too few for the parts."""
     first = listing.entries[int(members[0])]
     place = "." if listing.kind != "folders" else "/".join(first.name.split("/")[: 1 if first.split is None else 2])
     needed = f"not enough images for a split into {', '.join(parts)}: every class needs at least {len(parts)}"
@@ -303,7 +303,7 @@ def _find_missing_classes(division: SplitAssignment, listing: Listing) -> list[F
 
 
 def _nested_folder_hint(listing: Listing) -> str:
-    """A hint where the class folders lie one folder further down."""
+    """Return a hint if the class folders are one level further down."""
     paths = [entry.name.split("/")[int(entry.split is not None) :] for entry in listing.entries]
     inner = sorted({path[1] for path in paths if len(path) > 2})
     if listing.kind != "folders" or len(inner) < 2 or any(entry.split for entry in listing.entries):
@@ -312,8 +312,8 @@ def _nested_folder_hint(listing: Listing) -> str:
 
 
 def find_small_classes(listing: Listing, settings: DataSettings) -> list[Finding]:
-    """Classes that a run cannot take: without an image in one of the given splits, or with fewer than are to be split
-    off; ``path`` is the name of the class.
+    """Return findings for classes without an image in a given split, or with too few for the splits to be made; their
+    ``path`` is the name of the class.
     """
     counts: dict[str, Counter[str | None]] = {}
     for entry in listing.entries:
@@ -346,7 +346,7 @@ def _find_imbalance(division: SplitAssignment) -> list[Finding]:
 def split_by_settings(
     settings: DataSettings, images: ImageSet, class_names: Sequence[str]
 ) -> tuple[dict[str, ImageSet], str]:
-    """A stratified split by ``settings.val``, ``settings.test`` and ``settings.split_seed``, and a sentence on it."""
+    """Return a stratified split by ``settings.val``, ``settings.test`` and ``settings.split_seed``, and its origin."""
     shares = {"val": settings.val, "test": settings.test}
     parts = stratified_split(images.names, images.labels, shares, settings.split_seed, class_names)
     percent = "/".join(f"{100 * share:g}" for share in (1 - settings.val - settings.test, settings.val, settings.test))

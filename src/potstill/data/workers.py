@@ -1,10 +1,10 @@
-"""Processes that decode images which do not fit into memory.
+"""Worker processes that decode images if these do not fit into memory.
 
-They only decode and resize: views are drawn in the main process, so that results cannot depend on their number.
+They only decode and resize; augmentation is done in the main process, so that results do not depend on their number.
 
-Each process has a pipe, over which it receives sample ids and answers with nothing or with an error, and room for its
-next batches in shared memory, which is reserved before it starts.  There is no queue with a thread of its own, and no
-signal handler: a process that dies is noticed where its batch is fetched, and nowhere else.
+Each process has a pipe, over which it receives sample ids and returns None or an error, and slots for its next batches
+in shared memory, which is allocated before it starts.  There is no queue thread and no signal handler: the death of a
+process is noticed when its batch is fetched.
 """
 
 import multiprocessing
@@ -33,7 +33,7 @@ from potstill.distributed.launch import TIMEOUT_VARIABLE, heartbeat_timeout
 from potstill.errors import StorageError, UsageError, WorkerError
 from potstill.formatting import format_names, format_scaled
 
-_AHEAD = 2  # batches that a process decodes before the first of them is fetched
+_AHEAD = 2  # batches that a process decodes ahead
 _LISTED = 3  # images that a message names
 _SHM = Path("/dev/shm")  # nosec B108: where Linux keeps shared memory; containers limit it to 64 MB
 
@@ -45,10 +45,10 @@ class DecodeWorkers:
     Args:
         images: an image set that can be pickled.
         side: R.
-        how: "crop", "pad" or "stretch".
+        resize_mode: "crop", "pad" or "stretch".
         processes: at least 1.
-        batch: images of the largest batch, for which shared memory is reserved at once; None: at the first use.
-        warn: receives a message if shared memory suffices for fewer processes only.
+        batch: size of the largest batch, for which shared memory is allocated at once; None: at the first use.
+        warn: receives a message if shared memory suffices only for fewer processes.
 
     Attributes:
         count: processes for which there is shared memory; 0 only if ``batch`` is given.
@@ -61,13 +61,13 @@ class DecodeWorkers:
         self,
         images: ImageSet,
         side: int,
-        how: str,
+        resize_mode: str,
         processes: int,
         *,
         batch: int | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        self._images, self._side, self._how, self._warn = images, side, how, warn
+        self._images, self._side, self._resize_mode, self._warn = images, side, resize_mode, warn
         self._timeout = heartbeat_timeout()
         self._wanted = self.count = processes
         self._members: list[_WorkerProcess] = []
@@ -77,7 +77,7 @@ class DecodeWorkers:
             self._reserve(batch)
 
     def squares(self, batches: list[list[int]]) -> Iterator[Tensor]:
-        """uint8 [B, 3, R, R] for each batch of sample ids.
+        """Yield uint8 [B, 3, R, R] for each batch of sample ids.
 
         Raises:
             DataError: an image cannot be decoded.
@@ -88,15 +88,15 @@ class DecodeWorkers:
         self._epoch += 1
         epoch, ahead = self._epoch, self.count * _AHEAD
         for position in range(min(ahead, len(batches))):
-            self._order(position, batches)
+            self._submit(position, batches)
         for position, ids in enumerate(batches):
             if epoch != self._epoch:
-                raise UsageError("one loader gives one epoch at a time: a second one has begun before the first ended")
+                raise UsageError("a loader runs one epoch at a time: a second one was started before the first ended")
             member = self._members[position % self.count]
             self._fetch(member)
             found = self._pixels[position % self.count, self._slot(position), : len(ids)].clone()
             if position + ahead < len(batches):
-                self._order(position + ahead, batches)
+                self._submit(position + ahead, batches)
             yield found
 
     def close(self) -> None:
@@ -108,9 +108,9 @@ class DecodeWorkers:
     # shared memory
 
     def _reserve(self, batch: int) -> None:
-        """Take shared memory for as many processes as it suffices for."""
+        """Allocate shared memory for as many processes as it suffices for."""
         each = _AHEAD * batch * 3 * self._side**2
-        self._pixels = self._decoded = torch.empty(0)  # gives back what is held
+        self._pixels = self._decoded = torch.empty(0)  # frees it first
         self.count, free = 0, _free()
         most = self._wanted if free is None else min(self._wanted, free // each)
         for count in range(most, 0, -1):
@@ -134,10 +134,10 @@ class DecodeWorkers:
     # processes
 
     def _start(self, batch: int) -> None:
-        """Have running, idle processes that can take a batch of this size."""
+        """Make sure that idle processes for batches of this size are running."""
         if self._members and batch <= self._pixels.shape[2]:
-            for member in self._members:  # batches of an epoch that was given up
-                while member.orders:
+            for member in self._members:  # batches of an epoch that was not finished
+                while member.pending:
                     self._fetch(member, drop=True)
             return
         self.close()
@@ -156,7 +156,7 @@ class DecodeWorkers:
                 theirs,
                 self._images,
                 self._side,
-                self._how,
+                self._resize_mode,
                 self._pixels[number],
                 self._decoded[number : number + 1],
             )
@@ -172,20 +172,20 @@ class DecodeWorkers:
     def _slot(self, position: int) -> int:
         return position // self.count % _AHEAD
 
-    def _order(self, position: int, batches: list[list[int]]) -> None:
+    def _submit(self, position: int, batches: list[list[int]]) -> None:
         member, ids = self._members[position % self.count], batches[position]
-        member.orders.append(ids)
+        member.pending.append(ids)
         try:
             member.connection.send((self._slot(position), ids))
-        except OSError:  # it is dead: whoever fetches its batch says so
+        except OSError:  # it is dead, which fetching its batch reports
             return
 
     def _fetch(self, member: "_WorkerProcess", *, drop: bool = False) -> None:
-        """Wait until a process has answered its oldest order.
+        """Wait until a process has decoded its oldest batch.
 
         Args:
             member: the process.
-            drop: pass over an error that it answers with.
+            drop: ignore an error.
         """
         number = self._members.index(member)
         decoded, since = -1, time.monotonic()
@@ -193,17 +193,17 @@ class DecodeWorkers:
             ready = wait([member.connection, *(each.process.sentinel for each in self._members)], self._timeout / 10)
             if member.connection in ready:
                 try:
-                    answer = member.connection.recv()
+                    error = member.connection.recv()
                 except (EOFError, OSError):
                     raise self._died(member) from None
-                member.orders.popleft()
-                if answer is not None and not drop:
-                    self.close()  # a traceback would keep this object, and with it the processes
-                    raise answer
+                member.pending.popleft()
+                if error is not None and not drop:
+                    self.close()  # a traceback would keep this object, and with it the processes, alive
+                    raise error
                 return
             if ready:
                 raise self._died(next(each for each in self._members if each.process.sentinel in ready))
-            if (now := int(self._decoded[number])) != decoded:  # slow, but it gets on
+            if (now := int(self._decoded[number])) != decoded:  # slow, but it makes progress
                 decoded, since = now, time.monotonic()
             elif time.monotonic() - since >= self._timeout:
                 raise self._stalled(member)
@@ -227,9 +227,9 @@ class DecodeWorkers:
         )
 
     def _next_images(self, member: "_WorkerProcess") -> str:
-        if not member.orders:
+        if not member.pending:
             return "it had nothing to do"
-        names = [self._images.names[i] for i in member.orders[0]]
+        names = [self._images.names[i] for i in member.pending[0]]
         return f"the next images were {format_names(names, _LISTED)}"
 
 
@@ -237,10 +237,10 @@ class DecodeWorkers:
 class _WorkerProcess:
     process: BaseProcess
     connection: Connection
-    orders: deque[list[int]] = field(default_factory=deque)  # that it has not answered
+    pending: deque[list[int]] = field(default_factory=deque)  # batches in progress
 
     def end(self) -> None:
-        """Nothing that it does is worth waiting for."""
+        """Kill the process."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -253,14 +253,14 @@ def _end_all(owner: int, members: list[_WorkerProcess]) -> None:
 
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """RuntimeError where there is no room: torch takes it from the file system at once."""
-    found = torch.empty(shape, dtype=dtype)
-    found.share_memory_()  # type: ignore[no-untyped-call]
-    return found
+    """Return a tensor in shared memory; RuntimeError if there is too little."""
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return tensor
 
 
 def _free() -> int | None:
-    """Bytes of shared memory that are free; None where the system does not say."""
+    """Return the free bytes of shared memory; None if unknown."""
     try:
         return shutil.disk_usage(_SHM).free
     except OSError:
@@ -277,8 +277,10 @@ def _signal_name(number: int) -> str:
 # in the process
 
 
-def _work(connection: Connection, images: ImageSet, side: int, how: str, pixels: Tensor, decoded: Tensor) -> None:
-    """Decode what is ordered until the main process ends this one."""
+def _work(
+    connection: Connection, images: ImageSet, side: int, resize_mode: str, pixels: Tensor, decoded: Tensor
+) -> None:
+    """Decode batches until the main process ends this one."""
     # Ctrl-C at a terminal reaches every process: the main one finishes its step first, and needs the others for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler
@@ -287,18 +289,18 @@ def _work(connection: Connection, images: ImageSet, side: int, how: str, pixels:
     target, count = pixels.numpy(), decoded.numpy()
     while True:
         slot, ids = connection.recv()
-        answer: BaseException | None = None
+        failure: BaseException | None = None
         try:
-            for place, i in enumerate(ids):
-                target[slot, place] = resize_to_square(images.pixels(i), side, how)
+            for position, i in enumerate(ids):
+                target[slot, position] = resize_to_square(images.pixels(i), side, resize_mode)
                 count += 1
         except BaseException as error:
-            answer = _sendable(error)
-        connection.send(answer)
+            failure = _picklable(error)
+        connection.send(failure)
 
 
-def _sendable(error: BaseException) -> BaseException:
-    """The error, with the place where it arose as a note; another one that quotes it where it cannot be pickled."""
+def _picklable(error: BaseException) -> BaseException:
+    """Return the error with its traceback as a note; if it cannot be pickled, a RuntimeError with its message."""
     where = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))  # nosec B301: what was just dumped

@@ -1,7 +1,6 @@
-"""Teacher outputs read from the cache; what is missing is computed, written to the cache and then used as it was
-written.
+"""Teacher outputs read from the cache; missing ones are computed, written to the cache, and used as encoded there.
 
-So the first epochs, in which the teacher runs, and all later ones train on the same numbers.
+So the first epochs, in which the teacher runs, and all later ones train on the same values.
 """
 
 import contextlib
@@ -19,6 +18,7 @@ from potstill.distillation.distiller import Distiller
 from potstill.distillation.feature_extractor import ForwardOutput
 from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.distillation.teacher_views import TeacherViews
+from potstill.distillation.teachers import Teachers
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError
 from potstill.types import Batch, Outputs
@@ -27,11 +27,11 @@ Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 
-_PendingRecords = tuple[int, int, Ids, Bytes]  # which store, view, sample ids [B], records [B, nbytes]
+_PendingRecords = tuple[int, int, Ids, Bytes]  # position of the cache, view, sample ids [B], records [B, nbytes]
 
 
 class TeacherCacheProtocol(Protocol):
-    """The part of a ``Store`` that is needed here."""
+    """The part of a ``TeacherCache`` that is needed here."""
 
     record: RecordFormat
 
@@ -47,7 +47,7 @@ class TeacherCacheProtocol(Protocol):
 
 
 class NullTeacherCache:
-    """A shelf that keeps nothing: every answer is asked anew, and rounded as its record would be."""
+    """A cache that stores nothing: the teacher always runs, and its outputs are rounded as records would be."""
 
     def __init__(self, record: RecordFormat) -> None:
         self.record = record
@@ -69,7 +69,7 @@ class NullTeacherCache:
 
 
 class SampleSchedule(Protocol):
-    """The part of a ``Loader`` that is needed here: which samples come in which view."""
+    """The part of a ``Loader`` that is needed here: sample ids and view of an epoch's batches."""
 
     def ids_of(self, epoch: int) -> list[Ids]: ...
 
@@ -78,26 +78,27 @@ class SampleSchedule(Protocol):
 
 @dataclass
 class CacheCounts:
-    """Images of which the teacher was asked, and whose answers were read."""
+    """Number of images whose teacher outputs were computed, and read from the cache."""
 
-    asked: int = 0
+    computed: int = 0
     read: int = 0
 
 
 class CachedTeacherOutputs:
-    """Answers for the batches of one split, in the order of its loader.
+    """Teacher outputs for the batches of one split, in the order of its loader.
 
     Args:
-        distiller: whose teachers are asked for what is missing.
-        loader: of the split; tells beforehand which samples come, so that nobody waits for a device to say so.
-        shelves: a store for each teacher; for the second images too where the method needs such.
-        autocast: in which the teachers are asked.
-        warn: is told once if the stores fail; training then goes on with the live teachers, whose answers are rounded
-            as before.
-        training: whether these are the training images, whom a cross-fitted teacher answers by the head of their fold.
-        processes: that share each batch.  One of each machine records what all of them asked, whenever it is to last;
-            each uses at once what it asked itself.
-        views: the images of the split for teachers of another size than the student's; None: there are none such.
+        distiller: holds the teachers, which run if outputs are missing.
+        loader: of the split; gives the sample ids without a read from the device.
+        caches: one for each teacher.
+        second: one for each teacher, for the second images; empty if the method needs none.
+        autocast: context in which the teachers run.
+        warn: called once if a cache fails; training then goes on with the teachers, whose outputs are rounded as
+            before.
+        training: whether these are the training images, for which a cross-fitted teacher uses the folds' heads.
+        processes: the processes that share each batch.  Each uses its own outputs at once; one on each machine writes
+            those of all at ``flush``.
+        views: the images for teachers of another size than the student's; None if there are no such teachers.
     """
 
     def __init__(
@@ -120,114 +121,124 @@ class CachedTeacherOutputs:
         self.second: list[TeacherCacheProtocol] = list(second)
         self.processes = processes
         self.counts = CacheCounts()
-        self.broken = any(isinstance(shelf, NullTeacherCache) for shelf in self.caches)  # nothing is kept
+        self.disabled = any(isinstance(cache, NullTeacherCache) for cache in self.caches)
         self._upcoming_ids: Iterator[Ids] = iter(())
         self._view, self._position = 0, -1
-        self._told: list[_PendingRecords] = []  # what this process has asked and nobody has recorded yet
+        self._pending: list[_PendingRecords] = []  # computed by this process, not written yet
 
     def start_epoch(self, epoch: int, step: int = 0) -> None:
-        """The batches of this epoch come next, the first ``step`` of them left out."""
+        """Start the epoch at its batch number ``step``, from 0."""
         self._upcoming_ids, self._view = iter(self.loader.ids_of(epoch)[step:]), self.loader.view_of(epoch)
         self._position = step - 1
         if self.views is not None:
             self.views.start_epoch(epoch, step)
 
     def __call__(self, batch: Batch) -> Outputs:
-        """The teacher's outputs for the next batch."""
+        """Return the teachers' outputs for the next batch."""
         ids = next(self._upcoming_ids)
         self._position += 1
         assert len(ids) == len(batch)  # the loader's own order
         try:
-            return self._answer(ids, batch)
+            return self._teacher_outputs(ids, batch)
         except (StorageError, ArtifactError) as error:
             self._fall_back(error)
-            return self._answer(ids, batch)
+            return self._teacher_outputs(ids, batch)
 
     def flush(self) -> None:
-        """Make what has been recorded last; all processes at the same time."""
+        """Write records to disk; called by all processes at the same time."""
         if self.processes.several:
-            told = [each for one in self.processes.gather(self._told) for each in one]
-            self._told = []
+            pending = [records for each in self.processes.gather(self._pending) for records in each]
+            self._pending = []
             if self.processes.local_rank == 0:
-                self._record(told)
-        if not self.broken:
+                self._write(pending)
+        if not self.disabled:
             try:
-                for shelf in (*self.caches, *self.second):
-                    shelf.flush()
+                for cache in (*self.caches, *self.second):
+                    cache.flush()
             except (StorageError, ArtifactError) as error:
                 self._fall_back(error)
-        self.processes.highest(0)  # nobody reads on before all is there
+        self.processes.highest(0)  # a barrier: nobody reads before everything is written
 
     def close(self) -> None:
-        """Let others write.  All lasts but what several processes have asked since they last called ``flush``."""
-        for shelf in (*self.caches, *self.second):
+        """Close the caches, so that other processes may write.  Several processes call ``flush`` before."""
+        for cache in (*self.caches, *self.second):
             try:
-                shelf.close()
+                cache.close()
             except (StorageError, ArtifactError) as error:
                 self._fall_back(error)
 
     @torch.no_grad()
-    def _answer(self, ids: Ids, batch: Batch) -> Outputs:
-        said = self._said(self.caches, ids, batch.images)
-        second = self._said(self.second, ids, batch.second) if self.second and batch.second is not None else None
-        return self.distiller.teacher_outputs(said, second)
+    def _teacher_outputs(self, ids: Ids, batch: Batch) -> Outputs:
+        outputs = self._read_or_compute(self.caches, ids, batch.images)
+        if not self.second or batch.second is None:
+            return self.distiller.teacher_outputs(outputs)
+        return self.distiller.teacher_outputs(outputs, self._read_or_compute(self.second, ids, batch.second))
 
-    def _said(self, caches: Sequence[TeacherCacheProtocol], ids: Ids, images: Tensor) -> list[ForwardOutput]:
+    def _read_or_compute(self, caches: Sequence[TeacherCacheProtocol], ids: Ids, images: Tensor) -> list[ForwardOutput]:
         teachers = self.distiller.teacher
-        assert teachers is not None  # or nobody would have made stores
-        known = [shelf.read(self._view, ids) for shelf in caches]
-        missing = ~np.logical_and.reduce([present for _, present in known])
-        if missing.any():
-            own: tuple[Tensor | None, ...] = ()
-            if self.views is not None:
-                found = self.views.at(self._position, torch.from_numpy(ids), self._view)
-                own = found.second if caches is self.second else found.images
-            with self.autocast():
-                index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
-                fresh = teachers.ask(images, own, index)
-            self.counts.asked += len(ids)
-            for place, (shelf, (records, present), said) in enumerate(zip(caches, known, fresh, strict=True)):
-                features = None if said.embedding is None else _to_numpy(said.embedding)
-                told = shelf.record.encode(_to_numpy(said.logits), features)
-                records[~present] = told[~present]
-                if self.processes.several and not self.broken:
-                    which = place + (len(self.caches) if caches is self.second else 0)
-                    self._told.append((which, self._view, ids[~present], told[~present]))
-                else:
-                    shelf.write(self._view, ids[~present], told[~present])
-        else:
+        assert teachers is not None  # caches are opened only for methods with a teacher
+        read = [cache.read(self._view, ids) for cache in caches]
+        if all(present.all() for _, present in read):
             self.counts.read += len(ids)
+        else:
+            self._compute_missing(caches, read, ids, images, teachers)
+            self.counts.computed += len(ids)
         temperature = self.distiller.method.soft_temperature
         outputs = []
-        for shelf, (records, _), network, reader in zip(
-            caches, known, teachers.networks, teachers.readers, strict=True
+        for cache, (records, _), network, extractor in zip(
+            caches, read, teachers.networks, teachers.extractors, strict=True
         ):
-            logits, embedded = shelf.record.decode(records, temperature)
+            logits, embedded = cache.record.decode(records, temperature)
             embedding = None if embedded is None else _to_device(embedded, images.device)
             outputs.append(
-                ForwardOutput(_to_device(logits, images.device), embedding=embedding, head=reader.head(network))
+                ForwardOutput(_to_device(logits, images.device), embedding=embedding, head=extractor.head(network))
             )
         return outputs
 
-    def _record(self, told: Sequence[_PendingRecords]) -> None:
-        """Write what all processes asked."""
-        if self.broken:
+    def _compute_missing(
+        self,
+        caches: Sequence[TeacherCacheProtocol],
+        read: Sequence[tuple[Bytes, NDArray[np.bool_]]],
+        ids: Ids,
+        images: Tensor,
+        teachers: Teachers,
+    ) -> None:
+        """Run the teachers, complete the records in ``read``, and write those that were missing."""
+        prepared: tuple[Tensor | None, ...] = ()
+        if self.views is not None:
+            teacher_images = self.views.at(self._position, torch.from_numpy(ids), self._view)
+            prepared = teacher_images.second if caches is self.second else teacher_images.images
+        with self.autocast():
+            index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
+            outputs = teachers.run(images, prepared, index)
+        for teacher, (cache, (records, present), output) in enumerate(zip(caches, read, outputs, strict=True)):
+            embedding = None if output.embedding is None else _to_numpy(output.embedding)
+            encoded = cache.record.encode(_to_numpy(output.logits), embedding)
+            records[~present] = encoded[~present]
+            if self.processes.several and not self.disabled:
+                position = teacher + (len(self.caches) if caches is self.second else 0)
+                self._pending.append((position, self._view, ids[~present], encoded[~present]))
+            else:
+                cache.write(self._view, ids[~present], encoded[~present])
+
+    def _write(self, pending: Sequence[_PendingRecords]) -> None:
+        if self.disabled:
             return
         try:
-            for which, view, ids, records in told:
-                (*self.caches, *self.second)[which].write(view, ids, records)
+            for position, view, ids, records in pending:
+                (*self.caches, *self.second)[position].write(view, ids, records)
         except (StorageError, ArtifactError) as error:
             self._fall_back(error)
 
     def _fall_back(self, error: Exception) -> None:
-        if not self.broken:
-            self.broken, self._told = True, []
-            for shelf in (*self.caches, *self.second):
+        if not self.disabled:
+            self.disabled, self._pending = True, []
+            for cache in (*self.caches, *self.second):
                 with contextlib.suppress(StorageError, ArtifactError):
-                    shelf.close()
-            self.caches = [NullTeacherCache(shelf.record) for shelf in self.caches]
-            self.second = [NullTeacherCache(shelf.record) for shelf in self.second]
-            self.warn(f"the store of teacher outputs cannot be used, so the teacher is asked in every step: {error}")
+                    cache.close()
+            self.caches = [NullTeacherCache(cache.record) for cache in self.caches]
+            self.second = [NullTeacherCache(cache.record) for cache in self.second]
+            self.warn(f"the teacher cache cannot be used, so the teacher runs in every step: {error}")
 
 
 def _to_numpy(values: Tensor) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""The Distiller: one student, frozen teachers where the method needs them, and the method that joins them."""
+"""The Distiller: one student, frozen teachers if the method needs any, and the method that computes the loss terms."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +90,7 @@ class Distiller(nn.Module):
         if label_loss is not None:
             self.method.use_label_loss(label_loss)
         self.feature_pairs, self.train_labels, self.batch_size = feature_pairs, train_labels, batch_size
-        self.shown = OutputRouter(self.method, max(1, len(networks)))
+        self.router = OutputRouter(self.method, max(1, len(networks)))
         self._ready = not self.method.needs.prepare
         if example is not None or self.method.needs.example or self.method.student_taps or self.method.teacher_taps:
             self._build(example)
@@ -131,10 +131,10 @@ class Distiller(nn.Module):
         names = self.method.label_term_names
         needs = self.method.needs
         if not self.training and (needs.training_only or (needs.several and len(labels) < 2)):
-            said = self.shown.reader.ask(self.student, images)
-            _check_shapes(said.logits, None, labels)
-            return Step(said.logits, self.method.plain_label_terms(said.outputs(), batch), names)
-        self._refuse_missing(batch)
+            output = self.router.extractor.run(self.student, images)
+            _check_shapes(output.logits, None, labels)
+            return Step(output.logits, self.method.plain_label_terms(output.outputs(), batch), names)
+        self._check_inputs(batch)
         student = self._run_student(images, second)
         if teacher is None:
             teacher = self.run_teacher(images, second, index=index if self.training else None)
@@ -146,7 +146,7 @@ class Distiller(nn.Module):
         self,
         images: Tensor,
         second: Tensor | None = None,
-        own: TeacherImages | None = None,
+        teacher_images: TeacherImages | None = None,
         index: Tensor | None = None,
     ) -> Outputs | None:
         """Return the teacher's outputs; None for methods without a teacher.
@@ -154,33 +154,32 @@ class Distiller(nn.Module):
         Args:
             images: [B, 3, H, W], preprocessed for the student.
             second: [B, 3, H, W], for methods that need a second image for each.
-            own: the same images for teachers of another size than the student's, cut from the original pixels; None:
-                such teachers get ``images`` resized.
-            index: [B] sample ids, where these are training images; see ``Teachers.ask``.
+            teacher_images: the same images for teachers of another size than the student's, cropped from the original
+                pixels; None: such teachers get ``images`` resized.
+            index: [B] int64 sample ids, if these are training images; see ``Teachers.run``.
         """
         if self.teacher is None:
             return None
-        said = self.teacher.ask(images, () if own is None else own.images, index)
+        prepared, second_prepared = teacher_images or ((), ())
+        outputs = self.teacher.run(images, prepared, index)
         if second is None or self.method.needs.second == "none":
-            return self.teacher_outputs(said)
+            return self.teacher_outputs(outputs)
         # Another image of the same class has another id, which is not known here.
         second_index = index if self.method.needs.second == "strong" else None
-        return self.teacher_outputs(said, self.teacher.ask(second, () if own is None else own.second, second_index))
+        return self.teacher_outputs(outputs, self.teacher.run(second, second_prepared, second_index))
 
-    def teacher_outputs(self, said: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
+    def teacher_outputs(self, outputs: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
         """Combine the outputs of each teacher, new or cached, into those that the method reads.
 
         Args:
-            said: outputs of each teacher for the images.
+            outputs: outputs of each teacher for the images.
             second: outputs of each teacher for the second images, if the method needs them.
         """
-        assert self.teacher is not None  # somebody said it
-        outputs = self.shown.outputs_of_teachers(self.teacher, said)
-        return (
-            outputs
-            if second is None
-            else attach_second_outputs(outputs, self.shown.outputs_of_teachers(self.teacher, second))
-        )
+        assert self.teacher is not None  # whose outputs these are
+        combined = self.router.teacher_outputs(self.teacher, outputs)
+        if second is None:
+            return combined
+        return attach_second_outputs(combined, self.router.teacher_outputs(self.teacher, second))
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Call before each epoch: number ``epoch``, counted from 0, of ``epochs``; for methods that depend on it."""
@@ -199,7 +198,7 @@ class Distiller(nn.Module):
                 views.start_epoch(0)
             for position, batch in enumerate(batches()):
                 own = None if views is None else views.of(position, batch)
-                outputs = self.run_teacher(batch.images, own=own, index=batch.index)
+                outputs = self.run_teacher(batch.images, teacher_images=own, index=batch.index)
                 assert outputs is not None
                 yield outputs, batch
 
@@ -214,14 +213,18 @@ class Distiller(nn.Module):
     @property
     def table(self) -> str:
         """Which layers of student and teacher are paired, as text; empty for methods that read no hidden layers."""
-        return self.shown.table
+        return self.router.table
 
-    def _refuse_missing(self, batch: Batch) -> None:
+    def _check_inputs(self, batch: Batch) -> None:
         needs, name = self.method.needs, type(self.method).__name__
         if not self._ready:
-            raise UsageError(f"{name} learns from the teacher first: call distiller.prepare(batches) before training")
+            raise UsageError(
+                f"{name} has a pass over the training images first: call distiller.prepare(batches) before training"
+            )
         if needs.index and batch.index is None:
-            raise UsageError(f"{name} remembers samples by their ids: pass index=, [B] positions in the training set")
+            raise UsageError(
+                f"{name} has a memory of the training samples: pass index=, [B] positions in the training set"
+            )
         if needs.second != "none" and batch.second is None:
             what = "another view of each image" if needs.second == "strong" else "for each image one of the same class"
             raise UsageError(f"{name} needs second=, {what}")
@@ -235,58 +238,61 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _build(self, example: Tensor | None) -> None:
         if example is None:
-            raise UsageError(f"{type(self.method).__name__} sizes its adapters by an example: pass example=images")
+            raise UsageError(f"{type(self.method).__name__} sizes its adapters from an example: pass example=images")
         _require_taps(self.method, self.student)
-        self.eval()  # so that the example leaves no trace in BatchNorm
-        self.shown = build_output_router(self.method, self.student, self.teacher, example, self.feature_pairs)
-        sides = self._network_infos(example)
-        if sides[1] is not None:
-            _check_classes(sides[0].outputs.logits, sides[1].outputs.logits)
-        remodelled = self.method.modify_student(self.student, *sides)
-        if remodelled is not self.student:
-            self.student = remodelled.to(example.device).eval()
+        self.eval()  # so that the example does not update BatchNorm statistics
+        self.router = build_output_router(self.method, self.student, self.teacher, example, self.feature_pairs)
+        infos = self._network_infos(example)
+        if infos[1] is not None:
+            _check_classes(infos[0].outputs.logits, infos[1].outputs.logits)
+        modified = self.method.modify_student(self.student, *infos)
+        if modified is not self.student:
+            self.student = modified.to(example.device).eval()
             _freeze_unused_parameters(self.student, example)
             within = [(f"network.{ours}", theirs) for ours, theirs in self.feature_pairs or ()]
-            self.shown = build_output_router(self.method, self.student, self.teacher, example, within)
-            sides = self._network_infos(example)
+            self.router = build_output_router(self.method, self.student, self.teacher, example, within)
+            infos = self._network_infos(example)
         if self.method.needs.index and self.train_labels is None:
-            raise UsageError(f"{type(self.method).__name__} remembers the training set: pass train_labels=, [N] int64")
-        facts = TrainingInfo(sides[0].outputs.logits.shape[1], self.train_labels, self.batch_size)
-        self.method.build(*sides, facts)
+            raise UsageError(
+                f"{type(self.method).__name__} has a memory of the training set: pass train_labels=, [N] int64"
+            )
+        training = TrainingInfo(infos[0].outputs.logits.shape[1], self.train_labels, self.batch_size)
+        self.method.build(*infos, training)
         self.method.to(example.device)
 
     def _network_infos(self, example: Tensor) -> tuple[NetworkInfo, NetworkInfo | None]:
-        fresh = (lambda: _untrained_copy(self.student)) if self.method.needs.peers else None
+        untrained_copy = (lambda: _untrained_copy(self.student)) if self.method.needs.peers else None
         student, teacher = self._run_student(example, None), self.run_teacher(example)
-        feature_pairs = self.shown.feature_pairs
-        own = network_info(student, [[joint.student for joint in each] for each in feature_pairs], fresh=fresh)
+        feature_pairs = self.router.feature_pairs
+        stages = [[pair.student for pair in pairs] for pairs in feature_pairs]
+        student_info = network_info(student, stages, untrained_copy=untrained_copy)
         if teacher is None or self.teacher is None:
-            return own, None
-        stages = [[joint.teacher for joint in each] for each in feature_pairs]
-        return own, network_info(teacher, stages, self.shown.norms(self.teacher))
+            return student_info, None
+        stages = [[pair.teacher for pair in pairs] for pairs in feature_pairs]
+        return student_info, network_info(teacher, stages, self.router.batch_norms(self.teacher))
 
     def _run_student(self, images: Tensor, second: Tensor | None) -> Outputs:
-        outputs = self.shown.outputs_of_student(self.shown.reader.ask(self.student, images))
+        outputs = self.router.student_outputs(self.router.extractor.run(self.student, images))
         if second is None or self.method.needs.second == "none":
             return outputs
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.method.needs.second_gradient):
             return attach_second_outputs(
-                outputs, self.shown.outputs_of_student(self.shown.reader.ask(self.student, second))
+                outputs, self.router.student_outputs(self.router.extractor.run(self.student, second))
             )
 
 
 def _untrained_copy(network: nn.Module) -> nn.Module:
-    """An untrained copy: every layer that knows how draws its parameters anew."""
-    fresh = copy.deepcopy(network)
-    for module in fresh.modules():
+    """Return a copy whose layers have called ``reset_parameters``, if they have it."""
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
-    return fresh.requires_grad_(True)
+    return copied.requires_grad_(True)
 
 
 @torch.enable_grad()
 def _freeze_unused_parameters(network: nn.Module, example: Tensor) -> None:
-    """Layers that a remodelled student no longer uses are not trained: no gradient ever reaches them."""
+    """Freeze layers that a modified student no longer uses: they get no gradient."""
     network(example).sum().backward()
     for parameter in network.parameters():
         if parameter.grad is None:
@@ -310,7 +316,7 @@ def _as_list(value: Any, kind: type) -> list[Any]:
 
 def _input_converters(student: InputSpec | None, teachers: list[InputSpec], count: int) -> list[nn.Module]:
     if (student is None) != (not teachers):
-        raise UsageError("give both student_input and teacher_input, or neither where both networks want the same")
+        raise UsageError("give both student_input and teacher_input, or neither if both networks need the same")
     if student is None:
         return [nn.Identity() for _ in range(count)]
     if len(teachers) != count:
@@ -328,8 +334,8 @@ def _check_shapes(logits: Tensor, teacher: Outputs | None, labels: Tensor) -> No
 def _check_classes(student: Tensor, teacher: Tensor) -> None:
     if teacher.shape != student.shape:
         raise UsageError(
-            f"teacher and student disagree: logits {list(teacher.shape)} and {list(student.shape)}; "
-            "both must know the same classes in the same order"
+            f"teacher and student have different outputs: logits {list(teacher.shape)} and {list(student.shape)}; "
+            "both must have the same classes in the same order"
         )
 
 

@@ -14,7 +14,7 @@ from potstill.types import Head, Outputs, at_least_float32
 
 @dataclass
 class ForwardOutput:
-    """Everything that was read; ``outputs`` shows the part that one method asked for."""
+    """All outputs of one forward pass; ``outputs`` selects those that one method reads."""
 
     logits: Tensor  # [B, K], at least float32
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -23,68 +23,73 @@ class ForwardOutput:
     head: Head | None = None
 
     def outputs(self, stages: tuple[Stage, ...] = (), *, before_activation: bool = False) -> Outputs:
-        """Logits, embedding and head, with the maps of these stages in this order."""
+        """Return logits, embedding and head, with the maps of these stages in this order."""
         maps = tuple(self.maps[stage.path, before_activation] for stage in stages)
         return Outputs(self.logits, self.features, maps, self.embedding, self.head)
 
 
 @dataclass
 class ExtractionRequest:
-    """What to read beside the logits."""
+    """What to read besides the logits."""
 
     after: tuple[Stage, ...] = ()  # maps as the stages put them out
     before: tuple[Stage, ...] = ()  # maps before the stages' last activation
     embedding: str | None = None  # path of the last linear layer, whose input is read
-    head: str | None = None  # path of the last linear layer, whose parameters are shown
+    head: str | None = None  # path of the last linear layer, whose parameters are read
     taps: tuple[str, ...] = ()  # other submodules whose output is read
 
 
 class FeatureExtractor:
-    """Asks a network for logits and whatever else is wanted.  It holds no network, so that copies stay apart."""
+    """Reads logits and the requested features of a network.  Holds no network, so that copies stay independent."""
 
-    def __init__(self, wanted: ExtractionRequest | None = None) -> None:
-        self.wanted = wanted or ExtractionRequest()
-        self.request = FeatureRequest(self.wanted.after, embedding=self.wanted.embedding, taps=self.wanted.taps)
-        self.request_before = FeatureRequest(self.wanted.before, before_activation=True)
+    def __init__(self, request: ExtractionRequest | None = None) -> None:
+        self.request = request or ExtractionRequest()
+        self._after = FeatureRequest(self.request.after, embedding=self.request.embedding, taps=self.request.taps)
+        self._before = FeatureRequest(self.request.before, before_activation=True)
 
     @property
     def reads_maps(self) -> bool:
-        """Whether more than logits, embedding and head is wanted."""
-        return bool(self.wanted.after or self.wanted.before or self.wanted.taps)
+        """Whether more than logits, embedding and head is read."""
+        return bool(self.request.after or self.request.before or self.request.taps)
 
-    def ask(self, network: nn.Module, images: Tensor, how: InferenceSettings | None = None) -> ForwardOutput:
-        """One forward pass.
+    @property
+    def uses_hooks(self) -> bool:
+        """Whether more than logits and head is read."""
+        return self.reads_maps or self.request.embedding is not None
+
+    def run(self, network: nn.Module, images: Tensor, settings: InferenceSettings | None = None) -> ForwardOutput:
+        """Run one forward pass and return what was requested.
 
         Args:
-            network: logits and all else are read from it.
-            images: [B, 3, H, W], as it was trained on.
-            how: it is asked, whatever autocast says around it; None: as that says.
+            network: any module that maps images to logits.
+            images: [B, 3, H, W], preprocessed for the network.
+            settings: precision and layout, independent of an enclosing autocast; None: those of autocast.
 
         Raises:
-            UsageError: not one tensor of logits [B, K].
+            UsageError: the network does not return one tensor of logits [B, K].
         """
-        if how is not None:
-            images = how.images(images)
+        if settings is not None:
+            images = settings.convert_images(images)
         with (
-            nullcontext() if how is None else how.alone(images.device, inference=not self.reads_maps),
-            capture_features(network, self.request) as after,
-            capture_features(network, self.request_before) as before,
+            nullcontext() if settings is None else settings.context(images.device, inference=not self.reads_maps),
+            capture_features(network, self._after) as after,
+            capture_features(network, self._before) as before,
         ):
             logits = network(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UsageError(f"{type(network).__name__} must return logits [B, K], got {shape}")
-        if how is not None and not self.reads_maps:
+        if settings is not None and not self.reads_maps:
             embedding = None if after.embedding is None else clone_as_float32(after.embedding)
             return ForwardOutput(clone_as_float32(logits), embedding=embedding, head=self.head(network))
-        maps = {(stage.path, False): found for stage, found in zip(self.wanted.after, after.maps, strict=True)}
-        maps |= {(stage.path, True): found for stage, found in zip(self.wanted.before, before.maps, strict=True)}
+        maps = {(stage.path, False): output for stage, output in zip(self.request.after, after.maps, strict=True)}
+        maps |= {(stage.path, True): output for stage, output in zip(self.request.before, before.maps, strict=True)}
         return ForwardOutput(at_least_float32(logits), after.features, maps, after.embedding, self.head(network))
 
     def head(self, network: nn.Module) -> Head | None:
-        """The parameters of the network's last linear layer, where they are wanted."""
-        if self.wanted.head is None:
+        """Return the parameters of the network's last linear layer; None if they are not requested."""
+        if self.request.head is None:
             return None
-        linear = network.get_submodule(self.wanted.head)
-        assert isinstance(linear, nn.Linear)  # that is how it was found
+        linear = network.get_submodule(self.request.head)
+        assert isinstance(linear, nn.Linear)  # find_stages returns no other
         return Head(linear.weight, linear.bias)

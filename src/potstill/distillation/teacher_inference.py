@@ -1,9 +1,9 @@
 """Faster inference of a frozen network: BatchNorm folded into the layer before it, weights in bf16, faster forms of a
-few CPU layers, and no autograd records.
+few CPU layers, and no autograd.
 
 CPU layers, measured on two cores with AVX512-BF16, one thread, 128 images in bf16 and channels_last: a 1x1 convolution
-of 4096 channels on maps of one position (VGG's second fully connected layer in timm) takes 111 ms and as a matrix
-product 10 ms; a 2x2 maximum over 64 x 64 x 64 takes 39 ms and as two maxima of halves 8 ms.
+of 4096 channels on maps of 1x1 (VGG's second fully connected layer in timm) takes 111 ms and as a matrix
+product 10 ms; a 2x2 maximum over 64 x 64 x 64 takes 39 ms and as two element-wise maxima 8 ms.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def use_fast_cpu_layers(network: nn.Module) -> None:
-    """Let the layers of a frozen network compute in the faster form where there is one; nothing else changes."""
+    """Replace, in place, the classes of layers that have a faster CPU form; parameters and outputs stay."""
     for module in network.modules():
         if type(module) is nn.Conv2d and _is_pointwise(module):
             module.__class__ = _PointwiseConv
@@ -34,13 +34,13 @@ def use_fast_cpu_layers(network: nn.Module) -> None:
 
 
 class _PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution that is a matrix product where the map has one place (squeeze-and-excitation, too)."""
+    """A 1x1 convolution that is a matrix product if the map is 1x1 (as in squeeze-and-excitation)."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.ndim == 4 and input.shape[-2:] == (1, 1):
             return F.linear(input.flatten(1), weight.flatten(1), bias)[..., None, None]
-        found: Tensor = super()._conv_forward(input, weight, bias)
-        return found
+        output: Tensor = super()._conv_forward(input, weight, bias)
+        return output
 
 
 class _HalvingPool(nn.MaxPool2d):
@@ -48,8 +48,8 @@ class _HalvingPool(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim != 4 or input.shape[-2] % 2 or input.shape[-1] % 2:
-            found: Tensor = super().forward(input)
-            return found
+            output: Tensor = super().forward(input)
+            return output
         rows = torch.maximum(input[:, :, ::2], input[:, :, 1::2])
         return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
@@ -74,43 +74,43 @@ FoldableLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 @torch.no_grad()
 def fold_batch_norms(network: nn.Module, images: Tensor) -> int:
-    """Fold in place what one forward pass shows to be foldable; the network must be in eval mode, in float32.
+    """Fold BatchNorms in place into the layers before them; the network must be in eval mode, in float32.
 
-    A BatchNorm goes where its input is the very output of a layer that was called once, nothing else used that output,
-    and the layer with other weights gives the same numbers.  What such a module does besides (timm's activate, too)
-    stays.
+    One forward pass finds them.  A BatchNorm is folded if its input is the output of a layer that was called once, no
+    other operation used that output, and the fused layer gives the same output.  What such a module does besides
+    (timm's has an activation) stays.
 
     Args:
-        network: changed.
-        images: a few like those to come.
+        network: changed in place.
+        images: a few typical inputs.
 
     Returns:
-        How many are gone.  The caller compares the whole network with the one before.
+        Number of folded BatchNorms.  The caller compares the whole network with the original.
     """
-    found = _BatchNormTracer(network)
+    tracer = _BatchNormTracer(network)
     with ExitStack() as hooks:
-        found.attach(hooks)
-        with found:
+        tracer.attach(hooks)
+        with tracer:
             network(images)
-    folded = [pair for pair in found.pairs if found.foldable(pair)]
+    folded = [pair for pair in tracer.pairs if tracer.is_foldable(pair)]
     for pair in folded:
         pair.layer.weight, pair.layer.bias = _fused_parameters(pair.layer, pair.norm)
-        network.set_submodule(pair.path, _remaining_modules(pair.norm), strict=True)
+        network.set_submodule(pair.path, _without_normalisation(pair.norm), strict=True)
     return len(folded)
 
 
 def nearly_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether they are the same but for float32's rounding."""
+    """Return whether both are equal up to rounding in float32 (in TF32 on a GPU)."""
     allowed = (_TOLERANCE_ON_GPU if one.is_cuda else _TOLERANCE) * float(other.abs().max())
     return one.shape == other.shape and float((one - other).abs().max()) <= allowed
 
 
 @dataclass(eq=False)
 class _LayerOutput:
-    """What a layer put out."""
+    """The output of one call of a layer."""
 
     layer: FoldableLayer
-    given: Tensor
+    input: Tensor
     output: "weakref.ref[Tensor]"
     used_elsewhere: bool = False
 
@@ -120,33 +120,33 @@ class _LayerAndNorm:
     layer: FoldableLayer
     norm: _BatchNorm
     path: str  # of the BatchNorm
-    made: _LayerOutput
+    output: _LayerOutput
 
 
 class _BatchNormTracer(TorchFunctionMode):
-    """One forward pass: which BatchNorm reads which layer's output, and what else reads it."""
+    """Records in one forward pass which BatchNorm reads which layer's output, and whether anything else reads it."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.pairs: list[_LayerAndNorm] = []
         self.calls: Counter[nn.Module] = Counter()
-        self.made: dict[int, _LayerOutput] = {}
-        self.latest: tuple[_LayerOutput, Tensor] | None = None  # of the last layer; keeps alive what the check needs
-        self.normalised: Tensor | None = None  # what a BatchNorm is reading now
+        self.outputs: dict[int, _LayerOutput] = {}  # by id of the tensor
+        self.latest: tuple[_LayerOutput, Tensor] | None = None  # of the last layer; keeps the tensor alive
+        self.norm_input: Tensor | None = None  # of the BatchNorm that is running
 
     def attach(self, hooks: ExitStack) -> None:
-        """Watch the layers until the block ends."""
+        """Register the hooks, to be removed by the stack."""
         for path, module in self.network.named_modules():
             if isinstance(module, _FOLDABLE_LAYERS):
-                hooks.callback(module.register_forward_hook(self._layer).remove)
+                hooks.callback(module.register_forward_hook(self._after_layer).remove)
             elif isinstance(module, _BatchNorm):
                 hooks.callback(module.register_forward_pre_hook(self._before_norm).remove)
-                hooks.callback(module.register_forward_hook(self._norm_at(path)).remove)
+                hooks.callback(module.register_forward_hook(self._after_norm(path)).remove)
 
-    def foldable(self, pair: _LayerAndNorm) -> bool:
-        """Known once the pass is over."""
-        return self.calls[pair.layer] == self.calls[pair.norm] == 1 and not pair.made.used_elsewhere
+    def is_foldable(self, pair: _LayerAndNorm) -> bool:
+        """Return whether a pair can be folded; valid after the forward pass."""
+        return self.calls[pair.layer] == self.calls[pair.norm] == 1 and not pair.output.used_elsewhere
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -154,40 +154,40 @@ class _BatchNormTracer(TorchFunctionMode):
         """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if any(True for _ in _tensors((result,))):  # a question for shape or device is no use
+        if any(True for _ in _tensors((result,))):  # reading a shape or device is no use
             for tensor in _tensors((*args, *kwargs.values())):
-                made = self.made.get(id(tensor))
-                if made is not None and made.output() is tensor and tensor is not self.normalised:
+                made = self.outputs.get(id(tensor))
+                if made is not None and made.output() is tensor and tensor is not self.norm_input:
                     made.used_elsewhere = True
         return result
 
-    def _layer(self, layer: FoldableLayer, args: tuple[Any, ...], output: Any) -> None:
+    def _after_layer(self, layer: FoldableLayer, args: tuple[Any, ...], output: Any) -> None:
         self.calls[layer] += 1
         if isinstance(output, Tensor) and len(args) == 1:
             made = _LayerOutput(layer, args[0], weakref.ref(output))
-            self.made[id(output)], self.latest = made, (made, output)
+            self.outputs[id(output)], self.latest = made, (made, output)
 
     def _before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        self.normalised = args[0] if args else None
+        self.norm_input = args[0] if args else None
 
-    def _norm_at(self, path: str) -> Callable[[_BatchNorm, tuple[Any, ...], Any], None]:
+    def _after_norm(self, path: str) -> Callable[[_BatchNorm, tuple[Any, ...], Any], None]:
         def hook(norm: _BatchNorm, args: tuple[Any, ...], output: Any) -> None:
             self.calls[norm] += 1
-            self.normalised = None
+            self.norm_input = None
             latest, self.latest = self.latest, None
             if latest is None or not args or args[0] is not latest[1]:
                 return
             made = latest[0]
-            if _replaceable(made.layer, norm) and _fused_layer_agrees(made, norm, output):
+            if _can_fuse(made.layer, norm) and _fused_layer_agrees(made, norm, output):
                 self.pairs.append(_LayerAndNorm(made.layer, norm, path, made))
 
         return hook
 
 
-def _replaceable(layer: FoldableLayer, norm: _BatchNorm) -> bool:
-    wide = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+def _can_fuse(layer: FoldableLayer, norm: _BatchNorm) -> bool:
+    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     parameters = [name for name, _ in layer.named_parameters()]  # others belong to a parametrization
-    return wide == norm.num_features and norm.running_var is not None and set(parameters) <= {"weight", "bias"}
+    return width == norm.num_features and norm.running_var is not None and set(parameters) <= {"weight", "bias"}
 
 
 def _fused_layer_agrees(made: _LayerOutput, norm: _BatchNorm, output: Tensor) -> bool:
@@ -195,7 +195,7 @@ def _fused_layer_agrees(made: _LayerOutput, norm: _BatchNorm, output: Tensor) ->
     weight, bias = layer.weight, layer.bias
     try:
         layer.weight, layer.bias = _fused_parameters(layer, norm)
-        return nearly_equal(_remaining_modules(norm)(layer.forward(made.given)), output)
+        return nearly_equal(_without_normalisation(norm)(layer.forward(made.input)), output)
     finally:
         layer.weight, layer.bias = weight, bias
 
@@ -203,8 +203,8 @@ def _fused_layer_agrees(made: _LayerOutput, norm: _BatchNorm, output: Tensor) ->
 def _fused_parameters(layer: FoldableLayer, norm: _BatchNorm) -> tuple[nn.Parameter, nn.Parameter]:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    join = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-    weight, bias = join(
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    weight, bias = fuse(
         layer.weight.double(),
         None if layer.bias is None else layer.bias.double(),
         norm.running_mean.double(),
@@ -216,8 +216,8 @@ def _fused_parameters(layer: FoldableLayer, norm: _BatchNorm) -> tuple[nn.Parame
     return tuple(nn.Parameter(each.to(layer.weight.dtype), requires_grad=False) for each in (weight, bias))  # type: ignore[return-value]
 
 
-def _remaining_modules(norm: _BatchNorm) -> nn.Module:
-    """What the module does besides normalising: timm's drops and activates."""
+def _without_normalisation(norm: _BatchNorm) -> nn.Module:
+    """Return what the module does besides normalising: timm's has dropout and activation."""
     more = [each for each in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(each, nn.Module)]
     return nn.Sequential(*more) if more else nn.Identity()
 
@@ -230,21 +230,21 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-MIN_AGREEMENT = 0.98  # with float32's top class; below, bf16 is not worth its speed
-_FOLDING_IMAGES = 2  # images, for what can be folded
-_COMPARISON_BATCH_SIZE = 32  # images, for the agreement
+MIN_AGREEMENT = 0.98  # share of images with the same top class as float32, from which bf16 is used
+_FOLDING_IMAGES = 2  # to find the BatchNorms that can be folded
+_COMPARISON_BATCH_SIZE = 32
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "float16"}
 _MEMORY_FORMAT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_format: "contiguous"}
 
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """How a frozen network is asked, whatever autocast says around it.
+    """Precision and layout in which a frozen network runs, independent of an enclosing autocast.
 
     Attributes:
-        dtype: of its weights and of the images that it gets; its answers come in float32.
+        dtype: of weights and images; outputs are float32.
         memory_format: of weights and images.
-        folded: how many BatchNorms are gone.
+        folded: number of folded BatchNorms.
     """
 
     dtype: torch.dtype = torch.float32
@@ -252,22 +252,20 @@ class InferenceSettings:
     folded: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """All that decides how answers are rounded, as values that JSON knows."""
+        """Return everything that determines how outputs are rounded, as JSON values."""
         layout = _MEMORY_FORMAT_NAMES.get(self.memory_format, "contiguous")
         return {"precision": _DTYPE_NAMES.get(self.dtype, str(self.dtype)), "folded": self.folded, "layout": layout}
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> "InferenceSettings":
-        """The way back from ``facts``.
+        """Return the settings whose ``facts`` these are.
 
         Example:
             >>> InferenceSettings.of(InferenceSettings(torch.bfloat16, torch.channels_last, 3).facts())
             InferenceSettings(dtype=torch.bfloat16, memory_format=torch.channels_last, folded=3)
         """
-        dtypes, layouts = (
-            {word: each for each, word in _DTYPE_NAMES.items()},
-            {word: each for each, word in _MEMORY_FORMAT_NAMES.items()},
-        )
+        dtypes = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+        layouts = {name: layout for layout, name in _MEMORY_FORMAT_NAMES.items()}
         return cls(dtypes[facts["precision"]], layouts[facts["layout"]], facts["folded"])
 
     def __str__(self) -> str:
@@ -276,42 +274,42 @@ class InferenceSettings:
         words += ["channels_last"] if self.memory_format == torch.channels_last else []
         return ", ".join(words)
 
-    def images(self, images: Tensor) -> Tensor:
-        """As the network wants them."""
+    def convert_images(self, images: Tensor) -> Tensor:
+        """Return the images in ``dtype`` and ``memory_format``."""
         return images.to(dtype=self.dtype, memory_format=self.memory_format)
 
     @contextmanager
-    def alone(self, device: torch.device, *, inference: bool = True) -> Iterator[None]:
-        """Around the network's forward pass; what comes out of it must be ``clone_as_float32`` afterwards, outside.
+    def context(self, device: torch.device, *, inference: bool = True) -> Iterator[None]:
+        """Run the network's forward pass within the block; apply ``clone_as_float32`` to its outputs after the block.
 
         Args:
             device: of the images.
-            inference: without autograd's books; where False, nothing needs to be ``clone_as_float32``.
+            inference: use ``torch.inference_mode``; if False, ``torch.no_grad``, which needs no ``clone_as_float32``.
         """
         with torch.autocast(device.type, enabled=False), torch.inference_mode() if inference else torch.no_grad():
             yield
 
     def logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        """What the network says, float32 [B, K]."""
-        images = self.images(images)
-        with self.alone(images.device):
+        """Return the network's logits [B, K] in float32."""
+        images = self.convert_images(images)
+        with self.context(images.device):
             logits: Tensor = network(images)
         return clone_as_float32(logits)
 
 
 def clone_as_float32(values: Tensor) -> Tensor:
-    """A float32 copy that can be saved for a backward pass, which no tensor of inference mode can."""
+    """Return a float32 copy that autograd can save for backward, unlike a tensor of inference mode."""
     return values.to(torch.float32, copy=True)
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far a converted network is from the one it was made of.
+    """Difference between a converted network and its original.
 
     Attributes:
         agreement: share of images with the same top class.
-        largest: of all differences of two logits; infinite where one of them is no number.
-        images: how many were compared.
+        largest: largest absolute difference of two logits; infinite if one of them is NaN.
+        images: number of images that were compared.
     """
 
     agreement: float
@@ -320,38 +318,41 @@ class Fidelity:
 
 
 @torch.no_grad()
-def measure_fidelity(network: nn.Module, how: InferenceSettings, reference: nn.Module, images: Tensor) -> Fidelity:
-    """Ask both of the same images.
+def measure_fidelity(network: nn.Module, settings: InferenceSettings, reference: nn.Module, images: Tensor) -> Fidelity:
+    """Compare the logits of both networks for the same images.
 
     Args:
-        network: asked as ``how`` says.
-        how: see there.
-        reference: in float32.
-        images: [N, 3, H, W] for both.
+        network: the converted network.
+        settings: in which ``network`` runs.
+        reference: runs in float32.
+        images: [N, 3, H, W], for both.
     """
-    same, largest, plain = 0, 0.0, InferenceSettings(memory_format=how.memory_format)
+    same, largest, plain = 0, 0.0, InferenceSettings(memory_format=settings.memory_format)
     for start in range(0, len(images), _COMPARISON_BATCH_SIZE):
         some = images[start : start + _COMPARISON_BATCH_SIZE]
-        ours, theirs = how.logits(network, some), plain.logits(reference, some)
-        whole = (ours.isfinite() == theirs.isfinite()).all(dim=1)
-        same += int(((ours.argmax(dim=1) == theirs.argmax(dim=1)) & whole).sum())
-        largest = max(largest, float((ours - theirs).abs().nan_to_num(nan=math.inf).max()))
+        logits, expected = settings.logits(network, some), plain.logits(reference, some)
+        comparable = (logits.isfinite() == expected.isfinite()).all(dim=1)
+        same += int(((logits.argmax(dim=1) == expected.argmax(dim=1)) & comparable).sum())
+        largest = max(largest, float((logits - expected).abs().nan_to_num(nan=math.inf).max()))
     return Fidelity(same / len(images), largest, len(images))
 
 
 def convert_for_inference(
     network: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format, images: Tensor
 ) -> tuple[nn.Module, InferenceSettings]:
-    """A frozen copy with other weights; ``network`` stays as it is.
+    """Return a frozen, converted copy and the settings to run it; ``network`` is not changed.
 
-    Its last linear layer stays in float32, since logits in bf16 keep three digits; so do BatchNorms that cannot be
+    The last linear layer stays in float32, since logits in bf16 have three digits; so do BatchNorms that cannot be
     folded.
 
     Args:
         network: in eval mode and float32, on its device.
         dtype: of the copy's weights.
-        memory_format: likewise.
-        images: a few that the network knows how to read, [N, 3, H, W].
+        memory_format: of the copy's weights.
+        images: a few inputs of the network, [N, 3, H, W].
+
+    Raises:
+        Exception: whatever the network raises in this dtype.
     """
     few = images[:_FOLDING_IMAGES].to(memory_format=memory_format)
     plain = InferenceSettings(memory_format=memory_format)
@@ -363,14 +364,14 @@ def convert_for_inference(
     copied.to(memory_format=memory_format)
     if not few.is_cuda:
         use_fast_cpu_layers(copied)
-    how = InferenceSettings(dtype, memory_format, folded)
-    how.logits(copied, few)  # what cannot be computed in this dtype says so now
-    return copied.requires_grad_(False).eval(), how
+    settings = InferenceSettings(dtype, memory_format, folded)
+    settings.logits(copied, few)  # raises now what cannot be computed in this dtype
+    return copied.requires_grad_(False).eval(), settings
 
 
 def _copy_and_fold(network: nn.Module, images: Tensor, plain: InferenceSettings) -> tuple[nn.Module, int]:
     copied = copy.deepcopy(network)
-    # Networks of others: one that looks into its BatchNorm from outside fails in any way it likes.
+    # A foreign network that accesses its BatchNorm from outside may raise anything.
     with contextlib.suppress(Exception):
         with torch.autocast(images.device.type, enabled=False):
             folded = fold_batch_norms(copied, images)
@@ -382,14 +383,14 @@ def _copy_and_fold(network: nn.Module, images: Tensor, plain: InferenceSettings)
 
 
 class _FloatLinear(nn.Linear):
-    """A linear layer that computes in float32, whatever it is given."""
+    """A linear layer that computes in float32, whatever the dtype of its input."""
 
     @classmethod
     def of(cls, layer: nn.Module) -> "_FloatLinear":
         assert isinstance(layer, nn.Linear)
-        found = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        found.weight, found.bias = layer.weight, layer.bias
-        return found
+        linear = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        return linear
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input.float(), self.weight, self.bias)
@@ -397,22 +398,22 @@ class _FloatLinear(nn.Linear):
 
 @torch.no_grad()
 def _last_linear(network: nn.Module, images: Tensor) -> str | None:
-    """Path of the linear layer whose output is the network's own."""
+    """Return the path of the linear layer whose output is the network's; None if there is none."""
     found: list[tuple[str, Tensor]] = []
 
-    def at(path: str) -> Callable[[nn.Linear, tuple[Any, ...], Any], None]:
+    def hook_for(path: str) -> Callable[[nn.Linear, tuple[Any, ...], Any], None]:
         def hook(layer: nn.Linear, args: tuple[Any, ...], output: Any) -> None:
             if (
                 args
                 and isinstance(output, Tensor)
                 and nearly_equal(F.linear(args[0], layer.weight, layer.bias), output)
             ):
-                found.append((path, output))  # a class of its own may compute something else
+                found.append((path, output))  # a subclass may compute something else
 
         return hook
 
     handles = [
-        module.register_forward_hook(at(path))
+        module.register_forward_hook(hook_for(path))
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear)
     ]
@@ -425,15 +426,15 @@ def _last_linear(network: nn.Module, images: Tensor) -> str | None:
 
 
 def _cast_to_dtype(network: nn.Module, dtype: torch.dtype) -> None:
-    lowered: dict[int, nn.Parameter] = {}  # what is shared stays shared
+    converted: dict[int, nn.Parameter] = {}  # shared parameters stay shared
     for module in network.modules():
         if isinstance(module, (_BatchNorm, _FloatLinear)):
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_floating_point():
-                if id(parameter) not in lowered:
-                    lowered[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-                module._parameters[name] = lowered[id(parameter)]
+                if id(parameter) not in converted:
+                    converted[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                module._parameters[name] = converted[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)

@@ -24,30 +24,31 @@ CombineMode = Literal["logits", "probabilities"]
 
 @dataclass(frozen=True)
 class InferenceConversion:
-    """What became of one teacher.
+    """Result of ``Teachers.optimize_one_for_inference``.
 
     Attributes:
-        how: it is asked from now on; None: as autocast says, as before.
-        fidelity: of the converted network to the float32 one; None where there was nothing to compare.
-        note: for people.
+        settings: precision and layout in which the teacher runs from now on; None: those of autocast, as before.
+        fidelity: of the converted network to the float32 one; None if nothing was compared.
+        note: what was done, or why not, as text.
     """
 
-    how: InferenceSettings | None
+    settings: InferenceSettings | None
     fidelity: Fidelity | None
     note: str
 
 
 class Teachers(nn.Module):
-    """Frozen networks whose answers are combined.
+    """Frozen networks whose outputs are combined.
 
     Args:
-        networks: M of them; each maps its own kind of images to logits [B, K], the same classes in the same order.
-        converts: for each, what makes its images of the student's.
-        weights: for each, its share in the combination; equal where None.
-        combine: mean the "logits", or the "probabilities" (whose logarithms are the logits then).
+        networks: M networks; each maps images preprocessed for it to logits [B, K], the same classes in the same order.
+        input_converters: one for each network; converts the student's images to its input.
+        weights: of each network in the combination; None: equal.
+        combine: whether the "logits" or the "probabilities" are averaged; the combined logits are then the logarithms
+            of the probabilities.
 
     Raises:
-        UsageError: weights that are not one number of at least 0 for each, or all 0; an unknown combination.
+        UsageError: weights that are not one number of at least 0 for each network, or all 0; an unknown ``combine``.
     """
 
     def __init__(
@@ -61,13 +62,13 @@ class Teachers(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(network.requires_grad_(False) for network in networks)
         self.input_converters = nn.ModuleList(input_converters)
-        self.readers = [FeatureExtractor() for _ in self.networks]
-        self.fold_heads = nn.ModuleDict()  # of those that are cross-fitted, by their position
-        self.asking: list[InferenceSettings | None] = [None] * len(self.networks)  # how; None: as autocast says
+        self.extractors = [FeatureExtractor() for _ in self.networks]
+        self.fold_heads = nn.ModuleDict()  # of the cross-fitted teachers, by position
+        self.inference_settings: list[InferenceSettings | None] = [None] * len(self.networks)  # None: those of autocast
         if combine not in ("logits", "probabilities"):
-            raise UsageError(f"teachers are combined by logits or probabilities, got {combine!r}")
+            raise UsageError(f"combine must be 'logits' or 'probabilities', got {combine!r}")
         self.combine = combine
-        self._shows_embedding: dict[int, bool] = {}
+        self._returns_embedding: dict[int, bool] = {}
         shares = [1.0] * len(self.networks) if weights is None else list(weights)
         if len(shares) != len(self.networks) or min(shares) < 0 or sum(shares) <= 0:
             raise UsageError(f"give each of the {len(self.networks)} teachers a weight of at least 0, got {shares}")
@@ -78,57 +79,57 @@ class Teachers(nn.Module):
         return len(self.networks)
 
     def train(self, mode: bool = True) -> "Teachers":
-        """Always eval mode: BatchNorm statistics of a teacher must not drift, and its dropout must rest."""
+        """Keep eval mode, whatever ``mode``: BatchNorm statistics must not change, nor dropout be active."""
         return super().train(False)
 
-    def cross_fit(self, at: int, heads: FoldHeads) -> None:
-        """Let one of them answer training images by heads that have not seen their labels."""
-        reader = self.readers[at]
-        self.readers[at] = FeatureExtractor(replace(reader.wanted, embedding=heads.layer))
-        self.fold_heads[str(at)] = heads
-        self._shows_embedding[at] = reader.wanted.embedding is not None
+    def use_fold_heads(self, position: int, heads: FoldHeads) -> None:
+        """Compute one teacher's logits of training images by heads that were fitted without their labels."""
+        request = self.extractors[position].request
+        self.extractors[position] = FeatureExtractor(replace(request, embedding=heads.layer))
+        self.fold_heads[str(position)] = heads
+        self._returns_embedding[position] = request.embedding is not None
 
     @torch.no_grad()
-    def ask(
-        self, images: Tensor, own: Sequence[Tensor | None] = (), index: Tensor | None = None
+    def run(
+        self, images: Tensor, prepared: Sequence[Tensor | None] = (), index: Tensor | None = None
     ) -> list[ForwardOutput]:
-        """The outputs of each.
+        """Return the outputs of each teacher.
 
         Args:
-            images: [B, 3, H, W], prepared for the student.
-            own: for each teacher the same images prepared for it, at its own size; None, or an empty sequence:
-                ``images``, converted.
-            index: [B] int64 sample ids, where these are training images: a cross-fitted teacher then answers each by
-                the head of its fold.
+            images: [B, 3, H, W], preprocessed for the student.
+            prepared: for each teacher the same images preprocessed for it, at its own size; None, or an empty
+                sequence: ``images``, converted.
+            index: [B] int64 sample ids, if these are training images: a cross-fitted teacher then uses for each the
+                head of its fold.
 
         Raises:
-            UsageError: they know different numbers of classes.
+            UsageError: the teachers have different numbers of classes.
         """
-        if any(module.training for module in self.networks.modules()):  # somebody has called train() on a teacher
+        if any(module.training for module in self.networks.modules()):  # after train() was called on a teacher
             self.train()
-        said = [
-            reader.ask(network, converted(images) if prepared is None else prepared, how)
-            for network, converted, prepared, reader, how in zip(
+        outputs = [
+            extractor.run(network, convert(images) if own is None else own, settings)
+            for network, convert, own, extractor, settings in zip(
                 self.networks,
                 self.input_converters,
-                own or [None] * len(self.networks),
-                self.readers,
-                self.asking,
+                prepared or [None] * len(self.networks),
+                self.extractors,
+                self.inference_settings,
                 strict=True,
             )
         ]
-        said = [self._cross_fitted(at, one, index) for at, one in enumerate(said)]
-        classes = sorted({one.logits.shape[1] for one in said})
+        outputs = [self._apply_fold_heads(position, output, index) for position, output in enumerate(outputs)]
+        classes = sorted({output.logits.shape[1] for output in outputs})
         if len(classes) > 1:
-            raise UsageError(f"the teachers know different numbers of classes: {classes}")
-        return said
+            raise UsageError(f"the teachers have different numbers of classes: {classes}")
+        return outputs
 
-    def combined(self, said: list[ForwardOutput]) -> Tensor:
-        """Their common logits [B, K]."""
-        if len(said) == 1:
-            return said[0].logits
-        stacked = torch.stack([one.logits for one in said])
-        # Made on a GPU, they would be waited for.
+    def combine_logits(self, outputs: list[ForwardOutput]) -> Tensor:
+        """Return the combined logits [B, K]."""
+        if len(outputs) == 1:
+            return outputs[0].logits
+        stacked = torch.stack([output.logits for output in outputs])
+        # Created on the CPU: creating it on a GPU would synchronise.
         shares = torch.tensor(self.shares, dtype=stacked.dtype).to(stacked.device, non_blocking=True).view(-1, 1, 1)
         if self.combine == "logits":
             return (shares * stacked).sum(dim=0)
@@ -137,101 +138,104 @@ class Teachers(nn.Module):
     def optimize_for_inference(
         self, dtype: torch.dtype, memory_format: torch.memory_format, example: Tensor
     ) -> list[str]:
-        """Put faster copies in the teachers' places, where these agree with them; the originals are let go, unchanged.
+        """Replace teachers by faster copies if these agree with them; the original modules are not modified.
 
-        BatchNorm is folded, weights are of another dtype, and autograd keeps no books.  Teachers whose maps are read
-        stay as they are.
+        BatchNorm is folded, weights are converted to ``dtype``, and autograd records nothing.  Teachers whose feature
+        maps are read are kept.
 
         Args:
-            dtype: of the weights: bfloat16 where the hardware is fast in it, else float32.
+            dtype: of the weights: bfloat16 if the hardware is fast in it, else float32.
             memory_format: of weights and images.
-            example: images prepared for the student, [N, 3, H, W]; on all of them the copies must agree.
+            example: images preprocessed for the student, [N, 3, H, W], on which copy and original are compared.
 
         Returns:
-            For people, of each teacher: what was done, or why not.
+            For each teacher what was done, or why not, as text.
         """
         return [
-            self.optimize_one_for_inference(at, dtype, memory_format, converted(example)).note
-            for at, converted in enumerate(self.input_converters)
+            self.optimize_one_for_inference(position, dtype, memory_format, convert(example)).note
+            for position, convert in enumerate(self.input_converters)
         ]
 
     @torch.no_grad()
     def optimize_one_for_inference(
         self,
-        at: int,
+        position: int,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
         example: Tensor,
         *,
-        least: float = MIN_AGREEMENT,
-        known: Fidelity | None = None,
+        min_agreement: float = MIN_AGREEMENT,
+        fidelity: Fidelity | None = None,
     ) -> InferenceConversion:
-        """The same for one of them.
+        """Replace one teacher by a faster copy if it agrees with the original.
 
         Args:
-            at: which.
-            dtype: see ``hasten``.
-            memory_format: see ``hasten``.
-            example: images prepared for this teacher, [N, 3, H, W]; a few suffice where ``known`` is given.
-            least: agreement with which the copy takes the teacher's place.
-            known: what a comparison on these images gave before; it is not made again.
+            position: of the teacher.
+            dtype: see ``optimize_for_inference``.
+            memory_format: see ``optimize_for_inference``.
+            example: images preprocessed for this teacher, [N, 3, H, W]; a few suffice if ``fidelity`` is given.
+            min_agreement: share of images with the same top class from which the copy is used.
+            fidelity: of an earlier comparison on these images, which is then not repeated.
         """
-        network = self.networks[at]
-        if reason := self._reason_to_keep(at):
-            return InferenceConversion(self.asking[at], None, reason)
-        if known is not None and not known.agreement >= least:
-            return self._kept(at, dtype, memory_format, known)
+        network = self.networks[position]
+        if reason := self._reason_to_keep(position):
+            return InferenceConversion(self.inference_settings[position], None, reason)
+        if fidelity is not None and not fidelity.agreement >= min_agreement:
+            return self._keep_float32(position, dtype, memory_format, fidelity)
         try:
-            copied, how = convert_for_inference(network, dtype, memory_format, example)
-            found = known or measure_fidelity(copied, how, network, example)
-        except Exception as error:  # in another dtype, networks of others fail in any way they like
-            self.in_float32(at, memory_format)
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return InferenceConversion(
-                self.asking[at], None, f"asked in float32, since it could not be converted: {why}"
-            )
-        if not found.agreement >= least:
-            return self._kept(at, dtype, memory_format, found)
-        head = self.readers[at].head(copied)
+            copied, settings = convert_for_inference(network, dtype, memory_format, example)
+            fidelity = fidelity or measure_fidelity(copied, settings, network, example)
+        except Exception as error:  # a foreign network may raise anything in another dtype
+            float32 = self.use_float32(position, memory_format)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return InferenceConversion(float32, None, f"runs in float32, since it could not be converted: {reason}")
+        if not fidelity.agreement >= min_agreement:
+            return self._keep_float32(position, dtype, memory_format, fidelity)
+        head = self.extractors[position].head(copied)
         if head is not None and head.weight.dtype != torch.float32:
-            self.in_float32(at, memory_format)
-            return InferenceConversion(
-                self.asking[at], found, "asked in float32, since the method reads a head that is not its end"
-            )
-        self.networks[at], self.asking[at] = copied, how
-        return InferenceConversion(how, found, f"asked in {how}: agrees with float32 on {_format_fidelity(found)}")
+            float32 = self.use_float32(position, memory_format)
+            reason = "the method reads a linear layer that is not the network's last"
+            return InferenceConversion(float32, fidelity, f"runs in float32, since {reason}")
+        self.networks[position], self.inference_settings[position] = copied, settings
+        return InferenceConversion(settings, fidelity, f"runs in {settings} ({_format_fidelity(fidelity)})")
 
-    def in_float32(self, at: int, memory_format: torch.memory_format = torch.contiguous_format) -> None:
-        """Ask one of them as it is, in float32, whatever autocast says."""
-        self.asking[at] = InferenceSettings(memory_format=memory_format)
+    def use_float32(
+        self, position: int, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> InferenceSettings:
+        """Run one teacher in float32, unconverted and independent of autocast; return its settings."""
+        self.inference_settings[position] = settings = InferenceSettings(memory_format=memory_format)
+        return settings
 
-    def _cross_fitted(self, at: int, said: ForwardOutput, index: Tensor | None) -> ForwardOutput:
-        """What one says, with the logits of the fold's head where it has such."""
-        if str(at) not in self.fold_heads:
-            return said
-        assert said.embedding is not None  # ``cross_fit`` has asked for it
-        logits = said.logits if index is None else self.fold_heads[str(at)](said.embedding, index)
-        return replace(said, logits=logits, embedding=said.embedding if self._shows_embedding[at] else None)
+    def _apply_fold_heads(self, position: int, output: ForwardOutput, index: Tensor | None) -> ForwardOutput:
+        """Return a teacher's output with the logits of the folds' heads, if it has such."""
+        if str(position) not in self.fold_heads:
+            return output
+        assert output.embedding is not None  # requested by ``use_fold_heads``
+        logits = output.logits if index is None else self.fold_heads[str(position)](output.embedding, index)
+        embedding = output.embedding if self._returns_embedding[position] else None
+        return replace(output, logits=logits, embedding=embedding)
 
-    def _reason_to_keep(self, at: int) -> str:
-        """Why a teacher stays as it is; empty where nothing speaks against it."""
-        if (how := self.asking[at]) is not None:
-            return f"asked in {how} already"
-        if self.readers[at].reads_maps:
-            return "asked as autocast says, since its feature maps are read"
-        others = {str(each.dtype) for each in self.networks[at].parameters()} - {"torch.float32"}
-        return f"asked as it is, since it has weights in {', '.join(sorted(others))}" if others else ""
+    def _reason_to_keep(self, position: int) -> str:
+        """Return why a teacher cannot be converted; empty if it can."""
+        if (settings := self.inference_settings[position]) is not None:
+            return f"runs in {settings} already"
+        if self.extractors[position].reads_maps:
+            return "runs under autocast, since its feature maps are read"
+        others = {str(each.dtype) for each in self.networks[position].parameters()} - {"torch.float32"}
+        return f"runs unconverted, since it has weights in {', '.join(sorted(others))}" if others else ""
 
-    def _kept(
-        self, at: int, dtype: torch.dtype, memory_format: torch.memory_format, found: Fidelity
+    def _keep_float32(
+        self, position: int, dtype: torch.dtype, memory_format: torch.memory_format, fidelity: Fidelity
     ) -> InferenceConversion:
-        self.in_float32(at, memory_format)
-        tried = InferenceSettings(dtype).facts()["precision"]
-        return InferenceConversion(
-            self.asking[at], found, f"asked in float32: in {tried} it would agree only on {_format_fidelity(found)}"
-        )
+        float32 = self.use_float32(position, memory_format)
+        precision = InferenceSettings(dtype).facts()["precision"]
+        note = f"runs in float32; {precision} is too inaccurate ({_format_fidelity(fidelity)})"
+        return InferenceConversion(float32, fidelity, note)
 
 
-def _format_fidelity(found: Fidelity) -> str:
-    share = format_percent(found.agreement)
-    return f"{share} of {found.images} images, largest logit difference {found.largest:.2g}"
+def _format_fidelity(fidelity: Fidelity) -> str:
+    share = format_percent(fidelity.agreement)
+    return (
+        f"same top class as float32 on {share} of {fidelity.images} images, "
+        f"largest logit difference {fidelity.largest:.2g}"
+    )

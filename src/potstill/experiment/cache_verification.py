@@ -54,7 +54,7 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         ArtifactError: no cache, a damaged one, or one whose teacher is missing or has changed.
         DataError: images are missing or have changed.
     """
-    cache = TeacherCache.existing(path)
+    cache = TeacherCache.open_existing(path)
     try:
         facts, identity = cache.facts, cache.identity
         recipe = load_recipe(yaml.safe_load(facts["recipe"]), recorded=True)
@@ -82,7 +82,7 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         else:
             teachers.input_converters[0] = InputConverter(spec, network.input)
         if heads is not None:
-            teachers.cross_fit(0, heads.to(compute.device))
+            teachers.use_fold_heads(0, heads.to(compute.device))
         _convert_as_recorded(teachers, identity["teacher"]["asked in"], loader, path)
         second = identity["views"].get("strong", False)
         training = identity["split"] == "train"
@@ -99,7 +99,7 @@ def _convert_as_recorded(teachers: Teachers, facts: dict[str, Any] | None, loade
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path} was written by another version: unknown inference settings {facts!r}") from error
     convert_as(teachers, how, teacher_images(teachers, 0, loader, None, spread_ids(loader.samples)))
-    if teachers.asking != [how]:
+    if teachers.inference_settings != [how]:
         raise ArtifactError(f"{path}: its teacher ran in {how}, which is not possible on this machine")
 
 
@@ -128,7 +128,7 @@ def _compare(
             index = torch.tensor(ids[start : start + 64], dtype=torch.int64)
             images = (loader.second_view if second else loader.view)(index, view)
             with compute.autocast():
-                outputs = teachers.ask(
+                outputs = teachers.run(
                     images.contiguous(memory_format=compute.memory_format),
                     index=index.to(compute.device) if training else None,
                 )[0]

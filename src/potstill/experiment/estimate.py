@@ -42,9 +42,9 @@ class CacheEstimate:
 
     @property
     def speed_up(self) -> float:
-        """Speed-up over running the teacher in every step."""
-        passes = self.views * (1 - self.recorded)  # of the teacher, over the images
-        return self.epochs * (self.teacher + self.student) / (passes * self.teacher + self.epochs * self.student)
+        """Times as fast as with a teacher that runs in every step."""
+        asked = self.views * (1 - self.recorded)
+        return self.epochs * (self.teacher + self.student) / (asked * self.teacher + self.epochs * self.student)
 
     @property
     def later(self) -> float:
@@ -56,23 +56,21 @@ class CacheEstimate:
 
         Example:
             >>> print(CacheEstimate(8, 10_000, 640_000, 0.0, 3e-3, 1e-3, 24))
-            teacher cache: 8 views of 10,000 images, 640 kB, none recorded yet. Expected: 2.0 times as fast as running
-            the \
-teacher in every step, and 4.0 times in later runs
+            teacher cache: 8 views of 10,000 images, 640 kB, empty. Expected: 2.0 times as fast as with the teacher \
+running in every step, and 4.0 times in later runs
             >>> print(CacheEstimate(8, 10_000, 640_000, 1.0, 3e-3, 1e-3, 24))
-            teacher cache: 8 views of 10,000 images, 640 kB, all recorded. Expected: 4.0 times as fast as running the
-            teacher \
-in every step
+            teacher cache: 8 views of 10,000 images, 640 kB, complete. Expected: 4.0 times as fast as with the teacher \
+running in every step
         """
         views = f"{self.views} view{'' if self.views == 1 else 's'} of {format_count(self.images)} images"
-        state = "all recorded" if self.recorded == 1 else f"{format_percent(self.recorded, 0)} recorded"
+        filled = "complete" if self.recorded == 1 else f"{format_percent(self.recorded, 0)} filled"
         if self.recorded == 0:
-            state = "none recorded yet"
-        first = f"{self.speed_up:.1f} times as fast as running the teacher in every step"
+            filled = "empty"
+        first = f"{self.speed_up:.1f} times as fast as with the teacher running in every step"
         if self.speed_up < _NEGLIGIBLE_SPEED_UP:
-            first = "as fast as running the teacher in every step"
+            first = "as fast as with the teacher running in every step"
         later = "" if self.recorded == 1 else f", and {self.later:.1f} times in later runs"
-        return f"teacher cache: {views}, {format_scaled(self.size, 'B')}, {state}. Expected: {first}{later}"
+        return f"teacher cache: {views}, {format_scaled(self.size, 'B')}, {filled}. Expected: {first}{later}"
 
 
 def estimate_cache(
@@ -98,12 +96,12 @@ def estimate_cache(
     """
     caches = [*recorded.caches, *recorded.second]
     views = 1 if not loader.distinct_views else min(loader.views_in_turn or epochs, epochs)
-    recorded_share = sum(sum(cache.coverage(views)) for cache in caches) / (views * loader.samples * len(caches))
+    there = sum(sum(cache.coverage(views)) for cache in caches) / (views * loader.samples * len(caches))
     return CacheEstimate(
         views=views,
         images=loader.samples,
         size=views * loader.samples * sum(cache.record.nbytes for cache in caches),
-        recorded=recorded_share,
+        recorded=there,
         teacher=teacher,
         student=seconds_per_image(student, batch, compute),
         epochs=epochs,

@@ -217,12 +217,12 @@ def _convert(
     plain = InferenceSettings(memory_format=compute.memory_format)
     extractor = FeatureExtractor(ExtractionRequest(embedding=layer))
     with evaluation_mode(model.module):
-        exact = extractor.ask(model.module, images, plain).embedding
+        exact = extractor.run(model.module, images, plain).embedding
         assert exact is not None
         if compute.teacher_in_bf16 and recipe.network(stage.name).precision == "auto":
             try:
                 network, inference = convert_for_inference(model.module, torch.bfloat16, compute.memory_format, images)
-                rounded = extractor.ask(network, images, inference).embedding
+                rounded = extractor.run(network, images, inference).embedding
                 if rounded is not None and (rounded - exact).norm() <= _MAX_DIFFERENCE * exact.norm():
                     return network, inference
             except Exception:  # other people's networks may fail in bf16 with any error
@@ -245,7 +245,7 @@ def _embed(
     done = 0
     with evaluation_mode(network):
         for batch in loader.epoch():
-            embedding = extractor.ask(network, batch.images, inference).embedding
+            embedding = extractor.run(network, batch.images, inference).embedding
             assert embedding is not None  # requested
             assert batch.index is not None  # set by every loader
             parts.append((embedding.cpu(), batch.labels.cpu(), batch.index.cpu()))

@@ -116,7 +116,7 @@ def train_stage(
     if distiller.teacher is not None:
         for at, heads in enumerate(fold_heads):
             if heads is not None:
-                distiller.teacher.cross_fit(at, heads.to(compute.device))
+                distiller.teacher.use_fold_heads(at, heads.to(compute.device))
         converted = convert_teachers(
             distiller,
             teachers,

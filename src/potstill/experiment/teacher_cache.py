@@ -96,7 +96,7 @@ def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
         return ViewPlan(views, kind, True)
     seeds = f" of {recipe.seeds} seeds" if recipe.seeds > 1 else ""
     note = (
-        f"teacher outputs are not stored: {_views_shown(recipe)} views{seeds} take "
+        f"teacher outputs are not cached: {_views_shown(recipe)} views{seeds} take "
         f"{format_scaled(needed, 'B')}, more than a "
         f"quarter of the free disk of {cache_root(recipe)}; the teacher runs in every step, on the same views"
     )
@@ -208,11 +208,11 @@ class StageCaches:
             recorded.close()
 
     def counts(self, processes: ProcessGroup = SINGLE_PROCESS) -> dict[str, int]:
-        """Training images of which the teacher was asked, and whose answers were read, by all processes."""
+        """Return the number of training images whose outputs were computed and read, over all processes."""
         if not self.kept:
             return {}
-        every = [dataclasses.asdict(counts) for counts in processes.gather(self.by_split["train"].counts)]
-        return {name: sum(counts[name] for counts in every) for name in every[0]}
+        counts = processes.gather(self.by_split["train"].counts)
+        return {"asked": sum(each.computed for each in counts), "read": sum(each.read for each in counts)}
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def open_caches(
         caches = {split: shelves_of(split, loader, keeps) for split, loader in answered.items()}
     except (StorageError, ArtifactError) as error:
         failed = error
-        observer.warn(f"teacher outputs are not stored, so the teacher is asked in every step: {error}")
+        observer.warn(f"the teacher cache cannot be used, so the teacher runs in every step: {error}")
     kept = keeps and not any(compute.processes.highest(int(failed is not None)))  # all processes record, or none
     if not kept:
         for store in opened:
@@ -352,9 +352,9 @@ def embedding_widths(distiller: Distiller) -> list[int]:
     """D of each teacher: what its last linear layer reads."""
     assert distiller.teacher is not None
     found = []
-    for network, reader in zip(distiller.teacher.networks, distiller.teacher.readers, strict=True):
-        assert reader.wanted.embedding is not None  # the method needs it
-        layer = network.get_submodule(reader.wanted.embedding)
+    for network, extractor in zip(distiller.teacher.networks, distiller.teacher.extractors, strict=True):
+        assert extractor.request.embedding is not None  # the method needs it
+        layer = network.get_submodule(extractor.request.embedding)
         assert isinstance(layer, nn.Linear)
         found.append(layer.in_features)
     return found

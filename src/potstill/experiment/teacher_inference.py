@@ -72,12 +72,12 @@ def convert_teachers(
         digest = module_digest(live.fold_heads[str(at)]) if str(at) in live.fold_heads else None
         described = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if cacheable else None
         if recipe.network(name).precision == "float32" or (cacheable and not compute.teacher_in_bf16):
-            live.in_float32(at, compute.memory_format)
+            live.use_float32(at, compute.memory_format)
         elif described is not None:
             own = None if views is None else views.loaders[at]
             observer.note(f"{name} {_convert_teacher(live, at, described, train, own, data, compute)}")
         if described is not None:
-            converted.append(dataclasses.replace(described, how=live.asking[at]))
+            converted.append(dataclasses.replace(described, how=live.inference_settings[at]))
     return converted
 
 
@@ -85,14 +85,14 @@ def convert_as(teachers: Teachers, how: InferenceSettings, images: Tensor) -> No
     """Convert a single teacher to given inference settings, without comparing its outputs.
 
     Args:
-        teachers: a single one; ``teachers.asking`` has its settings afterwards.
+        teachers: a single one; ``teachers.inference_settings`` has its settings afterwards.
         how: the settings.
         images: some, preprocessed for this teacher.
     """
     if how.dtype == torch.float32:
-        teachers.in_float32(0, how.memory_format)
+        teachers.use_float32(0, how.memory_format)
     else:
-        teachers.optimize_one_for_inference(0, how.dtype, how.memory_format, images, known=Fidelity(1.0, 0.0, 0))
+        teachers.optimize_one_for_inference(0, how.dtype, how.memory_format, images, fidelity=Fidelity(1.0, 0.0, 0))
 
 
 def teacher_images(teachers: Teachers, at: int, loader: Loader, own: Loader | None, index: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _convert_teacher(
     )  # which takes a second
     images = teacher_images(teachers, at, train, own, spread_ids(train.samples, count))
     done = teachers.optimize_one_for_inference(
-        at, torch.bfloat16, compute.memory_format, images, least=MIN_AGREEMENT, known=found
+        at, torch.bfloat16, compute.memory_format, images, min_agreement=MIN_AGREEMENT, fidelity=found
     )
     if found is None and done.fidelity is not None:
         cache.write(done.fidelity)

@@ -1,4 +1,4 @@
-"""Loggers beside a run: its metrics also go to TensorBoard, W&B, MLflow or trackio.
+"""Loggers: send a run's metrics to TensorBoard, W&B, MLflow or trackio.
 
 Settings, the protocol of a logger, and the table ``LOGGERS``; each logger is a module of this folder.  This module
 imports neither torch nor the loggers' packages.
@@ -18,7 +18,7 @@ LoggerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class LoggerSettings(BaseModel):
-    """One tracker; ``tracker: mlflow`` is short for its name."""
+    """One tracker; in a recipe, ``tracker: mlflow`` sets its name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,30 +63,30 @@ def check_loggers_installed(trackers: Sequence[LoggerSettings]) -> None:
 
 def _is_installed(name: str) -> bool:
     found = importlib.util.find_spec(name)
-    return found is not None and found.origin is not None  # a folder of figures named wandb is not the package
+    return found is not None and found.origin is not None  # a plain folder named wandb is not the package
 
 
 Scalars = dict[str, float]
 
 
 class Logger(Protocol):
-    """One run at one tracker.  Whatever it raises ends this logger, never the run."""
+    """One run at one tracker.  An exception stops this logger, never the run."""
 
-    def epoch(self, stage: str, epoch: int, figures: Scalars) -> None:
-        """Log the figures of a stage's epoch (from 1), by names such as ``val/top1``."""
+    def epoch(self, stage: str, epoch: int, metrics: Scalars) -> None:
+        """Log the metrics of a stage's epoch (from 1), by names such as ``val/top1``."""
 
-    def final(self, figures: Scalars, verdict: str) -> None:
-        """Log the figures on test, by names such as ``distilled/test/top1``, and the verdict as text."""
+    def final(self, metrics: Scalars, verdict: str) -> None:
+        """Log the metrics on test, by names such as ``distilled/test/top1``, and the verdict as text."""
 
     def files(self, paths: list[Path]) -> None:
-        """Keep files beside the figures, if the tracker can."""
+        """Upload files, if the tracker can."""
 
     def close(self, finished: bool) -> None:
         """End the run; ``finished`` is False if it was interrupted or failed."""
 
 
 def flatten(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
-    """Return the leaves of nested mappings and lists by their dotted path.
+    """Return the leaves of nested mappings and lists by dotted path.
 
     Example:
         >>> flatten({"method": {"name": "kd", "alpha": 0.5}, "marks": [3, 5]})
@@ -131,5 +131,5 @@ def load_logger_class(name: LoggerName) -> Callable[..., Logger]:
 
 
 def create_logger(settings: LoggerSettings, run: Path, identity: str, parameters: dict[str, Any]) -> Logger:
-    """Start a run at the tracker, or continue the one of this identity."""
+    """Start a run at the tracker, or continue the one with this identity."""
     return load_logger_class(settings.name)(settings, run, identity, parameters)

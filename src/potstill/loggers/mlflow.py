@@ -16,7 +16,7 @@ from potstill.loggers import LoggerSettings, Scalars
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-for _name in ("mlflow", "alembic"):  # a new database is ten lines of notes on the run's terminal
+for _name in ("mlflow", "alembic"):  # a new database logs ten lines to the terminal
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 _MAX_PARAMS_PER_REQUEST = 100  # that a server accepts
@@ -39,26 +39,26 @@ class MLflow:
         created = self.client.create_run(experiment, run_name=run.name, tags={_TAG: identity})
         self.id = created.info.run_id
         # Few characters are allowed in names there; the recipe's keys have no others.
-        every = [Param(name, str(value)[:_MAX_PARAM_LENGTH]) for name, value in parameters.items()]
-        for start in range(0, len(every), _MAX_PARAMS_PER_REQUEST):
-            self.client.log_batch(self.id, params=every[start : start + _MAX_PARAMS_PER_REQUEST])
+        params = [Param(name, str(value)[:_MAX_PARAM_LENGTH]) for name, value in parameters.items()]
+        for start in range(0, len(params), _MAX_PARAMS_PER_REQUEST):
+            self.client.log_batch(self.id, params=params[start : start + _MAX_PARAMS_PER_REQUEST])
 
     def _experiment(self, name: str) -> str:
-        if (known := self.client.get_experiment_by_name(name)) is not None:
-            return str(known.experiment_id)
+        if (experiment := self.client.get_experiment_by_name(name)) is not None:
+            return str(experiment.experiment_id)
         try:
             return str(self.client.create_experiment(name))
-        except MlflowException:  # another run has just made it
-            known = self.client.get_experiment_by_name(name)
-            if known is None:
+        except MlflowException:  # another run has just created it
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-            return str(known.experiment_id)
+            return str(experiment.experiment_id)
 
-    def epoch(self, stage: str, epoch: int, figures: Scalars) -> None:
-        self._numbers({f"{stage}/{name}": value for name, value in figures.items()}, epoch)
+    def epoch(self, stage: str, epoch: int, metrics: Scalars) -> None:
+        self._log_metrics({f"{stage}/{name}": value for name, value in metrics.items()}, epoch)
 
-    def final(self, figures: Scalars, verdict: str) -> None:
-        self._numbers({f"final/{name}": value for name, value in figures.items()}, 0)
+    def final(self, metrics: Scalars, verdict: str) -> None:
+        self._log_metrics({f"final/{name}": value for name, value in metrics.items()}, 0)
         self.client.set_tag(self.id, "potstill.verdict", verdict)
 
     def files(self, paths: list[Path]) -> None:
@@ -68,6 +68,6 @@ class MLflow:
     def close(self, finished: bool) -> None:
         self.client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
 
-    def _numbers(self, figures: Scalars, step: int) -> None:
+    def _log_metrics(self, metrics: Scalars, step: int) -> None:
         now = int(time.time() * 1000)
-        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in figures.items()])
+        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])

@@ -1,7 +1,15 @@
-"""An observer that also writes to loggers: metrics of every epoch, and at the end those on test."""
+"""An observer that also writes to loggers: metrics of every epoch, and at the end those on test.
+
+Each logger has a thread with a bounded queue, so that training neither waits for it nor ends because of it.  An error
+in a logger ends this logger with one warning.  The threads are daemons: one that hangs is abandoned at the deadline of
+``close``.
+"""
 
 import contextlib
+import queue
 import secrets
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,15 +18,74 @@ from typing import Any
 from potstill.errors import PotstillError
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.loggers import Logger, LoggerSettings, collect_scalars, create_logger, flatten, load_logger_class
-from potstill.loggers.thread import CLOSE_SECONDS, INTERRUPTED_CLOSE_SECONDS, LoggerThread
 from potstill.training.callbacks import Observer
 
-LOGGERS_FILE = "tracking.json"  # in the run folder: the name under which trackers know the run
+LOGGERS_FILE = "tracking.json"  # in the run folder: the identity of the run at its trackers
 _LOGGED_FILES = ("report.html", "results.json", "recipe.yaml")
 
 
+CLOSE_SECONDS = 60.0  # at the end of a run, after which an unfinished logger is abandoned
+INTERRUPTED_CLOSE_SECONDS = 10.0  # after an interruption, since the process may soon be killed
+QUEUE_SIZE = 10_000  # calls, mostly one an epoch
+
+
+class LoggerThread:
+    """One logger in its own thread.
+
+    Args:
+        name: of the logger, for messages.
+        create: returns the logger; called in the thread.
+
+    Raises:
+        RuntimeError: the system allows no further thread.
+    """
+
+    def __init__(self, name: str, create: Callable[[], Logger]) -> None:
+        self.name = name
+        self._calls: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(QUEUE_SIZE)
+        self._error: str | None = None
+        self._reported = False
+        self._thread = threading.Thread(target=self._run, args=(create,), name=f"logger {name}", daemon=True)
+        self._thread.start()
+
+    def send(self, call: Callable[[Logger], None] | None) -> None:
+        """Queue a call, or None as the last; returns at once."""
+        if self._error is None:
+            try:
+                self._calls.put_nowait(call)
+            except queue.Full:
+                self._error = f"{QUEUE_SIZE} calls are waiting"
+
+    @property
+    def problem(self) -> str | None:
+        """Why this logger has stopped; None if it has not, or if this was reported before."""
+        if self._reported or self._error is None:
+            return None
+        self._reported = True
+        return f"tracker {self.name} has stopped logging this run, which continues without it: {self._error}"
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> str | None:
+        """Wait for all calls, at most ``seconds``; return a problem that was not reported before."""
+        self.send(None)
+        end = time.monotonic() + seconds
+        while self._thread.is_alive() and self._error is None and time.monotonic() < end:
+            self._thread.join(0.05)
+        if self._thread.is_alive() and self._error is None:
+            self._error = f"it has not finished within {seconds:g} seconds"
+        return self.problem
+
+    def _run(self, create: Callable[[], Logger]) -> None:
+        try:
+            logger = create()
+            while self._error is None and (call := self._calls.get()) is not None:
+                call(logger)
+        except BaseException as error:  # a foreign package may raise anything, even SystemExit
+            line = next(iter(str(error).strip().splitlines()), "")
+            self._error = self._error or f"{type(error).__name__}: {line}"[:300]
+
+
 class LoggingObserver:
-    """Passes everything on to another observer, and metrics to the loggers."""
+    """Forwards all calls to another observer, and metrics to the loggers."""
 
     def __init__(self, observer: Observer, threads: Sequence[LoggerThread] = ()) -> None:
         self.observer, self.threads = observer, tuple(threads)
@@ -54,7 +121,7 @@ class LoggingObserver:
         self._warn_problems()
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Log the figures on test of every stage and ensemble, gain and verdict, as in results.json."""
+        """Log the metrics on test of every stage and ensemble, gain and verdict, as in results.json."""
         every = {**results["stages"], **results.get("repeats", {}), **results.get("together", {})}
         test = {name: {"test": entry["test"]} for name, entry in every.items()}
         comparison = results.get("comparison") or {}
@@ -70,7 +137,7 @@ class LoggingObserver:
         self._warn_problems()
 
     def close(self, finished: bool) -> None:
-        """Wait until the loggers have everything, with a deadline."""
+        """Wait until the loggers have processed all calls, with a deadline."""
         self.send(lambda logger: logger.close(finished))
         for thread in self.threads:
             if problem := thread.close(CLOSE_SECONDS if finished else INTERRUPTED_CLOSE_SECONDS):
@@ -90,17 +157,17 @@ def logging_observer(
 
     Args:
         trackers: if empty, nothing is started.
-        run: its folder; keeps the name under which trackers know the run, so that a resumed run continues theirs.
+        run: its folder; stores the run's identity at the trackers, so that a resumed run continues theirs.
         parameters: the recipe's plain values.
-        observer: receives everything as before, and one warning for each tracker that fails.
+        observer: receives all calls, and one warning for each tracker that fails.
     """
     identity, threads = "", []
     if trackers or (run / LOGGERS_FILE).exists():
         identity = secrets.token_hex(4)
-        with contextlib.suppress(PotstillError, KeyError):  # none yet, or damaged: the trackers then see a new run
+        with contextlib.suppress(PotstillError, KeyError):  # none yet, or damaged: a new run at the trackers
             identity = str(read_checksummed_json(run / LOGGERS_FILE)["identity"])
-        kept = {"identity": identity, "trackers": [each.model_dump(mode="json") for each in trackers]}
-        write_checksummed_json(run / LOGGERS_FILE, kept)
+        content = {"identity": identity, "trackers": [each.model_dump(mode="json") for each in trackers]}
+        write_checksummed_json(run / LOGGERS_FILE, content)
         threads = _start_threads(trackers, run, identity, flatten(dict(parameters)), observer)
     logging = LoggingObserver(observer, threads)
     finished = False
@@ -112,7 +179,7 @@ def logging_observer(
 
 
 def log_files(run: Path, observer: Observer) -> None:
-    """Send a finished run's report, results and recipe to the trackers that know the run, if any.
+    """Send a finished run's report, results and recipe to its trackers, if any.
 
     Args:
         run: its folder.
@@ -121,14 +188,14 @@ def log_files(run: Path, observer: Observer) -> None:
     if not (run / LOGGERS_FILE).is_file():
         return
     try:
-        known = read_checksummed_json(run / LOGGERS_FILE)
-        trackers = [LoggerSettings.model_validate(each) for each in known["trackers"]]
+        stored = read_checksummed_json(run / LOGGERS_FILE)
+        trackers = [LoggerSettings.model_validate(each) for each in stored["trackers"]]
     except (PotstillError, KeyError, TypeError, ValueError) as error:
         observer.warn(f"the report is not sent to the trackers: {error}")
         return
     paths = [(run / name).resolve() for name in _LOGGED_FILES if (run / name).is_file()]
-    keeping = [each for each in trackers if each.name != "tensorboard"]  # which cannot keep files
-    logging = LoggingObserver(observer, _start_threads(keeping, run, known["identity"], {}, observer))
+    with_files = [each for each in trackers if each.name != "tensorboard"]  # which has no files
+    logging = LoggingObserver(observer, _start_threads(with_files, run, stored["identity"], {}, observer))
     logging.send(lambda logger: logger.files(paths))
     logging.close(True)
 
@@ -140,12 +207,12 @@ def _start_threads(
     parameters: dict[str, Any],
     observer: Observer,
 ) -> list[LoggerThread]:
-    """Packages are imported here, before the training, so that no data worker is forked in the middle of an import."""
+    """Import the packages, before data workers are forked, and start the threads."""
     started = []
     for each in trackers:
         try:
             load_logger_class(each.name)
             started.append(LoggerThread(each.name, partial(create_logger, each, run.resolve(), identity, parameters)))
         except Exception as error:  # a foreign package may raise anything while it is imported
-            observer.warn(f"tracker {each.name} gets nothing of this run: {type(error).__name__}: {error}"[:300])
+            observer.warn(f"tracker {each.name} does not log this run: {type(error).__name__}: {error}"[:300])
     return started

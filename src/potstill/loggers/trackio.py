@@ -35,17 +35,17 @@ class Trackio:
             auto_log_cpu=False,
         )
 
-    def epoch(self, stage: str, epoch: int, figures: Scalars) -> None:
-        self.run.log({f"{stage}/{name}": value for name, value in figures.items()}, step=epoch)
+    def epoch(self, stage: str, epoch: int, metrics: Scalars) -> None:
+        self.run.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=epoch)
 
-    def final(self, figures: Scalars, verdict: str) -> None:
-        self.run.log({f"final/{name}": value for name, value in figures.items()} | {"verdict": verdict})
+    def final(self, metrics: Scalars, verdict: str) -> None:
+        self.run.log({f"final/{name}": value for name, value in metrics.items()} | {"verdict": verdict})
 
     def files(self, paths: list[Path]) -> None:
-        kept = trackio.Artifact(f"potstill-{self.run.id}", type="potstill-run")
+        artifact = trackio.Artifact(f"potstill-{self.run.id}", type="potstill-run")
         for path in paths:
-            kept.add_file(str(path))
-        self.run.log_artifact(kept)
+            artifact.add_file(str(path))
+        self.run.log_artifact(artifact)
 
     def close(self, finished: bool) -> None:
         self.run.finish()

@@ -27,21 +27,21 @@ class Wandb:
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True),
         )
 
-    def epoch(self, stage: str, epoch: int, figures: Scalars) -> None:
+    def epoch(self, stage: str, epoch: int, metrics: Scalars) -> None:
         if stage not in self.stages:  # each stage counts its own epochs
             self.run.define_metric(f"{stage}/epoch", hidden=True)
             self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/epoch")
             self.stages.add(stage)
-        self.run.log({f"{stage}/{name}": value for name, value in figures.items()} | {f"{stage}/epoch": epoch})
+        self.run.log({f"{stage}/{name}": value for name, value in metrics.items()} | {f"{stage}/epoch": epoch})
 
-    def final(self, figures: Scalars, verdict: str) -> None:
-        self.run.summary.update({f"final/{name}": value for name, value in figures.items()} | {"verdict": verdict})
+    def final(self, metrics: Scalars, verdict: str) -> None:
+        self.run.summary.update({f"final/{name}": value for name, value in metrics.items()} | {"verdict": verdict})
 
     def files(self, paths: list[Path]) -> None:
-        kept = wandb.Artifact(f"potstill-{self.run.id}", type="potstill-run")
+        artifact = wandb.Artifact(f"potstill-{self.run.id}", type="potstill-run")
         for path in paths:
-            kept.add_file(str(path))
-        self.run.log_artifact(kept)
+            artifact.add_file(str(path))
+        self.run.log_artifact(artifact)
 
     def close(self, finished: bool) -> None:
         self.run.finish(exit_code=0 if finished else 1)

@@ -23,7 +23,7 @@ class NetworkInfo:
     outputs: Outputs  # of an example batch: adapters are sized by it
     norms: tuple[nn.BatchNorm2d | None, ...] = ()  # in front of each map; None where there is none
     stages: tuple[Stage, ...] = ()  # where each map is read
-    fresh: Callable[[], nn.Module] | None = None  # an untrained copy of the network, where needed
+    untrained_copy: Callable[[], nn.Module] | None = None  # returns one of the network; only if needs.peers
     members: "tuple[NetworkInfo, ...]" = ()  # one for each teacher
     parts: "tuple[NetworkInfo, ...]" = ()  # where methods are combined: one for each of them
 

@@ -68,8 +68,8 @@ class DML(Method):
         return frozenset({"ce", "peers_ce"})
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert student.fresh is not None  # needs.peers: the Distiller has seen to it
-        self.others = nn.ModuleList(student.fresh() for _ in range(self.peers))
+        assert student.untrained_copy is not None  # needs.peers: the Distiller has seen to it
+        self.others = nn.ModuleList(student.untrained_copy() for _ in range(self.peers))
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         said = [student.logits, *(at_least_float32(other(batch.images)) for other in self.others)]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from potstill.distillation.distiller import Distiller
-from potstill.features.hooks import FeatureRequest
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
 from potstill.training.optim import SplitGradientOptimizer
@@ -39,8 +38,7 @@ def is_worth_compiling(steps_left: int, seconds_per_step: float) -> bool:
 
 def reads_only_logits(distiller: Distiller) -> bool:
     """Return whether the method reads only the student's logits; hooks inside a compiled network are not called."""
-    reader = distiller.shown.reader
-    return reader.request == FeatureRequest() and not reader.request_before.stages
+    return not distiller.router.extractor.uses_hooks
 
 
 class StudentCompiler:

@@ -81,7 +81,7 @@ def test_numbers_get_names(shards, tmp_path):
     (tmp_path / "names.txt").write_text("red\nblue\n")
     for classes in (str(tmp_path / "names.txt"), ["red", "blue"]):
         assert load(shards / "train-00.tar", classes=classes).class_names == ("red", "blue")
-    with pytest.raises(DataError, match="class '1' is none of the 1 names"):
+    with pytest.raises(DataError, match="class '1' is not one of the 1 names"):
         load(shards / "train-00.tar", classes=["red"])
     with pytest.raises(UsageError, match=r"no file 'nowhere\.txt'"):
         load(shards / "train-00.tar", classes="nowhere.txt")
@@ -103,7 +103,7 @@ def test_a_shard_is_read_again_only_when_it_has_changed(shards, tools, monkeypat
 def test_a_shard_that_changes_while_it_is_used_is_noticed(shards, tools):
     data = load(shards / "train-00.tar")
     content = bytearray((shards / "train-00.tar").read_bytes())
-    place = data.train.images.places[int(data.train.index[0])]
+    place = data.train.images.locations[int(data.train.index[0])]
     content[place[1] + place[2] - 20] ^= 1
     (shards / "train-00.tar").write_bytes(content)
     with pytest.raises(DataError, match="has changed since it was checked; start again"):

@@ -58,7 +58,7 @@ def test_text(report: ValidationReport) -> None:
     assert "formats  PNG 10, JPEG 1" in text
     assert "width    12 to 50 px, median 12" in text
     assert "a              4          1          1     50.0 %" in text
-    assert "error: files that are no images (1): every file in a class folder counts as an image" in text
+    assert "error: files that are not images (1): every file in a class folder counts as an image" in text
     assert text[-1] == "1 error, 0 warnings"
 
 

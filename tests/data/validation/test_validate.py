@@ -178,7 +178,7 @@ def test_what_a_run_says() -> None:
     warnings, notes = summary_messages(summarize_findings(findings), "photos")
 
     assert warnings == [
-        "photos: 1 x images under two labels (at most one label is right, and no model can give both), such as "
+        "photos: 1 x images under two labels (at most one label is right, and no model can predict both), such as "
         "a.png: the same file as b.png, as 'cat' in train and 'dog' in train; `potstill check photos` shows all"
     ]
     assert notes == ["photos: 1,200 x duplicates, 1 x imbalance; `potstill check photos` says which"]

@@ -222,7 +222,7 @@ def test_memory_does_not_grow_with_the_samples(known, tmp_path):
 @pytest.mark.parametrize(("view", "ids"), [(-1, [0]), (0, [-1]), (0, [10])])
 def test_what_cannot_be_asked(known, tmp_path, view, ids):
     store = known.store(tmp_path, samples=10)
-    with pytest.raises(IndexError, match="a store of 10 samples"):
+    with pytest.raises(IndexError, match="in a cache of 10 samples"):
         store.read(view, np.array(ids))
     store.close()
 
@@ -231,14 +231,14 @@ def test_existing_stores_alone_are_opened_by_their_folder(known, tmp_path):
     store = known.store(tmp_path)
     known.fill(store, 0, range(10))
     store.close()
-    again = TeacherCache.existing(store.path)
+    again = TeacherCache.open_existing(store.path)
     assert known.check(again, 0) == (10, 0)
     again.close()
     with pytest.raises(ArtifactError, match="cannot read"):
-        TeacherCache.existing(tmp_path / "nothing")
+        TeacherCache.open_existing(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 
 def test_an_identity_that_is_no_json_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="plain JSON values"):
+    with pytest.raises(UsageError, match="must be JSON values"):
         TeacherCache.open(tmp_path, {"a": object()}, RecordFormat("float16", 4), 10, {})

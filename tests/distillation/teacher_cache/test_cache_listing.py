@@ -29,9 +29,9 @@ def test_size_views_share_and_last_use(known, tmp_path):
     one, other = two(known, tmp_path)
     first, second = list_caches(tmp_path)
     assert (first.key, second.key) == (other.name, one.name)  # the last used first
-    assert (first.recorded, first.share, first.used) == ((), None, 2_000)
+    assert (first.recorded, first.coverage, first.last_used) == ((), None, 2_000)
     assert second.recorded == (10_000, 2_500, 0, 5_000)
-    assert second.share == 17_500 / 40_000
+    assert second.coverage == 17_500 / 40_000
     assert 4 * 80_000 > second.size > 3 * 80_000  # view 2 is a hole
     assert second.manifest.facts["teacher"] == "vgg16"
     assert first.as_dict() == {
@@ -90,10 +90,10 @@ def test_keys_are_found_by_their_beginning_and_unknown_ones_refused(known, tmp_p
     with pytest.raises(UsageError, match=f"did you mean '{one.name}'"):
         find_cache(tmp_path, wrong)
     for key in ("", one.name[:3], "../" + one.name, "..", "/"):
-        with pytest.raises(UsageError, match="no store"):
+        with pytest.raises(UsageError, match="no cache"):
             find_cache(tmp_path, key)
     (tmp_path / (one.name[:5] + "00000000000")).mkdir()
-    with pytest.raises(UsageError, match="several stores begin with"):
+    with pytest.raises(UsageError, match="several caches begin with"):
         find_cache(tmp_path, one.name[:5])
     with pytest.raises(UsageError, match="Known: none"):
         find_cache(tmp_path / "none", "abcd")

@@ -90,7 +90,7 @@ def test_the_teacher_is_asked_once_for_each_view_and_its_answers_are_what_it_sai
     assert teacher.seen - before == 2 * COUNT
     again = outputs(answers, train, 2)  # view 0 in another order of batches
     assert teacher.seen - before == 2 * COUNT
-    assert answers.counts.asked == 2 * COUNT
+    assert answers.counts.computed == 2 * COUNT
     assert answers.counts.read == COUNT
     for epoch, said in ((0, first), (2, again)):
         for batch, answer in zip(train.epoch(epoch), said, strict=True):
@@ -198,7 +198,7 @@ def test_a_store_that_fails_is_reported_once_and_the_live_answers_are_rounded_as
     answers.close()
     assert len(told) == 1
     assert "No space left on device" in told[0]
-    assert "asked in every step" in told[0]
+    assert "runs in every step" in told[0]
 
 
 def test_the_16_largest_are_read_at_the_temperature_of_the_method(images, tmp_path):

@@ -29,7 +29,7 @@ def written(folder, **options):
 def test_canonical_json_is_the_one_that_anybody_would_write():
     assert canonical_json({"b": [1, 2.5], "a": "ö\udcff"}) == '{"a":"\\u00f6\\udcff","b":[1,2.5]}'
     for odd in ({"a": float("nan")}, {"a": {1, 2}}, {"a": object()}):
-        with pytest.raises(UsageError, match="plain JSON values"):
+        with pytest.raises(UsageError, match="must be JSON values"):
             canonical_json(odd)
 
 

@@ -44,10 +44,10 @@ class CifarOptions(Options):
 
 
 def cifar100(settings: DataSettings) -> DataSplits:
-    """Train and val from the 50,000 (``limit`` of them: stratified, by split_seed), test the 10,000.
+    """Return train and val from the 50,000 (``limit`` of them: stratified, by split_seed), test the 10,000.
 
     Raises:
-        UsageError: unknown options; the files are neither here nor to be had.
+        UsageError: unknown options; the files are not found and cannot be downloaded.
         DataError: damaged files.
     """
     options = read_options(settings, CifarOptions)
@@ -78,7 +78,7 @@ def cifar100(settings: DataSettings) -> DataSplits:
 
 
 def check(settings: DataSettings) -> None:
-    """Options and folder, without reading images.
+    """Check options and folder, without reading images.
 
     Raises:
         UsageError: unknown options, or a root without the files.
@@ -87,7 +87,7 @@ def check(settings: DataSettings) -> None:
 
 
 def _find(options: CifarOptions) -> Path | None:
-    """The folder of the files; None where they must be downloaded."""
+    """Return the folder of the files; None if they must be downloaded."""
     if options.root is None:
         return _within(_cache())
     found = _within(Path(options.root).expanduser())
@@ -115,7 +115,7 @@ def _download(root: Path) -> Path:
     from torchvision.datasets import CIFAR100
 
     try:
-        with urllib.request.urlopen(CIFAR100.url, timeout=_SECONDS) as answer:  # nosec B310 # torchvision names the address
+        with urllib.request.urlopen(CIFAR100.url, timeout=_SECONDS) as answer:  # nosec B310 # torchvision's address
             content: bytes = answer.read(_LARGEST)
     except OSError as error:
         raise UsageError(
@@ -134,7 +134,7 @@ def _download(root: Path) -> Path:
 
 
 def _read(folder: Path) -> tuple[tuple[str, ...], dict[str, ArraySet]]:
-    """Class names, and the images of train and test."""
+    """Return class names, and the images of train and test."""
     if (folder / "train.bin").is_file():
         train, test, meta = FILES["cifar-100-binary"]
         names = _bytes(folder / meta).decode("utf-8", "replace").split()
@@ -189,7 +189,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Arrays, and what needs no class or function; anything else is refused before it is called."""
+    """Loads arrays and builtin types; any other class or function is refused before it is called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":

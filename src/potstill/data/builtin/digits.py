@@ -18,14 +18,14 @@ AUGMENT = AugmentSettings(pad_crop=0.1)  # a mirrored 2 is no 2
 
 
 class DigitsOptions(Options):
-    """Digits has none."""
+    """No options."""
 
 
 def digits(settings: DataSettings) -> DataSplits:
-    """The ten digits, split here.
+    """Return the ten digits, split by the settings.
 
     Raises:
-        UsageError: options; it has none.
+        UsageError: any option is given.
     """
     read_options(settings, DigitsOptions)
     counts, labels = read_counts()
@@ -41,9 +41,9 @@ def digits(settings: DataSettings) -> DataSplits:
 
 
 def read_counts() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Set bits in each 4x4 block, from 0 to 16, [N, 8, 8], and labels [N].
+    """Return the number of set bits in each 4x4 block, 0 to 16, [N, 8, 8], and labels [N].
 
-    The file is read where scikit-learn keeps it, since to import that takes longer than all else before the first step.
+    Reads scikit-learn's file directly, since importing scikit-learn is slow.
     """
     found = importlib.util.find_spec("sklearn")
     file = Path(found.origin).parent / _FILE if found is not None and found.origin is not None else None

@@ -39,10 +39,10 @@ class FashionOptions(Options):
 
 
 def fashion_mnist(settings: DataSettings) -> DataSplits:
-    """Train and val from the 60,000 (``limit`` of them: stratified, by split_seed), test the 10,000.
+    """Return train and val from the 60,000 (``limit`` of them: stratified, by split_seed), test the 10,000.
 
     Raises:
-        UsageError: unknown options; the files are neither here nor to be had.
+        UsageError: unknown options; the files are not found and cannot be downloaded.
         DataError: damaged files.
     """
     options = read_options(settings, FashionOptions)
@@ -71,7 +71,7 @@ def fashion_mnist(settings: DataSettings) -> DataSplits:
 
 
 def check(settings: DataSettings) -> None:
-    """Options and folder, without reading images.
+    """Check options and folder, without reading images.
 
     Raises:
         UsageError: unknown options, or a root without the files.
@@ -108,7 +108,7 @@ def _download(folder: Path) -> None:
 
     for name, md5 in FashionMNIST.resources:
         try:
-            with urllib.request.urlopen(FashionMNIST.mirrors[0] + name, timeout=_SECONDS) as answer:  # nosec B310 # likewise
+            with urllib.request.urlopen(FashionMNIST.mirrors[0] + name, timeout=_SECONDS) as answer:  # nosec B310 # torchvision's address
                 content: bytes = answer.read()
         except OSError as error:
             raise UsageError(
@@ -125,7 +125,7 @@ def _read_split(root: Path, split: str) -> ArraySet:
     images_file, labels_file = FILES[split]
     images, labels = _read_idx(root / images_file, 3), _read_idx(root / labels_file, 1)
     if len(images) != len(labels) or labels.max(initial=0) >= len(CLASS_NAMES):
-        raise DataError(f"{root}: {len(images)} images and {len(labels)} labels of {split} do not belong together")
+        raise DataError(f"{root}: {len(images)} images and {len(labels)} labels of {split} do not match")
     return ArraySet(images, labels.astype(np.int64), [f"fashion-mnist/{split}/{i:05d}" for i in range(len(images))])
 
 

@@ -16,7 +16,7 @@ from potstill.data.settings import AugmentSettings, DataSettings, Options, read_
 from potstill.data.splits import DataSplits, fingerprint, split_by_settings
 from potstill.errors import DataError, UsageError
 
-# Cells look much the same in a mirror or upside down; turned by 90 degrees, their busbars would not.
+# Flipped cells look alike; rotated by 90 degrees, their busbars would not.
 AUGMENT = AugmentSettings(pad_crop=0.05, hflip=True, vflip=True)
 
 FOUR = ("functional", "minor", "moderate", "defective")  # probability of a defect: 0, 1/3, 2/3, 1
@@ -24,7 +24,7 @@ TWO = ("functional", "defective")
 
 
 class SolarOptions(Options):
-    """Which cells, in which classes."""
+    """Selection of cells and classes."""
 
     classes: Literal[2, 4] = 4
     cells: Literal["all", "mono", "poly"] = "all"  # mono- or polycrystalline
@@ -33,7 +33,7 @@ class SolarOptions(Options):
 
 
 def solar(settings: DataSettings) -> DataSplits:
-    """Solar cells in four or two classes of damage, split here.
+    """Return solar cells in four or two classes of damage, split by the settings.
 
     Raises:
         UsageError: the package is not installed, or unknown options.
@@ -50,7 +50,7 @@ def solar(settings: DataSettings) -> DataSplits:
     images = FileSet(folder, names, labels)
     class_names = FOUR if options.classes == 4 else TWO
     parts, origin = split_by_settings(settings, images, class_names)
-    # pip has verified what it installed: not decoded a second time here
+    # verified by pip at installation, so not decoded here
     contents = check_files(folder, names, settings.source, decode=False)
     images.expect(contents)
     found = {split: [contents[name] for name in part.names] for split, part in parts.items()}
@@ -61,14 +61,14 @@ def solar(settings: DataSettings) -> DataSplits:
 
 
 def find_package() -> Path | None:
-    """The folder of the installed package elpv-dataset, or None."""
+    """Return the folder of the installed package elpv-dataset, or None."""
     spec = importlib.util.find_spec("elpv_dataset")
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     return Path(places[0]) if places else None
 
 
 def check(settings: DataSettings) -> None:
-    """Options and package, without reading images.
+    """Check options and package, without reading images.
 
     Raises:
         UsageError: as ``solar``.

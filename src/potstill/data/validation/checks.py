@@ -22,47 +22,47 @@ _SEEN_BEFORE = {"val": ("train",), "test": ("train", "val")}
 
 @dataclass(frozen=True)
 class HashedImages:
-    """N images, by name, class and split, with what tells them apart."""
+    """N images, with the hashes that identify duplicates."""
 
     names: Sequence[str]
     class_names: Sequence[str]
     labels: NDArray[np.int64]  # [N]
     splits: NDArray[np.int8]  # [N] positions in SPLITS, or -1
     content: NDArray[np.uint8]  # [N, 32] SHA-256 of the files
-    pixels: NDArray[np.uint8]  # [N, D] a hash of the pixels; that of the content where pixels are not known
+    pixels: NDArray[np.uint8]  # [N, D] a hash of the pixels; that of the content if pixels are unknown
 
     def where(self, i: int) -> str:
-        """Label and split of image i."""
+        """Return label and split of image i, as text."""
         split = "" if self.splits[i] == UNSPLIT else f" in {SPLITS[self.splits[i]]}"
         return f"{self.class_names[self.labels[i]]!r}{split}"
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What came of comparing all pictures."""
+    """Result of comparing all images."""
 
     findings: list[Finding]
-    by_content: int  # files that have the content of another one before them
-    by_pixels: int  # images that show what another one before them shows, bytes aside
-    seen_before: dict[str, int]  # images of val and test that are also in splits before them
+    by_content: int  # files with the content of an earlier one
+    by_pixels: int  # images with the pixels of an earlier one
+    seen_before: dict[str, int]  # images of val and test that are also in an earlier split
 
 
-def find_duplicates(pictures: HashedImages) -> Duplicates:
-    """One finding for each picture that is there more than once."""
-    together = list(group_equal_rows(pictures.pixels))
+def find_duplicates(images: HashedImages) -> Duplicates:
+    """Return one finding for each image that occurs more than once."""
+    together = list(group_equal_rows(images.pixels))
     seen = {
-        split: sum(len(_members(pictures, group, split)) for group in together if _seen(pictures, group, split))
+        split: sum(len(_members(images, group, split)) for group in together if _seen(images, group, split))
         for split in _SEEN_BEFORE
     }
-    sizes = {split: int((pictures.splits == SPLITS.index(split)).sum()) for split in _SEEN_BEFORE}
+    sizes = {split: int((images.splits == SPLITS.index(split)).sum()) for split in _SEEN_BEFORE}
     many = {split for split, count in seen.items() if count and count >= LEAKAGE_SHARE * sizes[split]}
-    findings = [_finding(pictures, group, many) for group in together]
-    by_content = sum(len(group) - 1 for group in group_equal_rows(pictures.content)) if pictures.content.any() else 0
+    findings = [_finding(images, group, many) for group in together]
+    by_content = sum(len(group) - 1 for group in group_equal_rows(images.content)) if images.content.any() else 0
     return Duplicates(findings, by_content, sum(len(group) - 1 for group in together), seen)
 
 
 def group_equal_rows(digests: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
-    """Positions of rows that are equal, two or more, each in order; the groups by their first.
+    """Yield the positions of each group of equal rows, sorted; groups are sorted by their first.
 
     Args:
         digests: [N, D], D a multiple of 8.
@@ -76,36 +76,36 @@ def group_equal_rows(digests: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
     yield from sorted(found, key=lambda group: int(group[0]))
 
 
-def _members(pictures: HashedImages, group: NDArray[np.int64], split: str) -> NDArray[np.int64]:
-    inside: NDArray[np.bool_] = pictures.splits[group] == SPLITS.index(split)
+def _members(images: HashedImages, group: NDArray[np.int64], split: str) -> NDArray[np.int64]:
+    inside: NDArray[np.bool_] = images.splits[group] == SPLITS.index(split)
     return group[inside]
 
 
-def _seen(pictures: HashedImages, group: NDArray[np.int64], split: str) -> bool:
-    return any(len(_members(pictures, group, other)) for other in _SEEN_BEFORE[split])
+def _seen(images: HashedImages, group: NDArray[np.int64], split: str) -> bool:
+    return any(len(_members(images, group, other)) for other in _SEEN_BEFORE[split])
 
 
-def _finding(pictures: HashedImages, group: NDArray[np.int64], many: set[str]) -> Finding:
+def _finding(images: HashedImages, group: NDArray[np.int64], many: set[str]) -> Finding:
     first, *rest = group.tolist()
-    others = tuple(pictures.names[i] for i in rest)
-    same = _same(pictures, first, rest)
-    across = [s for s in _SEEN_BEFORE if len(_members(pictures, group, s)) and _seen(pictures, group, s)]
-    places = sorted({pictures.where(i) for i in (first, *rest)})
-    if len(set(pictures.labels[group].tolist())) > 1:
+    others = tuple(images.names[i] for i in rest)
+    same = _same(images, first, rest)
+    across = [s for s in _SEEN_BEFORE if len(_members(images, group, s)) and _seen(images, group, s)]
+    places = sorted({images.where(i) for i in (first, *rest)})
+    if len(set(images.labels[group].tolist())) > 1:
         return Finding(
-            "two-labels", pictures.names[first], f"{same}, as {_join_words(places)}; keep the right one", others
+            "two-labels", images.names[first], f"{same}, as {_join_words(places)}; keep the right one", others
         )
     if across:
         kind = "across-splits" if many.intersection(across) else "few-across-splits"
-        return Finding(kind, pictures.names[first], f"{same}, {_join_words(places)}; keep one of them", others)
-    return Finding("duplicate", pictures.names[first], f"{same}, {_join_words(places)}", others)
+        return Finding(kind, images.names[first], f"{same}, {_join_words(places)}; keep one of them", others)
+    return Finding("duplicate", images.names[first], f"{same}, {_join_words(places)}", others)
 
 
-def _same(pictures: HashedImages, first: int, rest: list[int]) -> str:
-    """Such as: the same file as a.png, the same pixels as b.bmp."""
-    known = bool(pictures.content[first].any())
-    equal = (pictures.content[rest] == pictures.content[first]).all(axis=1) & known
-    names = {what: [pictures.names[i] for i, own in zip(rest, equal.tolist(), strict=True) if own == same]
+def _same(images: HashedImages, first: int, rest: list[int]) -> str:
+    """Return a text such as: the same file as a.png, the same pixels as b.bmp."""
+    known = bool(images.content[first].any())
+    equal = (images.content[rest] == images.content[first]).all(axis=1) & known
+    names = {what: [images.names[i] for i, own in zip(rest, equal.tolist(), strict=True) if own == same]
              for what, same in (("file", True), ("pixels", False))}  # fmt: skip
     return ", ".join(f"the same {what} as {_join_words(found)}" for what, found in names.items() if found)
 
@@ -116,7 +116,7 @@ def _join_words(words: list[str]) -> str:
 
 
 def similar_classes(class_names: Iterable[str]) -> list[Finding]:
-    """Classes like "Cat", "cat" and "cat "."""
+    """Return findings on classes like "Cat", "cat" and "cat "."""
     return [
         Finding("similar-names", group[0], f"classes {', '.join(map(repr, group))}; rename or join them")
         for group in _groups(class_names)
@@ -124,7 +124,7 @@ def similar_classes(class_names: Iterable[str]) -> list[Finding]:
 
 
 def similar_files(names: Iterable[str]) -> list[Finding]:
-    """Files like "a.JPG" and "a.jpg" in the same folder."""
+    """Return findings on files like "a.JPG" and "a.jpg" in the same folder."""
     return [
         Finding("similar-names", group[0], "where case does not count, one overwrites the other", tuple(group[1:]))
         for group in _groups(names)
@@ -149,24 +149,24 @@ _FULL: ValueRange = (0.0, 65535.0)  # of 16-bit colours, of which the high byte 
 
 
 def check_ranges(
-    names: list[str], division: SplitAssignment, table: ScanTable, wanted: ValueRange | Literal["auto"]
+    names: list[str], division: SplitAssignment, table: ScanTable, setting: ValueRange | Literal["auto"]
 ) -> tuple[ValueRange | None, list[Finding]]:
-    """The range of a data set, and what is odd about it.
+    """Return the value range of a data set, and findings on it.
 
     Args:
-        names: [N] of the images.
-        division: of them.
-        table: of what was seen of them.
-        wanted: the setting ``data.range``.
+        names: [N], of the images.
+        division: their labels and splits.
+        table: their scans.
+        setting: ``data.range``.
     """
     good = table.good
     wide = good[table.rows["span"][good] > 0]
     if not len(wide):
-        return (None if wanted == "auto" else wanted), []
+        return (None if setting == "auto" else setting), []
     spans = {i: span for i in wide.tolist() if (span := table.span(i)) is not None}
     train = set(np.flatnonzero(division.splits == SPLITS.index("train")).tolist())
     found = compute_range(span for i, span in spans.items() if i in train) or compute_range(spans.values())
-    ends = found if wanted == "auto" else wanted
+    ends = found if setting == "auto" else setting
     findings = _check_mixed(len(good), spans)
     for i, span in spans.items():
         findings += _check_span(names[i], span, _FULL if span.kind == "colour" or ends is None else ends)
@@ -186,7 +186,7 @@ def _check_span(name: str, span: ValueSpan, ends: ValueRange) -> list[Finding]:
 
 
 def _check_mixed(images: int, spans: dict[int, ValueSpan]) -> list[Finding]:
-    """Images of different kinds under one range."""
+    """Return a finding if images of different depths share one range."""
     counts = {
         "of integers of more than 8 bits": sum(span.kind == "integer" for span in spans.values()),
         "of floats within [0, 1]": sum(

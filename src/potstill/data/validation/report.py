@@ -25,25 +25,25 @@ _ROW = np.dtype(
 
 
 class ScanTable:
-    """Looks at N images, 116 bytes each whatever their size."""
+    """Scans of N images, 116 bytes each."""
 
     def __init__(self, count: int) -> None:
         self.rows = np.zeros(count, dtype=_ROW)
         self._words: list[str] = []  # formats and modes, by number
 
-    def put(self, i: int, look: ImageScan) -> None:
-        """Keep what was seen of image i."""
-        content, pixels = (np.frombuffer(value, np.uint8) for value in (look.content, look.pixels))
-        kind, mode = self._number(look.format), self._number(look.mode)
-        self.rows[i] = (True, look.size, kind, mode, look.width, look.height, content, pixels, look.state, *_span(look))
+    def add(self, i: int, scan: ImageScan) -> None:
+        """Add the scan of image i."""
+        content, pixels = (np.frombuffer(value, np.uint8) for value in (scan.content, scan.pixels))
+        kind, mode = self._number(scan.format), self._number(scan.mode)
+        self.rows[i] = (True, scan.size, kind, mode, scan.width, scan.height, content, pixels, scan.state, *_span(scan))
 
     def span(self, i: int) -> ValueSpan | None:
-        """Of the values of image i, where they have more than 8 bits."""
+        """Return the value span of image i; None: 8 bits."""
         kind, low, high = (self.rows[i][key].item() for key in ("span", "low", "high"))
         return ValueSpan(SPAN_KINDS[kind - 1], low, high) if kind else None
 
     def keep(self, positions: list[int]) -> None:
-        """Forget all other images."""
+        """Keep only these images."""
         self.rows = self.rows[positions]
 
     @property
@@ -52,7 +52,7 @@ class ScanTable:
         return np.flatnonzero(self.rows["good"])
 
     def figures(self) -> dict[str, Any]:
-        """Counts of formats and modes; smallest, median and largest sizes."""
+        """Return counts of formats and modes; smallest, median and largest sizes."""
         rows = self.rows[self.rows["good"]]
         return {
             "decoded": len(rows),
@@ -74,8 +74,8 @@ class ScanTable:
         return {self._words[at]: count for at, count in Counter(numbers.tolist()).most_common()}
 
 
-def _span(look: ImageScan) -> tuple[int, float, float]:
-    return (0, 0.0, 0.0) if look.span is None else (SPAN_KINDS.index(look.span.kind) + 1, look.span.low, look.span.high)
+def _span(scan: ImageScan) -> tuple[int, float, float]:
+    return (0, 0.0, 0.0) if scan.span is None else (SPAN_KINDS.index(scan.span.kind) + 1, scan.span.low, scan.span.high)
 
 
 def _min_median_max(values: NDArray[Any]) -> dict[str, int] | None:
@@ -94,7 +94,7 @@ class ValidationReport:
     """What was found in a data set."""
 
     source: str  # as given
-    images: int  # that are listed
+    images: int  # number in the listing
     passed_over: int  # hidden and system files and folders
     division: SplitAssignment
     figures: dict[str, Any]  # see docs/check.md
@@ -108,12 +108,12 @@ class ValidationReport:
         return sum(each.severity == severity for each in self.findings)
 
     def kinds(self) -> dict[str, int]:
-        """Kind -> findings, in the order of KINDS."""
+        """Return kind -> number of findings, in the order of FINDING_KINDS."""
         counted = Counter(each.kind for each in self.findings)
         return {kind: counted[kind] for kind in FINDING_KINDS if kind in counted}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         names = self.division.class_names
         counts = {s: dict(zip(names, c.tolist(), strict=True)) for s, c in self.division.counts().items()}
         return {
@@ -136,7 +136,7 @@ class ValidationReport:
 
 
 def sort_findings(findings: list[Finding]) -> list[Finding]:
-    """Errors first, then by kind as in KINDS, then by path and by reason, line 9 before line 10; each once."""
+    """Sort: errors first, then by kind, path and reason, with line 9 before line 10; without repetitions."""
     at = {kind: i for i, kind in enumerate(FINDING_KINDS)}
 
     def place(each: Finding) -> tuple[bool, int, str, str]:
@@ -153,7 +153,7 @@ MAX_SHOWN = 20  # findings of a kind, and classes
 
 
 def format_report(report: ValidationReport, *, everything: bool = False) -> Iterator[str]:
-    """Counts, balance, sizes, then errors and warnings.
+    """Yield the lines of the report: counts, balance, sizes, then errors and warnings.
 
     Args:
         report: what was found.
@@ -181,7 +181,7 @@ def format_report(report: ValidationReport, *, everything: bool = False) -> Iter
 
 
 def summary_line(report: ValidationReport) -> str:
-    """The last line: how many errors and warnings."""
+    """Return the last line: the number of errors and warnings."""
     errors, warnings = report.count("error"), report.count("warning")
     if not errors and not warnings:
         return "nothing wrong was found"
@@ -232,7 +232,7 @@ def _sizes(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def _are_files(figures: dict[str, Any]) -> bool:
-    """Rather than arrays, whose bytes and mode are those of the decoded pixels."""
+    """Return whether the images are files, not arrays, whose bytes and mode are those of the pixels."""
     return set(figures["formats"]) != {"array"}
 
 

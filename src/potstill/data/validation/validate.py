@@ -55,15 +55,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class FindingSummary:
-    """All findings of a kind."""
+    """Number and example of the findings of a kind."""
 
-    kind: str  # of KINDS
+    kind: str  # of FINDING_KINDS
     count: int
     example: str  # the first of them
 
 
 def summarize_findings(findings: Sequence[Finding]) -> tuple[FindingSummary, ...]:
-    """By kind, in the order of KINDS.
+    """Summarise findings by kind, in the order of FINDING_KINDS.
 
     Example:
         >>> summarize_findings([Finding("tiny", "a.png", "2 x 2 pixels"), Finding("tiny", "b.png", "3 x 3 pixels")])
@@ -77,11 +77,11 @@ def summarize_findings(findings: Sequence[Finding]) -> tuple[FindingSummary, ...
 
 
 def save_summary(fingerprint: str, found: Sequence[FindingSummary]) -> None:
-    """Keep what was found; where nothing can be written, nothing is kept.
+    """Cache the summary of findings; errors of writing are ignored.
 
     Args:
         fingerprint: of the data.
-        found: in it.
+        found: the summary.
     """
     content = json.dumps([[each.kind, each.count, each.example] for each in found]).encode()
     with contextlib.suppress(StorageError):
@@ -89,7 +89,7 @@ def save_summary(fingerprint: str, found: Sequence[FindingSummary]) -> None:
 
 
 def load_summary(fingerprint: str) -> tuple[FindingSummary, ...] | None:
-    """What was found before; None where that is not known, damaged, or of another version."""
+    """Return the cached summary; None if it is missing, damaged, or of another version."""
     try:
         stored = read_bytes(_summary_path(fingerprint))
     except ArtifactError:
@@ -116,28 +116,28 @@ UNUSED_KINDS = ("beside-classes", "hidden")  # kinds of images that a run does n
 
 
 def quick_findings(data: DataSplits) -> tuple[FindingSummary, ...]:
-    """What ``potstill check`` has found in this very data, else what can be found without reading a file again.
+    """Return the findings of ``potstill check`` on this data, else those found without reading a file again.
 
-    That is kept by the data's fingerprint, so that the next run need not look.
+    The result is cached by the data's fingerprint.
 
     Args:
-        data: that was checked.
+        data: loaded and checked.
 
     Returns:
-        By kind; errors first, images that are not used last.
+        A summary by kind; errors first, unused images last.
     """
     found = load_summary(data.fingerprint)
     if found is None:
         found = summarize_findings(find_repeated_files(data))
         save_summary(data.fingerprint, found)
-    # What is not used is no part of the fingerprint, and may have changed.
+    # Unused images are not part of the fingerprint, and may have changed.
     return (*(each for each in found if each.kind not in UNUSED_KINDS), *summarize_findings(data.doubts))
 
 
 def find_repeated_files(data: DataSplits) -> list[Finding]:
-    """The same content within and across splits and labels: of files, and of arrays in memory.
+    """Return findings on images of equal content within and across splits and labels, of files and of arrays.
 
-    Nothing where the images are neither: only their owner knows what reading them costs.
+    None for other images, since reading them may be slow.
     """
     sets = [data.split(split) for split in SPLITS]
     digests = [_digests(images) for images in sets]
@@ -157,7 +157,7 @@ def find_repeated_files(data: DataSplits) -> list[Finding]:
 
 
 def _among_unlabeled(data: DataSplits) -> Iterator[Finding]:
-    """Unlabeled images that are also in val or test: the teacher's answers to them would be learned."""
+    """Yield findings on unlabeled images that are also in val or test: the student would be trained on them."""
     unlabeled = None if data.unlabeled is None else file_digests(data.unlabeled)
     if data.unlabeled is None or unlabeled is None:
         return
@@ -171,7 +171,7 @@ def _among_unlabeled(data: DataSplits) -> Iterator[Finding]:
 
 
 def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list[str], list[str]]:
-    """For people: one warning for each kind of error, and at most one note for all the others.
+    """Return messages: one warning for each kind of error, and at most one note for all other findings.
 
     Args:
         found: of ``quick_findings``.
@@ -196,13 +196,13 @@ def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list
 def _digests(images: ImageSet) -> NDArray[np.uint8] | None:
     if not is_array_based(images):
         return file_digests(images)
-    look = image_set_scanner(images)
-    found = [each.pixels for each in map(look, range(len(images))) if isinstance(each, ImageScan)]
+    scan = image_set_scanner(images)
+    found = [each.pixels for each in map(scan, range(len(images))) if isinstance(each, ImageScan)]
     return np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
 
 
 def list_splits(data: DataSplits) -> Listing:
-    """The images of the three splits; as files where they are files of one folder."""
+    """Return a listing of the three splits; of files if they are files of one folder."""
     sets = [data.split(split) for split in SPLITS]
     entries = [
         Entry(name, data.class_names[label], split)
@@ -216,7 +216,7 @@ def list_splits(data: DataSplits) -> Listing:
 
 
 class ConcatSet:
-    """Several image sets, one after the other."""
+    """Several image sets, concatenated."""
 
     def __init__(self, sets: list[ImageSet]) -> None:
         self.sets = sets
@@ -228,24 +228,24 @@ class ConcatSet:
         return len(self.names)
 
     def pixels(self, i: int) -> Pixels:
-        """Image i, uint8 [H, W, 3]."""
+        """Return image i, uint8 [H, W, 3]."""
         at = int(np.searchsorted(self._ends, i, side="right"))
         return self.sets[at].pixels(i - (int(self._ends[at - 1]) if at else 0))
 
 
 def _common_root(images: ImageSet) -> Path | None:
-    """The folder of a set's files; None where it has none."""
+    """Return the folder of a set's files; None if it does not consist of files."""
     while isinstance(images, Subset):
         images = images.images
     return images.root if isinstance(images, FileSet) else None
 
 
 def cache_file_states(listing: Listing, table: ScanTable) -> None:
-    """Keep state and hash of the files that could be decoded, as the run's own check keeps them.
+    """Cache state and hash of the files that could be decoded, for the check of a run.
 
     Args:
         listing: of a folder or manifest.
-        table: of as many looks as it has entries.
+        table: scans of its entries.
     """
     states = map(tuple, table.rows["state"][table.good].tolist())
     contents = _contents(listing, table)
@@ -253,7 +253,7 @@ def cache_file_states(listing: Listing, table: ScanTable) -> None:
         name: (state if state[0] >= 0 else None, content)
         for (name, content), state in zip(contents.items(), states, strict=True)
     }
-    FileIndex.below(listing.root, decoded=True).keep(listing.root, read)
+    FileIndex.load(listing.root, decoded=True).update(listing.root, read)
 
 
 def cache_findings(
@@ -261,16 +261,16 @@ def cache_findings(
     division: SplitAssignment,
     table: ScanTable,
     findings: list[Finding],
-    wanted: ValueRange | Literal["auto"],
+    range_setting: ValueRange | Literal["auto"],
 ) -> None:
-    """Keep what was found in data that a run would take, by the fingerprint that the run will give it.
+    """Cache the findings on data that a run accepts, by the fingerprint that the run will compute.
 
     Args:
-        listing: what was examined.
-        division: of its entries.
-        table: of as many looks.
+        listing: of the data.
+        division: labels and splits of its entries.
+        table: scans of its entries.
         findings: errors first.
-        wanted: the setting ``data.range``.
+        range_setting: ``data.range``.
     """
     if any(FINDING_KINDS[each.kind].refused for each in findings):
         return
@@ -278,12 +278,12 @@ def cache_findings(
     if not fingerprint:
         images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
         parts = split_sets(images, division)
-        fingerprint = fingerprint_by_name(parts, division.class_names, _contents(listing, table), wanted)
+        fingerprint = fingerprint_by_name(parts, division.class_names, _contents(listing, table), range_setting)
     save_summary(fingerprint, summarize_findings(findings))
 
 
 def _contents(listing: Listing, table: ScanTable) -> dict[str, str]:
-    """Of the files that could be decoded: name -> size, SHA-256 and span, as ``check.check_files`` has them."""
+    """Return name -> content description of the decoded files, as ``scan.check_files`` does."""
     rows = table.rows
     found = {}
     for i in table.good.tolist():
@@ -296,35 +296,35 @@ _MAX_NAMES = 5  # names in a note
 _PIECE = 16  # images handed to a thread at once
 
 
-def validate_data(settings: DataSettings, watcher: ProgressReporter | None = None) -> ValidationReport:
+def validate_data(settings: DataSettings, progress: ProgressReporter | None = None) -> ValidationReport:
     """Return everything that is wrong with the data of a recipe; every image is read and decoded.
 
     Args:
         settings: source and split, as ``data`` in a recipe.
-        watcher: is called with the progress.
+        progress: receives the progress.
 
     Raises:
         UsageError: there is no such data set, folder or manifest.
         DataError: a built-in data set is damaged.
     """
     listing = _list_data(settings)
-    return validate_listing(listing, settings, watcher)
+    return validate_listing(listing, settings, progress)
 
 
 def validate_listing(
-    listing: Listing, settings: DataSettings, watcher: ProgressReporter | None = None
+    listing: Listing, settings: DataSettings, progress: ProgressReporter | None = None
 ) -> ValidationReport:
-    """As ``validate_data``, of what was listed before."""
+    """Validate the data of a listing, as ``validate_data``."""
     names = [entry.name for entry in listing.entries]
     table = ScanTable(len(names))
-    looker = file_scanner(listing.root, names) if listing.images is None else image_set_scanner(listing.images)
+    scan_image = file_scanner(listing.root, names) if listing.images is None else image_set_scanner(listing.images)
     bad, odd = list[Finding](), list[Finding]()
-    for i, look in enumerate(_scan_images(looker, len(names), watcher)):
-        if isinstance(look, Finding):
-            bad.append(look)
+    for i, scan in enumerate(_scan_images(scan_image, len(names), progress)):
+        if isinstance(scan, Finding):
+            bad.append(scan)
         else:
-            table.put(i, look)
-            odd += _image_findings(names[i], look)
+            table.add(i, scan)
+            odd += _image_findings(names[i], scan)
     skipped = list[Finding]()
     if settings.skip_bad and not listing.ready:
         listing, skipped = drop_bad_entries(listing, bad)
@@ -386,23 +386,23 @@ def _notes(listing: Listing, division: SplitAssignment) -> Iterator[str]:
             )
 
 
-def _scan_images(looker: Scanner, count: int, watcher: ProgressReporter | None) -> Iterator[ImageScan | Finding]:
+def _scan_images(scan_image: Scanner, count: int, progress: ProgressReporter | None) -> Iterator[ImageScan | Finding]:
     pieces = [range(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE)]
     done = 0
-    for piece in threaded_map(lambda piece: [looker(i) for i in piece], pieces):
+    for piece in threaded_map(lambda piece: [scan_image(i) for i in piece], pieces):
         yield from piece
         done += len(piece)
-        if watcher is not None:
-            watcher.wait("checking images", done, count)
+        if progress is not None:
+            progress.wait("checking images", done, count)
 
 
-def _image_findings(name: str, look: ImageScan) -> Iterator[Finding]:
-    if reason := format_mismatch(name, look.format):
+def _image_findings(name: str, scan: ImageScan) -> Iterator[Finding]:
+    if reason := format_mismatch(name, scan.format):
         yield Finding("other-format", name, reason)
-    if look.blank and look.width * look.height > 1:
+    if scan.blank and scan.width * scan.height > 1:
         yield Finding("blank", name, "all pixels have the same colour")
-    if min(look.width, look.height) < MIN_SIDE:
-        yield Finding("tiny", name, f"{look.width} x {look.height} pixels")
+    if min(scan.width, scan.height) < MIN_SIDE:
+        yield Finding("tiny", name, f"{scan.width} x {scan.height} pixels")
 
 
 def _compare_images(names: list[str], division: SplitAssignment, table: ScanTable) -> Duplicates:

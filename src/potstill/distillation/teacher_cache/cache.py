@@ -1,9 +1,9 @@
-"""A cache of one teacher's outputs for the views of one split's images, on disk; list, find and remove caches. No
+"""A cache of one teacher's outputs for the views of one split's images, on disk; list, find and remove caches.  No
 torch here.
 
 ``<root>/<key>/`` holds ``manifest.json`` (what the records are outputs of), ``logits.bin`` (the records), ``done.bin``
-(which of them are there, with checksums) and ``lock`` (who writes where).  Any number of processes may read and write
-one cache at once; each block of records is written by one of them.
+(which of them exist, with checksums) and ``lock`` (which process writes which block).  Any number of processes may
+read and write one cache at once; each block of records is written by one of them.
 """
 
 import contextlib
@@ -47,205 +47,205 @@ _BIT_COUNTS = np.array([value.bit_count() for value in range(256)], np.uint8)
 
 
 class ViewMarks:
-    """The marks of a view; about a fifth of a byte of memory a record.
+    """The marks of a view; they take about a fifth of a byte of memory a record.
 
     Args:
-        layout: of the store.
-        files: of the store.
-        view: which.
+        layout: of the cache.
+        files: of the cache.
+        view: its number.
 
     Raises:
-        OSError: as the system says it; of all methods too.
+        OSError: from the constructor and from all methods.
     """
 
     def __init__(self, layout: FileLayout, files: CacheFiles, view: int) -> None:
         self.layout, self.files, self.view = layout, files, view
-        self.mine: set[int] = set()  # blocks that nobody else writes
+        self.owned: set[int] = set()  # blocks that only this cache writes
         self.dirty: set[int] = set()  # blocks with records that are not marked in the file yet
-        self.damaged: set[int] = set()  # blocks whose marks do not fit their records
+        self.damaged: set[int] = set()  # blocks whose checksums do not match
         self._bits = np.zeros((layout.blocks, layout.width), np.uint8)
         self._flat = self._bits.reshape(-1)
-        self._checks = [0] * layout.blocks
-        self._seen = [b""] * layout.blocks  # marks as they were found in the file
-        self._changed = -1
+        self._checksums = [0] * layout.blocks
+        self._read_marks = [b""] * layout.blocks  # as last read from the file
+        self._mtime = -1
         self.refresh()
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
-        """Which records are there; shape [B]."""
+        """Return which records exist; shape [B]."""
         return are_bits_set(self._flat, ids)
 
     @property
     def count(self) -> int:
-        """How many records are there."""
+        """Number of records."""
         return int(_BIT_COUNTS[self._flat].sum(dtype=np.int64))
 
     def refresh(self) -> None:
-        """Look at what other processes have marked since."""
-        changed = self.files.marks_changed()
-        if changed == self._changed:
+        """Read the marks that other processes have written since."""
+        mtime = self.files.marks_mtime()
+        if mtime == self._mtime:
             return
         # A file may change twice within one tick of its clock.
-        self._changed = changed if time.time_ns() - changed > _CLOCK_RESOLUTION else -1
+        self._mtime = mtime if time.time_ns() - mtime > _CLOCK_RESOLUTION else -1
         for block, mark in enumerate(self.files.read_marks(self.view)):
-            if block not in self.mine and mark != self._seen[block]:
-                self._take(block, mark)
+            if block not in self.owned and mark != self._read_marks[block]:
+                self._load(block, mark)
 
-    def own(self, block: int) -> None:
-        """Nobody else writes this block from now on."""
-        if block not in self.mine:
+    def set_owned(self, block: int) -> None:
+        """Call once the block's lock is held: from now on, only this cache writes it."""
+        if block not in self.owned:
             mark = self.files.read_marks(self.view, block, block + 1)[0]
-            if mark != self._seen[block]:
-                self._take(block, mark)
-            self.mine.add(block)
+            if mark != self._read_marks[block]:
+                self._load(block, mark)
+            self.owned.add(block)
 
     def add(self, ids: Ids, records: memoryview) -> None:
-        """Note records that have been written.
+        """Mark records in memory, after they were written.
 
         Args:
-            ids: of samples in blocks that are ``mine``; all different, and none of them there before.
+            ids: of samples in ``owned`` blocks; distinct, and without records before.
             records: their bytes.
         """
         samples = ids.tolist()
-        for sample, check in zip(samples, self.layout.checks(self.view, samples, records), strict=True):
+        for sample, checksum in zip(samples, self.layout.checksums(self.view, samples, records), strict=True):
             block = sample // BLOCK
-            self._checks[block] = sum_checksums((check,), self._checks[block])
+            self._checksums[block] = sum_checksums((checksum,), self._checksums[block])
             self.dirty.add(block)
         np.bitwise_or.at(self._flat, ids >> 3, np.left_shift(1, ids & 7).astype(np.uint8))
 
     def write(self) -> None:
-        """Mark in the file what has been added; the records must be on the disk before."""
+        """Write the marks of added records; the records must be on the disk before."""
         for block in sorted(self.dirty):
-            self.files.write_mark(self.view, block, self.layout.mark(self._checks[block], self._bits[block]))
+            self.files.write_mark(self.view, block, self.layout.encode_mark(self._checksums[block], self._bits[block]))
         self.damaged -= self.dirty
         self.dirty.clear()
 
-    def _take(self, block: int, mark: bytes) -> None:
-        """Believe a mark if it fits the records."""
-        self._seen[block] = mark
-        self._bits[block], self._checks[block] = 0, 0
+    def _load(self, block: int, mark: bytes) -> None:
+        """Use a mark from the file if its checksum matches the records."""
+        self._read_marks[block] = mark
+        self._bits[block], self._checksums[block] = 0, 0
         self.damaged.discard(block)
-        found = self.layout.read_mark(block, mark)
-        if found is None:
+        decoded = self.layout.decode_mark(block, mark)
+        if decoded is None:
             self.damaged.add(block)
             return
-        check, bits = found
-        if not bits.any() and not check:
+        checksum, bits = decoded
+        if not bits.any() and not checksum:
             return
-        if check != self._checked(block, bits):
+        if checksum != self._compute_checksum(block, bits):
             self.damaged.add(block)
             return
-        self._bits[block], self._checks[block] = bits, check
+        self._bits[block], self._checksums[block] = bits, checksum
 
-    def _checked(self, block: int, bits: NDArray[np.uint8]) -> int | None:
-        """The checksum of the marked records as they are; None where the file ends before them."""
-        places = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+    def _compute_checksum(self, block: int, bits: NDArray[np.uint8]) -> int | None:
+        """Return the checksum of the marked records in the file; None if the file ends before them."""
+        rows = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
         size = self.layout.nbytes
         records = np.frombuffer(self.files.read_block(self.view, block), np.uint8)
         records = records[: len(records) // size * size].reshape(-1, size)
-        if not len(places):
+        if not len(rows):
             return 0
-        if places[-1] >= len(records):
+        if rows[-1] >= len(records):
             return None
-        there = records[places].reshape(-1).data
-        return sum_checksums(self.layout.checks(self.view, (places + block * BLOCK).tolist(), there))
+        marked = records[rows].reshape(-1).data
+        return sum_checksums(self.layout.checksums(self.view, (rows + block * BLOCK).tolist(), marked))
 
 
-_OPEN_ATTEMPTS = 40  # of 0.05 s each, while another process removes the store
+_OPEN_ATTEMPTS = 40  # of 0.05 s each, while another process removes the cache
 
 
 class TeacherCache:
-    """An open store; ``open`` or ``existing`` makes one.
+    """An open cache, returned by ``open`` or ``open_existing``.
 
     Attributes:
         path: its folder.
-        identity: what the records are answers to.
-        facts: more about it, for people.
-        record: how answers become bytes.
+        identity: everything that determines the outputs.
+        facts: further information, for listings.
+        record: encoding of the outputs.
         samples: N.
     """
 
-    def __init__(self, path: Path, manifest: CacheManifest, claims: BlockLocks) -> None:
-        self.path, self._claims = path, claims
+    def __init__(self, path: Path, manifest: CacheManifest, locks: BlockLocks) -> None:
+        self.path, self._locks = path, locks
         self.identity, self.facts = manifest.identity, manifest.facts
         self.record, self.samples = manifest.record, manifest.samples
         self._layout = FileLayout.of(manifest)
-        self._known: dict[int, ViewMarks] = {}
+        self._view_marks: dict[int, ViewMarks] = {}
         self._failed = self._closed = False
         try:
             self._files = CacheFiles(path, self._layout)
         except OSError as error:
-            claims.release()
+            locks.release()
             raise StorageError(f"cannot open {error.filename or path}: {error.strerror or error}") from error
         with contextlib.suppress(OSError):
-            os.utime(claims.path)  # its time is that of the last use
+            os.utime(locks.path)  # its modification time is that of the last use
 
     @classmethod
     def open(
         cls, root: Path, identity: Mapping[str, Any], record: RecordFormat, samples: int, facts: Mapping[str, Any]
     ) -> "TeacherCache":
-        """The store of this identity; made where there is none yet.
+        """Return the cache of this identity; create it if there is none.
 
         Args:
-            root: the folder of all stores.
-            identity: all that decides the answers, as plain JSON values; with ``record`` and ``samples`` it makes the
-                key.  Other teacher weights, data, views: another store.
-            record: how an answer is kept.
+            root: the folder of all caches.
+            identity: everything that determines the outputs, as JSON values; with ``record`` and ``samples`` it gives
+                the key.  Other teacher weights, data or views: another cache.
+            record: encoding of the outputs.
             samples: N >= 1.
-            facts: for people; those of whoever makes the store are kept.
+            facts: information for listings; used only if the cache is created.
 
         Raises:
-            StorageError: it cannot be made or opened here.
+            StorageError: it cannot be created or opened.
             ArtifactError: it is damaged, or of another version's format.
         """
         manifest = CacheManifest(json.loads(canonical_json(identity)), record, samples, facts)
-        return cls._opened(root / manifest.key, manifest)
+        return cls._open(root / manifest.key, manifest)
 
     @classmethod
-    def existing(cls, path: Path) -> "TeacherCache":
-        """The store in this folder.
+    def open_existing(cls, path: Path) -> "TeacherCache":
+        """Return the cache in this folder.
 
         Raises:
-            StorageError: it cannot be opened here.
+            StorageError: it cannot be opened.
             ArtifactError: there is none, it is damaged, or of another version's format.
         """
-        return cls._opened(path, None)
+        return cls._open(path, None)
 
     @classmethod
-    def _opened(cls, path: Path, new: CacheManifest | None) -> "TeacherCache":
+    def _open(cls, path: Path, new: CacheManifest | None) -> "TeacherCache":
         for attempt in range(_OPEN_ATTEMPTS):
             try:
                 if new is not None and not (path / MANIFEST_FILE).exists():
                     new.write(path)
                 manifest = CacheManifest.read(path)
-                claims = BlockLocks(path)
-                if claims.use():
-                    return cls(path, manifest, claims)
-                claims.release()
+                locks = BlockLocks(path)
+                if locks.acquire_shared():
+                    return cls(path, manifest, locks)
+                locks.release()
             except OSError as error:
                 raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
             except (StorageError, ArtifactError) as error:
                 # A folder may be moved away between any two of the calls above.
-                gone = new is not None and isinstance(error.__cause__, FileNotFoundError)
-                if not gone or attempt == _OPEN_ATTEMPTS - 1:
+                removed = new is not None and isinstance(error.__cause__, FileNotFoundError)
+                if not removed or attempt == _OPEN_ATTEMPTS - 1:
                     raise
             time.sleep(0.05)
         raise StorageError(f"{path} is being removed by another process; try again, or see `potstill cache ls`")
 
     @property
     def views(self) -> int:
-        """Views of which something has been recorded are below this number."""
+        """Number of views; each view with records is below it."""
         return self._files.views()
 
     def read(self, view: int, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]:
-        """Records of one view.
+        """Read records of one view.
 
         Args:
             view: from 0; any number.
             ids: of samples, shape [B], in [0, N).
 
         Returns:
-            Records [B, nbytes], zeros where there is none; and which of them are there, [B].  A view's checksums are
-            compared when it is first read: a damaged block counts as not recorded.
+            Records [B, nbytes], zeros if missing; and which of them exist, [B].  A view's checksums are compared when
+            it is first read: the records of a damaged block count as missing.
 
         Raises:
             StorageError: an I/O error.
@@ -257,19 +257,19 @@ class TeacherCache:
                 marks.refresh()
                 present = marks.has(ids)
             if present.all():
-                return self._files.slab(view)[ids], present
+                return self._files.read_view(view)[ids], present
             records = np.zeros((len(ids), self.record.nbytes), np.uint8)
             if present.any():
-                records[present] = self._files.slab(view)[ids[present]]
+                records[present] = self._files.read_view(view)[ids[present]]
             return records, present
         except OSError as error:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def write(self, view: int, ids: Ids, records: Bytes) -> None:
-        """Record answers; they can be read at once, and last after ``flush``.
+        """Write records; they can be read at once, and are safe on disk after ``flush``.
 
-        What is there already stays.  Answers that are not finite are not kept.  Blocks that another process writes are
-        left to it.
+        Existing records are not replaced.  Records with NaN or infinity are skipped, as are blocks that another process
+        writes.
 
         Args:
             view: from 0.
@@ -277,7 +277,7 @@ class TeacherCache:
             records: shape [B, nbytes].
 
         Raises:
-            StorageError: a full disk, an I/O error, or a store that is read-only; once, later calls do nothing.
+            StorageError: a full disk, an I/O error, or a read-only cache; raised once, later calls do nothing.
         """
         if self._failed:
             return
@@ -289,13 +289,13 @@ class TeacherCache:
             self._fail(RECORDS_FILE, error)
 
     def flush(self) -> None:
-        """Make what was written last.  Whatever ends the process, no record is ever read that was not written whole.
+        """Write records and marks to disk.  However the process ends, no incomplete record is ever read.
 
         Raises:
-            StorageError: a full disk or an I/O error; once, later calls do nothing.
+            StorageError: a full disk or an I/O error; raised once, later calls do nothing.
         """
-        dirty = [marks for marks in self._known.values() if marks.dirty]
-        if self._failed or not dirty or not self._claims.here:
+        dirty = [marks for marks in self._view_marks.values() if marks.dirty]
+        if self._failed or not dirty or not self._locks.is_owner:
             return
         try:
             self._files.sync_records()
@@ -306,7 +306,7 @@ class TeacherCache:
             self._fail(MARKS_FILE, error)
 
     def close(self) -> None:
-        """Flush, and let other processes write.  May be called twice.
+        """Flush, and release all blocks for other processes.  May be called twice.
 
         Raises:
             StorageError: as ``flush``.
@@ -317,65 +317,65 @@ class TeacherCache:
             self.flush()
         finally:
             self._closed = self._failed = True
-            self._known.clear()
+            self._view_marks.clear()
             self._files.close()
-            self._claims.release()
+            self._locks.release()
 
     def coverage(self, views: int | None = None) -> list[int]:
-        """Records that are there, by view.
+        """Return the number of records by view.
 
         Args:
-            views: how many; None: all that the store has.
+            views: number of views; None: all of the cache.
 
         Raises:
             StorageError: an I/O error.
         """
-        nobody = np.empty(0, np.int64)
+        no_ids = np.empty(0, np.int64)
         try:
-            return [self._marks(view, nobody).count for view in range(self.views if views is None else views)]
+            return [self._marks(view, no_ids).count for view in range(self.views if views is None else views)]
         except OSError as error:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def damaged(self) -> list[tuple[int, int]]:
-        """(view, block) of the blocks whose records are not what was written; they count as not recorded.
+        """Return (view, block) of damaged blocks, whose records count as missing.
 
         Raises:
             StorageError: an I/O error.
         """
         self.coverage()
-        return [(view, block) for view, marks in sorted(self._known.items()) for block in sorted(marks.damaged)]
+        return [(view, block) for view, marks in sorted(self._view_marks.items()) for block in sorted(marks.damaged)]
 
     def _marks(self, view: int, ids: Ids) -> ViewMarks:
         if view < 0 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.samples):
-            raise IndexError(f"a store of {self.samples} samples, asked for view {view} of samples {ids}")
-        if view not in self._known:
-            self._known[view] = ViewMarks(self._layout, self._files, view)
-        return self._known[view]
+            raise IndexError(f"view {view} of samples {ids} in a cache of {self.samples} samples")
+        if view not in self._view_marks:
+            self._view_marks[view] = ViewMarks(self._layout, self._files, view)
+        return self._view_marks[view]
 
     def _write(self, view: int, ids: Ids, records: Bytes) -> None:
         marks = self._marks(view, ids)
         order = np.unique(ids, return_index=True)[1]
         order = order[~marks.has(ids[order]) & self.record.finite(records[order])]
         blocks = ids[order] // BLOCK
-        held = [block for block in np.unique(blocks).tolist() if self._hold(marks, block)]
-        order = order[np.isin(blocks, held)]
-        order = order[~marks.has(ids[order])]  # a former writer may have been quicker
+        owned = [block for block in np.unique(blocks).tolist() if self._acquire(marks, block)]
+        order = order[np.isin(blocks, owned)]
+        order = order[~marks.has(ids[order])]  # the block's last owner may have written some
         if not len(order):
             return
-        self._files.reserve(view, self._claims.growth_lock)
-        chosen, kept = ids[order], np.ascontiguousarray(records[order]).reshape(-1).data
+        self._files.reserve(view, self._locks.growth_lock)
+        new_ids, new_records = ids[order], np.ascontiguousarray(records[order]).reshape(-1).data
         size = self.record.nbytes
-        ends = [*np.flatnonzero(np.diff(chosen) != 1).tolist(), len(chosen) - 1]
+        ends = [*np.flatnonzero(np.diff(new_ids) != 1).tolist(), len(new_ids) - 1]
         start = 0
-        for end in ends:  # neighbours in one call
-            self._files.write_records(view, int(chosen[start]), kept[start * size : (end + 1) * size])
+        for end in ends:  # consecutive ids in one call
+            self._files.write_records(view, int(new_ids[start]), new_records[start * size : (end + 1) * size])
             start = end + 1
-        marks.add(chosen, kept)
+        marks.add(new_ids, new_records)
 
-    def _hold(self, marks: ViewMarks, block: int) -> bool:
-        if not self._claims.claim(marks.view * self._layout.blocks + block):
+    def _acquire(self, marks: ViewMarks, block: int) -> bool:
+        if not self._locks.acquire_block(marks.view * self._layout.blocks + block):
             return False
-        marks.own(block)
+        marks.set_owned(block)
         return True
 
     def _fail(self, name: str, error: OSError) -> NoReturn:
@@ -385,26 +385,26 @@ class TeacherCache:
 
 _KEY_PATTERN = re.compile(r"[0-9a-f]{16}")
 _LEFTOVER_PATTERN = re.compile(r"\.[0-9a-f]{16}\.(removed|[0-9a-f]{8}\.new)")
-_MIN_KEY_PREFIX = 4  # characters of a key that suffice where no other begins so
+_MIN_KEY_PREFIX = 4  # characters of an abbreviated key
 _DELETE_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A store as it is found in its folder; nothing is checked but the manifest.
+    """A cache in a listing; only its manifest is checked.
 
     Attributes:
         path: its folder.
         size: bytes on the disk.
-        used: when it was last opened, in seconds since 1970.
-        manifest: what its records are answers to; None where ``error`` says what is wrong.
-        recorded: records that are marked, by view.
-        error: why it cannot be used; empty where it can.
+        last_used: when it was last opened, in seconds since 1970.
+        manifest: identity and format; None if it cannot be read.
+        recorded: number of records by view.
+        error: why the cache cannot be used; empty if it can.
     """
 
     path: Path
     size: int
-    used: float
+    last_used: float
     manifest: CacheManifest | None
     recorded: tuple[int, ...] = ()
     error: str = ""
@@ -415,23 +415,34 @@ class CacheEntry:
         return self.path.name
 
     @property
-    def share(self) -> float | None:
-        """Of the records of all views that the store has, how many are there; None where it has none."""
+    def coverage(self) -> float | None:
+        """Share of records that exist, of all in the cache's views; None if it has no views."""
         if self.manifest is None or not self.recorded:
             return None
         return sum(self.recorded) / (len(self.recorded) * self.manifest.samples)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        found: dict[str, Any] = {"key": self.key, "path": str(self.path), "bytes": self.size, "last_use": self.used}
+        """Return the entry as JSON values."""
+        entry: dict[str, Any] = {
+            "key": self.key,
+            "path": str(self.path),
+            "bytes": self.size,
+            "last_use": self.last_used,
+        }
         if self.manifest is None:
-            return found | {"error": self.error}
+            return entry | {"error": self.error}
         manifest, facts = self.manifest, self.manifest.facts
-        return found | {
+        record = manifest.record
+        return entry | {
             "samples": manifest.samples,
             "views": len(self.recorded),
             "recorded": list(self.recorded),
-            "record": {"kind": manifest.record.kind, "bytes": manifest.record.nbytes, **_record_sizes(manifest.record)},
+            "record": {
+                "kind": record.kind,
+                "bytes": record.nbytes,
+                "classes": record.classes,
+                "embedding": record.embedding,
+            },
             "teacher": facts.get("teacher"),
             "folder": facts.get("folder"),
             "data": facts.get("data"),
@@ -441,60 +452,60 @@ class CacheEntry:
 
 
 def list_caches(root: Path) -> list[CacheEntry]:
-    """The stores of a folder, the last used first.
+    """Return the caches of a folder, the last used first.
 
     Raises:
         StorageError: the folder cannot be read.
     """
-    return sorted(map(_read_entry, _cache_folders(root)), key=lambda each: (-each.used, each.key))
+    return sorted(map(_read_entry, _cache_folders(root)), key=lambda each: (-each.last_used, each.key))
 
 
 def find_cache(root: Path, key: str) -> Path:
-    """The folder of a store.
+    """Return the folder of a cache.
 
     Args:
-        root: the folder of all stores.
-        key: or its beginning, where no other begins so.
+        root: the folder of all caches.
+        key: of the cache, or its unique beginning of at least 4 characters.
 
     Raises:
-        UsageError: no such store; the message names the nearest.
+        UsageError: there is no such cache; the message names the nearest.
         StorageError: the folder cannot be read.
     """
-    known = [folder.name for folder in _cache_folders(root)]
-    found = [name for name in known if name == key or (len(key) >= _MIN_KEY_PREFIX and name.startswith(key))]
-    if len(found) == 1:
-        return root / found[0]
-    if found:
-        raise UsageError(f"several stores begin with {key!r}: {', '.join(sorted(found))}")
+    keys = [folder.name for folder in _cache_folders(root)]
+    matches = [name for name in keys if name == key or (len(key) >= _MIN_KEY_PREFIX and name.startswith(key))]
+    if len(matches) == 1:
+        return root / matches[0]
+    if matches:
+        raise UsageError(f"several caches begin with {key!r}: {', '.join(sorted(matches))}")
     raise UsageError(
-        f"no teacher cache {key!r} in {root}{did_you_mean(key, known)}\nKnown: {', '.join(sorted(known)) or 'none'}; "
+        f"no teacher cache {key!r} in {root}{did_you_mean(key, keys)}\nKnown: {', '.join(sorted(keys)) or 'none'}; "
         "`potstill cache ls` shows them"
     )
 
 
 def remove_cache(path: Path) -> int:
-    """Delete a store; one that is damaged too.
+    """Delete a cache, damaged or not.
 
     Returns:
-        Bytes that were freed.
+        Freed bytes.
 
     Raises:
         StorageError: it is in use, or cannot be deleted.
     """
-    claims = BlockLocks(path)  # with a new lock file where a store has none yet: somebody may be about to open it
+    locks = BlockLocks(path)  # creates a missing lock file: another process may be opening the cache
     try:
-        if not claims.acquire_exclusive():
+        if not locks.acquire_exclusive():
             raise StorageError(f"{path} is in use; wait for the run that uses it, or stop it")
         size = _disk_usage(path)
-        gone = path.with_name(f".{path.name}.removed")
+        renamed = path.with_name(f".{path.name}.removed")
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(gone)  # what an interrupted removal left
-        path.rename(gone)  # at once, for those who look for it
-        _delete(gone)
+            shutil.rmtree(renamed)  # left by an interrupted removal
+        path.rename(renamed)  # so that it disappears at once
+        _delete(renamed)
     except OSError as error:
         raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
     finally:
-        claims.release()
+        locks.release()
     return size
 
 
@@ -503,13 +514,13 @@ def _delete(folder: Path) -> None:
         try:
             shutil.rmtree(folder)
             return
-        except OSError as error:  # whoever was about to open the store may just have put a file there
+        except OSError as error:  # a process that is opening the cache may have created a file there
             if error.errno != errno.ENOTEMPTY or attempt == _DELETE_ATTEMPTS - 1:
                 raise
 
 
 def delete_leftovers(root: Path) -> None:
-    """Delete what an interrupted removal, or the making of a store, has left."""
+    """Delete folders left by an interrupted creation or removal of a cache."""
     with contextlib.suppress(OSError):
         for folder in root.iterdir():
             if _LEFTOVER_PATTERN.fullmatch(folder.name):
@@ -546,15 +557,11 @@ def _count_records(path: Path, layout: FileLayout) -> tuple[int, ...]:
     try:
         counts = []
         for view in range(files.views()):
-            marks = (layout.read_mark(block, mark) for block, mark in enumerate(files.read_marks(view)))
+            marks = (layout.decode_mark(block, mark) for block, mark in enumerate(files.read_marks(view)))
             counts.append(sum(int.from_bytes(mark[1].tobytes(), "little").bit_count() for mark in marks if mark))
         return tuple(counts)
     finally:
         files.close()
-
-
-def _record_sizes(record: RecordFormat) -> dict[str, int]:
-    return {"classes": record.classes, "embedding": record.embedding}
 
 
 def _last_use(path: Path) -> float:
@@ -565,10 +572,10 @@ def _last_use(path: Path) -> float:
 
 
 def _disk_usage(path: Path) -> int:
-    """Room that is taken on the disk; a file may have holes."""
-    found = 0
+    """Return the allocated bytes; a file may have holes."""
+    total = 0
     with contextlib.suppress(OSError):
         for each in os.scandir(path):
             status = each.stat(follow_symlinks=False)
-            found += getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
-    return found
+            total += getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
+    return total

@@ -1,15 +1,15 @@
-"""The files of a cache: their layout and checksums, reading and writing, and the locks on blocks.
+"""The files of a cache: layout and checksums, reading and writing, and locks on blocks.
 
 ``logits.bin``: [view][sample] records.  ``done.bin``: for each view and each block of 4096 of its records a mark: 4
 bytes of checksum, then a bit for each record that is there.  No mark crosses a page, so a process that is killed leaves
-the old one or the new one.  What is not marked is not read, and a mark that does not fit its records counts as none.
+the old or the new one.  Records without a mark are not read, nor are those that do not match its checksum.
 
-Files are written by calls that report a full disk, and read through a memory map: writing through a memory map would be
-shorter, but a full disk then ends the process (SIGBUS) instead of being reported.
+Files are written by ``pwrite`` and read through a memory map: on a full disk, writing through a memory map would end
+the process (SIGBUS) instead of raising an error.
 
-Locks are byte ranges of one file, between processes and within one.  They are the system's (POSIX): they end with the
-process, however it ends.  But they are held by processes, not by objects, and closing any handle of the file drops them
-all; so one process has one handle for each file.
+Locks are POSIX locks on byte ranges of one file: the system releases them when the process ends.  They are held by
+processes, not by objects, and closing any handle of the file releases them all; so a process has one handle for each
+file.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = "lock"
-_GROWTH_BYTE = 1 << 60  # bytes that no block has
+_GROWTH_BYTE = 1 << 60  # beyond the number of any block
 _USE_BYTE = _GROWTH_BYTE + 1
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOCK_DENIED = (errno.EAGAIN, errno.EACCES)
@@ -48,12 +48,12 @@ _guard = threading.RLock()
 
 
 class _LockFile:
-    """The one handle that this process has of a lock file."""
+    """The only handle that this process has of a lock file."""
 
     def __init__(self, identity: tuple[int, int], handle: int) -> None:
         self.identity, self.handle, self.process = identity, handle, os.getpid()
         self.users = 0
-        # A store that was forgotten, not closed, holds nothing any more.
+        # Weak, so that a cache which was not closed holds no lock.
         self.owners: weakref.WeakValueDictionary[int, BlockLocks] = weakref.WeakValueDictionary()
 
     def lock(self, at: int, *, shared: bool = False, wait: bool = False) -> bool:
@@ -71,71 +71,71 @@ class _LockFile:
 
 
 class BlockLocks:
-    """One store's claims.
+    """The locks of one open cache.
 
     Args:
-        folder: the store's; has or gets a file ``lock``.
+        folder: of the cache; a file ``lock`` is created in it if there is none.
 
     Raises:
-        StorageError: no such locks here.
+        StorageError: the system has no byte-range locks.
     """
 
     def __init__(self, folder: Path) -> None:
         if fcntl is None:
-            raise StorageError("stores of teacher outputs need byte-range locks, which this system does not have")
+            raise StorageError("teacher caches need byte-range locks, which this system does not have")
         self.path = folder / LOCK_FILE
         try:
             self._file = _acquire_lock_file(self.path)
         except OSError as error:
             raise StorageError(f"cannot lock {self.path}: {error.strerror or error}") from error
         self._release = weakref.finalize(self, _release_lock_file, self._file)
-        self._mine: set[int] = set()
+        self._owned: set[int] = set()
 
     @property
-    def here(self) -> bool:
-        """False in a process that was forked off: the claims are the parent's."""
+    def is_owner(self) -> bool:
+        """False in a forked process: the locks belong to its parent."""
         return self._file.process == os.getpid()
 
-    def use(self) -> bool:
-        """Say that the store is in use until ``release``; False: somebody is removing it, or has."""
+    def acquire_shared(self) -> bool:
+        """Mark the cache as in use until ``release``; return False if it is being removed, or was."""
         with _guard:
             if not self._file.lock(_USE_BYTE, shared=True):
                 return False
-        return self._current()
+        return self._is_current()
 
     def acquire_exclusive(self) -> bool:
-        """Keep all others out until ``release``; False: somebody uses the store, or it is another one by now."""
+        """Exclude all others until ``release``; return False if the cache is in use, or was replaced."""
         with _guard:
-            return self._file.users == 1 and self._file.lock(_USE_BYTE) and self._current()
+            return self._file.users == 1 and self._file.lock(_USE_BYTE) and self._is_current()
 
-    def _current(self) -> bool:
-        """Whether the file that is locked is the one that stands there."""
+    def _is_current(self) -> bool:
+        """Return whether the locked file is still the one at this path."""
         try:
             found = self.path.stat()
         except OSError:
             return False
         return self._file.identity == (found.st_dev, found.st_ino)
 
-    def claim(self, block: int) -> bool:
-        """Whether this store may write a block (a number over all views) from now on, until ``release``.
+    def acquire_block(self, block: int) -> bool:
+        """Return whether this cache may write a block (numbered over all views) from now on, until ``release``.
 
         Raises:
             OSError: the file system has no locks.
         """
-        if not self.here:
+        if not self.is_owner:
             return False
-        if block in self._mine:
+        if block in self._owned:
             return True
         with _guard:
             if self._file.owners.get(block) is not None or not self._file.lock(block):
                 return False
             self._file.owners[block] = self
-        self._mine.add(block)
+        self._owned.add(block)
         return True
 
     @contextlib.contextmanager
     def growth_lock(self) -> Iterator[None]:
-        """Alone among all processes while a file grows; waits for its turn."""
+        """Exclude all other processes while a file grows; waits for them."""
         with _guard:
             self._file.lock(_GROWTH_BYTE, wait=True)
             try:
@@ -144,13 +144,13 @@ class BlockLocks:
                 self._file.unlock(_GROWTH_BYTE)
 
     def release(self) -> None:
-        """Let others write.  May be called twice."""
+        """Release all locks.  May be called twice."""
         with _guard, contextlib.suppress(OSError):
-            if self.here and self._release.alive:
-                for block in self._mine:
+            if self.is_owner and self._release.alive:
+                for block in self._owned:
                     self._file.owners.pop(block, None)
                     self._file.unlock(block)
-        self._mine.clear()
+        self._owned.clear()
         self._release()
 
 
@@ -164,7 +164,7 @@ def _acquire_lock_file(path: Path) -> _LockFile:
             except OSError as error:
                 if error.errno not in READ_ONLY:
                     raise
-                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a read-only store has readers
+                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a read-only cache can be read
             found = os.fstat(handle)
             known = _open_locks[found.st_dev, found.st_ino] = _LockFile((found.st_dev, found.st_ino), handle)
         known.users += 1
@@ -200,12 +200,12 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Of a store of N samples.
+    """File layout of a cache of N samples.
 
     Args:
         samples: N >= 1.
         nbytes: of one record.
-        seed: of the checksums, so that no other store's files fit.
+        seed: of the checksums, so that those of another cache do not match.
     """
 
     samples: int
@@ -214,17 +214,17 @@ class FileLayout:
 
     @classmethod
     def of(cls, manifest: CacheManifest) -> "FileLayout":
-        """The layout that a manifest asks for."""
+        """Return the layout for a manifest."""
         return cls(manifest.samples, manifest.record.nbytes, zlib.crc32(manifest.key.encode()))
 
     @property
     def blocks(self) -> int:
-        """In a view."""
+        """Number of blocks in a view."""
         return -(-self.samples // BLOCK)
 
     @property
     def width(self) -> int:
-        """Bytes of a block's bits; fewer where there are few samples."""
+        """Bytes of the bits in a mark; fewer if there are fewer samples than in a block."""
         return -(-min(self.samples, BLOCK) // 8)
 
     @property
@@ -233,33 +233,33 @@ class FileLayout:
         return self.samples * self.nbytes
 
     def ids_of(self, block: int) -> range:
-        """The samples of a block."""
+        """Return the sample ids of a block."""
         return range(block * BLOCK, min(self.samples, (block + 1) * BLOCK))
 
     # marks
 
-    def marks_at(self, view: int) -> NDArray[np.int64]:
-        """Where a view's marks begin in done.bin, and where the last one ends: blocks + 1 places."""
-        page, place = np.divmod(np.arange(self.blocks + 1, dtype=np.int64) + view * self.blocks, self._per_page)
-        places: NDArray[np.int64] = page * PAGE + place * self._slot
-        return places
+    def mark_offsets(self, view: int) -> NDArray[np.int64]:
+        """Return the offsets of a view's marks in done.bin and the end of the last one: blocks + 1 numbers."""
+        page, slot = np.divmod(np.arange(self.blocks + 1, dtype=np.int64) + view * self.blocks, self._per_page)
+        offsets: NDArray[np.int64] = page * PAGE + slot * self._slot_bytes
+        return offsets
 
-    def views_in(self, size: int) -> int:
-        """Views with a mark in a done.bin of so many bytes."""
+    def views_in_size(self, size: int) -> int:
+        """Return the number of views with a mark in a done.bin of ``size`` bytes."""
         pages, rest = divmod(size, PAGE)
-        marks = pages * self._per_page + min(self._per_page, -(-rest // self._slot))
+        marks = pages * self._per_page + min(self._per_page, -(-rest // self._slot_bytes))
         return -(-marks // self.blocks)
 
-    def mark(self, check: int, bits: Bits) -> bytes:
-        """A mark's bytes."""
-        return check.to_bytes(_CHECKSUM_SIZE, "little") + bits.tobytes()
+    def encode_mark(self, checksum: int, bits: Bits) -> bytes:
+        """Return a mark's bytes."""
+        return checksum.to_bytes(_CHECKSUM_SIZE, "little") + bits.tobytes()
 
-    def read_mark(self, block: int, mark: bytes) -> tuple[int, Bits] | None:
-        """Checksum and bits of a mark; None where the bytes cannot be one.
+    def decode_mark(self, block: int, mark: bytes) -> tuple[int, Bits] | None:
+        """Return checksum and bits of a mark; None if it is malformed.
 
         Args:
             block: whose mark it is.
-            mark: all bytes up to the next mark; what is missing at the end of the file counts as zeros.
+            mark: all bytes up to the next mark; missing bytes at the end of the file count as zeros.
         """
         mark = mark.ljust(_CHECKSUM_SIZE + self.width, b"\0")
         bits = np.frombuffer(mark, np.uint8, self.width, _CHECKSUM_SIZE).copy()
@@ -274,21 +274,21 @@ class FileLayout:
         return PAGE // (_CHECKSUM_SIZE + self.width)
 
     @property
-    def _slot(self) -> int:
+    def _slot_bytes(self) -> int:
         return PAGE // self._per_page
 
     # checksums
 
-    def checks(self, view: int, ids: Iterable[int], records: bytes | memoryview) -> list[int]:
-        """A CRC-32 for each record, of its bytes and of its place.
+    def checksums(self, view: int, ids: Iterable[int], records: bytes | memoryview) -> list[int]:
+        """Return a CRC-32 for each record, of its bytes, view and sample id.
 
-        A block's checksum is their sum modulo 2**32: it grows record by record in any order, and each changed bit
-        changes it.
+        A block's checksum is their sum modulo 2**32: records can be added in any order, and each changed bit changes
+        it.
 
         Args:
-            view: which.
+            view: of all records.
             ids: of the samples.
-            records: their bytes, one after the other.
+            records: their bytes, concatenated.
         """
         size, start = self.nbytes, self.seed + view * self.samples
         return [
@@ -297,20 +297,20 @@ class FileLayout:
         ]
 
 
-def sum_checksums(checks: Iterable[int], before: int = 0) -> int:
-    """The sum of checksums modulo 2**32.
+def sum_checksums(checksums: Iterable[int], initial: int = 0) -> int:
+    """Return the sum of checksums modulo 2**32.
 
     Example:
         >>> sum_checksums([0xFFFFFFFF, 2])
         1
     """
-    return (sum(checks) + before) & _UINT32_MAX
+    return (sum(checksums) + initial) & _UINT32_MAX
 
 
 def are_bits_set(bits: Bits, ids: Ids) -> NDArray[np.bool_]:
-    """Which bits are set; ``bits`` is one-dimensional."""
-    found: NDArray[np.bool_] = (bits[ids >> 3] >> (ids & 7).astype(np.uint8)) & 1 == 1
-    return found
+    """Return which bits are set; ``bits`` is one-dimensional."""
+    is_set: NDArray[np.bool_] = (bits[ids >> 3] >> (ids & 7).astype(np.uint8)) & 1 == 1
+    return is_set
 
 
 RECORDS_FILE, MARKS_FILE = "logits.bin", "done.bin"
@@ -319,15 +319,15 @@ _ALLOCATION_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 class CacheFiles:
-    """Open handles of both files; created empty where they are missing.
+    """Open handles of both files; missing ones are created empty.
 
     Args:
-        folder: the store's.
-        layout: of the store.
-        write: False: they are opened to be read, and must be there.
+        folder: of the cache.
+        layout: of the cache.
+        write: if False, open existing files for reading.
 
     Raises:
-        OSError: as the system says it; of all methods too.
+        OSError: from the constructor and from all methods.
     """
 
     def __init__(self, folder: Path, layout: FileLayout, *, write: bool = True) -> None:
@@ -339,7 +339,7 @@ class CacheFiles:
             os.close(self._records)
             raise
         self._release = weakref.finalize(self, _close_all, self._records, self._marks)
-        self._entered = False  # both files in their folder, for certain
+        self._folder_synced = False  # whether the folder's entries of both files are on disk
         self._map: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def _open(self, path: Path) -> int:
@@ -353,46 +353,46 @@ class CacheFiles:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Give both handles back.  May be called twice."""
+        """Close both handles.  May be called twice."""
         self._map = np.empty(0, np.uint8)
         self._release()
 
     # records
 
-    def slab(self, view: int) -> NDArray[np.uint8]:
-        """A view's records as they are in the file, [N, nbytes], or fewer where it ends before; not to be written."""
+    def read_view(self, view: int) -> NDArray[np.uint8]:
+        """Return a view's records, [N, nbytes] or fewer if the file ends before; a read-only memory map."""
         start, size = view * self.layout.view_bytes, self.layout.view_bytes
         if len(self._map) < start + size:
             length = os.fstat(self._records).st_size
             if length:
                 self._map = np.frombuffer(mmap.mmap(self._records, length, prot=mmap.PROT_READ), np.uint8)
-        found = self._map[start : start + size]
-        rows = len(found) // self.layout.nbytes
-        return found[: rows * self.layout.nbytes].reshape(rows, self.layout.nbytes)
+        records = self._map[start : start + size]
+        rows = len(records) // self.layout.nbytes
+        return records[: rows * self.layout.nbytes].reshape(rows, self.layout.nbytes)
 
     def read_block(self, view: int, block: int) -> bytes:
-        """A block's records; fewer where the file ends before.  A call, not the map: an I/O error is an error then."""
+        """Return a block's records, fewer if the file ends before.  Not mapped, so that an I/O error is raised."""
         ids = self.layout.ids_of(block)
         size = self.layout.nbytes
         return _pread(self._records, view * self.layout.view_bytes + ids.start * size, len(ids) * size)
 
     def write_records(self, view: int, first: int, records: memoryview) -> None:
-        """Put records at ``first`` and the following places."""
+        """Write records at sample id ``first`` and the following ones."""
         _pwrite(self._records, view * self.layout.view_bytes + first * self.layout.nbytes, records)
 
-    def reserve(self, view: int, alone: Callable[[], AbstractContextManager[None]]) -> None:
-        """Let the file reach to the end of a view, with room on the disk; given back where there is not enough.
+    def reserve(self, view: int, growth_lock: Callable[[], AbstractContextManager[None]]) -> None:
+        """Extend the file to the end of a view and allocate the disk space; undone if there is not enough.
 
-        A view that lies before the end, and that nobody has written to, may be a hole; it fills as it is written.
+        An unwritten view before the end may be a hole, which is filled as it is written.
 
         Args:
-            view: which.
-            alone: within it no other process reserves, so that nobody's records are replaced by zeros.
+            view: to be written.
+            growth_lock: excludes other processes, so that none overwrites new records with zeros.
         """
         end = (view + 1) * self.layout.view_bytes
         if os.fstat(self._records).st_size >= end:
             return
-        with alone():
+        with growth_lock():
             before = os.fstat(self._records).st_size
             start = max(before, view * self.layout.view_bytes)
             if start >= end:
@@ -411,34 +411,34 @@ class CacheFiles:
     # marks
 
     def views(self) -> int:
-        """Views of which something is marked."""
-        return self.layout.views_in(os.fstat(self._marks).st_size)
+        """Return the number of views with a mark."""
+        return self.layout.views_in_size(os.fstat(self._marks).st_size)
 
-    def marks_changed(self) -> int:
-        """A number that changes when marks are written, by whomsoever."""
+    def marks_mtime(self) -> int:
+        """Return the marks' modification time in ns, which changes when any process writes them."""
         return os.fstat(self._marks).st_mtime_ns
 
     def read_marks(self, view: int, first: int = 0, end: int | None = None) -> list[bytes]:
-        """Marks of a view's blocks from ``first`` on, each with all bytes up to the next one."""
-        places = self.layout.marks_at(view)[first : None if end is None else end + 1].tolist()
-        text = _pread(self._marks, places[0], places[-1] - places[0])
-        return [text[at - places[0] : to - places[0]] for at, to in itertools.pairwise(places)]
+        """Return the marks of a view's blocks from ``first`` on, each with all bytes up to the next one."""
+        offsets = self.layout.mark_offsets(view)[first : None if end is None else end + 1].tolist()
+        marks = _pread(self._marks, offsets[0], offsets[-1] - offsets[0])
+        return [marks[start - offsets[0] : end - offsets[0]] for start, end in itertools.pairwise(offsets)]
 
     def write_mark(self, view: int, block: int, mark: bytes) -> None:
         """Replace a mark, and all bytes up to the next one."""
-        at, end = self.layout.marks_at(view)[block : block + 2].tolist()
+        at, end = self.layout.mark_offsets(view)[block : block + 2].tolist()
         _pwrite(self._marks, at, memoryview(mark.ljust(end - at, b"\0")))
 
     def sync_marks(self) -> None:
-        """Wait until the marks are on the disk, and both files in their folder."""
+        """Wait until the marks, and the folder's entries of both files, are on the disk."""
         os.fsync(self._marks)
-        if not self._entered:
+        if not self._folder_synced:
             handle = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-            self._entered = True
+            self._folder_synced = True
 
 
 def _allocate(handle: int, start: int, length: int) -> None:
@@ -454,7 +454,7 @@ def _allocate(handle: int, start: int, length: int) -> None:
 
 
 def _pread(handle: int, at: int, length: int) -> bytes:
-    """Up to the end of the file."""
+    """Read up to ``length`` bytes, fewer at the end of the file."""
     parts: list[bytes] = []
     while length > 0 and (part := os.pread(handle, length, at)):
         parts.append(part)
