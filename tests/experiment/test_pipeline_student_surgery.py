@@ -84,5 +84,5 @@ def test_a_remodelled_network_teaches_but_gets_no_new_head(photographs, recipe, 
     for name in ("blue", "red"):
         shutil.copytree(photographs / name, tmp_path / "two" / name)
     changes = {**teacher, "data.source": f"'{tmp_path / 'two'}'", "teacher.new_head": True}
-    with pytest.raises(ArtifactError, match=r"remodelled network \(projected_head\)"):
+    with pytest.raises(ArtifactError, match=r"layers of method projected_head: it cannot get a new head"):
         pipeline.run(recipe(**changes), output_dir=tmp_path, name="third")

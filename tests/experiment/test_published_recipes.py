@@ -168,7 +168,7 @@ def distil(recipe: Recipe, folder: Path) -> None:
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CIFAR]
 )
 def test_two_steps_of_each_published_pair(name, cifar_folder, tmp_path):
-    root = f"data.options.output_dir={cifar_folder}"
+    root = f"data.options.root={cifar_folder}"
     distil(load_recipe(name, (*SHORT, root)), tmp_path)
 
 

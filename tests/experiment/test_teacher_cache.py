@@ -221,7 +221,7 @@ def test_without_room_or_rights_training_goes_on_and_says_so_once(first, recipe,
     done = run(recipe(**changes), output_dir=tmp_path, name="blocked", observer=watching)
     assert asked_and_read(done) == (None, None)
     assert weights(done) == weights(whole)
-    told = [message for message in watching.warnings if "stored" in message]
+    told = [message for message in watching.warnings if "teacher cache" in message]
     assert len(told) == 1
     assert "runs in every step" in told[0]
 
@@ -281,5 +281,5 @@ def test_verify_refuses_when_teacher_or_images_have_changed(recipe, photographs,
     with pytest.raises(ArtifactError, match="has changed since"):
         verify_cache(store, 10)
     os.remove(copied / "red" / "00.png")
-    with pytest.raises(DataError, match="have changed since"):
+    with pytest.raises(DataError, match="have changed; this cache cannot be used"):
         verify_cache(store, 10)

@@ -41,7 +41,7 @@ class Watching:
 
     @property
     def told(self):
-        return [note for note in self.notes if note.startswith("teacher asked")]
+        return [note for note in self.notes if note.startswith("teacher runs in")]
 
 
 @pytest.fixture

@@ -37,13 +37,13 @@ def seen(monkeypatch):
     """Sizes of the images that teachers get, those of the trial before the run and of the cost left out."""
     from potstill.distillation.feature_extractor import FeatureExtractor
 
-    sizes, ask = [], FeatureExtractor.ask
+    sizes, original = [], FeatureExtractor.run
 
     def watched(self, network, images, how=None):
         sizes.append((tuple(images.shape[1:]), images.float().abs().sum().item()))
-        return ask(self, network, images, how)
+        return original(self, network, images, how)
 
-    monkeypatch.setattr(FeatureExtractor, "ask", watched)
+    monkeypatch.setattr(FeatureExtractor, "run", watched)
     return sizes
 
 

@@ -90,7 +90,7 @@ def test_keys_are_found_by_their_beginning_and_unknown_ones_refused(known, tmp_p
     with pytest.raises(UsageError, match=f"did you mean '{one.name}'"):
         find_cache(tmp_path, wrong)
     for key in ("", one.name[:3], "../" + one.name, "..", "/"):
-        with pytest.raises(UsageError, match="no cache"):
+        with pytest.raises(UsageError, match="no teacher cache"):
             find_cache(tmp_path, key)
     (tmp_path / (one.name[:5] + "00000000000")).mkdir()
     with pytest.raises(UsageError, match="several caches begin with"):
