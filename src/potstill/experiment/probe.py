@@ -4,6 +4,7 @@ The encoder runs once over train and val, without augmentation, at the teacher's
 samples would double the cost for 0.4 points of accuracy at most (EfficientNet-Lite0, 1,000 images of CIFAR-10).
 """
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,13 +221,11 @@ def _convert(
         exact = extractor.run(model.module, images, plain).embedding
         assert exact is not None
         if compute.teacher_in_bf16 and recipe.network(stage.name).precision == "auto":
-            try:
+            with contextlib.suppress(Exception):  # other people's networks may fail in bf16 with any error
                 network, inference = convert_for_inference(model.module, torch.bfloat16, compute.memory_format, images)
                 rounded = extractor.run(network, images, inference).embedding
                 if rounded is not None and (rounded - exact).norm() <= _MAX_DIFFERENCE * exact.norm():
                     return network, inference
-            except Exception:  # other people's networks may fail in bf16 with any error
-                pass
         return convert_for_inference(model.module, torch.float32, compute.memory_format, images)
 
 
