@@ -78,3 +78,17 @@ def test_addresses_are_no_names_of_anything(address, tmp_path, capsys, monkeypat
 def test_names_of_methods_and_models_are_looked_up_only(name, tmp_path, capsys):
     refused(capsys, "quickstart", "--output-dir", tmp_path, "--set", f"method={{name: {name!r}}}")
     refused(capsys, "quickstart", "--output-dir", tmp_path, "--set", f"student.model={name!r}")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["method: {name: 'potstill.methods.kd:KD'}", "student: {model: 'os:abort'}", "teacher: {model: 'mine.py:f'}"],
+)
+def test_a_recipe_file_that_names_code_is_refused(lines, tmp_path, capsys):
+    """Typed on the command line such a name is the user's own; in a file, somebody else may have written it."""
+    recipe = tmp_path / "sent.yaml"
+    whole = {"data": "{source: digits}", "teacher": "{model: cifar/resnet8}", "student": "{model: cifar/resnet8}"}
+    whole |= dict([lines.split(": ", 1)])
+    recipe.write_text("name: sent\n" + "".join(f"{key}: {value}\n" for key, value in whole.items()))
+    (tmp_path / "mine.py").write_text("raise SystemExit('it was run')\n")
+    assert "--allow-code" in refused(capsys, recipe, "--output-dir", tmp_path)
