@@ -1,6 +1,6 @@
 """Names of code from outside the package: ``package.module:Class`` and ``path/file.py:Class``, and how they are loaded.
 
-Loading runs the code. Whoever reads such a name from a file that somebody else may have written asks first:
+Loading runs the code. A name that comes from a file of unknown origin needs permission first:
 see ``potstill.config.code_references``.
 """
 

@@ -82,7 +82,7 @@ def test_names_of_methods_and_models_are_looked_up_only(name, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "lines",
-    ["method: {name: 'potstill.methods.kd:KD'}", "student: {model: 'os:abort'}", "teacher: {model: 'mine.py:f'}"],
+    ["method: {name: 'potstill.methods.kd:KD'}", "student: {model: 'os:getcwd'}", "teacher: {model: 'mine.py:f'}"],
 )
 def test_a_recipe_file_that_names_code_is_refused(lines, tmp_path, capsys):
     """Typed on the command line such a name is the user's own; in a file, somebody else may have written it."""

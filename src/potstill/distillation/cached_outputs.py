@@ -157,7 +157,7 @@ class CachedTeacherOutputs:
                     cache.flush()
             except (StorageError, ArtifactError) as error:
                 self._fall_back(error)
-        self.processes.highest(0)  # a barrier: nobody reads before everything is written
+        self.processes.highest(0)  # a barrier: no process reads before everything is written
 
     def close(self) -> None:
         """Close the caches, so that other processes may write.  Several processes call ``flush`` before."""

@@ -43,8 +43,8 @@ class CacheEstimate:
     @property
     def speed_up(self) -> float:
         """Times as fast as with a teacher that runs in every step."""
-        asked = self.views * (1 - self.recorded)
-        return self.epochs * (self.teacher + self.student) / (asked * self.teacher + self.epochs * self.student)
+        passes = self.views * (1 - self.recorded)
+        return self.epochs * (self.teacher + self.student) / (passes * self.teacher + self.epochs * self.student)
 
     @property
     def later(self) -> float:

@@ -217,7 +217,7 @@ class StageCaches:
 
 @dataclass(frozen=True)
 class StageTeacher:
-    """A teacher, where its model stands, and how it is asked."""
+    """A teacher, its model folder, and its inference settings."""
 
     classifier: Classifier  # as trained, in float32
     folder: Path | None  # None where nothing is stored
@@ -243,14 +243,14 @@ def open_caches(
     """Stores for the teachers' answers to the images of each split.
 
     Args:
-        distiller: joined, with the teachers as they will be asked.
+        distiller: with the teachers converted for inference.
         loaders: by split; "train" with its views.
         teachers: in the distiller's order.
         stage: whose views they are.
         student: how the images are prepared.
         recipe: says where and how.
         data: whose fingerprint is part of the keys.
-        compute: where the teachers are asked.
+        compute: device and precision of the teachers.
         observer: is warned once where a store cannot be used; training then goes on with the live teacher, whose
             answers are rounded as their records would be, so that the weights are the same.
         keeps: False: no store is opened at all, with the same effect.

@@ -1,4 +1,4 @@
-"""The model that a person means: a run, a model folder, or weights of somebody else's with their architecture."""
+"""Load a model by what the user gives: a run, a model folder, or weights from elsewhere with their architecture."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def load_classifier(
 
     Args:
         model: a run or model folder, or one of a model's files; ``ARCHITECTURE@WEIGHTS``; or a file of weights whose
-            network can be told from its tensors.
+            network can be inferred from its tensors.
         classes: of bare weights: a text file with the name of each output, or a name of ``CLASS_LISTS``.
         likely: of bare weights whose file has no class names: those of the data, if there are as many.
         note: is called with a line on each thing that was assumed.

@@ -123,10 +123,10 @@ def _gradcam(model: "Classifier", images: Any, wanted: int, pixels: "Pixels") ->
 
 def _agreement(answers: list[dict[str, Any]]) -> bool | None:
     """Whether the student says what the teacher says; None where one of them is missing."""
-    said = {each["stage"]: each["predictions"][0]["class"] for each in answers}
-    if "teacher" not in said or "distilled" not in said:
+    top_classes = {each["stage"]: each["predictions"][0]["class"] for each in answers}
+    if "teacher" not in top_classes or "distilled" not in top_classes:
         return None
-    return bool(said["teacher"] == said["distilled"])
+    return bool(top_classes["teacher"] == top_classes["distilled"])
 
 
 def _preview(pixels: "Pixels") -> str:

@@ -52,7 +52,7 @@ class Prediction(BaseModel):
 
 
 class Model(BaseModel):
-    """A network that is asked; ``size``: side in pixels of what it sees."""
+    """A network of the run; ``size``: height and width of its images in pixels."""
 
     stage: str
     architecture: str

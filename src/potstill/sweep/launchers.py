@@ -81,7 +81,7 @@ def run_on_ray(arguments: Sequence[str], jobs: int, options: Mapping[str, Any]) 
 
     Raises:
         UsageError: no Ray, no cluster, or an option that Ray does not know.
-        WorkerError: a task ended with an error; its last lines are told.
+        WorkerError: a task ended with an error; the message has its last lines.
     """
     _require("ray", "--ray")
     import ray

@@ -86,7 +86,7 @@ class SignalHandler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._handle_signal:  # else somebody has replaced the handler meanwhile
+            if signal.getsignal(number) == self._handle_signal:  # otherwise the handler was replaced meanwhile
                 signal.signal(number, handler)
         self._before = {}
 

@@ -247,7 +247,7 @@ def create_optimizer(
     settings: TrainingSettings,
     lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over two groups: weights with decay; biases and normalisation layers without, unless asked for.
+    """The optimizer over two groups: weights with decay; biases and normalisation layers without, unless ``decay_all``.
 
     Args:
         named: what is trained.
