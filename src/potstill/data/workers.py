@@ -29,7 +29,7 @@ from torch import Tensor
 
 from potstill.data.image_sets import ImageSet
 from potstill.data.preprocessing import resize_to_square
-from potstill.distributed.launch import TIMEOUT_VARIABLE, heartbeat_timeout
+from potstill.distributed import TIMEOUT_VARIABLE, heartbeat_timeout
 from potstill.errors import StorageError, UsageError, WorkerError
 from potstill.formatting import format_names, format_scaled
 
