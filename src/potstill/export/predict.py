@@ -12,7 +12,7 @@ from potstill.data.entries import LINK_TO_FOLDER, has_image_suffix
 from potstill.data.image_io import Pixels, decode
 from potstill.data.sources import walk_images
 from potstill.errors import DataError, UsageError
-from potstill.export.formats.onnx import ONNX_SUFFIX, load_onnx
+from potstill.export.onnx import ONNX_SUFFIX, load_onnx
 from potstill.formatting import format_names
 
 if TYPE_CHECKING:
