@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from potstill.data.image_sets import ImageSet, read_square
-from potstill.distributed.launch import TIMEOUT_VARIABLE, heartbeat_timeout
+from potstill.distributed import TIMEOUT_VARIABLE, heartbeat_timeout
 from potstill.errors import StorageError, UsageError, WorkerError
 from potstill.formatting import format_names, format_scaled
 
