@@ -96,5 +96,5 @@ def test_a_key_twice_is_refused():
 
 
 def test_test_curves_are_refused():
-    with pytest.raises(UsageError, match="only the winner"):
+    with pytest.raises(UsageError, match="only the best trial"):
         space("training.lr=0.1,0.2", sets=["training.evaluate_test_every_epoch=true"])

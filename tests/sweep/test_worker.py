@@ -99,7 +99,7 @@ def test_a_winner_is_confirmed_on_fresh_seeds_against_a_baseline_searched_as_lon
     before = [path.stat().st_mtime_ns for path in folder.rglob("results.json")]
     assert make(source, folder, over=over, confirm_seeds=3).work()  # the same command again does nothing more
     assert [path.stat().st_mtime_ns for path in folder.rglob("results.json")] == before
-    with pytest.raises(UsageError, match="has met the test split"):
+    with pytest.raises(UsageError, match="best was evaluated on test"):
         make(source, folder, over=over, trials=1).work()
 
 

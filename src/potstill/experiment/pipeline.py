@@ -383,7 +383,7 @@ class _Experiment:
             teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.view_plan.record else None,
             fold_heads=[self.fold_heads.get(name) for name in stage.teachers] if self.data.target is None else (),
             probed=probed,
-            keeps=self.view_plan.keeps,
+            use_cache=self.view_plan.use_cache,
             extended_from=self.extended.get(stage.name, ()),
         )
         return model

@@ -1,4 +1,4 @@
-"""What a sweep varies: ``--search KEY=a,b,c`` and ``--search KEY=low..high[:log]``, checked against the recipe."""
+"""Search space of a sweep: ``--search KEY=a,b,c`` and ``--search KEY=low..high[:log]``, checked against the recipe."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from potstill.methods import method_info
 METHOD = "method.name"
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(:.*)?")
-# All trials share one teacher, and are judged by one measure on one val split.
+# All trials share one teacher, one metric and one val split.
 _NOT_SEARCHABLE = (
     "name",
     "description",
@@ -54,9 +54,9 @@ class Dimension:
         key: as after ``--set``.
         choices: empty for a range.
         low: of a range; included.
-        high: likewise.
-        log: whether the range is searched in orders of magnitude.
-        whole: whether only whole numbers are tried.
+        high: of a range; included.
+        log: whether the range is searched on a logarithmic scale.
+        whole: whether only integers are tried.
     """
 
     key: str
@@ -100,8 +100,8 @@ class Space:
         found: dict[tuple[tuple[str, str], ...], None] = {}
         for values in itertools.product(*(dimension.choices for dimension in self.dimensions)):
             chosen = dict(zip((dimension.key for dimension in self.dimensions), values, strict=True))
-            kept = {each.key: chosen[each.key] for each in self.dimensions if self.active(each, chosen)}
-            found[tuple(kept.items())] = None
+            active = {each.key: chosen[each.key] for each in self.dimensions if self.active(each, chosen)}
+            found[tuple(active.items())] = None
         return [dict(items) for items in found]
 
 
@@ -111,8 +111,8 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
     Args:
         texts: as after ``--search``.
         source: of the recipe, as ``load_recipe`` takes it.
-        sets: likewise.
-        flags: likewise.
+        sets: overrides, as ``load_recipe`` takes them.
+        flags: values of command-line options, as ``load_recipe`` takes them.
 
     Raises:
         UsageError: no text, a key twice, an unknown key or a value that is not allowed; names the nearest known one.
@@ -132,7 +132,7 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
     found, problems = [], list[str]()
     for dimension in dimensions:
         try:
-            found.append(_checked(dimension, source, sets, flags, methods))
+            found.append(_validate(dimension, source, sets, flags, methods))
         except PotstillError as error:
             problems.append(str(error))
     if problems:
@@ -163,23 +163,23 @@ def read_dimension(text: str) -> Dimension:
         if not all(choices):
             raise UsageError(f"--search {text}: there is nothing between two commas")
         return Dimension(key, choices)
-    low, high, how = float(match[1]), float(match[2]), match[3]
-    if how not in (None, ":log"):
-        raise UsageError(f"--search {text}: after a range there may be :log, got {how!r}")
+    low, high, suffix = float(match[1]), float(match[2]), match[3]
+    if suffix not in (None, ":log"):
+        raise UsageError(f"--search {text}: after a range there may be :log, got {suffix!r}")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UsageError(f"--search {text}: a range goes from a smaller to a larger number")
-    if how and low <= 0:
+    if suffix and low <= 0:
         raise UsageError(f"--search {text}: a logarithmic range begins above 0")
     whole = all(re.fullmatch(r"[-+]?\d+", match[at]) for at in (1, 2))
-    return Dimension(key, low=low, high=high, log=bool(how), whole=whole)
+    return Dimension(key, low=low, high=high, log=bool(suffix), whole=whole)
 
 
 def baseline_space(space: Space, recipe: Recipe, trials: int) -> Space:
     """Return the search space of the baseline for a search of ``trials`` trials over ``space``.
 
-    The dimensions that concern a student on labels alone: all but those of methods and of whom it learns from.  Where
-    these have fewer combinations than there are trials, its learning rate is searched too (a quarter to four times that
-    of the recipe), or its weight decay where the learning rate is varied already, so that it gets as many trials.
+    It has the dimensions that apply to training on labels alone: all but those of methods and teachers.  If these have
+    fewer combinations than there are trials, its learning rate is searched too (a quarter to four times that
+    of the recipe), or its weight decay if the learning rate is varied already, so that it gets as many trials.
     """
     own = [each for each in space.dimensions if each.key.partition(".")[0] not in _DISTILLATION_ONLY]
     if all(each.choices for each in own) and math.prod(len(each.choices) for each in own) < trials:
@@ -193,7 +193,7 @@ def baseline_space(space: Space, recipe: Recipe, trials: int) -> Space:
     return Space(tuple(own), space.base_method)
 
 
-def _checked(
+def _validate(
     dimension: Dimension, source: Any, sets: Sequence[str], flags: Mapping[str, Any], methods: Sequence[str]
 ) -> Dimension:
     """Return the dimension with ``whole`` as in the recipe."""
@@ -205,20 +205,22 @@ def _checked(
     if key.startswith("method.") and key != METHOD and key.count(".") == 1:
         option = key.removeprefix("method.")
         methods = [name for name in methods if _has_option(name, option)] or methods[:1]
-        before = [[f"{METHOD}={name}"] for name in methods]
+        prefixes = [[f"{METHOD}={name}"] for name in methods]
     else:
-        before = [[]]
+        prefixes = [[]]
 
     def attempt(text: str) -> None:
-        for more in before:
-            _try_value(source, [*sets, *_without_default(more, source, sets, flags), f"{key}={text}"], flags, key, text)
+        for extra in prefixes:
+            _try_value(
+                source, [*sets, *_without_default(extra, source, sets, flags), f"{key}={text}"], flags, key, text
+            )
 
     if dimension.choices:
         for text in dimension.choices:
             attempt(text)
         return dimension
     whole = dimension.whole
-    if whole:  # 0..1 of a share are all numbers between, 1..9 of a count are not
+    if whole:  # 0..1 of a fraction includes all numbers between; 1..9 of a count does not
         try:
             attempt(repr(dimension.low + 0.37 * (dimension.high - dimension.low)))
             whole = False
@@ -229,10 +231,10 @@ def _checked(
     return Dimension(key, (), dimension.low, dimension.high, dimension.log, whole)
 
 
-def _without_default(more: list[str], source: Any, sets: Sequence[str], flags: Mapping[str, Any]) -> list[str]:
+def _without_default(extra: list[str], source: Any, sets: Sequence[str], flags: Mapping[str, Any]) -> list[str]:
     """Keep the options of the recipe's method if a choice names the same one."""
     base = load_recipe(source, sets, flags=flags)
-    return [text for text in more if text != f"{METHOD}={base.method['name']}"]
+    return [text for text in extra if text != f"{METHOD}={base.method['name']}"]
 
 
 def _try_value(source: Any, sets: list[str], flags: Mapping[str, Any], key: str, text: str) -> None:
@@ -246,16 +248,16 @@ def _has_option(method: str, option: str) -> bool:
     try:
         return option in (*method_info(method).options, "preset", "schedule")
     except UsageError:
-        return True  # the check of the name says so
+        return True  # an unknown method is reported by the check of its name
 
 
 def _refuse_test_curves(recipe: Recipe) -> None:
     if recipe.stage_training("student").evaluate_test_every_epoch:
         raise UsageError(
-            "training.evaluate_test_every_epoch: in a sweep only the winner meets the test split; set it to false"
+            "training.evaluate_test_every_epoch: a sweep evaluates only the best trial on test; set it to false"
         )
     if recipe.seeds > 1:
-        raise UsageError(f"seeds: a sweep trains each trial with one seed, and the recipe says {recipe.seeds}")
+        raise UsageError(f"seeds: a sweep trains each trial with one seed, and the recipe has seeds: {recipe.seeds}")
 
 
 def _split(values: str) -> Iterator[str]:

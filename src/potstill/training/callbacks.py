@@ -61,6 +61,42 @@ class SilentObserver:
     def stage_end(self, name: str, seconds: float) -> None: ...
 
 
+class ForwardingObserver:
+    """Forwards all calls to another observer; base of observers that do more.
+
+    Attributes:
+        current_stage: name of the stage that runs; "" before the first.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer, self.current_stage = observer, ""
+
+    def stage(self, name: str, detail: str) -> None:
+        self.current_stage = name
+        self.observer.stage(name, detail)
+
+    def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None:
+        self.observer.epoch_start(epoch, epochs, steps, images)
+
+    def step(self, images: int) -> None:
+        self.observer.step(images)
+
+    def epoch_end(self, record: dict[str, Any]) -> None:
+        self.observer.epoch_end(record)
+
+    def wait(self, what: str, done: int, total: int) -> None:
+        self.observer.wait(what, done, total)
+
+    def note(self, message: str) -> None:
+        self.observer.note(message)
+
+    def warn(self, message: str) -> None:
+        self.observer.warn(message)
+
+    def stage_end(self, name: str, seconds: float) -> None:
+        self.observer.stage_end(name, seconds)
+
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
 
 
