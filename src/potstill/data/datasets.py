@@ -28,7 +28,7 @@ from potstill.data.settings import DataSettings, read_options
 from potstill.data.shard_reader import is_shards
 from potstill.data.sources import MANIFEST_SUFFIXES
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
-from potstill.errors import DataError, UsageError, did_you_mean
+from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
 
 _MAX_NAMES = 20  # class names of a domain that a message lists
@@ -169,10 +169,23 @@ def _load_target(
 def _load_labeled(settings: DataSettings, progress: ProgressReporter | None) -> DataSplits:
     check_source(settings)
     if settings.source in DATASETS:
-        return DATASETS[settings.source](settings)
+        return _load_by_name(settings)
     if is_shards(settings.source):
         return load_shards(settings, DEFAULT_AUGMENT, progress)
     return load_files(settings, progress)
+
+
+def _load_by_name(settings: DataSettings) -> DataSplits:
+    """Load a data set by its name; a folder of the same name in the working directory is mentioned."""
+    name = settings.source
+    hint = f"{name} is a known data set; for the images of the folder {name}, give ./{name}"
+    try:
+        found = DATASETS[name](settings)
+    except PotstillError as error:
+        if Path(name).is_dir():
+            raise type(error)(f"{error}\n{hint}") from error
+        raise
+    return replace(found, notes=(*found.notes, hint)) if Path(name).is_dir() else found
 
 
 def check_source(settings: DataSettings) -> None:
