@@ -17,8 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import potstill
-from potstill import errors, functional
-from potstill.cli import entry
+from potstill import cli, errors, functional
 from potstill.config.recipe import CurriculumSettings, DomainSettings, Recipe, StageSettings, TeachersSettings
 from potstill.config.settings_errors import RENAMED_KEYS
 from potstill.data.builtin.cifar100 import CifarOptions

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from potstill.distillation.cross_fitting import FoldHeads
-from potstill.distillation.teachers import Teachers
+from potstill.distillation.teachers import FoldHeads, Teachers
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.cache_verification import verify_cache

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, to_rgb
+from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, silence_pillow, to_rgb
 from potstill.data.image_structure import parse_structure
-from potstill.data.library_warnings import silence_pillow
 from potstill.data.preprocessing import resize_to_square
 from potstill.data.shard_reader import ShardSample, read_byte_range
 from potstill.errors import DataError

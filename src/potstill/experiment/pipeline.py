@@ -16,7 +16,7 @@ from potstill.config.method_settings import describe_method, needs_teacher
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe
 from potstill.config.stage_names import stage_name, stage_number, stage_role
 from potstill.data.splits import DataSplits
-from potstill.distillation.cross_fitting import FoldHeads
+from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.fidelity import class_order

@@ -11,10 +11,10 @@ from potstill.config.method_settings import describe_method
 from potstill.config.recipe import Recipe
 from potstill.config.stage_names import stage_role
 from potstill.config.validation import TARGET_MISSING
+from potstill.console import silence_native_stderr
 from potstill.data.datasets import load_data
 from potstill.data.entries import FINDING_KINDS, SkippedFile
 from potstill.data.image_sets import image_sizes
-from potstill.data.library_warnings import silence_native_stderr
 from potstill.data.preprocessing import crop_notes
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import DataSplits

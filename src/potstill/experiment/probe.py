@@ -20,9 +20,9 @@ from potstill import __version__
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distillation.cross_fitting import FoldHeads
 from potstill.distillation.feature_extractor import ExtractionRequest, FeatureExtractor
 from potstill.distillation.teacher_inference import InferenceSettings, convert_for_inference
+from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import ProcessGroup
 from potstill.errors import ArtifactError, NonFiniteError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics

@@ -14,7 +14,7 @@ from potstill import __version__
 from potstill.config.recipe import Recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distillation.cross_fitting import FoldHeads
+from potstill.distillation.teachers import FoldHeads
 from potstill.errors import StorageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.metrics import StreamingMetrics
