@@ -30,7 +30,7 @@ from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, pl
 from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
 from potstill.experiment.probe import ProbedTeacher, check_probe, copy_fold_heads, load_fold_heads, probe_teacher
 from potstill.experiment.reproduce import RunRecord, check_same_images
-from potstill.experiment.results import describe_run, evaluate_stages
+from potstill.experiment.results import describe_run, describe_unlabeled, evaluate_stages
 from potstill.experiment.resume import (
     TEST_EVALUATIONS_KEY,
     check_same_baseline,
@@ -215,6 +215,14 @@ def run(
         )
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
         experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
+        if splits.unlabeled is not None and splits.target is None and "distilled" in stages:
+            unlabeled = describe_unlabeled(recipe, splits)
+            observer.note(unlabeled["sentence"])
+            if unlabeled["passes"] < 1:
+                experiment.warn(
+                    f"the distilled student sees {unlabeled['passes']:.0%} of the unlabeled images: train for more "
+                    "epochs (an epoch is one pass over the labeled images), or raise data.unlabeled_share"
+                )
         with threads:
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
             for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):

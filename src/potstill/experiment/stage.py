@@ -293,6 +293,7 @@ def label_loss(recipe: Recipe, settings: TrainingSettings, data: DataSplits) -> 
     if recipe.data.class_balance == "weights" and len(labeled):
         counts = np.bincount(labeled, minlength=len(data.class_names))
         weight = balanced_class_weights(torch.as_tensor(counts))
-    if weight is None and len(labeled) == len(labels):
+    mixes_unlabeled = data.unlabeled is not None and (recipe.data.augment or data.augment).mixes
+    if weight is None and len(labeled) == len(labels) and not mixes_unlabeled:
         return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     return LabelLoss(weight, settings.label_smoothing)
