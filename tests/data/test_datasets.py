@@ -10,7 +10,8 @@ from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from potstill.data.builtin import fashion_mnist, solar
-from potstill.data.datasets import DATASETS, check_source, from_torch, load_data
+from potstill.data.datasets import check_source, from_torch, load_data
+from potstill.data.named_datasets import DATASETS
 from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
 
@@ -49,7 +50,7 @@ def test_a_folder_of_the_same_name_is_mentioned(tmp_path: Path, monkeypatch: pyt
     def missing(settings: DataSettings) -> None:
         raise UsageError("it is not here")
 
-    monkeypatch.setitem(DATASETS, "digits", missing)
+    monkeypatch.setattr("potstill.data.datasets.call_dataset", missing)
     with pytest.raises(UsageError, match=f"^it is not here\n{hint}$"):
         load_data(DataSettings(source="digits", size=32))
 

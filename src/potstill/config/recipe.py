@@ -295,6 +295,7 @@ def load_recipe(
         return recipe
     if not (flags or {}).get("--allow-code"):
         refuse_code_in_recipe(value, document.locations)
+    permit_code(name for _, name in find_code(value))  # also in the model files of its run
     if "tracker" in value:  # so that a problem has a path in the list
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
@@ -312,7 +313,6 @@ def load_recipe(
     _raise_problems(document, found, failures)
     recipe, problems = parse_settings(value, Recipe)
     assert recipe is not None, problems
-    permit_code(name for _, name in find_code(value))  # also in the model files of its run
     return recipe
 
 
