@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from potstill.cli.entry import main
+from potstill.cli import main
 from potstill.io import write_checksummed_json
 from potstill.serve import schemas
 from potstill.serve.runs import list_runs, progress, report, summary

@@ -333,7 +333,7 @@ def load_recipe(
 
 def list_recipes() -> dict[str, Path]:
     """Return the paths of the recipes that ship with potstill, by name."""
-    folder = Path(str(resources.files("potstill.recipes")))
+    folder = Path(str(resources.files("potstill") / "recipes"))
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))  # recipes in folders come last
 

@@ -22,8 +22,7 @@ from torch import Tensor
 from potstill.data.concurrency import HAS_FILE_LOCKS, ProgressReporter, file_lock, threaded_map
 from potstill.data.decoded_file import PixelFile, make_room
 from potstill.data.image_io import decoder_version
-from potstill.data.image_sets import ImageSet, file_digests, is_array_based, is_file_based, value_ranges
-from potstill.data.preprocessing import resize_to_square
+from potstill.data.image_sets import ImageSet, file_digests, is_array_based, is_file_based, read_square, value_ranges
 from potstill.errors import StorageError
 from potstill.formatting import format_scaled
 from potstill.io import cache_folder, write_text
@@ -210,7 +209,7 @@ def _decode_missing(
             ids = file.ids_of(block)
             squares = np.empty((len(ids), 3, side, side), np.uint8)
             for position, i in enumerate(ids):
-                squares[position] = resize_to_square(images.pixels(i), side, request.resize_mode)
+                squares[position] = read_square(images, i, side, request.resize_mode)
             return block, put(block, squares)
 
         filled: dict[int, int] = {}
@@ -342,7 +341,7 @@ def decode_all(
 
 def decode_squares(images: ImageSet, index: list[int], side: int, resize_mode: str) -> Tensor:
     """Return some images as squares, uint8 [B, 3, side, side]."""
-    return torch.stack([torch.from_numpy(resize_to_square(images.pixels(i), side, resize_mode)) for i in index])
+    return torch.stack([torch.from_numpy(read_square(images, i, side, resize_mode)) for i in index])
 
 
 def _decode_in_memory(images: ImageSet, side: int, resize_mode: str, progress: ProgressReporter | None) -> Tensor:
@@ -352,7 +351,7 @@ def _decode_in_memory(images: ImageSet, side: int, resize_mode: str, progress: P
     def put(start: int) -> int:
         end = min(start + _PIECE, len(images))
         for i in range(start, end):
-            target[i] = resize_to_square(images.pixels(i), side, resize_mode)
+            target[i] = read_square(images, i, side, resize_mode)
         return end
 
     # Pillow releases the GIL while it decodes; a user's image set may not be thread-safe.

@@ -71,17 +71,25 @@ def _summarize_model(model: "Classifier") -> dict[str, Any]:
 
 
 def _predict_all(models: dict[str, "Classifier"], head: dict[str, Any], image: bytes) -> dict[str, Any]:
-    from potstill.data.image_io import decode_bytes
+    from potstill.data.image_io import JPEG_START, decode_bytes
+    from potstill.data.preprocessing import decoded_side
 
     try:
-        # Images of more than 8 bits are decoded with the range that a model was trained with.
-        ranges = {model.input.range for model in models.values()}
-        by_range = {ends: decode_bytes(image, "image", ends) for ends in ranges}
-        pixels = next(iter(by_range.values()))
+        # Decoded as for `predict`: with the range that a model was trained with, and for the size of its input.
+        wanted = {(model.input.range, decoded_side(model.input)) for model in models.values()}
+        full = {ends: decode_bytes(image, "image", ends) for ends in {ends for ends, _ in wanted}}
+        decoded = {
+            (ends, side): decode_bytes(image, "image", ends, side) if image.startswith(JPEG_START) else full[ends]
+            for ends, side in wanted
+        }
+        pixels = next(iter(full.values()))
     except DataError as error:
         large = any(word in str(error) for word in ("megapixels", "beyond the limits"))
         return {"error": str(error), "status": 413 if large else 415}
-    answers = [_predict_one(stage, model, by_range[model.input.range], head) for stage, model in models.items()]
+    answers = [
+        _predict_one(stage, model, decoded[model.input.range, decoded_side(model.input)], head)
+        for stage, model in models.items()
+    ]
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],
