@@ -59,6 +59,11 @@ class ProbedTeacher:
     state: dict[str, Tensor]
 
 
+def fits_head(network: StageSettings) -> bool:
+    """Return whether the settings of a network ask for a probe, as its head or to begin with."""
+    return network.head in ("probe", "finetune")
+
+
 def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits, key: str) -> str:
     """Check that a head can be fitted; return the path of the network's last linear layer.
 
