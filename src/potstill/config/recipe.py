@@ -111,8 +111,9 @@ class StageSettings(BaseModel):
     new_head: bool = Field(False, description="accept weights of other classes; the head is initialised randomly")
     head: Literal["probe", "finetune"] | None = Field(
         None,
-        description="head of a teacher with weights of other classes: probe: logistic regression on frozen embeddings; "
-        "finetune: then all layers are trained, and val selects the better; null: random, trained with all layers",
+        description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "
+        "for teachers; finetune: then all layers are trained, and val selects the better; null: random, trained with "
+        "all layers",
     )
     size: int | None = Field(
         None,

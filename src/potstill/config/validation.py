@@ -245,13 +245,15 @@ def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Yield the problems of ``head``: a network that is no teacher, or has no weights."""
+    """Yield the problems of ``head``: an assistant, a student that is not trained, a network without weights."""
     for network_path, section in network_sections(value):
         if section.get("head") is None:
             continue
         key = dotted_key((*network_path, "head"))
-        if network_path[0] != "teacher":
-            yield (*network_path, "head"), f"{key} is for teachers only: leave it out"
+        if network_path[0] == "assistants":
+            yield (*network_path, "head"), f"{key} is for teachers and the student: leave it out"
+        elif network_path[0] == "student" and section.get("head") == "probe":
+            yield (*network_path, "head"), f"{key}: probe leaves nothing to distil into: use finetune, or leave it out"
         elif section.get("weights") is None:
             yield (
                 (*network_path, "head"),
