@@ -120,9 +120,9 @@ class StageSettings(BaseModel):
     new_head: bool = Field(False, description="accept weights of other classes; the head is initialised randomly")
     head: Literal["probe", "finetune", "zero_shot"] | None = Field(
         None,
-        description="head of a teacher with weights of other classes: probe: logistic regression on frozen embeddings; "
-        "finetune: then all layers are trained, and val selects the better; zero_shot: embeddings of texts (open_clip "
-        "only); null: random, trained with all layers",
+        description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "
+        "for teachers; finetune: then all layers are trained, and val selects the better; zero_shot: embeddings of "
+        "texts, for teachers from open_clip; null: random, trained with all layers",
     )
     prompts: Prompts | None = Field(
         None,

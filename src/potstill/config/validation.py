@@ -249,8 +249,10 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         if head is None:
             continue
         key, path = f"{network}.head", (*network_path, "head")
-        if network_path[0] != "teacher":
-            yield path, f"{key} is for teachers only: leave it out"
+        if network_path[0] == "assistants":
+            yield path, f"{key} is for teachers and the student: leave it out"
+        elif network_path[0] == "student" and head != "finetune":
+            yield path, f"{key}: {head} leaves nothing to distil into: use finetune, or leave it out"
         elif section.get("weights") is None:
             yield (
                 path,

@@ -343,7 +343,7 @@ class _Experiment:
             if self.compute.processes.first:
                 save_model(model, folder)
             return model
-        probed = self._probe(stage, model, start) if stage.role == "teacher" else None
+        probed = self._probe(stage, model, start)
         if probed is not None and recipe.network(stage.name).head == "probe":
             if self.compute.processes.first:
                 save_model(model, folder)
@@ -404,7 +404,7 @@ class _Experiment:
         return model
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a teacher; return None if the recipe asks for none."""
+        """Fit the linear probe of a network; return None if the recipe asks for none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
         if not fits_head(network):
             return None
