@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from potstill.code_references import permit_code, resolve_reference
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.export.evaluate import run_data_settings
 from potstill.export.formats import COREML, EXECUTORCH, PREPROCESSING_MODES, TORCH_EXPORT, ExportFormat, ExportMetadata
@@ -71,6 +72,9 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
         DataError: a model outside of a run, and no source.
     """
     settings = run_data_settings(folder)
+    if source is not None:
+        source = resolve_reference(source)
+        permit_code([source])
     if settings is None and source is None:
         raise DataError(
             f"{folder} is not in a run, so there are no images to compare the export with it; name them: --data DIR"

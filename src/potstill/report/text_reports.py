@@ -158,10 +158,17 @@ def training_text(stage: StageResult) -> str:
 
 
 def head_text(stage: StageResult) -> str:
-    """``a linear probe on embeddings of 1,000 images (C 0.01, cross-validated top-1 69.1 %, 13 s)``; "" without one."""
+    """Return ``a linear probe on embeddings of 1,000 images (C 0.01, cross-validated top-1 69.1 %, 13 s)``, or "" if
+    there is no fitted head.
+    """
     head = stage.facts.get("head")
     if not isinstance(head, dict):
         return ""
+    if head.get("kind") == "zero_shot":
+        prompts = head.get("prompts")
+        texts = [text for each in prompts.values() for text in each] if isinstance(prompts, dict) else []
+        first = f", such as {escape_invisible(repr(str(texts[0])))}" if texts else ""
+        return f"a zero-shot head, made of {_plural(len(texts), 'text')} without labels{first}"
     checked = head.get("cross_validated") or {}
     strength = format_number(head.get("C"))
     text = (

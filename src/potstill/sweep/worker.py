@@ -270,6 +270,7 @@ class Sweep:
                 f"{key}.weights={home.stage(name).resolve()}",
                 f"{key}.new_head=false",
                 f"{key}.head=null",
+                f"{key}.prompts=null",
                 f"{key}.classes=null",
             )
         )
