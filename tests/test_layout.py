@@ -123,7 +123,7 @@ def test_loading_a_folder(folder):
     with trace.installed():
         load_data(DataSettings(source=str(folder)))
     assert "data/datasets.py" in trace.files
-    assert len(trace.files) <= 13, sorted(trace.files)
+    assert len(trace.files) <= 12, sorted(trace.files)
 
 
 def test_building_a_batch(data):

@@ -12,7 +12,7 @@ from potstill.config.yaml import dump_yaml
 from potstill.errors import UsageError
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.report.sweep import render_sweep
-from potstill.sweep.space import parse_space
+from potstill.sweep import parse_space
 from potstill.sweep.worker import Sweep
 
 pytest.importorskip("optuna", reason='needs the extra "sweep"')

@@ -82,7 +82,7 @@ def sweep(
     import re
 
     from potstill.config.recipe import load_recipe
-    from potstill.sweep.space import parse_space
+    from potstill.sweep import parse_space
     from potstill.sweep.study import require_optuna
 
     require_optuna()

@@ -17,6 +17,7 @@ from potstill.data.file_datasets import (
     add_unlabeled,
     check_shards,
     check_unlabeled,
+    is_shards,
     load_files,
     load_shards,
 )
@@ -35,7 +36,6 @@ from potstill.data.image_sets import (
 from potstill.data.named_datasets import call_dataset, check_dataset, dataset_names, is_dataset
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings
-from potstill.data.shard_reader import is_shards
 from potstill.data.sources import MANIFEST_SUFFIXES
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean

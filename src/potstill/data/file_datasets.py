@@ -33,7 +33,7 @@ from potstill.data.image_sets import (
 )
 from potstill.data.scan import check_files, finding_kind
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
-from potstill.data.shard_reader import Shard, ShardSample, expand_shards, read_shard
+from potstill.data.shard_reader import COMPRESSED_SUFFIX, Shard, ShardSample, expand_shards, read_shard
 from potstill.data.sources import ignored_files_note, read_manifest, walk_folder, walk_images
 from potstill.data.splits import (
     SPLITS,
@@ -289,6 +289,16 @@ class ShardOptions(Options):
     classes: str | list[str] | None = None  # class names by id, or a text file with one a line
     val: str | None = None  # further shards; None: split off from train
     test: str | None = None
+
+
+def is_shards(source: str) -> bool:
+    """Return whether a source names tar files, including compressed ones (which are refused later).
+
+    Example:
+        >>> is_shards("s3://bucket/train-{000..019}.tar"), is_shards("photos"), is_shards("a.tar.gz")
+        (True, False, True)
+    """
+    return source.lower().endswith(".tar") or COMPRESSED_SUFFIX.search(source) is not None
 
 
 def check_shards(settings: DataSettings) -> None:

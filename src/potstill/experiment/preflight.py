@@ -40,8 +40,7 @@ from potstill.models.model_file import Classifier
 from potstill.models.registry import check_model
 from potstill.training.averaging import check_batch_norm
 from potstill.training.callbacks import Observer
-from potstill.training.ddp import check_distributed_support
-from potstill.training.devices import Compute, create_compute
+from potstill.training.devices import Compute, check_distributed_support, create_compute
 from potstill.training.optim import get_optimizer_class
 from potstill.training.settings import TrainingSettings
 from potstill.training.trainer import LabelLoss

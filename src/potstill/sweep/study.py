@@ -14,7 +14,7 @@ import yaml
 from potstill.config.recipe import Recipe, dump_recipe
 from potstill.errors import ArtifactError, UsageError
 from potstill.io import read_checksummed_json, write_checksummed_json
-from potstill.sweep.space import Space
+from potstill.sweep import Space
 
 if TYPE_CHECKING:
     import optuna

@@ -15,8 +15,7 @@ from potstill.config.recipe import Recipe, load_recipe
 from potstill.errors import NonFiniteError, StorageError, UsageError
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.io import read_checksummed_json, write_checksummed_json
-from potstill.sweep import study
-from potstill.sweep.space import Space, baseline_space
+from potstill.sweep import Space, baseline_space, study
 from potstill.training.callbacks import ForwardingObserver, Observer, SilentObserver
 
 if TYPE_CHECKING:

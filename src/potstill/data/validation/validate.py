@@ -26,6 +26,7 @@ from potstill.data.file_datasets import (
     drop_bad_entries,
     drop_small_classes,
     fingerprint_by_name,
+    is_shards,
     list_source,
     listing_notes,
     load_shards,
@@ -37,7 +38,6 @@ from potstill.data.named_datasets import is_dataset
 from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
 from potstill.data.settings import DataSettings
-from potstill.data.shard_reader import is_shards
 from potstill.data.splits import SPLITS, DataSplits, SplitAssignment, assign_splits
 from potstill.data.validation.checks import (
     Duplicates,
