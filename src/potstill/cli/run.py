@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from potstill.code_references import is_code_reference
-from potstill.distributed.launch import is_torchrun_launched, restart_count
+from potstill.distributed import is_torchrun_launched, restart_count
 from potstill.errors import RemoteFailure, UsageError
 
 DISTRIBUTED_COMMANDS = ("run", "train")

@@ -237,6 +237,7 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
         except PotstillError as error:
             failures.append(((*path, "classes"), error))
             section["classes"] = None
+        section.update(_listed_prompts(section))
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
                 failures.append(
@@ -279,6 +280,16 @@ def _fill_classes(section: dict[str, Any], key: str) -> None:
         section["classes"] = {
             str(mine): [theirs] if isinstance(theirs, (str, int)) else theirs for mine, theirs in classes.items()
         }
+
+
+def _listed_prompts(section: dict[str, Any]) -> dict[str, Any]:
+    """Return ``prompts`` with a list in place of each single text."""
+    prompts = section.get("prompts")
+    if isinstance(prompts, str):
+        return {"prompts": [prompts]}
+    if isinstance(prompts, dict):
+        return {"prompts": {str(key): [text] if isinstance(text, str) else text for key, text in prompts.items()}}
+    return {}
 
 
 def read_class_file(file: str, key: str) -> list[str]:

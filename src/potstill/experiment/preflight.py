@@ -11,10 +11,10 @@ from potstill.config.method_settings import describe_method
 from potstill.config.recipe import Recipe
 from potstill.config.stage_names import stage_role
 from potstill.config.validation import TARGET_MISSING
+from potstill.console import silence_native_stderr
 from potstill.data.datasets import load_data
 from potstill.data.entries import FINDING_KINDS, SkippedFile
 from potstill.data.image_sets import image_sizes
-from potstill.data.library_warnings import silence_native_stderr
 from potstill.data.preprocessing import crop_notes
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import DataSplits
@@ -30,7 +30,7 @@ from potstill.experiment.builders import (
     take_deployed_network,
 )
 from potstill.experiment.plan import PlannedStage, plan_stages
-from potstill.experiment.probe import check_probe
+from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.loggers import check_loggers_installed
 from potstill.methods import create_method
@@ -88,7 +88,7 @@ def _dry_run_stage(
         if name not in networks:
             network = recipe.network(name)
             start = build_network(recipe, network, data.class_names, data.range)
-            if network.head is not None:
+            if fits_head(network):
                 check_probe(network, start, data, network_key(recipe, network))
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
     if data.target is not None and recipe.domain_settings.adapt_batch_norm:
@@ -302,7 +302,7 @@ def check_all(
             network = recipe.network(stage.name)
             if network.weights is not None:  # loaded twice, so that errors come before training
                 start = build_network(recipe, network, splits.class_names, splits.range)
-                if network.head is not None:
+                if fits_head(network):
                     check_probe(network, start, splits, network_key(recipe, network))
         return splits, compute, {}
     augment = recipe.data.augment or splits.augment

@@ -13,10 +13,9 @@ from potstill.data.image_sets import ImageSet, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
-from potstill.evaluation.calibration import calibration_report
 from potstill.evaluation.cost import count_flops, count_parameters, measure_latency, measure_memory, model_summary
 from potstill.evaluation.fidelity import agreement
-from potstill.evaluation.final_metrics import split_intervals, split_metrics
+from potstill.evaluation.final_metrics import calibration_report, split_intervals, split_metrics
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
 from potstill.experiment.builders import split_loader
 from potstill.experiment.comparison import compare_with_baseline, describe_similarity

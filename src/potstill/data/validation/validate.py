@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.concurrency import ProgressReporter, threaded_map
-from potstill.data.datasets import DATASETS, check_source
+from potstill.data.datasets import check_source, load_dataset
 from potstill.data.entries import FINDING_KINDS, Entry, Finding, Listing
 from potstill.data.file_datasets import (
     DEFAULT_AUGMENT,
@@ -33,6 +33,7 @@ from potstill.data.file_datasets import (
 )
 from potstill.data.image_io import Pixels, ValueRange, decoder_version
 from potstill.data.image_sets import FileSet, ImageSet, Subset, file_digests, is_array_based
+from potstill.data.named_datasets import is_dataset
 from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
 from potstill.data.settings import DataSettings
@@ -349,8 +350,8 @@ def validate_listing(
 
 def _list_data(settings: DataSettings) -> Listing:
     check_source(settings)
-    if settings.source in DATASETS:
-        return list_splits(DATASETS[settings.source](settings))
+    if is_dataset(settings.source):
+        return list_splits(load_dataset(settings))
     if is_shards(settings.source):
         return list_splits(load_shards(settings, DEFAULT_AUGMENT))
     return list_source(settings)
