@@ -333,7 +333,7 @@ class _Experiment:
         if self.predicted is not self.data:
             return
         teachers = [name for name in self.models if stage_role(name) == "teacher"]
-        found: dict[str, RelabeledSet] = {}
+        found: dict[str, Any] = {}
         for split in self.data.teacher_labels:
             images = self.data.split(split)
             probabilities = average_probabilities(
