@@ -1,5 +1,7 @@
 """run, train and report hand the right things on and print what came of it; the parts behind them are stood in for."""
 
+import contextlib
+import io
 import itertools
 import shlex
 import sys
@@ -127,6 +129,24 @@ def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], caps
     assert "--skip-bad" in kept
     assert "True" not in kept
     assert kept.count("--set") == kept.count("--teacher") == 1  # the weights are those of the teacher just trained
+
+
+def test_a_run_without_labels_is_said_to_have_no_accuracy(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    from potstill.cli.results import print_results
+
+    sentences = ["On 9 held-out images the student predicts the teacher's class for 80.0%.", "Accuracy is unknown."]
+    results = {"stages": {"teacher": STAGE}, "without_labels": {"test_labeled": False, "sentences": sentences}}
+    assert main(["run", "quickstart", "--data", "photos", "--no-labels", "--teacher", "cifar/resnet8"]) == 2
+    assert not calls  # the teacher is not trained
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        print_results(results, None)
+        print_results({**results, "without_labels": {"test_labeled": True, "sentences": sentences[:1]}}, None)
+    first, second = printed.getvalue().split("teacher  ", 1)[0], printed.getvalue().rsplit("top-1", 1)
+    assert "agreement" in first
+    assert "top-1" not in first
+    assert len(second) == 2
+    assert "Accuracy is unknown." in printed.getvalue()
 
 
 def test_a_report_that_fails_does_not_swallow_the_results(

@@ -78,6 +78,18 @@ Data = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or the name of a data set."),
 ]
+NoLabels = Annotated[
+    bool | None,
+    typer.Option(
+        "--no-labels",
+        help="The images of --data have no labels: the classes are those of a ready --teacher, and the method's label "
+        "weight is 0.",
+    ),
+]
+LabeledTest = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="data.labeled_test: class folders of test images, with --no-labels."),
+]
 Unlabeled = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="data.unlabeled: a folder of further training images without labels."),
@@ -156,6 +168,8 @@ def run(
     ] = None,
     data: Data = None,
     unlabeled: Unlabeled = None,
+    no_labels: NoLabels = None,
+    labeled_test: LabeledTest = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -182,6 +196,8 @@ def run(
     flags: dict[str, Any] = {
         "--data": data,
         "--unlabeled": unlabeled,
+        "--no-labels": no_labels,
+        "--labeled-test": labeled_test,
         "--teacher": teacher or None,
         "--student": student,
         "--epochs": epochs,
@@ -227,6 +243,8 @@ def train(
     ],
     data: Data = None,
     unlabeled: Unlabeled = None,
+    no_labels: NoLabels = None,
+    labeled_test: LabeledTest = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -252,6 +270,8 @@ def train(
     flags: dict[str, Any] = {
         "--data": data,
         "--unlabeled": unlabeled,
+        "--no-labels": no_labels,
+        "--labeled-test": labeled_test,
         "--teacher": teacher or None,
         "--student": student,
         "--epochs": epochs,

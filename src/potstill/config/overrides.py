@@ -16,8 +16,8 @@ from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.io import read_checksummed_json
-from potstill.methods import method_info
-from potstill.models.class_names import CLASS_LISTS
+from potstill.methods import list_own_methods, method_info
+from potstill.models.class_names import CLASS_LISTS, class_list
 
 # Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -26,6 +26,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--batch-size": ("training", "batch_size"),
     "--image-size": ("data", "size"),
     "--unlabeled": ("data", "unlabeled"),
+    "--labeled-test": ("data", "labeled_test"),
     "--device": ("training", "device"),
     "--method": ("method", "name"),
     "--temperature": ("method", "temperature"),
@@ -33,7 +34,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seed": ("seed",),
     "--seeds": ("seeds",),
 }
-FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
+FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", *SETTING_FLAGS)
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json")
 WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
 # A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
@@ -58,6 +59,8 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
     _prepare_method(document, {path: value for path, value, _ in changes}, allow_code=bool(flags.get("--allow-code")))
     for path, value, location in changes:
         _set_value(document, path, value, location)
+    if flags.get("--no-labels"):
+        _drop_label_term(document, {path for path, *_ in changes})
 
 
 def split_model(text: str) -> tuple[str | None, str | None]:
@@ -96,6 +99,8 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         if isinstance(data, dict) and data.get("source") != value:
             data.pop("options", None)  # they belong to the data set that the recipe had before
         _set_value(document, ("data", "source"), os.fspath(value), location)
+    elif flag == "--no-labels":
+        _set_value(document, ("data", "labeled"), not value, flag)
     elif flag == "--skip-bad":
         _set_value(document, ("data", "skip_bad"), bool(value), flag)
     elif flag == "--teacher":
@@ -204,6 +209,17 @@ def _drop_options(method: dict[str, Any], name: Any) -> None:
             del method[key]
 
 
+def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
+    """Set the label weight of the recipe's method to 0, unless the caller has set it."""
+    method = document.value.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if not isinstance(name, str) or is_code_reference(name) or name not in list_own_methods():
+        return
+    key = "alpha" if name == "kd" else "ce_weight"
+    if key in method_info(name).options and ("method", key) not in changed:
+        _set_value(document, ("method", key), 0.0, "--no-labels")
+
+
 def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None:
     """Remove what a preset sets: given with ``--set``, it overrides the file; inside the file, options override it."""
     try:
@@ -254,6 +270,53 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
             section.setdefault("model", None)
             section["model"] = section["model"] or "?"  # one message about these weights is enough
     return failures
+
+
+def fill_class_names(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
+    """Fill in, in place, ``data.classes`` of data without labels: the classes of the first teacher.
+
+    Call it after ``fill_architectures``.
+
+    Returns:
+        ``data.classes`` with an error, if its file cannot be read.
+    """
+    data = value.get("data")
+    if not isinstance(data, dict) or data.get("labeled") is not False:
+        return []
+    if isinstance(data.get("classes"), str):
+        try:
+            data["classes"] = read_class_file(data["classes"], "data.classes")
+        except PotstillError as error:
+            data["classes"] = None
+            return [(("data", "classes"), error)]
+    elif data.get("classes") is None:
+        teacher = value.get("teacher")
+        first = teacher[0] if isinstance(teacher, list) and teacher else teacher
+        if isinstance(first, dict) and (names := _class_names(first)) is not None:
+            data["classes"] = names
+    return []
+
+
+def _class_names(teacher: dict[str, Any]) -> list[str] | None:
+    """Return the class names that a teacher's section or its weights give; None if they give none."""
+    classes, weights = teacher.get("classes"), teacher.get("weights")
+    if isinstance(classes, str):
+        return list(class_list(classes)) if classes in CLASS_LISTS else None
+    if classes:
+        return [str(name) for name in classes]
+    if not isinstance(weights, str) or weights in WITHOUT_FILE:
+        return None
+    path = Path(weights).expanduser()
+    card = find_model_json(path, "teacher")
+    if card is not None:
+        found = read_checksummed_json(card).get("class_names")
+        return [str(name) for name in found] if isinstance(found, list) else None
+    if (path / "config.json").is_file() or path.parent.joinpath("config.json").is_file():
+        from potstill.models.state_dict import read_class_names  # torch, which takes seconds
+
+        names = read_class_names(path)
+        return None if names is None else list(names)
+    return None
 
 
 def find_model_json(path: Path, stage: str = "student") -> Path | None:

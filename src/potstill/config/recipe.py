@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from potstill.code_references import permit_code
 from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.method_settings import normalize_method
-from potstill.config.overrides import apply_overrides, fill_architectures
+from potstill.config.overrides import apply_overrides, fill_architectures, fill_class_names
 from potstill.config.settings_errors import (
     CLASS_LIST_NAME,
     CLASS_MAPPING,
@@ -315,6 +315,7 @@ def load_recipe(
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
     failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")))
+    failures += fill_class_names(value)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"

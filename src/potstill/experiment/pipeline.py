@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from potstill.config.method_settings import describe_method, needs_teacher
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe
 from potstill.config.stage_names import stage_name, stage_number, stage_role
+from potstill.data.image_sets import RelabeledSet
 from potstill.data.splits import DataSplits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
@@ -24,6 +25,7 @@ from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment.builders import InitialNetwork, build_network, network_key, split_loader, train_loader
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
+from potstill.experiment.ensembles import average_probabilities
 from potstill.experiment.environment import describe_environment
 from potstill.experiment.estimate import describe_seeds, estimate_further_seeds
 from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, plan_stages, stage_recipe
@@ -37,7 +39,12 @@ from potstill.experiment.probe import (
     probe_teacher,
 )
 from potstill.experiment.reproduce import RunRecord, check_same_images
-from potstill.experiment.results import describe_run, describe_unlabeled, evaluate_stages
+from potstill.experiment.results import (
+    describe_missing_labels,
+    describe_run,
+    describe_unlabeled,
+    evaluate_stages,
+)
 from potstill.experiment.resume import (
     TEST_EVALUATIONS_KEY,
     check_same_baseline,
@@ -64,6 +71,7 @@ from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import lr_factor
 from potstill.training.settings import TrainingSettings
 
+_MAX_CLASSES = 10  # classes that a message lists
 _VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another machine's folder
 
 
@@ -152,6 +160,8 @@ def run(
             )
         stages = ("teacher", *stages)
     planned, observer = plan_stages(recipe, stages), observer or SilentObserver()
+    if not planned and not recipe.data.labeled:
+        raise UsageError("there is no baseline: it learns from labels, and with data.labeled: false there are none")
     if not planned:
         raise UsageError(f"there is no teacher to train: method {describe_method(recipe.method)} needs none")
     name = recipe.name if name is None else name
@@ -220,6 +230,8 @@ def run(
             extended,
             reused,
         )
+        if splits.teacher_labels:
+            experiment.warn(describe_missing_labels(splits))
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
         experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
         if splits.unlabeled is not None and splits.target is None and "distilled" in stages:
@@ -233,7 +245,11 @@ def run(
         with threads:
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
             for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
+                if splits.teacher_labels and each.role != "teacher":
+                    experiment.label_by_teachers()
                 experiment.run_stage(each)
+            if splits.teacher_labels:
+                experiment.label_by_teachers()
             models = {stage.name: experiment.models[stage.name] for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
@@ -244,6 +260,8 @@ def run(
             facts_of_run["views_differ"] = _view_differences(models)
             for sentence in facts_of_run["views_differ"]:
                 experiment.warn(sentence)
+            if splits.teacher_labels:
+                splits = experiment.predicted
             evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
         if not processes.first:
             return folder.path
@@ -278,6 +296,7 @@ class _Experiment:
     teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # on val
 
     def __post_init__(self) -> None:
+        self.predicted = self.data  # without labels: with the teacher's predictions in their place
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
 
     def run_stage(self, stage: PlannedStage) -> Classifier:
@@ -305,6 +324,44 @@ class _Experiment:
             self._compare_with_baseline()
         self.observer.stage_end(stage.name, time.monotonic() - started)
         return model
+
+    def label_by_teachers(self) -> None:
+        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics; once.
+
+        The training images stay without labels for the losses.
+        """
+        if self.predicted is not self.data:
+            return
+        teachers = [name for name in self.models if stage_role(name) == "teacher"]
+        found: dict[str, Any] = {}
+        for split in self.data.teacher_labels:
+            images = self.data.split(split)
+            probabilities = average_probabilities(
+                [self._probabilities(name, split)[0] for name in teachers], self.recipe.teachers
+            )
+            found[split] = RelabeledSet(images, probabilities.argmax(axis=1).astype(np.int64))
+            if split == "val":
+                self._describe_predictions(probabilities)
+        self.predicted = replace(self.data, **found)
+        self.data = replace(self.data, **{split: each for split, each in found.items() if split != "train"})
+        self.domains.data = self.data
+
+    def _describe_predictions(self, probabilities: Any) -> None:
+        """Report which classes the teachers name, and warn if it is only one."""
+        names, predicted = self.data.class_names, probabilities.argmax(axis=1)
+        counts = sorted(zip(np.bincount(predicted, minlength=len(names)).tolist(), names, strict=True), reverse=True)
+        listed = ", ".join(f"{name} {count:,}" for count, name in counts[:_MAX_CLASSES] if count)
+        unnamed = sum(not count for count, _ in counts)
+        more = f"; {unnamed:,} of {len(names):,} classes are not among them" if unnamed else ""
+        self.observer.note(
+            f"no labels: the teacher names the classes. On {len(predicted):,} val images: {listed}{more}; mean "
+            f"confidence {float(probabilities.max(axis=1).mean()):.1%}"
+        )
+        if counts[0][0] == len(predicted):
+            self.warn(
+                f"the teacher predicts {counts[0][1]!r} for every val image, so there is nothing to learn: these "
+                "images may be of other classes than the teacher's, or prepared in another way (data.mean, data.std)"
+            )
 
     def _done(self, stage: PlannedStage) -> bool:
         return self.resume and self.folder.trained(stage.name) and stage.name not in self.extended
@@ -448,6 +505,8 @@ class _Experiment:
             self.observer.note(estimate_further_seeds(self.recipe, remaining, student, len(self.data.train), compute))
 
     def _check_teacher(self, name: str) -> None:
+        if self.data.teacher_labels:
+            return  # its accuracy is unknown
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
         if "training" not in self.models[name].facts and "val" not in self.models[name].facts:
@@ -487,19 +546,23 @@ class _Experiment:
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
         if "val" not in model.facts:  # not trained here
-            settings = self.recipe.stage_training(stage)
-            loader = split_loader(self.data, "val", model.input, self.recipe, settings, self.compute)
-            probabilities, labels, _ = predict_probabilities(
-                model.module,
-                loader,
-                classes=len(model.class_names),
-                processes=self.compute.processes,
-                names=[f"the {stage} on val, {name}," for name in self.data.val.names],
-            )
+            probabilities, labels = self._probabilities(stage, "val")
             predicted = probabilities.argmax(axis=1)
             model.facts["val"] = {"top1": float((predicted == labels).mean())}
             self._check_class_order(stage, predicted, labels)
         return float(model.facts["val"]["top1"])
+
+    def _probabilities(self, stage: str, split: str) -> tuple[Any, Any]:
+        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation."""
+        model, settings = self.models[stage], self.recipe.stage_training(stage)
+        probabilities, labels, _ = predict_probabilities(
+            model.module,
+            split_loader(self.data, split, model.input, self.recipe, settings, self.compute),
+            classes=len(model.class_names),
+            processes=self.compute.processes,
+            names=[f"the {stage} on {split}, {name}," for name in self.data.split(split).names],
+        )
+        return probabilities, labels
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
         """Warn if a pretrained teacher has the right classes in another order."""
