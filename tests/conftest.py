@@ -141,3 +141,12 @@ def corpus() -> Path:
     if not (folder / "MANIFEST.tsv").is_file():
         pytest.skip(f"no image corpus (a folder with MANIFEST.tsv) at {folder}; set POTSTILL_CORPORA")
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty stand-in for the Hugging Face hub, to which the hub's client is connected."""
+    from .stand_in_hub import Hub, connected
+
+    with connected(Hub(), monkeypatch, tmp_path / "hub-cache") as found:
+        yield found

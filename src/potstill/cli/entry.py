@@ -60,6 +60,7 @@ for _verb in (
     deployment.predict,
     deployment.evaluate,
     deployment.export,
+    deployment.push,
     deployment.serve,
     check.check,
     run.report,

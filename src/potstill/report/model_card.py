@@ -1,5 +1,7 @@
 """report.md: the model card of a run's student; the licence is left to the user."""
 
+import ntpath
+import posixpath
 import re
 from typing import Any
 
@@ -38,7 +40,7 @@ def _eval_results(run: Run, student: StageResult) -> list[Any] | None:
     from huggingface_hub import EvalResult
 
     test = student.metrics.get("test", {})
-    source = str(run.data.get("source") or "images")
+    source = str(without_folders(run.data.get("source") or "images"))
     found = [
         EvalResult("image-classification", source, source, kind, value, dataset_split="test", metric_name=name)
         for kind, key, name in (("accuracy", "top1", "Top-1"), ("f1", "f1_macro", "F1, macro"))
@@ -88,10 +90,11 @@ def _metric_table(run: Run) -> str:
 def _training_sentence(run: Run, student: StageResult) -> str:
     teachers = [_escaped(s.model.get("architecture")) for s in run.stages.values() if s.role == "teacher"]
     by = f" from {', '.join(teachers)}" if teachers and student.name == "distilled" else ""
-    method = f" by {_escaped(run.method)}" if by and run.method else ""
+    method = f" by {_escaped(without_folders(run.method))}" if by and run.method else ""
     return (
         f"Trained by potstill {_escaped(run.results.get('potstill'))}{by}{method}, seed {run.results.get('seed')}, on "
-        f"{_escaped(run.data.get('source'))}. The recipe is `recipe.yaml`; `potstill run recipe.yaml` repeats it."
+        f"{_escaped(without_folders(run.data.get('source')))}. The recipe is `recipe.yaml`; `potstill run recipe.yaml` "
+        "repeats it."
     )
 
 
@@ -100,3 +103,22 @@ def _escaped(value: Any) -> str:
     text = " ".join(escape_invisible(str(MISSING if value is None else value)).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#!])", r"\\\1", text)
+
+
+def without_folders(value: Any) -> Any:
+    """Return JSON values with absolute paths cut to their last part.
+
+    Example:
+        >>> without_folders({"data": {"source": "/home/me/photos"}, "lines": ["a/b"]})
+        {'data': {'source': 'photos'}, 'lines': ['a/b']}
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if isinstance(value, str):
+        if posixpath.isabs(value):
+            return posixpath.basename(value.rstrip("/")) or value
+        if ntpath.splitdrive(value)[0] and ntpath.isabs(value):
+            return ntpath.basename(value.rstrip("\\/")) or value
+    return value
