@@ -39,6 +39,22 @@ def test_digits() -> None:
     assert load_data(DataSettings(split_seed=1)).fingerprint != data.fingerprint
 
 
+def test_a_folder_of_the_same_name_is_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    assert load_data(DataSettings(source="digits", size=32)).notes == ()
+    (tmp_path / "digits").mkdir()
+    hint = "digits is a known data set; for the images of the folder digits, give ./digits"
+    assert load_data(DataSettings(source="digits", size=32)).notes == (hint,)
+
+    def missing(settings: DataSettings) -> None:
+        raise UsageError("it is not here")
+
+    monkeypatch.setattr("potstill.data.datasets.call_dataset", missing)
+    with pytest.raises(UsageError, match=f"^it is not here\n{hint}$"):
+        load_data(DataSettings(source="digits", size=32))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

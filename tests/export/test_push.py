@@ -11,7 +11,7 @@ from potstill.cli import main
 from potstill.config.recipe import load_recipe
 from potstill.errors import UsageError
 from potstill.hub import fetch_model
-from potstill.report.model_card import without_folders
+from potstill.report.text_reports import without_folders
 
 from ..conftest import few_digits, short_runs
 from ..stand_in_hub import TOKEN

@@ -66,7 +66,7 @@ def check(
 
     Exits with code 3 if there are any.
     """
-    from potstill.data.library_warnings import silence_native_stderr
+    from potstill.console import silence_native_stderr
     from potstill.data.validation.validate import validate_data
 
     flags = {"skip_bad": skip_bad, "follow_links": follow_links}

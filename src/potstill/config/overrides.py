@@ -26,6 +26,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--lr": ("training", "lr"),
     "--batch-size": ("training", "batch_size"),
     "--image-size": ("data", "size"),
+    "--unlabeled": ("data", "unlabeled"),
     "--device": ("training", "device"),
     "--method": ("method", "name"),
     "--temperature": ("method", "temperature"),
@@ -244,6 +245,7 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
         model = section.get("model")
         if isinstance(model, str) and is_hub_model(model) and section.get("weights") in (None, "pretrained"):
             section["model"], section["weights"] = None, model  # a repository gives both
+        section.update(_listed_prompts(section))
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
                 failures.append(
@@ -286,6 +288,16 @@ def _fill_classes(section: dict[str, Any], key: str) -> None:
         section["classes"] = {
             str(mine): [theirs] if isinstance(theirs, (str, int)) else theirs for mine, theirs in classes.items()
         }
+
+
+def _listed_prompts(section: dict[str, Any]) -> dict[str, Any]:
+    """Return ``prompts`` with a list in place of each single text."""
+    prompts = section.get("prompts")
+    if isinstance(prompts, str):
+        return {"prompts": [prompts]}
+    if isinstance(prompts, dict):
+        return {"prompts": {str(key): [text] if isinstance(text, str) else text for key, text in prompts.items()}}
+    return {}
 
 
 def read_class_file(file: str, key: str) -> list[str]:

@@ -18,6 +18,8 @@ from potstill.config.settings_errors import (
     CLASS_MAPPING,
     CLASS_SEQUENCE,
     ONE,
+    PROMPT_MAPPING,
+    PROMPT_SEQUENCE,
     SEVERAL,
     SettingProblem,
     parse_settings,
@@ -88,6 +90,13 @@ OutputClasses = Annotated[
 ]
 
 
+Prompts = Annotated[
+    Annotated[dict[str, Annotated[list[str], Field(min_length=1)]], Tag(PROMPT_MAPPING)]
+    | Annotated[list[str], Field(min_length=1), Tag(PROMPT_SEQUENCE)],
+    Discriminator(lambda value: PROMPT_MAPPING if isinstance(value, Mapping) else PROMPT_SEQUENCE),
+]
+
+
 class StageSettings(BaseModel):
     """One network: architecture, initial weights, and training settings of its own."""
 
@@ -109,10 +118,16 @@ class StageSettings(BaseModel):
         "index; null: the classes of the data, in their order",
     )
     new_head: bool = Field(False, description="accept weights of other classes; the head is initialised randomly")
-    head: Literal["probe", "finetune"] | None = Field(
+    head: Literal["probe", "finetune", "zero_shot"] | None = Field(
         None,
-        description="head of a teacher with weights of other classes: probe: logistic regression on frozen embeddings; "
-        "finetune: then all layers are trained, and val selects the better; null: random, trained with all layers",
+        description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "
+        "for teachers; finetune: then all layers are trained, and val selects the better; zero_shot: embeddings of "
+        "texts, for teachers from open_clip; null: random, trained with all layers",
+    )
+    prompts: Prompts | None = Field(
+        None,
+        description="texts of head: zero_shot: templates with {} for the class name, or {class: [texts]}; null: "
+        '"a photo of a {}."',
     )
     size: int | None = Field(
         None,
@@ -318,7 +333,7 @@ def load_recipe(
 
 def list_recipes() -> dict[str, Path]:
     """Return the paths of the recipes that ship with potstill, by name."""
-    folder = Path(str(resources.files("potstill.recipes")))
+    folder = Path(str(resources.files("potstill") / "recipes"))
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))  # recipes in folders come last
 

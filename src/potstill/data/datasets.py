@@ -38,7 +38,7 @@ from potstill.data.settings import DataSettings
 from potstill.data.shard_reader import is_shards
 from potstill.data.sources import MANIFEST_SUFFIXES
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
-from potstill.errors import DataError, UsageError, did_you_mean
+from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
 
 _MAX_NAMES = 20  # class names of a domain that a message lists
@@ -163,10 +163,23 @@ def _load_target(
 def _load_labeled(settings: DataSettings, progress: ProgressReporter | None) -> DataSplits:
     check_source(settings)
     if is_dataset(settings.source):
-        return load_dataset(settings, progress)
+        return _load_by_name(settings, progress)
     if is_shards(settings.source):
         return load_shards(settings, DEFAULT_AUGMENT, progress)
     return load_files(settings, progress)
+
+
+def _load_by_name(settings: DataSettings, progress: ProgressReporter | None) -> DataSplits:
+    """Load a data set by its name; a folder of the same name in the working directory is mentioned."""
+    name = settings.source
+    hint = f"{name} is a known data set; for the images of the folder {name}, give ./{name}"
+    try:
+        found = load_dataset(settings, progress)
+    except PotstillError as error:
+        if Path(name).is_dir():
+            raise type(error)(f"{error}\n{hint}") from error
+        raise
+    return replace(found, notes=(*found.notes, hint)) if Path(name).is_dir() else found
 
 
 def load_dataset(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, to_rgb
+from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, silence_pillow, to_rgb
 from potstill.data.image_structure import parse_structure
-from potstill.data.library_warnings import silence_pillow
+from potstill.data.preprocessing import resize_to_square
 from potstill.data.shard_reader import ShardSample, read_byte_range
 from potstill.errors import DataError
 
@@ -45,8 +45,8 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.locations)
 
-    def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3].
+    def pixels(self, i: int, side: int | None = None) -> Pixels:
+        """Return image i, uint8 [H, W, 3]; ``side`` as in ``image_io.decode``.
 
         Raises:
             DataError: the shard cannot be read, or has changed since it was checked.
@@ -54,7 +54,7 @@ class ShardSet:
         content = read_byte_range(*self.locations[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{self.locations[i][0]}: {self.names[i]} has changed since it was checked; start again")
-        return decode_bytes(content, self.names[i], self.range)
+        return decode_bytes(content, self.names[i], self.range, side)
 
 
 def sample_name(url: str, sample: ShardSample) -> str:
@@ -137,8 +137,8 @@ class FileSet:
         digests = "".join(contents[name].split()[1] for name in self.names)
         self.digests = np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(len(self.names), 32)
 
-    def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3].
+    def pixels(self, i: int, side: int | None = None) -> Pixels:
+        """Return image i, uint8 [H, W, 3]; ``side`` as in ``image_io.decode``.
 
         Raises:
             DataError: the file cannot be decoded, or has changed.
@@ -147,7 +147,7 @@ class FileSet:
         content = read_file(path)
         if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{path}: the file has changed since it was checked; start again")
-        return decode_bytes(content, str(path), self.range)
+        return decode_bytes(content, str(path), self.range, side)
 
 
 class TorchSet:
@@ -403,10 +403,37 @@ def image_sizes(images: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return sizes[:, 0], sizes[:, 1]
 
 
+def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels:
+    """Return image i as a square, uint8 [3, side, side]; large JPEG files are decoded at a reduced scale.
+
+    Args:
+        images: any set.
+        i: position of the image in it.
+        side: of the square, in pixels.
+        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``.
+
+    Raises:
+        DataError: the image cannot be decoded, or has changed.
+    """
+    images, i = _leaf_of(images, i)
+    pixels = images.pixels(i, side) if isinstance(images, (FileSet, ShardSet)) else images.pixels(i)
+    return resize_to_square(pixels, side, resize_mode)
+
+
+def _leaf_of(images: ImageSet, i: int) -> tuple[ImageSet, int]:
+    """Return the set within wrappers that holds image i, and its position there."""
+    while isinstance(images, (Subset, RelabeledSet, SemiSupervisedSet)):
+        if isinstance(images, SemiSupervisedSet):
+            count = len(images.labeled)
+            images, i = (images.labeled, i) if i < count else (images.unlabeled, i - count)
+        else:
+            i = int(images.index[i]) if isinstance(images, Subset) else i
+            images = images.images
+    return images, i
+
+
 def _image_size(images: ImageSet, i: int) -> tuple[int, int] | None:
-    while isinstance(images, (Subset, RelabeledSet)):
-        i = int(images.index[i]) if isinstance(images, Subset) else i
-        images = images.images
+    images, i = _leaf_of(images, i)
     if isinstance(images, ArraySet):
         return images.images.shape[2], images.images.shape[1]
     if not isinstance(images, FileSet):

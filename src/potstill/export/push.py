@@ -12,8 +12,8 @@ from potstill.experiment.run_folder import find_model
 from potstill.hub import CONNECT_SECONDS, create_client, first_line, hub_errors, is_reachable
 from potstill.io import read_bytes, read_checksummed_json, read_checksummed_text, write_checksummed_json
 from potstill.models.model_file import FACTS_FILE, WEIGHTS_FILE, read_facts
-from potstill.report.model_card import model_card, without_folders
 from potstill.report.run_reader import read_run
+from potstill.report.text_reports import model_card, without_folders
 
 CARD_FILE, RECIPE_FILE = "README.md", "recipe.yaml"
 _NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)

