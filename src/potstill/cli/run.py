@@ -98,12 +98,13 @@ Teacher = Annotated[
     list[str] | None,
     typer.Option(
         metavar="M",
-        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a weight file, or a run or model folder; ARCH may be code, "
-        "path/file.py:callable. Repeat for several teachers.",
+        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a weight file, a run or model folder, or hf-hub:USER/NAME; ARCH may "
+        "be code, path/file.py:callable. Repeat for several teachers.",
     ),
 ]
 Student = Annotated[
-    str | None, typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder.")
+    str | None,
+    typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a run or model folder, or hf-hub:USER/NAME."),
 ]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.  [default: the recipe's]")]
 Root = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the run folders.")]

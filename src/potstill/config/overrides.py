@@ -15,6 +15,7 @@ from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
+from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
 from potstill.io import read_checksummed_json
 from potstill.methods import list_own_methods, method_info
 from potstill.models.class_names import CLASS_LISTS, class_list
@@ -73,9 +74,13 @@ def split_model(text: str) -> tuple[str | None, str | None]:
         ('resnet18', 'pretrained')
         >>> split_model("./weights/mine.safetensors")
         (None, './weights/mine.safetensors')
+        >>> split_model("hf-hub:user/name@main")
+        (None, 'hf-hub:user/name@main')
         >>> split_model("./mine.py:Net@weights.pth")
         ('./mine.py:Net', 'weights.pth')
     """
+    if is_hub_model(text):
+        return None, text
     architecture, _, weights = text.partition("@")
     if is_code_reference(architecture):
         return architecture, weights or None
@@ -253,6 +258,9 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
         except PotstillError as error:
             failures.append(((*path, "classes"), error))
             section["classes"] = None
+        model = section.get("model")
+        if isinstance(model, str) and is_hub_model(model) and section.get("weights") in (None, "pretrained"):
+            section["model"], section["weights"] = None, model  # a repository gives both
         section.update(_listed_prompts(section))
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
@@ -383,7 +391,8 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> N
     weights = section["weights"]
     if weights in WITHOUT_FILE:
         return
-    path = Path(weights).expanduser()
+    section["weights"] = pinned_name(weights)
+    path = model_path(weights)
     if not path.exists():
         raise UsageError(f"no such file or folder: {weights}")
     card = find_model_json(path, stage)
@@ -409,4 +418,5 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> N
             "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
         )
     section["model"] = architecture
-    section["weights"] = str(card.parent)
+    if not weights.startswith(HUB_PREFIX):
+        section["weights"] = str(card.parent)

@@ -108,8 +108,8 @@ class StageSettings(BaseModel):
     )
     weights: str | None = Field(
         None,
-        description='"pretrained", a run folder, a model folder, a checkpoint file, or "own": those that your own code '
-        "gives its network; null: random initialisation",
+        description='"pretrained", a run folder, a model folder, a checkpoint file, hf-hub:USER/NAME, or "own": those '
+        "that your own code gives its network; null: random initialisation",
     )
     classes: OutputClasses | None = Field(
         None,

@@ -23,6 +23,7 @@ from potstill.evaluation.cost import count_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
+from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
@@ -94,13 +95,13 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     key = network_key(recipe, network)
     if network.head == "zero_shot":
         return _build_zero_shot(recipe, network, classes, key)
-    if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
+    if network.weights not in WITHOUT_FILE and _is_potstill_model(model_path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
-        return _from_model_file(Path(network.weights), network, classes, key)
+        return _from_model_file(model_path(network.weights), network, classes, key)
     theirs, setting = network.classes, f"{key}.classes"
     if theirs is None and network.weights not in WITHOUT_FILE:
-        theirs, setting = _published_names(Path(network.weights), classes), f"config.json of {network.weights}"
+        theirs, setting = _published_names(model_path(network.weights), classes), f"config.json of {network.weights}"
     if theirs is not None:
         loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
         facts = {"weights": network.weights, "classes": theirs}
@@ -152,7 +153,7 @@ DEFAULT_PROMPT = "a photo of a {}."
 def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     """Return a network whose head is made of the class names."""
     assert network.weights is not None
-    if network.weights != "pretrained" and _is_potstill_model(Path(network.weights)):
+    if network.weights != "pretrained" and _is_potstill_model(model_path(network.weights)):
         raise UsageError(
             f"{key}.head: {network.weights} was saved without text tower: leave {key}.head out if it has these "
             "classes, use head: probe, or give the checkpoint of open_clip"
@@ -220,7 +221,7 @@ def _resolution_notes(architecture: str, size: int, key: str) -> list[str]:
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     model = load_model(find_model(path))
-    facts = {"weights": str(path)}
+    facts = {"weights": network.weights}
     if model.class_names == classes:
         if network.size not in (None, model.input.size):
             raise ArtifactError(f"{path} takes images of {model.input.size} px, but {key}.size is {network.size}")

@@ -60,6 +60,7 @@ from potstill.experiment.resume import (
 from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.experiment.stage import train_stage
 from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
+from potstill.hub import model_path
 from potstill.io import read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
 from potstill.methods import create_method
@@ -393,7 +394,7 @@ class _Experiment:
             model.module.to(self.compute.device)
             weights = recipe.network(stage.name).weights
             if "fold_heads" in model.facts.get("head", {}) and weights is not None:  # a probe of another run
-                source = find_model(Path(weights))
+                source = find_model(model_path(weights))
                 self.fold_heads[stage.name] = load_fold_heads(source, model.facts, self.data)
                 if self.compute.processes.first:
                     copy_fold_heads(source, folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from potstill.errors import UsageError
+from potstill.hub import model_path
 from potstill.input_spec import Triple
 from potstill.models import pretrained, state_dict
 from potstill.models.class_names import LIKELY_LISTS, OutputNames, class_list, find_outputs
@@ -206,7 +207,7 @@ def load_zero_shot(
 
 
 def _existing_path(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = model_path(source)
     if not path.exists():
         raise UsageError(
             f"no weights {source!r}: neither 'pretrained' nor a file that exists.\n"
