@@ -1,6 +1,7 @@
 """Runs: train and evaluate the stages of a recipe, in one process or several, of which the first writes."""
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from potstill.config.method_settings import describe_method, needs_teacher
-from potstill.config.recipe import Recipe, StageSettings, dump_recipe
+from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
 from potstill.config.stage_names import stage_name, stage_number, stage_role
 from potstill.data.splits import DataSplits
 from potstill.distillation.cross_fitting import FoldHeads
@@ -30,6 +31,7 @@ from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, pl
 from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
 from potstill.experiment.probe import ProbedTeacher, check_probe, copy_fold_heads, load_fold_heads, probe_teacher
 from potstill.experiment.reproduce import RunRecord, check_same_images
+from potstill.experiment.resolution import choose_networks, lengthen_short_trainings, restore_choices
 from potstill.experiment.results import describe_run, evaluate_stages
 from potstill.experiment.resume import (
     TEST_EVALUATIONS_KEY,
@@ -155,11 +157,13 @@ def run(
         ExitStack() as stack,
     ):
         if resume:
+            recipe = restore_choices(load_recipe(folder.recipe, data_needed=False, recorded=True), recipe)
             recipe = restore_view_plan(folder.recipe, recipe)
             check_same_recipe(folder, recipe)
             extended = extended_stages(folder, recipe, planned)
         if overwrite:
             check_weights_outside(folder, recipe)
+        recipe, replaced = processes.share(choose_networks(recipe))
         recorded = folder.read_environment() if resume else reproduce.environment if reproduce is not None else None
         record = folder.add_to_environment if processes.first else None
         threads = ThreadSelector(recorded, record, processes=processes)
@@ -172,6 +176,7 @@ def run(
             check_same_images(reproduce, splits.fingerprint, splits.as_rows())
         if overwrite and processes.first:
             folder.clear()
+        recipe = lengthen_short_trainings(recipe, len(splits.train))
         view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
         recipe = apply_view_plan(recipe, view_plan)
         text = dump_recipe(recipe)
@@ -182,7 +187,8 @@ def run(
             folder.write_recipe(text)
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
             before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
-            folder.write_environment(facts | threads.facts | precisions.facts | before)
+            chosen = {"replaced_networks": replaced} if replaced else {}
+            folder.write_environment(facts | threads.facts | precisions.facts | before | chosen)
             folder.write_splits(splits.as_rows())
             folder.write_skipped((each.path, each.kind, each.reason) for each in splits.all_skipped)
             trackers = stack.enter_context(
@@ -213,16 +219,22 @@ def run(
             extended,
             reused,
         )
+        for text in replaced:
+            experiment.warn(text)
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
         experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
         with threads:
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
             for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
-                experiment.run_stage(each)
+                if not (experiment.not_distilled and each.name not in ("teacher", "baseline")):
+                    experiment.run_stage(each)
+            planned = tuple(stage for stage in planned if stage.name in experiment.models)
             models = {stage.name: experiment.models[stage.name] for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
             facts_of_run: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
+            if experiment.not_distilled:
+                facts_of_run["not_distilled"] = experiment.not_distilled
             if processes.first:
                 record_test_evaluation(folder, recipe, planned)
                 facts_of_run["looks"] = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
@@ -261,6 +273,7 @@ class _Experiment:
     models: dict[str, Classifier] = field(default_factory=dict)
     fold_heads: dict[str, FoldHeads | None] = field(default_factory=dict)  # of teachers, for the training images
     teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # on val
+    not_distilled: str = ""  # why the run ends before its distilled student; "": it does not
 
     def __post_init__(self) -> None:
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
@@ -445,17 +458,27 @@ class _Experiment:
             )
 
     def _compare_with_baseline(self) -> None:
-        baseline = self._val_top1("baseline")
-        for name in (name for name in self.models if stage_role(name) == "teacher"):
-            top1 = self._val_top1(name)
+        baseline, images = self._val_top1("baseline"), len(self.data.val)
+        teachers = {name: self._val_top1(name) for name in self.models if stage_role(name) == "teacher"}
+        clearly = {name: is_below(top1, baseline, images) for name, top1 in teachers.items()}
+        stops = bool(teachers) and all(clearly.values()) and self.recipe.teacher_below_baseline == "stop"
+        for name, top1 in teachers.items():
             if top1 < baseline:
-                images = len(self.data.val)
                 found = {"teacher": name, "teacher_val_top1": top1, "baseline_val_top1": baseline, "val_images": images}
                 self.teacher_below_baseline.append(found)
-                self.warn(
-                    f"the {name} is below the baseline: top-1 {top1:.1%} against {baseline:.1%} on {images:,} "
-                    f"val images. Distilling from it may hurt. {self._advise_on_teacher(name)}"
+                figures = f"top-1 {top1:.1%} against {baseline:.1%} on {images:,} val images"
+                text = f"the {name} is below the baseline: {figures}"
+                advice = self._advise_on_teacher(name)
+                if not stops:
+                    self.warn(f"{text}. Distilling from it may hurt. {advice}")
+                    continue
+                self.not_distilled = (
+                    f"No distilled student was trained, because it would probably be worse than the baseline: {text}, "
+                    f"which is more than a standard error. Use the baseline, or: {advice}. To distil all the same: "
+                    "--resume --set teacher_below_baseline=warn"
                 )
+        if stops:
+            self.warn(self.not_distilled)
 
     def _advise_on_teacher(self, teacher: str) -> str:
         """Return what to do about a teacher that is worse than the baseline."""
@@ -528,6 +551,22 @@ def _extension_text(name: str, before: int, settings: TrainingSettings, steps: i
         f"schedule of {settings.epochs} epochs: the learning rate ended at {settings.lr * last:.3g} and continues at "
         f"{settings.lr * following:.3g}"
     )
+
+
+def is_below(teacher: float, baseline: float, images: int) -> bool:
+    """Return whether a teacher's accuracy is below the baseline's by more than the standard error of the difference.
+
+    Args:
+        teacher: its share of correct val images.
+        baseline: that of the baseline.
+        images: number of val images.
+
+    Example:
+        >>> is_below(0.80, 0.85, 400), is_below(0.80, 0.85, 40)  # standard errors 0.027 and 0.085
+        (True, False)
+    """
+    variance = (teacher * (1 - teacher) + baseline * (1 - baseline)) / images
+    return baseline - teacher > math.sqrt(variance)
 
 
 def _view_differences(models: Mapping[str, Classifier]) -> list[str]:

@@ -179,6 +179,23 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
     return LoadedModel(module, new_head, notes, normalisation=normalisation)
 
 
+def why_weights_are_missing(architecture: str, source: str, *, size: int) -> str | None:
+    """Return why published weights cannot be had, and what to do; None if they can, or if ``source`` is a file.
+
+    Raises:
+        UsageError: unknown architecture.
+    """
+    family, bare = resolve(architecture)
+    if source != "pretrained" or pretrained.find_packaged_weights(architecture) is not None:
+        return None
+    try:
+        with pretrained.naming_the_package(architecture):
+            family.pretrained(bare, _ANY_CLASSES, size)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def _existing_path(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.exists():

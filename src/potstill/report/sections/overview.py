@@ -35,6 +35,8 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
     """Return sentences, facts and the intervals on a number line."""
     comparison = run.comparison
     headline, *others = verdict_sentences(comparison, run.results.get("stages"))
+    if stopped := run.results.get("not_distilled"):
+        headline = str(stopped)
     effect = effect_of(comparison)
     means = average_over_seeds(comparison) if comparison else {}
     return {
