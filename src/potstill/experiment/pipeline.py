@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from potstill.experiment.builders import InitialNetwork, build_network, network_
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.environment import describe_environment
-from potstill.experiment.estimate import describe_seeds, estimate_further_seeds
+from potstill.experiment.estimate import describe_seeds, estimate_further_seeds, estimate_stages
 from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, plan_stages, stage_recipe
 from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
 from potstill.experiment.probe import ProbedTeacher, check_probe, copy_fold_heads, load_fold_heads, probe_teacher
@@ -224,6 +225,8 @@ def run(
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
         experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
         with threads:
+            left = [stage for stage in planned if not (resume and folder.trained(stage.name))]
+            observer.expect(partial(estimate_stages, recipe, left, splits, compute))
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
             for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
                 if not (experiment.not_distilled and each.name not in ("teacher", "baseline")):

@@ -91,6 +91,9 @@ class LoggingObserver:
         self.observer, self.threads = observer, tuple(threads)
         self._stage = ""
 
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
+        self.observer.expect(estimate)
+
     def stage(self, name: str, detail: str) -> None:
         self._stage = name
         self.observer.stage(name, detail)
