@@ -173,3 +173,22 @@ def test_report_draws_one_run_and_compares_several(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["report: runs/quickstart/report.html", "report: both.html"]
     assert calls[-1] == {"compared": [Path("runs/a"), Path("runs/b")]}
+
+
+def test_a_run_that_stopped_before_its_distilled_student_says_why_and_exits_with_8(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sys.modules["potstill.experiment.pipeline"].run
+
+    def run(recipe: Any, **rest: Any) -> Path:
+        folder: Path = whole(recipe, **rest)
+        results = {"schema": 1, "stages": {"teacher": STAGE}, "comparison": None, "not_distilled": "It would do harm."}
+        write_checksummed_json(folder / "results.json", results)
+        return folder
+
+    monkeypatch.setattr(sys.modules["potstill.experiment.pipeline"], "run", run)
+    assert main(["run", "quickstart"]) == 8
+    captured = capsys.readouterr()
+    assert "report: runs/quickstart/report.html" in captured.out
+    assert "next:" not in captured.out
+    assert captured.err.endswith("error: It would do harm.\n")

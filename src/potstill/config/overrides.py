@@ -59,6 +59,8 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
     ]
     _prepare_method(document, {path: value for path, value, _ in changes}, allow_code=bool(flags.get("--allow-code")))
     for path, value, location in changes:
+        if path[-1] in ("model", "weights"):  # whoever names a network wants no other
+            _drop_fallback(document.value, path[:-1])
         _set_value(document, path, value, location)
     if flags.get("--no-labels"):
         _drop_label_term(document, {path for path, *_ in changes})
@@ -112,6 +114,8 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         _set_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
     else:
         architecture, weights = split_model(os.fspath(value))
+        if isinstance(student := document.value.get("student"), dict):
+            document.value["student"] = _settings_for(student, weights)
         _set_value(document, ("student", "model"), architecture, location)
         _set_value(document, ("student", "weights"), weights, location)
 
@@ -130,8 +134,56 @@ def _set_teachers(document: Document, named: list[Any]) -> None:
     for at, each in enumerate(named):
         architecture, weights = split_model(os.fspath(each))
         path = ("teacher", at) if len(named) > 1 else ("teacher",)
+        if isinstance(section := sections[min(at, len(sections) - 1)] if sections else None, dict):
+            if len(named) > 1:
+                document.value["teacher"][at] = _settings_for(section, weights)
+            else:
+                document.value["teacher"] = _settings_for(section, weights)
         for key, text in (("model", architecture), ("weights", weights)):
             _set_value(document, (*path, key), text, f"--teacher {each}")
+
+
+def _drop_fallback(value: Any, path: KeyPath) -> None:
+    for key in path:
+        if isinstance(value, list) and str(key).isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        value.pop("fallback", None)
+
+
+def complete_fallbacks(section: dict[str, Any]) -> None:
+    """Complete each of a network's fallbacks in place by the settings that it leaves as they are."""
+    fallbacks = section.get("fallback")
+    if not isinstance(fallbacks, list):
+        return
+    for at, each in enumerate(fallbacks):
+        if isinstance(each, dict) and "fallback" not in each:
+            completed = copy.deepcopy({key: item for key, item in section.items() if key != "fallback"}) | each
+            former, own = section.get("training"), each.get("training")
+            if isinstance(former, dict) and isinstance(own, dict):
+                completed["training"] = former | own
+            fallbacks[at] = completed
+
+
+def _settings_for(section: dict[str, Any], weights: str | None) -> dict[str, Any]:
+    """Return the settings that a network given by a flag keeps of the recipe's network.
+
+    They are those of the first alternative that starts as it does, with weights or without.  A model of ours has a head
+    and an image size.
+    """
+    section = copy.deepcopy(section)
+    complete_fallbacks(section)
+    fallbacks = section.pop("fallback", None)
+    for each in [section, *(fallbacks if isinstance(fallbacks, list) else ())]:
+        if isinstance(each, dict) and (each.get("weights") is None) == (weights is None):
+            section = each
+            break
+    dropped = {"head"} if weights is None else set()
+    if weights is not None and weights not in WITHOUT_FILE and find_model_json(Path(weights).expanduser()):
+        dropped = {"head", "size"}
+    return {key: item for key, item in section.items() if key not in dropped}
 
 
 def _parse_assignment(document: Document, text: str) -> tuple[KeyPath, Any] | None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from potstill.code_references import permit_code
 from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.method_settings import normalize_method
-from potstill.config.overrides import apply_overrides, fill_architectures, fill_class_names
+from potstill.config.overrides import apply_overrides, complete_fallbacks, fill_architectures, fill_class_names
 from potstill.config.settings_errors import (
     CLASS_LIST_NAME,
     CLASS_MAPPING,
@@ -25,7 +25,7 @@ from potstill.config.settings_errors import (
     parse_settings,
 )
 from potstill.config.stage_names import stage_number, stage_role
-from potstill.config.validation import TARGET_MISSING, find_problems, lacks_target
+from potstill.config.validation import TARGET_MISSING, find_problems, lacks_target, network_sections
 from potstill.config.yaml import Document, KeyPath, dump_yaml, parse_yaml
 from potstill.data.settings import DataSettings, Pacing
 from potstill.distillation.teacher_cache import TeacherCacheSettings
@@ -140,6 +140,11 @@ class StageSettings(BaseModel):
         "auto", description="precision of a teacher; auto: bf16 if the hardware is fast in it and predictions agree"
     )
     training: dict[str, Any] = Field({}, description="overrides of the recipe's training settings")
+    fallback: list["StageSettings"] = Field(
+        [],
+        description="changes of these settings, such as another model, one of which is made if the pretrained weights "
+        "are neither on this machine nor can be downloaded: the first whose weights can be had",
+    )
 
 
 class TeachersSettings(BaseModel):
@@ -198,6 +203,11 @@ class Recipe(BaseModel):
     )
     method: dict[str, Any] = Field(
         {"name": "kd"}, description="name and options, or a list of methods, each with a factor; see `potstill methods`"
+    )
+    teacher_below_baseline: Literal["warn", "stop"] = Field(
+        "warn",
+        description="if every teacher's top-1 on val is below the baseline's by more than a standard error: train the "
+        "distilled student after a warning, or stop without it",
     )
     curriculum: CurriculumSettings | None = Field(
         None, description="easy images first, in stages that distil; null: all images in every epoch"
@@ -302,6 +312,8 @@ def load_recipe(
         value["teacher_cache"] = {"mode": value["teacher_cache"]}
         document.locations.move(("teacher_cache",), ("teacher_cache", "mode"))
     apply_overrides(document, flags or {}, overrides)
+    for section in list(network_sections(value)):
+        complete_fallbacks(section[1])
     resolve_code_paths(value, document.locations, Path() if isinstance(source, Mapping) else Path(source).parent)
     if recorded and any(find_code(value)):
         recipe, problems = parse_settings(value, Recipe)

@@ -224,6 +224,7 @@ def _all_problems(value: dict[str, Any], recipe_class: type[BaseModel]) -> Itera
     yield from method_problems(value.get("method"))
     yield from _teacher_problems(value)
     yield from _head_problems(value)
+    yield from _fallback_problems(value)
     yield from domain_problems(value)
     yield from label_problems(value)
     yield from curriculum_problems(value)
@@ -261,13 +262,30 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def network_sections(value: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """Yield (key path, section) for the settings of each network; sections of a wrong type are left out."""
+    """Yield (key path, section) for the settings of each network and its fallbacks, but for those of a wrong type."""
     for key in ("teacher", "assistants", "student"):
-        section = value.get(key)
-        if isinstance(section, dict):
-            yield (key,), section
-        elif isinstance(section, list):
-            yield from (((key, at), each) for at, each in enumerate(section) if isinstance(each, dict))
+        yield from _sections_in(value.get(key), (key,))
+
+
+def _sections_in(section: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    if isinstance(section, dict):
+        yield path, section
+        yield from _sections_in(section.get("fallback"), (*path, "fallback"))
+    elif isinstance(section, list):
+        for at, each in enumerate(section):
+            yield from _sections_in(each, (*path, at))
+
+
+def _fallback_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
+    """Yield the problems of ``fallback``: one within another, or one that is never used."""
+    for path, section in network_sections(value):
+        key = dotted_key((*path, "fallback"))
+        if not section.get("fallback"):
+            continue
+        if "fallback" in path:
+            yield (*path, "fallback"), f"{key}: a fallback has none of its own: add to the list that it is in"
+        elif section.get("weights") != "pretrained":
+            yield (*path, "fallback"), f"{key} is used where pretrained weights are missing: set weights: pretrained"
 
 
 def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:

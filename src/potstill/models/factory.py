@@ -206,6 +206,23 @@ def load_zero_shot(
     return module, scale
 
 
+def why_weights_are_missing(architecture: str, source: str, *, size: int) -> str | None:
+    """Return why published weights cannot be had, and what to do; None if they can, or if ``source`` is a file.
+
+    Raises:
+        UsageError: unknown architecture.
+    """
+    family, bare = resolve(architecture)
+    if source != "pretrained" or pretrained.find_packaged_weights(architecture) is not None:
+        return None
+    try:
+        with pretrained.naming_the_package(architecture):
+            family.pretrained(bare, _ANY_CLASSES, size)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def _existing_path(source: str) -> Path:
     path = model_path(source)
     if not path.exists():

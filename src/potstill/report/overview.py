@@ -39,6 +39,8 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
         return {"finding": "unknown", "mark": mark, "headline": headline, "sentences": others, "facts": [], "lines": []}
     comparison = run.comparison
     headline, *others = verdict_sentences(comparison, run.results.get("stages"))
+    if stopped := run.results.get("not_distilled"):
+        headline = str(stopped)
     effect = effect_of(comparison)
     means = average_over_seeds(comparison) if comparison else {}
     return {
