@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from potstill.data import image_io as module
-from potstill.data.image_io import decode, to_rgb
-from potstill.data.library_warnings import silence_pillow
+from potstill.data.image_io import decode, silence_pillow, to_rgb
 from potstill.data.preprocessing import resize_to_square
 from potstill.errors import DataError
 

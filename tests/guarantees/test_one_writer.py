@@ -22,10 +22,10 @@ EXCEPTIONS = {
     ("io.py", "os.replace"): "the writer itself",
     ("io.py", "os.link"): "the writer itself",
     ("cli/__init__.py", "os.open"): "/dev/null in place of a closed pipe",
-    ("data/library_warnings.py", "os.open"): "/dev/null in place of what C libraries say",
+    ("console.py", "os.open"): "/dev/null in place of what C libraries write",
     ("data/image_io.py", "os.open"): "reads an image, without waiting at a pipe",
-    ("data/decoded_file.py", "os.open"): "memory-mapped; its marks are set after its bytes are synced",
-    ("data/decoded_file.py", "os.pwrite"): "the same",
+    ("data/decoded_cache.py", "os.open"): "memory-mapped; its marks are set after its bytes are synced",
+    ("data/decoded_cache.py", "os.pwrite"): "the same",
     ("data/concurrency.py", "os.open"): "a lock file, always empty",
     (
         "distillation/teacher_cache/files.py",

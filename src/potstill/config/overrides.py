@@ -25,6 +25,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--lr": ("training", "lr"),
     "--batch-size": ("training", "batch_size"),
     "--image-size": ("data", "size"),
+    "--unlabeled": ("data", "unlabeled"),
     "--device": ("training", "device"),
     "--method": ("method", "name"),
     "--temperature": ("method", "temperature"),

@@ -120,9 +120,9 @@ class StageSettings(BaseModel):
     new_head: bool = Field(False, description="accept weights of other classes; the head is initialised randomly")
     head: Literal["probe", "finetune", "zero_shot"] | None = Field(
         None,
-        description="head of a teacher with weights of other classes: probe: logistic regression on frozen embeddings; "
-        "finetune: then all layers are trained, and val selects the better; zero_shot: embeddings of texts (open_clip "
-        "only); null: random, trained with all layers",
+        description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "
+        "for teachers; finetune: then all layers are trained, and val selects the better; zero_shot: embeddings of "
+        "texts, for teachers from open_clip; null: random, trained with all layers",
     )
     prompts: Prompts | None = Field(
         None,
@@ -310,6 +310,7 @@ def load_recipe(
         return recipe
     if not (flags or {}).get("--allow-code"):
         refuse_code_in_recipe(value, document.locations)
+    permit_code(name for _, name in find_code(value))  # also in the model files of its run
     if "tracker" in value:  # so that a problem has a path in the list
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
@@ -327,7 +328,6 @@ def load_recipe(
     _raise_problems(document, found, failures)
     recipe, problems = parse_settings(value, Recipe)
     assert recipe is not None, problems
-    permit_code(name for _, name in find_code(value))  # also in the model files of its run
     return recipe
 
 

@@ -194,10 +194,6 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
         yield ("data", "val"), f"data.val and data.test must sum to less than 1, got {sum_of}"
     if isinstance(data.workers, int) and data.workers < 0:
         yield ("data", "workers"), f"data.workers must be at least 0 or 'auto', got {data.workers}"
-    if data.unlabeled is not None and data.augment is not None and data.augment.mixes:
-        key = "mixup" if data.augment.mixup else "cutmix"
-        message = "mixes labels, which unlabeled images do not have: switch it off, or leave data.unlabeled out"
-        yield ("data", "augment", key), f"data.augment.{key} {message}"
     if data.std is not None and min(data.std) <= 0:
         yield ("data", "std"), f"data.std must be three numbers above 0, got {list(data.std)}"
     scale = data.augment.crop_scale if data.augment else None
@@ -253,8 +249,10 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         if head is None:
             continue
         key, path = f"{network}.head", (*network_path, "head")
-        if network_path[0] != "teacher":
-            yield path, f"{key} is for teachers only: leave it out"
+        if network_path[0] == "assistants":
+            yield path, f"{key} is for teachers and the student: leave it out"
+        elif network_path[0] == "student" and head != "finetune":
+            yield path, f"{key}: {head} leaves nothing to distil into: use finetune, or leave it out"
         elif section.get("weights") is None:
             yield (
                 path,

@@ -21,10 +21,14 @@ same gray would be bright in one image and black in another.  Images of 8 bits a
 
 import hashlib
 import io
+import logging
 import math
 import os
 import stat
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +39,6 @@ from PIL import Image, UnidentifiedImageError, features
 from potstill.data import isolated_decoder
 from potstill.data.concurrency import raise_if_cancelled
 from potstill.data.image_structure import MAX_PIXELS, check_pixel_count, parse_structure
-from potstill.data.library_warnings import silence_pillow
 from potstill.errors import DataError
 
 ValueRange = tuple[float, float]
@@ -147,6 +150,37 @@ def format_range(ends: ValueRange) -> str:
         ('[0, 4095]', '[-0.5, 1.02]')
     """
     return f"[{ends[0]:.10g}, {ends[1]:.10g}]"
+
+
+# Without a handler of its own, Pillow's log lines about odd files would go to the terminal.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+_filter_lock = threading.Lock()
+_filter_depth = 0
+_saved_filters = warnings.catch_warnings()
+
+
+@contextmanager
+def silence_pillow() -> Iterator[None]:
+    """Suppress warnings of Pillow's modules within the block, in every thread.
+
+    ``warnings.catch_warnings`` saves and restores global state, so that overlapping threads would restore each other's;
+    here the first thread saves it and the last one restores it.
+    """
+    global _filter_depth, _saved_filters
+    with _filter_lock:
+        if _filter_depth == 0:
+            _saved_filters = warnings.catch_warnings()
+            _saved_filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        _filter_depth += 1
+    try:
+        yield
+    finally:
+        with _filter_lock:
+            _filter_depth -= 1
+            if _filter_depth == 0:
+                _saved_filters.__exit__(None, None, None)
 
 
 Pixels = NDArray[np.uint8]

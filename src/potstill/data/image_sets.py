@@ -6,6 +6,7 @@ labels and a set with unlabeled images wrap other sets.
 
 import hashlib
 import io
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, to_rgb
+from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, silence_pillow, to_rgb
 from potstill.data.image_structure import parse_structure
-from potstill.data.library_warnings import silence_pillow
 from potstill.data.preprocessing import resize_to_square
 from potstill.data.shard_reader import ShardSample, read_byte_range
 from potstill.errors import DataError
@@ -156,7 +156,7 @@ class TorchSet:
     Args:
         dataset: image: PIL image, or tensor [C, H, W] or array [H, W] or [H, W, C] with C of 1, 3 or 4; uint8, or
             floats in [0, 1].
-        labels: [N] class ids; None: the data set's ``targets``, or read from its items one by one.
+        labels: [N] class ids; None: those of ``read_labels``.
         names: [N]; None: ``prefix/00000`` and so on.
         prefix: of generated names.
 
@@ -175,7 +175,9 @@ class TorchSet:
         self.dataset = dataset
         count = len(dataset)
         self.names = tuple(names) if names is not None else tuple(f"{prefix}/{i:05d}" for i in range(count))
-        self.labels = _validate_labels(_labels_of(dataset) if labels is None else labels, count, len(self.names))
+        self.labels = _validate_labels(
+            read_labels(dataset, self.names) if labels is None else labels, count, len(self.names)
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -186,12 +188,9 @@ class TorchSet:
         Raises:
             DataError: an item that is no image, or floats outside [0, 1].
         """
+        image = read_item(self.dataset, i, self.names[i])[0]
         try:
-            item = self.dataset[i]
-        except Exception as error:  # the user's data set may raise anything
-            raise DataError(f"{self.names[i]}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
-        try:
-            return _to_pixels(item[0])
+            return _to_pixels(image)
         except DataError as error:
             raise DataError(f"{self.names[i]}: {error}") from None
 
@@ -212,7 +211,7 @@ class Subset:
         return self.images.pixels(int(self.index[i]))
 
 
-def _validate_labels(labels: Sequence[int] | NDArray[Any], images: int, names: int) -> Labels:
+def _validate_labels(labels: Sequence[int] | Sequence[str] | NDArray[Any], images: int, names: int) -> Labels:
     found = np.asarray(labels)
     if found.ndim != 1 or not len(found) == images == names:
         raise DataError(f"{images} images need as many labels and names, got {list(found.shape)} and {names}")
@@ -221,22 +220,57 @@ def _validate_labels(labels: Sequence[int] | NDArray[Any], images: int, names: i
     return found.astype(np.int64)
 
 
-def _labels_of(dataset: Any) -> NDArray[Any]:
+def read_item(dataset: Any, i: int, name: str) -> tuple[Any, Any]:
+    """Return (image, label) of a torch data set.
+
+    Raises:
+        DataError: the data set raises, or the item is no such pair; begins with ``name``.
+    """
+    try:
+        item = dataset[i]
+    except Exception as error:  # the user's data set may raise anything
+        raise DataError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise DataError(f"{name}: an item must be a pair (image, label), got an object of type {type(item).__name__}")
+    return item[0], item[1]
+
+
+def read_labels(dataset: Any, names: Sequence[str]) -> list[int] | list[str]:
+    """Return the labels of a torch data set: its ``targets``, or else those of its items, read one by one.
+
+    Raises:
+        DataError: labels that are neither whole numbers nor class names; begins with the name of the image.
+    """
+    targets: Any = getattr(dataset, "targets", None)
     # A target_transform would change what `targets` holds.
-    targets = getattr(dataset, "targets", None)
-    if targets is not None and len(targets) == len(dataset) and getattr(dataset, "target_transform", None) is None:
-        return np.asarray(targets)
-    return np.asarray([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64)
+    if targets is None or len(targets) != len(names) or getattr(dataset, "target_transform", None) is not None:
+        targets = [read_item(dataset, i, name)[1] for i, name in enumerate(names)]
+    labels: list[Any] = []
+    for name, label in zip(names, targets, strict=True):
+        try:
+            labels.append(label if isinstance(label, str) else operator.index(label))
+        except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor of several numbers
+            shown = " ".join(repr(label).split())[:60]
+            raise DataError(f"{name}: a label must be a whole number or a class name, got {shown}") from None
+    if {*map(type, labels)} == {int, str}:
+        raise DataError(f"{names[0]}: labels must be all whole numbers or all class names, got both")
+    return labels
 
 
 def _to_pixels(image: Any) -> Pixels:
     if isinstance(image, Image.Image):
-        image.load()
+        try:
+            image.load()
+        except Exception as error:  # Pillow raises nearly anything
+            raise DataError(f"cannot be decoded: {' '.join(str(error).split())[:160]}") from error
         return np.ascontiguousarray(to_rgb(image))
+    kind = type(image).__name__
     if hasattr(image, "detach"):  # a tensor: recognised without importing torch
         image = image.detach().cpu().numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
     array = np.asarray(image)
+    if array.dtype.kind not in "biufc":
+        raise DataError(f"an image must be a PIL image, an array or a tensor, got an object of type {kind}")
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:

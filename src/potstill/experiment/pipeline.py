@@ -16,7 +16,7 @@ from potstill.config.method_settings import describe_method, needs_teacher
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe
 from potstill.config.stage_names import stage_name, stage_number, stage_role
 from potstill.data.splits import DataSplits
-from potstill.distillation.cross_fitting import FoldHeads
+from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.fidelity import class_order
@@ -37,7 +37,7 @@ from potstill.experiment.probe import (
     probe_teacher,
 )
 from potstill.experiment.reproduce import RunRecord, check_same_images
-from potstill.experiment.results import describe_run, evaluate_stages
+from potstill.experiment.results import describe_run, describe_unlabeled, evaluate_stages
 from potstill.experiment.resume import (
     TEST_EVALUATIONS_KEY,
     check_same_baseline,
@@ -222,6 +222,14 @@ def run(
         )
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
         experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
+        if splits.unlabeled is not None and splits.target is None and "distilled" in stages:
+            unlabeled = describe_unlabeled(recipe, splits)
+            observer.note(unlabeled["sentence"])
+            if unlabeled["passes"] < 1:
+                experiment.warn(
+                    f"the distilled student sees {unlabeled['passes']:.0%} of the unlabeled images: train for more "
+                    "epochs (an epoch is one pass over the labeled images), or raise data.unlabeled_share"
+                )
         with threads:
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
             for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
@@ -335,7 +343,7 @@ class _Experiment:
             if self.compute.processes.first:
                 save_model(model, folder)
             return model
-        probed = self._probe(stage, model, start) if stage.role == "teacher" else None
+        probed = self._probe(stage, model, start)
         if probed is not None and recipe.network(stage.name).head == "probe":
             if self.compute.processes.first:
                 save_model(model, folder)
@@ -396,7 +404,7 @@ class _Experiment:
         return model
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a teacher; return None if the recipe asks for none."""
+        """Fit the linear probe of a network; return None if the recipe asks for none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
         if not fits_head(network):
             return None

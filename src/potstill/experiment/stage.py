@@ -14,7 +14,7 @@ from potstill import __version__
 from potstill.config.recipe import Recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distillation.cross_fitting import FoldHeads
+from potstill.distillation.teachers import FoldHeads
 from potstill.errors import StorageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.metrics import StreamingMetrics
@@ -258,6 +258,7 @@ def _select_probe_or_finetuned(
     """Restore the probe if the best epoch is not better on val; return the val metrics of the better one."""
     metric, head = settings.selection_metric, student.facts["head"]
     keep_probe = selection_value(metric, probed.val) >= selection_value(metric, best["val"])
+    keep_probe = keep_probe and student.remodelled is None  # a method that rebuilt the student has other layers
     head |= {"kind": "finetune", "taken": "probe" if keep_probe else "finetuned"}
     head["finetuned_val_top1"] = best["val"]["top1"]
     observer.note(
@@ -293,6 +294,7 @@ def label_loss(recipe: Recipe, settings: TrainingSettings, data: DataSplits) -> 
     if recipe.data.class_balance == "weights" and len(labeled):
         counts = np.bincount(labeled, minlength=len(data.class_names))
         weight = balanced_class_weights(torch.as_tensor(counts))
-    if weight is None and len(labeled) == len(labels):
+    mixes_unlabeled = data.unlabeled is not None and (recipe.data.augment or data.augment).mixes
+    if weight is None and len(labeled) == len(labels) and not mixes_unlabeled:
         return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     return LabelLoss(weight, settings.label_smoothing)

@@ -13,7 +13,7 @@ from potstill.data.image_io import Pixels, decode
 from potstill.data.preprocessing import decoded_side
 from potstill.data.sources import walk_images
 from potstill.errors import DataError, UsageError
-from potstill.export.formats.onnx import ONNX_SUFFIX, load_onnx
+from potstill.export.onnx import ONNX_SUFFIX, load_onnx
 from potstill.formatting import format_names
 from potstill.input_spec import InputSpec
 

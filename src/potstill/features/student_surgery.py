@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from potstill.errors import UsageError, did_you_mean
 from potstill.features.hooks import find_submodule
-from potstill.features.layout import Grid, Layout
 from potstill.features.stages import Stage
+from potstill.features.tracing import Grid, Layout
 from potstill.types import at_least_float32
 
 

@@ -167,12 +167,13 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
         notes = [f"{source}: {note}" for note in (*checkpoint.notes, *converted.notes)]
         normalisation = converted.normalisation
         new_head = state_dict.load_state_dict(module, converted.state, num_classes, origin=source)
-    elif architecture in pretrained.PACKAGED_WEIGHTS:
+    elif (packaged := pretrained.find_packaged_weights(architecture)) is not None:
         module = build_model(architecture, num_classes, size=size)
-        weights, path = pretrained.load_packaged_weights(architecture, module.state_dict())
-        new_head = state_dict.load_state_dict(module, weights, num_classes, origin=str(path))
+        weights = pretrained.load_packaged_weights(packaged, module.state_dict())
+        new_head = state_dict.load_state_dict(module, weights, num_classes, origin=str(packaged))
     else:
-        module, classes = family.pretrained(bare, num_classes, size)
+        with pretrained.naming_the_package(architecture):
+            module, classes = family.pretrained(bare, num_classes, size)
         new_head = classes != num_classes
     try_forward(module, architecture, num_classes, size=size)
     if new_head:

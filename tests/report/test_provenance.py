@@ -7,9 +7,9 @@ import pytest
 
 from potstill.errors import ArtifactError
 from potstill.io import write_checksummed_json
+from potstill.report import provenance
 from potstill.report.render import render_page
 from potstill.report.run_reader import read_run
-from potstill.report.sections import provenance
 
 FACTS = {
     "schema": 1,

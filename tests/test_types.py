@@ -2,7 +2,7 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from potstill.input_spec import InputSpec
-from potstill.inputs import InputConverter
+from potstill.types import InputConverter
 
 PIXELS = torch.rand(2, 3, 12, 12)
 

@@ -12,8 +12,7 @@ import pytest
 
 from potstill.evaluation.significance import crossed_interval, mcnemar
 from potstill.formatting import format_points
-from potstill.report.compare import compare, group_runs
-from potstill.report.pairing import MAX_ALL_PAIRS, pair_contenders, pairing_row, read_contender
+from potstill.report.compare import MAX_ALL_PAIRS, compare, group_runs, pair_contenders, pairing_row, read_contender
 from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py

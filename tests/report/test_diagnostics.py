@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from potstill.evaluation.calibration import fit_temperature
+from potstill.evaluation.final_metrics import fit_temperature
+from potstill.report import diagnostics
 from potstill.report.render import render_page
 from potstill.report.run_reader import read_run
-from potstill.report.sections import diagnostics
 
 BuildRun = Callable[..., Any]
 FACTS = {

@@ -37,6 +37,7 @@ def data_context(run: Run) -> dict[str, Any] | None:
             f"({', '.join(f'{s} {format_count(n)}' for s, n in zip(splits, totals, strict=True))})",
         ),
         ("Size", f"{format_count(size)} × {format_count(size)} pixels" if size else None),
+        ("Without labels", (data.get("unlabeled") or {}).get("sentence")),
         ("Not square", f"{data.get('resize_mode')}: {data['unseen'][0]}" if data.get("unseen") else None),
         (
             "Left out",

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from potstill.errors import ArtifactError
+from potstill.report import error_analysis
 from potstill.report.render import render_page
 from potstill.report.run_reader import read_run
-from potstill.report.sections import error_analysis
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 FullPage = Callable[[int], str]

@@ -1,6 +1,6 @@
 from matplotlib.figure import Figure
 
-from potstill.report.sections.diagnostics import draw_similarity, similarity_size
+from potstill.report.diagnostics import draw_similarity, similarity_size
 
 VALUES = [[0.912, None], [-0.034, 1.0]]
 

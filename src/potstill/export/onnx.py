@@ -5,6 +5,8 @@ is read from its bytes before an engine parses them.  ONNX is a protobuf message
 and a few field numbers of onnx.proto3.
 """
 
+import io
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,15 @@ from numpy.typing import NDArray
 from potstill.data.image_io import Pixels
 from potstill.data.preprocessing import crop_to_input, normalize_array
 from potstill.errors import ArtifactError, UsageError
-from potstill.export.formats import METADATA_KEY, ExportedFiles, ExportFormat, ExportMetadata, parse_metadata, quiet
+from potstill.export.formats import (
+    METADATA_KEY,
+    ExportedFiles,
+    ExportFormat,
+    ExportMetadata,
+    Predictor,
+    parse_metadata,
+    quiet,
+)
 from potstill.io import DAMAGED, read_bytes, read_checksummed_json, sha256_hex
 
 if TYPE_CHECKING:
@@ -346,4 +356,39 @@ def open_onnx_files(files: ExportedFiles) -> Any:
     return create_onnx_predictor(files[".onnx"])
 
 
-FORMAT = ExportFormat(convert_to_onnx, open_onnx_files, ".onnx", packages=("onnx", "onnxscript", "onnxruntime"))
+ONNX = ExportFormat(convert_to_onnx, open_onnx_files, ".onnx", packages=("onnx", "onnxscript", "onnxruntime"))
+
+
+def convert_to_openvino(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to ``.xml`` and ``.bin``, for Intel's processors, by way of ONNX; the weights stay float32."""
+    import openvino
+
+    model = openvino.convert_model(io.BytesIO(convert_to_onnx(module, metadata)[".onnx"]))
+    model.set_rt_info(metadata.as_text(), [METADATA_KEY])
+    with tempfile.TemporaryDirectory() as scratch:
+        xml = Path(scratch, "model.xml")
+        openvino.serialize(model, xml)
+        return {".xml": xml.read_bytes(), ".bin": xml.with_suffix(".bin").read_bytes()}
+
+
+def open_openvino_files(files: ExportedFiles) -> Predictor:
+    """Load as a function that OpenVINO runs on the CPU in float32 (its default on some processors is bfloat16)."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(files[".xml"], files[".bin"])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def answer(batch: Any) -> Any:
+        return compiled([batch])[0]
+
+    return answer
+
+
+OPENVINO = ExportFormat(
+    convert_to_openvino,
+    open_openvino_files,
+    ".xml",
+    packages=("openvino", "onnx", "onnxscript", "onnxruntime"),
+    extra="openvino",
+)

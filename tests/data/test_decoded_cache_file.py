@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data import decoded_file
-from potstill.data.decoded_file import PixelFile
+from potstill.data import decoded_cache
+from potstill.data.decoded_cache import PixelFile
 
 KEY = "00000001c0ffee00"
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoded_file, "BLOCK", 500)  # two images of 8 x 8 pixels
+    monkeypatch.setattr(decoded_cache, "BLOCK", 500)  # two images of 8 x 8 pixels
 
 
 def made(folder: Path, images: int = 9) -> tuple[PixelFile, np.ndarray]:
@@ -110,8 +110,8 @@ def test_a_file_that_is_too_long_is_cut(tmp_path: Path) -> None:
 
 def test_pixels_are_synced_before_they_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    synced, written = decoded_file.os.fsync, decoded_file.os.pwrite
-    monkeypatch.setattr(decoded_file.os, "fsync", lambda handle: (events.append("sync"), synced(handle))[1])
-    monkeypatch.setattr(decoded_file.os, "pwrite", lambda *a: (events.append(f"write {len(a[1])}"), written(*a))[1])
+    synced, written = decoded_cache.os.fsync, decoded_cache.os.pwrite
+    monkeypatch.setattr(decoded_cache.os, "fsync", lambda handle: (events.append("sync"), synced(handle))[1])
+    monkeypatch.setattr(decoded_cache.os, "pwrite", lambda *a: (events.append(f"write {len(a[1])}"), written(*a))[1])
     made(tmp_path, images=2)
     assert events == ["write 384", "sync", "write 8", "sync"]

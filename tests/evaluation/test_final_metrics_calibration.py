@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import UsageError
-from potstill.evaluation.calibration import calibration_report, fit_temperature, reliability_bins, temperature_scaled
+from potstill.evaluation.final_metrics import calibration_report, fit_temperature, reliability_bins, temperature_scaled
 
 
 def overconfident(count: int, factor: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ import pytest
 
 from potstill.errors import ArtifactError
 from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.report import overview, provenance
 from potstill.report.render import render, render_page
 from potstill.report.run_reader import read_run
-from potstill.report.sections import overview, provenance
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 

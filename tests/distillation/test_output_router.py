@@ -3,8 +3,8 @@ import timm
 import torch
 import torchvision
 
+from potstill.distillation.output_router import format_pairs, last_pair, middle_pair, pair_stages
 from potstill.errors import UsageError
-from potstill.features.pairing import format_pairs, last_pair, middle_pair, pair_stages
 from potstill.features.stages import NetworkStructure, Stage, find_stages
 from potstill.models.factory import create_model
 

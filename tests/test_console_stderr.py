@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from potstill.data.library_warnings import silence_native_stderr
+from potstill.console import silence_native_stderr
 
 _SCRIPT = """
 import os, sys
-from potstill.data.library_warnings import silence_native_stderr
+from potstill.console import silence_native_stderr
 try:
     with silence_native_stderr():
         os.write(2, b"noise\\n")
@@ -32,7 +32,7 @@ def test_only_the_descriptor_is_silent_and_only_within(failing: str, more: list[
 
 def test_no_descriptor_is_left_open() -> None:
     script = (
-        "import os\nfrom potstill.data.library_warnings import silence_native_stderr\n"
+        "import os\nfrom potstill.console import silence_native_stderr\n"
         "def free():\n    pair = os.pipe()\n    [os.close(each) for each in pair]\n    return pair\n"
         "before = free()\nwith silence_native_stderr(): pass\nassert free() == before"
     )
