@@ -18,6 +18,7 @@ from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.io import read_checksummed_json
 from potstill.methods import method_info
 from potstill.models.class_names import CLASS_LISTS
+from potstill.models.exported_files import check_permission, identify_file
 
 # Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -33,7 +34,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seeds": ("seeds",),
 }
 FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".onnx", ".pt2", ".ts")
 WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
 # A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
 MODEL_FOLDER_FILES = ("model.json", "recipe.yaml", "results.json", "config.json")
@@ -236,6 +237,11 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
         except PotstillError as error:
             failures.append(((*path, "classes"), error))
             section["classes"] = None
+        if section.get("weights") is None and isinstance(section.get("model"), str):
+            try:
+                _fill_weights(section, path)
+            except PotstillError as error:
+                failures.append(((*path, "model"), error))
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
                 failures.append(
@@ -267,6 +273,18 @@ def find_model_json(path: Path, stage: str = "student") -> Path | None:
         *(path / name for name in _STAGE_PREFERENCE["teacher" if stage.startswith("teacher") else "student"]),
     ]
     return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
+
+
+def _fill_weights(section: dict[str, Any], path: KeyPath) -> None:
+    """Fill in the weights of a teacher that its ``model`` already is: a file of another program, or a function."""
+    model = section["model"]
+    if model.endswith((".onnx", ".pt2", ".ts")) and not is_code_reference(model):
+        section["model"], section["weights"] = None, model
+    elif path[0] == "teacher" and is_code_reference(model):
+        from potstill.models.families.own_models import names_function
+
+        if names_function(model):
+            section["weights"] = "own"
 
 
 def _fill_classes(section: dict[str, Any], key: str) -> None:
@@ -319,9 +337,13 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> N
                 "Hugging Face hub with config.json"
             )
         if not section.get("model"):
+            section["model"] = identify_file(path)
+        if not section["model"]:
             from potstill.models.foreign_checkpoints import identify_network  # torch, which takes seconds
 
             section["model"] = identify_network(path)
+        if not allow_code:
+            check_permission(section["model"], weights)
         return
     architecture = read_checksummed_json(card).get("architecture")
     if not isinstance(architecture, str):

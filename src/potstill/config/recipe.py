@@ -29,6 +29,7 @@ from potstill.data.settings import DataSettings, Pacing
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.errors import PotstillError, UsageError, did_you_mean
 from potstill.loggers import LoggerSettings, as_logger_list
+from potstill.models.exported_files import EXECUTABLE
 from potstill.training.settings import TrainingSettings
 
 
@@ -72,6 +73,7 @@ MAX_BYTES = 1_000_000  # of a recipe file
 DATA_MISSING = "data.source is missing: give a folder of images with --data DIR"
 
 
+Positive = Annotated[float, Field(gt=0)]
 OutputClasses = Annotated[
     Annotated[Literal["cifar10", "cifar100", "imagenet-1k", "imagenet-21k"], Tag(CLASS_LIST_NAME)]
     | Annotated[dict[str, Annotated[list[int | str], Field(min_length=1)]], Field(min_length=2), Tag(CLASS_MAPPING)]
@@ -95,12 +97,13 @@ class StageSettings(BaseModel):
 
     model: str = Field(
         min_length=1,
-        description="an architecture (see `potstill models`), or file.py:callable",
+        description="an architecture (see `potstill models`), or file.py:callable; of a teacher also a file of another "
+        "program (see `weights`)",
     )
     weights: str | None = Field(
         None,
         description='"pretrained", a run folder, a model folder, a checkpoint file, or "own": those that your own code '
-        "gives its network; null: random initialisation",
+        "gives its network; of a teacher also an ONNX, TorchScript or torch.export file; null: random initialisation",
     )
     classes: OutputClasses | None = Field(
         None,
@@ -120,6 +123,12 @@ class StageSettings(BaseModel):
         le=4096,
         description="height and width of this network's input in pixels; a teacher's views are cut from the original "
         "images; null: data.size",
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, description="RGB mean of this network's images, in [0, 1], for a file that does not say; null: data.mean"
+    )
+    std: tuple[Positive, Positive, Positive] | None = Field(
+        None, description="RGB standard deviation of this network's images; null: data.std"
     )
     precision: Literal["auto", "float32"] = Field(
         "auto", description="precision of a teacher; auto: bf16 if the hardware is fast in it and predictions agree"
@@ -298,7 +307,8 @@ def load_recipe(
     if "tracker" in value:  # so that a problem has a path in the list
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
-    failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")))
+    allow_code = bool((flags or {}).get("--allow-code"))
+    failures = fill_architectures(value, allow_code=allow_code or recorded)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"
@@ -313,6 +323,7 @@ def load_recipe(
     recipe, problems = parse_settings(value, Recipe)
     assert recipe is not None, problems
     permit_code(name for _, name in find_code(value))  # also in the model files of its run
+    permit_code(EXECUTABLE if allow_code else ())
     return recipe
 
 

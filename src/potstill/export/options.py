@@ -8,8 +8,9 @@ from typing import Any
 
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.export.evaluate import run_data_settings
-from potstill.export.formats import PREPROCESSING_MODES, ExportFormat, ExportMetadata
+from potstill.export.formats import ExportFormat
 from potstill.io import read_checksummed_json
+from potstill.models.exported_files import PREPROCESSING_MODES, ExportMetadata
 
 EXPORT_FOLDER, NAME = "export", "model"
 COMPARED_IMAGES, CALIBRATION_IMAGES = 200, 256  # for the comparison with PyTorch; for int8 calibration

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from potstill.errors import ArtifactError
-from potstill.export.formats import METADATA_KEY, ExportedFiles, ExportFormat, ExportMetadata, quiet
+from potstill.export.formats import ExportedFiles, ExportFormat, quiet
 from potstill.export.formats.torch_export import export_program
+from potstill.models.exported_files import METADATA_KEY, ExportMetadata
 
 if TYPE_CHECKING:
     from torch import nn

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ArtifactError
-from potstill.export.formats import ExportedFiles, ExportFormat, ExportMetadata, Predictor, quiet
+from potstill.export.formats import ExportedFiles, ExportFormat, Predictor, quiet
 from potstill.export.formats.torch_export import export_program
+from potstill.models.exported_files import ExportMetadata
 
 if TYPE_CHECKING:
     from torch import nn

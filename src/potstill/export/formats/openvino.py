@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill.export.formats import METADATA_KEY, ExportedFiles, ExportFormat, ExportMetadata, Predictor, onnx
+from potstill.export.formats import ExportedFiles, ExportFormat, Predictor, onnx
+from potstill.models.exported_files import METADATA_KEY, ExportMetadata
 
 if TYPE_CHECKING:
     from torch import nn

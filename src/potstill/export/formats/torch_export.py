@@ -4,7 +4,8 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ArtifactError
-from potstill.export.formats import METADATA_KEY, ExportedFiles, ExportFormat, ExportMetadata, Predictor, quiet
+from potstill.export.formats import ExportedFiles, ExportFormat, Predictor, quiet
+from potstill.models.exported_files import METADATA_KEY, ExportMetadata
 
 if TYPE_CHECKING:
     from torch import nn
