@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potstill.evaluation.calibration import calibration_report
 from potstill.evaluation.fidelity import agreement
-from potstill.evaluation.final_metrics import split_intervals, split_metrics
+from potstill.evaluation.final_metrics import calibration_report, split_intervals, split_metrics
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
 from potstill.experiment.run_folder import SPLITS, RunFolder
 from potstill.report.render import render

@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from docs_figures import DOCS, save
 
-from potstill.contrib.federated.algorithms import ALGORITHMS
+from potstill.contrib.federated import ALGORITHMS
 from potstill.contrib.federated.federation import RESULTS_FILE
 from potstill.io import read_checksummed_json
 from potstill.report import theme

@@ -141,3 +141,25 @@ def corpus() -> Path:
     if not (folder / "MANIFEST.tsv").is_file():
         pytest.skip(f"no image corpus (a folder with MANIFEST.tsv) at {folder}; set POTSTILL_CORPORA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with random weights of a small network that open_clip then knows as ``tiny``."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'potstill[clip]'")
+    import json
+
+    import torch
+
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    }
+    (folder / "tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny.json")
+    torch.manual_seed(3)
+    model = open_clip.CLIP(**open_clip.get_model_config("tiny"))
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, folder / "tiny.pt")
+    return folder / "tiny.pt"

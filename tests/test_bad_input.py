@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.cli.entry import main
+from potstill.cli import main
 
 SMALL = [
     *(

@@ -17,15 +17,14 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import potstill
-from potstill import errors, functional
-from potstill.cli import entry
+from potstill import cli, errors, functional
 from potstill.config.recipe import CurriculumSettings, DomainSettings, Recipe, StageSettings, TeachersSettings
 from potstill.config.settings_errors import RENAMED_KEYS
 from potstill.data.builtin.cifar100 import CifarOptions
 from potstill.data.builtin.fashion_mnist import FashionOptions
 from potstill.data.builtin.solar import SolarOptions
-from potstill.data.datasets import DATASETS
 from potstill.data.file_datasets import ShardOptions
+from potstill.data.named_datasets import DATASETS
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.loggers import LoggerSettings
@@ -324,7 +323,7 @@ def test_every_renamed_name_stands_in_the_changelog():
     table = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("### Renamed\n")[1].split("\n### ")[0]
     rows = {tuple(re.findall(r"`([^`]+)`", line)[-2:]) for line in table.splitlines() if line.count("`") >= 4}
     words = {(old.split()[-1].split(".")[-1], new.split()[-1].split(".")[-1]) for old, new in rows}
-    renamed = {**RENAMED_KEYS, **RENAMED_OPTIONS, **entry._RENAMED}
+    renamed = {**RENAMED_KEYS, **RENAMED_OPTIONS, **cli._RENAMED}
     assert len(renamed) >= 20
     assert set(renamed.items()) - words == set()
     assert [new for _, new in rows if "." in new and not exists(new.partition(":")[0])] == []

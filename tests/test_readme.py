@@ -11,7 +11,7 @@ import pytest
 import typer
 import yaml
 
-from potstill.cli.entry import app
+from potstill.cli import app
 from potstill.config.recipe import load_recipe
 from potstill.errors import DataError, UsageError
 

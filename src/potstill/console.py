@@ -1,9 +1,15 @@
-"""Terminal output: progress on stderr (bars on a terminal, else a line per epoch), results on stdout."""
+"""Terminal output: progress on stderr (bars on a terminal, else a line per epoch), results on stdout.
 
+Imported at start-up, so rich is imported at first use.
+"""
+
+import io
+import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -201,3 +207,38 @@ def format_duration(seconds: float) -> str:
 def print_lines(lines: Iterable[str]) -> None:
     """Write the lines to stdout in one piece, so that output of other processes does not interleave."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+_STDERR = 2  # the descriptor
+
+
+@contextmanager
+def silence_native_stderr() -> Iterator[None]:
+    """Discard what is written to descriptor 2 within the block; ``sys.stderr`` keeps its destination.
+
+    Does nothing if ``sys.stderr`` is not that descriptor.
+    """
+    outer = sys.stderr
+    if not isinstance(outer, io.TextIOWrapper) or _descriptor(outer) != _STDERR:
+        yield
+        return
+    outer.flush()
+    kept, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
+    inner = os.fdopen(kept, "w", encoding=outer.encoding, errors=outer.errors, buffering=1)
+    os.dup2(nowhere, _STDERR)
+    sys.stderr = inner
+    try:
+        yield
+    finally:
+        sys.stderr = outer
+        inner.flush()
+        os.dup2(kept, _STDERR)
+        inner.close()
+        os.close(nowhere)
+
+
+def _descriptor(stream: io.TextIOWrapper) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None

@@ -22,6 +22,7 @@ from potstill.methods.ctkd import ctkd_strength as ctkd_strength
 from potstill.methods.ctkd import ctkd_temperature as ctkd_temperature
 from potstill.methods.deit import deit_hard_loss as deit_hard_loss
 from potstill.methods.deit import deit_soft_loss as deit_soft_loss
+from potstill.methods.dho import dho_loss as dho_loss
 from potstill.methods.dist import dist_inter_loss as dist_inter_loss
 from potstill.methods.dist import dist_intra_loss as dist_intra_loss
 from potstill.methods.dist import dist_loss as dist_loss

@@ -62,7 +62,7 @@ def test_errors_have_their_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
-    from potstill.export.formats import FORMATS
+    from potstill.export.options import FORMATS
 
     assert main(["export", "--help"]) == 0
     said = capsys.readouterr().out

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from potstill.cli.entry import main
+from potstill.cli import main
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from potstill.data.builtin import fashion_mnist, solar
-from potstill.data.datasets import DATASETS, check_source, from_torch, load_data
+from potstill.data.datasets import check_source, from_torch, load_data
+from potstill.data.named_datasets import DATASETS
 from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
 
@@ -36,6 +37,22 @@ def test_digits() -> None:
         np.testing.assert_allclose(images.pixels(5)[..., 1] / 255 * 16, found.images[number], atol=0.04)
     assert load_data(DataSettings()).fingerprint == data.fingerprint
     assert load_data(DataSettings(split_seed=1)).fingerprint != data.fingerprint
+
+
+def test_a_folder_of_the_same_name_is_mentioned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    assert load_data(DataSettings(source="digits", size=32)).notes == ()
+    (tmp_path / "digits").mkdir()
+    hint = "digits is a known data set; for the images of the folder digits, give ./digits"
+    assert load_data(DataSettings(source="digits", size=32)).notes == (hint,)
+
+    def missing(settings: DataSettings) -> None:
+        raise UsageError("it is not here")
+
+    monkeypatch.setattr("potstill.data.datasets.call_dataset", missing)
+    with pytest.raises(UsageError, match=f"^it is not here\n{hint}$"):
+        load_data(DataSettings(source="digits", size=32))
 
 
 @pytest.mark.parametrize(

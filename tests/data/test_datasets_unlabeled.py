@@ -92,6 +92,28 @@ def test_images_of_val_and_test_are_not_learned_from(photos: Path, more: Path) -
         load_data(DataSettings(source=str(source), size=8, unlabeled=str(source / "test")))
 
 
+def test_copies_of_val_and_test_are_left_out(photos: Path, more: Path) -> None:
+    plain = load_data(DataSettings(source=str(photos), size=8))
+    for split in ("train", "val", "test"):
+        shutil.copy(photos / plain.split(split).names[0], more / f"copy-of-{split}.png")
+    settings = DataSettings(source=str(photos), size=8, unlabeled=str(more))
+    data = load_data(settings)
+    assert data.unlabeled is not None
+    assert "copy-of-train.png" in data.unlabeled.names  # a training image without its label is no secret
+    assert len(data.unlabeled) == 4
+    copied = f"copy-of-val.png, a copy of {plain.val.names[0]}"
+    assert f"4 unlabeled from {more} without 2 copies of images of val or test" in data.origin
+    assert copied in data.origin or "copy-of-test.png" in data.origin
+    for name in ("copy-of-val.png", "copy-of-test.png"):
+        (more / name).unlink()
+    assert load_data(settings).fingerprint == data.fingerprint
+    only = more.parent / "only"
+    only.mkdir()
+    shutil.copy(photos / plain.test.names[0], only / "x.png")
+    with pytest.raises(DataError, match="no unlabeled image is left: 1 have the content of images of val or test"):
+        load_data(DataSettings(source=str(photos), size=8, unlabeled=str(only)))
+
+
 def test_data_from_python_may_bring_them_or_take_the_folder(photos: Path, more: Path) -> None:
     data = load_data(DataSettings(source=str(photos), size=8))
     found = load_data(DataSettings(size=8, unlabeled=str(more)), data)

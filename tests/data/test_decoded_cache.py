@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from potstill.data import decoded_cache, decoded_file, scan
+from potstill.data import decoded_cache, scan
 from potstill.data.concurrency import HAS_FILE_LOCKS, file_lock
 from potstill.data.datasets import load_data
 from potstill.data.decoded_cache import decode_all
@@ -79,7 +79,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(decoded_cache, "SMALLEST", 1)
     monkeypatch.setattr(decoded_cache, "_PROBED", 1)
-    monkeypatch.setattr(decoded_file, "BLOCK", 2 * IMAGE)
+    monkeypatch.setattr(decoded_cache, "BLOCK", 2 * IMAGE)
     return tmp_path / "cache" / "pixels"
 
 
@@ -267,7 +267,7 @@ def test_processes_of_a_machine_share_one_file_and_divide_the_memory(
 ) -> None:
     """20 images, half of the room: twice their size suffices on the disk, of memory twice that for each of four."""
     room = {"disk": 40 * IMAGE, "memory": 160 * IMAGE - 1}
-    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
+    monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
     monkeypatch.setattr(decoded_cache, "free_bytes", lambda device: room["memory"])
 
     def of_four(seed: int) -> torch.Tensor | None:
@@ -283,7 +283,7 @@ def test_processes_of_a_machine_share_one_file_and_divide_the_memory(
 
 def test_where_the_disk_has_no_room_it_is_said_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = {"disk": 40 * IMAGE - 1, "memory": 10**9}
-    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
+    monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, room["disk"]))
     monkeypatch.setattr(decoded_cache, "free_bytes", lambda device: room["memory"])
     heard = Heard()
     for seed in range(2):
@@ -307,7 +307,7 @@ def test_a_full_disk(
     monkeypatch.setattr(decoded_cache, "make_room", lambda *args: True)  # others were quicker
     if not reserves:
         monkeypatch.delattr(os, "posix_fallocate")
-    monkeypatch.setattr(decoded_file, "BLOCK", 2**18)
+    monkeypatch.setattr(decoded_cache, "BLOCK", 2**18)
     heard = Heard()
     for seed in range(2):
         images = Drawn(15_000, seed=seed)
@@ -360,9 +360,9 @@ CHILDREN = """
 import os, sys, time
 import numpy as np, torch
 torch.set_num_threads(1)
-from potstill.data import decoded_cache, decoded_file
+from potstill.data import decoded_cache
 from potstill.data.decoded_cache import decode_all
-decoded_cache.SMALLEST, decoded_cache._SYNC_SECONDS, decoded_file.BLOCK = 1, -1.0, 384
+decoded_cache.SMALLEST, decoded_cache._SYNC_SECONDS, decoded_cache.BLOCK = 1, -1.0, 384
 
 class Slow:
     names, labels = tuple(map(str, range(40))), np.zeros(40, np.int64)
@@ -524,10 +524,10 @@ def test_where_room_is_short_what_was_not_used_today_makes_way(cache: Path, monk
     there = made(cache, {0: 3, 1: 5, 2: 0.5})
     count = lambda: sum((folder / "manifest.json").exists() for folder in folders(cache))  # noqa: E731
     free = lambda: (5 - count()) * 20 * IMAGE  # noqa: E731
-    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free()))
+    monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free()))
     packed_pixels(Drawn(seed=9), cache_fraction=0.4)  # 0.4 of two such files is too little, 0.4 of three is enough
     assert [there[seed].exists() for seed in range(3)] == [True, False, True]
-    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
     heard = Heard()
     packed_pixels(Drawn(seed=10), heard)
     assert [there[seed].exists() for seed in range(3)] == [False, False, True]

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from potstill.data import image_io as module
-from potstill.data.image_io import decode, to_rgb
-from potstill.data.library_warnings import silence_pillow
+from potstill.data.image_io import decode, silence_pillow, to_rgb
+from potstill.data.preprocessing import resize_to_square
 from potstill.errors import DataError
 
 from ..conftest import READ_THOUGH_EXPECTED_TO_FAIL
@@ -246,3 +246,34 @@ def test_damaged_exif_does_not_cost_the_image() -> None:
 def test_to_rgb_leaves_rgb_alone() -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     np.testing.assert_array_equal(to_rgb(Image.fromarray(pixels)), pixels)
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    """Return a picture of waves, as smooth as a photograph of many megapixels."""
+    rows, columns = np.mgrid[:height, :width] / 40
+    waves = [np.sin(rows + columns), np.cos(2 * rows), np.sin(columns) * np.cos(rows)]
+    return Image.fromarray((127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "shape"),
+    [
+        ("JPEG", None, (800, 1200)), ("JPEG", 50, (100, 150)), ("JPEG", 51, (200, 300)), ("JPEG", 224, (800, 1200)),
+        ("PNG", 50, (800, 1200)),
+    ],
+)  # fmt: skip
+def test_a_jpeg_is_decoded_at_the_scale_that_its_square_needs(kind: str, side: int | None, shape: tuple) -> None:
+    content = encoded(smooth(800, 1200), kind)
+    assert decode(content, side=side).shape == (*shape, 3)
+    if side is not None:
+        reduced, full = (resize_to_square(decode(content, side=each), side, "crop") for each in (side, None))
+        assert np.abs(reduced.astype(int) - full).max() <= 4
+
+
+def test_a_reduced_jpeg_is_upright_and_a_truncated_one_refused() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(smooth(800, 1200), "JPEG", exif=exif)
+    assert decode(content, side=50).shape == (150, 100, 3)
+    with pytest.raises(DataError, match="truncated"):
+        decode(content[: len(content) // 2], side=50)

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from potstill.data.image_sets import ArraySet, FileSet, Subset, TorchSet
+from potstill.data.image_sets import ArraySet, FileSet, RelabeledSet, SemiSupervisedSet, Subset, TorchSet, read_square
+from potstill.data.preprocessing import resize_to_square
 from potstill.errors import DataError
 
 
@@ -84,6 +85,18 @@ def test_torch_set_names_the_item_that_fails() -> None:
 
     with pytest.raises(DataError, match="image/00000: KeyError"):
         TorchSet(Broken()).pixels(0)
+
+
+def test_a_square_is_read_through_all_wrappers(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = random.integers(0, 256, (3, 400, 600, 3), dtype=np.uint8)
+    for i, each in enumerate(arrays):
+        Image.fromarray(each).save(tmp_path / f"{i}.jpg")
+    files = FileSet(tmp_path, ["0.jpg", "1.jpg", "2.jpg"], [0, 1, 0])
+    wrapped = SemiSupervisedSet(ArraySet(arrays[:1], [0], ["array"]), RelabeledSet(Subset(files, [2, 1]), [1, 0]))
+    for i, pixels in enumerate([arrays[0], files.pixels(2, 40), files.pixels(1, 40)]):
+        assert (read_square(wrapped, i, 40, "crop") == resize_to_square(pixels, 40, "crop")).all()
+    assert files.pixels(2, 40).shape == (100, 150, 3)
 
 
 @pytest.mark.parametrize("labels", [[0.5, 1.0], [-1, 0], [0]])

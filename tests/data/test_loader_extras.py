@@ -15,6 +15,7 @@ from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import normalize
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec
+from potstill.training.trainer import LabelLoss
 from potstill.types import Batch
 
 SPEC = InputSpec(16)
@@ -223,6 +224,28 @@ def test_mixing_works_in_every_order(order: str) -> None:
     assert found.soft_labels.sum(dim=1).tolist() == pytest.approx([1.0] * 21)
 
 
+def test_unlabeled_images_are_mixed_with_each_other_and_have_no_soft_label() -> None:
+    data, more = images(12), images(9, seed=1)
+    options = {"batch_size": 4, "augment": MIX, "classes": 3, "order": "shuffled", "seed": 2}
+    loader, plain = Loader(data, SPEC, unlabeled=more, **options), Loader(data, SPEC, **options)
+    for with_more, without in zip(loader.epoch(1), plain.epoch(1), strict=True):
+        for key in ("images", "labels", "soft_labels"):  # those with labels do not change
+            assert torch.equal(getattr(with_more, key)[:4], getattr(without, key)), key
+        assert with_more.labels[4:].tolist() == [-100] * 4
+        assert with_more.soft_labels[4:].count_nonzero() == 0
+        assert LabelLoss()(torch.randn(8, 3), with_more.soft_labels) > 0
+    drawn = loader.collator.mixer.draw(np.arange(21), 1)
+    assert (drawn.partners[:12] < 12).all()
+    assert (drawn.partners[12:] >= 12).all()
+    assert len(set(drawn.partners[12:].tolist())) > 3
+
+
+def test_a_label_loss_leaves_rows_without_label_out() -> None:
+    logits, soft = torch.randn(4, 3), torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.2, 0.8], [0.0] * 3, [0.0] * 3])
+    for loss in (LabelLoss(), LabelLoss(torch.tensor([1.0, 2.0, 3.0]), 0.1)):
+        assert loss(logits, soft).item() == pytest.approx(loss(logits[:2], soft[:2]).item())
+
+
 def test_whole_batches_leave_out_the_rest() -> None:
     loader = Loader(images(), SPEC, batch_size=8, order="shuffled", whole_batches=True)
     assert ([len(batch) for batch in loader.epoch()], loader.count) == ([8, 8], 16)
@@ -233,7 +256,6 @@ def test_whole_batches_leave_out_the_rest() -> None:
     [
         ({"augment": MIX}, "pass classes="),
         ({"augment": MIX, "classes": 3, "second": "strong"}, "mixed images have no second view"),
-        ({"augment": MIX, "classes": 3, "unlabeled": images(2)}, "which unlabeled images do not have"),
         ({"second": "same class", "unlabeled": images(2)}, "unlabeled images have no class"),
         ({"second": "weak"}, "second must be none, strong or same class, got 'weak'"),
         ({"unlabeled": images(2), "unlabeled_share": 1.0}, "unlabeled_share must be at least 0 and below 1, got 1"),

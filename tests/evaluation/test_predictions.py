@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import DataError, NonFiniteError, StorageError
-from potstill.evaluation.calibration import fit_temperature
 from potstill.evaluation.fidelity import agreement
-from potstill.evaluation.final_metrics import split_intervals, split_metrics
+from potstill.evaluation.final_metrics import fit_temperature, split_intervals, split_metrics
 from potstill.evaluation.predictions import Predictions, predict_split
 from potstill.types import Batch
 

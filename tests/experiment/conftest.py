@@ -46,3 +46,12 @@ def recipe(photographs):
         return load_recipe(value, [f"{key}={text}" for key, text in changes.items()])
 
     return make
+
+
+@pytest.fixture
+def unlabeled(tmp_path):
+    for i in range(10):
+        path = tmp_path / "unlabeled" / f"deep/{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "unlabeled"

@@ -113,7 +113,7 @@ def test_metrics_equal_scikit_learns_on_the_saved_predictions(run, stage, split)
 
 
 def test_the_temperature_is_fitted_on_val_alone(photographs, recipe, tmp_path):
-    from potstill.evaluation.calibration import fit_temperature
+    from potstill.evaluation.final_metrics import fit_temperature
 
     paths = sorted(shutil.copytree(photographs, tmp_path / "confused").rglob("*.png"))
     pixels, random = [path.read_bytes() for path in paths], np.random.default_rng(0)

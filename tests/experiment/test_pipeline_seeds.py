@@ -187,8 +187,7 @@ def test_the_flag_and_the_key_are_one_setting():
 def test_the_command_line_hands_the_flag_on(monkeypatch):
     from typer.testing import CliRunner
 
-    from potstill.cli import run
-    from potstill.cli.entry import app
+    from potstill.cli import app, run
 
     seen = {}
 

@@ -22,7 +22,10 @@ def answers(path, stage="distilled"):
     return model, model.predict(torch.randn(5, 3, 16, 16, generator=generator))
 
 
-@pytest.mark.parametrize(("method", "deployed"), [("simkd", "projected_head"), ("norm", "merged_stage")])
+@pytest.mark.parametrize(
+    ("method", "deployed"),
+    [("simkd", "projected_head"), ("norm", "merged_stage"), ("dho, alpha: 0.5, beta: 1.0", "dual_head")],
+)
 def test_what_was_evaluated_is_what_is_saved(method, deployed, recipe, tmp_path):
     changes = {"method": f"{{name: {method}}}", "training.epochs": 2, "training.ema_decay": 0.5}
     path = pipeline.run(recipe(**changes), output_dir=tmp_path)
@@ -40,6 +43,23 @@ def test_what_was_evaluated_is_what_is_saved(method, deployed, recipe, tmp_path)
     epochs = (path / "distilled" / "metrics.jsonl").read_text().splitlines()
     best = max(json.loads(line)["val"]["top1"] for line in epochs)
     assert results(path)["stages"]["distilled"]["val"]["top1"] == pytest.approx(best)
+
+
+def test_how_two_heads_count_is_chosen_on_val_and_saved(recipe, tmp_path):
+    changes = {"method": "{name: dho}", "training.epochs": 3, "training.lr": 0.01}
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path)
+    model, said = answers(path)
+    chosen = model.remodelled
+    assert model.module.heads.alpha == chosen["alpha"]
+    assert model.module.heads.beta == chosen["beta"]
+    assert torch.isfinite(said).all()
+    stage = results(path)["stages"]["distilled"]
+    epochs = (path / "distilled" / "metrics.jsonl").read_text().splitlines()
+    best = max(json.loads(line)["val"]["top1"] for line in epochs)
+    assert stage["val"]["top1"] == pytest.approx(model.facts["val"]["top1"])
+    assert stage["val"]["top1"] >= best  # 0.5 and 1, which every epoch has, are among the candidates
+    again = pipeline.run(recipe(**changes), output_dir=tmp_path, resume=True)
+    assert torch.equal(answers(again)[1], said)
 
 
 def test_a_merged_student_has_no_wide_layers_left(recipe, tmp_path):

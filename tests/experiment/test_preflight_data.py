@@ -2,10 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from potstill.config.recipe import load_recipe
@@ -22,15 +20,6 @@ from potstill.methods.requirements import Requirements
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import create_compute
-
-
-@pytest.fixture
-def unlabeled(tmp_path):
-    for i in range(10):
-        path = tmp_path / "unlabeled" / f"deep/{i % 3}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "unlabeled"
 
 
 def metrics(path, stage):
@@ -84,7 +73,6 @@ NOTHING = {"mixes": False, "unlabeled": False, "images": 40, "batch_size": 8}
     [
         ({"second": "strong"}, {"mixes": True}, "Plain needs a second view of each image"),
         ({"index": True}, {"mixes": True}, "Plain has a memory by sample, and a mixed image is no sample"),
-        ({}, {"mixes": True, "unlabeled": True}, "mix labels, which unlabeled images do not have"),
         ({"labels": True}, {"unlabeled": True}, "Plain needs the label of every image: leave data.unlabeled out"),
         ({"index": True}, {"unlabeled": True}, "Plain has a memory of the labeled samples"),
         ({"second": "same class"}, {"unlabeled": True}, "Plain compares images of the same class"),
@@ -119,8 +107,6 @@ def test_a_recipe_says_what_is_wrong_with_it(photographs, tmp_path):
     }
     with pytest.raises(UsageError, match=r"data\.unlabeled: no folder '/nowhere'"):
         load_recipe(value, ["data.unlabeled=/nowhere"])
-    with pytest.raises(UsageError, match=r"data\.augment\.mixup mixes labels, which unlabeled images do not have"):
-        load_recipe(value, [f"data.unlabeled={tmp_path}", "data.augment.mixup=0.2"])
     with pytest.raises(UsageError, match=r"training\.dot_delta: momentum - dot_delta must be at least 0"):
         load_recipe(value, ["training.optimizer=dot", "training.momentum=0.95", "training.dot_delta=0.1"])
     assert load_recipe(value, ["training.optimizer=dot"]).training.dot_delta == 0.075

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from potstill.distillation.cross_fitting import FoldHeads
-from potstill.distillation.teachers import Teachers
+from potstill.distillation.teachers import FoldHeads, Teachers
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.cache_verification import verify_cache
@@ -210,7 +209,7 @@ def test_one_image_of_a_class_is_refused(probing, photographs, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"student.head": "probe"}, "student.head is for teachers"),
+        ({"student.head": "probe"}, "student.head: probe leaves nothing to distil into"),
         ({"teacher.weights": "null"}, "teacher.weights is not given"),
         ({"teacher.training.freeze": 3}, "freeze must be below epochs, 3"),
         ({"teacher.head": "prob"}, "probe"),
@@ -229,3 +228,30 @@ def test_images_beyond_those_of_training_get_the_head_of_all():
     heads = FoldHeads("fc", weight, torch.zeros(3, 2), torch.tensor([0, 1, 2]))
     said = heads(torch.ones(5, 2), torch.tensor([1, 0, 2, 3, 99]))
     assert said[:, 0].tolist() == [2.0, 1.0, 3.0, 3.0, 3.0]
+
+
+def student_probing(probing, encoder, **changes):
+    student = {"student.weights": encoder, "student.head": "finetune", "student.model": "cifar/resnet8"}
+    return probing(**{**student, **changes})
+
+
+def test_baseline_and_distilled_start_from_one_probe_and_train_on(probing, encoder, tmp_path):
+    heard = Listening()
+    run = pipeline.run(student_probing(probing, encoder), output_dir=tmp_path, observer=heard)
+    stages = results(run)["stages"]
+    assert stages["baseline"]["head"]["C"] == stages["distilled"]["head"]["C"]
+    assert stages["baseline"]["head"]["val_top1"] == stages["distilled"]["head"]["val_top1"]
+    for name in ("baseline", "distilled"):
+        assert stages[name]["head"]["kind"] == "finetune"
+        assert stages[name]["training"]["epochs"] == stages[name]["training"]["planned_epochs"]
+        found = [note for note in heard.notes if note.startswith(f"{name}: val top-1") and "as a probe" in note]
+        assert len(found) == 1
+
+
+def test_a_training_that_spoils_the_student_leaves_its_probe(probing, encoder, tmp_path):
+    spoilt = student_probing(probing, encoder, **{"training.lr": 1.0})
+    run = pipeline.run(spoilt, output_dir=tmp_path)
+    for name in ("baseline", "distilled"):
+        entry = results(run)["stages"][name]
+        assert entry["head"]["taken"] == "probe"
+        assert entry["val"]["top1"] == pytest.approx(entry["head"]["val_top1"], abs=0.11)  # one of 9 images

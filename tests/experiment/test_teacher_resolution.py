@@ -106,7 +106,7 @@ def test_equal_sizes_have_the_keys_of_before(recipe, cache, tmp_path):
 )
 def test_every_kind_of_method_asks_the_teacher_at_its_size(recipe, tmp_path, seen, method, monkeypatch):
     """No image that a teacher of 24 px sees is one of 16 px enlarged."""
-    from potstill.inputs import InputConverter
+    from potstill.types import InputConverter
 
     enlarged, forward = [], InputConverter.forward
 

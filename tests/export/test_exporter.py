@@ -14,9 +14,8 @@ from PIL import Image
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.export import exporter
 from potstill.export.exporter import class_balanced_indices, compute_parity, export
-from potstill.export.formats import FORMATS, find_format
-from potstill.export.formats.onnx import load_onnx
-from potstill.export.options import ExportOptions
+from potstill.export.onnx import load_onnx
+from potstill.export.options import FORMATS, ExportOptions, find_format
 from potstill.export.predict import predict
 from potstill.io import read_checksummed_json, sha256_hex
 
@@ -251,7 +250,7 @@ def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potstill.export.formats.find_spec", lambda name: None)
+    monkeypatch.setattr("potstill.export.options.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs onnx and onnxscript and onnxruntime.*\n.*potstill\[export\]"):
         find_format("onnx")
     for name in FORMATS:

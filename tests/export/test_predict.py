@@ -8,6 +8,10 @@ import torch
 from PIL import Image
 
 from potstill.cli import main
+from potstill.data.image_io import decode
+from potstill.data.image_sets import FileSet
+from potstill.data.loader import Loader
+from potstill.data.transforms import preprocess
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.export.predict import find_images, predict
 from potstill.input_spec import InputSpec
@@ -49,6 +53,19 @@ def test_probabilities_equal_a_softmax_by_hand(tmp_path: Path) -> None:
     assert [name for name, _ in found.classes] == ["red", "dark", "green"]  # of equals the first class comes first
     assert np.allclose([share for _, share in found.classes], expected[[1, 0, 2]], atol=1e-6)
     assert found.error is None
+
+
+def test_a_large_jpeg_has_the_pixels_that_training_sees(tmp_path: Path) -> None:
+    """Both decode it at 1/8 of its size; at full size the mean of the red channel differs."""
+    pixels = np.random.default_rng(0).integers(0, 256, (160, 240, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "large.jpg")
+    (batch,) = Loader(FileSet(tmp_path, ["large.jpg"], [0]), HALF, batch_size=1).epoch(0)
+    (found,) = predict(classifier(), [tmp_path / "large.jpg"], top=4)
+    with torch.inference_mode():
+        expected = Brightest()(batch.images).softmax(1)[0].tolist()
+        full = Brightest()(preprocess(decode(tmp_path / "large.jpg"), HALF)[None]).softmax(1)[0].tolist()
+    assert dict(found.classes) == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-6)
+    assert max(abs(a - b) for a, b in zip(expected, full, strict=True)) > 1e-4
 
 
 def test_a_broken_image_costs_only_itself_and_order_is_kept(tmp_path: Path) -> None:

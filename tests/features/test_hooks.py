@@ -11,8 +11,8 @@ from torch import nn
 
 from potstill.errors import UsageError
 from potstill.features.hooks import FeatureRequest, capture_features
-from potstill.features.layout import Grid
 from potstill.features.stages import Stage, find_stages
+from potstill.features.tracing import Grid
 from potstill.models.factory import create_model
 
 from .odd_networks import Plain, Residual, Shared

@@ -50,6 +50,7 @@ FACTS = {
     "projected_head": {"stage": "stage", "channels": 6, "outputs": 8, "classes": 5, "pool_height": 2, "pool_width": 2},
     "expanded_stage": {"stage": "stage", "channels": 6, "expanded": 16, "logit_scale": 2.5},
     "merged_stage": {"stage": "stage", "channels": 6},
+    "dual_head": {"head": "head", "alpha": 0.25, "beta": 2.0},
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from potstill.cli import main
-from potstill.distributed.launch import restart_count
+from potstill.distributed import restart_count
 from potstill.errors import DataError
 from potstill.report import render
 from potstill.training.ddp import DistributedDistiller

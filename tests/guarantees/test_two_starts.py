@@ -21,7 +21,7 @@ raise SystemExit(main({arguments}))
 HEAVY = ("potstill", "torch", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "pydantic", "jinja2")
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_two_starts_at_once(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], times: int) -> None:
     refusals = {
         5: r"error: \S+run is being written by another process; wait for it, or use --name",

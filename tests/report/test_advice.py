@@ -9,8 +9,8 @@ from potstill.config.recipe import load_recipe
 from potstill.data.entries import FINDING_KINDS
 from potstill.report import advice
 from potstill.report.advice import RULES, collect_advice
+from potstill.report.overview import advice_context
 from potstill.report.run_reader import Run, StageResult
-from potstill.report.sections.overview import advice_context
 
 
 def run(stages: dict[str, dict[str, Any]] | None = None, *, recipe: str | None = "name: made\n", **results: Any) -> Run:

@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from potstill.cli.entry import main
+from potstill.cli import main
 from potstill.io import write_checksummed_json
-from potstill.serve import schemas
+from potstill.serve import server
 from potstill.serve.runs import list_runs, progress, report, summary
 from potstill.serve.server import _open_socket
 
@@ -50,18 +50,18 @@ ODD_RESULTS = (
 def test_a_run_with_odd_results_is_listed_beside_the_others(tmp_path, results):
     _made(tmp_path / "odd", results)
     _made(tmp_path / "good", {"stages": {"baseline": {"test": {"top1": 0.5}}}, "created": "2026", "method": {}})
-    listed = {run: schemas.Run.model_validate(summary(run, folder)) for run, folder in list_runs(tmp_path).items()}
+    listed = {run: server.Run.model_validate(summary(run, folder)) for run, folder in list_runs(tmp_path).items()}
     assert listed["good"].stages[0].test_top1 == 0.5
     assert listed["odd"].state == "finished"
     assert listed["odd"].stages[0].test_top1 is None
-    schemas.Progress.model_validate(progress("odd", tmp_path / "odd"))
+    server.Progress.model_validate(progress("odd", tmp_path / "odd"))
 
 
 def test_figures_that_json_cannot_carry_are_left_out(tmp_path):
     record = '{"epoch": %s, "seconds": %s, "train": {"loss": NaN, "top1": 0.5}, "val": {"loss": Infinity}}'
     lines = [record % (1, 2.5), record % ("1e999", 2), record % (2, "NaN"), "[" * 100_000, record % ("null", 1)]
     folder = _made(tmp_path / "run", epochs=lines)
-    found = schemas.Progress.model_validate(progress("run", folder))
+    found = server.Progress.model_validate(progress("run", folder))
     json.dumps(found.model_dump(), allow_nan=False)
     assert [each.epoch for each in found.stages[0].epochs] == [1]
     assert (found.stages[0].epochs[0].train_loss, found.stages[0].epochs[0].train_top1) == (None, 0.5)

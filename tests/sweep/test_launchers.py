@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from potstill.cli.entry import main
+from potstill.cli import main
 from potstill.config.yaml import dump_yaml
 from potstill.errors import UsageError
 from potstill.io import read_checksummed_json

@@ -1,5 +1,176 @@
-"""The command line.  torch is imported only by the commands that need it, so that --help is fast."""
+"""The command line: the commands, and the mapping of errors to exit codes.
 
-from potstill.cli.entry import main as main
+torch is imported only by the commands that need it, so that --help is fast.
+"""
 
-__all__ = ["main"]
+import contextlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from potstill import __version__
+from potstill.cli import cache, catalog, check, deployment, federated, run, sweep
+from potstill.cli.run import check_torchrun_command, is_first_process, rank_prefix
+from potstill.console import escape_control
+from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, UsageError, storage_error
+from potstill.training.callbacks import SignalHandler
+
+INTERNAL_ERROR = 1
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as in shells
+_HELP = ["-h", "--help"]
+_INTERRUPTED = "interrupted; --resume continues a run from its last checkpoint"
+
+app = typer.Typer(
+    name="potstill",
+    help="Distil a large image classifier into a small one, and test whether distillation helped.",
+    epilog="Start with: potstill run quickstart.",
+    no_args_is_help=True,
+    # Rich help takes 0.1 s at each start, rich tracebacks show local variables, completion adds two options.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": _HELP},
+)
+
+
+def _print_version(value: bool | None) -> None:
+    if value:
+        typer.echo(f"potstill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = None,
+) -> None:
+    """Parse the options before the command."""
+
+
+for _verb in (
+    run.run,
+    run.train,
+    sweep.sweep,
+    deployment.predict,
+    deployment.evaluate,
+    deployment.export,
+    deployment.serve,
+    check.check,
+    run.report,
+    catalog.recipes,
+    catalog.models,
+    catalog.methods,
+):
+    app.command()(_verb)
+app.add_typer(cache.cache_app, name="cache")
+app.add_typer(federated.federated_app, name="federated")
+
+
+# Former flags and commands, and their names now.
+_RENAMED = {
+    "--root": "--output-dir",
+    "--replay": "--reproduce",
+    "--over": "--search",
+    "--inside": "--preprocessing",
+    "--max-drop": "--max-accuracy-drop",
+    "store": "cache",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 success, 1 bug, 2 usage, 3 data, 4 artifact, 5 storage (see errors.py).
+
+    Args:
+        arguments: those after ``potstill`` on the command line; None: ``sys.argv``.
+    """
+    try:
+        return _exit_code(arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _detach_closed_stream(stream)
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # so that any file name can be printed in any locale
+    try:
+        with SignalHandler():  # a signal during a write does not leave temporary files
+            code = _run_verb(list(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
+        if code == INTERRUPTED:  # the parser has caught the KeyboardInterrupt
+            return _print_error(_INTERRUPTED, INTERRUPTED)
+        return code if isinstance(code, int) else 0
+    except (BrokenPipeError, SystemExit):  # the parser turns a BrokenPipeError inside a command into SystemExit
+        return CLOSED_PIPE
+    except KeyboardInterrupt:
+        return _print_error(_INTERRUPTED, INTERRUPTED)
+    except Stopped as stopped:
+        return _print_error(_INTERRUPTED, stopped.exit_code) if is_first_process() else stopped.exit_code
+    except RemoteFailure as error:
+        return error.exit_code
+    except PotstillError as error:
+        return _print_error(_message_with_rank(error), error.exit_code)
+    except Exception as error:
+        return _report_other_error(error)
+
+
+def _run_verb(arguments: list[str]) -> Any:
+    """Run the command by typer; return its exit code, or None."""
+    check_torchrun_command(arguments)
+    if arguments and (new := _RENAMED.get(arguments[0])) and not new.startswith("--"):
+        raise UsageError(f"`potstill {arguments[0]}` has been renamed to `potstill {new}`")
+    command: Any = typer.main.get_command(app)
+    if len(arguments) == 2 and arguments[0] in command.commands and arguments[1] in _HELP:
+        # Typer would first check the absent options before the command, which takes 0.1 s.
+        verb = command.commands[arguments[0]]
+        return verb.main(
+            args=arguments[1:], prog_name=f"potstill {arguments[0]}", standalone_mode=False, help_option_names=_HELP
+        )
+    return command.main(args=arguments, prog_name="potstill", standalone_mode=False)
+
+
+def _report_other_error(error: Exception) -> int:
+    if (storage := storage_error(error)) is not None:
+        return _print_error(_message_with_rank(storage), storage.exit_code)
+    if isinstance(error, typer.Abort):
+        return _print_error(_INTERRUPTED, INTERRUPTED)
+    # Parser errors: their class is typer's in new versions and click's in older ones.
+    if hasattr(error, "format_message") and hasattr(error, "show"):
+        if new := _RENAMED.get(str(getattr(error, "option_name", ""))):
+            return _print_error(f"{error.option_name} has been renamed to {new}", USAGE_ERROR)  # type: ignore[attr-defined]
+        with contextlib.suppress(BrokenPipeError):
+            error.show()
+        return USAGE_ERROR
+    sys.stderr.write(escape_control(rank_prefix() + "".join(traceback.format_exception(error)), keep="\n"))
+    return _print_error(
+        "this is a bug in potstill; please report it with the lines above and the command", INTERNAL_ERROR
+    )
+
+
+def _message_with_rank(error: PotstillError) -> str:
+    """Return the message with the rank; without it for usage errors, which all ranks have, and for lost ranks."""
+    return str(error) if isinstance(error, UsageError | RankLost) else f"{rank_prefix()}{error}"
+
+
+def _print_error(message: str, code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):  # `potstill ... 2>&1 | head`
+        sys.stderr.write(escape_control(f"error: {message}", keep="\n") + "\n")
+    return code
+
+
+def _detach_closed_stream(stream: Any) -> None:
+    """Redirect a stream without reader to os.devnull, or the interpreter prints an error at its exit."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from potstill.code_references import permit_code
 from potstill.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def check(
 
     Exits with code 3 if there are any.
     """
-    from potstill.data.library_warnings import silence_native_stderr
+    from potstill.console import silence_native_stderr
     from potstill.data.validation.validate import validate_data
 
     flags = {"skip_bad": skip_bad, "follow_links": follow_links}
@@ -90,6 +91,7 @@ def _data_settings(data: str, changes: list[str]) -> "DataSettings":
     """Return the data settings with ``--set`` applied."""
     from potstill.data.settings import DataSettings
 
+    permit_code([data])
     if not changes:
         return DataSettings(source=data)
     if others := [each for each in changes if not each.startswith("data.")]:

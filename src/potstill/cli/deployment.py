@@ -10,7 +10,7 @@ import typer
 
 from potstill.cli.check import FollowLinks, SkipBad, print_skipped
 from potstill.code_references import allowed_code
-from potstill.data.library_warnings import silence_native_stderr
+from potstill.console import silence_native_stderr
 from potstill.errors import DataError, RemoteFailure, Stopped, UsageError
 
 Model = Annotated[
@@ -157,7 +157,7 @@ def export(
     """
     from potstill.console import escape_control
     from potstill.export.exporter import export as export_model
-    from potstill.export.formats.onnx import facts_path
+    from potstill.export.onnx import facts_path
     from potstill.export.options import ExportOptions
     from potstill.io import read_checksummed_json
 

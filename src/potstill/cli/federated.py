@@ -71,7 +71,7 @@ def run(
 ) -> None:
     """Simulate server and clients on this machine; compare algorithms on the same clients."""
     from potstill.config.recipe import load_recipe
-    from potstill.contrib.federated.algorithms import ALGORITHMS, BASELINES, parse_names
+    from potstill.contrib.federated import ALGORITHMS, BASELINES, parse_names
     from potstill.contrib.federated.partition import parse_partition
 
     names, division = parse_names(algorithms, ALGORITHMS, "algorithm"), parse_partition(partition)

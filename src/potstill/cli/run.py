@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from potstill.code_references import is_code_reference
-from potstill.distributed.launch import is_torchrun_launched, restart_count
+from potstill.distributed import is_torchrun_launched, restart_count
 from potstill.errors import RemoteFailure, UsageError
 
 DISTRIBUTED_COMMANDS = ("run", "train")
@@ -77,6 +77,10 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `
 Data = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or the name of a data set."),
+]
+Unlabeled = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="data.unlabeled: a folder of further training images without labels."),
 ]
 Teacher = Annotated[
     list[str] | None,
@@ -151,6 +155,7 @@ def run(
         str | None, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")
     ] = None,
     data: Data = None,
+    unlabeled: Unlabeled = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -176,6 +181,7 @@ def run(
     """Train teacher, baseline and distilled student, and write a report."""
     flags: dict[str, Any] = {
         "--data": data,
+        "--unlabeled": unlabeled,
         "--teacher": teacher or None,
         "--student": student,
         "--epochs": epochs,
@@ -220,6 +226,7 @@ def train(
         ),
     ],
     data: Data = None,
+    unlabeled: Unlabeled = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -244,6 +251,7 @@ def train(
     """Train one stage alone: teacher, baseline or distilled student."""
     flags: dict[str, Any] = {
         "--data": data,
+        "--unlabeled": unlabeled,
         "--teacher": teacher or None,
         "--student": student,
         "--epochs": epochs,

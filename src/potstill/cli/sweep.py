@@ -5,7 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill.cli.run import AllowCode, Data, RecipeName, Root, Seed, Settings, SkipBad, Student, Teacher, to_arguments
+from potstill.cli.run import (
+    AllowCode,
+    Data,
+    RecipeName,
+    Root,
+    Seed,
+    Settings,
+    SkipBad,
+    Student,
+    Teacher,
+    Unlabeled,
+    to_arguments,
+)
 from potstill.errors import UsageError
 
 _MAX_NAME = 64  # characters of a folder's name
@@ -32,6 +44,7 @@ def sweep(
         bool | None, typer.Option("--grid/--no-grid", help="Try all combinations.  [default: if no range is given]")
     ] = None,
     data: Data = None,
+    unlabeled: Unlabeled = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -75,7 +88,7 @@ def sweep(
     require_optuna()
     overrides = settings or []
     flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
-    flags |= {"--skip-bad": skip_bad, "--allow-code": allow_code}
+    flags |= {"--unlabeled": unlabeled, "--skip-bad": skip_bad, "--allow-code": allow_code}
     space = parse_space(search or [], recipe, overrides, flags)
     if grid and not space.listed:
         raise UsageError("--grid tries all combinations, so each --search must list its values: a range has no end")

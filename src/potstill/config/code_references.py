@@ -12,7 +12,13 @@ from potstill.code_references import is_code_reference, resolve_reference
 from potstill.config.yaml import KeyLocations, KeyPath
 from potstill.errors import UsageError
 
-CODE_KEYS = {"method": "name", "teacher": "model", "assistants": "model", "student": "model"}  # by section
+CODE_KEYS = {  # by section
+    "method": ("name",),
+    "teacher": ("model",),
+    "assistants": ("model",),
+    "student": ("model",),
+    "data": ("source", "target"),
+}
 
 
 def find_code(value: Any) -> Iterator[tuple[KeyPath, str]]:
@@ -22,20 +28,20 @@ def find_code(value: Any) -> Iterator[tuple[KeyPath, str]]:
         >>> list(find_code({"method": {"name": "ls", "base_method": {"name": "mine.py:Mine"}}, "name": "a:b"}))
         [(('method', 'base_method', 'name'), 'mine.py:Mine')]
     """
-    for section, key in CODE_KEYS.items():
+    for section, keys in CODE_KEYS.items():
         if isinstance(value, dict):
-            yield from _find_code(value.get(section), (section,), key)
+            yield from _find_code(value.get(section), (section,), keys)
 
 
-def _find_code(value: Any, path: KeyPath, key: str) -> Iterator[tuple[KeyPath, str]]:
+def _find_code(value: Any, path: KeyPath, keys: tuple[str, ...]) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(value, dict):
         for name, item in value.items():
-            if name == key and isinstance(item, str) and is_code_reference(item):
+            if name in keys and isinstance(item, str) and is_code_reference(item):
                 yield (*path, name), item
-            yield from _find_code(item, (*path, name), key)
+            yield from _find_code(item, (*path, name), keys)
     elif isinstance(value, list):
         for position, item in enumerate(value):
-            yield from _find_code(item, (*path, position), key)
+            yield from _find_code(item, (*path, position), keys)
 
 
 def refuse_code_in_recipe(value: Any, locations: KeyLocations | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.code_references import is_code_reference
+from potstill.code_references import is_code_reference, permit_code
 from potstill.config.code_references import is_from_caller
 from potstill.config.method_settings import normalize_method
 from potstill.config.settings_errors import dotted_key
@@ -18,7 +18,7 @@ from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.io import read_checksummed_json
 from potstill.methods import method_info
 from potstill.models.class_names import CLASS_LISTS
-from potstill.models.exported_files import check_permission, identify_file
+from potstill.models.exported_files import EXECUTABLE, check_permission, identify_file
 
 # Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -26,6 +26,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--lr": ("training", "lr"),
     "--batch-size": ("training", "batch_size"),
     "--image-size": ("data", "size"),
+    "--unlabeled": ("data", "unlabeled"),
     "--device": ("training", "device"),
     "--method": ("method", "name"),
     "--temperature": ("method", "temperature"),
@@ -219,12 +220,15 @@ _MAX_CLASS_FILE_BYTES = 10_000_000
 _STAGE_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
 
 
-def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> list[tuple[KeyPath, PotstillError]]:
+def fill_architectures(
+    value: dict[str, Any], *, allow_code: bool = False, recorded: bool = False
+) -> list[tuple[KeyPath, PotstillError]]:
     """Fill in, in place, ``model`` of each network from its ``weights``, and the model folder of a run.
 
     Args:
         value: the recipe's plain values.
         allow_code: whether a model file may name code.
+        recorded: whether the recipe is that of a run folder, whose teachers are not opened.
 
     Returns:
         The keys whose weights cannot be used, each with the error.
@@ -242,6 +246,7 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
                 _fill_weights(section, path)
             except PotstillError as error:
                 failures.append(((*path, "model"), error))
+        section.update(_listed_prompts(section))
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
                 failures.append(
@@ -252,7 +257,7 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
                 )
             continue
         try:
-            _fill_section(section, name, allow_code=allow_code)
+            _fill_section(section, name, allow_code=allow_code, recorded=recorded)
         except PotstillError as error:
             failures.append(((*path, "weights"), type(error)(f"{name}.weights: {error}")))
             section.setdefault("model", None)
@@ -298,6 +303,16 @@ def _fill_classes(section: dict[str, Any], key: str) -> None:
         }
 
 
+def _listed_prompts(section: dict[str, Any]) -> dict[str, Any]:
+    """Return ``prompts`` with a list in place of each single text."""
+    prompts = section.get("prompts")
+    if isinstance(prompts, str):
+        return {"prompts": [prompts]}
+    if isinstance(prompts, dict):
+        return {"prompts": {str(key): [text] if isinstance(text, str) else text for key, text in prompts.items()}}
+    return {}
+
+
 def read_class_file(file: str, key: str) -> list[str]:
     """Return the class names in a text file, one per line.
 
@@ -321,7 +336,7 @@ def read_class_file(file: str, key: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> None:
+def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool, recorded: bool) -> None:
     """``stage`` is the section's key: "student", "teacher[1]"."""
     weights = section["weights"]
     if weights in WITHOUT_FILE:
@@ -342,8 +357,10 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> N
             from potstill.models.foreign_checkpoints import identify_network  # torch, which takes seconds
 
             section["model"] = identify_network(path)
-        if not allow_code:
-            check_permission(section["model"], weights)
+        if section["model"] in EXECUTABLE and not recorded:
+            if allow_code:
+                permit_code([str(path.resolve())])
+            check_permission(section["model"], weights, str(path.resolve()))
         return
     architecture = read_checksummed_json(card).get("architecture")
     if not isinstance(architecture, str):

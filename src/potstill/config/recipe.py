@@ -18,6 +18,8 @@ from potstill.config.settings_errors import (
     CLASS_MAPPING,
     CLASS_SEQUENCE,
     ONE,
+    PROMPT_MAPPING,
+    PROMPT_SEQUENCE,
     SEVERAL,
     SettingProblem,
     parse_settings,
@@ -29,7 +31,6 @@ from potstill.data.settings import DataSettings, Pacing
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.errors import PotstillError, UsageError, did_you_mean
 from potstill.loggers import LoggerSettings, as_logger_list
-from potstill.models.exported_files import EXECUTABLE
 from potstill.training.settings import TrainingSettings
 
 
@@ -90,6 +91,13 @@ OutputClasses = Annotated[
 ]
 
 
+Prompts = Annotated[
+    Annotated[dict[str, Annotated[list[str], Field(min_length=1)]], Tag(PROMPT_MAPPING)]
+    | Annotated[list[str], Field(min_length=1), Tag(PROMPT_SEQUENCE)],
+    Discriminator(lambda value: PROMPT_MAPPING if isinstance(value, Mapping) else PROMPT_SEQUENCE),
+]
+
+
 class StageSettings(BaseModel):
     """One network: architecture, initial weights, and training settings of its own."""
 
@@ -97,8 +105,7 @@ class StageSettings(BaseModel):
 
     model: str = Field(
         min_length=1,
-        description="an architecture (see `potstill models`), or file.py:callable; of a teacher also a file of another "
-        "program (see `weights`)",
+        description="an architecture (see `potstill models`), or file.py:callable",
     )
     weights: str | None = Field(
         None,
@@ -112,10 +119,16 @@ class StageSettings(BaseModel):
         "index; null: the classes of the data, in their order",
     )
     new_head: bool = Field(False, description="accept weights of other classes; the head is initialised randomly")
-    head: Literal["probe", "finetune"] | None = Field(
+    head: Literal["probe", "finetune", "zero_shot"] | None = Field(
         None,
-        description="head of a teacher with weights of other classes: probe: logistic regression on frozen embeddings; "
-        "finetune: then all layers are trained, and val selects the better; null: random, trained with all layers",
+        description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "
+        "for teachers; finetune: then all layers are trained, and val selects the better; zero_shot: embeddings of "
+        "texts, for teachers from open_clip; null: random, trained with all layers",
+    )
+    prompts: Prompts | None = Field(
+        None,
+        description="texts of head: zero_shot: templates with {} for the class name, or {class: [texts]}; null: "
+        '"a photo of a {}."',
     )
     size: int | None = Field(
         None,
@@ -304,11 +317,11 @@ def load_recipe(
         return recipe
     if not (flags or {}).get("--allow-code"):
         refuse_code_in_recipe(value, document.locations)
+    permit_code(name for _, name in find_code(value))  # also in the model files of its run
     if "tracker" in value:  # so that a problem has a path in the list
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
-    allow_code = bool((flags or {}).get("--allow-code"))
-    failures = fill_architectures(value, allow_code=allow_code or recorded)
+    failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")), recorded=recorded)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"
@@ -322,14 +335,12 @@ def load_recipe(
     _raise_problems(document, found, failures)
     recipe, problems = parse_settings(value, Recipe)
     assert recipe is not None, problems
-    permit_code(name for _, name in find_code(value))  # also in the model files of its run
-    permit_code(EXECUTABLE if allow_code else ())
     return recipe
 
 
 def list_recipes() -> dict[str, Path]:
     """Return the paths of the recipes that ship with potstill, by name."""
-    folder = Path(str(resources.files("potstill.recipes")))
+    folder = Path(str(resources.files("potstill") / "recipes"))
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))  # recipes in folders come last
 

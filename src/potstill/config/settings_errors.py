@@ -49,7 +49,8 @@ _CHOICE_HINTS = {  # hints for wrong values
 ONE, SEVERAL = "one network", "several networks"  # tags of a union of settings and a list of them
 # Tags of the forms of a network's `classes`.
 CLASS_LIST_NAME, CLASS_MAPPING, CLASS_SEQUENCE = "name of a class list", "mapping of classes", "list of classes"
-_TAGS = (ONE, SEVERAL, CLASS_LIST_NAME, CLASS_MAPPING, CLASS_SEQUENCE)
+PROMPT_MAPPING, PROMPT_SEQUENCE = "mapping of prompts", "list of prompts"  # tags of the forms of `prompts`
+_TAGS = (ONE, SEVERAL, CLASS_LIST_NAME, CLASS_MAPPING, CLASS_SEQUENCE, PROMPT_MAPPING, PROMPT_SEQUENCE)
 _LIMITS = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("at least", "ge"),

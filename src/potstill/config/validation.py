@@ -194,10 +194,6 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
         yield ("data", "val"), f"data.val and data.test must sum to less than 1, got {sum_of}"
     if isinstance(data.workers, int) and data.workers < 0:
         yield ("data", "workers"), f"data.workers must be at least 0 or 'auto', got {data.workers}"
-    if data.unlabeled is not None and data.augment is not None and data.augment.mixes:
-        key = "mixup" if data.augment.mixup else "cutmix"
-        message = "mixes labels, which unlabeled images do not have: switch it off, or leave data.unlabeled out"
-        yield ("data", "augment", key), f"data.augment.{key} {message}"
     if data.std is not None and min(data.std) <= 0:
         yield ("data", "std"), f"data.std must be three numbers above 0, got {list(data.std)}"
     scale = data.augment.crop_scale if data.augment else None
@@ -245,19 +241,52 @@ def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Yield the problems of ``head``: a network that is no teacher, or has no weights."""
+    """Yield the problems of ``head`` and ``prompts``: a network that cannot have such a head, prompts without class."""
     for network_path, section in network_sections(value):
-        if section.get("head") is None:
+        head, network = section.get("head"), dotted_key(network_path)
+        if section.get("prompts") is not None:
+            yield from _prompt_problems(section, (*network_path, "prompts"))
+        if head is None:
             continue
-        key = dotted_key((*network_path, "head"))
-        if network_path[0] != "teacher":
-            yield (*network_path, "head"), f"{key} is for teachers only: leave it out"
+        key, path = f"{network}.head", (*network_path, "head")
+        if network_path[0] == "assistants":
+            yield path, f"{key} is for teachers and the student: leave it out"
+        elif network_path[0] == "student" and head != "finetune":
+            yield path, f"{key}: {head} leaves nothing to distil into: use finetune, or leave it out"
         elif section.get("weights") is None:
             yield (
-                (*network_path, "head"),
-                f"{key} needs a pretrained encoder, and {dotted_key(network_path)}.weights is not given: set it "
+                path,
+                f"{key} needs a pretrained encoder, and {network}.weights is not given: set it "
                 "to pretrained or to a file, or leave head out to train from scratch",
             )
+        elif head == "zero_shot":
+            model = section.get("model")
+            if isinstance(model, str) and model != "?" and not model.startswith("open_clip/"):
+                yield (
+                    path,
+                    f"{key}: zero_shot needs a network with a text tower, and {model} has none: use open_clip/NAME "
+                    '(`potstill models "open_clip/*"`), or head: probe',
+                )
+            if section.get("classes") is not None:
+                yield (
+                    (*network_path, "classes"),
+                    f"{network}.classes has no effect with head: zero_shot, whose outputs are the classes of the data: "
+                    f"leave it out; {network}.prompts: {{class: [text]}} says them in other words",
+                )
+
+
+def _prompt_problems(section: dict[str, Any], path: KeyPath) -> Iterator[SettingProblem]:
+    prompts, key = section["prompts"], dotted_key(path)
+    if section.get("head") != "zero_shot":
+        yield path, f"{key} is for head: zero_shot only: set head: zero_shot, or leave it out"
+    elif isinstance(prompts, list):
+        for at, text in enumerate(prompts):
+            if isinstance(text, str) and "{}" not in text:
+                yield (
+                    (*path, at),
+                    f'{key}[{at}] must contain {{}} for the class name, as in "a photo of a {{}}.", got {text!r}; '
+                    "texts for each class: {class: [texts]}",
+                )
 
 
 # Settings that have an effect only with certain others: the condition, and the message if it does not hold.

@@ -286,11 +286,22 @@ class BatchMixer:
         size: S, of the views in whose pixels CutMix's boxes are drawn.
         seed: of the random numbers.
         balanced: the partner's class is drawn uniformly; else the partner is.
+        unlabeled: number of further images without labels, with ids from N on; they are mixed with each other.
     """
 
     def __init__(
-        self, labels: Ids, *, mixup: float, cutmix: float, classes: int, size: int, seed: int, balanced: bool = False
+        self,
+        labels: Ids,
+        *,
+        mixup: float,
+        cutmix: float,
+        classes: int,
+        size: int,
+        seed: int,
+        balanced: bool = False,
+        unlabeled: int = 0,
     ) -> None:
+        self.unlabeled = unlabeled
         self.count, self.mixup, self.cutmix = len(labels), mixup, cutmix
         self.classes, self.size, self.seed = classes, size, seed
         self.by_class = ClassIndex(labels) if balanced else None
@@ -305,6 +316,9 @@ class BatchMixer:
             partners = self.by_class.sample(drawn("class"), drawn("partner"))
         else:
             partners = (drawn("partner") * self.count).astype(np.int64)
+        if self.unlabeled:
+            others = self.count + (drawn("partner") * self.unlabeled).astype(np.int64)
+            partners = np.where(ids < self.count, partners, others)
         if self.mixup and self.cutmix:
             is_mixup = drawn("kind") < 0.5
         else:
@@ -334,7 +348,7 @@ class BatchMixer:
         return own * weight + others * (1 - weight)
 
     def labels(self, own: Tensor, others: Tensor, params: MixParams) -> tuple[Tensor, Tensor]:
-        """Return the labels of the larger weight, int64 [B], and the soft labels [B, K].
+        """Return the labels of the larger weight, int64 [B], and the soft labels [B, K]: rows of 0 if unlabeled.
 
         Args:
             own: int64 [B].
@@ -377,4 +391,4 @@ def _beta(alpha: Numbers, drawn: Numbers) -> Numbers:
 
 
 def _one_hot(labels: Tensor, classes: int) -> Tensor:
-    return F.one_hot(labels, classes).float()
+    return F.one_hot(labels.clamp(min=0), classes).float() * (labels >= 0)[:, None]

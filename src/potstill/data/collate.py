@@ -151,7 +151,13 @@ class Collator:
         if augment is not None and augment.mixes and classes is not None:
             alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
             self.mixer = BatchMixer(
-                labels, **alphas, classes=classes, size=self.drawn.size, seed=seed, balanced=balanced
+                labels,
+                **alphas,
+                classes=classes,
+                size=self.drawn.size,
+                seed=seed,
+                balanced=balanced,
+                unlabeled=unlabeled,
             )
 
     @property

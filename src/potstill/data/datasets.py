@@ -1,19 +1,17 @@
 """Load data by name, path or from Python as three checked splits, and a target domain beside them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from potstill.data.builtin import cifar100 as _cifar100
-from potstill.data.builtin import fashion_mnist as _fashion
-from potstill.data.builtin import solar as _solar
-from potstill.data.builtin.digits import DigitsOptions, digits
 from potstill.data.concurrency import ProgressReporter
-from potstill.data.entries import has_image_suffix
+from potstill.data.entries import has_image_suffix, name_problem, raise_problems
 from potstill.data.file_datasets import (
     DEFAULT_AUGMENT,
     add_unlabeled,
@@ -22,13 +20,25 @@ from potstill.data.file_datasets import (
     load_files,
     load_shards,
 )
-from potstill.data.image_sets import ImageSet, RelabeledSet, Subset, TorchSet, file_paths, set_value_range
-from potstill.data.scan import check_images
-from potstill.data.settings import DataSettings, read_options
+from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
+from potstill.data.image_sets import (
+    FileSet,
+    ImageSet,
+    RelabeledSet,
+    Subset,
+    TorchSet,
+    file_paths,
+    read_item,
+    read_labels,
+    set_value_range,
+)
+from potstill.data.named_datasets import call_dataset, check_dataset, dataset_names, is_dataset
+from potstill.data.scan import check_files, check_images
+from potstill.data.settings import DataSettings
 from potstill.data.shard_reader import is_shards
 from potstill.data.sources import MANIFEST_SUFFIXES
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
-from potstill.errors import DataError, UsageError, did_you_mean
+from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
 
 _MAX_NAMES = 20  # class names of a domain that a message lists
@@ -113,22 +123,6 @@ def _all_sets(data: DataSplits) -> list[ImageSet]:
     return [data.split(split) for split in SPLITS] + ([] if data.unlabeled is None else [data.unlabeled])
 
 
-DATASETS: dict[str, Callable[[DataSettings], DataSplits]] = {
-    "digits": digits,
-    "solar": _solar.solar,
-    "fashion-mnist": _fashion.fashion_mnist,
-    "cifar100": _cifar100.cifar100,
-}
-
-# Cheap checks before loading: unknown options, a missing package or folder.
-_CHECKS: dict[str, Callable[[DataSettings], object]] = {
-    "digits": lambda settings: read_options(settings, DigitsOptions),
-    "solar": _solar.check,
-    "fashion-mnist": _fashion.check,
-    "cifar100": _cifar100.check,
-}
-
-
 def load_data(
     settings: DataSettings, data: DataSplits | None = None, *, progress: ProgressReporter | None = None
 ) -> DataSplits:
@@ -168,11 +162,46 @@ def _load_target(
 
 def _load_labeled(settings: DataSettings, progress: ProgressReporter | None) -> DataSplits:
     check_source(settings)
-    if settings.source in DATASETS:
-        return DATASETS[settings.source](settings)
+    if is_dataset(settings.source):
+        return _load_by_name(settings, progress)
     if is_shards(settings.source):
         return load_shards(settings, DEFAULT_AUGMENT, progress)
     return load_files(settings, progress)
+
+
+def _load_by_name(settings: DataSettings, progress: ProgressReporter | None) -> DataSplits:
+    """Load a data set by its name; a folder of the same name in the working directory is mentioned."""
+    name = settings.source
+    hint = f"{name} is a known data set; for the images of the folder {name}, give ./{name}"
+    try:
+        found = load_dataset(settings, progress)
+    except PotstillError as error:
+        if Path(name).is_dir():
+            raise type(error)(f"{error}\n{hint}") from error
+        raise
+    return replace(found, notes=(*found.notes, hint)) if Path(name).is_dir() else found
+
+
+def load_dataset(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
+    """Return the splits of a data set given by name or by code; see ``named_datasets``.
+
+    Raises:
+        UsageError: wrong options, or code that cannot be loaded.
+        DataError: code that raises, or images, labels or splits that cannot be used.
+    """
+    found = call_dataset(settings)
+    if isinstance(found, DataSplits):
+        check_splits(found.class_names, {split: found.split(split) for split in SPLITS}, settings.source)
+        return replace(found, source=settings.source)
+    names = found.get("class_names")
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+        raise DataError(f"{settings.source}: class_names must be a list of names, got {type(names).__name__}")
+    splits = (found["train"], found.get("test"), found.get("val"))
+    try:
+        return _from_torch(*splits, names, settings, source=settings.source, progress=progress)
+    except DataError as error:
+        own = str(error).removeprefix(settings.source).lstrip(":, ")
+        raise DataError(f"{settings.source}: {own}") from error
 
 
 def check_source(settings: DataSettings) -> None:
@@ -182,9 +211,8 @@ def check_source(settings: DataSettings) -> None:
         UsageError: an unknown name, a missing path, or unknown options.
     """
     name = settings.source
-    if name in DATASETS:
-        if name in _CHECKS:
-            _CHECKS[name](settings)
+    if is_dataset(name):
+        check_dataset(settings)
         return
     if not name.strip():
         raise UsageError("no data is named: give a folder, a .csv or .jsonl manifest, or a name")  # "" would be here
@@ -197,9 +225,9 @@ def check_source(settings: DataSettings) -> None:
             image = "; for an image, give the folder that holds the class folders" if has_image_suffix(name) else ""
             raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(MANIFEST_SUFFIXES)}{image}")
         raise UsageError(
-            f"no data set, folder or manifest {name!r}{did_you_mean(name, DATASETS)}\n"
-            f"Known names: {', '.join(DATASETS)}; or give a folder of class folders, a .csv or .jsonl manifest, or "
-            ".tar shards"
+            f"no data set, folder or manifest {name!r}{did_you_mean(name, dataset_names())}\n"
+            f"Known names: {', '.join(dataset_names())}; or give a folder of class folders, a .csv or .jsonl "
+            "manifest, .tar shards, or code: path/file.py:callable"
         )
     if settings.options:
         raise UsageError(f"data {name!r}: folders and manifests take no options, got {', '.join(settings.options)}")
@@ -227,46 +255,144 @@ def from_torch(
 ) -> DataSplits:
     """Return splits from torch or torchvision data sets of (image, label).
 
-    Images are PIL images, uint8 arrays or tensors, or float tensors in [0, 1], without random transforms and without
-    normalisation; see ``potstill.data.image_sets.TorchSet``.
+    Images are paths of files, PIL images, uint8 arrays or tensors, or float tensors in [0, 1], without random
+    transforms and without normalisation; see ``potstill.data.image_sets.TorchSet``.  Labels are class ids or class
+    names.
 
     Args:
         train: training images; val and test are split off from them if they are None.
         test: test images.
         val: images that select the best epoch.
-        class_names: class id -> name; None: ``train.classes``, or "0", "1" and so on.
+        class_names: class id -> name; None: ``train.classes``, or the sorted labels if they are names, or "0", "1"
+            and so on.
         settings: shares and seed of the split.
 
     Raises:
         DataError: images, classes or splits that cannot be used; every image is read once.
     """
-    settings = settings or DataSettings()
-    given = {"train": train, "val": val, "test": test}
-    sets: dict[str, ImageSet] = {s: TorchSet(each, prefix=s) for s, each in given.items() if each is not None}
-    names = _class_names(train, class_names, sets)
-    shares = {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}
-    origin = "data sets from Python"
-    if shares:
+    return _from_torch(train, test, val, class_names, settings or DataSettings(), source="python")
+
+
+def _from_torch(
+    train: Any,
+    test: Any,
+    val: Any,
+    class_names: Sequence[str] | None,
+    settings: DataSettings,
+    *,
+    source: str,
+    progress: ProgressReporter | None = None,
+) -> DataSplits:
+    label = "data from Python" if source == "python" else source
+    given = {s: each for s, each in (("train", train), ("val", val), ("test", test)) if each is not None}
+    items = {s: _Items.read(each, s) for s, each in given.items()}
+    names = _class_names(train, class_names, items)
+    root = _common_folder([path for each in items.values() for path in each.paths])
+    sets = {s: each.as_images(names, root) for s, each in items.items()}
+    contents: dict[str, str] = {}  # of files, by name
+    for images in sets.values():
+        if isinstance(images, FileSet):
+            found = check_files(root, images.names, label, progress=progress)
+            images.expect(found)
+            contents |= found
+    parts: dict[str, ImageSet] = dict(sets)
+    origin = "data sets from Python" if source == "python" else "splits of the code"
+    if shares := {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}:
         pool = sets["train"]
         if len(pool.labels) and pool.labels.max() >= len(names):
-            check_splits(names, {"train": pool}, "data from Python")
+            check_splits(names, {"train": pool}, label)
         made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, names)
-        sets |= {split: Subset(pool, index) for split, index in made.items()}
+        parts |= {split: Subset(pool, index) for split, index in made.items()}
         origin += f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
-    check_splits(names, sets, "data from Python")
-    contents = {split: check_images(images, f"data from Python, {split}") for split, images in sets.items()}
+    check_splits(names, parts, label)
+    ends: ValueRange | None = None
+    if isinstance(sets["train"], FileSet):
+        ends = resolve_range(parts["train"].names, contents, settings.range)
+        for images in sets.values():
+            if isinstance(images, FileSet):
+                images.range = ends
+    words = {
+        split: [contents[name] for name in images.names] if images.names[0] in contents
+        else check_images(images, f"{label}, {split}")
+        for split, images in parts.items()
+    }  # fmt: skip
     return DataSplits(
-        names, sets["train"], sets["val"], sets["test"], source="python", origin=origin,
-        fingerprint=fingerprint(sets, names, contents), augment=DEFAULT_AUGMENT,
+        names, parts["train"], parts["val"], parts["test"], source=source, origin=origin, augment=DEFAULT_AUGMENT,
+        fingerprint=fingerprint_with_range(fingerprint(parts, names, words), ends), range=ends,
     )  # fmt: skip
 
 
-def _class_names(train: Any, given: Sequence[str] | None, sets: dict[str, ImageSet]) -> tuple[str, ...]:
+@dataclass
+class _Items:
+    """What a torch data set holds: labels, names and, if its images are files, their paths."""
+
+    dataset: Any
+    labels: Sequence[int | str]
+    names: list[str]
+    paths: list[str]
+
+    @classmethod
+    def read(cls, dataset: Any, split: str) -> "_Items":
+        """Read all labels and paths, but no pixels of files.
+
+        Raises:
+            DataError: no data set, items that are no pairs, wrong labels, or only some images that are paths.
+        """
+        try:
+            count = len(dataset)
+        except Exception as error:  # the user's data set may raise anything
+            raise DataError(
+                f"{split}: a data set has a length and items (image, label), got {dataset!r:.60}"
+            ) from error
+        names = [f"{split}/{i:05d}" for i in range(count)]
+        labels = read_labels(dataset, names)
+        paths = list[str]()
+        if count and isinstance(read_item(dataset, 0, names[0])[0], (str, os.PathLike)):
+            for i, name in enumerate(names):
+                image = read_item(dataset, i, name)[0]
+                if not isinstance(image, (str, os.PathLike)):
+                    kind = type(image).__name__
+                    raise DataError(f"{name}: images must be all paths or all none, got an object of type {kind}")
+                paths.append(os.path.abspath(os.path.expanduser(os.fspath(image))))
+        raise_problems(split, (f"{path} is listed {n} times" for path, n in Counter(paths).items() if n > 1))
+        return cls(dataset, labels, names, paths)
+
+    def as_images(self, class_names: Sequence[str], root: Path) -> ImageSet:
+        """Return the images, with the id of each label.
+
+        Raises:
+            DataError: labels that are not among ``class_names``.
+        """
+        known = {name: i for i, name in enumerate(class_names)}
+        ids: list[int] = []
+        for name, label in zip(self.names, self.labels, strict=True):
+            if isinstance(label, str) and label not in known:
+                near = did_you_mean(label, class_names)
+                raise DataError(f"{name}: the label {label!r} is not one of {len(class_names)} class names{near}")
+            ids.append(known[label] if isinstance(label, str) else int(label))
+        if self.paths:
+            return FileSet(root, [Path(path).relative_to(root).as_posix() for path in self.paths], ids)
+        return TorchSet(self.dataset, labels=ids, names=self.names)
+
+
+def _common_folder(paths: Sequence[str]) -> Path:
+    if not paths:
+        return Path()
+    try:
+        return Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
+    except ValueError as error:  # on several drives of Windows
+        raise DataError(f"the files have no folder in common: {error}") from error
+
+
+def _class_names(train: Any, given: Sequence[str] | None, items: Mapping[str, _Items]) -> tuple[str, ...]:
     known = given if given is not None else getattr(train, "classes", None)
-    if known is None:
-        largest = max(int(np.max(images.labels, initial=-1)) for images in sets.values())
-        known = [str(i) for i in range(largest + 1)]
+    labels = [label for each in items.values() for label in each.labels]
+    if known is None and any(isinstance(label, str) for label in labels):
+        known = sorted({str(label) for label in items["train"].labels})
+    elif known is None:
+        known = range(max((int(label) for label in labels), default=-1) + 1)
     names = tuple(str(name) for name in known)
     if len(set(names)) < len(names):
         raise DataError(f"class names must differ, got {', '.join(names[:20])}")
+    raise_problems("class_names", (why for name in names if (why := name_problem(name))))
     return names

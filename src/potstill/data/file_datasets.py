@@ -21,7 +21,16 @@ from potstill.data.entries import (
     suggest_fixes,
 )
 from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
-from potstill.data.image_sets import FileSet, ImageSet, ShardSet, Subset, UnlabeledFileSet, file_paths, sample_name
+from potstill.data.image_sets import (
+    FileSet,
+    ImageSet,
+    ShardSet,
+    Subset,
+    UnlabeledFileSet,
+    file_digests,
+    file_paths,
+    sample_name,
+)
 from potstill.data.scan import check_files, finding_kind
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.shard_reader import Shard, ShardSample, expand_shards, read_shard
@@ -55,7 +64,8 @@ def add_unlabeled(settings: DataSettings, data: DataSplits, progress: ProgressRe
 
     Raises:
         UsageError: no such folder; or the data has unlabeled images already.
-        DataError: no images, files that are none, or images of val or test among them.
+        DataError: no images, files that are none, or the files of val or test among them.  Copies of these, of the
+            same content, are left out, and counted in ``origin``.
     """
     if settings.unlabeled is None:
         return data
@@ -70,16 +80,20 @@ def add_unlabeled(settings: DataSettings, data: DataSplits, progress: ProgressRe
     if bad:
         names = [name for name in names if name not in bad]
         skipped += unreadable_findings(root, bad)
+    copies = _copies_of_held_out(contents, names, data)
+    names = [name for name in names if name not in copies]
     if not names:
-        raise DataError(f"{root}: no unlabeled image is left: {len(skipped):,} files cannot be read")
+        reasons = [f"{len(skipped):,} files cannot be read"] if skipped else []
+        reasons += [f"{len(copies):,} have the content of images of val or test"] if copies else []
+        raise DataError(f"{root}: no unlabeled image is left: {' and '.join(reasons)}; name another folder")
     found = UnlabeledFileSet(root, names)
     found.expect(contents)
     found.range = data.range
     return replace(
         data,
         unlabeled=found,
-        origin=f"{data.origin}; {len(found):,} unlabeled from {settings.unlabeled}",
-        fingerprint=_fingerprint_with_unlabeled(data.fingerprint, contents),
+        origin=f"{data.origin}; {len(found):,} unlabeled from {settings.unlabeled}{_describe_copies(copies)}",
+        fingerprint=_fingerprint_with_unlabeled(data.fingerprint, {name: contents[name] for name in names}),
         skipped=(*data.skipped, *to_skipped([replace(each, path=str(root / each.path)) for each in skipped])),
     )
 
@@ -93,6 +107,25 @@ def _check_unseen(found: UnlabeledFileSet, data: DataSplits) -> None:
                 f"{found.root}: {len(seen)} of the unlabeled images are images of {split}, for example {seen[0]}.\n"
                 "Metrics on images used for training are meaningless; name a folder without them"
             )
+
+
+def _copies_of_held_out(contents: Mapping[str, str], names: Sequence[str], data: DataSplits) -> dict[str, str]:
+    """Return the unlabeled images with the content of an image of val or test, and that image: they would leak."""
+    held_out: dict[str, str] = {}
+    for split in ("val", "test"):
+        images = data.split(split)
+        digests = file_digests(images)
+        if digests is not None:
+            held_out |= dict(zip((each.tobytes().hex() for each in digests), images.names, strict=True))
+    own = {name: contents[name].split()[1] for name in names}
+    return {name: held_out[digest] for name, digest in own.items() if digest in held_out}
+
+
+def _describe_copies(copies: Mapping[str, str]) -> str:
+    if not copies:
+        return ""
+    name, original = next(iter(copies.items()))
+    return f" without {len(copies):,} copies of images of val or test, for example {name}, a copy of {original}"
 
 
 def _fingerprint_with_unlabeled(labeled: str, contents: dict[str, str]) -> str:

@@ -11,6 +11,8 @@ Rules, the same for training, evaluation and prediction:
 * Gray images of 12 to 32 bits: mapped from one range for a data set, as below; if no range is given, from
   the image's own.  (``convert("RGB")`` of Pillow clips them to white.)
 * Colours of 16 bits: the high byte of each channel.
+* A JPEG file that will be resized to a square of a known side is decoded at 1/2, 1/4 or 1/8 of its size if both sides
+  then still have ``REDUCING_GAP`` times as many pixels: the decoder leaves the rest of the coefficients out.
 
 The range of images of more than 8 bits is found once, over the training images (``data.range: auto``), or given; it is
 mapped to 0 to 255.  It is saved with the model and used for every later image.  If each image had its own range, the
@@ -19,10 +21,14 @@ same gray would be bright in one image and black in another.  Images of 8 bits a
 
 import hashlib
 import io
+import logging
 import math
 import os
 import stat
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +39,6 @@ from PIL import Image, UnidentifiedImageError, features
 from potstill.data import isolated_decoder
 from potstill.data.concurrency import raise_if_cancelled
 from potstill.data.image_structure import MAX_PIXELS, check_pixel_count, parse_structure
-from potstill.data.library_warnings import silence_pillow
 from potstill.errors import DataError
 
 ValueRange = tuple[float, float]
@@ -147,10 +152,43 @@ def format_range(ends: ValueRange) -> str:
     return f"[{ends[0]:.10g}, {ends[1]:.10g}]"
 
 
+# Without a handler of its own, Pillow's log lines about odd files would go to the terminal.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+_filter_lock = threading.Lock()
+_filter_depth = 0
+_saved_filters = warnings.catch_warnings()
+
+
+@contextmanager
+def silence_pillow() -> Iterator[None]:
+    """Suppress warnings of Pillow's modules within the block, in every thread.
+
+    ``warnings.catch_warnings`` saves and restores global state, so that overlapping threads would restore each other's;
+    here the first thread saves it and the last one restores it.
+    """
+    global _filter_depth, _saved_filters
+    with _filter_lock:
+        if _filter_depth == 0:
+            _saved_filters = warnings.catch_warnings()
+            _saved_filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        _filter_depth += 1
+    try:
+        yield
+    finally:
+        with _filter_lock:
+            _filter_depth -= 1
+            if _filter_depth == 0:
+                _saved_filters.__exit__(None, None, None)
+
+
 Pixels = NDArray[np.uint8]
 
 MAX_BYTES = 64 * 2**20
-DECODER_VERSION = 2  # increased with every change of decoded pixels, here or in ``resize_to_square``
+JPEG_START = b"\xff\xd8"  # the only format whose pixels depend on ``side``
+REDUCING_GAP = 2  # as in Pillow's ``thumbnail``: the resize that follows still halves the image at least
+DECODER_VERSION = 3  # increased with every change of decoded pixels, here or in ``resize_to_square``
 
 _ORIENTATION = 0x0112  # EXIF tag
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
@@ -169,12 +207,13 @@ class DecodedImage(NamedTuple):
     span: ValueSpan | None  # None: 8 bits
 
 
-def decode(source: Path | bytes, ends: ValueRange | None = None) -> Pixels:
+def decode(source: Path | bytes, ends: ValueRange | None = None, side: int | None = None) -> Pixels:
     """Decode one image.
 
     Args:
         source: a path, or the content of a file.
         ends: the range of images of more than 8 bits; None: the image's own.
+        side: of the square to which the pixels will be resized, in pixels; None: unknown, decode at full size.
 
     Returns:
         uint8 RGB pixels [H, W, 3].
@@ -183,19 +222,19 @@ def decode(source: Path | bytes, ends: ValueRange | None = None) -> Pixels:
         DataError: missing, no image of these formats, damaged, or over a limit; names path and reason.
     """
     content = read_file(source) if isinstance(source, Path) else source
-    return decode_bytes(content, str(source) if isinstance(source, Path) else "image", ends)
+    return decode_bytes(content, str(source) if isinstance(source, Path) else "image", ends, side)
 
 
-def decode_bytes(content: bytes, name: str, ends: ValueRange | None = None) -> Pixels:
-    """Decode the content of a file; ``name`` is used in messages.
+def decode_bytes(content: bytes, name: str, ends: ValueRange | None = None, side: int | None = None) -> Pixels:
+    """Decode the content of a file; ``name`` is used in messages, the rest as in ``decode``.
 
     Raises:
         DataError: as ``decode``.
     """
-    return read_image(content, name, ends).pixels
+    return read_image(content, name, ends, side).pixels
 
 
-def read_image(content: bytes, name: str, ends: ValueRange | None = None) -> DecodedImage:
+def read_image(content: bytes, name: str, ends: ValueRange | None = None, side: int | None = None) -> DecodedImage:
     """Decode the content of a file, with the span of its values.
 
     Raises:
@@ -208,7 +247,7 @@ def read_image(content: bytes, name: str, ends: ValueRange | None = None) -> Dec
         raise DataError(f"{name}: more than {MAX_BYTES // 2**20} MiB of file")
     try:
         with silence_pillow():
-            return _decode(content, ends)
+            return _decode(content, ends, side)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and more
@@ -254,12 +293,14 @@ def to_upright_rgb(image: Image.Image) -> Pixels:
     return np.ascontiguousarray(_upright(to_rgb(image), _orientation(image)))
 
 
-def _decode(content: bytes, ends: ValueRange | None) -> DecodedImage:
+def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> DecodedImage:
     structure = parse_structure(content)
     if structure.isolated:
         return DecodedImage(isolated_decoder.decode_isolated(structure.content, structure.format), None)
     with Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
         check_pixel_count(*image.size)
+        if side is not None:
+            image.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))  # of other formats than JPEG: does nothing
         image.load()
         check_pixel_count(*image.size)  # a GIF's first frame may be larger than its header says
         span: ValueSpan | None = None

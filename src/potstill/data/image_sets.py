@@ -6,6 +6,7 @@ labels and a set with unlabeled images wrap other sets.
 
 import hashlib
 import io
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, to_rgb
+from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, silence_pillow, to_rgb
 from potstill.data.image_structure import parse_structure
-from potstill.data.library_warnings import silence_pillow
+from potstill.data.preprocessing import resize_to_square
 from potstill.data.shard_reader import ShardSample, read_byte_range
 from potstill.errors import DataError
 
@@ -44,8 +45,8 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.locations)
 
-    def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3].
+    def pixels(self, i: int, side: int | None = None) -> Pixels:
+        """Return image i, uint8 [H, W, 3]; ``side`` as in ``image_io.decode``.
 
         Raises:
             DataError: the shard cannot be read, or has changed since it was checked.
@@ -53,7 +54,7 @@ class ShardSet:
         content = read_byte_range(*self.locations[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{self.locations[i][0]}: {self.names[i]} has changed since it was checked; start again")
-        return decode_bytes(content, self.names[i], self.range)
+        return decode_bytes(content, self.names[i], self.range, side)
 
 
 def sample_name(url: str, sample: ShardSample) -> str:
@@ -136,8 +137,8 @@ class FileSet:
         digests = "".join(contents[name].split()[1] for name in self.names)
         self.digests = np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(len(self.names), 32)
 
-    def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3].
+    def pixels(self, i: int, side: int | None = None) -> Pixels:
+        """Return image i, uint8 [H, W, 3]; ``side`` as in ``image_io.decode``.
 
         Raises:
             DataError: the file cannot be decoded, or has changed.
@@ -146,7 +147,7 @@ class FileSet:
         content = read_file(path)
         if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{path}: the file has changed since it was checked; start again")
-        return decode_bytes(content, str(path), self.range)
+        return decode_bytes(content, str(path), self.range, side)
 
 
 class TorchSet:
@@ -155,7 +156,7 @@ class TorchSet:
     Args:
         dataset: image: PIL image, or tensor [C, H, W] or array [H, W] or [H, W, C] with C of 1, 3 or 4; uint8, or
             floats in [0, 1].
-        labels: [N] class ids; None: the data set's ``targets``, or read from its items one by one.
+        labels: [N] class ids; None: those of ``read_labels``.
         names: [N]; None: ``prefix/00000`` and so on.
         prefix: of generated names.
 
@@ -174,7 +175,9 @@ class TorchSet:
         self.dataset = dataset
         count = len(dataset)
         self.names = tuple(names) if names is not None else tuple(f"{prefix}/{i:05d}" for i in range(count))
-        self.labels = _validate_labels(_labels_of(dataset) if labels is None else labels, count, len(self.names))
+        self.labels = _validate_labels(
+            read_labels(dataset, self.names) if labels is None else labels, count, len(self.names)
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -185,12 +188,9 @@ class TorchSet:
         Raises:
             DataError: an item that is no image, or floats outside [0, 1].
         """
+        image = read_item(self.dataset, i, self.names[i])[0]
         try:
-            item = self.dataset[i]
-        except Exception as error:  # the user's data set may raise anything
-            raise DataError(f"{self.names[i]}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
-        try:
-            return _to_pixels(item[0])
+            return _to_pixels(image)
         except DataError as error:
             raise DataError(f"{self.names[i]}: {error}") from None
 
@@ -211,7 +211,7 @@ class Subset:
         return self.images.pixels(int(self.index[i]))
 
 
-def _validate_labels(labels: Sequence[int] | NDArray[Any], images: int, names: int) -> Labels:
+def _validate_labels(labels: Sequence[int] | Sequence[str] | NDArray[Any], images: int, names: int) -> Labels:
     found = np.asarray(labels)
     if found.ndim != 1 or not len(found) == images == names:
         raise DataError(f"{images} images need as many labels and names, got {list(found.shape)} and {names}")
@@ -220,22 +220,57 @@ def _validate_labels(labels: Sequence[int] | NDArray[Any], images: int, names: i
     return found.astype(np.int64)
 
 
-def _labels_of(dataset: Any) -> NDArray[Any]:
+def read_item(dataset: Any, i: int, name: str) -> tuple[Any, Any]:
+    """Return (image, label) of a torch data set.
+
+    Raises:
+        DataError: the data set raises, or the item is no such pair; begins with ``name``.
+    """
+    try:
+        item = dataset[i]
+    except Exception as error:  # the user's data set may raise anything
+        raise DataError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise DataError(f"{name}: an item must be a pair (image, label), got an object of type {type(item).__name__}")
+    return item[0], item[1]
+
+
+def read_labels(dataset: Any, names: Sequence[str]) -> list[int] | list[str]:
+    """Return the labels of a torch data set: its ``targets``, or else those of its items, read one by one.
+
+    Raises:
+        DataError: labels that are neither whole numbers nor class names; begins with the name of the image.
+    """
+    targets: Any = getattr(dataset, "targets", None)
     # A target_transform would change what `targets` holds.
-    targets = getattr(dataset, "targets", None)
-    if targets is not None and len(targets) == len(dataset) and getattr(dataset, "target_transform", None) is None:
-        return np.asarray(targets)
-    return np.asarray([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64)
+    if targets is None or len(targets) != len(names) or getattr(dataset, "target_transform", None) is not None:
+        targets = [read_item(dataset, i, name)[1] for i, name in enumerate(names)]
+    labels: list[Any] = []
+    for name, label in zip(names, targets, strict=True):
+        try:
+            labels.append(label if isinstance(label, str) else operator.index(label))
+        except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor of several numbers
+            shown = " ".join(repr(label).split())[:60]
+            raise DataError(f"{name}: a label must be a whole number or a class name, got {shown}") from None
+    if {*map(type, labels)} == {int, str}:
+        raise DataError(f"{names[0]}: labels must be all whole numbers or all class names, got both")
+    return labels
 
 
 def _to_pixels(image: Any) -> Pixels:
     if isinstance(image, Image.Image):
-        image.load()
+        try:
+            image.load()
+        except Exception as error:  # Pillow raises nearly anything
+            raise DataError(f"cannot be decoded: {' '.join(str(error).split())[:160]}") from error
         return np.ascontiguousarray(to_rgb(image))
+    kind = type(image).__name__
     if hasattr(image, "detach"):  # a tensor: recognised without importing torch
         image = image.detach().cpu().numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
     array = np.asarray(image)
+    if array.dtype.kind not in "biufc":
+        raise DataError(f"an image must be a PIL image, an array or a tensor, got an object of type {kind}")
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
@@ -368,10 +403,37 @@ def image_sizes(images: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return sizes[:, 0], sizes[:, 1]
 
 
+def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels:
+    """Return image i as a square, uint8 [3, side, side]; large JPEG files are decoded at a reduced scale.
+
+    Args:
+        images: any set.
+        i: position of the image in it.
+        side: of the square, in pixels.
+        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``.
+
+    Raises:
+        DataError: the image cannot be decoded, or has changed.
+    """
+    images, i = _leaf_of(images, i)
+    pixels = images.pixels(i, side) if isinstance(images, (FileSet, ShardSet)) else images.pixels(i)
+    return resize_to_square(pixels, side, resize_mode)
+
+
+def _leaf_of(images: ImageSet, i: int) -> tuple[ImageSet, int]:
+    """Return the set within wrappers that holds image i, and its position there."""
+    while isinstance(images, (Subset, RelabeledSet, SemiSupervisedSet)):
+        if isinstance(images, SemiSupervisedSet):
+            count = len(images.labeled)
+            images, i = (images.labeled, i) if i < count else (images.unlabeled, i - count)
+        else:
+            i = int(images.index[i]) if isinstance(images, Subset) else i
+            images = images.images
+    return images, i
+
+
 def _image_size(images: ImageSet, i: int) -> tuple[int, int] | None:
-    while isinstance(images, (Subset, RelabeledSet)):
-        i = int(images.index[i]) if isinstance(images, Subset) else i
-        images = images.images
+    images, i = _leaf_of(images, i)
     if isinstance(images, ArraySet):
         return images.images.shape[2], images.images.shape[1]
     if not isinstance(images, FileSet):

@@ -329,8 +329,6 @@ def _check_conflicts(
         raise UsageError("mixup and cutmix need the number of classes: pass classes=")
     if mixes and second != "none":
         raise UsageError("mixed images have no second view: switch mixup and cutmix off, or use kd or dist")
-    if mixes and unlabeled:
-        raise UsageError("mixup and cutmix mix labels, which unlabeled images do not have: switch one of them off")
     if unlabeled and second == "same class":
         raise UsageError("unlabeled images have no class, so there is no second image of the same class; use kd")
     if unlabeled and whole_batches:

@@ -28,10 +28,18 @@ from PIL import Image
 
 from potstill.data.concurrency import ProgressReporter, interprocess_lock, threaded_map
 from potstill.data.entries import Finding, raise_problems
-from potstill.data.image_io import SPAN_KINDS, Pixels, ValueSpan, decoder_version, parse_span, read_file, read_image
+from potstill.data.image_io import (
+    SPAN_KINDS,
+    Pixels,
+    ValueSpan,
+    decoder_version,
+    parse_span,
+    read_file,
+    read_image,
+    silence_pillow,
+)
 from potstill.data.image_sets import ImageSet
 from potstill.data.image_structure import parse_structure
-from potstill.data.library_warnings import silence_pillow
 from potstill.errors import ArtifactError, DataError, StorageError
 from potstill.io import cache_folder, read_bytes, sha256_hex, write_bytes
 

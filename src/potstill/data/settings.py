@@ -58,9 +58,12 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
-        "digits", description="a name in `potstill.data.datasets.DATASETS`, a folder, or a .csv/.jsonl manifest"
+        "digits",
+        description="a folder, a .csv or .jsonl manifest, .tar shards, the name of a data set, or file.py:callable",
     )
-    options: dict[str, Any] = Field({}, description="options of a data set given by name, e.g. {classes: 2} for solar")
+    options: dict[str, Any] = Field(
+        {}, description="options of a data set given by name or code, e.g. {classes: 2} for solar"
+    )
     follow_links: bool = Field(
         False, description="follow links, and paths of a manifest, to files and folders outside the data folder"
     )

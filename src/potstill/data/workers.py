@@ -27,9 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from potstill.data.image_sets import ImageSet
-from potstill.data.preprocessing import resize_to_square
-from potstill.distributed.launch import TIMEOUT_VARIABLE, heartbeat_timeout
+from potstill.data.image_sets import ImageSet, read_square
+from potstill.distributed import TIMEOUT_VARIABLE, heartbeat_timeout
 from potstill.errors import StorageError, UsageError, WorkerError
 from potstill.formatting import format_names, format_scaled
 
@@ -292,7 +291,7 @@ def _work(
         failure: BaseException | None = None
         try:
             for position, i in enumerate(ids):
-                target[slot, position] = resize_to_square(images.pixels(i), side, resize_mode)
+                target[slot, position] = read_square(images, i, side, resize_mode)
                 count += 1
         except BaseException as error:
             failure = _picklable(error)

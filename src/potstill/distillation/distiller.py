@@ -19,10 +19,9 @@ from potstill.distillation.teacher_views import TeacherImages, TeacherViews
 from potstill.distillation.teachers import CombineMode, Teachers
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
-from potstill.inputs import InputConverter
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.wrappers import wrap_per_teacher
-from potstill.types import UNLABELED, Batch, Outputs, Step
+from potstill.types import UNLABELED, Batch, InputConverter, Outputs, Step
 
 
 class Distiller(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from potstill.distillation.teacher_inference import InferenceSettings, clone_as_float32
 from potstill.errors import UsageError
-from potstill.features.hooks import FeatureRequest, capture_features
+from potstill.features.hooks import CapturedFeatures, FeatureRequest, capture_features
 from potstill.features.stages import Stage
 from potstill.types import Head, Outputs, at_least_float32
 
@@ -72,8 +72,8 @@ class FeatureExtractor:
             images = settings.convert_images(images)
         with (
             nullcontext() if settings is None else settings.context(images.device, inference=not self.reads_maps),
-            capture_features(network, self._after) as after,
-            capture_features(network, self._before) as before,
+            capture_features(network, self._after) if self.uses_hooks else nullcontext(CapturedFeatures()) as after,
+            capture_features(network, self._before) if self._before.stages else nullcontext(after) as before,
         ):
             logits = network(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
@@ -83,7 +83,8 @@ class FeatureExtractor:
             embedding = None if after.embedding is None else clone_as_float32(after.embedding)
             return ForwardOutput(clone_as_float32(logits), embedding=embedding, head=self.head(network))
         maps = {(stage.path, False): output for stage, output in zip(self.request.after, after.maps, strict=True)}
-        maps |= {(stage.path, True): output for stage, output in zip(self.request.before, before.maps, strict=True)}
+        if self.request.before:
+            maps |= {(stage.path, True): output for stage, output in zip(self.request.before, before.maps, strict=True)}
         return ForwardOutput(at_least_float32(logits), after.features, maps, after.embedding, self.head(network))
 
     def head(self, network: nn.Module) -> Head | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from potstill.distributed.launch import heartbeat_timeout, is_torchrun_launched, ranks_and_counts, restart_count
+from potstill.distributed import heartbeat_timeout, is_torchrun_launched, ranks_and_counts, restart_count
 from potstill.distributed.watchdog import Watchdog
 from potstill.errors import UsageError, WorkerError
 

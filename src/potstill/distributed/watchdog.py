@@ -26,7 +26,7 @@ from typing import Any
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from potstill.distributed.launch import heartbeat_timeout
+from potstill.distributed import heartbeat_timeout
 from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, WorkerError, exit_code_of
 
 HEARTBEAT_SECONDS = 0.5

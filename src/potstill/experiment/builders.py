@@ -18,7 +18,7 @@ from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_views import TeacherViews
-from potstill.errors import ArtifactError, UsageError
+from potstill.errors import ArtifactError, UsageError, did_you_mean
 from potstill.evaluation.cost import known_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
@@ -35,6 +35,7 @@ from potstill.models.factory import (
     group_outputs,
     load_for_classes,
     load_weights,
+    load_zero_shot,
     output_groups,
 )
 from potstill.models.families import opaque_models
@@ -42,7 +43,7 @@ from potstill.models.families.opaque_models import FileNetwork, find_opaque
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
-from potstill.models.registry import input_spec, resolve
+from potstill.models.registry import input_spec, own_size, resolve
 from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
@@ -97,7 +98,7 @@ def build_network(
 
 def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
     """Do as ``build_network``, but for the range."""
-    size = network.size or recipe.data.size
+    size = _size(recipe, network)
     if opaque_models.is_model(network.model):
         return _from_other_program(recipe, network, classes)
     if network.weights is None:
@@ -109,6 +110,8 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
             )
         return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
     key = network_key(recipe, network)
+    if network.head == "zero_shot":
+        return _build_zero_shot(recipe, network, classes, key)
     if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
@@ -156,6 +159,57 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
             f"{_names(classes)}; {key}.classes gives another order",
         ]
     return start
+
+
+def _size(recipe: Recipe, network: StageSettings) -> int:
+    """Return the size of a network's images: nothing is fitted to another than its own in a zero-shot network."""
+    return network.size or (own_size(network.model) if network.head == "zero_shot" else recipe.data.size)
+
+
+DEFAULT_PROMPT = "a photo of a {}."
+
+
+def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
+    """Return a network whose head is made of the class names."""
+    assert network.weights is not None
+    if network.weights != "pretrained" and _is_potstill_model(Path(network.weights)):
+        raise UsageError(
+            f"{key}.head: {network.weights} was saved without text tower: leave {key}.head out if it has these "
+            "classes, use head: probe, or give the checkpoint of open_clip"
+        )
+    prompts = _class_prompts(network.prompts or [DEFAULT_PROMPT], classes, f"{key}.prompts")
+    module, scale = load_zero_shot(network.model, network.weights, prompts, size=_size(recipe, network))
+    facts = {"weights": network.weights, "head": {"kind": "zero_shot", "prompts": prompts, **scale}}
+    start = InitialNetwork(module, network.model, _spec(recipe, network), ready=True, facts=facts)
+    texts = [text for each in prompts.values() for text in each]
+    start.notes.append(
+        f"{key}: its head is made of {len(texts):,} texts for {len(classes):,} classes, such as {texts[0]!r}"
+    )
+    return start
+
+
+def _class_prompts(
+    prompts: list[str] | dict[str, list[str]], classes: tuple[str, ...], key: str
+) -> dict[str, list[str]]:
+    """Return the texts of each class; ``{}`` stands for its name, with spaces for underscores.
+
+    Raises:
+        UsageError: a class without prompts, or prompts of no class.
+    """
+    if isinstance(prompts, list):
+        prompts = dict.fromkeys(classes, prompts)
+    missing = [name for name in classes if name not in prompts]
+    unknown = [name for name in prompts if name not in classes]
+    if missing or unknown:
+        problems = [f"has no prompts for {_names(tuple(missing))}"] if missing else []
+        problems += [f"has prompts for {_names(tuple(unknown))}, of which the data has no images"] if unknown else []
+        near = did_you_mean(unknown[0], missing or classes) if unknown else ""
+        raise UsageError(
+            f"{key} {' and '.join(problems)}{near}\n"
+            f"It must name every class of this data: {_names(classes)}; or give templates for all, such as "
+            f'["{DEFAULT_PROMPT}"]'
+        )
+    return {name: [text.replace("{}", name.replace("_", " ")) for text in prompts[name]] for name in classes}
 
 
 def _published_names(weights: Path, ours: tuple[str, ...]) -> list[str] | None:
@@ -287,7 +341,7 @@ def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, T
         if network is not recipe.student:  # default: the student's preprocessing
             spec = _spec(recipe, recipe.student)
             return replace(spec, size=network.size or spec.size)
-    spec = input_spec(network.model, network.size or data.size, data.resize_mode)
+    spec = input_spec(network.model, _size(recipe, network), data.resize_mode)
     if normalisation is not None:
         spec = replace(spec, mean=normalisation[0], std=normalisation[1])
     mean, std = (data.mean, data.std) if network.weights != "pretrained" else (None, None)

@@ -28,10 +28,10 @@ from potstill.experiment.probe import load_fold_heads
 from potstill.experiment.teacher_cache import StageTeacher, describe_teacher, module_digest
 from potstill.experiment.teacher_inference import convert_as, spread_ids, teacher_images
 from potstill.input_spec import InputSpec
-from potstill.inputs import InputConverter
 from potstill.models.model_file import load_model
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute, create_compute
+from potstill.types import InputConverter
 
 
 @dataclass(frozen=True)

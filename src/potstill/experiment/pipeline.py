@@ -16,7 +16,7 @@ from potstill.config.method_settings import describe_method, needs_teacher
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe
 from potstill.config.stage_names import stage_name, stage_number, stage_role
 from potstill.data.splits import DataSplits
-from potstill.distillation.cross_fitting import FoldHeads
+from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.fidelity import class_order
@@ -28,9 +28,16 @@ from potstill.experiment.environment import describe_environment
 from potstill.experiment.estimate import describe_seeds, estimate_further_seeds
 from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, plan_stages, stage_recipe
 from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
-from potstill.experiment.probe import ProbedTeacher, check_probe, copy_fold_heads, load_fold_heads, probe_teacher
+from potstill.experiment.probe import (
+    ProbedTeacher,
+    check_probe,
+    copy_fold_heads,
+    fits_head,
+    load_fold_heads,
+    probe_teacher,
+)
 from potstill.experiment.reproduce import RunRecord, check_same_images
-from potstill.experiment.results import describe_run, evaluate_stages
+from potstill.experiment.results import describe_run, describe_unlabeled, evaluate_stages
 from potstill.experiment.resume import (
     TEST_EVALUATIONS_KEY,
     check_same_baseline,
@@ -215,6 +222,14 @@ def run(
         )
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
         experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
+        if splits.unlabeled is not None and splits.target is None and "distilled" in stages:
+            unlabeled = describe_unlabeled(recipe, splits)
+            observer.note(unlabeled["sentence"])
+            if unlabeled["passes"] < 1:
+                experiment.warn(
+                    f"the distilled student sees {unlabeled['passes']:.0%} of the unlabeled images: train for more "
+                    "epochs (an epoch is one pass over the labeled images), or raise data.unlabeled_share"
+                )
         with threads:
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
             for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
@@ -320,7 +335,7 @@ class _Experiment:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             model.module.to(self.compute.device)
             weights = recipe.network(stage.name).weights
-            if "head" in model.facts and weights is not None:  # a probe of another run
+            if "fold_heads" in model.facts.get("head", {}) and weights is not None:  # a probe of another run
                 source = find_model(Path(weights))
                 self.fold_heads[stage.name] = load_fold_heads(source, model.facts, self.data)
                 if self.compute.processes.first:
@@ -328,7 +343,7 @@ class _Experiment:
             if self.compute.processes.first:
                 save_model(model, folder)
             return model
-        probed = self._probe(stage, model, start) if stage.role == "teacher" else None
+        probed = self._probe(stage, model, start)
         if probed is not None and recipe.network(stage.name).head == "probe":
             if self.compute.processes.first:
                 save_model(model, folder)
@@ -389,9 +404,9 @@ class _Experiment:
         return model
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a teacher; return None if the recipe asks for none."""
+        """Fit the linear probe of a network; return None if the recipe asks for none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
-        if network.head is None:
+        if not fits_head(network):
             return None
         data = self.domains.stage_data(stage, self.models)
         layer = check_probe(network, start, data, network_key(self.recipe, network))

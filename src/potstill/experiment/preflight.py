@@ -11,10 +11,10 @@ from potstill.config.method_settings import describe_method
 from potstill.config.recipe import Recipe
 from potstill.config.stage_names import stage_role
 from potstill.config.validation import TARGET_MISSING
+from potstill.console import silence_native_stderr
 from potstill.data.datasets import load_data
 from potstill.data.entries import FINDING_KINDS, SkippedFile
 from potstill.data.image_sets import image_sizes
-from potstill.data.library_warnings import silence_native_stderr
 from potstill.data.preprocessing import crop_notes
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import DataSplits
@@ -30,7 +30,7 @@ from potstill.experiment.builders import (
     take_deployed_network,
 )
 from potstill.experiment.plan import PlannedStage, plan_stages
-from potstill.experiment.probe import check_probe
+from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.loggers import check_loggers_installed
 from potstill.methods import create_method, list_logit_methods
@@ -89,7 +89,7 @@ def _dry_run_stage(
         if name not in networks:
             network = recipe.network(name)
             start = build_network(recipe, network, data.class_names, data.range)
-            if network.head is not None:
+            if fits_head(network):
                 check_probe(network, start, data, network_key(recipe, network))
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
     if data.target is not None and recipe.domain_settings.adapt_batch_norm:
@@ -178,11 +178,12 @@ class _RandomImages:
         labels = np.asarray(self.data.train.labels)
         index = np.linspace(0, len(labels) - 1, self.count).astype(np.int64)  # of several classes
         chosen = torch.as_tensor(labels[index], dtype=torch.int64, device=device)
-        shares = torch.nn.functional.one_hot(chosen, classes).float()
         if self.data.target is not None:
             chosen[:] = UNLABELED
         elif self.data.unlabeled is not None and (self.needs.teacher or self.needs.peers):
             chosen[-1] = UNLABELED
+        known = (chosen != UNLABELED)[:, None]
+        shares = torch.nn.functional.one_hot(chosen.clamp(min=0), classes) * known.float()
         return Batch(
             self._noise(),
             chosen,
@@ -227,8 +228,6 @@ def check_data_requirements(
         )
     if mixes and needs.index:
         problems.append(f"{name} has a memory by sample, and a mixed image is no sample: switch mixup and cutmix off")
-    if mixes and unlabeled:
-        problems.append("mixup and cutmix mix labels, which unlabeled images do not have: switch one of them off")
     if target and (reason := _why_not_unlabeled(method)):
         problems.append(f"{name} {reason}: leave data.target out, or use kd or dist")
     elif unlabeled and (reason := _why_not_unlabeled(method)):
@@ -312,7 +311,7 @@ def check_all(
             network = recipe.network(stage.name)
             if network.weights is not None:  # loaded twice, so that errors come before training
                 start = build_network(recipe, network, splits.class_names, splits.range)
-                if network.head is not None:
+                if fits_head(network):
                     check_probe(network, start, splits, network_key(recipe, network))
         return splits, compute, {}
     augment = recipe.data.augment or splits.augment

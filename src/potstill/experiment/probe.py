@@ -1,6 +1,6 @@
-"""Linear probe: the head of a teacher, fitted by logistic regression on the embeddings of a frozen encoder.
+"""Linear probe: the head of a network, fitted by logistic regression on the embeddings of a frozen encoder.
 
-The encoder runs once over train and val, without augmentation, at the teacher's own size.  Flipped images as further
+The encoder runs once over train and val, without augmentation, at the network's own size.  Flipped images as further
 samples would double the cost for 0.4 points of accuracy at most (EfficientNet-Lite0, 1,000 images of CIFAR-10).
 """
 
@@ -20,9 +20,9 @@ from potstill import __version__
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distillation.cross_fitting import FoldHeads
 from potstill.distillation.feature_extractor import ExtractionRequest, FeatureExtractor
 from potstill.distillation.teacher_inference import InferenceSettings, convert_for_inference
+from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import ProcessGroup
 from potstill.errors import ArtifactError, NonFiniteError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
@@ -59,11 +59,16 @@ class ProbedTeacher:
     state: dict[str, Tensor]
 
 
+def fits_head(network: StageSettings) -> bool:
+    """Return whether the settings of a network ask for a probe, as its head or to begin with."""
+    return network.head in ("probe", "finetune")
+
+
 def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits, key: str) -> str:
     """Check that a head can be fitted; return the path of the network's last linear layer.
 
     Args:
-        network: the teacher's settings, with ``head``.
+        network: the settings of a teacher or student, with ``head``.
         start: the network as it was built.
         data: of the run.
         key: of the settings, for messages.
@@ -103,7 +108,7 @@ def probe_teacher(
     """Fit the head of ``model`` in place and write the cross-fitted heads to ``folder``; the model is not saved.
 
     Args:
-        stage: the teacher's.
+        stage: that of the network.
         model: its network; ``facts`` receives ``head``, ``val`` and the facts of every trained model.
         layer: path of its last linear layer.
         recipe: of the run.
@@ -132,7 +137,7 @@ def probe_teacher(
         embeddings.to(compute.device),
         labels,
         len(data.class_names),
-        seed=derive_seed(recipe.seed, f"{stage.name}/folds"),
+        seed=derive_seed(recipe.seed, f"{stage.seed}/folds"),  # baseline and distilled start from one probe
         class_weights=balanced_class_weights(labeled.bincount(minlength=len(data.class_names))) if balance else None,
     )
     probe = compute.processes.share(probe)

@@ -4,16 +4,18 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from potstill import __version__
 from potstill.config.recipe import Recipe
 from potstill.config.stage_names import repeat_index, stage_role
 from potstill.data.image_sets import ImageSet, image_sizes
 from potstill.data.preprocessing import crop_notes
+from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
-from potstill.evaluation.calibration import calibration_report
 from potstill.evaluation.cost import count_flops, known_parameters, measure_latency, measure_memory, model_summary
 from potstill.evaluation.fidelity import agreement
-from potstill.evaluation.final_metrics import split_intervals, split_metrics
+from potstill.evaluation.final_metrics import calibration_report, split_intervals, split_metrics
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
 from potstill.experiment.builders import split_loader
 from potstill.experiment.comparison import compare_with_baseline, describe_similarity
@@ -145,6 +147,7 @@ def describe_run(
             "resize_mode": recipe.data.resize_mode,
             "unseen": crop_notes(*image_sizes(data.train), recipe.data.resize_mode),
             "skipped": len(source.all_skipped),
+            **({} if data.unlabeled is None or source is not data else {"unlabeled": describe_unlabeled(recipe, data)}),
             **({} if source is data else {"source_domain": before}),
         },
         "method": recipe.method,
@@ -152,6 +155,36 @@ def describe_run(
         **evaluated,
         "warnings": warnings,
     }
+
+
+def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
+    """Return number and use of the unlabeled images, for results.json: ``sentence`` says them.
+
+    ``per_step`` and ``labeled_per_step``: images in a step of the distilled student; ``passes``: how often it sees each
+    unlabeled image.
+    """
+    assert data.unlabeled is not None
+    settings, share = recipe.stage_training("distilled"), recipe.data.unlabeled_share
+    sampler = EpochSampler(
+        np.asarray(data.train.labels), settings.batch_size, "shuffled", 0, len(data.unlabeled), share
+    )
+    labeled, images = min(settings.batch_size, sampler.labeled), len(data.unlabeled)
+    facts = {
+        "source": recipe.data.unlabeled,
+        "images": images,
+        "labeled_images": len(data.train),
+        "per_step": sampler.largest_batch - labeled,
+        "labeled_per_step": labeled,
+        "steps": sampler.steps * settings.epochs,
+        "passes": round((sampler.count - sampler.labeled) * settings.epochs / images, 3),
+    }
+    facts["sentence"] = (
+        f"{images:,} unlabeled images beside {len(data.train):,} labeled ones: a step of the distilled student has "
+        f"{facts['per_step']:,} and {labeled:,} of them, and it sees each unlabeled image {facts['passes']:.3g} times. "
+        f"Teacher and baseline learn from the labels alone; the baseline has as many steps ({facts['steps']:,}), the "
+        "same views and the same mixing"
+    )
+    return facts
 
 
 def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:

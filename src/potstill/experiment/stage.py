@@ -14,9 +14,11 @@ from potstill import __version__
 from potstill.config.recipe import Recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distillation.cross_fitting import FoldHeads
+from potstill.distillation.teachers import FoldHeads
 from potstill.errors import StorageError
 from potstill.evaluation.cost import known_parameters
+from potstill.evaluation.metrics import StreamingMetrics
+from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.builders import (
     build_distiller,
     build_teacher_views,
@@ -32,6 +34,8 @@ from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.probe import ProbedTeacher
 from potstill.experiment.teacher_cache import StageCaches, StageTeacher, open_caches
 from potstill.experiment.teacher_inference import convert_teachers
+from potstill.features.hooks import capture_outputs
+from potstill.features.student_surgery import DualHead
 from potstill.formatting import format_percent
 from potstill.io import write_text
 from potstill.methods.base import Method
@@ -196,6 +200,9 @@ def train_stage(
     processes.share_state(student.module)  # the model file, whose digest is part of the cache key, holds this state
     take_deployed_network(student, distiller)
     best = history.records[history.best_epoch - 1]
+    if isinstance(student.module, DualHead):
+        whole = split_loader(data, "val", student.input, recipe, settings, compute, shared=False)
+        best = best | {"val": best["val"] | _select_heads(student.module, whole, observer, planned.name)}
     val = (
         best["val"]
         if probed is None
@@ -219,6 +226,27 @@ def train_stage(
     return history
 
 
+@torch.no_grad()
+def _select_heads(network: DualHead, val: Loader, observer: Observer, name: str) -> EpochRecord:
+    """Choose how the two heads are averaged; return the val metrics with that choice, if there was one to make."""
+    if max(map(len, network.candidates)) == 1:
+        return {}
+    parts = []
+    with evaluation_mode(network), capture_outputs(network, network.taps) as heads:
+        for batch in val.epoch():
+            network(batch.images)
+            parts.append((*(heads[path].float() for path in network.taps), batch.labels))
+    first, second, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    metrics = StreamingMetrics(first.shape[1], device=first.device)
+    metrics.update(network.select(first, second, labels), labels)
+    found = metrics.compute()
+    observer.note(
+        f"{name}: the label head counts {network.heads.alpha:g} in the prediction, and the teacher's head has the "
+        f"temperature {network.heads.beta:g}, chosen on val (top-1 {format_percent(found['top1'])})"
+    )
+    return found
+
+
 def _select_probe_or_finetuned(
     student: Classifier,
     probed: ProbedTeacher,
@@ -230,6 +258,7 @@ def _select_probe_or_finetuned(
     """Restore the probe if the best epoch is not better on val; return the val metrics of the better one."""
     metric, head = settings.selection_metric, student.facts["head"]
     keep_probe = selection_value(metric, probed.val) >= selection_value(metric, best["val"])
+    keep_probe = keep_probe and student.remodelled is None  # a method that rebuilt the student has other layers
     head |= {"kind": "finetune", "taken": "probe" if keep_probe else "finetuned"}
     head["finetuned_val_top1"] = best["val"]["top1"]
     observer.note(
@@ -265,6 +294,7 @@ def label_loss(recipe: Recipe, settings: TrainingSettings, data: DataSplits) -> 
     if recipe.data.class_balance == "weights" and len(labeled):
         counts = np.bincount(labeled, minlength=len(data.class_names))
         weight = balanced_class_weights(torch.as_tensor(counts))
-    if weight is None and len(labeled) == len(labels):
+    mixes_unlabeled = data.unlabeled is not None and (recipe.data.augment or data.augment).mixes
+    if weight is None and len(labeled) == len(labels) and not mixes_unlabeled:
         return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     return LabelLoss(weight, settings.label_smoothing)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from potstill.code_references import permit_code, resolve_reference
 from potstill.config.recipe import load_recipe
 from potstill.data.entries import SkippedFile
 from potstill.errors import DataError, did_you_mean
@@ -49,6 +50,8 @@ def evaluate(
         ArtifactError: there is no model, or it is damaged.
     """
     folder = find_model_folder(model)
+    source = resolve_reference(source)
+    permit_code([source])
 
     from potstill.data.loader import Loader
     from potstill.evaluation.final_metrics import split_metrics
@@ -74,16 +77,17 @@ def evaluate(
 
 def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any, list[str], str, Sequence[SkippedFile]]:
     """Return the images, the class name of each, a description of the subset, and the files left out."""
-    from potstill.data.datasets import DATASETS, check_source, load_data
+    from potstill.data.datasets import check_source, load_data
     from potstill.data.file_datasets import list_source, raise_refused, read_files, to_skipped
     from potstill.data.image_sets import FileSet
+    from potstill.data.named_datasets import is_dataset
     from potstill.data.scan import check_files
     from potstill.data.settings import DataSettings
 
     settings = DataSettings.model_validate({"source": source, **options})
     check_source(settings)
     run_settings = None if model is None else _run_split_settings(run_data_settings(model), source)
-    if run_settings is not None or source in DATASETS:
+    if run_settings is not None or is_dataset(source):
         enabled = {key: True for key, value in options.items() if value}
         splits = load_data(settings if run_settings is None else run_settings.model_copy(update=enabled))
         names = [splits.class_names[label] for label in splits.test.labels]

@@ -27,10 +27,9 @@ from potstill.export.formats import (
     ExportedFiles,
     ExportFormat,
     Predictor,
-    find_format,
     quiet,
 )
-from potstill.export.formats.onnx import INPUT_NAME, facts_path, prepare_batch
+from potstill.export.onnx import INPUT_NAME, facts_path, prepare_batch
 from potstill.export.options import (
     CALIBRATION_IMAGES,
     COMPARED_IMAGES,
@@ -41,6 +40,7 @@ from potstill.export.options import (
     check_options,
     create_metadata,
     export_data_settings,
+    find_format,
     weights_sha256,
     without_preprocessing,
 )
@@ -380,7 +380,7 @@ class Exporter:
         return same, {"max_difference": other.max_difference, "agreement": other.agreement}
 
     def _export_int8(self) -> tuple[ExportedFiles, dict[str, Any]]:
-        from potstill.export.formats.onnx import export_graph, finalize_model
+        from potstill.export.onnx import export_graph, finalize_model
 
         network = export_graph(self.classifier.module, self.metadata)
         plain = finalize_model(network, create_metadata(self.classifier, self.options))

@@ -1,19 +1,30 @@
-"""Options of ``export``, their validation, and the metadata and data settings of a model."""
+"""Formats and options of ``export``, their validation, and the metadata and data settings of a model."""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from potstill.code_references import permit_code, resolve_reference
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.export.evaluate import run_data_settings
-from potstill.export.formats import ExportFormat
+from potstill.export.formats import COREML, EXECUTORCH, TORCH_EXPORT, ExportFormat
+from potstill.export.onnx import ONNX, OPENVINO
 from potstill.io import read_checksummed_json
 from potstill.models.exported_files import PREPROCESSING_MODES, ExportMetadata
 
 EXPORT_FOLDER, NAME = "export", "model"
 COMPARED_IMAGES, CALIBRATION_IMAGES = 200, 256  # for the comparison with PyTorch; for int8 calibration
+
+FORMATS = {
+    "onnx": ONNX,
+    "openvino": OPENVINO,
+    "torch-export": TORCH_EXPORT,
+    "executorch": EXECUTORCH,
+    "coreml": COREML,
+}
 
 MessageCallback = Callable[[str], None]
 
@@ -23,7 +34,7 @@ class ExportOptions:
     """Options of an export.
 
     Attributes:
-        format: one of ``formats.FORMATS``.
+        format: one of ``FORMATS``.
         inside: preprocessing that becomes part of the file: "none", "normalise" or "resize".
         int8: quantize to 8 bits; ONNX only.
         max_drop: largest loss of accuracy on the test split by int8, in [0, 1].
@@ -39,6 +50,22 @@ class ExportOptions:
     data: str | None = None
 
 
+def find_format(name: str) -> ExportFormat:
+    """Return the format with this name.
+
+    Raises:
+        UsageError: an unknown name, or a package is not installed.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"no format {name!r}{did_you_mean(name, FORMATS)}\nKnown formats: {', '.join(FORMATS)}")
+    found = FORMATS[name]
+    missing = [package for package in found.packages if find_spec(package) is None]
+    if missing:
+        needs = f"the format {name} needs {' and '.join(missing)}, not installed here"
+        raise UsageError(f'{needs}\nInstall: pip install "potstill[{found.extra}]"')
+    return found
+
+
 def export_data_settings(folder: Path, source: str | None) -> Any:
     """Return the data settings of a model's run, with ``source`` in place of its own if given.
 
@@ -46,6 +73,9 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
         DataError: a model outside of a run, and no source.
     """
     settings = run_data_settings(folder)
+    if source is not None:
+        source = resolve_reference(source)
+        permit_code([source])
     if settings is None and source is None:
         raise DataError(
             f"{folder} is not in a run, so there are no images to compare the export with it; name them: --data DIR"

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.data.entries import LINK_TO_FOLDER, has_image_suffix
 from potstill.data.image_io import Pixels, decode
+from potstill.data.preprocessing import decoded_side
 from potstill.data.sources import walk_images
 from potstill.errors import DataError, UsageError
-from potstill.export.formats.onnx import ONNX_SUFFIX, load_onnx
+from potstill.export.onnx import ONNX_SUFFIX, load_onnx
 from potstill.formatting import format_names
+from potstill.input_spec import InputSpec
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
@@ -93,7 +95,7 @@ class _Predictor:
     preprocess: Callable[[Pixels], Any]  # right after decoding, so that large photographs do not fill the memory
     probabilities: Callable[[list[Any]], list[list[float]]]  # outputs of ``preprocess`` -> [B, K]
     names: Sequence[str]
-    range: tuple[float, float] | None  # for decoding images of more than 8 bits
+    input: InputSpec  # its range and size are those that images are decoded for
 
 
 def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
@@ -104,7 +106,7 @@ def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
         model.prepare,
         lambda images: model.probabilities(images).tolist(),
         model.metadata.class_names,
-        model.metadata.input.range,
+        model.metadata.input,
     )
 
 
@@ -132,7 +134,7 @@ def _create_torch_predictor(
         return rows
 
     spec = classifier.input
-    return _Predictor(lambda pixels: preprocess(pixels, spec), probabilities, classifier.class_names, spec.range)
+    return _Predictor(lambda pixels: preprocess(pixels, spec), probabilities, classifier.class_names, spec)
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _predict(predictor: _Predictor, paths: Sequence[Path], top: int) -> list[Pre
     images, errors = {}, {}
     for i, path in enumerate(paths):
         try:
-            images[i] = predictor.preprocess(decode(path, predictor.range))
+            images[i] = predictor.preprocess(decode(path, predictor.input.range, decoded_side(predictor.input)))
         except DataError as error:
             errors[i] = str(error)
     rows = dict(zip(images, predictor.probabilities(list(images.values())), strict=True)) if images else {}

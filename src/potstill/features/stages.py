@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import UsageError, did_you_mean
-from potstill.features.layout import Grid, Layout
 from potstill.features.tracing import (
     CONTAINERS,
     ActivationCall,
     ForwardTrace,
+    Grid,
+    Layout,
     ModuleCall,
     count_weight_layers,
     map_grid,

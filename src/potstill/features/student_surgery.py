@@ -1,4 +1,4 @@
-"""Students with replaced last layers, trained and deployed instead of the student (NORM, SimKD).
+"""Students with replaced last layers, trained and deployed instead of the student (DHO, NORM, SimKD).
 
 Each is built from a student and plain values, so that a saved model can be built again without teacher and method.
 """
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from potstill.errors import UsageError, did_you_mean
 from potstill.features.hooks import find_submodule
-from potstill.features.layout import Grid, Layout
 from potstill.features.stages import Stage
+from potstill.features.tracing import Grid, Layout
 from potstill.types import at_least_float32
 
 
@@ -312,10 +312,117 @@ def _conv_norm_relu(inputs: int, outputs: int, *, kernel: int) -> tuple[nn.Modul
     return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
 
 
+class DualHead(ModifiedStudent):
+    """The student with two heads on its embedding, whose probabilities are averaged.
+
+    Its logits are ``log(alpha * softmax(first) + (1 - alpha) * softmax(second / beta))``.
+
+    Args:
+        network: the student; its last linear layer is wrapped in place.
+        head: path of that layer, whose output is the network's.
+        alpha: weight of the first head, the student's own.
+        beta: temperature of the second head, which is new.
+
+    Attributes:
+        candidates: values of alpha and of beta that ``select`` tries; by default only those given.
+
+    Example:
+        >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        >>> dual = DualHead(student, head="2", alpha=0.5, beta=1.0)
+        >>> dual(torch.zeros(2, 3, 4, 4)).exp().sum(dim=1)  # probabilities
+        tensor([1., 1.], grad_fn=<SumBackward1>)
+    """
+
+    name = "dual_head"
+
+    def __init__(self, network: nn.Module, *, head: str, alpha: float, beta: float) -> None:
+        super().__init__()
+        self.facts = constructor_arguments(locals(), self.name)
+        self.taps = f"network.{head}.first", f"network.{head}.second"
+        self.candidates: tuple[tuple[float, ...], tuple[float, ...]] = ((alpha,), (beta,))
+        self.network = network
+        linear = find_submodule(network, head)
+        if not isinstance(linear, nn.Linear) or not 0 <= alpha <= 1 or not beta > 0:
+            raise UsageError(f"{head} must be a linear layer, alpha in [0, 1] and beta above 0, got {alpha} and {beta}")
+        network.set_submodule(head, AveragedHeads(linear, alpha, beta))
+        self._heads = head
+
+    @property
+    def heads(self) -> "AveragedHeads":
+        """The two heads."""
+        return cast(AveragedHeads, self.network.get_submodule(self._heads))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, K] for images [B, 3, H, W]: logarithms of the averaged probabilities."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def select(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        """Choose alpha and beta among the candidates by top-1, and among equal ones by the log-likelihood.
+
+        Args:
+            first: shape [N, K], logits of the first head for images that the network was not trained on.
+            second: shape [N, K], of the second head.
+            labels: shape [N], class ids.
+
+        Returns:
+            The network's logits [N, K] with the chosen values.
+        """
+        heads, best = self.heads, (-1.0, -float("inf"))
+        for beta in self.candidates[1]:
+            for alpha in self.candidates[0]:
+                logits = average_heads(first, second, alpha, beta)
+                found = (
+                    float((logits.argmax(dim=1) == labels).double().mean()),
+                    -float(F.nll_loss(logits.double(), labels)),
+                )
+                if found > best:
+                    best, heads.alpha, heads.beta = found, alpha, beta
+        self.facts |= {"alpha": heads.alpha, "beta": heads.beta}
+        return average_heads(first, second, heads.alpha, heads.beta)
+
+
+class AveragedHeads(nn.Module):
+    """Two linear layers on one input; puts out the logarithm of their averaged probabilities."""
+
+    def __init__(self, linear: nn.Linear, alpha: float, beta: float) -> None:
+        super().__init__()
+        self.alpha, self.beta = alpha, beta
+        self.first = linear
+        self.second = nn.Linear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Return logits [B, K] for an embedding [B, D]."""
+        return average_heads(self.first(embedding), self.second(embedding), self.alpha, self.beta)
+
+
+MIN_PROBABILITY = 1e-30  # so that the logarithm stays finite
+
+
+def average_heads(first: Tensor, second: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return ``log(alpha * softmax(first) + (1 - alpha) * softmax(second / beta))``, [B, K] in at least float32.
+
+    Example:
+        >>> first, second = torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 1.0]]).log()
+        >>> average_heads(first, second, alpha=0.5, beta=1.0).exp()  # the mean of 3/4 and 1/2
+        tensor([[0.6250, 0.3750]])
+    """
+    ours = F.softmax(at_least_float32(first), dim=1)
+    theirs = F.softmax(at_least_float32(second) / beta, dim=1)
+    return (alpha * ours + (1 - alpha) * theirs).clamp(min=MIN_PROBABILITY).log()
+
+
 MODIFIED_STUDENTS: dict[str, type[ModifiedStudent]] = {
     "projected_head": ProjectedHead,
     "expanded_stage": ExpandedStage,
     "merged_stage": MergedStage,
+    "dual_head": DualHead,
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from potstill.methods.base import Method
-from potstill.methods.numerics import softened_kl
+from potstill.methods.numerics import Confidence, confidence_weights, softened_kl
 from potstill.options import Positive, Share, checked, option
 from potstill.types import Batch, Outputs
 
@@ -58,6 +58,11 @@ class KD(Method):
 
     temperature: Positive = option(default=2.0, doc="T of the soft targets; the same for teacher and student")
     alpha: Share = option(default=0.5, doc="weight of the label term; 1 ignores the teacher, 0 ignores the labels")
+    confidence: Confidence = option(
+        default="none",
+        doc='weight of an unlabeled image in the soft targets: 1 ("none"), the teacher\'s top probability ("top"), or '
+        '1 - its entropy / log K ("entropy"); not in the paper',
+    )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"temperature": 4.0, "alpha": 0.1},  # RepDistiller and mdistiller, every pair
@@ -83,9 +88,14 @@ class KD(Method):
 
     @property
     def soft_temperature(self) -> float | None:
-        return self.temperature
+        return self.temperature if self.confidence == "none" else None  # which is read at temperature 1
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
-        loss = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        if self.confidence == "none":
+            loss = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        else:
+            weights = confidence_weights(teacher.logits, batch.labels, self.confidence)
+            divergence = softened_kl(student.logits, teacher.logits, self.temperature)
+            loss = self.temperature**2 * (weights * divergence).mean()
         return {"kd": (1 - self.alpha) * loss}

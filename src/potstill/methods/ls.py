@@ -88,6 +88,8 @@ class LS(MethodWrapper):
         refuse_idle_label_weight(self.base_method, self.inner, "ls")
         if any(hasattr(method, "standardise") for method in self.inner.modules()):
             raise UsageError(f"{name} standardises some of its terms only: use it alone, with standardise: true")
+        if getattr(self.inner, "confidence", "none") != "none":
+            raise UsageError(f"ls standardises the logits that {name}'s confidence is computed from: leave it out")
         if not self.inner.needs.logits_only or self.inner.student_taps:
             raise UsageError(f"ls standardises logits, and {name} compares other things; use it around kd or dkd")
 

@@ -11,12 +11,15 @@ T = 1000 on.  Where the shift between the two is small, a series in the shift it
 Relations: inner products of a batch in at least float32, also within autocast, and the checks of shapes.
 """
 
+import math
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.errors import UsageError
-from potstill.types import at_least_float32
+from potstill.types import UNLABELED, at_least_float32
 
 
 def drop_target(logits: Tensor, targets: Tensor) -> Tensor:
@@ -134,6 +137,34 @@ def _exp_remainder(shift: Tensor) -> Tensor:
     for divisor in range(9, 2, -1):
         factor = 1 + shift / divisor * factor
     return shift.square() / 2 * factor
+
+
+Confidence = Literal["none", "top", "entropy"]
+
+
+def confidence_weights(teacher_logits: Tensor, labels: Tensor, kind: Confidence) -> Tensor:
+    """Return the weight [B] of each image in the soft targets; labeled images count 1.
+
+    Args:
+        teacher_logits: shape [B, K]; no gradient reaches them.
+        labels: shape [B], int64; -100: unlabeled.
+        kind: weight of an unlabeled image: "none": 1; "top": the teacher's top probability; "entropy": 1 - H / log K,
+            with H the entropy of its probabilities.  All of them at temperature 1.
+
+    Example:
+        >>> logits, labels = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log(), torch.tensor([-100, -100])
+        >>> confidence_weights(logits, labels, "top"), confidence_weights(logits, labels, "entropy")
+        (tensor([0.7500, 0.5000]), tensor([0.1887, 0.0000]))
+    """
+    logs = F.log_softmax(at_least_float32(teacher_logits.detach()), dim=1)
+    if kind == "none":
+        return torch.ones_like(logs[:, 0])
+    probabilities = logs.exp()
+    if kind == "top":
+        weights = probabilities.amax(dim=1)
+    else:
+        weights = (1 + (probabilities * logs).sum(dim=1) / math.log(logs.shape[1])).clamp(0, 1)
+    return torch.where(labels == UNLABELED, weights, 1.0)
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class MethodWrapper(Method):
     ) -> nn.Module:
         student = self.inner.modify_student(student, student_side, teacher_side)
         self.student_taps = self.inner.student_taps  # inside the new network
+        self.needs = replace(self.needs, student_head=self.inner.needs.student_head)
         return student
 
     def start_epoch(self, epoch: int, epochs: int) -> None:

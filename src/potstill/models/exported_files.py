@@ -44,9 +44,15 @@ def identify_file(path: Path) -> str | None:
     return "torchscript" if any(name.endswith("/constants.pkl") for name in names) else None
 
 
-def check_permission(kind: str, origin: str) -> None:
-    """Raise UsageError if files of this kind can run code and code is not permitted."""
-    if kind in EXECUTABLE and not is_permitted(kind):
+def check_permission(kind: str, origin: str, name: str) -> None:
+    """Raise UsageError if files of this kind can run code, and this one is not permitted.
+
+    Args:
+        kind: one of ``LABELS``.
+        origin: of the file, for messages.
+        name: by which it may have been permitted: its absolute path, or the SHA-256 of its content.
+    """
+    if kind in EXECUTABLE and not is_permitted(name):
         raise UsageError(
             f"{origin} is {LABELS[kind]}, which can do more than compute: opening it may write files or run code.\n"
             "If you trust its source, add --allow-code (from Python: allow_code=True), or set "

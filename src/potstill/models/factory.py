@@ -12,7 +12,7 @@ from potstill.errors import UsageError
 from potstill.input_spec import Triple
 from potstill.models import pretrained, state_dict
 from potstill.models.class_names import LIKELY_LISTS, OutputNames, class_list, find_outputs
-from potstill.models.families import own_models
+from potstill.models.families import open_clip_models, own_models
 from potstill.models.foreign_checkpoints import convert
 from potstill.models.output_groups import GroupedOutputs, OutputGroups, choose_rows
 from potstill.models.registry import build_model, output_count, resolve, try_forward
@@ -183,6 +183,8 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
     normalisation = None
     if source == OWN_WEIGHTS and family is own_models:
         module, new_head = build_model(architecture, num_classes, size=size), False
+    elif source != "pretrained" and family is open_clip_models:
+        module, new_head = open_clip_models.load(bare, _existing_path(source), num_classes, size)
     elif source != "pretrained":
         checkpoint = state_dict.read_checkpoint(_existing_path(source))
         module = build_model(architecture, num_classes, size=size)
@@ -190,17 +192,42 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
         notes = [f"{source}: {note}" for note in (*checkpoint.notes, *converted.notes)]
         normalisation = converted.normalisation
         new_head = state_dict.load_state_dict(module, converted.state, num_classes, origin=source)
-    elif architecture in pretrained.PACKAGED_WEIGHTS:
+    elif (packaged := pretrained.find_packaged_weights(architecture)) is not None:
         module = build_model(architecture, num_classes, size=size)
-        weights, path = pretrained.load_packaged_weights(architecture, module.state_dict())
-        new_head = state_dict.load_state_dict(module, weights, num_classes, origin=str(path))
+        weights = pretrained.load_packaged_weights(packaged, module.state_dict())
+        new_head = state_dict.load_state_dict(module, weights, num_classes, origin=str(packaged))
     else:
-        module, classes = family.pretrained(bare, num_classes, size)
+        with pretrained.naming_the_package(architecture):
+            module, classes = family.pretrained(bare, num_classes, size)
         new_head = classes != num_classes
     try_forward(module, architecture, num_classes, size=size)
     if new_head:
         notes.insert(0, f"the head of {architecture} is new and random: {source} was made for other classes")
     return LoadedModel(module, new_head, notes, normalisation=normalisation)
+
+
+def load_zero_shot(
+    architecture: str, source: str, prompts: Mapping[str, Sequence[str]], *, size: int
+) -> tuple[nn.Module, dict[str, float | None]]:
+    """Return a network of open_clip whose head is made of texts; see ``open_clip_models.load_zero_shot``.
+
+    Args:
+        architecture: ``open_clip/NAME``.
+        source: ``"pretrained"``, or the path of a checkpoint with both towers.
+        prompts: for each class, in the order of the outputs, its texts.
+        size: height and width of the images in pixels.
+
+    Raises:
+        UsageError: a network without text tower, or weights that cannot be had.
+        ArtifactError: a file that is damaged, does not fit the network, or has no text tower.
+    """
+    family, bare = resolve(architecture)
+    if family is not open_clip_models:
+        raise UsageError(f"{architecture} has no text tower: a zero-shot head needs a network of open_clip")
+    path = open_clip_models.published_weights(bare) if source == "pretrained" else _existing_path(source)
+    module, scale = open_clip_models.load_zero_shot(bare, path, list(prompts.values()), size)
+    try_forward(module, architecture, len(prompts), size=size)
+    return module, scale
 
 
 def _existing_path(source: str) -> Path:

@@ -37,7 +37,6 @@ from potstill.io import (
     write_checksummed_json,
 )
 from potstill.models import state_dict
-from potstill.models.exported_files import check_permission
 from potstill.models.families.opaque_models import allocate_buffers
 from potstill.models.output_groups import GroupedOutputs, OutputGroups
 from potstill.models.registry import build_model
@@ -202,8 +201,6 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
             f"no model at {path}: expected a folder with {WEIGHTS_FILE} and {FACTS_FILE}, or one of the two"
         )
     body = read_facts(folder / FACTS_FILE)
-    if module is None:
-        check_permission(body.architecture, str(folder / FACTS_FILE))
     if module is None and is_code_reference(body.architecture) and not is_permitted(body.architecture):
         raise ArtifactError(
             f"{folder / FACTS_FILE} is a network whose code would run on this machine: {body.architecture}\n"

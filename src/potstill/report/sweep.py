@@ -11,9 +11,8 @@ from potstill.experiment.verdict import headline
 from potstill.formatting import MISSING, format_decimal, format_duration, format_number, format_percent, format_points
 from potstill.io import read_checksummed_json, write_text
 from potstill.report.canvas import as_svg
-from potstill.report.compare import compare_predictions, group_runs
+from potstill.report.compare import compare_predictions, group_runs, read_contender
 from potstill.report.display_names import escape_invisible
-from potstill.report.pairing import read_contender
 from potstill.report.render import render_template
 from potstill.report.run_reader import read_run
 from potstill.report.theme import DISTILLED, FAINT, VAL

@@ -1,5 +1,6 @@
-"""Text files of a stage: metrics.txt and classification reports."""
+"""Text files: metrics.txt and classification reports of a stage, and report.md, the model card of the student."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from potstill.formatting import (
     format_scaled,
 )
 from potstill.report.display_names import display_width, escape_invisible
-from potstill.report.run_reader import SPLITS, Run, StageResult
+from potstill.report.run_reader import SPLITS, STAGES, Run, StageResult
 
 ValueFormatter = Callable[[Any], str]
 
@@ -157,10 +158,17 @@ def training_text(stage: StageResult) -> str:
 
 
 def head_text(stage: StageResult) -> str:
-    """``a linear probe on embeddings of 1,000 images (C 0.01, cross-validated top-1 69.1 %, 13 s)``; "" without one."""
+    """Return ``a linear probe on embeddings of 1,000 images (C 0.01, cross-validated top-1 69.1 %, 13 s)``, or "" if
+    there is no fitted head.
+    """
     head = stage.facts.get("head")
     if not isinstance(head, dict):
         return ""
+    if head.get("kind") == "zero_shot":
+        prompts = head.get("prompts")
+        texts = [text for each in prompts.values() for text in each] if isinstance(prompts, dict) else []
+        first = f", such as {escape_invisible(repr(str(texts[0])))}" if texts else ""
+        return f"a zero-shot head, made of {_plural(len(texts), 'text')} without labels{first}"
     checked = head.get("cross_validated") or {}
     strength = format_number(head.get("C"))
     text = (
@@ -266,3 +274,101 @@ def _class_table(stage: StageResult) -> str:
 
 def _plural(value: object, noun: str) -> str:
     return f"{format_count(value)} {noun}{'' if value == 1 else 's'}"
+
+
+_CARD_METRICS = (
+    ("top1", "Top-1", format_percent),
+    ("top3", "Top-3", format_percent),
+    ("f1_macro", "F1, macro", format_percent),
+    ("ece", "ECE", format_percent),
+    ("nll", "NLL", format_decimal),
+)
+
+
+def model_card(run: Run) -> str | None:
+    """Return the model card: front matter and Markdown; None if no student was trained.
+
+    The licence is left to the user.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    student = run.stages.get("distilled") or run.stages.get("baseline")
+    if student is None:
+        return None
+    data = ModelCardData(
+        library_name="potstill",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "knowledge-distillation"],
+        model_name=run.name,
+        eval_results=_eval_results(run, student),
+        ignore_metadata_errors=True,
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(run, student)}"))
+
+
+def _eval_results(run: Run, student: StageResult) -> list[Any] | None:
+    from huggingface_hub import EvalResult
+
+    test = student.metrics.get("test", {})
+    source = str(run.data.get("source") or "images")
+    found = [
+        EvalResult("image-classification", source, source, kind, value, dataset_split="test", metric_name=name)
+        for kind, key, name in (("accuracy", "top1", "Top-1"), ("f1", "f1_macro", "F1, macro"))
+        if (value := format_number(test.get(key))) is not None
+    ]
+    return found or None
+
+
+def _card_text(run: Run, student: StageResult) -> str:
+    model = student.model
+    verdict = str((run.comparison or {}).get("verdict") or "")
+    network = f"`{_markdown(model.get('architecture'))}`, {format_scaled(model.get('parameters'))} parameters"
+    parts = [
+        f"# {_markdown(run.name)}",
+        f"An image classifier ({network}, images of {model.get('size') or MISSING} pixels) for "
+        f"{len(run.class_names)} classes: {', '.join(map(_markdown, run.class_names[:20]))}"
+        + (f" and {len(run.class_names) - 20} more." if len(run.class_names) > 20 else "."),
+        _markdown(verdict),
+        "## Intended use",
+        "Images like the training images, of these classes only: for an image of anything else it still predicts one "
+        "of them.",
+        "## Metrics",
+        _card_metrics(run),
+        "On the test split, which was used for no choice.",
+        "## Limits",
+        "- Metrics hold for images drawn like the test images. Nothing is known of others.\n"
+        "- Confidence is not the probability of being right; see the calibration section of report.html."
+        "\n- Metrics of small classes are less certain than the mean suggests: see report.html, class by class.",
+        "## Training",
+        _training_sentence(run, student),
+        "## Licence",
+        "Not stated. It depends on the images and on the teacher's weights; add `license:` to the front matter.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _card_metrics(run: Run) -> str:
+    shown = [run.stages[name] for name in STAGES if name in run.stages]
+    rows = [
+        [name, *(form(stage.metrics.get("test", {}).get(key)) for stage in shown)] for key, name, form in _CARD_METRICS
+    ]
+    rows.append(["Parameters", *(format_scaled(stage.model.get("parameters")) for stage in shown)])
+    head = ["", *(stage.name for stage in shown)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * len(shown)], *rows])
+
+
+def _training_sentence(run: Run, student: StageResult) -> str:
+    teachers = [_markdown(s.model.get("architecture")) for s in run.stages.values() if s.role == "teacher"]
+    by = f" from {', '.join(teachers)}" if teachers and student.name == "distilled" else ""
+    method = f" by {_markdown(run.method)}" if by and run.method else ""
+    return (
+        f"Trained by potstill {_markdown(run.results.get('potstill'))}{by}{method}, seed {run.results.get('seed')}, on "
+        f"{_markdown(run.data.get('source'))}. The recipe is `recipe.yaml`; `potstill run recipe.yaml` repeats it."
+    )
+
+
+def _markdown(value: Any) -> str:
+    """Escape Markdown and HTML, on one line."""
+    text = " ".join(escape_invisible(str(MISSING if value is None else value)).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|#!])", r"\\\1", text)

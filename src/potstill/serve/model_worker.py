@@ -1,4 +1,4 @@
-"""The worker process that decodes images and runs the models; if it crashes or hangs, it is replaced.
+"""The worker process that decodes images and runs the models; its client replaces it if it crashes or hangs.
 
 The processes exchange JSON and the image's bytes, never pickles, as a compromised decoder is not trusted.
 """
@@ -7,12 +7,17 @@ import base64
 import contextlib
 import io
 import json
+import multiprocessing
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill.errors import DataError, PotstillError
+from potstill.errors import ArtifactError, DataError, PotstillError, WorkerError
+from potstill.serve.middleware import ServerLimits
 
 if TYPE_CHECKING:
     from potstill.data.image_io import Pixels
@@ -30,7 +35,7 @@ def run_worker(pipe: Connection, folders: dict[str, str]) -> None:
         folders: model folders by stage.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    from potstill.data.library_warnings import silence_native_stderr
+    from potstill.console import silence_native_stderr
 
     with silence_native_stderr(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
@@ -71,17 +76,25 @@ def _summarize_model(model: "Classifier") -> dict[str, Any]:
 
 
 def _predict_all(models: dict[str, "Classifier"], head: dict[str, Any], image: bytes) -> dict[str, Any]:
-    from potstill.data.image_io import decode_bytes
+    from potstill.data.image_io import JPEG_START, decode_bytes
+    from potstill.data.preprocessing import decoded_side
 
     try:
-        # Images of more than 8 bits are decoded with the range that a model was trained with.
-        ranges = {model.input.range for model in models.values()}
-        by_range = {ends: decode_bytes(image, "image", ends) for ends in ranges}
-        pixels = next(iter(by_range.values()))
+        # Decoded as for `predict`: with the range that a model was trained with, and for the size of its input.
+        wanted = {(model.input.range, decoded_side(model.input)) for model in models.values()}
+        full = {ends: decode_bytes(image, "image", ends) for ends in {ends for ends, _ in wanted}}
+        decoded = {
+            (ends, side): decode_bytes(image, "image", ends, side) if image.startswith(JPEG_START) else full[ends]
+            for ends, side in wanted
+        }
+        pixels = next(iter(full.values()))
     except DataError as error:
         large = any(word in str(error) for word in ("megapixels", "beyond the limits"))
         return {"error": str(error), "status": 413 if large else 415}
-    answers = [_predict_one(stage, model, by_range[model.input.range], head) for stage, model in models.items()]
+    answers = [
+        _predict_one(stage, model, decoded[model.input.range, decoded_side(model.input)], head)
+        for stage, model in models.items()
+    ]
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],
@@ -122,7 +135,7 @@ def _gradcam(model: "Classifier", images: Any, wanted: int, pixels: "Pixels") ->
 
 
 def _agreement(answers: list[dict[str, Any]]) -> bool | None:
-    """Whether the student says what the teacher says; None where one of them is missing."""
+    """Return whether student and teacher predict the same class; None if one of them is missing."""
     top_classes = {each["stage"]: each["predictions"][0]["class"] for each in answers}
     if "teacher" not in top_classes or "distilled" not in top_classes:
         return None
@@ -138,3 +151,124 @@ def _preview(pixels: "Pixels") -> str:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+_MAX_REPLY_BYTES = 4_000_000
+
+
+class WorkerUnavailable(Exception):
+    """There is no response now, but another try may succeed."""
+
+
+class WorkerClient:
+    """A worker process with the models, for one image at a time.
+
+    Args:
+        folders: model folders by stage.
+        limits: time-outs.
+    """
+
+    def __init__(self, folders: dict[str, Path], limits: ServerLimits) -> None:
+        self.folders = {stage: str(folder) for stage, folder in folders.items()}
+        self.limits = limits
+        self.models: dict[str, Any] = {}  # summaries by stage, from the worker
+        self._lock = threading.Lock()  # held while talking to the worker
+        self._worker: BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the worker and wait until it has loaded the models.
+
+        Raises:
+            ArtifactError: a model is damaged.
+            WorkerError: the worker died, or took too long.
+        """
+        with self._lock:
+            self._spawn()
+
+    def predict(self, image: bytes, **head: Any) -> dict[str, Any]:
+        """Return the worker's response, or its ``error`` and ``status``.
+
+        Raises:
+            WorkerUnavailable: other images are in the queue, or the worker died or took too long.
+        """
+        end = time.monotonic() + self.limits.answer_seconds
+        # Half of the time for waiting, so that a late request does not get a healthy worker killed.
+        if not self._lock.acquire(timeout=self.limits.answer_seconds / 2):
+            raise WorkerUnavailable("other images are still being processed; try again in a moment")
+        try:
+            alive = self._worker is not None and self._worker.is_alive()
+            answer = self._exchange(image, head, end) if alive else None
+        except BaseException:
+            self._lock.release()
+            raise
+        if answer is not None:
+            self._lock.release()
+            return answer
+        self._kill()
+        threading.Thread(target=self._respawn, daemon=True).start()  # releases the lock once the models are loaded
+        if alive:
+            raise WorkerUnavailable("this image took too long, or crashed the worker process")
+        raise WorkerUnavailable("the models are being loaded; try again in a few seconds")
+
+    def close(self) -> None:
+        """Stop the worker."""
+        self._closed = True
+        self._kill()
+
+    def _exchange(self, image: bytes, head: dict[str, Any], end: float) -> dict[str, Any] | None:
+        assert self._pipe is not None
+        assert self._worker is not None
+        watch = threading.Timer(max(0.0, end - time.monotonic()), self._worker.kill)  # sending can hang as well
+        watch.daemon = True
+        watch.start()
+        try:
+            self._pipe.send_bytes(json.dumps(head).encode())
+            self._pipe.send_bytes(image)
+            answer: dict[str, Any] = json.loads(self._pipe.recv_bytes(_MAX_REPLY_BYTES))
+            return answer
+        except (OSError, EOFError, ValueError):
+            return None
+        finally:
+            watch.cancel()
+
+    def _respawn(self) -> None:
+        try:
+            with contextlib.suppress(PotstillError):  # the next request tries again
+                if not self._closed:
+                    self._spawn()
+        finally:
+            self._lock.release()
+
+    def _spawn(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._worker = context.Process(
+            target=run_worker, args=(other, self.folders), daemon=True, name="potstill-worker"
+        )
+        self._worker.start()
+        other.close()
+        try:
+            if not self._pipe.poll(self.limits.load_seconds):
+                raise WorkerError(f"the models were not loaded within {self.limits.load_seconds:g} seconds")
+            answer = json.loads(self._pipe.recv_bytes(_MAX_REPLY_BYTES))
+        except (OSError, EOFError, ValueError) as error:
+            self._kill()
+            raise WorkerError("the process that loads the models died") from error
+        except WorkerError:
+            self._kill()
+            raise
+        if "fatal" in answer:
+            self._kill()
+            raise ArtifactError(answer["fatal"])
+        self.models = answer["models"]
+
+    def _kill(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.join(5)
+            self._worker = None
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None

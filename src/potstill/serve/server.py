@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -18,17 +19,136 @@ from potstill import __version__
 from potstill.errors import UsageError
 from potstill.experiment.run_folder import find_model
 from potstill.report.theme import css_variables
-from potstill.serve import runs, schemas
+from potstill.serve import runs
 from potstill.serve.middleware import RequestGuardMiddleware, ServerLimits, limited_protocol
+from potstill.serve.model_worker import WorkerClient, WorkerUnavailable
 from potstill.serve.runs import list_runs
-from potstill.serve.worker_client import WorkerClient, WorkerUnavailable
+
+# The shapes of the API's answers, from which /openapi.json is made.
+
+
+class Problem(BaseModel):
+    """The body of any error response."""
+
+    error: str
+
+
+class Health(BaseModel):
+    """Of /healthz."""
+
+    status: str
+
+
+class Guess(BaseModel):
+    """A class and its probability, 0 to 1."""
+
+    class_: str
+    probability: float
+
+    model_config = {"populate_by_name": True, "alias_generator": lambda name: name.rstrip("_")}
+
+
+class Cam(BaseModel):
+    """Where a network looks: ``rows`` of values 0 to 1 over ``region``, the shares left, top, width, height."""
+
+    rows: list[list[float]] | None = None
+    region: list[float] | None = None
+    error: str | None = None
+
+
+class Answer(BaseModel):
+    """Predictions of one model for an image."""
+
+    stage: str
+    milliseconds: float
+    predictions: list[Guess]
+    gradcam: Cam | None = None
+
+
+class Prediction(BaseModel):
+    """Predictions of all models for an image; ``agreement``: whether student and teacher predict the same class."""
+
+    width: int
+    height: int
+    preview: str
+    models: list[Answer]
+    agreement: bool | None = None
+
+
+class Model(BaseModel):
+    """A network of the run; ``size``: height and width of its images in pixels."""
+
+    stage: str
+    architecture: str
+    classes: list[str]
+    parameters: int
+    size: int
+
+
+class Models(BaseModel):
+    """Of /models."""
+
+    run: str
+    models: list[Model]
+
+
+class Epoch(BaseModel):
+    """A point of the curves."""
+
+    epoch: int
+    seconds: float
+    train_loss: float | None = None
+    train_top1: float | None = None
+    val_loss: float | None = None
+    val_top1: float | None = None
+
+
+class Stage(BaseModel):
+    """A network of a run."""
+
+    stage: str
+    test_top1: float | None = None
+
+
+class Training(Stage):
+    """A stage with its curves; ``eta_seconds``: until the last planned epoch."""
+
+    done: bool
+    planned: int | None = None
+    epochs: list[Epoch]
+    eta_seconds: float | None = None
+
+
+class Run(BaseModel):
+    """A run; ``state``: finished, training, stopped, or damaged (results.json)."""
+
+    id: str
+    state: str
+    created: str | None = None
+    method: str | None = None
+    report: bool
+    stages: list[Stage]
+
+
+class Runs(BaseModel):
+    """Of /runs, the newest first."""
+
+    runs: list[Run]
+
+
+class Progress(Run):
+    """Of /runs/{id}."""
+
+    stages: list[Training]  # type: ignore[assignment]
+    verdict: str | None = None
+
 
 _CONTENT_TYPES = {"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}
 # The report is a page of its own without scripts; sandboxed, it is of no origin and can do nothing here.
 _REPORT_CSP = "sandbox allow-popups; default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
 _STATUSES: tuple[int, ...] = (400, 403, 405, 408, 413, 415, 421, 422, 429, 503)
-_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": schemas.Problem} for status in _STATUSES}
-_NOT_FOUND_RESPONSES: dict[int | str, dict[str, Any]] = {**_ERROR_RESPONSES, 404: {"model": schemas.Problem}}
+_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in _STATUSES}
+_NOT_FOUND_RESPONSES: dict[int | str, dict[str, Any]] = {**_ERROR_RESPONSES, 404: {"model": Problem}}
 _IMAGE_BODY = {
     "requestBody": {
         "required": True,
@@ -89,22 +209,22 @@ def _add_page(app: FastAPI) -> None:
 
 def _add_model_routes(app: FastAPI, worker: WorkerClient, name: str) -> None:
     @app.get("/healthz", responses=_ERROR_RESPONSES)
-    async def healthz() -> schemas.Health:
+    async def healthz() -> Health:
         """Whether the server is up, also while images are processed."""
-        return schemas.Health(status="ok")
+        return Health(status="ok")
 
     @app.get("/models", responses=_ERROR_RESPONSES)
-    async def models() -> schemas.Models:
+    async def models() -> Models:
         """The networks that predict."""
-        known = [schemas.Model(stage=stage, **about) for stage, about in worker.models.items()]
-        return schemas.Models(run=name, models=known)
+        known = [Model(stage=stage, **about) for stage, about in worker.models.items()]
+        return Models(run=name, models=known)
 
     @app.post("/predict", responses=_ERROR_RESPONSES, openapi_extra=_IMAGE_BODY, response_model_exclude_none=True)
     async def predict(
         request: Request,
         top: Annotated[int, Query(ge=1, le=1000, description="classes for each model")] = 5,
         gradcam: Annotated[bool, Query(description="a Grad-CAM heat map of each network")] = False,
-    ) -> schemas.Prediction:
+    ) -> Prediction:
         """Predictions of the models for an image, which is the raw body and is not stored."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not (kind.startswith("image/") or kind == "application/octet-stream"):
@@ -118,7 +238,7 @@ def _add_model_routes(app: FastAPI, worker: WorkerClient, name: str) -> None:
             raise HTTPException(503, str(error), {"Retry-After": "2"}) from None
         if "error" in answer:
             raise HTTPException(answer["status"], answer["error"])
-        return schemas.Prediction.model_validate(answer)
+        return Prediction.model_validate(answer)
 
 
 def _add_run_routes(app: FastAPI, known: Callable[[], dict[str, Path]]) -> None:
@@ -129,14 +249,14 @@ def _add_run_routes(app: FastAPI, known: Callable[[], dict[str, Path]]) -> None:
         return found
 
     @app.get("/runs", responses=_ERROR_RESPONSES)
-    def listing() -> schemas.Runs:
+    def listing() -> Runs:
         """All runs."""
-        return schemas.Runs.model_validate({"runs": [runs.summary(run, path) for run, path in known().items()]})
+        return Runs.model_validate({"runs": [runs.summary(run, path) for run, path in known().items()]})
 
     @app.get("/runs/{run}", responses=_NOT_FOUND_RESPONSES)
-    def one(run: str) -> schemas.Progress:
+    def one(run: str) -> Progress:
         """One run with its curves, up to the last epoch of a running training."""
-        return schemas.Progress.model_validate(runs.progress(run, folder(run)))
+        return Progress.model_validate(runs.progress(run, folder(run)))
 
     @app.get(
         "/runs/{run}/report",

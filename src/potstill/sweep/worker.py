@@ -221,8 +221,8 @@ class Sweep:
             lock.release()
 
     def _begin(self) -> None:
+        from potstill.console import silence_native_stderr
         from potstill.data.datasets import load_data
-        from potstill.data.library_warnings import silence_native_stderr
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with silence_native_stderr():
@@ -291,6 +291,7 @@ class Sweep:
                 f"{key}.weights={home.stage(name).resolve()}",
                 f"{key}.new_head=false",
                 f"{key}.head=null",
+                f"{key}.prompts=null",
                 f"{key}.classes=null",
             )
         )

@@ -348,19 +348,19 @@ class Trainer:
                 if isinstance(module, _BatchNorm):
                     module.eval()
         accumulated, teacher_outputs = self.settings.gradient_accumulation_steps, self.teacher_outputs["train"]
-        start, sizes = state.step, self.train.sizes_of(number)
+        start, sizes, steps = state.step, self.train.sizes_of(number), self.train.steps
         teacher_outputs.start_epoch(number, start)
         for position, batch in enumerate(self.train.epoch(number, start), start=start):
             if position == start:
                 self.compiler.prepare(batch.images)
             first = position - position % accumulated  # batch of this update
-            complete = (position + 1) % accumulated == 0 or position + 1 == self.train.steps
+            complete = (position + 1) % accumulated == 0 or position + 1 == steps
             with self.compute.processes.stepping():
                 with self.ddp.step(complete):
                     step = self._forward(batch, teacher_outputs, self.ddp.call, self.compute.autocast())
                     self.compute.processes.mark()
                     share = self.ddp.loss_weight(len(batch), sizes[position])
-                    self.gradients.add(step, min(accumulated, self.train.steps - first), share)
+                    self.gradients.add(step, min(accumulated, steps - first), share)
                 if complete:
                     self._update()
                 state.metrics.update(step.logits.detach(), batch.labels)

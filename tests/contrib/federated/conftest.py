@@ -79,7 +79,7 @@ class Parts:
     def server(name, recipe, data, clients, *, public=None, rounds=1, local_epochs=1, teacher=None, **limits):
         import torch
 
-        from potstill.contrib.federated.algorithms import ALGORITHMS
+        from potstill.contrib.federated import ALGORITHMS
         from potstill.contrib.federated.client import PublicDataset
         from potstill.contrib.federated.server import Schedule, Server
         from potstill.experiment.builders import build_network, split_loader

@@ -1,6 +1,6 @@
 import pytest
 
-from potstill.contrib.federated.algorithms import ALGORITHMS, parse_names
+from potstill.contrib.federated import ALGORITHMS, parse_names
 from potstill.contrib.federated.federation import FederationOptions, best_algorithm, federate, format_table
 from potstill.contrib.federated.partition import Partition
 from potstill.contrib.federated.server import Schedule, Server

@@ -155,20 +155,6 @@ def test_repeats_among_arrays() -> None:
     assert find_repeated_files(data)[0].reason.startswith("the same pixels as m/25")
 
 
-def test_unlabeled_images_that_are_in_test_too(make_folder, tmp_path: Path) -> None:
-    folder = make_folder({f"{split}/{name}": 3 for split in SPLITS for name in ("cat", "dog")})
-    more = tmp_path / "more"
-    more.mkdir()
-    for name in ("train/cat/0.png", "test/dog/1.png", "val/cat/2.png"):
-        shutil.copy(folder / name, more / name.replace("/", "-"))
-    data = load_data(DataSettings(source=str(folder), unlabeled=str(more)))
-
-    assert [(each.kind, each.path, each.others) for each in find_repeated_files(data)] == [
-        ("across-splits", "test/dog/1.png", ("test-dog-1.png",)),
-        ("across-splits", "val/cat/2.png", ("val-cat-2.png",)),
-    ]
-
-
 def test_what_a_run_says() -> None:
     findings = [
         Finding("two-labels", "a.png", "the same file as b.png, as 'cat' in train and 'dog' in train"),

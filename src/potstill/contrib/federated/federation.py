@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from potstill.config.recipe import Recipe, dump_recipe
-from potstill.contrib.federated.algorithms import ALGORITHMS, BASELINES, Algorithm, check_recipe
+from potstill.console import silence_native_stderr
+from potstill.contrib.federated import ALGORITHMS, BASELINES, Algorithm, check_recipe
 from potstill.contrib.federated.client import Client, PublicDataset, check_method
 from potstill.contrib.federated.partition import Partition, client_image_sources, split_public_images
 from potstill.contrib.federated.server import (
@@ -28,7 +29,6 @@ from potstill.contrib.federated.server import (
 )
 from potstill.data.datasets import load_data
 from potstill.data.image_sets import ImageSet
-from potstill.data.library_warnings import silence_native_stderr
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiment.builders import build_network, split_loader

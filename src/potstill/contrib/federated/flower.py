@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from potstill.config.recipe import load_recipe
 from potstill.console import Progress, print_section
-from potstill.contrib.federated.algorithms import ALGORITHMS, parse_names
+from potstill.contrib.federated import ALGORITHMS, parse_names
 from potstill.contrib.federated.client import Client
 from potstill.contrib.federated.federation import RESULTS_FILE, FederationOptions, federate, format_table
 from potstill.contrib.federated.messages import Arrays, Message

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from potstill.config.recipe import Recipe
-from potstill.contrib.federated.algorithms import Algorithm
+from potstill.contrib.federated import Algorithm
 from potstill.contrib.federated.client import Client, PublicDataset
 from potstill.contrib.federated.messages import (
     LOGITS,

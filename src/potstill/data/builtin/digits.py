@@ -40,6 +40,15 @@ def digits(settings: DataSettings) -> DataSplits:
     )  # fmt: skip
 
 
+def check(settings: DataSettings) -> None:
+    """Check that there are no options.
+
+    Raises:
+        UsageError: any option is given.
+    """
+    read_options(settings, DigitsOptions)
+
+
 def read_counts() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the number of set bits in each 4x4 block, 0 to 16, [N, 8, 8], and labels [N].
 

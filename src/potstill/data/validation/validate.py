@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.concurrency import ProgressReporter, threaded_map
-from potstill.data.datasets import DATASETS, check_source
+from potstill.data.datasets import check_source, load_dataset
 from potstill.data.entries import FINDING_KINDS, Entry, Finding, Listing
 from potstill.data.file_datasets import (
     DEFAULT_AUGMENT,
@@ -33,6 +33,7 @@ from potstill.data.file_datasets import (
 )
 from potstill.data.image_io import Pixels, ValueRange, decoder_version
 from potstill.data.image_sets import FileSet, ImageSet, Subset, file_digests, is_array_based
+from potstill.data.named_datasets import is_dataset
 from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
 from potstill.data.settings import DataSettings
@@ -153,21 +154,7 @@ def find_repeated_files(data: DataSplits) -> list[Finding]:
         content=content if not is_array_based(sets[0]) else np.zeros((len(content), 32), np.uint8),
         pixels=content,
     )
-    return sort_findings([*find_duplicates(pictures).findings, *_among_unlabeled(data)])
-
-
-def _among_unlabeled(data: DataSplits) -> Iterator[Finding]:
-    """Yield findings on unlabeled images that are also in val or test: the student would be trained on them."""
-    unlabeled = None if data.unlabeled is None else file_digests(data.unlabeled)
-    if data.unlabeled is None or unlabeled is None:
-        return
-    names = dict(zip(map(bytes, unlabeled), data.unlabeled.names, strict=True))
-    for split in ("val", "test"):
-        digests = file_digests(data.split(split))
-        for name, digest in zip(data.split(split).names, [] if digests is None else map(bytes, digests), strict=False):
-            if digest in names:
-                reason = f"in {split}, the same file as {names[digest]} of the unlabeled images; take it out of these"
-                yield Finding("across-splits", name, reason, (names[digest],))
+    return sort_findings(find_duplicates(pictures).findings)
 
 
 def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list[str], list[str]]:
@@ -363,8 +350,8 @@ def validate_listing(
 
 def _list_data(settings: DataSettings) -> Listing:
     check_source(settings)
-    if settings.source in DATASETS:
-        return list_splits(DATASETS[settings.source](settings))
+    if is_dataset(settings.source):
+        return list_splits(load_dataset(settings))
     if is_shards(settings.source):
         return list_splits(load_shards(settings, DEFAULT_AUGMENT))
     return list_source(settings)

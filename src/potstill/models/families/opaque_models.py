@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from potstill.code_references import is_permitted, permit_code
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.input_spec import InputSpec, Triple
-from potstill.io import read_bytes
+from potstill.io import read_bytes, sha256_hex
 from potstill.models.exported_files import (
     LABELS,
     METADATA_KEY,
@@ -180,10 +181,12 @@ class FileNetwork(OpaqueNetwork):
             ArtifactError: missing, damaged, or a network with other inputs than images or several outputs.
             UsageError: TorchScript or torch.export without permission to run code; onnxruntime is not installed.
         """
-        network = cls(kind)
-        check_permission(kind, str(path))
-        network.label = str(path)
-        network.content = torch.frombuffer(bytearray(read_bytes(path)), dtype=torch.uint8)
+        network, permitted = cls(kind), str(path.resolve())
+        check_permission(kind, str(path), permitted)
+        network.label, content = str(path), read_bytes(path)
+        if is_permitted(permitted, itself=True):  # then also in the model folders of its run
+            permit_code([sha256_hex(content)])
+        network.content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         network._open()
         if network.metadata is not None and network.metadata.inside == "resize":
             raise ArtifactError(
@@ -240,8 +243,8 @@ class FileNetwork(OpaqueNetwork):
         """Load the program from ``content``."""
         if not len(self.content):
             raise UsageError(f"{self.kind} is a kind of file, given as a teacher's weights: --teacher FILE")
-        check_permission(self.kind, self.label)
         content = self.content.cpu().numpy().tobytes()
+        check_permission(self.kind, self.label, sha256_hex(content))
         if len(self.settings):
             facts = json.loads(self.settings.cpu().numpy().tobytes())
             self.gives_probabilities, self._one_by_one = bool(facts["probabilities"]), bool(facts["one_by_one"])
@@ -268,7 +271,7 @@ class FileNetwork(OpaqueNetwork):
             names, ends = ", ".join(each.name for each in outputs), f"[{inputs[0].name!r}], [{outputs[0].name!r}]"
             raise ArtifactError(
                 f"{self.label} has {len(outputs)} outputs ({names}). Keep the one with the logits:\n"
-                f"  onnx.utils.extract_model({Path(self.label).name!r}, 'teacher.onnx', {ends})"
+                f"  onnx.utils.extract_model({Path(self.label).name!r}, 'logits.onnx', {ends})"
             )
         (taken,) = inputs
         shape, dtype = list(taken.shape), _ONNX_DTYPES.get(taken.type)

@@ -1,0 +1,204 @@
+"""Export formats: torch.export, ExecuTorch, Core ML.
+
+torch and the converters are imported by the functions that need them.
+"""
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from potstill.errors import ArtifactError
+from potstill.models.exported_files import METADATA_KEY, PREPROCESSING_MODES, ExportMetadata
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+ExportedFiles = Mapping[str, bytes]  # suffix -> content
+Predictor = Callable[[NDArray[Any]], NDArray[Any]]  # a batch as the file takes it -> logits [B, K]
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """An export format.
+
+    Attributes:
+        convert: converts a network in eval mode on the CPU, images [B, 3, S, S] -> logits [B, K], to the content of a
+            file for each suffix.
+        open: loads the result of ``convert`` as a function; None if such files run only on other machines.
+        suffix: of the file to open.
+        packages: required modules.
+        extra: of potstill, which installs them.
+        inside: preprocessing that can be part of the file.
+        any_batch: whether a file takes batches of any size; else one image at a time.
+    """
+
+    convert: "Callable[[nn.Module, ExportMetadata], ExportedFiles]"
+    open: Callable[[ExportedFiles], Predictor] | None
+    suffix: str
+    packages: tuple[str, ...] = ()
+    extra: str = "export"
+    inside: tuple[str, ...] = PREPROCESSING_MODES
+    any_batch: bool = True
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block, discard warnings, log lines up to WARNING and prints.
+
+    Converters report on their internals, which users of potstill cannot change.
+    """
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    sink = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def export_program(module: "nn.Module", metadata: ExportMetadata, *, any_batch: bool = True) -> Any:
+    """Return the network with its preprocessing as a ``torch.export.ExportedProgram``.
+
+    Raises:
+        ArtifactError: it has parts that cannot be exported.
+    """
+    import torch
+
+    from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
+
+    whole = torch.nn.Sequential(*create_preprocessing(metadata.input, metadata.inside), module).eval()
+    sample = example_input(metadata.input, metadata.inside)
+    shapes: Any = (dynamic_axes(metadata.inside),) if any_batch else None
+    try:
+        with quiet():
+            return torch.export.export(whole, (sample if any_batch else sample[:1],), dynamic_shapes=shapes)
+    except Exception as error:  # whatever a foreign network makes the exporter raise
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArtifactError(f"{metadata.architecture} cannot be exported by torch.export: {line[:300]}") from error
+
+
+def convert_to_torch_export(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to one ``.pt2``, for PyTorch in C++ or compiled ahead of time.
+
+    The metadata is the file ``potstill`` in it.
+    """
+    import torch
+
+    held = io.BytesIO()
+    torch.export.save(export_program(module, metadata), held, extra_files={METADATA_KEY: metadata.as_text()})
+    return {".pt2": held.getvalue()}
+
+
+def open_torch_export_files(files: ExportedFiles) -> Predictor:
+    """Load as a function that PyTorch runs; only for files that were just written."""
+    import torch
+
+    program = torch.export.load(io.BytesIO(files[".pt2"])).module()
+
+    def answer(batch: Any) -> Any:
+        with torch.no_grad():
+            return program(torch.from_numpy(batch)).numpy()
+
+    return answer
+
+
+TORCH_EXPORT = ExportFormat(convert_to_torch_export, open_torch_export_files, ".pt2")
+
+
+def convert_to_executorch(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to one ``.pte`` with XNNPACK, for phones and small boards, for one image at a time.
+
+    Class names and preprocessing are only in NAME.json.
+    """
+    program = export_program(module, metadata, any_batch=False)
+    try:
+        with quiet():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            return {".pte": bytes(lowered.to_executorch().buffer)}
+    except Exception as error:  # whatever a foreign network makes the converter raise
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArtifactError(f"{metadata.architecture} cannot be converted to ExecuTorch: {line[:300]}") from error
+
+
+def open_executorch_files(files: ExportedFiles) -> Predictor:
+    """Load as a function that ExecuTorch's runtime runs."""
+    import torch
+
+    with quiet():
+        from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(files[".pte"]).load_method("forward")
+
+    def answer(batch: Any) -> Any:
+        return method.execute([torch.from_numpy(batch)])[0].numpy()
+
+    return answer
+
+
+EXECUTORCH = ExportFormat(
+    convert_to_executorch,
+    open_executorch_files,
+    ".pte",
+    packages=("executorch",),
+    extra="executorch",
+    inside=("none", "normalise"),
+    any_batch=False,
+)
+
+
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of a zip's time: the same model gives the same bytes
+
+
+def convert_to_coreml(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to a zip of the ``.mlpackage`` folder, for one image at a time, in float32.
+
+    It runs on Apple's devices only.
+    """
+    try:
+        with quiet():
+            import coremltools
+
+            program = export_program(module, metadata, any_batch=False).run_decompositions({})
+            model = coremltools.convert(
+                program, convert_to="mlprogram", compute_precision=coremltools.precision.FLOAT32, skip_model_load=True
+            )
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever a foreign network makes the converter raise
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArtifactError(f"{metadata.architecture} cannot be converted to Core ML: {line[:300]}") from error
+    model.user_defined_metadata[METADATA_KEY] = metadata.as_text()
+    held = io.BytesIO()
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as packed:
+        package = Path(scratch, "model.mlpackage")
+        model.save(str(package))
+        for path in sorted(each for each in package.rglob("*") if each.is_file()):
+            name = path.relative_to(scratch).as_posix()
+            packed.writestr(zipfile.ZipInfo(name, _ZIP_TIME), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return {".mlpackage.zip": held.getvalue()}
+
+
+COREML = ExportFormat(
+    convert_to_coreml,
+    None,
+    ".mlpackage.zip",
+    packages=("coremltools",),
+    extra="coreml",
+    inside=("none",),
+    any_batch=False,
+)

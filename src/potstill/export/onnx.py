@@ -1,0 +1,256 @@
+"""ONNX, one file: for onnxruntime and most other engines; writing, checking, loading and running it.
+
+Loading needs numpy, Pillow and onnxruntime only: no torch and no onnx at the top of this module.
+"""
+
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.data.image_io import Pixels
+from potstill.data.preprocessing import crop_to_input, normalize_array
+from potstill.errors import ArtifactError
+from potstill.export.formats import ExportedFiles, ExportFormat, Predictor, quiet
+from potstill.io import DAMAGED, read_bytes, read_checksummed_json, sha256_hex
+from potstill.models.exported_files import (
+    METADATA_KEY,
+    ExportMetadata,
+    create_onnx_predictor,
+    parse_metadata,
+    read_properties,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+ONNX_SUFFIX = ".onnx"
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An exported ONNX model."""
+
+    metadata: ExportMetadata
+    predictor: Callable[[NDArray[Any]], NDArray[Any]]  # a batch as the file takes it -> logits [B, K]
+
+    def prepare(self, pixels: Pixels) -> NDArray[Any]:
+        """Preprocess a decoded image, uint8 [H, W, 3], for ``probabilities``.
+
+        If the file takes images of any size, this returns its logits already, so that no large images are kept.
+        """
+        prepared = prepare_batch([pixels], self.metadata)
+        result: NDArray[Any] = (self.predictor(prepared) if self.metadata.inside == "resize" else prepared)[0]
+        return result
+
+    def probabilities(self, prepared: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+        """Return probabilities [B, K] for outputs of ``prepare``."""
+        images = np.stack(prepared)
+        logits = (images if self.metadata.inside == "resize" else self.predictor(images)).astype(np.float64)
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+        return probabilities
+
+
+def prepare_batch(images: Sequence[Pixels], metadata: ExportMetadata) -> NDArray[Any]:
+    """Return the model's input for decoded images, uint8 [H, W, 3] each; for "resize" all of one size."""
+    if metadata.inside == "resize":
+        return np.stack(images)
+    pixels = np.stack([crop_to_input(each, metadata.input) for each in images])
+    return pixels if metadata.inside == "normalise" else normalize_array(pixels, metadata.input)
+
+
+def load_onnx(path: Path) -> OnnxModel:
+    """Load a file that ``potstill export`` wrote.
+
+    No code in it runs and it refers to no other file.  If its ``NAME.json`` exists, the SHA-256 is compared before
+    anything is parsed.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, in several parts, or not from potstill.
+        UsageError: onnxruntime is not installed.
+    """
+    content = read_bytes(path)
+    _check_digest(path, content)
+    found = read_properties(content, str(path))
+    if METADATA_KEY not in found:
+        raise ArtifactError(
+            f"{path} was not exported by potstill: it has no metadata with its classes and preprocessing; "
+            "export a run with potstill export RUN"
+        )
+    metadata = parse_metadata(found[METADATA_KEY], str(path))
+    return OnnxModel(metadata, create_onnx_predictor(content))
+
+
+def facts_path(path: Path) -> Path:
+    """Return the path of the NAME.json of an exported file."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _check_digest(path: Path, content: bytes) -> None:
+    facts = facts_path(path)
+    if not facts.is_file():
+        return
+    files = read_checksummed_json(facts).get("files")
+    known = files.get(path.name) if isinstance(files, dict) else None  # None: it was renamed by hand
+    if isinstance(known, dict) and known.get("sha256") != sha256_hex(content):
+        raise ArtifactError(f"{path} {DAMAGED}; export it anew")
+
+
+INPUT_NAME, OUTPUT_NAME = "images", "logits"
+_MAX_BYTES = 2**31 - 1  # bytes of one protobuf message
+_PREPROCESSED_NAME = "prepared"
+
+
+def convert_to_onnx(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to one ``.onnx`` with a dynamic batch size and the metadata.
+
+    Raises:
+        ArtifactError: the network has parts that cannot be exported, or needs more than 2 GiB.
+    """
+    return {".onnx": finalize_model(export_graph(module, metadata), metadata)}
+
+
+def export_graph(module: "nn.Module", metadata: ExportMetadata) -> Any:
+    """Return the network without preprocessing as an ``onnx.ModelProto``: float32 [B, 3, S, S] -> logits [B, K].
+
+    Raises:
+        ArtifactError: it has parts that cannot be exported.
+    """
+    from potstill.export.preprocessing import dynamic_axes, example_input
+
+    return _run_exporter(
+        module,
+        example_input(metadata.input, "none"),
+        dynamic_axes("none"),
+        metadata.architecture,
+        INPUT_NAME,
+        OUTPUT_NAME,
+    )
+
+
+def finalize_model(network: Any, metadata: ExportMetadata) -> bytes:
+    """Return the checked file, with preprocessing before the network if requested.
+
+    Args:
+        network: an ``onnx.ModelProto``, as ``export_graph`` gives it, or a quantized one.
+        metadata: of the file.
+
+    Raises:
+        ArtifactError: above 2 GiB, or refused by ONNX's own checker.
+    """
+    import onnx
+
+    model = network if metadata.inside == "none" else _add_preprocessing(network, metadata)
+    _drop_source_paths(model.graph)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {METADATA_KEY: metadata.as_text()})
+    model.producer_name, model.producer_version, model.doc_string = METADATA_KEY, "", ""
+    if model.ByteSize() > _MAX_BYTES:
+        raise ArtifactError(f"{metadata.architecture} needs more than the 2 GiB that one ONNX file can hold")
+    content: bytes = model.SerializeToString(deterministic=True)
+    try:
+        onnx.checker.check_model(content, full_check=True)
+    except Exception as error:  # the checker and its shape inference have several classes of their own
+        raise ArtifactError(f"the ONNX checker refuses {metadata.architecture}: {_first_line(error)}") from error
+    return content
+
+
+def _add_preprocessing(network: Any, metadata: ExportMetadata) -> Any:
+    import onnx
+
+    from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
+
+    before = create_preprocessing(metadata.input, metadata.inside).eval()
+    first = _run_exporter(
+        before,
+        example_input(metadata.input, metadata.inside),
+        dynamic_axes(metadata.inside),
+        "preparation",
+        INPUT_NAME,
+        _PREPROCESSED_NAME,
+    )
+    first.ir_version = network.ir_version
+    for name in sorted({each.domain for each in network.opset_import} - {each.domain for each in first.opset_import}):
+        version = next(each.version for each in network.opset_import if each.domain == name)
+        first.opset_import.append(onnx.helper.make_opsetid(name, version))
+    prefixed = onnx.compose.add_prefix(first, "prepare/", rename_inputs=False, rename_outputs=False)
+    network = onnx.compose.add_prefix(network, "network/", rename_outputs=False)
+    return onnx.compose.merge_models(prefixed, network, io_map=[(_PREPROCESSED_NAME, f"network/{INPUT_NAME}")])
+
+
+def _run_exporter(module: "nn.Module", sample: Any, axes: dict[int, Any], name: str, taken: str, given: str) -> Any:
+    import torch
+
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                module, (sample,), dynamo=True, dynamic_shapes=(axes,), input_names=[taken], output_names=[given],
+                external_data=False, verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # whatever a foreign network makes the exporter raise
+        raise ArtifactError(f"{name} cannot be exported to ONNX: {_first_line(error)}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def _drop_source_paths(graph: Any) -> None:
+    """Remove the exporter's stack traces, which contain paths of this machine."""
+    for each in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del each.metadata_props[:]
+        each.doc_string = ""
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+def open_onnx_files(files: ExportedFiles) -> Any:
+    """Load as a function that onnxruntime runs."""
+    return create_onnx_predictor(files[".onnx"])
+
+
+ONNX = ExportFormat(convert_to_onnx, open_onnx_files, ".onnx", packages=("onnx", "onnxscript", "onnxruntime"))
+
+
+def convert_to_openvino(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to ``.xml`` and ``.bin``, for Intel's processors, by way of ONNX; the weights stay float32."""
+    import openvino
+
+    model = openvino.convert_model(io.BytesIO(convert_to_onnx(module, metadata)[".onnx"]))
+    model.set_rt_info(metadata.as_text(), [METADATA_KEY])
+    with tempfile.TemporaryDirectory() as scratch:
+        xml = Path(scratch, "model.xml")
+        openvino.serialize(model, xml)
+        return {".xml": xml.read_bytes(), ".bin": xml.with_suffix(".bin").read_bytes()}
+
+
+def open_openvino_files(files: ExportedFiles) -> Predictor:
+    """Load as a function that OpenVINO runs on the CPU in float32 (its default on some processors is bfloat16)."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(files[".xml"], files[".bin"])
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def answer(batch: Any) -> Any:
+        return compiled([batch])[0]
+
+    return answer
+
+
+OPENVINO = ExportFormat(
+    convert_to_openvino,
+    open_openvino_files,
+    ".xml",
+    packages=("openvino", "onnx", "onnxscript", "onnxruntime"),
+    extra="openvino",
+)

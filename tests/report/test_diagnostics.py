@@ -1,0 +1,66 @@
+"""The sections on calibration and fidelity."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from potstill.evaluation.final_metrics import fit_temperature
+from potstill.report import diagnostics
+from potstill.report.render import render_page
+from potstill.report.run_reader import read_run
+
+BuildRun = Callable[..., Any]
+FACTS = {
+    "temperature": 1.75,
+    "before": {"ece": 0.15, "nll": 0.6, "bins": [[3, 0.5, 0.4], [9, 0.9, 0.75]]},
+    "after": {"ece": 0.01, "nll": 0.5, "bins": [[12, 0.75, 0.74]]},
+}
+
+
+def with_calibration(build_run: BuildRun, facts: Any) -> Any:
+    run = read_run(build_run(3, test_images=5).write())
+    for stage in run.stages.values():
+        stage.facts["calibration"] = facts
+    return run
+
+
+def test_a_row_for_each_stage(build_run: BuildRun) -> None:
+    run = with_calibration(build_run, FACTS)
+    found = diagnostics.calibration_context(run)
+    assert found is not None
+    assert found["rows"][0] == ("teacher", ["1.75", "15.0 %", "1.0 %", "0.6000", "0.5000"])
+    assert 'id="calibration"' in render_page(run)
+
+
+def test_a_temperature_at_the_end_of_its_range_is_no_advice(build_run: BuildRun) -> None:
+    run = with_calibration(build_run, FACTS | {"temperature": calibration_of_val([True] * 20)})
+    found = diagnostics.calibration_context(run)
+    assert found is not None
+    assert found["notes"][0].startswith("teacher makes no mistake on val")
+    assert "Do not scale it" in render_page(run)
+    for stage in run.stages.values():
+        stage.facts["calibration"] = FACTS | {"temperature": calibration_of_val([True] * 15 + [False] * 5)}
+    assert (diagnostics.calibration_context(run) or {})["notes"] == []
+
+
+def calibration_of_val(right: list[bool]) -> float:
+    """The temperature that is fitted to answers of 90 % confidence."""
+    probabilities = np.tile([0.9, 0.1], (len(right), 1))
+    return fit_temperature(probabilities, np.array([0 if each else 1 for each in right]))
+
+
+def test_older_and_damaged_facts_say_nothing(build_run: BuildRun) -> None:
+    run = with_calibration(build_run, None)
+    for facts in (None, [], {"temperature": 2.0}, FACTS | {"after": {"bins": [[1, None, 2]]}}):
+        for stage in run.stages.values():
+            stage.facts["calibration"] = facts
+        assert diagnostics.calibration_context(run) is None
+    assert 'id="calibration"' not in render_page(run)
+
+
+def test_fidelity_is_that_of_the_student(build_run: BuildRun) -> None:
+    found = diagnostics.fidelity_context(read_run(build_run(3).write()))
+    assert found is not None
+    assert [name for name, _ in found["rows"]] == ["distilled"]
+    assert found["rows"][0][1][2] == ("91.3 %", "0.2100")
