@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.code_references import is_code_reference
+from potstill.code_references import is_code_reference, permit_code
 from potstill.config.code_references import is_from_caller
 from potstill.config.method_settings import normalize_method
 from potstill.config.settings_errors import dotted_key
@@ -19,6 +19,7 @@ from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
 from potstill.io import read_checksummed_json
 from potstill.methods import list_own_methods, method_info
 from potstill.models.class_names import CLASS_LISTS, class_list
+from potstill.models.exported_files import EXECUTABLE, check_permission, identify_file
 
 # Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -36,7 +37,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seeds": ("seeds",),
 }
 FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", *SETTING_FLAGS)
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".onnx", ".pt2", ".ts")
 WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
 # A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
 MODEL_FOLDER_FILES = ("model.json", "recipe.yaml", "results.json", "config.json")
@@ -292,12 +293,15 @@ _MAX_CLASS_FILE_BYTES = 10_000_000
 _STAGE_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
 
 
-def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> list[tuple[KeyPath, PotstillError]]:
+def fill_architectures(
+    value: dict[str, Any], *, allow_code: bool = False, recorded: bool = False
+) -> list[tuple[KeyPath, PotstillError]]:
     """Fill in, in place, ``model`` of each network from its ``weights``, and the model folder of a run.
 
     Args:
         value: the recipe's plain values.
         allow_code: whether a model file may name code.
+        recorded: whether the recipe is that of a run folder, whose teachers are not opened.
 
     Returns:
         The keys whose weights cannot be used, each with the error.
@@ -313,6 +317,11 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
         model = section.get("model")
         if isinstance(model, str) and is_hub_model(model) and section.get("weights") in (None, "pretrained"):
             section["model"], section["weights"] = None, model  # a repository gives both
+        elif section.get("weights") is None and isinstance(model, str):
+            try:
+                _fill_weights(section, path)
+            except PotstillError as error:
+                failures.append(((*path, "model"), error))
         section.update(_listed_prompts(section))
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
@@ -324,7 +333,7 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
                 )
             continue
         try:
-            _fill_section(section, name, allow_code=allow_code)
+            _fill_section(section, name, allow_code=allow_code, recorded=recorded)
         except PotstillError as error:
             failures.append(((*path, "weights"), type(error)(f"{name}.weights: {error}")))
             section.setdefault("model", None)
@@ -394,6 +403,18 @@ def find_model_json(path: Path, stage: str = "student") -> Path | None:
     return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
 
 
+def _fill_weights(section: dict[str, Any], path: KeyPath) -> None:
+    """Fill in the weights of a teacher that its ``model`` already is: a file of another program, or a function."""
+    model = section["model"]
+    if model.endswith((".onnx", ".pt2", ".ts")) and not is_code_reference(model):
+        section["model"], section["weights"] = None, model
+    elif path[0] == "teacher" and is_code_reference(model):
+        from potstill.models.families.own_models import names_function
+
+        if names_function(model):
+            section["weights"] = "own"
+
+
 def _fill_classes(section: dict[str, Any], key: str) -> None:
     """Replace the path of a class file by its names, and each value of a mapping by a list."""
     classes = section.get("classes")
@@ -438,7 +459,7 @@ def read_class_file(file: str, key: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> None:
+def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool, recorded: bool) -> None:
     """``stage`` is the section's key: "student", "teacher[1]"."""
     weights = section["weights"]
     if weights in WITHOUT_FILE:
@@ -455,9 +476,15 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> N
                 "Hugging Face hub with config.json"
             )
         if not section.get("model"):
+            section["model"] = identify_file(path)
+        if not section["model"]:
             from potstill.models.foreign_checkpoints import identify_network  # torch, which takes seconds
 
             section["model"] = identify_network(path)
+        if section["model"] in EXECUTABLE and not recorded:
+            if allow_code:
+                permit_code([str(path.resolve())])
+            check_permission(section["model"], weights, str(path.resolve()))
         return
     architecture = read_checksummed_json(card).get("architecture")
     if not isinstance(architecture, str):

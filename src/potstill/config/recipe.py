@@ -74,6 +74,7 @@ MAX_BYTES = 1_000_000  # of a recipe file
 DATA_MISSING = "data.source is missing: give a folder of images with --data DIR"
 
 
+Positive = Annotated[float, Field(gt=0)]
 OutputClasses = Annotated[
     Annotated[Literal["cifar10", "cifar100", "imagenet-1k", "imagenet-21k"], Tag(CLASS_LIST_NAME)]
     | Annotated[dict[str, Annotated[list[int | str], Field(min_length=1)]], Field(min_length=2), Tag(CLASS_MAPPING)]
@@ -109,7 +110,8 @@ class StageSettings(BaseModel):
     weights: str | None = Field(
         None,
         description='"pretrained", a run folder, a model folder, a checkpoint file, hf-hub:USER/NAME, or "own": those '
-        "that your own code gives its network; null: random initialisation",
+        "that your own code gives its network; of a teacher also an ONNX, TorchScript or torch.export file; null: "
+        "random initialisation",
     )
     classes: OutputClasses | None = Field(
         None,
@@ -135,6 +137,12 @@ class StageSettings(BaseModel):
         le=4096,
         description="height and width of this network's input in pixels; a teacher's views are cut from the original "
         "images; null: data.size",
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, description="RGB mean of this network's images, in [0, 1], for a file that does not say; null: data.mean"
+    )
+    std: tuple[Positive, Positive, Positive] | None = Field(
+        None, description="RGB standard deviation of this network's images; null: data.std"
     )
     precision: Literal["auto", "float32"] = Field(
         "auto", description="precision of a teacher; auto: bf16 if the hardware is fast in it and predictions agree"
@@ -326,7 +334,7 @@ def load_recipe(
     if "tracker" in value:  # so that a problem has a path in the list
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
-    failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")))
+    failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")), recorded=recorded)
     failures += fill_class_names(value)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:

@@ -33,9 +33,10 @@ from potstill.experiment.plan import PlannedStage, plan_stages
 from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.loggers import check_loggers_installed
-from potstill.methods import create_method
+from potstill.methods import create_method, list_logit_methods
 from potstill.methods.base import Method
 from potstill.methods.wrappers import ScheduledMethod
+from potstill.models.families.opaque_models import find_opaque
 from potstill.models.model_file import Classifier
 from potstill.models.registry import check_model
 from potstill.training.averaging import check_batch_norm
@@ -99,6 +100,14 @@ def _dry_run_stage(
             f"method {describe_method(recipe.method)} compares images with each other, and {stage.name} has a batch "
             "size of 1: set training.batch_size to 2 or more, or use kd"
         )
+    for name in stage.teachers:
+        if (hidden := find_opaque(networks[name].module)) is not None and (
+            method.needs.teacher_layers or method.teacher_taps
+        ):
+            raise UsageError(
+                f"method {describe_method(recipe.method)} reads more of the {name} than its logits, and {hidden.label} "
+                f"gives nothing else; methods that work: {', '.join(list_logit_methods())}"
+            )
     images = _RandomImages(data, student.input.size, settings, recipe.data.augment or data.augment, method, compute)
     distiller = build_distiller(
         stage,

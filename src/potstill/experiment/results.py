@@ -14,7 +14,7 @@ from potstill.data.image_sets import ImageSet, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
-from potstill.evaluation.cost import count_flops, count_parameters, measure_latency, measure_memory, model_summary
+from potstill.evaluation.cost import count_flops, known_parameters, measure_latency, measure_memory, model_summary
 from potstill.evaluation.fidelity import agreement
 from potstill.evaluation.final_metrics import calibration_report, split_intervals, split_metrics
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
@@ -26,6 +26,7 @@ from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions
 from potstill.experiment.examples import describe_examples
 from potstill.experiment.run_folder import SPLITS, RunFolder
 from potstill.io import write_text
+from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
 from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute
 
@@ -67,15 +68,16 @@ def evaluate_stages(
             for split in SPLITS
         }
         run.write_metrics(name, metrics)
+        is_function = isinstance(find_opaque(model.module), FunctionNetwork)  # which has no weights in the file
         write_text(folder / "summary.txt", model_summary(model.module, model.input, model.class_names))
         entries[name] = {
             **({"seed": recipe.seed + repeat_index(name)} if repeat_index(name) else {}),
             "model": {
                 "architecture": model.architecture,
                 **({} if model.remodelled is None else {"remodelled": model.remodelled["name"]}),
-                "parameters": count_parameters(model.module),
-                "flops": count_flops(model.module, model.input),
-                "file_bytes": (folder / "model.safetensors").stat().st_size,
+                "parameters": (parameters := known_parameters(model.module)),
+                "flops": None if parameters is None else count_flops(model.module, model.input),
+                "file_bytes": None if is_function else (folder / "model.safetensors").stat().st_size,
                 "size": model.input.size,
             },
             "training": model.facts.get("training"),
@@ -266,7 +268,7 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
         name: {
             "latency_ms": one[name],
             "latency_batch_ms": several[name],
-            "memory": measure_memory(model.module, model.input),
+            "memory": None if find_opaque(model.module) else measure_memory(model.module, model.input),
         }
         for name, model in models.items()
     }

@@ -34,6 +34,7 @@ from potstill.formatting import format_scaled
 from potstill.input_spec import InputSpec
 from potstill.io import cache_folder
 from potstill.methods.base import Method
+from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
@@ -421,7 +422,12 @@ def embedding_widths(distiller: Distiller) -> list[int]:
 
 
 def module_digest(module: nn.Module, without: str | None = None) -> str:
-    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, except those of the module ``without``."""
+    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function.
+
+    Args:
+        module: the network.
+        without: name of a module whose tensors are left out.
+    """
     found = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if without is not None and name.rpartition(".")[0] == without:
@@ -429,4 +435,6 @@ def module_digest(module: nn.Module, without: str | None = None) -> str:
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    if isinstance(function := find_opaque(module), FunctionNetwork):
+        found.update(function.fingerprint())
     return found.hexdigest()

@@ -26,11 +26,10 @@ from potstill.experiment.run_folder import find_model
 from potstill.export.formats import (
     ExportedFiles,
     ExportFormat,
-    ExportMetadata,
     Predictor,
     quiet,
 )
-from potstill.export.onnx import INPUT_NAME, create_onnx_predictor, facts_path, prepare_batch
+from potstill.export.onnx import INPUT_NAME, facts_path, prepare_batch
 from potstill.export.options import (
     CALIBRATION_IMAGES,
     COMPARED_IMAGES,
@@ -49,6 +48,7 @@ from potstill.export.preprocessing import create_preprocessing
 from potstill.formatting import format_names
 from potstill.input_spec import InputSpec
 from potstill.io import sha256_hex, write_bytes, write_checksummed_json
+from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
 from potstill.models.model_file import load_model
 
 
