@@ -17,9 +17,11 @@ from potstill.data.file_datasets import (
     add_unlabeled,
     check_shards,
     check_unlabeled,
+    check_without_labels,
     is_shards,
     load_files,
     load_shards,
+    load_without_labels,
 )
 from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
 from potstill.data.image_sets import (
@@ -138,6 +140,11 @@ def load_data(
         DataError: images, classes or splits that cannot be trained on.
     """
     check_unlabeled(settings)
+    if not settings.labeled:
+        if data is not None:
+            raise UsageError("data.labeled: false is for a folder of images; data from Python has labels")
+        check_source(settings)
+        return load_without_labels(settings, progress)
     for each in (data, None if data is None else data.target):
         if each is not None:
             check_splits(each.class_names, {split: each.split(split) for split in SPLITS}, each.source)
@@ -211,6 +218,9 @@ def check_source(settings: DataSettings) -> None:
         UsageError: an unknown name, a missing path, or unknown options.
     """
     name = settings.source
+    if not settings.labeled:
+        check_without_labels(settings)
+        return
     if is_dataset(name):
         check_dataset(settings)
         return

@@ -10,6 +10,7 @@ Weinshall, "On The Power of Curriculum Learning in Training Deep Networks" (ICML
 orders and balanced classes; Platanios et al. (NAACL 2019): the "root" pacing.
 """
 
+import itertools
 import math
 import zlib
 from dataclasses import dataclass
@@ -202,13 +203,20 @@ class EpochSampler:
         batches = [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
         if not self.unlabeled:
             return batches
-        before, mixed = epoch * self._unlabeled_count(self.labeled), []
-        for start, batch in zip(range(0, len(ids), self.batch_size), batches, strict=True):
-            first, last = (before + self._unlabeled_count(labeled) for labeled in (start, start + len(batch)))
-            mixed.append(
-                np.concatenate([batch, len(self.labels) + cycle_shuffled(self.unlabeled, self.seed, first, last)])
-            )
-        return mixed
+        return [
+            np.concatenate([batch, len(self.labels) + cycle_shuffled(self.unlabeled, self.seed, first, last)])
+            for batch, (first, last) in zip(batches, self._unlabeled_ranges(epoch), strict=True)
+        ]
+
+    def unlabeled_passes(self, epoch: int) -> list[Ids]:
+        """Return, for the unlabeled images of each batch in their order, how often each was seen before."""
+        return [np.arange(first, last) // self.unlabeled for first, last in self._unlabeled_ranges(epoch)]
+
+    def _unlabeled_ranges(self, epoch: int) -> list[tuple[int, int]]:
+        """Return the part of the endless sequence of unlabeled images that belongs to each batch."""
+        before = epoch * self._unlabeled_count(self.labeled)
+        ends = [before + self._unlabeled_count(at) for at in (*range(0, self.labeled, self.batch_size), self.labeled)]
+        return list(itertools.pairwise(ends))
 
     def _unlabeled_count(self, labeled: int) -> int:
         """Return the number of unlabeled images beside the first ``labeled`` ones of an epoch, for any batch size."""

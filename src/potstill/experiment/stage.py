@@ -16,7 +16,7 @@ from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.teachers import FoldHeads
 from potstill.errors import StorageError
-from potstill.evaluation.cost import count_parameters
+from potstill.evaluation.cost import known_parameters
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.builders import (
@@ -135,7 +135,7 @@ def train_stage(
         )
     cost = measure_teacher_cost(distiller, settings.batch_size, size, compute)
     if cost is not None:  # the parameters before BatchNorm was folded
-        cost |= {"parameters": sum(count_parameters(teacher.module) for teacher in teachers)}
+        cost |= {"parameters": known_parameters(*(teacher.module for teacher in teachers))}
     torch.manual_seed(
         derive_seed(recipe.seed, f"{planned.seed}/dropout{f' {processes.rank}' if processes.rank else ''}")
     )

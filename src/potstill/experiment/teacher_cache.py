@@ -34,6 +34,7 @@ from potstill.formatting import format_scaled
 from potstill.input_spec import InputSpec
 from potstill.io import cache_folder
 from potstill.methods.base import Method
+from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
@@ -348,6 +349,66 @@ def names_digest(names: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def open_embedding_cache(
+    encoder: Classifier,
+    layer: str,
+    how: InferenceSettings,
+    loader: Loader,
+    split: str,
+    *,
+    batch_size: int,
+    recipe: Recipe,
+    data: DataSplits,
+    folder: Path,
+    observer: Observer,
+) -> TeacherCache | None:
+    """Return the cache of an encoder's embeddings, float32, of the images of a split without augmentation (view 0).
+
+    They depend on all weights but those of the head, so that runs with other seeds, heads and classes share them.
+
+    Args:
+        encoder: the network.
+        layer: path of its head, whose input is the embedding.
+        how: its inference settings.
+        loader: of the images.
+        split: of the loader.
+        batch_size: of the loader; sums over other batches are rounded a little differently.
+        recipe: says whether and where.
+        data: whose fingerprint is part of the key.
+        folder: of the model, for listings.
+        observer: is warned if there is no space, or the cache cannot be used.
+
+    Returns:
+        None if the recipe switches the cache off, or it cannot be used.
+    """
+    if recipe.teacher_cache.mode == "off":
+        return None
+    head = encoder.module.get_submodule(layer)
+    assert isinstance(head, nn.Linear)
+    record, root = RecordFormat("float32", 0, head.in_features), cache_root(recipe)
+    size, room = record.nbytes * loader.samples, MAX_DISK_FRACTION * _free_bytes(root)
+    if size > room:
+        observer.warn(
+            f"embeddings of {split} are not cached: they take {format_scaled(size, 'B')}, more than a quarter of the "
+            f"free disk of {root}"
+        )
+        return None
+    teacher = describe_teacher(StageTeacher(encoder, None, module_digest(encoder.module, without=layer), how))
+    facts = {
+        "teacher": f"{encoder.architecture}, embeddings",
+        "folder": str(folder.resolve()),
+        "data": data.source,
+        "recipe": dump_recipe(recipe),
+    }
+    key = cache_key(teacher, loader, split, data, second=False) | {"embedding": layer, "batch_size": batch_size}
+    key.pop("classes")
+    try:
+        return TeacherCache.open(root, key, record, loader.samples, facts)
+    except (StorageError, ArtifactError) as error:
+        observer.warn(f"embeddings of {split} are not cached: {error}")
+        return None
+
+
 def embedding_widths(distiller: Distiller) -> list[int]:
     """D of each teacher: what its last linear layer reads."""
     assert distiller.teacher is not None
@@ -360,11 +421,20 @@ def embedding_widths(distiller: Distiller) -> list[int]:
     return found
 
 
-def module_digest(module: nn.Module) -> str:
-    """SHA-256 over names, kinds, shapes and bytes of a network's tensors."""
+def module_digest(module: nn.Module, without: str | None = None) -> str:
+    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function.
+
+    Args:
+        module: the network.
+        without: name of a module whose tensors are left out.
+    """
     found = hashlib.sha256()
     for name, tensor in module.state_dict().items():
+        if without is not None and name.rpartition(".")[0] == without:
+            continue
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    if isinstance(function := find_opaque(module), FunctionNetwork):
+        found.update(function.fingerprint())
     return found.hexdigest()

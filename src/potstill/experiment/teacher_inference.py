@@ -22,6 +22,7 @@ from potstill.errors import ArtifactError, StorageError
 from potstill.evaluation.cost import count_flops
 from potstill.experiment.teacher_cache import StageTeacher, cache_key, describe_teacher, is_cacheable, module_digest
 from potstill.io import cache_folder, read_checksummed_json, sha256_hex, write_checksummed_json
+from potstill.models.families.opaque_models import find_opaque
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
@@ -71,7 +72,8 @@ def convert_teachers(
     for at, (teacher, folder, name) in enumerate(zip(teachers, folders, names, strict=True)):
         digest = module_digest(live.fold_heads[str(at)]) if str(at) in live.fold_heads else None
         described = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if cacheable else None
-        if recipe.network(name).precision == "float32" or (cacheable and not compute.teacher_in_bf16):
+        hidden = find_opaque(teacher.module) is not None
+        if hidden or recipe.network(name).precision == "float32" or (cacheable and not compute.teacher_in_bf16):
             live.use_float32(at, compute.memory_format)
         elif described is not None:
             own = None if views is None else views.loaders[at]

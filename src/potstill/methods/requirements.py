@@ -44,6 +44,11 @@ class Requirements:
         return self.maps != "none" or self.embedding or self.student_head or self.teacher_head
 
     @property
+    def teacher_layers(self) -> bool:
+        """Whether the method reads more of the teacher than its logits."""
+        return self.teacher and (self.features or self.norms)
+
+    @property
     def storable(self) -> bool:
         """Whether all required teacher outputs are small enough to be cached for each view: logits and embeddings."""
         return self.teacher and self.maps == "none" and not self.norms and self.second != "same class"

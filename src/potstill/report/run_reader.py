@@ -140,6 +140,12 @@ class Run:
         return self.results.get("comparison") or None
 
     @property
+    def without_labels(self) -> dict[str, Any]:
+        """What is known of a student that was trained without labels; empty for other runs."""
+        found = self.results.get("without_labels")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def together(self) -> dict[str, dict[str, Any]]:
         """Ensembles of several teachers or generations: members ``of`` and the metrics of each split."""
         found = self.results.get("together") or {}

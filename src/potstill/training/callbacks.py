@@ -6,7 +6,7 @@ On SIGINT or SIGTERM the trainer finishes the step, saves its state and ends; a 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ from potstill.errors import Stopped
 
 class Observer(Protocol):
     """Receives the progress of a run; subclass it, or pass any object with these methods, as ``observer``."""
+
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
+        """Before the first stage; ``estimate`` measures for some seconds how many each stage will take, in order."""
 
     def stage(self, name: str, detail: str) -> None:
         """A stage (teacher, baseline, distilled) begins."""
@@ -44,6 +47,8 @@ class Observer(Protocol):
 class SilentObserver:
     """An observer that ignores everything."""
 
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None: ...
+
     def stage(self, name: str, detail: str) -> None: ...
 
     def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None: ...
@@ -70,6 +75,9 @@ class ForwardingObserver:
 
     def __init__(self, observer: Observer) -> None:
         self.observer, self.current_stage = observer, ""
+
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
+        self.observer.expect(estimate)
 
     def stage(self, name: str, detail: str) -> None:
         self.current_stage = name
