@@ -200,7 +200,7 @@ def teaching_text(stage: StageResult) -> str:
 
 
 def _cache_text(teaching: Mapping[str, Any]) -> str:
-    computed, read = format_number(teaching.get("asked")), format_number(teaching.get("read"))
+    computed, read = format_number(teaching.get("computed")), format_number(teaching.get("read"))
     if computed is None or read is None:
         return ""
     return f"; {format_count(read)} of {format_count(computed + read)} outputs read from the teacher cache"
