@@ -33,6 +33,7 @@ from potstill.data.image_sets import (
     set_value_range,
 )
 from potstill.data.named_datasets import call_dataset, check_dataset, dataset_names, is_dataset
+from potstill.data.parquet_tables import check_table, is_table
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings
 from potstill.data.shard_reader import is_shards
@@ -219,6 +220,10 @@ def check_source(settings: DataSettings) -> None:
     if is_shards(name):
         check_shards(settings)
         return
+    if is_table(name):
+        check_table(settings)
+        _check_shares(settings)
+        return
     path = Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES):
         if path.exists():
@@ -227,10 +232,14 @@ def check_source(settings: DataSettings) -> None:
         raise UsageError(
             f"no data set, folder or manifest {name!r}{did_you_mean(name, dataset_names())}\n"
             f"Known names: {', '.join(dataset_names())}; or give a folder of class folders, a .csv or .jsonl "
-            "manifest, .tar shards, or code: path/file.py:callable"
+            "manifest, Parquet files, .tar shards, hf://datasets/USER/NAME, or code: path/file.py:callable"
         )
     if settings.options:
         raise UsageError(f"data {name!r}: folders and manifests take no options, got {', '.join(settings.options)}")
+    _check_shares(settings)
+
+
+def _check_shares(settings: DataSettings) -> None:
     if settings.val + settings.test >= 1:
         raise UsageError(f"val {settings.val:g} and test {settings.test:g} leave no images for train")
 
