@@ -59,6 +59,9 @@ def run(
             in ``overrides`` or in a dict needs no permission.
         observer: its methods are called with the progress; None: no output.
 
+    A run may end without its distilled student (``teacher_below_baseline: stop``): ``not_distilled`` of results.json
+    then says why.
+
     Raises:
         PotstillError: any error that the user can correct.
     """

@@ -121,7 +121,8 @@ epochs: 3
         "recipe.yaml:10:1: student.model is missing (an architecture (see `potstill models`), or file.py:callable)",
         "recipe.yaml:10:11: student.mode: unknown key; did you mean 'model'?",
         "recipe.yaml:13:3: method.temperature must be above 0, got 0",
-        "recipe.yaml:14:3: method.alph: no option 'alph'; did you mean 'alpha'? It takes temperature, alpha, confidence",
+        "recipe.yaml:14:3: method.alph: no option 'alph'; did you mean 'alpha'? It takes temperature, alpha, "
+        "confidence",
         "recipe.yaml:16:3: training.epochs must be a whole number, got '30'",
         "recipe.yaml:17:3: training.optimizer: no class 'adamm' in torch.optim; did you mean 'adamw'?",
         "recipe.yaml:18:1: epochs: unknown key; did you mean 'training.epochs'?",

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from potstill.cli import main
 from potstill.distillation.teachers import FoldHeads, Teachers
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment import pipeline
@@ -20,8 +21,14 @@ class Listening(SilentObserver):
     def __init__(self):
         self.notes = []
 
+        self.embedded = set()
+
     def note(self, message):
         self.notes.append(message)
+
+    def wait(self, what, done, total):
+        if "embeddings of" in what:
+            self.embedded.add(what.rpartition(" ")[2])
 
 
 class Stopping(SilentObserver):
@@ -83,6 +90,71 @@ def test_the_encoder_stays_and_the_head_is_fitted(probing, encoder, tmp_path):
     assert "cross-validated top-1" in shown
 
 
+@pytest.fixture
+def teach(probing, tmp_path):
+    """Fit a probe in a run of its own; return its model and the splits whose images the encoder ran on."""
+    count = iter(range(100))
+
+    def run(**changes):
+        heard = Listening()
+        recipe = probing(**changes)
+        run = pipeline.run(recipe, output_dir=tmp_path, name=f"run-{next(count)}", stages=("teacher",), observer=heard)
+        said = any("from the cache: C" in note for note in heard.notes)
+        assert said is (not heard.embedded)
+        return load_model(run / "teacher"), heard.embedded
+
+    return run
+
+
+BOTH = {"train", "val"}
+
+
+def test_embeddings_are_read_from_the_cache_in_other_runs(teach, tmp_path, monkeypatch):
+    first, embedded = teach()
+    assert embedded == BOTH
+    again, embedded = teach()
+    assert embedded == set()
+    assert all(torch.equal(first.module.state_dict()[key], value) for key, value in again.module.state_dict().items())
+    other_seed, embedded = teach(seed=5)
+    assert embedded == set()
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "empty"))
+    fresh, embedded = teach(seed=5)
+    assert embedded == BOTH
+    ours, theirs = (each.module.state_dict() for each in (other_seed, fresh))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not torch.equal(first.module.state_dict()["head.bias"], ours["head.bias"])  # other folds choose another C
+
+
+def test_other_encoders_images_and_sizes_have_caches_of_their_own(teach, tmp_path):
+    teach()
+    torch.manual_seed(8)
+    torch.save(create_model("cifar/resnet8", 5, size=16).state_dict(), tmp_path / "other.pth")
+    assert teach(**{"teacher.weights": tmp_path / "other.pth"})[1] == BOTH
+    assert teach(**{"teacher.size": 24})[1] == BOTH
+    assert teach(**{"data.split_seed": 1})[1] == BOTH
+    assert teach(**{"teacher_cache.mode": "off"})[1] == BOTH
+    assert teach()[1] == set()
+
+
+def test_damaged_embeddings_are_computed_again(teach, tmp_path, capsys):
+    first, _ = teach()
+    caches = list(tmp_path.glob("cache/teachers/*/logits.bin"))
+    assert len(caches) == 2
+    for path in caches:
+        path.write_bytes(bytes(path.stat().st_size))
+        assert main(["cache", "verify", path.parent.name]) == 4
+    again, embedded = teach()
+    assert embedded == BOTH
+    assert all(torch.equal(first.module.state_dict()[key], value) for key, value in again.module.state_dict().items())
+    assert main(["cache", "verify", caches[0].parent.name]) == 0
+    assert "0 blocks are damaged" in capsys.readouterr().out
+
+
+def test_without_disk_space_the_encoder_runs_again(teach, monkeypatch):
+    monkeypatch.setattr("potstill.experiment.teacher_cache.MAX_DISK_FRACTION", 0)
+    assert teach()[1] == teach()[1] == BOTH
+
+
 class Indices:
     """Which sample ids teachers are asked for."""
 
@@ -111,9 +183,8 @@ def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, 
 
 def test_caches_hold_the_folds_answers_and_resuming_goes_on_with_them(probing, tmp_path):
     whole = pipeline.run(probing(), output_dir=tmp_path, name="whole")
-    (store,) = [
-        path for path in (tmp_path / "cache" / "teachers").iterdir() if "train" in (path / "manifest.json").read_text()
-    ][:1]
+    caches = tmp_path.glob("cache/teachers/*/manifest.json")
+    (store,) = [path.parent for path in caches if json.loads(path.read_text())["record"]["classes"]][:1]
     assert verify_cache(store).largest < 0.05
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(probing(), output_dir=tmp_path, name="parts", observer=Stopping("distilled"))

@@ -12,7 +12,7 @@ import typer
 
 from potstill.code_references import is_code_reference
 from potstill.distributed import is_torchrun_launched, restart_count
-from potstill.errors import RemoteFailure, UsageError
+from potstill.errors import NotDistilledError, RemoteFailure, UsageError
 
 DISTRIBUTED_COMMANDS = ("run", "train")
 
@@ -81,6 +81,18 @@ Data = Annotated[
         help="Images: a folder, a .csv or .jsonl manifest, .tar or .parquet files, hf://datasets/USER/NAME, the name "
         "of a data set, or code, path/file.py:callable.",
     ),
+]
+NoLabels = Annotated[
+    bool | None,
+    typer.Option(
+        "--no-labels",
+        help="The images of --data have no labels: the classes are those of a ready --teacher, and the method's label "
+        "weight is 0.",
+    ),
+]
+LabeledTest = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="data.labeled_test: class folders of test images, with --no-labels."),
 ]
 Unlabeled = Annotated[
     str | None,
@@ -161,6 +173,8 @@ def run(
     ] = None,
     data: Data = None,
     unlabeled: Unlabeled = None,
+    no_labels: NoLabels = None,
+    labeled_test: LabeledTest = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -187,6 +201,8 @@ def run(
     flags: dict[str, Any] = {
         "--data": data,
         "--unlabeled": unlabeled,
+        "--no-labels": no_labels,
+        "--labeled-test": labeled_test,
         "--teacher": teacher or None,
         "--student": student,
         "--epochs": epochs,
@@ -232,6 +248,8 @@ def train(
     ],
     data: Data = None,
     unlabeled: Unlabeled = None,
+    no_labels: NoLabels = None,
+    labeled_test: LabeledTest = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -257,6 +275,8 @@ def train(
     flags: dict[str, Any] = {
         "--data": data,
         "--unlabeled": unlabeled,
+        "--no-labels": no_labels,
+        "--labeled-test": labeled_test,
         "--teacher": teacher or None,
         "--student": student,
         "--epochs": epochs,
@@ -411,4 +431,6 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
     models = (stage.get("model") or {} for stage in results["stages"].values())
     if next_command[1] == "predict" and any(is_code_reference(model.get("architecture", "")) for model in models):
         next_command = [*next_command, "--allow-code"]
+    if results.get("not_distilled"):
+        raise NotDistilledError(str(results["not_distilled"]))
     print_next_command(next_command)

@@ -109,7 +109,14 @@ def describe_view_difference(first: str, views: Any, second: str, others: Any) -
 
 
 # Settings that do not affect the result, so that a resumed run may change them.
-_NEUTRAL_KEYS = {"name", "description", "data.workers", "data.cache_fraction", "teacher_cache.folder"}
+_NEUTRAL_KEYS = {
+    "name",
+    "description",
+    "teacher_below_baseline",
+    "data.workers",
+    "data.cache_fraction",
+    "teacher_cache.folder",
+}
 _MAX_CHANGES = 8  # changed settings that a message lists
 _MAX_IMAGES = 3  # images that a message lists
 _NEUTRAL_TRAINING_KEYS = ("checkpoint_seconds", "keep_checkpoint")

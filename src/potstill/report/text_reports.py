@@ -311,6 +311,8 @@ def model_card(run: Run) -> str | None:
 def _eval_results(run: Run, student: StageResult) -> list[Any] | None:
     from huggingface_hub import EvalResult
 
+    if run.without_labels.get("test_labeled") is False:
+        return None  # accuracy is unknown
     test = student.metrics.get("test", {})
     source = str(without_folders(run.data.get("source") or "images"))
     found = [
@@ -323,7 +325,7 @@ def _eval_results(run: Run, student: StageResult) -> list[Any] | None:
 
 def _card_text(run: Run, student: StageResult) -> str:
     model = student.model
-    verdict = str((run.comparison or {}).get("verdict") or "")
+    verdict = str((run.comparison or {}).get("verdict") or " ".join(run.without_labels.get("sentences") or ()))
     network = f"`{_markdown(model.get('architecture'))}`, {format_scaled(model.get('parameters'))} parameters"
     parts = [
         f"# {_markdown(run.name)}",
@@ -350,10 +352,11 @@ def _card_text(run: Run, student: StageResult) -> str:
 
 
 def _card_metrics(run: Run) -> str:
-    shown = [run.stages[name] for name in STAGES if name in run.stages]
-    rows = [
-        [name, *(form(stage.metrics.get("test", {}).get(key)) for stage in shown)] for key, name, form in _CARD_METRICS
-    ]
+    shown, metrics = [run.stages[name] for name in STAGES if name in run.stages], list(_CARD_METRICS)
+    if run.without_labels:
+        metrics = metrics if run.without_labels.get("test_labeled") else []  # they are of the teacher's own classes
+        metrics += [("agreement", "Agreement with teacher", format_percent), ("kl_to_teacher", "KL", format_decimal)]
+    rows = [[name, *(form(stage.metrics.get("test", {}).get(key)) for stage in shown)] for key, name, form in metrics]
     rows.append(["Parameters", *(format_scaled(stage.model.get("parameters")) for stage in shown)])
     head = ["", *(stage.name for stage in shown)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * len(shown)], *rows])
