@@ -36,10 +36,10 @@ from potstill.data.image_sets import (
     set_value_range,
 )
 from potstill.data.named_datasets import call_dataset, check_dataset, dataset_names, is_dataset
-from potstill.data.parquet_tables import check_table, is_table
+from potstill.data.parquet_tables import check_table
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings
-from potstill.data.sources import MANIFEST_SUFFIXES
+from potstill.data.sources import MANIFEST_SUFFIXES, is_table
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names

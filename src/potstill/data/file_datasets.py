@@ -31,11 +31,11 @@ from potstill.data.image_sets import (
     file_paths,
     sample_name,
 )
-from potstill.data.parquet_tables import is_table, read_tables
+from potstill.data.parquet_tables import read_tables
 from potstill.data.scan import check_files, finding_kind
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.shard_reader import COMPRESSED_SUFFIX, Shard, ShardSample, expand_shards, read_shard
-from potstill.data.sources import ignored_files_note, read_manifest, walk_folder, walk_images
+from potstill.data.sources import ignored_files_note, is_table, read_manifest, walk_folder, walk_images
 from potstill.data.splits import (
     SPLITS,
     DataSplits,

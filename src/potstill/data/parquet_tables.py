@@ -22,13 +22,13 @@ from potstill.data.concurrency import ProgressReporter, interprocess_lock
 from potstill.data.entries import SPLIT_WORDS, Entry, Finding, Listing
 from potstill.data.image_io import MAX_BYTES
 from potstill.data.settings import DataSettings, Options, read_options
+from potstill.data.sources import find_tables
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError, did_you_mean
 from potstill.formatting import format_names
 from potstill.hub import fetch_dataset, first_line, is_hub_dataset
 from potstill.io import cache_folder, read_checksummed_json, sha256_hex, write_checksummed_json
 
 FORMAT = 1
-SUFFIX = ".parquet"
 ROWS_FILE = "rows.json"  # written last, so a folder without it is incomplete
 IMAGE_NAMES = ("image", "img", "picture", "photo", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "target", "class_name", "category", "fine_label")
@@ -52,16 +52,6 @@ class _Table:
     label: str
     names: list[str] | None  # of the labels, if the schema has them
     in_struct: bool  # the bytes are the field of a struct
-
-
-def is_table(source: str) -> bool:
-    """Return whether a source is a Parquet file, a folder of them and no class folders, or data of the hub."""
-    if is_hub_dataset(source):
-        return True
-    path = Path(source).expanduser()
-    if path.suffix.lower() == SUFFIX:
-        return not path.is_dir()
-    return path.is_dir() and bool(_find_files(path, deep=False))
 
 
 def check_table(settings: DataSettings) -> None:
@@ -96,7 +86,7 @@ def read_tables(settings: DataSettings, progress: ProgressReporter | None = None
         place, kind = fetched.folder, f"tables of {fetched.name}"
         files = [place / name for name in fetched.files]
     else:
-        files = [place] if place.is_file() else _find_files(place)
+        files = [place] if place.is_file() else find_tables(place)
         place = place.parent if place.is_file() else place
     names = [file.relative_to(place).as_posix() for file in files]
     states = [(name, *_state(file)) for name, file in zip(names, files, strict=True)]
@@ -125,29 +115,6 @@ def read_tables(settings: DataSettings, progress: ProgressReporter | None = None
 def _state(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _find_files(root: Path, *, deep: bool = True) -> list[Path]:
-    """Return the Parquet files of a folder, sorted by path.
-
-    Args:
-        root: the folder.
-        deep: at any depth; False: only in places in which they stand for the folder's data: beside no folders but
-            those of splits and ``data``, or within these.
-    """
-    if deep:
-        found = (path for path in root.rglob(f"*{SUFFIX}") if path.is_file())
-        return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
-    try:
-        inside = [path for path in root.iterdir() if not path.name.startswith(".")]
-        folders = [path for path in inside if path.is_dir()]
-        known = [path for path in folders if path.name.lower() in SPLIT_WORDS or path.name == "data"]
-        if any(path.suffix.lower() == SUFFIX for path in inside):
-            return inside if len(known) == len(folders) else []
-        places = known or [path / word for path in folders for word in SPLIT_WORDS]  # without listing image folders
-        return [path for place in places if place.is_dir() for path in place.glob(f"*{SUFFIX}")]
-    except OSError:  # the walk of the folder reports it
-        return []
 
 
 def _splits(listing: Listing, names: Sequence[str]) -> dict[str, str | None]:
