@@ -75,7 +75,7 @@ def too_few(path):
 @pytest.mark.parametrize(
     ("make", "code", "says"),
     [
-        (no_folder, 2, ["nowhere", "digits, solar, fashion-mnist"]),
+        (no_folder, 2, ["nowhere", "cifar100, digits, fashion-mnist, solar"]),
         (empty_class, 3, ["/c: no images"]),
         (one_class, 3, ["at least two classes, found only 'a'"]),
         (no_class, 3, ["no class folder"]),

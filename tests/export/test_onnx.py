@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from potstill.errors import ArtifactError
-from potstill.export.onnx import read_properties
+from potstill.models.exported_files import read_properties
 
 onnx = pytest.importorskip("onnx", reason="needs onnx (potstill[export])")
 

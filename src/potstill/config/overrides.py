@@ -8,16 +8,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.code_references import is_code_reference
+from potstill.code_references import is_code_reference, permit_code
 from potstill.config.code_references import is_from_caller
 from potstill.config.method_settings import normalize_method
 from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
+from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
 from potstill.io import read_checksummed_json
-from potstill.methods import method_info
-from potstill.models.class_names import CLASS_LISTS
+from potstill.methods import list_own_methods, method_info
+from potstill.models.class_names import CLASS_LISTS, class_list
+from potstill.models.exported_files import EXECUTABLE, check_permission, identify_file
 
 # Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -26,6 +28,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--batch-size": ("training", "batch_size"),
     "--image-size": ("data", "size"),
     "--unlabeled": ("data", "unlabeled"),
+    "--labeled-test": ("data", "labeled_test"),
     "--device": ("training", "device"),
     "--method": ("method", "name"),
     "--temperature": ("method", "temperature"),
@@ -33,8 +36,8 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seed": ("seed",),
     "--seeds": ("seeds",),
 }
-FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json")
+FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", *SETTING_FLAGS)
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".onnx", ".pt2", ".ts")
 WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
 # A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
 MODEL_FOLDER_FILES = ("model.json", "recipe.yaml", "results.json", "config.json")
@@ -57,7 +60,11 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
     ]
     _prepare_method(document, {path: value for path, value, _ in changes}, allow_code=bool(flags.get("--allow-code")))
     for path, value, location in changes:
+        if path[-1] in ("model", "weights"):  # whoever names a network wants no other
+            _drop_fallback(document.value, path[:-1])
         _set_value(document, path, value, location)
+    if flags.get("--no-labels"):
+        _drop_label_term(document, {path for path, *_ in changes})
 
 
 def split_model(text: str) -> tuple[str | None, str | None]:
@@ -70,9 +77,13 @@ def split_model(text: str) -> tuple[str | None, str | None]:
         ('resnet18', 'pretrained')
         >>> split_model("./weights/mine.safetensors")
         (None, './weights/mine.safetensors')
+        >>> split_model("hf-hub:user/name@main")
+        (None, 'hf-hub:user/name@main')
         >>> split_model("./mine.py:Net@weights.pth")
         ('./mine.py:Net', 'weights.pth')
     """
+    if is_hub_model(text):
+        return None, text
     architecture, _, weights = text.partition("@")
     if is_code_reference(architecture):
         return architecture, weights or None
@@ -96,12 +107,16 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         if isinstance(data, dict) and data.get("source") != value:
             data.pop("options", None)  # they belong to the data set that the recipe had before
         _set_value(document, ("data", "source"), os.fspath(value), location)
+    elif flag == "--no-labels":
+        _set_value(document, ("data", "labeled"), not value, flag)
     elif flag == "--skip-bad":
         _set_value(document, ("data", "skip_bad"), bool(value), flag)
     elif flag == "--teacher":
         _set_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
     else:
         architecture, weights = split_model(os.fspath(value))
+        if isinstance(student := document.value.get("student"), dict):
+            document.value["student"] = _settings_for(student, weights)
         _set_value(document, ("student", "model"), architecture, location)
         _set_value(document, ("student", "weights"), weights, location)
 
@@ -120,8 +135,56 @@ def _set_teachers(document: Document, named: list[Any]) -> None:
     for at, each in enumerate(named):
         architecture, weights = split_model(os.fspath(each))
         path = ("teacher", at) if len(named) > 1 else ("teacher",)
+        if isinstance(section := sections[min(at, len(sections) - 1)] if sections else None, dict):
+            if len(named) > 1:
+                document.value["teacher"][at] = _settings_for(section, weights)
+            else:
+                document.value["teacher"] = _settings_for(section, weights)
         for key, text in (("model", architecture), ("weights", weights)):
             _set_value(document, (*path, key), text, f"--teacher {each}")
+
+
+def _drop_fallback(value: Any, path: KeyPath) -> None:
+    for key in path:
+        if isinstance(value, list) and str(key).isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        value.pop("fallback", None)
+
+
+def complete_fallbacks(section: dict[str, Any]) -> None:
+    """Complete each of a network's fallbacks in place by the settings that it leaves as they are."""
+    fallbacks = section.get("fallback")
+    if not isinstance(fallbacks, list):
+        return
+    for at, each in enumerate(fallbacks):
+        if isinstance(each, dict) and "fallback" not in each:
+            completed = copy.deepcopy({key: item for key, item in section.items() if key != "fallback"}) | each
+            former, own = section.get("training"), each.get("training")
+            if isinstance(former, dict) and isinstance(own, dict):
+                completed["training"] = former | own
+            fallbacks[at] = completed
+
+
+def _settings_for(section: dict[str, Any], weights: str | None) -> dict[str, Any]:
+    """Return the settings that a network given by a flag keeps of the recipe's network.
+
+    They are those of the first alternative that starts as it does, with weights or without.  A model of ours has a head
+    and an image size.
+    """
+    section = copy.deepcopy(section)
+    complete_fallbacks(section)
+    fallbacks = section.pop("fallback", None)
+    for each in [section, *(fallbacks if isinstance(fallbacks, list) else ())]:
+        if isinstance(each, dict) and (each.get("weights") is None) == (weights is None):
+            section = each
+            break
+    dropped = {"head"} if weights is None else set()
+    if weights is not None and weights not in WITHOUT_FILE and find_model_json(Path(weights).expanduser()):
+        dropped = {"head", "size"}
+    return {key: item for key, item in section.items() if key not in dropped}
 
 
 def _parse_assignment(document: Document, text: str) -> tuple[KeyPath, Any] | None:
@@ -204,6 +267,17 @@ def _drop_options(method: dict[str, Any], name: Any) -> None:
             del method[key]
 
 
+def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
+    """Set the label weight of the recipe's method to 0, unless the caller has set it."""
+    method = document.value.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if not isinstance(name, str) or is_code_reference(name) or name not in list_own_methods():
+        return
+    key = "alpha" if name == "kd" else "ce_weight"
+    if key in method_info(name).options and ("method", key) not in changed:
+        _set_value(document, ("method", key), 0.0, "--no-labels")
+
+
 def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None:
     """Remove what a preset sets: given with ``--set``, it overrides the file; inside the file, options override it."""
     try:
@@ -219,12 +293,15 @@ _MAX_CLASS_FILE_BYTES = 10_000_000
 _STAGE_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student": ("distilled", "baseline", "teacher")}
 
 
-def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> list[tuple[KeyPath, PotstillError]]:
+def fill_architectures(
+    value: dict[str, Any], *, allow_code: bool = False, recorded: bool = False
+) -> list[tuple[KeyPath, PotstillError]]:
     """Fill in, in place, ``model`` of each network from its ``weights``, and the model folder of a run.
 
     Args:
         value: the recipe's plain values.
         allow_code: whether a model file may name code.
+        recorded: whether the recipe is that of a run folder, whose teachers are not opened.
 
     Returns:
         The keys whose weights cannot be used, each with the error.
@@ -237,6 +314,14 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
         except PotstillError as error:
             failures.append(((*path, "classes"), error))
             section["classes"] = None
+        model = section.get("model")
+        if isinstance(model, str) and is_hub_model(model) and section.get("weights") in (None, "pretrained"):
+            section["model"], section["weights"] = None, model  # a repository gives both
+        elif section.get("weights") is None and isinstance(model, str):
+            try:
+                _fill_weights(section, path)
+            except PotstillError as error:
+                failures.append(((*path, "model"), error))
         section.update(_listed_prompts(section))
         if not isinstance(section.get("weights"), str):
             if section.get("classes") is not None:
@@ -248,12 +333,59 @@ def fill_architectures(value: dict[str, Any], *, allow_code: bool = False) -> li
                 )
             continue
         try:
-            _fill_section(section, name, allow_code=allow_code)
+            _fill_section(section, name, allow_code=allow_code, recorded=recorded)
         except PotstillError as error:
             failures.append(((*path, "weights"), type(error)(f"{name}.weights: {error}")))
             section.setdefault("model", None)
             section["model"] = section["model"] or "?"  # one message about these weights is enough
     return failures
+
+
+def fill_class_names(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
+    """Fill in, in place, ``data.classes`` of data without labels: the classes of the first teacher.
+
+    Call it after ``fill_architectures``.
+
+    Returns:
+        ``data.classes`` with an error, if its file cannot be read.
+    """
+    data = value.get("data")
+    if not isinstance(data, dict) or data.get("labeled") is not False:
+        return []
+    if isinstance(data.get("classes"), str):
+        try:
+            data["classes"] = read_class_file(data["classes"], "data.classes")
+        except PotstillError as error:
+            data["classes"] = None
+            return [(("data", "classes"), error)]
+    elif data.get("classes") is None:
+        teacher = value.get("teacher")
+        first = teacher[0] if isinstance(teacher, list) and teacher else teacher
+        if isinstance(first, dict) and (names := _class_names(first)) is not None:
+            data["classes"] = names
+    return []
+
+
+def _class_names(teacher: dict[str, Any]) -> list[str] | None:
+    """Return the class names that a teacher's section or its weights give; None if they give none."""
+    classes, weights = teacher.get("classes"), teacher.get("weights")
+    if isinstance(classes, str):
+        return list(class_list(classes)) if classes in CLASS_LISTS else None
+    if classes:
+        return [str(name) for name in classes]
+    if not isinstance(weights, str) or weights in WITHOUT_FILE:
+        return None
+    path = Path(weights).expanduser()
+    card = find_model_json(path, "teacher")
+    if card is not None:
+        found = read_checksummed_json(card).get("class_names")
+        return [str(name) for name in found] if isinstance(found, list) else None
+    if (path / "config.json").is_file() or path.parent.joinpath("config.json").is_file():
+        from potstill.models.state_dict import read_class_names  # torch, which takes seconds
+
+        names = read_class_names(path)
+        return None if names is None else list(names)
+    return None
 
 
 def find_model_json(path: Path, stage: str = "student") -> Path | None:
@@ -269,6 +401,18 @@ def find_model_json(path: Path, stage: str = "student") -> Path | None:
         *(path / name for name in _STAGE_PREFERENCE["teacher" if stage.startswith("teacher") else "student"]),
     ]
     return next((folder / "model.json" for folder in folders if (folder / "model.json").is_file()), None)
+
+
+def _fill_weights(section: dict[str, Any], path: KeyPath) -> None:
+    """Fill in the weights of a teacher that its ``model`` already is: a file of another program, or a function."""
+    model = section["model"]
+    if model.endswith((".onnx", ".pt2", ".ts")) and not is_code_reference(model):
+        section["model"], section["weights"] = None, model
+    elif path[0] == "teacher" and is_code_reference(model):
+        from potstill.models.families.own_models import names_function
+
+        if names_function(model):
+            section["weights"] = "own"
 
 
 def _fill_classes(section: dict[str, Any], key: str) -> None:
@@ -315,12 +459,13 @@ def read_class_file(file: str, key: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> None:
+def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool, recorded: bool) -> None:
     """``stage`` is the section's key: "student", "teacher[1]"."""
     weights = section["weights"]
     if weights in WITHOUT_FILE:
         return
-    path = Path(weights).expanduser()
+    section["weights"] = pinned_name(weights)
+    path = model_path(weights)
     if not path.exists():
         raise UsageError(f"no such file or folder: {weights}")
     card = find_model_json(path, stage)
@@ -331,9 +476,15 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> N
                 "Hugging Face hub with config.json"
             )
         if not section.get("model"):
+            section["model"] = identify_file(path)
+        if not section["model"]:
             from potstill.models.foreign_checkpoints import identify_network  # torch, which takes seconds
 
             section["model"] = identify_network(path)
+        if section["model"] in EXECUTABLE and not recorded:
+            if allow_code:
+                permit_code([str(path.resolve())])
+            check_permission(section["model"], weights, str(path.resolve()))
         return
     architecture = read_checksummed_json(card).get("architecture")
     if not isinstance(architecture, str):
@@ -346,4 +497,5 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool) -> N
             "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
         )
     section["model"] = architecture
-    section["weights"] = str(card.parent)
+    if not weights.startswith(HUB_PREFIX):
+        section["weights"] = str(card.parent)

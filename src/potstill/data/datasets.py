@@ -17,8 +17,11 @@ from potstill.data.file_datasets import (
     add_unlabeled,
     check_shards,
     check_unlabeled,
+    check_without_labels,
+    is_shards,
     load_files,
     load_shards,
+    load_without_labels,
 )
 from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
 from potstill.data.image_sets import (
@@ -35,7 +38,6 @@ from potstill.data.image_sets import (
 from potstill.data.named_datasets import call_dataset, check_dataset, dataset_names, is_dataset
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings
-from potstill.data.shard_reader import is_shards
 from potstill.data.sources import MANIFEST_SUFFIXES
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
@@ -138,6 +140,11 @@ def load_data(
         DataError: images, classes or splits that cannot be trained on.
     """
     check_unlabeled(settings)
+    if not settings.labeled:
+        if data is not None:
+            raise UsageError("data.labeled: false is for a folder of images; data from Python has labels")
+        check_source(settings)
+        return load_without_labels(settings, progress)
     for each in (data, None if data is None else data.target):
         if each is not None:
             check_splits(each.class_names, {split: each.split(split) for split in SPLITS}, each.source)
@@ -211,6 +218,9 @@ def check_source(settings: DataSettings) -> None:
         UsageError: an unknown name, a missing path, or unknown options.
     """
     name = settings.source
+    if not settings.labeled:
+        check_without_labels(settings)
+        return
     if is_dataset(name):
         check_dataset(settings)
         return

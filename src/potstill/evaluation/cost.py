@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.input_spec import InputSpec
+from potstill.models.families.opaque_models import find_opaque
 
 
 def measure_memory(module: nn.Module, spec: InputSpec, batch: int = 1) -> dict[str, int]:
@@ -85,6 +86,12 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def known_parameters(*modules: nn.Module) -> int | None:
+    """Return the sum of ``count_parameters``; None if one of the networks hides its layers."""
+    hidden = any(find_opaque(module) is not None for module in modules)
+    return None if hidden else sum(map(count_parameters, modules))
+
+
 def count_flops(module: nn.Module, spec: InputSpec) -> int:
     """Return the floating-point operations for one image, two per multiply-add, by ``torch.utils.flop_counter``.
 
@@ -109,6 +116,12 @@ def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str]
 
     A network of more than ``MAX_SUMMARY_ROWS`` layers is shown as blocks, at the greatest depth with so few rows.
     """
+    if (hidden := find_opaque(module)) is not None:
+        return (
+            f"network      {hidden.label}, whose layers are hidden\n"
+            f"input        3 x {spec.size} x {spec.size}\n"
+            f"classes      {_list_classes(class_names)}\n"
+        )
     shapes = _output_shapes(module, spec)
     rows = _layer_rows(module, shapes)
     columns = [("layer", "type", "output", "parameters"), *(row.cells() for row in rows)]
@@ -116,17 +129,21 @@ def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str]
     lines = [f"{a:<{path}}  {b:<{kind}}  {c:>{shape}}  {d:>{count}}" for a, b, c, d in columns]
     lines.insert(1, "-" * len(lines[0]))
     total = count_parameters(module)
-    names = [_printable(name) for name in class_names]
-    listed = ", ".join(names[:MAX_CLASS_NAMES]) + (f", ... {names[-1]}" if len(names) > MAX_CLASS_NAMES else "")
     lines += [
         "",
         f"network      {type(module).__name__}",
         f"input        3 x {spec.size} x {spec.size}",
-        f"classes      {len(names)}: {listed}",
+        f"classes      {_list_classes(class_names)}",
         f"parameters   {total:,} ({4 * total / 2**20:,.1f} MiB in float32)",
         f"FLOPs        {count_flops(module, spec):,} for one image, two per multiply-add",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _list_classes(class_names: Sequence[str]) -> str:
+    names = [_printable(name) for name in class_names]
+    listed = ", ".join(names[:MAX_CLASS_NAMES]) + (f", ... {names[-1]}" if len(names) > MAX_CLASS_NAMES else "")
+    return f"{len(names)}: {listed}"
 
 
 def measure_latency(

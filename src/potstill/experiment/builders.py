@@ -19,16 +19,28 @@ from potstill.data.splits import DataSplits
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_views import TeacherViews
 from potstill.errors import ArtifactError, UsageError, did_you_mean
-from potstill.evaluation.cost import count_parameters
+from potstill.evaluation.cost import known_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
+from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
-from potstill.models.class_names import OutputNames, lists_with
-from potstill.models.factory import create_model, load_for_classes, load_weights, load_zero_shot
+from potstill.models.class_names import OutputNames, class_list, lists_with
+from potstill.models.exported_files import LABELS
+from potstill.models.factory import (
+    LoadedModel,
+    create_model,
+    group_outputs,
+    load_for_classes,
+    load_weights,
+    load_zero_shot,
+    output_groups,
+)
+from potstill.models.families import opaque_models
+from potstill.models.families.opaque_models import FileNetwork, find_opaque
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
@@ -88,19 +100,28 @@ def build_network(
 def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
     """Do as ``build_network``, but for the range."""
     size = _size(recipe, network)
+    if opaque_models.is_model(network.model):
+        return _from_other_program(recipe, network, classes)
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
+        if find_opaque(module) is not None:
+            raise UsageError(
+                f"{network_key(recipe, network)}: {network.model} is a function of images, which cannot be trained: it "
+                "can be a teacher"
+            )
         return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
     key = network_key(recipe, network)
     if network.head == "zero_shot":
         return _build_zero_shot(recipe, network, classes, key)
-    if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
+    if network.weights not in WITHOUT_FILE and _is_potstill_model(model_path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
-        return _from_model_file(Path(network.weights), network, classes, key)
+        if network.mean is not None or network.std is not None:
+            raise UsageError(f"{key}.mean and {key}.std are for files without them; {network.weights} has its own")
+        return _from_model_file(model_path(network.weights), network, classes, key)
     theirs, setting = network.classes, f"{key}.classes"
     if theirs is None and network.weights not in WITHOUT_FILE:
-        theirs, setting = _published_names(Path(network.weights), classes), f"config.json of {network.weights}"
+        theirs, setting = _published_names(model_path(network.weights), classes), f"config.json of {network.weights}"
     if theirs is not None:
         loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
         facts = {"weights": network.weights, "classes": theirs}
@@ -162,7 +183,7 @@ DEFAULT_PROMPT = "a photo of a {}."
 def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     """Return a network whose head is made of the class names."""
     assert network.weights is not None
-    if network.weights != "pretrained" and _is_potstill_model(Path(network.weights)):
+    if network.weights != "pretrained" and _is_potstill_model(model_path(network.weights)):
         raise UsageError(
             f"{key}.head: {network.weights} was saved without text tower: leave {key}.head out if it has these "
             "classes, use head: probe, or give the checkpoint of open_clip"
@@ -230,9 +251,61 @@ def _resolution_notes(architecture: str, size: int, key: str) -> list[str]:
     ]
 
 
+def _from_other_program(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
+    """Return a teacher that is a file of another program."""
+    key, source = network_key(recipe, network), str(network.weights)
+    label = LABELS[network.model]
+    if not key.startswith("teacher"):
+        raise UsageError(f"{key}: {source} is {label}, which cannot be trained: it can be a teacher")
+    if network.new_head or network.head is not None:
+        raise UsageError(f"{key}: {source} is {label}, which cannot be trained: leave new_head and head out")
+    module = FileNetwork.read(network.model, Path(source).expanduser())
+    size = network.size or module.fixed_size
+    if size is None:
+        raise UsageError(f"{source} does not say the size of its images in pixels: add --set {key}.size=224, or yours")
+    if module.fixed_size not in (None, size):
+        raise ArtifactError(f"{source} takes images of {module.fixed_size} px, but {key}.size is {network.size}")
+    mean, std = module.normalisation or (None, None)
+    mean, std = network.mean or mean, network.std or std
+    if mean is None or std is None:
+        raise UsageError(
+            f"{source} does not say how its images are normalised: add the mean and standard deviation of its "
+            f"training, such as those of ImageNet:\n"
+            f"  --set {key}.mean=[0.485,0.456,0.406] --set {key}.std=[0.229,0.224,0.225]\n"
+            f"For pixels from 0 to 1: {key}.mean=[0,0,0] and {key}.std=[1,1,1]"
+        )
+    count = module.examine(size)
+    names: Sequence[str] | None = None if module.metadata is None else module.metadata.class_names
+    theirs: Any = network.classes or names
+    loaded = LoadedModel(module.eval(), new_head=False)
+    if theirs is not None:
+        names = class_list(theirs) if isinstance(theirs, str) else theirs if isinstance(theirs, list) else names
+        setting = f"{key}.classes" if network.classes is not None else f"the metadata of {source}"
+        if names is not None and len(names) != count:
+            raise ArtifactError(f"{setting} has {len(names)} classes, but {source} has {count} outputs")
+        loaded = group_outputs(loaded, count, output_groups(theirs, names, count, classes, key=setting, source=source))
+    elif count != len(classes):
+        raise ArtifactError(
+            f"{source} has {count} outputs, and this data {len(classes)} classes: give the class of each output, "
+            f"{key}.classes={_likely_classes(classes)}"
+        )
+    else:
+        loaded.notes.append(
+            f"{source} has no class names: its outputs are assumed to be, in this order, {_names(classes)}; "
+            f"{key}.classes gives another order"
+        )
+    if module.gives_probabilities:
+        loaded.notes.append(f"the outputs of {source} are probabilities: their logarithms are used as logits")
+    spec = InputSpec(size, mean, std, recipe.data.resize_mode)
+    facts = {"weights": source} | ({} if network.classes is None else {"classes": network.classes})
+    start = InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
+    start.output_groups = loaded.output_groups
+    return start
+
+
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     model = load_model(find_model(path))
-    facts = {"weights": str(path)}
+    facts = {"weights": network.weights}
     if model.class_names == classes:
         if network.size not in (None, model.input.size):
             raise ArtifactError(f"{path} takes images of {model.input.size} px, but {key}.size is {network.size}")
@@ -284,9 +357,8 @@ def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, T
     spec = input_spec(network.model, _size(recipe, network), data.resize_mode)
     if normalisation is not None:
         spec = replace(spec, mean=normalisation[0], std=normalisation[1])
-    if network.weights == "pretrained":
-        return spec
-    return replace(spec, mean=data.mean or spec.mean, std=data.std or spec.std)
+    mean, std = (data.mean, data.std) if network.weights != "pretrained" else (None, None)
+    return replace(spec, mean=network.mean or mean or spec.mean, std=network.std or std or spec.std)
 
 
 def _weights_label(network: StageSettings) -> str:
@@ -539,8 +611,8 @@ def _adapter_table(adapters: list[tuple[str, nn.Parameter]], max_rows: int | Non
 
 
 def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:
-    """Return the cost of the teachers' forward pass in a training step: ``parameters``, their ``bytes`` in memory, and
-    ``ms_per_step`` (median); None without teacher.
+    """Return the cost of the teachers' forward pass in a training step: ``parameters`` and their ``bytes`` in memory
+    (None if a teacher hides its layers), and ``ms_per_step`` (median); None without teacher.
 
     Args:
         distiller: on the compute's device.
@@ -559,10 +631,11 @@ def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compu
             distiller.run_teacher(images)
         compute.synchronize()
         times.append(1000 * (time.perf_counter() - start))
-    parameters = list(distiller.teacher.parameters())
+    parameters, count = list(distiller.teacher.parameters()), known_parameters(distiller.teacher)
+    in_memory = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return {
-        "parameters": count_parameters(distiller.teacher),
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        "parameters": count,
+        "bytes": None if count is None else in_memory,
         "ms_per_step": round(sorted(times[1:])[TIMING_ROUNDS // 2], 3),
         "batch_size": batch_size,
     }

@@ -13,7 +13,7 @@ from potstill.config.recipe import Recipe
 from potstill.config.stage_names import sort_stages, stage_name, stage_role
 from potstill.data.splits import DataSplits
 from potstill.errors import PotstillError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.fidelity import MIN_BATCH_SIZE, stage_similarity
 from potstill.evaluation.significance import (
     crossed_interval,
@@ -26,6 +26,7 @@ from potstill.evaluation.significance import (
 from potstill.experiment.builders import split_loader
 from potstill.experiment.ensembles import group_members
 from potstill.experiment.verdict import MIN_SEEDS, finite_figure, verdict
+from potstill.models.families.opaque_models import find_opaque
 from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute
 
@@ -47,6 +48,8 @@ def describe_similarity(
     names = [name for name in ("teacher", "baseline", "distilled") if name in models]
     if names[:1] != ["teacher"] or len(names) < 2:
         return None
+    if (hidden := find_opaque(models["teacher"].module)) is not None:
+        return {"split": _CKA_SPLIT, "failed": f"the layers of the teacher are hidden: it is {hidden.label}"}
     if len(data.val) < MIN_BATCH_SIZE:
         return {"split": _CKA_SPLIT, "failed": f"val has fewer than {MIN_BATCH_SIZE} images"}
     try:
@@ -220,15 +223,16 @@ def _compare_with_teachers(stages: dict[str, Any], groups: dict[str, Any], gain:
         "file_ratio": ("model", "file_bytes"),
         "latency_ratio": ("latency_ms", "p50"),
     }
+    ratios = {}
+    for name, (part, key) in sums.items():
+        costs = [cost for teacher in names if (cost := (stages[teacher][part] or {}).get(key)) is not None]
+        ratios[name] = sum(costs) / student[part][key] if len(costs) == len(names) else None  # of some, unknown
     return {
         "teachers": len(names),
         "teachers_top1": top1,
         "gap": lead,
         "gap_closed": gain / lead if lead > 0 else None,
-        **{
-            name: sum(stages[teacher][part][key] for teacher in names) / student[part][key]
-            for name, (part, key) in sums.items()
-        },
+        **ratios,
     }
 
 

@@ -21,7 +21,7 @@ from potstill.data.image_io import Pixels
 from potstill.data.image_sets import ImageSet
 from potstill.data.transforms import preprocess
 from potstill.errors import PotstillError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.gradcam import grad_cam, visible_region
 from potstill.evaluation.predictions import Predictions
 from potstill.models.model_file import Classifier

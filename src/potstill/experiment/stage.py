@@ -16,7 +16,7 @@ from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.teachers import FoldHeads
 from potstill.errors import StorageError
-from potstill.evaluation.cost import count_parameters
+from potstill.evaluation.cost import known_parameters
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.builders import (
@@ -64,7 +64,7 @@ def train_stage(
     teacher_folders: Sequence[Path] | None = None,
     fold_heads: Sequence[FoldHeads | None] = (),
     probed: ProbedTeacher | None = None,
-    keeps: bool = True,
+    use_cache: bool = True,
     extended_from: Sequence[int] = (),
     stopping: SignalHandler | None = None,
 ) -> History:
@@ -86,7 +86,7 @@ def train_stage(
             cache; else None.
         fold_heads: cross-fitted heads of each teacher, for the images of ``train``.
         probed: the linear probe that ``student`` starts from; it stays if no epoch is better on val.
-        keeps: keep these outputs in a teacher cache on disk.
+        use_cache: keep these outputs in a teacher cache on disk.
         extended_from: numbers of epochs after which the stage was finished before.
         stopping: signal handler; after a signal, training stops and saves a checkpoint.
     """
@@ -135,7 +135,7 @@ def train_stage(
         )
     cost = measure_teacher_cost(distiller, settings.batch_size, size, compute)
     if cost is not None:  # the parameters before BatchNorm was folded
-        cost |= {"parameters": sum(count_parameters(teacher.module) for teacher in teachers)}
+        cost |= {"parameters": known_parameters(*(teacher.module for teacher in teachers))}
     torch.manual_seed(
         derive_seed(recipe.seed, f"{planned.seed}/dropout{f' {processes.rank}' if processes.rank else ''}")
     )
@@ -162,7 +162,7 @@ def train_stage(
             data=data,
             compute=compute,
             observer=observer,
-            keeps=keeps,
+            use_cache=use_cache,
             views=used_views,
         )
     if caches.kept and cost is not None:

@@ -34,6 +34,7 @@ from potstill.formatting import format_scaled
 from potstill.input_spec import InputSpec
 from potstill.io import cache_folder
 from potstill.methods.base import Method
+from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
@@ -56,13 +57,13 @@ class ViewPlan:
     Attributes:
         views: drawn in turn, by baseline and distilled alike.
         record: what is kept of a teacher's logits; None: the method trains on the live answers, not on records.
-        keeps: whether the records are kept on disk.
+        use_cache: whether the records are stored on disk.
         note: for people; empty where there is nothing to say.
     """
 
     views: Views
     record: RecordKind | None
-    keeps: bool
+    use_cache: bool
     note: str = ""
 
 
@@ -121,7 +122,7 @@ def count_views(recipe: Recipe) -> Views:
 
 
 def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
-    """What the recipe keeps of a teacher's logits; float16 where it leaves that open.
+    """What the recipe use_cache of a teacher's logits; float16 where it leaves that open.
 
     Raises:
         UsageError: the 16 largest do not suffice for this method, or are all there are.
@@ -222,7 +223,7 @@ class StageTeacher:
     classifier: Classifier  # as trained, in float32
     folder: Path | None  # None where nothing is stored
     weights: str  # digest of the classifier's
-    how: InferenceSettings | None = None  # decides how its answers are rounded; None: under autocast
+    inference_settings: InferenceSettings | None = None  # they determine rounding; None: under autocast
     fold_heads: str | None = None  # digest of its cross-fitted heads, where it has such
 
 
@@ -237,7 +238,7 @@ def open_caches(
     data: DataSplits,
     compute: Compute,
     observer: Observer,
-    keeps: bool = True,
+    use_cache: bool = True,
     views: Mapping[str, TeacherViews] | None = None,
 ) -> StageCaches:
     """Stores for the teachers' answers to the images of each split.
@@ -253,7 +254,7 @@ def open_caches(
         compute: device and precision of the teachers.
         observer: is warned once where a store cannot be used; training then goes on with the live teacher, whose
             answers are rounded as their records would be, so that the weights are the same.
-        keeps: False: no store is opened at all, with the same effect.
+        use_cache: False: no cache is opened, with the same effect.
         views: by split, the images for teachers of another size than the student's.
     """
     method, classes = distiller.method, len(data.class_names)
@@ -287,11 +288,11 @@ def open_caches(
     # Where the method asks the teacher in training only, val has no answers.
     answered = {split: each for split, each in loaders.items() if split == "train" or not method.needs.training_only}
     try:
-        caches = {split: shelves_of(split, loader, keeps) for split, loader in answered.items()}
+        caches = {split: shelves_of(split, loader, use_cache) for split, loader in answered.items()}
     except (StorageError, ArtifactError) as error:
         failed = error
         observer.warn(f"the teacher cache cannot be used, so the teacher runs in every step: {error}")
-    kept = keeps and not any(compute.processes.highest(int(failed is not None)))  # all processes record, or none
+    kept = use_cache and not any(compute.processes.highest(int(failed is not None)))  # all processes record, or none
     if not kept:
         for store in opened:
             store.close()
@@ -324,7 +325,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "remodelled": network.remodelled,
         **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
         "input": dataclasses.asdict(network.input),
-        "asked in": None if teacher.how is None else teacher.how.facts(),
+        "asked in": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
         **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),
     }
 
@@ -421,7 +422,12 @@ def embedding_widths(distiller: Distiller) -> list[int]:
 
 
 def module_digest(module: nn.Module, without: str | None = None) -> str:
-    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, except those of the module ``without``."""
+    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function.
+
+    Args:
+        module: the network.
+        without: name of a module whose tensors are left out.
+    """
     found = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if without is not None and name.rpartition(".")[0] == without:
@@ -429,4 +435,6 @@ def module_digest(module: nn.Module, without: str | None = None) -> str:
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    if isinstance(function := find_opaque(module), FunctionNetwork):
+        found.update(function.fingerprint())
     return found.hexdigest()

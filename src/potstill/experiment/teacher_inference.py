@@ -22,6 +22,7 @@ from potstill.errors import ArtifactError, StorageError
 from potstill.evaluation.cost import count_flops
 from potstill.experiment.teacher_cache import StageTeacher, cache_key, describe_teacher, is_cacheable, module_digest
 from potstill.io import cache_folder, read_checksummed_json, sha256_hex, write_checksummed_json
+from potstill.models.families.opaque_models import find_opaque
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
@@ -71,28 +72,31 @@ def convert_teachers(
     for at, (teacher, folder, name) in enumerate(zip(teachers, folders, names, strict=True)):
         digest = module_digest(live.fold_heads[str(at)]) if str(at) in live.fold_heads else None
         described = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if cacheable else None
-        if recipe.network(name).precision == "float32" or (cacheable and not compute.teacher_in_bf16):
+        hidden = find_opaque(teacher.module) is not None
+        if hidden or recipe.network(name).precision == "float32" or (cacheable and not compute.teacher_in_bf16):
             live.use_float32(at, compute.memory_format)
         elif described is not None:
             own = None if views is None else views.loaders[at]
             observer.note(f"{name} {_convert_teacher(live, at, described, train, own, data, compute)}")
         if described is not None:
-            converted.append(dataclasses.replace(described, how=live.inference_settings[at]))
+            converted.append(dataclasses.replace(described, inference_settings=live.inference_settings[at]))
     return converted
 
 
-def convert_as(teachers: Teachers, how: InferenceSettings, images: Tensor) -> None:
+def convert_as(teachers: Teachers, settings: InferenceSettings, images: Tensor) -> None:
     """Convert a single teacher to given inference settings, without comparing its outputs.
 
     Args:
         teachers: a single one; ``teachers.inference_settings`` has its settings afterwards.
-        how: the settings.
+        settings: precision and memory format.
         images: some, preprocessed for this teacher.
     """
-    if how.dtype == torch.float32:
-        teachers.use_float32(0, how.memory_format)
+    if settings.dtype == torch.float32:
+        teachers.use_float32(0, settings.memory_format)
     else:
-        teachers.optimize_one_for_inference(0, how.dtype, how.memory_format, images, fidelity=Fidelity(1.0, 0.0, 0))
+        teachers.optimize_one_for_inference(
+            0, settings.dtype, settings.memory_format, images, fidelity=Fidelity(1.0, 0.0, 0)
+        )
 
 
 def teacher_images(teachers: Teachers, at: int, loader: Loader, own: Loader | None, index: Tensor) -> Tensor:
@@ -163,7 +167,9 @@ class _FidelityCache:
     """
 
     def __init__(self, teacher: StageTeacher, train: Loader, data: DataSplits, compute: Compute) -> None:
-        tried = dataclasses.replace(teacher, how=InferenceSettings(torch.bfloat16, compute.memory_format))
+        tried = dataclasses.replace(
+            teacher, inference_settings=InferenceSettings(torch.bfloat16, compute.memory_format)
+        )
         subject = {
             "format": FORMAT,
             "answers": cache_key(describe_teacher(tried), train, "train", data, second=False),

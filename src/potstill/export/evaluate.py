@@ -90,6 +90,10 @@ def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any,
     if run_settings is not None or is_dataset(source):
         enabled = {key: True for key, value in options.items() if value}
         splits = load_data(settings if run_settings is None else run_settings.model_copy(update=enabled))
+        if "test" in splits.teacher_labels:
+            raise DataError(
+                f"the images of {model} have no labels: give labeled ones, with --data DIR, a folder of class folders"
+            )
         names = [splits.class_names[label] for label in splits.test.labels]
         subset = "test split of the run" if run_settings is not None else "test split"
         return splits.test, names, subset, splits.skipped

@@ -1,12 +1,10 @@
-"""Export formats (torch.export, ExecuTorch, Core ML), and the metadata of an exported model.
+"""Export formats: torch.export, ExecuTorch, Core ML.
 
 torch and the converters are imported by the functions that need them.
 """
 
 import contextlib
-import dataclasses
 import io
-import json
 import logging
 import tempfile
 import warnings
@@ -19,75 +17,10 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from potstill.errors import ArtifactError
-from potstill.input_spec import RESIZE_MODES, InputSpec
+from potstill.models.exported_files import METADATA_KEY, PREPROCESSING_MODES, ExportMetadata
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-METADATA_KEY = "potstill"  # in the file's own metadata
-METADATA_SCHEMA = 1
-PREPROCESSING_MODES = ("none", "normalise", "resize")
-
-
-@dataclass(frozen=True)
-class ExportMetadata:
-    """Inputs and outputs of an exported model.
-
-    Input with ``inside`` "none": normalised float32 images [B, 3, S, S]; "normalise": uint8 pixels [B, 3, S, S] of
-    images at the network's size; "resize": uint8 pixels [B, H, W, 3] of any size, equal within a batch.
-    Output: logits [B, K], float32.
-    """
-
-    architecture: str
-    class_names: tuple[str, ...]
-    input: InputSpec
-    inside: str = "none"
-    int8: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """Return a JSON object for the file's metadata and NAME.json."""
-        return {"schema": METADATA_SCHEMA, **dataclasses.asdict(self)}
-
-    def as_text(self) -> str:
-        """Return ``as_json`` as text."""
-        return json.dumps(self.as_json())
-
-
-def parse_metadata(text: str, origin: str) -> ExportMetadata:
-    """Parse what ``as_text`` returned.
-
-    Raises:
-        ArtifactError: invalid metadata; the message names ``origin``.
-    """
-    try:
-        found = json.loads(text)
-        if found.pop("schema") != METADATA_SCHEMA:
-            raise ArtifactError(
-                f"{origin} was exported by another version of potstill; update potstill, or export anew"
-            )
-        spec = InputSpec.from_dict(found.pop("input"))
-        names = tuple(map(str, found.pop("class_names")))
-        metadata = ExportMetadata(class_names=names, input=spec, **found)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{origin}: its metadata cannot be used ({type(error).__name__}: {error})") from error
-    if not _is_valid(metadata):
-        raise ArtifactError(f"{origin}: its metadata has values that potstill never writes: {text[:200]}")
-    return metadata
-
-
-def _is_valid(metadata: ExportMetadata) -> bool:
-    spec = metadata.input
-    return (
-        isinstance(spec.size, int)
-        and 1 <= spec.size <= 4096
-        and spec.resize_mode in RESIZE_MODES
-        and 0.1 <= spec.crop_share <= 1
-        and all(0 < each < 1e6 for each in spec.std)
-        and all(abs(each) < 1e6 for each in spec.mean)
-        and metadata.inside in PREPROCESSING_MODES
-        and len(metadata.class_names) >= 2
-    )
 
 
 ExportedFiles = Mapping[str, bytes]  # suffix -> content

@@ -1,13 +1,11 @@
 """ONNX, one file: for onnxruntime and most other engines; writing, checking, loading and running it.
 
-Loading needs numpy, Pillow and onnxruntime only: no torch and no onnx at the top of this module.  What a file declares
-is read from its bytes before an engine parses them.  ONNX is a protobuf message; only its wire format is known here,
-and a few field numbers of onnx.proto3.
+Loading needs numpy, Pillow and onnxruntime only: no torch and no onnx at the top of this module.
 """
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,155 +15,19 @@ from numpy.typing import NDArray
 
 from potstill.data.image_io import Pixels
 from potstill.data.preprocessing import crop_to_input, normalize_array
-from potstill.errors import ArtifactError, UsageError
-from potstill.export.formats import (
-    METADATA_KEY,
-    ExportedFiles,
-    ExportFormat,
-    ExportMetadata,
-    Predictor,
-    parse_metadata,
-    quiet,
-)
+from potstill.errors import ArtifactError
+from potstill.export.formats import ExportedFiles, ExportFormat, Predictor, quiet
 from potstill.io import DAMAGED, read_bytes, read_checksummed_json, sha256_hex
+from potstill.models.exported_files import (
+    METADATA_KEY,
+    ExportMetadata,
+    create_onnx_predictor,
+    parse_metadata,
+    read_properties,
+)
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-_LOG_ERRORS_ONLY = 3  # onnxruntime's scale of log levels
-
-
-def create_onnx_predictor(
-    content: bytes, *, threads: int = 0, patient: bool = False
-) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Return a function from a batch of inputs to logits [B, K].
-
-    Args:
-        content: of an ONNX file; what it refers to outside of itself is not there.
-        threads: for one image; 0: as many as cores.
-        patient: threads that wait do not spin, so that other engines which take turns with this one are not slowed.
-
-    Raises:
-        UsageError: onnxruntime is not installed.
-        ArtifactError: onnxruntime cannot use it.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        needs = "an ONNX model needs onnxruntime, not installed here"
-        raise UsageError(f'{needs}\nInstall: pip install "potstill[export]", or pip install onnxruntime') from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_ERRORS_ONLY
-    options.intra_op_num_threads = threads
-    if patient:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no common class of their own
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"onnxruntime cannot use this model: {line[:300]}") from error
-    (taken,) = session.get_inputs()
-
-    def answer(batch: NDArray[Any]) -> NDArray[Any]:
-        (logits,) = session.run(None, {taken.name: batch})
-        found: NDArray[Any] = logits
-        return found
-
-    return answer
-
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_PROPERTIES_FIELD = 14  # of ModelProto: key (1), value (2)
-_MAX_DEPTH = 40
-
-# Message -> fields that hold messages in which a tensor may stand.  A Tensor's 13 and 14 say that it lies elsewhere.
-_TENSOR_FIELDS = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-}
-_EXTERNAL_DATA_FIELDS = (13, 14)
-
-
-def read_properties(content: bytes, origin: str) -> dict[str, str]:
-    """Return the metadata properties of a model, and check that it contains all of its tensors.
-
-    Args:
-        content: of an ONNX file.
-        origin: what messages call it.
-
-    Raises:
-        ArtifactError: no protobuf, or a tensor that lies in another file.
-    """
-    found: dict[str, str] = {}
-    view = memoryview(content)
-    try:
-        if _has_external_data(view, "model", 0):
-            raise ArtifactError(
-                f"{origin} keeps its weights in another file, which potstill does not follow; "
-                "save it as one file, or export it anew with potstill export"
-            )
-        for number, value in _fields(view):
-            if number == _PROPERTIES_FIELD and isinstance(value, memoryview):
-                pair = {key: bytes(text) for key, text in _fields(value) if isinstance(text, memoryview)}
-                found[pair.get(1, b"").decode()] = pair.get(2, b"").decode()
-    except (ValueError, IndexError) as error:
-        raise ArtifactError(f"{origin} is no ONNX model, or is damaged ({error})") from None
-    return found
-
-
-def _has_external_data(message: memoryview, kind: str, depth: int) -> bool:
-    if depth > _MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    if kind == "tensor":
-        return any(
-            number == _EXTERNAL_DATA_FIELDS[0] or (number == _EXTERNAL_DATA_FIELDS[1] and value)
-            for number, value in _fields(message)
-        )
-    inside = _TENSOR_FIELDS[kind]
-    return any(
-        _has_external_data(value, inside[number], depth + 1)
-        for number, value in _fields(message)
-        if number in inside and isinstance(value, memoryview)
-    )
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, "memoryview | int"]]:
-    """Yield (field number, value) of a message in order; fixed-width numbers as bytes."""
-    at, end = 0, len(message)
-    while at < end:
-        key, at = _varint(message, at)
-        number, kind = key >> 3, key & 7
-        if kind == _VARINT:
-            value, at = _varint(message, at)
-            yield number, value
-            continue
-        if kind == _BYTES:
-            length, at = _varint(message, at)
-        elif kind in (_FIXED64, _FIXED32):
-            length = 8 if kind == _FIXED64 else 4
-        else:
-            raise ValueError(f"a field of the unknown kind {kind}")
-        if number == 0 or length > end - at:
-            raise ValueError("cut short")
-        yield number, message[at : at + length]
-        at += length
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number of more than ten bytes")
 
 
 ONNX_SUFFIX = ".onnx"

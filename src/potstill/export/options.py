@@ -10,9 +10,10 @@ from typing import Any
 from potstill.code_references import permit_code, resolve_reference
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.export.evaluate import run_data_settings
-from potstill.export.formats import COREML, EXECUTORCH, PREPROCESSING_MODES, TORCH_EXPORT, ExportFormat, ExportMetadata
+from potstill.export.formats import COREML, EXECUTORCH, TORCH_EXPORT, ExportFormat
 from potstill.export.onnx import ONNX, OPENVINO
 from potstill.io import read_checksummed_json
+from potstill.models.exported_files import PREPROCESSING_MODES, ExportMetadata
 
 EXPORT_FOLDER, NAME = "export", "model"
 COMPARED_IMAGES, CALIBRATION_IMAGES = 200, 256  # for the comparison with PyTorch; for int8 calibration

@@ -111,6 +111,12 @@ def methods_by_kind() -> dict[str, list[str]]:
     return {kind: [name for name in list_own_methods() if method_info(name).kind == kind] for kind in METHOD_KINDS}
 
 
+def list_logit_methods() -> list[str]:
+    """The names of the methods of this folder that read logits of the teacher and nothing else of it, sorted."""
+    found = ((name, method_info(name).requirements) for name in list_own_methods())
+    return [name for name, needs in found if needs is not None and needs.teacher and not needs.teacher_layers]
+
+
 def method_classes() -> dict[str, str]:
     """The module of each method's class of this folder, by the class's name."""
     targets = [each["target"] for each in _catalog()["methods"].values()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from potstill.errors import UsageError
+from potstill.hub import model_path
 from potstill.input_spec import Triple
 from potstill.models import pretrained, state_dict
 from potstill.models.class_names import LIKELY_LISTS, OutputNames, class_list, find_outputs
@@ -55,23 +56,8 @@ def load_for_classes(
         ArtifactError: as ``load_weights``.
     """
     names, notes = _output_names(architecture, source, theirs, size)
-    if isinstance(theirs, Mapping):
-        count = len(names) if names is not None else count_outputs(architecture, source, size=size)
-        groups = find_outputs(theirs, names, count, ours, key)
-    else:
-        assert names is not None
-        if twice := [name for name, number in Counter(names).items() if number > 1]:
-            raise UsageError(f"{key} names a class twice: {', '.join(map(repr, twice[:3]))}")
-        known = OutputNames(names)
-        if missing := [name for name in ours if not known.find(name)]:
-            close = known.nearest(missing[0])
-            raise UsageError(
-                f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: "
-                f"{', '.join(map(repr, missing[:3]))}{close}\n"
-                f"It must give the class of each output of {source}, in order; further classes are left out. Classes "
-                "of other names, or made of several: {mine: [theirs, ...]}"
-            )
-        count, groups = len(names), find_outputs({name: [name] for name in ours}, names, len(names), ours, key)
+    count = len(names) if names is not None else count_outputs(architecture, source, size=size)
+    groups = output_groups(theirs, names, count, ours, key=key, source=source)
     loaded = load_weights(architecture, source, count, size=size)
     if loaded.new_head:
         raise UsageError(
@@ -79,14 +65,54 @@ def load_for_classes(
             "in order"
         )
     loaded.notes += notes
-    if groups == [[at] for at in range(count)]:
-        return loaded
     if all(len(group) == 1 for group in groups) and resolve(architecture)[0] is not own_models:
         rows = [group[0] for group in groups]
+        if rows == list(range(count)):
+            return loaded
         return replace(loaded, module=choose_rows(loaded.module, architecture, rows, size=size))
+    return group_outputs(loaded, count, groups)
+
+
+def group_outputs(loaded: LoadedModel, count: int, groups: Sequence[Sequence[int]]) -> LoadedModel:
+    """Return the model with the outputs ``groups`` of its ``count`` as classes; unchanged if they are its own."""
+    if [list(group) for group in groups] == [[at] for at in range(count)]:
+        return loaded
     chosen = OutputGroups(count, tuple(map(tuple, groups)))
     module = GroupedOutputs(loaded.module, chosen).train(loaded.module.training)
     return replace(loaded, module=module, output_groups=chosen)
+
+
+def output_groups(
+    theirs: OutputClasses, names: Sequence[str] | None, count: int, ours: Sequence[str], *, key: str, source: str
+) -> list[list[int]]:
+    """Return the outputs that belong to each of the classes ``ours``.
+
+    Args:
+        theirs: as for ``load_for_classes``.
+        names: of the outputs; None: unknown, and ``theirs`` has their numbers.
+        count: of the outputs.
+        ours: class names that are wanted, in order.
+        key: of the setting that gave ``theirs``, for messages.
+        source: of the network, for messages.
+
+    Raises:
+        UsageError: a name twice, or one of ``ours`` that has no output.
+    """
+    if isinstance(theirs, Mapping):
+        return find_outputs(theirs, names, count, ours, key)
+    assert names is not None
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise UsageError(f"{key} names a class twice: {', '.join(map(repr, twice[:3]))}")
+    known = OutputNames(names)
+    if missing := [name for name in ours if not known.find(name)]:
+        close = known.nearest(missing[0])
+        raise UsageError(
+            f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: "
+            f"{', '.join(map(repr, missing[:3]))}{close}\n"
+            f"It must give the class of each output of {source}, in order; further classes are left out. Classes "
+            "of other names, or made of several: {mine: [theirs, ...]}"
+        )
+    return find_outputs({name: [name] for name in ours}, names, len(names), ours, key)
 
 
 def _output_names(
@@ -205,8 +231,25 @@ def load_zero_shot(
     return module, scale
 
 
+def why_weights_are_missing(architecture: str, source: str, *, size: int) -> str | None:
+    """Return why published weights cannot be had, and what to do; None if they can, or if ``source`` is a file.
+
+    Raises:
+        UsageError: unknown architecture.
+    """
+    family, bare = resolve(architecture)
+    if source != "pretrained" or pretrained.find_packaged_weights(architecture) is not None:
+        return None
+    try:
+        with pretrained.naming_the_package(architecture):
+            family.pretrained(bare, _ANY_CLASSES, size)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def _existing_path(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = model_path(source)
     if not path.exists():
         raise UsageError(
             f"no weights {source!r}: neither 'pretrained' nor a file that exists.\n"

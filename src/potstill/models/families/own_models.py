@@ -1,7 +1,8 @@
 """Networks that are not in any library: named code, entry points of installed packages, and modules given from Python.
 
 ``package.module:callable``, ``path/file.py:callable``: called with ``num_classes=K`` if it takes that, else with
-nothing, it returns an ``nn.Module``; or it is an ``nn.Module`` itself.  An installed package offers such callables in
+nothing, it returns an ``nn.Module``; or it is an ``nn.Module`` itself.  A function that must be called with one
+argument of another name is the network: it maps images to logits.  An installed package offers such callables in
 the entry point group ``potstill.models``, under names of its own.  ``python/NAME`` are the modules that
 ``potstill.run`` was given; they are known in this process alone.
 """
@@ -20,11 +21,12 @@ from torch import nn
 from potstill.code_references import is_code_reference, load_reference
 from potstill.errors import PotstillError, UsageError
 from potstill.input_spec import InputSpec, Triple
+from potstill.models.families.opaque_models import FunctionNetwork
 
 ENTRY_POINTS = "potstill.models"
 GIVEN = "python/"  # prefix of modules that were given from Python
 
-Network = nn.Module | Callable[..., nn.Module]
+Network = nn.Module | Callable[..., Any]
 _given: dict[str, tuple[Network, InputSpec | None]] = {}
 
 
@@ -66,8 +68,12 @@ def build(name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
     if not callable(found):
         raise UsageError(
             f"{name} is {_a(found)}; a network is an nn.Module, or a callable that returns one: "
-            "callable(num_classes=K), or callable()"
+            "callable(num_classes=K), or callable(); or a function of images that returns logits"
         )
+    if is_function_of_images(found):
+        network = FunctionNetwork(found, name, size)
+        network.examine(size)
+        return network
     how = {"num_classes": num_classes} if _takes_num_classes(found) else {}
     call = f"{name}({', '.join(f'{key}={value}' for key, value in how.items())})"
     try:
@@ -79,6 +85,36 @@ def build(name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise UsageError(f"{call} returned {_a(module)}; a network is an nn.Module that maps images to logits")
     return module
+
+
+def is_function_of_images(value: Any) -> bool:
+    """Return whether a callable maps images to logits, and does not make a network: it needs one argument.
+
+    Example:
+        >>> is_function_of_images(lambda images: images.mean((2, 3))), is_function_of_images(lambda num_classes: None)
+        (True, False)
+        >>> is_function_of_images(nn.Identity), is_function_of_images(lambda: None)
+        (False, False)
+    """
+    if isinstance(value, (type, nn.Module)) or not callable(value):
+        return False
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):  # a built-in that does not say
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [each for each in parameters if each.default is each.empty and each.kind in positional]
+    return len(needed) == 1 and needed[0].name != "num_classes"
+
+
+def names_function(name: str) -> bool:
+    """Return whether a network's name stands for a function of images; this loads the code.
+
+    Raises:
+        UsageError: the code cannot be loaded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return is_function_of_images(_find(name))
 
 
 def own_size(name: str) -> int | None:
