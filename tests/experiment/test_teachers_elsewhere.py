@@ -110,7 +110,7 @@ def test_the_command_line_and_resuming(plain, photographs, tmp_path, monkeypatch
     assert main([*command, "--resume"]) == 0
     after = RunFolder(tmp_path / "runs" / "tiny").read_results()["stages"]["distilled"]
     assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "runs" / "tiny").items())
-    assert after["teaching"]["asked"] == 0
+    assert after["teaching"]["computed"] == 0
     capsys.readouterr()
     assert main([*command[:-1], "mine.py:fails", "--overwrite"]) == 2
     assert "mine.py:fails raised ValueError: the service is down" in capsys.readouterr().err

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.config.method_settings import describe_method
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_io import ValueRange, format_range
@@ -26,6 +25,7 @@ from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
+from potstill.methods import describe_method
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
 from potstill.models.class_names import OutputNames, class_list, lists_with
