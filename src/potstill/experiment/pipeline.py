@@ -15,13 +15,20 @@ import torch
 from potstill.config.method_settings import describe_method, needs_teacher
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe
 from potstill.config.stage_names import stage_name, stage_number, stage_role
-from potstill.data.splits import DataSplits
+from potstill.data.splits import SPLITS, DataSplits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.fidelity import class_order
 from potstill.evaluation.predictions import predict_probabilities
-from potstill.experiment.builders import InitialNetwork, build_network, network_key, split_loader, train_loader
+from potstill.experiment.builders import (
+    InitialNetwork,
+    build_network,
+    folder_name,
+    network_key,
+    split_loader,
+    train_loader,
+)
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.environment import describe_environment
@@ -56,6 +63,7 @@ from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_vi
 from potstill.io import read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
 from potstill.methods import create_method
+from potstill.models.families.opaque_models import TableNetwork, find_table
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
 from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
@@ -333,6 +341,8 @@ class _Experiment:
         model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
+            if (table := find_table(model.module)) is not None:
+                self.observer.note(f"{stage.name}: {_unused_rows(table, self.data)}")
             model.module.to(self.compute.device)
             weights = recipe.network(stage.name).weights
             if "fold_heads" in model.facts.get("head", {}) and weights is not None:  # a probe of another run
@@ -488,7 +498,9 @@ class _Experiment:
         model = self.models[stage]
         if "val" not in model.facts:  # not trained here
             settings = self.recipe.stage_training(stage)
-            loader = split_loader(self.data, "val", model.input, self.recipe, settings, self.compute)
+            loader = split_loader(
+                self.data, "val", model.input, self.recipe, settings, self.compute, network=model.module
+            )
             probabilities, labels, _ = predict_probabilities(
                 model.module,
                 loader,
@@ -519,6 +531,19 @@ class _Experiment:
     def warn(self, message: str) -> None:
         self.warnings.append(message)
         self.observer.warn(message)
+
+
+def _unused_rows(table: TableNetwork, data: DataSplits) -> str:
+    """Return how many rows of a table belong to images of the data."""
+    used = {name for split in SPLITS for name in data.split(split).names}
+    if data.unlabeled is not None:
+        folder = folder_name(data.unlabeled)
+        used |= {each for name in data.unlabeled.names for each in (name, f"{folder}/{name}")}
+    unused = [path for path in table.paths if path not in used]
+    rows = len(table.paths)
+    return f"{rows - len(unused):,} of {rows:,} rows belong to images of this data" + (
+        f"; not used: {len(unused):,}, such as {unused[0]!r}" if unused else ""
+    )
 
 
 def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:
