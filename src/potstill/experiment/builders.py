@@ -157,7 +157,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         start.notes += _resolution_notes(network.model, size, key)
     if loaded.new_head:
         start.warnings += loaded.notes if _has_random_head(network, key) else []
-        if found := lists_with(classes):
+        if (found := lists_with(classes)) and not network.model.startswith("open_clip/"):  # which has no classes
             start.notes.append(
                 f"all classes of this data are classes of {found[0]}: if the outputs of {network.weights} are "
                 f"those, {key}.classes={found[0]} keeps the head, and no training is needed"
