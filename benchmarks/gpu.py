@@ -140,9 +140,9 @@ class Listed:
         """Of each step of a block."""
         return self.ids
 
-    def view_of(self, epoch: int) -> int:
-        """There is one."""
-        return 0
+    def views_of(self, epoch: int) -> list[int]:
+        """There is one view."""
+        return [0] * len(self.ids)
 
     def epoch(self, number: int = 0) -> Iterator[Batch]:
         """The batch, once."""

@@ -27,12 +27,14 @@ from potstill.training.callbacks import SilentObserver
 from potstill.training.settings import TrainingSettings
 
 FREE = {  # docs/guarantees.md and docs/recipes.md say so
-    "name", "description", "data.workers", "data.cache_fraction", "teacher_cache.folder", "training.checkpoint_seconds",
+    "name", "description", "teacher_below_baseline", "data.workers", "data.cache_fraction", "teacher_cache.folder",
+    "training.checkpoint_seconds",
     "teacher.training.checkpoint_seconds", "student.training.checkpoint_seconds", "tracker",
     "training.keep_checkpoint", "teacher.training.keep_checkpoint", "student.training.keep_checkpoint",
 }  # fmt: skip
 ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file that is there
-    "data.unlabeled", "teacher.weights", "student.weights", "teachers.weights", "training.milestones",
+    "data.unlabeled", "data.classes", "data.labeled", "data.labeled_test", "teacher.fallback", "student.fallback",
+    "teacher.prompts", "student.prompts", "teacher.weights", "student.weights", "teachers.weights", "training.milestones",
     "training.nesterov", "teacher.training.nesterov", "student.training.nesterov", "student.training.milestones",
     "teacher.training.milestones", "training.ema_decay",
     "domain.confidence", "domain.class_balance", "domain.adapt_batch_norm", "data.target_labels", "data.target_options",
@@ -57,7 +59,7 @@ def leaves(model, prefix=""):
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if name == "training" and model is not Recipe:
             yield from ((f"{prefix}training.{key}", kind) for key, kind in leaves(TrainingSettings))
-        elif inner is not None and name not in ("assistants", "tracker"):
+        elif inner is not None and name not in ("assistants", "tracker", "fallback"):
             yield from leaves(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.annotation

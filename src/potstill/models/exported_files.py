@@ -16,13 +16,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from potstill.code_references import PERMISSION, is_permitted
 from potstill.errors import ArtifactError, UsageError
 from potstill.input_spec import RESIZE_MODES, InputSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 LABELS = {
     "onnx": "an ONNX file",
@@ -165,7 +166,7 @@ def open_onnx_session(content: bytes, *, threads: int = 0, patient: bool = False
 
 def create_onnx_predictor(
     content: bytes, *, threads: int = 0, patient: bool = False
-) -> Callable[[NDArray[Any]], NDArray[Any]]:
+) -> "Callable[[NDArray[Any]], NDArray[Any]]":
     """Return a function from a batch of inputs to logits [B, K], for a model of one input and one output.
 
     Arguments and errors: as ``open_onnx_session``.
@@ -173,7 +174,7 @@ def create_onnx_predictor(
     session = open_onnx_session(content, threads=threads, patient=patient)
     (taken,) = session.get_inputs()
 
-    def answer(batch: NDArray[Any]) -> NDArray[Any]:
+    def answer(batch: "NDArray[Any]") -> "NDArray[Any]":
         (logits,) = session.run(None, {taken.name: batch})
         found: NDArray[Any] = logits
         return found
