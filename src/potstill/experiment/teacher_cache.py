@@ -122,7 +122,7 @@ def count_views(recipe: Recipe) -> Views:
 
 
 def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
-    """What the recipe use_cache of a teacher's logits; float16 where it leaves that open.
+    """What the recipe keeps of a teacher's logits; float16 where it leaves that open.
 
     Raises:
         UsageError: the 16 largest do not suffice for this method, or are all there are.
