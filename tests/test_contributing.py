@@ -21,7 +21,7 @@ import torch
 import potstill
 from potstill import Distiller, create_model
 from potstill.data.datasets import load_data
-from potstill.data import DataSettings
+from potstill.data.settings import DataSettings
 from potstill.config.recipe import load_recipe
 from potstill.config.recipe import recipe_schema
 from potstill.functional import hard_label_loss

@@ -144,7 +144,7 @@ def test_avif_is_decoded_in_a_process_of_its_own() -> None:
 
 
 def test_heic_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("potstill.data.isolated_decoder.find_spec", lambda name: None)
+    monkeypatch.setattr("potstill.data.image_io.find_spec", lambda name: None)
     heic = struct.pack(">I", 24) + b"ftypmif1" + bytes(4) + b"mif1heic" + bytes(100)
     with pytest.raises(DataError, match=r"IMG.HEIC: a HEIC image; .*potstill\[heif\]"):
         decode_bytes(heic, "IMG.HEIC")

@@ -21,7 +21,7 @@ from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.plan import PlannedStage
 from potstill.export.evaluate import evaluate
 from potstill.models.model_file import load_model, save_model
-from potstill.report import provenance as data_section
+from potstill.report import render as data_section
 from potstill.report.run_reader import read_run
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import create_compute

@@ -10,8 +10,8 @@ import pytest
 
 from potstill.errors import ArtifactError
 from potstill.io import read_checksummed_json, write_checksummed_json
-from potstill.report import overview, provenance
-from potstill.report.render import render, render_page
+from potstill.report import overview
+from potstill.report.render import render, render_page, reproduce_context
 from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
@@ -137,7 +137,7 @@ def test_how_to_reproduce(build_run: BuildRun) -> None:
     builder = build_run(3, epochs=1)
     builder.seed = 3
     folder = change(builder.write(), seeds)
-    found = provenance.reproduce_context(read_run(folder))
+    found = reproduce_context(read_run(folder))
     assert found is not None
     commands = [command for _, command in found["commands"]]
     assert commands == [

@@ -14,7 +14,7 @@ from potstill.code_references import permit_code
 from potstill.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from potstill.data import DataSettings
+    from potstill.data.settings import DataSettings
     from potstill.data.validation import ValidationReport
 
 
@@ -93,7 +93,7 @@ def check(
 
 def _data_settings(data: str, changes: list[str]) -> "DataSettings":
     """Return the data settings with ``--set`` applied."""
-    from potstill.data import DataSettings
+    from potstill.data.settings import DataSettings
 
     permit_code([data])
     if not changes:

@@ -27,7 +27,7 @@ from potstill.config.settings_errors import (
 )
 from potstill.config.validation import TARGET_MISSING, find_problems, lacks_target, network_sections
 from potstill.config.yaml import Document, KeyPath, dump_yaml, parse_yaml
-from potstill.data import DataSettings, Pacing
+from potstill.data.settings import DataSettings, Pacing
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.errors import PotstillError, UsageError, did_you_mean
 from potstill.loggers import LoggerSettings, as_logger_list

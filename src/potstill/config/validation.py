@@ -16,7 +16,7 @@ from potstill.config.settings_errors import (
     parse_valid_settings,
 )
 from potstill.config.yaml import KeyPath
-from potstill.data import DataSettings
+from potstill.data.settings import DataSettings
 from potstill.errors import UsageError, did_you_mean
 from potstill.loggers import as_logger_list
 from potstill.methods import check_method, describe_method, inner_methods, needs_teacher, normalize_method

@@ -11,11 +11,11 @@ from potstill.config import stage_role
 from potstill.config.recipe import Recipe
 from potstill.config.validation import TARGET_MISSING
 from potstill.console import silence_native_stderr
-from potstill.data import AugmentSettings
 from potstill.data.datasets import load_data
 from potstill.data.entries import FINDING_KINDS, SkippedFile
 from potstill.data.image_sets import image_sizes
 from potstill.data.preprocessing import crop_notes
+from potstill.data.settings import AugmentSettings
 from potstill.data.splits import SPLITS, DataSplits
 from potstill.data.validation.validate import quick_findings, summary_messages
 from potstill.distillation.distiller import Distiller

@@ -1,11 +1,15 @@
 """Render the files of a run from its results: figures and text reports of each stage, report.md and report.html.
 
+The sections on data, exports and reproduction are here, larger ones in modules of their own.
+
 Each section of the page has a function ``NAME_context(run)``, which returns the values of the template of that name, or
 None if there are none.
 """
 
 import base64
 import hashlib
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill.experiment.run_folder import RunFolder
-from potstill.io import write_bytes, write_text
-from potstill.report import diagnostics, error_analysis, overview, provenance, theme
+from potstill.formatting import MISSING, format_count, format_duration, format_number, format_percent, format_scaled
+from potstill.io import read_checksummed_json, write_bytes, write_text
+from potstill.methods import describe_method
+from potstill.report import diagnostics, error_analysis, overview, theme
 from potstill.report.display_names import escape_invisible
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_run
 from potstill.report.stage_figures import stage_pictures
@@ -22,6 +28,167 @@ from potstill.report.text_reports import classification_report_text, metrics_tex
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+
+_MAX_UNFOLDED_CLASSES = 20
+
+
+def data_context(run: Run) -> dict[str, Any] | None:
+    """Return the source of the images and the number of images by class and split."""
+    data = run.data
+    if not data:
+        return None
+    counts = data.get("counts") or {}
+    splits = [split for split in SPLITS if isinstance(counts.get(split), dict)]
+    names = run.class_names
+    rows = [(name, [format_count(counts[split].get(name, 0)) for split in splits]) for name in names]
+    totals = [sum(format_number(n) or 0 for n in counts[split].values()) for split in splits]
+    size = format_number(data.get("size"))
+    before = data.get("source_domain") or {}
+    facts = [
+        ("Source domain", " · ".join(filter(None, map(before.get, ("source", "origin"))))),
+        ("Target domain, of which all figures are" if before else "Source", data.get("source")),
+        ("Split", data.get("origin")),
+        ("Classes", format_count(len(names))),
+        (
+            "Images",
+            f"{format_count(sum(totals))} "
+            f"({', '.join(f'{s} {format_count(n)}' for s, n in zip(splits, totals, strict=True))})",
+        ),
+        ("Size", f"{format_count(size)} × {format_count(size)} pixels" if size else None),
+        ("Without labels", (data.get("unlabeled") or {}).get("sentence")),
+        ("Not square", f"{data.get('resize_mode')}: {data['unseen'][0]}" if data.get("unseen") else None),
+        (
+            "Left out",
+            f"{format_count(skipped)}, listed in skipped.csv"
+            if (skipped := format_number(data.get("skipped")))
+            else None,
+        ),
+        ("Fingerprint", data.get("fingerprint")),
+    ]
+    return {
+        "facts": [(name, str(value)) for name, value in facts if value not in (None, "", MISSING)],
+        "splits": splits,
+        "rows": rows,
+        "totals": [format_count(total) for total in totals],
+        "fold": len(names) > _MAX_UNFOLDED_CLASSES,
+    }
+
+
+def exports_context(run: Run) -> dict[str, Any] | None:
+    """Return a row for each exported file; None if there is none.
+
+    Raises:
+        ArtifactError: a description is damaged.
+    """
+    found = [
+        (path, read_checksummed_json(path))
+        for stage in run.stages.values()
+        for path in sorted((stage.folder / "export").glob("*.json"))
+    ]
+    return {"rows": [_export_row(path, facts) for path, facts in found]} if found else None
+
+
+def _export_row(path: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:
+    files = facts.get("files") or {}
+    size = sum(int(format_number(each.get("bytes")) or 0) for each in files.values() if isinstance(each, dict))
+    parity, accuracy = facts.get("parity") or {}, facts.get("accuracy") or {}
+    largest = format_number(parity.get("max_difference"))
+    cells = [
+        str(facts.get("format")) + (", int8" if facts.get("int8") else ""),
+        format_scaled(size, "B"),
+        "not measured" if largest is None else f"{largest:.1e}",
+        format_percent(parity.get("agreement") if not accuracy else accuracy.get("agreement")),
+        "" if not accuracy else f"{format_percent(accuracy.get('before'))} → {format_percent(accuracy.get('after'))}",
+        _latency_text(facts.get("latency_ms") or {}),
+    ]
+    return f"{path.parent.parent.name}: {', '.join(sorted(files)) or path.stem}", cells
+
+
+def _latency_text(latency: dict[str, Any]) -> str:
+    parts = []
+    for name, each in latency.items():
+        p50, p95 = (format_number(each.get(key)) if isinstance(each, dict) else None for key in ("p50", "p95"))
+        if p50 is not None and p95 is not None:
+            parts.append(f"{name} {p50:.2f} / {p95:.2f} ms")
+    return ", ".join(parts)
+
+
+_REPORTED_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")  # whose versions may change results
+
+
+def reproduce_context(run: Run) -> dict[str, Any] | None:
+    """Return facts, commands, recipe and environment."""
+    results = run.results
+    method = results.get("method") or {}
+    options = ", ".join(f"{key} = {_option_text(value)}" for key, value in method.items() if key != "name")
+    seed = format_number(results.get("seed"))
+    facts = [
+        ("Recipe", results.get("recipe")),
+        ("Method", f"{method.get('name')} ({options})" if options else method.get("name")),
+        *_seed_facts(seed, (run.comparison or {}).get("seeds")),
+        *_machine_facts(run.environment),
+        ("Potstill", results.get("potstill")),
+        ("Made", results.get("created")),
+        ("Took", format_duration(results.get("seconds"))),
+    ]
+    folder = run.folder.resolve()
+    path = f"{folder.parent.name}/{folder.name}"  # runs/NAME; the full path is private
+    again = ["potstill", "run", f"{path}/recipe.yaml", "--name", f"{folder.name[:58]}-again"]
+    commands = [
+        ("The same settings again", again),
+        ("The same run, and whether it gives the same results", ["potstill", "run", "--reproduce", path]),
+        ("A prediction with its student", ["potstill", "predict", path, "IMAGE.jpg"]),
+        ("This page again", ["potstill", "report", path]),
+    ]
+    return {
+        "facts": [(name, str(value)) for name, value in facts if value not in (None, "", MISSING)],
+        "commands": [(title, shlex.join(words)) for title, words in (commands if run.recipe else commands[2:])],
+        "recipe": escape_lines(run.recipe),
+        "environment": escape_lines(run.environment),
+    }
+
+
+def _seed_facts(first: float | None, several: Any) -> list[tuple[str, str]]:
+    if first is None:
+        return []
+    seeds = several.get("seeds") if isinstance(several, dict) else None
+    if not isinstance(seeds, list) or len(seeds) < 2:
+        return [("Seed", f"{first:.0f}")]
+    return [("Seeds", f"{', '.join(str(seed) for seed in seeds)} of baseline and distilled; {first:.0f} of all others")]
+
+
+def _machine_facts(environment: str | None) -> list[tuple[str, str]]:
+    """Return package versions and machine, on which results may depend besides the recipe."""
+    try:
+        found = json.loads(environment or "{}")
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(found, dict):
+        return []
+    packages = found.get("packages")
+    versions = [f"Python {found['python']}"] if found.get("python") else []
+    versions += (
+        [f"{name} {packages[name]}" for name in _REPORTED_PACKAGES if name in packages]
+        if isinstance(packages, dict)
+        else []
+    )
+    where = [str(found[key]) for key in ("device", "precision", "platform") if found.get(key)]
+    if format_number(found.get("threads")):
+        where.insert(1, f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}")
+    return [("Versions", ", ".join(versions)), ("Machine", ", ".join(where))]
+
+
+def _option_text(value: Any) -> str:
+    """Return an option as text, with nested methods by name."""
+    inside = isinstance(value, dict) and "name" in value
+    several = isinstance(value, list) and all(isinstance(each, dict) and "name" in each for each in value)
+    return describe_method(value) if inside or (several and value) else str(value)
+
+
+def escape_lines(text: str | None) -> str | None:
+    """Escape invisible characters except line ends."""
+    return None if text is None else "\n".join(escape_invisible(line) for line in text.expandtabs(4).splitlines())
 
 
 @dataclass(frozen=True)
@@ -44,9 +211,9 @@ SECTIONS = (
     Section("calibration", "Calibration", diagnostics.calibration_context),
     Section("images", "Images", error_analysis.images_context),
     Section("advice", "Advice", overview.advice_context),
-    Section("exports", "Exports", provenance.exports_context),
-    Section("data", "Data", provenance.data_context),
-    Section("reproduce", "How to reproduce", provenance.reproduce_context),
+    Section("exports", "Exports", exports_context),
+    Section("data", "Data", data_context),
+    Section("reproduce", "How to reproduce", reproduce_context),
 )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data import DataSettings
+from potstill.data.settings import DataSettings
 from potstill.data.validation import ValidationReport
 from potstill.data.validation.validate import validate_data
 

@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.data import DataSettings
 from potstill.data.concurrency import ProgressReporter, threaded_map
 from potstill.data.datasets import check_source, load_dataset
 from potstill.data.entries import FINDING_KINDS, Entry, Finding, Listing
@@ -38,6 +37,7 @@ from potstill.data.image_sets import FileSet, ImageSet, Subset, file_digests, is
 from potstill.data.named_datasets import is_dataset
 from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
+from potstill.data.settings import DataSettings
 from potstill.data.sources import walk_images
 from potstill.data.splits import SPLITS, DataSplits, SplitAssignment, assign_splits
 from potstill.data.validation import ScanTable, ValidationReport, sort_findings

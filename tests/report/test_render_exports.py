@@ -7,7 +7,7 @@ import pytest
 
 from potstill.errors import ArtifactError
 from potstill.io import write_checksummed_json
-from potstill.report import provenance
+from potstill.report import render
 from potstill.report.render import render_page
 from potstill.report.run_reader import read_run
 
@@ -24,13 +24,13 @@ INT8 = {"int8": True, "accuracy": {"before": 0.9926, "after": 0.9889, "agreement
 
 def test_a_row_for_each_file(build_run: Callable[..., Any]) -> None:
     folder = build_run(3).write()
-    assert provenance.exports_context(read_run(folder)) is None
+    assert render.exports_context(read_run(folder)) is None
     assert 'id="exports"' not in render_page(read_run(folder))
     (folder / "distilled" / "export").mkdir()
     write_checksummed_json(folder / "distilled" / "export" / "model.json", FACTS)
     small = FACTS | INT8 | {"files": {"<b>.onnx": {"bytes": 90_000}}}
     write_checksummed_json(folder / "distilled" / "export" / "small.json", small)
-    found = provenance.exports_context(read_run(folder))
+    found = render.exports_context(read_run(folder))
     assert found is not None
     delays = "pytorch 0.70 / 0.90 ms, onnx 0.19 / 0.44 ms"
     assert found["rows"] == [
@@ -49,4 +49,4 @@ def test_a_damaged_description_is_an_error(build_run: Callable[..., Any]) -> Non
     write_checksummed_json(path, FACTS)
     path.write_text(path.read_text().replace("318000", "318001"))
     with pytest.raises(ArtifactError, match=r"model\.json"):
-        provenance.exports_context(read_run(folder))
+        render.exports_context(read_run(folder))
