@@ -26,9 +26,9 @@ from benchmarks.speed.ours import optimize_for_inference, teacher_precision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from potstill.data import AugmentSettings
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
-from potstill.data.settings import AugmentSettings
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache
@@ -39,11 +39,11 @@ from potstill.methods.kd import KD, kd_loss
 from potstill.methods.supervised import Supervised
 from potstill.models.factory import create_model
 from potstill.training.callbacks import SilentObserver
-from potstill.training.compile import StudentCompiler
 from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import GradientAccumulator, create_optimizer
 from potstill.training.settings import TrainingSettings
 from potstill.training.state import TermAverages
+from potstill.training.student_forward import StudentCompiler
 from potstill.types import Batch
 
 TEMPERATURE = 2.0

@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from potstill.config.method_settings import describe_method, inner_methods, needs_teacher, normalize_method
 from potstill.config.settings_errors import (
     SettingProblem,
     dotted_key,
@@ -17,10 +16,10 @@ from potstill.config.settings_errors import (
     parse_valid_settings,
 )
 from potstill.config.yaml import KeyPath
-from potstill.data.settings import DataSettings
+from potstill.data import DataSettings
 from potstill.errors import UsageError, did_you_mean
 from potstill.loggers import as_logger_list
-from potstill.methods import check_method
+from potstill.methods import check_method, describe_method, inner_methods, needs_teacher, normalize_method
 from potstill.options import WEIGHT_SCHEMA, value_problems
 from potstill.training.settings import TrainingSettings
 
@@ -327,13 +326,13 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         key, path = f"{network}.head", (*network_path, "head")
         if network_path[0] == "assistants":
             yield path, f"{key} is for teachers and the student: leave it out"
-        elif network_path[0] == "student" and head != "finetune":
+        elif network_path[0] == "student" and head not in ("finetune", "random"):
             yield path, f"{key}: {head} leaves nothing to distil into: use finetune, or leave it out"
         elif section.get("weights") is None:
             yield (
                 path,
                 f"{key} needs a pretrained encoder, and {network}.weights is not given: set it "
-                "to pretrained or to a file, or leave head out to train from scratch",
+                f"to pretrained or to a file, or set {key}=null to train from scratch",
             )
         elif head == "zero_shot":
             model = section.get("model")

@@ -14,18 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.config.method_settings import describe_method, needs_teacher
+from potstill.config import stage_name, stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
-from potstill.config.stage_names import stage_name, stage_number, stage_role
 from potstill.data.image_sets import RelabeledSet
-from potstill.data.splits import DataSplits
+from potstill.data.splits import SPLITS, DataSplits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
 from potstill.evaluation.predictions import predict_probabilities
-from potstill.experiment.builders import InitialNetwork, build_network, network_key, split_loader, train_loader
+from potstill.experiment.builders import (
+    InitialNetwork,
+    build_network,
+    folder_name,
+    network_key,
+    split_loader,
+    train_loader,
+)
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.ensembles import average_probabilities
@@ -40,6 +46,7 @@ from potstill.experiment.probe import (
     fits_head,
     load_fold_heads,
     probe_teacher,
+    probes_by_default,
 )
 from potstill.experiment.reproduce import RunRecord, check_same_images
 from potstill.experiment.resolution import choose_networks, lengthen_short_trainings, restore_choices
@@ -67,7 +74,8 @@ from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_vi
 from potstill.hub import model_path
 from potstill.io import read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
-from potstill.methods import create_method
+from potstill.methods import create_method, describe_method, needs_teacher
+from potstill.models.families.opaque_models import TableNetwork, find_table
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
 from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
@@ -412,6 +420,8 @@ class _Experiment:
             self._warn_about_scale(stage, count_parameters(start.module))
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
+            if (table := find_table(model.module)) is not None:
+                self.observer.note(f"{stage.name}: {_unused_rows(table, self.data)}")
             model.module.to(self.compute.device)
             weights = recipe.network(stage.name).weights
             if "fold_heads" in model.facts.get("head", {}) and weights is not None:  # a probe of another run
@@ -423,7 +433,7 @@ class _Experiment:
                 save_model(model, folder)
             return model
         probed = self._probe(stage, model, start)
-        if probed is not None and recipe.network(stage.name).head == "probe":
+        if probed is not None and recipe.network(stage.name).head != "finetune":
             if self.compute.processes.first:
                 save_model(model, folder)
             return model
@@ -483,12 +493,29 @@ class _Experiment:
         return model
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a network; return None if the recipe asks for none."""
+        """Fit the linear probe of a network; return None if it gets none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
-        if not fits_head(network):
+        key, by_default = network_key(self.recipe, network), probes_by_default(network, start, stage.role)
+        if not (by_default or fits_head(network)):
             return None
         data = self.domains.stage_data(stage, self.models)
-        layer = check_probe(network, start, data, network_key(self.recipe, network))
+        try:
+            layer = check_probe(network, start, data, key)
+        except UsageError as error:
+            if not by_default:
+                raise
+            self.warn(
+                f"the {stage.name} gets a new, random head and is trained with all layers, since no probe can be "
+                f"fitted: {error}"
+            )
+            return None
+        if by_default:
+            unused = f"; {key}.training has no effect then" if network.training else ""
+            self.observer.note(
+                f"{key}.head is not set, and {network.weights} was trained on other classes: the default is probe, a "
+                f"linear head on frozen embeddings{unused}. {key}.head=finetune trains all layers after that, "
+                f"{key}.head=random from a random head"
+            )
         self.observer.stage(stage.name, f"{model.architecture}, a linear probe of {start.facts['weights']}")
         probed = probe_teacher(
             stage,
@@ -500,8 +527,9 @@ class _Experiment:
             folder=self.folder.stage(stage.name),
             observer=self.observer,
         )
-        if network.head == "probe":
+        if network.head != "finetune":
             self.fold_heads[stage.name] = probed.heads
+            model.facts["head"]["default"] = by_default
         return probed
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
@@ -574,7 +602,9 @@ class _Experiment:
 
     def _advise_on_teacher(self, teacher: str) -> str:
         """Return what to do about a teacher that is worse than the baseline."""
-        advice = "Give another teacher with --teacher"
+        advice, network = "Give another teacher with --teacher", self.recipe.network(teacher)
+        if "fold_heads" in self.models[teacher].facts.get("head", {}) and network.head in (None, "probe"):
+            advice = f"Fine-tune it with --set {network_key(self.recipe, network)}.head=finetune, or give another"
         if "training" in self.models[teacher].facts:  # it was trained here
             key = "teacher" if len(self.recipe.teacher_list) == 1 else f"teacher.{stage_number(teacher) - 1}"
             epochs = self.recipe.stage_training(teacher).epochs
@@ -598,7 +628,7 @@ class _Experiment:
         model, settings = self.models[stage], self.recipe.stage_training(stage)
         probabilities, labels, _ = predict_probabilities(
             model.module,
-            split_loader(self.data, split, model.input, self.recipe, settings, self.compute),
+            split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module),
             classes=len(model.class_names),
             processes=self.compute.processes,
             names=[f"the {stage} on {split}, {name}," for name in self.data.split(split).names],
@@ -623,6 +653,19 @@ class _Experiment:
     def warn(self, message: str) -> None:
         self.warnings.append(message)
         self.observer.warn(message)
+
+
+def _unused_rows(table: TableNetwork, data: DataSplits) -> str:
+    """Return how many rows of a table belong to images of the data."""
+    used = {name for split in SPLITS for name in data.split(split).names}
+    if data.unlabeled is not None:
+        folder = folder_name(data.unlabeled)
+        used |= {each for name in data.unlabeled.names for each in (name, f"{folder}/{name}")}
+    unused = [path for path in table.paths if path not in used]
+    rows = len(table.paths)
+    return f"{rows - len(unused):,} of {rows:,} rows belong to images of this data" + (
+        f"; not used: {len(unused):,}, such as {unused[0]!r}" if unused else ""
+    )
 
 
 def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:

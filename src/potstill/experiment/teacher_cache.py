@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from potstill.config.method_settings import describe_method
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
@@ -33,6 +32,7 @@ from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.formatting import format_scaled
 from potstill.input_spec import InputSpec
 from potstill.io import cache_folder
+from potstill.methods import describe_method
 from potstill.methods.base import Method
 from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
 from potstill.models.model_file import Classifier
@@ -122,7 +122,7 @@ def count_views(recipe: Recipe) -> Views:
 
 
 def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
-    """What the recipe use_cache of a teacher's logits; float16 where it leaves that open.
+    """What the recipe keeps of a teacher's logits; float16 where it leaves that open.
 
     Raises:
         UsageError: the 16 largest do not suffice for this method, or are all there are.
@@ -213,7 +213,7 @@ class StageCaches:
         if not self.kept:
             return {}
         counts = processes.gather(self.by_split["train"].counts)
-        return {"asked": sum(each.computed for each in counts), "read": sum(each.read for each in counts)}
+        return {"computed": sum(each.computed for each in counts), "read": sum(each.read for each in counts)}
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "remodelled": network.remodelled,
         **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
         "input": dataclasses.asdict(network.input),
-        "asked in": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
+        "inference": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
         **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),
     }
 
