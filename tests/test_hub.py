@@ -8,7 +8,9 @@ import torch
 
 import potstill
 from potstill import hub as client
+from potstill.config.recipe import load_recipe
 from potstill.errors import ArtifactError, UsageError
+from potstill.export.loading import load_classifier
 from potstill.hub import fetch_dataset, fetch_model, model_path, pinned_name
 from potstill.input_spec import InputSpec
 from potstill.models.factory import create_model
@@ -144,3 +146,20 @@ def test_data_sets(hub, monkeypatch):
     forget(monkeypatch)
     with pytest.raises(UsageError, match="cannot be reached"):
         fetch_dataset(f"hf://datasets/u/pictures@{sha}")
+
+
+def test_what_timm_saves_for_the_hub(hub, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=3).eval()
+    timm.models.save_for_hf(network, tmp_path / "timm", safe_serialization=True)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "timm").iterdir()}
+    sha = hub.put("u/timm", files)
+    found, origin = load_classifier("hf-hub:u/timm")
+    assert (found.architecture, origin) == ("timm/resnet10t", f"hf-hub:u/timm@{sha}")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(found.module(images), network(images))
+    recipe = load_recipe("quickstart", flags={"--teacher": "hf-hub:u/timm"})
+    assert recipe.teacher_list[0].model == "timm/resnet10t"
+    assert recipe.teacher_list[0].weights == f"hf-hub:u/timm@{sha}"

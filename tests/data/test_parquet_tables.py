@@ -165,6 +165,18 @@ def test_hostile_images_meet_the_limits_of_files(tmp_path) -> None:
         load(path)
 
 
+def test_a_small_table_does_not_fill_the_disk(tmp_path, cache) -> None:
+    """One image of 4 MB, which 100 rows repeat by a dictionary."""
+    noise = np.random.default_rng(0).bytes(2**22)
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array([noise], pa.binary()))
+    columns = {"image": images, "label": pa.array([0, 1] * 50)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 5e6
+    with pytest.raises(DataError, match=r"a\.parquet: its images take more than 20 times the bytes of the file"):
+        load(tmp_path / "a.parquet")
+    assert sum(file.stat().st_size for file in (cache / "tables").rglob("*") if file.is_file()) < 170e6
+
+
 def table(**columns):
     return lambda path: pq.write_table(pa.table(columns), path)
 

@@ -32,8 +32,9 @@ FORMAT = 1
 ROWS_FILE = "rows.json"  # written last, so a folder without it is incomplete
 IMAGE_NAMES = ("image", "img", "picture", "photo", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "target", "class_name", "category", "fine_label")
-_BATCH_BYTES = 32 * 2**20  # of images that are in memory at once, by their mean size
-_MAX_BATCH = 256  # rows
+_BATCH = 8  # rows in memory at once
+_BUFFER = 2**20  # bytes of a file that are read at once; without it, all of a row group
+_MOST_TIMES = 20  # size of the images, as a multiple of that of their file: a small file could fill the disk
 _MAX_ROW_FINDINGS = 1000  # of a table
 
 
@@ -180,13 +181,11 @@ def _unpack_table(root: Path, file: Path, name: str, options: TableOptions) -> d
 
     folder, rows, findings = root / name, list[tuple[int, str]](), list[tuple[str, str, str]]()
     folder.mkdir(parents=True)
-    with _table_errors(file), pq.ParquetFile(file, pre_buffer=False) as parquet:
+    with _table_errors(file), pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER) as parquet:
         table = _find_columns(file, parquet.schema_arrow, options)
         unused = [each for each in parquet.schema_arrow.names if each not in (table.image, table.label)]
-        count, row = parquet.metadata.num_rows, 0
-        mean = max(1, _image_bytes(parquet, table)) / max(1, count)
-        batch_size = int(min(_MAX_BATCH, max(1, _BATCH_BYTES // mean)))
-        for batch in parquet.iter_batches(batch_size, columns=[table.image, table.label], use_threads=False):
+        row, written, most = 0, 0, _MOST_TIMES * file.stat().st_size + MAX_BYTES
+        for batch in parquet.iter_batches(_BATCH, columns=[table.image, table.label], use_threads=False):
             images, labels = batch.column(table.image), batch.column(table.label)
             if table.in_struct:
                 images = compute.struct_field(images, "bytes")  # null where the struct is
@@ -196,8 +195,13 @@ def _unpack_table(root: Path, file: Path, name: str, options: TableOptions) -> d
                 if content is None:
                     problem = f"no bytes of an image in column {table.image!r}"
                 if not problem:
-                    with open(folder / str(row), "wb") as written:
-                        written.write(memoryview(content)[: MAX_BYTES + 1])  # enough to be found too large
+                    part = memoryview(content)[: MAX_BYTES + 1]  # enough to be found too large
+                    if (written := written + len(part)) > most:
+                        raise DataError(
+                            f"{file}: its images take more than {_MOST_TIMES} times the bytes of the file; one "
+                            "image is repeated many times, or they are not compressed: write them as JPEG or PNG"
+                        )
+                    (folder / str(row)).write_bytes(part)
                     rows.append((row, text))
                 elif len(findings) < _MAX_ROW_FINDINGS:
                     findings.append(("table-row", f"{name}/{row}", problem))
@@ -225,17 +229,6 @@ def _table_errors(file: Path) -> Iterator[None]:
         raise DataError(f"{file}: damaged or no Parquet file ({first_line(error)})") from error
     except Exception as error:  # damaged bytes make it raise nearly anything
         raise DataError(f"{file}: damaged or no Parquet file ({first_line(error)})") from error
-
-
-def _image_bytes(parquet: Any, table: _Table) -> int:
-    """Return the uncompressed bytes of the column of images."""
-    metadata, total = parquet.metadata, 0
-    for group in range(metadata.num_row_groups):
-        for at in range(metadata.num_columns):
-            column = metadata.row_group(group).column(at)
-            if column.path_in_schema.split(".")[0] == table.image:
-                total += column.total_uncompressed_size
-    return total
 
 
 def _label_text(label: Any, table: _Table) -> tuple[str, str]:

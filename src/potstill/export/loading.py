@@ -69,7 +69,8 @@ def load_classifier(
         return load_model(folder), pinned if is_hub_model(pinned) else str(folder)
     architecture, weights = split_model(os.fspath(model))
     assert weights is not None
-    return _load_bare(architecture, pinned_name(weights), classes, likely, note), weights
+    weights = pinned_name(weights)
+    return _load_bare(architecture, weights, classes, likely, note), weights
 
 
 def _load_bare(
