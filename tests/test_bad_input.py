@@ -150,7 +150,7 @@ def test_a_run_that_exists_and_a_teacher_of_other_classes(good, tmp_path, capsys
     (tmp_path / "other" / "b").rename(tmp_path / "other" / "c")
     teacher = ["--teacher", str(tmp_path / "runs" / "t")]
     arguments = ["run", "quickstart", "--data", str(tmp_path / "other"), *SMALL, *teacher, *root]
-    check(arguments, 4, ["has other classes", "a, b", "a, c", "teacher.new_head=true"], capsys)
+    check(arguments, 4, ["has other classes", "a, b", "a, c", "teacher.head=probe"], capsys)
     assert not (tmp_path / "runs" / "quickstart").exists()
 
     model = tmp_path / "runs" / "t" / "teacher" / "model.safetensors"

@@ -22,7 +22,8 @@ from typing import Any
 
 from potstill.errors import UsageError
 
-HUB_PREFIX, LOCAL_PREFIX, DATASET_PREFIX = "hf-hub:", "local-dir:", "hf://datasets/"
+HUB_PREFIX, LOCAL_PREFIX = "hf-hub:", "local-dir:"
+HUB_DATA, DATASET_PREFIX = "hf://", "hf://datasets/"
 CONNECT_SECONDS = 3.0
 # The files of a model, the first complete group: those of potstill; those of timm and transformers.
 MODEL_FILES = (
@@ -56,7 +57,7 @@ def is_hub_model(name: str) -> bool:
 
 def is_hub_dataset(name: str) -> bool:
     """Return whether a name is an address of data on the hub."""
-    return name.startswith("hf://")
+    return name.startswith(HUB_DATA)
 
 
 def model_path(name: str | Path) -> Path:

@@ -10,7 +10,9 @@ from potstill.config.recipe import load_recipe
 from potstill.errors import DataError, UsageError
 from potstill.experiment import pipeline
 from potstill.models.model_file import load_model
+from potstill.report.compare import compare
 from potstill.report.render import render
+from potstill.serve.runs import summary
 from potstill.training.callbacks import SilentObserver
 
 from .test_pipeline_unlabeled import Listening
@@ -100,6 +102,8 @@ def test_the_teacher_names_the_classes_and_no_accuracy_is_claimed(without_labels
     assert "No labels: agreement with the teacher" in page
     assert "Accuracy is unknown" in page
     assert "Accuracy is unknown" in (path / "report.md").read_text()
+    assert "top-1 is the agreement" in compare([path, path], tmp_path / "compared.html").read_text()
+    assert {stage["test_top1"] for stage in summary("none", path)["stages"]} == {None}
     teacher_row = (path / "teacher" / "predictions_test.csv").read_text().splitlines()[1].split(",")
     assert teacher_row[1] == teacher_row[2]  # its own prediction stands where labels do
 

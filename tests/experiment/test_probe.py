@@ -19,12 +19,13 @@ from potstill.training.callbacks import SilentObserver
 
 class Listening(SilentObserver):
     def __init__(self):
-        self.notes = []
-
-        self.embedded = set()
+        self.notes, self.warnings, self.embedded = [], [], set()
 
     def note(self, message):
         self.notes.append(message)
+
+    def warn(self, message):
+        self.warnings.append(message)
 
     def wait(self, what, done, total):
         if "embeddings of" in what:
@@ -246,6 +247,66 @@ def test_a_fine_tuning_that_spoils_the_probe_leaves_the_probe(probing, encoder, 
     assert results(spoilt)["stages"]["teacher"]["head"]["taken"] == "probe"
     ours, theirs = (load_model(each / "teacher").module.state_dict() for each in (spoilt, probed))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_teacher_with_weights_of_other_classes_is_probed_by_default(probing, tmp_path):
+    heard = Listening()
+    changes = {"teacher.head": "null", "teacher.new_head": True}
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, name="a", stages=("teacher",), observer=heard)
+    asked = pipeline.run(probing(), output_dir=tmp_path, name="b", stages=("teacher",))
+    ours, theirs = (load_model(each / "teacher").module.state_dict() for each in (run, asked))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert results(run)["stages"]["teacher"]["head"]["default"] is True
+    assert results(asked)["stages"]["teacher"]["head"]["default"] is False
+    said = next(note for note in heard.notes if "teacher.head is not set" in note)
+    assert "the default is probe" in said
+    assert "teacher.training has no effect then" in said
+    shown = training_text(read_run(run).stages["teacher"])
+    assert shown.startswith("a linear probe, the default for weights of other classes, on embeddings of 42 images")
+
+
+def test_a_random_head_is_trained_with_all_layers_if_asked_for(probing, encoder, tmp_path):
+    heard = Listening()
+    changes = {"teacher.head": "random", "teacher.training.epochs": 1}
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, stages=("teacher",), observer=heard)
+    entry = results(run)["stages"]["teacher"]
+    assert "head" not in entry
+    assert entry["training"]["epochs"] == 1
+    assert any("the head of cifar/resnet8 is new and random" in warning for warning in heard.warnings)
+    after = load_model(run / "teacher").module.state_dict()
+    assert not torch.equal(after["stem.0.weight"], torch.load(encoder)["stem.0.weight"])
+
+
+def test_the_default_is_a_random_head_where_no_probe_can_be_fitted(probing, tmp_path):
+    heard = Listening()
+    torch.save(create_model("torchvision/squeezenet1_1", 5, size=32).state_dict(), tmp_path / "squeeze.pth")
+    changes = {
+        "teacher.model": "torchvision/squeezenet1_1",
+        "teacher.weights": tmp_path / "squeeze.pth",
+        "teacher.head": "null",
+        "teacher.new_head": True,
+        "teacher.training.epochs": 1,
+        "data.size": 32,
+    }
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, stages=("teacher",), observer=heard)
+    assert results(run)["stages"]["teacher"]["training"]["epochs"] == 1
+    (warning,) = [each for each in heard.warnings if "no probe can be fitted" in each]
+    assert "torchvision/squeezenet1_1 has none" in warning
+
+
+def test_weights_of_the_same_classes_are_not_probed_by_default(probing, tmp_path):
+    first = pipeline.run(probing(), output_dir=tmp_path, name="first", stages=("teacher",))
+    changes = {"teacher.weights": first, "teacher.head": "null"}
+    again = pipeline.run(probing(**changes), output_dir=tmp_path, name="second", stages=("teacher",))
+    ours, theirs = (load_model(each / "teacher").module.state_dict() for each in (first, again))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_student_with_weights_of_other_classes_gets_a_random_head(probing, encoder, tmp_path):
+    changes = {"student.weights": encoder, "student.new_head": True, "teacher.head": "probe"}
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, stages=("baseline",))
+    assert "head" not in results(run)["stages"]["baseline"]
+    assert results(run)["stages"]["baseline"]["training"]["epochs"] == 2
 
 
 def test_weights_that_know_the_classes_are_refused(probing, tmp_path):

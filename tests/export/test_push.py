@@ -22,7 +22,7 @@ def trained(tmp_path_factory):
     """A run on files below a folder of this machine."""
     folder = tmp_path_factory.mktemp("push")
     with short_runs(), few_digits():
-        changes = ("training.epochs=1", "teacher.training.epochs=1", "teacher.model=cifar/resnet14", "data.size=8")
+        changes = ("training.epochs=1", "teacher.training.epochs=6", "teacher.model=cifar/resnet14", "data.size=8")
         return potstill.run("quickstart", overrides=changes, output_dir=folder, name="small")
 
 

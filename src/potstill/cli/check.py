@@ -46,7 +46,7 @@ def print_skipped(source: str, skipped: Sequence[Sequence[str]]) -> None:
 
 def check(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder, a manifest, .tar shards, or the name of a data set.")
+        str, typer.Argument(metavar="DATA", help="Data as for run: a folder, a manifest, the name of a data set, ...")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 3 for warnings too.")] = False,

@@ -76,7 +76,11 @@ _TEACHER_WEIGHTS = re.compile(r"\s*teacher\.(\d+\.)?weights\s*=")
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
 Data = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or the name of a data set."),
+    typer.Option(
+        metavar="DIR",
+        help="Images: a folder, a .csv or .jsonl manifest, .tar or .parquet files, hf://datasets/USER/NAME, the name "
+        "of a data set, or code, path/file.py:callable.",
+    ),
 ]
 NoLabels = Annotated[
     bool | None,

@@ -119,12 +119,13 @@ class StageSettings(BaseModel):
         "one name per line, or cifar10, cifar100, imagenet-1k, imagenet-21k; or {mine: [theirs, ...]}, by name or "
         "index; null: the classes of the data, in their order",
     )
-    new_head: bool = Field(False, description="accept weights of other classes; the head is initialised randomly")
-    head: Literal["probe", "finetune", "zero_shot"] | None = Field(
+    new_head: bool = Field(False, description="accept a file with weights of other classes; `head` says what follows")
+    head: Literal["probe", "finetune", "zero_shot", "random"] | None = Field(
         None,
         description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "
-        "for teachers; finetune: then all layers are trained, and val selects the better; zero_shot: embeddings of "
-        "texts, for teachers from open_clip; null: random, trained with all layers",
+        "for teachers; finetune: then all layers are trained, and val selects the better; random: trained with all "
+        "layers; zero_shot: embeddings of texts, for teachers from open_clip; null: probe for teachers if it can be "
+        "fitted, else random",
     )
     prompts: Prompts | None = Field(
         None,

@@ -327,13 +327,13 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         key, path = f"{network}.head", (*network_path, "head")
         if network_path[0] == "assistants":
             yield path, f"{key} is for teachers and the student: leave it out"
-        elif network_path[0] == "student" and head != "finetune":
+        elif network_path[0] == "student" and head not in ("finetune", "random"):
             yield path, f"{key}: {head} leaves nothing to distil into: use finetune, or leave it out"
         elif section.get("weights") is None:
             yield (
                 path,
                 f"{key} needs a pretrained encoder, and {network}.weights is not given: set it "
-                "to pretrained or to a file, or leave head out to train from scratch",
+                f"to pretrained or to a file, or set {key}=null to train from scratch",
             )
         elif head == "zero_shot":
             model = section.get("model")

@@ -36,9 +36,10 @@ from potstill.data.image_sets import (
     set_value_range,
 )
 from potstill.data.named_datasets import call_dataset, check_dataset, dataset_names, is_dataset
+from potstill.data.parquet_tables import check_table
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings
-from potstill.data.sources import MANIFEST_SUFFIXES
+from potstill.data.sources import MANIFEST_SUFFIXES, is_table
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
@@ -229,6 +230,10 @@ def check_source(settings: DataSettings) -> None:
     if is_shards(name):
         check_shards(settings)
         return
+    if is_table(name):
+        check_table(settings)
+        _check_shares(settings)
+        return
     path = Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES):
         if path.exists():
@@ -237,10 +242,14 @@ def check_source(settings: DataSettings) -> None:
         raise UsageError(
             f"no data set, folder or manifest {name!r}{did_you_mean(name, dataset_names())}\n"
             f"Known names: {', '.join(dataset_names())}; or give a folder of class folders, a .csv or .jsonl "
-            "manifest, .tar shards, or code: path/file.py:callable"
+            "manifest, Parquet files, .tar shards, hf://datasets/USER/NAME, or code: path/file.py:callable"
         )
     if settings.options:
         raise UsageError(f"data {name!r}: folders and manifests take no options, got {', '.join(settings.options)}")
+    _check_shares(settings)
+
+
+def _check_shares(settings: DataSettings) -> None:
     if settings.val + settings.test >= 1:
         raise UsageError(f"val {settings.val:g} and test {settings.test:g} leave no images for train")
 

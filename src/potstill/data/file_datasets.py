@@ -31,10 +31,11 @@ from potstill.data.image_sets import (
     file_paths,
     sample_name,
 )
+from potstill.data.parquet_tables import read_tables
 from potstill.data.scan import check_files, finding_kind
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.shard_reader import COMPRESSED_SUFFIX, Shard, ShardSample, expand_shards, read_shard
-from potstill.data.sources import ignored_files_note, read_manifest, walk_folder, walk_images
+from potstill.data.sources import ignored_files_note, is_table, read_manifest, walk_folder, walk_images
 from potstill.data.splits import (
     SPLITS,
     DataSplits,
@@ -232,8 +233,10 @@ def _labeled_test(
 DEFAULT_AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # most objects may be mirrored
 
 
-def list_source(settings: DataSettings) -> Listing:
-    """Return the listing of a folder or a manifest; see ``data.sources`` for their layouts."""
+def list_source(settings: DataSettings, progress: ProgressReporter | None = None) -> Listing:
+    """Return the listing of a folder or a manifest (see ``data.sources``), or of Parquet files."""
+    if is_table(settings.source):
+        return read_tables(settings, progress)
     path = Path(settings.source).expanduser()
     read = walk_folder if path.is_dir() else read_manifest
     return read(path, follow_links=settings.follow_links)
@@ -246,16 +249,21 @@ def load_files(settings: DataSettings, progress: ProgressReporter | None = None)
         DataError: a listing or files that cannot be used, with all problems; with ``settings.skip_bad`` only if too
             little is left.
     """
-    listing, skipped, contents = read_files(list_source(settings), settings, progress)
+    listing, skipped, contents = read_files(list_source(settings, progress), settings, progress)
     if settings.skip_bad:
         listing, more = drop_small_classes(listing, settings)
         skipped += more
     division, findings = assign_splits(listing, settings)
-    raise_refused(settings, [*listing.findings, *findings], listing.root)
+    raise_refused(settings, [*listing.findings, *findings], listing.shown_root)
     images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
     if not contents:
         contents = check_files(
-            listing.root, images.names, settings.source, progress=progress, hints=suggest_fixes([_UNREADABLE])
+            listing.root,
+            images.names,
+            settings.source,
+            progress=progress,
+            hints=suggest_fixes([_UNREADABLE]),
+            place=listing.place,
         )
     images.expect(contents)
     parts = split_sets(images, division)
@@ -303,7 +311,7 @@ def drop_bad_entries(listing: Listing, bad: Sequence[Finding]) -> tuple[Listing,
     """Return the listing without the files and folders of skippable findings (``bad`` and its own), and these."""
     skipped = [each for each in (*listing.findings, *bad) if FINDING_KINDS[each.kind].skippable]
     names = {entry.name for entry in listing.entries}
-    dropped = {each.path for each in skipped if each.kind not in ("listed-twice", "manifest-row")}
+    dropped = {each.path for each in skipped if each.kind not in ("listed-twice", "manifest-row", "table-row")}
     contradictory = (each for each in skipped if each.kind == "listed-twice" and "under the labels" in each.reason)
     dropped |= {name for each in contradictory for name in each.others}
     folders = tuple(f"{each.path}/" for each in skipped if each.kind == "name" and each.path not in names)

@@ -166,11 +166,11 @@ def describe_examples(
             str(position): {
                 "name": images.names[position],
                 "class": class_names[labels[position]],
-                "said": {
+                "predictions": {
                     stage: _describe_prediction(predictions[stage], position, class_names) for stage in parts.values()
                 },
                 "thumbnail": encode_thumbnail(pixels[position]) if position in pixels else None,
-                "looks": heat_maps.get(position, {}),
+                "gradcam": heat_maps.get(position, {}),
             }
             for position in chosen
         },

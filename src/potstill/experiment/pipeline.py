@@ -40,6 +40,7 @@ from potstill.experiment.probe import (
     fits_head,
     load_fold_heads,
     probe_teacher,
+    probes_by_default,
 )
 from potstill.experiment.reproduce import RunRecord, check_same_images
 from potstill.experiment.resolution import choose_networks, lengthen_short_trainings, restore_choices
@@ -426,7 +427,7 @@ class _Experiment:
                 save_model(model, folder)
             return model
         probed = self._probe(stage, model, start)
-        if probed is not None and recipe.network(stage.name).head == "probe":
+        if probed is not None and recipe.network(stage.name).head != "finetune":
             if self.compute.processes.first:
                 save_model(model, folder)
             return model
@@ -486,12 +487,29 @@ class _Experiment:
         return model
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a network; return None if the recipe asks for none."""
+        """Fit the linear probe of a network; return None if it gets none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
-        if not fits_head(network):
+        key, by_default = network_key(self.recipe, network), probes_by_default(network, start, stage.role)
+        if not (by_default or fits_head(network)):
             return None
         data = self.domains.stage_data(stage, self.models)
-        layer = check_probe(network, start, data, network_key(self.recipe, network))
+        try:
+            layer = check_probe(network, start, data, key)
+        except UsageError as error:
+            if not by_default:
+                raise
+            self.warn(
+                f"the {stage.name} gets a new, random head and is trained with all layers, since no probe can be "
+                f"fitted: {error}"
+            )
+            return None
+        if by_default:
+            unused = f"; {key}.training has no effect then" if network.training else ""
+            self.observer.note(
+                f"{key}.head is not set, and {network.weights} was trained on other classes: the default is probe, a "
+                f"linear head on frozen embeddings{unused}. {key}.head=finetune trains all layers after that, "
+                f"{key}.head=random from a random head"
+            )
         self.observer.stage(stage.name, f"{model.architecture}, a linear probe of {start.facts['weights']}")
         probed = probe_teacher(
             stage,
@@ -503,8 +521,9 @@ class _Experiment:
             folder=self.folder.stage(stage.name),
             observer=self.observer,
         )
-        if network.head == "probe":
+        if network.head != "finetune":
             self.fold_heads[stage.name] = probed.heads
+            model.facts["head"]["default"] = by_default
         return probed
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
@@ -590,7 +609,9 @@ class _Experiment:
 
     def _advise_on_teacher(self, teacher: str) -> str:
         """Return what to do about a teacher that is worse than the baseline."""
-        advice = "Give another teacher with --teacher"
+        advice, network = "Give another teacher with --teacher", self.recipe.network(teacher)
+        if "fold_heads" in self.models[teacher].facts.get("head", {}) and network.head in (None, "probe"):
+            advice = f"Fine-tune it with --set {network_key(self.recipe, network)}.head=finetune, or give another"
         if "training" in self.models[teacher].facts:  # it was trained here
             key = "teacher" if len(self.recipe.teacher_list) == 1 else f"teacher.{stage_number(teacher) - 1}"
             epochs = self.recipe.stage_training(teacher).epochs

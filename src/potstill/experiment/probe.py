@@ -68,6 +68,11 @@ def fits_head(network: StageSettings) -> bool:
     return network.head in ("probe", "finetune")
 
 
+def probes_by_default(network: StageSettings, start: InitialNetwork, role: str) -> bool:
+    """Return whether a network gets a probe without being asked for: a teacher with weights of other classes."""
+    return role == "teacher" and network.head is None and network.weights is not None and not start.ready
+
+
 def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits, key: str) -> str:
     """Check that a head can be fitted; return the path of the network's last linear layer.
 
@@ -83,16 +88,16 @@ def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits,
     """
     if start.ready:
         raise UsageError(
-            f"{key}.head: {network.weights} already has a head for these {len(data.class_names)} classes: leave "
-            f"{key}.head out, or give weights of other classes"
+            f"{key}.head: {network.weights} already has a head for these {len(data.class_names)} classes: set "
+            f"{key}.head=null, or give weights of other classes"
         )
     example = torch.randn(2, 3, start.input.size, start.input.size, generator=torch.Generator().manual_seed(0))
     device = next(start.module.parameters()).device
     head = find_stages(start.module, example.to(device)).head
     if head is None or getattr(start.module.get_submodule(head), "bias", None) is None:
         raise UsageError(
-            f"{key}.head: {network.head} needs a last linear layer with bias, and {start.architecture} has none: "
-            f"leave {key}.head out to train the whole network, or choose another network"
+            f"{key}.head: {network.head or 'probe'} needs a last linear layer with bias, and {start.architecture} has "
+            f"none: set {key}.head=random to train the whole network, or choose another network"
         )
     check_probe_labels(np.asarray(data.train.labels), data.class_names)
     return head

@@ -203,6 +203,14 @@ def describe_agreement(
             + ("" if divergence is None else f"; mean KL divergence from the teacher {divergence:.3f}")
             + "."
         )
+        further = [
+            float((each["test"].predicted == teacher.predicted).mean())
+            for name, each in predictions.items()
+            if stage_role(name) == "distilled" and repeat_index(name)
+        ]
+        if further:
+            found["agreement_of_further_seeds"] = further
+            sentences.append(f"With further seeds: {', '.join(f'{each:.1%}' for each in further)}.")
         if labeled:
             difference = paired_interval(teacher.correct, own.correct)
             accuracies = {

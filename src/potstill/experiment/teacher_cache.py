@@ -213,7 +213,7 @@ class StageCaches:
         if not self.kept:
             return {}
         counts = processes.gather(self.by_split["train"].counts)
-        return {"asked": sum(each.computed for each in counts), "read": sum(each.read for each in counts)}
+        return {"computed": sum(each.computed for each in counts), "read": sum(each.read for each in counts)}
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "remodelled": network.remodelled,
         **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
         "input": dataclasses.asdict(network.input),
-        "asked in": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
+        "inference": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
         **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),
     }
 

@@ -98,7 +98,7 @@ def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any,
         subset = "test split of the run" if run_settings is not None else "test split"
         return splits.test, names, subset, splits.skipped
     listing, skipped, contents = read_files(list_source(settings), settings)
-    raise_refused(settings, listing.findings, listing.root)
+    raise_refused(settings, listing.findings, listing.shown_root)
     entries = listing.entries
     subset = "all images"
     if any(entry.split for entry in entries):
@@ -108,7 +108,7 @@ def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any,
     # Label 0 is a placeholder: classes are matched by name.
     images = FileSet(listing.root, [entry.name for entry in entries], [0] * len(entries))
     if not contents:
-        check_files(listing.root, images.names, source)
+        check_files(listing.root, images.names, source, place=listing.place)
     return images, [entry.label for entry in entries], subset, to_skipped(skipped)
 
 

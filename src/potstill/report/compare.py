@@ -121,6 +121,8 @@ def _write_page(found: list[Run], target: Path) -> Path:
     ]
     pairings, notes = pair_contenders(contenders)
     notes += _view_notes(contenders)
+    if unlabeled := [run.name for run in found if run.without_labels.get("test_labeled") is False]:
+        notes.append(f"{', '.join(unlabeled)}: no labels; top-1 is the agreement with the classes of the run's teacher")
     values: dict[str, Any] = {
         "title": title,
         "subtitle": "",

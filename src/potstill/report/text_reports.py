@@ -168,13 +168,13 @@ def head_text(stage: StageResult) -> str:
         return ""
     if head.get("kind") == "zero_shot":
         prompts = head.get("prompts")
-        texts = [text for each in prompts.values() for text in each] if isinstance(prompts, dict) else []
-        first = f", such as {escape_invisible(repr(str(texts[0])))}" if texts else ""
-        return f"a zero-shot head, made of {_plural(len(texts), 'text')} without labels{first}"
+        first = f", such as {escape_invisible(repr(str(prompts[0])))}" if isinstance(prompts, list) and prompts else ""
+        return f"a zero-shot head, made of {_plural(head.get('texts'), 'text')} without labels{first}"
     checked = head.get("cross_validated") or {}
     strength = format_number(head.get("C"))
+    rule = ", the default for weights of other classes," if head.get("default") is True else ""
     text = (
-        f"a linear probe on embeddings of {format_count(head.get('images'))} images "
+        f"a linear probe{rule} on embeddings of {format_count(head.get('images'))} images "
         f"(C {MISSING if strength is None else f'{strength:.2g}'}, cross-validated top-1 "
         f"{format_percent(checked.get('top1'))}, {format_duration(head.get('seconds'))})"
     )
@@ -200,7 +200,7 @@ def teaching_text(stage: StageResult) -> str:
 
 
 def _cache_text(teaching: Mapping[str, Any]) -> str:
-    computed, read = format_number(teaching.get("asked")), format_number(teaching.get("read"))
+    computed, read = format_number(teaching.get("computed")), format_number(teaching.get("read"))
     if computed is None or read is None:
         return ""
     return f"; {format_count(read)} of {format_count(computed + read)} outputs read from the teacher cache"
