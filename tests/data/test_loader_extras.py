@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.data import AugmentSettings
 from potstill.data.augment import AugmentPolicy, BatchMixer, ViewTransform
 from potstill.data.image_sets import ArraySet, FileSet
 from potstill.data.loader import Loader
 from potstill.data.preprocessing import resize_to_square
 from potstill.data.samplers import CounterRNG, derive_seed
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import normalize
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec
@@ -295,3 +295,39 @@ def test_what_excludes_each_other_is_refused(options: dict[str, object], message
         Loader(images(), SPEC, **({"batch_size": 4} | options))
     with pytest.raises(DataError, match="no images"):
         Loader(images(), SPEC, batch_size=4, unlabeled=images(0))
+
+
+# answers in the place of images
+
+
+def test_mixed_answers_are_the_mixed_labels_if_answers_are_labels() -> None:
+    known = images()
+    shares = torch.nn.functional.one_hot(torch.from_numpy(known.labels), 3).float()
+    answers = shares.clamp(min=1e-30).log()[..., None, None]
+    pictures = Loader(known, SPEC, batch_size=4, augment=MIX, order="shuffled", classes=3)
+    table = Loader(known, SPEC, batch_size=4, augment=MIX, order="shuffled", classes=3, answers=answers)
+    for epoch in (0, 3):
+        batch, theirs = everything(pictures, epoch), everything(table, epoch)
+        assert batch.soft_labels is not None
+        assert (batch.soft_labels.max(dim=1).values < 0.99).any()
+        assert torch.equal(theirs.index, batch.index)
+        assert theirs.images.shape == (len(batch), 3, 1, 1)
+        assert torch.allclose(theirs.images.exp().flatten(1), batch.soft_labels, atol=1e-6)
+
+
+@pytest.mark.parametrize("second", ["strong", "same class"])
+def test_all_views_of_an_image_have_its_answer(second: str) -> None:
+    known = images()
+    answers = torch.randn(21, 5, 1, 1, generator=torch.Generator().manual_seed(0))
+    table = Loader(known, SPEC, batch_size=4, augment=LIGHT, order="shuffled", second=second, answers=answers)
+    pictures = Loader(known, SPEC, batch_size=4, augment=LIGHT, order="shuffled", second=second)
+    batch = everything(table, 1)
+    assert torch.equal(batch.images, answers[batch.index])
+    if second == "strong":
+        assert torch.equal(batch.second, batch.images)
+        return
+    partners = table.collator.partners(batch.index.numpy(), 1)
+    assert torch.equal(batch.second, answers[partners])
+    assert (partners == pictures.collator.partners(batch.index.numpy(), 1)).all()
+    assert torch.equal(table.second_view(batch.index, 1), batch.second)
+    assert torch.equal(table.view(batch.index, 7), batch.images)

@@ -1,18 +1,26 @@
-"""Whole runs whose teacher is no network of ours: a function, an ONNX file."""
+"""Whole runs whose teacher is no network of ours: a function, an ONNX file, a table of answers."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import potstill
 from potstill.cli import main
-from potstill.config.recipe import load_recipe
-from potstill.errors import ArtifactError, UsageError
+from potstill.config.recipe import dump_recipe, load_recipe
+from potstill.data.datasets import load_data
+from potstill.data.transforms import preprocess
+from potstill.distillation.teacher_cache.cache import list_caches
+from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.experiment.cache_verification import verify_cache
 from potstill.experiment.pipeline import run
 from potstill.experiment.run_folder import RunFolder
 from potstill.export.formats import quiet
 from potstill.input_spec import InputSpec
 from potstill.models.model_file import load_model
+from potstill.report.render import render
 from potstill.training.callbacks import SilentObserver
 
 CODE = """
@@ -100,7 +108,7 @@ def test_network_onnx_file_and_function_teach_the_same(plain, onnx_file, tmp_pat
 def test_the_command_line_and_resuming(plain, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(CODE)
-    (tmp_path / "tiny.yaml").write_text(potstill.config.recipe.dump_recipe(load_recipe(plain)))
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(load_recipe(plain)))
     command = ["run", "tiny.yaml", "--output-dir", str(tmp_path / "runs"), "--teacher", "mine.py:by_colour"]
     assert main([*command, "--seeds", "1"]) == 0
     before = weights(tmp_path / "runs" / "tiny")
@@ -110,7 +118,7 @@ def test_the_command_line_and_resuming(plain, photographs, tmp_path, monkeypatch
     assert main([*command, "--resume"]) == 0
     after = RunFolder(tmp_path / "runs" / "tiny").read_results()["stages"]["distilled"]
     assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "runs" / "tiny").items())
-    assert after["teaching"]["asked"] == 0
+    assert after["teaching"]["computed"] == 0
     capsys.readouterr()
     assert main([*command[:-1], "mine.py:fails", "--overwrite"]) == 2
     assert "mine.py:fails raised ValueError: the service is down" in capsys.readouterr().err
@@ -142,3 +150,126 @@ def test_methods_that_read_layers_say_which_ones_work(plain, onnx_file, tmp_path
     teacher = {"weights": str(onnx_file(ByColour())), "mean": [0, 0, 0], "std": [1, 1, 1]}
     with pytest.raises(UsageError, match=f"{method} reads more of the teacher than its logits.*dist, dkd"):
         run(load_recipe(plain | {"teacher": teacher, "method": {"name": method}}), output_dir=tmp_path)
+
+
+EXACT_INPUT = InputSpec(16, (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.fixture(scope="module")
+def answers(recipe):
+    """Names of all images, and what ``ByColour`` says of each as the run sees it, uncropped."""
+    data = load_data(recipe().data)
+    names, logits = [], []
+    for split in ("train", "val", "test"):
+        images = data.split(split)
+        names += images.names
+        logits += [ByColour()(preprocess(images.pixels(at), EXACT_INPUT)[None])[0] for at in range(len(images))]
+    return names, torch.stack(logits).numpy()
+
+
+@pytest.fixture
+def table(tmp_path, answers):
+    """Write a table; values by default the logits of ``answers``."""
+
+    def write(name="table.npz", *, names=answers[0], logits=answers[1], classes=("blue", "green", "red")):
+        np.savez(tmp_path / name, paths=names, logits=logits, classes=classes)
+        return tmp_path / name
+
+    return write
+
+
+def taught_by(plain, teacher, **changes):
+    return load_recipe(plain | {"teacher": {"weights": str(teacher)}} | changes)
+
+
+def test_a_table_and_its_network_teach_the_same_at_one_view(plain, table, answers, tmp_path):
+    plain |= {"data": plain["data"] | {"augment": {}}}  # no augmentation: one view of each image
+    network = potstill.run(plain, teacher=ByColour(), teacher_input=EXACT_INPUT, output_dir=tmp_path, name="network")
+    folder = run(taught_by(plain, table()), output_dir=tmp_path, name="table")
+    expected = weights(network)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
+    for split in ("val", "test"):
+        ours, theirs = (RunFolder(each).read_results()["stages"]["teacher"][split] for each in (folder, network))
+        assert ours["top1"] == theirs["top1"] == 1.0
+        assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-5)
+    results = RunFolder(folder).read_results()
+    assert results["stages"]["teacher"]["model"]["parameters"] is None
+    assert results["stages"]["teacher"]["latency_ms"] is None
+    assert not any("one answer for each image" in warning for warning in results["warnings"])
+    reordered = table("reordered.npz", logits=answers[1][:, [2, 0, 1]], classes=("Red", "blue", "green"))
+    folder = run(taught_by(plain, reordered), output_dir=tmp_path, name="reordered")
+    assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
+
+
+def test_a_table_with_views_mixing_and_unlabeled_images(plain, photographs, table, answers, tmp_path):
+    more = tmp_path / "more"
+    shutil.copytree(photographs / "red", more / "red")  # the same paths as those of labeled images
+    for name in ("00.png", "01.png"):
+        (more / "red" / name).rename(more / name)
+    augment = {"hflip": True, "crop_scale": [0.3, 1.0], "mixup": 0.5, "cutmix": 0.5}
+    names, logits = answers
+    changes = {"data": plain["data"] | {"augment": augment}}
+    folder = run(taught_by(plain, table(), **changes), output_dir=tmp_path, name="mixed")
+    (warning,) = [each for each in RunFolder(folder).read_results()["warnings"] if "one answer" in each]
+    assert "mixed images are taught the mixed answers" in warning
+    render(folder)
+    assert "one answer for each image" in (folder / "report.html").read_text()
+
+    changes = {"data": plain["data"] | {"unlabeled": str(more)}}
+    unlabeled = [path.relative_to(more).as_posix() for path in sorted(more.rglob("*.png"))]
+    every = np.concatenate([logits, np.tile(logits[:1], (len(unlabeled), 1))])
+    ambiguous = table("ambiguous.npz", names=[*names, "00.png", "01.png"], logits=every[: len(names) + 2])
+    with pytest.raises(DataError, match=r"write 'more/red/\d\d\.png' for the unlabeled one"):
+        run(taught_by(plain, ambiguous, **changes), output_dir=tmp_path, name="ambiguous")
+    named = table("named.npz", names=[*names, *(f"more/{name}" for name in unlabeled)], logits=every)
+    folder = run(taught_by(plain, named, **changes), output_dir=tmp_path, name="unlabeled")
+    assert top1(folder, "teacher") == 1.0
+
+
+def test_a_table_beside_a_network_and_resuming(plain, table, tmp_path):
+    teachers = [{"weights": str(table())}, {"model": "cifar/resnet8", "training": {"epochs": 1}}]
+    cache = {"mode": "auto", "folder": str(tmp_path / "cache")}
+    recipe = load_recipe(plain | {"teacher": teachers, "curriculum": {"order": "easy"}, "teacher_cache": cache})
+    folder = run(recipe, output_dir=tmp_path)
+    before = weights(folder)
+    (folder / "distilled" / "model.json").unlink()
+    (folder / "results.json").unlink()
+    table().unlink()
+    table()  # written anew with the same content
+    run(recipe, output_dir=tmp_path, resume=True)
+    assert all(torch.equal(value, before[key]) for key, value in weights(folder).items())
+    caches = [each for each in list_caches(tmp_path / "cache") if each.manifest.facts["teacher"] == "table"]
+    assert len(caches) == 2  # train and val: beside a network, a table is cached as well
+    for cache in caches:
+        found = verify_cache(cache.path)
+        assert found.same_class == 1.0
+        assert found.largest < 0.02
+
+
+@pytest.mark.parametrize("setting", ["size", "mean"])
+def test_a_table_has_no_preprocessing(plain, table, tmp_path, setting):
+    teacher = {"weights": str(table()), setting: 32 if setting == "size" else [0, 0, 0]}
+    with pytest.raises(UsageError, match=f"teacher.{setting}: .* sees no images"):
+        run(load_recipe(plain | {"teacher": teacher}), output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (lambda names, logits: {"names": names[1:], "logits": logits[1:]}, 3, "has no row for 1 of"),
+        (lambda names, logits: {"names": [*names[1:], names[1]]}, 3, "several rows for 1 images"),
+        (lambda names, logits: {"logits": logits * np.nan}, 3, "60 of 60 rows have a number that is NaN"),
+        (lambda names, logits: {"logits": logits[:, :2], "classes": ("blue", "red")}, 2, "lacks 1 of the 3 classes"),
+        (lambda names, logits: {"classes": ("blue", "green", "gold")}, 2, "lacks 1 of the 3 classes"),
+        (lambda names, logits: {"classes": ("blue", "green", "green")}, 2, "names a class twice"),
+    ],
+)
+def test_bad_tables_end_with_one_message(plain, table, answers, tmp_path, capsys, change, code, message):
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(load_recipe(plain)))
+    teacher = str(table(**change(*answers)))
+    command = ["run", str(tmp_path / "tiny.yaml"), "--output-dir", str(tmp_path / "runs"), "--teacher", teacher]
+    assert main(command) == code
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "runs" / "tiny").exists() or not (tmp_path / "runs" / "tiny" / "teacher").exists()

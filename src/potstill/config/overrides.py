@@ -10,16 +10,15 @@ from typing import Any
 
 from potstill.code_references import is_code_reference, permit_code
 from potstill.config.code_references import is_from_caller
-from potstill.config.method_settings import normalize_method
 from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
 from potstill.io import read_checksummed_json
-from potstill.methods import list_own_methods, method_info
+from potstill.methods import list_own_methods, method_info, normalize_method
 from potstill.models.class_names import CLASS_LISTS, class_list
-from potstill.models.exported_files import EXECUTABLE, check_permission, identify_file
+from potstill.models.exported_files import EXECUTABLE, SUFFIXES, check_permission, identify_file
 
 # Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -37,7 +36,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seeds": ("seeds",),
 }
 FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", *SETTING_FLAGS)
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".onnx", ".pt2", ".ts")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".ts", *SUFFIXES)
 WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
 # A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
 MODEL_FOLDER_FILES = ("model.json", "recipe.yaml", "results.json", "config.json")
@@ -409,7 +408,7 @@ def find_model_json(path: Path, stage: str = "student") -> Path | None:
 def _fill_weights(section: dict[str, Any], path: KeyPath) -> None:
     """Fill in the weights of a teacher that its ``model`` already is: a file of another program, or a function."""
     model = section["model"]
-    if model.endswith((".onnx", ".pt2", ".ts")) and not is_code_reference(model):
+    if model.endswith((".ts", *SUFFIXES)) and not is_code_reference(model):
         section["model"], section["weights"] = None, model
     elif path[0] == "teacher" and is_code_reference(model):
         from potstill.models.families.own_models import names_function

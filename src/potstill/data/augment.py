@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.data import AugmentSettings
 from potstill.data.samplers import ClassIndex, CounterRNG, derive_seed, uniform
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import (
     CROP_RATIO,
     ViewSize,
@@ -345,6 +345,18 @@ class BatchMixer:
         weight = torch.from_numpy(weights)[:, None].to(own.device, non_blocking=True)
         # Not fused, so that each product and sum is rounded in the same way on every device.
         return own * weight + others * (1 - weight)
+
+    def answers(self, own: Tensor, others: Tensor, params: MixParams) -> Tensor:
+        """Return the logits of mixed images if their probabilities are mixed as the images are.
+
+        Args:
+            own: logits [B, K, 1, 1].
+            others: logits [B, K, 1, 1], those of the partners.
+            params: of these samples.
+        """
+        weight = torch.from_numpy(params.weights.astype(np.float32)).to(own.device, non_blocking=True)
+        weight = weight[:, None, None, None]
+        return torch.logaddexp(own.log_softmax(1) + weight.log(), others.log_softmax(1) + (1 - weight).log())
 
     def labels(self, own: Tensor, others: Tensor, params: MixParams) -> tuple[Tensor, Tensor]:
         """Return the labels of the larger weight, int64 [B], and the soft labels [B, K]: rows of 0 if unlabeled.

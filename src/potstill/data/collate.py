@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.data import AugmentSettings
 from potstill.data.augment import BatchMixer, MixParams, ViewTransform
 from potstill.data.image_io import decoder_version
 from potstill.data.samplers import Ids, SameClassSampler
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import ViewSize, center_crop, normalize
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
@@ -116,6 +116,7 @@ class Collator:
         side: of the squares that come as pixels.
         balanced: partners to mix with are drawn class by class.
         drawn: the pixels in which views are drawn; None: those in which they are shown.
+        answers: the pixels are logits [B, K, 1, 1], equal for all views of an image.
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class Collator:
         balanced: bool,
         device: torch.device,
         drawn: ViewSize | None = None,
+        answers: bool = False,
     ) -> None:
+        self.answers = answers
         self.spec, self.augment, self.side, self.seed = spec, augment, side, seed
         self.drawn = drawn or ViewSize(side, spec.size)
         self.labels, self.unlabeled, self.second, self.balanced = labels, unlabeled, second, balanced
@@ -229,7 +232,8 @@ class Collator:
         images = self._augment(pixels, plan, self.views)
         count = len(plan.ids)
         if plan.mixing is not None and self.mixer is not None:
-            return self.mixer.images(images[:count], images[count:], plan.mixing), None
+            mix = self.mixer.answers if self.answers else self.mixer.images
+            return mix(images[:count], images[count:], plan.mixing), None
         if plan.partners is not None:
             return images[:count], images[count:]
         if self.strong is not None and strong:
@@ -237,6 +241,8 @@ class Collator:
         return images, None
 
     def _augment(self, pixels: Tensor, plan: BatchPlan, views: ViewTransform | None) -> Tensor:
+        if self.answers:
+            return pixels
         size = self.spec.size
         images = views(pixels, plan.pixel_ids, plan.pixel_views) if views is not None else center_crop(pixels, size)
         return normalize(images, self.spec)

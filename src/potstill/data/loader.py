@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.data import AugmentSettings
 from potstill.data.collate import BatchPlan, Collator, SecondImages
 from potstill.data.concurrency import ProgressReporter, thread_count
 from potstill.data.decoded_cache import decode_all, decode_squares
 from potstill.data.image_sets import ImageSet, SemiSupervisedSet, set_value_range
 from potstill.data.preprocessing import decoded_side
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
-from potstill.data.settings import AugmentSettings
 from potstill.data.splits import EpochSampling
 from potstill.data.transforms import ViewSize
 from potstill.data.workers import DecodeWorkers
@@ -59,6 +59,8 @@ class Loader:
         draws: length of an epoch, and groups that the order "balanced" uses instead of the classes.
         share: (rank, count) of this process among those that share each batch; each takes every count-th image of a
             batch, or, in the order "listed", every count-th batch, so that outputs are those of a single process.
+        answers: [N + M, K, 1, 1] float32, logits of each image that take the place of its pixels, for a teacher that
+            is a table: all views of an image have the same, and mixed images have mixed ones.
         drawn_for: return the same views as a loader with this spec, at ``spec.size`` and cropped from the original
             pixels, for a teacher of another size than its student.  Both specs have the same ``resize_mode`` and
             ``crop_share``.  Pixels are decoded when the first epoch begins; before, ``view`` decodes its images.
@@ -96,6 +98,7 @@ class Loader:
         draws: EpochSampling | None = None,
         share: tuple[int, int] = (0, 1),
         drawn_for: InputSpec | None = None,
+        answers: Tensor | None = None,
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
             raise UsageError(f"order must be listed, shuffled or balanced, got {order!r}")
@@ -148,11 +151,14 @@ class Loader:
             balanced=order == "balanced",
             device=self.device,
             drawn=drawn,
+            answers=answers is not None,
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
         self._pixels: Tensor | None = None
         self._workers: DecodeWorkers | None = None
-        self.processes, self._decoding = 0, False
+        self.processes, self._decoding = 0, answers is not None
+        if answers is not None:
+            self._pixels = answers.to(self.device)
         self._cache_fraction, self._local_processes = cache_fraction, local_processes
         self._worker_count = max(1, thread_count() // 2 // local_processes) if workers == "auto" else workers
         self._identity, self._progress = identity, progress

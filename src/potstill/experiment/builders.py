@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potstill.config.method_settings import describe_method
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_io import ValueRange, format_range
+from potstill.data.image_sets import FileSet, ImageSet
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.distiller import Distiller
@@ -26,8 +27,10 @@ from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
+from potstill.methods import describe_method
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
+from potstill.models.answer_tables import read_answers
 from potstill.models.class_names import OutputNames, class_list, lists_with
 from potstill.models.exported_files import LABELS
 from potstill.models.factory import (
@@ -40,7 +43,13 @@ from potstill.models.factory import (
     output_groups,
 )
 from potstill.models.families import opaque_models
-from potstill.models.families.opaque_models import FileNetwork, find_opaque
+from potstill.models.families.opaque_models import (
+    FileNetwork,
+    TableNetwork,
+    example_answers,
+    find_opaque,
+    find_table,
+)
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
@@ -148,7 +157,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         start.notes += _resolution_notes(network.model, size, key)
     if loaded.new_head:
         start.warnings += loaded.notes if _has_random_head(network, key) else []
-        if found := lists_with(classes):
+        if (found := lists_with(classes)) and not network.model.startswith("open_clip/"):  # which has no classes
             start.notes.append(
                 f"all classes of this data are classes of {found[0]}: if the outputs of {network.weights} are "
                 f"those, {key}.classes={found[0]} keeps the head, and no training is needed"
@@ -259,6 +268,8 @@ def _from_other_program(recipe: Recipe, network: StageSettings, classes: tuple[s
         raise UsageError(f"{key}: {source} is {label}, which cannot be trained: it can be a teacher")
     if network.new_head or network.head is not None:
         raise UsageError(f"{key}: {source} is {label}, which cannot be trained: leave new_head and head out")
+    if network.model == "table":
+        return _from_table(recipe, network, classes)
     module = FileNetwork.read(network.model, Path(source).expanduser())
     size = network.size or module.fixed_size
     if size is None:
@@ -274,33 +285,80 @@ def _from_other_program(recipe: Recipe, network: StageSettings, classes: tuple[s
             f"  --set {key}.mean=[0.485,0.456,0.406] --set {key}.std=[0.229,0.224,0.225]\n"
             f"For pixels from 0 to 1: {key}.mean=[0,0,0] and {key}.std=[1,1,1]"
         )
-    count = module.examine(size)
-    names: Sequence[str] | None = None if module.metadata is None else module.metadata.class_names
-    theirs: Any = network.classes or names
-    loaded = LoadedModel(module.eval(), new_head=False)
+    names = None if module.metadata is None else module.metadata.class_names
+    count, notes = module.examine(size), list[str]()
+    groups = _file_groups(network, names, count, classes, key, notes)
+    loaded = (
+        LoadedModel(module.eval(), new_head=False)
+        if groups is None
+        else group_outputs(LoadedModel(module.eval(), new_head=False), count, groups)
+    )
+    if module.gives_probabilities:
+        notes.append(f"the outputs of {source} are probabilities: their logarithms are used as logits")
+    spec = InputSpec(size, mean, std, recipe.data.resize_mode)
+    start = InitialNetwork(loaded.module, network.model, spec, ready=True, facts=_file_facts(network), notes=notes)
+    start.output_groups = loaded.output_groups
+    return start
+
+
+def _from_table(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
+    """Return a teacher that is a table of answers, whose columns are those of the classes."""
+    key, notes = network_key(recipe, network), list[str]()
+    wrong = [name for name in ("size", "mean", "std") if getattr(network, name) is not None]
+    if wrong:
+        raise UsageError(f"{key}.{wrong[0]}: {network.weights} is a table of answers and sees no images: leave it out")
+    table = read_answers(Path(str(network.weights)).expanduser())
+    logits = table.logits()
+    groups = _file_groups(network, table.class_names, logits.shape[1], classes, key, notes)
+    if groups is not None:
+        columns = [np.logaddexp.reduce(logits[:, group], axis=1) for group in groups]
+        logits = np.stack(columns, axis=1).astype(np.float32)
+    module = TableNetwork(table.paths, logits).eval()
+    module.label = table.origin
+    notes.append(f"{network.weights} has {table.kind} of {len(table.paths):,} images")
+    spec = _spec(recipe, recipe.student)
+    return InitialNetwork(module, network.model, spec, ready=True, facts=_file_facts(network), notes=notes)
+
+
+def _file_facts(network: StageSettings) -> dict[str, Any]:
+    return {"weights": network.weights} | ({} if network.classes is None else {"classes": network.classes})
+
+
+def _file_groups(
+    network: StageSettings,
+    names: Sequence[str] | None,
+    count: int,
+    classes: tuple[str, ...],
+    key: str,
+    notes: list[str],
+) -> list[list[int]] | None:
+    """Return the outputs of a file that belong to each class; None if they are assumed to be in the data's order.
+
+    Args:
+        network: its settings.
+        names: of the outputs, as the file gives them.
+        count: of the outputs.
+        classes: of the data.
+        key: of the settings, for messages.
+        notes: receives what was assumed.
+    """
+    source, theirs = str(network.weights), network.classes or (None if names is None else list(names))
     if theirs is not None:
         names = class_list(theirs) if isinstance(theirs, str) else theirs if isinstance(theirs, list) else names
-        setting = f"{key}.classes" if network.classes is not None else f"the metadata of {source}"
+        setting = f"{key}.classes" if network.classes is not None else source
         if names is not None and len(names) != count:
             raise ArtifactError(f"{setting} has {len(names)} classes, but {source} has {count} outputs")
-        loaded = group_outputs(loaded, count, output_groups(theirs, names, count, classes, key=setting, source=source))
-    elif count != len(classes):
+        return output_groups(theirs, names, count, classes, key=setting, source=source)
+    if count != len(classes):
         raise ArtifactError(
             f"{source} has {count} outputs, and this data {len(classes)} classes: give the class of each output, "
             f"{key}.classes={_likely_classes(classes)}"
         )
-    else:
-        loaded.notes.append(
-            f"{source} has no class names: its outputs are assumed to be, in this order, {_names(classes)}; "
-            f"{key}.classes gives another order"
-        )
-    if module.gives_probabilities:
-        loaded.notes.append(f"the outputs of {source} are probabilities: their logarithms are used as logits")
-    spec = InputSpec(size, mean, std, recipe.data.resize_mode)
-    facts = {"weights": source} | ({} if network.classes is None else {"classes": network.classes})
-    start = InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
-    start.output_groups = loaded.output_groups
-    return start
+    notes.append(
+        f"{source} has no class names: its outputs are assumed to be, in this order, {_names(classes)}; "
+        f"{key}.classes gives another order"
+    )
+    return None
 
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
@@ -404,13 +462,16 @@ def train_loader(
     compute: Compute,
     observer: Observer | None = None,
     drawn_for: InputSpec | None = None,
+    network: nn.Module | None = None,
 ) -> Loader:
     """Return the loader of augmented training images, in a new order each epoch.
 
     Baseline and distilled get the same order and the same views, so that only the method differs (methods that need
     batches of a fixed size drop the last, smaller one; stages without teacher get no unlabeled images).
     ``drawn_for``: the student's spec, if its views are drawn at the size of ``spec``.
+    ``network``: that the images are for; a table gets its answers for them instead.
     """
+    unlabeled = data.unlabeled if needs.teacher or needs.peers else None
     views = recipe.teacher_cache.views
     balances = recipe.data.class_balance == "sampling" if data.draws is None else data.draws.groups is not None
     return Loader(
@@ -426,7 +487,7 @@ def train_loader(
         local_processes=compute.processes.local_count,
         second=needs.second,
         classes=len(data.class_names),
-        unlabeled=data.unlabeled if needs.teacher or needs.peers else None,
+        unlabeled=unlabeled,
         unlabeled_share=recipe.data.unlabeled_share,
         whole_batches=needs.batch_size,
         views=None if planned.role == "teacher" or isinstance(views, str) else views,
@@ -436,7 +497,28 @@ def train_loader(
         draws=data.draws,
         share=(compute.processes.rank, compute.processes.count),
         drawn_for=drawn_for,
+        answers=table_answers(network, data.train, unlabeled),
     )
+
+
+def table_answers(network: nn.Module | None, images: ImageSet, unlabeled: ImageSet | None = None) -> Tensor | None:
+    """Return the answers of a table in the place of images, [N + M, K, 1, 1]; None if ``network`` is no table.
+
+    Raises:
+        DataError: an image without a row.
+    """
+    table = None if network is None else find_table(network)
+    if table is None:
+        return None
+    found = [table.answers(images.names)]
+    if unlabeled is not None:
+        found.append(table.answers(unlabeled.names, folder_name(unlabeled)))
+    return torch.cat(found)
+
+
+def folder_name(images: ImageSet) -> str:
+    """Return the name of the folder of unlabeled images, which the rows of a table may begin with."""
+    return images.root.name if isinstance(images, FileSet) else ""
 
 
 def describe_training_views(loader: Loader, recipe: Recipe, data: DataSplits, epochs: int) -> dict[str, Any]:
@@ -469,11 +551,13 @@ def split_loader(
     *,
     shared: bool = True,
     drawn_for: InputSpec | None = None,
+    network: nn.Module | None = None,
 ) -> Loader:
     """Return the loader of the images of a split, in order and without augmentation.
 
     ``shared``: divide the batches among the processes; False: each process gets all of them.
     ``drawn_for``: the student's spec, if its images are shown at the size of ``spec``.
+    ``network``: that the images are for; a table gets its answers for them instead.
     """
     processes = compute.processes
     return Loader(
@@ -488,31 +572,41 @@ def split_loader(
         progress=SilentObserver(),  # the loader of the training images has reported already
         share=(processes.rank, processes.count) if shared else (0, 1),
         drawn_for=drawn_for,
+        answers=table_answers(network, data.split(split)),
     )
 
 
 def build_teacher_views(
     student: InputSpec,
-    teachers: Sequence[InputSpec],
+    teachers: Sequence[Classifier],
     loader: Callable[..., Loader],
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> TeacherViews | None:
-    """Return the views of a split for teachers with another input size than the student's; None if there are none.
+    """Return the views of a split for teachers with another input size than the student's, and the answers of tables;
+    None if there are none.
 
     They are the student's views at the teacher's size and with the teacher's normalisation.
 
     Args:
         student: preprocessing of the student's images.
-        teachers: preprocessing of each teacher's images.
-        loader: a partial of ``train_loader`` or ``split_loader`` that takes ``spec`` and ``drawn_for``.
+        teachers: the teachers.
+        loader: a partial of ``train_loader`` or ``split_loader`` that takes ``spec``, ``drawn_for`` and ``network``.
         memory_format: of the images.
     """
-    specs = [
-        None if own.size == student.size else replace(student, size=own.size, mean=own.mean, std=own.std)
-        for own in teachers
-    ]
-    loaders = {spec: loader(spec=spec, drawn_for=student) for spec in dict.fromkeys(specs) if spec is not None}
-    return TeacherViews([None if spec is None else loaders[spec] for spec in specs], memory_format) if loaders else None
+    by_spec: dict[InputSpec, Loader] = {}
+    loaders: list[Loader | None] = []
+    for teacher in teachers:
+        own = teacher.input
+        if find_table(teacher.module) is not None:
+            loaders.append(loader(spec=student, network=teacher.module))
+        elif own.size == student.size:
+            loaders.append(None)
+        else:
+            spec = replace(student, size=own.size, mean=own.mean, std=own.std)
+            if spec not in by_spec:
+                by_spec[spec] = loader(spec=spec, drawn_for=student)
+            loaders.append(by_spec[spec])
+    return TeacherViews(loaders, memory_format) if any(each is not None for each in loaders) else None
 
 
 TIMING_ROUNDS = 3  # timed forward passes of the teachers, after one for warm-up
@@ -543,20 +637,22 @@ def build_distiller(
     several = len(teachers) > 1
     for network in (student, *teachers):
         network.module.to(compute.device).to(memory_format=compute.memory_format)
-    return Distiller(
-        student.module,
-        [teacher.module for teacher in teachers] or None,
-        method,
-        example=example,
-        student_input=student.input if teachers else None,
-        teacher_input=[teacher.input for teacher in teachers] or None,
-        label_loss=label_loss,
-        feature_pairs=planned.feature_pairs,
-        train_labels=torch.as_tensor(data.train.labels, dtype=torch.int64, device=compute.device),
-        batch_size=recipe.stage_training(planned.name).batch_size,
-        teacher_weights=recipe.teachers.weights if several else None,
-        combine=recipe.teachers.combine,
-    ).to(compute.device)
+    with example_answers(teacher.module for teacher in teachers):
+        distiller = Distiller(
+            student.module,
+            [teacher.module for teacher in teachers] or None,
+            method,
+            example=example,
+            student_input=student.input if teachers else None,
+            teacher_input=[teacher.input for teacher in teachers] or None,
+            label_loss=label_loss,
+            feature_pairs=planned.feature_pairs,
+            train_labels=torch.as_tensor(data.train.labels, dtype=torch.int64, device=compute.device),
+            batch_size=recipe.stage_training(planned.name).batch_size,
+            teacher_weights=recipe.teachers.weights if several else None,
+            combine=recipe.teachers.combine,
+        )
+    return distiller.to(compute.device)
 
 
 def take_deployed_network(student: Classifier, distiller: Distiller) -> None:
@@ -627,7 +723,7 @@ def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compu
     for _ in range(TIMING_ROUNDS + 1):
         compute.synchronize()
         start = time.perf_counter()
-        with compute.autocast():
+        with compute.autocast(), example_answers([distiller.teacher]):
             distiller.run_teacher(images)
         compute.synchronize()
         times.append(1000 * (time.perf_counter() - start))

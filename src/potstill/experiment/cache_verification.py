@@ -77,7 +77,7 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         compute = create_compute(recipe.stage_training(facts["stage"]))
         loading = partial(_loader, recipe, facts["stage"], identity["split"], data=data, compute=compute)
         loader, teachers = loading(spec=spec), Teachers([network.module.to(compute.device)], [nn.Identity()])
-        if (views := build_teacher_views(spec, [network.input], loading)) is not None:
+        if (views := build_teacher_views(spec, [network], loading)) is not None:
             loader = next(each for each in views.loaders if each is not None)
         else:
             teachers.input_converters[0] = InputConverter(spec, network.input)
@@ -170,11 +170,11 @@ def _loader(
     spec: InputSpec,
     data: DataSplits,
     compute: Compute,
-    drawn_for: InputSpec | None = None,
+    **teacher: Any,
 ) -> Loader:
     if split != "train":
         settings = recipe.stage_training(stage)
-        return split_loader(data, split, spec, recipe, settings, compute, drawn_for=drawn_for)
+        return split_loader(data, split, spec, recipe, settings, compute, **teacher)
     planned = next(each for each in plan_stages(recipe) if each.name == stage)
     needs = create_stage_method(recipe).needs
-    return train_loader(planned, needs, spec, recipe=recipe, data=data, compute=compute, drawn_for=drawn_for)
+    return train_loader(planned, needs, spec, recipe=recipe, data=data, compute=compute, **teacher)

@@ -86,7 +86,10 @@ def _predict_difficulty(
     probabilities = []
     for teacher in teachers:
         teacher.module.to(compute.device)
-        loader = split_loader(data, "train", teacher.input, recipe, recipe.stage_training("student"), compute)
+        settings_of_student = recipe.stage_training("student")
+        loader = split_loader(
+            data, "train", teacher.input, recipe, settings_of_student, compute, network=teacher.module
+        )
         of_teacher, _, _ = predict_probabilities(
             teacher.module,
             loader,

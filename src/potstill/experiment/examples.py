@@ -24,6 +24,7 @@ from potstill.errors import PotstillError
 from potstill.evaluation import Array
 from potstill.evaluation.gradcam import grad_cam, visible_region
 from potstill.evaluation.predictions import Predictions
+from potstill.models.families.opaque_models import find_opaque
 from potstill.models.model_file import Classifier
 
 MAX_PER_GROUP = 6  # images
@@ -203,6 +204,9 @@ def _heat_maps(
     positions = list(pixels)
     for stage, model in models.items():
         predicted = predictions[stage].predicted
+        if (hidden := find_opaque(model.module)) is not None:
+            failed[stage] = f"its layers are hidden: it is {hidden.label}"
+            continue
         try:
             for start in range(0, len(positions), _CAM_BATCH):
                 part = positions[start : start + _CAM_BATCH]

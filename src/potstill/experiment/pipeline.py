@@ -14,18 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.config.method_settings import describe_method, needs_teacher
+from potstill.config import stage_name, stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
-from potstill.config.stage_names import stage_name, stage_number, stage_role
 from potstill.data.image_sets import RelabeledSet
-from potstill.data.splits import DataSplits
+from potstill.data.splits import SPLITS, DataSplits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
 from potstill.evaluation.predictions import predict_probabilities
-from potstill.experiment.builders import InitialNetwork, build_network, network_key, split_loader, train_loader
+from potstill.experiment.builders import (
+    InitialNetwork,
+    build_network,
+    folder_name,
+    network_key,
+    split_loader,
+    train_loader,
+)
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.ensembles import average_probabilities
@@ -68,7 +74,8 @@ from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_vi
 from potstill.hub import model_path
 from potstill.io import read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
-from potstill.methods import create_method
+from potstill.methods import create_method, describe_method, needs_teacher
+from potstill.models.families.opaque_models import TableNetwork, find_table
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
 from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
@@ -416,6 +423,8 @@ class _Experiment:
             self._warn_about_scale(stage, count_parameters(start.module))
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
+            if (table := find_table(model.module)) is not None:
+                self.observer.note(f"{stage.name}: {_unused_rows(table, self.data)}")
             model.module.to(self.compute.device)
             weights = recipe.network(stage.name).weights
             if "fold_heads" in model.facts.get("head", {}) and weights is not None:  # a probe of another run
@@ -635,7 +644,7 @@ class _Experiment:
         model, settings = self.models[stage], self.recipe.stage_training(stage)
         probabilities, labels, _ = predict_probabilities(
             model.module,
-            split_loader(self.data, split, model.input, self.recipe, settings, self.compute),
+            split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module),
             classes=len(model.class_names),
             processes=self.compute.processes,
             names=[f"the {stage} on {split}, {name}," for name in self.data.split(split).names],
@@ -660,6 +669,19 @@ class _Experiment:
     def warn(self, message: str) -> None:
         self.warnings.append(message)
         self.observer.warn(message)
+
+
+def _unused_rows(table: TableNetwork, data: DataSplits) -> str:
+    """Return how many rows of a table belong to images of the data."""
+    used = {name for split in SPLITS for name in data.split(split).names}
+    if data.unlabeled is not None:
+        folder = folder_name(data.unlabeled)
+        used |= {each for name in data.unlabeled.names for each in (name, f"{folder}/{name}")}
+    unused = [path for path in table.paths if path not in used]
+    rows = len(table.paths)
+    return f"{rows - len(unused):,} of {rows:,} rows belong to images of this data" + (
+        f"; not used: {len(unused):,}, such as {unused[0]!r}" if unused else ""
+    )
 
 
 def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:

@@ -7,36 +7,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.config.method_settings import describe_method
+from potstill.config import stage_role
 from potstill.config.recipe import Recipe
-from potstill.config.stage_names import stage_role
 from potstill.config.validation import TARGET_MISSING
 from potstill.console import silence_native_stderr
+from potstill.data import AugmentSettings
 from potstill.data.datasets import load_data
 from potstill.data.entries import FINDING_KINDS, SkippedFile
 from potstill.data.image_sets import image_sizes
 from potstill.data.preprocessing import crop_notes
-from potstill.data.settings import AugmentSettings
-from potstill.data.splits import DataSplits
+from potstill.data.splits import SPLITS, DataSplits
 from potstill.data.validation.validate import quick_findings, summary_messages
 from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import PotstillError, UsageError
+from potstill.errors import DataError, PotstillError, UsageError
 from potstill.experiment.builders import (
     build_distiller,
     build_network,
     describe_layers,
+    folder_name,
     network_key,
+    table_answers,
     take_deployed_network,
 )
 from potstill.experiment.plan import PlannedStage, plan_stages
 from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.loggers import check_loggers_installed
-from potstill.methods import create_method, list_logit_methods
+from potstill.methods import create_method, describe_method, list_logit_methods
 from potstill.methods.base import Method
 from potstill.methods.wrappers import ScheduledMethod
-from potstill.models.families.opaque_models import find_opaque
+from potstill.models.families.opaque_models import TableNetwork, example_answers, find_opaque, find_table
 from potstill.models.model_file import Classifier
 from potstill.models.registry import check_model
 from potstill.training.averaging import check_batch_norm
@@ -101,6 +102,8 @@ def _dry_run_stage(
             "size of 1: set training.batch_size to 2 or more, or use kd"
         )
     for name in stage.teachers:
+        if (table := find_table(networks[name].module)) is not None:
+            _check_table(table, name, data)
         if (hidden := find_opaque(networks[name].module)) is not None and (
             method.needs.teacher_layers or method.teacher_taps
         ):
@@ -121,7 +124,8 @@ def _dry_run_stage(
         label_loss=torch.nn.CrossEntropyLoss() if data.target is None and not data.teacher_labels else LabelLoss(),
     )
     try:
-        _dry_run_step(distiller, images, settings, compute)
+        with example_answers(networks[name].module for name in stage.teachers):
+            _dry_run_step(distiller, images, settings, compute)
     except ValueError as error:
         if "more than 1 value per channel" in str(error):  # the error of torch's BatchNorm
             raise UsageError(
@@ -132,6 +136,31 @@ def _dry_run_stage(
     text = describe_layers(distiller, max_rows=MAX_ADAPTER_ROWS)
     take_deployed_network(student, distiller)
     return text
+
+
+def _check_table(table: TableNetwork, name: str, data: DataSplits) -> None:
+    """Check that a table has a row for every image of the data, and that no row may belong to two."""
+    if data.target is not None:
+        raise UsageError(
+            f"the {name} is a table of answers, and data.target needs a network: leave data.target out, or give the "
+            "images of the target as data.source or data.unlabeled"
+        )
+    names = Counter(each for split in SPLITS for each in data.split(split).names)
+    if doubled := [each for each, count in names.items() if count > 1]:
+        raise DataError(
+            f"a table of answers needs a name for each image, and {len(doubled):,} names are those of several, such as "
+            f"{doubled[0]!r}"
+        )
+    unlabeled = data.unlabeled
+    for split in SPLITS:
+        table_answers(table, data.split(split), unlabeled if split == "train" else None)
+    if unlabeled is not None and (both := names.keys() & set(unlabeled.names)):
+        folder, paths = folder_name(unlabeled), set(table.paths)
+        if wrong := sorted(each for each in both if f"{folder}/{each}" not in paths):
+            raise DataError(
+                f"{table.label}: {len(wrong):,} rows, such as {wrong[0]!r}, may be those of images of data.source or "
+                f"of data.unlabeled: write {f'{folder}/{wrong[0]}'!r} for the unlabeled one"
+            )
 
 
 def _dry_run_step(distiller: Distiller, images: "_RandomImages", settings: TrainingSettings, compute: Compute) -> None:
@@ -380,6 +409,15 @@ def warn_about_settings(
                 ] = None
             if settings.epochs == 1 and any(isinstance(each, ScheduledMethod) for each in method.modules()):
                 texts[f"{stage.role}: the method's schedule stays at its start value in one epoch"] = None
+    augment = recipe.data.augment or data.augment
+    tables = any(teacher.model == "table" for teacher in recipe.teacher_list)
+    if tables and any(stage.distils for stage in planned) and not augment.changes_nothing:
+        mixed = "; mixed images are taught the mixed answers" if augment.mixes else ""
+        texts[
+            "the teacher is a table with one answer for each image: every view of an image is taught the answer for "
+            f"the whole image, also a crop that shows something else{mixed}. Baseline and distilled student see the "
+            "same views, so their comparison is fair"
+        ] = None
     for warning in texts:
         observer.warn(warning)
     return list(texts)

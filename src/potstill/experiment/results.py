@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from potstill import __version__
+from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
-from potstill.config.stage_names import repeat_index, stage_role
 from potstill.data.image_sets import ImageSet, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
@@ -26,7 +26,7 @@ from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions
 from potstill.experiment.examples import describe_examples
 from potstill.experiment.run_folder import SPLITS, RunFolder
 from potstill.io import write_text
-from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
+from potstill.models.families.opaque_models import FunctionNetwork, find_opaque, find_table
 from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute
 
@@ -267,15 +267,15 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
 
 def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
     """Return latency, for one image and for a batch, and memory of each network."""
-    networks = {name: (model.module, model.input) for name, model in models.items()}
+    networks = {name: (model.module, model.input) for name, model in models.items() if not find_table(model.module)}
     one, several = (
         measure_latency(networks, batch=1),
         measure_latency(networks, batch=LATENCY_BATCH, warmup=1, seconds=10.0),
     )
     return {
         name: {
-            "latency_ms": one[name],
-            "latency_batch_ms": several[name],
+            "latency_ms": one.get(name),
+            "latency_batch_ms": several.get(name),
             "memory": None if find_opaque(model.module) else measure_memory(model.module, model.input),
         }
         for name, model in models.items()
@@ -297,7 +297,7 @@ def _predict(
         path = run.stage(name) / f"log_probabilities_{split}.npy"
         found[split] = predict_split(
             model.module,
-            split_loader(data, split, model.input, recipe, settings, compute),
+            split_loader(data, split, model.input, recipe, settings, compute, network=model.module),
             classes=classes,
             device=compute.device,
             processes=compute.processes,

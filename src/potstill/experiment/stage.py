@@ -39,6 +39,7 @@ from potstill.features.student_surgery import DualHead
 from potstill.formatting import format_percent
 from potstill.io import write_text
 from potstill.methods.base import Method
+from potstill.models.families.opaque_models import find_table
 from potstill.models.model_file import Classifier, save_model
 from potstill.training.callbacks import Observer, SignalHandler
 from potstill.training.checkpointing import finish_checkpoints
@@ -107,7 +108,7 @@ def train_stage(
     teacher_views = partial(
         build_teacher_views,
         student.input,
-        [teacher.input for teacher in teachers] if distiller.teacher is not None else (),
+        teachers if distiller.teacher is not None else (),
         memory_format=compute.memory_format,
     )
     train_views = partial(
@@ -162,7 +163,7 @@ def train_stage(
             data=data,
             compute=compute,
             observer=observer,
-            use_cache=use_cache,
+            use_cache=use_cache and not all(find_table(each.module) for each in teachers),  # which are on disk already
             views=used_views,
         )
     if caches.kept and cost is not None:

@@ -24,9 +24,20 @@ from potstill.code_references import PERMISSION, is_permitted
 from potstill.errors import ArtifactError, UsageError
 from potstill.input_spec import RESIZE_MODES, InputSpec
 
-LABELS = {"onnx": "an ONNX file", "torchscript": "a TorchScript archive", "torch-export": "a torch.export package"}
+LABELS = {
+    "onnx": "an ONNX file",
+    "torchscript": "a TorchScript archive",
+    "torch-export": "a torch.export package",
+    "table": "a table of answers",
+}
 EXECUTABLE = ("torchscript", "torch-export")  # which can do more than compute
-SUFFIXES = {".onnx": "onnx", ".pt2": "torch-export"}  # TorchScript has those of state dicts
+SUFFIXES = {  # TorchScript has those of state dicts
+    ".onnx": "onnx",
+    ".pt2": "torch-export",
+    ".csv": "table",
+    ".parquet": "table",
+    ".npz": "table",
+}
 METADATA_KEY = "potstill"  # in the file's own metadata
 METADATA_SCHEMA = 1
 PREPROCESSING_MODES = ("none", "normalise", "resize")
