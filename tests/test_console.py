@@ -101,6 +101,15 @@ def test_on_a_terminal_there_is_a_bar_with_speed_and_eta(monkeypatch: pytest.Mon
     assert "done in 1 min 05 s, best epoch 1, val top-1 89.0 %" in shown
 
 
+def test_the_bar_shows_the_time_left_in_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=True, width=160, markup=False, highlight=False))
+    progress.expect(lambda: {"teacher": 3600.0, "baseline": 3600.0})
+    watched(progress)
+    assert re.search(r"images/s, (1 h 59|2 h 00) min in all", out.getvalue())
+
+
 def test_no_color_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")

@@ -101,7 +101,8 @@ class Progress:
                 of = f"{self._seen:,} of {self._images:,} images  {speed:,.0f} images/s"
                 self._line(f"{self._stage} epoch {self._epoch}/{self._epochs}  {of}{self._time_left()}")
             return
-        self._bar.update(self._task, advance=images, speed=f"{speed:,.0f} images/s")
+        in_all = self._time_left().rpartition(",")[2]  # the bar itself shows the time left in this stage
+        self._bar.update(self._task, advance=images, speed=f"{speed:,.0f} images/s{in_all and f',{in_all}'}")
 
     def epoch_end(self, record: dict[str, Any]) -> None:
         """Show the metrics of an epoch, a line of metrics.jsonl."""

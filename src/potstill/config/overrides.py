@@ -267,7 +267,10 @@ def _drop_options(method: dict[str, Any], name: Any) -> None:
 
 
 def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
-    """Set the label weight of the recipe's method to 0, unless the caller has set it."""
+    """Set the method's label weight to 0 and fit no head for the student, unless the caller has set these."""
+    student = document.value.get("student")
+    if isinstance(student, dict) and student.get("head") is not None and ("student", "head") not in changed:
+        _set_value(document, ("student", "head"), None, "--no-labels")
     method = document.value.get("method")
     name = method.get("name") if isinstance(method, dict) else None
     if not isinstance(name, str) or is_code_reference(name) or name not in list_own_methods():

@@ -205,9 +205,10 @@ def estimate_stages(
         network, settings = recipe.network(stage.name), recipe.stage_training(stage.name)
         with contextlib.suppress(PotstillError):
             step, forward = cost(stage.name)
-            trained = stage.role != "teacher" or (network.weights in (None, "pretrained") and network.head != "probe")
+            fitted = network.head in ("probe", "finetune") or (network.head is None and stage.role == "teacher")
+            trained = stage.role != "teacher" or network.weights is None or network.head in ("finetune", "random")
             total = settings.epochs * (train * step + val * forward) if trained else 0.0
-            total += (train + val) * forward if network.head else 0.0
+            total += (train + val) * forward if fitted and network.weights is not None else 0.0
             if stage.distils:
                 shown = settings.epochs if isinstance(views, str) else min(views, settings.epochs)
                 total += shown * train * sum(cost(teacher)[1] for teacher in stage.teachers)

@@ -194,6 +194,7 @@ def run(
             check_weights_outside(folder, recipe)
         recipe, replaced = processes.share(choose_networks(recipe))
         recorded = folder.read_environment() if resume else reproduce.environment if reproduce is not None else None
+        replaced = replaced or (recorded or {}).get("replaced_networks", [])
         record = folder.add_to_environment if processes.first else None
         threads = ThreadSelector(recorded, record, processes=processes)
         precisions = PrecisionSelector(recorded, record, processes=processes)
@@ -350,6 +351,8 @@ class _Experiment:
             self.domains.adapt(model, stage.name, self.folder.stage(stage.name))
         elif stage.name == "baseline" and not self.recipe.data.target_labels:  # otherwise their val images differ
             self._compare_with_baseline()
+        elif stage.role == "distilled" and not self.recipe.data.target_labels:
+            self._compare_distilled(stage)
         self.observer.stage_end(stage.name, time.monotonic() - started)
         return model
 
@@ -599,6 +602,19 @@ class _Experiment:
                 )
         if stops:
             self.warn(self.not_distilled)
+
+    def _compare_distilled(self, stage: PlannedStage) -> None:
+        """Warn if distillation has done harm."""
+        baseline, images = stage_name("baseline", stage_number(stage.name)), len(self.data.val)
+        if baseline not in self.models or "domain" in self.models[stage.name].facts:
+            return
+        ours, theirs = self._val_top1(stage.name), self._val_top1(baseline)
+        if is_below(ours, theirs, images):
+            self.warn(
+                f"{stage.name} is below {baseline}: top-1 {ours:.1%} against {theirs:.1%} on {images:,} val images, by "
+                f"more than a standard error. Use {self.folder.stage(baseline)}, train longer (--epochs), or give the "
+                "labels more weight (--alpha, for kd)"
+            )
 
     def _advise_on_teacher(self, teacher: str) -> str:
         """Return what to do about a teacher that is worse than the baseline."""

