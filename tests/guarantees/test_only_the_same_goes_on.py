@@ -35,7 +35,8 @@ FREE = {  # docs/guarantees.md and docs/recipes.md say so
 ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file that is there
     "data.unlabeled", "data.classes", "data.labeled", "data.labeled_test", "teacher.fallback", "student.fallback",
     "teacher.prompts", "student.prompts", "teacher.weights", "student.weights", "teachers.weights",
-    "training.milestones", "training.nesterov", "teacher.training.nesterov", "student.training.nesterov", "student.training.milestones",
+    "training.milestones", "training.nesterov", "teacher.training.nesterov", "student.training.nesterov",
+    "student.training.milestones",
     "teacher.training.milestones", "training.ema_decay",
     "domain.confidence", "domain.class_balance", "domain.adapt_batch_norm", "data.target_labels", "data.target_options",
     "teacher.classes", "student.classes", "student.head", "training.freeze", "training.layer_decay",
