@@ -22,8 +22,8 @@ def write_csv(path, columns=("path", "cat", "dog"), values=PROBABILITIES, paths=
 
 
 def write_parquet(path, columns, classes=None):
-    pyarrow = pytest.importorskip("pyarrow", reason="the extra `tables` is not installed")
-    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra `tables` is not installed")
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `datasets` is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra `datasets` is not installed")
     metadata = None if classes is None else {"classes": json.dumps(classes)}
     parquet.write_table(pyarrow.table(columns).replace_schema_metadata(metadata), path)
     return path

@@ -12,7 +12,7 @@ import typer
 
 from potstill.code_references import is_code_reference
 from potstill.distributed import is_torchrun_launched, restart_count
-from potstill.errors import NotDistilledError, RemoteFailure, UsageError
+from potstill.errors import RemoteFailure, UsageError
 
 DISTRIBUTED_COMMANDS = ("run", "train")
 
@@ -428,9 +428,9 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         print_results(results, page)
     with Progress() as progress:
         log_files(folder, progress)
+        if stopped := results.get("not_distilled"):
+            progress.warn(str(stopped))
     models = (stage.get("model") or {} for stage in results["stages"].values())
     if next_command[1] == "predict" and any(is_code_reference(model.get("architecture", "")) for model in models):
         next_command = [*next_command, "--allow-code"]
-    if results.get("not_distilled"):
-        raise NotDistilledError(str(results["not_distilled"]))
     print_next_command(next_command)
