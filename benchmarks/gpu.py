@@ -39,11 +39,11 @@ from potstill.methods.kd import KD, kd_loss
 from potstill.methods.supervised import Supervised
 from potstill.models.factory import create_model
 from potstill.training.callbacks import SilentObserver
-from potstill.training.compile import StudentCompiler
 from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import GradientAccumulator, create_optimizer
 from potstill.training.settings import TrainingSettings
 from potstill.training.state import TermAverages
+from potstill.training.student_forward import StudentCompiler
 from potstill.types import Batch
 
 TEMPERATURE = 2.0

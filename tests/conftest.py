@@ -143,6 +143,15 @@ def corpus() -> Path:
     return folder
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty stand-in for the Hugging Face hub, to which the hub's client is connected."""
+    from .stand_in_hub import Hub, connected
+
+    with connected(Hub(), monkeypatch, tmp_path / "hub-cache") as found:
+        yield found
+
+
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with random weights of a small network that open_clip then knows as ``tiny``."""

@@ -75,7 +75,7 @@ def too_few(path):
 @pytest.mark.parametrize(
     ("make", "code", "says"),
     [
-        (no_folder, 2, ["nowhere", "digits, solar, fashion-mnist"]),
+        (no_folder, 2, ["nowhere", "cifar100, digits, fashion-mnist, solar"]),
         (empty_class, 3, ["/c: no images"]),
         (one_class, 3, ["at least two classes, found only 'a'"]),
         (no_class, 3, ["no class folder"]),
@@ -150,7 +150,7 @@ def test_a_run_that_exists_and_a_teacher_of_other_classes(good, tmp_path, capsys
     (tmp_path / "other" / "b").rename(tmp_path / "other" / "c")
     teacher = ["--teacher", str(tmp_path / "runs" / "t")]
     arguments = ["run", "quickstart", "--data", str(tmp_path / "other"), *SMALL, *teacher, *root]
-    check(arguments, 4, ["has other classes", "a, b", "a, c", "teacher.new_head=true"], capsys)
+    check(arguments, 4, ["has other classes", "a, b", "a, c", "teacher.head=probe"], capsys)
     assert not (tmp_path / "runs" / "quickstart").exists()
 
     model = tmp_path / "runs" / "t" / "teacher" / "model.safetensors"

@@ -1,5 +1,6 @@
 import io
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,41 @@ def test_elsewhere_than_on_a_terminal_an_epoch_is_one_plain_line() -> None:
         "warning: the teacher\\x1b[2J is [bold]worse[/bold]",
         "teacher: done in 1 min 05 s, best epoch 1, val top-1 89.0 %",
         "baseline: done in 0.5 s",
+    ]
+
+
+def test_the_end_is_in_sight_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr("potstill.console.time", clock)
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    progress.expect(lambda: {"teacher": 60.0, "baseline": 100.0, "distilled": 200.0})
+    progress.stage("teacher", "a linear probe")
+    for now[0] in (1.0, 6.0):  # a line every five seconds
+        progress.wait("teacher: embeddings of train", 10, 100)
+    progress.stage("teacher", "vgg8, 2 epochs")
+    now[0] = 10.0
+    progress.epoch_start(1, 2, 4, 100)
+    for now[0] in (10.5, 20.0):
+        progress.step(25)
+    now[0] = 30.0
+    progress.step(50)  # the end of the epoch has a line of its own
+    progress.epoch_end({"epoch": 1, "seconds": 20.0, "val": {"top1": 0.5}})
+    now[0] = 50.0
+    progress.stage_end("teacher", 50.0)
+    progress.stage("baseline", "resnet8, 1 epoch")
+
+    assert out.getvalue().splitlines() == [
+        "expected: about 6 min 00 s on this machine (teacher 1 min 00 s, baseline 1 min 40 s, distilled 3 min 20 s)",
+        "teacher: a linear probe",
+        "teacher: embeddings of train: 10 of 100  54.0 s left, 5 min 54 s in all",
+        "teacher: vgg8, 2 epochs",
+        # a quarter in 10 s, so 30 s are left; 20 + 30 s in place of 60, so 250 in place of the other 300
+        "teacher epoch 1/2  50 of 100 images  5 images/s  30.0 s left, 4 min 40 s in all",
+        "teacher epoch 1/2  val top-1 50.0 %  20.0 s  20.0 s left, 4 min 30 s in all",
+        "teacher: done in 50.0 s",
+        "baseline: resnet8, 1 epoch",
     ]
 
 

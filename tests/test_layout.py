@@ -40,11 +40,11 @@ def counts():
 
 
 def test_the_number_of_modules(counts):
-    assert len(counts["modules"]()) <= 258
+    assert len(counts["modules"]()) <= 265
 
 
 def test_the_number_of_modules_with_one_importer(counts):
-    assert len(counts["with_one_importer"]()) <= 50
+    assert len(counts["with_one_importer"]()) <= 55
 
 
 class Trace:
@@ -123,7 +123,7 @@ def test_loading_a_folder(folder):
     with trace.installed():
         load_data(DataSettings(source=str(folder)))
     assert "data/datasets.py" in trace.files
-    assert len(trace.files) <= 13, sorted(trace.files)
+    assert len(trace.files) <= 12, sorted(trace.files)
 
 
 def test_building_a_batch(data):
@@ -189,5 +189,5 @@ def test_a_training_step_with_cached_answers(data, tmp_path):
         trainer.run()
     assert steps == loader.steps > 2
     assert {"training/trainer.py", "methods/kd.py"} <= trace.files
-    network = {"models/cifar/resnet.py"}
+    network = {"models/cifar/networks.py"}
     assert len(trace.files - network) <= 23, sorted(trace.files)

@@ -63,7 +63,7 @@ def prepare(recipe: str, sets: Sequence[str], folder: Path) -> list[str]:
     _run(command("filled", "", "go on"))
     _run(command("again", filled, "go on"))
     facts = json.loads((folder / "again" / "distilled" / "model.json").read_text("utf-8"))["facts"]
-    if facts["teaching"].get("asked") != 0:
+    if facts["teaching"].get("computed") != 0:
         sys.exit(f"the store was not used: {facts['teaching']}")
     return command("again", filled, "stop")
 

@@ -12,6 +12,7 @@ from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.run_folder import find_model
+from potstill.hub import model_path
 from potstill.input_spec import InputSpec
 from potstill.loggers.observer import log_files
 from potstill.models.factory import OWN_WEIGHTS
@@ -57,6 +58,9 @@ def run(
         allow_code: run code that a recipe file names, as ``package.module:Name`` or ``path/file.py:Name``; code named
             in ``overrides`` or in a dict needs no permission.
         observer: its methods are called with the progress; None: no output.
+
+    A run may end without its distilled student (``teacher_below_baseline: stop``): ``not_distilled`` of results.json
+    then says why.
 
     Raises:
         PotstillError: any error that the user can correct.
@@ -120,12 +124,14 @@ def load(path: str | Path, *, module: torch.nn.Module | None = None, allow_code:
     The model is on the CPU and in eval mode.
 
     Args:
-        path: a run folder, a model folder or file.
+        path: a run folder, a model folder or file, or a repository of the hub with a model of potstill:
+            ``hf-hub:USER/NAME`` or ``hf-hub:USER/NAME@REVISION``.
         module: the network that the weights are loaded into; required if ``run`` got the network from Python.
         allow_code: run the code that the model file names.
 
     Raises:
         ArtifactError: there is no model, it is damaged, or it names code and ``allow_code`` is False.
+        UsageError: the repository cannot be read.
     """
     with allowed_code(allow_code):
-        return load_model(find_model(Path(path)), module=module)
+        return load_model(find_model(model_path(path)), module=module)

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 TEXT_WIDTH = 100  # characters of running text
-_LINE_INTERVAL = 20.0  # seconds between two lines of ``wait``
+_LINE_INTERVAL = 5.0  # seconds between two lines of progress without a terminal, at least
+_INTERVAL_SHARE = 0.01  # of the time since the start, at least: a day's log has hundreds of such lines, not thousands
+_MIN_MEASURED = 2.0  # seconds of a stage after which its own speed replaces the estimate
 
 
 def escape_control(text: str, keep: str = "") -> str:
@@ -48,7 +50,10 @@ class Progress:
         self._epochs = self._epoch = self._images = self._seen = 0
         self._began = 0.0
         self._best = ""
-        self._waiting: tuple[str, Any] | None = None  # its name, and its bar or the time of its last line
+        self._waiting: tuple[str, Any] | None = None  # its name, and its bar
+        self._expected: dict[str, float] = {}  # seconds of the present stage and those after it, by an estimate
+        self._passed = [0.0, 0.0]  # seconds of the stages before: by the estimate, and in fact
+        self._start = self._last_line = self._stage_began = self._training_began = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -61,8 +66,17 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
+        """Print how long the run and each stage will take."""
+        self._expected = dict(estimate())
+        if self._expected:
+            each = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in self._expected.items())
+            self._line(f"expected: about {format_duration(sum(self._expected.values()))} on this machine ({each})")
+
     def stage(self, name: str, detail: str) -> None:
         """Show the beginning of a stage."""
+        if name != self._stage:  # a network that is probed and then trained begins twice
+            self._stage_began = time.monotonic()
         self._stage, self._best, self._epoch = name, "", 0
         self._line(f"{name}: {detail}")
         if self._bar is not None:
@@ -72,16 +86,21 @@ class Progress:
         """Show the beginning of an epoch."""
         self._epoch, self._epochs, self._images, self._seen = epoch, epochs, images, 0
         self._began = time.perf_counter()
+        if epoch == 1:
+            self._training_began = time.monotonic()
         if self._bar is not None and self._task is not None:
             done = (epoch - 1) * images
             self._bar.update(self._task, total=epochs * images, completed=done, epoch=f"epoch {epoch}/{epochs}")
 
     def step(self, images: int) -> None:
-        """Advance the bar."""
-        if self._bar is None or self._task is None:
-            return
+        """Advance the bar; without a terminal, print a line now and then."""
         self._seen += images
         speed = self._seen / max(time.perf_counter() - self._began, 1e-9)
+        if self._bar is None or self._task is None:
+            if self._seen < self._images and self._is_line_due():
+                of = f"{self._seen:,} of {self._images:,} images  {speed:,.0f} images/s"
+                self._line(f"{self._stage} epoch {self._epoch}/{self._epochs}  {of}{self._time_left()}")
+            return
         self._bar.update(self._task, advance=images, speed=f"{speed:,.0f} images/s")
 
     def epoch_end(self, record: dict[str, Any]) -> None:
@@ -101,12 +120,14 @@ class Progress:
             format_duration(record["seconds"]) if record.get("seconds") is not None else "",
             "best" if record.get("best") else "",
         ]
-        self._line("  ".join(part for part in parts if part))
+        self._seen = self._images
+        self._line("  ".join(part for part in parts if part) + self._time_left())
 
     def wait(self, what: str, done: int, total: int) -> None:
         """Show progress of work outside of training; without a terminal, a line now and then."""
         if self._bar is None:
-            self._wait_in_lines(what, done, total)
+            if done < total and self._is_line_due():
+                self._line(f"{what}: {done:,} of {total:,}{self._time_left()}")
             return
         if self._waiting is not None and (done >= total or self._waiting[0] != what):
             self._bar.remove_task(self._waiting[1])
@@ -116,15 +137,23 @@ class Progress:
                 self._waiting = what, self._bar.add_task(what, total=total, epoch="", speed="", val="")
             self._bar.update(self._waiting[1], completed=done, total=total)
 
-    def _wait_in_lines(self, what: str, done: int, total: int) -> None:
+    def _is_line_due(self) -> bool:
         now = time.monotonic()
-        if self._waiting is None or self._waiting[0] != what:
-            self._waiting = what, now
-        if done >= total:
-            self._waiting = None
-        elif now - self._waiting[1] >= _LINE_INTERVAL:
-            self._waiting = what, now
-            self._line(f"{what}: {done:,} of {total:,}")
+        return now - self._last_line >= max(_LINE_INTERVAL, _INTERVAL_SHARE * (now - self._start))
+
+    def _time_left(self) -> str:
+        """Return the time left in this stage and in the run, by the estimate and by the speed so far."""
+        if self._stage not in self._expected:
+            return ""
+        estimated, now = self._expected[self._stage], time.monotonic()
+        done = (max(0, self._epoch - 1) + self._seen / max(1, self._images)) / self._epochs if self._epoch else 0.0
+        here, passed = max(0.0, estimated - (now - self._stage_began)), list(self._passed)
+        if done and now - self._training_began >= _MIN_MEASURED:
+            here = (now - self._training_began) * (1 - done) / done
+            passed = [passed[0] + estimated, passed[1] + now - self._stage_began + here]
+        pace = passed[1] / passed[0] if passed[0] > 0 else 1.0
+        others = sum(seconds for name, seconds in self._expected.items() if name != self._stage)
+        return f"  {format_duration(here)} left, {format_duration(here + pace * others)} in all"
 
     def note(self, message: str) -> None:
         """Print information."""
@@ -136,6 +165,8 @@ class Progress:
 
     def stage_end(self, name: str, seconds: float) -> None:
         """Show the end of a stage."""
+        self._passed[0] += self._expected.pop(name, 0.0)
+        self._passed[1] += seconds
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
@@ -143,6 +174,7 @@ class Progress:
         self._best = ""  # the next stage may have no epochs, if it was trained before
 
     def _line(self, text: str, style: str | None = None) -> None:
+        self._last_line = time.monotonic()
         # Not wrapped: a log is searched by lines.
         self._console.print(escape_control(text, keep="\n"), style=style, soft_wrap=True)
 

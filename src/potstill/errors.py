@@ -47,6 +47,12 @@ class WorkerError(PotstillError):
     exit_code = 7
 
 
+class NotDistilledError(PotstillError):
+    """A run that ended without its distilled student, since val says that distillation would do harm."""
+
+    exit_code = 8
+
+
 class RankLost(WorkerError):
     """Another process of the run has died or stalled."""
 

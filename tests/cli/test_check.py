@@ -37,6 +37,19 @@ def test_sound_data(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err == ""
 
 
+def test_images_without_labels_are_at_any_depth(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "cat" / "0.png").rename(photos / "0.png")
+    assert main(["check", str(photos), "--no-labels"]) == 0
+    assert capsys.readouterr().out.startswith(f"{photos}: 12 images, without labels, ")
+    (photos / "dog" / "twin.png").write_bytes((photos / "dog" / "1.png").read_bytes())
+    (photos / "bad.png").write_text("x")
+    assert main(["check", str(photos), "--no-labels"]) == 3
+    found = capsys.readouterr().out
+    assert "  bad.png: no image of the formats" in found
+    assert "the same file as dog/twin.png" in found
+    assert "''" not in found
+
+
 def test_errors_exit_with_3_after_everything_was_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "cat" / "a.png").touch()
     (photos / "dog" / "b.png").write_text("x")

@@ -1,5 +1,7 @@
 """run, train and report hand the right things on and print what came of it; the parts behind them are stood in for."""
 
+import contextlib
+import io
 import itertools
 import shlex
 import sys
@@ -129,6 +131,24 @@ def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], caps
     assert kept.count("--set") == kept.count("--teacher") == 1  # the weights are those of the teacher just trained
 
 
+def test_a_run_without_labels_is_said_to_have_no_accuracy(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    from potstill.cli.results import print_results
+
+    sentences = ["On 9 held-out images the student predicts the teacher's class for 80.0%.", "Accuracy is unknown."]
+    results = {"stages": {"teacher": STAGE}, "without_labels": {"test_labeled": False, "sentences": sentences}}
+    assert main(["run", "quickstart", "--data", "photos", "--no-labels", "--teacher", "cifar/resnet8"]) == 2
+    assert not calls  # the teacher is not trained
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        print_results(results, None)
+        print_results({**results, "without_labels": {"test_labeled": True, "sentences": sentences[:1]}}, None)
+    first, second = printed.getvalue().split("teacher  ", 1)[0], printed.getvalue().rsplit("top-1", 1)
+    assert "agreement" in first
+    assert "top-1" not in first
+    assert len(second) == 2
+    assert "Accuracy is unknown." in printed.getvalue()
+
+
 def test_a_report_that_fails_does_not_swallow_the_results(
     calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,3 +173,22 @@ def test_report_draws_one_run_and_compares_several(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["report: runs/quickstart/report.html", "report: both.html"]
     assert calls[-1] == {"compared": [Path("runs/a"), Path("runs/b")]}
+
+
+def test_a_run_that_stopped_before_its_distilled_student_says_why_and_exits_with_8(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sys.modules["potstill.experiment.pipeline"].run
+
+    def run(recipe: Any, **rest: Any) -> Path:
+        folder: Path = whole(recipe, **rest)
+        results = {"schema": 1, "stages": {"teacher": STAGE}, "comparison": None, "not_distilled": "It would do harm."}
+        write_checksummed_json(folder / "results.json", results)
+        return folder
+
+    monkeypatch.setattr(sys.modules["potstill.experiment.pipeline"], "run", run)
+    assert main(["run", "quickstart"]) == 8
+    captured = capsys.readouterr()
+    assert "report: runs/quickstart/report.html" in captured.out
+    assert "next:" not in captured.out
+    assert captured.err.endswith("error: It would do harm.\n")

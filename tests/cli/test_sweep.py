@@ -14,6 +14,7 @@ from potstill.cli import main
         (["--search", "method.temprature=1,2"], "did you mean 'temperature'"),
         (["--grid", "--search", "method.alpha=0..1"], "a range has no end"),
         (["--search", "method.alpha=0.1,0.2", "--name", "../x"], "--name must be"),
+        (["--search", "method.temperature=1,2", "--no-labels"], "needs a ready teacher"),
     ],
 )
 def test_a_mistake_costs_no_traceback(more, says, capsys, tmp_path):

@@ -121,7 +121,8 @@ epochs: 3
         "recipe.yaml:10:1: student.model is missing (an architecture (see `potstill models`), or file.py:callable)",
         "recipe.yaml:10:11: student.mode: unknown key; did you mean 'model'?",
         "recipe.yaml:13:3: method.temperature must be above 0, got 0",
-        "recipe.yaml:14:3: method.alph: no option 'alph'; did you mean 'alpha'? It takes temperature, alpha",
+        "recipe.yaml:14:3: method.alph: no option 'alph'; did you mean 'alpha'? It takes temperature, alpha, "
+        "confidence",
         "recipe.yaml:16:3: training.epochs must be a whole number, got '30'",
         "recipe.yaml:17:3: training.optimizer: no class 'adamm' in torch.optim; did you mean 'adamw'?",
         "recipe.yaml:18:1: epochs: unknown key; did you mean 'training.epochs'?",
@@ -360,7 +361,7 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
         "teacher_cache, training, "
         "tracker",
         "--set method.temperture=3: method.temperture: no option 'temperture'; did you mean 'temperature'? "
-        "It takes temperature, alpha",
+        "It takes temperature, alpha, confidence",
         "--set nonsense: write it as key=value, for example --set training.epochs=5",
         "--set seed.x=2: seed must be a whole number, got {'x': 2}",
         "--set seed=[1: expected ',' or ']', but got '<stream end>'",

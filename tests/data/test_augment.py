@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from potstill.data.augment import ViewTransform
-from potstill.data.counter_rng import uniform
+from potstill.data.samplers import uniform
 from potstill.data.settings import AugmentSettings
 
 EVERYTHING = {

@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from potstill.data.augment import adjust_colors, color_jitter
-from potstill.data.counter_rng import CounterRNG, uniform
+from potstill.data.samplers import CounterRNG, uniform
 
 THEIRS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 

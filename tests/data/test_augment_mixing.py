@@ -4,7 +4,7 @@ import torch
 from scipy import stats
 
 from potstill.data.augment import BatchMixer, MixParams, cutmix_boxes
-from potstill.data.counter_rng import uniform
+from potstill.data.samplers import uniform
 
 LABELS = np.arange(30) % 3
 

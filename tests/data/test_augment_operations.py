@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import v2
 
 from potstill.data.augment import POLICIES, STRONG_POLICY, AugmentPolicy
-from potstill.data.counter_rng import CounterRNG, uniform
+from potstill.data.samplers import CounterRNG, uniform
 
 COUNT, SIDE = 300, 20
 PEERS = {"randaugment": v2.RandAugment, "strong": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}

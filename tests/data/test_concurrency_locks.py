@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from potstill.data.concurrency import HAS_FILE_LOCKS, file_lock, try_file_lock
-
-pytestmark = pytest.mark.skipif(not HAS_FILE_LOCKS, reason="no such locks on this system")
+from potstill.data.concurrency import file_lock, try_file_lock
 
 HOLDER = """
 import sys, time
@@ -78,16 +76,16 @@ def test_a_lock_whose_folder_was_removed_meanwhile_is_made_anew(
 
     def removed_at_first(*args: object, **options: object) -> int:
         handle = opened(*args, **options)  # type: ignore[arg-type]
-        if args[0] == path:
+        if args[0] == str(path):
             tries.append(handle)
             if len(tries) == 1:
                 shutil.rmtree(path.parent)
         return handle
 
     monkeypatch.setattr(os, "open", removed_at_first)
-    with file_lock(path, give_up):
+    with file_lock(path, lambda: None):
         assert path.exists()
-        assert len(tries) == 2
+        assert len(tries) >= 2
         monkeypatch.undo()
         with try_file_lock(path) as free:
             assert not free

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from potstill.data import decoded_cache, scan
-from potstill.data.concurrency import HAS_FILE_LOCKS, file_lock
+from potstill.data.concurrency import file_lock
 from potstill.data.datasets import load_data
 from potstill.data.decoded_cache import decode_all
 from potstill.data.image_sets import ArraySet, FileSet, SemiSupervisedSet, Subset
@@ -27,7 +27,7 @@ from potstill.data.settings import DataSettings
 from potstill.errors import DataError
 from potstill.input_spec import InputSpec
 
-pytestmark = pytest.mark.skipif(not HAS_FILE_LOCKS, reason="without file locks, pixels are kept in memory")
+pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="without preadv, pixels are kept in memory")
 
 SIDE = 8
 IMAGE = 3 * SIDE * SIDE

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from potstill.data.augment import AugmentPolicy, BatchMixer, ViewTransform
-from potstill.data.counter_rng import CounterRNG, derive_seed
 from potstill.data.image_sets import ArraySet, FileSet
 from potstill.data.loader import Loader
 from potstill.data.preprocessing import resize_to_square
+from potstill.data.samplers import CounterRNG, derive_seed
 from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import normalize
 from potstill.errors import DataError, UsageError
@@ -139,9 +139,36 @@ def test_unlabeled_images_follow_the_labeled_ones_in_each_batch() -> None:
         assert ((with_more.index[4:] >= 12) & (with_more.index[4:] < 17)).all()
         for key in ("images", "labels", "index", "view"):
             assert torch.equal(getattr(with_more, key)[:4], getattr(without, key)), key
-        assert torch.equal(loader.view(with_more.index, 1), with_more.images)
+        assert with_more.view[:4].tolist() == [1] * 4
+        assert torch.equal(loader.view(with_more.index, with_more.view), with_more.images)
     unaugmented = next(Loader(data, SPEC, batch_size=4, unlabeled=more).epoch())
     assert torch.equal(unaugmented.images[4:], alone.view(unaugmented.index[4:] - 12, 0))
+
+
+@pytest.mark.parametrize(("views", "share"), [(None, (0, 1)), (3, (0, 1)), (3, (1, 2))])
+def test_an_unlabeled_image_has_each_view_once_before_any_comes_again(
+    views: int | None, share: tuple[int, int]
+) -> None:
+    """So that a teacher cache is full after as many passes over them as there are views."""
+    options = {"batch_size": 4, "augment": LIGHT, "order": "shuffled", "unlabeled": images(7, seed=1), "views": views}
+    loader, seen = Loader(images(12), SPEC, share=share, **options), list[tuple[int, int]]()
+    for epoch in range(6):
+        for batch, given in zip(loader.epoch(epoch), loader.views_of(epoch), strict=True):
+            assert batch.view.tolist() == given.tolist()
+            seen += [(i, v) for i, v in zip(batch.index.tolist(), batch.view.tolist(), strict=True) if i >= 12]
+    if share[1] > 1:
+        whole = Loader(images(12), SPEC, **options)
+        assert seen == [
+            (i, v)
+            for epoch in range(6)
+            for ids, given in zip(whole.ids_of(epoch), whole.views_of(epoch), strict=True)
+            for i, v in zip(ids[1::2].tolist(), given[1::2].tolist(), strict=True)
+            if i >= 12
+        ]
+        return
+    different = 3 if views else 10  # 72 draws of 7 images
+    assert len(set(seen[: 7 * different])) == 7 * different
+    assert {v for _, v in seen} == set(range(3 if views else 11))
 
 
 def test_the_last_batch_has_its_share_too_and_labels_do_not_lead_to_the_unlabeled() -> None:

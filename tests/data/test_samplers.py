@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from potstill.data.counter_rng import uniform
-from potstill.data.samplers import EpochSampler, SameClassSampler, cycle_shuffled
+from potstill.data.samplers import EpochSampler, SameClassSampler, cycle_shuffled, uniform
 
 
 def test_a_partner_is_another_sample_of_the_class_and_each_equally_likely() -> None:

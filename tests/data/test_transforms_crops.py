@@ -4,7 +4,7 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from potstill.data.counter_rng import CounterRNG
+from potstill.data.samplers import CounterRNG
 from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import (
     CROP_RATIO,

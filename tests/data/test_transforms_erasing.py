@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from potstill.data.counter_rng import CounterRNG
+from potstill.data.samplers import CounterRNG
 from potstill.data.transforms import random_erase
 
 

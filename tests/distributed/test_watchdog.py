@@ -49,13 +49,13 @@ def test_a_process_without_a_beat_is_lost_after_the_time_out():
 
 def test_a_process_that_stands_still_in_a_step_is_lost_after_the_time_out():
     found = first_lost(life(beat, place=min(beat, 7), steps=1) for beat in BEATING)
-    assert found == (13, "stands still after 7 exchanges with the others")
+    assert found == (13, "makes no progress after 7 exchanges with the others")
 
 
 def test_reading_and_writing_files_may_take_longer():
     """Outside of a step ten time-outs: from 7 s to beyond 57 s."""
     found = first_lost(life(beat, place=min(beat, 7)) for beat in BEATING)
-    assert found == (58, "stands still after 7 exchanges with the others")
+    assert found == (58, "makes no progress after 7 exchanges with the others")
 
 
 def test_a_process_that_computes_is_slow_not_lost():
@@ -63,7 +63,7 @@ def test_a_process_that_computes_is_slow_not_lost():
     assert first_lost(life(beat, steps=1, cpu=0.1 * beat) for beat in BEATING) is None
     assert first_lost(life(beat, steps=1, cpu=0.01 * beat) for beat in BEATING) == (
         6,
-        "stands still after 0 exchanges with the others",
+        "makes no progress after 0 exchanges with the others",
     )
 
 
@@ -192,12 +192,12 @@ def test_a_rank_that_hangs_is_named_by_the_one_before_it_and_by_no_other(ranks, 
         for each in three:
             each._beat()
         for each in three:
-            each._look(float(now))
+            each._check_peer(float(now))
     assert len(ended) == 1
     errors = capsys.readouterr().err
     assert errors.count("error: ") == 1
     assert errors.startswith("error: rank 2 of 3 (process ")
-    assert "it stands still after 3 exchanges with the others.\n" in errors
+    assert "it makes no progress after 3 exchanges with the others.\n" in errors
     found = three[0].end(RuntimeError(GLOO))
     assert (type(found), found.exit_code) == (RemoteFailure, 7)
 

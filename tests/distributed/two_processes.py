@@ -23,8 +23,7 @@ from potstill.evaluation.predictions import predict_probabilities
 from potstill.input_spec import InputSpec
 from potstill.methods.kd import KD
 from potstill.training.callbacks import SilentObserver
-from potstill.training.ddp import DistributedDistiller, gather_metrics
-from potstill.training.devices import Compute
+from potstill.training.devices import Compute, DistributedDistiller, gather_metrics
 from potstill.training.optim import GradientAccumulator
 from potstill.training.settings import TrainingSettings
 from potstill.training.state import TermAverages

@@ -47,5 +47,5 @@ def test_examples_are_written_and_listed(run):
     assert found["groups"]["disagreements"]["count"] == round(distilled["count"] * (1 - distilled["agreement"]))
     assert found["failed"] == {}
     assert all(
-        image["thumbnail"] and image["looks"].keys() == {"teacher", "distilled"} for image in found["images"].values()
+        image["thumbnail"] and image["gradcam"].keys() == {"teacher", "distilled"} for image in found["images"].values()
     )

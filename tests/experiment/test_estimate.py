@@ -1,8 +1,12 @@
 import pytest
+import torch
 
-from potstill.experiment.estimate import CacheEstimate
+from potstill.data.datasets import load_data
+from potstill.experiment.estimate import CacheEstimate, estimate_stages
 from potstill.experiment.pipeline import run
+from potstill.experiment.plan import plan_stages
 from potstill.training.callbacks import SilentObserver
+from potstill.training.devices import create_compute
 
 
 def made(**changes):
@@ -56,3 +60,19 @@ def test_nothing_is_said_where_nothing_is_stored(recipe, tmp_path):
     listening = Listening()
     run(recipe(**{"teacher_cache.mode": "off"}), output_dir=tmp_path, observer=listening)
     assert listening.said == []
+
+
+def test_every_stage_has_its_time(recipe):
+    given = recipe(**{"training.epochs": 10, "teacher.training.epochs": 1, "teacher_cache.views": 2})
+    data = load_data(given.data)
+    compute = create_compute(given.stage_training("student"))
+    state = torch.random.get_rng_state()
+    found = estimate_stages(given, plan_stages(given), data, compute)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert list(found) == ["teacher", "baseline", "distilled"]
+    assert all(seconds > 0 for seconds in found.values())
+    assert found["distilled"] > found["baseline"]  # the same, and two views by the teacher
+    longer = estimate_stages(
+        recipe(**{"training.epochs": 10_000}), plan_stages(given), data, compute
+    )  # so much longer that no noise hides it
+    assert longer["baseline"] > 10 * found["baseline"]

@@ -77,8 +77,8 @@ def test_what_is_kept(three):
     assert set(found["images"]) == {"1", "2", "3"}  # each once, image 0 not at all
     third = found["images"]["3"]
     assert (third["name"], third["class"]) == ("photos/3.png", "dark")
-    assert third["said"]["distilled"] == {"class": "light", "probability": 0.7}
-    assert third["said"]["teacher"] == {"class": "dark", "probability": 0.9}
+    assert third["predictions"]["distilled"] == {"class": "light", "probability": 0.7}
+    assert third["predictions"]["teacher"] == {"class": "dark", "probability": 0.9}
     shown = Image.open(io.BytesIO(base64.b64decode(third["thumbnail"]["data"])))
     assert shown.size == (8, 8)
     assert shown.getpixel((7, 0)) == (220, 220, 220)
@@ -87,7 +87,7 @@ def test_what_is_kept(three):
 
 def test_heat_maps_are_of_student_and_teacher_and_strongest_at_light_fields(three):
     found = describe_examples(*three, images(), NAMES)
-    looks = found["images"]["1"]["looks"]
+    looks = found["images"]["1"]["gradcam"]
     assert set(looks) == {"distilled", "teacher"}
     rows = [bytes.fromhex(row) for row in looks["distilled"]["rows"]]
     # Means of the two halves: (10 + 40 + 70 + 100) / 4 = 55 and 175 of 255; the largest becomes 255.
@@ -120,9 +120,9 @@ def test_an_image_that_is_gone_has_no_picture_and_harms_no_other(three):
     whole = images()
     found = describe_examples(*three, Gone(whole.images, LABELS, whole.names), NAMES)
     assert found["images"]["3"]["thumbnail"] is None
-    assert found["images"]["3"]["looks"] == {}
+    assert found["images"]["3"]["gradcam"] == {}
     assert found["images"]["1"]["thumbnail"]
-    assert found["images"]["1"]["looks"].keys() == {"teacher", "distilled"}
+    assert found["images"]["1"]["gradcam"].keys() == {"teacher", "distilled"}
 
 
 def test_a_network_without_maps_is_named_and_harms_no_other(three):
@@ -131,7 +131,7 @@ def test_a_network_without_maps_is_named_and_harms_no_other(three):
     found = describe_examples(models | {"teacher": classifier(flat)}, answers, images(), NAMES)
     assert set(found["failed"]) == {"teacher"}
     assert "no feature map" in found["failed"]["teacher"]
-    assert all(set(image["looks"]) == {"distilled"} for image in found["images"].values())
+    assert all(set(image["gradcam"]) == {"distilled"} for image in found["images"].values())
 
 
 def test_an_error_of_torch_is_named(three):
@@ -142,4 +142,4 @@ def test_an_error_of_torch_is_named(three):
     models, answers = three
     found = describe_examples(models | {"distilled": classifier(Full(0, 0))}, answers, images(), NAMES)
     assert found["failed"] == {"distilled": "out of memory"}
-    assert all(set(image["looks"]) == {"teacher"} for image in found["images"].values())
+    assert all(set(image["gradcam"]) == {"teacher"} for image in found["images"].values())

@@ -302,10 +302,16 @@ def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photograp
             said.append(message)
 
     path = pipeline.run(
-        recipe(**changes, **{"teacher.new_head": True}), output_dir=tmp_path, name="b", observer=Listening()
+        recipe(**changes, **{"teacher.head": "random"}), output_dir=tmp_path, name="b", observer=Listening()
     )
     assert any("NEW HEAD" in message for message in said)
     assert results(path)["stages"]["teacher"]["training"]["epochs"] == 3
+    del said[:]
+    path = pipeline.run(
+        recipe(**changes, **{"teacher.new_head": True}), output_dir=tmp_path, name="c", observer=Listening()
+    )
+    assert not any("NEW HEAD" in message for message in said)
+    assert results(path)["stages"]["teacher"]["head"]["kind"] == "probe"
 
 
 def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):

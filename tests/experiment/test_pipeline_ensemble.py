@@ -35,12 +35,12 @@ def stages(path):
 def test_each_teacher_alone_is_read_from_the_store_of_both(both):
     path, alone = both
     found = json.loads((path / "results.json").read_text())
-    assert found["stages"]["distilled"]["teaching"]["asked"] > 0
+    assert found["stages"]["distilled"]["teaching"]["computed"] > 0
     figures = found["together"]["teachers"]["test"]
     assert found["comparison"]["teachers_top1"] == figures["top1"]
     assert f"the teachers together {100 * figures['top1']:.1f} %" in found["comparison"]["verdict"]
     other = stages(alone("teacher-2"))
-    assert other["distilled"]["teaching"]["asked"] == 0
+    assert other["distilled"]["teaching"]["computed"] == 0
     assert other["distilled"]["teaching"]["read"] > 0
     assert other["teacher"]["model"]["architecture"] == "cifar/wrn_16_1"
     assert other["teacher"]["test"]["top1"] == pytest.approx(found["stages"]["teacher-2"]["test"]["top1"])

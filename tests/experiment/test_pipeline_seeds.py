@@ -106,9 +106,11 @@ def test_the_teacher_is_trained_once_and_asked_once(two):
     path, observer, _ = two
     assert [name for name, _ in observer.stages] == ["teacher", "baseline", "distilled", "baseline-2", "distilled-2"]
     found = results(path)
-    assert found["stages"]["distilled"]["teaching"]["asked"] > 0
+    assert found["stages"]["distilled"]["teaching"]["computed"] > 0
     # Each seed has views of its own, so its answers are new ones.
-    assert found["repeats"]["distilled-2"]["teaching"]["asked"] == found["stages"]["distilled"]["teaching"]["asked"]
+    assert (
+        found["repeats"]["distilled-2"]["teaching"]["computed"] == found["stages"]["distilled"]["teaching"]["computed"]
+    )
     assert found["looks"]["augmentation_seeds"] == 2
     assert "seed 1" in dict(observer.stages)["baseline-2"]
 

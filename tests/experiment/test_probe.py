@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from potstill.cli import main
 from potstill.distillation.teachers import FoldHeads, Teachers
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment import pipeline
@@ -18,10 +19,17 @@ from potstill.training.callbacks import SilentObserver
 
 class Listening(SilentObserver):
     def __init__(self):
-        self.notes = []
+        self.notes, self.warnings, self.embedded = [], [], set()
 
     def note(self, message):
         self.notes.append(message)
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+    def wait(self, what, done, total):
+        if "embeddings of" in what:
+            self.embedded.add(what.rpartition(" ")[2])
 
 
 class Stopping(SilentObserver):
@@ -83,6 +91,71 @@ def test_the_encoder_stays_and_the_head_is_fitted(probing, encoder, tmp_path):
     assert "cross-validated top-1" in shown
 
 
+@pytest.fixture
+def teach(probing, tmp_path):
+    """Fit a probe in a run of its own; return its model and the splits whose images the encoder ran on."""
+    count = iter(range(100))
+
+    def run(**changes):
+        heard = Listening()
+        recipe = probing(**changes)
+        run = pipeline.run(recipe, output_dir=tmp_path, name=f"run-{next(count)}", stages=("teacher",), observer=heard)
+        said = any("from the cache: C" in note for note in heard.notes)
+        assert said is (not heard.embedded)
+        return load_model(run / "teacher"), heard.embedded
+
+    return run
+
+
+BOTH = {"train", "val"}
+
+
+def test_embeddings_are_read_from_the_cache_in_other_runs(teach, tmp_path, monkeypatch):
+    first, embedded = teach()
+    assert embedded == BOTH
+    again, embedded = teach()
+    assert embedded == set()
+    assert all(torch.equal(first.module.state_dict()[key], value) for key, value in again.module.state_dict().items())
+    other_seed, embedded = teach(seed=5)
+    assert embedded == set()
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "empty"))
+    fresh, embedded = teach(seed=5)
+    assert embedded == BOTH
+    ours, theirs = (each.module.state_dict() for each in (other_seed, fresh))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not torch.equal(first.module.state_dict()["head.bias"], ours["head.bias"])  # other folds choose another C
+
+
+def test_other_encoders_images_and_sizes_have_caches_of_their_own(teach, tmp_path):
+    teach()
+    torch.manual_seed(8)
+    torch.save(create_model("cifar/resnet8", 5, size=16).state_dict(), tmp_path / "other.pth")
+    assert teach(**{"teacher.weights": tmp_path / "other.pth"})[1] == BOTH
+    assert teach(**{"teacher.size": 24})[1] == BOTH
+    assert teach(**{"data.split_seed": 1})[1] == BOTH
+    assert teach(**{"teacher_cache.mode": "off"})[1] == BOTH
+    assert teach()[1] == set()
+
+
+def test_damaged_embeddings_are_computed_again(teach, tmp_path, capsys):
+    first, _ = teach()
+    caches = list(tmp_path.glob("cache/teachers/*/logits.bin"))
+    assert len(caches) == 2
+    for path in caches:
+        path.write_bytes(bytes(path.stat().st_size))
+        assert main(["cache", "verify", path.parent.name]) == 4
+    again, embedded = teach()
+    assert embedded == BOTH
+    assert all(torch.equal(first.module.state_dict()[key], value) for key, value in again.module.state_dict().items())
+    assert main(["cache", "verify", caches[0].parent.name]) == 0
+    assert "0 blocks are damaged" in capsys.readouterr().out
+
+
+def test_without_disk_space_the_encoder_runs_again(teach, monkeypatch):
+    monkeypatch.setattr("potstill.experiment.teacher_cache.MAX_DISK_FRACTION", 0)
+    assert teach()[1] == teach()[1] == BOTH
+
+
 class Indices:
     """Which sample ids teachers are asked for."""
 
@@ -111,9 +184,8 @@ def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, 
 
 def test_caches_hold_the_folds_answers_and_resuming_goes_on_with_them(probing, tmp_path):
     whole = pipeline.run(probing(), output_dir=tmp_path, name="whole")
-    (store,) = [
-        path for path in (tmp_path / "cache" / "teachers").iterdir() if "train" in (path / "manifest.json").read_text()
-    ][:1]
+    caches = tmp_path.glob("cache/teachers/*/manifest.json")
+    (store,) = [path.parent for path in caches if json.loads(path.read_text())["record"]["classes"]][:1]
     assert verify_cache(store).largest < 0.05
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(probing(), output_dir=tmp_path, name="parts", observer=Stopping("distilled"))
@@ -175,6 +247,66 @@ def test_a_fine_tuning_that_spoils_the_probe_leaves_the_probe(probing, encoder, 
     assert results(spoilt)["stages"]["teacher"]["head"]["taken"] == "probe"
     ours, theirs = (load_model(each / "teacher").module.state_dict() for each in (spoilt, probed))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_teacher_with_weights_of_other_classes_is_probed_by_default(probing, tmp_path):
+    heard = Listening()
+    changes = {"teacher.head": "null", "teacher.new_head": True}
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, name="a", stages=("teacher",), observer=heard)
+    asked = pipeline.run(probing(), output_dir=tmp_path, name="b", stages=("teacher",))
+    ours, theirs = (load_model(each / "teacher").module.state_dict() for each in (run, asked))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert results(run)["stages"]["teacher"]["head"]["default"] is True
+    assert results(asked)["stages"]["teacher"]["head"]["default"] is False
+    said = next(note for note in heard.notes if "teacher.head is not set" in note)
+    assert "the default is probe" in said
+    assert "teacher.training has no effect then" in said
+    shown = training_text(read_run(run).stages["teacher"])
+    assert shown.startswith("a linear probe, the default for weights of other classes, on embeddings of 42 images")
+
+
+def test_a_random_head_is_trained_with_all_layers_if_asked_for(probing, encoder, tmp_path):
+    heard = Listening()
+    changes = {"teacher.head": "random", "teacher.training.epochs": 1}
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, stages=("teacher",), observer=heard)
+    entry = results(run)["stages"]["teacher"]
+    assert "head" not in entry
+    assert entry["training"]["epochs"] == 1
+    assert any("the head of cifar/resnet8 is new and random" in warning for warning in heard.warnings)
+    after = load_model(run / "teacher").module.state_dict()
+    assert not torch.equal(after["stem.0.weight"], torch.load(encoder)["stem.0.weight"])
+
+
+def test_the_default_is_a_random_head_where_no_probe_can_be_fitted(probing, tmp_path):
+    heard = Listening()
+    torch.save(create_model("torchvision/squeezenet1_1", 5, size=32).state_dict(), tmp_path / "squeeze.pth")
+    changes = {
+        "teacher.model": "torchvision/squeezenet1_1",
+        "teacher.weights": tmp_path / "squeeze.pth",
+        "teacher.head": "null",
+        "teacher.new_head": True,
+        "teacher.training.epochs": 1,
+        "data.size": 32,
+    }
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, stages=("teacher",), observer=heard)
+    assert results(run)["stages"]["teacher"]["training"]["epochs"] == 1
+    (warning,) = [each for each in heard.warnings if "no probe can be fitted" in each]
+    assert "torchvision/squeezenet1_1 has none" in warning
+
+
+def test_weights_of_the_same_classes_are_not_probed_by_default(probing, tmp_path):
+    first = pipeline.run(probing(), output_dir=tmp_path, name="first", stages=("teacher",))
+    changes = {"teacher.weights": first, "teacher.head": "null"}
+    again = pipeline.run(probing(**changes), output_dir=tmp_path, name="second", stages=("teacher",))
+    ours, theirs = (load_model(each / "teacher").module.state_dict() for each in (first, again))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_student_with_weights_of_other_classes_gets_a_random_head(probing, encoder, tmp_path):
+    changes = {"student.weights": encoder, "student.new_head": True, "teacher.head": "probe"}
+    run = pipeline.run(probing(**changes), output_dir=tmp_path, stages=("baseline",))
+    assert "head" not in results(run)["stages"]["baseline"]
+    assert results(run)["stages"]["baseline"]["training"]["epochs"] == 2
 
 
 def test_weights_that_know_the_classes_are_refused(probing, tmp_path):

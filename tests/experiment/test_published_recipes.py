@@ -176,7 +176,7 @@ def test_two_steps_of_each_published_pair(name, cifar_folder, tmp_path):
 def test_two_steps_of_the_others_in_small(name, image_folder, tmp_path):
     # 32 px, without downloads, and smaller networks where the recipe's would take most of the time
     networks = ("teacher.model=resnet18", "student.model=resnet10t") if name == "funmatch" else ()
-    sets = (*SHORT, "data.size=32", "teacher.weights=null", *networks)
+    sets = (*SHORT, "data.size=32", "teacher.weights=null", "teacher.head=null", *networks)
     distil(load_recipe(name, sets, flags={"--data": str(image_folder)}), tmp_path)
 
 

@@ -67,7 +67,7 @@ def weights(folder, stage="distilled"):
 
 def asked_and_read(folder):
     facts = json.loads((folder / "distilled" / "model.json").read_text())["facts"]["teaching"]
-    return facts.get("asked"), facts.get("read")
+    return facts.get("computed"), facts.get("read")
 
 
 def train_stores(stores):

@@ -61,7 +61,7 @@ def test_imagenet_with_40_gb_free_has_all_its_views():
     assert planned("training.epochs=90", **imagenet) == ViewPlan(23, "top16", True)
     for method in ("dist", "srrl"):  # which read all logits
         found = planned("training.epochs=90", f"method.name={method}", **imagenet)
-        assert (found.views, found.record, found.keeps) == (23, "float16", False)
+        assert (found.views, found.record, found.use_cache) == (23, "float16", False)
         assert "the teacher runs in every step, on the same views" in found.note
 
 
@@ -71,7 +71,7 @@ def test_a_record_that_is_too_large_for_the_disk_is_not_kept():
     assert planned("training.epochs=12", **room) == ViewPlan(8, "float16", True)
     room["free"] -= 4
     found = planned("training.epochs=12", **room)
-    assert (found.views, found.record, found.keeps) == (8, "float16", False)
+    assert (found.views, found.record, found.use_cache) == (8, "float16", False)
     assert "8 views take 1.60 MB" in found.note
     assert "--set teacher_cache.record=top16 takes 576 kB" in found.note
     assert planned("training.epochs=12", "teacher_cache.record=top16", **room) == ViewPlan(8, "top16", True)
@@ -83,7 +83,7 @@ def test_what_the_recipe_says_is_done_whatever_the_disk_says():
     assert planned("teacher_cache.views=all", free=0).views == "all"
     assert planned("teacher_cache.record=float32", images=10**9, free=0).record == "float32"
     # equal views need no more than one record
-    assert planned("data.augment={}", free=4 * 1000 * 20).keeps
+    assert planned("data.augment={}", free=4 * 1000 * 20).use_cache
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_methods_that_read_no_feature_maps_are_stored(method, stores):
 
 
 def test_methods_combined_are_stored_only_where_each_can_be():
-    assert planned("method=[{name: kd}, {name: crd, factor: 0.8}]").keeps
-    assert not planned("method=[{name: kd}, {name: fitnet}]").keeps
+    assert planned("method=[{name: kd}, {name: crd, factor: 0.8}]").use_cache
+    assert not planned("method=[{name: kd}, {name: fitnet}]").use_cache
 
 
 def test_off_asks_anew_on_the_same_views():

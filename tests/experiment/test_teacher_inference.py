@@ -86,7 +86,7 @@ def facts(folder):
 
 def asked_in(cache):
     manifests = [json.loads((path / "manifest.json").read_text()) for path in (cache / "teachers").iterdir()]
-    return [each["identity"]["teacher"]["asked in"] for each in manifests if each["identity"]["split"] == "train"]
+    return [each["identity"]["teacher"]["inference"] for each in manifests if each["identity"]["split"] == "train"]
 
 
 CONVERTED = {
@@ -105,19 +105,19 @@ def test_it_is_said_once_and_part_of_the_key(carry_out, cache, monkeypatch):
     assert note.startswith("teacher runs in bf16, BN folded, channels_last (same top class as float32 on ")
     assert " of 42 images, largest logit difference " in note
     assert asked_in(cache) == [CONVERTED]
-    assert facts(done)["asked"] == 2 * 42
+    assert facts(done)["computed"] == 2 * 42
 
 
 def test_warm_equals_filled_equals_live(first):
     done, again = first
     second = again("second")
-    assert (facts(second)["asked"], facts(second)["read"]) == (0, 3 * 42)
+    assert (facts(second)["computed"], facts(second)["read"]) == (0, 3 * 42)
     assert weights(second) == weights(done)
     stored, live = (
         again("stored", **{"teacher_cache.record": "float32"}),
         again("live", teacher_cache="{mode: off, views: 2}"),
     )
-    assert facts(stored)["asked"] > 0
+    assert facts(stored)["computed"] > 0
     assert weights(stored) == weights(live)
 
 
@@ -136,7 +136,7 @@ def test_verifying_asks_in_the_same_way(first, cache):
 def test_answers_that_cannot_be_had_again_are_not_verified(first, cache, monkeypatch, told, message):
     store = TeacherCache.open_existing(next((cache / "teachers").iterdir()))
     teacher = store.identity["teacher"]
-    monkeypatch.setitem(teacher, "asked in", CONVERTED | told if isinstance(told, dict) else told)
+    monkeypatch.setitem(teacher, "inference", CONVERTED | told if isinstance(told, dict) else told)
     monkeypatch.setattr(TeacherCache, "open_existing", lambda path: store)
     with pytest.raises(ArtifactError, match=message):
         verify_cache(store.path, 10)
@@ -148,7 +148,7 @@ def test_float32_on_demand_is_another_store(first, cache, monkeypatch):
     watching = Watching()
     exact = again("exact", observer=watching, **{"teacher.precision": "float32"})
     assert watching.told == []
-    assert facts(exact)["asked"] == 2 * 42
+    assert facts(exact)["computed"] == 2 * 42
     assert PLAIN in asked_in(cache)
 
 
@@ -212,7 +212,7 @@ def test_methods_that_read_maps_are_asked_as_before(carry_out):
     watching = Watching()
     done = carry_out("maps", watching, method="{name: at}")
     assert watching.told == []
-    assert "asked" not in facts(done)
+    assert "computed" not in facts(done)
 
 
 def test_without_fast_bf16_nothing_is_converted(carry_out, cache):

@@ -49,22 +49,23 @@ def test_the_head_is_made_of_the_class_names(zero_shot, clip, tmp_path):
     assert teacher.input.mean == (0.48145466, 0.4578275, 0.40821073)
     entry = results(run)["stages"]["teacher"]
     assert entry["training"] is None
-    assert entry["head"]["prompts"] == prompts
+    assert entry["head"]["prompts"] == ["a photo of a {}."]
+    assert entry["head"]["texts"] == 3
     assert entry["head"]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
     assert not (run / "teacher" / "fold_heads.safetensors").exists()
     assert any("made of 3 texts for 3 classes, such as 'a photo of a blue.'" in note for note in heard.notes)
     text = training_text(read_run(run).stages["teacher"])
-    assert text == "a zero-shot head, made of 3 texts without labels, such as 'a photo of a blue.'"
+    assert text == "a zero-shot head, made of 3 texts without labels, such as 'a photo of a {}.'"
 
 
-def test_prompts_of_each_class_are_taken(zero_shot, tmp_path):
+def test_prompts_of_each_class_are_taken(zero_shot, clip, tmp_path):
     prompts = "{blue: [the sea, 'the sky over {}'], green: a lawn, red: [fire]}"
     run = pipeline.run(zero_shot(**{"teacher.prompts": prompts}), output_dir=tmp_path, stages=("teacher",))
-    assert results(run)["stages"]["teacher"]["head"]["prompts"] == {
-        "blue": ["the sea", "the sky over blue"],
-        "green": ["a lawn"],
-        "red": ["fire"],
-    }
+    head = results(run)["stages"]["teacher"]["head"]
+    assert head["prompts"] == {"blue": ["the sea", "the sky over {}"], "green": ["a lawn"], "red": ["fire"]}
+    texts = {"blue": ["the sea", "the sky over blue"], "green": ["a lawn"], "red": ["fire"]}
+    expected, _ = load_zero_shot("open_clip/tiny", str(clip), texts, size=32)
+    assert torch.equal(load_model(run / "teacher").module.head.weight, expected.head.weight)
 
 
 def test_a_run_takes_the_zero_shot_teacher_of_another(zero_shot, recipe, tmp_path):

@@ -15,7 +15,7 @@ from potstill.cli import main
 from potstill.distributed import restart_count
 from potstill.errors import DataError
 from potstill.report import render
-from potstill.training.ddp import DistributedDistiller
+from potstill.training.devices import DistributedDistiller
 
 
 def meet(mishap):

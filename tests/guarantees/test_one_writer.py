@@ -26,7 +26,6 @@ EXCEPTIONS = {
     ("data/image_io.py", "os.open"): "reads an image, without waiting at a pipe",
     ("data/decoded_cache.py", "os.open"): "memory-mapped; its marks are set after its bytes are synced",
     ("data/decoded_cache.py", "os.pwrite"): "the same",
-    ("data/concurrency.py", "os.open"): "a lock file, always empty",
     (
         "distillation/teacher_cache/files.py",
         "os.open",

@@ -144,7 +144,7 @@ def test_a_process_that_hangs_in_a_step_is_named_and_ended(unlucky):
     _, status, errors = unlucky["hangs"]
     assert status != 0
     assert len(errors) == 1
-    assert re.fullmatch(lost(1, r"stands still after \d+ exchanges with the others"), errors[0])
+    assert re.fullmatch(lost(1, r"makes no progress after \d+ exchanges with the others"), errors[0])
 
 
 @pytest.mark.slow  # quick, without torchrun: tests/distributed/test_watchdog.py, a signal to all

@@ -5,7 +5,7 @@ from torch import nn
 
 from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
-from potstill.features.adapters import ConvAdapter
+from potstill.features import ConvAdapter
 from potstill.methods.fitnet import FitNet
 
 

@@ -227,14 +227,14 @@ def examples(class_names: Sequence[str], images: int = 24, side: int = 120, fiel
         return {
             "name": f"test/{class_names[i % len(class_names)]}/{i:05d}.png",
             "class": class_names[i % len(class_names)],
-            "said": {name: {"class": said, "probability": 0.75} for name in SKILL},
+            "predictions": {name: {"class": said, "probability": 0.75} for name in SKILL},
             "thumbnail": {
                 "type": "jpeg",
                 "width": side,
                 "height": side,
                 "data": base64.b64encode(file.getvalue()).decode(),
             },
-            "looks": {"teacher": look, "distilled": look},
+            "gradcam": {"teacher": look, "distilled": look},
         }
 
     each = images // len(GROUPS)

@@ -27,9 +27,9 @@ def shot(name: str = "test/a/1.png", **changes: Any) -> dict[str, Any]:
     return {
         "name": name,
         "class": "a",
-        "said": {"teacher": {"class": "a", "probability": 0.5}, "baseline": said, "distilled": said},
+        "predictions": {"teacher": {"class": "a", "probability": 0.5}, "baseline": said, "distilled": said},
         "thumbnail": picture,
-        "looks": {"teacher": look, "distilled": look},
+        "gradcam": {"teacher": look, "distilled": look},
     } | changes
 
 
@@ -63,11 +63,11 @@ def test_a_card_says_what_everybody_said_and_where_they_looked(run: Any) -> None
         ("baseline", "b", "81.2 %", "wrong"),
         ("distilled", "b", "81.2 %", "wrong"),
     ]
-    assert [(look["stage"], look["named"], look["place"]) for look in card["looks"]] == [
+    assert [(look["stage"], look["named"], look["place"]) for look in card["heat_maps"]] == [
         ("teacher", "a", ["25%", "0%", "50%", "100%"]),
         ("distilled", "b", ["25%", "0%", "50%", "100%"]),
     ]
-    assert card["looks"][0]["heat"].startswith("data:image/png;base64,")
+    assert card["heat_maps"][0]["heat"].startswith("data:image/png;base64,")
     assert list(found["pictures"]) == ["3"]
     assert found["pictures"]["3"]["small"]  # enlarged without blur
 
@@ -117,7 +117,7 @@ def test_a_changed_file_is_refused(build_run: BuildRun) -> None:
 def test_what_is_no_picture_is_left_out_and_counted(run: Any, thumbnail: Any) -> None:
     found = error_analysis.images_context(run(kept({"3": shot(thumbnail=thumbnail)})))
     assert found["pictures"] == {}
-    assert found["groups"][0]["cards"][0]["looks"] == []
+    assert found["groups"][0]["cards"][0]["heat_maps"] == []
     assert found["notes"] == ["One image has no picture: the file could no longer be read when the run ended."]
 
 
@@ -133,15 +133,15 @@ def test_what_is_no_picture_is_left_out_and_counted(run: Any, thumbnail: Any) ->
     ],
 )
 def test_a_heat_map_of_nothing_is_none(run: Any, look: Any) -> None:
-    found = error_analysis.images_context(run(kept({"3": shot(looks={"teacher": look})})))
-    assert found["groups"][0]["cards"][0]["looks"][0]["heat"] is None
+    found = error_analysis.images_context(run(kept({"3": shot(gradcam={"teacher": look})})))
+    assert found["groups"][0]["cards"][0]["heat_maps"][0]["heat"] is None
 
 
 def test_a_region_beyond_the_picture_stays_within_bounds(run: Any) -> None:
     """A network that sees black borders looks at more than the picture, but not at a million times as much."""
     look = {"rows": ["ff"], "region": [-3, 7, 0.5, 1e9]}
-    found = error_analysis.images_context(run(kept({"3": shot(looks={"teacher": look})})))
-    assert found["groups"][0]["cards"][0]["looks"][0]["place"] == ["-300%", "700%", "50%", "409600%"]
+    found = error_analysis.images_context(run(kept({"3": shot(gradcam={"teacher": look})})))
+    assert found["groups"][0]["cards"][0]["heat_maps"][0]["place"] == ["-300%", "700%", "50%", "409600%"]
 
 
 def test_names_come_out_as_text(run: Any) -> None:
@@ -152,7 +152,7 @@ def test_names_come_out_as_text(run: Any) -> None:
 
 
 def test_why_there_are_no_maps_is_said(run: Any) -> None:
-    examples = kept({"3": shot(looks={})}) | {"failed": {"teacher": "no feature map"}}
+    examples = kept({"3": shot(gradcam={})}) | {"failed": {"teacher": "no feature map"}}
     found = error_analysis.images_context(run(examples))
     assert found["notes"] == ["No heat maps of teacher: no feature map."]
     assert not found["looking"]

@@ -80,6 +80,6 @@ def test_where_the_teachers_answers_came_from() -> None:
     teaching = {"by": ["teacher"], "parameters": 3_918_858, "bytes": 15_675_432, "ms_per_step": 12.3, "batch_size": 64}
     live = "teacher: 3.92 M parameters (15.7 MB), 12.3 ms in each step of 64 images"
     assert teaching_text(StageResult("distilled", Path(), {"teaching": teaching})) == live
-    teaching |= {"asked": 10_072, "read": 5_036}
+    teaching |= {"computed": 10_072, "read": 5_036}
     stored = f"{live}; 5,036 of 15,108 outputs read from the teacher cache"
     assert teaching_text(StageResult("distilled", Path(), {"teaching": teaching})) == stored

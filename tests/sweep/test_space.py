@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potstill.errors import UsageError
-from potstill.sweep.space import parse_space, read_dimension
+from potstill.sweep import parse_space, read_dimension
 
 NUMBERS = st.floats(min_value=1e-6, max_value=1e6, allow_nan=False)
 WORDS = st.text("abcdefghij0123456789_-", min_size=1, max_size=8)
@@ -96,5 +96,5 @@ def test_a_key_twice_is_refused():
 
 
 def test_test_curves_are_refused():
-    with pytest.raises(UsageError, match="only the winner"):
+    with pytest.raises(UsageError, match="only the best trial"):
         space("training.lr=0.1,0.2", sets=["training.evaluate_test_every_epoch=true"])

@@ -3,8 +3,7 @@
 import pytest
 
 from potstill.errors import ArtifactError
-from potstill.sweep import study
-from potstill.sweep.space import parse_space
+from potstill.sweep import parse_space, study
 from potstill.sweep.worker import Pruned, PruningObserver
 from potstill.training.callbacks import SilentObserver
 

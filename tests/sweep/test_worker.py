@@ -12,7 +12,7 @@ from potstill.config.yaml import dump_yaml
 from potstill.errors import UsageError
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.report.sweep import render_sweep
-from potstill.sweep.space import parse_space
+from potstill.sweep import parse_space
 from potstill.sweep.worker import Sweep
 
 pytest.importorskip("optuna", reason='needs the extra "sweep"')
@@ -99,7 +99,7 @@ def test_a_winner_is_confirmed_on_fresh_seeds_against_a_baseline_searched_as_lon
     before = [path.stat().st_mtime_ns for path in folder.rglob("results.json")]
     assert make(source, folder, over=over, confirm_seeds=3).work()  # the same command again does nothing more
     assert [path.stat().st_mtime_ns for path in folder.rglob("results.json")] == before
-    with pytest.raises(UsageError, match="has met the test split"):
+    with pytest.raises(UsageError, match="best was evaluated on test"):
         make(source, folder, over=over, trials=1).work()
 
 

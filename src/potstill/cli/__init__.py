@@ -63,6 +63,7 @@ for _verb in (
     deployment.predict,
     deployment.evaluate,
     deployment.export,
+    deployment.push,
     deployment.serve,
     check.check,
     run.report,

@@ -46,7 +46,7 @@ def print_skipped(source: str, skipped: Sequence[Sequence[str]]) -> None:
 
 def check(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder, a manifest, .tar shards, or the name of a data set.")
+        str, typer.Argument(metavar="DATA", help="Data as for run: a folder, a manifest, the name of a data set, ...")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 3 for warnings too.")] = False,
@@ -57,6 +57,9 @@ def check(
         bool, typer.Option("--skip-bad", help="Leave out bad files and classes that are too small, and check the rest.")
     ] = False,
     follow_links: FollowLinks = False,
+    no_labels: Annotated[
+        bool, typer.Option("--no-labels", help="DATA is a folder of images without labels, at any depth.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a data setting, as for run; may be repeated."),
@@ -70,7 +73,8 @@ def check(
     from potstill.data.validation.validate import validate_data
 
     flags = {"skip_bad": skip_bad, "follow_links": follow_links}
-    chosen = _data_settings(data, settings or []).model_copy(update={key: True for key, on in flags.items() if on})
+    changes: dict[str, Any] = {key: True for key, on in flags.items() if on} | ({"labeled": False} if no_labels else {})
+    chosen = _data_settings(data, settings or []).model_copy(update=changes)
     with silence_native_stderr(), WaitProgress() as progress:
         report = validate_data(chosen, progress)
     with contextlib.suppress(BrokenPipeError):  # `| head` does not change the exit code

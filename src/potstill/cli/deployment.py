@@ -17,7 +17,7 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="RUN_OR_MODEL",
-        help="A run folder (its distilled student), a model folder, ARCH@WEIGHTS, or a weight file.",
+        help="A run folder (its distilled student), a model folder, ARCH@WEIGHTS, a weight file, or hf-hub:USER/NAME.",
     ),
 ]
 Classes = Annotated[
@@ -168,6 +168,31 @@ def export(
     sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
     if form == "onnx":
         sys.stdout.write(f"next:   potstill predict {escape_control(shlex.quote(str(path)))} IMAGE\n")
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, whose student is sent.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the hub: USER/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Add a commit to a repository that exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+) -> None:
+    """Publish a run's student on the Hugging Face hub: weights, model.json, recipe and model card.
+
+    The way back: potstill predict hf-hub:REPO IMAGE
+    """
+    from potstill.console import escape_control, format_bytes
+    from potstill.export import push as publishing
+
+    publication = publishing.prepare(run, repository)
+    if dry_run:
+        kind = "private " if private else ""
+        lines = [f"would be sent to the {kind}repository {repository}:", ""]
+        lines += [f"  {name:<18} {format_bytes(len(content))}" for name, content in publication.files.items()]
+        sys.stdout.write(escape_control("\n".join([*lines, "", publication.card]), keep="\n"))
+        return
+    address = publishing.push(publication, private=private, update=update)
+    sys.stdout.write(f"pushed: {escape_control(address)}\nnext:   potstill predict hf-hub:{repository} IMAGE\n")
 
 
 def serve(

@@ -13,7 +13,11 @@ from potstill.formatting import format_names
 
 def print_results(results: Mapping[str, Any], page: Path | None) -> None:
     """Print the table of the stages, the verdict and the report's path."""
-    lines = ["", *results_table(results["stages"]), ""]
+    without_labels = results.get("without_labels") or {}
+    lines = ["", *results_table(results["stages"], agreement=without_labels.get("test_labeled") is False), ""]
+    for sentence in without_labels.get("sentences") or ():
+        lines += [*textwrap.wrap(escape_control(str(sentence)), TEXT_WIDTH)]
+    lines += [""] if without_labels else []
     comparison = results.get("comparison") or {}
     if seeds := seeds_lines(comparison):
         lines += [*seeds, ""]
@@ -28,9 +32,12 @@ def print_results(results: Mapping[str, Any], page: Path | None) -> None:
         print_report_path(page)
 
 
-def results_table(stages: Mapping[str, Any]) -> list[str]:
-    """Return the stages' test metrics as aligned lines."""
-    rows = [_COLUMNS]
+def results_table(stages: Mapping[str, Any], *, agreement: bool = False) -> list[str]:
+    """Return the stages' test metrics as aligned lines.
+
+    ``agreement``: the labels are the teacher's predictions, so that top-1 is the agreement with it.
+    """
+    rows = [("", "agreement", *_COLUMNS[2:]) if agreement else _COLUMNS]
     for name in sort_stages(stages):
         stage = stages[name]
         test, model = stage.get("test") or {}, stage.get("model") or {}

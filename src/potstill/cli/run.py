@@ -12,7 +12,7 @@ import typer
 
 from potstill.code_references import is_code_reference
 from potstill.distributed import is_torchrun_launched, restart_count
-from potstill.errors import RemoteFailure, UsageError
+from potstill.errors import NotDistilledError, RemoteFailure, UsageError
 
 DISTRIBUTED_COMMANDS = ("run", "train")
 
@@ -76,7 +76,23 @@ _TEACHER_WEIGHTS = re.compile(r"\s*teacher\.(\d+\.)?weights\s*=")
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
 Data = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Images: a folder, a .csv or .jsonl manifest, or the name of a data set."),
+    typer.Option(
+        metavar="DIR",
+        help="Images: a folder, a .csv or .jsonl manifest, .tar or .parquet files, hf://datasets/USER/NAME, the name "
+        "of a data set, or code, path/file.py:callable.",
+    ),
+]
+NoLabels = Annotated[
+    bool | None,
+    typer.Option(
+        "--no-labels",
+        help="The images of --data have no labels: the classes are those of a ready --teacher, and the method's label "
+        "weight is 0.",
+    ),
+]
+LabeledTest = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="data.labeled_test: class folders of test images, with --no-labels."),
 ]
 Unlabeled = Annotated[
     str | None,
@@ -86,12 +102,13 @@ Teacher = Annotated[
     list[str] | None,
     typer.Option(
         metavar="M",
-        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a weight file, or a run or model folder; ARCH may be code, "
-        "path/file.py:callable. Repeat for several teachers.",
+        help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a weight file, a run or model folder, or hf-hub:USER/NAME; ARCH may "
+        "be code, path/file.py:callable. Repeat for several teachers.",
     ),
 ]
 Student = Annotated[
-    str | None, typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, or a run or model folder.")
+    str | None,
+    typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a run or model folder, or hf-hub:USER/NAME."),
 ]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.  [default: the recipe's]")]
 Root = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the run folders.")]
@@ -156,6 +173,8 @@ def run(
     ] = None,
     data: Data = None,
     unlabeled: Unlabeled = None,
+    no_labels: NoLabels = None,
+    labeled_test: LabeledTest = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -182,6 +201,8 @@ def run(
     flags: dict[str, Any] = {
         "--data": data,
         "--unlabeled": unlabeled,
+        "--no-labels": no_labels,
+        "--labeled-test": labeled_test,
         "--teacher": teacher or None,
         "--student": student,
         "--epochs": epochs,
@@ -227,6 +248,8 @@ def train(
     ],
     data: Data = None,
     unlabeled: Unlabeled = None,
+    no_labels: NoLabels = None,
+    labeled_test: LabeledTest = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -252,6 +275,8 @@ def train(
     flags: dict[str, Any] = {
         "--data": data,
         "--unlabeled": unlabeled,
+        "--no-labels": no_labels,
+        "--labeled-test": labeled_test,
         "--teacher": teacher or None,
         "--student": student,
         "--epochs": epochs,
@@ -406,4 +431,6 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
     models = (stage.get("model") or {} for stage in results["stages"].values())
     if next_command[1] == "predict" and any(is_code_reference(model.get("architecture", "")) for model in models):
         next_command = [*next_command, "--allow-code"]
+    if results.get("not_distilled"):
+        raise NotDistilledError(str(results["not_distilled"]))
     print_next_command(next_command)

@@ -8,6 +8,8 @@ import typer
 from potstill.cli.run import (
     AllowCode,
     Data,
+    LabeledTest,
+    NoLabels,
     RecipeName,
     Root,
     Seed,
@@ -45,6 +47,8 @@ def sweep(
     ] = None,
     data: Data = None,
     unlabeled: Unlabeled = None,
+    no_labels: NoLabels = None,
+    labeled_test: LabeledTest = None,
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -82,16 +86,22 @@ def sweep(
     import re
 
     from potstill.config.recipe import load_recipe
-    from potstill.sweep.space import parse_space
+    from potstill.sweep import parse_space
     from potstill.sweep.study import require_optuna
 
     require_optuna()
     overrides = settings or []
     flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
-    flags |= {"--unlabeled": unlabeled, "--skip-bad": skip_bad, "--allow-code": allow_code}
+    flags |= {"--unlabeled": unlabeled, "--no-labels": no_labels, "--labeled-test": labeled_test}
+    flags |= {"--skip-bad": skip_bad, "--allow-code": allow_code}
     space = parse_space(search or [], recipe, overrides, flags)
     if grid and not space.listed:
         raise UsageError("--grid tries all combinations, so each --search must list its values: a range has no end")
+    if no_labels and confirm_seeds:
+        raise UsageError(
+            "--confirm-seeds compares with a baseline, and --no-labels has none: add --confirm-seeds 0; trials are "
+            "compared by their agreement with the teacher on val"
+        )
     grid = space.listed if grid is None else grid
     name = f"{load_recipe(recipe, overrides, flags=flags).name[: _MAX_NAME - 6]}-sweep" if name is None else name
     if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{_MAX_NAME}}}", name) or set(name) == {"."}:

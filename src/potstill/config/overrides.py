@@ -15,10 +15,20 @@ from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
-from potstill.io import read_checksummed_json
-from potstill.methods import method_info
-from potstill.models.class_names import CLASS_LISTS
-from potstill.models.exported_files import EXECUTABLE, SUFFIXES, check_permission, identify_file
+from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
+from potstill.io import read_bytes, read_checksummed_json
+from potstill.methods import list_own_methods, method_info
+from potstill.models.answer_tables import read_answers
+from potstill.models.class_names import CLASS_LISTS, class_list
+from potstill.models.exported_files import (
+    EXECUTABLE,
+    METADATA_KEY,
+    SUFFIXES,
+    check_permission,
+    identify_file,
+    parse_metadata,
+    read_properties,
+)
 
 # Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -27,6 +37,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--batch-size": ("training", "batch_size"),
     "--image-size": ("data", "size"),
     "--unlabeled": ("data", "unlabeled"),
+    "--labeled-test": ("data", "labeled_test"),
     "--device": ("training", "device"),
     "--method": ("method", "name"),
     "--temperature": ("method", "temperature"),
@@ -34,7 +45,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seed": ("seed",),
     "--seeds": ("seeds",),
 }
-FLAGS = ("--data", "--skip-bad", "--teacher", "--student", *SETTING_FLAGS)
+FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", *SETTING_FLAGS)
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".ts", *SUFFIXES)
 WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
 # A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
@@ -58,7 +69,11 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
     ]
     _prepare_method(document, {path: value for path, value, _ in changes}, allow_code=bool(flags.get("--allow-code")))
     for path, value, location in changes:
+        if path[-1] in ("model", "weights"):  # whoever names a network wants no other
+            _drop_fallback(document.value, path[:-1])
         _set_value(document, path, value, location)
+    if flags.get("--no-labels"):
+        _drop_label_term(document, {path for path, *_ in changes})
 
 
 def split_model(text: str) -> tuple[str | None, str | None]:
@@ -71,9 +86,13 @@ def split_model(text: str) -> tuple[str | None, str | None]:
         ('resnet18', 'pretrained')
         >>> split_model("./weights/mine.safetensors")
         (None, './weights/mine.safetensors')
+        >>> split_model("hf-hub:user/name@main")
+        (None, 'hf-hub:user/name@main')
         >>> split_model("./mine.py:Net@weights.pth")
         ('./mine.py:Net', 'weights.pth')
     """
+    if is_hub_model(text):
+        return None, text
     architecture, _, weights = text.partition("@")
     if is_code_reference(architecture):
         return architecture, weights or None
@@ -97,12 +116,16 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         if isinstance(data, dict) and data.get("source") != value:
             data.pop("options", None)  # they belong to the data set that the recipe had before
         _set_value(document, ("data", "source"), os.fspath(value), location)
+    elif flag == "--no-labels":
+        _set_value(document, ("data", "labeled"), not value, flag)
     elif flag == "--skip-bad":
         _set_value(document, ("data", "skip_bad"), bool(value), flag)
     elif flag == "--teacher":
         _set_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
     else:
         architecture, weights = split_model(os.fspath(value))
+        if isinstance(student := document.value.get("student"), dict):
+            document.value["student"] = _settings_for(student, weights)
         _set_value(document, ("student", "model"), architecture, location)
         _set_value(document, ("student", "weights"), weights, location)
 
@@ -121,8 +144,56 @@ def _set_teachers(document: Document, named: list[Any]) -> None:
     for at, each in enumerate(named):
         architecture, weights = split_model(os.fspath(each))
         path = ("teacher", at) if len(named) > 1 else ("teacher",)
+        if isinstance(section := sections[min(at, len(sections) - 1)] if sections else None, dict):
+            if len(named) > 1:
+                document.value["teacher"][at] = _settings_for(section, weights)
+            else:
+                document.value["teacher"] = _settings_for(section, weights)
         for key, text in (("model", architecture), ("weights", weights)):
             _set_value(document, (*path, key), text, f"--teacher {each}")
+
+
+def _drop_fallback(value: Any, path: KeyPath) -> None:
+    for key in path:
+        if isinstance(value, list) and str(key).isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        value.pop("fallback", None)
+
+
+def complete_fallbacks(section: dict[str, Any]) -> None:
+    """Complete each of a network's fallbacks in place by the settings that it leaves as they are."""
+    fallbacks = section.get("fallback")
+    if not isinstance(fallbacks, list):
+        return
+    for at, each in enumerate(fallbacks):
+        if isinstance(each, dict) and "fallback" not in each:
+            completed = copy.deepcopy({key: item for key, item in section.items() if key != "fallback"}) | each
+            former, own = section.get("training"), each.get("training")
+            if isinstance(former, dict) and isinstance(own, dict):
+                completed["training"] = former | own
+            fallbacks[at] = completed
+
+
+def _settings_for(section: dict[str, Any], weights: str | None) -> dict[str, Any]:
+    """Return the settings that a network given by a flag keeps of the recipe's network.
+
+    They are those of the first alternative that starts as it does, with weights or without.  A model of ours has a head
+    and an image size.
+    """
+    section = copy.deepcopy(section)
+    complete_fallbacks(section)
+    fallbacks = section.pop("fallback", None)
+    for each in [section, *(fallbacks if isinstance(fallbacks, list) else ())]:
+        if isinstance(each, dict) and (each.get("weights") is None) == (weights is None):
+            section = each
+            break
+    dropped = {"head"} if weights is None else set()
+    if weights is not None and weights not in WITHOUT_FILE and find_model_json(Path(weights).expanduser()):
+        dropped = {"head", "size"}
+    return {key: item for key, item in section.items() if key not in dropped}
 
 
 def _parse_assignment(document: Document, text: str) -> tuple[KeyPath, Any] | None:
@@ -205,6 +276,17 @@ def _drop_options(method: dict[str, Any], name: Any) -> None:
             del method[key]
 
 
+def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
+    """Set the label weight of the recipe's method to 0, unless the caller has set it."""
+    method = document.value.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if not isinstance(name, str) or is_code_reference(name) or name not in list_own_methods():
+        return
+    key = "alpha" if name == "kd" else "ce_weight"
+    if key in method_info(name).options and ("method", key) not in changed:
+        _set_value(document, ("method", key), 0.0, "--no-labels")
+
+
 def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None:
     """Remove what a preset sets: given with ``--set``, it overrides the file; inside the file, options override it."""
     try:
@@ -241,7 +323,10 @@ def fill_architectures(
         except PotstillError as error:
             failures.append(((*path, "classes"), error))
             section["classes"] = None
-        if section.get("weights") is None and isinstance(section.get("model"), str):
+        model = section.get("model")
+        if isinstance(model, str) and is_hub_model(model) and section.get("weights") in (None, "pretrained"):
+            section["model"], section["weights"] = None, model  # a repository gives both
+        elif section.get("weights") is None and isinstance(model, str):
             try:
                 _fill_weights(section, path)
             except PotstillError as error:
@@ -263,6 +348,63 @@ def fill_architectures(
             section.setdefault("model", None)
             section["model"] = section["model"] or "?"  # one message about these weights is enough
     return failures
+
+
+def fill_class_names(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
+    """Fill in, in place, ``data.classes`` of data without labels: the classes of the first teacher.
+
+    Call it after ``fill_architectures``.
+
+    Returns:
+        ``data.classes`` with an error, if its file cannot be read.
+    """
+    data = value.get("data")
+    if not isinstance(data, dict) or data.get("labeled") is not False:
+        return []
+    if isinstance(data.get("classes"), str):
+        try:
+            data["classes"] = read_class_file(data["classes"], "data.classes")
+        except PotstillError as error:
+            data["classes"] = None
+            return [(("data", "classes"), error)]
+    elif data.get("classes") is None:
+        teacher = value.get("teacher")
+        first = teacher[0] if isinstance(teacher, list) and teacher else teacher
+        try:
+            if isinstance(first, dict) and (names := _class_names(first)) is not None:
+                data["classes"] = names
+        except PotstillError as error:
+            return [(("teacher", "weights"), error)]
+    return []
+
+
+def _class_names(teacher: dict[str, Any]) -> list[str] | None:
+    """Return the class names that a teacher's section or its weights give; None if they give none."""
+    classes, weights = teacher.get("classes"), teacher.get("weights")
+    if isinstance(classes, str):
+        return list(class_list(classes)) if classes in CLASS_LISTS else None
+    if classes:
+        return [str(name) for name in classes]
+    if not isinstance(weights, str) or weights in WITHOUT_FILE:
+        return None
+    path = Path(weights).expanduser()
+    card = find_model_json(path, "teacher")
+    if card is not None:
+        found = read_checksummed_json(card).get("class_names")
+        return [str(name) for name in found] if isinstance(found, list) else None
+    kind = identify_file(path)
+    if kind == "table":
+        table = read_answers(path)
+        return None if table.class_names is None else list(table.class_names)
+    if kind == "onnx":
+        text = read_properties(read_bytes(path), str(path)).get(METADATA_KEY)
+        return None if text is None else list(parse_metadata(text, str(path)).class_names)
+    if (path / "config.json").is_file() or path.parent.joinpath("config.json").is_file():
+        from potstill.models.state_dict import read_class_names  # torch, which takes seconds
+
+        names = read_class_names(path)
+        return None if names is None else list(names)
+    return None
 
 
 def find_model_json(path: Path, stage: str = "student") -> Path | None:
@@ -341,7 +483,8 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool, reco
     weights = section["weights"]
     if weights in WITHOUT_FILE:
         return
-    path = Path(weights).expanduser()
+    section["weights"] = pinned_name(weights)
+    path = model_path(weights)
     if not path.exists():
         raise UsageError(f"no such file or folder: {weights}")
     card = find_model_json(path, stage)
@@ -373,4 +516,5 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool, reco
             "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
         )
     section["model"] = architecture
-    section["weights"] = str(card.parent)
+    if not weights.startswith(HUB_PREFIX):
+        section["weights"] = str(card.parent)

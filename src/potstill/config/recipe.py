@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from potstill.code_references import permit_code
 from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.method_settings import normalize_method
-from potstill.config.overrides import apply_overrides, fill_architectures
+from potstill.config.overrides import apply_overrides, complete_fallbacks, fill_architectures, fill_class_names
 from potstill.config.settings_errors import (
     CLASS_LIST_NAME,
     CLASS_MAPPING,
@@ -25,7 +25,7 @@ from potstill.config.settings_errors import (
     parse_settings,
 )
 from potstill.config.stage_names import stage_number, stage_role
-from potstill.config.validation import TARGET_MISSING, find_problems, lacks_target
+from potstill.config.validation import TARGET_MISSING, find_problems, lacks_target, network_sections
 from potstill.config.yaml import Document, KeyPath, dump_yaml, parse_yaml
 from potstill.data.settings import DataSettings, Pacing
 from potstill.distillation.teacher_cache import TeacherCacheSettings
@@ -109,8 +109,9 @@ class StageSettings(BaseModel):
     )
     weights: str | None = Field(
         None,
-        description='"pretrained", a run folder, a model folder, a checkpoint file, or "own": those that your own code '
-        "gives its network; of a teacher also an ONNX, TorchScript or torch.export file; null: random initialisation",
+        description='"pretrained", a run folder, a model folder, a checkpoint file, hf-hub:USER/NAME, or "own": those '
+        "that your own code gives its network; of a teacher also an ONNX, TorchScript or torch.export file; null: "
+        "random initialisation",
     )
     classes: OutputClasses | None = Field(
         None,
@@ -118,12 +119,13 @@ class StageSettings(BaseModel):
         "one name per line, or cifar10, cifar100, imagenet-1k, imagenet-21k; or {mine: [theirs, ...]}, by name or "
         "index; null: the classes of the data, in their order",
     )
-    new_head: bool = Field(False, description="accept weights of other classes; the head is initialised randomly")
-    head: Literal["probe", "finetune", "zero_shot"] | None = Field(
+    new_head: bool = Field(False, description="accept a file with weights of other classes; `head` says what follows")
+    head: Literal["probe", "finetune", "zero_shot", "random"] | None = Field(
         None,
         description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "
-        "for teachers; finetune: then all layers are trained, and val selects the better; zero_shot: embeddings of "
-        "texts, for teachers from open_clip; null: random, trained with all layers",
+        "for teachers; finetune: then all layers are trained, and val selects the better; random: trained with all "
+        "layers; zero_shot: embeddings of texts, for teachers from open_clip; null: probe for teachers if it can be "
+        "fitted, else random",
     )
     prompts: Prompts | None = Field(
         None,
@@ -147,6 +149,11 @@ class StageSettings(BaseModel):
         "auto", description="precision of a teacher; auto: bf16 if the hardware is fast in it and predictions agree"
     )
     training: dict[str, Any] = Field({}, description="overrides of the recipe's training settings")
+    fallback: list["StageSettings"] = Field(
+        [],
+        description="changes of these settings, such as another model, one of which is made if the pretrained weights "
+        "are neither on this machine nor can be downloaded: the first whose weights can be had",
+    )
 
 
 class TeachersSettings(BaseModel):
@@ -205,6 +212,11 @@ class Recipe(BaseModel):
     )
     method: dict[str, Any] = Field(
         {"name": "kd"}, description="name and options, or a list of methods, each with a factor; see `potstill methods`"
+    )
+    teacher_below_baseline: Literal["warn", "stop"] = Field(
+        "warn",
+        description="if every teacher's top-1 on val is below the baseline's by more than a standard error: train the "
+        "distilled student after a warning, or stop without it",
     )
     curriculum: CurriculumSettings | None = Field(
         None, description="easy images first, in stages that distil; null: all images in every epoch"
@@ -309,6 +321,8 @@ def load_recipe(
         value["teacher_cache"] = {"mode": value["teacher_cache"]}
         document.locations.move(("teacher_cache",), ("teacher_cache", "mode"))
     apply_overrides(document, flags or {}, overrides)
+    for section in list(network_sections(value)):
+        complete_fallbacks(section[1])
     resolve_code_paths(value, document.locations, Path() if isinstance(source, Mapping) else Path(source).parent)
     if recorded and any(find_code(value)):
         recipe, problems = parse_settings(value, Recipe)
@@ -322,6 +336,7 @@ def load_recipe(
         value["tracker"] = as_logger_list(value["tracker"])
     value.setdefault("name", _name_of(source))
     failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")), recorded=recorded)
+    failures += fill_class_names(value)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"

@@ -34,6 +34,7 @@ def recipe_schema() -> Schema:
     stage["required"] = [key for key in stage["required"] if key != "model"]  # default: that of the weights
     stage["anyOf"] = [{"required": ["model"]}, {"required": ["weights"]}]
     stage["properties"]["classes"].setdefault("anyOf", []).append({"type": "string"})  # a file
+    stage["properties"]["fallback"]["items"] = {"$ref": "#/$defs/StageSettings"}
     stage["properties"]["training"] |= {"$ref": "#/$defs/TrainingSettings"}
     modes = definitions["TeacherCacheSettings"]["properties"]["mode"]["enum"]
     keys["teacher_cache"] = {"anyOf": [{"$ref": "#/$defs/TeacherCacheSettings"}, {"enum": [*modes, False]}]}

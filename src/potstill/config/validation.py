@@ -153,6 +153,63 @@ def domain_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         yield ("data", "target"), f"data.target: its images have no labels and need a teacher, and {why}; use kd"
 
 
+_NO_LABELS = "data.labeled: false (--no-labels)"
+
+
+def label_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
+    """Yield the problems of data without labels: a teacher that is not ready, and settings that need labels."""
+    section = value.get("data", {})
+    if not isinstance(section, dict):
+        return
+    data, _ = parse_valid_settings(section, DataSettings)
+    if data.labeled:
+        for key in ("classes", "labeled_test"):
+            if getattr(data, key) is not None:
+                why = "needs data.labeled: false (--no-labels): data with labels has classes and test images of its own"
+                yield ("data", key), f"data.{key} {why}"
+        return
+    unfit = {
+        "target": data.target is not None,
+        "unlabeled": data.unlabeled is not None,
+        "class_balance": data.class_balance != "none",
+        "options": bool(data.options),
+    }
+    for key in (key for key, given in unfit.items() if given):
+        yield ("data", key), f"data.{key} has no effect without labels: leave it out, or {_NO_LABELS}"
+    if value.get("curriculum") is not None:
+        yield ("curriculum",), f"curriculum orders the images of each class, and there are none with {_NO_LABELS}"
+    if not needs_teacher(value.get("method")):
+        why = f"method {describe_method(normalize_method(value.get('method')))} learns from labels alone"
+        yield ("method",), f"{_NO_LABELS} needs a teacher, and {why}; use kd with alpha: 0"
+    ready = True
+    for path, network in network_sections(value):
+        key = dotted_key(path)
+        if path[0] != "teacher":
+            continue
+        head = network.get("head")
+        if network.get("weights") is None:
+            ready = False
+            yield (
+                (*path, "weights"),
+                f"{_NO_LABELS} needs a ready teacher, and {key} is not trained: give a run or model folder or "
+                "ARCH@WEIGHTS with --teacher, or a recipe's teacher.weights",
+            )
+        elif head in ("probe", "finetune") or network.get("new_head"):
+            ready = False
+            setting = "new_head" if network.get("new_head") else "head"
+            yield (
+                (*path, setting),
+                f"{key}.{setting} is fitted on labels, and there are none with {_NO_LABELS}: fit it on labeled images "
+                "first, with `potstill train RECIPE --stage teacher`, and give that run with --teacher",
+            )
+    if ready and section.get("classes") is None:
+        yield (
+            ("data", "classes"),
+            f"{_NO_LABELS} takes the class names from the teacher, and it has none: give those of its outputs with "
+            "teacher.classes, a list or FILE or imagenet-1k; with head: zero_shot give data.classes",
+        )
+
+
 def find_problems(value: dict[str, Any], recipe_class: type[BaseModel]) -> list[SettingProblem]:
     """Return all problems of a recipe's plain values; only the first about each key."""
     found: dict[KeyPath, str] = {}
@@ -167,7 +224,9 @@ def _all_problems(value: dict[str, Any], recipe_class: type[BaseModel]) -> Itera
     yield from method_problems(value.get("method"))
     yield from _teacher_problems(value)
     yield from _head_problems(value)
+    yield from _fallback_problems(value)
     yield from domain_problems(value)
+    yield from label_problems(value)
     yield from curriculum_problems(value)
     yield from tracker_problems(value.get("tracker"))
     if isinstance(value.get("data", {}), dict):
@@ -203,13 +262,30 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def network_sections(value: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    """Yield (key path, section) for the settings of each network; sections of a wrong type are left out."""
+    """Yield (key path, section) for the settings of each network and its fallbacks, but for those of a wrong type."""
     for key in ("teacher", "assistants", "student"):
-        section = value.get(key)
-        if isinstance(section, dict):
-            yield (key,), section
-        elif isinstance(section, list):
-            yield from (((key, at), each) for at, each in enumerate(section) if isinstance(each, dict))
+        yield from _sections_in(value.get(key), (key,))
+
+
+def _sections_in(section: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    if isinstance(section, dict):
+        yield path, section
+        yield from _sections_in(section.get("fallback"), (*path, "fallback"))
+    elif isinstance(section, list):
+        for at, each in enumerate(section):
+            yield from _sections_in(each, (*path, at))
+
+
+def _fallback_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
+    """Yield the problems of ``fallback``: one within another, or one that is never used."""
+    for path, section in network_sections(value):
+        key = dotted_key((*path, "fallback"))
+        if not section.get("fallback"):
+            continue
+        if "fallback" in path:
+            yield (*path, "fallback"), f"{key}: a fallback has none of its own: add to the list that it is in"
+        elif section.get("weights") != "pretrained":
+            yield (*path, "fallback"), f"{key} is used where pretrained weights are missing: set weights: pretrained"
 
 
 def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
@@ -251,13 +327,13 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         key, path = f"{network}.head", (*network_path, "head")
         if network_path[0] == "assistants":
             yield path, f"{key} is for teachers and the student: leave it out"
-        elif network_path[0] == "student" and head != "finetune":
+        elif network_path[0] == "student" and head not in ("finetune", "random"):
             yield path, f"{key}: {head} leaves nothing to distil into: use finetune, or leave it out"
         elif section.get("weights") is None:
             yield (
                 path,
                 f"{key} needs a pretrained encoder, and {network}.weights is not given: set it "
-                "to pretrained or to a file, or leave head out to train from scratch",
+                f"to pretrained or to a file, or set {key}=null to train from scratch",
             )
         elif head == "zero_shot":
             model = section.get("model")

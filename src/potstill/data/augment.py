@@ -31,8 +31,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from potstill.data.counter_rng import CounterRNG, derive_seed, uniform
-from potstill.data.samplers import ClassIndex
+from potstill.data.samplers import ClassIndex, CounterRNG, derive_seed, uniform
 from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import (
     CROP_RATIO,

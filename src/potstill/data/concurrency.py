@@ -1,7 +1,7 @@
 """A map over threads, file locks between processes, and the protocol for progress reports.
 
-The operating system releases a file lock when its holder ends.  ``potstill.training.callbacks.Observer`` is a
-``ProgressReporter``.
+The operating system releases a file lock when the process that holds it ends.
+``potstill.training.callbacks.Observer`` is a ``ProgressReporter``.
 """
 
 import itertools
@@ -96,12 +96,6 @@ def threaded_map(
         pool.shutdown(cancel_futures=True)
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-HAS_FILE_LOCKS = fcntl is not None  # not on Windows
 _POLL_SECONDS = 0.1
 _POLLS_BEFORE_NOTE = 20  # until a note says that this process waits
 
@@ -118,14 +112,14 @@ def file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
         OSError: the file cannot be created, or not be locked on its file system.
     """
     waited = False
-    while (handle := _try_lock(path)) is None:
+    while True:
+        with try_file_lock(path) as held:
+            if held:
+                yield waited
+                return
         waited = True
         on_wait()
         time.sleep(_POLL_SECONDS)
-    try:
-        yield waited
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -146,44 +140,25 @@ def interprocess_lock(path: Path, what: str, progress: ProgressReporter | None) 
             progress.note(f"another process {what}; waiting for it")
 
     with ExitStack() as stack:
-        if HAS_FILE_LOCKS:
-            with suppress(OSError):  # a read-only cache, or a file system without locks
-                stack.enter_context(file_lock(path, on_wait))
+        with suppress(OSError):  # a read-only cache, or a file system without locks
+            stack.enter_context(file_lock(path, on_wait))
         yield
 
 
 @contextmanager
 def try_file_lock(path: Path) -> Iterator[bool]:
-    """Try to hold a lock file without waiting; yield whether it is held."""
-    handle = _try_lock(path)
+    """Try to hold a lock file without waiting; yield whether it is held.
+
+    Raises:
+        OSError: the file cannot be created, or not be locked on its file system.
+    """
+    from filelock import FileLock, Timeout  # it imports asyncio
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    with suppress(Timeout):
+        lock.acquire(blocking=False)
     try:
-        yield handle is not None
+        yield lock.is_locked
     finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _try_lock(path: Path) -> int | None:
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_same_file(handle, path):
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # the folder was removed between the two calls
-
-
-def _is_same_file(handle: int, path: Path) -> bool:
-    locked = os.fstat(handle)
-    try:
-        current = path.stat()
-    except FileNotFoundError:
-        return False
-    return (locked.st_dev, locked.st_ino) == (current.st_dev, current.st_ino)
+        lock.release()

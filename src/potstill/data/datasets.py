@@ -17,8 +17,11 @@ from potstill.data.file_datasets import (
     add_unlabeled,
     check_shards,
     check_unlabeled,
+    check_without_labels,
+    is_shards,
     load_files,
     load_shards,
+    load_without_labels,
 )
 from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
 from potstill.data.image_sets import (
@@ -33,10 +36,10 @@ from potstill.data.image_sets import (
     set_value_range,
 )
 from potstill.data.named_datasets import call_dataset, check_dataset, dataset_names, is_dataset
+from potstill.data.parquet_tables import check_table
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings
-from potstill.data.shard_reader import is_shards
-from potstill.data.sources import MANIFEST_SUFFIXES
+from potstill.data.sources import MANIFEST_SUFFIXES, is_table
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
@@ -138,6 +141,11 @@ def load_data(
         DataError: images, classes or splits that cannot be trained on.
     """
     check_unlabeled(settings)
+    if not settings.labeled:
+        if data is not None:
+            raise UsageError("data.labeled: false is for a folder of images; data from Python has labels")
+        check_source(settings)
+        return load_without_labels(settings, progress)
     for each in (data, None if data is None else data.target):
         if each is not None:
             check_splits(each.class_names, {split: each.split(split) for split in SPLITS}, each.source)
@@ -211,6 +219,9 @@ def check_source(settings: DataSettings) -> None:
         UsageError: an unknown name, a missing path, or unknown options.
     """
     name = settings.source
+    if not settings.labeled:
+        check_without_labels(settings)
+        return
     if is_dataset(name):
         check_dataset(settings)
         return
@@ -218,6 +229,10 @@ def check_source(settings: DataSettings) -> None:
         raise UsageError("no data is named: give a folder, a .csv or .jsonl manifest, or a name")  # "" would be here
     if is_shards(name):
         check_shards(settings)
+        return
+    if is_table(name):
+        check_table(settings)
+        _check_shares(settings)
         return
     path = Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES):
@@ -227,10 +242,14 @@ def check_source(settings: DataSettings) -> None:
         raise UsageError(
             f"no data set, folder or manifest {name!r}{did_you_mean(name, dataset_names())}\n"
             f"Known names: {', '.join(dataset_names())}; or give a folder of class folders, a .csv or .jsonl "
-            "manifest, .tar shards, or code: path/file.py:callable"
+            "manifest, Parquet files, .tar shards, hf://datasets/USER/NAME, or code: path/file.py:callable"
         )
     if settings.options:
         raise UsageError(f"data {name!r}: folders and manifests take no options, got {', '.join(settings.options)}")
+    _check_shares(settings)
+
+
+def _check_shares(settings: DataSettings) -> None:
     if settings.val + settings.test >= 1:
         raise UsageError(f"val {settings.val:g} and test {settings.test:g} leave no images for train")
 

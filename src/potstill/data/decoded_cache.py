@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from potstill.data.concurrency import HAS_FILE_LOCKS, ProgressReporter, file_lock, threaded_map, try_file_lock
+from potstill.data.concurrency import ProgressReporter, file_lock, threaded_map, try_file_lock
 from potstill.data.image_io import decoder_version
 from potstill.data.image_sets import ImageSet, file_digests, is_array_based, is_file_based, read_square, value_ranges
 from potstill.errors import StorageError
@@ -341,7 +341,7 @@ def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressRep
     Raises:
         DataError: an image cannot be decoded.
     """
-    if not HAS_FILE_LOCKS or request.nbytes < SMALLEST:
+    if not hasattr(os, "preadv") or request.nbytes < SMALLEST:  # Windows
         return None
     text = request.manifest()
     key = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -154,6 +154,8 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "name": _skippable("names that cannot be printed", "they would break tables and logs"),
     "manifest": _refused("manifests that cannot be read", "it is not clear which images there are"),
     "manifest-row": _skippable("invalid rows of the manifest", "their images cannot be used"),
+    "table": _refused("tables that cannot be used", "it is not clear which images there are"),
+    "table-row": _skippable("invalid rows of tables", "their images cannot be used"),
     "listed-twice": _skippable("files that are listed twice", "the image would count twice, perhaps under two labels"),
     # the images
     "two-labels": FindingKind(
@@ -246,7 +248,13 @@ class Listing:
     notes: list[str] = field(default_factory=list)  # remarks that are no findings
     images: ImageSet | None = None  # in the order of the entries; None: files below the root
     follow_links: bool = False
+    place: Path | None = None  # the folder that messages name in place of the root
     _visited: dict[str, str] = field(default_factory=dict)  # real path of a folder -> path by which it was read
+
+    @property
+    def shown_root(self) -> Path:
+        """The folder that messages name."""
+        return self.root if self.place is None else self.place
 
     def report(self, kind: str, path: Path | str, reason: str, *others: str) -> None:
         """Add a finding; ``path`` is relative to the root, or a ``Path`` that begins with it."""

@@ -31,10 +31,11 @@ from potstill.data.image_sets import (
     file_paths,
     sample_name,
 )
+from potstill.data.parquet_tables import read_tables
 from potstill.data.scan import check_files, finding_kind
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
-from potstill.data.shard_reader import Shard, ShardSample, expand_shards, read_shard
-from potstill.data.sources import ignored_files_note, read_manifest, walk_folder, walk_images
+from potstill.data.shard_reader import COMPRESSED_SUFFIX, Shard, ShardSample, expand_shards, read_shard
+from potstill.data.sources import ignored_files_note, is_table, read_manifest, walk_folder, walk_images
 from potstill.data.splits import (
     SPLITS,
     DataSplits,
@@ -45,7 +46,8 @@ from potstill.data.splits import (
     fingerprint,
     stratified_split,
 )
-from potstill.errors import DataError, UsageError
+from potstill.errors import DataError, UsageError, did_you_mean
+from potstill.formatting import format_names
 from potstill.io import cache_folder, sha256_hex
 
 
@@ -133,11 +135,108 @@ def _fingerprint_with_unlabeled(labeled: str, contents: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def load_without_labels(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
+    """Return the images of a folder, at any depth, in three splits without labels.
+
+    ``settings.val`` and ``settings.test`` are shares of all images; with ``settings.labeled_test``, test has these
+    images and their labels, and copies of them are left out of the others.
+
+    Raises:
+        UsageError: no class names.
+        DataError: fewer than three images, files that are none, or test images of unknown classes.
+    """
+    assert settings.classes is not None  # the recipe has been checked
+    root, class_names = Path(settings.source).expanduser(), tuple(settings.classes)
+    names, skipped = list_images(root, settings)
+    bad: dict[str, str] | None = {} if settings.skip_bad else None
+    contents = check_files(root, names, settings.source, progress=progress, bad=bad)
+    if bad:
+        names, skipped = [name for name in names if name not in bad], skipped + unreadable_findings(root, bad)
+    tests, test_contents, origin = _labeled_test(settings, class_names, progress)
+    copies: dict[str, str] = {}
+    if tests is not None:
+        held_out = {content.split()[1]: name for name, content in test_contents.items()}
+        own = {name: contents[name].split()[1] for name in names}
+        copies = {name: held_out[digest] for name, digest in own.items() if digest in held_out}
+        names = [name for name in names if name not in copies]
+    shares = {"val": settings.val} if tests is not None else {"val": settings.val, "test": settings.test}
+    if len(names) <= len(shares):
+        raise DataError(
+            f"{settings.source}: {len(names)} images are too few for a split into train, {', '.join(shares)}"
+            f"{_describe_copies(copies)}; give a folder with more"
+        )
+    images = UnlabeledFileSet(root, names)
+    images.expect(contents)
+    found = stratified_split(names, np.zeros(len(names), np.int64), shares, settings.split_seed, ["the images"])
+    parts: dict[str, ImageSet] = {split: Subset(images, index) for split, index in found.items()}
+    known = {split: [contents[name] for name in part.names] for split, part in parts.items()}
+    if tests is not None:
+        parts["test"], known["test"] = tests, [test_contents[name] for name in tests.names]
+    ends = resolve_range(parts["train"].names, {name: contents[name] for name in names}, settings.range)
+    images.range = ends
+    if isinstance(tests, FileSet):
+        tests.range = ends
+    percent = "/".join(f"{100 * share:g}" for share in (1 - sum(shares.values()), *shares.values()))
+    return DataSplits(
+        class_names, parts["train"], parts["val"], parts["test"], source=settings.source,
+        origin=f"no labels; split here {percent}, split seed {settings.split_seed}{_describe_copies(copies)}{origin}",
+        fingerprint=fingerprint_with_range(fingerprint(parts, class_names, known), ends), augment=DEFAULT_AUGMENT,
+        teacher_labels=SPLITS if tests is None else ("train", "val"), range=ends,
+        skipped=to_skipped([replace(each, path=str(root / each.path)) for each in skipped]),
+    )  # fmt: skip
+
+
+def check_without_labels(settings: DataSettings) -> None:
+    """Check that the folders exist, without reading an image.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if not Path(settings.source).expanduser().is_dir():
+        raise UsageError(
+            f"data {settings.source!r}: images without labels (--no-labels) are files in a folder, at any depth, and "
+            "there is no such folder"
+        )
+    test = settings.labeled_test
+    if test is not None and not Path(test).expanduser().exists():
+        raise UsageError(f"data.labeled_test: no folder or manifest {test!r}; name one with class folders")
+
+
+def _labeled_test(
+    settings: DataSettings, class_names: tuple[str, ...], progress: ProgressReporter | None
+) -> tuple[FileSet | None, dict[str, str], str]:
+    """Return the labeled test images, name -> content of each, and a sentence on them."""
+    if settings.labeled_test is None:
+        return None, {}, ""
+    own = settings.model_copy(update={"source": settings.labeled_test})
+    listing, _, contents = read_files(list_source(own), own, progress)
+    raise_refused(own, listing.findings, listing.root)
+    entries = listing.entries
+    if any(entry.split for entry in entries):
+        entries = [entry for entry in entries if entry.split == "test"]
+    if not entries:
+        raise DataError(f"{settings.labeled_test}: no test images; give a folder with one folder of images per class")
+    if unknown := sorted({entry.label for entry in entries} - set(class_names)):
+        raise DataError(
+            f"{settings.labeled_test}: the teacher has no class {unknown[0]!r}{did_you_mean(unknown[0], class_names)}"
+            f"\nIts {len(class_names)} classes: {format_names(class_names, 20)}; rename the folders, or remove others"
+        )
+    ids = {name: at for at, name in enumerate(class_names)}
+    images = FileSet(listing.root, [entry.name for entry in entries], [ids[entry.label] for entry in entries])
+    if not contents:
+        contents = check_files(listing.root, images.names, settings.labeled_test, progress=progress)
+    images.expect(contents)
+    known = {name: contents[name] for name in images.names}
+    return images, known, f"; {len(images):,} labeled test images from {settings.labeled_test}"
+
+
 DEFAULT_AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # most objects may be mirrored
 
 
-def list_source(settings: DataSettings) -> Listing:
-    """Return the listing of a folder or a manifest; see ``data.sources`` for their layouts."""
+def list_source(settings: DataSettings, progress: ProgressReporter | None = None) -> Listing:
+    """Return the listing of a folder or a manifest (see ``data.sources``), or of Parquet files."""
+    if is_table(settings.source):
+        return read_tables(settings, progress)
     path = Path(settings.source).expanduser()
     read = walk_folder if path.is_dir() else read_manifest
     return read(path, follow_links=settings.follow_links)
@@ -150,16 +249,21 @@ def load_files(settings: DataSettings, progress: ProgressReporter | None = None)
         DataError: a listing or files that cannot be used, with all problems; with ``settings.skip_bad`` only if too
             little is left.
     """
-    listing, skipped, contents = read_files(list_source(settings), settings, progress)
+    listing, skipped, contents = read_files(list_source(settings, progress), settings, progress)
     if settings.skip_bad:
         listing, more = drop_small_classes(listing, settings)
         skipped += more
     division, findings = assign_splits(listing, settings)
-    raise_refused(settings, [*listing.findings, *findings], listing.root)
+    raise_refused(settings, [*listing.findings, *findings], listing.shown_root)
     images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
     if not contents:
         contents = check_files(
-            listing.root, images.names, settings.source, progress=progress, hints=suggest_fixes([_UNREADABLE])
+            listing.root,
+            images.names,
+            settings.source,
+            progress=progress,
+            hints=suggest_fixes([_UNREADABLE]),
+            place=listing.place,
         )
     images.expect(contents)
     parts = split_sets(images, division)
@@ -207,7 +311,7 @@ def drop_bad_entries(listing: Listing, bad: Sequence[Finding]) -> tuple[Listing,
     """Return the listing without the files and folders of skippable findings (``bad`` and its own), and these."""
     skipped = [each for each in (*listing.findings, *bad) if FINDING_KINDS[each.kind].skippable]
     names = {entry.name for entry in listing.entries}
-    dropped = {each.path for each in skipped if each.kind not in ("listed-twice", "manifest-row")}
+    dropped = {each.path for each in skipped if each.kind not in ("listed-twice", "manifest-row", "table-row")}
     contradictory = (each for each in skipped if each.kind == "listed-twice" and "under the labels" in each.reason)
     dropped |= {name for each in contradictory for name in each.others}
     folders = tuple(f"{each.path}/" for each in skipped if each.kind == "name" and each.path not in names)
@@ -289,6 +393,16 @@ class ShardOptions(Options):
     classes: str | list[str] | None = None  # class names by id, or a text file with one a line
     val: str | None = None  # further shards; None: split off from train
     test: str | None = None
+
+
+def is_shards(source: str) -> bool:
+    """Return whether a source names tar files, including compressed ones (which are refused later).
+
+    Example:
+        >>> is_shards("s3://bucket/train-{000..019}.tar"), is_shards("photos"), is_shards("a.tar.gz")
+        (True, False, True)
+    """
+    return source.lower().endswith(".tar") or COMPRESSED_SUFFIX.search(source) is not None
 
 
 def check_shards(settings: DataSettings) -> None:

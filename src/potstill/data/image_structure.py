@@ -1,12 +1,12 @@
-"""Read what the structure of an image file demands, before a decoder sees it.
+"""Limit the work and memory that an image file demands, by its structure, before it is decoded.
 
 A few kilobytes can demand hours of work or gigabytes of memory from a decoder: scans that repeat, tiles larger than
 the image, millions of chunks.  The structure of each format is therefore walked here, without decoding a pixel, and
 refused where the work or the memory would exceed a limit.  Metadata that no pixel depends on, and on which Pillow would
-fail or spend time, is left out of what the decoder gets.
+fail or spend time, is left out of the input of the decoder.
 
-``foreign_file_hint`` names what a file is that is no image of the formats, for messages: most are a download or an
-export that failed.
+``foreign_file_hint`` names the type of a file of no supported format, for messages: most are a failed download or
+export.
 """
 
 import itertools
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from potstill.errors import DataError
 
-_TEXT_HEAD = 1024  # bytes in which a text file shows what it is
+_TEXT_HEAD = 1024  # bytes by which a text file is recognised
 
-# First bytes -> what it is, and what to do.
+# First bytes -> type of the file, and what to do.
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer in place of the file; fetch the files with: git lfs pull"),
     (b"%PDF", "a PDF document; export its pages as images"),
@@ -60,7 +60,7 @@ _ISO_BRANDS = {b"crx ": "a camera's raw file (CR3); develop it to JPEG or TIFF f
 
 
 def foreign_file_hint(content: bytes) -> str:
-    """The end of a sentence that says what a file is, or how it begins."""
+    """Return the end of a sentence with the type of a file, or its first bytes."""
     found = _identify(content)
     if found is not None:
         return f", but {found}"
@@ -68,9 +68,9 @@ def foreign_file_hint(content: bytes) -> str:
 
 
 def _identify(content: bytes) -> str | None:
-    for magic, what in _MAGIC:
+    for magic, description in _MAGIC:
         if content.startswith(magic):
-            return what
+            return description
     if content[4:8] == b"ftyp":
         return _ISO_BRANDS.get(content[8:12], "a video (MP4 or MOV); export frames as images")
     if content[4:8] in (b"moov", b"mdat", b"wide", b"free"):
@@ -116,8 +116,8 @@ _MAX_SEGMENTS = 5_000  # of a JPEG before its first scan
 _MAX_HEADER = 2**18  # bytes of such segments that Pillow may see: it joins those of EXIF one by one
 _MAX_JUNK = 2**20  # bytes between segments or blocks, over which Pillow goes one by one
 _MAX_SCANS = 500
-_MAX_SCANNED_BLOCKS = 40_000_000  # blocks times scans: some 70 ns each where a scan says next to nothing
-_ARITHMETIC = 16  # times slower than Huffman codes where a code takes next to no bits
+_MAX_SCANNED_BLOCKS = 40_000_000  # blocks times scans: some 70 ns each in a nearly empty scan
+_ARITHMETIC = 16  # times slower than Huffman codes if a code takes next to no bits
 _MAX_CHUNKS = 200_000
 _MAX_DATA_CHUNKS = 1_000  # that Pillow may see: it joins them one by one
 _MAX_KEPT_CHUNK = 2**16
@@ -140,31 +140,31 @@ class ImageStructure:
     """A file that may be decoded."""
 
     format: str  # of FORMATS
-    content: bytes  # what the decoder gets: the file, or the file without metadata
-    isolated: bool = False  # to be decoded in a process of its own: its structure does not bound the work
+    content: bytes  # for the decoder: the file, or the file without metadata
+    isolated: bool = False  # to be decoded in a separate process: its structure does not bound the work
     wide: bool = False  # 16 bits a colour channel, of which Pillow reads the high byte
 
 
 def parse_structure(content: bytes) -> ImageStructure:
-    """Recognise a file by its content and bound what its decoder would do.
+    """Recognise a file by its content and limit the work and memory of decoding it.
 
     Raises:
         DataError: none of the formats, or over a limit; the reason without the file's name.
     """
     if content.startswith(b"\xff\xd8\xff"):
-        return ImageStructure("JPEG", _bounded_jpeg(content))
+        return ImageStructure("JPEG", _limit_jpeg(content))
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return ImageStructure("PNG", _lean_png(content), wide=content[24:25] == b"\x10" and content[25] in (2, 4, 6))
+        return ImageStructure("PNG", _strip_png(content), wide=content[24:25] == b"\x10" and content[25] in (2, 4, 6))
     if content.startswith((b"GIF87a", b"GIF89a")):
-        return ImageStructure("GIF", _lean_gif(content))
+        return ImageStructure("GIF", _strip_gif(content))
     if content.startswith(b"BM"):
-        _bound_bmp(content)
+        _limit_bmp(content)
         return ImageStructure("BMP", content)
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        _bound_webp(content)
+        _limit_webp(content)
         return ImageStructure("WEBP", content)
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and not content.startswith(b"II*\0\x10\0\0\0CR"):
-        return ImageStructure("TIFF", content, wide=_bound_tiff(content))
+        return ImageStructure("TIFF", content, wide=_limit_tiff(content))
     if kind := _iso_image(content):
         return ImageStructure(kind, content, isolated=True)
     raise DataError(f"no image of the formats {', '.join(FORMATS)}{foreign_file_hint(content)}")
@@ -183,7 +183,7 @@ def check_pixel_count(width: int, height: int) -> None:
 
 
 def check_extra_memory(width: int, height: int, bytes_per_pixel: float, fixed: int, what: str) -> None:
-    """Compare the memory that a decoder takes, above the pixels' own 3 bytes each, with the limit.
+    """Compare the memory of decoding, beyond 3 bytes for each pixel, with the limit.
 
     Args:
         width: in pixels.
@@ -206,21 +206,22 @@ def check_extra_memory(width: int, height: int, bytes_per_pixel: float, fixed: i
 # JPEG ----------------------------------------------------------------------------------------------------------------
 
 
-def _bounded_jpeg(content: bytes) -> bytes:
-    """The file, or where its header is long the file without metadata; bounds scans times blocks, and the coefficients
-    that are kept where there is more than one scan.
+def _limit_jpeg(content: bytes) -> bytes:
+    """Return the file, without metadata if its header is long.
+
+    Limits scans times blocks, and the memory of the coefficients if there are several scans.
     """
     segments, scan = _jpeg_segments(content)
     frames = [(marker, start) for marker, start, _ in segments if marker in _JPEG_FRAMES]
     if scan is None or not frames:
-        return content  # the decoder says what is wrong
+        return content  # the decoder reports the error
     coding, start = frames[-1]
     frame = content[start + 4 : scan]
     if len(frame) < 6:
         return content
     height, width = struct.unpack_from(">HH", frame, 1)
     check_pixel_count(width, height)
-    # libjpeg reads one scan where that has all components of a frame that is not progressive.
+    # libjpeg reads one scan if it has all components of a frame that is not progressive.
     single = coding in (0xC0, 0xC1, 0xC3, 0xC9) and content[scan + 4 : scan + 5] == frame[5:6]
     scans = 1 if single else content.count(b"\xff\xda", scan)
     blocks = _jpeg_blocks(frame, width, height)
@@ -232,16 +233,16 @@ def _bounded_jpeg(content: bytes) -> bytes:
         )
     kept = 128 * blocks / (width * height) if scans > 1 or coding in (0xC2, 0xCA) else 0
     if scan > _MAX_HEADER:
-        lean = b"".join([content[:2], *_check_jpeg_memory(content, segments), content[scan:]])
+        stripped = b"".join([content[:2], *_needed_segments(content, segments), content[scan:]])
     else:
-        lean = content
-    files = len(content) + (len(lean) if lean is not content else 0)
+        stripped = content
+    files = len(content) + (len(stripped) if stripped is not content else 0)
     check_extra_memory(width, height, max(7.0, 4 + kept), files, "this progressive JPEG" if scans > 1 else "this JPEG")
-    return lean
+    return stripped
 
 
 def _jpeg_segments(content: bytes) -> tuple[list[tuple[int, int, int]], int | None]:
-    """Marker, start and end of each segment before the first scan, and where that begins; None: there is none."""
+    """Return marker, start and end of each segment before the first scan, and its position (None without a scan)."""
     found: list[tuple[int, int, int]] = []
     at, steps, size = 2, 0, len(content)
     while (start := at if content[at : at + 1] == b"\xff" else content.find(b"\xff", at)) >= 0:
@@ -264,8 +265,8 @@ def _jpeg_segments(content: bytes) -> tuple[list[tuple[int, int, int]], int | No
     return found, None
 
 
-def _check_jpeg_memory(content: bytes, segments: list[tuple[int, int, int]]) -> Iterator[bytes]:
-    """Tables and frames, the first JFIF, EXIF, XMP and Adobe segments."""
+def _needed_segments(content: bytes, segments: list[tuple[int, int, int]]) -> Iterator[bytes]:
+    """Yield tables, frames, and the first JFIF, EXIF, XMP and Adobe segments."""
     seen: set[bytes] = set()
     for marker, start, end in segments:
         if marker in (0xC4, 0xCC, 0xDB, 0xDD) or marker in _JPEG_FRAMES:
@@ -276,7 +277,7 @@ def _check_jpeg_memory(content: bytes, segments: list[tuple[int, int, int]]) -> 
 
 
 def _jpeg_blocks(frame: bytes, width: int, height: int) -> int:
-    """8 x 8 blocks of all components, padded to whole units."""
+    """Return the number of 8 x 8 blocks of all components, padded to whole units."""
     factors = [frame[at] for at in range(7, 6 + 3 * frame[5], 3) if at < len(frame)]
     across = max((each >> 4 for each in factors), default=1) or 1
     down = max((each & 15 for each in factors), default=1) or 1
@@ -287,8 +288,8 @@ def _jpeg_blocks(frame: bytes, width: int, height: int) -> int:
 # PNG -----------------------------------------------------------------------------------------------------------------
 
 
-def _lean_png(content: bytes) -> bytes:
-    """The chunks that pixels and orientation depend on; as many IDAT chunks as there are become one."""
+def _strip_png(content: bytes) -> bytes:
+    """Return the file with only the chunks that pixels and orientation depend on; many IDAT chunks are joined."""
     if content[12:16] == b"IHDR":
         width, height, bits, colour = struct.unpack_from(">IIBB", content, 16) if len(content) > 25 else (1, 1, 8, 2)
         check_pixel_count(width, height)
@@ -304,7 +305,7 @@ def _lean_png(content: bytes) -> bytes:
     for kind, group in itertools.groupby(chunks, key=lambda chunk: chunk[0]):
         for _, start, end in [(kind, 0, 0)] if kind == b"IDAT" else group:
             if kind == b"IDAT":
-                pieces += _one_chunk(content, [(first, last) for _, first, last in group])
+                pieces += _join_chunks(content, [(first, last) for _, first, last in group])
             elif kind in _PNG_PIXELS:
                 pieces.append(content[start : end + 12])
             elif kind == b"eXIf" and end - start <= _MAX_KEPT_CHUNK:
@@ -316,7 +317,7 @@ def _lean_png(content: bytes) -> bytes:
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start, and start plus length of each; the last may be cut off."""
+    """Yield type, start, and start plus length of each chunk; the last may be cut off."""
     at, size, count = 8, len(content), 0
     while at + 8 <= size:
         length = int.from_bytes(content[at : at + 4], "big")
@@ -330,11 +331,11 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
             raise DataError(f"a PNG of more than {_MAX_CHUNKS:,} chunks: beyond the limits")
 
 
-def _one_chunk(content: bytes, places: list[tuple[int, int]]) -> list[bytes]:
-    """IDAT chunks as one where they are many; as they are where the last is cut off."""
-    if len(places) < _MAX_DATA_CHUNKS or places[-1][1] + 12 > len(content):
-        return [content[places[0][0] : places[-1][1] + 12]]
-    return _chunk(b"IDAT", b"".join(content[start + 8 : end + 8] for start, end in places))
+def _join_chunks(content: bytes, positions: list[tuple[int, int]]) -> list[bytes]:
+    """Return IDAT chunks, joined if there are many and the last is complete."""
+    if len(positions) < _MAX_DATA_CHUNKS or positions[-1][1] + 12 > len(content):
+        return [content[positions[0][0] : positions[-1][1] + 12]]
+    return _chunk(b"IDAT", b"".join(content[start + 8 : end + 8] for start, end in positions))
 
 
 def _chunk(kind: bytes, data: bytes) -> list[bytes]:
@@ -342,7 +343,7 @@ def _chunk(kind: bytes, data: bytes) -> list[bytes]:
 
 
 def _has_orientation(kind: bytes, data: bytes) -> bool:
-    """Whether a text chunk may hold an orientation, and can be read in no time."""
+    """Return whether a text chunk may hold an orientation and is quick to read."""
     key, _, text = data.partition(b"\0")
     if key not in _PNG_TEXTS or len(data) > _MAX_KEPT_CHUNK:
         return False
@@ -359,8 +360,8 @@ def _has_orientation(kind: bytes, data: bytes) -> bool:
 # GIF -----------------------------------------------------------------------------------------------------------------
 
 
-def _lean_gif(content: bytes) -> bytes:
-    """The file without comments and other extensions before its first image: Pillow joins them one by one."""
+def _strip_gif(content: bytes) -> bytes:
+    """Return the file without extensions before its first image: Pillow joins them one by one."""
     if len(content) < 13:
         return content
     width, height, flags = struct.unpack_from("<HHB", content, 6)
@@ -392,8 +393,8 @@ def _lean_gif(content: bytes) -> bytes:
 # BMP, WebP -----------------------------------------------------------------------------------------------------------
 
 
-def _bound_bmp(content: bytes) -> None:
-    """Run lengths: Pillow decodes them in Python."""
+def _limit_bmp(content: bytes) -> None:
+    """Limit the steps of run lengths, which Pillow decodes in Python, and the memory."""
     if len(content) < 34 or int.from_bytes(content[14:18], "little") < 40:
         return  # of the oldest kind, at most 65535 x 65535, and without run lengths
     width, height = struct.unpack_from("<ii", content, 18)
@@ -409,8 +410,8 @@ def _bound_bmp(content: bytes) -> None:
         )
 
 
-def _bound_webp(content: bytes) -> None:
-    """The canvas, for which libwebp takes memory as soon as it opens a file."""
+def _limit_webp(content: bytes) -> None:
+    """Limit the canvas, for which libwebp allocates memory as soon as it opens a file."""
     kind, data = content[12:16], content[20:30]
     if len(data) < 10:
         return
@@ -439,8 +440,8 @@ _POINTERS = (330, 34665, 34853, 40965)  # to further directories, which Pillow r
 Tags = dict[int, tuple[int, int, int]]  # tag -> type, number of values, place of the first
 
 
-def _bound_tiff(content: bytes) -> bool:
-    """Bound tags, values, strips and tiles of the first image; whether its colour channels have 16 bits."""
+def _limit_tiff(content: bytes) -> bool:
+    """Limit tags, values, strips and tiles of the first image; return whether its colour channels have 16 bits."""
     order = "<" if content.startswith(b"I") else ">"
     big = content[2:4] in (b"+\0", b"\0+")
     at = _number(content, order + "Q", 8) if big else _number(content, order + "I", 4)
@@ -483,7 +484,7 @@ def _bound_tiff(content: bytes) -> bool:
 
 
 def _directory(content: bytes, order: str, big: bool, at: int) -> Tags:
-    """The tags of one directory; as many as the file has, where it is cut off."""
+    """Return the tags of one directory; those that the file has, if it is cut off."""
     count = _number(content, order + ("Q" if big else "H"), at)
     if count > _MAX_TAGS:
         raise DataError(f"a TIFF with {count:,} tags in a directory: beyond the limits ({_MAX_TAGS:,})")
@@ -502,7 +503,7 @@ def _directory(content: bytes, order: str, big: bool, at: int) -> Tags:
 
 
 def _number(content: bytes, form: str, at: int) -> int:
-    """One whole number; 0 beyond the file's end."""
+    """Return an integer; 0 beyond the end of the file."""
     if at < 0 or at + struct.calcsize(form) > len(content):
         return 0
     return int(struct.unpack_from(form, content, at)[0])
@@ -512,7 +513,7 @@ def _number(content: bytes, form: str, at: int) -> int:
 
 
 def _iso_image(content: bytes) -> str | None:
-    """AVIF or HEIC by the brands of the file's first box."""
+    """Return AVIF or HEIC by the brands of the file's first box; None if neither."""
     if content[4:8] != b"ftyp":
         return None
     end = min(int.from_bytes(content[:4], "big"), 4096)

@@ -232,16 +232,32 @@ class Loader:
             return 0
         return epoch if self.views_in_turn is None else epoch % self.views_in_turn
 
+    def views_of(self, epoch: int) -> list[int | Ids]:
+        """Return the view number of each batch of an epoch, one for all or int64 [B]; only those of this process.
+
+        Labeled images have that of the epoch; an unlabeled image has a new one each time that it is seen, as far as
+        ``views_in_turn`` allows.
+        """
+        view, ids = self.view_of(epoch), self.ids_of(epoch)
+        if self.unlabeled is None or not self.distinct_views:
+            return [view] * len(ids)
+        rank, count = self.share
+        views: list[int | Ids] = []
+        for passes, batch in zip(self.epochs.unlabeled_passes(epoch), self.epochs.batches(epoch), strict=True):
+            theirs = passes if self.views_in_turn is None else passes % self.views_in_turn
+            views.append(np.concatenate([np.full(len(batch) - len(passes), view), theirs])[rank::count])
+        return views
+
     def epoch(self, number: int = 0, step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from number ``step`` on, in view ``view_of(number)``.
+        """Yield the batches of an epoch from number ``step`` on, in the views ``views_of(number)``.
 
         Raises:
             DataError: an image can no longer be decoded.
             WorkerError: a process that decodes has died.
         """
         self._start_decoding()
-        view = self.view_of(number)
-        plans = (self.collator.plan(ids, view) for ids in self.ids_of(number)[step:])
+        batches = list(zip(self.ids_of(number), self.views_of(number), strict=True))
+        plans = (self.collator.plan(ids, views) for ids, views in batches[step:])
         for plan, pixels in self._with_pixels(plans):
             yield self.collator.batch(plan, pixels)
 

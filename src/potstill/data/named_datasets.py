@@ -42,7 +42,7 @@ def dataset_names() -> list[str]:
 
 def is_dataset(name: str) -> bool:
     """Return whether ``call_dataset`` takes a name; a file or folder of the same name hides code."""
-    return name in dataset_names() or (is_code_reference(name) and not Path(name).exists())
+    return name in dataset_names() or (not Path(name).exists() and is_code_reference(name))
 
 
 def check_dataset(settings: DataSettings) -> None:

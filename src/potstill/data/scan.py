@@ -219,6 +219,7 @@ def check_files(
     progress: ProgressReporter | None = None,
     bad: dict[str, str] | None = None,
     hints: Sequence[str] = (),
+    place: Path | None = None,
 ) -> dict[str, str]:
     """Read and decode files; those that were decoded before, and have not changed since, are not read again.
 
@@ -230,6 +231,7 @@ def check_files(
         progress: receives the progress.
         bad: receives name -> reason of files that cannot be decoded; None: these are an error.
         hints: lines at the end of that error.
+        place: the folder that this error names in place of ``root``.
 
     Returns:
         name -> content description of each good file: size, SHA-256 and, for more than 8 bits, the span of its
@@ -257,7 +259,12 @@ def check_files(
             if new:
                 index.update(root, good)
     if bad is None:
-        _raise_unreadable(found, source, hints)
+        shown, named = f"{root}{os.sep}", f"{root if place is None else place}{os.sep}"
+        _raise_unreadable(
+            (DataError(str(each).replace(shown, named, 1)) for each in found if isinstance(each, DataError)),
+            source,
+            hints,
+        )
     else:
         bad |= {
             name: str(each).removeprefix(f"{root / name}: ")

@@ -1,7 +1,7 @@
 """Settings of the data: source, splits, preprocessing, augmentation; base class of a named data set's options."""
 
 import math
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -59,7 +59,8 @@ class DataSettings(BaseModel):
 
     source: str = Field(
         "digits",
-        description="a folder, a .csv or .jsonl manifest, .tar shards, the name of a data set, or file.py:callable",
+        description="a folder, a .csv or .jsonl manifest, .tar or .parquet files, hf://datasets/USER/NAME, the name of "
+        "a data set, or file.py:callable",
     )
     options: dict[str, Any] = Field(
         {}, description="options of a data set given by name or code, e.g. {classes: 2} for solar"
@@ -80,6 +81,18 @@ class DataSettings(BaseModel):
     resize_mode: Literal["crop", "pad", "stretch"] = Field(
         "crop",
         description="how images become square: crop the centre, pad with black, or stretch",
+    )
+    labeled: bool = Field(
+        True,
+        description="false: source is a folder of images at any depth, without labels; the teacher names the classes",
+    )
+    classes: Annotated[list[str], Field(min_length=2)] | None = Field(
+        None, description="class names of data without labels, in the order of the outputs; null: the teacher's"
+    )
+    labeled_test: str | None = Field(
+        None,
+        description="test images for data without labels: a folder of class folders, or a manifest; null: some of the "
+        "images, for which the accuracy stays unknown",
     )
     unlabeled: str | None = Field(
         None, description="a folder of unlabeled training images, at any depth; only terms without labels use them"

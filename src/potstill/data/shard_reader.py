@@ -25,7 +25,7 @@ from potstill.io import cache_folder, read_checksummed_json, write_checksummed_j
 MAX_SHARDS = 100_000  # guards against a typing error in a range
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_COMPRESSED = re.compile(r"\.(tgz|tar\.\w+)$", re.IGNORECASE)
+COMPRESSED_SUFFIX = re.compile(r"\.(tgz|tar\.\w+)$", re.IGNORECASE)
 _PACKAGES = {  # protocol -> package that fsspec needs
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -36,16 +36,6 @@ _PACKAGES = {  # protocol -> package that fsspec needs
     "http": "aiohttp",
     "https": "aiohttp",
 }
-
-
-def is_shards(source: str) -> bool:
-    """Return whether a source names tar files, including compressed ones (which are refused later).
-
-    Example:
-        >>> is_shards("s3://bucket/train-{000..019}.tar"), is_shards("photos"), is_shards("a.tar.gz")
-        (True, False, True)
-    """
-    return source.lower().endswith(".tar") or _COMPRESSED.search(source) is not None
 
 
 def expand_shards(source: str) -> list[str]:
@@ -61,7 +51,7 @@ def expand_shards(source: str) -> list[str]:
         >>> expand_shards("s-{08..10}-{a,b}.tar")[:3]
         ['s-08-a.tar', 's-08-b.tar', 's-09-a.tar']
     """
-    if _COMPRESSED.search(source):
+    if COMPRESSED_SUFFIX.search(source):
         raise UsageError(
             f"{source}: a compressed tar file cannot be read image by image; images hardly shrink, so use .tar"
         )

@@ -31,6 +31,7 @@ from potstill.data.entries import (
 )
 from potstill.errors import did_you_mean
 from potstill.formatting import format_names
+from potstill.hub import HUB_DATA
 
 _SPLITS = ("train", "val", "test")
 _MAX_NAMES = 12  # names in a note
@@ -449,3 +450,38 @@ def _check_splits(listing: Listing, path: Path) -> None:
         listing.report("manifest", path, reason)
     if given and "train" not in given:
         listing.report("manifest", path, "no row has the split train")
+
+
+TABLE_SUFFIX = ".parquet"
+
+
+def is_table(source: str) -> bool:
+    """Return whether a source is a Parquet file, a folder of them and no class folders, or data of the hub."""
+    if source.startswith(HUB_DATA):
+        return True
+    path = Path(source).expanduser()
+    if path.suffix.lower() == TABLE_SUFFIX:
+        return not path.is_dir()
+    return path.is_dir() and _has_tables(path)
+
+
+def find_tables(root: Path) -> list[Path]:
+    """Return the Parquet files of a folder at any depth, sorted by path, without hidden ones."""
+    found = (path for path in root.rglob(f"*{TABLE_SUFFIX}") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
+
+
+def _has_tables(root: Path) -> bool:
+    """Return whether Parquet files lie where they stand for a folder's data: in it, beside no folders but those of
+    splits and ``data``, or within these.
+    """
+    try:
+        inside = [path for path in root.iterdir() if not path.name.startswith(".")]
+    except OSError:  # the walk of the folder reports it
+        return False
+    folders = [path for path in inside if path.is_dir()]
+    known = [path for path in folders if path.name.lower() in SPLIT_WORDS or path.name == "data"]
+    if any(path.suffix.lower() == TABLE_SUFFIX for path in inside):
+        return len(known) == len(folders)
+    places = known or [path / word for path in folders for word in SPLIT_WORDS]  # without listing image folders
+    return any(next(place.glob(f"*{TABLE_SUFFIX}"), None) for place in places if place.is_dir())

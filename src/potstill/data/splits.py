@@ -45,6 +45,7 @@ class DataSplits:
     unlabeled: ImageSet | None = None  # further training images, without labels
     target: "DataSplits | None" = None  # another domain of the same classes
     draws: EpochSampling | None = None  # training images of an epoch; None: each once
+    teacher_labels: tuple[str, ...] = ()  # splits without labels: those in use are the teacher's predictions, or -100
     range: ValueRange | None = None  # of images of more than 8 bits; None: there are none
     skipped: tuple[SkippedFile, ...] = ()  # left out by data.skip_bad
     doubts: tuple[Finding, ...] = ()  # warnings of the listing: images that are not used
@@ -66,13 +67,17 @@ class DataSplits:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the number of images by split and class name."""
-        counted = {name: np.bincount(self.split(name).labels, minlength=len(self.class_names)) for name in SPLITS}
+        known = {name: np.asarray(self.split(name).labels) for name in SPLITS}
+        counted = {name: np.bincount(ids[ids >= 0], minlength=len(self.class_names)) for name, ids in known.items()}
         return {name: dict(zip(self.class_names, found.tolist(), strict=True)) for name, found in counted.items()}
 
     def as_rows(self) -> list[tuple[str, str, str]]:
-        """Return (split, image name, class name) of every image; the target's splits are "target train" and so on."""
+        """Return (split, image name, class name) of every image; the target's splits are "target train" and so on.
+
+        The class name is empty in splits without labels.
+        """
         rows = [
-            (split, name, self.class_names[label])
+            (split, name, "" if split in self.teacher_labels else self.class_names[label])
             for split in SPLITS
             for name, label in zip(self.split(split).names, self.split(split).labels, strict=True)
         ]
@@ -149,7 +154,7 @@ def fingerprint(
         64 hex digits.
     """
     lines = sorted(
-        "\0".join((split, name, class_names[label], content))
+        "\0".join((split, name, class_names[label] if label >= 0 else "", content))
         for split, images in parts.items()
         for name, label, content in zip(images.names, images.labels, contents[split], strict=True)
     )
@@ -235,6 +240,8 @@ def assign_splits(listing: Listing, settings: DataSettings) -> tuple[SplitAssign
     else:
         origin, findings = _fill_splits(listing, labels, splits, class_names, settings)
     division = SplitAssignment(class_names, labels, splits, origin)
+    if not settings.labeled:
+        return division, findings
     return division, findings + _find_missing_classes(division, listing) + _find_imbalance(division)
 
 

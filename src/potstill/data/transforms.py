@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from potstill.data.counter_rng import CounterRNG
 from potstill.data.image_io import Pixels
 from potstill.data.preprocessing import decoded_side, resize_to_square
+from potstill.data.samplers import CounterRNG
 from potstill.data.settings import AugmentSettings
 from potstill.input_spec import InputSpec, Triple
 

@@ -69,11 +69,11 @@ class NullTeacherCache:
 
 
 class SampleSchedule(Protocol):
-    """The part of a ``Loader`` that is needed here: sample ids and view of an epoch's batches."""
+    """The part of a ``Loader`` that is needed here: sample ids and views of an epoch's batches."""
 
     def ids_of(self, epoch: int) -> list[Ids]: ...
 
-    def view_of(self, epoch: int) -> int: ...
+    def views_of(self, epoch: int) -> list[int | Ids]: ...
 
 
 @dataclass
@@ -122,20 +122,22 @@ class CachedTeacherOutputs:
         self.processes = processes
         self.counts = CacheCounts()
         self.disabled = any(isinstance(cache, NullTeacherCache) for cache in self.caches)
-        self._upcoming_ids: Iterator[Ids] = iter(())
-        self._view, self._position = 0, -1
+        self._upcoming: Iterator[tuple[Ids, int | Ids]] = iter(())
+        self._views: int | Ids = 0  # of the batch: one for all or [B]
+        self._position = -1
         self._pending: list[_PendingRecords] = []  # computed by this process, not written yet
 
     def start_epoch(self, epoch: int, step: int = 0) -> None:
         """Start the epoch at its batch number ``step``, from 0."""
-        self._upcoming_ids, self._view = iter(self.loader.ids_of(epoch)[step:]), self.loader.view_of(epoch)
+        batches = list(zip(self.loader.ids_of(epoch), self.loader.views_of(epoch), strict=True))
+        self._upcoming = iter(batches[step:])
         self._position = step - 1
         if self.views is not None:
             self.views.start_epoch(epoch, step)
 
     def __call__(self, batch: Batch) -> Outputs:
         """Return the teachers' outputs for the next batch."""
-        ids = next(self._upcoming_ids)
+        ids, self._views = next(self._upcoming)
         self._position += 1
         assert len(ids) == len(batch)  # the loader's own order
         try:
@@ -177,7 +179,7 @@ class CachedTeacherOutputs:
     def _read_or_compute(self, caches: Sequence[TeacherCacheProtocol], ids: Ids, images: Tensor) -> list[ForwardOutput]:
         teachers = self.distiller.teacher
         assert teachers is not None  # caches are opened only for methods with a teacher
-        read = [cache.read(self._view, ids) for cache in caches]
+        read = [_read(cache, self._views, ids) for cache in caches]
         if all(present.all() for _, present in read):
             self.counts.read += len(ids)
         else:
@@ -206,7 +208,8 @@ class CachedTeacherOutputs:
         """Run the teachers, complete the records in ``read``, and write those that were missing."""
         prepared: tuple[Tensor | None, ...] = ()
         if self.views is not None:
-            teacher_images = self.views.at(self._position, torch.from_numpy(ids), self._view)
+            view = self._views if isinstance(self._views, int) else torch.from_numpy(self._views)
+            teacher_images = self.views.at(self._position, torch.from_numpy(ids), view)
             prepared = teacher_images.second if caches is self.second else teacher_images.images
         with self.autocast():
             index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
@@ -215,11 +218,15 @@ class CachedTeacherOutputs:
             embedding = None if output.embedding is None else _to_numpy(output.embedding)
             encoded = cache.record.encode(_to_numpy(output.logits), embedding)
             records[~present] = encoded[~present]
-            if self.processes.several and not self.disabled:
-                position = teacher + (len(self.caches) if caches is self.second else 0)
-                self._pending.append((position, self._view, ids[~present], encoded[~present]))
-            else:
-                cache.write(self._view, ids[~present], encoded[~present])
+            for view, rows in _rows_by_view(self._views, len(ids)):
+                rows = rows[~present[rows]]
+                if not len(rows):
+                    continue
+                if self.processes.several and not self.disabled:
+                    position = teacher + (len(self.caches) if caches is self.second else 0)
+                    self._pending.append((position, view, ids[rows], encoded[rows]))
+                else:
+                    cache.write(view, ids[rows], encoded[rows])
 
     def _write(self, pending: Sequence[_PendingRecords]) -> None:
         if self.disabled:
@@ -239,6 +246,23 @@ class CachedTeacherOutputs:
             self.caches = [NullTeacherCache(cache.record) for cache in self.caches]
             self.second = [NullTeacherCache(cache.record) for cache in self.second]
             self.warn(f"the teacher cache cannot be used, so the teacher runs in every step: {error}")
+
+
+def _rows_by_view(views: int | Ids, count: int) -> list[tuple[int, Ids]]:
+    """Return each view number of a batch with the positions of its images."""
+    if isinstance(views, int):
+        return [(views, np.arange(count))]
+    return [(int(view), np.flatnonzero(views == view)) for view in np.unique(views)]
+
+
+def _read(cache: TeacherCacheProtocol, views: int | Ids, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]:
+    """Read the records of a batch; as ``TeacherCache.read`` of one view."""
+    if isinstance(views, int):
+        return cache.read(views, ids)
+    records, present = np.zeros((len(ids), cache.record.nbytes), np.uint8), np.zeros(len(ids), bool)
+    for view, rows in _rows_by_view(views, len(ids)):
+        records[rows], present[rows] = cache.read(view, ids[rows])
+    return records, present
 
 
 def _to_numpy(values: Tensor) -> NDArray[np.float32]:

@@ -62,10 +62,10 @@ class ProcessGroup:
         """Return the first process's value."""
         if not self.several:
             return value
-        held: list[Any] = [value]
+        values: list[Any] = [value]
         with self.together():
-            dist.broadcast_object_list(held, src=0)
-        found: Value = held[0]
+            dist.broadcast_object_list(values, src=0)
+        found: Value = values[0]
         return found
 
     def gather(self, value: Value) -> list[Value]:
@@ -81,10 +81,10 @@ class ProcessGroup:
         """Return the maximum of each number over all processes."""
         if not self.several:
             return values
-        held = torch.tensor(values, dtype=torch.int64)
+        tensor = torch.tensor(values, dtype=torch.int64)
         with self.together():
-            dist.all_reduce(held, op=dist.ReduceOp.MAX)
-        return tuple(held.tolist())
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tuple(tensor.tolist())
 
     def add(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums over all processes of tensors of equal shapes."""
@@ -102,11 +102,11 @@ class ProcessGroup:
         """Copy the first process's tensors into these, in place."""
         if not self.several or not tensors:
             return
-        by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
-            by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         with self.together():
-            for group in by_kind.values():  # one broadcast per dtype and device: there may be hundreds of small tensors
+            for group in groups.values():  # one broadcast per dtype and device: there may be hundreds of small tensors
                 flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
                 dist.broadcast(flat, src=0)
                 sizes = [tensor.numel() for tensor in group]
@@ -173,26 +173,26 @@ def process_group() -> Iterator[ProcessGroup]:
         yield SINGLE_PROCESS
         return
     rank, count, local_rank, local_count = ranks_and_counts()
-    patience = max(heartbeat_timeout(), _START_SECONDS)
+    start_timeout = max(heartbeat_timeout(), _START_SECONDS)
     _choose_gpu(local_rank, local_count)
     try:
-        store, _, _ = next(rendezvous("env://", rank, count, timeout=timedelta(seconds=patience)))
+        store, _, _ = next(rendezvous("env://", rank, count, timeout=timedelta(seconds=start_timeout)))
         store = PrefixStore(f"potstill {restart_count()}", store)  # without keys of earlier starts
-        watching = Watchdog(PrefixStore("watching", store), rank, count)
+        watchdog = Watchdog(PrefixStore("watching", store), rank, count)
     except (RuntimeError, ValueError) as error:
         raise WorkerError(f"the other processes of the run cannot be reached: {str(error).splitlines()[0]}") from error
-    group = ProcessGroup(rank, count, local_rank, local_count, watching)
+    group = ProcessGroup(rank, count, local_rank, local_count, watchdog)
     failure: BaseException | None = None
     try:
-        if not watching.wait_for_all(patience):
-            raise WorkerError(f"not all of the {count} processes have begun within {patience:g} seconds")
+        if not watchdog.wait_for_all(start_timeout):
+            raise WorkerError(f"not all of the {count} processes have begun within {start_timeout:g} seconds")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_COLLECTIVE_TIMEOUT)
         yield group
         group.highest(0)  # wait for all before leaving
     except BaseException as error:
         failure = error
-    end = watching.end(failure)
+    end = watchdog.end(failure)
     if end is not None and end is not failure:
         raise end from failure
     if end is not None:

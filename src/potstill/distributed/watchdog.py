@@ -79,24 +79,24 @@ class Watchdog:
         """Report to the others how this process ends, and stop the thread.
 
         Returns:
-            What is to be raised: ``error`` itself if it is the first failure of the run; ``RankLost`` if it follows
+            The exception to raise: ``error`` itself if it is the first failure of the run; ``RankLost`` if it follows
             from the loss of another process; ``RemoteFailure`` if it follows from, or is the same as, a failure that
-            another process shows.
+            another process reports.
         """
         if error is not None and not isinstance(error, Stopped):
             _ignore_signals()  # torchrun sends SIGTERM when one process ends; the error must still be shown
-        found: BaseException | None = error
+        outcome: BaseException | None = error
         try:
             if error is None or isinstance(error, RemoteFailure):
                 pass
             elif isinstance(error, Stopped):
-                found = self._failure() or self._find_lost_peer(_SILENT_SECONDS) or error
+                outcome = self._failure() or self._find_lost_peer(_SILENT_SECONDS) or error
             elif is_connection_error(error):
-                found = self._find_cause(error)
+                outcome = self._find_cause(error)
             else:
-                found = self._claim_failure(error, exit_code_of(error), str(error))
-            self.store.set(f"ended/{self.rank}", str(getattr(found, "exit_code", 0)))
-            return found
+                outcome = self._claim_failure(error, exit_code_of(error), str(error))
+            self.store.set(f"ended/{self.rank}", str(getattr(outcome, "exit_code", 0)))
+            return outcome
         except RuntimeError:  # the store's
             if error is None or not is_connection_error(error):
                 return error
@@ -120,8 +120,8 @@ class Watchdog:
     def _find_cause(self, error: BaseException) -> BaseException:
         """Return the failure that broke a connection."""
         for wait in (_SILENT_SECONDS, 2 * _SILENT_SECONDS):  # a failed process may be about to report it
-            if (found := self._failure() or self._find_lost_peer(wait)) is not None:
-                return found
+            if (outcome := self._failure() or self._find_lost_peer(wait)) is not None:
+                return outcome
         for rank in range(self.count):
             if rank != self.rank and self.store.check([f"ended/{rank}"]):
                 return RemoteFailure(int(self.store.get(f"ended/{rank}")) or WorkerError.exit_code)
@@ -135,9 +135,9 @@ class Watchdog:
         time.sleep(seconds)
         if (failure := self._failure()) is not None:
             return failure
-        for rank, life in self._is_alive().items():
-            if rank in before and life.beats == before[rank].beats and not self.store.check([f"ended/{rank}"]):
-                lost = self._lost(rank, life, "has died, or is stopped")
+        for rank, heartbeat in self._is_alive().items():
+            if rank in before and heartbeat.beats == before[rank].beats and not self.store.check([f"ended/{rank}"]):
+                lost = self._lost(rank, heartbeat, "has died, or is stopped")
                 return self._claim_failure(lost, lost.exit_code, str(lost))
         return None
 
@@ -145,9 +145,9 @@ class Watchdog:
         others = [rank for rank in range(self.count) if rank != self.rank and self.store.check([f"life/{rank}"])]
         return {rank: _Heartbeat(**json.loads(self.store.get(f"life/{rank}"))) for rank in others}
 
-    def _lost(self, rank: int, life: "_Heartbeat", what: str) -> RankLost:
-        who = f"rank {rank} of {self.count} (process {life.pid} on {life.host})"
-        return RankLost(f"{who} does not answer: it {what}.\n{_RESUME_HINT}")
+    def _lost(self, rank: int, heartbeat: "_Heartbeat", problem: str) -> RankLost:
+        process = f"rank {rank} of {self.count} (process {heartbeat.pid} on {heartbeat.host})"
+        return RankLost(f"{process} does not answer: it {problem}.\n{_RESUME_HINT}")
 
     # the thread
 
@@ -155,16 +155,16 @@ class Watchdog:
         while not self._over.wait(HEARTBEAT_SECONDS):
             try:
                 self._beat()
-                self._look(time.monotonic())
+                self._check_peer(time.monotonic())
             except RuntimeError:  # the store is gone with the launcher or its machine
                 self._end_orphan(time.monotonic())
 
     def _beat(self) -> None:
         self._beats += 1
-        life = _Heartbeat(self._beats, self.place, self.moves, self.steps, time.process_time(), os.getpid(), _HOST)
-        self._own.set(f"life/{self.rank}", json.dumps(vars(life)))
+        heartbeat = _Heartbeat(self._beats, self.place, self.moves, self.steps, time.process_time(), os.getpid(), _HOST)
+        self._own.set(f"life/{self.rank}", json.dumps(vars(heartbeat)))
 
-    def _look(self, now: float) -> None:
+    def _check_peer(self, now: float) -> None:
         if os.getppid() != self._parent:
             self._end_orphan(now)
         if (failure := self._failure(self._own)) is not None:
@@ -173,20 +173,20 @@ class Watchdog:
             if now - self._failed_since > _GRACE_SECONDS:
                 os._exit(failure.exit_code)
         elif self._own.check([f"life/{self._next}"]) and not self._own.check([f"ended/{self._next}"]):
-            life = _Heartbeat(**json.loads(self._own.get(f"life/{self._next}")))
-            self._seen = self._seen or _PeerState(life, now)
-            what = self._seen.lost(life, now, self._timeout, waited_for=life.place < self.place)
-            if what:
-                self._report_lost(life, what)
+            heartbeat = _Heartbeat(**json.loads(self._own.get(f"life/{self._next}")))
+            self._seen = self._seen or _PeerState(heartbeat, now)
+            problem = self._seen.lost(heartbeat, now, self._timeout, waited_for=heartbeat.place < self.place)
+            if problem:
+                self._report_lost(heartbeat, problem)
 
-    def _report_lost(self, life: "_Heartbeat", what: str) -> None:
-        lost = self._lost(self._next, life, what)
+    def _report_lost(self, heartbeat: "_Heartbeat", problem: str) -> None:
+        lost = self._lost(self._next, heartbeat, problem)
         claim = json.dumps({"rank": self.rank, "code": lost.exit_code, "text": str(lost)})
         if self._own.compare_set("failure", "", claim).decode() == claim:
             sys.stderr.write(f"error: {lost}\n")
             sys.stderr.flush()
         # Its end breaks the connections, which wakes waiting processes.
-        _kill_local_peer(life)
+        _kill_local_peer(heartbeat)
 
     def _end_orphan(self, now: float) -> None:
         """Make the main thread save and end; kill the process if that takes too long."""
@@ -212,26 +212,30 @@ class _Heartbeat:
 class _PeerState:
     """The state of another process, timed by the local clock, since clocks of machines differ."""
 
-    life: _Heartbeat  # at its last progress
+    heartbeat: _Heartbeat  # at its last progress
     since: float
     beats: int = 0
-    beaten: float = 0.0  # when
+    beaten_at: float = 0.0  # when
 
-    def lost(self, life: _Heartbeat, now: float, seconds: float, *, waited_for: bool) -> str:
-        """Return what is wrong with the process, or ""."""
-        if life.beats != self.beats:
-            self.beats, self.beaten = life.beats, now
-        elif now - self.beaten > seconds:
+    def lost(self, heartbeat: _Heartbeat, now: float, seconds: float, *, waited_for: bool) -> str:
+        """Return the problem of the process, or ""."""
+        if heartbeat.beats != self.beats:
+            self.beats, self.beaten_at = heartbeat.beats, now
+        elif now - self.beaten_at > seconds:
             return "has died, or is stopped"
-        if (life.place, life.moves, life.steps) != (self.life.place, self.life.moves, self.life.steps):
-            self.life, self.since = life, now
+        if (heartbeat.place, heartbeat.moves, heartbeat.steps) != (
+            self.heartbeat.place,
+            self.heartbeat.moves,
+            self.heartbeat.steps,
+        ):
+            self.heartbeat, self.since = heartbeat, now
         idle = now - self.since
-        if not waited_for or idle <= seconds * (1 if life.steps else _TIMEOUT_FACTOR):
+        if not waited_for or idle <= seconds * (1 if heartbeat.steps else _TIMEOUT_FACTOR):
             return ""
-        if life.cpu - self.life.cpu > _IDLE_CPU_SHARE * idle:  # slow, but not idle
-            self.life, self.since = life, now
+        if heartbeat.cpu - self.heartbeat.cpu > _IDLE_CPU_SHARE * idle:  # slow, but not idle
+            self.heartbeat, self.since = heartbeat, now
             return ""
-        return f"stands still after {life.place} exchanges with the others"
+        return f"makes no progress after {heartbeat.place} exchanges with the others"
 
 
 _HOST = socket.gethostname()
@@ -250,13 +254,15 @@ def _ignore_signals() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _kill_local_peer(life: _Heartbeat) -> None:
+def _kill_local_peer(heartbeat: _Heartbeat) -> None:
     """Kill a stalled process if the same launcher has started it on this machine."""
-    if life.host != _HOST:
+    if heartbeat.host != _HOST:
         return
     try:
-        fields: Any = Path(f"/proc/{life.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        fields: Any = (
+            Path(f"/proc/{heartbeat.pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        )
         if int(fields.split()[1]) == os.getppid():
-            os.kill(life.pid, signal.SIGKILL)
+            os.kill(heartbeat.pid, signal.SIGKILL)
     except (OSError, ValueError, IndexError):  # it is gone; or there is no /proc
         return

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.predictions import Probabilities, as_probabilities, evaluation_mode, iterate_blocks
 from potstill.features.hooks import FeatureRequest, capture_features
 from potstill.features.stages import Stage, find_stages

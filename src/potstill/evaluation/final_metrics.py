@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from potstill.errors import UsageError
-from potstill.evaluation.classification import Array, auc_averages, classification_averages, precision_recall_f1
+from potstill.evaluation import Array, auc_averages, classification_averages, precision_recall_f1
 from potstill.evaluation.metrics import CALIBRATION_BINS, METRIC_NAMES, NLL_CEILING
 from potstill.evaluation.predictions import ArrayProbabilities, Predictions, Probabilities, as_probabilities
 from potstill.evaluation.significance import Z_975, score_interval, wilson_interval

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import NonFiniteError, UsageError
-from potstill.evaluation.classification import (
+from potstill.evaluation import (
     Array,
     MetricValues,
     auc_averages,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import DataError, NonFiniteError, StorageError, UsageError
-from potstill.evaluation.classification import Array, exact_auc_per_class
+from potstill.evaluation import Array, exact_auc_per_class
 from potstill.evaluation.metrics import StreamingMetrics, label_rank
 from potstill.io import PART, replace_file
 from potstill.types import Batch

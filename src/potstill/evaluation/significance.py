@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from potstill.errors import UsageError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 
 Z_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 MIN_P_VALUE = 1e-12  # smaller ones are not resolved

@@ -25,6 +25,7 @@ from potstill.evaluation.cost import known_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
+from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
 from potstill.methods.base import Method
@@ -121,15 +122,15 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     key = network_key(recipe, network)
     if network.head == "zero_shot":
         return _build_zero_shot(recipe, network, classes, key)
-    if network.weights not in WITHOUT_FILE and _is_potstill_model(Path(network.weights)):
+    if network.weights not in WITHOUT_FILE and _is_potstill_model(model_path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
         if network.mean is not None or network.std is not None:
             raise UsageError(f"{key}.mean and {key}.std are for files without them; {network.weights} has its own")
-        return _from_model_file(Path(network.weights), network, classes, key)
+        return _from_model_file(model_path(network.weights), network, classes, key)
     theirs, setting = network.classes, f"{key}.classes"
     if theirs is None and network.weights not in WITHOUT_FILE:
-        theirs, setting = _published_names(Path(network.weights), classes), f"config.json of {network.weights}"
+        theirs, setting = _published_names(model_path(network.weights), classes), f"config.json of {network.weights}"
     if theirs is not None:
         loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
         facts = {"weights": network.weights, "classes": theirs}
@@ -143,7 +144,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         raise ArtifactError(
             f"{network.weights} has another number of classes than this data, {len(classes)}.\n"
             f"If they include these, give the class of each output: {key}.classes={_likely_classes(classes)}; to train "
-            f"it with a new head, set {key}.new_head=true"
+            f"it with a new head, set {_new_head_setting(key)}"
         )
     start = InitialNetwork(
         loaded.module,
@@ -155,7 +156,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     if network.weights == "pretrained" and network.size is None and key.startswith("teacher"):
         start.notes += _resolution_notes(network.model, size, key)
     if loaded.new_head:
-        start.warnings += [] if network.head else loaded.notes  # a probe sets the head
+        start.warnings += loaded.notes if _has_random_head(network, key) else []
         if found := lists_with(classes):
             start.notes.append(
                 f"all classes of this data are classes of {found[0]}: if the outputs of {network.weights} are "
@@ -170,6 +171,16 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     return start
 
 
+def _has_random_head(network: StageSettings, key: str) -> bool:
+    """Return whether a new head stays random: none is fitted, not even by default, as in a teacher."""
+    return network.head == "random" or (network.head is None and not key.startswith("teacher"))
+
+
+def _new_head_setting(key: str) -> str:
+    """Return the setting that accepts weights of other classes."""
+    return f"{key}.head=probe" if key.startswith("teacher") else f"{key}.new_head=true"
+
+
 def _size(recipe: Recipe, network: StageSettings) -> int:
     """Return the size of a network's images: nothing is fitted to another than its own in a zero-shot network."""
     return network.size or (own_size(network.model) if network.head == "zero_shot" else recipe.data.size)
@@ -181,16 +192,18 @@ DEFAULT_PROMPT = "a photo of a {}."
 def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     """Return a network whose head is made of the class names."""
     assert network.weights is not None
-    if network.weights != "pretrained" and _is_potstill_model(Path(network.weights)):
+    if network.weights != "pretrained" and _is_potstill_model(model_path(network.weights)):
         raise UsageError(
             f"{key}.head: {network.weights} was saved without text tower: leave {key}.head out if it has these "
             "classes, use head: probe, or give the checkpoint of open_clip"
         )
-    prompts = _class_prompts(network.prompts or [DEFAULT_PROMPT], classes, f"{key}.prompts")
+    given = network.prompts or [DEFAULT_PROMPT]
+    prompts = _class_prompts(given, classes, f"{key}.prompts")
     module, scale = load_zero_shot(network.model, network.weights, prompts, size=_size(recipe, network))
-    facts = {"weights": network.weights, "head": {"kind": "zero_shot", "prompts": prompts, **scale}}
-    start = InitialNetwork(module, network.model, _spec(recipe, network), ready=True, facts=facts)
     texts = [text for each in prompts.values() for text in each]
+    head = {"kind": "zero_shot", "prompts": given, "texts": len(texts), **scale}
+    facts = {"weights": network.weights, "head": head}
+    start = InitialNetwork(module, network.model, _spec(recipe, network), ready=True, facts=facts)
     start.notes.append(
         f"{key}: its head is made of {len(texts):,} texts for {len(classes):,} classes, such as {texts[0]!r}"
     )
@@ -350,7 +363,7 @@ def _file_groups(
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     model = load_model(find_model(path))
-    facts = {"weights": str(path)}
+    facts = {"weights": network.weights}
     if model.class_names == classes:
         if network.size not in (None, model.input.size):
             raise ArtifactError(f"{path} takes images of {model.input.size} px, but {key}.size is {network.size}")
@@ -374,7 +387,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
             f"{path} has other classes than this data, or another order.\n"
             f"It has {len(model.class_names)}: {_names(model.class_names)}\n"
             f"The data has {len(classes)}: {_names(classes)}\n"
-            f"Use data with the same class names, or train it with a new head: {key}.new_head=true"
+            f"Use data with the same class names, or train it with a new head: {_new_head_setting(key)}"
         )
     warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights are kept"
     module = create_model(model.architecture, len(classes), size=model.input.size)
@@ -382,7 +395,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
     head = _head_keys(model.module, module, len(model.class_names) == len(classes))
     module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
-    warnings = [] if network.head else [warning]  # a probe sets the head
+    warnings = [warning] if _has_random_head(network, key) else []
     return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
 
 

@@ -67,7 +67,7 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
         heads = None if data.target is not None else load_fold_heads(Path(facts["folder"]), network.facts, data)
         digest = None if heads is None else module_digest(heads)
         taught = StageTeacher(network, Path(facts["folder"]), module_digest(network.module), None, digest)
-        teacher = {**identity["teacher"], "asked in": None}
+        teacher = {**identity["teacher"], "inference": None}
         if canonical_json(describe_teacher(taught)) != canonical_json(teacher):
             raise ArtifactError(f"{path}: the teacher in {facts['folder']} has changed since it was cached")
         chosen = _recorded_ids(cache, samples)
@@ -83,7 +83,7 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
             teachers.input_converters[0] = InputConverter(spec, network.input)
         if heads is not None:
             teachers.use_fold_heads(0, heads.to(compute.device))
-        _convert_as_recorded(teachers, identity["teacher"]["asked in"], loader, path)
+        _convert_as_recorded(teachers, identity["teacher"]["inference"], loader, path)
         second = identity["views"].get("strong", False)
         training = identity["split"] == "train"
         return _compare(cache, chosen, loader, teachers, compute, second=second, training=training)

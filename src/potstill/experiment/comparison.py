@@ -13,7 +13,7 @@ from potstill.config.recipe import Recipe
 from potstill.config.stage_names import sort_stages, stage_name, stage_role
 from potstill.data.splits import DataSplits
 from potstill.errors import PotstillError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.fidelity import MIN_BATCH_SIZE, stage_similarity
 from potstill.evaluation.significance import (
     crossed_interval,

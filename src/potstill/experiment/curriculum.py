@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.config.recipe import CurriculumSettings, Recipe
-from potstill.data.counter_rng import uniform
-from potstill.data.samplers import Curriculum, curriculum_order, curriculum_share
+from potstill.data.samplers import Curriculum, curriculum_order, curriculum_share, uniform
 from potstill.data.splits import DataSplits, EpochSampling
 from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment.builders import split_loader

@@ -24,7 +24,7 @@ from potstill.data.image_sets import UNLABELED, ImageSet, RelabeledSet, SemiSupe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits, EpochSampling, stratified_subset
 from potstill.errors import UsageError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.final_metrics import final_metrics
 from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment.builders import split_loader

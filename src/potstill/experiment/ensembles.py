@@ -7,7 +7,7 @@ import numpy as np
 
 from potstill.config.recipe import TeachersSettings
 from potstill.config.stage_names import sort_stages, stage_role
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.predictions import (
     MAX_VALUES_IN_MEMORY,
     ArrayProbabilities,

@@ -1,19 +1,28 @@
-"""Estimates before training: size and speed-up of the teacher cache, and the time of further seeds."""
+"""Estimates before training: the time of each stage, size and speed-up of the teacher cache, the time of more seeds."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from potstill.config.recipe import Recipe
 from potstill.data.loader import Loader
+from potstill.data.splits import DataSplits
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
+from potstill.errors import PotstillError
+from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.plan import PlannedStage, stage_recipe
 from potstill.formatting import format_count, format_duration, format_percent, format_scaled
+from potstill.models.families.opaque_models import find_opaque, find_table
 from potstill.models.model_file import Classifier
+from potstill.models.registry import build_model
 from potstill.training.autotune import create_timed_step, timed_batch_size
 from potstill.training.devices import Compute
 
+_TIMED_IMAGES = 16
 _ROUNDS = 3  # timed steps, after one for warm-up
 _NEGLIGIBLE_SPEED_UP = 1.05
 
@@ -168,3 +177,70 @@ def estimate_further_seeds(
         f"{format_count(settings.epochs)} "
         f"epoch{'' if settings.epochs == 1 else 's'}; more if the teacher runs in every step)"
     )
+
+
+def estimate_stages(
+    recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, compute: Compute
+) -> dict[str, float]:
+    """Return the seconds that each stage will take, from one small batch of each of its networks with random weights.
+
+    A stage whose networks cannot be built here, such as those of the user's own code, is left out.
+
+    Args:
+        recipe: of the run.
+        planned: the stages.
+        data: the splits.
+        compute: device, precision and process group.
+    """
+    seconds, known = dict[str, float](), dict[tuple[str, int], tuple[float, float]]()
+    train, val, views = len(data.train), len(data.val), recipe.teacher_cache.views
+
+    def cost(stage: str) -> tuple[float, float]:
+        network = recipe.network(stage)
+        key = (network.model, network.size or recipe.data.size)
+        if key not in known:
+            known[key] = _seconds_of_step_and_forward(*key, len(data.class_names), compute)
+        return known[key]
+
+    for stage in planned:
+        network, settings = recipe.network(stage.name), recipe.stage_training(stage.name)
+        with contextlib.suppress(PotstillError):
+            step, forward = cost(stage.name)
+            trained = stage.role != "teacher" or (network.weights in (None, "pretrained") and network.head != "probe")
+            total = settings.epochs * (train * step + val * forward) if trained else 0.0
+            total += (train + val) * forward if network.head else 0.0
+            if stage.distils:
+                shown = settings.epochs if isinstance(views, str) else min(views, settings.epochs)
+                total += shown * train * sum(cost(teacher)[1] for teacher in stage.teachers)
+            seconds[stage.name] = total / max(1, compute.processes.count)
+    return seconds
+
+
+def _seconds_of_step_and_forward(name: str, size: int, classes: int, compute: Compute) -> tuple[float, float]:
+    """Return the seconds per image of a training step and of a forward pass alone.
+
+    A network with hidden layers has no step, and a table takes no time.
+
+    Raises:
+        PotstillError: a network that cannot be built here, or needs its file.
+    """
+    with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
+        network = build_model(name, classes, size=size).to(compute.device)
+    if find_table(network) is not None:
+        return 0.0, 0.0
+    images = timed_batch_size(_TIMED_IMAGES, size)
+    noise = torch.zeros(images, 3, size, size, device=compute.device).contiguous(memory_format=compute.memory_format)
+
+    def forward() -> None:
+        with evaluation_mode(network), torch.no_grad(), compute.autocast():
+            network(noise)
+        compute.synchronize()
+
+    times = []
+    hidden = find_opaque(network) is not None
+    for call in (forward if hidden else create_timed_step(network, size, images, compute), forward):
+        call()
+        started = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - started) / images)
+    return times[0], times[1]

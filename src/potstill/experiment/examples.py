@@ -21,7 +21,7 @@ from potstill.data.image_io import Pixels
 from potstill.data.image_sets import ImageSet
 from potstill.data.transforms import preprocess
 from potstill.errors import PotstillError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.gradcam import grad_cam, visible_region
 from potstill.evaluation.predictions import Predictions
 from potstill.models.families.opaque_models import find_opaque
@@ -167,11 +167,11 @@ def describe_examples(
             str(position): {
                 "name": images.names[position],
                 "class": class_names[labels[position]],
-                "said": {
+                "predictions": {
                     stage: _describe_prediction(predictions[stage], position, class_names) for stage in parts.values()
                 },
                 "thumbnail": encode_thumbnail(pixels[position]) if position in pixels else None,
-                "looks": heat_maps.get(position, {}),
+                "gradcam": heat_maps.get(position, {}),
             }
             for position in chosen
         },

@@ -1,11 +1,13 @@
 """Runs: train and evaluate the stages of a recipe, in one process or several, of which the first writes."""
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import numpy as np
 import torch
 
 from potstill.config.method_settings import describe_method, needs_teacher
-from potstill.config.recipe import Recipe, StageSettings, dump_recipe
+from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
 from potstill.config.stage_names import stage_name, stage_number, stage_role
+from potstill.data.image_sets import RelabeledSet
 from potstill.data.splits import SPLITS, DataSplits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
+from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
 from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment.builders import (
@@ -31,8 +35,9 @@ from potstill.experiment.builders import (
 )
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
+from potstill.experiment.ensembles import average_probabilities
 from potstill.experiment.environment import describe_environment
-from potstill.experiment.estimate import describe_seeds, estimate_further_seeds
+from potstill.experiment.estimate import describe_seeds, estimate_further_seeds, estimate_stages
 from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, plan_stages, stage_recipe
 from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
 from potstill.experiment.probe import (
@@ -42,9 +47,16 @@ from potstill.experiment.probe import (
     fits_head,
     load_fold_heads,
     probe_teacher,
+    probes_by_default,
 )
 from potstill.experiment.reproduce import RunRecord, check_same_images
-from potstill.experiment.results import describe_run, describe_unlabeled, evaluate_stages
+from potstill.experiment.resolution import choose_networks, lengthen_short_trainings, restore_choices
+from potstill.experiment.results import (
+    describe_missing_labels,
+    describe_run,
+    describe_unlabeled,
+    evaluate_stages,
+)
 from potstill.experiment.resume import (
     TEST_EVALUATIONS_KEY,
     check_same_baseline,
@@ -60,6 +72,7 @@ from potstill.experiment.resume import (
 from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.experiment.stage import train_stage
 from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
+from potstill.hub import model_path
 from potstill.io import read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
 from potstill.methods import create_method
@@ -72,6 +85,8 @@ from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import lr_factor
 from potstill.training.settings import TrainingSettings
 
+_MAX_CLASSES = 10  # classes that a message lists
+MANY_WEIGHTS, MANY_IMAGES = 20_000_000, 10_000  # of a network from scratch, and the images that such a one wants
 _VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another machine's folder
 
 
@@ -160,6 +175,8 @@ def run(
             )
         stages = ("teacher", *stages)
     planned, observer = plan_stages(recipe, stages), observer or SilentObserver()
+    if not planned and not recipe.data.labeled:
+        raise UsageError("there is no baseline: it learns from labels, and with data.labeled: false there are none")
     if not planned:
         raise UsageError(f"there is no teacher to train: method {describe_method(recipe.method)} needs none")
     name = recipe.name if name is None else name
@@ -170,11 +187,13 @@ def run(
         ExitStack() as stack,
     ):
         if resume:
+            recipe = restore_choices(load_recipe(folder.recipe, data_needed=False, recorded=True), recipe)
             recipe = restore_view_plan(folder.recipe, recipe)
             check_same_recipe(folder, recipe)
             extended = extended_stages(folder, recipe, planned)
         if overwrite:
             check_weights_outside(folder, recipe)
+        recipe, replaced = processes.share(choose_networks(recipe))
         recorded = folder.read_environment() if resume else reproduce.environment if reproduce is not None else None
         record = folder.add_to_environment if processes.first else None
         threads = ThreadSelector(recorded, record, processes=processes)
@@ -187,6 +206,7 @@ def run(
             check_same_images(reproduce, splits.fingerprint, splits.as_rows())
         if overwrite and processes.first:
             folder.clear()
+        recipe = lengthen_short_trainings(recipe, len(splits.train))
         view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
         recipe = apply_view_plan(recipe, view_plan)
         text = dump_recipe(recipe)
@@ -197,7 +217,8 @@ def run(
             folder.write_recipe(text)
             facts = describe_environment(recipe, text, splits.fingerprint, compute)
             before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
-            folder.write_environment(facts | threads.facts | precisions.facts | before)
+            chosen = {"replaced_networks": replaced} if replaced else {}
+            folder.write_environment(facts | threads.facts | precisions.facts | before | chosen)
             folder.write_splits(splits.as_rows())
             folder.write_skipped((each.path, each.kind, each.reason) for each in splits.all_skipped)
             trackers = stack.enter_context(
@@ -228,6 +249,10 @@ def run(
             extended,
             reused,
         )
+        if splits.teacher_labels:
+            experiment.warn(describe_missing_labels(splits))
+        for text in replaced:
+            experiment.warn(text)
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
         experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
         if splits.unlabeled is not None and splits.target is None and "distilled" in stages:
@@ -239,19 +264,32 @@ def run(
                     "epochs (an epoch is one pass over the labeled images), or raise data.unlabeled_share"
                 )
         with threads:
+            left = [stage for stage in planned if not (resume and folder.trained(stage.name))]
+            observer.expect(partial(estimate_stages, recipe, left, splits, compute))
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
             for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
+                if experiment.not_distilled and each.name not in ("teacher", "baseline"):
+                    continue
+                if splits.teacher_labels and each.role != "teacher":
+                    experiment.label_by_teachers()
                 experiment.run_stage(each)
+            planned = tuple(stage for stage in planned if stage.name in experiment.models)
+            if splits.teacher_labels:
+                experiment.label_by_teachers()
             models = {stage.name: experiment.models[stage.name] for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
             facts_of_run: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
+            if experiment.not_distilled:
+                facts_of_run["not_distilled"] = experiment.not_distilled
             if processes.first:
                 record_test_evaluation(folder, recipe, planned)
                 facts_of_run["looks"] = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
             facts_of_run["views_differ"] = _view_differences(models)
             for sentence in facts_of_run["views_differ"]:
                 experiment.warn(sentence)
+            if splits.teacher_labels:
+                splits = experiment.predicted
             evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
         if not processes.first:
             return folder.path
@@ -284,8 +322,10 @@ class _Experiment:
     models: dict[str, Classifier] = field(default_factory=dict)
     fold_heads: dict[str, FoldHeads | None] = field(default_factory=dict)  # of teachers, for the training images
     teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # on val
+    not_distilled: str = ""  # why the run ends before its distilled student; "": it does not
 
     def __post_init__(self) -> None:
+        self.predicted = self.data  # without labels: with the teacher's predictions in their place
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
 
     def run_stage(self, stage: PlannedStage) -> Classifier:
@@ -314,6 +354,44 @@ class _Experiment:
         self.observer.stage_end(stage.name, time.monotonic() - started)
         return model
 
+    def label_by_teachers(self) -> None:
+        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics; once.
+
+        The training images stay without labels for the losses.
+        """
+        if self.predicted is not self.data:
+            return
+        teachers = [name for name in self.models if stage_role(name) == "teacher"]
+        found: dict[str, Any] = {}
+        for split in self.data.teacher_labels:
+            images = self.data.split(split)
+            probabilities = average_probabilities(
+                [self._probabilities(name, split)[0] for name in teachers], self.recipe.teachers
+            )
+            found[split] = RelabeledSet(images, probabilities.argmax(axis=1).astype(np.int64))
+            if split == "val":
+                self._describe_predictions(probabilities)
+        self.predicted = replace(self.data, **found)
+        self.data = replace(self.data, **{split: each for split, each in found.items() if split != "train"})
+        self.domains.data = self.data
+
+    def _describe_predictions(self, probabilities: Any) -> None:
+        """Report which classes the teachers name, and warn if it is only one."""
+        names, predicted = self.data.class_names, probabilities.argmax(axis=1)
+        counts = sorted(zip(np.bincount(predicted, minlength=len(names)).tolist(), names, strict=True), reverse=True)
+        listed = ", ".join(f"{name} {count:,}" for count, name in counts[:_MAX_CLASSES] if count)
+        unnamed = sum(not count for count, _ in counts)
+        more = f"; {unnamed:,} of {len(names):,} classes are not among them" if unnamed else ""
+        self.observer.note(
+            f"no labels: the teacher names the classes. On {len(predicted):,} val images: {listed}{more}; mean "
+            f"confidence {float(probabilities.max(axis=1).mean()):.1%}"
+        )
+        if counts[0][0] == len(predicted):
+            self.warn(
+                f"the teacher predicts {counts[0][1]!r} for every val image, so there is nothing to learn: these "
+                "images may be of other classes than the teacher's, or prepared in another way (data.mean, data.std)"
+            )
+
     def _done(self, stage: PlannedStage) -> bool:
         return self.resume and self.folder.trained(stage.name) and stage.name not in self.extended
 
@@ -339,6 +417,8 @@ class _Experiment:
         start = self._start(recipe.network(stage.name))
         facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
         model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
+        if recipe.network(stage.name).weights is None:
+            self._warn_about_scale(stage, count_parameters(start.module))
         if stage.role == "teacher" and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             if (table := find_table(model.module)) is not None:
@@ -346,7 +426,7 @@ class _Experiment:
             model.module.to(self.compute.device)
             weights = recipe.network(stage.name).weights
             if "fold_heads" in model.facts.get("head", {}) and weights is not None:  # a probe of another run
-                source = find_model(Path(weights))
+                source = find_model(model_path(weights))
                 self.fold_heads[stage.name] = load_fold_heads(source, model.facts, self.data)
                 if self.compute.processes.first:
                     copy_fold_heads(source, folder)
@@ -354,7 +434,7 @@ class _Experiment:
                 save_model(model, folder)
             return model
         probed = self._probe(stage, model, start)
-        if probed is not None and recipe.network(stage.name).head == "probe":
+        if probed is not None and recipe.network(stage.name).head != "finetune":
             if self.compute.processes.first:
                 save_model(model, folder)
             return model
@@ -408,18 +488,35 @@ class _Experiment:
             teacher_folders=[self.folder.stage(name) for name in stage.teachers] if self.view_plan.record else None,
             fold_heads=[self.fold_heads.get(name) for name in stage.teachers] if self.data.target is None else (),
             probed=probed,
-            keeps=self.view_plan.keeps,
+            use_cache=self.view_plan.use_cache,
             extended_from=self.extended.get(stage.name, ()),
         )
         return model
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a network; return None if the recipe asks for none."""
+        """Fit the linear probe of a network; return None if it gets none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
-        if not fits_head(network):
+        key, by_default = network_key(self.recipe, network), probes_by_default(network, start, stage.role)
+        if not (by_default or fits_head(network)):
             return None
         data = self.domains.stage_data(stage, self.models)
-        layer = check_probe(network, start, data, network_key(self.recipe, network))
+        try:
+            layer = check_probe(network, start, data, key)
+        except UsageError as error:
+            if not by_default:
+                raise
+            self.warn(
+                f"the {stage.name} gets a new, random head and is trained with all layers, since no probe can be "
+                f"fitted: {error}"
+            )
+            return None
+        if by_default:
+            unused = f"; {key}.training has no effect then" if network.training else ""
+            self.observer.note(
+                f"{key}.head is not set, and {network.weights} was trained on other classes: the default is probe, a "
+                f"linear head on frozen embeddings{unused}. {key}.head=finetune trains all layers after that, "
+                f"{key}.head=random from a random head"
+            )
         self.observer.stage(stage.name, f"{model.architecture}, a linear probe of {start.facts['weights']}")
         probed = probe_teacher(
             stage,
@@ -431,8 +528,9 @@ class _Experiment:
             folder=self.folder.stage(stage.name),
             observer=self.observer,
         )
-        if network.head == "probe":
+        if network.head != "finetune":
             self.fold_heads[stage.name] = probed.heads
+            model.facts["head"]["default"] = by_default
         return probed
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
@@ -452,12 +550,23 @@ class _Experiment:
             self.warn(warning)
         return start
 
+    def _warn_about_scale(self, stage: PlannedStage, weights: int) -> None:
+        images, device = len(self.data.train), self.compute.device.type
+        if weights > MANY_WEIGHTS and (images < MANY_IMAGES or device == "cpu") and not stage.repeat:
+            self.warn(
+                f"{stage.name}: {weights / 1e6:,.0f} million weights from scratch want many thousands of images and a "
+                f"GPU; here are {images:,} images, and the device is {device}. For photographs, `potstill run photos` "
+                "starts from pretrained weights"
+            )
+
     def _estimate_seeds(self, stage: PlannedStage, student: Classifier, compute: Compute) -> None:
         remaining = [each for each in self.planned if not self._done(each)]
         if stage.name == "baseline" and any(each.repeat for each in remaining):
             self.observer.note(estimate_further_seeds(self.recipe, remaining, student, len(self.data.train), compute))
 
     def _check_teacher(self, name: str) -> None:
+        if self.data.teacher_labels:
+            return  # its accuracy is unknown
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
         if "training" not in self.models[name].facts and "val" not in self.models[name].facts:
@@ -470,21 +579,33 @@ class _Experiment:
             )
 
     def _compare_with_baseline(self) -> None:
-        baseline = self._val_top1("baseline")
-        for name in (name for name in self.models if stage_role(name) == "teacher"):
-            top1 = self._val_top1(name)
+        baseline, images = self._val_top1("baseline"), len(self.data.val)
+        teachers = {name: self._val_top1(name) for name in self.models if stage_role(name) == "teacher"}
+        clearly = {name: is_below(top1, baseline, images) for name, top1 in teachers.items()}
+        stops = bool(teachers) and all(clearly.values()) and self.recipe.teacher_below_baseline == "stop"
+        for name, top1 in teachers.items():
             if top1 < baseline:
-                images = len(self.data.val)
                 found = {"teacher": name, "teacher_val_top1": top1, "baseline_val_top1": baseline, "val_images": images}
                 self.teacher_below_baseline.append(found)
-                self.warn(
-                    f"the {name} is below the baseline: top-1 {top1:.1%} against {baseline:.1%} on {images:,} "
-                    f"val images. Distilling from it may hurt. {self._advise_on_teacher(name)}"
+                figures = f"top-1 {top1:.1%} against {baseline:.1%} on {images:,} val images"
+                text = f"the {name} is below the baseline: {figures}"
+                advice = self._advise_on_teacher(name)
+                if not stops:
+                    self.warn(f"{text}. Distilling from it may hurt. {advice}")
+                    continue
+                self.not_distilled = (
+                    f"No distilled student was trained, because it would probably be worse than the baseline: {text}, "
+                    f"which is more than a standard error. Use the baseline, or: {advice}. To distil all the same: "
+                    "--resume --set teacher_below_baseline=warn"
                 )
+        if stops:
+            self.warn(self.not_distilled)
 
     def _advise_on_teacher(self, teacher: str) -> str:
         """Return what to do about a teacher that is worse than the baseline."""
-        advice = "Give another teacher with --teacher"
+        advice, network = "Give another teacher with --teacher", self.recipe.network(teacher)
+        if "fold_heads" in self.models[teacher].facts.get("head", {}) and network.head in (None, "probe"):
+            advice = f"Fine-tune it with --set {network_key(self.recipe, network)}.head=finetune, or give another"
         if "training" in self.models[teacher].facts:  # it was trained here
             key = "teacher" if len(self.recipe.teacher_list) == 1 else f"teacher.{stage_number(teacher) - 1}"
             epochs = self.recipe.stage_training(teacher).epochs
@@ -497,21 +618,23 @@ class _Experiment:
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
         if "val" not in model.facts:  # not trained here
-            settings = self.recipe.stage_training(stage)
-            loader = split_loader(
-                self.data, "val", model.input, self.recipe, settings, self.compute, network=model.module
-            )
-            probabilities, labels, _ = predict_probabilities(
-                model.module,
-                loader,
-                classes=len(model.class_names),
-                processes=self.compute.processes,
-                names=[f"the {stage} on val, {name}," for name in self.data.val.names],
-            )
+            probabilities, labels = self._probabilities(stage, "val")
             predicted = probabilities.argmax(axis=1)
             model.facts["val"] = {"top1": float((predicted == labels).mean())}
             self._check_class_order(stage, predicted, labels)
         return float(model.facts["val"]["top1"])
+
+    def _probabilities(self, stage: str, split: str) -> tuple[Any, Any]:
+        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation."""
+        model, settings = self.models[stage], self.recipe.stage_training(stage)
+        probabilities, labels, _ = predict_probabilities(
+            model.module,
+            split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module),
+            classes=len(model.class_names),
+            processes=self.compute.processes,
+            names=[f"the {stage} on {split}, {name}," for name in self.data.split(split).names],
+        )
+        return probabilities, labels
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
         """Warn if a pretrained teacher has the right classes in another order."""
@@ -568,6 +691,22 @@ def _extension_text(name: str, before: int, settings: TrainingSettings, steps: i
         f"schedule of {settings.epochs} epochs: the learning rate ended at {settings.lr * last:.3g} and continues at "
         f"{settings.lr * following:.3g}"
     )
+
+
+def is_below(teacher: float, baseline: float, images: int) -> bool:
+    """Return whether a teacher's accuracy is below the baseline's by more than the standard error of the difference.
+
+    Args:
+        teacher: its share of correct val images.
+        baseline: that of the baseline.
+        images: number of val images.
+
+    Example:
+        >>> is_below(0.80, 0.85, 400), is_below(0.80, 0.85, 40)  # standard errors 0.027 and 0.085
+        (True, False)
+    """
+    variance = (teacher * (1 - teacher) + baseline * (1 - baseline)) / images
+    return baseline - teacher > math.sqrt(variance)
 
 
 def _view_differences(models: Mapping[str, Classifier]) -> list[str]:

@@ -63,6 +63,8 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[Pl
     assistants,
     pairs are found by depth.
 
+    Without labels (``data.labeled``) there is no baseline.
+
     Further seeds add baseline and distilled; the other networks are trained once.  The stages of the first seed come
     first, so that a resumed run with more seeds only appends stages.
 
@@ -72,7 +74,7 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[Pl
         >>> [(stage.name, stage.teachers) for stage in plan_stages(recipe)]
         [('teacher', ()), ('baseline', ()), ('generation-1', ('teacher',)), ('distilled', ('generation-1',))]
     """
-    stages = _first_seed_stages(recipe, set(parts))
+    stages = _first_seed_stages(recipe, set(parts) - (set() if recipe.data.labeled else {"baseline"}))
     again = [stage for stage in stages if stage.role in ("baseline", "distilled")]
     for each in range(2, recipe.seeds + 1):
         stages += [replace(stage, name=stage_name(stage.role, each)) for stage in again]

@@ -43,8 +43,7 @@ from potstill.models.model_file import Classifier
 from potstill.models.registry import check_model
 from potstill.training.averaging import check_batch_norm
 from potstill.training.callbacks import Observer
-from potstill.training.ddp import check_distributed_support
-from potstill.training.devices import Compute, create_compute
+from potstill.training.devices import Compute, check_distributed_support, create_compute
 from potstill.training.optim import get_optimizer_class
 from potstill.training.settings import TrainingSettings
 from potstill.training.trainer import LabelLoss
@@ -123,7 +122,7 @@ def _dry_run_stage(
         data=data,
         compute=compute,
         example=images.batch().images,
-        label_loss=torch.nn.CrossEntropyLoss() if data.target is None else LabelLoss(),
+        label_loss=torch.nn.CrossEntropyLoss() if data.target is None and not data.teacher_labels else LabelLoss(),
     )
     try:
         with example_answers(networks[name].module for name in stage.teachers):
@@ -235,7 +234,14 @@ class _RandomImages:
 
 
 def check_data_requirements(
-    method: Method, *, mixes: bool, unlabeled: bool, images: int, batch_size: int, target: bool = False
+    method: Method,
+    *,
+    mixes: bool,
+    unlabeled: bool,
+    images: int,
+    batch_size: int,
+    target: bool = False,
+    labeled: bool = True,
 ) -> None:
     """Check that a method fits the training images.
 
@@ -246,6 +252,7 @@ def check_data_requirements(
         images: number of training images.
         batch_size: of the student's training.
         target: whether the student learns on another domain, whose images have no labels.
+        labeled: False: no image has a label.
 
     Raises:
         UsageError: all conflicts, with what to do.
@@ -258,6 +265,13 @@ def check_data_requirements(
         )
     if mixes and needs.index:
         problems.append(f"{name} has a memory by sample, and a mixed image is no sample: switch mixup and cutmix off")
+    if not labeled and (reason := _why_not_unlabeled(method)):
+        problems.append(f"{name} {reason}, and there are none (--no-labels): use --method kd --alpha 0")
+    elif not labeled and (weight := method.label_weight) > 0:
+        problems.append(
+            f"{name} gives the labels the weight {weight:g}, and there are none (--no-labels): set it to 0, with "
+            "--alpha 0 for kd or method.ce_weight=0, or use --method kd --alpha 0"
+        )
     if target and (reason := _why_not_unlabeled(method)):
         problems.append(f"{name} {reason}: leave data.target out, or use kd or dist")
     elif unlabeled and (reason := _why_not_unlabeled(method)):
@@ -352,6 +366,7 @@ def check_all(
         images=len(splits.train),
         batch_size=recipe.stage_training("student").batch_size,
         target=splits.target is not None,
+        labeled=recipe.data.labeled,
     )
     if recipe.teacher_cache.mode == "auto" and is_cacheable(method):
         record_kind(recipe, method, len(splits.class_names))

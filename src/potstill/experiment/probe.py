@@ -1,12 +1,15 @@
 """Linear probe: the head of a network, fitted by logistic regression on the embeddings of a frozen encoder.
 
-The encoder runs once over train and val, without augmentation, at the network's own size.  Flipped images as further
-samples would double the cost for 0.4 points of accuracy at most (EfficientNet-Lite0, 1,000 images of CIFAR-10).
+The encoder runs once over train and val, without augmentation, at the network's own size; other runs with the same
+encoder and images read the embeddings from the teacher cache.  Flipped images as further samples would double the cost
+for 0.4 points of accuracy at most (EfficientNet-Lite0, 1,000 images of CIFAR-10).
 """
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,16 @@ from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.feature_extractor import ExtractionRequest, FeatureExtractor
+from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_inference import InferenceSettings, convert_for_inference
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import ProcessGroup
-from potstill.errors import ArtifactError, NonFiniteError, UsageError
+from potstill.errors import ArtifactError, NonFiniteError, StorageError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.evaluation.predictions import check_complete, evaluation_mode
 from potstill.experiment.builders import InitialNetwork, split_loader
 from potstill.experiment.plan import PlannedStage, derive_seed
-from potstill.experiment.teacher_cache import names_digest
+from potstill.experiment.teacher_cache import names_digest, open_embedding_cache
 from potstill.features.stages import find_stages
 from potstill.formatting import format_count, format_duration, format_percent
 from potstill.io import read_bytes, sha256_hex, write_bytes
@@ -64,6 +68,11 @@ def fits_head(network: StageSettings) -> bool:
     return network.head in ("probe", "finetune")
 
 
+def probes_by_default(network: StageSettings, start: InitialNetwork, role: str) -> bool:
+    """Return whether a network gets a probe without being asked for: a teacher with weights of other classes."""
+    return role == "teacher" and network.head is None and network.weights is not None and not start.ready
+
+
 def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits, key: str) -> str:
     """Check that a head can be fitted; return the path of the network's last linear layer.
 
@@ -79,16 +88,16 @@ def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits,
     """
     if start.ready:
         raise UsageError(
-            f"{key}.head: {network.weights} already has a head for these {len(data.class_names)} classes: leave "
-            f"{key}.head out, or give weights of other classes"
+            f"{key}.head: {network.weights} already has a head for these {len(data.class_names)} classes: set "
+            f"{key}.head=null, or give weights of other classes"
         )
     example = torch.randn(2, 3, start.input.size, start.input.size, generator=torch.Generator().manual_seed(0))
     device = next(start.module.parameters()).device
     head = find_stages(start.module, example.to(device)).head
     if head is None or getattr(start.module.get_submodule(head), "bias", None) is None:
         raise UsageError(
-            f"{key}.head: {network.head} needs a last linear layer with bias, and {start.architecture} has none: "
-            f"leave {key}.head out to train the whole network, or choose another network"
+            f"{key}.head: {network.head or 'probe'} needs a last linear layer with bias, and {start.architecture} has "
+            f"none: set {key}.head=random to train the whole network, or choose another network"
         )
     check_probe_labels(np.asarray(data.train.labels), data.class_names)
     return head
@@ -124,18 +133,30 @@ def probe_teacher(
     settings = recipe.stage_training(stage.name)
     model.module.to(compute.device).to(memory_format=compute.memory_format)
     network, inference = _convert(stage, model, layer, recipe, data, compute)
-    found = {}
+    embeddings, labels, cached = dict[str, Tensor](), dict[str, Tensor](), True
     for split in ("train", "val"):
         loader = split_loader(data, split, model.input, recipe, settings, compute)
-        found[split] = _embed(
-            network, inference, layer, loader, f"{stage.name}: embeddings of {split}", observer, compute
+        cache = open_embedding_cache(
+            model,
+            layer,
+            inference,
+            loader,
+            split,
+            batch_size=settings.batch_size,
+            recipe=recipe,
+            data=data,
+            folder=folder,
+            observer=observer,
         )
-    embeddings, labels = found["train"]
+        label = f"{stage.name}: embeddings of {split}"
+        run = partial(_embed, network, inference, layer, loader, label, observer, compute)
+        embeddings[split], found = _read_or_run(cache, run, observer, compute)
+        labels[split], cached = loader.labels, cached and found
     balance = recipe.data.class_balance != "none" if data.draws is None else False
-    labeled = labels[labels >= 0]
+    labeled = labels["train"][labels["train"] >= 0]
     probe = fit_probe(
-        embeddings.to(compute.device),
-        labels,
+        embeddings["train"].to(compute.device),
+        labels["train"],
         len(data.class_names),
         seed=derive_seed(recipe.seed, f"{stage.seed}/folds"),  # baseline and distilled start from one probe
         class_weights=balanced_class_weights(labeled.bincount(minlength=len(data.class_names))) if balance else None,
@@ -143,7 +164,7 @@ def probe_teacher(
     probe = compute.processes.share(probe)
     _set_head(model.module, layer, probe)
     val = StreamingMetrics(len(data.class_names))
-    val.update(probe.logits(found["val"][0]), found["val"][1])
+    val.update(probe.logits(embeddings["val"]), labels["val"])
     figures = val.compute()
     heads = FoldHeads(layer, probe.weight, probe.bias, probe.fold)
     content = safetensors.torch.save(dict(heads.state_dict()))
@@ -159,7 +180,7 @@ def probe_teacher(
             "C": float(f"{probe.C:.3g}"),
             "folds": probe.folds,
             "images": len(labeled),
-            "embedding": embeddings.shape[1],
+            "embedding": embeddings["train"].shape[1],
             "cross_validated": {"top1": probe.top1, "nll": probe.nll},
             "val_top1": figures["top1"],
             "seconds": round(seconds, 3),
@@ -170,7 +191,8 @@ def probe_teacher(
         "potstill": __version__,
     }
     observer.note(
-        f"{stage.name}: a linear probe on {format_count(len(labeled))} embeddings of {embeddings.shape[1]:,} numbers: "
+        f"{stage.name}: a linear probe on {format_count(len(labeled))} embeddings of {probe.weight.shape[2]:,} numbers"
+        f"{' from the cache' if cached else ''}: "
         f"C {probe.C:.2g} by {probe.folds}-fold cross-validation on train (top-1 {format_percent(probe.top1)}), "
         f"val top-1 {format_percent(figures['top1'])}, {format_duration(seconds)}"
     )
@@ -234,6 +256,38 @@ def _convert(
         return convert_for_inference(model.module, torch.float32, compute.memory_format, images)
 
 
+def _read_or_run(
+    cache: TeacherCache | None, run: Callable[[], Tensor], observer: Observer, compute: Compute
+) -> tuple[Tensor, bool]:
+    """Return embeddings [N, D] from the cache if it has all of them, else from ``run``; and whether they were cached.
+
+    ``run``: called by all processes, or by none.
+    """
+    embeddings: Tensor | None = None
+    try:
+        if cache is not None:
+            with contextlib.suppress(StorageError):  # an unreadable file: the encoder runs
+                records, present = cache.read(0, np.arange(cache.samples, dtype=np.int64))
+                found = cache.record.decode(records)[1]
+                embeddings = torch.from_numpy(found) if found is not None and present.all() else None
+        (missing,) = compute.processes.highest(int(embeddings is None))
+        if embeddings is not None and not missing:
+            return embeddings, True
+        embeddings = run()
+        if cache is not None and compute.processes.first:
+            try:
+                values = embeddings.numpy()
+                records = cache.record.encode(np.zeros((len(values), 0), np.float32), values)
+                cache.write(0, np.arange(len(values), dtype=np.int64), records)
+                cache.flush()
+            except StorageError as error:
+                observer.warn(f"embeddings are not cached: {error}")
+        return embeddings, False
+    finally:
+        if cache is not None:
+            cache.close()
+
+
 def _embed(
     network: nn.Module,
     inference: InferenceSettings,
@@ -242,31 +296,30 @@ def _embed(
     label: str,
     observer: Observer,
     compute: Compute,
-) -> tuple[Tensor, Tensor]:
-    """Return embeddings [N, D] float32 and labels [N] of all images, on the CPU, in the order of their ids."""
+) -> Tensor:
+    """Return embeddings [N, D] float32 of all images, on the CPU, in the order of their ids."""
     extractor = FeatureExtractor(ExtractionRequest(embedding=layer))
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     done = 0
     with evaluation_mode(network):
         for batch in loader.epoch():
             embedding = extractor.run(network, batch.images, inference).embedding
             assert embedding is not None  # requested
             assert batch.index is not None  # set by every loader
-            parts.append((embedding.cpu(), batch.labels.cpu(), batch.index.cpu()))
+            parts.append((embedding.cpu(), batch.index.cpu()))
             compute.processes.progress()
             done += len(batch)
             observer.wait(label, min(done * compute.processes.count, loader.count), loader.count)
-    embeddings, labels, index = _gather(parts, compute.processes)
+    embeddings, index = _gather(parts, compute.processes)
     check_complete(index.numpy(), loader.count)
-    order = index.argsort()
-    embeddings, labels = embeddings[order], labels[order]
+    embeddings = embeddings[index.argsort()]
     if not (finite := embeddings.isfinite().all(dim=1)).all():
         first = int((~finite).nonzero()[0])
         raise NonFiniteError(f"{label}: that of {loader.images.names[first]} is NaN or infinite")
-    return embeddings, labels
+    return embeddings
 
 
-def _gather(parts: list[tuple[Tensor, Tensor, Tensor]], processes: ProcessGroup) -> list[Tensor]:
+def _gather(parts: list[tuple[Tensor, Tensor]], processes: ProcessGroup) -> list[Tensor]:
     own = [torch.cat(column) for column in zip(*parts, strict=True)]
     gathered = [columns for columns in processes.gather(own) if columns]  # processes without images have none
     return [torch.cat(column) for column in zip(*gathered, strict=True)]

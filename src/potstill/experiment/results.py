@@ -1,5 +1,6 @@
 """Final evaluation of a run: all stages on train, val and test, and the comparison, for results.json."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from potstill.evaluation.cost import count_flops, known_parameters, measure_late
 from potstill.evaluation.fidelity import agreement
 from potstill.evaluation.final_metrics import calibration_report, split_intervals, split_metrics
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
+from potstill.evaluation.significance import paired_interval, wilson_interval
 from potstill.experiment.builders import split_loader
 from potstill.experiment.comparison import compare_with_baseline, describe_similarity
 from potstill.experiment.domain_adaptation import describe_domains, evaluate_adapted_baselines, evaluate_on_source
@@ -87,7 +89,7 @@ def evaluate_stages(
             **{split: _without_per_class(metrics[split]) for split in SPLITS},
             **({"source_test": _without_per_class(before[name])} if name in before else {}),
             "test_intervals": split_intervals(own["test"]),
-            "calibration": _calibration(own["val"], own["test"]),
+            "calibration": None if data.teacher_labels else _calibration(own["val"], own["test"]),
         }
     stages = {name: entries.pop(name) for name in once}
     correct = {name: own["test"].correct for name, own in (found | groups).items()}
@@ -112,6 +114,11 @@ def evaluate_stages(
         "repeats": entries,
         "together": described,
         "comparison": comparison,
+        **(
+            {"without_labels": describe_agreement(stages, found, groups.get("teachers", {}).get("test"), data)}
+            if data.teacher_labels
+            else {}
+        ),
         "cka": describe_similarity(once, recipe, data, compute),
         **(known or {}),
     }
@@ -143,6 +150,7 @@ def describe_run(
             "fingerprint": data.fingerprint,
             "class_names": list(data.class_names),
             "counts": data.counts(),
+            **({"teacher_labels": list(data.teacher_labels)} if data.teacher_labels else {}),
             "size": recipe.data.size,
             "resize_mode": recipe.data.resize_mode,
             "unseen": crop_notes(*image_sizes(data.train), recipe.data.resize_mode),
@@ -155,6 +163,76 @@ def describe_run(
         **evaluated,
         "warnings": warnings,
     }
+
+
+def describe_missing_labels(data: DataSplits) -> str:
+    """Return what the metrics of data without labels mean, for warnings."""
+    splits = " and ".join(data.teacher_labels) if len(data.teacher_labels) < 3 else "train, val and test"
+    known = "" if "test" in data.teacher_labels else "; test has labels of its own"
+    unknown = "accuracy is unknown, as the images have no labels" if not known else "the training images have no labels"
+    return (
+        f"{unknown}: on {splits}, the labels in every table and picture are the classes that the teacher predicts, so "
+        f"that top-1 is the agreement with the teacher, and the teacher's own is 100 %{known}"
+    )
+
+
+def describe_agreement(
+    stages: Mapping[str, Any],
+    predictions: Mapping[str, SplitPredictions],
+    teacher: Predictions | None,
+    data: DataSplits,
+) -> dict[str, Any]:
+    """Return ``without_labels`` of results.json: what is known of the student where there is no baseline.
+
+    Args:
+        stages: entries of results.json.
+        predictions: by stage and split.
+        teacher: the teachers' on test, averaged if there are several.
+        data: with the teacher's predictions as labels of the splits without labels.
+    """
+    labeled, sentences = "test" not in data.teacher_labels, list[str]()
+    found: dict[str, Any] = {"test_labeled": labeled}
+    if "distilled" in stages and teacher is not None:
+        own, test = predictions["distilled"]["test"], stages["distilled"]["test"]
+        same = wilson_interval(int((own.predicted == teacher.predicted).sum()), len(own.labels))
+        found["agreement"] = list(same)
+        divergence = test.get("kl_to_teacher")
+        sentences.append(
+            f"On {len(own.labels):,} {'labeled test' if labeled else 'held-out'} images the student predicts the "
+            f"teacher's class for {same.value:.1%} (95 % interval {same.low:.1%} to {same.high:.1%})"
+            + ("" if divergence is None else f"; mean KL divergence from the teacher {divergence:.3f}")
+            + "."
+        )
+        further = [
+            float((each["test"].predicted == teacher.predicted).mean())
+            for name, each in predictions.items()
+            if stage_role(name) == "distilled" and repeat_index(name)
+        ]
+        if further:
+            found["agreement_of_further_seeds"] = further
+            sentences.append(f"With further seeds: {', '.join(f'{each:.1%}' for each in further)}.")
+        if labeled:
+            difference = paired_interval(teacher.correct, own.correct)
+            accuracies = {
+                name: wilson_interval(int(each.correct.sum()), len(each.labels))
+                for name, each in (("teacher", teacher), ("student", own))
+            }
+            found |= {"accuracy": {name: list(each) for name, each in accuracies.items()}}
+            found["difference"] = list(difference)
+            listed = ", ".join(
+                f"{name} {each.value:.1%} ({each.low:.1%} to {each.high:.1%})" for name, each in accuracies.items()
+            )
+            sentences.append(
+                f"Top-1 on their labels: {listed}; student - teacher {100 * difference.value:+.1f} points "
+                f"({100 * difference.low:+.1f} to {100 * difference.high:+.1f})."
+            )
+    if not labeled:
+        sentences.append(
+            "Accuracy is unknown: the images have no labels. A small folder of labeled test images gives it: "
+            "--labeled-test DIR, or `potstill evaluate RUN --data DIR`."
+        )
+    sentences.append("There is no baseline, since it learns from labels.")
+    return found | {"sentences": sentences}
 
 
 def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
@@ -173,7 +251,7 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
         "source": recipe.data.unlabeled,
         "images": images,
         "labeled_images": len(data.train),
-        "per_step": sampler.largest_batch - labeled,
+        "per_step": int(labeled * share / (1 - share) + 0.5),
         "labeled_per_step": labeled,
         "steps": sampler.steps * settings.epochs,
         "passes": round((sampler.count - sampler.labeled) * settings.epochs / images, 3),

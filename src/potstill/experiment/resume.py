@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +15,7 @@ from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.plan import PlannedStage, plan_stages, stage_recipe
 from potstill.experiment.run_folder import RunFolder, as_csv
 from potstill.formatting import format_names
+from potstill.hub import model_path
 from potstill.io import read_bytes, read_checksummed_json
 
 TEST_EVALUATIONS_KEY = "looks"  # in environment.json
@@ -109,7 +109,14 @@ def describe_view_difference(first: str, views: Any, second: str, others: Any) -
 
 
 # Settings that do not affect the result, so that a resumed run may change them.
-_NEUTRAL_KEYS = {"name", "description", "data.workers", "data.cache_fraction", "teacher_cache.folder"}
+_NEUTRAL_KEYS = {
+    "name",
+    "description",
+    "teacher_below_baseline",
+    "data.workers",
+    "data.cache_fraction",
+    "teacher_cache.folder",
+}
 _MAX_CHANGES = 8  # changed settings that a message lists
 _MAX_IMAGES = 3  # images that a message lists
 _NEUTRAL_TRAINING_KEYS = ("checkpoint_seconds", "keep_checkpoint")
@@ -242,7 +249,11 @@ def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:
     """
     for name in (*(stage.name for stage in plan_stages(recipe)), "student"):
         weights = recipe.network(name).weights
-        if weights and weights not in WITHOUT_FILE and Path(weights).resolve().is_relative_to(folder.path.resolve()):
+        if (
+            weights
+            and weights not in WITHOUT_FILE
+            and model_path(weights).resolve().is_relative_to(folder.path.resolve())
+        ):
             raise UsageError(
                 f"--overwrite would delete the weights from which {name} starts, {weights}; choose another --name"
             )

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from potstill.errors import ArtifactError, StorageError, UsageError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.io import (
     PART,
     encode_json,

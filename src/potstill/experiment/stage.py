@@ -65,7 +65,7 @@ def train_stage(
     teacher_folders: Sequence[Path] | None = None,
     fold_heads: Sequence[FoldHeads | None] = (),
     probed: ProbedTeacher | None = None,
-    keeps: bool = True,
+    use_cache: bool = True,
     extended_from: Sequence[int] = (),
     stopping: SignalHandler | None = None,
 ) -> History:
@@ -87,7 +87,7 @@ def train_stage(
             cache; else None.
         fold_heads: cross-fitted heads of each teacher, for the images of ``train``.
         probed: the linear probe that ``student`` starts from; it stays if no epoch is better on val.
-        keeps: keep these outputs in a teacher cache on disk.
+        use_cache: keep these outputs in a teacher cache on disk.
         extended_from: numbers of epochs after which the stage was finished before.
         stopping: signal handler; after a signal, training stops and saves a checkpoint.
     """
@@ -163,7 +163,8 @@ def train_stage(
             data=data,
             compute=compute,
             observer=observer,
-            keeps=keeps and not all(find_table(teacher.module) for teacher in teachers),  # which are on disk already
+            # Tables are on disk already.
+            use_cache=use_cache and not all(find_table(teacher.module) for teacher in teachers),
             views=used_views,
         )
     if caches.kept and cost is not None:

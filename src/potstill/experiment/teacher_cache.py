@@ -57,13 +57,13 @@ class ViewPlan:
     Attributes:
         views: drawn in turn, by baseline and distilled alike.
         record: what is kept of a teacher's logits; None: the method trains on the live answers, not on records.
-        keeps: whether the records are kept on disk.
+        use_cache: whether the records are stored on disk.
         note: for people; empty where there is nothing to say.
     """
 
     views: Views
     record: RecordKind | None
-    keeps: bool
+    use_cache: bool
     note: str = ""
 
 
@@ -122,7 +122,7 @@ def count_views(recipe: Recipe) -> Views:
 
 
 def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
-    """What the recipe keeps of a teacher's logits; float16 where it leaves that open.
+    """What the recipe use_cache of a teacher's logits; float16 where it leaves that open.
 
     Raises:
         UsageError: the 16 largest do not suffice for this method, or are all there are.
@@ -213,7 +213,7 @@ class StageCaches:
         if not self.kept:
             return {}
         counts = processes.gather(self.by_split["train"].counts)
-        return {"asked": sum(each.computed for each in counts), "read": sum(each.read for each in counts)}
+        return {"computed": sum(each.computed for each in counts), "read": sum(each.read for each in counts)}
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class StageTeacher:
     classifier: Classifier  # as trained, in float32
     folder: Path | None  # None where nothing is stored
     weights: str  # digest of the classifier's
-    how: InferenceSettings | None = None  # decides how its answers are rounded; None: under autocast
+    inference_settings: InferenceSettings | None = None  # they determine rounding; None: under autocast
     fold_heads: str | None = None  # digest of its cross-fitted heads, where it has such
 
 
@@ -238,7 +238,7 @@ def open_caches(
     data: DataSplits,
     compute: Compute,
     observer: Observer,
-    keeps: bool = True,
+    use_cache: bool = True,
     views: Mapping[str, TeacherViews] | None = None,
 ) -> StageCaches:
     """Stores for the teachers' answers to the images of each split.
@@ -254,7 +254,7 @@ def open_caches(
         compute: device and precision of the teachers.
         observer: is warned once where a store cannot be used; training then goes on with the live teacher, whose
             answers are rounded as their records would be, so that the weights are the same.
-        keeps: False: no store is opened at all, with the same effect.
+        use_cache: False: no cache is opened, with the same effect.
         views: by split, the images for teachers of another size than the student's.
     """
     method, classes = distiller.method, len(data.class_names)
@@ -288,11 +288,11 @@ def open_caches(
     # Where the method asks the teacher in training only, val has no answers.
     answered = {split: each for split, each in loaders.items() if split == "train" or not method.needs.training_only}
     try:
-        caches = {split: shelves_of(split, loader, keeps) for split, loader in answered.items()}
+        caches = {split: shelves_of(split, loader, use_cache) for split, loader in answered.items()}
     except (StorageError, ArtifactError) as error:
         failed = error
         observer.warn(f"the teacher cache cannot be used, so the teacher runs in every step: {error}")
-    kept = keeps and not any(compute.processes.highest(int(failed is not None)))  # all processes record, or none
+    kept = use_cache and not any(compute.processes.highest(int(failed is not None)))  # all processes record, or none
     if not kept:
         for store in opened:
             store.close()
@@ -325,7 +325,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "remodelled": network.remodelled,
         **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
         "input": dataclasses.asdict(network.input),
-        "asked in": None if teacher.how is None else teacher.how.facts(),
+        "inference": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
         **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),
     }
 
@@ -349,6 +349,66 @@ def names_digest(names: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def open_embedding_cache(
+    encoder: Classifier,
+    layer: str,
+    how: InferenceSettings,
+    loader: Loader,
+    split: str,
+    *,
+    batch_size: int,
+    recipe: Recipe,
+    data: DataSplits,
+    folder: Path,
+    observer: Observer,
+) -> TeacherCache | None:
+    """Return the cache of an encoder's embeddings, float32, of the images of a split without augmentation (view 0).
+
+    They depend on all weights but those of the head, so that runs with other seeds, heads and classes share them.
+
+    Args:
+        encoder: the network.
+        layer: path of its head, whose input is the embedding.
+        how: its inference settings.
+        loader: of the images.
+        split: of the loader.
+        batch_size: of the loader; sums over other batches are rounded a little differently.
+        recipe: says whether and where.
+        data: whose fingerprint is part of the key.
+        folder: of the model, for listings.
+        observer: is warned if there is no space, or the cache cannot be used.
+
+    Returns:
+        None if the recipe switches the cache off, or it cannot be used.
+    """
+    if recipe.teacher_cache.mode == "off":
+        return None
+    head = encoder.module.get_submodule(layer)
+    assert isinstance(head, nn.Linear)
+    record, root = RecordFormat("float32", 0, head.in_features), cache_root(recipe)
+    size, room = record.nbytes * loader.samples, MAX_DISK_FRACTION * _free_bytes(root)
+    if size > room:
+        observer.warn(
+            f"embeddings of {split} are not cached: they take {format_scaled(size, 'B')}, more than a quarter of the "
+            f"free disk of {root}"
+        )
+        return None
+    teacher = describe_teacher(StageTeacher(encoder, None, module_digest(encoder.module, without=layer), how))
+    facts = {
+        "teacher": f"{encoder.architecture}, embeddings",
+        "folder": str(folder.resolve()),
+        "data": data.source,
+        "recipe": dump_recipe(recipe),
+    }
+    key = cache_key(teacher, loader, split, data, second=False) | {"embedding": layer, "batch_size": batch_size}
+    key.pop("classes")
+    try:
+        return TeacherCache.open(root, key, record, loader.samples, facts)
+    except (StorageError, ArtifactError) as error:
+        observer.warn(f"embeddings of {split} are not cached: {error}")
+        return None
+
+
 def embedding_widths(distiller: Distiller) -> list[int]:
     """D of each teacher: what its last linear layer reads."""
     assert distiller.teacher is not None
@@ -361,10 +421,17 @@ def embedding_widths(distiller: Distiller) -> list[int]:
     return found
 
 
-def module_digest(module: nn.Module) -> str:
-    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function."""
+def module_digest(module: nn.Module, without: str | None = None) -> str:
+    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function.
+
+    Args:
+        module: the network.
+        without: name of a module whose tensors are left out.
+    """
     found = hashlib.sha256()
     for name, tensor in module.state_dict().items():
+        if without is not None and name.rpartition(".")[0] == without:
+            continue
         plain = tensor.detach().cpu().contiguous()
         found.update(f"{name}\0{plain.dtype}\0{tuple(plain.shape)}\0".encode())
         found.update(plain.reshape(-1).view(torch.uint8).numpy().data)

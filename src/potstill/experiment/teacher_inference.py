@@ -79,22 +79,24 @@ def convert_teachers(
             own = None if views is None else views.loaders[at]
             observer.note(f"{name} {_convert_teacher(live, at, described, train, own, data, compute)}")
         if described is not None:
-            converted.append(dataclasses.replace(described, how=live.inference_settings[at]))
+            converted.append(dataclasses.replace(described, inference_settings=live.inference_settings[at]))
     return converted
 
 
-def convert_as(teachers: Teachers, how: InferenceSettings, images: Tensor) -> None:
+def convert_as(teachers: Teachers, settings: InferenceSettings, images: Tensor) -> None:
     """Convert a single teacher to given inference settings, without comparing its outputs.
 
     Args:
         teachers: a single one; ``teachers.inference_settings`` has its settings afterwards.
-        how: the settings.
+        settings: precision and memory format.
         images: some, preprocessed for this teacher.
     """
-    if how.dtype == torch.float32:
-        teachers.use_float32(0, how.memory_format)
+    if settings.dtype == torch.float32:
+        teachers.use_float32(0, settings.memory_format)
     else:
-        teachers.optimize_one_for_inference(0, how.dtype, how.memory_format, images, fidelity=Fidelity(1.0, 0.0, 0))
+        teachers.optimize_one_for_inference(
+            0, settings.dtype, settings.memory_format, images, fidelity=Fidelity(1.0, 0.0, 0)
+        )
 
 
 def teacher_images(teachers: Teachers, at: int, loader: Loader, own: Loader | None, index: Tensor) -> Tensor:
@@ -165,7 +167,9 @@ class _FidelityCache:
     """
 
     def __init__(self, teacher: StageTeacher, train: Loader, data: DataSplits, compute: Compute) -> None:
-        tried = dataclasses.replace(teacher, how=InferenceSettings(torch.bfloat16, compute.memory_format))
+        tried = dataclasses.replace(
+            teacher, inference_settings=InferenceSettings(torch.bfloat16, compute.memory_format)
+        )
         subject = {
             "format": FORMAT,
             "answers": cache_key(describe_teacher(tried), train, "train", data, second=False),

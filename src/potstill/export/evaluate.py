@@ -90,11 +90,15 @@ def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any,
     if run_settings is not None or is_dataset(source):
         enabled = {key: True for key, value in options.items() if value}
         splits = load_data(settings if run_settings is None else run_settings.model_copy(update=enabled))
+        if "test" in splits.teacher_labels:
+            raise DataError(
+                f"the images of {model} have no labels: give labeled ones, with --data DIR, a folder of class folders"
+            )
         names = [splits.class_names[label] for label in splits.test.labels]
         subset = "test split of the run" if run_settings is not None else "test split"
         return splits.test, names, subset, splits.skipped
     listing, skipped, contents = read_files(list_source(settings), settings)
-    raise_refused(settings, listing.findings, listing.root)
+    raise_refused(settings, listing.findings, listing.shown_root)
     entries = listing.entries
     subset = "all images"
     if any(entry.split for entry in entries):
@@ -104,7 +108,7 @@ def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any,
     # Label 0 is a placeholder: classes are matched by name.
     images = FileSet(listing.root, [entry.name for entry in entries], [0] * len(entries))
     if not contents:
-        check_files(listing.root, images.names, source)
+        check_files(listing.root, images.names, source, place=listing.place)
     return images, [entry.label for entry in entries], subset, to_skipped(skipped)
 
 

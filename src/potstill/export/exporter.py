@@ -391,13 +391,14 @@ class Exporter:
         reference, found = compute_logits(
             [self.reference, create_onnx_predictor(content)], self.splits.test, test, self.metadata
         )
-        labels = self.splits.test.labels
+        labels, labeled = self.splits.test.labels, "test" not in self.splits.teacher_labels
+        if not labeled:  # then accuracy is agreement with the float network
+            labels = reference.argmax(axis=1)
         before, after = accuracy(reference, labels), accuracy(found, labels)
         difference = compute_parity(reference, found)
-        self.note(
-            f"int8: {after:.2%} of {len(labels)} test images right, {before:.2%} before; "
-            f"{difference.agreement:.2%} with the same top class as before"
-        )
+        right = f"{after:.2%} of {len(labels)} test images right, {before:.2%} before; " if labeled else ""
+        unlabeled = "" if labeled else f"of {len(labels)} images without labels "
+        self.note(f"int8: {right}{difference.agreement:.2%} {unlabeled}with the same top class as before")
         self._check_accuracy_drop(before, after, len(labels))
         return {".onnx": content}, {
             "parity": same.as_json(),

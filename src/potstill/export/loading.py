@@ -9,6 +9,7 @@ from potstill.code_references import is_code_reference, permit_code
 from potstill.config.overrides import read_class_file, split_model
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.run_folder import find_model
+from potstill.hub import is_hub_model, model_path, pinned_name
 from potstill.models.class_names import CLASS_LISTS, LIKELY_LISTS, class_list
 
 if TYPE_CHECKING:
@@ -21,13 +22,13 @@ def find_model_folder(model: Path | str) -> Path | None:
     Raises:
         ArtifactError: neither of them is there.
     """
+    path = model_path(model)
     try:
-        return find_model(Path(model))
+        return find_model(path)
     except ArtifactError:
         architecture, weights = split_model(os.fspath(model))
         if architecture is not None and weights is not None:
             return None
-        path = Path(model).expanduser()
         if weights is not None and (path.is_file() or (path / "config.json").is_file()):
             return None
         raise
@@ -54,18 +55,21 @@ def load_classifier(
 
     Raises:
         ArtifactError: no model there, or a damaged one.
-        UsageError: weights of a network that is not known, or class names that do not fit.
+        UsageError: weights of a network that is not known, class names that do not fit, or a repository of the hub
+            that cannot be read.
     """
     folder = find_model_folder(model)
+    if (pinned := pinned_name(os.fspath(model))) != os.fspath(model):
+        note(f"{model} is {pinned}")
     if folder is not None:
         from potstill.models.model_file import load_model
 
         if classes is not None:
             raise UsageError(f"--classes is for weights without class names; {folder} has its own")
-        return load_model(folder), str(folder)
+        return load_model(folder), pinned if is_hub_model(pinned) else str(folder)
     architecture, weights = split_model(os.fspath(model))
     assert weights is not None
-    return _load_bare(architecture, weights, classes, likely, note), weights
+    return _load_bare(architecture, pinned_name(weights), classes, likely, note), weights
 
 
 def _load_bare(
@@ -79,7 +83,7 @@ def _load_bare(
     from potstill.models.registry import input_spec, own_size
     from potstill.models.state_dict import read_class_names
 
-    path = Path(weights).expanduser()
+    path = model_path(weights)
     if architecture is None:
         architecture = identify_network(path)
         note(f"{weights}: the network is taken to be {architecture}")

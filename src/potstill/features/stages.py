@@ -24,63 +24,65 @@ from potstill.features.tracing import (
     trace_forward,
 )
 
-# A map of one pixel is a stage if a network with small images just goes on halving.  A larger reduction at once is
+# A map of one pixel is a stage if the network reaches it by halving.  A larger reduction at once is
 # flattening (timm's VGG reads its 7 x 7 map by one convolution).
 _LAST_STEP = 16
 _ISOTROPIC_STAGES = 4  # for blocks of equal resolution, as in common pyramids
 
 
-def find_stage_ends(seen: ForwardTrace) -> list[ModuleCall]:
+def find_stage_ends(trace: ForwardTrace) -> list[ModuleCall]:
     """Return the calls that end the stages, shallow to deep."""
-    blocks = _blocks(seen)
-    body = _body(seen, blocks)
-    sizes = list(dict.fromkeys(map_size(call) for call in body))
+    blocks = _blocks(trace)
+    found = _stage_candidates(trace, blocks)
+    sizes = list(dict.fromkeys(map_size(call) for call in found))
     sizes.sort(key=lambda size: -size[0] * size[1])
     chosen: list[ModuleCall] = []
     for size in sizes:
-        here = [call for call in body if map_size(call) == size]
-        here = [call for call in here if not any(call in stage.around for stage in chosen)]
-        if size == (1, 1) and len(sizes) > 1 and here and not _goes_on(here[0]):
+        candidates = [call for call in found if map_size(call) == size]
+        candidates = [call for call in candidates if not any(call in stage.parents for stage in chosen)]
+        if size == (1, 1) and len(sizes) > 1 and candidates and not _continues_halving(candidates[0]):
             continue
-        while len(here) > 1 and _is_layer_norm(here[-1].module):
-            here.pop()
-        if here:
-            fewest = min(_steps_around(call) for call in here)
-            chosen.append([call for call in here if _steps_around(call) == fewest][-1])
-    return _divided(chosen[0], seen, blocks) if len(chosen) == 1 else chosen
+        while len(candidates) > 1 and _is_layer_norm(candidates[-1].module):
+            candidates.pop()
+        if candidates:
+            fewest = min(_count_larger_parents(call) for call in candidates)
+            chosen.append([call for call in candidates if _count_larger_parents(call) == fewest][-1])
+    return _divide_blocks(chosen[0], trace, blocks) if len(chosen) == 1 else chosen
 
 
-def _body(seen: ForwardTrace, blocks: list[ModuleCall]) -> list[ModuleCall]:
-    """Return calls that could end a stage: they output maps, on the main path, after the stem, and not by pooling."""
-    begin = _begin(seen, blocks)
-    calls = [call for call in seen.calls if call.grid is not None and call.productive and not _detour(call)]
+def _stage_candidates(trace: ForwardTrace, blocks: list[ModuleCall]) -> list[ModuleCall]:
+    """Return calls that may end a stage: they output maps on the main path after the stem, and do not pool."""
+    stem_end = _stem_end(trace, blocks)
+    calls = [
+        call for call in trace.calls if call.grid is not None and call.computes_features and not _is_side_branch(call)
+    ]
     inside_ends: dict[ModuleCall, ModuleCall] = {}  # by call: the last one inside it
     for call in calls:
-        for outer in call.around:
+        for outer in call.parents:
             inside_ends[outer] = call
 
     def pools(call: ModuleCall) -> bool:
-        return call in inside_ends and not call.behind and map_grid(inside_ends[call]).area > map_grid(call).area
+        return call in inside_ends and not call.is_function and map_grid(inside_ends[call]).area > map_grid(call).area
 
     def within_block(call: ModuleCall) -> bool:  # one that itself halves the map, other than by pooling at its end
         area = map_grid(call).area
-        return any(outer in halving and map_grid(outer).area < area for outer in call.around)
+        return any(outer in halving and map_grid(outer).area < area for outer in call.parents)
 
     halving = {block for block in blocks if not pools(block)}
-    body: list[ModuleCall] = []
+    found: list[ModuleCall] = []
     largest = 0
     for call in reversed(calls):
         area = map_grid(call).area
         largest = max(largest, area)
-        if call.end > begin and area == largest and not pools(call) and not within_block(call):
-            body.append(call)
-    return body[::-1]
+        if call.end > stem_end and area == largest and not pools(call) and not within_block(call):
+            found.append(call)
+    return found[::-1]
 
 
-def _detour(call: ModuleCall) -> bool:
-    """Return whether the map is smaller than its result (squeeze and excitation), or larger than all around it."""
+def _is_side_branch(call: ModuleCall) -> bool:
+    """Return whether a map is smaller than the output of a parent (squeeze and excitation), or larger than them all."""
     area = map_grid(call).area
-    for outer in call.around:
+    for outer in call.parents:
         if outer.grid is not None:
             bound = max(outer.grid.area, outer.grid_in.area) if outer.grid_in is not None else area
             if not outer.grid.area <= area <= bound:
@@ -88,70 +90,71 @@ def _detour(call: ModuleCall) -> bool:
     return False
 
 
-def _steps_around(call: ModuleCall) -> int:
-    """Return the number of enclosing modules that go on to a smaller map."""
-    return sum(outer.grid is not None and outer.grid.area < map_grid(call).area for outer in call.around)
+def _count_larger_parents(call: ModuleCall) -> int:
+    """Return the number of parent calls whose output map is smaller."""
+    return sum(outer.grid is not None and outer.grid.area < map_grid(call).area for outer in call.parents)
 
 
-def _goes_on(first: ModuleCall) -> bool:
-    """Return whether the first map of one pixel is computed like all before it, not by pooling."""
+def _continues_halving(first: ModuleCall) -> bool:
+    """Return whether the first map of one pixel comes from halving, like those before it, and not from pooling."""
     return first.grid_in is not None and 1 < first.grid_in.area <= _LAST_STEP
 
 
-def _blocks(seen: ForwardTrace) -> list[ModuleCall]:
+def _blocks(trace: ForwardTrace) -> list[ModuleCall]:
     """Return the calls of the blocks that networks are built of.
 
-    They have several layers each, and there are several of one class, or they stand in a row with such.
+    They have several layers each, and there are several of one class, or they are in a container with such.
     """
     units = [
         call
-        for call in seen.calls
+        for call in trace.calls
         if call.grid is not None
         and not isinstance(call.module, CONTAINERS)
-        and not call.behind
+        and not call.is_function
         and count_weight_layers(call.module) >= 2
-        and not _detour(call)
+        and not _is_side_branch(call)
     ]
     kinds = Counter(kind for kind, _ in {(type(call.module), call.path) for call in units})
-    rows = {_row(seen, call) for call in units if kinds[type(call.module)] >= 2} - {None}
-    blocks = [call for call in units if kinds[type(call.module)] >= 2 or _row(seen, call) in rows]
+    rows = {_container_of(trace, call) for call in units if kinds[type(call.module)] >= 2} - {None}
+    blocks = [call for call in units if kinds[type(call.module)] >= 2 or _container_of(trace, call) in rows]
     return sorted(blocks, key=lambda call: call.start)
 
 
-def _row(seen: ForwardTrace, call: ModuleCall) -> tuple[str, int] | None:
+def _container_of(trace: ForwardTrace, call: ModuleCall) -> tuple[str, int] | None:
     """Return the outermost of the containers directly around a call, and its depth in there."""
     path, depth = call.path, 0
-    while (outer := _parent(path)) in seen.containers:
+    while (outer := _parent(path)) in trace.containers:
         path, depth = outer, depth + 1
     return (path, depth) if depth else None
 
 
-def _begin(seen: ForwardTrace, blocks: list[ModuleCall]) -> int:
-    """When the stem is over: with the first block, or group of other layers that stands in a row with groups of blocks.
+def _stem_end(trace: ForwardTrace, blocks: list[ModuleCall]) -> int:
+    """Return when the stem ends: at the first block, or at the first group of other layers beside groups of blocks.
 
-    Where blocks stand in rows, one that stands alone (in the stem, or between stages) does not count.
+    If there are containers of blocks, a single block outside of them (in the stem, between stages) does not count.
     """
-    rows = {row for block in blocks if (row := _row(seen, block)) is not None}
-    starts = [block.start for block in blocks if not rows or _row(seen, block) in rows]
+    rows = {row for block in blocks if (row := _container_of(trace, block)) is not None}
+    starts = [block.start for block in blocks if not rows or _container_of(trace, block) in rows]
     outermost = {path for path, depth in rows if depth > 1}
-    starts += [call.start for call in seen.calls if call.path in seen.containers and _parent(call.path) in outermost]
+    starts += [call.start for call in trace.calls if call.path in trace.containers and _parent(call.path) in outermost]
     return min(starts, default=0)
 
 
-def _divided(only: ModuleCall, seen: ForwardTrace, blocks: list[ModuleCall]) -> list[ModuleCall]:
+def _divide_blocks(single: ModuleCall, trace: ForwardTrace, blocks: list[ModuleCall]) -> list[ModuleCall]:
     """Return the ends of four groups of blocks, for a network of constant resolution."""
-    outer = [call for call in blocks if not any(other in call.around for other in blocks)]
+    outer = [call for call in blocks if not any(other in call.parents for other in blocks)]
     if not outer:  # blocks without their own class
         outer = [
-            call for call in seen.calls if _parent(call.path) == only.path and count_weight_layers(call.module) >= 2
+            call for call in trace.calls if _parent(call.path) == single.path and count_weight_layers(call.module) >= 2
         ]
-    here = [call for call in outer if call.grid is not None and map_size(call) == map_size(only)]
-    rows = Counter(_row(seen, call) for call in here)  # blocks that read the class out of the tokens are another row
-    here = [call for call in here if _row(seen, call) == rows.most_common(1)[0][0]]
-    if len(here) < 2:
-        return [only]
-    groups = min(_ISOTROPIC_STAGES, len(here))
-    return [here[-(-len(here) * (group + 1) // groups) - 1] for group in range(groups)]
+    candidates = [call for call in outer if call.grid is not None and map_size(call) == map_size(single)]
+    # Class attention blocks are in another container.
+    rows = Counter(_container_of(trace, call) for call in candidates)
+    candidates = [call for call in candidates if _container_of(trace, call) == rows.most_common(1)[0][0]]
+    if len(candidates) < 2:
+        return [single]
+    groups = min(_ISOTROPIC_STAGES, len(candidates))
+    return [candidates[-(-len(candidates) * (group + 1) // groups) - 1] for group in range(groups)]
 
 
 def _parent(path: str) -> str:
@@ -162,32 +165,34 @@ def _is_layer_norm(module: nn.Module) -> bool:
     return any(name in type(module).__name__ for name in ("LayerNorm", "RMSNorm", "RmsNorm"))
 
 
-def find_head(seen: ForwardTrace) -> ModuleCall | None:
+def find_head(trace: ForwardTrace) -> ModuleCall | None:
     """Return the linear layer whose output is the logits."""
-    linear = _linear_calls(seen)
+    linear = _linear_calls(trace)
     for call in linear:
-        if call.output is seen.logits:
+        if call.output is trace.logits:
             return call
-    for call in linear:  # a wrapper has changed the type, or only copied
-        if _same_logits(call.output, seen.logits):
+    for call in linear:  # a wrapper changed the type, or made a copy
+        if _same_logits(call.output, trace.logits):
             return call
     return None
 
 
-def find_first_head(seen: ForwardTrace) -> ModuleCall | None:
-    """DeiT with a distillation token gives the mean of two heads."""
-    heads = [call for call in _linear_calls(seen) if call.output is not None and call.output.shape == seen.logits.shape]
+def find_first_head(trace: ForwardTrace) -> ModuleCall | None:
+    """Return the last of several heads whose mean is the output, as in DeiT with a distillation token."""
+    heads = [
+        call for call in _linear_calls(trace) if call.output is not None and call.output.shape == trace.logits.shape
+    ]
     if len(heads) < 2:
         return None
     mean = torch.stack([call.output for call in heads if call.output is not None]).mean(dim=0)
-    return heads[-1] if _same_logits(mean, seen.logits) else None
+    return heads[-1] if _same_logits(mean, trace.logits) else None
 
 
-def _linear_calls(seen: ForwardTrace) -> list[ModuleCall]:
+def _linear_calls(trace: ForwardTrace) -> list[ModuleCall]:
     """Return the linear layers with one input row per image, last first."""
-    if not isinstance(seen.logits, Tensor) or seen.logits.ndim != 2:
+    if not isinstance(trace.logits, Tensor) or trace.logits.ndim != 2:
         return []
-    calls = [call for call in seen.calls if isinstance(call.module, nn.Linear) and not call.behind]
+    calls = [call for call in trace.calls if isinstance(call.module, nn.Linear) and not call.is_function]
     return [call for call in reversed(calls) if call.source is not None and call.source.ndim == 2]
 
 
@@ -197,20 +202,20 @@ def _same_logits(output: Tensor | None, logits: Tensor) -> bool:
     return torch.allclose(output.to(logits), logits)
 
 
-def find_pooled_map(seen: ForwardTrace, head: ModuleCall | None, chosen: Sequence[ModuleCall]) -> ModuleCall | None:
-    """The call whose map the head reads the mean of; it ends in, or after, the last stage and at its resolution."""
+def find_pooled_map(trace: ForwardTrace, head: ModuleCall | None, chosen: Sequence[ModuleCall]) -> ModuleCall | None:
+    """Return the call whose map's mean is the input of the head, in or after the last stage and at its resolution."""
     if head is None or head.source is None or not chosen:
         return None
-    wanted = head.source.float()
-    scale = float(wanted.abs().max())
+    embedding = head.source.float()
+    scale = float(embedding.abs().max())
     tolerance = scale * max(1e-4, 8 * torch.finfo(head.source.dtype).eps)
-    for call in reversed(seen.calls):
-        if call.mean is None or call.grid is None or not call.productive or call.end < chosen[-1].end:
+    for call in reversed(trace.calls):
+        if call.mean is None or call.grid is None or not call.computes_features or call.end < chosen[-1].end:
             continue
-        contains = any(call in stage.around for stage in chosen[:-1])
-        if map_size(call) != map_size(chosen[-1]) or contains or call.mean.shape != wanted.shape or scale == 0:
+        contains = any(call in stage.parents for stage in chosen[:-1])
+        if map_size(call) != map_size(chosen[-1]) or contains or call.mean.shape != embedding.shape or scale == 0:
             continue
-        if torch.allclose(call.mean, wanted, rtol=0, atol=tolerance):
+        if torch.allclose(call.mean, embedding, rtol=0, atol=tolerance):
             return call
     return None
 
@@ -225,29 +230,29 @@ class PreActivation:
     overwritten: bool
 
 
-def find_pre_activation(seen: ForwardTrace, call: ModuleCall) -> PreActivation:
+def find_pre_activation(trace: ForwardTrace, call: ModuleCall) -> PreActivation:
     """Return how to read the map before the activation that ended this call.
 
     In networks that activate at the start of a block, the map is a bare sum, and the next block's BatchNorm gives its
-    form before activation; so the published numbers of OFD and AB on wide residual networks are made.
+    form before activation; this is how the published numbers of OFD and AB on wide residual networks were made.
     """
     activated = call.activated
     if activated is not None:
-        norm = _find_norm(seen, call, activated)
+        norm = _find_norm(trace, call, activated)
         if activated.path is not None:
             return PreActivation("activation", activated.path, norm, activated.overwritten)
-        return PreActivation("output" if call.behind else "function", None, norm, activated.overwritten)
-    if (follower := _next_block_norm(seen, call)) is not None:
+        return PreActivation("output" if call.is_function else "function", None, norm, activated.overwritten)
+    if (follower := _next_block_norm(trace, call)) is not None:
         return follower
-    return PreActivation("map", None, _find_norm(seen, call, None), call.overwritten)
+    return PreActivation("map", None, _find_norm(trace, call, None), call.overwritten)
 
 
-def _next_block_norm(seen: ForwardTrace, call: ModuleCall) -> PreActivation | None:
-    """BatchNorm and activation applied to the map, as the next block begins."""
-    for norm in _norm_calls(seen):
+def _next_block_norm(trace: ForwardTrace, call: ModuleCall) -> PreActivation | None:
+    """Return BatchNorm and activation that the next block applies to the map first."""
+    for norm in _norm_calls(trace):
         if norm.source is call.output and norm.start > call.end and _has_channels_of(norm, call):
-            for activated in seen.activated:
-                inside = bool(activated.around) and activated.around[-1] is norm  # timm's BatchNorm activates too
+            for activated in trace.activated:
+                inside = bool(activated.parents) and activated.parents[-1] is norm  # timm's BatchNorm activates too
                 if inside and activated.path is not None:
                     return PreActivation("activation", activated.path, norm.path, activated.overwritten)
                 if activated.before is norm.output:
@@ -255,47 +260,47 @@ def _next_block_norm(seen: ForwardTrace, call: ModuleCall) -> PreActivation | No
     return None
 
 
-def _find_norm(seen: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> str | None:
+def _find_norm(trace: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> str | None:
     """Return the BatchNorm whose output, perhaps with a shortcut added, is activated."""
-    if activated is not None and activated.around and activated.around[-1] in _norm_calls(seen):
-        found: ModuleCall | None = activated.around[-1]
+    if activated is not None and activated.parents and activated.parents[-1] in _norm_calls(trace):
+        found: ModuleCall | None = activated.parents[-1]
     else:
-        found = _source_norm(seen, call.output if activated is None else activated.before)
-        found = found or _last_norm(seen, call, activated)
+        found = _source_norm(trace, call.output if activated is None else activated.before)
+        found = found or _last_norm(trace, call, activated)
     return found.path if found is not None and _has_channels_of(found, call) else None
 
 
-def _source_norm(seen: ForwardTrace, tensor: Tensor | None) -> ModuleCall | None:
-    return next((norm for norm in reversed(_norm_calls(seen)) if norm.output is tensor), None)
+def _source_norm(trace: ForwardTrace, tensor: Tensor | None) -> ModuleCall | None:
+    return next((norm for norm in reversed(_norm_calls(trace)) if norm.output is tensor), None)
 
 
-def _last_norm(seen: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> ModuleCall | None:
+def _last_norm(trace: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> ModuleCall | None:
     """Return the last BatchNorm of the block's main path, unless a convolution follows it.
 
     A shortcut has a BatchNorm of its own, which may be called later: it lies deeper, or reads the block's input.
     """
     block = call
-    if activated is not None and activated.around:
-        block = activated.around[-1]
+    if activated is not None and activated.parents:
+        block = activated.parents[-1]
     elif activated is None:
-        block = next(one for one in seen.calls if one.output is call.output and not one.behind)
-    norms = [norm for norm in _norm_calls(seen) if block in norm.around]
+        block = next(other for other in trace.calls if other.output is call.output and not other.is_function)
+    norms = [norm for norm in _norm_calls(trace) if block in norm.parents]
     if not norms:
         return None
-    convolutions = [one for one in seen.calls if isinstance(one.module, nn.Conv2d) and block in one.around]
-    made_of = {id(one.output): one for one in convolutions}
+    convolutions = [other for other in trace.calls if isinstance(other.module, nn.Conv2d) and block in other.parents]
+    made_of = {id(other.output): other for other in convolutions}
 
     def is_shortcut(norm: ModuleCall) -> bool:
         convolution = made_of.get(id(norm.source))
         return convolution is not None and convolution.source is block.source
 
-    found = min(norms, key=lambda norm: (is_shortcut(norm), len(norm.around), -norm.end))
-    later = [one for one in convolutions if one.start > found.end and len(one.around) <= len(found.around)]
-    return None if any(one.source is not block.source for one in later) else found
+    found = min(norms, key=lambda norm: (is_shortcut(norm), len(norm.parents), -norm.end))
+    later = [other for other in convolutions if other.start > found.end and len(other.parents) <= len(found.parents)]
+    return None if any(other.source is not block.source for other in later) else found
 
 
-def _norm_calls(seen: ForwardTrace) -> list[ModuleCall]:
-    return [one for one in seen.calls if isinstance(one.module, nn.BatchNorm2d) and not one.behind]
+def _norm_calls(trace: ForwardTrace) -> list[ModuleCall]:
+    return [other for other in trace.calls if isinstance(other.module, nn.BatchNorm2d) and not other.is_function]
 
 
 def _has_channels_of(norm: ModuleCall, call: ModuleCall) -> bool:
@@ -350,8 +355,8 @@ def find_stages(model: nn.Module, example: Tensor) -> NetworkStructure:
     """Return the structure of a classifier, from one forward pass in eval mode over the first two images.
 
     A stage ends with the last module whose output has its resolution, seen from outside: of a whole residual stage, not
-    of its convolutions; of a plain network, the last activation before the pooling.  The stem is left out: whatever
-    comes before the first of those blocks of which there are several.  Networks that keep one resolution, as most
+    of its convolutions; of a plain network, the last activation before the pooling.  The stem, all before the first
+    repeated block, is left out.  Networks that keep one resolution, as most
     transformers, are divided into four groups of blocks.  Where the head reads the mean of a map, that map is the last
     one, so a convolution, normalisation or activation behind the last block counts as part of it; a last LayerNorm does
     not count otherwise.
@@ -370,20 +375,20 @@ def find_stages(model: nn.Module, example: Tensor) -> NetworkStructure:
         >>> anatomy.head, anatomy.embedding, anatomy.pooled
         ('7', 9, True)
     """
-    seen = trace_forward(model, example)
-    head = find_head(seen)
-    chosen = find_stage_ends(seen)
-    last = find_pooled_map(seen, head, chosen)
+    trace = trace_forward(model, example)
+    head = find_head(trace)
+    chosen = find_stage_ends(trace)
+    last = find_pooled_map(trace, head, chosen)
     if last is not None:
         chosen[-1:] = [last]
-    embedder = head or find_first_head(seen)
+    embedder = head or find_first_head(trace)
     return NetworkStructure(
-        stages=tuple(_make_stage(seen, call) for call in chosen),
+        stages=tuple(_make_stage(trace, call) for call in chosen),
         head=head.path if head else None,
         embedding=embedder.source.shape[1] if embedder is not None and embedder.source is not None else None,
         pooled=last is not None,
         embedder=embedder.path if embedder else None,
-        image=seen.image,
+        image=trace.image,
     )
 
 
@@ -404,28 +409,30 @@ def find_stage_at(model: nn.Module, example: Tensor, path: str) -> Stage:
         >>> find_stage_at(net, torch.rand(2, 3, 16, 16), "0").height
         8
     """
-    seen = trace_forward(model, example)
-    names = {_call_label(seen, call) for call in seen.calls} | {name for name, _ in model.named_modules() if name}
+    trace = trace_forward(model, example)
+    names = {_call_label(trace, call) for call in trace.calls} | {name for name, _ in model.named_modules() if name}
     if path not in names:
         first = ", ".join(sorted(names)[:6])
         raise UsageError(
             f"{type(model).__name__} has no layer {path!r}{did_you_mean(path, names) or f'; it has {first}'}"
         )
-    calls = [call for call in seen.calls if path in (_call_label(seen, call), None if call.behind else call.path)]
+    calls = [
+        call for call in trace.calls if path in (_call_label(trace, call), None if call.is_function else call.path)
+    ]
     if not calls:
         raise UsageError(f"{type(model).__name__} does not use its layer {path!r}; choose another")
     if calls[-1].grid is None:
         kind = "no tensor" if calls[-1].output is None else f"of shape {list(calls[-1].output.shape)}"
         raise UsageError(f"the output of {path!r} is {kind}, no feature map; choose a layer before the pooling")
-    return _make_stage(seen, calls[-1])
+    return _make_stage(trace, calls[-1])
 
 
-def _make_stage(seen: ForwardTrace, call: ModuleCall) -> Stage:
-    found: PreActivation = find_pre_activation(seen, call)
+def _make_stage(trace: ForwardTrace, call: ModuleCall) -> Stage:
+    found: PreActivation = find_pre_activation(trace, call)
     grid = call.grid
     assert grid is not None
     return Stage(
-        path=_call_label(seen, call),
+        path=_call_label(trace, call),
         channels=grid.channels,
         height=grid.height,
         width=grid.width,
@@ -434,14 +441,14 @@ def _make_stage(seen: ForwardTrace, call: ModuleCall) -> Stage:
         activation=found.activation,
         norm=found.norm,
         module=call.path,
-        call=call.number if seen.counts[call.path] > 1 else None,
-        activated=call.behind,
+        call=call.number if trace.counts[call.path] > 1 else None,
+        activated=call.is_function,
         before=found.kind,
         copied=call.overwritten,
         copied_before=found.overwritten,
     )
 
 
-def _call_label(seen: ForwardTrace, call: ModuleCall) -> str:
-    path = f"{call.path}[{call.number}]" if seen.counts[call.path] > 1 else call.path
-    return f"act({path})" if call.behind else path
+def _call_label(trace: ForwardTrace, call: ModuleCall) -> str:
+    path = f"{call.path}[{call.number}]" if trace.counts[call.path] > 1 else call.path
+    return f"act({path})" if call.is_function else path

@@ -30,23 +30,25 @@ class ModifiedStudent(nn.Module):
 
 
 def require_module_output(stage: Stage, method: str) -> None:
-    """Layers can be put behind a map only where it leaves a submodule, once for each image.
+    """Check that layers can be appended to a stage: its map is the single output of a submodule.
 
     Raises:
-        UsageError: the map is what a function makes of the submodule's output, or one of several outputs.
+        UsageError: the map is the output of a function, or one of several outputs.
     """
     if stage.activated or stage.call is not None:
-        why = "leaves a function, not a layer" if stage.activated else f"is one of several outputs of {stage.module!r}"
+        reason = (
+            "leaves a function, not a layer" if stage.activated else f"is one of several outputs of {stage.module!r}"
+        )
         raise UsageError(
-            f"{method} puts layers behind the student's last map, and that one ({stage.path}) {why}; "
+            f"{method} appends layers to the student's last map, but that ({stage.path}) {reason}; "
             "name another pair with layers, or use fitnet, which only reads it"
         )
 
 
-def constructor_arguments(given: dict[str, Any], name: str) -> dict[str, Any]:
+def constructor_arguments(arguments: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the arguments in ``locals()`` at the start of an ``__init__``, without the network."""
-    left_out = ("self", "network", "__class__")
-    return {"name": name, **{key: value for key, value in given.items() if key not in left_out}}
+    excluded = ("self", "network", "__class__")
+    return {"name": name, **{key: value for key, value in arguments.items() if key not in excluded}}
 
 
 LAYER_NORM_EPSILON = 1e-7  # of the logits, in NORM's release
@@ -106,8 +108,8 @@ class ExpandedStage(ModifiedStudent):
         old, block = cast(nn.Sequential, network.get_submodule(self.stage))
         weight, bias = cast(ExpansionBlock, block).as_one()
         network.set_submodule(self.stage, old)
-        given = {key: value for key, value in self.facts.items() if key not in ("name", "expanded")}
-        merged = MergedStage(network, **given)
+        arguments = {key: value for key, value in self.facts.items() if key not in ("name", "expanded")}
+        merged = MergedStage(network, **arguments)
         conv = cast(PointwiseConv, network.get_submodule(f"{self.stage}.1")).conv
         conv.to(weight.device)
         conv.weight.copy_(weight[:, :, None, None])
@@ -152,8 +154,8 @@ class ExpansionBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return a map of the same shape and layout."""
-        given = _to_channels_first(features, self.layout)
-        return _to_layout(self.back(self.expand(given)) + given, self.layout)
+        arguments = _to_channels_first(features, self.layout)
+        return _to_layout(self.back(self.expand(arguments)) + arguments, self.layout)
 
     def as_one(self) -> tuple[Tensor, Tensor]:
         """Return weight [C, C] and bias [C] of the linear map of the block in eval mode, in float64."""
@@ -413,9 +415,9 @@ def average_heads(first: Tensor, second: Tensor, alpha: float, beta: float) -> T
         >>> average_heads(first, second, alpha=0.5, beta=1.0).exp()  # the mean of 3/4 and 1/2
         tensor([[0.6250, 0.3750]])
     """
-    ours = F.softmax(at_least_float32(first), dim=1)
-    theirs = F.softmax(at_least_float32(second) / beta, dim=1)
-    return (alpha * ours + (1 - alpha) * theirs).clamp(min=MIN_PROBABILITY).log()
+    first_probabilities = F.softmax(at_least_float32(first), dim=1)
+    second_probabilities = F.softmax(at_least_float32(second) / beta, dim=1)
+    return (alpha * first_probabilities + (1 - alpha) * second_probabilities).clamp(min=MIN_PROBABILITY).log()
 
 
 MODIFIED_STUDENTS: dict[str, type[ModifiedStudent]] = {
@@ -441,14 +443,14 @@ def rebuild_student(network: nn.Module, facts: dict[str, Any]) -> ModifiedStuden
         >>> rebuild_student(student, {"name": "merged_stage", "stage": "0", "channels": 4}).facts["layout"]
         'NCHW'
     """
-    given = dict(facts)
-    name = given.pop("name", None)
+    arguments = dict(facts)
+    name = arguments.pop("name", None)
     if name not in MODIFIED_STUDENTS:
         raise UsageError(
             f"no remodelled network {name!r}{did_you_mean(str(name), MODIFIED_STUDENTS) or '.'} Known: "
             f"{', '.join(MODIFIED_STUDENTS)}"
         )
     try:
-        return MODIFIED_STUDENTS[name](network, **given)
+        return MODIFIED_STUDENTS[name](network, **arguments)
     except TypeError as error:
         raise UsageError(f"these facts do not describe a {name}: {error}") from None

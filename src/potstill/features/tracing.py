@@ -87,10 +87,10 @@ class LayoutDetector:
         if not (first or last):
             return None
         if self.order == "NHWC":
-            return self._seen(Grid("NHWC", shape[3], shape[1], shape[2]))
-        return self._seen(Grid("NCHW", shape[1], shape[2], shape[3]))
+            return self._remember(Grid("NHWC", shape[3], shape[1], shape[2]))
+        return self._remember(Grid("NCHW", shape[1], shape[2], shape[3]))
 
-    def _seen(self, grid: Grid) -> Grid:
+    def _remember(self, grid: Grid) -> Grid:
         self.patches.append(grid)
         return grid
 
@@ -110,7 +110,7 @@ class LayoutDetector:
         return None
 
 
-# What networks apply without a module.  Those that modules apply are seen here too; the module is what is kept then.
+# Called as functions.  Activation modules call them too; then the module is recorded.
 ACTIVATIONS = frozenset(
     [
         *(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.prelu),
@@ -133,17 +133,17 @@ class ActivationMode(TorchFunctionMode):
     ) -> Any:
         """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
-        given = args[0] if args else kwargs.get("input")
-        if func not in ACTIVATIONS or not isinstance(given, Tensor):
+        source = args[0] if args else kwargs.get("input")
+        if func not in ACTIVATIONS or not isinstance(source, Tensor):
             return func(*args, **kwargs)
-        kept = self.before(given)
+        recorded = self.before(source)
         result = func(*args, **kwargs)
-        self.after(kept, result)
+        self.after(recorded, result)
         return result
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether it is one, torch's or (by the name of the file that defines it) of a library of networks."""
+    """Return whether a module is an activation, of torch or (by the name of its source file) of another library."""
     kind = type(module)
     return (
         "activation" in kind.__module__
@@ -160,8 +160,8 @@ _WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear)
 class ActivationCall:
     """An activation, with the tensors before and after it and their versions then."""
 
-    path: str | None  # of the module; None where the network called a function
-    around: "tuple[ModuleCall, ...]"  # enclosing calls, outermost first
+    path: str | None  # of the module; None for a function
+    parents: "tuple[ModuleCall, ...]"  # enclosing calls, outermost first
     before: Tensor
     before_version: int
     after: Tensor
@@ -179,16 +179,16 @@ class ActivationCall:
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of one submodule, or of an activation function on what that submodule put out (``behind``)."""
+    """One call of one submodule, or of an activation function on the output of that submodule (``is_function``)."""
 
     path: str
     module: nn.Module
     number: int  # of the calls of this module, from 0
-    around: "tuple[ModuleCall, ...]"  # enclosing calls, outermost first
+    parents: "tuple[ModuleCall, ...]"  # enclosing calls, outermost first
     start: int
     source: Tensor | None  # its first input tensor
     grid_in: Grid | None
-    behind: bool = False
+    is_function: bool = False
     end: int = 0
     output: Tensor | None = None  # its output: a tensor, or the first of several
     grid: Grid | None = None
@@ -202,12 +202,12 @@ class ModuleCall:
         return self.output is not None and _version(self.output) != self.version
 
     @property
-    def productive(self) -> bool:
-        """Whether it computes features: pooling, dropout and rearrangement only pass them on.
+    def computes_features(self) -> bool:
+        """Whether it computes features, unlike pooling, dropout and reshaping.
 
-        A bare linear layer on a map is a part of attention, or scores each place.
+        A bare linear layer on a map does not count: it is a part of attention, or classifies each position.
         """
-        if self.behind or is_activation(self.module):
+        if self.is_function or is_activation(self.module):
             return True
         return not isinstance(self.module, nn.Linear) and any(True for _ in self.module.parameters())
 
@@ -263,7 +263,7 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 def trace_forward(model: nn.Module, images: Tensor) -> ForwardTrace:
     """Record one forward pass in eval mode; the model is unchanged.
 
-    Two images are enough, and black ones show nothing: noise takes their place.
+    Two images are used; constant images, which say nothing about the network, are replaced by noise.
     """
     images = images[:2]
     if images.numel() and bool((images == images.flatten()[0]).all()):
@@ -276,7 +276,7 @@ def trace_forward(model: nn.Module, images: Tensor) -> ForwardTrace:
                 before, after = recorder.hooks(path)
                 hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(after).remove)
-        hooks.enter_context(ActivationMode(recorder.activating, recorder.activated))
+        hooks.enter_context(ActivationMode(recorder.before_activation, recorder.activated))
         recorder.trace.logits = model(images)
     return recorder.trace
 
@@ -285,7 +285,7 @@ class _Recorder:
     def __init__(self, images: Tensor, containers: frozenset[str]) -> None:
         self.trace = ForwardTrace((images.shape[-2], images.shape[-1]), containers)
         self.layouts = LayoutDetector(images.shape)
-        self.under_way: list[ModuleCall] = []
+        self.open_calls: list[ModuleCall] = []
         self.clock = 0
         self.latest: ModuleCall | None = None  # the last call that ended with a tensor
 
@@ -297,43 +297,43 @@ class _Recorder:
             grid = None if source is None else self.layouts.grid(tuple(source.shape))
             number = self.trace.counts[path]
             self.trace.counts[path] += 1
-            self.under_way.append(ModuleCall(path, module, number, tuple(self.under_way), self._tick(), source, grid))
+            self.open_calls.append(ModuleCall(path, module, number, tuple(self.open_calls), self._tick(), source, grid))
             if source is not None and is_activation(module):
-                around = tuple(self.under_way[:-1])
-                self.under_way[-1].activated = ActivationCall(path, around, source, _version(source), source)
+                parents = tuple(self.open_calls[:-1])
+                self.open_calls[-1].activated = ActivationCall(path, parents, source, _version(source), source)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            call = self.under_way.pop()
-            begun, call.activated = call.activated, None
-            if isinstance(output, Tensor) and begun is not None:
-                self._keep(begun, output)
-            self._end(call, output)
+            call = self.open_calls.pop()
+            activation, call.activated = call.activated, None
+            if isinstance(output, Tensor) and activation is not None:
+                self._record_activation(activation, output)
+            self._finish_call(call, output)
 
         return before, after
 
-    def activating(self, given: Tensor) -> tuple[Tensor, int]:
+    def before_activation(self, source: Tensor) -> tuple[Tensor, int]:
         """Record the input of an activation function."""
-        return given, _version(given)
+        return source, _version(source)
 
-    def activated(self, kept: tuple[Tensor, int], result: Tensor) -> None:
+    def activated(self, recorded: tuple[Tensor, int], result: Tensor) -> None:
         """Record its result."""
-        if self.under_way and is_activation(self.under_way[-1].module):
+        if self.open_calls and is_activation(self.open_calls[-1].module):
             return
-        given, version = kept
-        self._keep(ActivationCall(None, tuple(self.under_way), given, version, given), result)
+        source, version = recorded
+        self._record_activation(ActivationCall(None, tuple(self.open_calls), source, version, source), result)
         latest = self.latest
-        if latest is not None and latest.output is given and not latest.behind:
-            around = tuple(call for call in self.under_way if call is not latest)
-            behind = ModuleCall(
-                latest.path, latest.module, latest.number, around, self._tick(), given, latest.grid, True
+        if latest is not None and latest.output is source and not latest.is_function:
+            parents = tuple(call for call in self.open_calls if call is not latest)
+            is_function = ModuleCall(
+                latest.path, latest.module, latest.number, parents, self._tick(), source, latest.grid, True
             )
-            self._end(behind, result)
+            self._finish_call(is_function, result)
 
-    def _keep(self, activated: ActivationCall, result: Tensor) -> None:
+    def _record_activation(self, activated: ActivationCall, result: Tensor) -> None:
         activated.after, activated.after_version = result, _version(result)
         self.trace.activated.append(activated)
 
-    def _end(self, call: ModuleCall, output: Any) -> None:
+    def _finish_call(self, call: ModuleCall, output: Any) -> None:
         call.end = self._tick()
         self.trace.calls.append(call)
         output = first_tensor(output)
@@ -343,7 +343,7 @@ class _Recorder:
         call.grid = self.layouts.grid(tuple(output.shape))
         if call.grid is not None:
             call.mean = call.grid.to_map(output).float().mean(dim=(2, 3))
-        call.activated = next((one for one in reversed(self.trace.activated) if one.produced(output)), None)
+        call.activated = next((call for call in reversed(self.trace.activated) if call.produced(output)), None)
         self.latest = call
 
     def _tick(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from potstill.errors import PotstillError
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.loggers import Logger, LoggerSettings, collect_scalars, create_logger, flatten, load_logger_class
-from potstill.training.callbacks import Observer
+from potstill.training.callbacks import ForwardingObserver, Observer
 
 LOGGERS_FILE = "tracking.json"  # in the run folder: the identity of the run at its trackers
 _LOGGED_FILES = ("report.html", "results.json", "recipe.yaml")
@@ -84,40 +84,21 @@ class LoggerThread:
             self._error = self._error or f"{type(error).__name__}: {line}"[:300]
 
 
-class LoggingObserver:
+class LoggingObserver(ForwardingObserver):
     """Forwards all calls to another observer, and metrics to the loggers."""
 
     def __init__(self, observer: Observer, threads: Sequence[LoggerThread] = ()) -> None:
-        self.observer, self.threads = observer, tuple(threads)
-        self._stage = ""
-
-    def stage(self, name: str, detail: str) -> None:
-        self._stage = name
-        self.observer.stage(name, detail)
-
-    def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None:
-        self.observer.epoch_start(epoch, epochs, steps, images)
-
-    def step(self, images: int) -> None:
-        self.observer.step(images)
+        super().__init__(observer)
+        self.threads = tuple(threads)
 
     def epoch_end(self, record: dict[str, Any]) -> None:
-        self.observer.epoch_end(record)
+        super().epoch_end(record)
         scalars = collect_scalars({key: value for key, value in record.items() if key != "epoch"})
-        stage, epoch = self._stage, record["epoch"]
+        stage, epoch = self.current_stage, record["epoch"]
         self.send(lambda logger: logger.epoch(stage, epoch, scalars))
 
-    def wait(self, what: str, done: int, total: int) -> None:
-        self.observer.wait(what, done, total)
-
-    def note(self, message: str) -> None:
-        self.observer.note(message)
-
-    def warn(self, message: str) -> None:
-        self.observer.warn(message)
-
     def stage_end(self, name: str, seconds: float) -> None:
-        self.observer.stage_end(name, seconds)
+        super().stage_end(name, seconds)
         self._warn_problems()
 
     def results(self, results: Mapping[str, Any]) -> None:

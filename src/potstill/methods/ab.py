@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from potstill.features.adapters import Projection, pool_to_common_size
+from potstill.features import Projection, pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, Share, checked, option

@@ -68,7 +68,7 @@ class Method(nn.Module):
     teacher_taps: tuple[str, ...] = ()
 
     label_loss: nn.Module
-    epoch: int | None = None  # from 0; None: nobody has said yet where training stands
+    epoch: int | None = None  # from 0; None: ``start_epoch`` was not called yet
     epochs: int | None = None
     _unchecked = True  # no training step so far
 
@@ -227,7 +227,7 @@ class Method(nn.Module):
         """The epoch, from 0.
 
         Raises:
-            UsageError: nobody has said; a warm-up would silently stay at its start for ever.
+            UsageError: ``start_epoch`` was not called; a warm-up would silently stay at its start for ever.
         """
         if self.epoch is None:
             raise UsageError(

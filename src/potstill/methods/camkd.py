@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import Projection, resize_map
+from potstill.features import Projection, resize_map
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import softened_kl
 from potstill.methods.requirements import Requirements

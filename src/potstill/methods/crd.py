@@ -262,7 +262,7 @@ class CRD(Method):
         )
         contrast = self.draw(batch.index)
         memories = self.student_memory, self.teacher_memory
-        if not self._constants_known:  # asked once: it waits for the device
+        if not self._constants_known:  # read once: it waits for the device
             if not self.constants.all():
                 self.constants = crd_constants(*units, *memories, contrast, temperature=self.temperature)
             self._constants_known = True

@@ -59,7 +59,7 @@ class DML(Method):
     needs = Requirements(teacher=False, peers=True)
 
     peers: Count = option(default=1, doc="other students beside the one that is kept")
-    weight: NonNegative = option(default=1.0, doc="weight of what the others say")
+    weight: NonNegative = option(default=1.0, doc="weight of the divergences from the other students")
     temperature: Positive = option(default=1.0, doc="T of the divergences")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
@@ -72,12 +72,12 @@ class DML(Method):
         self.others = nn.ModuleList(student.untrained_copy() for _ in range(self.peers))
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        said = [student.logits, *(at_least_float32(other(batch.images)) for other in self.others)]
+        logits_of_all = [student.logits, *(at_least_float32(other(batch.images)) for other in self.others)]
         mimic = [
-            dml_loss(logits, said[:position] + said[position + 1 :], temperature=self.temperature)
-            for position, logits in enumerate(said)
+            dml_loss(logits, logits_of_all[:position] + logits_of_all[position + 1 :], temperature=self.temperature)
+            for position, logits in enumerate(logits_of_all)
         ]
-        labels = [self.label_loss(logits, batch.targets) for logits in said[1:]]
+        labels = [self.label_loss(logits, batch.targets) for logits in logits_of_all[1:]]
         return {
             "mimic": self.weight * mimic[0],
             "peers_ce": self.ce_weight * torch.stack(labels).sum(),

@@ -29,6 +29,10 @@ class ESKD(MethodWrapper):
         self.needs = replace(self.inner.needs, epoch=True)
 
     @property
+    def label_weight(self) -> float:
+        return self.inner.label_weight if self.stop == 1 else 1.0  # of labels alone, after the stop
+
+    @property
     def stopped(self) -> bool:
         """Whether the teacher is no longer heard."""
         return self.progress >= self.stop * (self.epochs or 1)

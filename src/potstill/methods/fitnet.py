@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.features.adapters import ConvAdapter
+from potstill.features import ConvAdapter
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, option

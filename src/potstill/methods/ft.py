@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.features.adapters import pool_to_common_size
+from potstill.features import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TeacherPasses, TrainingInfo
 from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, checked, option

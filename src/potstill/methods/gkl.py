@@ -59,7 +59,7 @@ class GKL(IKL):
     )
     class_prior: bool = option(
         default=True,
-        doc="weigh by what the teacher said of the image's class on average over the last epoch (in the first epoch: "
+        doc="weigh by the teacher's mean probabilities of the image's class over the last epoch (in the first epoch: "
         "all classes alike) instead of by what it says of the image",
     )
 

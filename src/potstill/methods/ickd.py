@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.errors import UsageError
-from potstill.features.adapters import Projection
+from potstill.features import Projection
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements

@@ -139,7 +139,7 @@ class IKL(Method):
     )
     class_prior: bool = option(
         default=False,
-        doc="weigh by what the teacher said of the image's class on average over the last epoch (in the first epoch: "
+        doc="weigh by the teacher's mean probabilities of the image's class over the last epoch (in the first epoch: "
         "all classes alike) instead of by what it says of the image",
     )
     warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
@@ -174,11 +174,11 @@ class IKL(Method):
         return ikl_wmse_loss(student_logits, teacher_logits, weights)
 
     def weights(self, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """How much each class counts for each image, [B, K]."""
-        said = F.softmax(at_least_float32(teacher_logits.detach()) / self.weight_temperature, dim=1)
+        """Return the weight of each class for each image, [B, K]."""
+        probabilities = F.softmax(at_least_float32(teacher_logits.detach()) / self.weight_temperature, dim=1)
         if not self.class_prior:
-            return said
+            return probabilities
         if self.training:
-            self.prior.add(said, labels)
+            self.prior.add(probabilities, labels)
         rows: Tensor = self.prior(labels)
         return rows

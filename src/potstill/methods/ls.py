@@ -93,6 +93,10 @@ class LS(MethodWrapper):
         if not self.inner.needs.logits_only or self.inner.student_taps:
             raise UsageError(f"ls standardises logits, and {name} compares other things; use it around kd or dkd")
 
+    @property
+    def label_weight(self) -> float:
+        return self.ce_weight
+
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return Method.label_terms(self, student, batch)
 

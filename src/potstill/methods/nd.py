@@ -120,7 +120,7 @@ class ND(Method):
         assert teacher is not None
         assert student.embedding is not None
         assert teacher.embedding is not None
-        if not self._means_known:  # asked once: it waits for the device
+        if not self._means_known:  # read once: it waits for the device
             if not self.class_means.any():
                 raise UsageError("nd points to the teacher's class means: call distiller.prepare(batches) first")
             self._means_known = True

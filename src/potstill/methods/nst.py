@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.features.adapters import pool_to_common_size
+from potstill.features import pool_to_common_size
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, option

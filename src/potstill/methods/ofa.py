@@ -62,10 +62,10 @@ def ofa_loss(
         tensor(1.2130)
     """
     log_probs = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
-    said = F.softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
-    label = F.one_hot(labels, said.shape[1]).to(said.dtype)
-    enhanced = (said + label) ** epsilon - label
-    targets = enhanced if form == "release" else torch.where(label.bool(), enhanced, said)
+    teacher_probabilities = F.softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=1)
+    label = F.one_hot(labels, teacher_probabilities.shape[1]).to(teacher_probabilities.dtype)
+    enhanced = (teacher_probabilities + label) ** epsilon - label
+    targets = enhanced if form == "release" else torch.where(label.bool(), enhanced, teacher_probabilities)
     return -(targets * log_probs).sum(dim=1).mean()
 
 
@@ -94,16 +94,18 @@ class OFA(Method):
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
-        said = [head(features) for head, features in zip(self.heads, student.maps, strict=True)]
-        stages = [self._told(logits, teacher, batch) for logits in said]
+        stage_logits = [head(features) for head, features in zip(self.heads, student.maps, strict=True)]
+        stages = [self._loss(logits, teacher, batch) for logits in stage_logits]
         if self.form == "paper":
-            stages += [F.cross_entropy(at_least_float32(logits) / self.temperature, batch.labels) for logits in said]
+            stages += [
+                F.cross_entropy(at_least_float32(logits) / self.temperature, batch.labels) for logits in stage_logits
+            ]
         return {
-            "ofa": self.weight * self._told(student.logits, teacher, batch),
+            "ofa": self.weight * self._loss(student.logits, teacher, batch),
             "stages": self.stage_weight * torch.stack(stages).sum(),
         }
 
-    def _told(self, logits: Tensor, teacher: Outputs, batch: Batch) -> Tensor:
+    def _loss(self, logits: Tensor, teacher: Outputs, batch: Batch) -> Tensor:
         options = {"epsilon": self.epsilon, "temperature": self.temperature}
         return ofa_loss(logits, teacher.logits, batch.labels, **options, form=self.form)
 

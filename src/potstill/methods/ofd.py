@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import pool_to_common_size
+from potstill.features import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, option

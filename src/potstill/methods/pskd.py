@@ -1,4 +1,4 @@
-"""PS-KD: without a teacher, mix the labels with what the student itself said of the image one epoch ago.
+"""PS-KD: without a teacher, mix the labels with the student's own predictions of the image one epoch ago.
 
 Kim, Ji, Yoon and Hwang, "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021.
 https://arxiv.org/abs/2006.12000
@@ -89,7 +89,7 @@ class PSKD(Method):
 
     @property
     def share(self) -> float:
-        """How much the predictions count in this epoch."""
+        """Return the weight of the predictions in this epoch."""
         return self.alpha * (self.progress + 1) / (self.epochs or 1)
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -102,10 +102,10 @@ class PSKD(Method):
             )
         if batch.soft_labels is not None:
             raise UsageError("pskd remembers predictions of single images: switch mixup and cutmix off")
-        said = self.previous[batch.index]
-        unknown = (said.sum(dim=1, keepdim=True) == 0).to(said.dtype)
-        said = said + unknown * pskd_targets(said, batch.labels, share=0.0)
+        previous = self.previous[batch.index]
+        unknown = (previous.sum(dim=1, keepdim=True) == 0).to(previous.dtype)
+        previous = previous + unknown * pskd_targets(previous, batch.labels, share=0.0)
         if self.training:
             now = F.softmax(student.logits.detach(), dim=1)
             self.current.index_copy_(0, batch.index, now.to(self.current.dtype))
-        return {"pskd": self.share * pskd_loss(student.logits, said)}
+        return {"pskd": self.share * pskd_loss(student.logits, previous)}

@@ -12,7 +12,7 @@ class Requirements:
     """Each field is one need with one provider; the defaults are those of a plain logit method."""
 
     teacher: bool = True
-    members: bool = False  # what each of several teachers said, not only their combination
+    members: bool = False  # the outputs of each of several teachers, not only their combination
     peers: bool = False  # untrained copies of the student
     # Feature maps: of the last stage; of one stage halfway (FitNet's hint); of every stage of student and teacher
     # paired by depth; of all stages of both, unpaired.
@@ -50,7 +50,7 @@ class Requirements:
 
     @property
     def storable(self) -> bool:
-        """Whether all that is asked of the teacher is small enough to be kept for each view: logits and embeddings."""
+        """Whether all required teacher outputs are small enough to be cached for each view: logits and embeddings."""
         return self.teacher and self.maps == "none" and not self.norms and self.second != "same class"
 
     @property

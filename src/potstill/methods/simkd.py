@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import pool_to_common_size
+from potstill.features import pool_to_common_size
 from potstill.features.student_surgery import ModifiedStudent, ProjectedHead, require_module_output
 from potstill.methods.base import Method, NetworkInfo
 from potstill.methods.requirements import Requirements

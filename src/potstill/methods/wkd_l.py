@@ -68,8 +68,10 @@ def wkd_target_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tens
         >>> wkd_target_loss(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log(), torch.tensor([0]))
         tensor(0.5199)
     """
-    said = F.softmax(at_least_float32(teacher_logits.detach()), dim=1).gather(1, labels[:, None])
-    return -(said * F.log_softmax(at_least_float32(student_logits), dim=1).gather(1, labels[:, None])).mean()
+    target_probability = F.softmax(at_least_float32(teacher_logits.detach()), dim=1).gather(1, labels[:, None])
+    return -(
+        target_probability * F.log_softmax(at_least_float32(student_logits), dim=1).gather(1, labels[:, None])
+    ).mean()
 
 
 @checked

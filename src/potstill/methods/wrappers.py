@@ -27,6 +27,10 @@ class MethodWrapper(Method):
         self.student_taps, self.teacher_taps = inner.student_taps, inner.teacher_taps
 
     @property
+    def label_weight(self) -> float:
+        return self.inner.label_weight
+
+    @property
     def label_term_names(self) -> frozenset[str]:
         return self.inner.label_term_names
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from potstill.errors import UsageError
+from potstill.hub import model_path
 from potstill.input_spec import Triple
 from potstill.models import pretrained, state_dict
 from potstill.models.class_names import LIKELY_LISTS, OutputNames, class_list, find_outputs
@@ -230,8 +231,25 @@ def load_zero_shot(
     return module, scale
 
 
+def why_weights_are_missing(architecture: str, source: str, *, size: int) -> str | None:
+    """Return why published weights cannot be had, and what to do; None if they can, or if ``source`` is a file.
+
+    Raises:
+        UsageError: unknown architecture.
+    """
+    family, bare = resolve(architecture)
+    if source != "pretrained" or pretrained.find_packaged_weights(architecture) is not None:
+        return None
+    try:
+        with pretrained.naming_the_package(architecture):
+            family.pretrained(bare, _ANY_CLASSES, size)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def _existing_path(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = model_path(source)
     if not path.exists():
         raise UsageError(
             f"no weights {source!r}: neither 'pretrained' nor a file that exists.\n"

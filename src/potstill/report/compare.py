@@ -17,7 +17,7 @@ import numpy as np
 from potstill.config.settings_errors import format_value
 from potstill.config.stage_names import repeat_index
 from potstill.errors import UsageError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.evaluation.significance import Interval, crossed_interval, mcnemar, paired_interval, seeds_summary
 from potstill.experiment.resume import describe_view_difference, flatten_settings, is_result_neutral
 from potstill.experiment.run_folder import RunFolder
@@ -121,6 +121,8 @@ def _write_page(found: list[Run], target: Path) -> Path:
     ]
     pairings, notes = pair_contenders(contenders)
     notes += _view_notes(contenders)
+    if unlabeled := [run.name for run in found if run.without_labels.get("test_labeled") is False]:
+        notes.append(f"{', '.join(unlabeled)}: no labels; top-1 is the agreement with the classes of the run's teacher")
     values: dict[str, Any] = {
         "title": title,
         "subtitle": "",

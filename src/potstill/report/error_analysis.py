@@ -206,7 +206,7 @@ def images_context(run: Run) -> dict[str, Any] | None:
         "split": str(examples.get("split")),
         "groups": groups,
         "pictures": pictures,
-        "looking": any(look["heat"] for card in shown for look in card["looks"]),
+        "looking": any(each["heat"] for card in shown for each in card["heat_maps"]),
         "notes": list(_image_notes(run, examples, shown)),
     }
 
@@ -224,22 +224,24 @@ def _image_group(name: str, found: dict[str, Any], images: dict[str, Any], parts
 
 
 def _image_card(key: str, image: dict[str, Any], parts: dict[str, str]) -> dict[str, Any]:
-    said = image.get("said") or {}
+    predictions = image.get("predictions") or {}
     true = str(image.get("class"))
     answers = []
     for stage in dict.fromkeys(parts[part] for part in ("teacher", "baseline", "student") if part in parts):
-        answer = said.get(stage) or {}
+        answer = predictions.get(stage) or {}
         named = str(answer.get("class", MISSING))
         answers.append((stage, named, format_percent(answer.get("probability")), "right" if named == true else "wrong"))
     picture = _thumbnail(image.get("thumbnail"))
-    looks = image.get("looks") or {}
+    heat_maps = image.get("gradcam") or {}
     return {
         "key": key,
         "name": str(image.get("name")),
         "class": true,
         "answers": answers,
         "picture": picture,
-        "looks": [_heatmap(stage, named, looks.get(stage)) for stage, named, _, _ in answers if stage in looks]
+        "heat_maps": [
+            _heatmap(stage, named, heat_maps.get(stage)) for stage, named, _, _ in answers if stage in heat_maps
+        ]
         if picture
         else [],
     }

@@ -33,8 +33,14 @@ FINDING_TITLES = {
 
 def verdict_context(run: Run) -> dict[str, Any] | None:
     """Return sentences, facts and the intervals on a number line."""
+    if run.without_labels:
+        headline, *others = map(str, run.without_labels.get("sentences") or [""])
+        mark = "No labels: agreement with the teacher"
+        return {"finding": "unknown", "mark": mark, "headline": headline, "sentences": others, "facts": [], "lines": []}
     comparison = run.comparison
     headline, *others = verdict_sentences(comparison, run.results.get("stages"))
+    if stopped := run.results.get("not_distilled"):
+        headline = str(stopped)
     effect = effect_of(comparison)
     means = average_over_seeds(comparison) if comparison else {}
     return {
@@ -237,6 +243,9 @@ def _test_rows(run: Run) -> list[dict[str, Any]]:
         ("nll", "NLL (lower is better)", format_decimal, _signed_decimals),
         ("agreement", "Agreement with teacher", format_percent, _signed_points),
     ]
+    if run.without_labels:
+        rows = rows if run.without_labels.get("test_labeled") else rows[-1:]  # others are of the teacher's own classes
+        rows += [("kl_to_teacher", "KL divergence from teacher", format_decimal, _signed_decimals)]
     tests = {name: stage.metrics.get("test", {}) for name, stage in run.stages.items()}
     return [
         {

@@ -16,7 +16,7 @@ import numpy as np
 from potstill.config.method_settings import describe_method
 from potstill.config.stage_names import sort_stages, stage_role
 from potstill.errors import ArtifactError
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.experiment.run_folder import unescape_cell
 from potstill.formatting import format_number
 from potstill.io import encode_json, read_bytes, read_checksummed_json, read_checksummed_text
@@ -138,6 +138,12 @@ class Run:
     @property
     def comparison(self) -> dict[str, Any] | None:
         return self.results.get("comparison") or None
+
+    @property
+    def without_labels(self) -> dict[str, Any]:
+        """What is known of a student that was trained without labels; empty for other runs."""
+        found = self.results.get("without_labels")
+        return found if isinstance(found, dict) else {}
 
     @property
     def together(self) -> dict[str, dict[str, Any]]:

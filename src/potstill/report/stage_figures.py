@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from potstill.config.stage_names import stage_number as number_of
-from potstill.evaluation.classification import Array
+from potstill.evaluation import Array
 from potstill.formatting import format_decimal, format_number, format_percent
 from potstill.report.canvas import as_png, as_png_and_svg
 from potstill.report.confusion_matrix import draw_pair, pair_figure_size

@@ -1,5 +1,7 @@
 """Text files: metrics.txt and classification reports of a stage, and report.md, the model card of the student."""
 
+import ntpath
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -166,13 +168,13 @@ def head_text(stage: StageResult) -> str:
         return ""
     if head.get("kind") == "zero_shot":
         prompts = head.get("prompts")
-        texts = [text for each in prompts.values() for text in each] if isinstance(prompts, dict) else []
-        first = f", such as {escape_invisible(repr(str(texts[0])))}" if texts else ""
-        return f"a zero-shot head, made of {_plural(len(texts), 'text')} without labels{first}"
+        first = f", such as {escape_invisible(repr(str(prompts[0])))}" if isinstance(prompts, list) and prompts else ""
+        return f"a zero-shot head, made of {_plural(head.get('texts'), 'text')} without labels{first}"
     checked = head.get("cross_validated") or {}
     strength = format_number(head.get("C"))
+    rule = ", the default for weights of other classes," if head.get("default") is True else ""
     text = (
-        f"a linear probe on embeddings of {format_count(head.get('images'))} images "
+        f"a linear probe{rule} on embeddings of {format_count(head.get('images'))} images "
         f"(C {MISSING if strength is None else f'{strength:.2g}'}, cross-validated top-1 "
         f"{format_percent(checked.get('top1'))}, {format_duration(head.get('seconds'))})"
     )
@@ -198,7 +200,7 @@ def teaching_text(stage: StageResult) -> str:
 
 
 def _cache_text(teaching: Mapping[str, Any]) -> str:
-    computed, read = format_number(teaching.get("asked")), format_number(teaching.get("read"))
+    computed, read = format_number(teaching.get("computed")), format_number(teaching.get("read"))
     if computed is None or read is None:
         return ""
     return f"; {format_count(read)} of {format_count(computed + read)} outputs read from the teacher cache"
@@ -309,8 +311,10 @@ def model_card(run: Run) -> str | None:
 def _eval_results(run: Run, student: StageResult) -> list[Any] | None:
     from huggingface_hub import EvalResult
 
+    if run.without_labels.get("test_labeled") is False:
+        return None  # accuracy is unknown
     test = student.metrics.get("test", {})
-    source = str(run.data.get("source") or "images")
+    source = str(without_folders(run.data.get("source") or "images"))
     found = [
         EvalResult("image-classification", source, source, kind, value, dataset_split="test", metric_name=name)
         for kind, key, name in (("accuracy", "top1", "Top-1"), ("f1", "f1_macro", "F1, macro"))
@@ -321,7 +325,7 @@ def _eval_results(run: Run, student: StageResult) -> list[Any] | None:
 
 def _card_text(run: Run, student: StageResult) -> str:
     model = student.model
-    verdict = str((run.comparison or {}).get("verdict") or "")
+    verdict = str((run.comparison or {}).get("verdict") or " ".join(run.without_labels.get("sentences") or ()))
     network = f"`{_markdown(model.get('architecture'))}`, {format_scaled(model.get('parameters'))} parameters"
     parts = [
         f"# {_markdown(run.name)}",
@@ -348,10 +352,11 @@ def _card_text(run: Run, student: StageResult) -> str:
 
 
 def _card_metrics(run: Run) -> str:
-    shown = [run.stages[name] for name in STAGES if name in run.stages]
-    rows = [
-        [name, *(form(stage.metrics.get("test", {}).get(key)) for stage in shown)] for key, name, form in _CARD_METRICS
-    ]
+    shown, metrics = [run.stages[name] for name in STAGES if name in run.stages], list(_CARD_METRICS)
+    if run.without_labels:
+        metrics = metrics if run.without_labels.get("test_labeled") else []  # they are of the teacher's own classes
+        metrics += [("agreement", "Agreement with teacher", format_percent), ("kl_to_teacher", "KL", format_decimal)]
+    rows = [[name, *(form(stage.metrics.get("test", {}).get(key)) for stage in shown)] for key, name, form in metrics]
     rows.append(["Parameters", *(format_scaled(stage.model.get("parameters")) for stage in shown)])
     head = ["", *(stage.name for stage in shown)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * len(shown)], *rows])
@@ -360,10 +365,11 @@ def _card_metrics(run: Run) -> str:
 def _training_sentence(run: Run, student: StageResult) -> str:
     teachers = [_markdown(s.model.get("architecture")) for s in run.stages.values() if s.role == "teacher"]
     by = f" from {', '.join(teachers)}" if teachers and student.name == "distilled" else ""
-    method = f" by {_markdown(run.method)}" if by and run.method else ""
+    method = f" by {_markdown(without_folders(run.method))}" if by and run.method else ""
     return (
         f"Trained by potstill {_markdown(run.results.get('potstill'))}{by}{method}, seed {run.results.get('seed')}, on "
-        f"{_markdown(run.data.get('source'))}. The recipe is `recipe.yaml`; `potstill run recipe.yaml` repeats it."
+        f"{_markdown(without_folders(run.data.get('source')))}. The recipe is `recipe.yaml`; `potstill run "
+        "recipe.yaml` repeats it."
     )
 
 
@@ -372,3 +378,21 @@ def _markdown(value: Any) -> str:
     text = " ".join(escape_invisible(str(MISSING if value is None else value)).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#!])", r"\\\1", text)
+
+
+def without_folders(value: Any) -> Any:
+    """Return JSON values with absolute paths cut to their last part, since folders tell of a machine.
+
+    Example:
+        >>> without_folders({"data": {"source": "/home/me/photos"}, "lines": ["a/b"]})
+        {'data': {'source': 'photos'}, 'lines': ['a/b']}
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if isinstance(value, str):
+        for system in (posixpath, ntpath):
+            if system.isabs(value) and (system is posixpath or system.splitdrive(value)[0]):
+                return system.basename(value.rstrip("/\\")) or value
+    return value

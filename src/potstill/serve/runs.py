@@ -65,7 +65,8 @@ def _damaged_summary(run: str) -> dict[str, Any]:
 def _summary(run: str, folder: Path) -> dict[str, Any]:
     stages, results = _stages(folder), _results(folder)
     finished = _regular(folder / "results.json")
-    figures = _mapping(results.get("stages"))
+    unlabeled = _mapping(results.get("without_labels")).get("test_labeled") is False  # then accuracies are unknown
+    figures = {} if unlabeled else _mapping(results.get("stages"))
     return {
         "id": run,
         "state": ("finished" if results else "damaged") if finished else _state(folder, stages),

@@ -1,7 +1,7 @@
 """Start processes of a sweep as SLURM jobs, or on a Ray cluster.
 
 Each is the same command as typed, which joins the sweep's folder; so all machines must see that folder.  Neither
-searches: which trial comes next is for the study to say, whoever started the process.
+searches: the study chooses the next trial for every process, however it was started.
 """
 
 import importlib.util
@@ -105,9 +105,9 @@ def run_on_ray(arguments: Sequence[str], jobs: int, options: Mapping[str, Any]) 
         raise WorkerError(f"a task on the Ray cluster was lost: {str(error).strip().splitlines()[-1]}") from error
     finally:
         ray.shutdown()
-    wrong = [(code, said) for code, said in outcomes if code]
-    if wrong:
-        raise WorkerError(f"{len(wrong)} of {jobs} processes on the Ray cluster failed, one with:\n{wrong[0][1]}")
+    failed = [(code, lines) for code, lines in outcomes if code]
+    if failed:
+        raise WorkerError(f"{len(failed)} of {jobs} processes on the Ray cluster failed, one with:\n{failed[0][1]}")
 
 
 def _run_command(arguments: list[str], folder: str) -> tuple[int, str]:

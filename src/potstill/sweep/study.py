@@ -14,7 +14,7 @@ import yaml
 from potstill.config.recipe import Recipe, dump_recipe
 from potstill.errors import ArtifactError, UsageError
 from potstill.io import read_checksummed_json, write_checksummed_json
-from potstill.sweep.space import Space
+from potstill.sweep import Space
 
 if TYPE_CHECKING:
     import optuna
@@ -28,7 +28,7 @@ _NEUTRAL_KEYS = ("data.workers", "data.cache_fraction", "teacher_cache.folder", 
 
 
 def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool, trials: int) -> dict[str, Any]:
-    """The settings that all processes of a study share, and the number of trials."""
+    """Return the settings that all processes of a study share, and the number of trials."""
     return {
         "schema": 1,
         "recipe": dump_recipe(recipe),
@@ -40,51 +40,51 @@ def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool
     }
 
 
-def begin_or_join(folder: Path, wanted: dict[str, Any]) -> None:
+def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
     """Create a study or join the existing one; the sweep's lock must be held.
 
     Raises:
-        UsageError: it is another study; names what differs.
+        UsageError: the folder holds another study; names the differences.
         ArtifactError: sweep.json is damaged.
     """
     path = folder / SWEEP_FILE
     if not path.exists():
         if any(not entry.name.startswith(".") and entry.name != SLURM_FOLDER for entry in folder.iterdir()):
             raise UsageError(f"{folder} exists and is no sweep; choose another --name or --output-dir")
-        write_checksummed_json(path, wanted)
+        write_checksummed_json(path, description)
         return
-    before = read_checksummed_json(path)
-    if lines := _differences(before, wanted):
+    stored = read_checksummed_json(path)
+    if lines := _differences(stored, description):
         more = [f"  and {len(lines) - _MAX_DIFFERENCES} more"] if len(lines) > _MAX_DIFFERENCES else []
         raise UsageError(
-            f"{folder} holds a sweep of something else:\n"
+            f"{folder} holds a sweep with other settings:\n"
             + "\n".join(lines[:_MAX_DIFFERENCES] + more)
             + "\nRepeat the command with which it began, or give this one another --name"
         )
-    if before["trials"] != wanted["trials"]:
+    if stored["trials"] != description["trials"]:
         if (folder / CONFIRMATION_FILE).exists():
             raise UsageError(
-                f"the sweep in {folder} ended after {before['trials']} trials, and its winner has met the test split.\n"
-                "Further trials would make that a second look: start another sweep with --name"
+                f"the sweep in {folder} ended after {stored['trials']} trials whose best was evaluated on test.\n"
+                "Further trials would select on the test split: start another sweep with --name"
             )
         (folder / FINAL_FILE).unlink(missing_ok=True)  # the best trial is chosen again
-        write_checksummed_json(path, wanted)
+        write_checksummed_json(path, description)
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    old, new = _flatten(yaml.safe_load(before["recipe"])), _flatten(yaml.safe_load(after["recipe"]))
+def _differences(stored: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    old, new = _flatten(yaml.safe_load(stored["recipe"])), _flatten(yaml.safe_load(after["recipe"]))
     lines = [
         f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in _NEUTRAL_KEYS
     ]
-    spaces = [[each["text"] for each in facts["space"]] for facts in (before, after)]
+    spaces = [[each["text"] for each in facts["space"]] for facts in (stored, after)]
     lines += [f"  --search {text}: was there before" for text in spaces[0] if text not in spaces[1]]
     lines += [f"  --search {text}: is new" for text in spaces[1] if text not in spaces[0]]
-    if before["grid"] != after["grid"]:
-        lines.append(f"  --grid: was {before['grid']}, now {after['grid']}")
-    if before["data"] != after["data"]:
-        lines.append(f"  images: were {before['data'][:12]}, are {after['data'][:12]} (files were added or changed)")
+    if stored["grid"] != after["grid"]:
+        lines.append(f"  --grid: was {stored['grid']}, now {after['grid']}")
+    if stored["data"] != after["data"]:
+        lines.append(f"  images: were {stored['data'][:12]}, are {after['data'][:12]} (files were added or changed)")
     return lines
 
 
@@ -116,9 +116,9 @@ def open_study(folder: Path, *, minimize: bool, seed: int, grid: bool, epochs: i
 
     Args:
         folder: of the sweep.
-        minimize: whether a smaller figure is the better one.
+        minimize: whether a smaller value is better.
         seed: of the draws; a process that joins draws from another one, or all would draw the same.
-        grid: all combinations are wanted, so none is pruned.
+        grid: whether to try all combinations; none is pruned then.
         epochs: of a trial; its first quarter is never pruned.
 
     Raises:
@@ -175,6 +175,6 @@ def parameter_importances(study: "optuna.Study") -> dict[str, float]:
             found: Mapping[str, Any] = optuna.importance.get_param_importances(
                 study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
             )
-    except (ValueError, RuntimeError, ImportError):  # one value of everything, or keys that no two trials share
+    except (ValueError, RuntimeError, ImportError):  # all values are equal, or no two trials share a key
         return {}
     return {key: float(share) for key, share in found.items()}

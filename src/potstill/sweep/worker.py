@@ -1,5 +1,4 @@
-"""One process of a sweep: run trials until there are enough, retry those of dead processes, choose and confirm the
-winner.
+"""One process of a sweep: run trials, retry those of processes that died, choose and confirm the best.
 
 A trial is a run folder whose student is evaluated on val, and never sees the test split.
 """
@@ -16,9 +15,8 @@ from potstill.config.recipe import Recipe, load_recipe
 from potstill.errors import NonFiniteError, StorageError, UsageError
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.io import read_checksummed_json, write_checksummed_json
-from potstill.sweep import study
-from potstill.sweep.space import Space, baseline_space
-from potstill.training.callbacks import Observer, SilentObserver
+from potstill.sweep import Space, baseline_space, study
+from potstill.training.callbacks import ForwardingObserver, Observer, SilentObserver
 
 if TYPE_CHECKING:
     import optuna
@@ -27,54 +25,34 @@ if TYPE_CHECKING:
 
 
 class Pruned(Exception):
-    """Ends a pruned trial; raised within training, caught here."""
+    """Ends a pruned trial; raised during training, handled in this module."""
 
 
-class PruningObserver(SilentObserver):
+class PruningObserver(ForwardingObserver):
     """Forwards to another observer, reports the student's metric on val to the study, and ends pruned trials."""
 
-    def __init__(self, trial: "optuna.Trial", measure: str, student: str, inner: Observer) -> None:
-        self._trial, self._measure, self._student, self._inner, self._stage = trial, measure, student, inner, ""
-
-    def stage(self, name: str, detail: str) -> None:
-        """A stage begins."""
-        self._stage = name
-        self._inner.stage(name, detail)
+    def __init__(self, trial: "optuna.Trial", measure: str, student: str, observer: Observer) -> None:
+        super().__init__(observer)
+        self._trial, self._measure, self._student, self._last = trial, measure, student, False
 
     def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None:
-        """An epoch begins."""
+        """Forward, and remember whether this is the last epoch."""
         self._last = epoch == epochs
-        self._inner.epoch_start(epoch, epochs, steps, images)
-
-    def step(self, images: int) -> None:
-        """More images have been trained on."""
-        self._inner.step(images)
+        super().epoch_start(epoch, epochs, steps, images)
 
     def epoch_end(self, record: dict[str, Any]) -> None:
-        """An epoch is over; the student's are reported."""
-        self._inner.epoch_end(record)
+        """Forward, and report the student's epochs to the study.
+
+        Raises:
+            Pruned: the study prunes this trial.
+        """
+        super().epoch_end(record)
         value = record.get("val", {}).get(self._measure)
-        if self._stage != self._student or value is None:
+        if self.current_stage != self._student or value is None:
             return
         self._trial.report(float(value), int(record["epoch"]))
         if not self._last and self._trial.should_prune():
             raise Pruned
-
-    def wait(self, what: str, done: int, total: int) -> None:
-        """A longer wait."""
-        self._inner.wait(what, done, total)
-
-    def note(self, message: str) -> None:
-        """Something worth reading."""
-        self._inner.note(message)
-
-    def warn(self, message: str) -> None:
-        """Something that probably spoils the result."""
-        self._inner.warn(message)
-
-    def stage_end(self, name: str, seconds: float) -> None:
-        """A stage is over."""
-        self._inner.stage_end(name, seconds)
 
 
 def run_trial(
@@ -88,7 +66,7 @@ def run_trial(
     observer: Observer,
     stopping: "SignalHandler | None",
 ) -> float:
-    """Train a trial's student, or resume what a killed process left of it.
+    """Train a trial's student, or resume the training of a killed process.
 
     Args:
         recipe: of this trial, with a trained teacher.
@@ -137,7 +115,7 @@ _START_SECONDS = 30.0  # within which a process has registered its trial
 
 
 class Sweep:
-    """One process's part in the sweep of a folder."""
+    """One process of the sweep in a folder."""
 
     def __init__(
         self,
@@ -178,34 +156,34 @@ class Sweep:
         ``timeout``: seconds after which no further trial begins here.
 
         Raises:
-            PotstillError: it is another sweep's folder, or what a run raises.
+            PotstillError: the folder holds another sweep, or as ``pipeline.run``.
         """
-        until = time.monotonic() + timeout if timeout is not None else float("inf")
-        self._begin()
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+        self._open_study()
         alive = self.folder / "workers" / self.worker
         alive.mkdir(parents=True)
         lock = RunLock(alive)
         lock.acquire()
         try:
             teachers = self._teachers()
-            while time.monotonic() < until:
-                taken = self._take()
-                if taken is None:
+            while time.monotonic() < deadline:
+                trial = self._next_trial()
+                if trial is None:
                     break
-                if taken is not _WAIT:
-                    self._try(taken, teachers)
+                if trial is not _WAITING:
+                    self._run_trial(trial, teachers)
                     continue
                 time.sleep(POLL_SECONDS)
             else:
                 return False
-            self._end()
-            return self._confirm(teachers, until) if self.confirm_seeds else True
+            self._choose_best()
+            return self._confirm_best(teachers, deadline) if self.confirm_seeds else True
         finally:
             lock.release()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the sweep's lock; waits for it."""
+        """Wait for the sweep's lock and hold it within the block."""
         lock = RunLock(self.folder)
         while True:
             try:
@@ -220,7 +198,7 @@ class Sweep:
         finally:
             lock.release()
 
-    def _begin(self) -> None:
+    def _open_study(self) -> None:
         from potstill.console import silence_native_stderr
         from potstill.data.datasets import load_data
 
@@ -237,11 +215,11 @@ class Sweep:
                 grid=self.grid,
                 epochs=self.recipe.stage_training("distilled").epochs,
             )
-            cells = {trial.user_attrs.get("cell") for trial in self.study.get_trials(deepcopy=False)}
+            known_cells = {trial.user_attrs.get("cell") for trial in self.study.get_trials(deepcopy=False)}
             for cell, combination in enumerate(self.combinations[: self.trials]):
-                if cell not in cells:
+                if cell not in known_cells:
                     self.study.enqueue_trial(combination, user_attrs={"cell": cell})
-            if self.student == "baseline" and not cells:  # its first trial has the recipe's own settings
+            if self.student == "baseline" and not known_cells:  # its first trial has the recipe's own settings
                 training = self.recipe.stage_training("baseline").model_dump()
                 keys = [each.key for each in self.space.dimensions if each.key.startswith("student.training.")]
                 own = {key: training[key.removeprefix("student.training.")] for key in keys}
@@ -281,7 +259,7 @@ class Sweep:
                     raise
                 time.sleep(POLL_SECONDS)
             except UsageError:
-                if not home.known:  # else it has begun elsewhere between the look and the start
+                if not home.known:  # otherwise another process started it meanwhile
                     raise
         keys = [f"teacher.{at}" if several else "teacher" for at in range(len(names))]
         return tuple(
@@ -309,7 +287,7 @@ class Sweep:
                 return recipe
         return None
 
-    def _take(self) -> Any:
+    def _next_trial(self) -> Any:
         """Return the next trial; _WAIT while other processes run the last ones; None at the end."""
         from optuna.trial import TrialState
 
@@ -319,7 +297,7 @@ class Sweep:
             begun = [t for t in known if t.state != TrialState.WAITING and not t.user_attrs.get("died")]
             retried = [t for t in known if t.state == TrialState.WAITING and "retry_of" in t.user_attrs]
             if len(begun) + len(retried) >= self.trials and not retried:
-                return _WAIT if any(t.state == TrialState.RUNNING for t in begun) else None
+                return _WAITING if any(t.state == TrialState.RUNNING for t in begun) else None
             trial = self.study.ask()
             trial.set_user_attr("worker", self.worker)
             if "home" not in trial.user_attrs:
@@ -342,13 +320,13 @@ class Sweep:
             if (worker is None and age < _START_SECONDS) or (worker and self._is_alive(worker)):
                 continue
             times = int(each.user_attrs.get("times", 0)) + (not each.user_attrs.get("let_go"))
-            again = times <= RETRIES
-            if again:  # before it is marked: were this process to die here, it would be tried twice rather than never
-                kept = {key: each.user_attrs[key] for key in ("home",) if key in each.user_attrs}
+            retry = times <= RETRIES
+            if retry:  # before it is marked, so that a crash here repeats the trial instead of losing it
+                entries = {key: each.user_attrs[key] for key in ("home",) if key in each.user_attrs}
                 chosen = each.params or each.system_attrs.get("fixed_params", {})
-                self.study.enqueue_trial(chosen, user_attrs={"retry_of": each.number, "times": times, **kept})
-                self.observer.note(f"trial {each.number}: its process has ended; it is tried again")
-            optuna.trial.Trial(self.study, each._trial_id).set_user_attr("died" if again else "error", _DIED)
+                self.study.enqueue_trial(chosen, user_attrs={"retry_of": each.number, "times": times, **entries})
+                self.observer.note(f"trial {each.number}: its process has ended; it is retried")
+            optuna.trial.Trial(self.study, each._trial_id).set_user_attr("died" if retry else "error", _DIED)
             self.study.tell(each.number, state=TrialState.FAIL)
 
     def _is_alive(self, worker: str) -> bool:
@@ -381,7 +359,7 @@ class Sweep:
     def _base(self, key: str) -> str | None:
         return str(self.recipe.method["name"]) if key == "method.name" else None
 
-    def _try(self, trial: "optuna.Trial", teachers: Sequence[str]) -> None:
+    def _run_trial(self, trial: "optuna.Trial", teachers: Sequence[str]) -> None:
         from optuna.trial import TrialState
 
         started = time.monotonic()
@@ -406,15 +384,15 @@ class Sweep:
             state = TrialState.FAIL
             trial.set_user_attr("error", str(error).splitlines()[0])
             self.observer.warn(f"trial {trial.number} failed: {error}")
-        except BaseException:  # a signal or a full disk, not the trial
+        except BaseException:  # a signal or a full disk: not an error of the trial
             trial.set_user_attr("let_go", True)
             raise
         trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
         with self._locked():
             self.study.tell(trial, value, state=None if state == TrialState.COMPLETE else state)
-            self._write()
+            self._write_trials()
 
-    def _write(self) -> None:
+    def _write_trials(self) -> None:
         rows = self.rows()
         found = {"schema": 1, "trials": rows, "importance": study.parameter_importances(self.study)}
         write_checksummed_json(self.folder / study.TRIALS_FILE, found)
@@ -444,7 +422,7 @@ class Sweep:
         found: dict[str, Any] = read_checksummed_json(self.folder / study.FINAL_FILE)
         return found
 
-    def _end(self) -> None:
+    def _choose_best(self) -> None:
         """Choose the best trial by val; test is not used."""
         with self._locked():
             if (self.folder / study.FINAL_FILE).exists():
@@ -452,29 +430,29 @@ class Sweep:
             done = [row for row in self.rows() if row["value"] is not None]
             if not done:
                 reasons = sorted({str(row["error"]) for row in self.rows() if row["error"]})
-                raise UsageError("no trial came to an end:\n" + "\n".join(reasons[:5]))
+                raise UsageError("no trial finished:\n" + "\n".join(reasons[:5]))
             best = (min if self.measure in ("loss", "nll") else max)(done, key=lambda row: row["value"])
-            self.observer.note(f"trial {best['number']} is the best on val, a figure that the search makes too high")
-            kept = {key: best[key] for key in ("folder", "chosen", "value")}
-            write_checksummed_json(self.folder / study.FINAL_FILE, {"schema": 1, "trial": best["number"], **kept})
+            self.observer.note(f"trial {best['number']} is the best on val, which is optimistic after a search")
+            entries = {key: best[key] for key in ("folder", "chosen", "value")}
+            write_checksummed_json(self.folder / study.FINAL_FILE, {"schema": 1, "trial": best["number"], **entries})
 
-    def _confirm(self, teachers: Sequence[str], until: float) -> bool:
+    def _confirm_best(self, teachers: Sequence[str], deadline: float) -> bool:
         """Search the baseline with as many trials, train both again on fresh seeds, and evaluate them on test."""
         from potstill.experiment.pipeline import run
 
         if (self.folder / study.CONFIRMATION_FILE).exists():
             return True
-        rival = self.rival()
-        count = f"{rival.trials} trials" if rival.trials > 1 else "one trial"
+        baseline_sweep = self.baseline_sweep()
+        count = f"{baseline_sweep.trials} trials" if baseline_sweep.trials > 1 else "one trial"
         self.observer.note(
-            f"the baseline is searched as well: {count} over {', '.join(map(str, rival.space.dimensions))}"
+            f"the baseline is tuned as well: {count} over {', '.join(map(str, baseline_sweep.space.dimensions))}"
         )
-        if not rival.work(None if until == float("inf") else max(0.0, until - time.monotonic())):
+        if not baseline_sweep.work(None if deadline == float("inf") else max(0.0, deadline - time.monotonic())):
             return False
-        fresh = [f"seed={self.recipe.seed + 1}", f"seeds={self.confirm_seeds}"]
+        seed_settings = [f"seed={self.recipe.seed + 1}", f"seeds={self.confirm_seeds}"]
         recipes = {
-            "distilled": self._recipe(self.winner()["chosen"], teachers, fresh),
-            "baseline": rival._recipe(rival.winner()["chosen"], (), fresh),
+            "distilled": self._recipe(self.winner()["chosen"], teachers, seed_settings),
+            "baseline": baseline_sweep._recipe(baseline_sweep.winner()["chosen"], (), seed_settings),
         }
         with self._locked():
             if (self.folder / study.CONFIRMATION_FILE).exists():
@@ -490,11 +468,11 @@ class Sweep:
                     observer=self.observer,
                     stopping=self.stopping,
                 )
-            facts = {"seeds": self.confirm_seeds, "first_seed": self.recipe.seed + 1, "trials": rival.trials}
+            facts = {"seeds": self.confirm_seeds, "first_seed": self.recipe.seed + 1, "trials": baseline_sweep.trials}
             write_checksummed_json(self.folder / study.CONFIRMATION_FILE, {"schema": 1, **facts})
         return True
 
-    def rival(self) -> "Sweep":
+    def baseline_sweep(self) -> "Sweep":
         """Return the search of the baseline's settings, with as many trials."""
         space = baseline_space(self.space, self.recipe, self.trials)
         return Sweep(
@@ -512,5 +490,5 @@ class Sweep:
         )
 
 
-_WAIT = object()
+_WAITING = object()
 _DIED = f"its process died {RETRIES + 1} times"

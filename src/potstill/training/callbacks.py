@@ -6,7 +6,7 @@ On SIGINT or SIGTERM the trainer finishes the step, saves its state and ends; a 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ from potstill.errors import Stopped
 
 class Observer(Protocol):
     """Receives the progress of a run; subclass it, or pass any object with these methods, as ``observer``."""
+
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
+        """Before the first stage; ``estimate`` measures for some seconds how many each stage will take, in order."""
 
     def stage(self, name: str, detail: str) -> None:
         """A stage (teacher, baseline, distilled) begins."""
@@ -44,6 +47,8 @@ class Observer(Protocol):
 class SilentObserver:
     """An observer that ignores everything."""
 
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None: ...
+
     def stage(self, name: str, detail: str) -> None: ...
 
     def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None: ...
@@ -59,6 +64,45 @@ class SilentObserver:
     def warn(self, message: str) -> None: ...
 
     def stage_end(self, name: str, seconds: float) -> None: ...
+
+
+class ForwardingObserver:
+    """Forwards all calls to another observer; base of observers that do more.
+
+    Attributes:
+        current_stage: name of the stage that runs; "" before the first.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer, self.current_stage = observer, ""
+
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
+        self.observer.expect(estimate)
+
+    def stage(self, name: str, detail: str) -> None:
+        self.current_stage = name
+        self.observer.stage(name, detail)
+
+    def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None:
+        self.observer.epoch_start(epoch, epochs, steps, images)
+
+    def step(self, images: int) -> None:
+        self.observer.step(images)
+
+    def epoch_end(self, record: dict[str, Any]) -> None:
+        self.observer.epoch_end(record)
+
+    def wait(self, what: str, done: int, total: int) -> None:
+        self.observer.wait(what, done, total)
+
+    def note(self, message: str) -> None:
+        self.observer.note(message)
+
+    def warn(self, message: str) -> None:
+        self.observer.warn(message)
+
+    def stage_end(self, name: str, seconds: float) -> None:
+        self.observer.stage_end(name, seconds)
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))

@@ -3,7 +3,7 @@
 The strength of the penalty is chosen by stratified cross-validation on the training images alone, by the cross-entropy
 of the images that were left out: it is less noisy than their accuracy, and a teacher's probabilities matter as much as
 its first class.  The heads of the folds are kept; they answer the training images in distillation (see
-``distillation.cross_fitting``).
+``distillation.teachers.FoldHeads``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ def check_probe_labels(labels: "np.ndarray[tuple[int], np.dtype[np.int64]]", cla
             names = ", ".join(map(repr, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
             raise UsageError(
                 f"head: probe needs two training images of each class or more, one to fit and one to check, and there "
-                f"is {what} of {names}: add images, move some from val or test, leave the class out, or set head: null"
+                f"is {what} of {names}: add images, move some from val or test, leave it out, or set head: random"
             )
 
 

@@ -14,6 +14,9 @@ class TrainingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: int = Field(30, ge=1, le=100_000, description="passes over the training split")
+    min_steps: int = Field(
+        0, ge=0, le=10_000_000, description="more epochs than `epochs`, if those have fewer steps than this"
+    )
     batch_size: int = Field(32, ge=1, le=65_536, description="images per step")
     optimizer: str = Field("adamw", description="sgd, adamw, dot, or the name of any class in torch.optim")
     lr: float = Field(1e-4, gt=0, description="learning rate after warm-up")

@@ -22,13 +22,11 @@ from potstill.io import write_json_lines
 from potstill.training.averaging import ModelEma
 from potstill.training.callbacks import Observer, SignalHandler
 from potstill.training.checkpointing import Checkpointer, copy_state_dict
-from potstill.training.compile import StudentCompiler
-from potstill.training.ddp import DistributedDistiller, check_distributed_support
-from potstill.training.devices import Compute
+from potstill.training.devices import Compute, DistributedDistiller, check_distributed_support
 from potstill.training.optim import GradientAccumulator, create_optimizer, layer_lr_scales, lr_factor
-from potstill.training.qat import plain_epochs, simulated_int8
 from potstill.training.settings import TrainingSettings
 from potstill.training.state import EpochRecord, EpochState, History, TermAverages
+from potstill.training.student_forward import StudentCompiler, plain_epochs, simulated_int8
 from potstill.types import Batch, Outputs, Step
 
 if TYPE_CHECKING:

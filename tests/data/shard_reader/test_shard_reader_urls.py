@@ -1,6 +1,7 @@
 import pytest
 
-from potstill.data.shard_reader import MAX_SHARDS, expand_shards, is_shards, open_filesystem, read_byte_range
+from potstill.data.file_datasets import is_shards
+from potstill.data.shard_reader import MAX_SHARDS, expand_shards, open_filesystem, read_byte_range
 from potstill.errors import DataError, UsageError
 
 

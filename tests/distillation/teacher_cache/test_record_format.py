@@ -190,12 +190,21 @@ def test_no_images_are_no_records():
     assert record.finite(kept).shape == (0,)
 
 
+def test_embeddings_alone_are_kept_bit_by_bit():
+    record, values = RecordFormat("float32", 0, 3), np.array([[1 / 3, -2e-30, 5e7], [0, 1, 2]], np.float32)
+    kept = record.encode(np.zeros((2, 0), np.float32), values)
+    assert kept.shape == (2, 12)
+    assert np.array_equal(record.decode(kept)[1], values)
+    assert record.finite(record.encode(np.zeros((1, 0), np.float32), np.full((1, 3), np.nan))).tolist() == [False]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("float8", 4), "one of float16, float32, top16, got 'float8'"),
         (("top16", 64), "more than 64 classes, and there are 64: use float16"),
-        (("float16", 0), "classes >= 1"),
+        (("float16", 0), "not both 0: 0, 0"),
+        (("float16", 0, 8), "a record without logits is of kind float32, got float16"),
         (("float16", 4, -1), "embedding >= 0"),
     ],
 )

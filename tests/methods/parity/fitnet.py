@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from potstill.features.adapters import ConvAdapter
+from potstill.features import ConvAdapter
 from potstill.methods.fitnet import hint_loss
 
 FLOAT32 = {"loss": 3e-5, "grad": 1e-3}  # the reference's own float32 gradients are off by up to 2e-4 (BatchNorm)

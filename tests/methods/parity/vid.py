@@ -1,6 +1,6 @@
 """The prediction in front of the loss; of two sizes the larger map is averaged down."""
 
-from potstill.features.adapters import pool_to_common_size
+from potstill.features import pool_to_common_size
 from potstill.methods.vid import Prediction, vid_loss
 
 

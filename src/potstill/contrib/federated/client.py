@@ -201,10 +201,14 @@ def train_locally(
         distiller.train()
         total, images = torch.zeros((), device=compute.device), 0
         for batch in loader.epoch(epoch):
-            shown = replace(batch, images=batch.images.contiguous(memory_format=compute.memory_format))
+            prepared = replace(batch, images=batch.images.contiguous(memory_format=compute.memory_format))
             with compute.autocast():
                 step = distiller(
-                    shown.images, shown.labels, index=shown.index, view=shown.view, soft_labels=shown.soft_labels
+                    prepared.images,
+                    prepared.labels,
+                    index=prepared.index,
+                    view=prepared.view,
+                    soft_labels=prepared.soft_labels,
                 )
             gradients.add(step)
             if settings.max_grad_norm is not None:
@@ -267,7 +271,7 @@ class Client:
             memory: arrays that this client keeps between requests; changed in place, never sent.
 
         Raises:
-            PotstillError: what a person at this client can correct; the server receives the error's class name only.
+            PotstillError: an error that the client's user can correct; the server receives only the name of its class.
         """
         if request.task == "teacher":
             memory |= {name: each for name, each in request.arrays.items() if name.startswith(TEACHER_PREFIX)}

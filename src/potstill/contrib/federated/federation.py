@@ -93,11 +93,13 @@ class FederatedResults:
         if resume and path.exists():
             self.content = read_checksummed_json(path)
             old = self.content.get("options", {})
-            differ = [f"{key} was {old.get(key)} and is {new}" for key, new in options.items() if old.get(key) != new]
+            differences = [
+                f"{key} was {old.get(key)} and is {new}" for key, new in options.items() if old.get(key) != new
+            ]
             if self.content.get("data") != fingerprint:
-                differ.append("the images are different")
-            if differ:
-                raise UsageError(f"--resume needs the same options, but {'; '.join(differ)}: use another --name")
+                differences.append("the images are different")
+            if differences:
+                raise UsageError(f"--resume needs the same options, but {'; '.join(differences)}: use another --name")
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -122,7 +124,9 @@ def summarize_rounds(progress: ServerState, test: dict[str, float]) -> dict[str,
         "best_round": progress.best,
         "val": rounds[progress.best - 1]["val"],
         "test": test,
-        "bytes_per_round": {way: sum(each[f"bytes_{way}"] for each in rounds) // len(rounds) for way in ("down", "up")},
+        "bytes_per_round": {
+            direction: sum(each[f"bytes_{direction}"] for each in rounds) // len(rounds) for direction in ("down", "up")
+        },
         "bytes": sum(each["bytes_down"] + each["bytes_up"] for each in rounds),
         "seconds": round(sum(each["seconds"] for each in rounds), 3),
         "rounds": rounds,
@@ -246,12 +250,12 @@ class _FederatedRun:
     def describe(self) -> dict[str, Any]:
         """Return each client's number of images; of clients in this process, also by class."""
         clients = self.remote or InProcessClients(self.local)
-        # Every server is built, so that what the last algorithm lacks is an error before the first one trains.
+        # All servers are built first, so that a missing requirement of the last algorithm is an error before training.
         servers = {name: self._server(ALGORITHMS[name], clients) for name in self.options.algorithms}
         with_public = [name for name in servers if ALGORITHMS[name].sends == "logits"]
         self.declared, failed = servers[(with_public or self.options.algorithms)[0]].describe_clients()
-        for number, why in failed.items():
-            self.observer.warn(f"client {number} cannot take part ({why}); see its own log")
+        for number, reason in failed.items():
+            self.observer.warn(f"client {number} cannot take part ({reason}); see its own log")
         classes, found = self.data.class_names, []
         for number, count in self.declared.items():
             facts: dict[str, Any] = {"client": number, "images": count}

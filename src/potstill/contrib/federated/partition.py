@@ -164,9 +164,9 @@ def load_client_images(
     return images
 
 
-def _format_names(names: tuple[str, ...] | list[str], most: int = 12) -> str:
-    shown = ", ".join(map(repr, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def _format_names(names: tuple[str, ...] | list[str], max_names: int = 12) -> str:
+    shown = ", ".join(map(repr, names[:max_names]))
+    return f"{shown} and {len(names) - max_names} more" if len(names) > max_names else shown
 
 
 def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[DataSplits, ImageSet | None]:

@@ -235,8 +235,8 @@ class Server:
     """Holds the student, and the teacher of algorithms that have one.
 
     Args:
-        algorithm: what a round does.
-        student: where it starts; trained in place.
+        algorithm: the algorithm of each round.
+        student: with its initial weights; trained in place.
         recipe: with ``data.augment`` filled in.
         schedule: of the rounds.
         clients: receive the requests.
@@ -293,15 +293,15 @@ class Server:
             PotstillError: of a client in this process that cannot take part.
             WorkerError: too few clients can.
         """
-        answers = self._send("describe", {}, 0)
-        self._drop_invalid(answers, {}, need_loss=False)
+        result = self._send("describe", {}, 0)
+        self._drop_invalid(result, {}, need_loss=False)
         if self.algorithm.sends == "logits":
-            for number, reply in list(answers.replies.items()):
+            for number, reply in list(result.replies.items()):
                 if (count := reply.numbers.get("public", 0)) != self._public_count():
-                    answers.failed[number] = f"{count:g} public images, the server has {self._public_count()}"
-                    del answers.replies[number]
-        self._check_enough(answers, "the first request")
-        return {number: self.declared[number] for number in answers.replies}, answers.failed
+                    result.failed[number] = f"{count:g} public images, the server has {self._public_count()}"
+                    del result.replies[number]
+        self._check_enough(result, "the first request")
+        return {number: self.declared[number] for number in result.replies}, result.failed
 
     def train(
         self, observer: Observer, progress: ServerState | None = None, save: Callable[[ServerState], None] | None = None
@@ -310,7 +310,7 @@ class Server:
 
         Args:
             observer: receives a note for each round, and warnings.
-            progress: of an earlier process, to resume from.
+            progress: of an interrupted run, to resume from.
             save: receives the progress after each round.
 
         Raises:
@@ -324,14 +324,14 @@ class Server:
         warned: set[int] = set()
         for number in range(len(progress.records) + 1, self.schedule.rounds + 1):
             started = time.monotonic()
-            answers, limited = self._round(number, progress)
-            answers.bytes_down, teacher.bytes_down = answers.bytes_down + teacher.bytes_down, 0
-            answers.bytes_up, teacher.bytes_up = answers.bytes_up + teacher.bytes_up, 0
+            result, limited = self._round(number, progress)
+            result.bytes_down, teacher.bytes_down = result.bytes_down + teacher.bytes_down, 0
+            result.bytes_up, teacher.bytes_up = result.bytes_up + teacher.bytes_up, 0
             progress.state = state_dict_to_arrays(self.student.module.state_dict())
             val = self.evaluate(self.val)
             if not progress.best or val["top1"] > progress.records[progress.best - 1]["val"]["top1"]:
                 progress.best, progress.best_state = number, progress.state
-            progress.records.append(_round_record(number, val, answers, limited, time.monotonic() - started))
+            progress.records.append(_round_record(number, val, result, limited, time.monotonic() - started))
             observer.note(_format_record(progress.records[-1], self.schedule.rounds))
             for client in set(limited) - warned:
                 observer.warn(
@@ -351,11 +351,11 @@ class Server:
             loader,
             classes=len(self.student.class_names),
         )
-        probabilities = np.nan_to_num(probabilities)  # weights of ordinary size that no image passes through
-        right = probabilities[np.arange(len(labels)), labels]
+        probabilities = np.nan_to_num(probabilities)  # finite weights may still give outputs that are not
+        label_probabilities = probabilities[np.arange(len(labels)), labels]
         return {
             "top1": float((probabilities.argmax(axis=1) == labels).mean()),
-            "nll": float(-np.log(np.maximum(right, 1e-12)).mean()),
+            "nll": float(-np.log(np.maximum(label_probabilities, 1e-12)).mean()),
         }
 
     # one round
@@ -366,24 +366,24 @@ class Server:
         start = state_dict_to_arrays(self.student.module.state_dict())
         first = (number - 1) * self.schedule.local_epochs
         sent = start if weights or number == 1 else progress.logits
-        answers = self._send(self.algorithm.sends, sent, first)
+        result = self._send(self.algorithm.sends, sent, first)
         specs = array_specs(start) if weights else logits_specs(self._public_count(), len(self.student.class_names))
-        self._drop_invalid(answers, specs, start)
-        self._check_enough(answers, when)
-        senders = sorted(answers.replies)
+        self._drop_invalid(result, specs, start)
+        self._check_enough(result, when)
+        senders = sorted(result.replies)
         reference = start if weights else {name: np.zeros(*spec) for name, spec in specs.items()}
-        states, limited = limit_updates([answers.replies[each].arrays for each in senders], reference)
+        states, limited = limit_updates([result.replies[each].arrays for each in senders], reference)
         received = dict(zip(senders, states, strict=True))
         if weights and self.algorithm.distils:
             logits = {each: {LOGITS: self._public_logits(state)} for each, state in received.items()}
             for each, arrays in logits.items():
                 if not np.isfinite(arrays[LOGITS]).all():
-                    answers.failed[each] = NOT_FINITE
-                    del answers.replies[each], received[each]
-            self._check_enough(answers, when)
+                    result.failed[each] = NOT_FINITE
+                    del result.replies[each], received[each]
+            self._check_enough(result, when)
         else:
             logits = received
-        images = limit_counts([answers.replies[each].numbers["images"] for each in received], self.schedule.max_share)
+        images = limit_counts([result.replies[each].numbers["images"] for each in received], self.schedule.max_share)
         if weights:
             average = average_states(list(received.values()), images)
             self.student.module.load_state_dict(arrays_to_state_dict(average))
@@ -397,20 +397,20 @@ class Server:
                 first=(number - 1) * self.schedule.public_epochs,
             )
             progress.logits = {} if weights else averaged
-        return answers, [senders[at] for at in limited]
+        return result, [senders[at] for at in limited]
 
     def _drop_invalid(
-        self, answers: Replies, specs: ArraySpecs, start: Arrays | None = None, *, need_loss: bool = True
+        self, result: Replies, specs: ArraySpecs, start: Arrays | None = None, *, need_loss: bool = True
     ) -> None:
         """Move replies that are not valid from ``replies`` to ``failed``."""
-        for number in list(answers.replies):
+        for number in list(result.replies):
             try:
-                problem = self._find_problem(number, answers.replies[number], specs, start or {}, need_loss)
-            except Exception as error:  # a reply of another shape than was thought of
+                problem = self._find_problem(number, result.replies[number], specs, start or {}, need_loss)
+            except Exception as error:  # a reply of unexpected structure
                 problem = type(error).__name__
             if problem is not None:
-                del answers.replies[number]
-                answers.failed[number] = problem
+                del result.replies[number]
+                result.failed[number] = problem
 
     def _find_problem(
         self, number: int, reply: Message, specs: ArraySpecs, start: Arrays, need_loss: bool
@@ -444,35 +444,37 @@ class Server:
         requests = {each: Message(task, arrays, own, self.texts) for each, own in numbers.items()}
         return self.clients.send_and_receive(requests)
 
-    def _check_enough(self, answers: Replies, when: str) -> None:
-        if len(answers.replies) >= self.schedule.min_replies:
+    def _check_enough(self, result: Replies, when: str) -> None:
+        if len(result.replies) >= self.schedule.min_replies:
             return
-        if answers.failed and set(answers.failed.values()) == {NOT_FINITE}:
+        if result.failed and set(result.failed.values()) == {NOT_FINITE}:
             raise NonFiniteError(
-                f"{when}: loss or weights of {len(answers.failed)} clients became NaN or infinite, and no other "
+                f"{when}: loss or weights of {len(result.failed)} clients became NaN or infinite, and no other "
                 "replied; lower training.lr, or set training.max_grad_norm"
             )
-        kinds = ", ".join(f"client {number}: {why}" for number, why in answers.failed.items()) or "none is connected"
+        kinds = (
+            ", ".join(f"client {number}: {reason}" for number, reason in result.failed.items()) or "none is connected"
+        )
         raise WorkerError(
-            f"{when}: {len(answers.replies)} valid replies, at least {self.schedule.min_replies} needed ({kinds})"
+            f"{when}: {len(result.replies)} valid replies, at least {self.schedule.min_replies} needed ({kinds})"
         )
 
 
 def _round_record(
-    number: int, val: dict[str, float], answers: Replies, limited: list[int], seconds: float
+    number: int, val: dict[str, float], result: Replies, limited: list[int], seconds: float
 ) -> RoundRecord:
-    images = {each: reply.numbers["images"] for each, reply in answers.replies.items()}
-    loss = sum(reply.numbers["loss"] * images[each] for each, reply in answers.replies.items()) / sum(images.values())
+    images = {each: reply.numbers["images"] for each, reply in result.replies.items()}
+    loss = sum(reply.numbers["loss"] * images[each] for each, reply in result.replies.items()) / sum(images.values())
     return {
         "round": number,
         "seconds": round(seconds, 3),
         "val": val,
         "local_loss": loss,
-        "clients": sorted(answers.replies),
-        "failed": {str(each): why for each, why in sorted(answers.failed.items())},
+        "clients": sorted(result.replies),
+        "failed": {str(each): reason for each, reason in sorted(result.failed.items())},
         "limited": limited,
-        "bytes_down": answers.bytes_down,
-        "bytes_up": answers.bytes_up,
+        "bytes_down": result.bytes_down,
+        "bytes_up": result.bytes_up,
     }
 
 

@@ -32,7 +32,9 @@ class HashedImages:
     pixels: NDArray[np.uint8]  # [N, D] a hash of the pixels; that of the content if pixels are unknown
 
     def where(self, i: int) -> str:
-        """Return label and split of image i, as text."""
+        """Return label and split of image i, as text; images without labels have the class ""."""
+        if not self.class_names[self.labels[i]]:
+            return SPLITS[self.splits[i]]
         split = "" if self.splits[i] == UNSPLIT else f" in {SPLITS[self.splits[i]]}"
         return f"{self.class_names[self.labels[i]]!r}{split}"
 

@@ -190,8 +190,9 @@ def summary_line(report: ValidationReport) -> str:
 
 def _overview(report: ValidationReport) -> Iterator[str]:
     names = report.division.class_names
+    classes = "without labels" if names == ("",) else _plural(len(names), "class")
     size = f", {format_scaled(report.figures['bytes'], 'B')}" if _are_files(report.figures) else ""
-    yield f"{report.source}: {_plural(report.images, 'image')}, {_plural(len(names), 'class')}{size}"
+    yield f"{report.source}: {_plural(report.images, 'image')}, {classes}{size}"
     yield f"splits   {report.division.origin}"
 
 

@@ -26,6 +26,7 @@ from potstill.data.file_datasets import (
     drop_bad_entries,
     drop_small_classes,
     fingerprint_by_name,
+    is_shards,
     list_source,
     listing_notes,
     load_shards,
@@ -37,7 +38,7 @@ from potstill.data.named_datasets import is_dataset
 from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
 from potstill.data.settings import DataSettings
-from potstill.data.shard_reader import is_shards
+from potstill.data.sources import walk_images
 from potstill.data.splits import SPLITS, DataSplits, SplitAssignment, assign_splits
 from potstill.data.validation.checks import (
     Duplicates,
@@ -148,8 +149,10 @@ def find_repeated_files(data: DataSplits) -> list[Finding]:
     content = np.concatenate(whole)
     pictures = HashedImages(
         names=[name for images in sets for name in images.names],
-        class_names=data.class_names,
-        labels=np.concatenate([images.labels for images in sets]),
+        class_names=("",) if data.teacher_labels else data.class_names,
+        labels=np.concatenate([images.labels for images in sets])
+        if not data.teacher_labels
+        else np.zeros(len(content), np.int64),
         splits=np.repeat(np.arange(len(SPLITS), dtype=np.int8), [len(images) for images in sets]),
         content=content if not is_array_based(sets[0]) else np.zeros((len(content), 32), np.uint8),
         pixels=content,
@@ -350,6 +353,8 @@ def validate_listing(
 
 def _list_data(settings: DataSettings) -> Listing:
     check_source(settings)
+    if not settings.labeled:
+        return walk_images(Path(settings.source).expanduser(), follow_links=settings.follow_links)
     if is_dataset(settings.source):
         return list_splits(load_dataset(settings))
     if is_shards(settings.source):

@@ -165,8 +165,8 @@ class RecordFormat:
 
     Args:
         kind: one of ``RECORD_KINDS``.
-        classes: K >= 1; more than 64 for top16.
-        embedding: D of the embedding; 0: none.
+        classes: K; 0: no logits; more than 64 for top16.
+        embedding: D of the embedding; 0: none.  Not both are 0.
 
     Raises:
         UsageError: an unknown kind, or an invalid size.
@@ -187,8 +187,12 @@ class RecordFormat:
     def __post_init__(self) -> None:
         if self.kind not in RECORD_KINDS:
             raise UsageError(f"the kind of a record is one of {', '.join(RECORD_KINDS)}, got {self.kind!r}")
-        if self.classes < 1 or self.embedding < 0:
-            raise UsageError(f"a record needs classes >= 1 and an embedding >= 0: {self.classes}, {self.embedding}")
+        if min(self.classes, self.embedding) < 0 or self.classes + self.embedding == 0:
+            raise UsageError(
+                f"a record needs classes >= 0 and embedding >= 0, not both 0: {self.classes}, {self.embedding}"
+            )
+        if self.classes == 0 and self.kind != "float32":
+            raise UsageError(f"a record without logits is of kind float32, got {self.kind}")
         if self.kind == "top16" and self.classes <= FEW_CLASSES:
             raise UsageError(f"top16 is for more than {FEW_CLASSES} classes, and there are {self.classes}: use float16")
 

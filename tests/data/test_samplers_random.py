@@ -1,6 +1,6 @@
 import numpy as np
 
-from potstill.data.counter_rng import CounterRNG, random_bits, splitmix64, uniform
+from potstill.data.samplers import CounterRNG, random_bits, splitmix64, uniform
 
 
 def test_splitmix64_reference_sequence() -> None:

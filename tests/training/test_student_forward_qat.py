@@ -7,8 +7,8 @@ from torch import nn
 
 from potstill.config.recipe import load_recipe
 from potstill.errors import UsageError
-from potstill.training.qat import fake_quantize_input, fake_quantize_weight, simulated_int8
 from potstill.training.settings import TrainingSettings
+from potstill.training.student_forward import fake_quantize_input, fake_quantize_weight, simulated_int8
 
 from .test_trainer import lines, train
 

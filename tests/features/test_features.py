@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from potstill.errors import UsageError
-from potstill.features.adapters import ConvAdapter, Projection, pool_to_common_size, resize_map
+from potstill.features import ConvAdapter, Projection, pool_to_common_size, resize_map
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
 from potstill.training.callbacks import SilentObserver
 from potstill.training.checkpointing import load_checkpoint
-from potstill.training.compile import (
+from potstill.training.devices import Compute
+from potstill.training.optim import create_optimizer
+from potstill.training.settings import TrainingSettings
+from potstill.training.student_forward import (
     COMPILE_SECONDS,
     EXPECTED_SAVING,
     MAX_CUDA_GRAPH_IMAGES,
@@ -21,9 +24,6 @@ from potstill.training.compile import (
     StudentCompiler,
     is_worth_compiling,
 )
-from potstill.training.devices import Compute
-from potstill.training.optim import create_optimizer
-from potstill.training.settings import TrainingSettings
 from potstill.training.trainer import Trainer
 from potstill.types import Batch
 
