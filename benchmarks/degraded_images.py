@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from potstill.data import DataSettings
 from potstill.data.builtin.fashion_mnist import fashion_mnist
 from potstill.data.image_sets import ImageSet
-from potstill.data.settings import DataSettings
 from potstill.io import write_bytes
 
 BLUR, CONTRAST_LOSS, BRIGHTNESS, NOISE = 1.0, 0.5, 60.0, 15.0  # at full strength

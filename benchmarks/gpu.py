@@ -26,9 +26,9 @@ from benchmarks.speed.ours import optimize_for_inference, teacher_precision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from potstill.data import AugmentSettings
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
-from potstill.data.settings import AugmentSettings
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache

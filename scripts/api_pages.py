@@ -58,7 +58,7 @@ PAGES = {
             "potstill.types:Batch",
             "potstill.types:Outputs",
             "potstill.methods.base:Method",
-            "potstill.methods.requirements:Requirements",
+            "potstill.methods:Requirements",
         ),
     ),
     "data": Page(
@@ -70,7 +70,7 @@ PAGES = {
             "potstill.data.datasets:load_data",
             "potstill.data.splits:DataSplits",
             "potstill.data.validation.validate:validate_data",
-            "potstill.data.validation.report:ValidationReport",
+            "potstill.data.validation:ValidationReport",
         ),
     ),
     "functional": Page(

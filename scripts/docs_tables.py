@@ -25,7 +25,7 @@ from potstill.config.recipe import (
     list_recipes,
     load_recipe,
 )
-from potstill.data.settings import AugmentSettings, DataSettings
+from potstill.data import AugmentSettings, DataSettings
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.loggers import LoggerSettings
 from potstill.training.settings import TrainingSettings

@@ -8,8 +8,15 @@ import yaml
 
 from potstill.cli.catalog import cost_text
 from potstill.config.recipe import list_recipes
-from potstill.methods import MethodInfo, list_own_methods, measured_costs, method_info, methods_by_kind, step_costs
-from potstill.methods.requirements import Requirements
+from potstill.methods import (
+    MethodInfo,
+    Requirements,
+    list_own_methods,
+    measured_costs,
+    method_info,
+    methods_by_kind,
+    step_costs,
+)
 from potstill.options import REQUIRED, Option, allowed_values
 
 _PAIR = "cifar100/resnet32x4-resnet8x4"  # the one that every table has

@@ -21,9 +21,9 @@ import torch
 import potstill
 from potstill import Distiller, create_model
 from potstill.data.datasets import load_data
-from potstill.data.settings import DataSettings
+from potstill.data import DataSettings
 from potstill.config.recipe import load_recipe
-from potstill.config.recipe_schema import recipe_schema
+from potstill.config.recipe import recipe_schema
 from potstill.functional import hard_label_loss
 from potstill.methods import create_method, list_methods
 from potstill.models.registry import list_models

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 import potstill
+from potstill.data import AugmentSettings, DataSettings
 from potstill.data.datasets import load_data
 from potstill.data.loader import Loader
-from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache
@@ -40,7 +40,7 @@ def counts():
 
 
 def test_the_number_of_modules(counts):
-    assert len(counts["modules"]()) <= 265
+    assert len(counts["modules"]()) <= 256
 
 
 def test_the_number_of_modules_with_one_importer(counts):

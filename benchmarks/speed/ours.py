@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from benchmarks.speed.scene import ALPHA, LR, SCALE, TEMPERATURE, Scene
 
+from potstill.data import AugmentSettings
 from potstill.data.image_sets import FileSet, Subset
 from potstill.data.loader import Loader
-from potstill.data.settings import AugmentSettings
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache

@@ -65,8 +65,8 @@ def point(folder: Path, images: int, classes: int, views: int, teachers: int) ->
     import torch
     from numpy.typing import NDArray
 
+    from potstill.data import AugmentSettings
     from potstill.data.loader import Loader
-    from potstill.data.settings import AugmentSettings
     from potstill.distillation.cached_outputs import CachedTeacherOutputs
     from potstill.distillation.distiller import Distiller
     from potstill.distillation.teacher_cache.cache import TeacherCache

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from potstill.cli import main
-from potstill.config.recipe import dump_recipe, list_recipes, load_recipe
-from potstill.config.recipe_schema import recipe_schema
+from potstill.config.recipe import dump_recipe, list_recipes, load_recipe, recipe_schema
 from potstill.config.yaml import parse_yaml
 from potstill.methods import list_own_methods, method_info
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from potstill.data import AugmentSettings
 from potstill.data.augment import ViewTransform
 from potstill.data.samplers import uniform
-from potstill.data.settings import AugmentSettings
 
 EVERYTHING = {
     "pad_crop": 0.2, "crop_scale": (0.4, 1.0), "hflip": True, "vflip": True, "rotate90": True, "color_jitter": 0.3,

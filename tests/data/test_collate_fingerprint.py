@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data import collate
+from potstill.data import AugmentSettings, collate
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
-from potstill.data.settings import AugmentSettings
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
 

@@ -9,17 +9,17 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
+from potstill.data import DataSettings
 from potstill.data.builtin import fashion_mnist, solar
 from potstill.data.datasets import check_source, from_torch, load_data
 from potstill.data.named_datasets import DATASETS
-from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
 
 
 def test_checking_and_loading_does_not_import_torch() -> None:
     code = (
         "import sys; from potstill.data.datasets import check_source, load_data; "
-        "from potstill.data.settings import DataSettings; check_source(DataSettings()); load_data(DataSettings()); "
+        "from potstill.data import DataSettings; check_source(DataSettings()); load_data(DataSettings()); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

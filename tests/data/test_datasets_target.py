@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from potstill.data import DataSettings
 from potstill.data.datasets import check_target, load_data, target_settings
 from potstill.data.image_sets import ArraySet, RelabeledSet, file_digests, file_paths, is_array_based, is_file_based
-from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
 
 

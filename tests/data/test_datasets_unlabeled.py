@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from potstill.data import DataSettings
 from potstill.data.datasets import check_source, load_data
 from potstill.data.file_datasets import list_images
 from potstill.data.image_sets import ArraySet, SemiSupervisedSet, UnlabeledFileSet
 from potstill.data.loader import Loader
-from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec
 

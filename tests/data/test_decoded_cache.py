@@ -16,14 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from potstill.data import decoded_cache, scan
+from potstill.data import DataSettings, decoded_cache, scan
 from potstill.data.concurrency import file_lock
 from potstill.data.datasets import load_data
 from potstill.data.decoded_cache import decode_all
 from potstill.data.image_sets import ArraySet, FileSet, SemiSupervisedSet, Subset
 from potstill.data.loader import Loader
 from potstill.data.preprocessing import resize_to_square
-from potstill.data.settings import DataSettings
 from potstill.errors import DataError
 from potstill.input_spec import InputSpec
 

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from potstill.cli import main
 from potstill.config.recipe import load_recipe
+from potstill.data import DataSettings
 from potstill.data.datasets import load_data
 from potstill.data.decoded_cache import DecodeRequest
 from potstill.data.image_io import ValueSpan, compute_range, decode, decode_bytes, to_uint8
 from potstill.data.scan import check_files
-from potstill.data.settings import DataSettings
 from potstill.errors import ArtifactError
 from potstill.experiment.builders import build_network
 from potstill.export.predict import predict

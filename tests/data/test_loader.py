@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.data import AugmentSettings
 from potstill.data.decoded_cache import decode_all
 from potstill.data.image_sets import ArraySet, FileSet
 from potstill.data.loader import Loader
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import preprocess
 from potstill.errors import DataError, UsageError, WorkerError
 from potstill.input_spec import InputSpec

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.data import AugmentSettings
 from potstill.data.augment import AugmentPolicy, BatchMixer, ViewTransform
 from potstill.data.image_sets import ArraySet, FileSet
 from potstill.data.loader import Loader
 from potstill.data.preprocessing import resize_to_square
 from potstill.data.samplers import CounterRNG, derive_seed
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import normalize
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec

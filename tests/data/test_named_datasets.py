@@ -11,10 +11,9 @@ from PIL import Image
 from potstill.cli import main
 from potstill.code_references import _permitted, permit_code
 from potstill.config.recipe import load_recipe
-from potstill.data import named_datasets
+from potstill.data import DataSettings, named_datasets
 from potstill.data.datasets import check_source, from_torch, load_data
 from potstill.data.image_sets import FileSet
-from potstill.data.settings import DataSettings
 from potstill.data.validation.validate import quick_findings, validate_data
 from potstill.errors import DataError, PotstillError, UsageError
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from potstill.cli import main
+from potstill.data import DataSettings
 from potstill.data.datasets import check_source, load_data
 from potstill.data.file_datasets import list_source
-from potstill.data.settings import DataSettings
 from potstill.data.sources import is_table
 from potstill.data.validation.validate import quick_findings, validate_data
 from potstill.errors import DataError, PotstillError, StorageError, UsageError

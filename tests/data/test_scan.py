@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data import scan
+from potstill.data import DataSettings, scan
 from potstill.data.datasets import load_data
 from potstill.data.scan import FileIndex, check_files, file_state, stable_state
-from potstill.data.settings import DataSettings
 from potstill.errors import DataError
 
 TICK = 50_000_000  # nanoseconds, instead of two seconds

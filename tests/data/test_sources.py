@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from potstill.data import DataSettings
 from potstill.data.datasets import load_data
 from potstill.data.image_sets import ArraySet, image_sizes
-from potstill.data.settings import DataSettings
 from potstill.data.splits import DataSplits
 from potstill.data.validation.validate import validate_data
 from potstill.errors import DataError, UsageError

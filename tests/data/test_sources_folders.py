@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from potstill.data import DataSettings
 from potstill.data.datasets import load_data
-from potstill.data.settings import DataSettings
 from potstill.data.sources import walk_folder
 from potstill.errors import DataError
 

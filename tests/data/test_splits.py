@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from potstill.data import AugmentSettings
 from potstill.data.image_sets import ArraySet
-from potstill.data.settings import AugmentSettings
 from potstill.data.splits import DataSplits, check_splits, fingerprint, stratified_split, stratified_subset
 from potstill.errors import DataError
 

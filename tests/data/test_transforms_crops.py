@@ -4,8 +4,8 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from potstill.data import AugmentSettings
 from potstill.data.samplers import CounterRNG
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import (
     CROP_RATIO,
     Boxes,

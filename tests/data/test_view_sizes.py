@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from potstill.data import AugmentSettings
 from potstill.data.augment import AugmentPolicy, ViewTransform
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.samplers import CounterRNG
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import ViewSize, scale_boxes
 from potstill.input_spec import InputSpec
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from potstill.data import AugmentSettings
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
-from potstill.data.settings import AugmentSettings
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache

@@ -8,12 +8,19 @@ import yaml
 
 import potstill
 from potstill.cli import main
-from potstill.config.method_settings import describe_method, inner_methods, needs_teacher
 from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.errors import UsageError
 from potstill.experiment.run_folder import RunFolder
 from potstill.methods import _entry_points as entry_points
-from potstill.methods import check_method, create_method, list_methods, method_info
+from potstill.methods import (
+    check_method,
+    create_method,
+    describe_method,
+    inner_methods,
+    list_methods,
+    method_info,
+    needs_teacher,
+)
 
 CODE = '''
 """Halves: half of the teacher's word."""

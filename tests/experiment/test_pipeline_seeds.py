@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.config import repeat_index, sort_stages, stage_role
 from potstill.config.recipe import load_recipe
-from potstill.config.stage_names import repeat_index, sort_stages, stage_role
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.plan import plan_stages, stage_recipe

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.config.recipe import dump_recipe, load_recipe
-from potstill.data.settings import AugmentSettings
+from potstill.data import AugmentSettings
 from potstill.errors import UsageError
 from potstill.experiment import teacher_cache
 from potstill.experiment.preflight import create_stage_method

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.data import DataSettings
 from potstill.data.datasets import load_data
 from potstill.data.preprocessing import crop_to_input, normalize_array
-from potstill.data.settings import DataSettings
 from potstill.input_spec import InputSpec
 from potstill.models.factory import create_model
 from potstill.models.model_file import Classifier, save_model

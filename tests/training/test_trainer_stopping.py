@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from potstill.data import AugmentSettings
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
-from potstill.data.settings import AugmentSettings
 from potstill.distillation.distiller import Distiller
 from potstill.errors import NonFiniteError, Stopped
 from potstill.input_spec import InputSpec

@@ -133,7 +133,7 @@ def recipes(
     if schema:
         if name is not None:
             raise UsageError("--schema is the same for all recipes: leave the name out")
-        from potstill.config.recipe_schema import recipe_schema
+        from potstill.config.recipe import recipe_schema
 
         sys.stdout.write(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n")
         return

@@ -14,8 +14,8 @@ from potstill.code_references import permit_code
 from potstill.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from potstill.data.settings import DataSettings
-    from potstill.data.validation.report import ValidationReport
+    from potstill.data import DataSettings
+    from potstill.data.validation import ValidationReport
 
 
 SkipBad = Annotated[
@@ -82,7 +82,7 @@ def check(
             sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
         else:
             from potstill.console import escape_control
-            from potstill.data.validation.report import format_report
+            from potstill.data.validation import format_report
 
             sys.stdout.write(
                 "".join(f"{escape_control(line)}\n" for line in format_report(report, everything=everything))
@@ -93,7 +93,7 @@ def check(
 
 def _data_settings(data: str, changes: list[str]) -> "DataSettings":
     """Return the data settings with ``--set`` applied."""
-    from potstill.data.settings import DataSettings
+    from potstill.data import DataSettings
 
     permit_code([data])
     if not changes:
@@ -107,7 +107,7 @@ def _data_settings(data: str, changes: list[str]) -> "DataSettings":
 
 
 def _raise_on_findings(report: "ValidationReport", strict: bool) -> None:
-    from potstill.data.validation.report import summary_line
+    from potstill.data.validation import summary_line
 
     if report.count("error") or (strict and report.count("warning")):
         kinds = ", ".join(f"{number} {kind}" for kind, number in report.kinds().items())

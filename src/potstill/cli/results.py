@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.config.stage_names import sort_stages
+from potstill.config import sort_stages
 from potstill.console import TEXT_WIDTH, escape_control, format_bytes, format_percent, print_lines, print_report_path
 from potstill.experiment.verdict import seeds_lines
 from potstill.formatting import format_names

@@ -10,14 +10,13 @@ from typing import Any
 
 from potstill.code_references import is_code_reference, permit_code
 from potstill.config.code_references import is_from_caller
-from potstill.config.method_settings import normalize_method
 from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
 from potstill.io import read_bytes, read_checksummed_json
-from potstill.methods import list_own_methods, method_info
+from potstill.methods import list_own_methods, method_info, normalize_method
 from potstill.models.answer_tables import read_answers
 from potstill.models.class_names import CLASS_LISTS, class_list
 from potstill.models.exported_files import (

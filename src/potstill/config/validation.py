@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from potstill.config.method_settings import describe_method, inner_methods, needs_teacher, normalize_method
 from potstill.config.settings_errors import (
     SettingProblem,
     dotted_key,
@@ -17,10 +16,10 @@ from potstill.config.settings_errors import (
     parse_valid_settings,
 )
 from potstill.config.yaml import KeyPath
-from potstill.data.settings import DataSettings
+from potstill.data import DataSettings
 from potstill.errors import UsageError, did_you_mean
 from potstill.loggers import as_logger_list
-from potstill.methods import check_method
+from potstill.methods import check_method, describe_method, inner_methods, needs_teacher, normalize_method
 from potstill.options import WEIGHT_SCHEMA, value_problems
 from potstill.training.settings import TrainingSettings
 

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.data import AugmentSettings
 from potstill.data.samplers import ClassIndex, CounterRNG, derive_seed, uniform
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import (
     CROP_RATIO,
     ViewSize,

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.data import AugmentSettings
 from potstill.data.augment import BatchMixer, MixParams, ViewTransform
 from potstill.data.image_io import decoder_version
 from potstill.data.samplers import Ids, SameClassSampler
-from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import ViewSize, center_crop, normalize
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec

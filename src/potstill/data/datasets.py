@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from potstill.data import DataSettings
 from potstill.data.concurrency import ProgressReporter
 from potstill.data.entries import has_image_suffix, name_problem, raise_problems
 from potstill.data.file_datasets import (
@@ -38,7 +39,6 @@ from potstill.data.image_sets import (
 from potstill.data.named_datasets import call_dataset, check_dataset, dataset_names, is_dataset
 from potstill.data.parquet_tables import check_table
 from potstill.data.scan import check_files, check_images
-from potstill.data.settings import DataSettings
 from potstill.data.sources import MANIFEST_SUFFIXES, is_table
 from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from potstill.data import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.concurrency import ProgressReporter, interprocess_lock
 from potstill.data.entries import (
     FINDING_KINDS,
@@ -33,7 +34,6 @@ from potstill.data.image_sets import (
 )
 from potstill.data.parquet_tables import read_tables
 from potstill.data.scan import check_files, finding_kind
-from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.shard_reader import COMPRESSED_SUFFIX, Shard, ShardSample, expand_shards, read_shard
 from potstill.data.sources import ignored_files_note, is_table, read_manifest, walk_folder, walk_images
 from potstill.data.splits import (

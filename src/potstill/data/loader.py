@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.data import AugmentSettings
 from potstill.data.collate import BatchPlan, Collator, SecondImages
 from potstill.data.concurrency import ProgressReporter, thread_count
 from potstill.data.decoded_cache import decode_all, decode_squares
 from potstill.data.image_sets import ImageSet, SemiSupervisedSet, set_value_range
 from potstill.data.preprocessing import decoded_side
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
-from potstill.data.settings import AugmentSettings
 from potstill.data.splits import EpochSampling
 from potstill.data.transforms import ViewSize
 from potstill.data.workers import DecodeWorkers

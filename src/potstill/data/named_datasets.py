@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.code_references import is_code_reference, is_permitted, load_reference
-from potstill.data import builtin
-from potstill.data.settings import DataSettings
+from potstill.data import DataSettings, builtin
 from potstill.data.splits import DataSplits
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 

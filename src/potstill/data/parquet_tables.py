@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from potstill.data import DataSettings, Options, read_options
 from potstill.data.concurrency import ProgressReporter, interprocess_lock
 from potstill.data.entries import SPLIT_WORDS, Entry, Finding, Listing
 from potstill.data.image_io import MAX_BYTES
-from potstill.data.settings import DataSettings, Options, read_options
 from potstill.data.sources import find_tables
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError, did_you_mean
 from potstill.formatting import format_names

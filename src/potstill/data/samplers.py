@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.data.settings import Pacing
+from potstill.data import Pacing
 
 Bits = NDArray[np.uint64]
 Uniform = NDArray[np.float64]

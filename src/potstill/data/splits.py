@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.data import AugmentSettings, DataSettings
 from potstill.data.entries import Finding, Listing, SkippedFile
 from potstill.data.image_io import ValueRange
 from potstill.data.image_sets import ImageSet, Subset
 from potstill.data.samplers import Curriculum
-from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.errors import DataError
 from potstill.formatting import format_names
 

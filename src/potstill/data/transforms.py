@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.data import AugmentSettings
 from potstill.data.image_io import Pixels
 from potstill.data.preprocessing import decoded_side, resize_to_square
 from potstill.data.samplers import CounterRNG
-from potstill.data.settings import AugmentSettings
 from potstill.input_spec import InputSpec, Triple
 
 _MAX_VALUES = 2**18  # pixel values, so that intermediate results stay in a core's cache

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potstill.config.method_settings import describe_method
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_io import ValueRange, format_range
@@ -28,6 +27,7 @@ from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
+from potstill.methods import describe_method
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
 from potstill.models.answer_tables import read_answers
@@ -157,7 +157,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         start.notes += _resolution_notes(network.model, size, key)
     if loaded.new_head:
         start.warnings += loaded.notes if _has_random_head(network, key) else []
-        if found := lists_with(classes):
+        if (found := lists_with(classes)) and not network.model.startswith("open_clip/"):  # which has no classes
             start.notes.append(
                 f"all classes of this data are classes of {found[0]}: if the outputs of {network.weights} are "
                 f"those, {key}.classes={found[0]} keeps the head, and no training is needed"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.config import sort_stages, stage_name, stage_role
 from potstill.config.recipe import Recipe
-from potstill.config.stage_names import sort_stages, stage_name, stage_role
 from potstill.data.splits import DataSplits
 from potstill.errors import PotstillError
 from potstill.evaluation import Array

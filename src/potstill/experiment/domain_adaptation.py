@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.config import sort_stages, stage_role
 from potstill.config.recipe import Recipe
-from potstill.config.stage_names import sort_stages, stage_role
 from potstill.data.datasets import combine_fingerprints
 from potstill.data.image_sets import UNLABELED, ImageSet, RelabeledSet, SemiSupervisedSet, Subset
 from potstill.data.loader import Loader

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from potstill.config import sort_stages, stage_role
 from potstill.config.recipe import TeachersSettings
-from potstill.config.stage_names import sort_stages, stage_role
 from potstill.evaluation import Array
 from potstill.evaluation.predictions import (
     MAX_VALUES_IN_MEMORY,

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.config.method_settings import describe_method, needs_teacher
+from potstill.config import stage_name, stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
-from potstill.config.stage_names import stage_name, stage_number, stage_role
 from potstill.data.image_sets import RelabeledSet
 from potstill.data.splits import SPLITS, DataSplits
 from potstill.distillation.teachers import FoldHeads
@@ -75,7 +74,7 @@ from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_vi
 from potstill.hub import model_path
 from potstill.io import read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
-from potstill.methods import create_method
+from potstill.methods import create_method, describe_method, needs_teacher
 from potstill.models.families.opaque_models import TableNetwork, find_table
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector

@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from potstill.config.method_settings import needs_teacher
+from potstill.config import repeat_index, stage_name, stage_role
 from potstill.config.recipe import Recipe
-from potstill.config.stage_names import repeat_index, stage_name, stage_role
+from potstill.methods import needs_teacher
 
 
 def derive_seed(seed: int, purpose: str) -> int:

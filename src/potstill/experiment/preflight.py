@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.config.method_settings import describe_method
+from potstill.config import stage_role
 from potstill.config.recipe import Recipe
-from potstill.config.stage_names import stage_role
 from potstill.config.validation import TARGET_MISSING
 from potstill.console import silence_native_stderr
+from potstill.data import AugmentSettings
 from potstill.data.datasets import load_data
 from potstill.data.entries import FINDING_KINDS, SkippedFile
 from potstill.data.image_sets import image_sizes
 from potstill.data.preprocessing import crop_notes
-from potstill.data.settings import AugmentSettings
 from potstill.data.splits import SPLITS, DataSplits
 from potstill.data.validation.validate import quick_findings, summary_messages
 from potstill.distillation.distiller import Distiller
@@ -35,7 +34,7 @@ from potstill.experiment.plan import PlannedStage, plan_stages
 from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.loggers import check_loggers_installed
-from potstill.methods import create_method, list_logit_methods
+from potstill.methods import create_method, describe_method, list_logit_methods
 from potstill.methods.base import Method
 from potstill.methods.wrappers import ScheduledMethod
 from potstill.models.families.opaque_models import TableNetwork, example_answers, find_opaque, find_table

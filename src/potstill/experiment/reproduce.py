@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.config.stage_names import sort_stages, stage_role
+from potstill.config import sort_stages, stage_role
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.experiment.plan import STAGE_GROUPS
 from potstill.experiment.resume import changed_images

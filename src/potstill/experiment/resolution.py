@@ -6,8 +6,8 @@ Both go into the recipe of the run folder, so that a run that is resumed or repr
 import math
 from collections.abc import Callable, Sequence
 
+from potstill.config import stage_name
 from potstill.config.recipe import Recipe, StageSettings
-from potstill.config.stage_names import stage_name
 from potstill.errors import UsageError
 from potstill.models.factory import why_weights_are_missing
 

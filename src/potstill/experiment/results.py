@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from potstill import __version__
+from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
-from potstill.config.stage_names import repeat_index, stage_role
 from potstill.data.image_sets import ImageSet, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler

@@ -163,8 +163,7 @@ def train_stage(
             data=data,
             compute=compute,
             observer=observer,
-            # Tables are on disk already.
-            use_cache=use_cache and not all(find_table(teacher.module) for teacher in teachers),
+            use_cache=use_cache and not all(find_table(each.module) for each in teachers),  # which are on disk already
             views=used_views,
         )
     if caches.kept and cost is not None:

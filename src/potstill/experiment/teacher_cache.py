@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from potstill.config.method_settings import describe_method
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
@@ -33,6 +32,7 @@ from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.formatting import format_scaled
 from potstill.input_spec import InputSpec
 from potstill.io import cache_folder
+from potstill.methods import describe_method
 from potstill.methods.base import Method
 from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
 from potstill.models.model_file import Classifier
@@ -122,7 +122,7 @@ def count_views(recipe: Recipe) -> Views:
 
 
 def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
-    """What the recipe use_cache of a teacher's logits; float16 where it leaves that open.
+    """What the recipe keeps of a teacher's logits; float16 where it leaves that open.
 
     Raises:
         UsageError: the 16 largest do not suffice for this method, or are all there are.

@@ -7,7 +7,7 @@ With one seed the verdict states what was measured on that seed. Sentences are "
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from potstill.config.stage_names import sort_stages, stage_role
+from potstill.config import sort_stages, stage_role
 from potstill.formatting import format_duration, format_names, format_number, format_percent, format_points
 from potstill.formatting import format_points as points
 

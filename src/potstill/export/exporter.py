@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from potstill.config.stage_names import sort_stages, stage_role
+from potstill.config import sort_stages, stage_role
 from potstill.data.datasets import load_data
 from potstill.data.image_sets import ImageSet
 from potstill.data.preprocessing import crop_to_input, normalize_array

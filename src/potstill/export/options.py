@@ -81,7 +81,7 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
             f"{folder} is not in a run, so there are no images to compare the export with it; name them: --data DIR"
         )
     if settings is None:
-        from potstill.data.settings import DataSettings
+        from potstill.data import DataSettings
 
         return DataSettings(source=str(source))
     return settings if source is None else settings.model_copy(update={"source": source, "target": None})

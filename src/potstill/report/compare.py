@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from potstill.config import repeat_index
 from potstill.config.settings_errors import format_value
-from potstill.config.stage_names import repeat_index
 from potstill.errors import UsageError
 from potstill.evaluation import Array
 from potstill.evaluation.significance import Interval, crossed_interval, mcnemar, paired_interval, seeds_summary

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from potstill.config.stage_names import stage_name
+from potstill.config import stage_name
 from potstill.experiment.verdict import average_over_seeds, effect_of, format_confidence, verdict_sentences
 from potstill.formatting import (
     MISSING,

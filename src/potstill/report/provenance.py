@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from potstill.config.method_settings import describe_method
 from potstill.formatting import MISSING, format_count, format_duration, format_number, format_percent, format_scaled
 from potstill.io import read_checksummed_json
+from potstill.methods import describe_method
 from potstill.report.display_names import escape_invisible
 from potstill.report.run_reader import SPLITS, Run
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from potstill.config.method_settings import describe_method
-from potstill.config.stage_names import sort_stages, stage_role
+from potstill.config import sort_stages, stage_role
 from potstill.errors import ArtifactError
 from potstill.evaluation import Array
 from potstill.experiment.run_folder import unescape_cell
 from potstill.formatting import format_number
 from potstill.io import encode_json, read_bytes, read_checksummed_json, read_checksummed_text
+from potstill.methods import describe_method
 
 SCHEMA = 1
 STAGES = ("teacher", "baseline", "distilled")  # of a plain run

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from potstill.config.stage_names import stage_number as number_of
+from potstill.config import stage_number as number_of
 from potstill.evaluation import Array
 from potstill.formatting import format_decimal, format_number, format_percent
 from potstill.report.canvas import as_png, as_png_and_svg

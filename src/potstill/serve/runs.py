@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from potstill.config.stage_names import repeat_index, sort_stages, stage_role
+from potstill.config import repeat_index, sort_stages, stage_role
 from potstill.errors import ArtifactError
 from potstill.experiment.run_folder import RunFolder
 

@@ -276,7 +276,7 @@ class Sweep:
 
     def _recipe_with_teacher(self) -> Recipe | None:
         """Return the recipe for training the teacher: the first of the space that needs one."""
-        from potstill.config.method_settings import needs_teacher
+        from potstill.methods import needs_teacher
 
         if needs_teacher(self.recipe.method):
             return self.recipe
@@ -342,8 +342,8 @@ class Sweep:
         return False
 
     def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str], more: Sequence[str] = ()) -> Recipe:
-        from potstill.config.method_settings import needs_teacher
         from potstill.experiment.teacher_cache import count_views
+        from potstill.methods import needs_teacher
 
         varied = [*(f"{key}={text}" for key, text in chosen.items() if text != self._base(key)), *more]
         recipe = load_recipe(self.source, [*self.sets, *varied], flags=self.flags)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from potstill.config.recipe import load_recipe
+from potstill.data import AugmentSettings
 from potstill.data.image_sets import ArraySet
-from potstill.data.settings import AugmentSettings
 from potstill.data.splits import DataSplits
 from potstill.models.factory import create_model
 from potstill.models.model_file import save_model

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from potstill.data import DataSettings
 from potstill.data.builtin import cifar100
 from potstill.data.datasets import check_source, load_data
-from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
 
 NAMES = [f"class_{i:02d}" for i in range(100)]
@@ -135,7 +135,7 @@ def test_a_root_without_the_files_is_refused_before_anything_is_read(tmp_path: P
 def test_checking_does_not_import_torch(tmp_path: Path) -> None:
     made(tmp_path, "binary")
     code = (
-        "import sys; from potstill.data.datasets import load_data; from potstill.data.settings import DataSettings; "
+        "import sys; from potstill.data.datasets import load_data; from potstill.data import DataSettings; "
         f"load_data(DataSettings(source='cifar100', options={{'root': {str(tmp_path)!r}}}, val=0.34)); "
         "sys.exit('torch' in sys.modules)"
     )

@@ -8,10 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from potstill.data import shard_reader
+from potstill.data import DataSettings, shard_reader
 from potstill.data.datasets import load_data
 from potstill.data.image_sets import file_digests, is_file_based
-from potstill.data.settings import DataSettings
 from potstill.data.validation.validate import validate_data
 from potstill.errors import DataError, UsageError
 

@@ -7,8 +7,8 @@ import tarfile
 import pytest
 from PIL import Image
 
+from potstill.data import DataSettings
 from potstill.data.file_datasets import DEFAULT_AUGMENT, load_shards
-from potstill.data.settings import DataSettings
 from potstill.data.shard_reader import read_shard
 from potstill.errors import DataError
 

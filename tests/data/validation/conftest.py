@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data.settings import DataSettings
-from potstill.data.validation.report import ValidationReport
+from potstill.data import DataSettings
+from potstill.data.validation import ValidationReport
 from potstill.data.validation.validate import validate_data
 
 Found = dict[str, dict[str, str]]  # kind -> path -> reason

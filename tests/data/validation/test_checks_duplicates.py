@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.data.settings import DataSettings
+from potstill.data import DataSettings
 from potstill.data.validation.checks import HashedImages, find_duplicates, group_equal_rows
 from potstill.data.validation.validate import validate_data
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from potstill.data import DataSettings
 from potstill.data.entries import FINDING_KINDS, Finding
-from potstill.data.settings import DataSettings
 from potstill.data.splits import SplitAssignment
-from potstill.data.validation.report import ScanTable, ValidationReport, format_report, sort_findings
+from potstill.data.validation import ScanTable, ValidationReport, format_report, sort_findings
 from potstill.data.validation.validate import validate_data
 
 DOCS = Path(__file__).parents[3] / "docs" / "check.md"

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.data import concurrency, scan
+from potstill.data import AugmentSettings, DataSettings, concurrency, scan
 from potstill.data.datasets import load_data
 from potstill.data.entries import Finding
 from potstill.data.image_io import DecodedImage
 from potstill.data.image_sets import ArraySet, Subset
 from potstill.data.scan import check_files
-from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits
 from potstill.data.validation import validate
 from potstill.data.validation.validate import (

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from potstill.data import DataSettings
 from potstill.data.datasets import load_data
 from potstill.data.entries import FINDING_KINDS
-from potstill.data.settings import DataSettings
 from potstill.data.validation.validate import validate_data
 from potstill.errors import DataError
 

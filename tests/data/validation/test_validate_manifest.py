@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from potstill.data.settings import DataSettings
+from potstill.data import DataSettings
 from potstill.data.sources import read_manifest
 from potstill.data.validation.validate import validate_data
 

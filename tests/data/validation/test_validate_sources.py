@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from potstill.data import AugmentSettings, DataSettings
 from potstill.data.image_sets import ArraySet, Subset
-from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits
 from potstill.data.validation.validate import ConcatSet, list_splits, validate_data, validate_listing
 from potstill.errors import UsageError

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from potstill.config.method_settings import describe_method
 from potstill.config.recipe import Recipe
 from potstill.contrib.federated.messages import (
     LOGITS,
@@ -49,7 +48,7 @@ from potstill.experiment.plan import derive_seed
 from potstill.experiment.preflight import create_stage_method
 from potstill.functional import kd_loss
 from potstill.input_spec import InputSpec
-from potstill.methods import create_method
+from potstill.methods import create_method, describe_method
 from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import GradientAccumulator, create_optimizer, lr_factor

@@ -26,9 +26,9 @@ from potstill.contrib.federated.federation import RESULTS_FILE, FederationOption
 from potstill.contrib.federated.messages import Arrays, Message
 from potstill.contrib.federated.partition import client_folders, load_client_images
 from potstill.contrib.federated.server import Clients, Replies, Schedule
+from potstill.data import DataSettings
 from potstill.data.file_datasets import list_images
 from potstill.data.image_sets import UnlabeledFileSet
-from potstill.data.settings import DataSettings
 from potstill.errors import PotstillError, UsageError, WorkerError
 from potstill.io import read_checksummed_json, write_text
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.contrib.federated.client import ImageSource
+from potstill.data import DataSettings
 from potstill.data.file_datasets import raise_refused, read_files
 from potstill.data.image_sets import FileSet, ImageSet, Subset
 from potstill.data.scan import check_files
-from potstill.data.settings import DataSettings
 from potstill.data.sources import walk_folder
 from potstill.data.splits import DataSplits
 from potstill.errors import DataError, UsageError, did_you_mean

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.data import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.image_sets import ArraySet
-from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.splits import DataSplits, fingerprint, split_by_settings
 
 _FILE = Path("datasets", "data", "digits.csv.gz")

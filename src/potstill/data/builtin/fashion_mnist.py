@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from potstill.data import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.image_sets import ArraySet, ImageSet, Subset
-from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.splits import DataSplits, fingerprint, stratified_split, stratified_subset
 from potstill.errors import DataError, UsageError
 from potstill.io import write_bytes

@@ -10,9 +10,9 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
+from potstill.data import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.image_sets import FileSet
 from potstill.data.scan import check_files
-from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.splits import DataSplits, fingerprint, split_by_settings
 from potstill.errors import DataError, UsageError
 

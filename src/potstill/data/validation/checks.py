@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from potstill.data.entries import Finding
 from potstill.data.image_io import ValueRange, ValueSpan, compute_range, format_range
 from potstill.data.splits import SPLITS, UNSPLIT, SplitAssignment
-from potstill.data.validation.report import ScanTable
+from potstill.data.validation import ScanTable
 
 _MAX_NAMES = 3
 LEAKAGE_SHARE = 0.01  # share of val or test from which on images seen before change what its figures mean

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.data import DataSettings
 from potstill.data.concurrency import ProgressReporter, threaded_map
 from potstill.data.datasets import check_source, load_dataset
 from potstill.data.entries import FINDING_KINDS, Entry, Finding, Listing
@@ -37,9 +38,9 @@ from potstill.data.image_sets import FileSet, ImageSet, Subset, file_digests, is
 from potstill.data.named_datasets import is_dataset
 from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
-from potstill.data.settings import DataSettings
 from potstill.data.sources import walk_images
 from potstill.data.splits import SPLITS, DataSplits, SplitAssignment, assign_splits
+from potstill.data.validation import ScanTable, ValidationReport, sort_findings
 from potstill.data.validation.checks import (
     Duplicates,
     HashedImages,
@@ -48,7 +49,6 @@ from potstill.data.validation.checks import (
     similar_classes,
     similar_files,
 )
-from potstill.data.validation.report import ScanTable, ValidationReport, sort_findings
 from potstill.errors import ArtifactError, StorageError
 from potstill.io import cache_folder, read_bytes, sha256_hex, write_bytes
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from potstill.cli import main
+from potstill.cli import sweep as launchers
 from potstill.config.yaml import dump_yaml
 from potstill.errors import UsageError
 from potstill.io import read_checksummed_json
-from potstill.sweep import launchers
 
 SBATCH = """#!/bin/sh
 # Begins with the script at once, and returns, as SLURM does.

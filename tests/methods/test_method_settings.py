@@ -3,8 +3,8 @@ import inspect
 
 import pytest
 
-from potstill.config.method_settings import describe_method, inner_methods, needs_teacher
-from potstill.methods import create_method, list_own_methods, method_info
+from potstill import methods
+from potstill.methods import create_method, describe_method, inner_methods, list_own_methods, method_info, needs_teacher
 
 
 @pytest.mark.parametrize("name", list_own_methods())
@@ -36,11 +36,9 @@ def test_whatever_a_method_is_it_can_be_described() -> None:
 
 
 def test_nothing_here_imports_torch() -> None:
-    from potstill.config import method_settings
-
     imported = {
         alias.name if isinstance(node, ast.Import) else node.module
-        for node in ast.walk(ast.parse(inspect.getsource(method_settings)))
+        for node in ast.walk(ast.parse(inspect.getsource(methods)))
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
