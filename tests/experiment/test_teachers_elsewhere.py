@@ -273,3 +273,17 @@ def test_bad_tables_end_with_one_message(plain, table, answers, tmp_path, capsys
     assert message in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "runs" / "tiny").exists() or not (tmp_path / "runs" / "tiny" / "teacher").exists()
+
+
+def test_a_table_names_the_classes_of_images_without_labels(plain, photographs, table, answers, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in photographs.rglob("*.png"):
+        shutil.copy(path, flat / f"{path.parent.name}-{path.name}")
+    file = table(names=[name.replace("/", "-") for name in answers[0]], classes=("azure", "lime", "rose"))
+    flags = {"--data": str(flat), "--no-labels": True, "--teacher": str(file)}
+    folder = run(load_recipe(plain, flags=flags), output_dir=tmp_path)
+    results = RunFolder(folder).read_results()
+    assert results["data"]["class_names"] == ["azure", "lime", "rose"]
+    assert top1(folder, "teacher") == 1.0  # the labels are its own answers
+    assert sum(results["data"]["counts"]["train"].values()) == 42

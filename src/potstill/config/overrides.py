@@ -15,10 +15,19 @@ from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
-from potstill.io import read_checksummed_json
+from potstill.io import read_bytes, read_checksummed_json
 from potstill.methods import list_own_methods, method_info, normalize_method
+from potstill.models.answer_tables import read_answers
 from potstill.models.class_names import CLASS_LISTS, class_list
-from potstill.models.exported_files import EXECUTABLE, SUFFIXES, check_permission, identify_file
+from potstill.models.exported_files import (
+    EXECUTABLE,
+    METADATA_KEY,
+    SUFFIXES,
+    check_permission,
+    identify_file,
+    parse_metadata,
+    read_properties,
+)
 
 # Flags that change one setting each.
 SETTING_FLAGS: Mapping[str, KeyPath] = {
@@ -363,8 +372,11 @@ def fill_class_names(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError
     elif data.get("classes") is None:
         teacher = value.get("teacher")
         first = teacher[0] if isinstance(teacher, list) and teacher else teacher
-        if isinstance(first, dict) and (names := _class_names(first)) is not None:
-            data["classes"] = names
+        try:
+            if isinstance(first, dict) and (names := _class_names(first)) is not None:
+                data["classes"] = names
+        except PotstillError as error:
+            return [(("teacher", "weights"), error)]
     return []
 
 
@@ -382,6 +394,13 @@ def _class_names(teacher: dict[str, Any]) -> list[str] | None:
     if card is not None:
         found = read_checksummed_json(card).get("class_names")
         return [str(name) for name in found] if isinstance(found, list) else None
+    kind = identify_file(path)
+    if kind == "table":
+        table = read_answers(path)
+        return None if table.class_names is None else list(table.class_names)
+    if kind == "onnx":
+        text = read_properties(read_bytes(path), str(path)).get(METADATA_KEY)
+        return None if text is None else list(parse_metadata(text, str(path)).class_names)
     if (path / "config.json").is_file() or path.parent.joinpath("config.json").is_file():
         from potstill.models.state_dict import read_class_names  # torch, which takes seconds
 

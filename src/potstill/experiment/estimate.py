@@ -16,6 +16,7 @@ from potstill.errors import PotstillError
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.plan import PlannedStage, stage_recipe
 from potstill.formatting import format_count, format_duration, format_percent, format_scaled
+from potstill.models.families.opaque_models import find_opaque, find_table
 from potstill.models.model_file import Classifier
 from potstill.models.registry import build_model
 from potstill.training.autotune import create_timed_step, timed_batch_size
@@ -217,9 +218,17 @@ def estimate_stages(
 
 
 def _seconds_of_step_and_forward(name: str, size: int, classes: int, compute: Compute) -> tuple[float, float]:
-    """Return the seconds per image of a training step and of a forward pass alone."""
+    """Return the seconds per image of a training step and of a forward pass alone.
+
+    A network with hidden layers has no step, and a table takes no time.
+
+    Raises:
+        PotstillError: a network that cannot be built here, or needs its file.
+    """
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         network = build_model(name, classes, size=size).to(compute.device)
+    if find_table(network) is not None:
+        return 0.0, 0.0
     images = timed_batch_size(_TIMED_IMAGES, size)
     noise = torch.zeros(images, 3, size, size, device=compute.device).contiguous(memory_format=compute.memory_format)
 
@@ -229,7 +238,8 @@ def _seconds_of_step_and_forward(name: str, size: int, classes: int, compute: Co
         compute.synchronize()
 
     times = []
-    for call in (create_timed_step(network, size, images, compute), forward):
+    hidden = find_opaque(network) is not None
+    for call in (forward if hidden else create_timed_step(network, size, images, compute), forward):
         call()
         started = time.perf_counter()
         call()
