@@ -168,8 +168,8 @@ def _read_parquet(path: Path) -> tuple[Any, ...]:
         import pyarrow.parquet
     except ImportError as error:
         raise UsageError(
-            f'{path} needs pyarrow, not installed here\nInstall: pip install "potstill[datasets]"; or write the table as '
-            ".csv or .npz"
+            f'{path} needs pyarrow, not installed here\nInstall: pip install "potstill[datasets]"; or write the table '
+            "as .csv or .npz"
         ) from error
     table = pyarrow.parquet.read_table(path)
     header = list(table.column_names)
