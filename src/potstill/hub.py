@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.errors import UsageError
+from potstill.io import write_text
 
 HUB_PREFIX, LOCAL_PREFIX = "hf-hub:", "local-dir:"
 HUB_DATA, DATASET_PREFIX = "hf://", "hf://datasets/"
@@ -190,7 +191,7 @@ def _record_revision(repository: str, kind: str, revision: str, commit: str) -> 
     if not _COMMIT.fullmatch(revision):
         path = _cache_of(repository, kind) / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(commit, encoding="ascii")
+        write_text(path, commit)
 
 
 def _cache_of(repository: str, kind: str) -> Path:
