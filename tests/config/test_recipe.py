@@ -76,7 +76,7 @@ def test_the_original_specification_has_its_own_settings() -> None:
 
 def test_a_recipe_without_data_says_how_to_give_some() -> None:
     assert problems("vgg16-resnet18", data_needed=True) == [
-        "vgg16-resnet18.yaml:8:3: data.source is missing: give a folder of images with --data DIR"
+        "vgg16-resnet18.yaml:7:3: data.source is missing: give a folder of images with --data DIR"
     ]
 
 

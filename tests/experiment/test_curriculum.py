@@ -178,7 +178,7 @@ def test_random_order_asks_for_no_ones_word_and_has_its_own_for_each_seed(recipe
 def test_several_teachers_are_asked_as_one(monkeypatch):
     said = iter([np.array([[0.8, 0.2]]), np.array([[0.2, 0.8]])])
     monkeypatch.setattr(module, "predict_probabilities", lambda *_, **__: (next(said), None, None))
-    monkeypatch.setattr(module, "split_loader", lambda *_: None)
+    monkeypatch.setattr(module, "split_loader", lambda *_, **__: None)
     teacher = SimpleNamespace(module=torch.nn.Identity(), input=None)
     made = load_recipe({**BASE, "teachers": {"combine": "probabilities"}})
     data = SimpleNamespace(train=SimpleNamespace(names=["a"], labels=[0]), class_names=("a", "b"))

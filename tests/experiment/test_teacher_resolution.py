@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -81,7 +82,7 @@ def test_verification_finds_answers_to_the_students_pixels(recipe, cache, tmp_pa
     monkeypatch.setattr(stage, "build_teacher_views", lambda *arguments, **options: None)
     run(recipe(**TEACHER), output_dir=tmp_path, **SHORT)
     path = next(path for path in (cache / "teachers").iterdir())
-    assert verify_cache(path).largest > 0.05
+    assert verify_cache(path).largest > 0.03
 
 
 def test_equal_sizes_have_the_keys_of_before(recipe, cache, tmp_path):
@@ -219,8 +220,8 @@ def test_teacher_and_student_see_the_same_photograph(recipe, photographs, tmp_pa
     data, compute = load_data(made.data), create_compute(made.training)
     planned = plan_stages(made)[-1]
     loading = partial(train_loader, planned, KD().needs, recipe=made, data=data, compute=compute)
-    student = InputSpec(8, (0.0,) * 3, (1.0,) * 3)
-    views = build_teacher_views(student, [InputSpec(16, (0.5,) * 3, (0.5,) * 3)], loading)
+    student, teacher = InputSpec(8, (0.0,) * 3, (1.0,) * 3), InputSpec(16, (0.5,) * 3, (0.5,) * 3)
+    views = build_teacher_views(student, [SimpleNamespace(input=teacher, module=torch.nn.Identity())], loading)
     for epoch in (0, 1):
         views.start_epoch(epoch)
         for position, batch in enumerate(loading(spec=student).epoch(epoch)):

@@ -119,7 +119,7 @@ def test_killed_while_the_main_thread_is_anywhere(
 # A run decodes 14 training images and some of val four times for each of two networks, and more for the figures.
 @pytest.mark.parametrize("image", [pytest.param(n, marks=pytest.mark.slow) for n in range(1, 100, 12)])
 def test_killed_at_any_image(tiny_recipe: Path, finished_run: Path, tmp_path: Path, monkeypatch, capfd, image) -> None:
-    count, fit = multiprocessing.Value("i", 0), workers.resize_to_square
+    count, fit = multiprocessing.Value("i", 0), workers.read_square
 
     def fit_or_die(*arguments):
         with count.get_lock():
@@ -130,6 +130,6 @@ def test_killed_at_any_image(tiny_recipe: Path, finished_run: Path, tmp_path: Pa
         return fit(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "resize_to_square", fit_or_die)
+        patched.setattr(workers, "read_square", fit_or_die)
         code = run(tiny_recipe, tmp_path)
     check(tiny_recipe, tmp_path, finished_run, code, capfd.readouterr().err)

@@ -21,7 +21,7 @@ LONG = 1200  # seconds after which a process counts as hanging
 # phase -> the place in which it is, and how often that is passed before the signal comes
 PHASES = {
     "data check": ("potstill.data.scan:_read", 3),
-    "packing pixels": ("potstill.data.decoded_cache:resize_to_square", 0),
+    "packing pixels": ("potstill.data.decoded_cache:read_square", 0),
     "thread count": ("potstill.training.autotune:ThreadSelector.select", 0),
     "training the teacher": ("potstill.training.trainer:Trainer._update", 1),
     "filling the store": ("potstill.distillation.teacher_cache.cache:TeacherCache.write", 1),

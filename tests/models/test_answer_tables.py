@@ -63,7 +63,7 @@ def test_parquet(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r'pip install "potstill\[tables\]"'):
+    with pytest.raises(UsageError, match=r'pip install "potstill\[datasets\]"'):
         read_answers(tmp_path / "a.parquet")
 
 

@@ -128,7 +128,7 @@ def test_killed_while_the_main_thread_is_anywhere(tmp_path, monkeypatch, undistu
 
 @pytest.mark.parametrize("image", range(1, DECODED + 1, 9))
 def test_killed_at_any_image(tmp_path, monkeypatch, undisturbed, image):
-    count, fit = multiprocessing.Value("i", 0), workers.resize_to_square
+    count, fit = multiprocessing.Value("i", 0), workers.read_square
 
     def fit_or_die(*arguments):
         with count.get_lock():
@@ -139,7 +139,7 @@ def test_killed_at_any_image(tmp_path, monkeypatch, undisturbed, image):
         return fit(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "resize_to_square", fit_or_die)
+        patched.setattr(workers, "read_square", fit_or_die)
         with pytest.raises(WorkerError, match="has died; the next images were "):
             training(tmp_path).run()
     check_goes_on(tmp_path, undisturbed)

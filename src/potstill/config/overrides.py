@@ -17,7 +17,6 @@ from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
 from potstill.io import read_bytes, read_checksummed_json
 from potstill.methods import list_own_methods, method_info, normalize_method
-from potstill.models.answer_tables import read_answers
 from potstill.models.class_names import CLASS_LISTS, class_list
 from potstill.models.exported_files import (
     EXECUTABLE,
@@ -396,6 +395,8 @@ def _class_names(teacher: dict[str, Any]) -> list[str] | None:
         return [str(name) for name in found] if isinstance(found, list) else None
     kind = identify_file(path)
     if kind == "table":
+        from potstill.models.answer_tables import read_answers  # NumPy, which lists of recipes do without
+
         table = read_answers(path)
         return None if table.class_names is None else list(table.class_names)
     if kind == "onnx":
