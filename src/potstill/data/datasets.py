@@ -182,7 +182,7 @@ def _load_by_name(settings: DataSettings, progress: ProgressReporter | None) -> 
     name = settings.source
     hint = f"{name} is a known data set; for the images of the folder {name}, give ./{name}"
     try:
-        found = load_dataset(settings, progress)
+        found = load_known_dataset(settings, progress)
     except PotstillError as error:
         if Path(name).is_dir():
             raise type(error)(f"{error}\n{hint}") from error
@@ -190,7 +190,7 @@ def _load_by_name(settings: DataSettings, progress: ProgressReporter | None) -> 
     return replace(found, notes=(*found.notes, hint)) if Path(name).is_dir() else found
 
 
-def load_dataset(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
+def load_known_dataset(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
     """Return the splits of a data set given by name or by code; see ``named_datasets``.
 
     Raises:

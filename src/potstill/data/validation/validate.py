@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.concurrency import ProgressReporter, threaded_map
-from potstill.data.datasets import check_source, load_dataset
+from potstill.data.datasets import check_source, load_known_dataset
 from potstill.data.entries import FINDING_KINDS, Entry, Finding, Listing
 from potstill.data.file_datasets import (
     DEFAULT_AUGMENT,
@@ -356,7 +356,7 @@ def _list_data(settings: DataSettings) -> Listing:
     if not settings.labeled:
         return walk_images(Path(settings.source).expanduser(), follow_links=settings.follow_links)
     if is_dataset(settings.source):
-        return list_splits(load_dataset(settings))
+        return list_splits(load_known_dataset(settings))
     if is_shards(settings.source):
         return list_splits(load_shards(settings, DEFAULT_AUGMENT))
     return list_source(settings)
