@@ -632,3 +632,11 @@ def test_a_stage_has_the_shared_settings_and_its_own_on_top() -> None:
 
     assert (recipe.stage_training("teacher").lr, recipe.stage_training("teacher").epochs) == (0.2, 9)
     assert (recipe.stage_training("student").lr, recipe.stage_training("student").epochs) == (0.1, 9)
+
+
+def test_the_recipe_of_a_run_is_read_though_its_teacher_was_moved(written) -> None:  # type: ignore[no-untyped-def]
+    recipe = written("data: {source: digits}\nteacher: {model: vgg16, weights: moved.pth}\nstudent: {model: resnet18}\n")
+
+    assert load_recipe(recipe, recorded=True).teacher_list[0].weights == "moved.pth"
+    with pytest.raises(UsageError, match=r"teacher\.weights: no such file or folder: moved\.pth"):
+        load_recipe(recipe)

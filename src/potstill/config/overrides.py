@@ -311,7 +311,7 @@ def fill_architectures(
     Args:
         value: the recipe's plain values.
         allow_code: whether a model file may name code.
-        recorded: whether the recipe is that of a run folder, whose teachers are not opened.
+        recorded: whether the recipe is that of a run folder, whose networks are not looked for.
 
     Returns:
         The keys whose weights cannot be used, each with the error.
@@ -484,8 +484,8 @@ def read_class_file(file: str, key: str) -> list[str]:
 def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool, recorded: bool) -> None:
     """``stage`` is the section's key: "student", "teacher[1]"."""
     weights = section["weights"]
-    if weights in WITHOUT_FILE:
-        return
+    if weights in WITHOUT_FILE or (recorded and section.get("model")):
+        return  # a run's recipe has both; a teacher of it that was deleted or moved since is not needed
     section["weights"] = pinned_name(weights)
     path = model_path(weights)
     if not path.exists():
@@ -503,7 +503,7 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool, reco
             from potstill.models.foreign_checkpoints import identify_network  # torch, which takes seconds
 
             section["model"] = identify_network(path)
-        if section["model"] in EXECUTABLE and not recorded:
+        if section["model"] in EXECUTABLE:
             if allow_code:
                 permit_code([str(path.resolve())])
             check_permission(section["model"], weights, str(path.resolve()))
