@@ -167,6 +167,22 @@ class Stage(enum.StrEnum):
     distilled = "distilled"
 
 
+_RECIPE_FLAGS = (
+    "data", "unlabeled", "no_labels", "labeled_test", "teacher", "student", "epochs", "lr", "batch_size", "image_size",
+    "method", "temperature", "alpha", "device", "seed", "seeds", "skip_bad",
+)  # fmt: skip
+
+
+def recipe_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of a command that set keys of the recipe, with their values; None: not given.
+
+    Args:
+        arguments: ``locals()`` of the command's function, before any other statement.
+    """
+    given = {name: arguments[name] for name in _RECIPE_FLAGS if name in arguments}
+    return {f"--{name.replace('_', '-')}": None if value == [] else value for name, value in given.items()}
+
+
 def run(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")
@@ -198,25 +214,7 @@ def run(
     reproduce: Reproduce = None,
 ) -> None:
     """Train teacher, baseline and distilled student, and write a report."""
-    flags: dict[str, Any] = {
-        "--data": data,
-        "--unlabeled": unlabeled,
-        "--no-labels": no_labels,
-        "--labeled-test": labeled_test,
-        "--teacher": teacher or None,
-        "--student": student,
-        "--epochs": epochs,
-        "--lr": lr,
-        "--batch-size": batch_size,
-        "--image-size": image_size,
-        "--method": method,
-        "--temperature": temperature,
-        "--alpha": alpha,
-        "--device": device,
-        "--seed": seed,
-        "--seeds": seeds,
-        "--skip-bad": skip_bad,
-    }
+    flags = recipe_flags(locals())
     if reproduce is not None:
         given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
         _reproduce(reproduce, given, allow_code, output_dir=output_dir, name=name, resume=resume, overwrite=overwrite)
@@ -272,24 +270,7 @@ def train(
     allow_code: AllowCode = False,
 ) -> None:
     """Train one stage alone: teacher, baseline or distilled student."""
-    flags: dict[str, Any] = {
-        "--data": data,
-        "--unlabeled": unlabeled,
-        "--no-labels": no_labels,
-        "--labeled-test": labeled_test,
-        "--teacher": teacher or None,
-        "--student": student,
-        "--epochs": epochs,
-        "--lr": lr,
-        "--batch-size": batch_size,
-        "--image-size": image_size,
-        "--method": method,
-        "--temperature": temperature,
-        "--alpha": alpha,
-        "--device": device,
-        "--seed": seed,
-        "--skip-bad": skip_bad,
-    }
+    flags = recipe_flags(locals())
     flags["--allow-code"] = allow_code
     folder = _run_pipeline(
         recipe,

@@ -26,6 +26,7 @@ from potstill.cli.run import (
     Student,
     Teacher,
     Unlabeled,
+    recipe_flags,
     to_arguments,
 )
 from potstill.errors import UsageError, WorkerError
@@ -91,6 +92,7 @@ def sweep(
     allow_code: AllowCode = False,
 ) -> None:
     """Search for better settings; the same command continues the search, also in parallel processes."""
+    flags = recipe_flags(locals()) | {"--allow-code": allow_code}
     import re
 
     from potstill.config.recipe import load_recipe
@@ -99,9 +101,6 @@ def sweep(
 
     require_optuna()
     overrides = settings or []
-    flags: dict[str, Any] = {"--data": data, "--teacher": teacher or None, "--student": student, "--seed": seed}
-    flags |= {"--unlabeled": unlabeled, "--no-labels": no_labels, "--labeled-test": labeled_test}
-    flags |= {"--skip-bad": skip_bad, "--allow-code": allow_code}
     space = parse_space(search or [], recipe, overrides, flags)
     if grid and not space.listed:
         raise UsageError("--grid tries all combinations, so each --search must list its values: a range has no end")
