@@ -42,6 +42,13 @@ def text(source: str) -> str:
     return " ".join(html.unescape(re.sub("<[^>]+>", " ", source)).split())
 
 
+def test_a_warning_of_several_lines_is_one_paragraph(run: Path) -> None:
+    change(run, lambda results: results.update(warnings=["it is missing:\n  Run `get it`"]))
+    page = text(render_page(read_run(run)))
+    assert "it is missing: Run `get it`" in page
+    assert "x0a" not in page
+
+
 def rows(run: Path) -> dict[str, Any]:
     found = overview.comparison_context(read_run(run))
     assert found is not None

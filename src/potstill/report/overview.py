@@ -124,7 +124,8 @@ def _gap_facts(means: dict[str, Any], effect: str) -> list[tuple[str, str, str]]
 
 def warnings_context(run: Run) -> dict[str, Any] | None:
     """Return the warnings, the run's own first."""
-    warnings = [str(warning) for warning in run.results.get("warnings") or []]
+    # Several lines in the terminal are one paragraph of the page.
+    warnings = [" ".join(str(warning).split("\n")) for warning in run.results.get("warnings") or []]
     absent = [str(name) for name in run.results.get("planned") or STAGES if name not in run.stages | run.repeats]
     if absent and len(run.stages) > 1:  # a single stage was meant to be alone
         warnings.append(f"Not part of this run: {', '.join(absent)}.")
