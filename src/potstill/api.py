@@ -60,7 +60,7 @@ def run(
         observer: its methods are called with the progress; None: no output.
 
     A run may end without its distilled student (``teacher_below_baseline: stop``): ``not_distilled`` of results.json
-    then says why.
+    then gives the reason.
 
     Raises:
         PotstillError: any error that the user can correct.

@@ -221,7 +221,7 @@ def create_client() -> Any:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turn what the hub's client raises inside the block into one error that says what to do.
+    """Turn what the hub's client raises inside the block into one error that states what to do.
 
     Raises:
         UsageError: for any error of the client, its transport or the hub.

@@ -361,7 +361,7 @@ def verify_json_lines(path: Path, digests: Sequence[str], *, more: bool = False)
         more: lines may have come since; they are not looked at.
 
     Raises:
-        ArtifactError: missing or unreadable, or a line is another one, missing, or too many; says which.
+        ArtifactError: missing or unreadable, or a line is another one, missing, or too many; names it.
     """
     data = read_bytes(path)
     *lines, rest = data.split(b"\n")

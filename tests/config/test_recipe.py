@@ -635,7 +635,9 @@ def test_a_stage_has_the_shared_settings_and_its_own_on_top() -> None:
 
 
 def test_the_recipe_of_a_run_is_read_though_its_teacher_was_moved(written) -> None:  # type: ignore[no-untyped-def]
-    recipe = written("data: {source: digits}\nteacher: {model: vgg16, weights: moved.pth}\nstudent: {model: resnet18}\n")
+    recipe = written(
+        "data: {source: digits}\nteacher: {model: vgg16, weights: moved.pth}\nstudent: {model: resnet18}\n"
+    )
 
     assert load_recipe(recipe, recorded=True).teacher_list[0].weights == "moved.pth"
     with pytest.raises(UsageError, match=r"teacher\.weights: no such file or folder: moved\.pth"):

@@ -122,7 +122,9 @@ class StageSettings(BaseModel):
         "one name per line, or cifar10, cifar100, imagenet-1k, imagenet-21k; or {mine: [theirs, ...]}, by name or "
         "index; null: the classes of the data, in their order",
     )
-    new_head: bool = Field(False, description="accept a file with weights of other classes; `head` says what follows")
+    new_head: bool = Field(
+        False, description="accept a file with weights of other classes; `head` sets what is done then"
+    )
     head: Literal["probe", "finetune", "zero_shot", "random"] | None = Field(
         None,
         description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "

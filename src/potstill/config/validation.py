@@ -346,7 +346,7 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
                 yield (
                     (*network_path, "classes"),
                     f"{network}.classes has no effect with head: zero_shot, whose outputs are the classes of the data: "
-                    f"leave it out; {network}.prompts: {{class: [text]}} says them in other words",
+                    f"leave it out; {network}.prompts: {{class: [text]}} rephrases them",
                 )
 
 

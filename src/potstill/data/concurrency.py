@@ -97,7 +97,7 @@ def threaded_map(
 
 
 _POLL_SECONDS = 0.1
-_POLLS_BEFORE_NOTE = 20  # until a note says that this process waits
+_POLLS_BEFORE_NOTE = 20  # until a note states that this process waits
 
 
 @contextmanager

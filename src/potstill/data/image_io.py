@@ -312,7 +312,7 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
         if side is not None:
             image.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))  # of other formats than JPEG: does nothing
         image.load()
-        check_pixel_count(*image.size)  # a GIF's first frame may be larger than its header says
+        check_pixel_count(*image.size)  # a GIF's first frame may be larger than its header states
         span: ValueSpan | None = None
         if image.mode in _WIDE_MODES:
             span = _value_span(image)

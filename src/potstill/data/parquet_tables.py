@@ -249,7 +249,7 @@ def _find_columns(file: Path, schema: Any, options: TableOptions) -> _Table:
     """Return the columns of images and labels.
 
     Raises:
-        DataError: none, or several; says which columns there are.
+        DataError: none, or several; lists the columns.
     """
     features = _features(schema)
     types = {field.name: field.type for field in schema}

@@ -104,7 +104,7 @@ def stratified_split(
         part -> sorted positions; each part has at least one image of every class.
 
     Raises:
-        DataError: a class with fewer images than parts; says how many are needed.
+        DataError: a class with fewer images than parts; states how many are needed.
     """
     if sum(shares.values()) >= 1:
         wanted = " + ".join(f"{part} {share:g}" for part, share in shares.items())

@@ -139,7 +139,7 @@ class Domains:
         return self._as("target", target, chosen, val, EpochSampling(len(source.train) + len(known), groups))
 
     def adapt(self, model: Classifier, name: str, folder: Path) -> None:
-        """Set a teacher's BatchNorm statistics to the target's and save it, if the recipe asks for it.
+        """Set a teacher's BatchNorm statistics to the target's and save it, if the recipe requests it.
 
         This is done once; a run that was interrupted before does it when it is resumed.
         """

@@ -597,7 +597,8 @@ class _Experiment:
                     continue
                 self.not_distilled = (
                     f"No distilled student was trained, because it would probably be worse than the baseline: {text}, "
-                    f"which is more than a standard error. Use the baseline, or: {advice}. To distil all the same: "
+                    f"which is more than a standard error. Use the baseline, or distil from a better teacher. "
+                    f"{advice}. To distil all the same: "
                     "--resume --set teacher_below_baseline=warn"
                 )
         if stops:

@@ -69,7 +69,7 @@ def fits_head(network: StageSettings) -> bool:
 
 
 def probes_by_default(network: StageSettings, start: InitialNetwork, role: str) -> bool:
-    """Return whether a network gets a probe without being asked for: a teacher with weights of other classes."""
+    """Return whether a network gets a probe by default: a teacher with weights of other classes."""
     return role == "teacher" and network.head is None and network.weights is not None and not start.ready
 
 

@@ -44,7 +44,7 @@ def choose_networks(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
-    """Return the recipe with as many epochs for each network as ``training.min_steps`` asks for.
+    """Return the recipe with as many epochs for each network as ``training.min_steps`` requires.
 
     Args:
         recipe: of the run.

@@ -46,7 +46,7 @@ def evaluate_stages(
     ``stages`` to ``cka``.  With a target, all of these are on its images.
 
     ``known``: further facts for the comparison and results.json: ``looks``, ``teacher_below_baseline``.
-    The test split is not read before, unless the recipe asks for test metrics of every epoch.  The networks run in
+    The test split is not read before, unless the recipe requests test metrics of every epoch.  The networks run in
     float32, as in ``predict`` and ``evaluate``.  Call in all processes; the first one writes, the others get {}.
     """
     source, data = data, data.measured
@@ -236,7 +236,7 @@ def describe_agreement(
 
 
 def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
-    """Return number and use of the unlabeled images, for results.json: ``sentence`` says them.
+    """Return number and use of the unlabeled images, for results.json: ``sentence`` describes them.
 
     ``per_step`` and ``labeled_per_step``: images in a step of the distilled student; ``passes``: how often it sees each
     unlabeled image.
@@ -285,7 +285,7 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
 def _predict(
     run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
 ) -> SplitPredictions:
-    """Predict all splits and write the predictions; those on a large train only if the recipe asks for them."""
+    """Predict all splits and write the predictions; those on a large train only if the recipe requests them."""
     settings = recipe.stage_training(name)
     # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
     model.module.to(compute.device).to(memory_format=compute.memory_format)

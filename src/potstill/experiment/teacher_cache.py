@@ -73,7 +73,7 @@ def cache_root(recipe: Recipe) -> Path:
 
 
 def is_cacheable(method: Method) -> bool:
-    """Whether all that the method asks of the teacher can be kept."""
+    """Whether all outputs of the teacher that the method needs can be kept."""
     return method.needs.storable and not method.teacher_taps
 
 
@@ -149,7 +149,7 @@ def top16_suffices(method: Method, classes: int) -> bool:
 
 
 def apply_view_plan(recipe: Recipe, plan: ViewPlan) -> Recipe:
-    """The recipe with what "auto" means here, so that its file in the run folder says what was done."""
+    """The recipe with what "auto" means here, so that its file in the run folder records what was done."""
     decided = {"views": plan.views} | ({"record": plan.record} if plan.record is not None else {})
     return recipe.model_copy(update={"teacher_cache": recipe.teacher_cache.model_copy(update=decided)})
 
@@ -249,7 +249,7 @@ def open_caches(
         teachers: in the distiller's order.
         stage: whose views they are.
         student: how the images are prepared.
-        recipe: says where and how.
+        recipe: its ``teacher_cache`` sets where and how.
         data: whose fingerprint is part of the keys.
         compute: device and precision of the teachers.
         observer: is warned once where a store cannot be used; training then goes on with the live teacher, whose
@@ -285,7 +285,7 @@ def open_caches(
                     caches[second].append(NullTeacherCache(record))
         return caches
 
-    # Where the method asks the teacher in training only, val has no answers.
+    # If the method uses the teacher in training only, val has no outputs.
     answered = {split: each for split, each in loaders.items() if split == "train" or not method.needs.training_only}
     try:
         caches = {split: shelves_of(split, loader, use_cache) for split, loader in answered.items()}
@@ -317,7 +317,7 @@ def open_caches(
 
 
 def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
-    """All that decides what a teacher says of an image."""
+    """All that determines a teacher's outputs for an image."""
     network = teacher.classifier
     return {
         "architecture": network.architecture,
@@ -373,7 +373,7 @@ def open_embedding_cache(
         loader: of the images.
         split: of the loader.
         batch_size: of the loader; sums over other batches are rounded a little differently.
-        recipe: says whether and where.
+        recipe: its ``teacher_cache`` sets whether and where.
         data: whose fingerprint is part of the key.
         folder: of the model, for listings.
         observer: is warned if there is no space, or the cache cannot be used.

@@ -312,7 +312,7 @@ def _has_channels_of(norm: ModuleCall, call: ModuleCall) -> bool:
 class Stage:
     """A feature map and where to read it.
 
-    The map before the last activation is, as ``find_pre_activation`` says: the map itself ("map", there is no
+    The map before the last activation is, as ``find_pre_activation`` defines it: the map itself ("map", there is no
     activation), the input of the module ``activation``, the input of an activation "function", the output of the
     module itself ("output", where the map is what a function makes of that), or the output of ``norm`` (networks that
     normalise and activate at the start of the next block).

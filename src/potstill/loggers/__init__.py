@@ -148,7 +148,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases: offline in the run folder, unless WANDB_MODE says otherwise.
+    """Weights & Biases: offline in the run folder, unless WANDB_MODE is set otherwise.
 
     ``wandb sync RUN/wandb/offline-run-*`` uploads it to a server.
     """
@@ -255,7 +255,7 @@ class MLflow:
 
 
 class Trackio:
-    """trackio: a database of its own on this machine, unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says otherwise.
+    """trackio: a database of its own on this machine, unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set.
 
     ``trackio show`` shows it.
     """

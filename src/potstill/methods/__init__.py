@@ -140,7 +140,7 @@ def method_info(name: str) -> MethodInfo:
     """
     if name in _catalog()["methods"]:
         return _own_info(name)
-    return _outside_info(method_class(name), name)  # type: ignore[arg-type]  # a class does hash, says Python
+    return _outside_info(method_class(name), name)  # type: ignore[arg-type]  # classes are hashable
 
 
 @cache
@@ -285,7 +285,7 @@ class StepCost:
 
 @cache
 def measured_costs() -> dict[str, Any]:
-    """The file of prices as it is: machine, pair of networks, plain step, methods; {} if nobody has measured."""
+    """The file of prices as it is: machine, pair of networks, plain step, methods; {} if there is no measurement."""
     return json.loads(COSTS_FILE.read_text(encoding="utf-8")) if COSTS_FILE.is_file() else {}
 
 

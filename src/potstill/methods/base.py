@@ -157,7 +157,7 @@ class Method(nn.Module):
         """Create adapters and memories, sized by an example's outputs.  Most methods have none.
 
         Raises:
-            UsageError: these networks cannot be joined by this method; says why and which method can.
+            UsageError: these networks cannot be joined by this method; gives the reason and a method that can.
         """
 
     def modify_student(

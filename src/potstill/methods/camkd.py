@@ -138,7 +138,7 @@ class CAMKD(Method):
         if len(teacher.members) < 2:
             raise UsageError(
                 f"camkd weighs teachers against each other: it needs 2 or more, got {len(teacher.members)}; "
-                "with one teacher use srrl, which also asks the teacher's head"
+                "with one teacher use srrl, which also uses the teacher's head"
             )
         if self.needs.maps == "none":  # made for logits alone
             return

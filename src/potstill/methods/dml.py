@@ -35,11 +35,11 @@ def dml_loss(student_logits: Tensor, peer_logits: Sequence[Tensor], *, temperatu
         A scalar, at least 0.
 
     Raises:
-        UsageError: nobody else, or ``temperature`` is not above 0.
+        UsageError: no other student, or ``temperature`` is not above 0.
 
     Example:
         >>> student, peer = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
-        >>> # 3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308, and 0 from one who says the same
+        >>> # 3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308, and 0 from an equal prediction
         >>> dml_loss(student, [peer, student])
         tensor(0.0654)
     """

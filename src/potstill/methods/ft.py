@@ -153,7 +153,7 @@ class FT(Method):
         if self.trained:
             return
         channels, factor = self.paraphraser.conv1.in_channels, self.paraphraser.conv3.out_channels
-        # The restorer is as large as the paraphraser; nobody needs it afterwards.
+        # The restorer is as large as the paraphraser; it is not needed afterwards.
         restorer = nn.Sequential(
             nn.Conv2d(factor, factor, 3, padding=1),
             nn.LeakyReLU(SLOPE),

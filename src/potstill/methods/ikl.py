@@ -28,7 +28,7 @@ class ClassPrior(nn.Module):
         >>> prior = ClassPrior(2)
         >>> prior.add(torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([0, 0]))
         >>> prior.turn()
-        >>> prior(torch.tensor([0, 1]))  # nobody has seen class 1, so its row stays
+        >>> prior(torch.tensor([0, 1]))  # class 1 has not occurred, so its row stays
         tensor([[0.7000, 0.3000],
                 [0.5000, 0.5000]])
     """

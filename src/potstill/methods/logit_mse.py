@@ -2,7 +2,7 @@
 
 Ba and Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014.  https://arxiv.org/abs/1312.6184
 The form of the common toolboxes, a mean over images and classes; the paper sums over classes and halves.  Unlike every
-loss on probabilities it also asks for the teacher's offset, the same number added to all logits of an image.
+loss on probabilities it also requires the teacher's offset, the same number added to all logits of an image.
 """
 
 import torch.nn.functional as F

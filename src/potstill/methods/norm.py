@@ -70,7 +70,7 @@ class NORM(Method):
     name = "norm"
     needs = Requirements(maps="last", epoch=True)
 
-    weight: NonNegative = option(default=1.0, doc="weight of the matching, times what the profile says")
+    weight: NonNegative = option(default=1.0, doc="weight of the matching, times the factor of the profile")
     representations: Count = option(default=8, doc="N")
     profile: Literal["cifar", "imagenet", "constant"] = option(
         default="cifar", doc='"cifar" (0.1, 0.5, 1, 0.5, 0.1), "imagenet" (0.1, 0.5, 0.9, 0.5, 0.1) or "constant"'

@@ -1,7 +1,7 @@
-"""Tables of answers: what any program or service said of each image, by the image's path.  No torch here.
+"""Tables of answers: outputs of any program or service for each image, by the image's path.  No torch here.
 
 CSV and Parquet have a row for each image: its path in the column ``path``, and a column of numbers for each class,
-named as the class.  ``logit_``, ``probability_`` or ``embedding_`` before all names says what the numbers are.  A
+named as the class.  ``logit_``, ``probability_`` or ``embedding_`` before all names states what the numbers are.  A
 Parquet file may have one column of lists instead, ``logits``, ``probabilities`` or ``embeddings``, with the class names
 as JSON under ``classes`` in the metadata of its schema.  An npz file has the arrays ``paths`` [N], one of these three
 [N, D], and ``classes`` [D] if it knows them.

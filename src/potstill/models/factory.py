@@ -278,10 +278,10 @@ def create_model(
         num_classes: K, at least 2.
         size: height and width of the images in pixels.
         in_chans: channels of the images.
-        pretrained: with published weights (``load_weights`` also says whether the head is new).
+        pretrained: with published weights (``load_weights`` also returns whether the head is new).
 
     Raises:
-        UsageError: unknown name (says the nearest ones), a size that the network cannot take, or weights that cannot
+        UsageError: unknown name (lists the nearest ones), a size that the network cannot take, or weights that cannot
             be had.
 
     Example:

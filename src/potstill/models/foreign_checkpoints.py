@@ -176,12 +176,12 @@ _FEWEST_TENSORS = 16  # of a network that can be recognised: AlexNet's
 def identify_network(path: Path) -> str:
     """Return the name of the network whose weights a file holds.
 
-    What the file says of itself is tried first (``arch`` and ``args`` of training scripts, ``config.json``), then its
-    name, then all of ``cifar/`` and ``torchvision/``.  Only names and shapes of tensors are compared.
+    What the file records about itself is tried first (``arch`` and ``args`` of training scripts, ``config.json``), then
+    its name, then all of ``cifar/`` and ``torchvision/``.  Only names and shapes of tensors are compared.
 
     Raises:
         ArtifactError: it cannot be read.
-        UsageError: no known network has such weights; says what they look like.
+        UsageError: no known network has such weights; describes them.
 
     Example:
         >>> import tempfile

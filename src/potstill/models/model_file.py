@@ -161,7 +161,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "sha256": sha256_hex(weights),
     }
     _finish_replacement(folder)  # what an earlier save may have left
-    # Two files cannot be replaced at once: the SHA-256 in model.json tells which weights belong to it.
+    # Two files cannot be replaced at once: the SHA-256 in model.json identifies which weights belong to it.
     write_bytes(folder / (_NEXT_WEIGHTS if (folder / FACTS_FILE).exists() else WEIGHTS_FILE), weights)
     try:
         write_checksummed_json(folder / FACTS_FILE, body)

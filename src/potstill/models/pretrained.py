@@ -119,7 +119,7 @@ def load_packaged_weights(path: Path, like: dict[str, Tensor]) -> dict[str, Tens
 
     Args:
         path: the file.
-        like: the state dict of timm's network: it says in which block of which stage a layer lies.
+        like: the state dict of timm's network: it shows in which block of which stage a layer lies.
 
     Raises:
         ArtifactError: the file is damaged.

@@ -56,7 +56,7 @@ class Family(Protocol):
         Where that number is not ``num_classes``, the head has random weights.
 
         Raises:
-            UsageError: there are none, or they are not here and cannot be fetched; says what to do.
+            UsageError: there are none, or they are not here and cannot be fetched; states what to do.
         """
         ...
 
@@ -74,7 +74,7 @@ def check_model(name: str) -> None:
     """Check that ``create_model`` knows a name.
 
     Raises:
-        UsageError: says the nearest known names.
+        UsageError: unknown; lists the nearest names.
     """
     resolve(name)
 
@@ -106,7 +106,7 @@ def resolve(name: str) -> tuple[Family, str]:
     """Return the family that builds ``name``, and the name without its prefix.
 
     Raises:
-        UsageError: unknown; says the nearest known names.
+        UsageError: unknown; lists the nearest known names.
     """
     full = ALIASES.get(name, name)
     if is_code_reference(name) or name.startswith(own_models.GIVEN):
@@ -203,7 +203,7 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
     try:
         with torch.no_grad():
             logits = module(torch.zeros(1, in_chans, size, size))
-    except PotstillError:  # of a network without visible layers, which says what is wrong
+    except PotstillError:  # of a network without visible layers, whose message describes the problem
         raise
     except Exception as error:  # whatever a foreign network raises, the size is what the user can change
         raise _size_error(name, size, error) from error

@@ -105,7 +105,7 @@ def require_optuna() -> None:
     """Fail early if the extra is not installed.
 
     Raises:
-        UsageError: says what to install.
+        UsageError: it is not installed; gives the command.
     """
     if importlib.util.find_spec("optuna") is None:
         raise UsageError('a sweep needs optuna, not installed here\nInstall: pip install "potstill[sweep]"')

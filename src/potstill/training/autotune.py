@@ -29,7 +29,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 5
 TARGET_SECONDS, MAX_SECONDS = 0.2, 4.0  # no further round begins after this time: past MIN_ROUNDS; at all
 TIMED_PIXELS = 16 * 64 * 64  # of the timed batch: enough to keep several cores busy, quick on one
 MAX_TIMING_SHARE = 0.02  # of the images that a training processes
-MIN_PRECISION_ROUNDS, MIN_PRECISION_IMAGES = 2, 16  # with fewer, timing says too little
+MIN_PRECISION_ROUNDS, MIN_PRECISION_IMAGES = 2, 16  # with fewer, timing is too noisy
 _CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
 Candidate = TypeVar("Candidate")
 

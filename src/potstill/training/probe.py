@@ -54,7 +54,7 @@ class Probe:
         return len(self.weight) - 1
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return what the head of all images says, [B, K], of embeddings [B, D]."""
+        """Return the outputs [B, K] of the head of all images for embeddings [B, D]."""
         return F.linear(embeddings, self.weight[-1], self.bias[-1])
 
 

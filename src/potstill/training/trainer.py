@@ -109,7 +109,7 @@ class LiveTeacher:
     Args:
         distiller: whose teacher it is.
         views: the split's images for teachers of another size than the student's; None: there are none such, and the
-            Distiller asks the teacher itself.
+            Distiller runs the teacher itself.
         autocast: in which the teacher runs.
     """
 

@@ -165,7 +165,7 @@ def check_method(recipe: Recipe, student: Classifier, teacher: Classifier, compu
     """Check that the recipe's method can be used on clients; the networks are not changed.
 
     Raises:
-        UsageError: it cannot; says why.
+        UsageError: it cannot; gives the reason.
     """
     create_local_distiller(copy.deepcopy(student), copy.deepcopy(teacher), recipe, compute, 0.0)
 

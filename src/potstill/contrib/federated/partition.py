@@ -51,7 +51,7 @@ def parse_partition(text: str) -> Partition:
     """Return the partition that ``iid``, ``dirichlet:ALPHA`` or ``folders:DIR`` describes.
 
     Raises:
-        UsageError: anything else; says what is allowed.
+        UsageError: anything else; lists what is allowed.
 
     Example:
         >>> parse_partition("dirichlet:0.3").alpha

@@ -13,6 +13,7 @@ import io
 import json
 import traceback
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 _ONNX_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(uint8)": torch.uint8}
 
 
-class OpaqueNetwork(nn.Module):
+class OpaqueNetwork(nn.Module, ABC):
     """A network that maps images [B, 3, S, S] to logits [B, K] and hides its layers.
 
     Outputs that are probabilities become their logarithms.
@@ -79,9 +80,9 @@ class OpaqueNetwork(nn.Module):
         self.gives_probabilities = bool((outputs >= 0).all() and ((sums - 1).abs() < _TOLERANCE).all())
         return int(outputs.shape[1])
 
+    @abstractmethod
     def run(self, images: Tensor) -> Any:
-        """Return the outputs of images [B, 3, S, S] as they are; for subclasses."""
-        raise NotImplementedError
+        """Return the outputs of images [B, 3, S, S] as they are."""
 
     def _outputs(self, images: Tensor) -> Tensor:
         found = outputs = self.run(images)
