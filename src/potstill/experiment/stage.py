@@ -115,6 +115,9 @@ def train_stage(
         train_loader, planned, method.needs, recipe=recipe, data=data, compute=compute, observer=observer
     )
     views = {"train": teacher_views(train_views)}
+    if epochs_in_use := method.adapted_epochs(settings.epochs):
+        values = ", ".join(f"{key} {value:.3g}" for key, value in epochs_in_use.items())
+        observer.note(f"{planned.name}: {values}, as a share of the training's {settings.epochs} epochs")
     if processes.first and (text := describe_layers(distiller)):
         write_text(folder / "layers.txt", text)
     converted: list[StageTeacher] = []
@@ -214,6 +217,7 @@ def train_stage(
         "seed": recipe.seed,
         "method": recipe.method if planned.distils else {"name": "supervised"},
         "training": training_facts(history, settings, extended_from),
+        **({"method_epochs": epochs_in_use} if epochs_in_use else {}),
         **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **caches.counts(processes)}}),
         "views": describe_training_views(train, recipe, data, settings.epochs),
         "val": val,
