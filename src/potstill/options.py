@@ -61,6 +61,7 @@ MethodSettings = Annotated[dict[str, Any], Reference("Method")]  # a method insi
 
 METHOD_SCHEMA: Schema = {"$ref": "#/$defs/Method"}
 WEIGHT_SCHEMA: Schema = {"type": "number", "minimum": 0}
+SCALING_SCHEMA: Schema = {"enum": ["paper", "auto"]}
 
 _PLAIN: dict[Any, str] = {
     bool: "boolean",

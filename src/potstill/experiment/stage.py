@@ -216,8 +216,8 @@ def train_stage(
         "stage": planned.name,
         "seed": recipe.seed,
         "method": recipe.method if planned.distils else {"name": "supervised"},
-        "training": training_facts(history, settings, extended_from),
-        **({"method_epochs": epochs_in_use} if epochs_in_use else {}),
+        "training": training_facts(history, settings, extended_from)
+        | ({"method_epochs": epochs_in_use} if epochs_in_use else {}),
         **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **caches.counts(processes)}}),
         "views": describe_training_views(train, recipe, data, settings.epochs),
         "val": val,
@@ -289,6 +289,7 @@ def training_facts(history: History, settings: TrainingSettings, extended_from: 
         "seconds": round(history.seconds, 3),
         "images_per_second": history.images_per_second,
         "selection_metric": settings.selection_metric,
+        **({"term_factors": factors} if (factors := history.records[history.best_epoch - 1].get("scaling")) else {}),
     }
 
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from potstill.methods.requirements import Requirements
 from potstill.options import REQUIRED, Option, json_schema, option, option_problems
 from potstill.types import Batch, Outputs
 
+Scaling = Literal["auto", "paper"]
 TeacherPasses = Callable[[], Iterator[tuple[Outputs, Batch]]]
 
 
@@ -67,6 +68,7 @@ class Method(nn.Module):
     student_taps: tuple[str, ...] = ()  # submodules whose outputs are read into ``Outputs.features``, by path
     teacher_taps: tuple[str, ...] = ()
 
+    scaling: Scaling = "paper"  # whether the Distiller bounds the terms on hidden layers; set by ``create_method``
     label_loss: nn.Module
     epoch: int | None = None  # from 0; None: ``start_epoch`` was not called yet
     epochs: int | None = None
