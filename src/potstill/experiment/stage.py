@@ -34,6 +34,7 @@ from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.probe import ProbedTeacher
 from potstill.experiment.teacher_cache import StageCaches, StageTeacher, open_caches
 from potstill.experiment.teacher_inference import convert_teachers
+from potstill.experiment.temperature_scaling import scale_logits
 from potstill.features.hooks import capture_outputs
 from potstill.features.student_surgery import DualHead
 from potstill.formatting import format_percent
@@ -212,12 +213,18 @@ def train_stage(
         if probed is None
         else _select_probe_or_finetuned(student, probed, best, settings, observer, planned.name)
     )
+    scaled: dict[str, Any] = {}
+    if settings.temperature_scaling and planned.role in ("baseline", "distilled") and not data.teacher_labels:
+        whole = split_loader(data, "val", student.input, recipe, settings, compute, shared=False)
+        scaled, metrics = scale_logits(student, whole, compute, observer, planned.name)
+        val = val | metrics
     student.facts |= {
         "stage": planned.name,
         "seed": recipe.seed,
         "method": recipe.method if planned.distils else {"name": "supervised"},
         "training": training_facts(history, settings, extended_from)
         | ({"method_epochs": epochs_in_use} if epochs_in_use else {}),
+        **({"temperature_scaling": scaled} if scaled else {}),
         **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **caches.counts(processes)}}),
         "views": describe_training_views(train, recipe, data, settings.epochs),
         "val": val,
