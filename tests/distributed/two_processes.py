@@ -17,6 +17,7 @@ from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import RecordFormat
+from potstill.distillation.term_scaling import TermScaling
 from potstill.distributed.group import ProcessGroup, process_group
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics
 from potstill.evaluation.predictions import predict_probabilities
@@ -112,6 +113,15 @@ def held_back(processes):
     return norms[-2:]
 
 
+def scaled(processes):
+    """The factor of a term on a hidden layer of which each process sees another size."""
+    weight, scaling = torch.nn.Parameter(torch.tensor(1.0)), TermScaling()
+    hidden = weight * 1.0
+    logits = hidden.reshape(1, 1)
+    terms = {"ce": logits.sum(), "hint": (2.0 + 6.0 * processes.rank) * hidden}
+    return scaling(terms, logits, [weight])["hint"].item()
+
+
 def fill(processes, folder):
     """A store that both fill: what each has asked, and what is there afterwards."""
     found, asked = distiller(), []
@@ -152,6 +162,7 @@ def main(folder):
             "terms": terms_of(processes),
             "training": train(processes, own),
             "held back": held_back(processes),
+            "scaled": scaled(processes),
             "store": fill(processes, folder / "store"),
         }
         (folder / f"{processes.rank}.json").write_text(json.dumps(found))

@@ -128,12 +128,17 @@ def calibration_context(run: Run) -> dict[str, Any] | None:
     return {
         "pictures": [_reliability_svg(stage, facts) for stage, facts in found],
         "rows": [(stage.name, _calibration_cells(facts)) for stage, facts in found],
-        "notes": [note for stage, facts in found if (note := _temperature_note(stage.name, facts["temperature"]))],
+        "notes": [note for stage, facts in found if (note := _temperature_note(stage.name, facts))],
     }
 
 
-def _temperature_note(name: str, temperature: float) -> str | None:
-    """Return a note if the fitted temperature is at an end of its range, where the scaled metrics mean little."""
+def _temperature_note(name: str, facts: dict[str, Any]) -> str | None:
+    """Return a note if the network has the temperature in its logits, or if it is at an end of its range, where the
+    scaled metrics mean little.
+    """
+    temperature = facts["temperature"]
+    if facts.get("applied"):
+        return f"The last layer of {name} is divided by this temperature, so its predictions and exports are scaled."
     if temperature <= 1.01 * _LOWEST:
         return (
             f"{name} makes no mistake on val, so its fitted temperature is the minimum, {_LOWEST}. Do not scale it: "

@@ -332,6 +332,8 @@ class Trainer:
             "train": metrics,
             **splits,
         }
+        if self.distiller.scaling is not None:
+            record["scaling"] = dict(self.distiller.scaling.factors)
         self.history.seconds += seconds
         self.history.records.append(record)
         self._write_records()
