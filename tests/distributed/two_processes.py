@@ -19,7 +19,7 @@ from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.distillation.term_scaling import TermScaling
 from potstill.distributed.group import ProcessGroup, process_group
-from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics
+from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.evaluation.predictions import predict_probabilities
 from potstill.input_spec import InputSpec
 from potstill.methods.kd import KD
@@ -27,7 +27,6 @@ from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute, DistributedDistiller, gather_metrics
 from potstill.training.optim import GradientAccumulator
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import TermAverages
 from potstill.training.trainer import Trainer
 
 SPEC = InputSpec(size=4, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.distillation.feature_extractor import ForwardOutput
 from potstill.distillation.output_router import (
     LayerPaths,
     OutputRouter,
@@ -15,9 +14,13 @@ from potstill.distillation.output_router import (
     build_output_router,
     network_info,
 )
+<<<<<<< HEAD
 from potstill.distillation.teacher_views import TeacherImages, TeacherViews
 from potstill.distillation.teachers import CombineMode, Teachers
 from potstill.distillation.term_scaling import TermScaling
+=======
+from potstill.distillation.teachers import CombineMode, ForwardOutput, TeacherImages, Teachers, TeacherViews
+>>>>>>> w-house
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
 from potstill.methods.base import Method, NetworkInfo, Scaling, TrainingInfo

@@ -366,23 +366,13 @@ def _nll_derivatives(probabilities: Probabilities, labels: Array, inverse: float
     return slope / probabilities.shape[0], curvature / probabilities.shape[0]
 
 
-def temperature_scaled(probabilities: Array, temperature: float) -> Array:
-    """Return the softmax of logits / temperature from the probabilities [N, K], whose logarithms serve as logits.
+def reliability_bins(confidence: Array, correct: Array) -> list[list[float]]:
+    """Return number of images, mean confidence and accuracy of each non-empty bin (low, high], by confidence.
 
-    Example:
-        >>> temperature_scaled(np.array([[0.8, 0.2]]), 0.5).round(3).tolist()
-        [[0.941, 0.059]]
+    Args:
+        confidence: [N], largest probability of each image.
+        correct: [N] bool, whether its class is the label.
     """
-    return np.asarray(np.exp(_log_softmax(_safe_log(probabilities) / temperature)))
-
-
-def reliability_bins(probabilities: Array, labels: Array) -> list[list[float]]:
-    """Return number of images, mean confidence and accuracy of each non-empty bin (low, high], by confidence."""
-    confidence = probabilities.max(axis=1, initial=0).astype(np.float64)
-    return _reliability_bins(confidence, probabilities.argmax(axis=1) == labels)
-
-
-def _reliability_bins(confidence: Array, correct: Array) -> list[list[float]]:
     number = np.clip(np.ceil(confidence * RELIABILITY_BINS) - 1, 0, RELIABILITY_BINS - 1).astype(int)
     return [
         [int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean())]
@@ -399,7 +389,7 @@ def _calibration_metrics(probabilities: Probabilities, labels: Array, temperatur
         confidence[rows] = block.max(axis=1) if temperature == 1 else np.exp(logs.max(axis=1))
         correct[rows] = block.argmax(axis=1) == labels[rows]
         loss -= float(logs[np.arange(len(logs)), labels[rows]].sum())
-    bins = _reliability_bins(confidence, correct)
+    bins = reliability_bins(confidence, correct)
     ece = sum(images * abs(mean - accuracy) for images, mean, accuracy in bins) / count
     return {"ece": ece, "nll": loss / count, "bins": bins}
 

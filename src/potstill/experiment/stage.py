@@ -43,10 +43,9 @@ from potstill.methods.base import Method
 from potstill.models.families.opaque_models import find_table
 from potstill.models.model_file import Classifier, save_model
 from potstill.training.callbacks import Observer, SignalHandler
-from potstill.training.checkpointing import finish_checkpoints
+from potstill.training.checkpointing import EpochRecord, History, finish_checkpoints
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import EpochRecord, History
 from potstill.training.trainer import LabelLoss, Trainer, balanced_class_weights, selection_value
 
 
