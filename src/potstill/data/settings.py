@@ -103,6 +103,12 @@ class DataSettings(BaseModel):
         le=0.9,
         description="share of unlabeled images in a batch; they are added to the `batch_size` labeled ones",
     )
+    labels_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="keep the labels of this many training images of each class, and use the others as unlabeled "
+        "images; val and test keep all labels; null: all",
+    )
     target: str | None = Field(
         None, description="target domain of the student: images of the same classes; given in the same way as `source`"
     )

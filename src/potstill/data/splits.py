@@ -121,7 +121,7 @@ def stratified_split(
         )
     parts_found: dict[str, list[Index]] = {part: [] for part in ("train", *shares)}
     for label in range(len(class_names)):
-        members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
+        members = sort_by_hash(names, np.flatnonzero(labels == label), seed)
         sizes = _part_sizes(len(members), shares)
         start = 0
         for part, size in sizes.items():
@@ -135,7 +135,7 @@ def stratified_subset(names: Sequence[str], labels: Index, count: int, seed: int
     """Return about ``count`` sorted positions with the same class proportions, at least one image of each class."""
     chosen = []
     for label in np.unique(labels):
-        members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
+        members = sort_by_hash(names, np.flatnonzero(labels == label), seed)
         chosen.append(members[: max(1, round(count * len(members) / len(labels)))])
     return np.sort(np.concatenate(chosen))
 
@@ -190,7 +190,9 @@ def _part_sizes(count: int, shares: Mapping[str, float]) -> dict[str, int]:
     return sizes
 
 
-def _sort_by_hash(names: Sequence[str], members: Index, seed: int) -> Index:
+def sort_by_hash(names: Sequence[str], members: Index, seed: int) -> Index:
+    """Return positions in an order that depends on the seed and the names of their images alone."""
+
     def key(i: int) -> bytes:
         return hashlib.sha256(f"{seed}/{names[i]}".encode("utf-8", "surrogateescape")).digest()
 

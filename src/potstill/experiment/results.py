@@ -248,7 +248,7 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     )
     labeled, images = min(settings.batch_size, sampler.labeled), len(data.unlabeled)
     facts = {
-        "source": recipe.data.unlabeled,
+        "source": recipe.data.unlabeled or data.source,
         "images": images,
         "labeled_images": len(data.train),
         "per_step": int(labeled * share / (1 - share) + 0.5),
