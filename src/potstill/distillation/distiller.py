@@ -14,13 +14,8 @@ from potstill.distillation.output_router import (
     build_output_router,
     network_info,
 )
-<<<<<<< HEAD
-from potstill.distillation.teacher_views import TeacherImages, TeacherViews
-from potstill.distillation.teachers import CombineMode, Teachers
-from potstill.distillation.term_scaling import TermScaling
-=======
 from potstill.distillation.teachers import CombineMode, ForwardOutput, TeacherImages, Teachers, TeacherViews
->>>>>>> w-house
+from potstill.distillation.term_scaling import TermScaling
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
 from potstill.methods.base import Method, NetworkInfo, Scaling, TrainingInfo

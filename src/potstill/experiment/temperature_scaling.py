@@ -18,7 +18,7 @@ from potstill.formatting import format_percent
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
-from potstill.training.state import EpochRecord
+from  import EpochRecord
 
 
 @torch.no_grad()
