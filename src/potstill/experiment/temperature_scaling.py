@@ -17,8 +17,8 @@ from potstill.features.stages import find_stages
 from potstill.formatting import format_percent
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
+from potstill.training.checkpointing import EpochRecord
 from potstill.training.devices import Compute
-from  import EpochRecord
 
 
 @torch.no_grad()
