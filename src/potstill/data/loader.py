@@ -11,7 +11,7 @@ from torch import Tensor
 from potstill.data.collate import BatchPlan, Collator, SecondImages
 from potstill.data.concurrency import ProgressReporter, thread_count
 from potstill.data.decoded_cache import decode_all, decode_squares
-from potstill.data.image_sets import ImageSet, SemiSupervisedSet, set_value_range
+from potstill.data.image_sets import ImageSet, SemiSupervisedSet, decoding_set, set_value_range
 from potstill.data.preprocessing import decoded_side
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
 from potstill.data.settings import AugmentSettings
@@ -155,6 +155,7 @@ class Loader:
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
         self._pixels: Tensor | None = None
+        self._rows: Ids | None = None  # of the images in the decoded pixels; None: all, in order
         self._workers: DecodeWorkers | None = None
         self.processes, self._decoding = 0, answers is not None
         if answers is not None:
@@ -288,16 +289,18 @@ class Loader:
         """Decode all pixels, or start the processes that decode them."""
         if self._decoding:
             return
+        images, rows, identity = decoding_set(self._all, self._identity)
         self._pixels = decode_all(
-            self._all,
+            images,
             self.side,
             self.spec.resize_mode,
             device=self.device,
             cache_fraction=self._cache_fraction,
             processes=self._local_processes,
-            identity=self._identity,
+            identity=identity,
             progress=self._progress,
         )
+        self._rows = rows
         self._decoding = True
         if self._worker_count and self._pixels is None:
             largest_batch = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
@@ -319,6 +322,7 @@ class Loader:
 
     def _read_pixels(self, ids: Ids) -> Tensor:
         if self._pixels is not None:
+            ids = ids if self._rows is None else self._rows[ids]
             return self._pixels.index_select(0, torch.from_numpy(ids).to(self._pixels.device, non_blocking=True))
         return decode_squares(self._all, ids.tolist(), self.side, self.spec.resize_mode)
 
