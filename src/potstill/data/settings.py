@@ -18,7 +18,7 @@ class AugmentSettings(BaseModel):
     pad_crop: float = Field(0.0, ge=0, le=0.5, description="random shift by up to this share of the size")
     pad_mode: Literal["reflect", "black"] = Field("reflect", description="pixels beyond the border after a shift")
     crop_scale: tuple[float, float] | None = Field(
-        None, description="area of a random resized crop as shares of the image, e.g. [0.35, 1]; null: none"
+        None, description="area of a random resized crop as shares of the whole image, e.g. [0.35, 1]; null: none"
     )
     hflip: bool = Field(False, description="flip left to right with probability 0.5")
     vflip: bool = Field(False, description="flip top to bottom with probability 0.5")

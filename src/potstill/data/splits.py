@@ -212,7 +212,7 @@ def assign_folds(
     of_group, turn = np.empty(len(first), dtype=np.int64), 0
     position = {int(image): at for at, image in enumerate(first)}
     for label in range(len(class_names)):
-        members = _sort_by_hash(names, first[labels[first] == label], seed)
+        members = sort_by_hash(names, first[labels[first] == label], seed)
         of_group[[position[int(image)] for image in members]] = (turn + np.arange(len(members))) % folds
         turn += len(members)
     found: Index = of_group[group.reshape(-1)]
@@ -248,7 +248,7 @@ def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
     own = assign_folds(names, labels, folds, settings.split_seed, data.class_names, copies)
     if fold == "all":
         members = (np.flatnonzero(labels == label) for label in range(len(data.class_names)))
-        chosen = [_sort_by_hash(names, each, settings.split_seed)[0] for each in members]
+        chosen = [sort_by_hash(names, each, settings.split_seed)[0] for each in members]
         in_test = np.isin(np.arange(len(pool)), chosen)
         origin = "for the model to deploy: all images are train and val, but one of each class, which are test"
     else:
