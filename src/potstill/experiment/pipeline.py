@@ -390,7 +390,7 @@ class _Folds:
             recipe, replaced = processes.share(choose_networks(recipe))
             if resume:
                 replaced = replaced or folder.read_environment().get("replaced_networks", [])
-            whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None})
+            whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
             data = pool_splits(load_data(whole, self.data, progress=observer))
             check_poolable(data)
             recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
