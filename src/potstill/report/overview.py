@@ -50,10 +50,13 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
     if stopped := run.results.get("not_distilled"):
         headline = str(stopped)
     effect = effect_of(comparison)
+    mark = (
+        "One fold: no verdict" if (comparison or {}).get("fold") else FINDING_TITLES.get(effect, "Nothing to compare")
+    )
     means = average_over_seeds(comparison) if comparison else {}
     return {
         "finding": effect,
-        "mark": FINDING_TITLES.get(effect, "Nothing to compare"),
+        "mark": mark,
         "headline": headline,
         "sentences": others,
         "facts": _verdict_facts(means, effect) if comparison else [],
@@ -405,7 +408,7 @@ def _follow_up_command(run: Run, each: Advice) -> str:
     if not (each.settings or each.flags) or not run.recipe:
         return ""
     folder = run.folder.resolve()
-    recipe = f"{folder.parent.name}/{folder.name}/recipe.yaml"
+    recipe = f"{run.shown_path}/recipe.yaml"
     name = escape_invisible(folder.name)
     name = name if "--resume" in each.flags else f"{name[:58]}-next"
     changes = [part for setting in each.settings for part in ("--set", setting)]
