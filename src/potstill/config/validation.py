@@ -170,6 +170,7 @@ def label_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
     unfit = {
         "target": data.target is not None,
         "unlabeled": data.unlabeled is not None,
+        "labels_per_class": data.labels_per_class is not None,
         "class_balance": data.class_balance != "none",
         "options": bool(data.options),
     }

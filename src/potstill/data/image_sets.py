@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, silence_pillow, to_rgb
+from potstill.data.image_io import DecodedImage, Pixels, ValueRange, read_file, read_image, silence_pillow, to_rgb
 from potstill.data.image_structure import parse_structure
-from potstill.data.preprocessing import resize_to_square
+from potstill.data.preprocessing import resize_to_square, stretch_with_shape
 from potstill.data.shard_reader import ShardSample, read_byte_range
 from potstill.errors import DataError
 
@@ -45,8 +45,12 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.locations)
 
-    def pixels(self, i: int, side: int | None = None) -> Pixels:
-        """Return image i, uint8 [H, W, 3]; ``side`` as in ``image_io.decode``.
+    def pixels(self, i: int) -> Pixels:
+        """Return image i, uint8 [H, W, 3]."""
+        return self.read(i).pixels
+
+    def read(self, i: int, side: int | None = None) -> DecodedImage:
+        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``.
 
         Raises:
             DataError: the shard cannot be read, or has changed since it was checked.
@@ -54,7 +58,7 @@ class ShardSet:
         content = read_byte_range(*self.locations[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{self.locations[i][0]}: {self.names[i]} has changed since it was checked; start again")
-        return decode_bytes(content, self.names[i], self.range, side)
+        return read_image(content, self.names[i], self.range, side)
 
 
 def sample_name(url: str, sample: ShardSample) -> str:
@@ -137,8 +141,12 @@ class FileSet:
         digests = "".join(contents[name].split()[1] for name in self.names)
         self.digests = np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(len(self.names), 32)
 
-    def pixels(self, i: int, side: int | None = None) -> Pixels:
-        """Return image i, uint8 [H, W, 3]; ``side`` as in ``image_io.decode``.
+    def pixels(self, i: int) -> Pixels:
+        """Return image i, uint8 [H, W, 3]."""
+        return self.read(i).pixels
+
+    def read(self, i: int, side: int | None = None) -> DecodedImage:
+        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``.
 
         Raises:
             DataError: the file cannot be decoded, or has changed.
@@ -147,7 +155,7 @@ class FileSet:
         content = read_file(path)
         if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{path}: the file has changed since it was checked; start again")
-        return decode_bytes(content, str(path), self.range, side)
+        return read_image(content, str(path), self.range, side)
 
 
 class TorchSet:
@@ -447,14 +455,26 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
         images: any set.
         i: position of the image in it.
         side: of the square, in pixels.
-        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``.
+        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``; "whole": see ``stretch_with_shape``, with
+            the shape of the image in its file, whatever the scale at which it is decoded.
+
+    Returns:
+        uint8 of ``preprocessing.square_shape``.
 
     Raises:
         DataError: the image cannot be decoded, or has changed.
     """
     images, i = _leaf_of(images, i)
-    pixels = images.pixels(i, side) if isinstance(images, (FileSet, ShardSet)) else images.pixels(i)
-    return resize_to_square(pixels, side, resize_mode)
+    if isinstance(images, (FileSet, ShardSet)):
+        pixels, _, shape = images.read(i, side)
+    else:
+        pixels = images.pixels(i)
+        shape = pixels.shape[:2]
+    return (
+        stretch_with_shape(pixels, side, shape)
+        if resize_mode == "whole"
+        else resize_to_square(pixels, side, resize_mode)
+    )
 
 
 def _leaf_of(images: ImageSet, i: int) -> tuple[ImageSet, int]:

@@ -18,7 +18,7 @@ class AugmentSettings(BaseModel):
     pad_crop: float = Field(0.0, ge=0, le=0.5, description="random shift by up to this share of the size")
     pad_mode: Literal["reflect", "black"] = Field("reflect", description="pixels beyond the border after a shift")
     crop_scale: tuple[float, float] | None = Field(
-        None, description="area of a random resized crop as shares of the image, e.g. [0.35, 1]; null: none"
+        None, description="area of a random resized crop as shares of the whole image, e.g. [0.35, 1]; null: none"
     )
     hflip: bool = Field(False, description="flip left to right with probability 0.5")
     vflip: bool = Field(False, description="flip top to bottom with probability 0.5")
@@ -102,6 +102,12 @@ class DataSettings(BaseModel):
         gt=0,
         le=0.9,
         description="share of unlabeled images in a batch; they are added to the `batch_size` labeled ones",
+    )
+    labels_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="keep the labels of this many training images of each class, and use the others as unlabeled "
+        "images; val and test keep all labels; null: all",
     )
     target: str | None = Field(
         None, description="target domain of the student: images of the same classes; given in the same way as `source`"

@@ -130,7 +130,7 @@ def stratified_split(
         )
     parts_found: dict[str, list[Index]] = {part: [] for part in ("train", *shares)}
     for label in range(len(class_names)):
-        members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
+        members = sort_by_hash(names, np.flatnonzero(labels == label), seed)
         sizes = _part_sizes(len(members), shares)
         start = 0
         for part, size in sizes.items():
@@ -212,7 +212,7 @@ def assign_folds(
     of_group, turn = np.empty(len(first), dtype=np.int64), 0
     position = {int(image): at for at, image in enumerate(first)}
     for label in range(len(class_names)):
-        members = _sort_by_hash(names, first[labels[first] == label], seed)
+        members = sort_by_hash(names, first[labels[first] == label], seed)
         of_group[[position[int(image)] for image in members]] = (turn + np.arange(len(members))) % folds
         turn += len(members)
     found: Index = of_group[group.reshape(-1)]
@@ -248,7 +248,7 @@ def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
     own = assign_folds(names, labels, folds, settings.split_seed, data.class_names, copies)
     if fold == "all":
         members = (np.flatnonzero(labels == label) for label in range(len(data.class_names)))
-        chosen = [_sort_by_hash(names, each, settings.split_seed)[0] for each in members]
+        chosen = [sort_by_hash(names, each, settings.split_seed)[0] for each in members]
         in_test = np.isin(np.arange(len(pool)), chosen)
         origin = "for the model to deploy: all images are train and val, but one of each class, which are test"
     else:
@@ -279,7 +279,7 @@ def stratified_subset(names: Sequence[str], labels: Index, count: int, seed: int
     """Return about ``count`` sorted positions with the same class proportions, at least one image of each class."""
     chosen = []
     for label in np.unique(labels):
-        members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
+        members = sort_by_hash(names, np.flatnonzero(labels == label), seed)
         chosen.append(members[: max(1, round(count * len(members) / len(labels)))])
     return np.sort(np.concatenate(chosen))
 
@@ -334,7 +334,9 @@ def _part_sizes(count: int, shares: Mapping[str, float]) -> dict[str, int]:
     return sizes
 
 
-def _sort_by_hash(names: Sequence[str], members: Index, seed: int) -> Index:
+def sort_by_hash(names: Sequence[str], members: Index, seed: int) -> Index:
+    """Return positions in an order that depends on the seed and the names of their images alone."""
+
     def key(i: int) -> bytes:
         return hashlib.sha256(f"{seed}/{names[i]}".encode("utf-8", "surrogateescape")).digest()
 

@@ -36,10 +36,18 @@ from potstill.experiment.builders import (
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.ensembles import average_probabilities
-from potstill.experiment.environment import describe_environment
 from potstill.experiment.estimate import describe_seeds, estimate_further_seeds, estimate_stages
 from potstill.experiment.folds import check_poolable, describe_outside_weights, fold_recipe, pool_folds
-from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, plan_stages, stage_recipe
+from potstill.experiment.plan import (
+    STAGE_GROUPS,
+    PlannedStage,
+    choose_networks,
+    derive_seed,
+    lengthen_short_trainings,
+    plan_stages,
+    restore_choices,
+    stage_recipe,
+)
 from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
 from potstill.experiment.probe import (
     ProbedTeacher,
@@ -50,8 +58,7 @@ from potstill.experiment.probe import (
     probe_teacher,
     probes_by_default,
 )
-from potstill.experiment.reproduce import RunRecord, check_same_images
-from potstill.experiment.resolution import choose_networks, lengthen_short_trainings, restore_choices
+from potstill.experiment.reproduce import RunRecord, check_same_images, describe_environment
 from potstill.experiment.results import (
     describe_missing_labels,
     describe_run,

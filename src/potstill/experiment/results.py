@@ -89,7 +89,7 @@ def evaluate_stages(
             **{split: without_per_class(metrics[split]) for split in SPLITS},
             **({"source_test": without_per_class(before[name])} if name in before else {}),
             "test_intervals": split_intervals(own["test"]),
-            "calibration": None if data.teacher_labels else _calibration(own["val"], own["test"]),
+            "calibration": None if data.teacher_labels else _calibration(own["val"], own["test"], model),
         }
     stages = {name: entries.pop(name) for name in once}
     correct = {name: own["test"].correct for name, own in (found | groups).items()}
@@ -252,7 +252,7 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     )
     labeled, images = min(settings.batch_size, sampler.labeled), len(data.unlabeled)
     facts = {
-        "source": recipe.data.unlabeled,
+        "source": recipe.data.unlabeled or data.source,
         "images": images,
         "labeled_images": len(data.train),
         "per_step": int(labeled * share / (1 - share) + 0.5),
@@ -336,10 +336,11 @@ def describe_fidelity(student: Predictions, teacher: Predictions | None) -> dict
     return agreement(student.probabilities, teacher.probabilities)
 
 
-def _calibration(val: Predictions, test: Predictions) -> dict[str, Any] | None:
+def _calibration(val: Predictions, test: Predictions, model: Classifier) -> dict[str, Any] | None:
     assert val.probabilities is not None
     assert test.probabilities is not None
-    return calibration_report(val.probabilities, val.labels, test.probabilities, test.labels)
+    applied = (model.facts.get("temperature_scaling") or {}).get("temperature")
+    return calibration_report(val.probabilities, val.labels, test.probabilities, test.labels, applied)
 
 
 def without_per_class(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import MISSING, format_count, format_duration, format_number, format_percent, format_scaled
 from potstill.io import read_checksummed_json, write_bytes, write_text
 from potstill.methods import describe_method
-from potstill.report import diagnostics, error_analysis, overview, theme
+from potstill.report import canvas, diagnostics, overview
 from potstill.report.display_names import escape_invisible
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_run
 from potstill.report.stage_figures import stage_pictures
@@ -223,11 +223,11 @@ SECTIONS = (
     Section("warnings", "Warnings", overview.warnings_context),
     Section("comparison", "Comparison", overview.comparison_context),
     Section("curves", "Curves", diagnostics.curves_context),
-    Section("confusion", "Confusion matrices", error_analysis.confusion_context),
-    Section("classes", "Class by class", error_analysis.classes_context),
+    Section("confusion", "Confusion matrices", diagnostics.confusion_context),
+    Section("classes", "Class by class", diagnostics.classes_context),
     Section("fidelity", "Fidelity", diagnostics.fidelity_context),
     Section("calibration", "Calibration", diagnostics.calibration_context),
-    Section("images", "Images", error_analysis.images_context),
+    Section("images", "Images", diagnostics.images_context),
     Section("advice", "Advice", overview.advice_context),
     Section("exports", "Exports", exports_context),
     Section("data", "Data", data_context),
@@ -246,10 +246,10 @@ def render_page(run: Run) -> str:
 
 def render_template(template: str, values: dict[str, Any]) -> str:
     """Render a template of this package with the page's colours and ``values``."""
-    light, dark = theme.css_variables()
+    light, dark = canvas.css_variables()
     environment = _jinja_environment()
     style = environment.get_template("style.css.j2").render(
-        light=light, dark=dark, brighter=theme.DARK_IMAGE_BRIGHTNESS
+        light=light, dark=dark, brighter=canvas.DARK_IMAGE_BRIGHTNESS
     )
     # For the Content-Security-Policy: the browser accepts no other style sheet.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from potstill import __version__
 from potstill.errors import UsageError
 from potstill.experiment.run_folder import find_model
-from potstill.report.theme import css_variables
+from potstill.report.canvas import css_variables
 from potstill.serve import runs
 from potstill.serve.middleware import RequestGuardMiddleware, ServerLimits, limited_protocol
 from potstill.serve.model_worker import WorkerClient, WorkerUnavailable

@@ -9,7 +9,7 @@ from typing import Any
 
 from potstill.config.recipe import Recipe, load_recipe
 from potstill.errors import PotstillError, UsageError
-from potstill.methods import method_info
+from potstill.methods import METHOD_SETTINGS, method_info
 
 METHOD = "method.name"
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
@@ -246,7 +246,7 @@ def _try_value(source: Any, sets: list[str], flags: Mapping[str, Any], key: str,
 
 def _has_option(method: str, option: str) -> bool:
     try:
-        return option in (*method_info(method).options, "preset", "schedule")
+        return option in (*method_info(method).options, *METHOD_SETTINGS)
     except UsageError:
         return True  # an unknown method is reported by the check of its name
 
