@@ -299,7 +299,7 @@ def _test_cell(
     run: Run, stage: StageResult, key: str, form: ValueFormatter, change: DifferenceFormatter
 ) -> tuple[str, str]:
     """Return a metric on test and its interval; of several seeds or folds, mean and standard deviation."""
-    over_folds = (stage.facts.get("over_folds") or {}).get(key) or {}
+    over_folds = _over_folds(stage, key)
     if (deviation := format_number(over_folds.get("sd"))) is not None:
         return form(over_folds.get("mean")), f"± {change(deviation).removeprefix('+')}"
     summary = (_seeds_summary(run).get("figures") or {}).get(key) or {}
@@ -308,6 +308,18 @@ def _test_cell(
     if mean is not None and deviation is not None:
         return form(mean), f"± {change(deviation).removeprefix('+')}"
     return _with_interval(stage, "test", key, form)
+
+
+def _over_folds(stage: StageResult, key: str) -> dict[str, Any]:
+    """Return mean and standard deviation of a metric over the folds; empty for other runs."""
+    return (stage.facts.get("over_folds") or {}).get(key) or {}
+
+
+def _shown_metric(stage: StageResult | None, key: str) -> float | None:
+    """Return a metric on test as the table shows it: the mean over folds, if there are some."""
+    if stage is None:
+        return None
+    return format_number(_over_folds(stage, key).get("mean", stage.metrics.get("test", {}).get(key)))
 
 
 def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[str, str]:
@@ -321,8 +333,7 @@ def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[s
                 format_number((_seeds_summary(run).get("top1_gain") or {}).get(end)) for end in ("low", "high")
             )
     else:
-        tests = [run.stages[name].metrics.get("test", {}) if name in run.stages else {} for name in _STUDENTS]
-        before, after = (format_number(test.get(key)) for test in tests)
+        before, after = (_shown_metric(run.stages.get(name), key) for name in _STUDENTS)
         if before is None or after is None:
             return MISSING, ""
         value = change(after - before)
