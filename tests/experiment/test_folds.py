@@ -15,7 +15,9 @@ from potstill.experiment import pipeline
 from potstill.experiment.folds import describe_outside_weights
 from potstill.experiment.reproduce import read_run_record
 from potstill.experiment.run_folder import RunFolder, find_model
+from potstill.report.overview import comparison_context
 from potstill.report.render import render
+from potstill.report.run_reader import read_run
 from potstill.serve.runs import list_runs, report
 from potstill.training.callbacks import SilentObserver
 
@@ -136,6 +138,12 @@ def test_reports_of_the_whole_and_of_each_fold(whole):
     page = render(path).read_text(encoding="utf-8")
     assert 'href="fold-2/report.html"' in page
     assert "data.fold=all" in page
+    values = comparison_context(read_run(path))
+    assert values is not None
+    for row in values["results"]:
+        if row["difference"][0] != "–":  # what is shown is the difference of what is shown
+            before, after = (float(cell[0].removesuffix(" %")) for cell in row["cells"][1:])
+            assert after - before == pytest.approx(float(row["difference"][0]), abs=0.11)
     for fold in range(1, FOLDS + 1):
         text = (path / f"fold-{fold}" / "report.html").read_text(encoding="utf-8")
         assert f"fold {fold} of {FOLDS}" in text

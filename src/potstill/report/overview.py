@@ -50,10 +50,13 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
     if stopped := run.results.get("not_distilled"):
         headline = str(stopped)
     effect = effect_of(comparison)
+    mark = (
+        "One fold: no verdict" if (comparison or {}).get("fold") else FINDING_TITLES.get(effect, "Nothing to compare")
+    )
     means = average_over_seeds(comparison) if comparison else {}
     return {
         "finding": effect,
-        "mark": FINDING_TITLES.get(effect, "Nothing to compare"),
+        "mark": mark,
         "headline": headline,
         "sentences": others,
         "facts": _verdict_facts(means, effect) if comparison else [],
@@ -296,7 +299,7 @@ def _test_cell(
     run: Run, stage: StageResult, key: str, form: ValueFormatter, change: DifferenceFormatter
 ) -> tuple[str, str]:
     """Return a metric on test and its interval; of several seeds or folds, mean and standard deviation."""
-    over_folds = (stage.facts.get("over_folds") or {}).get(key) or {}
+    over_folds = _over_folds(stage, key)
     if (deviation := format_number(over_folds.get("sd"))) is not None:
         return form(over_folds.get("mean")), f"± {change(deviation).removeprefix('+')}"
     summary = (_seeds_summary(run).get("figures") or {}).get(key) or {}
@@ -305,6 +308,18 @@ def _test_cell(
     if mean is not None and deviation is not None:
         return form(mean), f"± {change(deviation).removeprefix('+')}"
     return _with_interval(stage, "test", key, form)
+
+
+def _over_folds(stage: StageResult, key: str) -> dict[str, Any]:
+    """Return mean and standard deviation of a metric over the folds; empty for other runs."""
+    return (stage.facts.get("over_folds") or {}).get(key) or {}
+
+
+def _shown_metric(stage: StageResult | None, key: str) -> float | None:
+    """Return a metric on test as the table shows it: the mean over folds, if there are some."""
+    if stage is None:
+        return None
+    return format_number(_over_folds(stage, key).get("mean", stage.metrics.get("test", {}).get(key)))
 
 
 def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[str, str]:
@@ -318,8 +333,7 @@ def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[s
                 format_number((_seeds_summary(run).get("top1_gain") or {}).get(end)) for end in ("low", "high")
             )
     else:
-        tests = [run.stages[name].metrics.get("test", {}) if name in run.stages else {} for name in _STUDENTS]
-        before, after = (format_number(test.get(key)) for test in tests)
+        before, after = (_shown_metric(run.stages.get(name), key) for name in _STUDENTS)
         if before is None or after is None:
             return MISSING, ""
         value = change(after - before)
@@ -405,7 +419,7 @@ def _follow_up_command(run: Run, each: Advice) -> str:
     if not (each.settings or each.flags) or not run.recipe:
         return ""
     folder = run.folder.resolve()
-    recipe = f"{folder.parent.name}/{folder.name}/recipe.yaml"
+    recipe = f"{run.shown_path}/recipe.yaml"
     name = escape_invisible(folder.name)
     name = name if "--resume" in each.flags else f"{name[:58]}-next"
     changes = [part for setting in each.settings for part in ("--set", setting)]

@@ -133,7 +133,7 @@ def reproduce_context(run: Run) -> dict[str, Any] | None:
         ("Took", format_duration(results.get("seconds"))),
     ]
     folder = run.folder.resolve()
-    path = f"{folder.parent.name}/{folder.name}"  # runs/NAME; the full path is private
+    path = run.shown_path
     again = ["potstill", "run", f"{path}/recipe.yaml", "--name", f"{folder.name[:58]}-again"]
     commands = [
         ("The same settings again", again),
@@ -155,8 +155,16 @@ def deployment_command(run: Run) -> list[str]:
     """Return the command that trains a model on all images of a cross-validation."""
     folder = run.folder.resolve()
     root = [] if folder.parent.name == "runs" else ["--output-dir", folder.parent.name]
-    recipe = f"{folder.parent.name}/{folder.name}/recipe.yaml"
-    return ["potstill", "run", recipe, "--set", "data.fold=all", "--name", f"{folder.name[:60]}-all", *root]
+    return [
+        "potstill",
+        "run",
+        f"{run.shown_path}/recipe.yaml",
+        "--set",
+        "data.fold=all",
+        "--name",
+        f"{folder.name[:60]}-all",
+        *root,
+    ]
 
 
 def _seed_facts(first: float | None, several: Any) -> list[tuple[str, str]]:
