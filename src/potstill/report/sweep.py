@@ -19,12 +19,11 @@ from potstill.formatting import (
     format_scaled,
 )
 from potstill.io import read_checksummed_json, write_text
-from potstill.report.canvas import as_svg
+from potstill.report.canvas import DISTILLED, FAINT, VAL, as_svg
 from potstill.report.compare import compare_predictions, group_runs, read_contender
 from potstill.report.display_names import escape_invisible
 from potstill.report.render import render_template
 from potstill.report.run_reader import read_run
-from potstill.report.theme import DISTILLED, FAINT, VAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from potstill import __version__
 from potstill.errors import UsageError
 from potstill.experiment.run_folder import find_model
-from potstill.report.theme import css_variables
+from potstill.report.canvas import css_variables
 from potstill.serve import runs
 from potstill.serve.middleware import RequestGuardMiddleware, ServerLimits, limited_protocol
 from potstill.serve.model_worker import WorkerClient, WorkerUnavailable
@@ -265,7 +265,7 @@ def _add_run_routes(app: FastAPI, known: Callable[[], dict[str, Path]]) -> None:
     )
     def report(run: str) -> Response:
         """The run's report."""
-        content = runs.report(folder(run))
+        content = runs.report(run, folder(run))
         if content is None:
             raise HTTPException(404, "this run has no report yet")
         return Response(content, media_type="text/html", headers={"Content-Security-Policy": _REPORT_CSP})

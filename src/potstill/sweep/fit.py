@@ -127,7 +127,7 @@ class RecipeTrainings:
         self, student: Student, settings: Mapping[str, str], epochs: int | None = None, more: Iterable[str] = ()
     ) -> Recipe:
         """Return the recipe of a training; ``epochs``: None: those of the recipe."""
-        from potstill.experiment.resolution import lengthen_short_trainings
+        from potstill.experiment.plan import lengthen_short_trainings
 
         chosen = {"student.model": student.name, **self.student_settings(student), **settings}
         texts = [*self.sets, *(f"{key}={text}" for key, text in chosen.items()), *more]
@@ -168,8 +168,7 @@ class RecipeTrainings:
     def estimate(self, students: Sequence[Student]) -> tuple[float, float, dict[str, float]]:
         """Return the seconds of the teacher's training, of one view of all images, and of each student's epoch."""
         from potstill.experiment.estimate import estimate_stages
-        from potstill.experiment.plan import plan_stages
-        from potstill.experiment.resolution import choose_networks
+        from potstill.experiment.plan import choose_networks, plan_stages
         from potstill.training.devices import create_compute
 
         compute = create_compute(self.recipe.stage_training("student"))

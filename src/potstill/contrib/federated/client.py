@@ -46,9 +46,9 @@ from potstill.errors import ArtifactError, NonFiniteError, UsageError
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.plan import derive_seed
 from potstill.experiment.preflight import create_stage_method
-from potstill.functional import kd_loss
 from potstill.input_spec import InputSpec
 from potstill.methods import create_method, describe_method
+from potstill.methods.kd import kd_loss
 from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import GradientAccumulator, create_optimizer, lr_factor
