@@ -122,7 +122,7 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
             "a sweep needs something to vary: --search method.temperature=1,2,4 or --search method.alpha=0..1"
         )
     base = load_recipe(source, sets, flags=flags)
-    _refuse_test_curves(base)
+    refuse_test_curves(base)
     dimensions = [read_dimension(text) for text in texts]
     keys = [dimension.key for dimension in dimensions]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
@@ -251,7 +251,8 @@ def _has_option(method: str, option: str) -> bool:
         return True  # an unknown method is reported by the check of its name
 
 
-def _refuse_test_curves(recipe: Recipe) -> None:
+def refuse_test_curves(recipe: Recipe) -> None:
+    """Raise UsageError if the trainings of a search would be evaluated on test, or have several seeds each."""
     if recipe.stage_training("student").evaluate_test_every_epoch:
         raise UsageError(
             "training.evaluate_test_every_epoch: a sweep evaluates only the best trial on test; set it to false"
