@@ -41,6 +41,7 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
     headline, *others = verdict_sentences(comparison, run.results.get("stages"))
     if stopped := run.results.get("not_distilled"):
         headline = str(stopped)
+    others += run.teachers_without_classes
     effect = effect_of(comparison)
     means = average_over_seeds(comparison) if comparison else {}
     return {
