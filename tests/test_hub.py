@@ -141,6 +141,20 @@ def test_data_sets(hub, monkeypatch):
     assert fetch_dataset("hf://datasets/u/table").files == ("default/train/0000.parquet",)
     with pytest.raises(UsageError, match="an address of data is hf://datasets/USER/NAME"):
         fetch_dataset("hf://u/pictures")
+    # One of several configurations: a folder of the repository, or of that branch.
+    files = {f"{name}/train-00000-of-00001.parquet": name.encode() for name in ("cats", "cats-large", "dogs")}
+    both = hub.put("u/several", files, "datasets")
+    cats = fetch_dataset("hf://datasets/u/several/cats")
+    assert cats.files == ("cats/train-00000-of-00001.parquet",)
+    assert cats.name == f"hf://datasets/u/several@{both}/cats"
+    assert fetch_dataset(cats.name).files == cats.files
+    with pytest.raises(UsageError, match=r"no table in dog/.*'dogs'.*; there are cats, cats-large, dogs"):
+        fetch_dataset("hf://datasets/u/several/dog")
+    hub.put("u/table", {"small/train/0000.parquet": b"p", "large/train/0000.parquet": b"p"}, "datasets",
+            branch="refs/convert/parquet")  # fmt: skip
+    fetch_dataset.cache_clear()
+    assert fetch_dataset("hf://datasets/u/table/large").files == ("large/train/0000.parquet",)
+    assert fetch_dataset("hf://datasets/u/table@refs/convert/parquet/small").files == ("small/train/0000.parquet",)
     # A download that was cut short is not taken for the whole.
     (found.folder / "data" / "train-00001-of-00002.parquet").unlink()
     forget(monkeypatch)

@@ -2,7 +2,8 @@
 
 hf-hub:USER/NAME[@REVISION]             a repository of the hub
 local-dir:PATH                          a folder of the same layout
-hf://datasets/USER/NAME[@REVISION]      a data set of the hub, as Parquet files
+hf://datasets/USER/NAME[@REVISION][/FOLDER]     a data set of the hub, as Parquet files; those of one folder, which a
+                                                repository of several data sets has for each of its configurations
 
 A revision is a branch, a tag or a commit.  Whatever it is, the files come from one commit, which is recorded.  What is
 in the hub client's cache needs no network, if the commit is given or the hub cannot be reached.
@@ -15,12 +16,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import UsageError
+from potstill.errors import UsageError, did_you_mean
 from potstill.io import write_text
 
 HUB_PREFIX, LOCAL_PREFIX = "hf-hub:", "local-dir:"
@@ -115,24 +116,51 @@ def fetch_dataset(name: str) -> HubFiles:
     path = name.removeprefix(DATASET_PREFIX)
     if path == name:
         raise UsageError(
-            f"{name}: an address of data is {DATASET_PREFIX}USER/NAME, or {DATASET_PREFIX}USER/NAME@COMMIT"
+            f"{name}: an address of data is {DATASET_PREFIX}USER/NAME, or {DATASET_PREFIX}USER/NAME@COMMIT, and "
+            "/CONFIGURATION after it if there are several"
         )
+    path, folder = split_dataset_address(path)
 
     def choose(files: Sequence[str]) -> list[str]:
-        if found := [each for each in files if each.endswith(".parquet")]:
+        tables = [each for each in files if each.endswith(".parquet")]
+        if found := [each for each in tables if each.startswith(folder)]:
             for each in found:
                 number = _PART.search(each)
                 if number and sum(other.startswith(each[: number.start()]) for other in found) < int(number[1]):
                     raise UsageError(f"{name}: of {each} and its {number[1]} parts, some are missing")
             return found
+        if tables and folder:
+            known = sorted({each.split("/")[0] for each in tables if "/" in each})
+            near = did_you_mean(folder.strip("/"), known)
+            raise _NoTablesError(
+                f"{name}: there is no table in {folder}{near}; there are {', '.join(known[:8]) or tables[0]}"
+            )
         raise _NoTablesError(f"{name} has no Parquet files{_listed(files)}")
 
     try:
-        return _fetch(name, path, "dataset", choose)
-    except _NoTablesError:
+        found = _fetch(name, path, "dataset", choose)
+    except _NoTablesError as error:
         if "@" in path:
             raise
-        return _fetch(name, f"{path}@{PARQUET_BRANCH}", "dataset", choose)
+        try:
+            found = _fetch(name, f"{path}@{PARQUET_BRANCH}", "dataset", choose)
+        except UsageError as other:
+            raise (other if isinstance(other, _NoTablesError) or not folder else error) from None
+    return replace(found, name=f"{found.name}/{folder}".rstrip("/"))
+
+
+def split_dataset_address(path: str) -> tuple[str, str]:
+    """Return USER/NAME[@REVISION], and the folder with a slash at its end; "" for all of a repository.
+
+    Example:
+        >>> split_dataset_address("me/pets"), split_dataset_address("me/pets@v1/cats")
+        (('me/pets', ''), ('me/pets@v1', 'cats/'))
+        >>> split_dataset_address("me/pets@refs/convert/parquet/cats")
+        ('me/pets@refs/convert/parquet', 'cats/')
+    """
+    parts = path.strip("/").split("/")
+    count = 4 if len(parts) > 1 and parts[1].endswith("@refs") else 2
+    return "/".join(parts[:count]), "".join(f"{part}/" for part in parts[count:])
 
 
 class _NoTablesError(UsageError):

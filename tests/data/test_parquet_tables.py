@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from potstill.cli import main
@@ -296,3 +298,63 @@ def test_a_data_set_of_the_hub(tmp_path, hub, monkeypatch, capsys) -> None:
     capsys.readouterr()
     assert main(["check", "hf://datasets/u/unknown"]) == 2
     assert "not in the cache of this machine, and the hub cannot be reached" in capsys.readouterr().err
+
+
+def test_images_of_tables_that_are_gone_or_changed_are_removed(tmp_path, cache) -> None:
+    gone, changed, kept = (write_rows(tmp_path / f"{name}.parquet", 12, 12 * at) for at, name in enumerate("abc"))
+    for path in (gone, changed, kept):
+        load(path)
+    folders = set((cache / "tables").iterdir())
+    assert len(folders) == 3
+    gone.unlink()
+    write_rows(changed, 14)
+    load(write_rows(tmp_path / "d.parquet", 12, 80))
+    assert folders < {*(cache / "tables").iterdir()}  # they were used today
+    for folder in folders:
+        os.utime(folder / "rows.json", (0, 0))
+    load(write_rows(tmp_path / "e.parquet", 12, 100))
+    (left,) = folders & {*(cache / "tables").iterdir()}
+    assert str(kept.resolve()) in (left / "rows.json").read_text()
+    assert (left / "rows.json").stat().st_mtime == 0
+    load(kept)
+    assert (left / "rows.json").stat().st_mtime > 0
+
+
+def test_clearing_the_cache(tmp_path, cache, capsys, monkeypatch) -> None:
+    from potstill.data import decoded_cache
+
+    monkeypatch.setattr(decoded_cache, "SMALLEST", 1)
+    data = load(write_rows(tmp_path / "a.parquet", 12))
+    decoded_cache.decode_all(data.train, 8, "crop", device=torch.device("cpu"), cache_fraction=0.5, identity="id")
+    assert [*(cache / "tables").rglob("*")]
+    assert [*(cache / "pixels").rglob("pixels.bin")]
+    assert main(["cache", "clear"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("decoded images: ")
+    assert second.startswith("unpacked tables: ")
+    assert "0 B" not in second
+    assert not (cache / "tables").exists()
+    assert not [*(cache / "pixels").rglob("pixels.bin")]
+    assert len(load(tmp_path / "a.parquet").train) == len(data.train)
+
+
+def test_a_labeled_test_that_is_a_table(tmp_path) -> None:
+    (tmp_path / "flat").mkdir()
+    for i in range(24):
+        (tmp_path / "flat" / f"{i}.png").write_bytes(image_bytes(i))
+    table = write_rows(tmp_path / "labeled.parquet", 6, 20)  # four of them are among the images without labels
+    settings = {"labeled": False, "classes": ["zebra", "dog", "cat"], "labeled_test": str(table)}
+    data = load(tmp_path / "flat", **settings)
+    assert [data.class_names[label] for label in data.test.labels] == ["zebra", "cat"] * 3
+    assert data.test.names[0] == "labeled.parquet/0"
+    assert len(data.train) + len(data.val) == 20
+    assert data.teacher_labels == ("train", "val")
+    split = tmp_path / "parts"
+    write_rows(split / "train-00000-of-00001.parquet", 4, 50)
+    write_rows(split / "test-00000-of-00001.parquet", 8, 60)
+    data = load(tmp_path / "flat", **settings | {"labeled_test": str(split)})
+    assert len(data.test) == 8  # of a table with splits, test
+    with pytest.raises(DataError, match="the teacher has no class 'cat'"):
+        load(tmp_path / "flat", **settings | {"classes": ["zebra", "dog"]})
+    with pytest.raises(UsageError, match="no folder, manifest or table"):
+        load(tmp_path / "flat", **settings | {"labeled_test": str(tmp_path / "none.parquet")})

@@ -1,4 +1,4 @@
-"""Commands for the teacher caches: ls, verify, rm."""
+"""Commands for the teacher caches, ls, verify and rm; and clear, for the images of the cache folder."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MIN_AGREEMENT = 0.95  # of records and the teacher's top class; rounding swaps near ties
 
 cache_app = typer.Typer(
-    help="List, verify or remove teacher caches.",
+    help="List, verify or remove teacher caches; clear removes decoded images.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -99,6 +99,20 @@ def rm(
     if not paths:
         sys.stdout.write(f"no teacher caches in {root}\n")
     delete_leftovers(root)
+
+
+@cache_app.command()
+def clear() -> None:
+    """Remove decoded images and unpacked tables; teacher outputs stay.
+
+    The next run that needs them makes them again.  Decoded images that a process is writing are left alone.
+    """
+    from potstill.console import format_bytes
+    from potstill.data.decoded_cache import remove_decoded_pixels
+    from potstill.data.parquet_tables import remove_unpacked_images
+
+    for what, freed in (("decoded images", remove_decoded_pixels()), ("unpacked tables", remove_unpacked_images())):
+        sys.stdout.write(f"{what}: {format_bytes(freed)} removed\n")
 
 
 def _root(folder: Path | None) -> Path:

@@ -289,6 +289,17 @@ def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
         _set_value(document, ("method", key), 0.0, "--no-labels")
 
 
+def drop_soft_targets(value: dict[str, Any]) -> None:
+    """Set, in place, ``method.kd_weight`` to 0 if it is not given and a teacher has no classes (``head: none``)."""
+    teacher, method = value.get("teacher"), value.get("method")
+    teachers = teacher if isinstance(teacher, list) else [teacher]
+    if not any(isinstance(each, dict) and each.get("head") == "none" for each in teachers):
+        return
+    name = method.get("name") if isinstance(method, dict) else method
+    if name in list_own_methods() and "kd_weight" in method_info(str(name)).options:
+        value["method"] = {"kd_weight": 0.0} | (dict(method) if isinstance(method, dict) else {"name": name})
+
+
 def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None:
     """Remove what a preset sets: given with ``--set``, it overrides the file; inside the file, options override it."""
     try:

@@ -13,7 +13,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from potstill.code_references import permit_code
 from potstill.config import stage_number, stage_role
 from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
-from potstill.config.overrides import apply_overrides, complete_fallbacks, fill_architectures, fill_class_names
+from potstill.config.overrides import (
+    apply_overrides,
+    complete_fallbacks,
+    drop_soft_targets,
+    fill_architectures,
+    fill_class_names,
+)
 from potstill.config.settings_errors import (
     CLASS_LIST_NAME,
     CLASS_MAPPING,
@@ -125,12 +131,12 @@ class StageSettings(BaseModel):
     new_head: bool = Field(
         False, description="accept a file with weights of other classes; `head` sets what is done then"
     )
-    head: Literal["probe", "finetune", "zero_shot", "random"] | None = Field(
+    head: Literal["probe", "finetune", "zero_shot", "random", "none"] | None = Field(
         None,
         description="head of a network with weights of other classes: probe: logistic regression on frozen embeddings, "
         "for teachers; finetune: then all layers are trained, and val selects the better; random: trained with all "
-        "layers; zero_shot: embeddings of texts, for teachers from open_clip; null: probe for teachers if it can be "
-        "fitted, else random",
+        "layers; zero_shot: embeddings of texts, for teachers from open_clip; none: a teacher without classes, for "
+        "methods on embeddings or maps; null: probe for teachers if it can be fitted, else random",
     )
     prompts: Prompts | None = Field(
         None,
@@ -342,6 +348,7 @@ def load_recipe(
     value.setdefault("name", _name_of(source))
     failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")), recorded=recorded)
     failures += fill_class_names(value)
+    drop_soft_targets(value)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"

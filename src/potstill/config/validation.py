@@ -354,6 +354,8 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
                 f"{key} needs a pretrained encoder, and {network}.weights is not given: set it "
                 f"to pretrained or to a file, or set {key}=null to train from scratch",
             )
+        elif head == "none":
+            yield from _no_head_problems(section, value, network_path)
         elif head == "zero_shot":
             model = section.get("model")
             if isinstance(model, str) and model != "?" and not model.startswith("open_clip/"):
@@ -368,6 +370,29 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
                     f"{network}.classes has no effect with head: zero_shot, whose outputs are the classes of the data: "
                     f"leave it out; {network}.prompts: {{class: [text]}} rephrases them",
                 )
+
+
+def _no_head_problems(section: dict[str, Any], value: dict[str, Any], path: KeyPath) -> Iterator[SettingProblem]:
+    """Yield what does not go together with a teacher without classes."""
+    network, data = dotted_key(path), value.get("data")
+    given = data if isinstance(data, dict) else {}
+    if section.get("classes") is not None:
+        yield (*path, "classes"), f"{network}.classes has no effect with {network}.head: none: leave one of them out"
+    if section.get("new_head"):
+        yield (*path, "new_head"), f"{network}.new_head has no effect with {network}.head: none: leave one of them out"
+    if given.get("labeled") is False:
+        yield (
+            (*path, "head"),
+            f"{network}.head: none: without labels (--no-labels) the teacher names the classes, and this one has none. "
+            "Give labeled images with --data, even if they are few, and the others with --unlabeled",
+        )
+    if given.get("target") is not None:
+        yield (*path, "head"), f"{network}.head: none: data.target needs a teacher that predicts its classes"
+    if value.get("curriculum") is not None:
+        yield (*path, "head"), f"{network}.head: none: curriculum orders images by the predictions of the teacher"
+    if value.get("born_again_generations", 1) != 1 or value.get("assistants"):
+        chain = "assistants" if value.get("assistants") else "born_again_generations"
+        yield (chain,), f"{chain} cannot begin with a teacher without classes ({network}.head: none): leave one out"
 
 
 def _prompt_problems(section: dict[str, Any], path: KeyPath) -> Iterator[SettingProblem]:

@@ -350,16 +350,19 @@ class BatchMixer:
         # Not fused, so that each product and sum is rounded in the same way on every device.
         return own * weight + others * (1 - weight)
 
-    def answers(self, own: Tensor, others: Tensor, params: MixParams) -> Tensor:
+    def answers(self, own: Tensor, others: Tensor, params: MixParams, *, linear: bool = False) -> Tensor:
         """Return the logits of mixed images if their probabilities are mixed as the images are.
 
         Args:
             own: logits [B, K, 1, 1].
             others: logits [B, K, 1, 1], those of the partners.
             params: of these samples.
+            linear: they are embeddings, which are mixed themselves.
         """
         weight = torch.from_numpy(params.weights.astype(np.float32)).to(own.device, non_blocking=True)
         weight = weight[:, None, None, None]
+        if linear:
+            return own * weight + others * (1 - weight)
         return torch.logaddexp(own.log_softmax(1) + weight.log(), others.log_softmax(1) + (1 - weight).log())
 
     def labels(self, own: Tensor, others: Tensor, params: MixParams) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ class Collator:
         side: of the squares that come as pixels.
         balanced: partners to mix with are drawn class by class.
         drawn: the pixels in which views are drawn; None: those in which they are shown.
-        answers: the pixels are logits [B, K, 1, 1], equal for all views of an image.
+        answers: the pixels are logits or embeddings [B, K, 1, 1], equal for all views of an image.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Collator:
         balanced: bool,
         device: torch.device,
         drawn: ViewSize | None = None,
-        answers: bool = False,
+        answers: Literal["logits", "embeddings"] | None = None,
     ) -> None:
         self.answers = answers
         self.spec, self.augment, self.side, self.seed = spec, augment, side, seed
@@ -235,8 +235,10 @@ class Collator:
         images = self._augment(pixels, plan, self.views)
         count = len(plan.ids)
         if plan.mixing is not None and self.mixer is not None:
-            mix = self.mixer.answers if self.answers else self.mixer.images
-            return mix(images[:count], images[count:], plan.mixing), None
+            own, others = images[:count], images[count:]
+            if self.answers is None:
+                return self.mixer.images(own, others, plan.mixing), None
+            return self.mixer.answers(own, others, plan.mixing, linear=self.answers == "embeddings"), None
         if plan.partners is not None:
             return images[:count], images[count:]
         if self.strong is not None and strong:
@@ -244,7 +246,7 @@ class Collator:
         return images, None
 
     def _augment(self, pixels: Tensor, plan: BatchPlan, views: ViewTransform | None) -> Tensor:
-        if self.answers:
+        if self.answers is not None:
             return pixels
         if views is None:
             return normalize(center_crop(pixels, self.spec.size), self.spec)

@@ -210,6 +210,18 @@ def make_room(folder: Path, need: int, share: float) -> bool:
     return need - have <= share * shutil.disk_usage(folder).free
 
 
+def remove_decoded_pixels() -> int:
+    """Remove the decoded images of the cache folder; return their bytes.  Those that are being written stay."""
+    freed = 0
+    for folder in sorted(cache_folder("pixels").glob("*")):
+        size = _allocated_bytes(folder) if folder.is_dir() else 0
+        with try_file_lock(folder / LOCK) as free:
+            if free:
+                shutil.rmtree(folder, ignore_errors=True)
+                freed += size
+    return freed
+
+
 def _neighbours(folder: Path) -> list[tuple[float, Path]]:
     """Return time of last use and folder of all others."""
     neighbours = []

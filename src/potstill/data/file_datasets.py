@@ -48,6 +48,7 @@ from potstill.data.splits import (
 )
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.formatting import format_names
+from potstill.hub import HUB_DATA
 from potstill.io import cache_folder, sha256_hex
 
 
@@ -198,8 +199,8 @@ def check_without_labels(settings: DataSettings) -> None:
             "there is no such folder"
         )
     test = settings.labeled_test
-    if test is not None and not Path(test).expanduser().exists():
-        raise UsageError(f"data.labeled_test: no folder or manifest {test!r}; name one with class folders")
+    if test is not None and not test.startswith(HUB_DATA) and not Path(test).expanduser().exists():
+        raise UsageError(f"data.labeled_test: no folder, manifest or table {test!r}; name one with class folders")
 
 
 def _labeled_test(

@@ -63,6 +63,7 @@ class Loader:
             batch, or, in the order "listed", every count-th batch, so that outputs are those of a single process.
         answers: [N + M, K, 1, 1] float32, logits of each image that take the place of its pixels, for a teacher that
             is a table: all views of an image have the same, and mixed images have mixed ones.
+        embeddings: ``answers`` are embeddings [N + M, D, 1, 1]; those of mixed images are weighted means.
         drawn_for: return the same views as a loader with this spec, at ``spec.size`` and cropped from the original
             pixels, for a teacher of another size than its student.  Both specs have the same ``resize_mode`` and
             ``crop_share``.  Pixels are decoded when the first epoch begins; before, ``view`` decodes its images.
@@ -101,6 +102,7 @@ class Loader:
         share: tuple[int, int] = (0, 1),
         drawn_for: InputSpec | None = None,
         answers: Tensor | None = None,
+        embeddings: bool = False,
     ) -> None:
         if order not in ("listed", "shuffled", "balanced"):
             raise UsageError(f"order must be listed, shuffled or balanced, got {order!r}")
@@ -157,7 +159,7 @@ class Loader:
             balanced=order == "balanced",
             device=self.device,
             drawn=drawn,
-            answers=answers is not None,
+            answers=None if answers is None else "embeddings" if embeddings else "logits",
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
         self._pixels: Tensor | None = None
@@ -330,7 +332,7 @@ class Loader:
 
     def _complete(self, plan: BatchPlan, pixels: Tensor) -> tuple[BatchPlan, Tensor]:
         """Return the plan with the aspect ratios of its images, if these are stretched; and the pixels."""
-        if not self._whole or self.collator.answers:
+        if not self._whole or self.collator.answers is not None:
             return plan, pixels
         if self._aspects is None:
             found = aspect_ratios(pixels.numpy())

@@ -8,10 +8,12 @@ Images: bytes, or a struct with the field ``bytes``.  Labels: whole numbers with
 as in ``data/train-00000-of-00002.parquet`` and ``default/test/0000.parquet``.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ from potstill.formatting import format_names
 from potstill.hub import fetch_dataset, first_line, is_hub_dataset
 from potstill.io import cache_folder, read_checksummed_json, sha256_hex, write_checksummed_json
 
-FORMAT = 1
+FORMAT = 2
+_UNUSED_SECONDS = 86_400.0  # without use, after which images of tables that are gone or changed are removed
 ROWS_FILE = "rows.json"  # written last, so a folder without it is incomplete
 IMAGE_NAMES = ("image", "img", "picture", "photo", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "target", "class_name", "category", "fine_label")
@@ -98,7 +101,10 @@ def read_tables(settings: DataSettings, progress: ProgressReporter | None = None
     with interprocess_lock(cache_folder("locks", f"{key}.lock"), "unpacks these tables", progress):
         tables = _unpacked(root, names)
         if tables is None:
+            remove_outdated_images()
             tables = _unpack(root, files, names, options, progress)
+    with contextlib.suppress(OSError):  # time of the last use
+        os.utime(root / ROWS_FILE)
     for name in names:
         found = tables[name]
         for row, label in found["rows"]:
@@ -134,7 +140,8 @@ def _splits(listing: Listing, names: Sequence[str]) -> dict[str, str | None]:
         listing.report(
             "split-folders",
             ".",
-            f"the folders {format_names(list(subsets), 5)} are several data sets; name one of them",
+            f"the folders {format_names(list(subsets), 5)} are several data sets; add the name of one to the address, "
+            f"as in .../{next(iter(subsets))}",
         )
     elif given and None in splits.values():
         without = [name for name, split in splits.items() if split is None]
@@ -171,8 +178,36 @@ def _unpack(
         tables[name] = _unpack_table(root, file, name, options)
         if progress is not None:
             progress.wait("unpacking tables", at + 1, len(files))
-    write_checksummed_json(root / ROWS_FILE, {"tables": tables})
+    states = [[str(file.resolve()), *_state(file)] for file in files]
+    write_checksummed_json(root / ROWS_FILE, {"tables": tables, "files": states})
     return tables
+
+
+def remove_outdated_images() -> None:
+    """Remove the images of tables that are gone, or have changed, and that no run has used for a day."""
+    for rows in cache_folder("tables").glob(f"*/{ROWS_FILE}"):
+        try:
+            if time.time() - rows.stat().st_mtime > _UNUSED_SECONDS and not _is_current(rows):
+                shutil.rmtree(rows.parent, ignore_errors=True)
+        except OSError:
+            continue
+
+
+def remove_unpacked_images() -> int:
+    """Remove the images of all tables; return their bytes."""
+    folder = cache_folder("tables")
+    freed = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+    shutil.rmtree(folder, ignore_errors=True)
+    return freed
+
+
+def _is_current(rows: Path) -> bool:
+    """Return whether all tables behind unpacked images are as they were."""
+    try:
+        files = read_checksummed_json(rows)["files"]
+        return all(_state(Path(path)) == (size, modified) for path, size, modified in files)
+    except (ArtifactError, KeyError, TypeError, ValueError, OSError):
+        return False
 
 
 def _unpack_table(root: Path, file: Path, name: str, options: TableOptions) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The Distiller: one student, frozen teachers if the method needs any, and the method that computes the loss terms."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ class Distiller(nn.Module):
             it.
         student_input: how ``images`` are preprocessed.
         teacher_input: how each teacher's images must be preprocessed; images are renormalised and resized accordingly.
+            A teacher of a larger size than the student's gets the student's pixels enlarged, which a warning says once,
+            unless its outputs are passed: ``teacher=distiller.run_teacher(images, teacher_images=...)``.
         label_loss: replaces cross-entropy in the label term (for label smoothing or class weights).
         feature_pairs: pairs of paths (student's, teacher's), shallow to deep, in place of the stages that are found
             automatically.
@@ -80,6 +83,7 @@ class Distiller(nn.Module):
         scaling: Scaling | None = None,
     ) -> None:
         super().__init__()
+        self._enlarged = ""
         networks = _as_list(teacher, nn.Module) if method.needs.teacher else []
         if method.needs.teacher and not networks:
             raise UsageError(f"{type(method).__name__} needs a teacher, got None")
@@ -88,6 +92,7 @@ class Distiller(nn.Module):
         if networks:
             input_converters = _input_converters(student_input, _as_list(teacher_input, InputSpec), len(networks))
             self.teacher = Teachers(networks, input_converters, weights=teacher_weights, combine=combine)
+            self._enlarged = _enlarged_sizes(student_input, _as_list(teacher_input, InputSpec))
         self.method = wrap_per_teacher(method, self.teacher.shares if self.teacher is not None else ())
         if label_loss is not None:
             self.method.use_label_loss(label_loss)
@@ -141,6 +146,9 @@ class Distiller(nn.Module):
         self._check_inputs(batch)
         student = self._run_student(images, second)
         if teacher is None:
+            if self._enlarged and torch.is_grad_enabled():  # a training step, and no try
+                warnings.warn(self._enlarged, UserWarning, stacklevel=2)
+                self._enlarged = ""
             teacher = self.run_teacher(images, second, index=index if self.training else None)
         _check_shapes(student.logits, teacher, labels)
         terms = self.method(student, teacher, batch)
@@ -331,6 +339,18 @@ def _input_converters(student: InputSpec | None, teachers: list[InputSpec], coun
     if len(teachers) != count:
         raise UsageError(f"give one teacher_input for each of the {count} teachers, got {len(teachers)}")
     return [InputConverter(student, teacher) for teacher in teachers]
+
+
+def _enlarged_sizes(student: InputSpec | None, teachers: list[InputSpec]) -> str:
+    """Return a warning if a teacher gets the student's pixels enlarged; empty if none does."""
+    larger = [str(each.size) for each in teachers if student is not None and each.size > student.size]
+    if student is None or not larger:
+        return ""
+    return (
+        f"the teacher of {' and '.join(larger)} px gets the student's images of {student.size} px, enlarged, and is "
+        "usually worse on them than on the original pixels: pass its outputs for images of its own size, "
+        "teacher=distiller.run_teacher(images, teacher_images=TeacherImages((larger,), (None,))), or use potstill.run"
+    )
 
 
 def _check_shapes(logits: Tensor, teacher: Outputs | None, labels: Tensor) -> None:

@@ -23,17 +23,19 @@ from potstill.errors import ArtifactError, UsageError, did_you_mean
 from potstill.evaluation.cost import known_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
+from potstill.features.stages import find_stages
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
-from potstill.methods import describe_method
+from potstill.methods import describe_method, list_classless_methods
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
 from potstill.models.answer_tables import read_answers
 from potstill.models.class_names import OutputNames, class_list, lists_with
 from potstill.models.exported_files import LABELS
 from potstill.models.factory import (
+    OWN_WEIGHTS,
     LoadedModel,
     create_model,
     group_outputs,
@@ -46,6 +48,7 @@ from potstill.models.families import opaque_models
 from potstill.models.families.opaque_models import (
     FileNetwork,
     TableNetwork,
+    clear_head,
     example_answers,
     find_opaque,
     find_table,
@@ -53,7 +56,7 @@ from potstill.models.families.opaque_models import (
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
-from potstill.models.registry import input_spec, own_size, resolve
+from potstill.models.registry import build_model, input_spec, own_size, resolve
 from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
@@ -93,6 +96,8 @@ def build_network(
         UsageError: pretrained weights that are not available; class names that do not fit.
     """
     start = _build_network(recipe, network, classes)
+    if network.head == "none":
+        _take_classes_away(start, network_key(recipe, network))
     own = start.input.range
     if value_range is None or own == value_range:
         return start
@@ -104,6 +109,24 @@ def build_network(
         )
     start.input = replace(start.input, range=value_range)
     return start
+
+
+def _take_classes_away(start: InitialNetwork, key: str) -> None:
+    """Set the head of a network to 0, so that only its embeddings and maps teach."""
+    if find_opaque(start.module) is None:
+        example = torch.randn(2, 3, start.input.size, start.input.size, generator=torch.Generator().manual_seed(0))
+        path = find_stages(start.module, example).head
+        if path is None:
+            raise UsageError(
+                f"{key}.head: none reads the embedding in front of the last linear layer, and {start.architecture} has "
+                "none: give a function of images that returns embeddings, or another network"
+            )
+        head = start.module.get_submodule(path)
+        assert isinstance(head, nn.Linear)  # see ``find_head``
+        clear_head(head)
+    start.ready, start.warnings = True, []
+    start.notes = [note for note in start.notes if "px" in note]
+    start.facts["head"] = {"kind": "none"}
 
 
 def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
@@ -122,6 +145,12 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     key = network_key(recipe, network)
     if network.head == "zero_shot":
         return _build_zero_shot(recipe, network, classes, key)
+    if network.head == "none" and network.weights == OWN_WEIGHTS:
+        module = build_model(network.model, len(classes), size=size)
+        if (function := find_opaque(module)) is not None:
+            function.add_head(function.examine(size), len(classes))
+            spec = _spec(recipe, network)
+            return InitialNetwork(module.eval(), network.model, spec, ready=True, facts=_file_facts(network))
     if network.weights not in WITHOUT_FILE and _is_potstill_model(model_path(network.weights)):
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
@@ -129,7 +158,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
             raise UsageError(f"{key}.mean and {key}.std are for files without them; {network.weights} has its own")
         return _from_model_file(model_path(network.weights), network, classes, key)
     theirs, setting = network.classes, f"{key}.classes"
-    if theirs is None and network.weights not in WITHOUT_FILE:
+    if theirs is None and network.weights not in WITHOUT_FILE and network.head != "none":
         theirs, setting = _published_names(model_path(network.weights), classes), f"config.json of {network.weights}"
     if theirs is not None:
         loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
@@ -266,7 +295,7 @@ def _from_other_program(recipe: Recipe, network: StageSettings, classes: tuple[s
     label = LABELS[network.model]
     if not key.startswith("teacher"):
         raise UsageError(f"{key}: {source} is {label}, which cannot be trained: it can be a teacher")
-    if network.new_head or network.head is not None:
+    if network.new_head or network.head not in (None, "none"):
         raise UsageError(f"{key}: {source} is {label}, which cannot be trained: leave new_head and head out")
     if network.model == "table":
         return _from_table(recipe, network, classes)
@@ -285,8 +314,12 @@ def _from_other_program(recipe: Recipe, network: StageSettings, classes: tuple[s
             f"  --set {key}.mean=[0.485,0.456,0.406] --set {key}.std=[0.229,0.224,0.225]\n"
             f"For pixels from 0 to 1: {key}.mean=[0,0,0] and {key}.std=[1,1,1]"
         )
+    spec = InputSpec(size, mean, std, recipe.data.resize_mode)
     names = None if module.metadata is None else module.metadata.class_names
     count, notes = module.examine(size), list[str]()
+    if network.head == "none":
+        module.add_head(count, len(classes))
+        return InitialNetwork(module.eval(), network.model, spec, ready=True, facts=_file_facts(network))
     groups = _file_groups(network, names, count, classes, key, notes)
     loaded = (
         LoadedModel(module.eval(), new_head=False)
@@ -295,7 +328,6 @@ def _from_other_program(recipe: Recipe, network: StageSettings, classes: tuple[s
     )
     if module.gives_probabilities:
         notes.append(f"the outputs of {source} are probabilities: their logarithms are used as logits")
-    spec = InputSpec(size, mean, std, recipe.data.resize_mode)
     start = InitialNetwork(loaded.module, network.model, spec, ready=True, facts=_file_facts(network), notes=notes)
     start.output_groups = loaded.output_groups
     return start
@@ -308,6 +340,22 @@ def _from_table(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]
     if wrong:
         raise UsageError(f"{key}.{wrong[0]}: {network.weights} is a table of answers and sees no images: leave it out")
     table = read_answers(Path(str(network.weights)).expanduser())
+    notes.append(f"{network.weights} has {table.kind} of {len(table.paths):,} images")
+    if (network.head == "none") != (table.kind == "embeddings"):
+        has, setting = f"{network.weights} has {table.kind}", f"{key}.head"
+        raise UsageError(
+            f"{has}, and a teacher without classes ({setting}: none) has embeddings: leave {setting} out, or call the "
+            "columns embedding_0, embedding_1, ..."
+            if network.head == "none"
+            else f"{has} and no classes: set {setting}: none, with a method that reads embeddings "
+            f"({', '.join(list_classless_methods(embeddings_only=True))})"
+        )
+    spec = _spec(recipe, recipe.student)
+    if network.head == "none":
+        module = TableNetwork(table.paths, table.values).eval()
+        module.add_head(table.values.shape[1], len(classes))
+        module.label = table.origin
+        return InitialNetwork(module, network.model, spec, ready=True, facts=_file_facts(network), notes=notes)
     logits = table.logits()
     groups = _file_groups(network, table.class_names, logits.shape[1], classes, key, notes)
     if groups is not None:
@@ -315,8 +363,6 @@ def _from_table(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]
         logits = np.stack(columns, axis=1).astype(np.float32)
     module = TableNetwork(table.paths, logits).eval()
     module.label = table.origin
-    notes.append(f"{network.weights} has {table.kind} of {len(table.paths):,} images")
-    spec = _spec(recipe, recipe.student)
     return InitialNetwork(module, network.model, spec, ready=True, facts=_file_facts(network), notes=notes)
 
 
@@ -498,6 +544,7 @@ def train_loader(
         share=(compute.processes.rank, compute.processes.count),
         drawn_for=drawn_for,
         answers=table_answers(network, data.train, unlabeled),
+        embeddings=answers_are_embeddings(network),
     )
 
 
@@ -514,6 +561,12 @@ def table_answers(network: nn.Module | None, images: ImageSet, unlabeled: ImageS
     if unlabeled is not None:
         found.append(table.answers(unlabeled.names, folder_name(unlabeled)))
     return torch.cat(found)
+
+
+def answers_are_embeddings(network: nn.Module | None) -> bool:
+    """Return whether a table has embeddings in place of logits."""
+    table = None if network is None else find_table(network)
+    return table is not None and table.head is not None
 
 
 def folder_name(images: ImageSet) -> str:

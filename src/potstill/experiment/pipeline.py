@@ -291,12 +291,17 @@ def run(
                     experiment.label_by_teachers()
                 experiment.run_stage(each)
             planned = tuple(stage for stage in planned if stage.name in experiment.models)
+            classless = {stage.name: _describe_classless(experiment.models[stage.name]) for stage in planned
+                         if _has_no_classes(recipe, stage.name)}  # fmt: skip
             if splits.teacher_labels:
                 experiment.label_by_teachers()
+            planned = tuple(stage for stage in planned if stage.name not in classless)  # which predict nothing
             models = {stage.name: experiment.models[stage.name] for stage in planned}
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
             facts_of_run: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
+            if classless:
+                facts_of_run["teachers_without_classes"] = classless
             if experiment.not_distilled:
                 facts_of_run["not_distilled"] = experiment.not_distilled
             if processes.first:
@@ -726,6 +731,9 @@ class _Experiment:
     def _check_teacher(self, name: str) -> None:
         if self.data.teacher_labels:
             return  # its accuracy is unknown
+        if _has_no_classes(self.recipe, name):
+            self.observer.note(f"{name}: no classes, so no accuracy: its embeddings teach")
+            return
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
         if "training" not in self.models[name].facts and "val" not in self.models[name].facts:
@@ -739,7 +747,10 @@ class _Experiment:
 
     def _compare_with_baseline(self) -> None:
         baseline, images = self._val_top1("baseline"), len(self.data.val)
-        teachers = {name: self._val_top1(name) for name in self.models if stage_role(name) == "teacher"}
+        known = [
+            each for each in self.models if stage_role(each) == "teacher" and not _has_no_classes(self.recipe, each)
+        ]
+        teachers = {name: self._val_top1(name) for name in known}
         clearly = {name: is_below(top1, baseline, images) for name, top1 in teachers.items()}
         stops = bool(teachers) and all(clearly.values()) and self.recipe.teacher_below_baseline == "stop"
         for name, top1 in teachers.items():
@@ -827,6 +838,21 @@ class _Experiment:
     def warn(self, message: str) -> None:
         self.warnings.append(message)
         self.observer.warn(message)
+
+
+def _has_no_classes(recipe: Recipe, stage: str) -> bool:
+    """Return whether a stage is a teacher of embeddings alone, which is not evaluated."""
+    return stage_role(stage) == "teacher" and recipe.network(stage).head == "none"
+
+
+def _describe_classless(model: Classifier) -> dict[str, Any]:
+    """Return what results.json has of a teacher without classes in place of its metrics."""
+    sentence = (
+        f"The teacher {model.architecture} ({model.facts['weights']}) has no classes: it taught by what it computes of "
+        "the images, and has no accuracy."
+    )
+    facts = {"architecture": model.architecture, "weights": model.facts["weights"], "size": model.input.size}
+    return facts | {"sentence": sentence}
 
 
 def _unused_rows(table: TableNetwork, data: DataSplits) -> str:

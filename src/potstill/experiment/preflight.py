@@ -34,10 +34,16 @@ from potstill.experiment.plan import PlannedStage, plan_stages
 from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.loggers import check_loggers_installed
-from potstill.methods import create_method, describe_method, list_logit_methods
+from potstill.methods import create_method, describe_method, list_classless_methods, list_logit_methods
 from potstill.methods.base import Method
 from potstill.methods.wrappers import ScheduledMethod
-from potstill.models.families.opaque_models import TableNetwork, example_answers, find_opaque, find_table
+from potstill.models.families.opaque_models import (
+    OpaqueNetwork,
+    TableNetwork,
+    example_answers,
+    find_opaque,
+    find_table,
+)
 from potstill.models.model_file import Classifier
 from potstill.models.registry import check_model
 from potstill.training.averaging import check_batch_norm
@@ -104,9 +110,10 @@ def _dry_run_stage(
     for name in stage.teachers:
         if (table := find_table(networks[name].module)) is not None:
             _check_table(table, name, data)
-        if (hidden := find_opaque(networks[name].module)) is not None and (
-            method.needs.teacher_layers or method.teacher_taps
-        ):
+        hidden = find_opaque(networks[name].module)
+        if recipe.network(name).head == "none" and stage_role(name) == "teacher":
+            _check_classless(method, hidden, recipe, name)
+        elif hidden is not None and (method.needs.teacher_layers or method.teacher_taps):
             raise UsageError(
                 f"method {describe_method(recipe.method)} reads more of the {name} than its logits, and {hidden.label} "
                 f"gives nothing else; methods that work: {', '.join(list_logit_methods())}"
@@ -136,6 +143,20 @@ def _dry_run_stage(
     text = describe_layers(distiller, max_rows=MAX_ADAPTER_ROWS)
     take_deployed_network(student, distiller)
     return text
+
+
+def _check_classless(method: Method, hidden: OpaqueNetwork | None, recipe: Recipe, name: str) -> None:
+    """Check that a method can do without the classes of a teacher with ``head: none``."""
+    what = f"method {describe_method(recipe.method)}"
+    if method.needs.teacher_classes:
+        reads = f"{what} reads the classes of the {name}, which has none (head: none)"
+    elif hidden is not None and (method.needs.teacher_maps or method.teacher_taps):
+        reads = f"{what} reads feature maps of the {name}, and {hidden.label} gives embeddings alone"
+    else:
+        return
+    soft = "kd_weight" in method.OPTIONS and bool(getattr(method, "kd_weight", 0)) and not hasattr(method, "inner")
+    advice = "; set method.kd_weight=0, or use one of" if soft else "; methods that work:"
+    raise UsageError(f"{reads}{advice} {', '.join(list_classless_methods(embeddings_only=hidden is not None))}")
 
 
 def _check_table(table: TableNetwork, name: str, data: DataSplits) -> None:

@@ -72,7 +72,8 @@ def convert_teachers(
         digest = module_digest(live.fold_heads[str(at)]) if str(at) in live.fold_heads else None
         described = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if cacheable else None
         hidden = find_opaque(teacher.module) is not None
-        if hidden or recipe.network(name).precision == "float32" or (cacheable and not compute.teacher_in_bf16):
+        exact = hidden or recipe.network(name).head == "none" or recipe.network(name).precision == "float32"
+        if exact or (cacheable and not compute.teacher_in_bf16):
             live.use_float32(at, compute.memory_format)
         elif described is not None:
             own = None if views is None else views.loaders[at]

@@ -62,11 +62,11 @@ def load_classifier(
     if (pinned := pinned_name(os.fspath(model))) != os.fspath(model):
         note(f"{model} is {pinned}")
     if folder is not None:
-        from potstill.models.model_file import load_model
+        from potstill.models.model_file import load_class_model
 
         if classes is not None:
             raise UsageError(f"--classes is for weights without class names; {folder} has its own")
-        return load_model(folder), pinned if is_hub_model(pinned) else str(folder)
+        return load_class_model(folder), pinned if is_hub_model(pinned) else str(folder)
     architecture, weights = split_model(os.fspath(model))
     assert weights is not None
     weights = pinned_name(weights)

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,23 @@ def list_logit_methods() -> list[str]:
     """The names of the methods of this folder that read logits of the teacher and nothing else of it, sorted."""
     found = ((name, method_info(name).requirements) for name in list_own_methods())
     return [name for name, needs in found if needs is not None and needs.teacher and not needs.teacher_layers]
+
+
+def list_classless_methods(*, embeddings_only: bool = False) -> list[str]:
+    """The names of the methods of this folder that need no classes of the teacher, sorted; some with ``kd_weight: 0``.
+
+    Args:
+        embeddings_only: those that read nothing but embeddings of the teacher.
+    """
+    found = []
+    for name in list_own_methods():
+        info = method_info(name)
+        if info.requirements is None:
+            continue
+        needs = replace(info.requirements, soft_targets=False) if "kd_weight" in info.options else info.requirements
+        if needs.teacher and not needs.teacher_classes and not (embeddings_only and needs.teacher_maps):
+            found.append(name)
+    return found
 
 
 def method_classes() -> dict[str, str]:

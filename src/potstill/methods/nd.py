@@ -59,8 +59,6 @@ class ND(Method):
     """Labels, soft targets, and norm and direction of the embedding: ``CE + kd_weight * KD + weight * ND``."""
 
     name = "nd"
-    needs = Requirements(embedding=True, classes=True, epoch=True, prepare=True, labels=True)
-
     weight: NonNegative = option(default=2.0, doc="weight of norm and direction")
     kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets once warm")
     temperature: Positive = option(default=4.0, doc="T of the soft targets")
@@ -90,6 +88,9 @@ class ND(Method):
     }
 
     def __post_init__(self) -> None:
+        self.needs = Requirements(
+            embedding=True, classes=True, epoch=True, prepare=True, labels=True, soft_targets=self.kd_weight > 0
+        )
         self.translate: nn.Module = nn.Identity()
         self._means_known = False
 

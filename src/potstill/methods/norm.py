@@ -68,8 +68,6 @@ class NORM(Method):
     """Labels plus N-to-one matching of the last map: ``ce_weight * CE + weight(epoch) * NORM + kd_weight * KD``."""
 
     name = "norm"
-    needs = Requirements(maps="last", epoch=True)
-
     weight: NonNegative = option(default=1.0, doc="weight of the matching, times the factor of the profile")
     representations: Count = option(default=8, doc="N")
     profile: Literal["cifar", "imagenet", "constant"] = option(
@@ -101,6 +99,9 @@ class NORM(Method):
         "imagenet/resnet34-resnet18": 72.14,
         "imagenet/resnet50-mobilenetv1": 74.26,
     }
+
+    def __post_init__(self) -> None:
+        self.needs = Requirements(maps="last", epoch=True, soft_targets=self.kd_weight > 0)
 
     def for_teachers(self, shares: Sequence[float]) -> Method:
         if len(shares) > 1:

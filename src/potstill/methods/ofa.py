@@ -75,7 +75,7 @@ class OFA(Method):
     """
 
     name = "ofa"
-    needs = Requirements(maps="all", classes=True, labels=True)
+    needs = Requirements(maps="all", classes=True, labels=True, soft_targets=True)
 
     weight: NonNegative = option(default=1.0, doc="weight of the student's own logits")
     stage_weight: NonNegative = option(default=1.0, doc="weight of each stage's logits")

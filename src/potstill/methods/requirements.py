@@ -31,6 +31,7 @@ class Requirements:
     epoch: bool = False  # where training stands
     prepare: bool = False  # passes over the teacher's outputs before training
     labels: bool = False  # other terms than cross-entropy read labels: images without are refused
+    soft_targets: bool = False  # the teacher's logits, beside its maps or embedding
     several: bool = False  # relations between images: more than one per batch
 
     @property
@@ -44,9 +45,20 @@ class Requirements:
         return self.maps != "none" or self.embedding or self.student_head or self.teacher_head
 
     @property
+    def teacher_maps(self) -> bool:
+        """Whether the method reads layers of the teacher before its embedding."""
+        return self.teacher and (self.maps != "none" or self.norms)
+
+    @property
     def teacher_layers(self) -> bool:
         """Whether the method reads more of the teacher than its logits."""
         return self.teacher and (self.features or self.norms)
+
+    @property
+    def teacher_classes(self) -> bool:
+        """Whether the method reads the teacher's logits or its head, which a teacher without classes does not have."""
+        logits = self.soft_targets or not (self.maps != "none" or self.embedding)
+        return self.teacher and (logits or self.teacher_head)
 
     @property
     def storable(self) -> bool:

@@ -47,13 +47,14 @@ class SRD(Method):
     """Labels, soft targets and projected embeddings: ``CE + kd_weight * KD + weight * SRD``."""
 
     name = "srd"
-    needs = Requirements(embedding=True, several=True)
-
     weight: NonNegative = option(default=2.0, doc="weight of the embeddings' difference")
     exponent: Positive = option(default=4.0, doc="p of the differences")
     kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets")
     temperature: Positive = option(default=1.0, doc="T of the soft targets")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
+    def __post_init__(self) -> None:
+        self.needs = Requirements(embedding=True, several=True, soft_targets=self.kd_weight > 0)
 
     PUBLISHED: ClassVar[dict[str, float]] = {
         "imagenet/resnet34-resnet18": 71.63,

@@ -44,12 +44,13 @@ class VkD(Method):
     """Labels, soft targets and orthogonally projected features: ``CE + weight * VkD + kd_weight * KD``."""
 
     name = "vkd"
-    needs = Requirements(maps="last")
-
     weight: NonNegative = option(default=1.0, doc="weight of the features")
     kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets")
     temperature: Positive = option(default=1.0, doc="T of the soft targets")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
+
+    def __post_init__(self) -> None:
+        self.needs = Requirements(maps="last", soft_targets=self.kd_weight > 0)
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None

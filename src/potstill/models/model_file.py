@@ -230,6 +230,26 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled, groups)
 
 
+def predicts_classes(facts: dict[str, Any]) -> bool:
+    """Return whether a model has classes, by the facts of its model.json; a teacher with ``head: none`` has none."""
+    head = facts.get("head")
+    return not (isinstance(head, dict) and head.get("kind") == "none")
+
+
+def load_class_model(path: Path) -> Classifier:
+    """Return the classifier of a folder as ``load_model``.
+
+    Raises:
+        ArtifactError: as ``load_model``; or a teacher without classes, which predicts nothing.
+    """
+    model = load_model(path)
+    if not predicts_classes(model.facts):
+        raise ArtifactError(
+            f"{path} is a teacher without classes (head: none), which predicts nothing: give the student, or the run"
+        )
+    return model
+
+
 def read_facts(path: Path) -> ModelFacts:
     """Return the content of a ``model.json``, every field of it validated.
 

@@ -49,6 +49,7 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
     headline, *others = verdict_sentences(comparison, run.results.get("stages"))
     if stopped := run.results.get("not_distilled"):
         headline = str(stopped)
+    others += run.teachers_without_classes
     effect = effect_of(comparison)
     mark = (
         "One fold: no verdict" if (comparison or {}).get("fold") else FINDING_TITLES.get(effect, "Nothing to compare")

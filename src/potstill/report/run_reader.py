@@ -160,6 +160,13 @@ class Run:
         return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
     @property
+    def teachers_without_classes(self) -> list[str]:
+        """A sentence on each teacher that has embeddings only and is not evaluated."""
+        found = self.results.get("teachers_without_classes")
+        entries = list(found.values()) if isinstance(found, dict) else []
+        return [str(each.get("sentence")) for each in entries if isinstance(each, dict)]
+
+    @property
     def together(self) -> dict[str, dict[str, Any]]:
         """Ensembles of several teachers or generations: members ``of`` and the metrics of each split."""
         found = self.results.get("together") or {}

@@ -54,13 +54,11 @@ def _send(pipe: Connection, answer: dict[str, Any]) -> None:
 
 
 def _load_models(folders: dict[str, str]) -> dict[str, "Classifier"]:
-    from pathlib import Path
-
     import torch
 
-    from potstill.models.model_file import load_model
+    from potstill.export.loading import load_classifier
 
-    models = {stage: load_model(Path(folder)) for stage, folder in folders.items()}
+    models = {stage: load_classifier(folder)[0] for stage, folder in folders.items()}
     for model in models.values():  # the first pass of a network is slow
         model.predict(torch.zeros(1, 3, model.input.size, model.input.size))
     return models
@@ -164,7 +162,7 @@ class WorkerClient:
     """A worker process with the models, for one image at a time.
 
     Args:
-        folders: model folders by stage.
+        folders: model folders by stage, or the name of a model of the hub.
         limits: time-outs.
     """
 

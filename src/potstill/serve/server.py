@@ -1,6 +1,7 @@
 """The page, the API, and the server that runs both."""
 
 import ipaddress
+import os
 import socket
 from collections.abc import Callable
 from importlib.resources import files
@@ -18,6 +19,9 @@ from starlette.exceptions import HTTPException
 from potstill import __version__
 from potstill.errors import UsageError
 from potstill.experiment.run_folder import find_model
+from potstill.export.loading import find_model_folder
+from potstill.hub import is_hub_model
+from potstill.io import read_checksummed_json
 from potstill.report.canvas import css_variables
 from potstill.serve import runs
 from potstill.serve.middleware import RequestGuardMiddleware, ServerLimits, limited_protocol
@@ -287,7 +291,7 @@ def serve(
     """Serve the page until SIGINT or SIGTERM.
 
     Args:
-        run: a run folder, or a model's folder.
+        run: a run folder, or a model's folder; ``hf-hub:USER/NAME`` or ``local-dir:PATH``.
         host: address or name to listen at.
         port: 0: any free one.
         output_dir: folder of runs to browse.
@@ -307,7 +311,8 @@ def serve(
         worker = WorkerClient(folders, limits)
         try:
             worker.start()
-            app = create_app(worker, run.resolve().name, lambda: list_runs(output_dir, run))
+            title = os.fspath(run) if is_hub_model(os.fspath(run)) else run.resolve().name
+            app = create_app(worker, title, lambda: list_runs(output_dir, run))
             guard = RequestGuardMiddleware(app, _allowed_hosts(shown, port), limits)
             config = uvicorn.Config(
                 guard,
@@ -335,11 +340,21 @@ def _allowed_hosts(shown: str, port: int) -> set[str]:
 
 def _model_folders(run: Path) -> dict[str, Path]:
     """Return the folders of student, teacher and baseline of a run; else that of the single model."""
-    found = {stage: run / stage for stage in _STAGES if (run / stage / "model.json").is_file()}
+    cards = {stage: run / stage / "model.json" for stage in _STAGES}
+    if is_hub_model(os.fspath(run)):
+        find_model_folder(run)  # so that its errors come before the page
+        return {"model": run}
+    found = {stage: run / stage for stage, card in cards.items() if card.is_file() and _has_classes(card)}
     if found:
         return found
     folder = find_model(run)
     return {folder.name if folder.name in _STAGES else "model": folder}
+
+
+def _has_classes(card: Path) -> bool:
+    """Return whether a model predicts; a teacher of embeddings alone does not."""
+    head = read_checksummed_json(card).get("facts", {}).get("head") or {}
+    return bool(head.get("kind") != "none")
 
 
 def _open_socket(host: str, port: int) -> socket.socket:

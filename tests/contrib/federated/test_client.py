@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from potstill.contrib.federated.server import InProcessClients
 from potstill.data.loader import Loader
 from potstill.distillation.distiller import Distiller
 from potstill.errors import NonFiniteError, UsageError
-from potstill.experiment.builders import split_loader
+from potstill.experiment.builders import build_teacher_views, split_loader
 from potstill.input_spec import InputSpec
 from potstill.methods import create_method
 from potstill.models.factory import create_model
@@ -72,6 +74,27 @@ def test_a_guided_client_differs_from_one_that_is_not(recipe, data):
             assert torch.equal(teacher.module.state_dict()["stem.0.weight"], before)
             assert int(teacher.module.state_dict()["stem.1.num_batches_tracked"]) == 0
     assert not torch.equal(*found)
+
+
+def test_a_larger_teacher_sees_the_original_pixels(recipe, data, parts):
+    """A teacher of 24 px in a run with 16 px: its images are those of a loader of its own, not the student's."""
+    tiny = recipe()
+    seen = []
+    teacher = network(6)
+    teacher.input = InputSpec(24)
+    teacher.module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach().clone()))
+    settings = tiny.stage_training("student")
+    compute, student = create_compute(settings), network()
+    loader = client_loader(data.train, student, tiny, settings, compute, 0)
+    distiller = create_local_distiller(student, teacher, tiny, compute, 0.0)
+    make = partial(client_loader, data.train, student, tiny, settings, compute, 0)
+    views = build_teacher_views(student.input, [teacher], make)
+    seen.clear()
+    train_locally(distiller, loader, settings, compute, first=2, epochs=1, views=views)
+    own = make(spec=InputSpec(24), drawn_for=student.input)
+    expected = [batch.images for batch in own.epoch(2)]
+    assert len(seen) == len(expected)
+    assert all(torch.equal(one, two) for one, two in zip(seen, expected, strict=True))
 
 
 def test_later_rounds_see_other_views_and_a_lower_learning_rate(recipe, data):

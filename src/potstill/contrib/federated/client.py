@@ -15,6 +15,7 @@ each in one fixed view, so that the same logits serve both algorithms.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,8 +43,10 @@ from potstill.contrib.federated.messages import (
 from potstill.data.image_sets import ImageSet
 from potstill.data.loader import Loader
 from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_views import TeacherViews
 from potstill.errors import ArtifactError, NonFiniteError, UsageError
 from potstill.evaluation.predictions import evaluation_mode
+from potstill.experiment.builders import build_teacher_views
 from potstill.experiment.plan import derive_seed
 from potstill.experiment.preflight import create_stage_method
 from potstill.input_spec import InputSpec
@@ -53,6 +56,7 @@ from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import GradientAccumulator, create_optimizer, lr_factor
 from potstill.training.settings import TrainingSettings
+from potstill.training.trainer import LiveTeacher
 
 ImageSource = Callable[[tuple[str, ...]], ImageSet]  # the server's classes -> a client's training images
 
@@ -171,7 +175,14 @@ def check_method(recipe: Recipe, student: Classifier, teacher: Classifier, compu
 
 
 def train_locally(
-    distiller: Distiller, loader: Loader, settings: TrainingSettings, compute: Compute, *, first: int, epochs: int
+    distiller: Distiller,
+    loader: Loader,
+    settings: TrainingSettings,
+    compute: Compute,
+    *,
+    first: int,
+    epochs: int,
+    views: TeacherViews | None = None,
 ) -> float:
     """Train the distiller's student in place, with a new optimizer as in every round of FedAvg.
 
@@ -182,6 +193,7 @@ def train_locally(
         compute: device and precision.
         first: the epoch, from 0, at which this round begins; decides order, augmentation and learning rate.
         epochs: of this round.
+        views: the images for a teacher of another size than the student's.
 
     Returns:
         The mean loss of the last epoch.
@@ -194,13 +206,15 @@ def train_locally(
     gradients = GradientAccumulator(optimizer, [parameter for _, parameter in named])
     factor, before = lr_factor(settings, loader.steps), first * loader.steps
     schedule = LambdaLR(optimizer, lambda step: factor(before + step))
-    total = torch.zeros(())
+    total, teacher = torch.zeros(()), LiveTeacher(distiller, views, compute.autocast)
     for epoch in range(first, first + epochs):
         distiller.start_epoch(epoch, settings.epochs)
+        teacher.start_epoch(epoch)
         distiller.train()
         total, images = torch.zeros((), device=compute.device), 0
         for batch in loader.epoch(epoch):
             prepared = replace(batch, images=batch.images.contiguous(memory_format=compute.memory_format))
+            outputs = teacher(prepared)
             with compute.autocast():
                 step = distiller(
                     prepared.images,
@@ -208,6 +222,7 @@ def train_locally(
                     index=prepared.index,
                     view=prepared.view,
                     soft_labels=prepared.soft_labels,
+                    teacher=outputs,
                 )
             gradients.add(step)
             if settings.max_grad_norm is not None:
@@ -242,6 +257,7 @@ class _Work:
     settings: TrainingSettings
     compute: Compute
     loader: Loader
+    teacher_loader: Callable[..., Loader]  # of the same views at a teacher's size
     public: PublicDataset | None
 
     @property
@@ -323,7 +339,11 @@ class Client:
         guide = _load_guide(request, memory)
         distiller = create_local_distiller(student, guide, work.recipe, work.compute, work.settings.label_smoothing)
         first, epochs = int(request.numbers["first"]), int(request.numbers["epochs"])
-        return train_locally(distiller, work.loader, work.settings, work.compute, first=first, epochs=epochs)
+        teachers, layout = [] if guide is None else [guide], work.compute.memory_format
+        views = build_teacher_views(student.input, teachers, work.teacher_loader, layout)
+        return train_locally(
+            distiller, work.loader, work.settings, work.compute, first=first, epochs=epochs, views=views
+        )
 
     def _prepare(self, request: Message) -> _Work:
         """Return the loaders, built once in this process for the same recipe."""
@@ -332,13 +352,13 @@ class Client:
             recipe, student = decode_recipe(request), decode_network(request, "student")
             settings = recipe.stage_training("student")
             compute, public = create_compute(settings), None
-            loader = client_loader(
-                self.images(decode_classes(request)), student, recipe, settings, compute, int(number)
-            )
+            images = self.images(decode_classes(request))
+            make = partial(client_loader, images, student, recipe, settings, compute, int(number))
+            loader = make()
             if self.public is not None:
                 seed = derive_seed(recipe.seed, "public/order")
                 public = PublicDataset(self.public(), student.input, settings, compute, seed)
-            self._work = (request.texts, number, _Work(recipe, settings, compute, loader, public))
+            self._work = (request.texts, number, _Work(recipe, settings, compute, loader, make, public))
         return self._work[2]
 
 
@@ -358,12 +378,23 @@ def _checked(reply: Message, specs: ArraySpecs) -> Message:
 
 
 def client_loader(
-    images: ImageSet, student: Classifier, recipe: Recipe, settings: TrainingSettings, compute: Compute, number: int
+    images: ImageSet,
+    student: Classifier,
+    recipe: Recipe,
+    settings: TrainingSettings,
+    compute: Compute,
+    number: int,
+    *,
+    spec: InputSpec | None = None,
+    drawn_for: InputSpec | None = None,
 ) -> Loader:
-    """Return a client's augmented training images; order and augmentation differ from client to client."""
+    """Return a client's augmented training images; order and augmentation differ from client to client.
+
+    ``spec`` and ``drawn_for``: those of a loader of the same views for a teacher, see ``Loader``.
+    """
     return Loader(
         images,
-        student.input,
+        spec or student.input,
         batch_size=settings.batch_size,
         augment=recipe.data.augment,
         order="shuffled",
@@ -373,6 +404,7 @@ def client_loader(
         cache_fraction=recipe.data.cache_fraction,
         classes=len(student.class_names),
         view_seed=derive_seed(recipe.augmentation_seed, f"client {number}/views"),
+        drawn_for=drawn_for,
     )
 
 

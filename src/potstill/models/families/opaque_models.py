@@ -52,6 +52,7 @@ class OpaqueNetwork(nn.Module, ABC):
     Attributes:
         label: what it is, for messages.
         gives_probabilities: whether its outputs are probabilities, as ``examine`` found.
+        head: a linear layer of zeros, if the outputs are embeddings.
     """
 
     label = "a network with hidden layers"
@@ -59,15 +60,25 @@ class OpaqueNetwork(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.gives_probabilities = False
+        self.head: nn.Linear | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, K], float32, on the images' device.
+
+        With a ``head`` its outputs are embeddings, which only the input of this layer shows; the logits are 0.
 
         Raises:
             UsageError: it fails, or does not return one row of numbers for each image.
         """
         outputs = self._outputs(images)
+        if self.head is not None:
+            logits: Tensor = self.head(outputs)
+            return logits
         return outputs.clamp(min=_TINY).log() if self.gives_probabilities else outputs
+
+    def add_head(self, width: int, classes: int) -> None:
+        """Take the outputs, ``width`` numbers for an image, for embeddings of a network without classes."""
+        self.head = clear_head(nn.Linear(width, classes))
 
     def examine(self, size: int) -> int:
         """Run two images of noise; return K, and note whether the outputs are probabilities.
@@ -94,6 +105,14 @@ class OpaqueNetwork(nn.Module, ABC):
                 f"[{len(images)}, K], a row for each image"
             )
         return outputs.detach().to(images.device, torch.float32)
+
+
+def clear_head(head: nn.Linear) -> nn.Linear:
+    """Set the weights of the head of a teacher without classes to 0, so that it says nothing; return it."""
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+    return head
 
 
 def find_opaque(module: nn.Module) -> OpaqueNetwork | None:
@@ -148,7 +167,7 @@ class FunctionNetwork(OpaqueNetwork):
         """
         images = torch.rand(4, 3, self.size, self.size, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            outputs = self(images)
+            outputs = self(images) if self.head is None else self._outputs(images)
         rounded: bytes = np.round(outputs.cpu().numpy(), 3).astype("<f4").tobytes()
         return rounded
 
@@ -321,13 +340,13 @@ _OPENERS: Mapping[str, Callable[[FileNetwork, bytes], tuple[Callable[[Tensor], A
 
 
 class TableNetwork(OpaqueNetwork):
-    """Logits from a table, by the path of an image.
+    """Logits or embeddings from a table, by the path of an image.
 
     A loader that ``answers`` were given to has rows of the table in the place of images; this network returns them.
 
     Args:
         paths: of the images, [N].
-        logits: [N, K].
+        logits: [N, K]; embeddings [N, D] if ``add_head`` is called.
     """
 
     label = "a table of answers"
@@ -393,9 +412,12 @@ def example_answers(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def allocate_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give the buffers of opaque networks in ``module`` the shapes of the tensors that will be loaded into them."""
-    for path, network in module.named_modules():
+    """Give the buffers and heads of opaque networks in ``module`` the shapes of the tensors that will be loaded."""
+    for path, network in list(module.named_modules()):
         if isinstance(network, OpaqueNetwork):
+            head = tensors.get(f"{path}.head.weight" if path else "head.weight")
+            if head is not None and head.ndim == 2:
+                network.add_head(head.shape[1], head.shape[0])
             for name, buffer in list(network.named_buffers(recurse=False)):
                 found = tensors.get(f"{path}.{name}" if path else name)
                 if found is not None and found.dtype == buffer.dtype:
