@@ -11,7 +11,7 @@ from potstill.config.recipe import load_recipe
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
-from potstill.experiment.run_folder import find_model
+from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec
 from potstill.loggers.observer import log_files
@@ -59,6 +59,9 @@ def run(
             in ``overrides`` or in a dict needs no permission.
         observer: its methods are called with the progress; None: no output.
 
+    With ``data.folds``, the run folder is that of a cross-validation: it has the results of all folds, and a run folder
+    for each, ``fold-1`` and so on.
+
     A run may end without its distilled student (``teacher_below_baseline: stop``): ``not_distilled`` of results.json
     then gives the reason.
 
@@ -78,7 +81,8 @@ def run(
             observer=observer,
         )
     render(path)
-    log_files(path, observer or SilentObserver())
+    for each in (*(fold.path for fold in RunFolder(path).folds), path):
+        log_files(each, observer or SilentObserver())
     return path
 
 

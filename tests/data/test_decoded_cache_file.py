@@ -21,7 +21,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(folder: Path, images: int = 9) -> tuple[PixelFile, np.ndarray]:
     folder.mkdir(exist_ok=True)
-    file = PixelFile(folder, images, 8, KEY)
+    file = PixelFile(folder, images, (3, 8, 8), KEY)
     pixels = np.random.default_rng(images).integers(0, 256, (images, 3, 8, 8), dtype=np.uint8)
     file.reserve()
     with file.filling() as put:
@@ -74,19 +74,19 @@ def test_missing_short_and_strange_files_hold_nothing(tmp_path: Path) -> None:
     assert file.intact().tolist() == [False] * 2 + [True] * 3
     (tmp_path / "done.bin").unlink()
     assert not file.intact().any()
-    assert not PixelFile(tmp_path, 9, 8, "00000002c0ffee00").intact().any()
-    assert not PixelFile(tmp_path / "nowhere", 9, 8, KEY).intact().any()
+    assert not PixelFile(tmp_path, 9, (3, 8, 8), "00000002c0ffee00").intact().any()
+    assert not PixelFile(tmp_path / "nowhere", 9, (3, 8, 8), KEY).intact().any()
 
 
 def test_the_blocks_of_another_key_do_not_fit(tmp_path: Path) -> None:
     made(tmp_path)
-    assert not PixelFile(tmp_path, 9, 8, "00000002c0ffee00").intact().any()
+    assert not PixelFile(tmp_path, 9, (3, 8, 8), "00000002c0ffee00").intact().any()
 
 
 def test_half_a_file_is_filled_up(tmp_path: Path) -> None:
     whole, pixels = made(tmp_path / "whole")
     (tmp_path / "half").mkdir()
-    file = PixelFile(tmp_path / "half", 9, 8, KEY)
+    file = PixelFile(tmp_path / "half", 9, (3, 8, 8), KEY)
     file.reserve()
     with file.filling() as put:
         file.mark({3: put(3, pixels[6:8])})

@@ -94,9 +94,9 @@ def test_a_square_is_read_through_all_wrappers(tmp_path: Path) -> None:
         Image.fromarray(each).save(tmp_path / f"{i}.jpg")
     files = FileSet(tmp_path, ["0.jpg", "1.jpg", "2.jpg"], [0, 1, 0])
     wrapped = SemiSupervisedSet(ArraySet(arrays[:1], [0], ["array"]), RelabeledSet(Subset(files, [2, 1]), [1, 0]))
-    for i, pixels in enumerate([arrays[0], files.pixels(2, 40), files.pixels(1, 40)]):
+    for i, pixels in enumerate([arrays[0], files.read(2, 40).pixels, files.read(1, 40).pixels]):
         assert (read_square(wrapped, i, 40, "crop") == resize_to_square(pixels, 40, "crop")).all()
-    assert files.pixels(2, 40).shape == (100, 150, 3)
+    assert files.read(2, 40).pixels.shape == (100, 150, 3)
 
 
 @pytest.mark.parametrize("labels", [[0.5, 1.0], [-1, 0], [0]])

@@ -206,10 +206,13 @@ def _operations() -> dict[str, Operation]:
 
 
 Ids = NDArray[np.int64]
+Numbers = NDArray[np.float64]
 
 
 class ViewTransform:
     """Augmentation of a batch of squares, uint8 [B, 3, R, R], to views, uint8 [B, 3, size, size].
+
+    Random crops of stretched images divide the ratio that they draw by that of the image, so that shapes survive.
 
     Args:
         augment: settings of the augmentation.
@@ -235,11 +238,14 @@ class ViewTransform:
             self.policies.append(STRONG_POLICY)
         self.moves_pixels = augment.pad_crop > 0 or augment.hflip or augment.vflip or augment.rotate90
 
-    def __call__(self, squares: Tensor, ids: Ids, view: Ids | int) -> Tensor:
-        """Return the views of samples ``ids`` [B] with view number ``view`` (one for all, or [B])."""
+    def __call__(self, squares: Tensor, ids: Ids, view: Ids | int, aspects: Numbers | None = None) -> Tensor:
+        """Return the views of samples ``ids`` [B] with view number ``view`` (one for all, or [B]).
+
+        ``aspects`` [B] are width / height of images that were stretched to the squares; None: they were not.
+        """
         draws = CounterRNG(self.seed, ids, view)
         drawn = self.drawn or ViewSize(squares.shape[-1], self.size)
-        images = self._crop_and_move(squares, draws, drawn)
+        images = self._crop_and_move(squares, draws, drawn, aspects)
         if self.augment.color_jitter:
             images = color_jitter(images, self.augment.color_jitter, draws)
         for policy in self.policies:
@@ -248,18 +254,16 @@ class ViewTransform:
             images = random_erase(images, self.augment.erasing, draws, drawn.size)
         return images
 
-    def _crop_and_move(self, squares: Tensor, draws: CounterRNG, drawn: ViewSize) -> Tensor:
+    def _crop_and_move(self, squares: Tensor, draws: CounterRNG, drawn: ViewSize, aspects: Numbers | None) -> Tensor:
         scale = self.augment.crop_scale
         if scale is None and not self.moves_pixels:
             return center_crop(squares, self.size)
         grid = draw_grid(self.augment, self.size, draws, squares.device, drawn.size)
         if scale is None:
             return sample_grid(squares, grid)
-        boxes, _ = sample_boxes(scale, CROP_RATIO, drawn.side, draws, "crop")
+        boxes, _ = sample_boxes(scale, CROP_RATIO, drawn.side, draws, "crop", aspects)
         return resized_crops(squares, scale_boxes(boxes, drawn.side, squares.shape[-1]), grid)
 
-
-Numbers = NDArray[np.float64]
 
 _UNITS = 2**24  # weights are multiples of 1 / _UNITS, so that 1 - weight is exact in float32
 

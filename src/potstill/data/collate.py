@@ -68,6 +68,8 @@ def view_fingerprint(
     if changes:
         unused = set() if augment.pad_crop else {"pad_mode"}
         values |= {"augment": augment.model_dump(mode="json", exclude=unused), "generator": GENERATOR, "seed": seed}
+    if augment.crop_scale is not None and spec.resize_mode == "crop":
+        values["crops_of"] = "whole images"
     if same_class or augment.mixes:
         content = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
         values["partners"] = {"same class": same_class, "balanced": augment.mixes and balanced, "labels": content}
@@ -94,6 +96,7 @@ class BatchPlan:
     view: Ids | int  # view number, one for all or [B]
     partners: Ids | None = None  # [B] sample ids of partners or second images
     mixing: MixParams | None = None  # how the partners are mixed in
+    aspects: NDArray[np.float64] | None = None  # width / height of the images of ``pixel_ids``, if they are stretched
 
     @property
     def pixel_ids(self) -> Ids:
@@ -201,7 +204,7 @@ class Collator:
         return BatchPlan(ids, view)
 
     def batch(self, plan: BatchPlan, pixels: Tensor) -> Batch:
-        """Return the batch; ``pixels`` are the squares of ``plan.pixel_ids``, uint8 [B or 2 B, 3, R, R]."""
+        """Return the batch; ``pixels`` are the squares of ``plan.pixel_ids``, uint8 [B or 2 B, *square_shape]."""
         pixels = self._move_to_device(pixels)
         index = torch.from_numpy(plan.ids).to(self.device, non_blocking=True)
         numbers = np.broadcast_to(plan.view, plan.ids.shape).astype(np.int64)
@@ -243,9 +246,10 @@ class Collator:
     def _augment(self, pixels: Tensor, plan: BatchPlan, views: ViewTransform | None) -> Tensor:
         if self.answers:
             return pixels
-        size = self.spec.size
-        images = views(pixels, plan.pixel_ids, plan.pixel_views) if views is not None else center_crop(pixels, size)
-        return normalize(images, self.spec)
+        if views is None:
+            return normalize(center_crop(pixels, self.spec.size), self.spec)
+        squares = pixels[..., : self.side, :]
+        return normalize(views(squares, plan.pixel_ids, plan.pixel_views, plan.aspects), self.spec)
 
     def _move_to_device(self, pixels: Tensor) -> Tensor:
         """Copy to the device, from pinned memory so that the CPU need not wait."""

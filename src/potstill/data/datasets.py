@@ -41,7 +41,15 @@ from potstill.data.parquet_tables import check_table
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings
 from potstill.data.sources import MANIFEST_SUFFIXES, is_table
-from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, sort_by_hash, stratified_split
+from potstill.data.splits import (
+    SPLITS,
+    DataSplits,
+    check_splits,
+    fingerprint,
+    fold_splits,
+    sort_by_hash,
+    stratified_split,
+)
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
 
@@ -138,7 +146,7 @@ def load_data(
         progress: receives the progress of checking files.
 
     Raises:
-        UsageError: an unknown name or option.
+        UsageError: an unknown name or option; or folds, none of which is named.
         DataError: images, classes or splits that cannot be trained on.
     """
     check_unlabeled(settings)
@@ -151,6 +159,8 @@ def load_data(
         if each is not None:
             check_splits(each.class_names, {split: each.split(split) for split in SPLITS}, each.source)
     found = data if data is not None else _load_labeled(settings, progress)
+    if settings.folds is not None:
+        found = fold_splits(found, settings)
     target = _load_target(settings, data, progress)
     if target is None:
         return hide_labels(settings, add_unlabeled(settings, found, progress))

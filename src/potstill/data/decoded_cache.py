@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -27,6 +28,7 @@ from torch import Tensor
 from potstill.data.concurrency import ProgressReporter, file_lock, threaded_map, try_file_lock
 from potstill.data.image_io import decoder_version
 from potstill.data.image_sets import ImageSet, file_digests, is_array_based, is_file_based, read_square, value_ranges
+from potstill.data.preprocessing import square_shape
 from potstill.errors import StorageError
 from potstill.formatting import format_scaled
 from potstill.io import cache_folder, write_text
@@ -40,9 +42,9 @@ Pixels = NDArray[np.uint8]
 
 
 class PixelFile:
-    """A file of N images of R x R pixels in blocks with a checksum each.
+    """A file of N images of one size in blocks with a checksum each.
 
-    A half-filled or damaged file is never taken for complete.  ``pixels.bin``: uint8 [N, 3, R, R].  ``done.bin``: 8
+    A half-filled or damaged file is never taken for complete.  ``pixels.bin``: uint8 [N, 3, H, W].  ``done.bin``: 8
     bytes a block: 1 and a CRC-32 of its bytes, or zeros.  Blocks are synced before they are marked, and compared with
     their marks before they are used.  A block's bytes depend only on the key, so rewriting one changes nothing for
     processes that read it at the same time.
@@ -50,17 +52,17 @@ class PixelFile:
     Args:
         folder: of the two files.
         images: N.
-        side: R.
+        shape: (3, H, W).
         key: hex digits; part of the checksums, so that another file's blocks do not match.
 
     Raises:
         OSError: from all methods.
     """
 
-    def __init__(self, folder: Path, images: int, side: int, key: str) -> None:
+    def __init__(self, folder: Path, images: int, shape: tuple[int, int, int], key: str) -> None:
         self.pixels, self.marks = folder / "pixels.bin", folder / "done.bin"
-        self.shape = (images, 3, side, side)
-        self._image = 3 * side * side
+        self.shape = (images, *shape)
+        self._image = math.prod(shape)
         self.rows = max(1, BLOCK // self._image)
         self.blocks = -(-images // self.rows)
         self._seed = int(key[:8], 16)
@@ -120,7 +122,7 @@ class PixelFile:
 
     @contextmanager
     def filling(self) -> Iterator[Callable[[int, Pixels], int]]:
-        """Yield a thread-safe function that writes a block's pixels [rows, 3, R, R] and returns its mark."""
+        """Yield a thread-safe function that writes a block's pixels [rows, 3, H, W] and returns its mark."""
         with _open_file(self.pixels, os.O_RDWR | os.O_CREAT) as handle:
 
             def put(block: int, pixels: Pixels) -> int:
@@ -143,7 +145,7 @@ class PixelFile:
             os.fsync(handle)
 
     def tensor(self) -> Tensor:
-        """Return uint8 [N, 3, R, R], memory-mapped and read-only: the system can reclaim its memory."""
+        """Return uint8 [N, 3, H, W], memory-mapped and read-only: the system can reclaim its memory."""
         with _open_file(self.pixels, os.O_RDONLY) as handle:
             # Not copy-on-write, for which the system may reserve memory.
             mapped = mmap.mmap(handle, self.nbytes, access=mmap.ACCESS_READ)
@@ -288,7 +290,7 @@ class DecodeRequest:
     Args:
         images: N images.
         side: R.
-        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``.
+        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
         identity: identifies the images and their content.
     """
 
@@ -300,7 +302,12 @@ class DecodeRequest:
     @property
     def nbytes(self) -> int:
         """Bytes of all squares."""
-        return len(self.images) * 3 * self.side**2
+        return len(self.images) * math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of a square."""
+        return square_shape(self.side, self.resize_mode)
 
     def manifest(self) -> str:
         """Return everything that determines the pixels, as JSON; its SHA-256 is the key."""
@@ -336,7 +343,7 @@ def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressRep
         progress: receives the size, the progress, and a warning if the cache cannot be used.
 
     Returns:
-        uint8 [N, 3, R, R], memory-mapped and read-only; None if they cannot be cached on disk.
+        uint8 [N, *square_shape], memory-mapped and read-only; None if they cannot be cached on disk.
 
     Raises:
         DataError: an image cannot be decoded.
@@ -346,7 +353,7 @@ def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressRep
     text = request.manifest()
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     folder = cache_folder("pixels", key)
-    file = PixelFile(folder, len(request.images), request.side, key)
+    file = PixelFile(folder, len(request.images), request.shape, key)
     try:
         if not (
             _read(folder / MANIFEST) == text and file.intact(_check_progress(file, progress)).all()
@@ -396,7 +403,7 @@ def _fill_file(
 def _decode_missing(
     file: PixelFile, missing: list[int], request: DecodeRequest, progress: ProgressReporter | None
 ) -> None:
-    images, side, total = request.images, request.side, len(request.images)
+    images, total = request.images, len(request.images)
     done = total - sum(len(file.ids_of(block)) for block in missing)
     if progress is not None:
         existing = f", of which {done:,} exist already" if done else ""
@@ -407,9 +414,9 @@ def _decode_missing(
 
         def fill(block: int) -> tuple[int, int]:
             ids = file.ids_of(block)
-            squares = np.empty((len(ids), 3, side, side), np.uint8)
+            squares = np.empty((len(ids), *request.shape), np.uint8)
             for position, i in enumerate(ids):
-                squares[position] = read_square(images, i, side, request.resize_mode)
+                squares[position] = read_square(images, i, request.side, request.resize_mode)
             return block, put(block, squares)
 
         filled: dict[int, int] = {}
@@ -503,7 +510,7 @@ def decode_all(
     Args:
         images: N images.
         side: R, of the square in pixels.
-        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``.
+        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
         device: of the tensor; it stays on the CPU if the device has too little memory.
         cache_fraction: of free memory, and of the free disk, that it may take.
         processes: number of processes on this machine that call this; they share the memory, and map one file.
@@ -511,12 +518,12 @@ def decode_all(
         progress: receives the progress.
 
     Returns:
-        uint8 [N, 3, R, R], read-only; None if it fits neither into memory nor on the disk.
+        uint8 [N, *square_shape], read-only; None if it fits neither into memory nor on the disk.
 
     Raises:
         DataError: an image cannot be decoded.
     """
-    size = len(images) * 3 * side * side
+    size = len(images) * math.prod(square_shape(side, resize_mode))
     cpu = torch.device("cpu")
     devices = [device, cpu] if device.type != "cpu" else [device]
     decoded = _decoded_of(images)
@@ -540,12 +547,12 @@ def decode_all(
 
 
 def decode_squares(images: ImageSet, index: list[int], side: int, resize_mode: str) -> Tensor:
-    """Return some images as squares, uint8 [B, 3, side, side]."""
+    """Return some images as squares, uint8 [B, *square_shape]."""
     return torch.stack([torch.from_numpy(read_square(images, i, side, resize_mode)) for i in index])
 
 
 def _decode_in_memory(images: ImageSet, side: int, resize_mode: str, progress: ProgressReporter | None) -> Tensor:
-    pixels = torch.empty((len(images), 3, side, side), dtype=torch.uint8)
+    pixels = torch.empty((len(images), *square_shape(side, resize_mode)), dtype=torch.uint8)
     target = pixels.numpy()
 
     def put(start: int) -> int:

@@ -215,6 +215,7 @@ class DecodedImage(NamedTuple):
 
     pixels: Pixels
     span: ValueSpan | None  # None: 8 bits
+    shape: tuple[int, int]  # height and width in the file, upright; the pixels may be decoded at a reduced scale
 
 
 def decode(source: Path | bytes, ends: ValueRange | None = None, side: int | None = None) -> Pixels:
@@ -306,11 +307,14 @@ def to_upright_rgb(image: Image.Image) -> Pixels:
 def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> DecodedImage:
     structure = parse_structure(content)
     if structure.isolated:
-        return DecodedImage(decode_isolated(structure.content, structure.format), None)
+        pixels = decode_isolated(structure.content, structure.format)
+        return DecodedImage(pixels, None, (pixels.shape[0], pixels.shape[1]))
     with Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
         check_pixel_count(*image.size)
+        full = image.size
         if side is not None:
             image.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))  # of other formats than JPEG: does nothing
+        reduced = image.size != full
         image.load()
         check_pixel_count(*image.size)  # a GIF's first frame may be larger than its header states
         span: ValueSpan | None = None
@@ -321,7 +325,10 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
             pixels = to_rgb(image)
             if structure.wide:
                 span = ValueSpan("colour", *_high_bytes(pixels))
-        return DecodedImage(np.ascontiguousarray(_upright(pixels, _orientation(image))), span)
+        orientation = _orientation(image)
+        upright = np.ascontiguousarray(_upright(pixels, orientation))
+        height, width = full[::-1] if reduced else pixels.shape[:2]
+        return DecodedImage(upright, span, (width, height) if orientation >= 5 else (height, width))
 
 
 def _composite_over_white(image: Image.Image) -> Pixels:

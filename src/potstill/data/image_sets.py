@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.image_io import Pixels, ValueRange, decode_bytes, read_file, silence_pillow, to_rgb
+from potstill.data.image_io import DecodedImage, Pixels, ValueRange, read_file, read_image, silence_pillow, to_rgb
 from potstill.data.image_structure import parse_structure
-from potstill.data.preprocessing import resize_to_square
+from potstill.data.preprocessing import resize_to_square, stretch_with_shape
 from potstill.data.shard_reader import ShardSample, read_byte_range
 from potstill.errors import DataError
 
@@ -45,8 +45,12 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.locations)
 
-    def pixels(self, i: int, side: int | None = None) -> Pixels:
-        """Return image i, uint8 [H, W, 3]; ``side`` as in ``image_io.decode``.
+    def pixels(self, i: int) -> Pixels:
+        """Return image i, uint8 [H, W, 3]."""
+        return self.read(i).pixels
+
+    def read(self, i: int, side: int | None = None) -> DecodedImage:
+        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``.
 
         Raises:
             DataError: the shard cannot be read, or has changed since it was checked.
@@ -54,7 +58,7 @@ class ShardSet:
         content = read_byte_range(*self.locations[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{self.locations[i][0]}: {self.names[i]} has changed since it was checked; start again")
-        return decode_bytes(content, self.names[i], self.range, side)
+        return read_image(content, self.names[i], self.range, side)
 
 
 def sample_name(url: str, sample: ShardSample) -> str:
@@ -137,8 +141,12 @@ class FileSet:
         digests = "".join(contents[name].split()[1] for name in self.names)
         self.digests = np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(len(self.names), 32)
 
-    def pixels(self, i: int, side: int | None = None) -> Pixels:
-        """Return image i, uint8 [H, W, 3]; ``side`` as in ``image_io.decode``.
+    def pixels(self, i: int) -> Pixels:
+        """Return image i, uint8 [H, W, 3]."""
+        return self.read(i).pixels
+
+    def read(self, i: int, side: int | None = None) -> DecodedImage:
+        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``.
 
         Raises:
             DataError: the file cannot be decoded, or has changed.
@@ -147,7 +155,7 @@ class FileSet:
         content = read_file(path)
         if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{path}: the file has changed since it was checked; start again")
-        return decode_bytes(content, str(path), self.range, side)
+        return read_image(content, str(path), self.range, side)
 
 
 class TorchSet:
@@ -196,10 +204,17 @@ class TorchSet:
 
 
 class Subset:
-    """A selection of another set's images, in the given order."""
+    """A selection of another set's images, in the given order.
 
-    def __init__(self, images: ImageSet, index: Sequence[int] | NDArray[Any]) -> None:
-        self.images, self.index = images, np.asarray(index, dtype=np.int64)
+    Args:
+        images: the other set.
+        index: [N] positions in it.
+        identity: identifies the other set and its content, all of whose images are then decoded at once, for all
+            selections from it (see ``decoding_set``); None: the selection is decoded by itself.
+    """
+
+    def __init__(self, images: ImageSet, index: Sequence[int] | NDArray[Any], *, identity: str | None = None) -> None:
+        self.images, self.index, self.identity = images, np.asarray(index, dtype=np.int64), identity
         self.names = tuple(images.names[i] for i in self.index)
         self.labels: Labels = images.labels[self.index]
 
@@ -322,26 +337,53 @@ class UnlabeledFileSet(FileSet):
         self.labels = np.full(len(names), UNLABELED, dtype=np.int64)
 
 
-class SemiSupervisedSet:
-    """Labeled images followed by unlabeled ones; labels of the latter are ignored."""
+class ConcatenatedSet:
+    """Several sets, one after the other."""
 
-    def __init__(self, labeled: ImageSet, unlabeled: ImageSet) -> None:
-        self.labeled, self.unlabeled = labeled, unlabeled
-        self.names = (*labeled.names, *unlabeled.names)
-        self.labels = np.concatenate([labeled.labels, np.full(len(unlabeled), UNLABELED, dtype=np.int64)])
-
-    @property
-    def parts(self) -> tuple[ImageSet, ImageSet]:
-        """The two sets."""
-        return self.labeled, self.unlabeled
+    def __init__(self, *parts: ImageSet) -> None:
+        self.parts = parts
+        self.names = tuple(name for part in parts for name in part.names)
+        self.labels: Labels = np.concatenate([part.labels for part in parts])
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def locate(self, i: int) -> tuple[ImageSet, int]:
+        """Return the part that holds image i, and its position there."""
+        for part in self.parts[:-1]:
+            if i < len(part):
+                return part, i
+            i -= len(part)
+        return self.parts[-1], i
+
     def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3]; unlabeled images follow the labeled ones."""
-        count = len(self.labeled)
-        return self.labeled.pixels(i) if i < count else self.unlabeled.pixels(i - count)
+        """Return image i, uint8 [H, W, 3]."""
+        part, i = self.locate(i)
+        return part.pixels(i)
+
+
+class SemiSupervisedSet(ConcatenatedSet):
+    """Labeled images followed by unlabeled ones; labels of the latter are ignored."""
+
+    def __init__(self, labeled: ImageSet, unlabeled: ImageSet) -> None:
+        super().__init__(labeled, unlabeled)
+        self.labeled, self.unlabeled = labeled, unlabeled
+        self.labels = np.concatenate([labeled.labels, np.full(len(unlabeled), UNLABELED, dtype=np.int64)])
+
+
+def decoding_set(images: ImageSet, identity: str | None) -> tuple[ImageSet, Labels | None, str | None]:
+    """Return the set to decode for these images, their positions in it (None: it is the same), and its identity.
+
+    The splits of all folds of a cross-validation select from one set, which is decoded once.
+    """
+    if isinstance(images, Subset) and images.identity is not None:
+        return images.images, images.index, images.identity
+    if isinstance(images, SemiSupervisedSet):
+        whole, index, found = decoding_set(images.labeled, identity)
+        if index is not None:
+            unlabeled = len(whole) + np.arange(len(images.unlabeled))
+            return SemiSupervisedSet(whole, images.unlabeled), np.concatenate([index, unlabeled]), found
+    return images, None, identity
 
 
 def file_paths(images: ImageSet) -> list[Path]:
@@ -351,6 +393,9 @@ def file_paths(images: ImageSet) -> list[Path]:
     if isinstance(images, Subset):
         inner = file_paths(images.images)
         return [inner[i] for i in images.index] if inner else []
+    if isinstance(images, ConcatenatedSet):
+        parts = [file_paths(part) for part in images.parts]
+        return [path for part in parts for path in part] if all(parts) else []
     return [images.root / name for name in images.names] if isinstance(images, FileSet) else []
 
 
@@ -374,7 +419,7 @@ def file_digests(images: ImageSet) -> NDArray[np.uint8] | None:
     if isinstance(images, Subset):
         inner = file_digests(images.images)
         return None if inner is None else inner[images.index]
-    if isinstance(images, SemiSupervisedSet):
+    if isinstance(images, ConcatenatedSet):
         digests = [each for part in images.parts if (each := file_digests(part)) is not None]
         return np.concatenate(digests) if len(digests) == len(images.parts) else None
     return images.digests if isinstance(images, (FileSet, ShardSet)) else None
@@ -410,22 +455,33 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
         images: any set.
         i: position of the image in it.
         side: of the square, in pixels.
-        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``.
+        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``; "whole": see ``stretch_with_shape``, with
+            the shape of the image in its file, whatever the scale at which it is decoded.
+
+    Returns:
+        uint8 of ``preprocessing.square_shape``.
 
     Raises:
         DataError: the image cannot be decoded, or has changed.
     """
     images, i = _leaf_of(images, i)
-    pixels = images.pixels(i, side) if isinstance(images, (FileSet, ShardSet)) else images.pixels(i)
-    return resize_to_square(pixels, side, resize_mode)
+    if isinstance(images, (FileSet, ShardSet)):
+        pixels, _, shape = images.read(i, side)
+    else:
+        pixels = images.pixels(i)
+        shape = pixels.shape[:2]
+    return (
+        stretch_with_shape(pixels, side, shape)
+        if resize_mode == "whole"
+        else resize_to_square(pixels, side, resize_mode)
+    )
 
 
 def _leaf_of(images: ImageSet, i: int) -> tuple[ImageSet, int]:
     """Return the set within wrappers that holds image i, and its position there."""
-    while isinstance(images, (Subset, RelabeledSet, SemiSupervisedSet)):
-        if isinstance(images, SemiSupervisedSet):
-            count = len(images.labeled)
-            images, i = (images.labeled, i) if i < count else (images.unlabeled, i - count)
+    while isinstance(images, (Subset, RelabeledSet, ConcatenatedSet)):
+        if isinstance(images, ConcatenatedSet):
+            images, i = images.locate(i)
         else:
             i = int(images.index[i]) if isinstance(images, Subset) else i
             images = images.images
@@ -450,6 +506,6 @@ def _leaf_sets(images: ImageSet) -> Sequence[ImageSet]:
     """Return the sets within wrappers."""
     if isinstance(images, (Subset, RelabeledSet)):
         return _leaf_sets(images.images)
-    if isinstance(images, SemiSupervisedSet):
+    if isinstance(images, ConcatenatedSet):
         return [inner for part in images.parts for inner in _leaf_sets(part)]
     return [images]

@@ -1,18 +1,20 @@
 """Batches of a split: preprocessed images with labels, sample ids and view numbers."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data.collate import BatchPlan, Collator, SecondImages
 from potstill.data.concurrency import ProgressReporter, thread_count
 from potstill.data.decoded_cache import decode_all, decode_squares
-from potstill.data.image_sets import ImageSet, SemiSupervisedSet, set_value_range
-from potstill.data.preprocessing import decoded_side
+from potstill.data.image_sets import ImageSet, SemiSupervisedSet, decoding_set, set_value_range
+from potstill.data.preprocessing import aspect_ratios, decoded_side
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import EpochSampling
@@ -118,6 +120,10 @@ class Loader:
         self.device = torch.device(device)
         random_crops = augment is not None and augment.crop_scale is not None
         self.side = decoded_side(spec, random_crops=random_crops)
+        # Random crops are cut from the whole image; what is not random is the centre crop, as in prediction.
+        self._whole = random_crops and spec.resize_mode == "crop"
+        self._resize_mode = "whole" if self._whole else spec.resize_mode
+        self._aspects: NDArray[np.float64] | None = None
         drawn = None
         if drawn_for is not None:
             drawn = ViewSize(decoded_side(drawn_for, random_crops=random_crops), drawn_for.size)
@@ -155,6 +161,7 @@ class Loader:
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
         self._pixels: Tensor | None = None
+        self._rows: Ids | None = None  # of the images in the decoded pixels; None: all, in order
         self._workers: DecodeWorkers | None = None
         self.processes, self._decoding = 0, answers is not None
         if answers is not None:
@@ -259,7 +266,7 @@ class Loader:
         batches = list(zip(self.ids_of(number), self.views_of(number), strict=True))
         plans = (self.collator.plan(ids, views) for ids, views in batches[step:])
         for plan, pixels in self._with_pixels(plans):
-            yield self.collator.batch(plan, pixels)
+            yield self.collator.batch(*self._complete(plan, pixels))
 
     def view(self, index: Tensor, view: int | Tensor) -> Tensor:
         """Return the images [B, 3, S, S] of any samples in any view, as an epoch with this view has them.
@@ -269,7 +276,7 @@ class Loader:
             view: view number, one for all or [B] int64.
         """
         plan = self.collator.plan(*_to_numpy(index, view), second=False)
-        return self.collator.images(plan, self._read_pixels(plan.pixel_ids))
+        return self.collator.images(*self._complete(plan, self._read_pixels(plan.pixel_ids)))
 
     def second_view(self, index: Tensor, view: int | Tensor) -> Tensor:
         """Return the second images [B, 3, S, S] of any samples in any view, as an epoch with this view has them.
@@ -282,28 +289,32 @@ class Loader:
             UsageError: this loader has no second images.
         """
         plan = self.collator.plan(*_to_numpy(index, view))
-        return self.collator.second_images(plan, self._read_pixels(plan.pixel_ids))
+        return self.collator.second_images(*self._complete(plan, self._read_pixels(plan.pixel_ids)))
 
     def _start_decoding(self) -> None:
         """Decode all pixels, or start the processes that decode them."""
         if self._decoding:
             return
+        images, rows, identity = decoding_set(self._all, self._identity)
         self._pixels = decode_all(
-            self._all,
+            images,
             self.side,
-            self.spec.resize_mode,
+            self._resize_mode,
             device=self.device,
             cache_fraction=self._cache_fraction,
             processes=self._local_processes,
-            identity=self._identity,
+            identity=identity,
             progress=self._progress,
         )
+        self._rows = rows
         self._decoding = True
+        if self._pixels is not None and self._whole:
+            self._aspects = aspect_ratios(self._pixels[:, :1, -1:, :8].cpu().numpy())
         if self._worker_count and self._pixels is None:
             largest_batch = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
             warn = self._progress.warn if self._progress is not None else warnings.warn
             workers = DecodeWorkers(
-                self._all, self.side, self.spec.resize_mode, self._worker_count, batch=largest_batch, warn=warn
+                self._all, self.side, self._resize_mode, self._worker_count, batch=largest_batch, warn=warn
             )
             if workers.count:
                 self._workers, self.processes = workers, workers.count
@@ -317,10 +328,21 @@ class Loader:
         pixels = self._workers.squares([plan.pixel_ids.tolist() for plan in epoch])
         yield from zip(epoch, pixels, strict=True)
 
+    def _complete(self, plan: BatchPlan, pixels: Tensor) -> tuple[BatchPlan, Tensor]:
+        """Return the plan with the aspect ratios of its images, if these are stretched; and the pixels."""
+        if not self._whole or self.collator.answers:
+            return plan, pixels
+        if self._aspects is None:
+            found = aspect_ratios(pixels.numpy())
+        else:
+            found = self._aspects[plan.pixel_ids if self._rows is None else self._rows[plan.pixel_ids]]
+        return dataclasses.replace(plan, aspects=found), pixels
+
     def _read_pixels(self, ids: Ids) -> Tensor:
         if self._pixels is not None:
+            ids = ids if self._rows is None else self._rows[ids]
             return self._pixels.index_select(0, torch.from_numpy(ids).to(self._pixels.device, non_blocking=True))
-        return decode_squares(self._all, ids.tolist(), self.side, self.spec.resize_mode)
+        return decode_squares(self._all, ids.tolist(), self.side, self._resize_mode)
 
 
 def _to_numpy(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:

@@ -50,6 +50,36 @@ def resize_to_square(pixels: Pixels, side: int, resize_mode: str) -> Pixels:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def square_shape(side: int, resize_mode: str) -> tuple[int, int, int]:
+    """Return the shape of a decoded square: [3, side, side]; with "whole" one row more, see ``stretch_with_shape``."""
+    return 3, side + (resize_mode == "whole"), side
+
+
+def stretch_with_shape(pixels: Pixels, side: int, shape: tuple[int, ...]) -> Pixels:
+    """Return the whole image as a square, for crops that keep the shape of what they show.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        side: of the square, in pixels; at least 8.
+        shape: height and width of the image.
+
+    Returns:
+        uint8 [3, side + 1, side]: the square as by "stretch", and a row that begins with ``shape``, so that both are
+        kept, cached and sent to other processes together; ``aspect_ratios`` reads it.
+    """
+    square = np.zeros(square_shape(side, "whole"), np.uint8)
+    square[:, :side] = resize_to_square(pixels, side, "stretch")
+    square[0, side, :8] = np.array(shape, "<u4").view(np.uint8)
+    return square
+
+
+def aspect_ratios(squares: Pixels) -> NDArray[np.float64]:
+    """Return width / height of the images of squares by ``stretch_with_shape``, [B]."""
+    height, width = np.ascontiguousarray(squares[:, 0, -1, :8]).view("<u4").astype(np.float64).T
+    ratios: NDArray[np.float64] = width / height
+    return ratios
+
+
 def _pad_to_square(pixels: Pixels, side: int) -> Pixels:
     height, width = padded_shape(pixels.shape[0], pixels.shape[1], side)
     small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))

@@ -386,7 +386,7 @@ def scan_content(content: bytes, name: str, state: FileState = UNKNOWN_STATE) ->
     kind, mode, pixels = read_header(content)
     with large_image_lock(pixels > MOST_PIXELS):
         try:
-            found, span = read_image(content, name)
+            found, span, _ = read_image(content, name)
         except DataError as error:
             reason = str(error).removeprefix(f"{name}: ")
             return Finding(finding_kind(reason, "damaged"), name, reason)

@@ -18,7 +18,7 @@ class AugmentSettings(BaseModel):
     pad_crop: float = Field(0.0, ge=0, le=0.5, description="random shift by up to this share of the size")
     pad_mode: Literal["reflect", "black"] = Field("reflect", description="pixels beyond the border after a shift")
     crop_scale: tuple[float, float] | None = Field(
-        None, description="area of a random resized crop as shares of the image, e.g. [0.35, 1]; null: none"
+        None, description="area of a random resized crop as shares of the whole image, e.g. [0.35, 1]; null: none"
     )
     hflip: bool = Field(False, description="flip left to right with probability 0.5")
     vflip: bool = Field(False, description="flip top to bottom with probability 0.5")
@@ -125,6 +125,18 @@ class DataSettings(BaseModel):
     val: float = Field(0.15, gt=0, lt=1, description="share of the images that becomes val, if the source has none")
     test: float = Field(0.15, gt=0, lt=1, description="share of the images that becomes test, if the source has none")
     split_seed: int = Field(0, ge=0, description="seed of the split; runs with different `seed` share a split")
+    folds: int | None = Field(
+        None,
+        ge=2,
+        le=1000,
+        description="cross-validation: K runs, in each of which another K-th of all images (those of given splits are "
+        "pooled) is the test split; null: one run with one test split",
+    )
+    fold: int | Literal["all"] | None = Field(
+        None,
+        description="with folds: run this fold alone, 1 to K; all: train on all images but one of each class, for the "
+        "model to deploy; null: all folds",
+    )
     augment: AugmentSettings | None = Field(
         None, description="augmentation of training images; null: the data set's default"
     )

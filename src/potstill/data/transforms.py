@@ -83,12 +83,21 @@ class ViewSize(NamedTuple):
 
 
 def sample_boxes(
-    scale: tuple[float, float], ratio: tuple[float, float], side: int, draws: CounterRNG, field: str
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    side: int,
+    draws: CounterRNG,
+    field: str,
+    aspects: NDArray[np.float64] | None = None,
 ) -> tuple[Boxes, NDArray[np.bool_]]:
     """Return boxes (top, left, height, width) in a square, int64 [B, 4], and which of them fit, bool [B].
 
     As torchvision's ``RandomResizedCrop``: the area is uniform in ``scale`` (shares of the square), the logarithm of
     width / height is uniform between those of ``ratio``; ten attempts to fit, then the whole square.
+
+    If the squares are stretched images, a box has these areas and ratios in the image itself.  If no attempt fits an
+    image longer than ``ratio``, torchvision takes its centre, and never shows its ends; here its largest box of that
+    ratio is taken at a random position.
 
     Args:
         scale: smallest and largest share.
@@ -96,8 +105,10 @@ def sample_boxes(
         side: of the square, in pixels.
         draws: random numbers of B samples.
         field: prefix of the random numbers' fields.
+        aspects: width / height of the images that the squares show, [B]; None: 1.
     """
     boxes = np.tile(np.array([0, 0, side, side], dtype=np.int64), (len(draws), 1))
+    stretched: NDArray[np.float64] = np.ones(len(draws)) if aspects is None else aspects
     missing = np.ones(len(draws), dtype=np.bool_)
     low, high = np.log(ratio)
     for attempt in range(_ATTEMPTS):
@@ -106,7 +117,7 @@ def sample_boxes(
             return draws(f"{field} {name} {attempt}")
 
         area = side * side * (scale[0] + (scale[1] - scale[0]) * draw("area"))
-        aspect = np.exp(low + (high - low) * draw("ratio"))
+        aspect = np.exp(low + (high - low) * draw("ratio")) / stretched
         width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
         fits = missing & (width > 0) & (width <= side) & (height > 0) & (height <= side)
@@ -116,6 +127,14 @@ def sample_boxes(
         missing &= ~fits
         if not missing.any():
             break
+    longer = missing & ((stretched < ratio[0]) | (stretched > ratio[1]))
+    if aspects is not None and longer.any():
+        aspect = stretched.clip(*ratio) / stretched
+        width = np.rint(side * aspect.clip(max=1)).astype(np.int64).clip(min=1)
+        height = np.rint(side / aspect.clip(min=1)).astype(np.int64).clip(min=1)
+        top = (draws(f"{field} last top") * (side - height + 1)).astype(np.int64)
+        left = (draws(f"{field} last left") * (side - width + 1)).astype(np.int64)
+        boxes[longer] = np.stack([top, left, height, width], axis=1)[longer]
     return boxes, ~missing
 
 

@@ -7,6 +7,7 @@ in shared memory, which is allocated before it starts.  There is no queue thread
 process is noticed when its batch is fetched.
 """
 
+import math
 import multiprocessing
 import os
 import pickle  # nosec B403: between this process and its own children
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from potstill.data.image_sets import ImageSet, read_square
+from potstill.data.preprocessing import square_shape
 from potstill.distributed import TIMEOUT_VARIABLE, heartbeat_timeout
 from potstill.errors import StorageError, UsageError, WorkerError
 from potstill.formatting import format_names, format_scaled
@@ -44,7 +46,7 @@ class DecodeWorkers:
     Args:
         images: an image set that can be pickled.
         side: R.
-        resize_mode: "crop", "pad" or "stretch".
+        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
         processes: at least 1.
         batch: size of the largest batch, for which shared memory is allocated at once; None: at the first use.
         warn: receives a message if shared memory suffices only for fewer processes.
@@ -67,6 +69,7 @@ class DecodeWorkers:
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self._images, self._side, self._resize_mode, self._warn = images, side, resize_mode, warn
+        self._shape = square_shape(side, resize_mode)
         self._timeout = heartbeat_timeout()
         self._wanted = self.count = processes
         self._members: list[_WorkerProcess] = []
@@ -76,7 +79,7 @@ class DecodeWorkers:
             self._reserve(batch)
 
     def squares(self, batches: list[list[int]]) -> Iterator[Tensor]:
-        """Yield uint8 [B, 3, R, R] for each batch of sample ids.
+        """Yield uint8 [B, *square_shape] for each batch of sample ids.
 
         Raises:
             DataError: an image cannot be decoded.
@@ -108,13 +111,13 @@ class DecodeWorkers:
 
     def _reserve(self, batch: int) -> None:
         """Allocate shared memory for as many processes as it suffices for."""
-        each = _AHEAD * batch * 3 * self._side**2
+        each = _AHEAD * batch * math.prod(self._shape)
         self._pixels = self._decoded = torch.empty(0)  # frees it first
         self.count, free = 0, _free()
         most = self._wanted if free is None else min(self._wanted, free // each)
         for count in range(most, 0, -1):
             try:
-                self._pixels = _shared((count, _AHEAD, batch, 3, self._side, self._side), torch.uint8)
+                self._pixels = _shared((count, _AHEAD, batch, *self._shape), torch.uint8)
                 self._decoded = _shared((count,), torch.int64)
                 self.count = count
                 break
@@ -143,9 +146,10 @@ class DecodeWorkers:
         if self._pixels.numel() == 0 or batch > self._pixels.shape[2]:
             self._reserve(batch)
         if self.count == 0:
+            need = _AHEAD * batch * math.prod(self._shape)
             raise StorageError(
                 f"shared memory ({_SHM}) has {_free() or 0:,} bytes free, and a process that decodes needs "
-                f"{_AHEAD * batch * 3 * self._side**2:,}: enlarge it (docker run --shm-size 1g), or set data.workers=0"
+                f"{need:,}: enlarge it (docker run --shm-size 1g), or set data.workers=0"
             )
         context = multiprocessing.get_context()
         self._decoded.zero_()

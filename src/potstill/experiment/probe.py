@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from potstill import __version__
 from potstill.config.recipe import Recipe, StageSettings
+from potstill.data.image_sets import Subset
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.teacher_cache.cache import TeacherCache
@@ -356,8 +357,10 @@ def probe_teacher(
     model.module.to(compute.device).to(memory_format=compute.memory_format)
     network, inference = _convert(stage, model, layer, recipe, data, compute)
     embeddings, labels, cached = dict[str, Tensor](), dict[str, Tensor](), True
-    for split in ("train", "val"):
-        loader = split_loader(data, split, model.input, recipe, settings, compute)
+    # Of a cross-validation, all images are embedded at once, and every fold reads its own from the cache.
+    whole = data if data.pool is None else replace(data, train=data.pool.images, fingerprint=data.pool.fingerprint)
+    for split in ("train", "val") if data.pool is None else ("train",):
+        loader = split_loader(whole, split, model.input, recipe, settings, compute)
         cache = open_embedding_cache(
             model,
             layer,
@@ -366,14 +369,20 @@ def probe_teacher(
             split,
             batch_size=settings.batch_size,
             recipe=recipe,
-            data=data,
+            data=whole,
             folder=folder,
             observer=observer,
         )
-        label = f"{stage.name}: embeddings of {split}"
+        label = f"{stage.name}: embeddings of {split if data.pool is None else 'all images'}"
         run = partial(_embed, network, inference, layer, loader, label, observer, compute)
         embeddings[split], found = _read_or_run(cache, run, observer, compute)
         labels[split], cached = loader.labels, cached and found
+    if data.pool is not None:
+        for split in ("val", "train"):  # train last, which holds all images until then
+            images = data.split(split)
+            assert isinstance(images, Subset)
+            index = torch.from_numpy(images.index)
+            embeddings[split], labels[split] = embeddings["train"][index], labels["train"][index]
     balance = recipe.data.class_balance != "none" if data.draws is None else False
     labeled = labels["train"][labels["train"] >= 0]
     probe = fit_probe(

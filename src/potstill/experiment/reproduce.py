@@ -80,6 +80,11 @@ def read_run_record(path: Path) -> RunRecord:
     if not folder.known:
         raise ArtifactError(f"{path} is not a run folder: it needs recipe.yaml and environment.json")
     folder.read_recipe()
+    if folds := folder.folds:
+        raise UsageError(
+            f"{path} is a cross-validation: repeat its folds one by one, --reproduce {folds[0].path}, or start it "
+            f"again with another name: potstill run {folder.recipe} --name {path.resolve().name[:60]}-2"
+        )
     if not folder.results.exists():
         raise ArtifactError(f"{path} is not finished; continue it with --resume first")
     results = folder.read_results()

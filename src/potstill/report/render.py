@@ -141,12 +141,22 @@ def reproduce_context(run: Run) -> dict[str, Any] | None:
         ("A prediction with its student", ["potstill", "predict", path, "IMAGE.jpg"]),
         ("This page again", ["potstill", "report", path]),
     ]
+    if run.folds:
+        commands[1:3] = [("A model to use, trained on all images", deployment_command(run))]
     return {
         "facts": [(name, str(value)) for name, value in facts if value not in (None, "", MISSING)],
         "commands": [(title, shlex.join(words)) for title, words in (commands if run.recipe else commands[2:])],
         "recipe": escape_lines(run.recipe),
         "environment": escape_lines(run.environment),
     }
+
+
+def deployment_command(run: Run) -> list[str]:
+    """Return the command that trains a model on all images of a cross-validation."""
+    folder = run.folder.resolve()
+    root = [] if folder.parent.name == "runs" else ["--output-dir", folder.parent.name]
+    recipe = f"{folder.parent.name}/{folder.name}/recipe.yaml"
+    return ["potstill", "run", recipe, "--set", "data.fold=all", "--name", f"{folder.name[:60]}-all", *root]
 
 
 def _seed_facts(first: float | None, several: Any) -> list[tuple[str, str]]:
@@ -261,14 +271,18 @@ def _finalize(value: Any) -> Any:
 def render(run: Path | str) -> Path:
     """Write all figures, text reports, report.md and report.html of a run folder; return the path of report.html.
 
-    Reads only files of the run: results.json, recipe.yaml, environment.json, each stage's metrics and confusion
-    matrices, and the students' predictions on test.  Absent stages and files are left out.
+    Those of a cross-validation are written after those of its folds.  Reads only files of the run: results.json,
+    recipe.yaml, environment.json, each stage's metrics and confusion matrices, and the students' predictions on test.
+    Absent stages and files are left out.
 
     Raises:
         ArtifactError: no run folder, or a damaged file.
         StorageError: the folder cannot be written, or another process is writing in it.
     """
     folder = RunFolder(Path(run))
+    for fold in folder.folds:
+        if fold.results.is_file():
+            render(fold.path)
     with folder.held(writing=True):
         return _render_run(read_run(folder.path))
 

@@ -146,6 +146,12 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @property
+    def folds(self) -> list[dict[str, Any]]:
+        """A row for each fold of a cross-validation; empty for other runs."""
+        found = self.results.get("folds")
+        return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+    @property
     def together(self) -> dict[str, dict[str, Any]]:
         """Ensembles of several teachers or generations: members ``of`` and the metrics of each split."""
         found = self.results.get("together") or {}

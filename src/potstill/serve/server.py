@@ -265,7 +265,7 @@ def _add_run_routes(app: FastAPI, known: Callable[[], dict[str, Path]]) -> None:
     )
     def report(run: str) -> Response:
         """The run's report."""
-        content = runs.report(folder(run))
+        content = runs.report(run, folder(run))
         if content is None:
             raise HTTPException(404, "this run has no report yet")
         return Response(content, media_type="text/html", headers={"Content-Security-Policy": _REPORT_CSP})

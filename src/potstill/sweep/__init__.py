@@ -256,6 +256,11 @@ def _refuse_test_curves(recipe: Recipe) -> None:
         raise UsageError(
             "training.evaluate_test_every_epoch: a sweep evaluates only the best trial on test; set it to false"
         )
+    if recipe.data.folds is not None and recipe.data.fold is None:
+        raise UsageError(
+            "data.folds (--folds): a sweep trains each trial once; name one fold with data.fold, or leave it out and "
+            "run the best trial's recipe with --folds"
+        )
     if recipe.seeds > 1:
         raise UsageError(f"seeds: a sweep trains each trial with one seed, and the recipe has seeds: {recipe.seeds}")
 

@@ -157,7 +157,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch,
         together.wait(60)
         with lock:
             inside -= 1
-        return DecodedImage(np.zeros((2, 2, 3), np.uint8), None)
+        return DecodedImage(np.zeros((2, 2, 3), np.uint8), None, (2, 2))
 
     monkeypatch.setattr(scan, "read_image", slow)
     monkeypatch.setattr(large_images, "MOST_PIXELS", 12 * 10 - 1)

@@ -205,7 +205,7 @@ def test_large_images_are_decoded_one_at_a_time_by_runs_too(make_folder, monkeyp
         together.wait(60)
         with lock:
             inside -= 1
-        return DecodedImage(np.zeros((2, 2, 3), np.uint8), None)
+        return DecodedImage(np.zeros((2, 2, 3), np.uint8), None, (2, 2))
 
     monkeypatch.setattr(scan, "read_image", slow)
     monkeypatch.setattr(scan, "_PIECE", 1)
