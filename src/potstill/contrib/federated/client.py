@@ -43,7 +43,7 @@ from potstill.contrib.federated.messages import (
 from potstill.data.image_sets import ImageSet
 from potstill.data.loader import Loader
 from potstill.distillation.distiller import Distiller
-from potstill.distillation.teacher_views import TeacherViews
+from potstill.distillation.teachers import TeacherViews
 from potstill.errors import ArtifactError, NonFiniteError, UsageError
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.builders import build_teacher_views
