@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.evaluation.final_metrics import calibration_report, fit_temperature, temperature_scaled
+from potstill.evaluation.final_metrics import calibration_report, fit_temperature
 from potstill.experiment.temperature_scaling import scale_logits
 from potstill.input_spec import InputSpec
 from potstill.models.model_file import Classifier
@@ -50,6 +50,11 @@ def student(network):
     return Classifier(network, "code.py:Network", ("a", "b", "c"), InputSpec(1))
 
 
+def divided(probabilities, temperature):
+    """The probabilities of logits that are divided by the temperature."""
+    return (torch.as_tensor(probabilities).double().log() / temperature).softmax(1).numpy()
+
+
 @pytest.mark.parametrize("factor", [0.1, 5.0])
 def test_too_flat_and_too_sharp_probabilities_are_calibrated_and_the_top_class_stays(factor):
     val, made = Val(600), student(Network(factor))
@@ -63,7 +68,7 @@ def test_too_flat_and_too_sharp_probabilities_are_calibrated_and_the_top_class_s
     assert nll == pytest.approx(found["after"]["nll"], rel=1e-4) == pytest.approx(metrics["nll"], rel=1e-4)
     assert found["after"]["nll"] < found["before"]["nll"] - 0.1
     assert found["after"]["ece"] < 0.05 < found["before"]["ece"]
-    expected = temperature_scaled(before.double().numpy(), found["temperature"])
+    expected = divided(before, found["temperature"])
     torch.testing.assert_close(after.double(), torch.from_numpy(expected), rtol=0, atol=1e-4)
     json.dumps(found)
 
@@ -85,7 +90,7 @@ def test_nothing_is_changed_where_it_does_not_help_beyond_doubt(network, count):
 def test_the_report_of_a_scaled_network_undoes_the_scaling_for_before():
     val = Val(300)
     raw = val.images.flatten(1).double().softmax(1).numpy()
-    scaled = temperature_scaled(raw, 2.0)
+    scaled = divided(raw, 2.0)
     plain = calibration_report(raw, val.labels.numpy(), raw, val.labels.numpy())
     found = calibration_report(scaled, val.labels.numpy(), scaled, val.labels.numpy(), applied=2.0)
     assert (found["temperature"], found["applied"], plain["applied"]) == (2.0, True, False)
