@@ -267,12 +267,14 @@ def test_pages_fetch_nothing_from_elsewhere(site):
         assert [address for address in fetched if "//" in address] == []
 
 
-@pytest.mark.parametrize("target", ["no-such-page.md", "recipes.md#nosuchsettings"])
-def test_a_broken_link_fails_the_build(generated_docs, tmp_path, target):
+def test_a_broken_link_fails_the_build(generated_docs, tmp_path):
     shutil.copytree(generated_docs, tmp_path / "copy")
-    with (tmp_path / "copy" / "docs" / "index.md").open("a", encoding="utf-8") as file:
-        file.write(f"\n[nowhere]({target})\n")
-    assert build(tmp_path / "copy").returncode != 0
+    for page, target in (("index", "no-such-page.md"), ("data", "recipes.md#nosuchsettings")):
+        with (tmp_path / "copy" / "docs" / f"{page}.md").open("a", encoding="utf-8") as file:
+            file.write(f"\n[nowhere]({target})\n")
+    done = build(tmp_path / "copy")
+    assert done.returncode != 0
+    assert "2 issues found" in done.stdout + done.stderr
 
 
 def test_one_command_builds_the_documentation():

@@ -1,5 +1,6 @@
 """Export compares before it writes; what it writes answers as the original does."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -188,13 +189,18 @@ def test_int8_that_loses_more_is_refused(run: Path, tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_that_differs_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_differs_is_refused(
+    run: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def off(*arguments):
         answer = torch_answer(*arguments)
         return lambda images: answer(images) * np.float32(1.0015)
 
     torch_answer = exporter.create_torch_predictor
     monkeypatch.setattr(exporter, "create_torch_predictor", off)
+    # The same network is not converted again.
+    form = dataclasses.replace(find_format("onnx"), convert=lambda module, metadata: {".onnx": plain.read_bytes()})
+    monkeypatch.setattr(exporter, "find_format", lambda name: form)
     with pytest.raises(ArtifactError, match=r"differs from the original.* not written"):
         exported(run, output=tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
