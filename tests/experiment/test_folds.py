@@ -179,9 +179,12 @@ def test_a_fold_alone_gives_the_same(whole, made, tmp_path):
 def test_more_seeds_continue_every_fold_and_overwrite_begins_again(whole, made, tmp_path):
     path, _, _ = whole
     copy = shutil.copytree(path, tmp_path / "tiny")
+    with pytest.raises(Stopped):
+        pipeline.run(made(seeds=2), output_dir=tmp_path, resume=True, observer=Heard("fold 2/baseline-2"))
     observer = Heard()
     pipeline.run(made(seeds=2), output_dir=tmp_path, resume=True, observer=observer)
-    assert [name for name in observer.stages if "-2" not in name] == []
+    assert "fold 1: already finished" in observer.notes
+    assert observer.stages == [f"fold {fold}/{stage}-2" for fold in (2, 3) for stage in ("baseline", "distilled")]
     found = results(copy)
     assert found["comparison"]["folds"]["seeds"] == 2
     assert found["looks"]["test_evaluations"] == 2

@@ -16,7 +16,7 @@ from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions
 from potstill.experiment.comparison import compare_with_baseline
 from potstill.experiment.ensembles import ensemble_predictions, group_members
 from potstill.experiment.examples import describe_examples
-from potstill.experiment.plan import plan_stages
+from potstill.experiment.plan import PlannedStage, plan_stages
 from potstill.experiment.results import describe_fidelity, describe_metrics, describe_run, without_per_class
 from potstill.experiment.run_folder import RunFolder
 
@@ -32,6 +32,25 @@ def fold_recipe(recipe: Recipe, fold: int) -> Recipe:
     """
     data = recipe.data.model_copy(update={"fold": fold})
     return recipe.model_copy(update={"data": data, "seed": recipe.seed + SEED_STEP * (fold - 1)})
+
+
+def is_finished(run: RunFolder, recipe: Recipe, planned: Sequence[PlannedStage]) -> bool:
+    """Return whether the results of a fold are those of all planned stages, with all their epochs.
+
+    Raises:
+        ArtifactError: its results are damaged.
+    """
+    if not run.results.is_file():
+        return False
+    results = run.read_results()
+    stopped = "not_distilled" in results and recipe.teacher_below_baseline == "stop"
+    if not stopped and set(results["planned"]) != {stage.name for stage in planned}:
+        return False
+    trained = {name: entry["training"] for name, entry in (results["stages"] | results["repeats"]).items()}
+    return all(
+        facts is None or facts["planned_epochs"] >= recipe.stage_training(name).epochs
+        for name, facts in trained.items()
+    )
 
 
 def check_poolable(data: DataSplits) -> None:

@@ -37,7 +37,13 @@ from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.ensembles import average_probabilities
 from potstill.experiment.estimate import describe_seeds, estimate_further_seeds, estimate_stages
-from potstill.experiment.folds import check_poolable, describe_outside_weights, fold_recipe, pool_folds
+from potstill.experiment.folds import (
+    check_poolable,
+    describe_outside_weights,
+    fold_recipe,
+    is_finished,
+    pool_folds,
+)
 from potstill.experiment.plan import (
     STAGE_GROUPS,
     PlannedStage,
@@ -385,10 +391,9 @@ class _Folds:
         started, processes = time.monotonic(), self.processes
         observer = _FoldObserver(self.observer or SilentObserver())
         with open_run_folder(self.path.parent, self.path.name, processes, resume=resume, overwrite=overwrite) as folder:
-            recipe, former = self.recipe, None
+            recipe = self.recipe
             if resume:
-                former = load_recipe(folder.recipe, data_needed=False, recorded=True)
-                recipe = restore_choices(former, recipe)
+                recipe = restore_choices(load_recipe(folder.recipe, data_needed=False, recorded=True), recipe)
                 check_same_recipe(folder, recipe)
             if overwrite:
                 check_weights_outside(folder, recipe)
@@ -423,11 +428,7 @@ class _Folds:
             warnings = [*replaced, *describe_outside_weights(recipe)]
             for warning in warnings:
                 observer.warn(warning)
-            same = former is not None and (former.seeds, former.model_dump()["training"]) == (
-                recipe.seeds,
-                recipe.model_dump()["training"],
-            )
-            done = processes.share({fold for fold in recipes if same and folder.fold(fold).results.is_file()})
+            done = processes.share({fold for fold in recipes if is_finished(folder.fold(fold), recipe, planned)})
             left = {
                 f"fold {fold}/{stage.name}": stage.name
                 for fold in recipes
