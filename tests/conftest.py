@@ -51,6 +51,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return WorkStealingScheduling(config, log)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    """A test file that cannot be imported fails; ``--doctest-ignore-import-errors`` is for modules of extras alone."""
+    report = yield
+    if report.outcome == "skipped" and "unable to import module" in str(report.longrepr):
+        path = Path(str(collector.path))
+        if path.name.startswith("test_") and path.is_relative_to(Path(__file__).parent):
+            report.outcome = "failed"
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     if "torch" in sys.modules:
