@@ -6,6 +6,9 @@ from potstill.errors import UsageError
 from potstill.evaluation.cost import count_flops, count_parameters
 from potstill.input_spec import InputSpec
 from potstill.models.model_table import (
+    REFERENCE,
+    SMALL_IMAGE_STUDENTS,
+    STUDENTS,
     Limits,
     ModelRow,
     parse_limits,
@@ -34,6 +37,16 @@ def test_published_counts(table):
     # ResNet-18 has 11,689,512 parameters with 1,000 classes, and EfficientNet-Lite0 4,652,008 (papers and torchvision).
     assert table["efficientnet-lite0"].parameters_with(1000) == 4_652_008
     assert table["torchvision/alexnet"].parameters_with(1000) == 61_100_840
+
+
+def test_the_students_of_a_search_are_in_the_table_and_timed(table):
+    names = [name for families in (STUDENTS, SMALL_IMAGE_STUDENTS) for family in families.values() for name in family]
+    assert [name for name in [*names, REFERENCE] if name not in table] == []
+    assert [name for name in names if table[name].latency is None] == []
+    for families in (STUDENTS, SMALL_IMAGE_STUDENTS):
+        for family in families.values():  # from small to large
+            sizes = [table[name].multiply_adds for name in family]
+            assert sizes == sorted(sizes), family
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):

@@ -42,7 +42,7 @@ SMALL_IMAGE_STUDENTS: dict[str, tuple[str, ...]] = {  # for images of up to ``SM
     "wide resnet": ("cifar/wrn_16_1", "cifar/wrn_40_1", "cifar/wrn_16_2", "cifar/wrn_40_2"),
     "resnet x4": ("cifar/resnet8x4", "cifar/resnet32x4"),
     "mobilenetv2": ("cifar/mobilenetv2",),
-    "shufflenet": ("cifar/shufflenetv2", "cifar/shufflenetv1"),
+    "shufflenet": ("cifar/shufflenetv1", "cifar/shufflenetv2"),
     "vgg": ("cifar/vgg8", "cifar/vgg11", "cifar/vgg13"),
 }
 SMALL_IMAGE = 64
