@@ -9,8 +9,8 @@ LOCKED := solar efficientnet-lite datasets export openvino executorch coreml ser
 .PHONY: demo test check docs lock setup clean
 .DELETE_ON_ERROR:
 
-demo: setup  ## teacher, baseline and distilled student on real images, in minutes
-	$(BIN)/potstill run quickstart --overwrite
+demo: setup  ## teacher, baseline and distilled student on real images, five seeds, in minutes
+	$(BIN)/potstill run few-labels --seeds 5 --overwrite
 
 test: setup  ## unit and end-to-end tests
 	$(BIN)/python -m pytest -q -n auto

@@ -33,7 +33,7 @@ from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import RecordFormat
-from potstill.evaluation.metrics import StreamingMetrics
+from potstill.evaluation.metrics import StreamingMetrics, TermAverages
 from potstill.input_spec import InputSpec
 from potstill.methods.kd import KD, kd_loss
 from potstill.methods.supervised import Supervised
@@ -42,7 +42,6 @@ from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import GradientAccumulator, create_optimizer
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import TermAverages
 from potstill.training.student_forward import StudentCompiler
 from potstill.types import Batch
 

@@ -34,6 +34,7 @@ PAGES = {
         "call these functions. The run folder that they write is described in [Run folder](../run-folder.md).",
         (
             "potstill.api:run",
+            "potstill.api:fit",
             "potstill.api:load",
             "potstill.export.predict:predict",
             "potstill.export.predict:Prediction",

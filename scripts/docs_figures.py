@@ -17,7 +17,7 @@ from PIL import Image
 from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
 from potstill.io import write_bytes, write_text
-from potstill.report import canvas, theme
+from potstill.report import canvas
 from potstill.report.canvas import as_png
 from potstill.report.run_reader import Run, read_run
 from potstill.report.stage_figures import draw_loss, draw_stages
@@ -85,17 +85,17 @@ def draw_soft_targets(figure, run: Run, examples: list[Example]) -> None:
         for axes, temperature in zip(bars, TEMPERATURES, strict=True):
             values = soften(example.probabilities, temperature)
             is_label = [name == example.label for name in run.class_names]
-            axes.bar(positions, values, color=[theme.RIGHT if each else theme.WRONG for each in is_label])
+            axes.bar(positions, values, color=[canvas.RIGHT if each else canvas.WRONG for each in is_label])
             for x, value in zip(positions, values, strict=True):
                 if value >= 0.005:
-                    axes.text(x, value + 0.02, f"{100 * value:.0f}", ha="center", fontsize=6.5, color=theme.FAINT)
+                    axes.text(x, value + 0.02, f"{100 * value:.0f}", ha="center", fontsize=6.5, color=canvas.FAINT)
             axes.set_ylim(0, 1.12)
             axes.set_yticks([0, 0.5, 1], ["0", "50", "100 %"])
             axes.set_xticks(positions, run.class_names, fontsize=7)
             axes.grid(visible=False, axis="x")
             if row == 0:
                 axes.set_title(f"T = {temperature}")
-    figure.supxlabel("blue: the probability of the label; orange: of the other classes", fontsize=8, color=theme.FAINT)
+    figure.supxlabel("blue: the probability of the label; orange: of the other classes", fontsize=8, color=canvas.FAINT)
 
 
 def grid_as_png(draw: canvas.DrawFunction, size: tuple[float, float]) -> bytes:

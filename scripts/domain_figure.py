@@ -18,11 +18,11 @@ from docs_figures import DOCS, grid_as_png, save
 from potstill.config.recipe import load_recipe
 from potstill.data.datasets import load_data
 from potstill.data.splits import DataSplits
-from potstill.report import theme
+from potstill.report import canvas
 from potstill.report.run_reader import Run, read_run
 
 SHOWN = 10  # classes
-BARS = (("teacher", theme.TEACHER), ("baseline", theme.BASELINE), ("distilled", theme.DISTILLED))
+BARS = (("teacher", canvas.TEACHER), ("baseline", canvas.BASELINE), ("distilled", canvas.DISTILLED))
 
 
 def main() -> None:
@@ -71,13 +71,13 @@ def bars(axes: Any, runs: list[tuple[Run, str]], key: str) -> None:
             found = figures(run, stage, key)
             axes.bar(at + (place - 1.5) * width, np.mean(found), width * 0.9, color=colour,
                      label=stage if at == 0 else None)  # fmt: skip
-            axes.plot([at + (place - 1.5) * width] * 2, [min(found), max(found)], color=theme.INK, linewidth=1)
+            axes.plot([at + (place - 1.5) * width] * 2, [min(found), max(found)], color=canvas.INK, linewidth=1)
             label(axes, at + (place - 1.5) * width, float(np.mean(found)), max(found))
         alone = (run.comparison or {}).get("domain", {}).get("adapted_baseline_top1")
         if key == "test" and alone is not None:
-            axes.bar(at + 1.5 * width, alone, width * 0.9, color=theme.PAPER, edgecolor=theme.BASELINE)
+            axes.bar(at + 1.5 * width, alone, width * 0.9, color=canvas.PAPER, edgecolor=canvas.BASELINE)
             label(axes, at + 1.5 * width, alone, alone)
-    axes.bar(0, 0, color=theme.PAPER, edgecolor=theme.BASELINE, label="baseline with AdaBN")
+    axes.bar(0, 0, color=canvas.PAPER, edgecolor=canvas.BASELINE, label="baseline with AdaBN")
     axes.set_xticks(range(len(runs)), [name for _, name in runs])
     axes.set_ylim(0, 1.18)
     axes.grid(visible=False, axis="x")
@@ -91,7 +91,7 @@ def figures(run: Run, stage: str, key: str) -> list[float]:
 
 def label(axes: Any, x: float, value: float, top: float) -> None:
     """The number above a bar."""
-    axes.text(x, top + 0.02, f"{100 * value:.0f}", ha="center", fontsize=6.5, color=theme.FAINT)
+    axes.text(x, top + 0.02, f"{100 * value:.0f}", ha="center", fontsize=6.5, color=canvas.FAINT)
 
 
 if __name__ == "__main__":

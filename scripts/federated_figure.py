@@ -18,10 +18,12 @@ from docs_figures import DOCS, save
 from potstill.contrib.federated import ALGORITHMS
 from potstill.contrib.federated.federation import RESULTS_FILE
 from potstill.io import read_checksummed_json
-from potstill.report import theme
+from potstill.report import canvas
 from potstill.report.canvas import as_png
 
-COLOURS = dict(zip(ALGORITHMS, (theme.BASELINE, theme.DISTILLED, theme.VAL, theme.TEACHER, theme.TEST), strict=True))
+COLOURS = dict(
+    zip(ALGORITHMS, (canvas.BASELINE, canvas.DISTILLED, canvas.VAL, canvas.TEACHER, canvas.TEST), strict=True)
+)
 
 
 def main() -> None:
@@ -46,9 +48,9 @@ def draw(figure: Any, found: list[dict[str, Any]]) -> None:
         ("alone", [run["alone"]["mean"] for run in found]),
     ):
         height = 100 * float(np.mean(share))
-        right.axhline(height, color=theme.FAINT, linestyle=":", linewidth=1.2)
+        right.axhline(height, color=canvas.FAINT, linestyle=":", linewidth=1.2)
         place = right.get_yaxis_transform()
-        right.text(0.02, height + 1, name, fontsize=7, color=theme.FAINT, transform=place)
+        right.text(0.02, height + 1, name, fontsize=7, color=canvas.FAINT, transform=place)
     left.set_title("top-1 on val, % (mean)")
     left.set_xlabel("round")
     left.legend(fontsize=7)

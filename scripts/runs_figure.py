@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from docs_figures import save
 
-from potstill.report import theme
+from potstill.report import canvas
 from potstill.report.canvas import as_png
 from potstill.report.run_reader import Run, read_run
 
@@ -34,10 +34,10 @@ def draw(figure: Any, runs: list[tuple[Run, str]]) -> None:
     """A line of dots for each run, and above them the baseline of the first."""
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, factor, title in ((left, "top1", 100, "top-1 on test, %"), (right, "nll", 1, "NLL on test, nats")):
-        dots(axes, 0, factor * figures(runs[0][0], "baseline", key), theme.BASELINE)
+        dots(axes, 0, factor * figures(runs[0][0], "baseline", key), canvas.BASELINE)
         for at, (run, _) in enumerate(runs, start=1):
-            dots(axes, at, factor * figures(run, "distilled", key), theme.DISTILLED)
-        axes.axvline(factor * of_teachers(runs[0][0], key), color=theme.TEACHER, linestyle="--", linewidth=1.2)
+            dots(axes, at, factor * figures(run, "distilled", key), canvas.DISTILLED)
+        axes.axvline(factor * of_teachers(runs[0][0], key), color=canvas.TEACHER, linestyle="--", linewidth=1.2)
         axes.set_title(title)
     left.set_yticks(range(len(runs) + 1), ["baseline", *(name for _, name in runs)])
     left.set_ylim(len(runs) + 0.6, -0.6)
@@ -46,7 +46,7 @@ def draw(figure: Any, runs: list[tuple[Run, str]]) -> None:
 def dots(axes: Any, at: int, values: np.ndarray, colour: str) -> None:
     """Each seed, and their mean as a bar."""
     axes.plot(values, np.full(len(values), at), "o", color=colour, markersize=5, alpha=0.75, markeredgewidth=0)
-    axes.plot([values.mean()] * 2, [at - 0.3, at + 0.3], color=theme.INK, linewidth=1.6)
+    axes.plot([values.mean()] * 2, [at - 0.3, at + 0.3], color=canvas.INK, linewidth=1.6)
 
 
 def figures(run: Run, stage: str, key: str) -> np.ndarray:

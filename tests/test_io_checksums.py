@@ -43,12 +43,15 @@ def test_what_was_written_comes_back(tmp_path, write, read, value):
 
 
 @pytest.mark.parametrize(("write", "read", "value"), KINDS)
-def test_every_single_changed_bit_and_every_cut_is_seen(tmp_path, write, read, value):
+def test_every_changed_byte_and_every_cut_is_seen(tmp_path, write, read, value):
+    """Every bit of the digest and what stands around it; one bit of every byte of the content, another each time."""
     path = tmp_path / "x"
     write(path)
     whole = path.read_bytes()
+    content = bytes(range(256)) if value == bytes(range(256)) else b""
+    inside = range(at := whole.find(content), at + len(content))
     for position in range(len(whole)):
-        for bit in range(8):
+        for bit in (position % 8,) if position in inside else range(8):
             changed = bytearray(whole)
             changed[position] ^= 1 << bit
             path.write_bytes(changed)

@@ -4,7 +4,7 @@ from typing import Literal
 import pytest
 
 from potstill.errors import UsageError
-from potstill.options import Count, NonNegative, Positive, Share, checked
+from potstill.options import Count, Epochs, NonNegative, Positive, Share, checked, json_schema, value_problems
 
 
 @checked
@@ -36,6 +36,19 @@ def test_allowed(good):
 def test_refused(bad, message):
     with pytest.raises(UsageError, match=message):
         options(**bad)
+
+
+@pytest.mark.parametrize("good", [0, 2.5, 300, "0%", "5%", "12.5%", "100%"])
+def test_epochs_are_a_number_or_a_share(good):
+    assert value_problems("e", json_schema(Epochs), good) == []
+    assert value_problems("e", json_schema(Epochs | None), None) == []
+
+
+@pytest.mark.parametrize("bad", [-1, True, "5", "101%", "-5%", "5 %", "%", "100.5%", "nan%", "5%\n"])
+def test_refused_as_epochs(bad):
+    assert value_problems("e", json_schema(Epochs), bad) == [
+        f"e must be a number at least 0 or a share of the training such as 10%, got {bad!r}"
+    ]
 
 
 def test_a_range_on_a_positional_argument_is_a_mistake_of_ours():

@@ -143,7 +143,12 @@ def test_every_command_that_trains_names_settings_that_exist(pages, reader):
             continue
         recipe = given["recipe"] if not given["recipe"].endswith(".yaml") else "quickstart"
         teachers = [name for name in given["teacher"] or [] if not OF_THE_READER.search(name)]
-        flags = {"--data": given["data"], "--teacher": teachers or None, "--method": given["method"]}
+        flags = {
+            "--data": given["data"],
+            "--folds": given.get("folds"),
+            "--teacher": teachers or None,
+            "--method": given["method"],
+        }
         settings = given["settings"] or ()
         if given["teacher"] and not teachers:  # without the reader's weights there are no classes to name
             settings = [each for each in settings if not each.startswith("teacher.")]

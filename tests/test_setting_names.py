@@ -13,7 +13,7 @@ from potstill.data.builtin.cifar100 import CifarOptions
 from potstill.data.builtin.fashion_mnist import FashionOptions
 from potstill.data.builtin.solar import SolarOptions
 from potstill.data.file_datasets import ShardOptions
-from potstill.methods import list_own_methods, method_info
+from potstill.methods import METHOD_SETTINGS, list_own_methods, method_info
 from potstill.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PLACEHOLDERS = {"key", "KEY"}
 TENSORS = {"student.maps", "teacher.maps"}  # of Python code in a page on methods
 
-METHOD_OPTIONS = {"name", "preset", "factor", "methods", "schedule"} | {
+METHOD_OPTIONS = {"name", "factor", "methods", *METHOD_SETTINGS} | {
     option for name in list_own_methods() for option in method_info(name).options
 }
 DATA_OPTIONS = {

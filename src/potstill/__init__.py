@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from potstill.api import fit as fit
     from potstill.api import load as load
     from potstill.api import run as run
     from potstill.distillation.distiller import Distiller as Distiller
@@ -24,6 +25,7 @@ _HOMES = {
     "Distiller": "potstill.distillation.distiller",
     "create_method": "potstill.methods",
     "create_model": "potstill.models.factory",
+    "fit": "potstill.api",
     "load": "potstill.api",
     "predict": "potstill.export.predict",
     "run": "potstill.api",

@@ -11,7 +11,7 @@ from potstill.config.recipe import load_recipe
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
-from potstill.experiment.run_folder import find_model
+from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec
 from potstill.loggers.observer import log_files
@@ -19,6 +19,9 @@ from potstill.models.factory import OWN_WEIGHTS
 from potstill.models.families.own_models import GIVEN, Network, given_networks
 from potstill.models.model_file import Classifier, load_model
 from potstill.report.render import render
+from potstill.report.sweep import render_sweep
+from potstill.sweep.fit import fit as search
+from potstill.sweep.halving import FRESH_SEEDS
 from potstill.training.callbacks import Observer, SilentObserver
 
 
@@ -59,6 +62,9 @@ def run(
             in ``overrides`` or in a dict needs no permission.
         observer: its methods are called with the progress; None: no output.
 
+    With ``data.folds``, the run folder is that of a cross-validation: it has the results of all folds, and a run folder
+    for each, ``fold-1`` and so on.
+
     A run may end without its distilled student (``teacher_below_baseline: stop``): ``not_distilled`` of results.json
     then gives the reason.
 
@@ -78,8 +84,72 @@ def run(
             observer=observer,
         )
     render(path)
-    log_files(path, observer or SilentObserver())
+    for each in (*(fold.path for fold in RunFolder(path).folds), path):
+        log_files(each, observer or SilentObserver())
     return path
+
+
+def fit(
+    data: str | Path,
+    *,
+    under: str | None = None,
+    within: str | None = None,
+    teacher: str | Sequence[str] | None = None,
+    students: Sequence[str] = (),
+    int8: bool = False,
+    recipe: str | Path | Mapping[str, Any] = "photos",
+    overrides: tuple[str, ...] = (),
+    seeds: int = FRESH_SEEDS,
+    output_dir: str | Path = "runs",
+    name: str | None = None,
+    resume: bool = False,
+    allow_code: bool = False,
+    observer: Observer | None = None,
+) -> Path:
+    """Find the best small student for these images, within limits and a budget of time; return the folder.
+
+    It is also the command ``potstill fit``.  ``export/model.onnx`` in the folder is the exported student, fit.json has
+    all that was found, and sweep.html is the report.
+
+    Args:
+        data: a folder of images, a manifest, or the name of a data set.
+        under: limits of the exported student, such as ``"5ms,2MB"``: the time of one image on one thread of this CPU,
+            and the size of the file; None: none.
+        within: the time for everything, such as ``"30min"``; None: as long as all candidates take.
+        teacher: in place of the recipe's, as after ``--teacher``; or several.
+        students: names of the networks to consider; empty: small ones of the model table.
+        int8: export to int8; the limits are of that file.
+        recipe: teacher, augmentation and training.
+        overrides: changes of the recipe's settings; as after ``--set``.
+        seeds: fresh seeds of winner and baseline, if there is time for so many.
+        output_dir: folder in which the folder of the search is created.
+        name: its name; None: the recipe's name and "-fit".
+        resume: continue a search with the same settings.
+        allow_code: run code that a recipe file names.
+        observer: its methods are called with the progress; None: no output.
+
+    Raises:
+        UsageError: limits that no network meets, or a budget that is too small for one candidate.
+        PotstillError: any other error that the user can correct.
+    """
+    teachers = None if teacher is None else [teacher] if isinstance(teacher, str) else list(teacher)
+    flags: dict[str, Any] = {"--data": str(data), "--teacher": teachers, "--allow-code": allow_code}
+    folder, _ = search(
+        recipe,
+        overrides,
+        flags,
+        output_dir=Path(output_dir),
+        name=name,
+        under=under,
+        within=within,
+        students=students,
+        seeds=seeds,
+        int8=int8,
+        resume=resume,
+        observer=observer,
+    )
+    render_sweep(folder)
+    return folder
 
 
 def _name_networks(

@@ -70,7 +70,11 @@ class Progress:
         """Print how long the run and each stage will take."""
         self._expected = dict(estimate())
         if self._expected:
-            each = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in self._expected.items())
+            sums = dict[str, float]()  # of all folds
+            for name, seconds in self._expected.items():
+                role = name.rpartition("/")[2]
+                sums[role] = sums.get(role, 0.0) + seconds
+            each = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in sums.items())
             self._line(f"expected: about {format_duration(sum(self._expected.values()))} on this machine ({each})")
 
     def stage(self, name: str, detail: str) -> None:

@@ -8,6 +8,7 @@ become JSON schemas, which is what values are checked against.
 import functools
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -33,6 +34,14 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """Allowed text: what a regular expression matches as a whole; ``says`` describes it for people."""
+
+    expression: str
+    says: str
+
+
+@dataclass(frozen=True)
 class Reference:
     """A value with a schema of its own, by that schema's name."""
 
@@ -43,10 +52,16 @@ Positive = Annotated[float, Range(low=0, open_low=True)]
 NonNegative = Annotated[float, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1)]
 Count = Annotated[int, Range(low=1)]
+# A length of time or a point in it: a number of epochs, or a share of the training such as "10%".
+Epochs = (
+    Annotated[float, Range(low=0)]
+    | Annotated[str, Pattern(r"(100(\.0+)?|\d{1,2}(\.\d+)?)%", "a share of the training such as 10%")]
+)
 MethodSettings = Annotated[dict[str, Any], Reference("Method")]  # a method inside a method: name and options
 
 METHOD_SCHEMA: Schema = {"$ref": "#/$defs/Method"}
 WEIGHT_SCHEMA: Schema = {"type": "number", "minimum": 0}
+SCALING_SCHEMA: Schema = {"enum": ["paper", "auto"]}
 
 _PLAIN: dict[Any, str] = {
     bool: "boolean",
@@ -74,17 +89,20 @@ class Option:
     default: Any = REQUIRED
     fixed: bool = False
     schema: Schema = field(default_factory=dict)
+    of_epochs: int | None = None
 
 
-def option(*, default: Any = REQUIRED, doc: str, fixed: bool = False) -> Any:
+def option(*, default: Any = REQUIRED, doc: str, fixed: bool = False, of_epochs: int | None = None) -> Any:
     """Declare an option in the body of a method's class, after its name and type.
 
     Args:
         default: its value if it is not given; without one it must be given.
         doc: what it is, in one sentence, for help, docs and schema.
         fixed: it takes effect when the method is built, so that a schedule cannot change it later.
+        of_epochs: length of the authors' training, of which the default is a number of epochs; a shorter training takes
+            the same share instead.
     """
-    return Option(doc, default, fixed)
+    return Option(doc, default, fixed, of_epochs=of_epochs)
 
 
 def json_schema(annotation: Any) -> Schema:
@@ -105,6 +123,8 @@ def json_schema(annotation: Any) -> Schema:
         for extra in arguments[1:]:
             if isinstance(extra, Reference):
                 schema = {"$ref": f"#/$defs/{extra.name}"}
+            elif isinstance(extra, Pattern):
+                schema |= {"pattern": f"^(?:{extra.expression})$", "description": extra.says}
             elif isinstance(extra, Range):
                 limits = {"exclusiveMinimum" if extra.open_low else "minimum": extra.low, "maximum": extra.high}
                 schema |= {key: limit for key, limit in limits.items() if math.isfinite(limit)}
@@ -140,6 +160,8 @@ def allowed_values(schema: Schema) -> str:
     if schema.get("type") == "array" and "items" in schema:
         inner = schema["items"]
         return "a list of methods" if inner == METHOD_SCHEMA else f"a list, each {allowed_values(inner)}"
+    if "pattern" in schema:
+        return str(schema["description"])
     return " ".join(part for part in (_WORDS.get(schema.get("type", ""), "a value"), _limits(schema)) if part)
 
 
@@ -147,7 +169,11 @@ def value_problems(key: str, schema: Schema, value: Any) -> list[str]:
     """Everything that is wrong with a value, as sentences that begin with ``key``; references are not followed."""
     if "anyOf" in schema:
         tried = [value_problems(key, each, value) for each in schema["anyOf"]]
-        return [] if [] in tried else tried[0]
+        if [] in tried:
+            return []
+        if any("pattern" in each for each in schema["anyOf"]):
+            return [f"{key} must be {allowed_values(schema)}, got {value!r}"]
+        return tried[0]
     if "enum" in schema:
         if any(value == each and type(value) is type(each) for each in schema["enum"]):
             return []
@@ -161,6 +187,8 @@ def value_problems(key: str, schema: Schema, value: Any) -> list[str]:
     limits = _limits(schema)
     if not fits:
         return [f"{key} must be {' '.join(part for part in (_WORDS[kind], limits) if part)}, got {value!r}"]
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
+        return [f"{key} must be {allowed_values(schema)}, got {value!r}"]
     if kind == "array":
         inner = schema.get("items", {})
         return [text for at, each in enumerate(value) for text in value_problems(f"{key}[{at}]", inner, each)]

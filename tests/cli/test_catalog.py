@@ -4,6 +4,7 @@ import pytest
 
 from potstill.cli import catalog, main
 from potstill.methods import StepCost, list_own_methods
+from potstill.models.model_table import ModelRow
 
 
 def shown(name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -62,3 +63,60 @@ def test_every_method_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_method_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "revewkd"]) == 2
     assert "did you mean 'reviewkd'?" in capsys.readouterr().err
+
+
+TABLE = [
+    ModelRow("cifar/resnet8", 32, 70_000, 65, 9, 12_000_000, 0.02),
+    ModelRow("cifar/resnet14", 32, 170_000, 65, 15, 26_000_000, 0.04),
+    ModelRow("efficientnet-lite0", 224, 3_400_000, 1281, 50, 380_000_000, 0.5),
+    ModelRow("timm/resnet18", 224, 11_000_000, 513, 21, 1_800_000_000, 1.0),
+    ModelRow("torchvision/alexnet", 224, 57_000_000, 4097, 8, 700_000_000, None),
+    ModelRow("timm/not_in_this_version", 224, 1, 1, 1, 1, 0.001),
+]
+
+
+def listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    """Return the cells of the table, with a reference network that takes 20 ms."""
+    monkeypatch.setattr("potstill.models.model_table.read_table", lambda: TABLE)
+    monkeypatch.setattr("potstill.evaluation.cost.measure_reference", lambda: 20.0)
+    assert main(["models", *arguments]) == 0
+    output = capsys.readouterr()
+    assert "estimated" in output.err
+    return [line.split("  ") for line in output.out.splitlines()[2:]]
+
+
+def test_models_below_limits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [row[0] for row in listed(monkeypatch, capsys, "--under", "10ms")]
+    assert names == ["cifar/resnet8", "cifar/resnet14", "efficientnet-lite0"]
+    names = [row[0] for row in listed(monkeypatch, capsys, "--under", "500kB,2s")]
+    assert names == ["cifar/resnet8"]
+    names = [row[0] for row in listed(monkeypatch, capsys, "--under", "500kB", "--int8")]
+    assert names == ["cifar/resnet8", "cifar/resnet14"]
+    names = [row[0] for row in listed(monkeypatch, capsys, "cifar", "--sort", "parameters")]
+    assert names == ["cifar/resnet8", "cifar/resnet14"]
+    rows = listed(monkeypatch, capsys, "--sort", "multiply-adds")
+    assert [row[0] for row in rows] == [
+        "cifar/resnet8", "cifar/resnet14", "efficientnet-lite0", "torchvision/alexnet", "timm/resnet18",
+    ]  # fmt: skip
+    (row,) = listed(monkeypatch, capsys, "timm/resnet18", "--sort", "size", "--image-size", "112")
+    assert " ".join(row).split() == [
+        "timm/resnet18", "112", "11.0", "M", "450", "M", "44.0", "MB", "11.1", "MB", "5.00", "ms",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--under", "0.1ms"], "Nearest: cifar/resnet8, 0.40 ms and 280 kB (estimated)"),
+        (["--under", "1kB"], "Nearest: cifar/resnet8"),
+        (["--under", "3parsecs"], "unknown unit 'parsecs'"),
+        (["torchvision/vgg11", "--sort", "size"], "the table of sizes has none of"),
+    ],
+)
+def test_limits_that_no_model_meets(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("potstill.models.model_table.read_table", lambda: TABLE)
+    monkeypatch.setattr("potstill.evaluation.cost.measure_reference", lambda: 20.0)
+    assert main(["models", *arguments]) == 2
+    assert says in capsys.readouterr().err

@@ -135,3 +135,27 @@ def test_their_labels_never_count(more: Path) -> None:
     files = UnlabeledFileSet(more, list_images(more, DataSettings())[0])
     loader = Loader(labeled, InputSpec(8), batch_size=3, unlabeled=files)
     assert next(loader.epoch()).labels.tolist() == [0, 1, 1, -100, -100, -100]
+
+
+def test_labels_of_some_training_images_are_used(photos: Path, more: Path) -> None:
+    for i in range(8, 40):
+        add(photos / "ab"[i % 2] / f"{i}.png", i)
+    plain = load_data(DataSettings(source=str(photos), size=8))
+    settings = DataSettings(source=str(photos), size=8, labels_per_class=3)
+    data = load_data(settings)
+    assert data.counts() == {**plain.counts(), "train": {"a": 3, "b": 3}}
+    assert data.unlabeled is not None
+    assert set(data.unlabeled.labels.tolist()) == {-100}
+    assert sorted([*data.train.names, *data.unlabeled.names]) == sorted(plain.train.names)
+    for images in (data.train, data.unlabeled):
+        for i, name in enumerate(images.names):
+            assert (images.pixels(i) == np.asarray(Image.open(photos / name))).all()
+    assert data.origin.endswith(f"in train, 3 labels a class are used, and {len(data.unlabeled)} images without theirs")
+    assert load_data(settings).train.names == data.train.names
+    again = load_data(DataSettings(source=str(photos), size=8, labels_per_class=4))
+    assert set(data.train.names) < set(again.train.names), "more labels are added to the same"
+    assert len({each.fingerprint for each in (plain, data, again)}) == 3
+    with pytest.raises(DataError, match=r"15 keeps all labels, as no class has more than 14 in train"):
+        load_data(DataSettings(source=str(photos), size=8, labels_per_class=15))
+    with pytest.raises(UsageError, match=r"leave out one of data\.labels_per_class and data.unlabeled"):
+        load_data(DataSettings(source=str(photos), size=8, labels_per_class=3, unlabeled=str(more)))

@@ -1,10 +1,22 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from potstill.data.image_sets import ArraySet
-from potstill.data.settings import AugmentSettings
-from potstill.data.splits import DataSplits, check_splits, fingerprint, stratified_split, stratified_subset
-from potstill.errors import DataError
+from potstill.data.image_sets import ArraySet, FileSet, Subset, decoding_set
+from potstill.data.settings import AugmentSettings, DataSettings
+from potstill.data.splits import (
+    DataSplits,
+    assign_folds,
+    check_splits,
+    fingerprint,
+    fold_splits,
+    pool_splits,
+    stratified_split,
+    stratified_subset,
+)
+from potstill.errors import DataError, UsageError
 
 NAMES = [f"image {i}" for i in range(200)]
 LABELS = np.array([0] * 100 + [1] * 60 + [2] * 40)
@@ -98,3 +110,105 @@ def test_all_missing_classes_are_named_at_once() -> None:
     assert "val has no images of 'a'" in str(caught.value)
     with pytest.raises(DataError, match="label 5"):
         check_splits(("a", "b"), {"train": splits_of([0, 1, 5])}, "data")
+
+
+def test_folds_are_stratified_and_even() -> None:
+    folds = assign_folds(NAMES, LABELS, 7, 0, CLASSES)
+    assert np.ptp(np.bincount(folds, minlength=7)) == 1  # 200 images
+    for label in range(3):
+        assert np.ptp(np.bincount(folds[label == LABELS], minlength=7)) <= 1
+    order = np.random.default_rng(0).permutation(200)
+    again = assign_folds([NAMES[i] for i in order], LABELS[order], 7, 0, CLASSES)
+    assert (again == folds[order]).all()
+    assert (assign_folds(NAMES, LABELS, 7, 1, CLASSES) != folds).any()
+
+
+def test_a_group_stays_in_one_fold() -> None:
+    groups = np.arange(200) // 2
+    folds = assign_folds(NAMES, LABELS, 5, 0, CLASSES, groups)
+    assert (folds[0::2] == folds[1::2]).all()
+    assert np.bincount(folds).tolist() == [40] * 5
+
+
+@pytest.mark.parametrize(
+    ("count", "folds", "message"),
+    [
+        (
+            4,
+            5,
+            "not enough images for 5 folds: every class needs at least 5 images, but 'small' has 4; at most 4 folds",
+        ),
+        (3, 2, "every class needs at least 4 images, but 'small' has 3"),  # one of the two left would be all of train
+        (2, 2, "give these classes more images"),
+    ],
+)
+def test_classes_too_small_for_the_folds_are_named(count: int, folds: int, message: str) -> None:
+    labels = np.array([0] * 20 + [1] * count)
+    with pytest.raises(DataError, match=message):
+        assign_folds(NAMES[: len(labels)], labels, folds, 0, ("large", "small"))
+
+
+def pictured(labels: list, names: list, **more: object) -> ArraySet:
+    pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None] + np.zeros((1, 2, 2), np.uint8)
+    return ArraySet(pixels, labels, names)
+
+
+def three_splits() -> DataSplits:
+    train = pictured([0, 1] * 8, [f"train/{i}" for i in range(16)])
+    val, test = (pictured([0, 1] * 2, [f"{split}/{i}" for i in range(4)]) for split in ("val", "test"))
+    return DataSplits(("a", "b"), train, val, test, "made", "own splits", "0" * 64, AugmentSettings())
+
+
+def test_given_splits_are_pooled_and_each_image_is_tested_once() -> None:
+    data = pool_splits(three_splits())
+    folds = [fold_splits(data, DataSettings(folds=4, fold=fold)) for fold in (1, 2, 3, 4)]
+    every = {*data.train.names, *data.val.names, *data.test.names}
+    assert sorted(name for each in folds for name in each.test.names) == sorted(every)
+    for each in folds:
+        assert {*each.train.names, *each.val.names} == every - {*each.test.names}
+        assert each.counts()["test"] == {"a": 3, "b": 3}
+        assert "pooled" in each.origin
+        for split in ("train", "val", "test"):
+            images = each.split(split)
+            assert [int(images.pixels(i)[0, 0, 0]) for i in range(len(images))] == [
+                int(name.split("/")[1]) for name in images.names
+            ]
+    assert len({each.fingerprint for each in folds} | {data.fingerprint}) == 5
+    assert folds[0].fingerprint == fold_splits(three_splits(), DataSettings(folds=4, fold=1)).fingerprint
+
+
+def test_all_folds_are_decoded_as_one_set() -> None:
+    data = pool_splits(three_splits())
+    sets = [decoding_set(fold_splits(data, DataSettings(folds=4, fold=fold)).train, "own") for fold in (1, 2)]
+    assert sets[0][0] is sets[1][0]
+    assert sets[0][2] == sets[1][2] == f"{data.fingerprint}/train"
+    plain = Subset(data.train, [1, 0])
+    assert decoding_set(plain, "own") == (plain, None, "own")
+
+
+def test_the_fold_all_tests_one_image_of_each_class() -> None:
+    found = fold_splits(three_splits(), DataSettings(folds=4, fold="all"))
+    assert found.counts()["test"] == {"a": 1, "b": 1}
+    assert len(found.train) + len(found.val) == 22
+
+
+def test_files_of_equal_content_stay_in_one_fold() -> None:
+    files = FileSet(Path("photos"), [f"{i}.png" for i in range(40)], [0, 1] * 20)
+    # 0.png and 2.png, 4.png and 6.png, ... are copies
+    files.expect({f"{i}.png": f"1 {i // 4 * 2 + i % 2:064x}" for i in range(40)})
+    parts = [Subset(files, index) for index in (np.arange(20), np.arange(20, 30), np.arange(30, 40))]
+    data = replace(three_splits(), train=parts[0], val=parts[1], test=parts[2])
+    for fold in (1, 2, 3):
+        test = {
+            int(name.removesuffix(".png")) for name in fold_splits(data, DataSettings(folds=3, fold=fold)).test.names
+        }
+        assert {i + 2 if i % 4 < 2 else i - 2 for i in test} == test
+    assert pool_splits(data).pool.images is files  # type: ignore[union-attr]
+
+
+def test_folds_need_a_fold_and_names_that_differ() -> None:
+    with pytest.raises(UsageError, match="name its fold"):
+        fold_splits(three_splits(), DataSettings(folds=3))
+    data = three_splits()
+    with pytest.raises(DataError, match="4 names are those of several images"):
+        pool_splits(replace(data, val=data.test))

@@ -3,7 +3,7 @@ import timm
 import torch
 import torchvision
 
-from potstill.distillation.output_router import format_pairs, last_pair, middle_pair, pair_stages
+from potstill.distillation.output_router import format_pairs, middle_pair, pair_stages
 from potstill.errors import UsageError
 from potstill.features.stages import NetworkStructure, Stage, find_stages
 from potstill.models.factory import create_model
@@ -49,7 +49,7 @@ def test_every_stage_of_the_network_with_fewer_has_a_partner():
 
 def test_middle_and_last():
     four, five = structure(64, 16, 8, 4, 2), structure(64, 32, 16, 8, 4, 2)
-    assert numbers([middle_pair(four, five), last_pair(four, five)]) == [(1, 2), (3, 4)]
+    assert numbers([middle_pair(four, five), pair_stages(four, five)[-1]]) == [(1, 2), (3, 4)]
     three = structure(32, 32, 16, 8)
     assert numbers([middle_pair(three, three)]) == [(1, 1)]  # where the published FitNet numbers have their hint
     assert numbers([middle_pair(five, five)]) == [(2, 2)]

@@ -58,6 +58,11 @@ def test_loss_terms_are_means_over_all_images(found):
         assert each["terms"] == pytest.approx({"ce": mean, "kd": 2 * mean}, rel=1e-6)
 
 
+def test_a_term_has_one_factor_in_all_processes(found):
+    """Gradients of 2 and 8 against 1 and 1: the factor is 2/10."""
+    assert [each["scaled"] for each in found] == pytest.approx([0.2 * 2, 0.2 * 8])
+
+
 def test_training_is_that_of_one_process(found, alone):
     """Without BatchNorm nothing depends on who sees which image, also in a last batch that is shared 3 to 2."""
     first, second = (each["training"] for each in found)

@@ -17,8 +17,9 @@ from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import RecordFormat
+from potstill.distillation.term_scaling import TermScaling
 from potstill.distributed.group import ProcessGroup, process_group
-from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics
+from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.evaluation.predictions import predict_probabilities
 from potstill.input_spec import InputSpec
 from potstill.methods.kd import KD
@@ -26,7 +27,6 @@ from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute, DistributedDistiller, gather_metrics
 from potstill.training.optim import GradientAccumulator
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import TermAverages
 from potstill.training.trainer import Trainer
 
 SPEC = InputSpec(size=4, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -112,6 +112,15 @@ def held_back(processes):
     return norms[-2:]
 
 
+def scaled(processes):
+    """The factor of a term on a hidden layer of which each process sees another size."""
+    weight, scaling = torch.nn.Parameter(torch.tensor(1.0)), TermScaling()
+    hidden = weight * 1.0
+    logits = hidden.reshape(1, 1)
+    terms = {"ce": logits.sum(), "hint": (2.0 + 6.0 * processes.rank) * hidden}
+    return scaling(terms, logits, [weight])["hint"].item()
+
+
 def fill(processes, folder):
     """A store that both fill: what each has asked, and what is there afterwards."""
     found, asked = distiller(), []
@@ -152,6 +161,7 @@ def main(folder):
             "terms": terms_of(processes),
             "training": train(processes, own),
             "held back": held_back(processes),
+            "scaled": scaled(processes),
             "store": fill(processes, folder / "store"),
         }
         (folder / f"{processes.rank}.json").write_text(json.dumps(found))

@@ -26,7 +26,7 @@ from potstill.training.devices import create_compute
 from potstill.training.optim import create_optimizer, lr_factor
 
 CIFAR = [name for name in list_recipes() if name.startswith("cifar100/")]
-# A pair for each kind of student; the networks of all are made in tests/models/test_cifar_networks.py.
+# A pair for each kind of student; the networks of all are made in tests/models/test_cifar.py.
 QUICK = {name.rpartition("-")[2].rstrip("0123456789x_v"): name for name in CIFAR}.values()
 OTHERS = [*(name for name in list_recipes() if name.startswith("imagenet/")), "funmatch"]
 SMALL_RATES = ("mobilenet", "shufflenet")

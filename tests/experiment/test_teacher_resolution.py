@@ -36,7 +36,7 @@ def identities(cache: Path) -> list[dict]:
 @pytest.fixture
 def seen(monkeypatch):
     """Sizes of the images that teachers get, those of the trial before the run and of the cost left out."""
-    from potstill.distillation.feature_extractor import FeatureExtractor
+    from potstill.distillation.teachers import FeatureExtractor
 
     sizes, original = [], FeatureExtractor.run
 

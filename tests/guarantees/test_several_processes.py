@@ -2,7 +2,7 @@
 
 Real commands under torchrun, two gloo processes.  What happens to a rank happens at a step of its training
 (``faulty.py``), so that no test depends on how far a process has come in a given time.  A launch costs some seconds:
-what needs none of torchrun is tried in ``tests/distributed/test_watchdog.py``, and the rarer mishaps are ``slow``.
+what needs none of torchrun is tried in ``tests/distributed/test_group_watchdog.py``; the rarer mishaps are ``slow``.
 """
 
 import contextlib
@@ -147,7 +147,7 @@ def test_a_process_that_hangs_in_a_step_is_named_and_ended(unlucky):
     assert re.fullmatch(lost(1, r"makes no progress after \d+ exchanges with the others"), errors[0])
 
 
-@pytest.mark.slow  # quick, without torchrun: tests/distributed/test_watchdog.py, a signal to all
+@pytest.mark.slow  # quick, without torchrun: tests/distributed/test_group_watchdog.py, a signal to all
 def test_a_run_whose_launcher_was_sent_sigterm_is_interrupted(place):
     status, errors = Launch(place, "told", mishap=("told", 6)).end()
     assert status != 0
@@ -166,7 +166,7 @@ def test_what_happened_to_a_run_changes_no_weight(unlucky, place, whole):
     assert weights(place, "unlucky") == whole
 
 
-@pytest.mark.slow  # quick, without torchrun: tests/distributed/test_watchdog.py, an error shown by its rank
+@pytest.mark.slow  # quick, without torchrun: tests/distributed/test_group_watchdog.py, an error shown by its rank
 @pytest.mark.parametrize(
     ("mishap", "code", "shown"),
     [

@@ -88,6 +88,29 @@ def test_weights_rise_evenly_from_the_first_epoch():
         assert terms["ce"].item() == pytest.approx(torch.nn.functional.cross_entropy(student, labels).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "epochs", "length"),
+    [
+        ({}, 240, 20.0),
+        ({}, 300, 20.0),
+        ({}, 24, 2.0),  # the same share of a shorter training
+        ({"warmup_epochs": 20}, 24, 20.0),  # as given
+        ({"warmup_epochs": "50%"}, 24, 12.0),
+        ({"warmup_epochs": "0%"}, 24, 0.0),
+        ({"preset": "imagenet/resnet34-resnet18"}, 10, 1.0),
+    ],
+)
+def test_the_warm_up_is_a_number_of_epochs_or_a_share(given, epochs, length):
+    student, teacher, labels = made()
+    target, _ = slowly(student, teacher, labels, 4.0)
+    method = create_method("dkd", **{"temperature": 4.0, **given})
+    assert method.warmup_length(epochs) == length
+    assert method.adapted_epochs(epochs) == ({} if length in (20, 1) else {"dkd.warmup_epochs": length})
+    method.start_epoch(0, epochs)
+    terms = method(Outputs(student), Outputs(teacher), Batch(torch.zeros(6, 3, 1, 1), labels))
+    assert terms["tckd"].item() == pytest.approx(target / max(length, 1), rel=1e-5)
+
+
 def test_presets_are_the_papers():
     beta = {name: create_method("dkd", preset=name).beta for name in DKD.PRESETS}
     assert beta["cifar100/resnet56-resnet20"] == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import ArtifactError, DataError, PotstillError, UsageError
-from potstill.models.answer_tables import AnswerTable, read_answers
+from potstill.models.answer_tables import AnswerTable, find_rows, read_answers
 
 PATHS = ["cat/0.png", "cat/1.png", "dog/0.png"]
 PROBABILITIES = np.array([[0.75, 0.25], [0.5, 0.5], [0.0, 1.0]], np.float32)
@@ -44,7 +44,7 @@ def test_csv(tmp_path):
     assert (table.kind, table.class_names) == ("embeddings", None)
     with pytest.raises(UsageError, match="has embeddings"):
         table.logits()
-    assert (table.values[table.lookup(["dog/0.png", "cat/0.png"])] == LOGITS[[2, 0]]).all()
+    assert (table.values[find_rows(table.paths, ["dog/0.png", "cat/0.png"], table.origin)] == LOGITS[[2, 0]]).all()
 
 
 def test_parquet(tmp_path):
@@ -163,9 +163,9 @@ def test_images_without_a_row():
     with pytest.raises(
         DataError, match=r"(?s)no row for 2 of 2 images, such as .a/0.png.; 2 of its 2 rows.*cut off .data/."
     ):
-        table.lookup(["a/0.png", "a/1.png"])
+        find_rows(table.paths, ["a/0.png", "a/1.png"], table.origin)
     with pytest.raises(DataError, match=r"no row for 1 of 2 images, such as 'b\.png'; 1 of its 2 rows"):
-        table.lookup(["data/a/0.png", "b.png"])
+        find_rows(table.paths, ["data/a/0.png", "b.png"], table.origin)
     mixed = AnswerTable("t.csv", ("0.png", "more/0.png"), LOGITS[:2], "logits")
-    assert mixed.lookup(["0.png"]).tolist() == [0]
-    assert mixed.lookup(["0.png"], folder="more").tolist() == [1]
+    assert find_rows(mixed.paths, ["0.png"], mixed.origin).tolist() == [0]
+    assert find_rows(mixed.paths, ["0.png"], mixed.origin, "more").tolist() == [1]

@@ -22,7 +22,7 @@ from potstill.errors import ArtifactError, UsageError
 from potstill.io import sha256_hex
 from potstill.models import pretrained
 from potstill.models.factory import create_model, load_for_classes, load_weights
-from potstill.models.families import torchvision_models
+from potstill.models.families import library_models
 
 NAME = "cifar/resnet8"
 
@@ -309,7 +309,7 @@ def test_torchvision_weights_from_the_cache_without_auxiliary_heads(offline, mon
     class Weights:
         url, meta, transforms = f"http://nowhere.invalid/{path.name}", real.meta, real.transforms
 
-    monkeypatch.setattr(torchvision_models, "_default_weights", lambda name: Weights)
+    monkeypatch.setattr(library_models, "_default_weights", lambda name: Weights)
     loaded = load_weights("torchvision/googlenet", "pretrained", classes, size=64)
     assert loaded.new_head is new_head
     if not new_head:

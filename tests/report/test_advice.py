@@ -40,7 +40,7 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
 
 
 def test_every_rule_has_a_line_of_its_own() -> None:
-    assert len(RULES) == len(set(RULES)) == 17
+    assert len(RULES) == len(set(RULES)) == 18
     assert all(rule.__doc__ for rule in RULES)
 
 
@@ -228,3 +228,41 @@ def test_what_is_advised_can_be_typed() -> None:
     assert not any(
         command for *_, command in (advice_context(run(recipe=None, comparison=several(3, -1, 1))) or {})["advice"]
     )
+
+
+def test_folds() -> None:
+    def folds(count: int, seeds: int, low: float, high: float, share: float) -> dict[str, Any]:
+        whole = {"value": 0.01, "low": low, "high": high, "p": 0.5, "confidence": 0.95, "seed_share": share}
+        found = {"folds": count, "seeds": seeds, "figures": {"top1": {"n": count}}, "top1_gain": whole}
+        return gain(0.01, low, high, folds=found)
+
+    assert advice.one_seed(run(comparison=folds(5, 1, -0.1, 0.1, 0.8))) is None
+    found = advice.few_seeds(run(comparison=folds(5, 1, -0.1, 0.1, 0.8)))
+    assert found is not None
+    assert found.flags == ("--resume", "--seeds", "3")
+    assert "80 % of its variance" in found.evidence
+    assert advice.few_seeds(run(comparison=folds(5, 3, -0.1, 0.1, 0.8))) is None
+    assert advice.few_seeds(run(comparison=folds(5, 1, -0.1, 0.1, 0.4))) is None  # images decide
+    few = advice.test_too_small(run(comparison=folds(5, 1, -0.1, 0.1, 0.4)))
+    assert few is not None
+    assert few.flags == ()  # each image is tested already
+    one = advice.test_too_small(run(comparison=gain(0.01, -0.03, 0.05)))
+    assert one is not None
+    assert one.flags == ("--folds", "5")
+    many = advice.test_too_small(run(comparison=gain(0.01, -0.03, 0.05) | {"test_images": 2000}))
+    assert many is not None
+    assert many.flags == ()
+    assert collect_advice(run(comparison=gain(0.01, -0.03, 0.05, fold="fold 1 of 5"))) == []
+
+
+def test_unlabeled_images() -> None:
+    stages = {"teacher": {"val": {"top1": 0.9}}, "distilled": {"train": {"top1": 0.95}, "val": {"top1": 0.8}}}
+    counts = {"train": {"a": 30, "b": 70}}
+    found = advice.unlabeled_images(run(stages, data={"counts": counts}))
+    assert found is not None
+    assert "With 100 training images" in found.evidence
+    assert "15.0 points below" in found.evidence
+    assert advice.unlabeled_images(run(stages, data={"counts": counts, "unlabeled": {"images": 5}})) is None
+    assert advice.unlabeled_images(run({"distilled": stages["distilled"]})) is None  # no teacher
+    stages["distilled"]["val"]["top1"] = 0.9
+    assert advice.unlabeled_images(run(stages)) is None

@@ -5,7 +5,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from potstill.report import theme
+from potstill.report import canvas
 from potstill.report.canvas import as_png, as_svg
 
 DRAWS = True
@@ -14,7 +14,7 @@ NAMES = ["<script>alert(1)</script>", "$x_1$", "\"'&", "猫", "--> <!--"]
 
 def draw(figure: Figure) -> None:
     axes = figure.subplots()
-    axes.plot([1, 2], [1, 2], color=theme.TRAIN)
+    axes.plot([1, 2], [1, 2], color=canvas.TRAIN)
     axes.set_xticks(range(len(NAMES)), NAMES)
 
 
@@ -33,7 +33,7 @@ def test_svg_follows_the_page_and_keeps_names_as_text() -> None:
     assert {text.text for text in root.iter("text")} >= set(NAMES)
     assert not {"script", "style", "metadata", "a"} & {element.tag for element in root.iter()}
     assert "var(--train)" in svg
-    assert theme.TRAIN not in svg
+    assert canvas.TRAIN not in svg
     assert "font-family" not in svg
 
 
@@ -45,6 +45,6 @@ def test_the_users_matplotlib_settings_neither_reach_nor_change() -> None:
 
 
 def test_colours_differ_so_that_each_has_its_variable() -> None:
-    light = [pair[0] for pair in theme.CSS_COLORS.values()]
+    light = [pair[0] for pair in canvas.CSS_COLORS.values()]
     assert len(set(light)) == len(light)
     assert all(colour == colour.lower() for colour in light)

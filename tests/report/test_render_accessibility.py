@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from potstill.report.theme import luminance, rgb_channels
+from potstill.report.canvas import luminance, rgb_channels
 
 DRAWS = True  # pictures have labels too
 FullPage = Callable[[int], str]  # the fixture of conftest.py

@@ -10,7 +10,7 @@ from sklearn.metrics import classification_report, f1_score, precision_score, re
 from potstill.evaluation.final_metrics import final_metrics
 from potstill.report.display_names import display_width
 from potstill.report.run_reader import StageResult, read_predictions, read_run
-from potstill.report.text_reports import classification_report_text, metrics_text, teaching_text
+from potstill.report.text_reports import classification_report_text, metrics_text, teaching_text, training_text
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
 
@@ -83,3 +83,12 @@ def test_where_the_teachers_answers_came_from() -> None:
     teaching |= {"computed": 10_072, "read": 5_036}
     stored = f"{live}; 5,036 of 15,108 outputs read from the teacher cache"
     assert teaching_text(StageResult("distilled", Path(), {"teaching": teaching})) == stored
+
+
+def test_what_a_method_took_from_this_training_and_not_from_its_paper(tmp_path: Path) -> None:
+    facts = {"epochs": 8, "term_factors": {"attention": 0.01234}, "method_epochs": {"dkd.warmup_epochs": 0.6667}}
+    text = training_text(StageResult("distilled", tmp_path, {"training": facts}))
+    assert text.endswith(
+        "; factors on the weights of hidden layers' terms in that epoch: attention 0.012; dkd.warmup_epochs 0.667 as a "
+        "share of the training"
+    )

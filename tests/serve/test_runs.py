@@ -83,7 +83,7 @@ def test_links_inside_a_run_are_not_followed(tmp_path, name):
     (folder / name).unlink()
     (folder / name).symlink_to(outside / name)
     assert "run" in list_runs(tmp_path / "runs") or name == "recipe.yaml"
-    assert report(folder) == (None if name == "report.html" else b"own")
+    assert report("made", folder) == (None if name == "report.html" else b"own")
     found = progress("run", folder)
     assert found["verdict"] is None
     assert bool(found["stages"][0]["epochs"]) == (name != "baseline/metrics.jsonl")

@@ -11,9 +11,9 @@ from potstill.distillation.distiller import Distiller
 from potstill.errors import StorageError
 from potstill.methods.supervised import Supervised
 from potstill.training import checkpointing
+from potstill.training.checkpointing import History
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import History
 
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
 

@@ -137,6 +137,7 @@ def test_at_every_step_of_one_training(tmp_path, whole):
         ("kd", {"optimizer": "dot"}),
         ("kd", {"gradient_accumulation_steps": 2}),
         ("kd", {"ema_decay": 0.8}),
+        (("at", {"weight": 1e4, "scaling": "auto"}), {}),  # the second stop is within the steps that are measured
         (("kd", {"schedule": {"kd": {"shape": "linear", "start": 0.2, "end": 0.8}}}), {}),
     ],
 )

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill.distillation.distiller import Distiller
-from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics
+from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.input_spec import InputSpec
 from potstill.methods import create_method, list_methods, method_info
 from potstill.methods.at import AT
@@ -22,7 +22,6 @@ from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.optim import GradientAccumulator
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import TermAverages
 from potstill.training.trainer import Trainer
 from potstill.types import UNLABELED, Batch
 

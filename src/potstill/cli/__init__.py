@@ -59,6 +59,7 @@ def _options(
 for _verb in (
     run.run,
     run.train,
+    sweep.fit,
     sweep.sweep,
     deployment.predict,
     deployment.evaluate,

@@ -1,15 +1,17 @@
 """Commands that list recipes, models and methods; the text of `potstill methods NAME`."""
 
+import enum
 import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from potstill.errors import UsageError, did_you_mean
+from potstill.formatting import format_milliseconds, format_scaled
 from potstill.methods import (
     MethodInfo,
     StepCost,
@@ -21,6 +23,9 @@ from potstill.methods import (
     step_costs,
 )
 from potstill.options import REQUIRED, Option, allowed_values
+
+if TYPE_CHECKING:
+    from potstill.models.model_table import ModelRow
 
 
 def method_rows() -> list[tuple[str, str, str]]:
@@ -149,16 +154,88 @@ def recipes(
     sys.stdout.write(known[name].read_text("utf-8"))
 
 
+class Order(enum.StrEnum):
+    """Columns by which `models` sorts."""
+
+    latency = "latency"
+    parameters = "parameters"
+    size = "size"
+    multiply_adds = "multiply-adds"
+
+
 def models(
     pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help='Part of a name, or "resnet*".')] = "",
+    under: Annotated[
+        str | None,
+        typer.Option(metavar="LIMITS", help="Only networks below these: 5ms, 2MB or 5ms,2MB (one image; ONNX file)."),
+    ] = None,
+    sort: Annotated[Order | None, typer.Option(help="Sort by this, the smallest first.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Compare the file in int8 with the limit, not float32.")] = False,
+    image_size: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", min=1, help="Height and width of the images.  [default: each network's own]"),
+    ] = None,
+    classes: Annotated[int, typer.Option(metavar="K", min=2, help="Number of classes.")] = 10,
 ) -> None:
-    """List the architectures."""
+    """List the architectures; with --under or --sort, a table of their size and estimated latency."""
     from potstill.models.registry import list_models
 
     names = list_models(pattern)
     if not names:
         raise UsageError(f"no architecture matches {pattern!r}; `potstill models` lists all")
-    sys.stdout.write("".join(f"{name}\n" for name in names))
+    if under is None and sort is None:
+        sys.stdout.write("".join(f"{name}\n" for name in names))
+        return
+    from potstill.models.model_table import REFERENCE, REFERENCE_SIZE, Limits, parse_limits, read_table
+
+    limits = parse_limits(under) if under is not None else Limits()
+    known = set(names)
+    rows = [row for row in read_table() if row.name in known]
+    if not rows:
+        raise UsageError(f"the table of sizes has none of {', '.join(names[:3])}; leave --under and --sort out")
+    from potstill.evaluation.cost import measure_reference
+    from potstill.report.text_reports import aligned_table
+
+    reference = measure_reference()
+    times = {row.name: row.milliseconds(reference, image_size) for row in rows}
+    excess = {row.name: limits.excess(times[row.name], row.file_size(classes, int8=int8)) for row in rows}
+    fitting = [row for row in rows if excess[row.name] <= 1]
+    if not fitting:
+        nearest = min(rows, key=lambda row: excess[row.name])
+        raise UsageError(
+            f"no network{f' that matches {pattern!r}' if pattern else ''} is below {limits}.\nNearest: {nearest.name}, "
+            f"{format_milliseconds(times[nearest.name])} and "
+            f"{format_scaled(nearest.file_size(classes, int8=int8), 'B')} (estimated)"
+        )
+    pixels = {row.name: (1 if image_size is None else (image_size / row.size) ** 2) for row in rows}
+    keys: dict[Order, Callable[[ModelRow], float]] = {
+        Order.latency: lambda row: float("inf") if times[row.name] is None else float(times[row.name] or 0.0),
+        Order.parameters: lambda row: row.parameters_with(classes),
+        Order.size: lambda row: row.file_size(classes, int8=int8),
+        Order.multiply_adds: lambda row: row.multiply_adds * pixels[row.name],
+    }
+    fitting.sort(key=keys[sort or Order.latency])
+    head = ["", "pixels", "parameters", "multiply-adds", "float32", "int8", "latency"]
+    cells = [
+        [
+            row.name,
+            str(image_size or row.size),
+            format_scaled(row.parameters_with(classes)),
+            format_scaled(row.multiply_adds * pixels[row.name]),
+            format_scaled(row.file_size(classes), "B"),
+            format_scaled(row.file_size(classes, int8=True), "B"),
+            format_milliseconds(times[row.name]),
+        ]
+        for row in fitting
+    ]
+    sys.stdout.write(f"{aligned_table([head, *cells])}\n")
+    unknown = sum(times[row.name] is None for row in rows)
+    left_out = f"; {unknown} networks whose latency was not measured are left out" if limits.milliseconds else ""
+    sys.stderr.write(
+        f"{len(fitting)} networks with {classes} classes{left_out}\n"
+        f"latency and file sizes are estimated: one image on one thread, from {REFERENCE} at {REFERENCE_SIZE} px, "
+        f"which takes {format_milliseconds(reference)} here\n"
+    )
 
 
 def methods(

@@ -130,6 +130,13 @@ Seeds = Annotated[
         help=("Train baseline and distilled with N seeds, the teacher once; 5 suffice for a significance test."),
     ),
 ]
+Folds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K",
+        help=("data.folds: cross-validation, K runs that each test another K-th of all images; 5 is usual."),
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the recipe; may be repeated."),
@@ -169,7 +176,7 @@ class Stage(enum.StrEnum):
 
 _RECIPE_FLAGS = (
     "data", "unlabeled", "no_labels", "labeled_test", "teacher", "student", "epochs", "lr", "batch_size", "image_size",
-    "method", "temperature", "alpha", "device", "seed", "seeds", "skip_bad",
+    "method", "temperature", "alpha", "device", "seed", "seeds", "folds", "skip_bad",
 )  # fmt: skip
 
 
@@ -207,6 +214,7 @@ def run(
     output_dir: Root = Path("runs"),
     seed: Seed = None,
     seeds: Seeds = None,
+    folds: Folds = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_code: AllowCode = False,
@@ -408,9 +416,15 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         results = RunFolder(folder).read_results()
         print_results(results, page)
     with Progress() as progress:
-        log_files(folder, progress)
+        for each in (*(fold.path for fold in RunFolder(folder).folds), folder):
+            log_files(each, progress)
         if stopped := results.get("not_distilled"):
             progress.warn(str(stopped))
+    if results.get("folds") and results["stages"].get("distilled"):
+        # A cross-validation measures the recipe; its models have not seen all images.
+        name = f"{folder.resolve().name[:60]}-all"
+        root = [] if folder.parent == Path("runs") else ["--output-dir", str(folder.parent)]
+        next_command = ["potstill", "run", str(folder / "recipe.yaml"), "--set", "data.fold=all", "--name", name, *root]
     models = (stage.get("model") or {} for stage in results["stages"].values())
     if next_command[1] == "predict" and any(is_code_reference(model.get("architecture", "")) for model in models):
         next_command = [*next_command, "--allow-code"]

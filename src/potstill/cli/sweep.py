@@ -1,4 +1,4 @@
-"""The command `sweep`, which searches for settings; also its start in Slurm jobs or on a Ray cluster.
+"""The commands `fit`, which finds a student, and `sweep`, which searches for settings; Slurm jobs and Ray tasks.
 
 Each job is the same command as typed, which joins the sweep's folder; so all machines must see that folder.  The study
 chooses the next trial for every process, however it was started.
@@ -6,6 +6,7 @@ chooses the next trial for every process, however it was started.
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ import typer
 from potstill.cli.run import (
     AllowCode,
     Data,
+    Device,
+    ImageSize,
     LabeledTest,
     NoLabels,
     RecipeName,
@@ -30,8 +33,6 @@ from potstill.cli.run import (
     to_arguments,
 )
 from potstill.errors import UsageError, WorkerError
-
-_MAX_NAME = 64  # characters of a folder's name
 
 
 def sweep(
@@ -93,11 +94,9 @@ def sweep(
 ) -> None:
     """Search for better settings; the same command continues the search, also in parallel processes."""
     flags = recipe_flags(locals()) | {"--allow-code": allow_code}
-    import re
-
     from potstill.config.recipe import load_recipe
     from potstill.sweep import parse_space
-    from potstill.sweep.study import require_optuna
+    from potstill.sweep.study import MAX_NAME, check_name, require_optuna
 
     require_optuna()
     overrides = settings or []
@@ -110,9 +109,8 @@ def sweep(
             "compared by their agreement with the teacher on val"
         )
     grid = space.listed if grid is None else grid
-    name = f"{load_recipe(recipe, overrides, flags=flags).name[: _MAX_NAME - 6]}-sweep" if name is None else name
-    if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{_MAX_NAME}}}", name) or set(name) == {"."}:
-        raise UsageError(f"--name must be 1 to {_MAX_NAME} of the characters A-Z a-z 0-9 . _ -, got {name!r}")
+    name = f"{load_recipe(recipe, overrides, flags=flags).name[: MAX_NAME - 6]}-sweep" if name is None else name
+    check_name(name)
 
     if slurm or ray or job_option:
         job_flags = {"--search": search, "--set": overrides, "--trials": trials, "--timeout": timeout, **flags}
@@ -157,6 +155,84 @@ def sweep(
         print_next_command(
             ["potstill", "report", *(str(folder / "confirmation" / name) for name in ("distilled", "baseline"))]
         )
+
+
+def fit(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Images: a folder, a manifest, or the name of a data set.")
+    ],
+    under: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIMITS",
+            help="Limits of the exported student: 5ms (one image, one thread of this CPU), 2MB (file), or 5ms,2MB.",
+        ),
+    ] = None,
+    within: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Time for everything: 90s, 30min, 2h.  [default: what all candidates take]"),
+    ] = None,
+    teacher: Teacher = None,
+    students: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,C", help="Students to consider.  [default: small ones of `potstill models`]"),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Export to int8; the limits are of that file.")] = False,
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="Teacher, augmentation and training.")] = "photos",
+    image_size: ImageSize = None,
+    device: Device = None,
+    skip_bad: SkipBad = None,
+    settings: Settings = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the search.  [default: RECIPE-fit]")] = None,
+    output_dir: Root = Path("runs"),
+    seed: Seed = None,
+    seeds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Fresh seeds of winner and baseline, if there is time for so many.")
+    ] = 3,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the search of this name.")] = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Find the best small student for these images, within limits and a budget of time.
+
+    For example: potstill fit photos/ --under 5ms,2MB --within 30min
+    """
+    flags = {"--data": data, "--teacher": teacher, "--image-size": image_size, "--device": device}
+    flags |= {"--skip-bad": skip_bad, "--seed": seed, "--allow-code": allow_code}
+    from potstill.console import Progress, print_next_command, print_section
+    from potstill.report.sweep import render_sweep
+    from potstill.sweep.fit import fit as search
+    from potstill.sweep.fit import repeat_command
+    from potstill.training.callbacks import SignalHandler
+
+    with SignalHandler() as stopping, Progress() as progress:
+        folder, found = search(
+            recipe,
+            settings or [],
+            flags,
+            output_dir=output_dir,
+            name=name,
+            under=under,
+            within=within,
+            students=[each.strip() for each in students.split(",") if each.strip()] if students else [],
+            seeds=seeds,
+            int8=int8,
+            resume=resume,
+            observer=progress,
+            stopping=stopping,
+        )
+    page, lines = render_sweep(folder)
+    print_section(f"fit {folder}: {page}", lines)
+    again = to_arguments({"--set": settings, **{key: value for key, value in flags.items() if key != "--data"}})
+    runs = [str(folder / "confirmation" / each) for each in ("distilled", "baseline")]
+    print_section(
+        "to repeat",
+        [
+            shlex.join(["potstill", "run", recipe, "--data", data, *again, *repeat_command(found)]),
+            *(shlex.join(["potstill", "run", "--reproduce", run]) for run in runs),
+            shlex.join(["potstill", "report", *runs]),
+        ],
+    )
+    print_next_command(["potstill", "predict", found["exported"]["file"], "IMAGE"])
 
 
 def _launch_jobs(arguments: list[str], folder: Path, slurm: int | None, ray: int | None, options: list[str]) -> None:

@@ -42,6 +42,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--alpha": ("method", "alpha"),
     "--seed": ("seed",),
     "--seeds": ("seeds",),
+    "--folds": ("data", "folds"),
 }
 FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", *SETTING_FLAGS)
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".ts", *SUFFIXES)

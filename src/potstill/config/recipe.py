@@ -39,7 +39,7 @@ from potstill.errors import PotstillError, UsageError, did_you_mean
 from potstill.loggers import LoggerSettings, as_logger_list
 from potstill.methods import MethodInfo, list_methods, method_info, normalize_method
 from potstill.methods.schedules import Schedule
-from potstill.options import METHOD_SCHEMA, REQUIRED, WEIGHT_SCHEMA, Schema, json_schema
+from potstill.options import METHOD_SCHEMA, REQUIRED, SCALING_SCHEMA, WEIGHT_SCHEMA, Schema, json_schema
 from potstill.training.settings import TrainingSettings
 
 
@@ -513,6 +513,10 @@ def _method_schema(info: MethodInfo) -> Schema:
             **options,
             **({"preset": {"enum": list(info.presets), "description": "the authors' options"}} if info.presets else {}),
             "schedule": {"$ref": "#/$defs/Schedules", "description": "options and weights that change during training"},
+            "scaling": {
+                **SCALING_SCHEMA,
+                "description": "whether terms on hidden layers are bounded by those on logits",
+            },
             "factor": {**WEIGHT_SCHEMA, "default": 1.0, "description": "weight of all its terms, in a list of methods"},
         },
         "required": ["name", *(key for key in info.examples if key not in filled)],

@@ -170,6 +170,7 @@ def label_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
     unfit = {
         "target": data.target is not None,
         "unlabeled": data.unlabeled is not None,
+        "labels_per_class": data.labels_per_class is not None,
         "class_balance": data.class_balance != "none",
         "options": bool(data.options),
     }
@@ -252,12 +253,31 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
         yield ("data", "val"), f"data.val and data.test must sum to less than 1, got {sum_of}"
     if isinstance(data.workers, int) and data.workers < 0:
         yield ("data", "workers"), f"data.workers must be at least 0 or 'auto', got {data.workers}"
+    yield from _fold_problems(data, wrong)
     if data.std is not None and min(data.std) <= 0:
         yield ("data", "std"), f"data.std must be three numbers above 0, got {list(data.std)}"
     scale = data.augment.crop_scale if data.augment else None
     if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
         path = ("data", "augment", "crop_scale")
         yield path, f"{dotted_key(path)} must be two shares, low and high, above 0 and at most 1, got {list(scale)}"
+
+
+def _fold_problems(data: DataSettings, wrong: set[str]) -> Iterator[SettingProblem]:
+    """Yield the problems of cross-validation: a fold that there is not, and data that cannot be divided."""
+    if wrong & {"folds", "fold"}:
+        return
+    if data.folds is None:
+        if data.fold is not None:
+            yield ("data", "fold"), f"data.fold: {data.fold} needs data.folds, the number of folds (--folds K)"
+        return
+    if isinstance(data.fold, int) and not 1 <= data.fold <= data.folds:
+        yield ("data", "fold"), f"data.fold must be 1 to {data.folds} (data.folds) or 'all', got {data.fold}"
+    if not data.labeled:
+        why = "folds have the same share of each class, and images without labels have none"
+        yield ("data", "folds"), f"data.folds (--folds): {why}: leave it out with {_NO_LABELS}"
+    if data.target is not None:
+        why = "the test images are those of data.target, which no fold divides"
+        yield ("data", "folds"), f"data.folds (--folds): {why}: leave one of them out"
 
 
 def network_sections(value: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:

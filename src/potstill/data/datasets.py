@@ -25,6 +25,7 @@ from potstill.data.file_datasets import (
 )
 from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
 from potstill.data.image_sets import (
+    UNLABELED,
     FileSet,
     ImageSet,
     RelabeledSet,
@@ -40,7 +41,15 @@ from potstill.data.parquet_tables import check_table
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings
 from potstill.data.sources import MANIFEST_SUFFIXES, is_table
-from potstill.data.splits import SPLITS, DataSplits, check_splits, fingerprint, stratified_split
+from potstill.data.splits import (
+    SPLITS,
+    DataSplits,
+    check_splits,
+    fingerprint,
+    fold_splits,
+    sort_by_hash,
+    stratified_split,
+)
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
 
@@ -137,7 +146,7 @@ def load_data(
         progress: receives the progress of checking files.
 
     Raises:
-        UsageError: an unknown name or option.
+        UsageError: an unknown name or option; or folds, none of which is named.
         DataError: images, classes or splits that cannot be trained on.
     """
     check_unlabeled(settings)
@@ -150,11 +159,46 @@ def load_data(
         if each is not None:
             check_splits(each.class_names, {split: each.split(split) for split in SPLITS}, each.source)
     found = data if data is not None else _load_labeled(settings, progress)
+    if settings.folds is not None:
+        found = fold_splits(found, settings)
     target = _load_target(settings, data, progress)
     if target is None:
-        return add_unlabeled(settings, found, progress)
+        return hide_labels(settings, add_unlabeled(settings, found, progress))
     # Unlabeled images belong to the target domain.
     return add_target(found, add_unlabeled(settings, target, progress))
+
+
+def hide_labels(settings: DataSettings, data: DataSplits) -> DataSplits:
+    """Return the data with ``settings.labels_per_class`` labeled training images a class, the others as unlabeled.
+
+    Which images keep their labels depends on their names and ``settings.split_seed`` alone.
+
+    Raises:
+        UsageError: the data has unlabeled images already.
+        DataError: no image would lose its label.
+    """
+    kept = settings.labels_per_class
+    if kept is None:
+        return data
+    if data.unlabeled is not None:
+        raise UsageError(
+            "data.labels_per_class makes unlabeled images of the training images, and there are others already: leave "
+            "out one of data.labels_per_class and data.unlabeled"
+        )
+    labels = np.asarray(data.train.labels)
+    order = sort_by_hash(data.train.names, np.arange(len(labels)), settings.split_seed)
+    labeled = np.sort(np.concatenate([order[labels[order] == k][:kept] for k in range(len(data.class_names))]))
+    hidden = np.setdiff1d(order, labeled)
+    if not len(hidden):
+        most = np.bincount(labels).max()
+        raise DataError(f"data.labels_per_class: {kept} keeps all labels, as no class has more than {most} in train")
+    return replace(
+        data,
+        train=Subset(data.train, labeled),
+        unlabeled=RelabeledSet(Subset(data.train, hidden), np.full(len(hidden), UNLABELED, dtype=np.int64)),
+        origin=f"{data.origin}; in train, {kept} labels a class are used, and {len(hidden):,} images without theirs",
+        fingerprint=combine_fingerprints(data.fingerprint, f"labels_per_class {kept} {settings.split_seed}"),
+    )
 
 
 def _load_target(

@@ -204,10 +204,17 @@ class TorchSet:
 
 
 class Subset:
-    """A selection of another set's images, in the given order."""
+    """A selection of another set's images, in the given order.
 
-    def __init__(self, images: ImageSet, index: Sequence[int] | NDArray[Any]) -> None:
-        self.images, self.index = images, np.asarray(index, dtype=np.int64)
+    Args:
+        images: the other set.
+        index: [N] positions in it.
+        identity: identifies the other set and its content, all of whose images are then decoded at once, for all
+            selections from it (see ``decoding_set``); None: the selection is decoded by itself.
+    """
+
+    def __init__(self, images: ImageSet, index: Sequence[int] | NDArray[Any], *, identity: str | None = None) -> None:
+        self.images, self.index, self.identity = images, np.asarray(index, dtype=np.int64), identity
         self.names = tuple(images.names[i] for i in self.index)
         self.labels: Labels = images.labels[self.index]
 
@@ -330,26 +337,53 @@ class UnlabeledFileSet(FileSet):
         self.labels = np.full(len(names), UNLABELED, dtype=np.int64)
 
 
-class SemiSupervisedSet:
-    """Labeled images followed by unlabeled ones; labels of the latter are ignored."""
+class ConcatenatedSet:
+    """Several sets, one after the other."""
 
-    def __init__(self, labeled: ImageSet, unlabeled: ImageSet) -> None:
-        self.labeled, self.unlabeled = labeled, unlabeled
-        self.names = (*labeled.names, *unlabeled.names)
-        self.labels = np.concatenate([labeled.labels, np.full(len(unlabeled), UNLABELED, dtype=np.int64)])
-
-    @property
-    def parts(self) -> tuple[ImageSet, ImageSet]:
-        """The two sets."""
-        return self.labeled, self.unlabeled
+    def __init__(self, *parts: ImageSet) -> None:
+        self.parts = parts
+        self.names = tuple(name for part in parts for name in part.names)
+        self.labels: Labels = np.concatenate([part.labels for part in parts])
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def locate(self, i: int) -> tuple[ImageSet, int]:
+        """Return the part that holds image i, and its position there."""
+        for part in self.parts[:-1]:
+            if i < len(part):
+                return part, i
+            i -= len(part)
+        return self.parts[-1], i
+
     def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3]; unlabeled images follow the labeled ones."""
-        count = len(self.labeled)
-        return self.labeled.pixels(i) if i < count else self.unlabeled.pixels(i - count)
+        """Return image i, uint8 [H, W, 3]."""
+        part, i = self.locate(i)
+        return part.pixels(i)
+
+
+class SemiSupervisedSet(ConcatenatedSet):
+    """Labeled images followed by unlabeled ones; labels of the latter are ignored."""
+
+    def __init__(self, labeled: ImageSet, unlabeled: ImageSet) -> None:
+        super().__init__(labeled, unlabeled)
+        self.labeled, self.unlabeled = labeled, unlabeled
+        self.labels = np.concatenate([labeled.labels, np.full(len(unlabeled), UNLABELED, dtype=np.int64)])
+
+
+def decoding_set(images: ImageSet, identity: str | None) -> tuple[ImageSet, Labels | None, str | None]:
+    """Return the set to decode for these images, their positions in it (None: it is the same), and its identity.
+
+    The splits of all folds of a cross-validation select from one set, which is decoded once.
+    """
+    if isinstance(images, Subset) and images.identity is not None:
+        return images.images, images.index, images.identity
+    if isinstance(images, SemiSupervisedSet):
+        whole, index, found = decoding_set(images.labeled, identity)
+        if index is not None:
+            unlabeled = len(whole) + np.arange(len(images.unlabeled))
+            return SemiSupervisedSet(whole, images.unlabeled), np.concatenate([index, unlabeled]), found
+    return images, None, identity
 
 
 def file_paths(images: ImageSet) -> list[Path]:
@@ -359,6 +393,9 @@ def file_paths(images: ImageSet) -> list[Path]:
     if isinstance(images, Subset):
         inner = file_paths(images.images)
         return [inner[i] for i in images.index] if inner else []
+    if isinstance(images, ConcatenatedSet):
+        parts = [file_paths(part) for part in images.parts]
+        return [path for part in parts for path in part] if all(parts) else []
     return [images.root / name for name in images.names] if isinstance(images, FileSet) else []
 
 
@@ -382,7 +419,7 @@ def file_digests(images: ImageSet) -> NDArray[np.uint8] | None:
     if isinstance(images, Subset):
         inner = file_digests(images.images)
         return None if inner is None else inner[images.index]
-    if isinstance(images, SemiSupervisedSet):
+    if isinstance(images, ConcatenatedSet):
         digests = [each for part in images.parts if (each := file_digests(part)) is not None]
         return np.concatenate(digests) if len(digests) == len(images.parts) else None
     return images.digests if isinstance(images, (FileSet, ShardSet)) else None
@@ -442,10 +479,9 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
 
 def _leaf_of(images: ImageSet, i: int) -> tuple[ImageSet, int]:
     """Return the set within wrappers that holds image i, and its position there."""
-    while isinstance(images, (Subset, RelabeledSet, SemiSupervisedSet)):
-        if isinstance(images, SemiSupervisedSet):
-            count = len(images.labeled)
-            images, i = (images.labeled, i) if i < count else (images.unlabeled, i - count)
+    while isinstance(images, (Subset, RelabeledSet, ConcatenatedSet)):
+        if isinstance(images, ConcatenatedSet):
+            images, i = images.locate(i)
         else:
             i = int(images.index[i]) if isinstance(images, Subset) else i
             images = images.images
@@ -470,6 +506,6 @@ def _leaf_sets(images: ImageSet) -> Sequence[ImageSet]:
     """Return the sets within wrappers."""
     if isinstance(images, (Subset, RelabeledSet)):
         return _leaf_sets(images.images)
-    if isinstance(images, SemiSupervisedSet):
+    if isinstance(images, ConcatenatedSet):
         return [inner for part in images.parts for inner in _leaf_sets(part)]
     return [images]

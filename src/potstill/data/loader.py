@@ -13,7 +13,7 @@ from torch import Tensor
 from potstill.data.collate import BatchPlan, Collator, SecondImages
 from potstill.data.concurrency import ProgressReporter, thread_count
 from potstill.data.decoded_cache import decode_all, decode_squares
-from potstill.data.image_sets import ImageSet, SemiSupervisedSet, set_value_range
+from potstill.data.image_sets import ImageSet, SemiSupervisedSet, decoding_set, set_value_range
 from potstill.data.preprocessing import aspect_ratios, decoded_side
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
 from potstill.data.settings import AugmentSettings
@@ -163,6 +163,7 @@ class Loader:
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
         self._pixels: Tensor | None = None
+        self._rows: Ids | None = None  # of the images in the decoded pixels; None: all, in order
         self._workers: DecodeWorkers | None = None
         self.processes, self._decoding = 0, answers is not None
         if answers is not None:
@@ -296,16 +297,18 @@ class Loader:
         """Decode all pixels, or start the processes that decode them."""
         if self._decoding:
             return
+        images, rows, identity = decoding_set(self._all, self._identity)
         self._pixels = decode_all(
-            self._all,
+            images,
             self.side,
             self._resize_mode,
             device=self.device,
             cache_fraction=self._cache_fraction,
             processes=self._local_processes,
-            identity=self._identity,
+            identity=identity,
             progress=self._progress,
         )
+        self._rows = rows
         self._decoding = True
         if self._pixels is not None and self._whole:
             self._aspects = aspect_ratios(self._pixels[:, :1, -1:, :8].cpu().numpy())
@@ -331,11 +334,15 @@ class Loader:
         """Return the plan with the aspect ratios of its images, if these are stretched; and the pixels."""
         if not self._whole or self.collator.answers is not None:
             return plan, pixels
-        found = aspect_ratios(pixels.numpy()) if self._aspects is None else self._aspects[plan.pixel_ids]
+        if self._aspects is None:
+            found = aspect_ratios(pixels.numpy())
+        else:
+            found = self._aspects[plan.pixel_ids if self._rows is None else self._rows[plan.pixel_ids]]
         return dataclasses.replace(plan, aspects=found), pixels
 
     def _read_pixels(self, ids: Ids) -> Tensor:
         if self._pixels is not None:
+            ids = ids if self._rows is None else self._rows[ids]
             return self._pixels.index_select(0, torch.from_numpy(ids).to(self._pixels.device, non_blocking=True))
         return decode_squares(self._all, ids.tolist(), self.side, self._resize_mode)
 

@@ -103,6 +103,12 @@ class DataSettings(BaseModel):
         le=0.9,
         description="share of unlabeled images in a batch; they are added to the `batch_size` labeled ones",
     )
+    labels_per_class: int | None = Field(
+        None,
+        ge=1,
+        description="keep the labels of this many training images of each class, and use the others as unlabeled "
+        "images; val and test keep all labels; null: all",
+    )
     target: str | None = Field(
         None, description="target domain of the student: images of the same classes; given in the same way as `source`"
     )
@@ -119,6 +125,18 @@ class DataSettings(BaseModel):
     val: float = Field(0.15, gt=0, lt=1, description="share of the images that becomes val, if the source has none")
     test: float = Field(0.15, gt=0, lt=1, description="share of the images that becomes test, if the source has none")
     split_seed: int = Field(0, ge=0, description="seed of the split; runs with different `seed` share a split")
+    folds: int | None = Field(
+        None,
+        ge=2,
+        le=1000,
+        description="cross-validation: K runs, in each of which another K-th of all images (those of given splits are "
+        "pooled) is the test split; null: one run with one test split",
+    )
+    fold: int | Literal["all"] | None = Field(
+        None,
+        description="with folds: run this fold alone, 1 to K; all: train on all images but one of each class, for the "
+        "model to deploy; null: all folds",
+    )
     augment: AugmentSettings | None = Field(
         None, description="augmentation of training images; null: the data set's default"
     )

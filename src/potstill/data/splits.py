@@ -3,17 +3,17 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.entries import Finding, Listing, SkippedFile
 from potstill.data.image_io import ValueRange
-from potstill.data.image_sets import ImageSet, Subset
+from potstill.data.image_sets import ConcatenatedSet, ImageSet, Subset, file_digests
 from potstill.data.samplers import Curriculum
 from potstill.data.settings import AugmentSettings, DataSettings
-from potstill.errors import DataError
+from potstill.errors import DataError, UsageError
 from potstill.formatting import format_names
 
 SPLITS = ("train", "val", "test")
@@ -28,6 +28,14 @@ class EpochSampling:
     length: int  # images per epoch
     groups: Index | None = None  # [N]; each group is equally likely in every draw; None: permutations
     curriculum: Curriculum | None = None  # the images that an epoch uses; None: all
+
+
+@dataclass(frozen=True)
+class ImagePool:
+    """All images of a data set, whatever their splits were."""
+
+    images: ImageSet
+    fingerprint: str  # of the data with its own splits
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class DataSplits:
     skipped: tuple[SkippedFile, ...] = ()  # left out by data.skip_bad
     doubts: tuple[Finding, ...] = ()  # warnings of the listing: images that are not used
     notes: tuple[str, ...] = ()  # remarks on what else is not used
+    pool: "ImagePool | None" = None  # of the folds of a cross-validation, from which all splits are selected
 
     @property
     def measured(self) -> "DataSplits":
@@ -121,7 +130,7 @@ def stratified_split(
         )
     parts_found: dict[str, list[Index]] = {part: [] for part in ("train", *shares)}
     for label in range(len(class_names)):
-        members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
+        members = sort_by_hash(names, np.flatnonzero(labels == label), seed)
         sizes = _part_sizes(len(members), shares)
         start = 0
         for part, size in sizes.items():
@@ -131,11 +140,146 @@ def stratified_split(
     return {part: np.sort(np.concatenate(found)) for part, found in parts_found.items()}
 
 
+def pool_splits(data: DataSplits) -> DataSplits:
+    """Return the data with all images of its splits as ``pool``, in which every name must differ.
+
+    Raises:
+        DataError: two images of the same name.
+    """
+    if data.pool is not None:
+        return data
+    sets = [data.split(split) for split in SPLITS]
+    first = data.train.images if isinstance(data.train, Subset) else None
+    is_whole = all(isinstance(each, Subset) and each.images is first for each in sets)
+    images = first if is_whole and first is not None else ConcatenatedSet(*sets)
+    if len(images) != sum(map(len, sets)):
+        images = ConcatenatedSet(*sets)
+    if doubled := [name for name, count in Counter(images.names).items() if count > 1]:
+        raise DataError(
+            f"{data.source}: {len(doubled):,} names are those of several images, such as {doubled[0]!r}: for folds "
+            "(data.folds), each image needs a name of its own"
+        )
+    return replace(data, pool=ImagePool(images, data.fingerprint))
+
+
+def assign_folds(
+    names: Sequence[str],
+    labels: Index,
+    folds: int,
+    seed: int,
+    class_names: Sequence[str],
+    groups: Index | None = None,
+) -> Index:
+    """Divide images into folds with the same class proportions.
+
+    Within a class, images are ordered by SHA-256 of (seed, name) and dealt out to the folds in turn; each class goes on
+    where the one before has ended.  So the sizes of the folds, and those of a class in them, differ by one at most.
+
+    Args:
+        names: [N], distinct.
+        labels: [N] class ids.
+        folds: K, 2 or more.
+        seed: another seed gives other folds.
+        class_names: for messages.
+        groups: [N] ids of groups, each of which stays in one fold, that of its first image; None: none.
+
+    Returns:
+        [N] fold of each image, from 0.
+
+    Raises:
+        DataError: a class has too few images, or groups, for the folds, or for train and val of one; names all.
+
+    Example:
+        >>> assign_folds(["a", "b", "c", "d", "e", "f"], np.array([0, 0, 0, 1, 1, 1]), 3, 0, ["x", "y"]).tolist()
+        [1, 2, 0, 1, 0, 2]
+    """
+    _, first, group = np.unique(np.arange(len(names)) if groups is None else groups, return_index=True,
+                                return_inverse=True)  # fmt: skip
+    counts = np.bincount(labels[first], minlength=len(class_names))
+    # A fold's training part needs two images of each class: one for train and one for val.
+    small = np.flatnonzero((counts < folds) | (counts - -(-counts // folds) < 2))
+    if len(small):
+        listed = [f"{class_names[i]!r} has {counts[i]}" for i in small[:20]]
+        what = "images" if groups is None or len(first) == len(names) else "different images"
+        most = int(max(0, counts.min())) if counts.min() > 2 else 0
+        needed = 4 if folds == 2 else max(folds, 3)
+        advice = f"at most {most} folds are possible" if most else "give these classes more images, or leave them out"
+        raise DataError(
+            f"not enough images for {folds} folds: every class needs at least {needed} {what}, but "
+            f"{', '.join(listed)}{f' and {len(small) - 20} more classes are too small' if len(small) > 20 else ''}; "
+            f"{advice}"
+        )
+    of_group, turn = np.empty(len(first), dtype=np.int64), 0
+    position = {int(image): at for at, image in enumerate(first)}
+    for label in range(len(class_names)):
+        members = sort_by_hash(names, first[labels[first] == label], seed)
+        of_group[[position[int(image)] for image in members]] = (turn + np.arange(len(members))) % folds
+        turn += len(members)
+    found: Index = of_group[group.reshape(-1)]
+    return found
+
+
+def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
+    """Return the splits of ``settings.fold`` of ``settings.folds``: the fold's images are test, the others train and
+    val, by the share ``settings.val``.
+
+    Files of equal content stay in one fold.  The fold "all" has one image of each class in test.
+
+    Args:
+        data: all images; given splits are pooled.
+        settings: with ``folds``.
+
+    Raises:
+        UsageError: no fold is named.
+        DataError: classes that are too small, or images of the same name.
+    """
+    folds, fold = settings.folds, settings.fold
+    if folds is None or fold is None:
+        raise UsageError(
+            f"data.folds: {folds} makes {folds} runs, and here is one: name its fold with data.fold (1 to {folds}), or "
+            "leave data.folds out; `potstill run` runs all folds"
+        )
+    pooled = pool_splits(data)
+    assert pooled.pool is not None
+    pool = pooled.pool.images
+    labels, names = np.asarray(pool.labels), pool.names
+    digests = file_digests(pool)
+    copies = None if digests is None else np.unique(digests, axis=0, return_inverse=True)[1].reshape(-1)
+    own = assign_folds(names, labels, folds, settings.split_seed, data.class_names, copies)
+    if fold == "all":
+        members = (np.flatnonzero(labels == label) for label in range(len(data.class_names)))
+        chosen = [sort_by_hash(names, each, settings.split_seed)[0] for each in members]
+        in_test = np.isin(np.arange(len(pool)), chosen)
+        origin = "for the model to deploy: all images are train and val, but one of each class, which are test"
+    else:
+        in_test = own == fold - 1
+        origin = f"fold {fold} of {folds}: its {int(in_test.sum()):,} images are test in this fold only"
+    rest = np.flatnonzero(~in_test)
+    parts = stratified_split(
+        [names[i] for i in rest.tolist()], labels[rest], {"val": settings.val}, settings.split_seed, data.class_names
+    )
+    index = {"train": rest[parts["train"]], "val": rest[parts["val"]], "test": np.flatnonzero(in_test)}
+    lines = (f"{split}\0{names[i]}" for split, found in index.items() for i in found.tolist())
+    text = "\n".join([data.fingerprint, *lines]).encode("utf-8", "surrogateescape")
+    identity = f"{pooled.pool.fingerprint}/train"  # as that of a loader of all images
+    train, val, test = (Subset(pool, index[split], identity=identity) for split in SPLITS)
+    check_splits(data.class_names, {"train": train, "val": val, "test": test}, data.source)
+    return replace(
+        pooled,
+        train=train,
+        val=val,
+        test=test,
+        origin=f"{origin}; stratified, split seed {settings.split_seed}, val is {100 * settings.val:g} % of the rest"
+        f"{'' if data.origin.startswith('made here') else '; the splits of the source are pooled'}",
+        fingerprint=hashlib.sha256(text).hexdigest(),
+    )
+
+
 def stratified_subset(names: Sequence[str], labels: Index, count: int, seed: int) -> Index:
     """Return about ``count`` sorted positions with the same class proportions, at least one image of each class."""
     chosen = []
     for label in np.unique(labels):
-        members = _sort_by_hash(names, np.flatnonzero(labels == label), seed)
+        members = sort_by_hash(names, np.flatnonzero(labels == label), seed)
         chosen.append(members[: max(1, round(count * len(members) / len(labels)))])
     return np.sort(np.concatenate(chosen))
 
@@ -190,7 +334,9 @@ def _part_sizes(count: int, shares: Mapping[str, float]) -> dict[str, int]:
     return sizes
 
 
-def _sort_by_hash(names: Sequence[str], members: Index, seed: int) -> Index:
+def sort_by_hash(names: Sequence[str], members: Index, seed: int) -> Index:
+    """Return positions in an order that depends on the seed and the names of their images alone."""
+
     def key(i: int) -> bytes:
         return hashlib.sha256(f"{seed}/{names[i]}".encode("utf-8", "surrogateescape")).digest()
 

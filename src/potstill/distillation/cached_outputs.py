@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.distillation.distiller import Distiller
-from potstill.distillation.feature_extractor import ForwardOutput
 from potstill.distillation.teacher_cache.record_format import RecordFormat
-from potstill.distillation.teacher_views import TeacherViews
-from potstill.distillation.teachers import Teachers
+from potstill.distillation.teachers import ForwardOutput, Teachers, TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError
 from potstill.types import Batch, Outputs
@@ -139,7 +137,7 @@ class CachedTeacherOutputs:
         """Return the teachers' outputs for the next batch."""
         ids, self._views = next(self._upcoming)
         self._position += 1
-        assert len(ids) == len(batch)  # the loader's own order
+        assert len(ids) == len(batch.labels)  # the loader's own order
         try:
             return self._teacher_outputs(ids, batch)
         except (StorageError, ArtifactError) as error:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.distillation.feature_extractor import ForwardOutput
 from potstill.distillation.output_router import (
     LayerPaths,
     OutputRouter,
@@ -16,11 +15,11 @@ from potstill.distillation.output_router import (
     build_output_router,
     network_info,
 )
-from potstill.distillation.teacher_views import TeacherImages, TeacherViews
-from potstill.distillation.teachers import CombineMode, Teachers
+from potstill.distillation.teachers import CombineMode, ForwardOutput, TeacherImages, Teachers, TeacherViews
+from potstill.distillation.term_scaling import TermScaling
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
-from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.base import Method, NetworkInfo, Scaling, TrainingInfo
 from potstill.methods.wrappers import wrap_per_teacher
 from potstill.types import UNLABELED, Batch, InputConverter, Outputs, Step
 
@@ -50,6 +49,9 @@ class Distiller(nn.Module):
         batch_size: batch size of the training; required by methods whose layers depend on it.
         teacher_weights: one for each teacher; None: equal.
         combine: whether the "logits" or the "probabilities" of several teachers are averaged.
+        scaling: "paper" leaves the method's weights as they are; "auto" bounds its terms on hidden layers by the terms
+            on logits, see ``TermScaling``; None: as the method says, which is "paper" unless ``create_method`` was told
+            otherwise.
 
     Raises:
         UsageError: something that the method needs is missing, or it does not support these networks.
@@ -78,6 +80,7 @@ class Distiller(nn.Module):
         batch_size: int | None = None,
         teacher_weights: Sequence[float] | None = None,
         combine: CombineMode = "logits",
+        scaling: Scaling | None = None,
     ) -> None:
         super().__init__()
         self._enlarged = ""
@@ -95,6 +98,8 @@ class Distiller(nn.Module):
             self.method.use_label_loss(label_loss)
         self.feature_pairs, self.train_labels, self.batch_size = feature_pairs, train_labels, batch_size
         self.router = OutputRouter(self.method, max(1, len(networks)))
+        on_hidden_layers = any(each.needs.maps != "none" or each.needs.embedding for each in self.method.parts)
+        self.scaling = TermScaling() if (scaling or method.scaling) == "auto" and on_hidden_layers else None
         self._ready = not self.method.needs.prepare
         if example is not None or self.method.needs.example or self.method.student_taps or self.method.teacher_taps:
             self._build(example)
@@ -146,7 +151,10 @@ class Distiller(nn.Module):
                 self._enlarged = ""
             teacher = self.run_teacher(images, second, index=index if self.training else None)
         _check_shapes(student.logits, teacher, labels)
-        return Step(student.logits, self.method(student, teacher, batch), names)
+        terms = self.method(student, teacher, batch)
+        if self.scaling is not None:
+            terms = self.scaling(terms, student.logits, list(self.student.parameters()))
+        return Step(student.logits, terms, names)
 
     @torch.no_grad()
     def run_teacher(
@@ -191,6 +199,8 @@ class Distiller(nn.Module):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Call before each epoch: number ``epoch``, counted from 0, of ``epochs``; for methods that depend on it."""
         self.method.start_epoch(epoch, epochs)
+        if self.scaling is not None:
+            self.scaling.start_epoch()
 
     def prepare(self, batches: Callable[[], Iterator[Batch]], views: TeacherViews | None = None) -> None:
         """Run the method's passes over the training images before training, if it needs any.

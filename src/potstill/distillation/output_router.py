@@ -8,8 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from potstill.distillation.feature_extractor import ExtractionRequest, FeatureExtractor, ForwardOutput
-from potstill.distillation.teachers import Teachers
+from potstill.distillation.teachers import ExtractionRequest, FeatureExtractor, ForwardOutput, Teachers
 from potstill.errors import UsageError
 from potstill.features.stages import NetworkStructure, Stage, find_stage_at, find_stages
 from potstill.methods.base import Method, NetworkInfo
@@ -295,11 +294,6 @@ def middle_pair(student: NetworkStructure, teacher: NetworkStructure) -> StagePa
     """Return the middle pair (the shallower of two), as in FitNet's published results."""
     pairs = pair_stages(student, teacher)
     return pairs[(len(pairs) - 1) // 2]
-
-
-def last_pair(student: NetworkStructure, teacher: NetworkStructure) -> StagePair:
-    """Return the deepest pair."""
-    return pair_stages(student, teacher)[-1]
 
 
 def format_pairs(pairs: Sequence[StagePair]) -> str:

@@ -1,23 +1,119 @@
-"""One teacher or several, frozen, with their outputs combined."""
+"""What is read of a network in one forward pass; and teachers: frozen, with outputs combined, and images of their size.
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+``FeatureExtractor`` returns logits, feature maps, embedding and head of one network, student or teacher.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.distillation.feature_extractor import FeatureExtractor, ForwardOutput
 from potstill.distillation.teacher_inference import (
     MIN_AGREEMENT,
     Fidelity,
     InferenceSettings,
+    clone_as_float32,
     convert_for_inference,
     measure_fidelity,
 )
 from potstill.errors import UsageError
+from potstill.features.hooks import CapturedFeatures, FeatureRequest, capture_features
+from potstill.features.stages import Stage
 from potstill.formatting import format_percent
+from potstill.types import Batch, Head, Outputs, at_least_float32
+
+if TYPE_CHECKING:
+    from potstill.data.loader import Loader
+
+
+@dataclass
+class ForwardOutput:
+    """All outputs of one forward pass; ``outputs`` selects those that one method reads."""
+
+    logits: Tensor  # [B, K], at least float32
+    features: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[tuple[str, bool], Tensor] = field(default_factory=dict)  # by path, and whether before activation
+    embedding: Tensor | None = None
+    head: Head | None = None
+
+    def outputs(self, stages: tuple[Stage, ...] = (), *, before_activation: bool = False) -> Outputs:
+        """Return logits, embedding and head, with the maps of these stages in this order."""
+        maps = tuple(self.maps[stage.path, before_activation] for stage in stages)
+        return Outputs(self.logits, self.features, maps, self.embedding, self.head)
+
+
+@dataclass
+class ExtractionRequest:
+    """What to read besides the logits."""
+
+    after: tuple[Stage, ...] = ()  # maps as the stages put them out
+    before: tuple[Stage, ...] = ()  # maps before the stages' last activation
+    embedding: str | None = None  # path of the last linear layer, whose input is read
+    head: str | None = None  # path of the last linear layer, whose parameters are read
+    taps: tuple[str, ...] = ()  # other submodules whose output is read
+
+
+class FeatureExtractor:
+    """Reads logits and the requested features of a network.  Holds no network, so that copies stay independent."""
+
+    def __init__(self, request: ExtractionRequest | None = None) -> None:
+        self.request = request or ExtractionRequest()
+        self._after = FeatureRequest(self.request.after, embedding=self.request.embedding, taps=self.request.taps)
+        self._before = FeatureRequest(self.request.before, before_activation=True)
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether more than logits, embedding and head is read."""
+        return bool(self.request.after or self.request.before or self.request.taps)
+
+    @property
+    def uses_hooks(self) -> bool:
+        """Whether more than logits and head is read."""
+        return self.reads_maps or self.request.embedding is not None
+
+    def run(self, network: nn.Module, images: Tensor, settings: InferenceSettings | None = None) -> ForwardOutput:
+        """Run one forward pass and return what was requested.
+
+        Args:
+            network: any module that maps images to logits.
+            images: [B, 3, H, W], preprocessed for the network.
+            settings: precision and layout, independent of an enclosing autocast; None: those of autocast.
+
+        Raises:
+            UsageError: the network does not return one tensor of logits [B, K].
+        """
+        if settings is not None:
+            images = settings.convert_images(images)
+        with (
+            nullcontext() if settings is None else settings.context(images.device, inference=not self.reads_maps),
+            capture_features(network, self._after) if self.uses_hooks else nullcontext(CapturedFeatures()) as after,
+            capture_features(network, self._before) if self._before.stages else nullcontext(after) as before,
+        ):
+            logits = network(images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UsageError(f"{type(network).__name__} must return logits [B, K], got {shape}")
+        if not self.reads_maps:
+            embedding = after.embedding
+            if settings is not None:
+                logits, embedding = clone_as_float32(logits), None if embedding is None else clone_as_float32(embedding)
+            return ForwardOutput(at_least_float32(logits), embedding=embedding, head=self.head(network))
+        maps = {(stage.path, False): output for stage, output in zip(self.request.after, after.maps, strict=True)}
+        if self.request.before:
+            maps |= {(stage.path, True): output for stage, output in zip(self.request.before, before.maps, strict=True)}
+        return ForwardOutput(at_least_float32(logits), after.features, maps, after.embedding, self.head(network))
+
+    def head(self, network: nn.Module) -> Head | None:
+        """Return the parameters of the network's last linear layer; None if they are not requested."""
+        if self.request.head is None:
+            return None
+        linear = network.get_submodule(self.request.head)
+        assert isinstance(linear, nn.Linear)  # find_stages returns no other
+        return Head(linear.weight, linear.bias)
 
 
 class FoldHeads(nn.Module):
@@ -188,27 +284,6 @@ class Teachers(nn.Module):
             return (shares * stacked).sum(dim=0)
         return torch.logsumexp(stacked.log_softmax(dim=2) + shares.log(), dim=0)
 
-    def optimize_for_inference(
-        self, dtype: torch.dtype, memory_format: torch.memory_format, example: Tensor
-    ) -> list[str]:
-        """Replace teachers by faster copies if these agree with them; the original modules are not modified.
-
-        BatchNorm is folded, weights are converted to ``dtype``, and autograd records nothing.  Teachers whose feature
-        maps are read are kept.
-
-        Args:
-            dtype: of the weights: bfloat16 if the hardware is fast in it, else float32.
-            memory_format: of weights and images.
-            example: images preprocessed for the student, [N, 3, H, W], on which copy and original are compared.
-
-        Returns:
-            For each teacher what was done, or why not, as text.
-        """
-        return [
-            self.optimize_one_for_inference(position, dtype, memory_format, convert(example)).note
-            for position, convert in enumerate(self.input_converters)
-        ]
-
     @torch.no_grad()
     def optimize_one_for_inference(
         self,
@@ -220,12 +295,15 @@ class Teachers(nn.Module):
         min_agreement: float = MIN_AGREEMENT,
         fidelity: Fidelity | None = None,
     ) -> InferenceConversion:
-        """Replace one teacher by a faster copy if it agrees with the original.
+        """Replace one teacher by a faster copy if it agrees with the original, which is not modified.
+
+        BatchNorm is folded, weights are converted to ``dtype``, and autograd records nothing.  A teacher whose feature
+        maps are read is kept.
 
         Args:
             position: of the teacher.
-            dtype: see ``optimize_for_inference``.
-            memory_format: see ``optimize_for_inference``.
+            dtype: of the weights: bfloat16 if the hardware is fast in it, else float32.
+            memory_format: of weights and images.
             example: images preprocessed for this teacher, [N, 3, H, W]; a few suffice if ``fidelity`` is given.
             min_agreement: share of images with the same top class from which the copy is used.
             fidelity: of an earlier comparison on these images, which is then not repeated.
@@ -292,3 +370,81 @@ def _format_fidelity(fidelity: Fidelity) -> str:
         f"same top class as float32 on {share} of {fidelity.images} images, "
         f"largest logit difference {fidelity.largest:.2g}"
     )
+
+
+class TeacherImages(NamedTuple):
+    """For each teacher its images of a batch, [B, 3, S, S], prepared for it; None: the student's images, converted."""
+
+    images: tuple[Tensor | None, ...]
+    second: tuple[Tensor | None, ...]
+
+
+class TeacherViews:
+    """The images of a split's batches for teachers of other sizes, in step with the student's loader.
+
+    They are decoded on request, so that cached outputs cost no decoding.
+
+    Args:
+        loaders: for each teacher one with the order and the views of the student's loader, at the teacher's size (see
+            ``drawn_for`` of ``Loader``); None if it has the student's size.
+        memory_format: of the images.
+    """
+
+    def __init__(
+        self, loaders: Sequence["Loader | None"], memory_format: torch.memory_format = torch.contiguous_format
+    ) -> None:
+        self.loaders, self.memory_format = tuple(loaders), memory_format
+        self._epoch, self._position = 0, -1
+        self._batches: dict[Loader, Iterator[Batch]] = {}
+        self._last: TeacherImages | None = None
+
+    def start_epoch(self, epoch: int, step: int = 0) -> None:
+        """Start the epoch at its batch number ``step``, from 0."""
+        self._batches.clear()
+        self._epoch, self._position, self._last = epoch, step - 2, None  # no batch is the next one
+
+    def at(self, position: int, index: Tensor, view: int | Tensor) -> TeacherImages:
+        """Return the images of the epoch's batch number ``position``, from 0; positions must increase.
+
+        The batch after the last one comes from the loader's epoch, which decodes ahead; any other is decoded alone.
+
+        Args:
+            position: of the batch in this process's part of the epoch.
+            index: [B] int64 sample ids.
+            view: view number, one for all or [B] int64.
+        """
+        if position != self._position or self._last is None:
+            is_next = position == self._position + 1
+            if not is_next:
+                self._batches.clear()
+            batches = {
+                loader: self._load(loader, position, index, view, is_next)
+                for loader in dict.fromkeys(self.loaders)
+                if loader is not None
+            }
+            pairs = [(None, None) if loader is None else batches[loader] for loader in self.loaders]
+            self._last = TeacherImages(tuple(images for images, _ in pairs), tuple(second for _, second in pairs))
+            self._position = position
+        return self._last
+
+    def of(self, position: int, batch: Batch) -> TeacherImages:
+        """Return the images of the student's batch number ``position``."""
+        assert batch.index is not None  # a Loader gives them
+        assert batch.view is not None
+        return self.at(position, batch.index, batch.view)
+
+    def _load(
+        self, loader: "Loader", position: int, index: Tensor, view: int | Tensor, is_next: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if is_next:
+            if loader not in self._batches:
+                self._batches[loader] = loader.epoch(self._epoch, position)
+            batch = next(self._batches[loader])
+            images, second = batch.images, batch.second
+        else:
+            images = loader.view(index, view)
+            second = None if loader.second == "none" else loader.second_view(index, view)
+        return self._to_memory_format(images), None if second is None else self._to_memory_format(second)
+
+    def _to_memory_format(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self.memory_format)

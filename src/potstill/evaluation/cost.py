@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.input_spec import InputSpec
 from potstill.models.families.opaque_models import find_opaque
+from potstill.models.model_table import REFERENCE, REFERENCE_SIZE, TABLE_CLASSES
+from potstill.models.registry import build_model
 
 
 def measure_memory(module: nn.Module, spec: InputSpec, batch: int = 1) -> dict[str, int]:
@@ -189,6 +191,19 @@ def measure_latency(
         }
         for name, (_, images) in calls.items()
     }
+
+
+def measure_reference() -> float:
+    """Return the milliseconds of the model table's reference network for one image, on one thread of this CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = build_model(REFERENCE, TABLE_CLASSES, size=REFERENCE_SIZE)
+        found = measure_latency({REFERENCE: (network, InputSpec(REFERENCE_SIZE))}, rounds=15, seconds=2.0)
+    finally:
+        torch.set_num_threads(threads)
+    return float(found[REFERENCE]["p50"])
 
 
 class _LayerRow(NamedTuple):

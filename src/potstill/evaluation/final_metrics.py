@@ -274,19 +274,30 @@ def _fraction_below(ranked: Array, values: Array) -> Array:
 RELIABILITY_BINS = 15
 _TINY = float(np.finfo(np.float32).tiny)
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0  # the optimum is 0 for a network without errors on val
+_CHI_SQUARED = 10.83  # its quantile 0.999 with one degree of freedom
 _MAX_STEPS, _TOLERANCE = 60, 1e-9  # of Newton's method; tolerance relative to 1 / T
 
 
 def calibration_report(
-    val: Probabilities | Array, val_labels: Array, test: Probabilities | Array, test_labels: Array
+    val: Probabilities | Array,
+    val_labels: Array,
+    test: Probabilities | Array,
+    test_labels: Array,
+    applied: float | None = None,
 ) -> dict[str, Any] | None:
     """Return calibration metrics on test before and after scaling with the temperature fitted on val.
 
-    ``val`` and ``test`` are probabilities [N, K], the labels integers [N].
+    Args:
+        val: probabilities [N, K].
+        val_labels: integers [N].
+        test: probabilities [N, K].
+        test_labels: integers [N].
+        applied: the temperature, if the network's logits were already divided by it; None: it is fitted on val.
 
     Returns:
-        ``temperature``; ``before`` and ``after``, each with ``ece`` (0 to 1), ``nll`` (nats) and ``bins``: for each of
-        15 bins of confidence with images their number, mean confidence and accuracy.  None if a split has no images.
+        ``temperature``; ``applied``, whether the network has it in its logits; ``before`` and ``after``, each with
+        ``ece`` (0 to 1), ``nll`` (nats) and ``bins``: for each of 15 bins of confidence with images their number, mean
+        confidence and accuracy.  None if a split has no images.
 
     Raises:
         UsageError: shapes of labels and probabilities do not match.
@@ -294,12 +305,33 @@ def calibration_report(
     val, test = as_probabilities(val), as_probabilities(test)
     if not val.shape[0] or not test.shape[0]:
         return None
-    temperature = fit_temperature(val, val_labels)
+    temperature = applied or fit_temperature(val, val_labels)
+    before, after = (1 / applied, 1.0) if applied else (1.0, temperature)
     return {
         "temperature": temperature,
-        "before": _calibration_metrics(test, test_labels, 1.0),
-        "after": _calibration_metrics(test, test_labels, temperature),
+        "applied": applied is not None,
+        "before": _calibration_metrics(test, test_labels, before),
+        "after": _calibration_metrics(test, test_labels, after),
     }
+
+
+def temperature_pays(gain: float, images: int, temperature: float) -> bool:
+    """Return whether a fitted temperature lowers the NLL beyond doubt.
+
+    By the likelihood-ratio test: without any use, 2 N times the gain follows chi-squared with one degree of freedom, so
+    that one useless temperature in a thousand passes.  One at an end of its range was not fitted.
+
+    Args:
+        gain: by how much the mean NLL, in nats, of the images that it was fitted on is lower.
+        images: their number N.
+        temperature: of ``fit_temperature``.
+
+    Example:
+        >>> temperature_pays(0.01, 500, 1.4), temperature_pays(0.01, 600, 1.4), temperature_pays(2.0, 600, 0.05)
+        (False, True, False)
+    """
+    fitted = 1.01 * _MIN_TEMPERATURE < temperature < 0.99 * _MAX_TEMPERATURE
+    return fitted and 2 * images * gain > _CHI_SQUARED
 
 
 def fit_temperature(probabilities: Probabilities | Array, labels: Array) -> float:
@@ -334,23 +366,13 @@ def _nll_derivatives(probabilities: Probabilities, labels: Array, inverse: float
     return slope / probabilities.shape[0], curvature / probabilities.shape[0]
 
 
-def temperature_scaled(probabilities: Array, temperature: float) -> Array:
-    """Return the softmax of logits / temperature from the probabilities [N, K], whose logarithms serve as logits.
+def reliability_bins(confidence: Array, correct: Array) -> list[list[float]]:
+    """Return number of images, mean confidence and accuracy of each non-empty bin (low, high], by confidence.
 
-    Example:
-        >>> temperature_scaled(np.array([[0.8, 0.2]]), 0.5).round(3).tolist()
-        [[0.941, 0.059]]
+    Args:
+        confidence: [N], largest probability of each image.
+        correct: [N] bool, whether its class is the label.
     """
-    return np.asarray(np.exp(_log_softmax(_safe_log(probabilities) / temperature)))
-
-
-def reliability_bins(probabilities: Array, labels: Array) -> list[list[float]]:
-    """Return number of images, mean confidence and accuracy of each non-empty bin (low, high], by confidence."""
-    confidence = probabilities.max(axis=1, initial=0).astype(np.float64)
-    return _reliability_bins(confidence, probabilities.argmax(axis=1) == labels)
-
-
-def _reliability_bins(confidence: Array, correct: Array) -> list[list[float]]:
     number = np.clip(np.ceil(confidence * RELIABILITY_BINS) - 1, 0, RELIABILITY_BINS - 1).astype(int)
     return [
         [int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean())]
@@ -367,7 +389,7 @@ def _calibration_metrics(probabilities: Probabilities, labels: Array, temperatur
         confidence[rows] = block.max(axis=1) if temperature == 1 else np.exp(logs.max(axis=1))
         correct[rows] = block.argmax(axis=1) == labels[rows]
         loss -= float(logs[np.arange(len(logs)), labels[rows]].sum())
-    bins = _reliability_bins(confidence, correct)
+    bins = reliability_bins(confidence, correct)
     ece = sum(images * abs(mean - accuracy) for images, mean, accuracy in bins) / count
     return {"ece": ece, "nll": loss / count, "bins": bins}
 

@@ -1,10 +1,12 @@
-"""Streaming metrics of an epoch: sums on the device instead of lists of predictions.
+"""Streaming metrics and means of the loss terms of an epoch: sums on the device instead of lists of predictions.
 
 State is O(classes).  ``update`` copies a batch into a buffer without synchronisation; every ``BUFFER_ROWS`` images the
 buffer is added to the sums.  Only ``compute`` waits for the device.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +20,18 @@ from potstill.evaluation import (
     classification_averages,
     exact_auc_per_class,
 )
+from potstill.formatting import format_names
 
 BUFFER_ROWS = 4096  # images in the buffer; up to so many, AUC is exact
 CPU_CACHE_VALUES = 2**17  # logits per block that fit a CPU's cache together with intermediate results
 AUC_BINS = 4096  # of the log-odds, per class
 CALIBRATION_BINS = 15
 NLL_CEILING = 36.043653389117154  # -log(2^-52), as scikit-learn's log_loss clips float64 probabilities
+
+_MAX_NAMED_IMAGES = 3  # in an error message
+NON_FINITE_HELP = (
+    "Lower the learning rate (training.lr), or set training.max_grad_norm=1; the last checkpoint is finite"
+)
 
 _AVERAGES = ("micro", "macro", "weighted")
 METRIC_NAMES = (
@@ -274,3 +282,84 @@ def _add_scores(histogram: Tensor, logits: Tensor, labels: Tensor) -> None:
     index.scatter_add_(1, own, torch.full_like(own, logits.shape[1] * AUC_BINS))
     labeled = (labels >= 0).to(histogram.dtype)[:, None].expand_as(index)
     histogram.view(-1).scatter_add_(0, index.view(-1), labeled.reshape(-1))
+
+
+class TermAverages:
+    """Means of the loss terms over an epoch, kept on the device and read once, by ``compute``.
+
+    A term that a step lacks (a single image has no relation to others) is averaged over the other steps.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[tuple[str, ...]] = []
+        self._steps: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._numbers: list[int] = []  # of the steps, from 1
+
+    def update(self, terms: dict[str, Tensor], images: int, step: int | None = None) -> None:
+        """Add one step's terms.
+
+        Args:
+            terms: scalars by name, means over the images.
+            images: number of images.
+            step: number of the step, from 1; None: the next one.
+        """
+        self._names.append(tuple(terms))
+        self._steps.append(torch.stack([term.detach().float() for term in terms.values()]))
+        self._sizes.append(images)
+        self._numbers.append(len(self._numbers) + 1 if step is None else step)
+
+    def pack(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """Return the state as tensors by name and a JSON list."""
+        tensors = {"terms": torch.cat(self._steps)} if self._steps else {}
+        steps = zip(self._names, self._sizes, self._numbers, strict=True)
+        return tensors, [[list(names), size, number] for names, size, number in steps]
+
+    def unpack(self, tensors: Mapping[str, Tensor], facts: Sequence[Any]) -> None:
+        """Replace the state by what ``pack`` returned."""
+        self._names = [tuple(names) for names, _, _ in facts]
+        self._sizes = [int(size) for _, size, _ in facts]
+        self._numbers = [int(number) for _, _, number in facts]
+        lengths = [len(names) for names in self._names]
+        self._steps = list(tensors["terms"].split(lengths)) if lengths else []  # type: ignore[no-untyped-call]
+
+    def merge(self, packed: Sequence[tuple[Mapping[str, Tensor], Sequence[Any]]]) -> None:
+        """Replace the state by the steps of all processes, each given as its ``pack``, in order of their numbers."""
+        parts = [TermAverages() for _ in packed]
+        for part, (tensors, facts) in zip(parts, packed, strict=True):
+            part.unpack(tensors, facts)
+        steps = [
+            each for part in parts for each in zip(part._numbers, part._names, part._steps, part._sizes, strict=True)
+        ]
+        steps.sort(key=lambda each: each[0])  # stable: within a step, in the order of the processes
+        self._numbers = [number for number, _, _, _ in steps]
+        self._names = [names for _, names, _, _ in steps]
+        self._steps = [terms for _, _, terms, _ in steps]
+        self._sizes = [size for _, _, _, size in steps]
+
+    def compute(self, where: str, images: Callable[[int], Sequence[str]] | None = None) -> dict[str, float]:
+        """Return the mean of each term, weighted by the images of each step.
+
+        Args:
+            where: names the epoch and split in an error message.
+            images: returns the names of a step's images for an error message.
+
+        Raises:
+            NonFiniteError: a term was NaN or infinite; names the first such step (from 1), the terms and images.
+        """
+        known = list(dict.fromkeys(name for names in self._names for name in names))
+        values = iter(torch.cat(self._steps).cpu().tolist())  # the only synchronisation with the device
+        sums, weights = dict.fromkeys(known, 0.0), dict.fromkeys(known, 0)
+        for step, names, size in zip(self._numbers, self._names, self._sizes, strict=True):
+            terms = dict(zip(names, values, strict=False))  # takes as many values as there are names
+            bad = [name for name, value in terms.items() if not math.isfinite(value)]
+            if bad:
+                raise NonFiniteError(
+                    f"{where}: at step {step} the loss term {', '.join(bad)} is {sum(terms.values()):g}"
+                    f"{f', on {format_names(images(step), _MAX_NAMED_IMAGES)}' if images is not None else ''}.\n"
+                    f"{NON_FINITE_HELP}"
+                )
+            for name, value in terms.items():
+                sums[name] += size * value
+                weights[name] += size
+        return {name: sums[name] / weights[name] for name in known}

@@ -12,6 +12,7 @@ from potstill.evaluation import Array
 Z_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 MIN_P_VALUE = 1e-12  # smaller ones are not resolved
 MIN_CHANGED_IMAGES = 10  # with fewer, the normal approximation is too rough and the exact test counts too
+_FOLD_CAUTION = 1.3  # of the variance between folds, which few folds rather underestimate; calibrated, as the exponents
 _EXPONENTS = {2: 0.9, 3: 1.4}  # by number of seeds, calibrated to the nominal level; 1.8 for more
 
 
@@ -103,10 +104,12 @@ class CrossedInterval(NamedTuple):
     high: float
     p: float  # two-sided
     confidence: float  # of the interval, e.g. 0.95
-    seed_share: float  # share of the variance of the mean gain that is due to seeds, in [0, 1]
+    seed_share: float  # share of the variance of the mean gain that is due to seeds, or to folds and seeds, in [0, 1]
 
 
-def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.95) -> CrossedInterval:
+def crossed_interval(
+    correct_a: Array, correct_b: Array, confidence: float = 0.95, folds: Array | None = None
+) -> CrossedInterval:
     """Return the mean gain in accuracy of b over a, with an interval over seeds and images together.
 
     Seeds and images are crossed random effects: the gain on image i with seed s is the sum of a mean, a deviation of
@@ -120,28 +123,41 @@ def crossed_interval(correct_a: Array, correct_b: Array, confidence: float = 0.9
     If fewer than ``MIN_CHANGED_IMAGES`` images differ, p is at least that of the exact test over images
     (``sign_flip``).
 
+    With ``folds``, the models that predict the images of a fold were trained, with seeds of its own, on the images of
+    the other folds; fold and seed are a cell.  Images are nested in folds: their part of the variance is that within
+    folds.  What the means of the folds vary beyond it (times 1.3, as few folds rather underestimate it) is the part of
+    the cells, with K - 1 degrees of freedom.  Seeds within a fold are independent, but the training sets of two folds
+    share ``(K - 2) / (K - 1)`` of their images: what folds vary beyond images and seeds is multiplied by
+    ``1 + K / (K - 1)``, the correction of C. Nadeau, Y. Bengio, Inference for the generalization error, Machine
+    Learning 52 (2003), for a test set of 1 / (K - 1) of the training set.  It is not applied to the images, which no
+    two folds share.  No estimate is unbiased, since the folds do not show what their training sets share (Y. Bengio, Y.
+    Grandvalet, No unbiased estimator of the variance of K-fold cross-validation, JMLR 5, 2004):
+    ``tests/evaluation/test_significance_folds.py`` counts 1 to 7 % of false alarms with 5 and 10 folds.
+
     Args:
-        correct_a: [S, N] bool, row s: the reference with seed s; S >= 2.
+        correct_a: [S, N] bool, row s: the reference with seed s; S >= 2, or one with ``folds``.
         correct_b: [S, N] bool, the other model with the same seeds, on the same images.
         confidence: level of the interval.
+        folds: [N] fold of each image, from 0 to K - 1, K >= 2; None: no folds.
 
     Raises:
-        UsageError: fewer than two seeds, no images, or different numbers of seeds or images.
+        UsageError: fewer than two seeds or folds, no images, or different numbers of seeds or images.
     """
-    seeds = _gains_per_image(correct_a, correct_b)[1]
-    if seeds < 2:
-        raise UsageError("an interval over seeds needs two seeds or more, got one")
+    count = _gains_per_image(correct_a, correct_b)[1] if folds is None else int(folds.max()) + 1
+    if count < 2:
+        what = "seeds" if folds is None else "folds"
+        raise UsageError(f"an interval over {what} needs two {what} or more, got one")
     difference = _differences(correct_a, correct_b)
-    variance = _variance_components(difference, difference)
+    variance = _variance_components(difference, difference, folds)
     changed = int((difference != 0).any(axis=0).sum())
     value = float(difference.mean())
     error = math.sqrt(variance.total)
-    half = _critical_value(variance, seeds, 1 - confidence) * error
+    half = _critical_value(variance, count, 1 - confidence) * error
 
     low, p = MIN_P_VALUE, 1.0
     for _ in range(40):  # bisect in logarithms for the level at which the interval just reaches 0
         level = math.sqrt(low * p)
-        if _critical_value(variance, seeds, level) * error > abs(value):
+        if _critical_value(variance, count, level) * error > abs(value):
             low = level
         else:
             p = level
@@ -198,7 +214,7 @@ class GapClosed(NamedTuple):
     closed: Interval | None  # share of the gap; None if the gap is not significant
 
 
-def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> GapClosed:
+def gap_closed(teacher: Array, baseline: Array, distilled: Array, folds: Array | None = None) -> GapClosed:
     """Return the gap and the share of it that is closed, with intervals over images and, if several, seeds.
 
     The share is a ratio of means; its interval is Fieller's, the ratios r for which ``gain - r * gap`` may be 0 (E. C.
@@ -208,28 +224,33 @@ def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> GapClosed:
         teacher: [N] bool, whether each image was classified correctly.
         baseline: [S, N] bool, a row for each seed.
         distilled: [S, N] bool, for the same seeds and images.
+        folds: [N] fold of each image, as for ``crossed_interval``; None: no folds.
 
     Raises:
         UsageError: no images, or different numbers of them.
     """
     _count_images(teacher, *baseline, *distilled)
     repeated = np.broadcast_to(np.asarray(teacher, dtype=bool), np.shape(baseline))
-    seeds = len(baseline)
-    if seeds == 1:
+    count = len(baseline) if folds is None else int(folds.max()) + 1
+    if count == 1:
         gap = paired_interval(baseline[0], teacher)
         significant = gap.low > 0 and mcnemar(baseline[0], teacher)["p"] < 0.05
     else:
-        crossed = crossed_interval(baseline, repeated)
+        crossed = crossed_interval(baseline, repeated, folds=folds)
         gap, significant = Interval(*crossed[:3]), crossed.low > 0 and crossed.p < 0.05
     if not significant:
         return GapClosed(gap, None)
     gain, lead = _differences(baseline, distilled), _differences(baseline, repeated)
     ratio = float(gain.mean() / lead.mean())
     residual = gain - ratio * lead
-    critical = _critical_value(_variance_components(residual, residual), seeds, 0.05)
-    of_gain, of_both, of_lead = (
-        critical**2 * _variance_components(x, y).total for x, y in ((gain, gain), (gain, lead), (lead, lead))
-    )
+    variance = _variance_components(residual, residual, folds)
+    critical = _critical_value(variance, count, 0.05)
+    pairs = ((gain, gain), (gain, lead), (lead, lead))
+    if folds is None:
+        found = [_variance_components(x, y).total for x, y in pairs]
+    else:  # the part of the cells is bounded by 0, and so no covariance: as large beside that of the images for all
+        found = [_image_covariance(x, y, folds) * variance.total / variance.images for x, y in pairs]
+    of_gain, of_both, of_lead = (critical**2 * each for each in found)
     square = lead.mean() ** 2 - of_lead
     middle = gain.mean() * lead.mean() - of_both
     root = middle**2 - square * (gain.mean() ** 2 - of_gain)
@@ -238,12 +259,14 @@ def gap_closed(teacher: Array, baseline: Array, distilled: Array) -> GapClosed:
     return GapClosed(gap, Interval(ratio, float((middle - root**0.5) / square), float((middle + root**0.5) / square)))
 
 
-def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | int | None]:
-    """Compare a metric of two settings over the same seeds, pairwise.
+def seeds_summary(a: Sequence[float], b: Sequence[float], *, folds: bool = False) -> dict[str, float | int | None]:
+    """Compare a metric of two settings over the same seeds, or the same folds, pairwise.
 
     Args:
         a: [n] the metric of the reference setting.
         b: [n] the metric of the other setting; entry i has the seed of ``a[i]``.
+        folds: the values are those of the n folds of a cross-validation, whose training sets overlap: the interval has
+            the correction of ``crossed_interval``, here for the whole variance.
 
     Returns:
         ``n``; ``mean_a``, ``sd_a``, ``mean_b``, ``sd_b``; ``difference`` (mean of b - a), ``difference_sd``, and
@@ -262,7 +285,7 @@ def seeds_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, float | i
     if deviation is not None:
         from scipy import special  # here, since the import takes 0.1 s
 
-        half = float(special.stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
+        half = float(special.stdtrit(n - 1, 0.975)) * deviation * math.sqrt(_overlap_factor(n) if folds else 1) / n**0.5
         low, high = mean - half, mean + half
     return {
         "n": n,
@@ -326,8 +349,49 @@ class _VarianceComponents(NamedTuple):
         return min(1.0, max(0.0, self.seeds / self.total)) if self.total > 0 else 0.0
 
 
-def _variance_components(x: Array, y: Array) -> _VarianceComponents:
+def _overlap_factor(folds: int) -> float:
+    """Return by how much more than independent folds those of a cross-validation vary (Nadeau and Bengio)."""
+    return 1 + folds / (folds - 1)
+
+
+def _fold_means(values: Array, folds: Array) -> Array:
+    """Return the mean of each fold, [..., N] -> [..., K]."""
+    sizes = np.bincount(folds)
+    rows = values.reshape(-1, values.shape[-1])
+    means: Array = np.stack([np.bincount(folds, row) for row in rows]) / sizes
+    return means.reshape(*values.shape[:-1], len(sizes))
+
+
+def _image_covariance(x: Array, y: Array, folds: Array) -> float:
+    """Return the covariance of the means of x and y [S, N] over images within folds."""
+    means = [each.mean(axis=0) for each in (x, y)]
+    a, b = (each - _fold_means(each, folds)[folds] for each in means)
+    images = x.shape[1]
+    covariance: float = float(a @ b) / max(1, images - int(folds.max()) - 1) / images
+    return covariance
+
+
+def _fold_components(x: Array, folds: Array) -> _VarianceComponents:
+    """Return the variance of the mean of x [S, N] over cells of fold and seed, and over images within folds."""
+    seeds, images = x.shape
+    sizes, mean = np.bincount(folds), x.mean(axis=0)
+    of_images = _image_covariance(x, x, folds)
+    cells, of_fold = _fold_means(x, folds), _fold_means(mean, folds)
+    between = float(sizes @ (of_fold - x.mean()) ** 2) / (len(sizes) - 1) / images
+    of_seeds = 0.0
+    if seeds > 1:
+        residual = x - mean - (cells - of_fold)[:, folds]
+        rest = float(np.vdot(residual, residual)) / max(1, (seeds - 1) * (images - len(sizes)))
+        among = float(np.vdot((cells - of_fold) ** 2, np.broadcast_to(sizes, cells.shape))) / ((seeds - 1) * len(sizes))
+        of_seeds = max(0.0, (among - rest) / (seeds * images))
+    excess = max(0.0, _FOLD_CAUTION * between - of_images - of_seeds)
+    return _VarianceComponents(of_seeds + excess * _overlap_factor(len(sizes)), _floor_variance(of_images, x, x))
+
+
+def _variance_components(x: Array, y: Array, folds: Array | None = None) -> _VarianceComponents:
     """Return the covariance of the means of x and y [S, N] over seeds and images; with one seed, over images."""
+    if folds is not None:
+        return _fold_components(x, folds)  # only of x with itself
     seeds, images = x.shape
     by_image = [each.mean(axis=0) - each.mean() for each in (x, y)]
     between_images = float(by_image[0] @ by_image[1]) / max(1, images - 1)

@@ -18,7 +18,7 @@ from potstill.data.image_sets import FileSet, ImageSet
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.distiller import Distiller
-from potstill.distillation.teacher_views import TeacherViews
+from potstill.distillation.teachers import TeacherViews
 from potstill.errors import ArtifactError, UsageError, did_you_mean
 from potstill.evaluation.cost import known_parameters
 from potstill.experiment.plan import PlannedStage, derive_seed

@@ -2,7 +2,7 @@
 students.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,7 @@ def compare_with_baseline(
     seed: int = 0,
     domain: Mapping[str, Any] | None = None,
     known: Mapping[str, Any] | None = None,
+    folds: Array | None = None,
 ) -> dict[str, Any]:
     """Return ``comparison`` of results.json.
 
@@ -111,6 +112,7 @@ def compare_with_baseline(
         seed: the first one.
         domain: from ``domain_adaptation.describe_domains``.
         known: further facts for the verdict: ``test_evaluations`` and ``teacher_below_baseline``, as in results.json.
+        folds: [N] fold of each image, from 0, whose models have predicted it; None: the same models for all images.
     """
     groups = groups or {}
     baseline, distilled = (stages[name]["test"] for name in ("baseline", "distilled"))
@@ -126,11 +128,14 @@ def compare_with_baseline(
         "f1_macro_gain": distilled["f1_macro"] - baseline["f1_macro"],
         "auc_macro_gain": _difference(distilled["auc_macro"], baseline["auc_macro"]),
         **_compare_with_teachers(stages, groups, gained["top1_gain"]),
-        **_gap_intervals(teacher, correct["baseline"][None], correct["distilled"][None]),
+        **_gap_intervals(teacher, correct["baseline"][None], correct["distilled"][None], folds),
         "test_images": len(correct["baseline"]),
         "others": {name: _gain(correct["baseline"], correct[name]) for name in others},
     }
-    if repeats:
+    if folds is not None:
+        looks = int(finite_figure((known or {}).get("looks"), "test_evaluations") or 1)
+        comparison["folds"] = _over_folds(correct, teacher, folds, looks)
+    elif repeats:
         comparison["seeds"] = _over_seeds(stages | dict(repeats), correct, teacher, seed, count_test_evaluations(known))
     if domain is not None:
         comparison["domain"] = dict(domain)
@@ -155,10 +160,8 @@ def _over_seeds(
     """Return the comparison over all seeds: each seed, means, and the mean gain with its interval over seeds and
     images.
     """
-    count = 1
-    while {stage_name("baseline", count + 1), stage_name("distilled", count + 1)} <= stages.keys():
-        count += 1
-    pairs = [(stage_name("baseline", each), stage_name("distilled", each)) for each in range(1, count + 1)]
+    pairs = _pairs(stages)
+    count = len(pairs)
     before, after = (np.stack([correct[pair[at]] for pair in pairs]) for at in (0, 1))
     whole = crossed_interval(before, after, interim_confidence(looks))
     tests = [[stages[name]["test"] for name in pair] for pair in pairs]
@@ -175,11 +178,58 @@ def _over_seeds(
         "figures": figures,
         "top1_gain": {**whole._asdict(), "looks": looks},
     }
-    if teacher is not None:
-        lead = float(teacher.mean() - before.mean())
-        found |= {"gap": lead, "gap_closed": whole.value / lead if lead > 0 else None}
-        found |= _gap_intervals(teacher, before, after)
+    return found | _gap_over(teacher, before, after, whole.value)
+
+
+def _over_folds(correct: Mapping[str, Array], teacher: Array | None, folds: Array, looks: int) -> dict[str, Any]:
+    """Return the comparison over all folds and seeds: each fold, and the mean gain with its interval over folds, seeds
+    and images.
+    """
+    pairs = _pairs(correct)
+    before, after = (np.stack([correct[pair[at]] for pair in pairs]) for at in (0, 1))
+    whole = crossed_interval(before, after, interim_confidence(looks), folds)
+    count = int(folds.max()) + 1
+    own = [folds == fold for fold in range(count)]
+    figures = seeds_summary(
+        *([float(each[:, images].mean()) for images in own] for each in (before, after)), folds=True
+    )
+    found = {
+        "folds": count,
+        "seeds": len(pairs),
+        "each": [
+            {
+                "fold": fold + 1,
+                "images": int(images.sum()),
+                "top1_gain": float((after - before * 1.0)[:, images].mean()),
+            }
+            for fold, images in enumerate(own)
+        ],
+        "figures": {"top1": figures},
+        "top1_gain": {**whole._asdict(), "looks": looks},
+    }
+    return found | _gap_over(teacher, before, after, whole.value, folds)
+
+
+def _pairs(stages: Collection[str]) -> list[tuple[str, str]]:
+    """Return the names of baseline and distilled student of each seed."""
+    found = [("baseline", "distilled")]
+    while {*(further := tuple(stage_name(role, len(found) + 1) for role in found[0]))} <= set(stages):
+        found.append((further[0], further[1]))
     return found
+
+
+def _gap_over(
+    teacher: Array | None, before: Array, after: Array, gain: float, folds: Array | None = None
+) -> dict[str, Any]:
+    """Return the gap to the teacher and the share of it that was closed, over all seeds, with their intervals."""
+    if teacher is None:
+        return {}
+    lead = float(teacher.mean() - before.mean())
+    return {
+        "gap": lead,
+        "gap_closed": gain / lead if lead > 0 else None,
+        **_gap_intervals(teacher, before, after, folds),
+    }
 
 
 def _gain(before: Array, after: Array) -> dict[str, Any]:
@@ -202,11 +252,13 @@ def _teacher_correct(correct: Mapping[str, Array], names: Sequence[str]) -> Arra
     return correct.get("teachers") if names else None
 
 
-def _gap_intervals(teacher: Array | None, baseline: Array, distilled: Array) -> dict[str, float]:
+def _gap_intervals(
+    teacher: Array | None, baseline: Array, distilled: Array, folds: Array | None = None
+) -> dict[str, float]:
     """Return the intervals of the gap and, if the gap is significant, of its closed share."""
     if teacher is None:
         return {}
-    gap, closed = gap_closed(teacher, baseline, distilled)
+    gap, closed = gap_closed(teacher, baseline, distilled, folds)
     ends = {"gap_low": gap.low, "gap_high": gap.high}
     return ends if closed is None else ends | {"gap_closed_low": closed.low, "gap_closed_high": closed.high}
 

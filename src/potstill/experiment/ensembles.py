@@ -72,7 +72,7 @@ def ensemble_predictions(
         shares = np.asarray(given, dtype=np.float64)[:, None, None] / sum(given)
         groups[group] = {}
         for split in SPLITS:
-            found = [stages[name][split] for name in names]
+            found = [stages[name][split] for name in names if split in stages[name]]
             rows = [each.probabilities for each in found if each.probabilities is not None]
             if len(rows) == len(names):
                 groups[group][split] = Predictions.of(

@@ -129,14 +129,17 @@ _MAX_CAM_SIDE = 14  # rows and columns of a heat map, at most
 
 
 def describe_examples(
-    models: dict[str, Classifier], predictions: dict[str, Predictions], images: ImageSet, class_names: Sequence[str]
+    models: Mapping[str, Classifier | None],
+    predictions: Mapping[str, Predictions],
+    images: ImageSet,
+    class_names: Sequence[str],
 ) -> dict[str, Any] | None:
     """Return the content of examples.json; None without student or images.
 
     Errors of an image or a heat map are recorded in it; they do not stop the run.
 
     Args:
-        models: by stage; of several teachers the first is used.
+        models: by stage, of several teachers the first is used; None: several networks, without heat maps.
         predictions: by stage, for ``images``.
         images: of the test split.
         class_names: of the K columns.
@@ -153,7 +156,9 @@ def describe_examples(
     chosen = list(dict.fromkeys(position for group in groups.values() for position in group.images))
     pixels = _read_pixels(images, chosen)
     heat_maps, failed = _heat_maps(
-        {stage: models[stage] for stage in (student, parts.get("teacher")) if stage}, predictions, pixels
+        {stage: model for stage in (student, parts.get("teacher", "")) if (model := models.get(stage))},
+        predictions,
+        pixels,
     )
     return {
         "schema": SCHEMA,
@@ -194,7 +199,7 @@ def _read_pixels(images: ImageSet, positions: Sequence[int]) -> dict[int, Pixels
 
 
 def _heat_maps(
-    models: dict[str, Classifier], predictions: dict[str, Predictions], pixels: dict[int, Pixels]
+    models: Mapping[str, Classifier], predictions: Mapping[str, Predictions], pixels: dict[int, Pixels]
 ) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
     """Return heat maps, position -> stage -> ``rows`` (two hex digits a field) and ``region``, and errors, stage ->
     message.

@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,8 +16,9 @@ import torch
 
 from potstill.config import stage_name, stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
+from potstill.data.datasets import load_data
 from potstill.data.image_sets import RelabeledSet
-from potstill.data.splits import SPLITS, DataSplits
+from potstill.data.splits import SPLITS, DataSplits, fold_splits, pool_splits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
@@ -35,9 +36,18 @@ from potstill.experiment.builders import (
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.ensembles import average_probabilities
-from potstill.experiment.environment import describe_environment
 from potstill.experiment.estimate import describe_seeds, estimate_further_seeds, estimate_stages
-from potstill.experiment.plan import STAGE_GROUPS, PlannedStage, derive_seed, plan_stages, stage_recipe
+from potstill.experiment.folds import check_poolable, describe_outside_weights, fold_recipe, pool_folds
+from potstill.experiment.plan import (
+    STAGE_GROUPS,
+    PlannedStage,
+    choose_networks,
+    derive_seed,
+    lengthen_short_trainings,
+    plan_stages,
+    restore_choices,
+    stage_recipe,
+)
 from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
 from potstill.experiment.probe import (
     ProbedTeacher,
@@ -48,8 +58,7 @@ from potstill.experiment.probe import (
     probe_teacher,
     probes_by_default,
 )
-from potstill.experiment.reproduce import RunRecord, check_same_images
-from potstill.experiment.resolution import choose_networks, lengthen_short_trainings, restore_choices
+from potstill.experiment.reproduce import RunRecord, check_same_images, describe_environment
 from potstill.experiment.results import (
     describe_missing_labels,
     describe_run,
@@ -78,7 +87,7 @@ from potstill.methods import create_method, describe_method, needs_teacher
 from potstill.models.families.opaque_models import TableNetwork, find_table
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
-from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
+from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
 from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import lr_factor
@@ -179,6 +188,14 @@ def run(
     if not planned:
         raise UsageError(f"there is no teacher to train: method {describe_method(recipe.method)} needs none")
     name = recipe.name if name is None else name
+    if recipe.data.folds is not None and recipe.data.fold is None:
+        if set(stages) != set(STAGE_GROUPS) or not evaluate:
+            raise UsageError(
+                f"data.folds (--folds) is for a whole run, of {', '.join(STAGE_GROUPS)}, with its test results: name "
+                "one fold with data.fold, or leave it out"
+            )
+        folds = _Folds(recipe, output_dir / name, data, observer, stopping, processes, baseline)
+        return folds.run(resume=resume, overwrite=overwrite)
     extended: dict[str, list[int]] = {}
     reused = None if baseline is None else _folder_of_baseline(baseline, output_dir / name)
     with (
@@ -290,6 +307,9 @@ def run(
             if processes.first:
                 record_test_evaluation(folder, recipe, planned)
                 facts_of_run["looks"] = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
+            if recipe.data.fold is not None:
+                is_all = recipe.data.fold == "all"
+                facts_of_run["fold"] = "all" if is_all else f"fold {recipe.data.fold} of {recipe.data.folds}"
             facts_of_run["views_differ"] = _view_differences(models)
             for sentence in facts_of_run["views_differ"]:
                 experiment.warn(sentence)
@@ -306,6 +326,143 @@ def run(
         folder.write_results(results)
         trackers.results(results)
     return folder.path
+
+
+class _FoldObserver(ForwardingObserver):
+    """Shows the fold with each stage, the time of all folds, and every note and warning once.
+
+    Attributes:
+        fold: the number of the fold that runs.
+        estimate: measures the seconds of each stage of all folds.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__(observer)
+        self.fold = 0
+        self.estimate: Callable[[], Mapping[str, float]] = dict
+        self._said, self._expected = set[str](), False
+
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
+        """Report the time of all folds, when the first begins; the estimate of a fold is not used."""
+        if not self._expected:
+            self._expected = True
+            self.observer.expect(self.estimate)
+
+    def stage(self, name: str, detail: str) -> None:
+        super().stage(self._label(name), detail)
+
+    def stage_end(self, name: str, seconds: float) -> None:
+        super().stage_end(self._label(name), seconds)
+
+    def note(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            super().note(message)
+
+    def warn(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            super().warn(message)
+
+    def _label(self, name: str) -> str:
+        return f"fold {self.fold}/{name}"
+
+
+@dataclass
+class _Folds:
+    """A cross-validation: a run of each fold, in a run folder within that of the whole, and their results together."""
+
+    recipe: Recipe
+    path: Path
+    data: DataSplits | None
+    observer: Observer | None
+    stopping: SignalHandler | None
+    processes: ProcessGroup
+    baseline: Path | None
+
+    def run(self, *, resume: bool, overwrite: bool) -> Path:
+        """Run the folds that are not finished; return the folder of the whole."""
+        started, processes = time.monotonic(), self.processes
+        observer = _FoldObserver(self.observer or SilentObserver())
+        with open_run_folder(self.path.parent, self.path.name, processes, resume=resume, overwrite=overwrite) as folder:
+            recipe, former = self.recipe, None
+            if resume:
+                former = load_recipe(folder.recipe, data_needed=False, recorded=True)
+                recipe = restore_choices(former, recipe)
+                check_same_recipe(folder, recipe)
+            if overwrite:
+                check_weights_outside(folder, recipe)
+            recipe, replaced = processes.share(choose_networks(recipe))
+            if resume:
+                replaced = replaced or folder.read_environment().get("replaced_networks", [])
+            whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
+            data = pool_splits(load_data(whole, self.data, progress=observer))
+            check_poolable(data)
+            recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
+            splits = fold_splits(data, recipes[1].data)
+            if resume:
+                check_same_data(folder, data)
+            if overwrite and processes.first:
+                folder.clear()
+            processes.highest(0)  # a barrier, as in ``run``
+            planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
+            if processes.first:
+                text = dump_recipe(recipe)
+                before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
+                chosen = {"replaced_networks": replaced} if replaced else {}
+                folder.write_recipe(text)
+                folder.write_environment(
+                    describe_environment(recipe, text, data.fingerprint, compute) | before | chosen
+                )
+                folder.write_splits(data.as_rows())
+                folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
+            observer.note(
+                f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
+                "once, and teacher, baseline and distilled student are trained without it"
+            )
+            warnings = [*replaced, *describe_outside_weights(recipe)]
+            for warning in warnings:
+                observer.warn(warning)
+            same = former is not None and (former.seeds, former.model_dump()["training"]) == (
+                recipe.seeds,
+                recipe.model_dump()["training"],
+            )
+            done = processes.share({fold for fold in recipes if same and folder.fold(fold).results.is_file()})
+            left = {
+                f"fold {fold}/{stage.name}": stage.name
+                for fold in recipes
+                for stage in planned
+                if fold not in done and not (resume and folder.fold(fold).trained(stage.name))
+            }
+
+            def estimate() -> dict[str, float]:
+                seconds = estimate_stages(recipe, planned, splits, compute)
+                return {label: seconds[stage] for label, stage in left.items() if stage in seconds}
+
+            observer.estimate = estimate
+            for fold, own in recipes.items():
+                observer.fold = fold
+                if fold in done:
+                    observer.note(f"fold {fold}: already finished")
+                    continue
+                known = processes.share(resume and folder.fold(fold).known)
+                run(
+                    own,
+                    output_dir=folder.path,
+                    name=folder.fold(fold).path.name,
+                    resume=known,
+                    data=data,
+                    observer=observer,
+                    stopping=self.stopping,
+                    processes=processes,
+                    baseline=None if self.baseline is None else RunFolder(self.baseline).fold(fold).path,
+                )
+            if processes.first:
+                record_test_evaluation(folder, recipe, planned)
+                looks = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
+                seconds = time.monotonic() - started
+                folder.write_results(pool_folds(folder, recipe, data, looks=looks, seconds=seconds, warnings=warnings))
+        return folder.path
 
 
 @dataclass

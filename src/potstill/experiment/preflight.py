@@ -421,11 +421,11 @@ def warn_about_settings(
         for text in _without_effect(settings, images):
             texts[f"{stage.role}: {text}"] = None
         if stage.distils:
-            if 1 < settings.epochs < method.warmup_length:
-                share = settings.epochs / method.warmup_length
+            if 1 < settings.epochs < (length := method.warmup_length(settings.epochs)):
+                share = settings.epochs / length
                 texts[
                     f"{stage.role}: method {describe_method(recipe.method)} reaches its full weight after "
-                    f"{method.warmup_length:g} epochs, and training ends at {share:.0%} of it with training.epochs "
+                    f"{length:g} epochs, and training ends at {share:.0%} of it with training.epochs "
                     f"{settings.epochs}; lower the method's warm-up, or train longer"
                 ] = None
             if settings.epochs == 1 and any(isinstance(each, ScheduledMethod) for each in method.modules()):

@@ -63,8 +63,8 @@ def evaluate_stages(
         folder, own = run.stage(name), found[name]
         learns = stage_role(name) not in ("teacher", "baseline")
         metrics = {
-            split: _metrics(own[split], data.class_names)
-            | (_fidelity(own[split], groups["teachers"].get(split)) if learns and "teachers" in groups else {})
+            split: describe_metrics(own[split], data.class_names)
+            | (describe_fidelity(own[split], groups["teachers"].get(split)) if learns and "teachers" in groups else {})
             for split in SPLITS
         }
         run.write_metrics(name, metrics)
@@ -86,17 +86,21 @@ def evaluate_stages(
             **({"views": model.facts["views"]} if "views" in model.facts else {}),
             **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
             **costs.get(name, {}),
-            **{split: _without_per_class(metrics[split]) for split in SPLITS},
-            **({"source_test": _without_per_class(before[name])} if name in before else {}),
+            **{split: without_per_class(metrics[split]) for split in SPLITS},
+            **({"source_test": without_per_class(before[name])} if name in before else {}),
             "test_intervals": split_intervals(own["test"]),
-            "calibration": None if data.teacher_labels else _calibration(own["val"], own["test"]),
+            "calibration": None if data.teacher_labels else _calibration(own["val"], own["test"], model),
         }
     stages = {name: entries.pop(name) for name in once}
     correct = {name: own["test"].correct for name, own in (found | groups).items()}
     described = {
         name: {
             "of": group_members(name, once),
-            **{split: _without_per_class(_metrics(own[split], data.class_names)) for split in SPLITS if split in own},
+            **{
+                split: without_per_class(describe_metrics(own[split], data.class_names))
+                for split in SPLITS
+                if split in own
+            },
         }
         for name, own in groups.items()
         if len(group_members(name, once)) > 1
@@ -248,7 +252,7 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     )
     labeled, images = min(settings.batch_size, sampler.labeled), len(data.unlabeled)
     facts = {
-        "source": recipe.data.unlabeled,
+        "source": recipe.data.unlabeled or data.source,
         "images": images,
         "labeled_images": len(data.train),
         "per_step": int(labeled * share / (1 - share) + 0.5),
@@ -317,13 +321,14 @@ def _image_label(prefix: str, images: ImageSet, image: int) -> str:
     return f"{prefix}{images.names[image]},"
 
 
-def _metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
+def describe_metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the metrics of a split, for metrics.json."""
     metrics = split_metrics(found, classes)
     return metrics | {"loss": metrics["nll"]}
 
 
-def _fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:
-    """Return agreement and, if the probabilities of both are known, the divergence."""
+def describe_fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:
+    """Return agreement with the teacher and, if the probabilities of both are known, the divergence."""
     if teacher is None:
         return {"agreement": None, "kl_to_teacher": None}
     if student.probabilities is None or teacher.probabilities is None:
@@ -331,11 +336,13 @@ def _fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, An
     return agreement(student.probabilities, teacher.probabilities)
 
 
-def _calibration(val: Predictions, test: Predictions) -> dict[str, Any] | None:
+def _calibration(val: Predictions, test: Predictions, model: Classifier) -> dict[str, Any] | None:
     assert val.probabilities is not None
     assert test.probabilities is not None
-    return calibration_report(val.probabilities, val.labels, test.probabilities, test.labels)
+    applied = (model.facts.get("temperature_scaling") or {}).get("temperature")
+    return calibration_report(val.probabilities, val.labels, test.probabilities, test.labels, applied)
 
 
-def _without_per_class(metrics: dict[str, Any]) -> dict[str, Any]:
+def without_per_class(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics for results.json."""
     return {key: value for key, value in metrics.items() if key not in _PER_CLASS_KEYS}

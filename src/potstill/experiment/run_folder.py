@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from potstill.errors import ArtifactError, StorageError, UsageError
@@ -31,6 +32,7 @@ from potstill.io import (
     encode_json,
     encode_text,
     file_sha256,
+    read_bytes,
     read_checksummed_json,
     read_checksummed_text,
     remove_partial_files,
@@ -112,6 +114,7 @@ _FILES_BEFORE_TRAINING = (  # files of a run that has not trained
     "skipped.csv",
 )
 _METRICS_FILE = "metrics.jsonl"
+_FOLD = "fold-"  # and its number: the run of a fold
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -248,6 +251,17 @@ class RunFolder:
         """Return the folder of a stage."""
         return self.path / name
 
+    def fold(self, number: int) -> "RunFolder":
+        """Return the run folder of a fold of this cross-validation."""
+        return RunFolder(self.path / f"{_FOLD}{number}")
+
+    @property
+    def folds(self) -> list["RunFolder"]:
+        """The runs of a cross-validation that have begun, by number; empty for other runs."""
+        named = [each.name.removeprefix(_FOLD) for each in self.path.glob(f"{_FOLD}*")]
+        found = [self.fold(number) for number in sorted(int(name) for name in named if name.isdecimal())]
+        return [each for each in found if each.recipe.is_file()]
+
     def trained(self, name: str) -> bool:
         """Return whether a stage's model has been written."""
         return (self.stage(name) / "model.json").exists()
@@ -345,6 +359,18 @@ class RunFolder:
             )
         self._write_rows(f"{stage}/predictions_{split}.csv", header, rows)
 
+    def read_probabilities(self, stage: str, split: str, sha256: str, classes: Sequence[str]) -> dict[str, Array]:
+        """Return the probabilities [K] of each image of predictions_<split>.csv, by name, in the order of the split.
+
+        Raises:
+            ArtifactError: the file is missing or damaged, or does not hold the probabilities of these classes.
+        """
+        path = self.path / stage / f"predictions_{split}.csv"
+        rows = csv.reader(io.StringIO(read_bytes(path, sha256=sha256).decode("utf-8"), newline=""))
+        if next(rows, [])[3:] != [f"p:{name}" for name in classes]:
+            raise ArtifactError(f"{path} does not hold the probabilities of the {len(classes)} classes of this run")
+        return {unescape_cell(row[0]): np.array(row[3:], dtype=np.float64) for row in rows}
+
     def write_confusion(self, stage: str, split: str, found: "Predictions", classes: Sequence[str]) -> None:
         """Write confusion_<split>.csv of a stage: the number of images by true and predicted class, without zeros."""
         header = ("true_index", "predicted_index", "images", "true", "predicted")
@@ -431,6 +457,12 @@ def find_model(path: Path) -> Path:
             return folder
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; give a run folder or a folder with model.json")
+    if folds := RunFolder(path).folds:
+        raise ArtifactError(
+            f"{path} is a cross-validation and has a model in each fold: give the folder of a fold, such as "
+            f"{folds[0].path}, or train one on all images: potstill run {path}/recipe.yaml --set data.fold=all --name "
+            f"{path.resolve().name[:60]}-all"
+        )
     raise ArtifactError(f"{path} has no model: neither model.json nor a trained stage ({', '.join(STAGES)})")
 
 

@@ -34,6 +34,7 @@ from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.probe import ProbedTeacher
 from potstill.experiment.teacher_cache import StageCaches, StageTeacher, open_caches
 from potstill.experiment.teacher_inference import convert_teachers
+from potstill.experiment.temperature_scaling import scale_logits
 from potstill.features.hooks import capture_outputs
 from potstill.features.student_surgery import DualHead
 from potstill.formatting import format_percent
@@ -42,10 +43,9 @@ from potstill.methods.base import Method
 from potstill.models.families.opaque_models import find_table
 from potstill.models.model_file import Classifier, save_model
 from potstill.training.callbacks import Observer, SignalHandler
-from potstill.training.checkpointing import finish_checkpoints
+from potstill.training.checkpointing import EpochRecord, History, finish_checkpoints
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import EpochRecord, History
 from potstill.training.trainer import LabelLoss, Trainer, balanced_class_weights, selection_value
 
 
@@ -115,6 +115,9 @@ def train_stage(
         train_loader, planned, method.needs, recipe=recipe, data=data, compute=compute, observer=observer
     )
     views = {"train": teacher_views(train_views)}
+    if epochs_in_use := method.adapted_epochs(settings.epochs):
+        values = ", ".join(f"{key} {value:.3g}" for key, value in epochs_in_use.items())
+        observer.note(f"{planned.name}: {values}, as a share of the training's {settings.epochs} epochs")
     if processes.first and (text := describe_layers(distiller)):
         write_text(folder / "layers.txt", text)
     converted: list[StageTeacher] = []
@@ -209,11 +212,18 @@ def train_stage(
         if probed is None
         else _select_probe_or_finetuned(student, probed, best, settings, observer, planned.name)
     )
+    scaled: dict[str, Any] = {}
+    if settings.temperature_scaling and planned.role in ("baseline", "distilled") and not data.teacher_labels:
+        whole = split_loader(data, "val", student.input, recipe, settings, compute, shared=False)
+        scaled, metrics = scale_logits(student, whole, compute, observer, planned.name)
+        val = val | metrics
     student.facts |= {
         "stage": planned.name,
         "seed": recipe.seed,
         "method": recipe.method if planned.distils else {"name": "supervised"},
-        "training": training_facts(history, settings, extended_from),
+        "training": training_facts(history, settings, extended_from)
+        | ({"method_epochs": epochs_in_use} if epochs_in_use else {}),
+        **({"temperature_scaling": scaled} if scaled else {}),
         **({} if cost is None else {"teaching": {"by": list(planned.teachers), **cost, **caches.counts(processes)}}),
         "views": describe_training_views(train, recipe, data, settings.epochs),
         "val": val,
@@ -285,6 +295,7 @@ def training_facts(history: History, settings: TrainingSettings, extended_from: 
         "seconds": round(history.seconds, 3),
         "images_per_second": history.images_per_second,
         "selection_metric": settings.selection_metric,
+        **({"term_factors": factors} if (factors := history.records[history.best_epoch - 1].get("scaling")) else {}),
     }
 
 

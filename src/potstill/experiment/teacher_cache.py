@@ -26,7 +26,7 @@ from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import FEW_CLASSES, RecordFormat, RecordKind
 from potstill.distillation.teacher_inference import InferenceSettings
-from potstill.distillation.teacher_views import TeacherViews
+from potstill.distillation.teachers import TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.formatting import format_scaled

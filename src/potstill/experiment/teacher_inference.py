@@ -16,8 +16,7 @@ from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_inference import MIN_AGREEMENT, Fidelity, InferenceSettings
-from potstill.distillation.teacher_views import TeacherViews
-from potstill.distillation.teachers import Teachers
+from potstill.distillation.teachers import Teachers, TeacherViews
 from potstill.errors import ArtifactError, StorageError
 from potstill.evaluation.cost import count_flops
 from potstill.experiment.teacher_cache import StageTeacher, cache_key, describe_teacher, is_cacheable, module_digest

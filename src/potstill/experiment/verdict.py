@@ -1,7 +1,8 @@
 """The verdict on distillation, as sentences.  Without torch and scipy, so that reports can import it.
 
-"Helped" and "hurt" need three seeds or more, and an interval over seeds and test images together that excludes 0.
-With one seed the verdict states what was measured on that seed. Sentences are "" if their numbers are missing.
+"Helped" and "hurt" need three seeds or five folds or more, and an interval over these and test images together that
+excludes 0. With one seed the verdict states what was measured on that seed. Sentences are "" if their numbers are
+missing.
 """
 
 from collections.abc import Mapping
@@ -11,24 +12,49 @@ from potstill.config import sort_stages, stage_role
 from potstill.formatting import format_duration, format_names, format_number, format_percent, format_points
 from potstill.formatting import format_points as points
 
-MIN_SEEDS = 3  # for "helped" and "hurt"
+MIN_SEEDS, MIN_FOLDS = 3, 5  # for "helped" and "hurt"
 
 
-def seeds_of(comparison: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return ``seeds`` of a comparison; None if there is only one seed."""
-    seeds = (comparison or {}).get("seeds")
-    if not isinstance(seeds, Mapping):
+def repeats_of(comparison: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return ``folds`` of a comparison, else its ``seeds``; None if there is only one seed."""
+    found = (comparison or {}).get("folds") or (comparison or {}).get("seeds")
+    if not isinstance(found, Mapping):
         return None
-    top1 = (seeds.get("figures") or {}).get("top1")
-    return seeds if isinstance(top1, Mapping) and (finite_figure(top1, "n") or 0) > 1 else None
+    top1 = (found.get("figures") or {}).get("top1")
+    return found if isinstance(top1, Mapping) and (finite_figure(top1, "n") or 0) > 1 else None
+
+
+def folds_of(comparison: Mapping[str, Any] | None) -> int:
+    """Return the number of folds of a comparison; 0 if it is no cross-validation."""
+    found = (comparison or {}).get("folds")
+    return int(finite_figure(found, "folds") or 0) if isinstance(found, Mapping) else 0
+
+
+def _repeats_text(comparison: Mapping[str, Any] | None) -> str:
+    """Return ``5 seeds``, ``5 folds``, or ``5 folds of 3 seeds``."""
+    found = repeats_of(comparison) or {}
+    count = f"{finite_figure((found.get('figures') or {}).get('top1'), 'n') or 0:.0f}"
+    if not folds_of(comparison):
+        return f"{count} seeds"
+    seeds = finite_figure(found, "seeds") or 1
+    return f"{count} folds" + (f" of {seeds:.0f} seeds" if seeds > 1 else "")
+
+
+def interval_scope(comparison: Mapping[str, Any] | None) -> str:
+    """Return what the interval of the gain is over: ``seeds and test images``, ``folds and images``."""
+    if not folds_of(comparison):
+        return "test images only" if repeats_of(comparison) is None else "seeds and test images"
+    seeds = (finite_figure(repeats_of(comparison), "seeds") or 1) > 1
+    return "folds, seeds and images" if seeds else "folds and images"
 
 
 def average_over_seeds(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the comparison with gain, interval and gap over all seeds, if there are several.
+    """Return the comparison with gain, interval and gap over all seeds or folds, if there are several.
 
-    ``confidence`` is that of the interval, ``p`` that of the test over seeds and images together.
+    ``confidence`` is that of the interval, ``p`` that of the test over these and images together; ``seeds_count`` is
+    the number of seeds, or of folds.
     """
-    seeds, found = seeds_of(comparison), dict(comparison)
+    seeds, found = repeats_of(comparison), dict(comparison)
     if seeds is None:
         return found
     top1, whole = seeds["figures"]["top1"], seeds.get("top1_gain") or {}
@@ -40,7 +66,7 @@ def average_over_seeds(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seeds_lines(comparison: Mapping[str, Any] | None) -> list[str]:
-    """Return a line for each seed, if there are several.
+    """Return a line for each seed, or each fold, if there are several.
 
     Example:
         >>> pair = {"seed": 0, "top1_gain": 0.01, "fixed": 5, "broken": 2, "mcnemar_p": 0.45}
@@ -49,13 +75,18 @@ def seeds_lines(comparison: Mapping[str, Any] | None) -> list[str]:
         seed 0: +1.0 points of top-1, distilled against baseline (5 images newly right, 2 newly wrong)
         seed 1: +1.0 points of top-1, distilled against baseline (5 images newly right, 2 newly wrong)
     """
-    seeds = seeds_of(comparison)
-    return [
-        f"seed {each.get('seed')}: {format_points(gain)} points of top-1, distilled against baseline "
-        f"({each.get('fixed')} images newly right, {each.get('broken')} newly wrong)"
-        for each in (seeds or {}).get("each") or []
-        if (gain := finite_figure(each, "top1_gain")) is not None
-    ]
+    lines = []
+    for each in (repeats_of(comparison) or {}).get("each") or []:
+        gain = finite_figure(each, "top1_gain")
+        if gain is None:
+            continue
+        text = f"{format_points(gain)} points of top-1, distilled against baseline"
+        if "fold" in each:
+            lines.append(f"fold {each['fold']}: {text} ({finite_figure(each, 'images') or 0:,.0f} test images)")
+        else:
+            changed = f"({each.get('fixed')} images newly right, {each.get('broken')} newly wrong)"
+            lines.append(f"seed {each.get('seed')}: {text} {changed}")
+    return lines
 
 
 def finite_figure(values: Mapping[str, Any] | None, key: str) -> float | None:
@@ -114,7 +145,7 @@ def format_confidence(confidence: float) -> str:
 
 def accuracy_sentence(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
     """Return top-1 of each stage on test, and of several teachers together."""
-    top1 = ((seeds_of(comparison) or {}).get("figures") or {}).get("top1") or {}
+    top1 = ((repeats_of(comparison) or {}).get("figures") or {}).get("top1") or {}
     means = {"baseline": finite_figure(top1, "mean_a"), "distilled": finite_figure(top1, "mean_b")}
     sentences = []
     for name in sort_stages(stages):
@@ -128,6 +159,8 @@ def accuracy_sentence(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
         sentences.append(f"the teachers together {100 * together:.1f} %")
     mean = " (baseline and distilled: mean over the seeds)" if means["baseline"] is not None else ""
     split = "the target's test" if comparison.get("domain") else "test"
+    if folds_of(comparison):
+        split, mean = "all images, each in the fold that tests it", ""
     return f"Top-1 on {split}: {', '.join(sentences)}{mean}." if len(sentences) > 1 else ""
 
 
@@ -155,6 +188,7 @@ def gap_sentence(comparison: Mapping[str, Any], found: Effect) -> str:
         what = (
             "this test split" if finite_figure(comparison, "seeds_count") is None else "these seeds and this test split"
         )
+        what = "these folds" if folds_of(comparison) else what
         return f"{lead}; {what} cannot tell how much of that gap distillation closed."
     if found == "hurt":
         return f"{lead}; distillation did not close this gap but widened it."
@@ -188,8 +222,13 @@ def cost_sentence(comparison: Mapping[str, Any]) -> str:
     )
 
 
-def time_sentence(stages: Mapping[str, Any]) -> str:
-    """Return the training time beyond the baseline's, with that of teachers that were trained in this run."""
+def time_sentence(stages: Mapping[str, Any], *, folds: bool = False) -> str:
+    """Return the training time beyond the baseline's, with that of teachers that were trained in this run.
+
+    Args:
+        stages: of results.json.
+        folds: they are those of the first fold.
+    """
     taken = {name: finite_figure((stages[name] or {}).get("training"), "seconds") for name in sort_stages(stages)}
     baseline, distilled = taken.get("baseline"), taken.get("distilled")
     if baseline is None or distilled is None:
@@ -201,12 +240,17 @@ def time_sentence(stages: Mapping[str, Any]) -> str:
     parts += [f"distilled {format_duration(distilled)}", f"baseline {format_duration(baseline)}"]
     more = sum(seconds or 0.0 for seconds in others.values()) + distilled - baseline
     cost = f"{format_duration(more)} more training than the baseline alone" if more > 0 else "no more training time"
-    return f"It cost {cost} ({', '.join(parts)})."
+    where = "In fold 1 it" if folds else "It"
+    return f"{where} cost {cost} ({', '.join(parts)})."
 
 
 def limits_sentence(comparison: Mapping[str, Any]) -> str:
     """Return what the interval does not cover."""
-    seeds = seeds_of(comparison)
+    seeds, folds = repeats_of(comparison), folds_of(comparison)
+    if seeds is None and (fold := comparison.get("fold")):
+        return (
+            "" if fold == "all" else f"This is {fold}; the report of the folder above has the verdict over all folds."
+        )
     if seeds is None:
         return (
             "One seed cannot separate the effect of distillation from that of the seed: the interval covers the choice "
@@ -219,9 +263,13 @@ def limits_sentence(comparison: Mapping[str, Any]) -> str:
             f"This is evaluation {looks:.0f} on the test split, so the interval is wider than 95 %: seeds or epochs "
             "that are added after an evaluation raise the chance of a false result."
         )
-    if finite_figure(comparison.get("looks"), "augmentation_seeds") == 1:
+    if not folds and finite_figure(comparison.get("looks"), "augmentation_seeds") == 1:
         sentences.append("All seeds saw the same augmented views: the variation of views is not covered either.")
-    if finite_figure(comparison, "teachers"):
+    if folds:
+        sentences.append(
+            "The training sets of the folds overlap, so their part of the interval is widened (Nadeau and Bengio)."
+        )
+    elif finite_figure(comparison, "teachers"):
         sentences.append("All seeds learn from the same teacher: another teacher is not covered by the interval.")
     return " ".join(sentences)
 
@@ -306,7 +354,7 @@ def verdict_sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str,
         domain_sentence(comparison),
         gap_sentence(whole, found),
         cost_sentence(comparison),
-        time_sentence(stages or {}),
+        time_sentence(stages or {}, folds=folds_of(comparison) > 0),
     ]
     sentences.append(limits_sentence(comparison))
     return [sentence for sentence in sentences if sentence]
@@ -315,8 +363,8 @@ def verdict_sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str,
 def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
     """Return the effect of distillation.
 
-    ``helped`` or ``hurt`` need ``MIN_SEEDS`` seeds, an interval of the top-1 gain over seeds and test images on one
-    side of 0, and a significant test; ``one_seed``: any result of one seed.
+    ``helped`` or ``hurt`` need ``MIN_SEEDS`` seeds or ``MIN_FOLDS`` folds, an interval of the top-1 gain over these and
+    test images on one side of 0, and a significant test; ``one_seed``: any result of one seed.
     """
     if comparison is None:
         return "unknown"
@@ -324,12 +372,13 @@ def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
     gain, low, high = (finite_figure(whole, key) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
     if gain is None or low is None or high is None:
         return "unknown"
-    if seeds_of(comparison) is None:
+    if repeats_of(comparison) is None:
         return "one_seed"
     p, confidence = finite_figure(whole, "p"), finite_figure(whole, "confidence")
     if p is None or confidence is None:
         return "unknown"
-    if (finite_figure(whole, "seeds_count") or 0) < MIN_SEEDS or p >= 1 - confidence:
+    least = MIN_FOLDS if folds_of(comparison) else MIN_SEEDS
+    if (finite_figure(whole, "seeds_count") or 0) < least or p >= 1 - confidence:
         return "unclear"
     if low > 0:
         return "helped"
@@ -355,15 +404,29 @@ def headline(comparison: Mapping[str, Any] | None) -> str:
             side = "above" if gain > 0 else "below"
             what = f"the distilled student's top-1 is {size} points {side} the baseline's on {images} "
             what += f"(95 % interval over test images {ends})"
+        if comparison.get("fold") == "all":
+            return (
+                "No verdict: this model is for use, trained on all images but one of each class. What it can do is "
+                "what the folds of the cross-validation have shown."
+            )
+        if fold := comparison.get("fold"):
+            return f"In {fold}, {what}."
         return f"On this seed, {what}; repeat with --seeds 5 to know whether distillation helps."
-    average = f"on average over {whole['seeds_count']:.0f} seeds, on {images}"
-    interval = f"{format_confidence(whole['confidence'])} interval over seeds and test images together {ends}"
+    folds = folds_of(comparison)
+    where = f"on {images.replace(' test', '')}, each tested in one fold" if folds else f"on {images}"
+    average = f"on average over {_repeats_text(comparison)}, {where}"
+    interval = f"{format_confidence(whole['confidence'])} interval over {interval_scope(comparison)} together {ends}"
     if found == "helped":
         return f"Distillation helped: the student gained {size} points of top-1 {average} ({interval})."
     if found == "hurt":
         return f"Distillation hurt: the student lost {size} points of top-1 {average} ({interval})."
     changed = f"the student's top-1 changed by {points(gain)} points {average} ({interval}"
-    if whole["seeds_count"] < MIN_SEEDS:
+    if folds and folds < MIN_FOLDS:
+        return (
+            f"Too few folds for a verdict: with distillation {changed}); an interval needs {MIN_FOLDS} folds to be "
+            f"reliable (--folds {MIN_FOLDS})."
+        )
+    if not folds and whole["seeds_count"] < MIN_SEEDS:
         return f"Two seeds are too few for a verdict: with distillation {changed}); continue with --resume --seeds 5."
     if low <= 0 <= high:
         return f"No clear difference: with distillation {changed}, which includes 0)."

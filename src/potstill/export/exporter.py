@@ -21,6 +21,7 @@ from potstill.config import sort_stages, stage_role
 from potstill.data.datasets import load_data
 from potstill.data.image_sets import ImageSet
 from potstill.data.preprocessing import crop_to_input, normalize_array
+from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError, did_you_mean
 from potstill.evaluation.cost import measure_latency
 from potstill.experiment.run_folder import find_model
@@ -308,6 +309,47 @@ def class_balanced_indices(labels: Sequence[int], count: int) -> list[int]:
     return sorted(position for *_, position in sorted(ranked)[:count])
 
 
+def calibration_images(splits: DataSplits, spec: InputSpec) -> tuple[NDArray[np.float32], int]:
+    """Return prepared training images [N, 3, S, S] for calibration, and of how many classes they are."""
+    index = class_balanced_indices(splits.train.labels.tolist(), CALIBRATION_IMAGES)
+    squares = np.stack([crop_to_input(splits.train.pixels(i), spec) for i in index])
+    return normalize_array(squares, spec), len(set(splits.train.labels[index].tolist()))
+
+
+def measure_network(
+    module: nn.Module, architecture: str, spec: InputSpec, splits: DataSplits, *, int8: bool
+) -> tuple[float, int]:
+    """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained.
+
+    Args:
+        module: the network.
+        architecture: its name.
+        spec: of its images.
+        splits: the data: its classes, and images for the calibration of int8.
+        int8: measure the quantized file.
+
+    Raises:
+        UsageError: ONNX is not installed.
+        ArtifactError: the network cannot be exported.
+    """
+    from potstill.export.onnx import export_graph, finalize_model
+
+    find_format("onnx")
+    metadata = ExportMetadata(architecture, tuple(splits.class_names), spec, "none", int8=int8)
+    network = export_graph(module.eval(), metadata)
+    if int8:
+        network = quantize_network(network, calibration_images(splits, spec)[0])
+    content = finalize_model(network, metadata)
+    return single_thread_latency(content, spec.size), len(content)
+
+
+def single_thread_latency(content: bytes, size: int) -> float:
+    """Return the median milliseconds of an ONNX file for one image of ``size`` pixels, on one thread."""
+    predictor = create_onnx_predictor(content, threads=1, patient=True)
+    found = measure_exported_latency({"onnx": predictor}, _black_image("none", size), InputSpec(size))
+    return float(found["onnx"]["p50"])
+
+
 class Exporter:
     """Converts, compares and measures one export.
 
@@ -405,7 +447,7 @@ class Exporter:
         network = export_graph(self.classifier.module, self.metadata)
         plain = finalize_model(network, create_metadata(self.classifier, self.options))
         same, prepared = self._compare(create_onnx_predictor(plain))
-        images, chosen = self._calibration()
+        images, chosen = calibration_images(self.splits, self.classifier.input)
         content = finalize_model(quantize_network(network, images), self.metadata)
         test = range(len(self.splits.test))
         reference, found = compute_logits(
@@ -435,12 +477,6 @@ class Exporter:
                 {"onnx": _latency_predictor(plain), "int8": _latency_predictor(content)}
             ),
         }
-
-    def _calibration(self) -> tuple[NDArray[np.float32], int]:
-        train, spec = self.splits.train, self.classifier.input
-        index = class_balanced_indices(train.labels.tolist(), CALIBRATION_IMAGES)
-        squares = np.stack([crop_to_input(train.pixels(i), spec) for i in index])
-        return normalize_array(squares, spec), len(set(train.labels[index].tolist()))
 
     def _check_accuracy_drop(self, before: float, after: float, images: int) -> None:
         if before - after > self.options.max_drop + 1e-9:

@@ -13,7 +13,7 @@ from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.run_folder import find_model
 from potstill.hub import CONNECT_SECONDS, create_client, first_line, hub_errors, is_reachable
 from potstill.io import read_bytes, read_checksummed_json, read_checksummed_text, write_checksummed_json
-from potstill.models.families import timm_models
+from potstill.models.families.library_models import Timm, size_arguments
 from potstill.models.model_file import FACTS_FILE, WEIGHTS_FILE, Classifier, load_model, read_facts
 from potstill.models.registry import resolve
 from potstill.report.run_reader import read_run
@@ -89,7 +89,7 @@ def timm_config(model: Classifier) -> dict[str, Any] | None:
     A student whose layers a method has changed, or whose outputs are grouped, is none.
     """
     family, name = resolve(model.architecture)
-    if family is not timm_models or model.remodelled is not None or model.output_groups is not None:
+    if not isinstance(family, Timm) or model.remodelled is not None or model.output_groups is not None:
         return None
     own, spec = getattr(model.module, "pretrained_cfg", None) or {}, model.input
     classes = list(model.class_names)
@@ -97,7 +97,7 @@ def timm_config(model: Classifier) -> dict[str, Any] | None:
         "architecture": name.partition(".")[0],  # without the tag of its first weights
         "num_classes": len(classes),
         "label_names": classes,
-        **({"model_args": arguments} if (arguments := timm_models.size_arguments(name, spec.size)) else {}),
+        **({"model_args": arguments} if (arguments := size_arguments(name, spec.size)) else {}),
         "pretrained_cfg": {
             **{key: own[key] for key in ("first_conv", "classifier") if key in own},
             "custom_load": False,

@@ -20,15 +20,24 @@ from potstill.code_references import is_code_reference, load_reference
 from potstill.errors import UsageError, did_you_mean
 from potstill.methods.requirements import Requirements
 from potstill.methods.schedules import check_schedule
-from potstill.options import METHOD_SCHEMA, WEIGHT_SCHEMA, Option, example_values, option_problems, value_problems
+from potstill.options import (
+    METHOD_SCHEMA,
+    SCALING_SCHEMA,
+    WEIGHT_SCHEMA,
+    Option,
+    example_values,
+    option_problems,
+    value_problems,
+)
 
 if TYPE_CHECKING:
-    from potstill.methods.base import Method
+    from potstill.methods.base import Method, Scaling
 
 
 ENTRY_POINTS = "potstill.methods"
 CATALOG_FILE = Path(__file__).parent / "catalog.json"  # written by potstill.methods.documentation
 COSTS_FILE = Path(__file__).parent / "price.json"  # written by benchmarks/method_price.py
+METHOD_SETTINGS = ("preset", "schedule", "scaling")  # what every method takes beside its options
 METHOD_KINDS = (
     "logits", "feature maps", "embeddings", "several teachers", "peers", "no teacher", "around other methods",
 )  # fmt: skip
@@ -205,7 +214,12 @@ def method_class(name: str) -> "type[Method]":
 
 
 def create_method(
-    name: str, *, preset: str | None = None, schedule: dict[str, Any] | None = None, **options: Any
+    name: str,
+    *,
+    preset: str | None = None,
+    schedule: dict[str, Any] | None = None,
+    scaling: "Scaling | None" = None,
+    **options: Any,
 ) -> "Method":
     """Build a method by name.
 
@@ -213,22 +227,25 @@ def create_method(
         name: one of ``list_methods()``, or the code of one: ``package.module:Class``, ``path/file.py:Class``.
         preset: the authors' options for one pair of networks, by name; ``options`` overrule them.
         schedule: weights and options that change with the epochs; see ``potstill.methods.wrappers``.
+        scaling: "auto" bounds the terms on hidden layers by those on logits (see
+            ``potstill.distillation.term_scaling``), "paper" leaves all weights as they are; None: "paper".
         options: by name, as ``potstill methods NAME`` lists them.
 
     Raises:
         UsageError: unknown name, preset or option, missing option, value out of range.
     """
-    settings = {"preset": preset, "schedule": schedule}
+    settings = {"preset": preset, "schedule": schedule, "scaling": scaling}
     problems = check_method(name, {**options, **{key: each for key, each in settings.items() if each is not None}})
     if problems:
         raise UsageError("\n".join(problem.text(name) for problem in problems))
     info = method_info(name)
     method = method_class(name)(**{**(info.presets[preset] if preset else {}), **options})
-    if schedule is None:
-        return method
-    from potstill.methods.wrappers import ScheduledMethod
+    if schedule is not None:
+        from potstill.methods.wrappers import ScheduledMethod
 
-    return ScheduledMethod(method, schedule, [key for key in schedule if key in info.options])
+        method = ScheduledMethod(method, schedule, [key for key in schedule if key in info.options])
+    method.scaling = scaling or "paper"
+    return method
 
 
 def check_method(name: str, given: dict[str, Any]) -> list[OptionProblem]:
@@ -237,13 +254,16 @@ def check_method(name: str, given: dict[str, Any]) -> list[OptionProblem]:
         method = method_info(name)
     except UsageError as error:
         return [OptionProblem(None, str(error))]
-    options = {key: value for key, value in given.items() if key not in ("preset", "schedule")}
+    options = {key: value for key, value in given.items() if key not in METHOD_SETTINGS}
     preset, problems = given.get("preset"), []
     chosen = method.presets.get(preset) if isinstance(preset, str) else None
     if "preset" in given and chosen is None:
         known = f" Known: {', '.join(method.presets)}" if method.presets else f" {name} has none"
         close = did_you_mean(str(preset), method.presets) or "."
         problems.append(OptionProblem("preset", f"no preset {preset!r}{close}{known}"))
+    if "scaling" in given:
+        texts = value_problems("scaling", SCALING_SCHEMA, given["scaling"])
+        problems += [OptionProblem("scaling", text) for text in texts]
     if "schedule" in given:
         texts = check_schedule(given["schedule"]) or _check_scheduled_values(method, given["schedule"])
         problems += [OptionProblem("schedule", text) for text in texts]
@@ -269,6 +289,8 @@ def _check_inner(key: str, schema: dict[str, Any], value: Any) -> list[str]:
         return [f"{key}.name must be given: a method is a mapping with a name, got {value!r}"]
     given = {option: each for option, each in value.items() if option not in ("name", "factor")}
     problems = [f"{key}.{problem.message}" for problem in check_method(value["name"], given)]
+    if "scaling" in given:
+        problems.append(f"{key}.scaling has no effect: scaling belongs to the outermost method, for all inside it")
     return problems + value_problems(f"{key}.factor", WEIGHT_SCHEMA, value.get("factor", 1.0))
 
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from potstill.methods.requirements import Requirements
 from potstill.options import REQUIRED, Option, json_schema, option, option_problems
 from potstill.types import Batch, Outputs
 
+Scaling = Literal["auto", "paper"]
 TeacherPasses = Callable[[], Iterator[tuple[Outputs, Batch]]]
 
 
@@ -67,6 +68,7 @@ class Method(nn.Module):
     student_taps: tuple[str, ...] = ()  # submodules whose outputs are read into ``Outputs.features``, by path
     teacher_taps: tuple[str, ...] = ()
 
+    scaling: Scaling = "paper"  # whether the Distiller bounds the terms on hidden layers; set by ``create_method``
     label_loss: nn.Module
     epoch: int | None = None  # from 0; None: ``start_epoch`` was not called yet
     epochs: int | None = None
@@ -98,6 +100,7 @@ class Method(nn.Module):
         super().__init__()
         if problems := option_problems(self.OPTIONS, options):
             raise UsageError("\n".join(f"{self.name or type(self).__name__}: {text}" for _, text in problems))
+        self._given = frozenset(options)
         for key, each in self.OPTIONS.items():
             setattr(self, key, options.get(key, each.default))
         # The Distiller replaces it where labels are smoothed or classes weighted.
@@ -134,10 +137,56 @@ class Method(nn.Module):
         """Whether the terms themselves, and not only their weights, change with the epochs."""
         return False
 
-    @property
-    def warmup_length(self) -> float:
-        """Epochs after which every term has its full weight; 0 where all have it from the first on."""
-        return float(getattr(self, "warmup_epochs", 0))
+    def in_epochs(self, option: str, epochs: int | None = None) -> float:
+        """Return an option of type ``Epochs`` as a number of epochs.
+
+        A share is one of the training.  A default that is a number of epochs of the authors' training
+        (``of_epochs``) is the same share of a training that is shorter; a number that was given stays as it is.
+
+        Args:
+            option: its name; its value is not None.
+            epochs: length of the training; None: that of the training under way.
+
+        Raises:
+            UsageError: the length counts, and ``start_epoch`` was not called.
+
+        Example:
+            >>> from potstill.methods.dkd import DKD
+            >>> [DKD(**given).in_epochs("warmup_epochs", 24) for given in ({}, {"warmup_epochs": 20})]
+            [2.0, 20.0]
+            >>> DKD(warmup_epochs="25%").in_epochs("warmup_epochs", 24), DKD().in_epochs("warmup_epochs", 300)
+            (6.0, 20.0)
+        """
+        value, of_epochs = getattr(self, option), self.OPTIONS[option].of_epochs
+        if not isinstance(value, str) and (value == 0 or of_epochs is None or option in self._given):
+            return float(value)
+        if epochs is None:
+            _ = self.progress  # refuses to go on without epochs
+            epochs = self.epochs or 1
+        if isinstance(value, str):
+            return float(value.removesuffix("%")) / 100 * epochs
+        return float(value) * min(1.0, epochs / (of_epochs or epochs))
+
+    def adapted_epochs(self, epochs: int) -> dict[str, float]:
+        """Return the options in epochs, here and inside, whose value follows from the length of the training.
+
+        Example:
+            >>> from potstill.methods.dkd import DKD
+            >>> DKD().adapted_epochs(24), DKD().adapted_epochs(240)
+            ({'dkd.warmup_epochs': 2.0}, {})
+        """
+        found = {}
+        for method in (each for each in self.modules() if isinstance(each, Method)):
+            for key, declared in method.OPTIONS.items():
+                value = getattr(method, key)
+                share = isinstance(value, str) and value.endswith("%")
+                if share or (declared.of_epochs and method.in_epochs(key, epochs) != value):
+                    found[f"{method.name or type(method).__name__}.{key}"] = method.in_epochs(key, epochs)
+        return found
+
+    def warmup_length(self, epochs: int) -> float:
+        """Return after how many epochs of a training every term has its full weight; 0: from the first on."""
+        return self.in_epochs("warmup_epochs", epochs) if "warmup_epochs" in self.OPTIONS else 0.0
 
     def for_teachers(self, shares: Sequence[float]) -> "Method":
         """The method for several teachers, each with its share; see ``wrapping.per_teacher``, which calls this first.

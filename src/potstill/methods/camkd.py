@@ -18,7 +18,7 @@ from potstill.features import Projection, resize_map
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked, option
+from potstill.options import Epochs, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -122,16 +122,16 @@ class CAMKD(Method):
         doc="weight of the last maps; at 0 teachers of any family will do, as neither maps nor heads are read",
     )
     temperature: Positive = option(default=4.0, doc="T of the soft targets")
-    features_from: NonNegative = option(default=1, doc="first epoch, from 0, with the feature term")
+    features_from: Epochs = option(default=1, doc="first epoch, from 0, with the feature term")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def __post_init__(self) -> None:
         if self.feature_weight == 0:
             self.needs = self.LOGITS
 
-    @property
-    def warmup_length(self) -> float:
-        return self.features_from and self.features_from + 1
+    def warmup_length(self, epochs: int) -> float:
+        start = self.in_epochs("features_from", epochs)
+        return start and start + 1
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
@@ -157,7 +157,7 @@ class CAMKD(Method):
                 "camkd was made with feature_weight: 0, so no schedule can raise it: give it a value above 0"
             )
         if self.feature_weight:
-            weight = self.feature_weight if self.progress >= self.features_from else 0
+            weight = self.feature_weight if self.progress >= self.in_epochs("features_from") else 0
             terms["feature"] = weight * self._features(student, teacher, batch)
         return terms
 

@@ -65,9 +65,8 @@ class Combined(Method):
     def staged(self) -> bool:
         return any(method.staged for method in self.each())
 
-    @property
-    def warmup_length(self) -> float:
-        return max(method.warmup_length for method in self.each())
+    def warmup_length(self, epochs: int) -> float:
+        return max(method.warmup_length(epochs) for method in self.each())
 
     def for_teachers(self, shares: Sequence[float]) -> Method:
         self.inner = nn.ModuleList(wrap_per_teacher(method, shares) for method in self.each())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.methods.base import Method
 from potstill.methods.numerics import softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked, option
+from potstill.options import Epochs, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs
 
 
@@ -24,7 +24,7 @@ from potstill.types import Batch, Outputs
 def ctkd_strength(
     epoch: int,
     *,
-    length: Count = 10,
+    length: Positive = 10.0,
     low: float = -1.0,
     high: float = 0.0,
     shape: Literal["cosine", "linear"] = "cosine",
@@ -110,13 +110,17 @@ class CTKD(Method):
 
     start: Positive = option(default=1.0, doc="the lowest temperature")
     span: Positive = option(default=20.0, doc="how far above it can rise; training starts at ``start + 0.73 * span``")
-    length: Count = option(default=10, doc="epochs until the temperature's gradient has its whole strength")
+    length: Epochs = option(
+        default=10.0,
+        of_epochs=240,
+        doc="epochs until the temperature's gradient has its whole strength; 0: from the start",
+    )
     strength: NonNegative = option(default=1.0, doc="strength of that gradient, as a share of the student's")
     weight: NonNegative = option(default=0.9, doc="weight of the soft targets")
     ce_weight: NonNegative = option(default=0.1, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "cifar100": {"length": 10, "weight": 0.9, "ce_weight": 0.1},
+        "cifar100": {"weight": 0.9, "ce_weight": 0.1},
         "imagenet": {"length": 5, "weight": 1.0, "ce_weight": 1.0},
     }
     PUBLISHED: ClassVar[dict[str, float]] = {
@@ -139,7 +143,7 @@ class CTKD(Method):
             student.logits,
             teacher.logits,
             self.tau,
-            strength=ctkd_strength(self.progress + 1, length=self.length, low=-self.strength),
+            strength=ctkd_strength(self.progress + 1, length=max(self.in_epochs("length"), 1e-9), low=-self.strength),
             start=self.start,
             span=self.span,
         )

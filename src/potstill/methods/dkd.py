@@ -13,7 +13,7 @@ from torch import Tensor
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import drop_target, require_three_classes, softened_kl, softened_target_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked, option
+from potstill.options import Epochs, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -132,7 +132,7 @@ class DKD(Method):
     temperature: Positive = option(default=4.0, doc="T of both parts")
     alpha: NonNegative = option(default=1.0, doc="weight of the target-class part")
     beta: NonNegative = option(default=8.0, doc="weight of the non-target part")
-    warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
+    warmup_epochs: Epochs = option(default=20.0, of_epochs=240, doc="until both weights are whole; 0: from the start")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -171,7 +171,7 @@ class DKD(Method):
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
         require_three_classes("dkd", student.logits.shape[1])
         given = (student.logits, teacher.logits, batch.labels)
-        factor = self.warmup(self.warmup_epochs)
+        factor = self.warmup(self.in_epochs("warmup_epochs"))
         return {
             "tckd": factor * self.alpha * tckd_loss(*given, temperature=self.temperature),
             "nckd": factor * self.beta * nckd_loss(*given, temperature=self.temperature),

@@ -13,7 +13,7 @@ from potstill.methods.base import Method
 from potstill.methods.kd import kd_loss
 from potstill.methods.numerics import softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked, option
+from potstill.options import Epochs, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 SMALLEST_PEAK = 0.01
@@ -70,12 +70,12 @@ class DTKD(Method):
     temperature: Positive = option(default=4.0, doc="T, fixed for KD and shared out in DTKD")
     alpha: NonNegative = option(default=3.0, doc="weight of the dynamic part")
     beta: NonNegative = option(default=1.0, doc="weight of the fixed part")
-    warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
+    warmup_epochs: Epochs = option(default=20.0, of_epochs=240, doc="until both weights are whole; 0: from the start")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
-        factor = self.warmup(self.warmup_epochs)
+        factor = self.warmup(self.in_epochs("warmup_epochs"))
         dynamic = dtkd_loss(student.logits, teacher.logits, temperature=self.temperature)
         fixed = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
         return {"dtkd": factor * self.alpha * dynamic, "kd": factor * self.beta * fixed}

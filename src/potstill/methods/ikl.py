@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked, option
+from potstill.options import Epochs, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -142,7 +142,7 @@ class IKL(Method):
         doc="weigh by the teacher's mean probabilities of the image's class over the last epoch (in the first epoch: "
         "all classes alike) instead of by what it says of the image",
     )
-    warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
+    warmup_epochs: Epochs = option(default=20.0, of_epochs=240, doc="until both weights are whole; 0: from the start")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -164,7 +164,7 @@ class IKL(Method):
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
-        factor = self.warmup(self.warmup_epochs)
+        factor = self.warmup(self.in_epochs("warmup_epochs"))
         soft = ikl_soft_ce_loss(student.logits, teacher.logits, temperature=self.temperature)
         differences = self.wmse(student.logits, teacher.logits, self.weights(teacher.logits, batch.labels))
         return {"wmse": factor * self.beta * differences, "soft_ce": factor * self.alpha * soft}

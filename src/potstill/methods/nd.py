@@ -19,7 +19,7 @@ from potstill.methods.base import Method, NetworkInfo, TeacherPasses, TrainingIn
 from potstill.methods.kd import kd_loss
 from potstill.methods.numerics import require_equal_shapes, require_two_images
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, option
+from potstill.options import Epochs, NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -62,8 +62,9 @@ class ND(Method):
     weight: NonNegative = option(default=2.0, doc="weight of norm and direction")
     kd_weight: NonNegative = option(default=1.0, doc="weight of the soft targets once warm")
     temperature: Positive = option(default=4.0, doc="T of the soft targets")
-    warmup_epochs: NonNegative = option(
+    warmup_epochs: Epochs = option(
         default=20.0,
+        of_epochs=240,
         doc="epochs within which the soft targets' weight rises from 0",
         fixed=True,
     )
@@ -93,9 +94,9 @@ class ND(Method):
         self.translate: nn.Module = nn.Identity()
         self._means_known = False
 
-    @property
-    def warmup_length(self) -> float:
-        return self.warmup_epochs and self.warmup_epochs + 1  # the weight begins at 0
+    def warmup_length(self, epochs: int) -> float:
+        length = super().warmup_length(epochs)
+        return length and length + 1  # the weight begins at 0
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None
@@ -130,7 +131,8 @@ class ND(Method):
         translated = self.translate(student.embedding)
         terms = {"norm": self.weight * nd_loss(translated, teacher.embedding, batch.labels, self.class_means)}
         if self.kd_weight:
-            warm = min(self.progress / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+            length = self.in_epochs("warmup_epochs")
+            warm = min(self.progress / length, 1.0) if length else 1.0
             soft = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
             terms["kd"] = warm * self.kd_weight * soft
         return terms

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, option
+from potstill.options import Count, Epochs, NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 
@@ -121,7 +121,7 @@ class ReviewKD(Method):
     name = "reviewkd"
 
     weight: NonNegative = option(default=5.0, doc="weight of the review")
-    warmup_epochs: NonNegative = option(default=20.0, doc="epochs over which the weight rises; 0 for none")
+    warmup_epochs: Epochs = option(default=20.0, of_epochs=240, doc="epochs over which the weight rises; 0 for none")
     max_mid: Count = option(default=512, doc="most channels in which stages are fused")
     student_before_activation: bool = option(
         default=False, doc="read the student's maps before their last activation too (ImageNet)"
@@ -159,7 +159,7 @@ class ReviewKD(Method):
             maps="pairs",
             before_activation="both" if self.student_before_activation else "teacher",
             embedding=True,
-            epoch=self.warmup_epochs > 0,
+            epoch=self.warmup_epochs != 0,
             several=True,  # BatchNorm of pooled features
         )
 
@@ -172,7 +172,7 @@ class ReviewKD(Method):
         assert teacher is not None
         targets = _levels(teacher)
         reviewed = self.review(_levels(student), [target.shape[2:] for target in targets])
-        return {"review": self.weight * self.warmup(self.warmup_epochs) * hcl_loss(reviewed, targets)}
+        return {"review": self.weight * self.warmup(self.in_epochs("warmup_epochs")) * hcl_loss(reviewed, targets)}
 
 
 def _levels(outputs: Outputs) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import binary_log_probs, require_three_classes, softened_kl
 from potstill.methods.requirements import Requirements
-from potstill.options import NonNegative, Positive, checked, option
+from potstill.options import Epochs, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 MASKED = -1e9  # finite, so that a row in which every class is masked is uniform on both sides and adds 0
@@ -145,7 +145,7 @@ class RLD(Method):
     confidence_temperature: Positive = option(default=1.0, doc="T of the confidence")
     alpha: NonNegative = option(default=1.0, doc="weight of the confidence")
     beta: NonNegative = option(default=8.0, doc="weight of the classes ranked below the label")
-    warmup_epochs: NonNegative = option(default=20.0, doc="until both weights are whole; 0: from the start")
+    warmup_epochs: Epochs = option(default=20.0, of_epochs=240, doc="until both weights are whole; 0: from the start")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -160,7 +160,7 @@ class RLD(Method):
         assert teacher is not None  # declared in `needs`: the Distiller has seen to it
         require_three_classes("rld", student.logits.shape[1])
         given = (student.logits, teacher.logits, batch.labels)
-        factor = self.warmup(self.warmup_epochs)
+        factor = self.warmup(self.in_epochs("warmup_epochs"))
         return {
             "scd": factor * self.alpha * scd_loss(*given, temperature=self.confidence_temperature),
             "mcd": factor * self.beta * mcd_loss(*given, temperature=self.temperature),

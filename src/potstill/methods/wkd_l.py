@@ -18,7 +18,7 @@ from torch import Tensor
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.numerics import inner_products, require_three_classes
 from potstill.methods.requirements import Requirements
-from potstill.options import Count, NonNegative, Positive, checked, option
+from potstill.options import Count, Epochs, NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
 
 EPSILON = 1e-8  # added to costs and to every sum that is divided by, as released
@@ -144,7 +144,7 @@ class WKDL(Method):
     sharpness: NonNegative = option(default=1.0, doc="kappa of the cost", fixed=True)
     regularization: Positive = option(default=0.05, doc="lambda of Sinkhorn's iteration")
     steps: Count = option(default=10, doc="steps of Sinkhorn's iteration")
-    fade_after: Count | None = option(
+    fade_after: Epochs | None = option(
         default=None, doc="from this epoch on, gamma falls to 0 along a half cosine; None: never"
     )
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
@@ -174,10 +174,11 @@ class WKDL(Method):
     @property
     def fading(self) -> float:
         """Factor of the transport in this epoch."""
-        if self.fade_after is None or self.progress < self.fade_after:
+        if self.fade_after is None:
             return 1.0
-        left = max(1, (self.epochs or 0) - self.fade_after)
-        return (1 + math.cos(math.pi * min(1.0, (self.progress - self.fade_after) / left))) / 2
+        progress, start = self.progress, self.in_epochs("fade_after")
+        left = max(1, (self.epochs or 0) - start)
+        return (1 + math.cos(math.pi * min(max((progress - start) / left, 0.0), 1.0))) / 2
 
     def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

@@ -42,9 +42,8 @@ class MethodWrapper(Method):
     def staged(self) -> bool:
         return self.inner.staged
 
-    @property
-    def warmup_length(self) -> float:
-        return self.inner.warmup_length
+    def warmup_length(self, epochs: int) -> float:
+        return self.inner.warmup_length(epochs)
 
     def for_teachers(self, shares: Sequence[float]) -> Method:
         self.inner = self.inner.for_teachers(shares)

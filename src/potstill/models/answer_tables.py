@@ -25,7 +25,6 @@ from potstill.formatting import format_names
 
 AnswerKind = Literal["probabilities", "logits", "embeddings"]
 KINDS: tuple[AnswerKind, ...] = ("probabilities", "logits", "embeddings")
-TABLE_SUFFIXES = (".csv", ".parquet", ".npz")
 _PREFIXES: Mapping[str, AnswerKind] = {
     "probability_": "probabilities",
     "logit_": "logits",
@@ -66,10 +65,6 @@ class AnswerTable:
         if self.kind == "embeddings":
             raise UsageError(f"{self.origin} has embeddings, and logits or probabilities of the classes are needed")
         return self.values if self.kind == "logits" else np.log(np.maximum(self.values, _SMALLEST))
-
-    def lookup(self, names: Sequence[str], folder: str = "") -> NDArray[np.int64]:
-        """Return the rows of images; see ``find_rows``."""
-        return find_rows(self.paths, names, self.origin, folder)
 
 
 def find_rows(paths: Sequence[str], names: Sequence[str], origin: str, folder: str = "") -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ Names are translated by maps of well-known CIFAR repositories.  Weights under ot
 shape, if all shapes agree; only the accuracy on val shows then whether it is the same network.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -208,6 +209,7 @@ def identify_network(path: Path) -> str:
     )
 
 
+@functools.cache  # building all candidates takes seconds
 def _shapes(name: str) -> State:
     """Return the state dict of a network on the meta device; empty if it cannot be built there."""
     try:

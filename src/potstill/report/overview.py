@@ -5,7 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 from potstill.config import stage_name
-from potstill.experiment.verdict import average_over_seeds, effect_of, format_confidence, verdict_sentences
+from potstill.experiment.verdict import (
+    average_over_seeds,
+    effect_of,
+    folds_of,
+    format_confidence,
+    interval_scope,
+    repeats_of,
+    verdict_sentences,
+)
 from potstill.formatting import (
     MISSING,
     format_count,
@@ -43,10 +51,13 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
         headline = str(stopped)
     others += run.teachers_without_classes
     effect = effect_of(comparison)
+    mark = (
+        "One fold: no verdict" if (comparison or {}).get("fold") else FINDING_TITLES.get(effect, "Nothing to compare")
+    )
     means = average_over_seeds(comparison) if comparison else {}
     return {
         "finding": effect,
-        "mark": FINDING_TITLES.get(effect, "Nothing to compare"),
+        "mark": mark,
         "headline": headline,
         "sentences": others,
         "facts": _verdict_facts(means, effect) if comparison else [],
@@ -75,8 +86,8 @@ def interval_line(means: dict[str, Any]) -> dict[str, Any]:
 
 def _interval_text(means: dict[str, Any], low: float, high: float) -> str:
     confidence = format_number(means.get("confidence"))
-    over = "test images only" if confidence is None else "seeds and test images"
-    return f"{format_confidence(confidence or 0.95)} interval {format_points(low)} to {format_points(high)} over {over}"
+    interval = f"{format_confidence(confidence or 0.95)} interval {format_points(low)} to {format_points(high)}"
+    return f"{interval} over {interval_scope(means)}"
 
 
 def _verdict_facts(means: dict[str, Any], effect: str) -> list[tuple[str, str, str]]:
@@ -89,8 +100,13 @@ def _verdict_facts(means: dict[str, Any], effect: str) -> list[tuple[str, str, s
         facts.append((format_points(gain), "points of top-1, distilled − baseline", more))
     if seeds is not None:
         p = format_number(means.get("p"))
-        more = "" if p is None else f"test over seeds and images: p = {format_decimal(p, 3)}"
-        facts.append((format_count(seeds), "seeds, all with the same teacher", more))
+        more = "" if p is None else f"test over {interval_scope(means)}: p = {format_decimal(p, 3)}"
+        what = (
+            "folds, in each of which all networks are trained"
+            if folds_of(means)
+            else "seeds, all with the same teacher"
+        )
+        facts.append((format_count(seeds), what, more))
     elif format_number(means.get("fixed")) is not None:
         p = format_number(means.get("mcnemar_p"))
         changed = f"{format_count(means['fixed'])} / {format_count(means.get('broken'))}"
@@ -164,10 +180,11 @@ def comparison_context(run: Run) -> dict[str, Any] | None:
     return {
         "stages": [(stage.name, stage.model.get("architecture") or MISSING) for stage in stages],
         "difference": {"baseline", "distilled"} <= set(run.stages),
-        "several": len(_seeds_summary(run).get("seeds") or [0]),
+        "several": 0 if folds_of(run.comparison) else len(_seeds_summary(run).get("seeds") or [0]),
+        "folds": _fold_rows(run),
         "results": _test_rows(run),
         "costs": _cost_rows(stages),
-        "seeds": _seed_rows(run),
+        "seeds": [] if run.folds else _seed_rows(run),
         "splits": [split for split in SPLITS if any(split in stage.metrics for stage in stages)],
         "all_rows": _split_rows(run, stages),
         "notes": [(stage.name, training_text(stage), latency_text(stage), teaching_text(stage)) for stage in stages],
@@ -176,8 +193,27 @@ def comparison_context(run: Run) -> dict[str, Any] | None:
 
 
 def _seeds_summary(run: Run) -> dict[str, Any]:
-    """Return the comparison over seeds; empty for a single seed."""
-    return (run.comparison or {}).get("seeds") or {}
+    """Return the comparison over seeds or folds; empty for a single seed."""
+    found: Any = repeats_of(run.comparison)
+    return found or {}
+
+
+def _fold_rows(run: Run) -> list[dict[str, Any]]:
+    """Return a row for each fold of a cross-validation: its page, images, top-1 of each stage, and the mean gain."""
+    gains = {each.get("fold"): format_number(each.get("top1_gain")) for each in _seeds_summary(run).get("each") or []}
+    rows = []
+    for each in run.folds:
+        gain = gains.get(each.get("fold"))
+        rows.append(
+            {
+                "name": format_count(each.get("fold")),
+                "page": f"fold-{format_number(each.get('fold')) or 0:.0f}/report.html",
+                "images": format_count(each.get("images")),
+                "cells": [format_percent((each.get("top1") or {}).get(stage)) for stage in run.stages],
+                "gain": MISSING if gain is None else format_points(gain),
+            }
+        )
+    return rows
 
 
 def _seed_rows(run: Run) -> list[list[str]]:
@@ -263,13 +299,28 @@ def _test_rows(run: Run) -> list[dict[str, Any]]:
 def _test_cell(
     run: Run, stage: StageResult, key: str, form: ValueFormatter, change: DifferenceFormatter
 ) -> tuple[str, str]:
-    """Return a metric on test and its interval; for students of several seeds, mean and standard deviation."""
+    """Return a metric on test and its interval; of several seeds or folds, mean and standard deviation."""
+    over_folds = _over_folds(stage, key)
+    if (deviation := format_number(over_folds.get("sd"))) is not None:
+        return form(over_folds.get("mean")), f"± {change(deviation).removeprefix('+')}"
     summary = (_seeds_summary(run).get("figures") or {}).get(key) or {}
     which = {"baseline": "a", "distilled": "b"}.get(stage.name)
     mean, deviation = (format_number(summary.get(f"{part}_{which}")) for part in ("mean", "sd"))
     if mean is not None and deviation is not None:
         return form(mean), f"± {change(deviation).removeprefix('+')}"
     return _with_interval(stage, "test", key, form)
+
+
+def _over_folds(stage: StageResult, key: str) -> dict[str, Any]:
+    """Return mean and standard deviation of a metric over the folds; empty for other runs."""
+    return (stage.facts.get("over_folds") or {}).get(key) or {}
+
+
+def _shown_metric(stage: StageResult | None, key: str) -> float | None:
+    """Return a metric on test as the table shows it: the mean over folds, if there are some."""
+    if stage is None:
+        return None
+    return format_number(_over_folds(stage, key).get("mean", stage.metrics.get("test", {}).get(key)))
 
 
 def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[str, str]:
@@ -283,8 +334,7 @@ def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[s
                 format_number((_seeds_summary(run).get("top1_gain") or {}).get(end)) for end in ("low", "high")
             )
     else:
-        tests = [run.stages[name].metrics.get("test", {}) if name in run.stages else {} for name in _STUDENTS]
-        before, after = (format_number(test.get(key)) for test in tests)
+        before, after = (_shown_metric(run.stages.get(name), key) for name in _STUDENTS)
         if before is None or after is None:
             return MISSING, ""
         value = change(after - before)
@@ -370,7 +420,7 @@ def _follow_up_command(run: Run, each: Advice) -> str:
     if not (each.settings or each.flags) or not run.recipe:
         return ""
     folder = run.folder.resolve()
-    recipe = f"{folder.parent.name}/{folder.name}/recipe.yaml"
+    recipe = f"{run.shown_path}/recipe.yaml"
     name = escape_invisible(folder.name)
     name = name if "--resume" in each.flags else f"{name[:58]}-next"
     changes = [part for setting in each.settings for part in ("--set", setting)]

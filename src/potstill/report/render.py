@@ -20,7 +20,7 @@ from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import MISSING, format_count, format_duration, format_number, format_percent, format_scaled
 from potstill.io import read_checksummed_json, write_bytes, write_text
 from potstill.methods import describe_method
-from potstill.report import diagnostics, error_analysis, overview, theme
+from potstill.report import canvas, diagnostics, overview
 from potstill.report.display_names import escape_invisible
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_run
 from potstill.report.stage_figures import stage_pictures
@@ -133,7 +133,7 @@ def reproduce_context(run: Run) -> dict[str, Any] | None:
         ("Took", format_duration(results.get("seconds"))),
     ]
     folder = run.folder.resolve()
-    path = f"{folder.parent.name}/{folder.name}"  # runs/NAME; the full path is private
+    path = run.shown_path
     again = ["potstill", "run", f"{path}/recipe.yaml", "--name", f"{folder.name[:58]}-again"]
     commands = [
         ("The same settings again", again),
@@ -141,12 +141,30 @@ def reproduce_context(run: Run) -> dict[str, Any] | None:
         ("A prediction with its student", ["potstill", "predict", path, "IMAGE.jpg"]),
         ("This page again", ["potstill", "report", path]),
     ]
+    if run.folds:
+        commands[1:3] = [("A model to use, trained on all images", deployment_command(run))]
     return {
         "facts": [(name, str(value)) for name, value in facts if value not in (None, "", MISSING)],
         "commands": [(title, shlex.join(words)) for title, words in (commands if run.recipe else commands[2:])],
         "recipe": escape_lines(run.recipe),
         "environment": escape_lines(run.environment),
     }
+
+
+def deployment_command(run: Run) -> list[str]:
+    """Return the command that trains a model on all images of a cross-validation."""
+    folder = run.folder.resolve()
+    root = [] if folder.parent.name == "runs" else ["--output-dir", folder.parent.name]
+    return [
+        "potstill",
+        "run",
+        f"{run.shown_path}/recipe.yaml",
+        "--set",
+        "data.fold=all",
+        "--name",
+        f"{folder.name[:60]}-all",
+        *root,
+    ]
 
 
 def _seed_facts(first: float | None, several: Any) -> list[tuple[str, str]]:
@@ -205,11 +223,11 @@ SECTIONS = (
     Section("warnings", "Warnings", overview.warnings_context),
     Section("comparison", "Comparison", overview.comparison_context),
     Section("curves", "Curves", diagnostics.curves_context),
-    Section("confusion", "Confusion matrices", error_analysis.confusion_context),
-    Section("classes", "Class by class", error_analysis.classes_context),
+    Section("confusion", "Confusion matrices", diagnostics.confusion_context),
+    Section("classes", "Class by class", diagnostics.classes_context),
     Section("fidelity", "Fidelity", diagnostics.fidelity_context),
     Section("calibration", "Calibration", diagnostics.calibration_context),
-    Section("images", "Images", error_analysis.images_context),
+    Section("images", "Images", diagnostics.images_context),
     Section("advice", "Advice", overview.advice_context),
     Section("exports", "Exports", exports_context),
     Section("data", "Data", data_context),
@@ -228,10 +246,10 @@ def render_page(run: Run) -> str:
 
 def render_template(template: str, values: dict[str, Any]) -> str:
     """Render a template of this package with the page's colours and ``values``."""
-    light, dark = theme.css_variables()
+    light, dark = canvas.css_variables()
     environment = _jinja_environment()
     style = environment.get_template("style.css.j2").render(
-        light=light, dark=dark, brighter=theme.DARK_IMAGE_BRIGHTNESS
+        light=light, dark=dark, brighter=canvas.DARK_IMAGE_BRIGHTNESS
     )
     # For the Content-Security-Policy: the browser accepts no other style sheet.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -261,14 +279,18 @@ def _finalize(value: Any) -> Any:
 def render(run: Path | str) -> Path:
     """Write all figures, text reports, report.md and report.html of a run folder; return the path of report.html.
 
-    Reads only files of the run: results.json, recipe.yaml, environment.json, each stage's metrics and confusion
-    matrices, and the students' predictions on test.  Absent stages and files are left out.
+    Those of a cross-validation are written after those of its folds.  Reads only files of the run: results.json,
+    recipe.yaml, environment.json, each stage's metrics and confusion matrices, and the students' predictions on test.
+    Absent stages and files are left out.
 
     Raises:
         ArtifactError: no run folder, or a damaged file.
         StorageError: the folder cannot be written, or another process is writing in it.
     """
     folder = RunFolder(Path(run))
+    for fold in folder.folds:
+        if fold.results.is_file():
+            render(fold.path)
     with folder.held(writing=True):
         return _render_run(read_run(folder.path))
 

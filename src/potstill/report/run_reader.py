@@ -146,6 +146,20 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @property
+    def shown_path(self) -> str:
+        """``runs/NAME``, or of a fold ``runs/NAME/fold-2``; the full path is private."""
+        parts = self.folder.resolve().parts
+        return "/".join(
+            parts[-3:] if (self.comparison or {}).get("fold") and parts[-1].startswith("fold-") else parts[-2:]
+        )
+
+    @property
+    def folds(self) -> list[dict[str, Any]]:
+        """A row for each fold of a cross-validation; empty for other runs."""
+        found = self.results.get("folds")
+        return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+    @property
     def teachers_without_classes(self) -> list[str]:
         """A sentence on each teacher that has embeddings only and is not evaluated."""
         found = self.results.get("teachers_without_classes")

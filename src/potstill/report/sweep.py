@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ArtifactError
 from potstill.experiment.verdict import headline
-from potstill.formatting import MISSING, format_decimal, format_duration, format_number, format_percent, format_points
+from potstill.formatting import (
+    MISSING,
+    format_decimal,
+    format_duration,
+    format_milliseconds,
+    format_number,
+    format_percent,
+    format_points,
+    format_scaled,
+)
 from potstill.io import read_checksummed_json, write_text
-from potstill.report.canvas import as_svg
+from potstill.report.canvas import DISTILLED, FAINT, VAL, as_svg
 from potstill.report.compare import compare_predictions, group_runs, read_contender
 from potstill.report.display_names import escape_invisible
 from potstill.report.render import render_template
 from potstill.report.run_reader import read_run
-from potstill.report.theme import DISTILLED, FAINT, VAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +88,7 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
         raise ArtifactError(f"{folder} holds no sweep: sweep.json is missing")
     sweep = read_checksummed_json(folder / "sweep.json")
     found = read_checksummed_json(folder / "trials.json") if (folder / "trials.json").exists() else {"trials": []}
-    final = _read_final(folder)
+    final, fit = _read_final(folder), _read_fit(folder)
     trials = rank_trials(found["trials"], sweep["measure"])
     best = trials[0]["number"] if trials and trials[0]["value"] is not None else None
     values = {
@@ -95,16 +103,26 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
         if best is not None
         else [],
         "final": final,
+        "fit": fit,
     }
     target = folder / "sweep.html"
     write_text(target, render_template("sweep.html.j2", values))
-    return target, trial_table(trials, sweep["measure"]) + ([] if final is None else _final_lines(final))
+    lines = trial_table(trials, sweep["measure"]) + ([] if final is None else _final_lines(final))
+    return target, lines + ([] if fit is None else ["", *fit["lines"]])
 
 
 def rank_trials(trials: Sequence[Mapping[str, Any]], measure: str) -> list[Mapping[str, Any]]:
-    """Sort trials by their metric on val, best first; those without come last, by number."""
+    """Sort trials by their metric on val, best first; those without come last, by number.
+
+    Trials of a later rung, which were trained longer, come before those of earlier ones.
+    """
     sign = 1 if measure in _MINIMIZED else -1
-    return sorted(trials, key=lambda each: (each["value"] is None, sign * (each["value"] or 0.0), each["number"]))
+
+    def key(trial: Mapping[str, Any]) -> tuple[bool, int, float, int]:
+        value = trial["value"]
+        return value is None, -trial.get("rung", 0), sign * (value or 0.0), trial["number"]
+
+    return sorted(trials, key=key)
 
 
 def trial_table(trials: Sequence[Mapping[str, Any]], measure: str, *, last: int | None = None) -> list[str]:
@@ -114,7 +132,9 @@ def trial_table(trials: Sequence[Mapping[str, Any]], measure: str, *, last: int 
         trials = ended[-last:]
     return [
         f"trial {trial['number']:>3}  val {measure} {_metric_text(trial['value'], measure):>7}  "
-        f"{_STATE_LABELS[trial['state']]:<7}  {', '.join(f'{key}={text}' for key, text in trial['chosen'].items())}"
+        f"{_STATE_LABELS[trial['state']]:<7}  "
+        f"{str(trial['epochs']) + ' epochs  ' if 'rung' in trial else ''}"
+        f"{', '.join(f'{key}={text}' for key, text in trial['chosen'].items())}"
         for trial in trials
     ]
 
@@ -172,8 +192,45 @@ def _read_final(folder: Path) -> dict[str, Any] | None:
     return found | {"verdict": headline(compare_predictions(correct["baseline"], correct["distilled"]))}
 
 
+def _read_fit(folder: Path) -> dict[str, Any] | None:
+    """Return what a search for a student has found besides its trials; None: the sweep is none."""
+    if not (folder / "fit.json").exists():
+        return None
+    found = read_checksummed_json(folder / "fit.json")
+    students = [
+        [
+            row["name"],
+            row["weights"] or "from scratch",
+            format_milliseconds(row["estimated_ms"]),
+            format_milliseconds(row.get("ms")),
+            format_scaled(row.get("bytes"), "B"),
+            "dropped" if row["dropped"] else "",
+        ]
+        for row in found["students"]
+    ]
+    exported, lines = found.get("exported"), []
+    if exported is not None:
+        chosen = ", ".join(f"{key}={text}" for key, text in found["winner"].items())
+        lines += [
+            f"winner: {chosen}, {found['final_epochs']} epochs",
+            f"exported: {exported['file']}, the {exported['role']} student, which is the better of the two on val: "
+            f"{format_milliseconds(exported['ms'])} for one image on one thread, "
+            f"{format_scaled(exported['bytes'], 'B')}",
+        ]
+        if exported.get("missed"):
+            lines.append(f"the exported file is not below {exported['missed']} now, other than before its training")
+        if exported.get("int8_drop") is not None:
+            lines.append(f"int8 changes the accuracy on test by {format_points(-exported['int8_drop'])} points")
+        lines.append(
+            f"time: {format_duration(found['seconds'])}, of which the teacher {format_duration(found['teacher'])}"
+        )
+    return {"students": students, "lines": lines}
+
+
 def _final_lines(final: Mapping[str, Any]) -> list[str]:
     best = f"trial {final['trial']} is the best on val"
+    if final["trial"] is None:
+        best = "one candidate, for lack of time"
     if not final["rows"]:
         return [
             "",

@@ -156,7 +156,21 @@ def training_text(stage: StageResult) -> str:
     if stage.best_epoch is not None:
         metric = escape_invisible(str(training.get("selection_metric") or "top1"))
         text += f", best epoch {stage.best_epoch} by {metric} on val"
+    text += _adapted_text(training)
     return f"{text}; from {head}" if head else text
+
+
+def _adapted_text(training: Mapping[str, Any]) -> str:
+    """Return what the method took from this training instead of from its paper, with a semicolon before it; or ""."""
+    factors, epochs = training.get("term_factors"), training.get("method_epochs")
+    texts = []
+    if isinstance(factors, dict) and factors:
+        shown = ", ".join(f"{escape_invisible(str(name))} {format_decimal(each, 3)}" for name, each in factors.items())
+        texts.append(f"factors on the weights of hidden layers' terms in that epoch: {shown}")
+    if isinstance(epochs, dict) and epochs:
+        shown = ", ".join(f"{escape_invisible(str(name))} {format_decimal(each, 3)}" for name, each in epochs.items())
+        texts.append(f"{shown} as a share of the training")
+    return "".join(f"; {text}" for text in texts)
 
 
 def head_text(stage: StageResult) -> str:

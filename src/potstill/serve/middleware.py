@@ -52,20 +52,18 @@ def error_body(message: str) -> bytes:
     return json.dumps({"error": message}, ensure_ascii=False).encode()
 
 
-async def send_error(send: Send, status: int, message: str, *, closing: bool = True, more: bool = False) -> None:
-    """Send an error response.
+async def send_error(send: Send, status: int, message: str, *, more: bool = False) -> None:
+    """Send an error response, and close the connection without reading the rest of the request.
 
     Args:
         send: of the ASGI server.
         status: HTTP status.
         message: one sentence.
-        closing: whether to close the connection without reading the rest of the request.
         more: leave the response open, so that the caller can go on reading.
     """
     body = error_body(message)
     headers = [*SECURITY_HEADERS, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if closing:
-        headers.append((b"connection", b"close"))
+    headers.append((b"connection", b"close"))
     if status in (429, 503):
         headers.append((b"retry-after", b"2"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

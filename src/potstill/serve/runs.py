@@ -17,6 +17,7 @@ from potstill.errors import ArtifactError
 from potstill.experiment.run_folder import RunFolder
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_FOLD_LINK = re.compile(rb'href="(fold-\d+)/report\.html"')
 _MAX_RUNS = 500
 _MAX_BYTES = 32_000_000  # of a file that is read
 _MAX_POINTS = 400  # of a curve
@@ -37,9 +38,20 @@ def list_runs(output_dir: Path, own: Path | None = None) -> dict[str, Path]:
         found = {}
     if own is not None:
         found[own.resolve().name] = own
+    for name, folder in list(found.items()):
+        found |= {f"{name}.{each.name}": each for each in _folds(folder)}
     dated = [(_start_time(folder), name, folder) for name, folder in found.items() if _ID.fullmatch(name)]
     newest = sorted((each for each in dated if each[0] is not None), key=lambda each: each[0] or 0.0, reverse=True)
     return {name: folder for _, name, folder in newest[:_MAX_RUNS]}
+
+
+def _folds(folder: Path) -> list[Path]:
+    """Return the run folders of a cross-validation; empty for what is none, or cannot be read."""
+    try:
+        found = (each.path for each in RunFolder(folder).folds)
+        return [each for each in found if not each.is_symlink()]
+    except OSError:
+        return []
 
 
 def summary(run: str, folder: Path) -> dict[str, Any]:
@@ -93,11 +105,13 @@ def _progress(run: str, folder: Path) -> dict[str, Any]:
     return {**about, "stages": stages, "verdict": str(verdict) if verdict else None}
 
 
-def report(folder: Path) -> bytes | None:
-    """Return the run's report.html, or None where it has none."""
+def report(run: str, folder: Path) -> bytes | None:
+    """Return the run's report.html, with links to the reports of its folds as served, or None where it has none."""
     path = folder / "report.html"
     try:
-        return path.read_bytes() if _regular(path) and path.stat().st_size <= _MAX_BYTES else None
+        if not _regular(path) or path.stat().st_size > _MAX_BYTES:
+            return None
+        return _FOLD_LINK.sub(rb'href="../%s.\1/report"' % run.encode(), path.read_bytes())
     except OSError:
         return None
 
@@ -148,6 +162,8 @@ def _top1(figures: Any) -> float | None:
 
 
 def _state(folder: Path, stages: list[str]) -> str:
+    if any(_state(fold, _stages(fold)) == "training" for fold in _folds(folder)):
+        return "training"
     files = [folder / "recipe.yaml", folder / "environment.json"]
     files += [folder / stage / name for stage in stages for name in ("metrics.jsonl", "checkpoints")]
     newest = max(path.lstat().st_mtime for path in files if path.exists())

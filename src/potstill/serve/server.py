@@ -22,7 +22,7 @@ from potstill.experiment.run_folder import find_model
 from potstill.export.loading import find_model_folder
 from potstill.hub import is_hub_model
 from potstill.io import read_checksummed_json
-from potstill.report.theme import css_variables
+from potstill.report.canvas import css_variables
 from potstill.serve import runs
 from potstill.serve.middleware import RequestGuardMiddleware, ServerLimits, limited_protocol
 from potstill.serve.model_worker import WorkerClient, WorkerUnavailable
@@ -269,7 +269,7 @@ def _add_run_routes(app: FastAPI, known: Callable[[], dict[str, Path]]) -> None:
     )
     def report(run: str) -> Response:
         """The run's report."""
-        content = runs.report(folder(run))
+        content = runs.report(run, folder(run))
         if content is None:
             raise HTTPException(404, "this run has no report yet")
         return Response(content, media_type="text/html", headers={"Content-Security-Policy": _REPORT_CSP})

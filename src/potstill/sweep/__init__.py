@@ -9,7 +9,7 @@ from typing import Any
 
 from potstill.config.recipe import Recipe, load_recipe
 from potstill.errors import PotstillError, UsageError
-from potstill.methods import method_info
+from potstill.methods import METHOD_SETTINGS, method_info
 
 METHOD = "method.name"
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
@@ -122,7 +122,7 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
             "a sweep needs something to vary: --search method.temperature=1,2,4 or --search method.alpha=0..1"
         )
     base = load_recipe(source, sets, flags=flags)
-    _refuse_test_curves(base)
+    refuse_test_curves(base)
     dimensions = [read_dimension(text) for text in texts]
     keys = [dimension.key for dimension in dimensions]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
@@ -246,15 +246,21 @@ def _try_value(source: Any, sets: list[str], flags: Mapping[str, Any], key: str,
 
 def _has_option(method: str, option: str) -> bool:
     try:
-        return option in (*method_info(method).options, "preset", "schedule")
+        return option in (*method_info(method).options, *METHOD_SETTINGS)
     except UsageError:
         return True  # an unknown method is reported by the check of its name
 
 
-def _refuse_test_curves(recipe: Recipe) -> None:
+def refuse_test_curves(recipe: Recipe) -> None:
+    """Raise UsageError if the trainings of a search would be evaluated on test, or have several seeds each."""
     if recipe.stage_training("student").evaluate_test_every_epoch:
         raise UsageError(
             "training.evaluate_test_every_epoch: a sweep evaluates only the best trial on test; set it to false"
+        )
+    if recipe.data.folds is not None and recipe.data.fold is None:
+        raise UsageError(
+            "data.folds (--folds): a sweep trains each trial once; name one fold with data.fold, or leave it out and "
+            "run the best trial's recipe with --folds"
         )
     if recipe.seeds > 1:
         raise UsageError(f"seeds: a sweep trains each trial with one seed, and the recipe has seeds: {recipe.seeds}")

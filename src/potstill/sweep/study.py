@@ -4,6 +4,7 @@ without Optuna: sweep.json, trials.json, final.json, confirmation.json.
 
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,24 @@ if TYPE_CHECKING:
 
 SWEEP_FILE, TRIALS_FILE, FINAL_FILE = "sweep.json", "trials.json", "final.json"
 CONFIRMATION_FILE = "confirmation.json"  # once the best trial and the baseline were trained on fresh seeds
+CONFIRMATION_FOLDER = "confirmation"  # of the run folders with the fresh seeds
 SLURM_FOLDER = "slurm"  # folder of the output of SLURM jobs
 _MAX_DIFFERENCES = 8  # named in an error message
 _NEUTRAL_KEYS = ("data.workers", "data.cache_fraction", "teacher_cache.folder", "training.checkpoint_seconds")
+
+
+MAX_NAME = 64  # characters of a folder's name
+
+
+def check_name(name: str) -> str:
+    """Return the name of a search if it can be that of a folder.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}", name) or set(name) == {"."}:
+        raise UsageError(f"--name must be 1 to {MAX_NAME} of the characters A-Z a-z 0-9 . _ -, got {name!r}")
+    return name
 
 
 def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool, trials: int) -> dict[str, Any]:
@@ -54,7 +70,7 @@ def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
         write_checksummed_json(path, description)
         return
     stored = read_checksummed_json(path)
-    if lines := _differences(stored, description):
+    if lines := differences(stored, description):
         more = [f"  and {len(lines) - _MAX_DIFFERENCES} more"] if len(lines) > _MAX_DIFFERENCES else []
         raise UsageError(
             f"{folder} holds a sweep with other settings:\n"
@@ -71,7 +87,8 @@ def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
         write_checksummed_json(path, description)
 
 
-def _differences(stored: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def differences(stored: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return a line for each difference of two descriptions of a search that changes its result."""
     old, new = _flatten(yaml.safe_load(stored["recipe"])), _flatten(yaml.safe_load(after["recipe"]))
     lines = [
         f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"

@@ -3,7 +3,6 @@
 A trial is a run folder whose student is evaluated on val, and never sees the test split.
 """
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,10 +100,95 @@ def run_trial(
 
 
 def best_on_val(folder: Path, student: str, measure: str) -> float:
-    """Return the metric on val of the student's best epoch."""
-    best = read_checksummed_json(folder / student / "model.json")["facts"]["training"]["best_epoch"]
-    lines = (folder / student / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return float(json.loads(lines[best - 1])["val"][measure])
+    """Return the metric on val of a student as it was saved: its best epoch, or the probe that it started from."""
+    return float(read_checksummed_json(folder / student / "model.json")["facts"]["val"][measure])
+
+
+def train_teachers(
+    recipe: Recipe, folder: Path, observer: Observer, stopping: "SignalHandler | None"
+) -> tuple[str, ...]:
+    """Train the teachers of a search once, also if several processes search; return the settings that use them.
+
+    Args:
+        recipe: of the search, whose method has a teacher.
+        folder: of the search; the run folder is ``teacher`` in it.
+        observer: receives progress.
+        stopping: handles signals.
+
+    Raises:
+        PotstillError: as ``pipeline.run``.
+    """
+    from potstill.experiment.pipeline import run
+
+    home, several = RunFolder(folder / "teacher"), isinstance(recipe.teacher, list)
+    names = ["teacher" if at == 0 else f"teacher-{at + 1}" for at in range(len(recipe.teacher_list))]
+    while not all(home.trained(name) for name in names):
+        try:
+            run(
+                recipe,
+                output_dir=folder,
+                name="teacher",
+                resume=home.known,
+                stages=("teacher",),
+                observer=observer,
+                stopping=stopping,
+                evaluate=False,
+            )
+        except StorageError as error:
+            if "another process" not in str(error):
+                raise
+            time.sleep(POLL_SECONDS)
+        except UsageError:
+            if not home.known:  # otherwise another process started it meanwhile
+                raise
+    keys = [f"teacher.{at}" if several else "teacher" for at in range(len(names))]
+    return tuple(
+        text
+        for key, name in zip(keys, names, strict=True)
+        for text in (
+            f"{key}.weights={home.stage(name).resolve()}",
+            f"{key}.new_head=false",
+            f"{key}.head=null",
+            f"{key}.prompts=null",
+            f"{key}.classes=null",
+        )
+    )
+
+
+def train_again(
+    recipes: Mapping[str, Recipe],
+    folder: Path,
+    observer: Observer,
+    stopping: "SignalHandler | None",
+    *,
+    evaluate: bool = True,
+) -> None:
+    """Train the winner and the best baseline of a search with fresh seeds; finished trainings stay as they are.
+
+    Args:
+        recipes: of "distilled" and "baseline".
+        folder: of the search; the run folders are in its ``study.CONFIRMATION_FOLDER``.
+        observer: receives progress.
+        stopping: handles signals.
+        evaluate: also evaluate them, on test too.
+
+    Raises:
+        PotstillError: as ``pipeline.run``.
+    """
+    from potstill.experiment.pipeline import run
+
+    for student, recipe in recipes.items():
+        home = RunFolder(folder / study.CONFIRMATION_FOLDER / student)
+        run(
+            recipe,
+            output_dir=home.path.parent,
+            name=student,
+            resume=home.known,
+            stages=("teacher", "distilled") if student == "distilled" else (student,),
+            observer=observer,
+            stopping=stopping,
+            evaluate=evaluate,
+        )
 
 
 DEFAULT_TRIALS = 20  # without --trials or a grid
@@ -229,50 +313,10 @@ class Sweep:
 
     def _teachers(self) -> tuple[str, ...]:
         """Train the teacher once for all trials; return the settings with which a recipe uses it."""
-        from potstill.experiment.pipeline import run
-
-        if self.student == "baseline":
+        if self.student == "baseline" or not self.recipe.teacher_list:
             return ()
-        several = isinstance(self.recipe.teacher, list)
-        networks = self.recipe.teacher_list
-        if not networks:
-            return ()
-        home = RunFolder(self.folder / "teacher")
-        names = ["teacher" if at == 0 else f"teacher-{at + 1}" for at in range(len(networks))]
-        teacher_recipe = self._recipe_with_teacher()
-        if teacher_recipe is None:
-            return ()
-        while not all(home.trained(name) for name in names):
-            try:
-                run(
-                    teacher_recipe,
-                    output_dir=self.folder,
-                    name="teacher",
-                    resume=home.known,
-                    stages=("teacher",),
-                    observer=self.observer,
-                    stopping=self.stopping,
-                    evaluate=False,
-                )
-            except StorageError as error:
-                if "another process" not in str(error):
-                    raise
-                time.sleep(POLL_SECONDS)
-            except UsageError:
-                if not home.known:  # otherwise another process started it meanwhile
-                    raise
-        keys = [f"teacher.{at}" if several else "teacher" for at in range(len(names))]
-        return tuple(
-            text
-            for key, name in zip(keys, names, strict=True)
-            for text in (
-                f"{key}.weights={home.stage(name).resolve()}",
-                f"{key}.new_head=false",
-                f"{key}.head=null",
-                f"{key}.prompts=null",
-                f"{key}.classes=null",
-            )
-        )
+        recipe = self._recipe_with_teacher()
+        return () if recipe is None else train_teachers(recipe, self.folder, self.observer, self.stopping)
 
     def _recipe_with_teacher(self) -> Recipe | None:
         """Return the recipe for training the teacher: the first of the space that needs one."""
@@ -438,8 +482,6 @@ class Sweep:
 
     def _confirm_best(self, teachers: Sequence[str], deadline: float) -> bool:
         """Search the baseline with as many trials, train both again on fresh seeds, and evaluate them on test."""
-        from potstill.experiment.pipeline import run
-
         if (self.folder / study.CONFIRMATION_FILE).exists():
             return True
         baseline_sweep = self.baseline_sweep()
@@ -457,17 +499,7 @@ class Sweep:
         with self._locked():
             if (self.folder / study.CONFIRMATION_FILE).exists():
                 return True
-            for student, recipe in recipes.items():
-                home = RunFolder(self.folder / "confirmation" / student)
-                run(
-                    recipe,
-                    output_dir=home.path.parent,
-                    name=student,
-                    resume=home.known,
-                    stages=("teacher", "distilled") if student == "distilled" else (student,),
-                    observer=self.observer,
-                    stopping=self.stopping,
-                )
+            train_again(recipes, self.folder, self.observer, self.stopping)
             facts = {"seeds": self.confirm_seeds, "first_seed": self.recipe.seed + 1, "trials": baseline_sweep.trials}
             write_checksummed_json(self.folder / study.CONFIRMATION_FILE, {"schema": 1, **facts})
         return True

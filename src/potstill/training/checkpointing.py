@@ -1,4 +1,4 @@
-"""Checkpoints: all state that a resumed training needs, in one file.
+"""The state of a training besides weights, and checkpoints: all that a resumed training needs, in one file.
 
 A file is a SHA-256 digest followed by safetensors, with everything but tensors as JSON in its header, so that opening a
 checkpoint runs no code.  The digest is checked before anything is parsed.
@@ -21,11 +21,68 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distillation.distiller import Distiller
 from potstill.errors import ArtifactError, NonFiniteError
+from potstill.evaluation.metrics import NON_FINITE_HELP, StreamingMetrics, TermAverages
 from potstill.io import read_checksummed, verify_json_lines, write_checksummed, write_json_lines
 from potstill.training.averaging import ModelEma
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import NON_FINITE_HELP, EpochState, History
+
+EpochRecord = dict[str, Any]
+
+
+@dataclass
+class History:
+    """The metrics of every epoch, and the best epoch."""
+
+    records: list[EpochRecord] = field(default_factory=list)  # lines of metrics.jsonl
+    lines: list[str] = field(default_factory=list)  # digest of each line
+    best_epoch: int = 0  # from 1
+    best_value: float = -float("inf")  # of the selection metric; losses are negated, so that larger is better
+    seconds: float = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        """Median training speed over the epochs."""
+        rates = sorted(record["images_per_second"] for record in self.records)
+        return float(rates[len(rates) // 2])
+
+
+@dataclass
+class EpochState:
+    """The progress of an epoch.
+
+    Attributes:
+        metrics, averages: over the finished steps.
+        lr: learning rate at the beginning of the epoch.
+        step: number of finished batches.
+    """
+
+    metrics: StreamingMetrics
+    averages: TermAverages
+    lr: float
+    step: int = 0
+    _earlier_seconds: float = 0.0  # before the training was resumed
+    _started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Time that the epoch has taken so far."""
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state as tensors by name and JSON facts."""
+        tensors, terms = self.averages.pack()
+        metrics = {f"metrics.{name}": value for name, value in self.metrics.pack().items()}
+        return tensors | metrics, {"lr": self.lr, "step": self.step, "seconds": self.seconds, "terms": terms}
+
+    def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Replace the state by what ``pack`` returned."""
+        self.averages.unpack(tensors, facts["terms"])
+        self.metrics.unpack(
+            {name.removeprefix("metrics."): value for name, value in tensors.items() if name.startswith("metrics.")}
+        )
+        self.lr, self.step = facts["lr"], facts["step"]
+        self._earlier_seconds, self._started = facts["seconds"], time.perf_counter()
 
 
 def save_checkpoint(

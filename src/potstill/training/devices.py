@@ -13,10 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import UsageError
-from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics
+from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.methods.base import Method
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import TermAverages
 
 if TYPE_CHECKING:
     from potstill.data.loader import Loader

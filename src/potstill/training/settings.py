@@ -77,6 +77,11 @@ class TrainingSettings(BaseModel):
     selection_metric: SelectionMetric = Field(
         "top1", description="val metric that selects the best epoch; nll: cross-entropy with the labels alone"
     )
+    temperature_scaling: bool = Field(
+        True,
+        description="divide the logits of baseline and distilled student by the temperature of least nll on val, if "
+        "that lowers it beyond doubt; the top class stays",
+    )
     evaluate_test_every_epoch: bool = Field(
         False, description="record test metrics of every epoch; they select nothing"
     )

@@ -14,18 +14,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distillation.distiller import Distiller
-from potstill.distillation.teacher_views import TeacherViews
+from potstill.distillation.teachers import TeacherViews
 from potstill.errors import Stopped, StorageError, UsageError
-from potstill.evaluation.metrics import StreamingMetrics
+from potstill.evaluation.metrics import StreamingMetrics, TermAverages
 from potstill.features.stages import find_stages
 from potstill.io import write_json_lines
 from potstill.training.averaging import ModelEma
 from potstill.training.callbacks import Observer, SignalHandler
-from potstill.training.checkpointing import Checkpointer, copy_state_dict
+from potstill.training.checkpointing import Checkpointer, EpochRecord, EpochState, History, copy_state_dict
 from potstill.training.devices import Compute, DistributedDistiller, check_distributed_support
 from potstill.training.optim import GradientAccumulator, create_optimizer, layer_lr_scales, lr_factor
 from potstill.training.settings import TrainingSettings
-from potstill.training.state import EpochRecord, EpochState, History, TermAverages
 from potstill.training.student_forward import StudentCompiler, plain_epochs, simulated_int8
 from potstill.types import Batch, Outputs, Step
 
@@ -332,6 +331,8 @@ class Trainer:
             "train": metrics,
             **splits,
         }
+        if self.distiller.scaling is not None:
+            record["scaling"] = dict(self.distiller.scaling.factors)
         self.history.seconds += seconds
         self.history.records.append(record)
         self._write_records()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from potstill.data.settings import DataSettings
-from potstill.data.validation.checks import HashedImages, find_duplicates, group_equal_rows
+from potstill.data.validation import HashedImages, find_duplicates, group_equal_rows
 from potstill.data.validation.validate import validate_data
 
 SPLITS = {f"{split}/{name}": 4 for split in ("train", "val", "test") for name in ("cat", "dog")}

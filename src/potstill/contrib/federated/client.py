@@ -43,15 +43,15 @@ from potstill.contrib.federated.messages import (
 from potstill.data.image_sets import ImageSet
 from potstill.data.loader import Loader
 from potstill.distillation.distiller import Distiller
-from potstill.distillation.teacher_views import TeacherViews
+from potstill.distillation.teachers import TeacherViews
 from potstill.errors import ArtifactError, NonFiniteError, UsageError
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.builders import build_teacher_views
 from potstill.experiment.plan import derive_seed
 from potstill.experiment.preflight import create_stage_method
-from potstill.functional import kd_loss
 from potstill.input_spec import InputSpec
 from potstill.methods import create_method, describe_method
+from potstill.methods.kd import kd_loss
 from potstill.models.model_file import Classifier
 from potstill.training.devices import Compute, create_compute
 from potstill.training.optim import GradientAccumulator, create_optimizer, lr_factor

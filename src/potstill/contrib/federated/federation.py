@@ -32,9 +32,9 @@ from potstill.data.image_sets import ImageSet
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiment.builders import build_network, split_loader
-from potstill.experiment.environment import describe_environment
 from potstill.experiment.plan import derive_seed
 from potstill.experiment.preflight import describe_skipped
+from potstill.experiment.reproduce import describe_environment
 from potstill.experiment.run_folder import RunFolder
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.models.model_file import Classifier, save_model

@@ -25,6 +25,7 @@ from potstill.data.sources import walk_folder
 from potstill.data.splits import DataSplits
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.experiment.plan import derive_seed
+from potstill.formatting import format_names
 
 MIN_CLIENT_IMAGES = 2  # BatchNorm cannot train on a single one
 _MAX_DRAWS = 200
@@ -145,28 +146,24 @@ def load_client_images(
     if skipped:
         _LOG.warning("%s: %d files are left out, such as %s", root, len(skipped), skipped[0].path)
     entries = [entry for entry in listing.entries if entry.split in (None, "train")]
+    shown = format_names([*map(repr, class_names)], most=12)
     if len(entries) < MIN_CLIENT_IMAGES:
         raise DataError(
             f"{root}: this client has {len(entries)} training images, and needs at least {MIN_CLIENT_IMAGES}: put "
-            f"them into folders named after their classes ({_format_names(class_names)}), or leave the client out"
+            f"them into folders named after their classes ({shown}), or leave the client out"
         )
     raise_refused(settings, listing.findings, root)
     known = {name: label for label, name in enumerate(class_names)}
     unknown = sorted({entry.label for entry in entries} - set(known))
     if unknown:
         raise DataError(
-            f"{root}: the server does not know the class{'es' if len(unknown) > 1 else ''} {_format_names(unknown)}"
-            f"{did_you_mean(unknown[0], known)}\n"
-            f"It knows {_format_names(class_names)}: rename the folder, or move it away"
+            f"{root}: the server does not know the class{'es' if len(unknown) > 1 else ''} "
+            f"{format_names([*map(repr, unknown)], most=12)}{did_you_mean(unknown[0], known)}\n"
+            f"It knows {shown}: rename the folder, or move it away"
         )
     images = FileSet(root, [entry.name for entry in entries], [known[entry.label] for entry in entries])
     images.expect(contents or check_files(root, images.names, str(root)))
     return images
-
-
-def _format_names(names: tuple[str, ...] | list[str], max_names: int = 12) -> str:
-    shown = ", ".join(map(repr, names[:max_names]))
-    return f"{shown} and {len(names) - max_names} more" if len(names) > max_names else shown
 
 
 def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[DataSplits, ImageSet | None]:

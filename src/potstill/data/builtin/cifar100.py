@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from potstill.data.image_sets import ArraySet, ImageSet, Subset
+from potstill.data.builtin import split_published
+from potstill.data.image_sets import ArraySet
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
-from potstill.data.splits import DataSplits, fingerprint, stratified_split, stratified_subset
+from potstill.data.splits import DataSplits
 from potstill.errors import DataError, UsageError
 from potstill.io import write_bytes
 
@@ -53,28 +54,7 @@ def cifar100(settings: DataSettings) -> DataSplits:
     options = read_options(settings, CifarOptions)
     folder = _find(options) or _download(_cache())
     class_names, sets = _read(folder)
-    pool = sets["train"]
-    if options.limit is not None:
-        chosen = stratified_subset(pool.names, pool.labels, options.limit, settings.split_seed)
-        pool = ArraySet(pool.images[chosen], pool.labels[chosen], [pool.names[i] for i in chosen])
-    parts = stratified_split(pool.names, pool.labels, {"val": settings.val}, settings.split_seed, class_names)
-    splits: dict[str, ImageSet] = {
-        "train": Subset(pool, parts["train"]),
-        "val": Subset(pool, parts["val"]),
-        "test": sets["test"],
-    }
-    contents = {
-        split: [hashlib.sha256(images.pixels(i).tobytes()).hexdigest() for i in range(len(images))]
-        for split, images in splits.items()
-    }
-    origin = (
-        f"test as published; val: {100 * settings.val:g} % of {len(pool):,} training images, stratified, "
-        f"split seed {settings.split_seed}"
-    )
-    return DataSplits(
-        class_names, splits["train"], splits["val"], splits["test"], source=settings.source, origin=origin,
-        fingerprint=fingerprint(splits, class_names, contents), augment=AUGMENT,
-    )  # fmt: skip
+    return split_published(settings, class_names, sets["train"], sets["test"], limit=options.limit, augment=AUGMENT)
 
 
 def check(settings: DataSettings) -> None:

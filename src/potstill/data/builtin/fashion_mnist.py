@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from potstill.data.image_sets import ArraySet, ImageSet, Subset
+from potstill.data.builtin import split_published
+from potstill.data.image_sets import ArraySet
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
-from potstill.data.splits import DataSplits, fingerprint, stratified_split, stratified_subset
+from potstill.data.splits import DataSplits
 from potstill.errors import DataError, UsageError
 from potstill.io import write_bytes
 
@@ -47,27 +48,8 @@ def fashion_mnist(settings: DataSettings) -> DataSplits:
     """
     options = read_options(settings, FashionOptions)
     root = _root(options)
-    pool, test = _read_split(root, "train"), _read_split(root, "test")
-    if options.limit is not None:
-        pool = _chosen(pool, stratified_subset(pool.names, pool.labels, options.limit, settings.split_seed))
-    parts = stratified_split(pool.names, pool.labels, {"val": settings.val}, settings.split_seed, CLASS_NAMES)
-    splits: dict[str, ImageSet] = {
-        "train": Subset(pool, parts["train"]),
-        "val": Subset(pool, parts["val"]),
-        "test": test,
-    }
-    contents = {
-        split: [hashlib.sha256(images.pixels(i)[..., 0].tobytes()).hexdigest() for i in range(len(images))]
-        for split, images in splits.items()
-    }
-    origin = (
-        f"test as published; val: {100 * settings.val:g} % of {len(pool):,} training images, stratified, "
-        f"split seed {settings.split_seed}"
-    )
-    return DataSplits(
-        CLASS_NAMES, splits["train"], splits["val"], splits["test"], source=settings.source, origin=origin,
-        fingerprint=fingerprint(splits, CLASS_NAMES, contents), augment=AUGMENT,
-    )  # fmt: skip
+    train, test = _read_split(root, "train"), _read_split(root, "test")
+    return split_published(settings, CLASS_NAMES, train, test, limit=options.limit, augment=AUGMENT)
 
 
 def check(settings: DataSettings) -> None:
@@ -141,7 +123,3 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + math.prod(sizes):
         raise DataError(f"{path}: damaged (no IDX file of {dimensions} dimensions)")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(sizes)
-
-
-def _chosen(images: ArraySet, index: NDArray[np.int64]) -> ArraySet:
-    return ArraySet(images.images[index], images.labels[index], [images.names[i] for i in index])

@@ -40,14 +40,16 @@ from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_sca
 from potstill.data.settings import DataSettings
 from potstill.data.sources import walk_images
 from potstill.data.splits import SPLITS, DataSplits, SplitAssignment, assign_splits
-from potstill.data.validation import ScanTable, ValidationReport, sort_findings
-from potstill.data.validation.checks import (
+from potstill.data.validation import (
     Duplicates,
     HashedImages,
+    ScanTable,
+    ValidationReport,
     check_ranges,
     find_duplicates,
     similar_classes,
     similar_files,
+    sort_findings,
 )
 from potstill.errors import ArtifactError, StorageError
 from potstill.io import cache_folder, read_bytes, sha256_hex, write_bytes

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from potstill.errors import UsageError
-from potstill.training.probe import check_probe_labels, fit_probe, stratified_folds
+from potstill.experiment.probe import check_probe_labels, fit_probe, stratified_folds
 
 
 @pytest.fixture(scope="module")

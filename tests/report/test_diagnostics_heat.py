@@ -4,7 +4,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from potstill.report.error_analysis import heatmap_uri
+from potstill.report.diagnostics import heatmap_uri
 
 
 def pixels(rows: list[bytes]) -> np.ndarray:

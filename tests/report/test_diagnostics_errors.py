@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from potstill.errors import ArtifactError
-from potstill.report import error_analysis
+from potstill.report import diagnostics
 from potstill.report.render import render_page
 from potstill.report.run_reader import read_run
 
@@ -54,7 +54,7 @@ def run(build_run: BuildRun) -> Callable[[dict[str, Any] | None], Any]:
 
 
 def test_a_card_says_what_everybody_said_and_where_they_looked(run: Any) -> None:
-    found = error_analysis.images_context(run(kept({"3": shot()})))
+    found = diagnostics.images_context(run(kept({"3": shot()})))
     (group,) = found["groups"]
     assert (group["title"], group["count"], group["all"]) == ("The most confident mistakes of distilled", "17", False)
     (card,) = group["cards"]
@@ -81,7 +81,7 @@ def test_a_picture_in_two_groups_is_in_the_page_once(run: Any) -> None:
 
 def test_without_the_file_there_is_no_section(run: Any) -> None:
     alone = run(None)
-    assert error_analysis.images_context(alone) is None
+    assert diagnostics.images_context(alone) is None
     assert 'id="images"' not in render_page(alone)
 
 
@@ -115,7 +115,7 @@ def test_a_changed_file_is_refused(build_run: BuildRun) -> None:
     ],
 )
 def test_what_is_no_picture_is_left_out_and_counted(run: Any, thumbnail: Any) -> None:
-    found = error_analysis.images_context(run(kept({"3": shot(thumbnail=thumbnail)})))
+    found = diagnostics.images_context(run(kept({"3": shot(thumbnail=thumbnail)})))
     assert found["pictures"] == {}
     assert found["groups"][0]["cards"][0]["heat_maps"] == []
     assert found["notes"] == ["One image has no picture: the file could no longer be read when the run ended."]
@@ -133,14 +133,14 @@ def test_what_is_no_picture_is_left_out_and_counted(run: Any, thumbnail: Any) ->
     ],
 )
 def test_a_heat_map_of_nothing_is_none(run: Any, look: Any) -> None:
-    found = error_analysis.images_context(run(kept({"3": shot(gradcam={"teacher": look})})))
+    found = diagnostics.images_context(run(kept({"3": shot(gradcam={"teacher": look})})))
     assert found["groups"][0]["cards"][0]["heat_maps"][0]["heat"] is None
 
 
 def test_a_region_beyond_the_picture_stays_within_bounds(run: Any) -> None:
     """A network that sees black borders looks at more than the picture, but not at a million times as much."""
     look = {"rows": ["ff"], "region": [-3, 7, 0.5, 1e9]}
-    found = error_analysis.images_context(run(kept({"3": shot(gradcam={"teacher": look})})))
+    found = diagnostics.images_context(run(kept({"3": shot(gradcam={"teacher": look})})))
     assert found["groups"][0]["cards"][0]["heat_maps"][0]["place"] == ["-300%", "700%", "50%", "409600%"]
 
 
@@ -153,7 +153,7 @@ def test_names_come_out_as_text(run: Any) -> None:
 
 def test_why_there_are_no_maps_is_said(run: Any) -> None:
     examples = kept({"3": shot(gradcam={})}) | {"failed": {"teacher": "no feature map"}}
-    found = error_analysis.images_context(run(examples))
+    found = diagnostics.images_context(run(examples))
     assert found["notes"] == ["No heat maps of teacher: no feature map."]
     assert not found["looking"]
 

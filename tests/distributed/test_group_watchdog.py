@@ -10,9 +10,8 @@ import torch
 from torch.distributed import DistBackendError, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore
 
-from potstill.distributed import watchdog as module
-from potstill.distributed.group import ProcessGroup
-from potstill.distributed.watchdog import Watchdog, _Heartbeat, _PeerState, is_connection_error
+from potstill.distributed import group as module
+from potstill.distributed.group import ProcessGroup, Watchdog, _Heartbeat, _PeerState, is_connection_error
 from potstill.errors import DataError, RankLost, RemoteFailure, Stopped, StorageError, UsageError, WorkerError
 
 pytestmark = pytest.mark.own_process

@@ -14,7 +14,7 @@ from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import RecordFormat
-from potstill.distillation.teacher_views import TeacherViews
+from potstill.distillation.teachers import TeacherViews
 from potstill.input_spec import InputSpec
 from potstill.methods.kd import KD
 from potstill.training.trainer import CachedTeacher, LiveTeacher

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from potstill.errors import NonFiniteError
-from potstill.training.state import TermAverages
+from potstill.evaluation.metrics import TermAverages
 
 
 def test_means_are_weighted_by_images():

@@ -9,7 +9,7 @@ import torch
 from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
-from potstill.experiment.resolution import choose_networks, lengthen_short_trainings, restore_choices
+from potstill.experiment.plan import choose_networks, lengthen_short_trainings, restore_choices
 from potstill.experiment.run_folder import RunFolder
 from potstill.models import pretrained
 from potstill.models.factory import create_model

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from potstill.experiment.environment import git_state
+from potstill.experiment.reproduce import git_state
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
 

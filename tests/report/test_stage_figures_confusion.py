@@ -3,8 +3,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from potstill.report.confusion_matrix import draw_matrix, draw_pair
-from potstill.report.theme import RIGHT, WRONG
+from potstill.report.canvas import RIGHT, WRONG
+from potstill.report.stage_figures import draw_matrix, draw_pair
 
 MATRIX = [[75, 25], [0, 16]]
 

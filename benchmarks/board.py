@@ -1,0 +1,211 @@
+"""Methods and baselines, by data set, budget and seed: the tables of docs/board.md.
+
+    python benchmarks/board.py                                  train what is missing, then write the page
+    python benchmarks/board.py --data quickstart --budgets 4 --contestants "labels;kd;at" --minutes 30
+    python benchmarks/board.py --table                          write the page of what is there
+
+A cell is one student: a data set (the name of a recipe, or a file), a budget in epochs, a contestant, a seed.  Cells
+differ in nothing else: same student, optimizer, images, order and views.  The teacher of a data set is trained once;
+its outputs are cached and shared by all cells of a seed that take logits.  Nothing is chosen by the test split: each
+contestant has one setting, fixed before its first run, and the best epoch is picked on val.
+
+A cell is done when its ``results.json`` is there, so the script can be interrupted and started again; a run that was
+under way is resumed.  After ``--minutes`` no further cell is started, and the page names the cells that are missing.
+Seeds come first, then data sets and budgets, so that an interruption leaves whole rounds.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# By name: what is put in the recipe's place.  A contestant without a method is the student on labels alone.
+CONTESTANTS: dict[str, list[str]] = {
+    "labels": [],
+    "labels, smoothed": ["training.label_smoothing=0.1"],
+    "labels, mixup": ["data.augment.mixup=0.2"],
+    "labels, EMA": ["training.ema_decay=0.99"],
+    "kd": ["method={name: kd, temperature: 1.0, alpha: 0.5}"],
+    "kd, T = 4": ["method={name: kd, preset: cifar100}"],
+    "dkd": ["method={name: dkd}"],
+    "dist": ["method={name: dist}"],
+    "ls": ["method={name: ls, preset: cifar100}"],
+    "at": ["method={name: at}"],
+    "at, auto": ["method={name: at, scaling: auto}"],
+    "fitnet": ["method={name: fitnet}"],
+    "fitnet, auto": ["method={name: fitnet, scaling: auto}"],
+    "kd + at, auto": ["method={name: combined, methods: [{name: kd, temperature: 1.0}, {name: at}], scaling: auto}"],
+}
+BASELINE = "labels"  # what the others are compared with, seed by seed
+FIGURES = (("top1", 100.0, ".2f"), ("ece", 100.0, ".1f"), ("nll", 1.0, ".3f"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student."""
+
+    data: str
+    epochs: int
+    contestant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its run folder."""
+        words = "".join(letter if letter.isalnum() else " " for letter in self.contestant).split()
+        return "-".join([Path(self.data).stem, f"{self.epochs}ep", *(word.lower() for word in words), str(self.seed)])
+
+    @property
+    def stage(self) -> str:
+        """The stage that is trained."""
+        sets = CONTESTANTS[self.contestant]
+        return "distilled" if any(text.startswith("method=") for text in sets) else "baseline"
+
+    def command(self, root: Path) -> list[str]:
+        """Return the arguments of ``potstill`` that train it."""
+        teacher = ["--teacher", str(teacher_folder(self.data, root))] if self.stage == "distilled" else []
+        sets = [part for text in CONTESTANTS[self.contestant] for part in ("--set", text)]
+        common = ["--epochs", str(self.epochs), "--seed", str(self.seed), "--output-dir", str(root)]
+        return ["train", self.data, "--stage", self.stage, *teacher, *sets, *common, "--name", self.name]
+
+    def results(self, root: Path) -> dict[str, Any] | None:
+        """Return its test metrics; None if it is not done."""
+        folder = root / self.name
+        if not (folder / "results.json").is_file():
+            return None
+        metrics: dict[str, Any] = json.loads((folder / self.stage / "metrics.json").read_text("utf-8"))["test"]
+        return metrics
+
+
+def teacher_folder(data: str, root: Path) -> Path:
+    """Return the run folder of a data set's teacher."""
+    return root / f"{Path(data).stem}-teacher"
+
+
+def list_cells(data: Sequence[str], budgets: Sequence[int], contestants: Sequence[str], seeds: int) -> list[Cell]:
+    """Return all cells, in the order in which they are trained."""
+    order = itertools.product(range(seeds), data, budgets, contestants)
+    return [Cell(name, epochs, contestant, seed) for seed, name, epochs, contestant in order]
+
+
+def train(command: Sequence[str], folder: Path) -> bool:
+    """Run ``potstill`` with a command, resuming what is under way; return whether it succeeded."""
+    resume = ["--resume"] if folder.exists() else []
+    done = subprocess.run([sys.executable, "-m", "potstill", *command, *resume], capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(f"potstill {shlex.join(command)}\n{done.stderr}\n")
+    return done.returncode == 0
+
+
+def train_missing(cells: Sequence[Cell], root: Path, until: float) -> None:
+    """Train teachers and cells that are not done, until a time of ``time.monotonic``."""
+    for cell in cells:
+        teacher = teacher_folder(cell.data, root)
+        if cell.results(root) is not None:
+            continue
+        if time.monotonic() >= until:
+            return
+        if cell.stage == "distilled" and not (teacher / "results.json").is_file():
+            command = ["train", cell.data, "--stage", "teacher", "--output-dir", str(root), "--name", teacher.name]
+            if not train(command, teacher):
+                sys.exit(f"no teacher for {cell.data}")
+        state = "done" if train(cell.command(root), root / cell.name) else "failed"
+        sys.stderr.write(f"{cell.name} {state}\n")
+
+
+def format_spread(values: Sequence[float], form: str) -> str:
+    """``mean ± sample deviation``; the value alone if there is one."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def format_gain(gains: Sequence[float]) -> str:
+    """Mean of paired differences with its 95 % t interval; the difference alone if there is one."""
+    if len(gains) < 2:
+        return f"{gains[0]:+.2f}" if gains else ""
+    from scipy.stats import t
+
+    mean = statistics.mean(gains)
+    half = t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+
+
+def page(cells: Sequence[Cell], root: Path, arguments: str) -> Iterator[str]:
+    """Yield the lines of docs/board.md."""
+    found = {cell: results for cell in cells if (results := cell.results(root)) is not None}
+    yield from (
+        "# Board",
+        "",
+        f"Written by `python benchmarks/board.py{arguments}`, which trains each cell by the command below its table "
+        "and goes on where it was interrupted. Mean ± sample deviation on test; *gain* is the difference in top-1 to "
+        f"`{BASELINE}`, paired by seed, with its 95 % t interval from two seeds on. Nothing was tuned for a contestant "
+        "and nothing left out but what is named.",
+    )
+    for data, epochs in dict.fromkeys((cell.data, cell.epochs) for cell in cells):
+        group = [cell for cell in cells if (cell.data, cell.epochs) == (data, epochs)]
+        done = {name: {cell.seed: found[cell] for cell in group if cell.contestant == name and cell in found}
+                for name in dict.fromkeys(cell.contestant for cell in group)}  # fmt: skip
+        missing = [f"{cell.contestant} (seed {cell.seed})" for cell in group if cell not in found]
+        yield from ("", f"## {Path(data).stem}, {epochs} epochs", "")
+        if any(done.values()):
+            yield "| contestant | seeds | top-1 | gain | ECE | NLL |"
+            yield "| --- | --- | --- | --- | --- | --- |"
+        for name, by_seed in done.items():
+            if by_seed:
+                yield _row(name, by_seed, done.get(BASELINE, {}))
+        if missing:
+            yield from ("", f"Not trained: {', '.join(missing)}.")
+        yield from ("", "```sh")
+        yield from (f"potstill {shlex.join(cell.command(Path('runs/board')))}" for cell in group if cell.seed == 0)
+        yield "```"
+
+
+def _row(name: str, by_seed: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]]) -> str:
+    cells = [format_spread([factor * each[key] for each in by_seed.values()], form) for key, factor, form in FIGURES]
+    common = [seed for seed in by_seed if seed in plain and name != BASELINE]
+    gain = format_gain([100 * (by_seed[seed]["top1"] - plain[seed]["top1"]) for seed in common])
+    return f"| {name} | {len(by_seed)} | {cells[0]} | {gain} | {cells[1]} | {cells[2]} |"
+
+
+def main() -> None:
+    """Train what is missing, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="quickstart,fashion-mnist", help="names of recipes, or recipe files")
+    parser.add_argument("--budgets", default="4,12", help="epochs of the students")
+    parser.add_argument("--contestants", default=";".join(CONTESTANTS), help="separated by semicolons")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after this time")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/board"))
+    parser.add_argument("--page", type=Path, default=Path("docs/board.md"))
+    given = parser.parse_args()
+    contestants = [name.strip() for name in given.contestants.split(";")]
+    if unknown := [name for name in contestants if name not in CONTESTANTS]:
+        parser.error(f"no contestant {unknown[0]!r}; known, separated by semicolons: {'; '.join(CONTESTANTS)}")
+    cells = list_cells(
+        given.data.split(","), [int(each) for each in given.budgets.split(",")], contestants, given.seeds
+    )
+    if not given.table:
+        train_missing(cells, given.output_dir, time.monotonic() + 60 * given.minutes)
+    named = ("data", "budgets", "contestants", "seeds")
+    changed = [
+        f"--{key} {shlex.quote(str(value))}"
+        for key in named
+        if (value := getattr(given, key)) != parser.get_default(key)
+    ]
+    text = "\n".join(page(cells, given.output_dir, "".join(f" {each}" for each in changed)))
+    given.page.write_text(f"{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The table of networks that comes with the package: input size, parameters, multiply-adds and relative latency.
+
+``scripts/model_table.py`` writes it.  Parameters, multiply-adds and file sizes are exact counts or follow from them; a
+latency here is an estimate: the ratio to ``REFERENCE`` was measured once, with PyTorch on a CPU, and is multiplied by
+the reference network's time on this machine.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from potstill.errors import UsageError, did_you_mean
+from potstill.io import write_bytes
+
+REFERENCE, REFERENCE_SIZE = "timm/resnet18", 224
+TABLE_FILE = "model_table.csv"
+TABLE_CLASSES = 10  # outputs of the networks that were counted
+# Beside the weights, for each convolution and linear layer: scales, zero points, biases, names.  Measured: 2,050 bytes
+# in resnet18, 2,560 in mobilenetv3_small_100.  In float32 the folded BatchNorm saves about what the names take.
+INT8_BYTES_PER_LAYER = 2500
+
+# Families that train well when small, each from small to large: the students that a search considers.
+STUDENTS: dict[str, tuple[str, ...]] = {
+    "efficientnet-lite": ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"),
+    "mobilenetv3": (
+        "timm/mobilenetv3_small_050",
+        "timm/mobilenetv3_small_075",
+        "timm/mobilenetv3_small_100",
+        "timm/mobilenetv3_large_100",
+    ),
+    "mobilenetv4": ("timm/mobilenetv4_conv_small_050", "timm/mobilenetv4_conv_small", "timm/mobilenetv4_conv_medium"),
+    "resnet": ("timm/resnet10t", "timm/resnet14t", "timm/resnet18", "timm/resnet26", "timm/resnet34"),
+    "regnet": ("timm/regnety_002", "timm/regnety_004", "timm/regnety_006", "timm/regnety_008", "timm/regnety_016"),
+    "ghostnet": ("timm/ghostnet_050", "timm/ghostnet_100"),
+}
+SMALL_IMAGE_STUDENTS: dict[str, tuple[str, ...]] = {  # for images of up to ``SMALL_IMAGE`` pixels
+    "resnet": ("cifar/resnet8", "cifar/resnet14", "cifar/resnet20", "cifar/resnet32", "cifar/resnet56"),
+    "wide resnet": ("cifar/wrn_16_1", "cifar/wrn_40_1", "cifar/wrn_16_2", "cifar/wrn_40_2"),
+    "resnet x4": ("cifar/resnet8x4", "cifar/resnet32x4"),
+    "mobilenetv2": ("cifar/mobilenetv2",),
+    "shufflenet": ("cifar/shufflenetv2", "cifar/shufflenetv1"),
+    "vgg": ("cifar/vgg8", "cifar/vgg11", "cifar/vgg13"),
+}
+SMALL_IMAGE = 64
+
+
+class ModelRow(NamedTuple):
+    """One network.
+
+    Attributes:
+        name: as for ``create_model``.
+        size: height and width in pixels of the images that it was designed for.
+        parameters: with a head of ``TABLE_CLASSES`` classes.
+        per_class: parameters of each further class.
+        layers: convolutions and linear layers.
+        multiply_adds: of one image of ``size`` pixels.
+        latency: for one image of ``size`` pixels on one thread, relative to the reference network; None: not measured.
+    """
+
+    name: str
+    size: int
+    parameters: int
+    per_class: int
+    layers: int
+    multiply_adds: int
+    latency: float | None
+
+    def parameters_with(self, classes: int) -> int:
+        """Return the number of parameters with a head of this many classes."""
+        return self.parameters + (classes - TABLE_CLASSES) * self.per_class
+
+    def file_size(self, classes: int = TABLE_CLASSES, *, int8: bool = False) -> int:
+        """Return the estimated bytes of an ONNX file, in float32 or int8."""
+        parameters = self.parameters_with(classes)
+        return parameters + self.layers * INT8_BYTES_PER_LAYER if int8 else 4 * parameters
+
+    def milliseconds(self, reference: float, size: int | None = None) -> float | None:
+        """Return the estimated latency, or None if it was not measured.
+
+        Args:
+            reference: milliseconds of the reference network on this machine.
+            size: height and width of the images in pixels; None: the network's own.  Time is taken to grow with the
+                number of pixels.
+        """
+        pixels = 1.0 if size is None else (size / self.size) ** 2
+        return None if self.latency is None else self.latency * reference * pixels
+
+
+class Limits(NamedTuple):
+    """What a network may take at most; None: any.
+
+    Attributes:
+        milliseconds: for one image, with batch size 1 on one thread of the CPU.
+        file_size: bytes of the exported file.
+    """
+
+    milliseconds: float | None = None
+    file_size: int | None = None
+
+    def __str__(self) -> str:
+        """Return the limits in the form that ``parse_limits`` takes.
+
+        Example:
+            >>> str(parse_limits("2MB, 5 ms"))
+            '5ms,2MB'
+        """
+        time = [] if self.milliseconds is None else [f"{self.milliseconds:g}ms"]
+        return ",".join(time + ([] if self.file_size is None else [f"{self.file_size / 1e6:g}MB"]))
+
+    def excess(self, milliseconds: float | None, file_size: int) -> float:
+        """Return the largest ratio to a limit: at most 1 if both are met, infinite if a limited time is unknown."""
+        ratios = [0.0]
+        if self.milliseconds is not None:
+            ratios.append(float("inf") if milliseconds is None else milliseconds / self.milliseconds)
+        if self.file_size is not None:
+            ratios.append(file_size / self.file_size)
+        return max(ratios)
+
+
+_TIME_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_SIZE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_limits(text: str) -> Limits:
+    """Parse limits as after ``--under``: a time, a file size, or both.
+
+    Raises:
+        UsageError: no number, an unknown unit, or two limits of the same kind.
+
+    Example:
+        >>> parse_limits("5ms,2MB")
+        Limits(milliseconds=5.0, file_size=2000000)
+    """
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", part)
+        if match is None or float(match[1]) == 0:
+            raise UsageError(
+                f"--under {text}: {part.strip()!r} is no limit; write a number above 0 and its unit, such as 5ms,2MB"
+            )
+        units = {unit.lower(): unit for unit in (*_TIME_UNITS, *_SIZE_UNITS)}
+        unit = units.get(match[2].lower())
+        if unit is None:
+            known = f"{', '.join(_TIME_UNITS)} for the time of one image, {', '.join(_SIZE_UNITS)} for the file"
+            given = (
+                f"{part.strip()!r} has the unknown unit {match[2]!r}" if match[2] else f"{part.strip()!r} has no unit"
+            )
+            raise UsageError(f"--under {text}: {given}{did_you_mean(match[2], units.values())}\nUnits: {known}")
+        kind = "milliseconds" if unit in _TIME_UNITS else "file_size"
+        if kind in found:
+            raise UsageError(f"--under {text}: there are two limits of the {kind.replace('_', ' ')}; give one")
+        found[kind] = float(match[1]) * {**_TIME_UNITS, **_SIZE_UNITS}[unit]
+    size = found.get("file_size")
+    return Limits(found.get("milliseconds"), None if size is None else round(size))
+
+
+def read_table(path: Path | None = None) -> list[ModelRow]:
+    """Return the rows of a table; None: of the one that comes with the package."""
+    source = resources.files("potstill.models") / TABLE_FILE if path is None else path
+    rows = csv.DictReader(io.StringIO(source.read_text(encoding="utf-8")))
+    return [
+        ModelRow(
+            row["name"],
+            int(row["size"]),
+            int(row["parameters"]),
+            int(row["per_class"]),
+            int(row["layers"]),
+            int(row["multiply_adds"]),
+            float(row["latency"]) if row["latency"] else None,
+        )
+        for row in rows
+    ]
+
+
+def write_table(path: Path, rows: Iterable[ModelRow]) -> None:
+    """Write rows sorted by name."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(ModelRow._fields)
+    for row in sorted(rows):
+        writer.writerow([*row[:-1], "" if row.latency is None else f"{row.latency:.3g}"])
+    write_bytes(path, text.getvalue().encode())
