@@ -1,6 +1,7 @@
 """`potstill push` and the way back, with a stand-in for the hub on this machine."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from potstill.cli import main
 from potstill.config.recipe import load_recipe
 from potstill.errors import UsageError
 from potstill.hub import fetch_model
+from potstill.input_spec import InputSpec
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.report.text_reports import without_folders
 
 from ..conftest import few_digits, short_runs
@@ -142,3 +146,62 @@ def test_a_teacher_of_the_hub_that_is_none(hub):
     with pytest.raises(UsageError, match="no such repository"):
         load_recipe("quickstart", ["student.model=hf-hub:a/none"])
     assert fetch_model.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize("architecture", ["resnet10t", "vit_tiny_patch16_224"])
+def test_students_of_timm_are_loaded_by_timm_alone(trained, tmp_path, architecture):
+    """From a folder with the files that are sent, without model.json."""
+    timm = pytest.importorskip("timm")
+    from potstill.export.push import timm_config
+
+    spec = InputSpec(64, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), crop_share=0.9)
+    network = create_model(architecture, 3, size=64).eval()
+    save_model(Classifier(network, architecture, ("a", "b", "c"), spec), tmp_path)
+    config = timm_config(load_model(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.json").unlink()
+    found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(found(images), network(images))
+    assert found.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    transform = timm.data.resolve_model_data_config(found)
+    assert (transform["crop_pct"], transform["crop_mode"], transform["interpolation"]) == (0.9, "center", "bilinear")
+    assert (tuple(transform["mean"]), tuple(transform["std"])) == (spec.mean, spec.std)
+    # Other networks get no such file, and neither do students that a method has changed.
+    assert timm_config(load_model(trained / "distilled")) is None
+    changed = Classifier(network, architecture, ("a", "b", "c"), spec, remodelled={"name": "simkd"})
+    assert timm_config(changed) is None
+
+
+def test_what_is_sent_of_a_student_of_timm(hub, trained, token, capsys, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    network = create_model("resnet10t", 10, size=32).eval()
+    names = load_model(trained / "distilled").class_names
+    save_model(Classifier(network, "resnet10t", names, InputSpec(32)), run / "distilled")
+    assert cli(capsys, "push", run, "me/timm")[0] == 0
+    ((_, sent),) = hub.repositories["models", "me/timm"].commits.items()
+    assert json.loads(sent["config.json"])["architecture"] == "resnet10t"
+    assert 'timm.create_model("hf-hub:me/timm", pretrained=True)' in sent["README.md"].decode()
+    found = potstill.load("hf-hub:me/timm")  # by model.json, which is there too
+    assert found.class_names == names
+
+
+def test_export_takes_names_of_the_hub(hub, trained, token, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="needs potstill[export]")
+    monkeypatch.chdir(tmp_path)
+    assert cli(capsys, "push", trained, "me/small")[0] == 0
+    code, out, err = cli(capsys, "export", "hf-hub:me/small", "--data", "digits")
+    assert code == 0, err
+    assert "export: model.onnx" in out  # not into the cache of the hub's client
+    code, _, err = cli(capsys, "export", f"local-dir:{trained}", "--data", "digits", "--output", "local.onnx")
+    assert code == 0, err
+    (sha,) = hub.repositories["models", "me/small"].commits
+    facts, own = (json.loads((tmp_path / name).read_text()) for name in ("model.onnx.json", "local.onnx.json"))
+    assert facts["stage"] == f"hf-hub:me/small@{sha}"
+    assert facts["model_sha256"] == own["model_sha256"]
+    assert (tmp_path / "local.onnx").is_file()
+    code, _, err = cli(capsys, "export", "hf-hub:me/none", "--data", "digits")
+    assert (code, "hf-hub:me/none" in err) == (2, True)
+    code, _, err = cli(capsys, "export", "hf-hub:me/small")
+    assert (code, "name them: --data DIR" in err) == (3, True)

@@ -2,11 +2,15 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from potstill.errors import ArtifactError
 from potstill.export.predict import predict
+from potstill.serve.model_worker import _load_models
+from potstill.serve.server import _model_folders
 
 from .conftest import CLASSES, png
 
@@ -30,6 +34,15 @@ def test_the_same_as_predict(server, runs_folder, tmp_path):
     student, teacher = (each["predictions"][0]["class"] for each in answer["models"][:2])
     assert answer["agreement"] is (student == teacher)
     assert (answer["width"], answer["height"]) == (40, 30)
+
+
+def test_names_as_timm_writes_them(runs_folder):
+    name = f"local-dir:{runs_folder / 'made' / 'distilled'}"
+    assert _model_folders(Path(name)) == {"model": Path(name)}
+    (found,) = _load_models({"model": name}).values()
+    assert found.class_names == CLASSES
+    with pytest.raises(ArtifactError, match="does not exist"):
+        _model_folders(Path("local-dir:nowhere"))
 
 
 def test_gradcam_covers_what_the_network_sees(server):

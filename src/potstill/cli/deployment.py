@@ -114,7 +114,10 @@ def evaluate(
         sys.stdout.write("\n".join(metrics_lines(metrics)) + "\n")
 
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of one of its models.")]
+Run = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run folder, the folder of one of its models, or hf-hub:USER/NAME."),
+]
 Stage = Annotated[
     str | None, typer.Option("--model", metavar="STAGE", help="teacher, baseline or distilled.  [default: distilled]")
 ]
@@ -197,7 +200,10 @@ def push(
 
 def serve(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, the name of a run in --output-dir, or a model folder.")
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run folder, the name of a run in --output-dir, a model folder, or hf-hub:USER/NAME."
+        ),
     ],
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,

@@ -3,10 +3,11 @@
 Nothing is written before the comparison has passed.
 """
 
+import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from potstill.export.formats import (
     Predictor,
     quiet,
 )
+from potstill.export.loading import find_model_folder, load_classifier
 from potstill.export.onnx import INPUT_NAME, facts_path, prepare_batch
 from potstill.export.options import (
     CALIBRATION_IMAGES,
@@ -47,10 +49,11 @@ from potstill.export.options import (
 )
 from potstill.export.preprocessing import create_preprocessing
 from potstill.formatting import format_names
+from potstill.hub import is_hub_model, model_path
 from potstill.input_spec import InputSpec
 from potstill.io import sha256_hex, write_bytes, write_checksummed_json
 from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
-from potstill.models.model_file import load_model
+from potstill.models.model_file import Classifier, load_class_model
 
 
 def export(
@@ -59,7 +62,7 @@ def export(
     """Write an exported model, and ``NAME.json`` with its SHA-256 and measurements.
 
     Args:
-        model: a run folder, or the folder of one of its models.
+        model: a run folder, or the folder of one of its models; ``hf-hub:USER/NAME`` or ``local-dir:PATH``.
         stage: a stage of the run: "teacher", "baseline", "distilled", ...; None: distilled, else baseline, else
             teacher.
         options: of the export.
@@ -78,9 +81,16 @@ def export(
     options = options or ExportOptions()
     form = find_format(options.format)
     check_options(options, form)
-    folder = _model_folder(Path(model), stage)
-
-    job = Exporter(folder, options, form, note)
+    name = os.fspath(model)
+    if is_hub_model(name) and stage is None:
+        folder, (classifier, label) = model_path(name), load_classifier(name, note=note)
+        folder = find_model_folder(name) or folder
+        written = options.output or Path(f"{NAME}{'-int8' if options.int8 else ''}{form.suffix}")  # not into the cache
+        options = replace(options, output=written)
+    else:
+        folder = _model_folder(model_path(name), stage)
+        classifier, label = load_class_model(folder), str(folder)
+    job = Exporter(folder, classifier, label, options, form, note)
     files, facts = job.files()
     return _write_files(folder, options, form, files, facts)
 
@@ -344,15 +354,25 @@ class Exporter:
     """Converts, compares and measures one export.
 
     Args:
-        folder: of the model.
+        folder: of the model, or its file of bare weights.
+        classifier: the model.
+        label: where it comes from, for messages.
         options: already checked.
         form: the export format.
         note: called with each line of progress.
     """
 
-    def __init__(self, folder: Path, options: ExportOptions, form: ExportFormat, note: MessageCallback) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        classifier: Classifier,
+        label: str,
+        options: ExportOptions,
+        form: ExportFormat,
+        note: MessageCallback,
+    ) -> None:
         self.folder, self.options, self.form, self.note = folder, options, form, note
-        self.classifier = load_model(folder)
+        self.classifier, self.label = classifier, label
         self.metadata = create_metadata(self.classifier, options)
         self.splits = load_data(export_data_settings(folder, options.data)).measured
         if tuple(self.splits.class_names) != tuple(self.classifier.class_names):
@@ -370,11 +390,11 @@ class Exporter:
             ArtifactError: the model cannot be exported, the export differs from the original, or int8 loses too much.
             DataError: an image cannot be decoded.
         """
-        self.note(f"exporting {self.classifier.architecture} of {self.folder} to {self.options.format}")
+        self.note(f"exporting {self.classifier.architecture} of {self.label} to {self.options.format}")
         files, facts = self._export_int8() if self.options.int8 else self._plain()
         return files, {
             "format": self.options.format,
-            "stage": self.folder.name,
+            "stage": self.label if is_hub_model(self.label) else self.folder.name,
             "model_sha256": weights_sha256(self.folder),
             **{key: value for key, value in self.metadata.as_json().items() if key != "schema"},
             "data": self.splits.source,

@@ -12,7 +12,7 @@ from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.export.evaluate import run_data_settings
 from potstill.export.formats import COREML, EXECUTORCH, TORCH_EXPORT, ExportFormat
 from potstill.export.onnx import ONNX, OPENVINO
-from potstill.io import read_checksummed_json
+from potstill.io import read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import PREPROCESSING_MODES, ExportMetadata
 
 EXPORT_FOLDER, NAME = "export", "model"
@@ -38,7 +38,8 @@ class ExportOptions:
         inside: preprocessing that becomes part of the file: "none", "normalise" or "resize".
         int8: quantize to 8 bits; ONNX only.
         max_drop: largest loss of accuracy on the test split by int8, in [0, 1].
-        output: the file, with the format's suffix; None: ``export/`` in the folder of the model.
+        output: the file, with the format's suffix; None: ``export/`` in the folder of the model, or the working
+            directory for one of the hub.
         data: path of the run's data, if it differs from the recipe's.
     """
 
@@ -110,8 +111,15 @@ def check_options(options: ExportOptions, form: ExportFormat) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a model folder's weights, by which an export is later recognised as outdated."""
-    return str(read_checksummed_json(folder / "model.json")["sha256"])
+    """Return the SHA-256 of a model folder's weights, by which an export is later recognised as outdated.
+
+    Those of bare weights: of their file, or of the one in their folder.
+    """
+    if (folder / "model.json").is_file():
+        return str(read_checksummed_json(folder / "model.json")["sha256"])
+    names = ("model.safetensors", "pytorch_model.bin")
+    found = [folder / name for name in names if (folder / name).is_file()] if folder.is_dir() else [folder]
+    return sha256_hex(read_bytes(found[0]))
 
 
 def create_metadata(classifier: Any, options: ExportOptions) -> ExportMetadata:

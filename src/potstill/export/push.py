@@ -1,9 +1,11 @@
 """Publish the student of a run on the Hugging Face hub: weights, model.json and the model card."""
 
+import json
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from potstill.code_references import is_code_reference
 from potstill.config.yaml import dump_yaml, parse_yaml
@@ -11,11 +13,14 @@ from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.run_folder import find_model
 from potstill.hub import CONNECT_SECONDS, create_client, first_line, hub_errors, is_reachable
 from potstill.io import read_bytes, read_checksummed_json, read_checksummed_text, write_checksummed_json
-from potstill.models.model_file import FACTS_FILE, WEIGHTS_FILE, read_facts
+from potstill.models.families.library_models import Timm, size_arguments
+from potstill.models.model_file import FACTS_FILE, WEIGHTS_FILE, Classifier, load_model, read_facts
+from potstill.models.registry import resolve
 from potstill.report.run_reader import read_run
 from potstill.report.text_reports import model_card, without_folders
 
-CARD_FILE, RECIPE_FILE = "README.md", "recipe.yaml"
+CARD_FILE, RECIPE_FILE, TIMM_FILE = "README.md", "recipe.yaml", "config.json"
+_CROP_MODES = {"crop": "center", "pad": "border", "stretch": "squash"}  # timm's words
 _NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
@@ -60,8 +65,12 @@ def prepare(run: Path, repository: str) -> Publication:
     with tempfile.TemporaryDirectory() as temporary:
         write_checksummed_json(path := Path(temporary, FACTS_FILE), body)
         described = path.read_bytes()
+    timm = timm_config(load_model(folder))
     recipe = without_folders(parse_yaml(read_checksummed_text(run / RECIPE_FILE), RECIPE_FILE).value)
     use = f'\n## Use\n\n```python\nimport potstill\n\nmodel = potstill.load("hf-hub:{repository}")\n```\n'
+    if timm is not None:
+        call = f'timm.create_model("hf-hub:{repository}", pretrained=True)'
+        use += f"\nOr with timm alone:\n\n```python\nimport timm\n\nnetwork = {call}\n```\n"
     return Publication(
         repository,
         {
@@ -69,8 +78,39 @@ def prepare(run: Path, repository: str) -> Publication:
             FACTS_FILE: described,
             RECIPE_FILE: dump_yaml(recipe).encode("utf-8"),
             CARD_FILE: f"{card}{use}".encode(),
+            **({} if timm is None else {TIMM_FILE: f"{json.dumps(timm, indent=2)}\n".encode()}),
         },
     )
+
+
+def timm_config(model: Classifier) -> dict[str, Any] | None:
+    """Return the config.json by which timm builds a student and loads its weights; None if it is no network of timm.
+
+    A student whose layers a method has changed, or whose outputs are grouped, is none.
+    """
+    family, name = resolve(model.architecture)
+    if not isinstance(family, Timm) or model.remodelled is not None or model.output_groups is not None:
+        return None
+    own, spec = getattr(model.module, "pretrained_cfg", None) or {}, model.input
+    classes = list(model.class_names)
+    return {
+        "architecture": name.partition(".")[0],  # without the tag of its first weights
+        "num_classes": len(classes),
+        "label_names": classes,
+        **({"model_args": arguments} if (arguments := size_arguments(name, spec.size)) else {}),
+        "pretrained_cfg": {
+            **{key: own[key] for key in ("first_conv", "classifier") if key in own},
+            "custom_load": False,
+            "input_size": [3, spec.size, spec.size],
+            "fixed_input_size": bool(own.get("fixed_input_size", False)),
+            "interpolation": "bilinear",
+            "crop_pct": spec.crop_share if spec.resize_mode == "crop" else 1.0,
+            "crop_mode": _CROP_MODES[spec.resize_mode],
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "num_classes": len(classes),
+        },
+    }
 
 
 def push(publication: Publication, *, private: bool = False, update: bool = False) -> str:

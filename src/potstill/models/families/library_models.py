@@ -38,7 +38,9 @@ class Timm:
     def build(self, name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
         import timm
 
-        return cast(nn.Module, timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **_size(name, size)))
+        return cast(
+            nn.Module, timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **size_arguments(name, size))
+        )
 
     def own_size(self, name: str) -> int | None:
         config = _config(name)
@@ -60,7 +62,7 @@ class Timm:
         else:  # read here, since older timm unpickles local files without weights_only
             overlay = {"state_dict": state_dict.read_state_dict(path), "custom_load": False}
         module = timm.create_model(
-            name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **_size(name, size)
+            name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **size_arguments(name, size)
         )
         module.pretrained_cfg.pop("state_dict", None)  # it would stay with the network as a second set of weights
         return cast(nn.Module, module), int(config.num_classes)
@@ -72,7 +74,7 @@ def _config(name: str) -> Any:
     return timm.get_pretrained_cfg(name)
 
 
-def _size(name: str, size: int) -> dict[str, int]:
+def size_arguments(name: str, size: int) -> dict[str, int]:
     """Return the argument ``img_size`` for networks whose weights depend on the image size (ViT, Swin, ...)."""
     config = _config(name)
     return {"img_size": size} if config and config.fixed_input_size else {}
