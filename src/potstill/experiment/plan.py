@@ -13,7 +13,6 @@ from potstill.config import repeat_index, stage_name, stage_role
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.errors import UsageError
 from potstill.methods import needs_teacher
-from potstill.models.factory import why_weights_are_missing
 
 
 def derive_seed(seed: int, purpose: str) -> int:
@@ -122,6 +121,8 @@ def choose_networks(recipe: Recipe) -> tuple[Recipe, list[str]]:
         UsageError: no alternative has its weights; names all of them.
     """
     texts: list[str] = []
+
+    from potstill.models.factory import why_weights_are_missing  # imports torch, which plans for reports do without
 
     def choose(key: str, _: str, network: StageSettings) -> StageSettings:
         missing: list[tuple[StageSettings, str]] = []

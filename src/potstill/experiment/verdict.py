@@ -385,8 +385,13 @@ def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
     return "hurt" if high < 0 else "unclear"
 
 
-def headline(comparison: Mapping[str, Any] | None) -> str:
-    """Return the effect of distillation in one sentence."""
+def headline(comparison: Mapping[str, Any] | None, *, more_seeds: str | None = None) -> str:
+    """Return the effect of distillation in one sentence.
+
+    Args:
+        comparison: of a run; None: there is none.
+        more_seeds: options that train further seeds; None: those of ``potstill run``.
+    """
     found = effect_of(comparison)
     if comparison is None or found == "unknown":
         return "Whether distillation helped is unknown: it takes test results of baseline and distilled student."
@@ -411,7 +416,7 @@ def headline(comparison: Mapping[str, Any] | None) -> str:
             )
         if fold := comparison.get("fold"):
             return f"In {fold}, {what}."
-        return f"On this seed, {what}; repeat with --seeds 5 to know whether distillation helps."
+        return f"On this seed, {what}; repeat with {more_seeds or '--seeds 5'} to know whether distillation helps."
     folds = folds_of(comparison)
     where = f"on {images.replace(' test', '')}, each tested in one fold" if folds else f"on {images}"
     average = f"on average over {_repeats_text(comparison)}, {where}"
@@ -427,7 +432,8 @@ def headline(comparison: Mapping[str, Any] | None) -> str:
             f"reliable (--folds {MIN_FOLDS})."
         )
     if not folds and whole["seeds_count"] < MIN_SEEDS:
-        return f"Two seeds are too few for a verdict: with distillation {changed}); continue with --resume --seeds 5."
+        more = f"repeat with {more_seeds}" if more_seeds else "continue with --resume --seeds 5"
+        return f"Two seeds are too few for a verdict: with distillation {changed}); {more}."
     if low <= 0 <= high:
         return f"No clear difference: with distillation {changed}, which includes 0)."
     return (

@@ -93,7 +93,10 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
     best = trials[0]["number"] if trials and trials[0]["value"] is not None else None
     values = {
         "title": folder.resolve().name,
-        "subtitle": f"{len(trials)} of {sweep['trials']} trials",
+        "kind": "Sweep" if fit is None else "Search for a student",
+        "subtitle": f"{len(trials)} of {sweep['trials']} trials"
+        if trials or fit is None
+        else "without trials, for lack of time",
         "measure": sweep["measure"],
         "over": [each["text"] for each in sweep["space"]],
         "keys": [each["key"] for each in sweep["space"]],
@@ -189,7 +192,9 @@ def _read_final(folder: Path) -> dict[str, Any] | None:
         found["rows"].append((student, f"{format_percent(statistics.fmean(top1))}{spread}"))
     seeds = range(facts["first_seed"], facts["first_seed"] + facts["seeds"])
     found |= {"seeds": ", ".join(map(str, seeds)), "trials": facts["trials"]}
-    return found | {"verdict": headline(compare_predictions(correct["baseline"], correct["distilled"]))}
+    more_seeds = "--seeds 5 and another --name" if (folder / "fit.json").exists() else "--confirm-seeds 5"
+    compared = compare_predictions(correct["baseline"], correct["distilled"])
+    return found | {"verdict": headline(compared, more_seeds=more_seeds)}
 
 
 def _read_fit(folder: Path) -> dict[str, Any] | None:
@@ -241,7 +246,7 @@ def _final_lines(final: Mapping[str, Any]) -> list[str]:
     return [
         "",
         f"{best}; trained again with seeds {final['seeds']}, against a baseline that was searched with "
-        f"{final['trials']} trials:",
+        f"{final['trials']} trial{'' if final['trials'] == 1 else 's'}:",
         *(f"{name}: top-1 {test} on test" for name, test in final["rows"]),
         final["verdict"],
     ]
