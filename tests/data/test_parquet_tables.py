@@ -224,7 +224,10 @@ def test_options_and_places(tmp_path) -> None:
     [
         (("train-0.parquet", "unsupervised-0.parquet"), "unsupervised-0.parquet: the name begins with no split"),
         (("val.parquet", "test.parquet"), "there is test and val, but no table train"),
-        (("a/train/0.parquet", "b/train/0.parquet"), "the folders a, b are several data sets; name one of them"),
+        (
+            ("a/train/0.parquet", "b/train/0.parquet"),
+            "the folders a, b are several data sets; add the name of one to the address",
+        ),
     ],
 )
 def test_names_of_files_that_contradict(tmp_path, files, message) -> None:

@@ -55,7 +55,8 @@ def test_each_teacher_gets_its_own_images():
     specs = [InputSpec(8, (0.0,) * 3, (1.0,) * 3), InputSpec(16, (0.5,) * 3, (0.25,) * 3)]
     teachers = [Constant(1.0, 0.0), Constant(0.0, 1.0)]
     distiller = Distiller(Constant(0.0, 0.0), teachers, KD(), student_input=specs[0], teacher_input=specs)
-    distiller(IMAGES, LABELS)
+    with pytest.warns(UserWarning, match="the teacher of 16 px gets the student's images of 8 px, enlarged"):
+        distiller(IMAGES, LABELS)
     assert torch.equal(teachers[0].images, IMAGES)
     assert teachers[1].images.shape == (4, 3, 16, 16)
     assert teachers[1].images.mean().item() == pytest.approx((IMAGES.mean().item() - 0.5) / 0.25, abs=0.02)

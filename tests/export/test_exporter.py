@@ -272,14 +272,14 @@ def test_a_network_that_cannot_be_exported(run: Path, monkeypatch: pytest.Monkey
                 return images.mean(dim=(1, 2))
             return images.mean(dim=(2, 3))
 
-    load_model = exporter.load_model
+    load_class_model = exporter.load_class_model
 
     def other(folder: Path):
-        found = load_model(folder)
+        found = load_class_model(folder)
         found.module = Wilful()
         return found
 
-    monkeypatch.setattr(exporter, "load_model", other)
+    monkeypatch.setattr(exporter, "load_class_model", other)
     with pytest.raises(ArtifactError, match="cannot be exported to ONNX"):
         exported(run)
 

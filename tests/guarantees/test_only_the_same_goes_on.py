@@ -34,7 +34,7 @@ FREE = {  # docs/guarantees.md and docs/recipes.md say so
 }  # fmt: skip
 ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file that is there
     "data.unlabeled", "data.classes", "data.labeled", "data.labeled_test", "teacher.fallback", "student.fallback",
-    "teacher.prompts", "student.prompts", "teacher.weights", "student.weights", "teachers.weights",
+    "data.fold", "teacher.prompts", "student.prompts", "teacher.weights", "student.weights", "teachers.weights",
     "training.milestones", "training.nesterov", "teacher.training.nesterov", "student.training.nesterov",
     "student.training.milestones",
     "teacher.training.milestones", "training.ema_decay",
@@ -87,7 +87,7 @@ def begun(tmp_path_factory):
 @cache
 def before():
     """The recipe that nothing was changed of; as it is written into a run."""
-    return load_recipe("quickstart").model_dump(mode="json")
+    return yaml.safe_load(dump_recipe(load_recipe("quickstart")))
 
 
 def value_at(recipe, key):
@@ -115,7 +115,7 @@ def changed(key, other):
         after = load_recipe("quickstart", [f"{key}={text}", *beside(key)])
     except PotstillError:
         return None
-    return None if value_at(before(), key) == value_at(after.model_dump(mode="json"), key) else after
+    return None if value_at(before(), key) == value_at(yaml.safe_load(dump_recipe(after)), key) else after
 
 
 def candidates(key):
@@ -138,7 +138,7 @@ def test_every_setting_is_refused_by_name(key, begun):
             continue
         with pytest.raises(UsageError) as raised:
             check_same_recipe(begun, recipe)
-        text, new = str(raised.value), value_at(recipe.model_dump(mode="json"), key)
+        text, new = str(raised.value), value_at(yaml.safe_load(dump_recipe(recipe)), key)
         if key.startswith("data.augment."):  # from null to all of its settings: the first eight are named
             assert "  data.augment." in text
             assert "more" in text

@@ -25,6 +25,8 @@ from potstill.training.settings import TrainingSettings
 from potstill.training.trainer import Trainer
 from potstill.types import UNLABELED, Batch
 
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher of 40:UserWarning")
+
 GPU = torch.device("cuda:0")
 CLASSES, SIZE, IMAGES = 4, 32, 8
 

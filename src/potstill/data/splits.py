@@ -191,7 +191,7 @@ def assign_folds(
 
     Example:
         >>> assign_folds(["a", "b", "c", "d", "e", "f"], np.array([0, 0, 0, 1, 1, 1]), 3, 0, ["x", "y"]).tolist()
-        [1, 2, 0, 1, 0, 2]
+        [2, 1, 0, 2, 1, 0]
     """
     _, first, group = np.unique(np.arange(len(names)) if groups is None else groups, return_index=True,
                                 return_inverse=True)  # fmt: skip
