@@ -118,7 +118,7 @@ def fit(
         within: the time for everything, such as ``"30min"``; None: as long as all candidates take.
         teacher: in place of the recipe's, as after ``--teacher``; or several.
         students: names of the networks to consider; empty: small ones of the model table.
-        int8: export to int8; the limits are of that file.
+        int8: export to int8; the limits are of that file. Without it, too, where no file in float32 is within them.
         recipe: teacher, augmentation and training.
         overrides: changes of the recipe's settings; as after ``--set``.
         seeds: fresh seeds of winner and baseline, if there is time for so many.

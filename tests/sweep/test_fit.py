@@ -2,6 +2,7 @@
 
 import random
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from potstill.io import read_checksummed_json
 from potstill.models.model_table import Limits, ModelRow
 from potstill.report.sweep import render_sweep
 from potstill.sweep import fit, halving
-from potstill.sweep.fit import find_families, parse_duration
+from potstill.sweep.fit import find_families, find_in_either_precision, parse_duration
 from potstill.sweep.halving import MAX_STRETCH, Costs, HalvingSearch, Student, Trained
 
 SETTINGS = {"recipe": "name: x", "data": "0" * 64, "space": [], "grid": True}
@@ -402,8 +403,21 @@ def test_students_are_taken_from_the_table(monkeypatch):
     ]
     ((pair,),) = families(monkeypatch, 112, Limits(5.0, None), names=["mobilenetv3_small_050"])
     assert pair == (Student("mobilenetv3_small_050"), pytest.approx(0.1 * 20.0 / 4))
-    with pytest.raises(UsageError, match=r"Nearest: cifar/resnet8, 280 kB \(estimated\); --int8"):
+    with pytest.raises(UsageError, match=r"Nearest: cifar/resnet8, 280 kB \(estimated\)$"):
         families(monkeypatch, 224, Limits(None, 50_000))
+
+
+def test_int8_is_taken_where_no_file_in_float32_is_within_the_limits(monkeypatch):
+    def found(limits, *, int8=False):
+        families_of, is_int8 = find_in_either_precision(partial(families, monkeypatch, 224, limits), int8=int8)
+        return [[student.name for student, _ in family] for family in families_of], is_int8
+
+    small = ["timm/mobilenetv3_small_100", "timm/mobilenetv3_small_050"]
+    assert found(Limits(None, 7_000_000)) == ([small], False)
+    assert found(Limits(5.0, 2_000_000)) == ([small], True)  # 580,000 parameters: 2.3 MB in float32
+    assert found(Limits(None, 7_000_000), int8=True)[1]
+    with pytest.raises(UsageError, match="no network is below that"):
+        found(Limits(None, 50_000))
 
 
 @pytest.mark.parametrize(

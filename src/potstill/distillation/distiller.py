@@ -50,8 +50,8 @@ class Distiller(nn.Module):
         teacher_weights: one for each teacher; None: equal.
         combine: whether the "logits" or the "probabilities" of several teachers are averaged.
         scaling: "paper" leaves the method's weights as they are; "auto" bounds its terms on hidden layers by the terms
-            on logits, see ``TermScaling``; None: as the method says, which is "paper" unless ``create_method`` was told
-            otherwise.
+            on logits, see ``TermScaling``; None: as the method says, which is "paper" unless ``create_method`` got
+            another.
 
     Raises:
         UsageError: something that the method needs is missing, or it does not support these networks.

@@ -142,9 +142,9 @@ def pool_folds(
         "counts": {"test": dict(zip(classes, counts, strict=True))},
         "origin": f"{recipe.data.folds} folds: each image is test in one of them; {data.origin}",
     }
-    said = [[str(warning) for warning in results["warnings"]] for results in found]
-    of_all = [warning for warning in said[0] if all(warning in each for each in said)]
-    of_some = [f"fold {at}: {text}" for at, each in enumerate(said, 1) for text in each if text not in of_all]
+    given = [[str(warning) for warning in results["warnings"]] for results in found]
+    of_all = [warning for warning in given[0] if all(warning in each for each in given)]
+    of_some = [f"fold {at}: {text}" for at, each in enumerate(given, 1) for text in each if text not in of_all]
     return described | {
         "folds": [
             _describe_fold(at, run, results) for at, (run, results) in enumerate(zip(runs, found, strict=True), 1)

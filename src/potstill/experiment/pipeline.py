@@ -346,7 +346,7 @@ class _FoldObserver(ForwardingObserver):
         super().__init__(observer)
         self.fold = 0
         self.estimate: Callable[[], Mapping[str, float]] = dict
-        self._said, self._expected = set[str](), False
+        self._shown, self._expected = set[str](), False
 
     def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
         """Report the time of all folds, when the first begins; the estimate of a fold is not used."""
@@ -361,13 +361,13 @@ class _FoldObserver(ForwardingObserver):
         super().stage_end(self._label(name), seconds)
 
     def note(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self._shown:
+            self._shown.add(message)
             super().note(message)
 
     def warn(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self._shown:
+            self._shown.add(message)
             super().warn(message)
 
     def _label(self, name: str) -> str:

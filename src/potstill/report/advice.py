@@ -357,7 +357,7 @@ def unlabeled_images(run: Run) -> Advice | None:
     if on_train is None or on_val is None or on_train - on_val < OVERFITTING_GAP or run.data.get("unlabeled"):
         return None
     if final_metric(run, "teacher", "val", "top1") is None:
-        return None  # nobody could say what they show
+        return None  # a teacher without classes cannot answer for images without labels
     return Advice(
         "More images would help",
         f"With {format_count(split_size(run, 'train'))} training images the distilled student's top-1 on val is "

@@ -9,6 +9,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -340,13 +341,32 @@ def find_families(
         raise UsageError(
             f"--under {limits}: no network is below that with images of {size} px and {classes} classes.\nNearest: "
             f"{nearest.name}, {time_text}{format_scaled(nearest.file_size(classes, int8=int8), 'B')} (estimated)"
-            + ("" if int8 else "; --int8 makes files a quarter as large")
         )
     found = []
     for family in families:
         students = [(Student(row.name, pretrained(row.name)), estimate(row)) for row in family]
         found.append(sorted(students, key=lambda pair: pair[0].weights is None))
     return sorted(found, key=lambda family: family[0][0].weights is None)
+
+
+def find_in_either_precision(
+    find: Callable[..., list[list[tuple[Student, float | None]]]], *, int8: bool
+) -> tuple[list[list[tuple[Student, float | None]]], bool]:
+    """Return the students within the limits and whether to export to int8: as wanted, or where float32 has none.
+
+    Args:
+        find: ``find_families`` with all arguments but int8.
+        int8: whether only int8 is wanted.
+
+    Raises:
+        UsageError: no network is within the limits in int8 either.
+    """
+    try:
+        return find(int8=int8), int8
+    except UsageError:
+        if int8:
+            raise
+    return find(int8=True), True
 
 
 def find_row(table: Mapping[str, ModelRow], name: str) -> ModelRow | None:
@@ -382,7 +402,7 @@ def fit(
         within: budget, as for ``parse_duration``; None: as long as all candidates take.
         students: names of the networks to consider; empty: of the model table.
         seeds: fresh seeds of winner and baseline, as many as there is time for.
-        int8: export to int8.
+        int8: export to int8; without it, too, where no file in float32 is within the limits.
         resume: continue a search that was interrupted.
         observer: receives progress.
         stopping: handles signals.
@@ -407,15 +427,19 @@ def fit(
         raise UsageError(f"nothing to resume: {folder} holds no search; start it without --resume")
     observer = observer or SilentObserver()
     trainings = RecipeTrainings(source, sets, flags, folder=folder, int8=int8, observer=observer, stopping=stopping)
-    families = find_families(
+    find = partial(
+        find_families,
         trainings.recipe.data.size,
         trainings.classes,
         limits,
-        int8=int8,
-        reference=measure_reference,
+        reference=cache(measure_reference),
         pretrained=trainings.pretrained,
         names=list(dict.fromkeys(students)),
     )
+    families, trainings.int8 = find_in_either_precision(find, int8=int8)
+    if trainings.int8 > int8:
+        observer.note(f"no network is below {limits} in float32, so the student is exported to int8")
+    int8 = trainings.int8
     options = {"--under": str(limits), "--students": ",".join(students), "--int8": int8}
     settings = dump_yaml(trainings.recipe.model_dump(mode="json") | options)
     description = {"recipe": settings, "data": trainings.data.fingerprint, "space": [], "grid": True}

@@ -420,7 +420,7 @@ class HalvingSearch:
                 raise UsageError(
                     f"no student is below {self.limits} when exported.\nNearest: {nearest['name']}, "
                     f"{format_milliseconds(nearest['ms'])} and {format_scaled(nearest['bytes'], 'B')}; raise --under, "
-                    "or make the images smaller with --image-size"
+                    "export to int8 with --int8, or make the images smaller with --image-size"
                 )
             self._save(students=found)
         return [Student(row["name"], row["weights"]) for row in found if not row["dropped"]]
