@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Not locked: federated, wandb, mlflow, trackio. They bring eighty packages, and hold others back.
-LOCKED := solar efficientnet-lite datasets export openvino executorch coreml serve sweep tensorboard
+LOCKED := solar efficientnet-lite datasets export openvino executorch coreml prune serve sweep tensorboard
 
 .PHONY: demo test check docs lock setup clean
 .DELETE_ON_ERROR:
