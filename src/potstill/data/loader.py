@@ -22,7 +22,7 @@ from potstill.data.transforms import ViewSize
 from potstill.data.workers import DecodeWorkers
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec
-from potstill.types import Batch
+from potstill.types import Batch, to_device
 
 
 class Loader:
@@ -343,7 +343,7 @@ class Loader:
     def _read_pixels(self, ids: Ids) -> Tensor:
         if self._pixels is not None:
             ids = ids if self._rows is None else self._rows[ids]
-            return self._pixels.index_select(0, torch.from_numpy(ids).to(self._pixels.device, non_blocking=True))
+            return self._pixels.index_select(0, to_device(torch.from_numpy(ids), self._pixels.device))
         return decode_squares(self._all, ids.tolist(), self.side, self._resize_mode)
 
 

@@ -256,7 +256,7 @@ def usable_cores() -> int:
 class PrecisionChoice:
     """The precision of a network's training and the timings behind it."""
 
-    name: str  # "bf16" or "float32"
+    name: str  # "bf16", "fp16" or "float32"
     seconds: dict[str, float] = field(default_factory=dict)  # median of a step by precision; empty: not timed
 
 
@@ -307,20 +307,23 @@ class PrecisionSelector:
             images: training images of an epoch.
             observer: receives a note of the choice.
         """
-        if settings.precision != "auto" or not compute.bf16:
+        half = compute.precision
+        if settings.precision != "auto" or half == "float32":
             return compute
         key = f"{name} at {size} px"
         if key not in self.choices:
             self.choices[key] = choice = self.processes.share(self._measure(network, size, settings, compute, images))
             if observer is not None and choice.seconds:
-                other = "float32" if choice.name == "bf16" else "bf16"
+                other = "float32" if choice.name == half else half
                 observer.note(
                     f"{key} trains in {choice.name}: a step on a small batch takes "
                     f"{choice.seconds[choice.name]:.3g} s, {choice.seconds[other]:.3g} s in {other}"
                 )
             if self.on_choice is not None:
                 self.on_choice(self.facts)
-        return replace(compute, bf16=self.choices[key].name == "bf16", fast_bf16=True)
+        # A run that has moved to other hardware may have recorded the half precision of the earlier one.
+        chosen = "float32" if self.choices[key].name == "float32" else half
+        return replace(compute, bf16=chosen == "bf16", fp16=chosen == "fp16", fast_bf16=compute.bf16)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -344,17 +347,17 @@ class PrecisionSelector:
         budget = MAX_TIMING_SHARE * images * settings.epochs / 2
         batch = min(timed_batch_size(settings.batch_size, size), int(budget / (MIN_PRECISION_ROUNDS + 1)))
         if batch < min(MIN_PRECISION_IMAGES, timed_batch_size(settings.batch_size, size)):
-            return PrecisionChoice("float32" if has_depthwise(network) else "bf16")
-        bf16 = True
+            return PrecisionChoice("float32" if has_depthwise(network) else compute.precision)
+        tried = compute
 
         def apply(name: str) -> None:
-            nonlocal bf16
-            bf16 = name == "bf16"
+            nonlocal tried
+            tried = replace(compute, bf16=False, fp16=False) if name == "float32" else compute
 
-        step = create_timed_step(network, size, batch, compute, autocast=lambda: replace(compute, bf16=bf16).autocast())
+        step = create_timed_step(network, size, batch, compute, autocast=lambda: tried.autocast())
         rounds = min(MAX_ROUNDS, int(budget / batch) - 1)
         return PrecisionChoice(
-            *select_fastest(step, ["bf16", "float32"], apply=apply, clock=self.clock, max_rounds=rounds)
+            *select_fastest(step, [compute.precision, "float32"], apply=apply, clock=self.clock, max_rounds=rounds)
         )
 
 
@@ -376,7 +379,7 @@ def _parse_precisions(facts: Mapping[str, Any]) -> dict[str, PrecisionChoice]:
     choices: dict[str, PrecisionChoice] = {}
     precisions = facts.get("precisions")
     for key, value in precisions.items() if isinstance(precisions, Mapping) else ():
-        if isinstance(value, Mapping) and value.get("precision") in ("bf16", "float32"):
+        if isinstance(value, Mapping) and value.get("precision") in ("bf16", "fp16", "float32"):
             timed = value.get("calibration")
             seconds = {str(name): float(each) for name, each in timed.items()} if isinstance(timed, Mapping) else {}
             choices[str(key)] = PrecisionChoice(str(value["precision"]), seconds)
