@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data.collate import BatchPlan, Collator, SecondImages
-from potstill.data.concurrency import ProgressReporter, thread_count
+from potstill.data.concurrency import ProgressReporter, worker_count
 from potstill.data.decoded_cache import decode_all, decode_squares
 from potstill.data.image_sets import ImageSet, SemiSupervisedSet, decoding_set, set_value_range
 from potstill.data.preprocessing import aspect_ratios, decoded_side
@@ -40,8 +40,9 @@ class Loader:
         order: "listed"; "shuffled": a new permutation each epoch; "balanced": N draws with replacement, each class
             equally likely (an image drawn twice in an epoch is seen in the same view).
         seed: of order and views.
-        workers: processes that decode if the pixels do not fit into memory; "auto": half of the cores.  Fewer, or
-            none, if shared memory does not suffice for their batches.
+        workers: processes that decode if the pixels do not fit into memory; "auto": half of the cores, or all but one
+            if the device is a GPU, divided among ``local_processes``.  Fewer, or none, if shared memory does not
+            suffice for their batches.
         device: of the batches.
         cache_fraction: of free memory, and of the free disk, that decoded pixels may take.
         local_processes: processes on this machine that load the same images: they share its memory and cores, and one
@@ -169,7 +170,9 @@ class Loader:
         if answers is not None:
             self._pixels = answers.to(self.device)
         self._cache_fraction, self._local_processes = cache_fraction, local_processes
-        self._worker_count = max(1, thread_count() // 2 // local_processes) if workers == "auto" else workers
+        if workers == "auto":
+            workers = worker_count(local_processes, on_gpu=self.device.type == "cuda")
+        self._worker_count = workers
         self._identity, self._progress = identity, progress
         if drawn_for is None:
             self._start_decoding()

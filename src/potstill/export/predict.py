@@ -5,9 +5,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from potstill.data.concurrency import thread_count, threaded_map
 from potstill.data.entries import LINK_TO_FOLDER, has_image_suffix
 from potstill.data.image_io import Pixels, decode
 from potstill.data.preprocessing import decoded_side
@@ -85,7 +88,9 @@ def predict(
         if exported
         else _create_torch_predictor(model, device, classes, note)
     )
-    return [each for chunk in chunks for each in _predict(predictor, chunk, top)]
+    # Decoded ahead, in threads, while the model runs.
+    prepared = threaded_map(partial(_prepare, predictor), paths, threads=min(thread_count(), len(paths)))
+    return [each for chunk in chunks for each in _predict(predictor, chunk, list(islice(prepared, len(chunk))), top)]
 
 
 @dataclass(frozen=True)
@@ -199,13 +204,17 @@ def _has_image_signature(path: Path) -> bool:
     return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or boxed or bitmap
 
 
-def _predict(predictor: _Predictor, paths: Sequence[Path], top: int) -> list[Prediction]:
-    images, errors = {}, {}
-    for i, path in enumerate(paths):
-        try:
-            images[i] = predictor.preprocess(decode(path, predictor.input.range, decoded_side(predictor.input)))
-        except DataError as error:
-            errors[i] = str(error)
+def _prepare(predictor: _Predictor, path: Path) -> Any:
+    """Return the preprocessed image, or the error that it cannot be decoded."""
+    try:
+        return predictor.preprocess(decode(path, predictor.input.range, decoded_side(predictor.input)))
+    except DataError as error:
+        return error
+
+
+def _predict(predictor: _Predictor, paths: Sequence[Path], prepared: Sequence[Any], top: int) -> list[Prediction]:
+    images = {i: each for i, each in enumerate(prepared) if not isinstance(each, DataError)}
+    errors = {i: str(each) for i, each in enumerate(prepared) if isinstance(each, DataError)}
     rows = dict(zip(images, predictor.probabilities(list(images.values())), strict=True)) if images else {}
     return [
         Prediction(path, (), errors[i])

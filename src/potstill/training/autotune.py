@@ -6,19 +6,18 @@ as long in it.  Only a measurement shows which case applies.
 """
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from potstill.data.concurrency import usable_cores
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
@@ -30,7 +29,6 @@ TARGET_SECONDS, MAX_SECONDS = 0.2, 4.0  # no further round begins after this tim
 TIMED_PIXELS = 16 * 64 * 64  # of the timed batch: enough to keep several cores busy, quick on one
 MAX_TIMING_SHARE = 0.02  # of the images that a training processes
 MIN_PRECISION_ROUNDS, MIN_PRECISION_IMAGES = 2, 16  # with fewer, timing is too noisy
-_CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
 Candidate = TypeVar("Candidate")
 
 
@@ -235,21 +233,6 @@ class ThreadSelector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         torch.set_num_threads(self.original_threads)
-
-
-def usable_cores() -> int:
-    """Return the number of cores available to this process: its CPU affinity, capped by the container's quota.
-
-    Example:
-        >>> usable_cores() >= 1
-        True
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CPU_QUOTA_FILE.read_text(encoding="ascii").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file; "max" in place of a number
-        return cores
 
 
 @dataclass(frozen=True)
