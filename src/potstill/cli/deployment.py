@@ -122,7 +122,8 @@ Stage = Annotated[
     str | None, typer.Option("--model", metavar="STAGE", help="teacher, baseline or distilled.  [default: distilled]")
 ]
 FormatName = Annotated[
-    str, typer.Option("--format", metavar="NAME", help="onnx, openvino, torch-export, executorch or coreml.")
+    str,
+    typer.Option("--format", metavar="NAME", help="onnx, openvino, litert, ncnn, executorch, coreml or torch-export."),
 ]
 Preprocessing = Annotated[
     str,
