@@ -229,6 +229,7 @@ SECTIONS = (
     Section("classes", "Class by class", diagnostics.classes_context),
     Section("fidelity", "Fidelity", diagnostics.fidelity_context),
     Section("calibration", "Calibration", diagnostics.calibration_context),
+    Section("cascade", "Cascade", diagnostics.cascade_context),
     Section("images", "Images", diagnostics.images_context),
     Section("exports", "Exports", exports_context),
     Section("data", "Data", data_context),
