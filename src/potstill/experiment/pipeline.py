@@ -310,6 +310,8 @@ def run(
             facts_of_run: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
             if classless:
                 facts_of_run["teachers_without_classes"] = classless
+            if splits.unlabeled is not None and splits.target is None:
+                facts_of_run["unlabeled_images"] = len(splits.unlabeled)
             if experiment.not_distilled:
                 facts_of_run["not_distilled"] = experiment.not_distilled
             if processes.first:
