@@ -1,6 +1,8 @@
 """Batches of a split: preprocessed images with labels, sample ids and view numbers."""
 
 import dataclasses
+import queue
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -325,6 +327,9 @@ class Loader:
                 self._workers, self.processes = workers, workers.count
 
     def _with_pixels(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+        if self._workers is None and self._pixels is not None and needs_reading_ahead(self._pixels, self.device):
+            yield from self._read_ahead(plans, self._pixels)
+            return
         if self._workers is None:
             for plan in plans:
                 yield plan, self._read_pixels(plan.pixel_ids)
@@ -332,6 +337,53 @@ class Loader:
         epoch = list(plans)
         pixels = self._workers.squares([plan.pixel_ids.tolist() for plan in epoch])
         yield from zip(epoch, pixels, strict=True)
+
+    def _read_ahead(self, plans: Iterator[BatchPlan], pixels: Tensor) -> Iterator[tuple[BatchPlan, Tensor]]:
+        """Read the pixels of the next batches in a thread, into buffers that are used in turn.
+
+        A buffer is pinned, so that its copy to the GPU takes no time of the CPU, and is written again once that copy is
+        done.  So a batch must be copied before the next one is requested.
+        """
+        largest = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
+        on_gpu = self.device.type == "cuda"
+        buffers = [
+            torch.empty((largest, *pixels.shape[1:]), dtype=pixels.dtype, pin_memory=on_gpu) for _ in range(_BUFFERS)
+        ]
+        copied = [torch.cuda.Event() if on_gpu else None for _ in buffers]
+        free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        filled: queue.SimpleQueue[tuple[BatchPlan, int] | BaseException | None] = queue.SimpleQueue()
+        for number in range(_BUFFERS):
+            free.put(number)
+
+        def work() -> None:
+            try:
+                for plan in plans:
+                    number = free.get()
+                    if number is None:  # the epoch was left
+                        return
+                    if (event := copied[number]) is not None:
+                        event.synchronize()
+                    rows = plan.pixel_ids if self._rows is None else self._rows[plan.pixel_ids]
+                    torch.index_select(pixels, 0, torch.from_numpy(rows), out=buffers[number][: len(rows)])
+                    filled.put((plan, number))
+                filled.put(None)
+            except BaseException as error:
+                filled.put(error)
+
+        thread = threading.Thread(target=work, name="potstill-read-ahead", daemon=True)
+        thread.start()
+        try:
+            while (found := filled.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                plan, number = found
+                yield plan, buffers[number][: len(plan.pixel_ids)]
+                if (event := copied[number]) is not None:
+                    event.record()
+                free.put(number)
+        finally:
+            free.put(None)
+            thread.join()
 
     def _complete(self, plan: BatchPlan, pixels: Tensor) -> tuple[BatchPlan, Tensor]:
         """Return the plan with the aspect ratios of its images, if these are stretched; and the pixels."""
@@ -348,6 +400,14 @@ class Loader:
             ids = ids if self._rows is None else self._rows[ids]
             return self._pixels.index_select(0, to_device(torch.from_numpy(ids), self._pixels.device))
         return decode_squares(self._all, ids.tolist(), self.side, self._resize_mode)
+
+
+_BUFFERS = 3  # one is copied to the GPU while the next is ready and another one is filled
+
+
+def needs_reading_ahead(pixels: Tensor, device: torch.device) -> bool:
+    """Return whether the CPU reads pixels for a GPU; a CPU that trains has no core to spare for it."""
+    return device.type == "cuda" and pixels.device.type == "cpu"
 
 
 def _to_numpy(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:

@@ -138,7 +138,14 @@ def train_stage(
             observer=observer,
             views=views["train"],
         )
-    cost = measure_teacher_cost(distiller, settings.batch_size, size, compute)
+    if settings.compile_teacher and distiller.teacher is not None:
+        count = max(1, settings.batch_size // processes.count)
+        images = torch.zeros(count, 3, size, size, device=compute.device)
+        with compute.autocast():
+            notes = distiller.teacher.compile(images)
+        for name, note in zip(planned.teachers, notes, strict=True):
+            observer.note(f"{name}: {note}")
+    cost = measure_teacher_cost(distiller, max(1, settings.batch_size // processes.count), size, compute)
     if cost is not None:  # the parameters before BatchNorm was folded
         cost |= {"parameters": known_parameters(*(teacher.module for teacher in teachers))}
     torch.manual_seed(
@@ -178,7 +185,7 @@ def train_stage(
                         caches.by_split["train"],
                         train,
                         student,
-                        teacher=cost["ms_per_step"] / 1000 / settings.batch_size,
+                        teacher=cost["ms_per_step"] / 1000 / cost["batch_size"],
                         batch=settings.batch_size,
                         epochs=settings.epochs,
                         compute=compute,

@@ -107,6 +107,9 @@ class TrainingSettings(BaseModel):
         description="torch.compile for the student's forward pass; auto: on cuda, if enough training is left to gain "
         "time",
     )
+    compile_teacher: bool = Field(
+        False, description="torch.compile for teachers that give logits alone; pays where they answer many batches"
+    )
     checkpoint_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="least time between two checkpoints; auto: 60, or longer, so that they take at most 2 % of the "

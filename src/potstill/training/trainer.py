@@ -22,6 +22,7 @@ from potstill.errors import Stopped, StorageError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics, TermAverages
 from potstill.features.stages import find_stages
 from potstill.io import write_json_lines
+from potstill.training.autotune import BatchTrial
 from potstill.training.averaging import ModelEma
 from potstill.training.callbacks import Observer, SignalHandler
 from potstill.training.checkpointing import Checkpointer, EpochRecord, EpochState, History, copy_state_dict
@@ -285,6 +286,8 @@ class Trainer:
         if state.step == 0:
             state = self._new_epoch_state()  # with the loaded learning rate
         self._write_records()
+        if done < self.settings.epochs and needs_trial(self.compute):
+            self._try_batch()
         for number in range(done, self.settings.epochs):
             if state.step == 0 and self._should_stop_early(number):
                 self.observer.note(
@@ -306,6 +309,37 @@ class Trainer:
             self.checkpointer.save(self.history.records[-1]["epoch"])
         self.distiller.student.load_state_dict(self.checkpointer.best)
         return self.history
+
+    def _try_batch(self) -> None:
+        """Run a step on a batch of zeros of the true size, so that too little memory is found now.
+
+        Raises:
+            StorageError: it does not fit; says which batch does.
+        """
+        count, size, device = len(self.train.ids_of(0)[0]), self.train.spec.size, self.compute.device
+        method, mixes = self.distiller.method, self.train.collator.mixer is not None
+        images = self._to_memory_format(torch.zeros(count, 3, size, size, device=device))
+        index = torch.arange(count, device=device) % len(self.train.labels)
+        labels = torch.arange(count, device=device) % self.classes
+        batch = Batch(
+            images,
+            labels,
+            index,
+            torch.zeros_like(index),
+            images if method.needs.second != "none" else None,
+            F.one_hot(labels, self.classes).float() if mixes else None,
+        )
+        trained = sum(4 * parameter.numel() for _, parameter in self.distiller.trained_parameters())
+        moments = 1 if self.settings.optimizer.lower() in ("sgd", "lion", "lars") else 2
+        state_bytes = 0 if self.optimizer.state else moments * trained
+        BatchTrial(
+            self.distiller,
+            batch,
+            self.compute,
+            stage=self.folder.name,
+            state_bytes=state_bytes,
+            epochs=self.settings.epochs,
+        ).run()
 
     # one epoch
 
@@ -487,6 +521,11 @@ class Trainer:
     def _should_stop_early(self, number: int) -> bool:
         patience = self.settings.early_stopping_patience
         return patience is not None and number > 0 and number - self.history.best_epoch >= patience
+
+
+def needs_trial(compute: Compute) -> bool:
+    """Return whether memory is tried before training: a GPU's has a fixed size, and a step takes it no time."""
+    return compute.device.type == "cuda"
 
 
 _EXCHANGE_SECONDS = 1.0  # between two exchanges of requests
