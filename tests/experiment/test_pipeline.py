@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import yaml
 from sklearn import metrics as sk
 
 from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.evaluation.cascade import Cascade, CascadeCalibration
 from potstill.experiment import pipeline
+from potstill.export.predict import predict
 from potstill.io import write_checksummed_text
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.callbacks import SilentObserver
@@ -142,6 +145,37 @@ def test_comparison_is_counted_on_the_test_images(run):
     assert comparison["test_images"] == len(rows["teacher"])
     agree = np.mean([a[2] == b[2] for a, b in zip(rows["distilled"], rows["teacher"], strict=True)])
     assert results(run)["stages"]["distilled"]["test"]["agreement"] == pytest.approx(agree)
+
+
+def test_the_cascade_is_calibrated_on_val_and_measured_on_test(run):
+    found = Cascade.read(run / "distilled")
+    assert (found.student, found.teachers) == ("distilled", ("teacher",))
+    (_, val), (_, test), (_, teacher) = (
+        predictions(run, *which) for which in (("distilled", "val"), ("distilled", "test"), ("teacher", "test"))
+    )
+    assert found.calibration.images == len(val)
+    assert found.calibration.candidates == 2  # its epochs
+    confidence = [max(map(float, row[3:])) for row in val]
+    assert all(min(abs(at - each) for each in confidence) < 1e-6 for at, _, _ in found.calibration.steps[:-1])
+    shown = results(run)["cascade"]
+    assert shown["curve"][0] == [0, np.mean([row[1] == row[2] for row in test])]
+    assert shown["curve"][-1] == [1, np.mean([row[1] == row[2] for row in teacher])]
+
+
+def test_a_cascade_asks_the_teacher_where_the_student_is_not_confident(run, photographs, monkeypatch):
+    alone = {stage: predict(run / stage, [photographs]) for stage in ("distilled", "teacher")}
+    middle = float(np.median([each.classes[0][1] for each in alone["distilled"]]))
+    calibration = CascadeCalibration(1000, 1, ((middle, 0, 500), (0.0, 900, 1000)))
+    changed = replace(Cascade.read(run / "distilled"), calibration=calibration)
+    monkeypatch.setattr(Cascade, "read", lambda folder: changed)
+    found = predict(run, [photographs], risk=0.05)
+    assert {each.answered_by for each in found} == {"student", "teacher"}
+    for each, student, teacher in zip(found, alone["distilled"], alone["teacher"], strict=True):
+        own = student.classes[0][1] > middle
+        assert each.answered_by == ("student" if own else "teacher")
+        answer = student if own else teacher
+        assert [name for name, _ in each.classes] == [name for name, _ in answer.classes]
+        assert [share for _, share in each.classes] == pytest.approx([share for _, share in answer.classes], abs=1e-5)
 
 
 def test_splits_are_disjoint_and_written(run, photographs):

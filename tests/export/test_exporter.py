@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from potstill.export.exporter import class_balanced_indices, compute_parity, exp
 from potstill.export.onnx import load_onnx
 from potstill.export.options import FORMATS, ExportOptions, find_format
 from potstill.export.predict import predict
+from potstill.input_spec import InputSpec
 from potstill.io import read_checksummed_json, sha256_hex
+from potstill.models.exported_files import ExportMetadata
 
 for _name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(_name, reason="needs potstill[export]")
@@ -220,6 +224,8 @@ def test_the_limit_of_a_difference(scale: float, off: float, within: bool) -> No
     [
         ("openvino", [".xml", ".bin"]),
         ("torch-export", [".pt2"]),
+        ("litert", [".tflite"]),
+        ("ncnn", [".ncnn.param", ".ncnn.bin"]),
         pytest.param("executorch", [".pte"], marks=pytest.mark.slow),
         pytest.param("coreml", [".mlpackage.zip"], marks=pytest.mark.slow),
     ],
@@ -236,6 +242,44 @@ def test_other_formats(run: Path, tmp_path: Path, name: str, suffixes: list[str]
     facts = read_checksummed_json(path.with_name(f"{path.name}.json"))
     assert set(facts["files"]) == {f"it{suffix}" for suffix in suffixes}
     assert facts["parity"] is None if name == "coreml" else facts["parity"]["agreement"] == 1
+    if name == "litert":  # a zip at the end of the file, as Android's tools write it
+        with zipfile.ZipFile(path) as appended:
+            assert appended.read("labels.txt").decode().split() == facts["class_names"]
+            assert json.loads(appended.read("potstill.json"))["input"] == facts["input"]
+
+
+class Attention(torch.nn.Module):
+    """Queries, keys and values from one tensor of five dimensions, which ncnn does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(4, 12)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.project(images.flatten(2).transpose(1, 2))
+        parts = tokens.reshape(images.shape[0], -1, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        return torch.nn.functional.scaled_dot_product_attention(*parts)
+
+
+class Bessel(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.special.i0e(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "operation"), [("ncnn", Attention(), "torch.unbind"), ("litert", Bessel(), "aten.special_i0e")]
+)
+def test_a_missing_operation_is_named_with_its_layer(name: str, part: torch.nn.Module, operation: str) -> None:
+    try:
+        form = find_format(name)
+    except UsageError as error:
+        pytest.skip(str(error).splitlines()[0])
+    network = torch.nn.Sequential(OrderedDict(stem=torch.nn.Conv2d(3, 4, 3), mixer=part, flat=torch.nn.Flatten()))
+    metadata = ExportMetadata("mine", ("a", "b"), InputSpec(8))
+    with pytest.raises(
+        ArtifactError, match=rf"no operation for {operation}\S* .*the layer mixer \({type(part).__name__}\)"
+    ):
+        form.convert(network.eval(), metadata)
 
 
 def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:

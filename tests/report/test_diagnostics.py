@@ -1,4 +1,4 @@
-"""The sections on calibration and fidelity."""
+"""The sections on calibration, the cascade and fidelity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -64,3 +64,48 @@ def test_fidelity_is_that_of_the_student(build_run: BuildRun) -> None:
     assert found is not None
     assert [name for name, _ in found["rows"]] == ["distilled"]
     assert found["rows"][0][1][2] == ("91.3 %", "0.2100")
+
+
+CASCADE = {
+    "student": "distilled",
+    "teachers": ["teacher"],
+    "calibration_images": 400,
+    "candidates": 8,
+    "confidence": 0.95,
+    "smallest_risk": 0.0126,
+    "curve": [[0.0, 0.8], [0.5, 0.95], [1.0, 0.9]],
+    "risks": [
+        {"risk": 0.01},
+        {
+            "risk": 0.05,
+            "threshold": 0.8125,
+            "deferred_calibration": 0.3,
+            "deferred": 0.25,
+            "top1": 0.88,
+            "lost": 0.02,
+            "lost_low": 0.01,
+            "lost_high": 0.04,
+        },
+    ],
+}
+
+
+def test_a_row_for_each_promised_risk(build_run: BuildRun) -> None:
+    run = read_run(build_run(3, test_images=5).write())
+    run.results["cascade"] = CASCADE
+    found = diagnostics.cascade_context(run)
+    assert found is not None
+    assert found["rows"][0][1][0] == "cannot be promised"
+    # 1.4 ms of the student, and a quarter of the teacher's 4.2 ms
+    assert found["rows"][1] == ("5 %", ["0.812", "25.0 %", "2.0 % (1.0 % to 4.0 %)", "88.0 %", "2.45 ms"])
+    page = render_page(run)
+    assert 'id="cascade"' in page
+    assert "whichever of the 8 candidates" in page
+
+
+def test_a_run_without_a_cascade_has_no_section(build_run: BuildRun) -> None:
+    run = read_run(build_run(3, test_images=5).write())
+    for facts in (None, {}, CASCADE | {"curve": []}, CASCADE | {"curve": [[0.0, None]]}, CASCADE | {"risks": None}):
+        run.results["cascade"] = facts
+        assert diagnostics.cascade_context(run) is None
+    assert 'id="cascade"' not in render_page(run)

@@ -36,6 +36,17 @@ def predict(
     model: Model,
     paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Images, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Number of classes to show for each image.")] = 3,
+    cascade: Annotated[
+        bool, typer.Option("--cascade", help="Let the teacher answer where the student is not confident.")
+    ] = False,
+    risk: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Of a cascade: largest share of images that the student gets wrong and the teacher would have got "
+            "right.  [default: 0.05]",
+        ),
+    ] = None,
     classes: Classes = None,
     allow_code: AllowCode = False,
     skip_bad: SkipBad = False,
@@ -48,9 +59,13 @@ def predict(
     """
     from potstill.console import escape_control
     from potstill.data.sources import ignored_files_note
+    from potstill.evaluation.cascade import DEFAULT_RISK
     from potstill.export.predict import find_images
     from potstill.export.predict import predict as predict_images
 
+    if risk is not None and not cascade:
+        raise UsageError(f"--risk {risk:g} is for a cascade of student and teacher: add --cascade")
+    promised = (DEFAULT_RISK if risk is None else risk) if cascade else None
     found = find_images(paths, follow_links=follow_links)
     label = ", ".join(map(str, paths[:3])) + (" ..." if len(paths) > 3 else "")
     if found.left_out:
@@ -58,13 +73,17 @@ def predict(
     if found.passed_over:
         sys.stderr.write(escape_control(f"{label}: {ignored_files_note(found.passed_over)}") + "\n")
     with silence_native_stderr(), allowed_code(allow_code):
-        predictions = predict_images(model, found.images, top=top, classes=classes, note=_note)
+        predictions = predict_images(model, found.images, top=top, classes=classes, risk=promised, note=_note)
     if as_json:
         sys.stdout.write(json.dumps([each.as_dict() for each in predictions], indent=2) + "\n")
     else:
         for each in predictions:
-            classes = ", ".join(f"{escape_control(name)} {share:.1%}" for name, share in each.classes)
-            sys.stdout.write(f"{escape_control(str(each.path))}: {classes or 'error'}\n")
+            shown = ", ".join(f"{escape_control(name)} {share:.1%}" for name, share in each.classes)
+            who = "" if each.answered_by is None else f" ({each.answered_by})"
+            sys.stdout.write(f"{escape_control(str(each.path))}: {shown or 'error'}{who}\n")
+    if cascade:
+        deferred = sum(each.answered_by == "teacher" for each in predictions)
+        _note(f"cascade: the teacher answered {deferred:,} of {len(predictions):,} images")
     broken = [each for each in predictions if each.error is not None]
     sys.stdout.flush()
     if broken and skip_bad:
@@ -133,7 +152,8 @@ Stage = Annotated[
     str | None, typer.Option("--model", metavar="STAGE", help="teacher, baseline or distilled.  [default: distilled]")
 ]
 FormatName = Annotated[
-    str, typer.Option("--format", metavar="NAME", help="onnx, openvino, torch-export, executorch or coreml.")
+    str,
+    typer.Option("--format", metavar="NAME", help="onnx, openvino, litert, ncnn, executorch, coreml or torch-export."),
 ]
 Preprocessing = Annotated[
     str,

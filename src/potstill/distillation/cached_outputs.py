@@ -19,7 +19,7 @@ from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.distillation.teachers import ForwardOutput, Teachers, TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError
-from potstill.types import Batch, Outputs
+from potstill.types import Batch, Outputs, to_device
 
 Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -189,9 +189,13 @@ class CachedTeacherOutputs:
             caches, read, teachers.networks, teachers.extractors, strict=True
         ):
             logits, embedded = cache.record.decode(records, temperature)
-            embedding = None if embedded is None else _to_device(embedded, images.device)
+            embedding = None if embedded is None else to_device(torch.from_numpy(embedded), images.device)
             outputs.append(
-                ForwardOutput(_to_device(logits, images.device), embedding=embedding, head=extractor.head(network))
+                ForwardOutput(
+                    to_device(torch.from_numpy(logits), images.device),
+                    embedding=embedding,
+                    head=extractor.head(network),
+                )
             )
         return outputs
 
@@ -210,7 +214,7 @@ class CachedTeacherOutputs:
             teacher_images = self.views.at(self._position, torch.from_numpy(ids), view)
             prepared = teacher_images.second if caches is self.second else teacher_images.images
         with self.autocast():
-            index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
+            index = to_device(torch.from_numpy(ids), images.device) if self.training else None
             outputs = teachers.run(images, prepared, index)
         for teacher, (cache, (records, present), output) in enumerate(zip(caches, read, outputs, strict=True)):
             embedding = None if output.embedding is None else _to_numpy(output.embedding)
@@ -265,7 +269,3 @@ def _read(cache: TeacherCacheProtocol, views: int | Ids, ids: Ids) -> tuple[Byte
 
 def _to_numpy(values: Tensor) -> NDArray[np.float32]:
     return values.detach().float().cpu().numpy()
-
-
-def _to_device(values: NDArray[np.float32], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)

@@ -767,11 +767,12 @@ def _adapter_table(adapters: list[tuple[str, nn.Parameter]], max_rows: int | Non
 
 def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:
     """Return the cost of the teachers' forward pass in a training step: ``parameters`` and their ``bytes`` in memory
-    (None if a teacher hides its layers), and ``ms_per_step`` (median); None without teacher.
+    (None if a teacher hides its layers), and ``ms_per_step`` (median); None without teacher, or if a GPU has too little
+    memory, of which the training says more.
 
     Args:
         distiller: on the compute's device.
-        batch_size: images of a step.
+        batch_size: images of a step in this process.
         size: of the student's images in pixels.
         compute: device and precision.
     """
@@ -782,8 +783,11 @@ def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compu
     for _ in range(TIMING_ROUNDS + 1):
         compute.synchronize()
         start = time.perf_counter()
-        with compute.autocast(), example_answers([distiller.teacher]):
-            distiller.run_teacher(images)
+        try:
+            with compute.autocast(), example_answers([distiller.teacher]):
+                distiller.run_teacher(images)
+        except torch.OutOfMemoryError:
+            return None
         compute.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     parameters, count = list(distiller.teacher.parameters()), known_parameters(distiller.teacher)

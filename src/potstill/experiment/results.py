@@ -14,6 +14,7 @@ from potstill.data.image_sets import ImageSet, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
+from potstill.evaluation.cascade import Cascade, CascadeCalibration, cascade_figures
 from potstill.evaluation.cost import count_flops, known_parameters, measure_latency, measure_memory, model_summary
 from potstill.evaluation.fidelity import agreement
 from potstill.evaluation.final_metrics import calibration_report, split_intervals, split_metrics
@@ -123,9 +124,38 @@ def evaluate_stages(
             if data.teacher_labels
             else {}
         ),
+        "cascade": _calibrate_cascade(run, once, found, groups.get("teachers", {}), recipe),
         "cka": describe_similarity(once, recipe, data, compute),
         **(known or {}),
     }
+
+
+def _calibrate_cascade(
+    run: RunFolder,
+    models: Mapping[str, Classifier],
+    found: Mapping[str, SplitPredictions],
+    teachers: SplitPredictions,
+    recipe: Recipe,
+) -> dict[str, Any] | None:
+    """Write cascade.json of the student that is deployed; return its figures on test.
+
+    None without a teacher that can answer new images.
+    """
+    student = next((name for name in ("distilled", "baseline") if name in models), None)
+    names = group_members("teachers", models)
+    if student is None or not {"val", "test"} <= teachers.keys() or any(find_table(models[n].module) for n in names):
+        return None
+    val, test = found[student]["val"], found[student]["test"]
+    facts = models[student].facts
+    # Each epoch, with each way to average its heads, and a probe in place of all of them, were candidates on val.
+    candidates = int((facts.get("training") or {}).get("epochs") or 1) * int(facts.get("head_candidates") or 1)
+    candidates += (facts.get("head") or {}).get("kind") == "finetune"
+    calibration = CascadeCalibration.fit(val.confidence, val.correct, teachers["val"].correct, candidates)
+    settings = recipe.teachers
+    weights = None if settings.weights is None else tuple(settings.weights)
+    Cascade(student, tuple(names), settings.combine, weights, calibration).write(run.path)
+    figures = cascade_figures(calibration, test.confidence, test.correct, teachers["test"].correct)
+    return {"student": student, "teachers": names, **figures}
 
 
 def describe_run(

@@ -1,6 +1,7 @@
 """One stage: train a network and save the weights of its best epoch."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -137,7 +138,14 @@ def train_stage(
             observer=observer,
             views=views["train"],
         )
-    cost = measure_teacher_cost(distiller, settings.batch_size, size, compute)
+    if settings.compile_teacher and distiller.teacher is not None:
+        count = max(1, settings.batch_size // processes.count)
+        images = torch.zeros(count, 3, size, size, device=compute.device)
+        with compute.autocast():
+            notes = distiller.teacher.compile(images)
+        for name, note in zip(planned.teachers, notes, strict=True):
+            observer.note(f"{name}: {note}")
+    cost = measure_teacher_cost(distiller, max(1, settings.batch_size // processes.count), size, compute)
     if cost is not None:  # the parameters before BatchNorm was folded
         cost |= {"parameters": known_parameters(*(teacher.module for teacher in teachers))}
     torch.manual_seed(
@@ -177,7 +185,7 @@ def train_stage(
                         caches.by_split["train"],
                         train,
                         student,
-                        teacher=cost["ms_per_step"] / 1000 / settings.batch_size,
+                        teacher=cost["ms_per_step"] / 1000 / cost["batch_size"],
                         batch=settings.batch_size,
                         epochs=settings.epochs,
                         compute=compute,
@@ -206,7 +214,7 @@ def train_stage(
     best = history.records[history.best_epoch - 1]
     if isinstance(student.module, DualHead):
         whole = split_loader(data, "val", student.input, recipe, settings, compute, shared=False)
-        best = best | {"val": best["val"] | _select_heads(student.module, whole, observer, planned.name)}
+        best = best | {"val": best["val"] | _select_heads(student.module, student.facts, whole, observer, planned.name)}
     val = (
         best["val"]
         if probed is None
@@ -238,10 +246,14 @@ def train_stage(
 
 
 @torch.no_grad()
-def _select_heads(network: DualHead, val: Loader, observer: Observer, name: str) -> EpochRecord:
-    """Choose how the two heads are averaged; return the val metrics with that choice, if there was one to make."""
+def _select_heads(network: DualHead, facts: dict[str, Any], val: Loader, observer: Observer, name: str) -> EpochRecord:
+    """Choose how the two heads are averaged; return the val metrics with that choice, if there was one to make.
+
+    ``facts``, of the student, receives the number of ways that were tried.
+    """
     if max(map(len, network.candidates)) == 1:
         return {}
+    facts["head_candidates"] = math.prod(map(len, network.candidates))
     parts = []
     with evaluation_mode(network), capture_outputs(network, network.taps) as heads:
         for batch in val.epoch():

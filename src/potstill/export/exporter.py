@@ -419,11 +419,9 @@ class Exporter:
         if self.form.open is None:
             self.note("this format runs on other machines only: converted, not compared with PyTorch")
             return files, {"parity": None, "prepared": None, "accuracy": None, "calibration": None, "latency_ms": None}
-        answer = self.form.open(files)
+        answer = self.form.open(files, threads=torch.get_num_threads())
         found, prepared = self._compare(answer)
-        times = self._measure_latency(
-            {self.options.format: answer if self.options.format != "onnx" else _latency_predictor(files[".onnx"])}
-        )
+        times = self._measure_latency({self.options.format: answer})
         return files, {
             "parity": found.as_json(),
             "prepared": prepared,

@@ -10,8 +10,8 @@ from typing import Any
 from potstill.code_references import permit_code, resolve_reference
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.export.evaluate import run_data_settings
-from potstill.export.formats import COREML, EXECUTORCH, TORCH_EXPORT, ExportFormat
-from potstill.export.onnx import ONNX, OPENVINO
+from potstill.export.formats import COREML, EXECUTORCH, LITERT, TORCH_EXPORT, ExportFormat
+from potstill.export.onnx import NCNN, ONNX, OPENVINO
 from potstill.io import read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import PREPROCESSING_MODES, ExportMetadata
 
@@ -23,6 +23,8 @@ FORMATS = {
     "openvino": OPENVINO,
     "torch-export": TORCH_EXPORT,
     "executorch": EXECUTORCH,
+    "litert": LITERT,
+    "ncnn": NCNN,
     "coreml": COREML,
 }
 

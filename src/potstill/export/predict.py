@@ -1,18 +1,23 @@
-"""Predictions for unlabeled images."""
+"""Predictions for unlabeled images, by one model or by a cascade of student and teacher."""
 
+import itertools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from potstill.data.concurrency import threaded_map
 from potstill.data.entries import LINK_TO_FOLDER, has_image_suffix
 from potstill.data.image_io import Pixels, decode
 from potstill.data.preprocessing import decoded_side
 from potstill.data.sources import walk_images
-from potstill.errors import DataError, UsageError
+from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.evaluation.cascade import CONFIDENCE, Cascade
 from potstill.export.onnx import ONNX_SUFFIX, load_onnx
 from potstill.formatting import format_names
 from potstill.input_spec import InputSpec
@@ -32,13 +37,15 @@ class Prediction:
     path: Path
     classes: tuple[tuple[str, float], ...]  # (class name, probability in [0, 1]), the most probable first
     error: str | None = None
+    answered_by: str | None = None  # of a cascade: "student" or "teacher"
 
     def as_dict(self) -> dict[str, Any]:
         """Return a dict for JSON."""
         if self.error is not None:
             return {"path": str(self.path), "error": self.error}
         classes = [{"class": name, "probability": probability} for name, probability in self.classes]
-        return {"path": str(self.path), "predictions": classes}
+        who = {} if self.answered_by is None else {"answered_by": self.answered_by}
+        return {"path": str(self.path), **who, "predictions": classes}
 
 
 def predict(
@@ -49,6 +56,7 @@ def predict(
     batch_size: int = 32,
     device: str = "auto",
     classes: str | None = None,
+    risk: float | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> list[Prediction]:
     """Return the most probable classes of each image, preprocessed as for evaluation.
@@ -62,6 +70,8 @@ def predict(
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         classes: class names of bare weights: a file or the name of a list.
+        risk: of a run folder: the student answers only where it is confident, and the teacher everywhere else, with
+            this promised risk, in (0, 1); see ``potstill.evaluation.cascade``.  None: the student answers alone.
         note: is called with a line on each thing that was assumed of bare weights.
 
     Returns:
@@ -69,7 +79,7 @@ def predict(
         A UserWarning names other files in the folders.
 
     Raises:
-        UsageError: a path that does not exist.
+        UsageError: a path that does not exist, or a risk that cannot be promised.
         DataError: there is no image.
         ArtifactError: there is no model, or it is damaged.
     """
@@ -77,19 +87,12 @@ def predict(
     if found.left_out:
         some = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:3])
         warnings.warn(f"{len(found.left_out)} files are left out, such as {some}", stacklevel=2)
-    paths = found.images
-    chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    exported = isinstance(model, (str, os.PathLike)) and Path(model).suffix.lower() == ONNX_SUFFIX
-    predictor = (
-        _create_onnx_predictor(Path(str(model)), device)
-        if exported
-        else _create_torch_predictor(model, device, classes, note)
-    )
-    return [each for chunk in chunks for each in _predict(predictor, chunk, top)]
+    predictor = create_predictor(model, device=device, classes=classes, risk=risk, note=note)
+    return list(predictor.predict(found.images, top=top, batch_size=batch_size))
 
 
 @dataclass(frozen=True)
-class _Predictor:
+class Network:
     """A torch or ONNX model."""
 
     preprocess: Callable[[Pixels], Any]  # right after decoding, so that large photographs do not fill the memory
@@ -97,12 +100,113 @@ class _Predictor:
     names: Sequence[str]
     input: InputSpec  # its range and size are those that images are decoded for
 
+    def read(self, path: Path) -> Any:
+        """Return the preprocessed image, or the error of one that cannot be decoded."""
+        try:
+            return self.preprocess(decode(path, self.input.range, decoded_side(self.input)))
+        except DataError as error:
+            return error
 
-def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network, or a cascade of a student and its teachers.
+
+    Attributes:
+        network: the only one, or the student.
+        teachers: they answer images that the student is not more confident of than ``threshold``.
+        combine: the teachers' probabilities, a list of [B, K] -> [B, K].
+        threshold: of the student's largest probability.
+    """
+
+    network: Network
+    teachers: tuple[Network, ...] = ()
+    combine: Callable[[list[list[list[float]]]], list[list[float]]] = lambda rows: rows[0]
+    threshold: float = 0.0
+
+    def predict(self, paths: Sequence[Path], *, top: int = 3, batch_size: int = 32) -> Iterator[Prediction]:
+        """Yield the prediction of each image, in order; images are decoded in threads, a few batches ahead."""
+        names = self.network.names
+        images = threaded_map(self.network.read, paths)
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            read = list(itertools.islice(images, len(batch)))
+            good = [at for at, image in enumerate(read) if not isinstance(image, DataError)]
+            rows = dict(zip(good, self.network.probabilities([read[at] for at in good]), strict=True)) if good else {}
+            deferred = [at for at in good if self.teachers and not max(rows[at]) > self.threshold]
+            rows |= self._ask_teachers({at: batch[at] for at in deferred})
+            for at, path in enumerate(batch):
+                if at not in rows:
+                    yield Prediction(path, (), str(read[at]))
+                    continue
+                who = None if not self.teachers else "teacher" if at in deferred else "student"
+                yield Prediction(path, _top_classes(rows[at], names, top), None, who)
+
+    def _ask_teachers(self, paths: Mapping[int, Path]) -> dict[int, list[float]]:
+        """Return the teachers' probabilities [K] of each image."""
+        if not paths:
+            return {}
+        each = []
+        for teacher in self.teachers:
+            images = list(threaded_map(teacher.read, paths.values()))
+            if errors := [image for image in images if isinstance(image, DataError)]:
+                raise errors[0]  # it was read a moment before
+            each.append(teacher.probabilities(images))
+        return dict(zip(paths, self.combine(each), strict=True))
+
+
+def create_predictor(
+    model: "Path | str | Classifier",
+    *,
+    device: str = "auto",
+    classes: str | None = None,
+    risk: float | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> Predictor:
+    """Load a model, or the student and the teachers of a cascade; arguments and errors as of ``predict``."""
+    given = isinstance(model, (str, os.PathLike))
+    exported = given and Path(str(model)).suffix.lower() == ONNX_SUFFIX
+    if risk is None:
+        return Predictor(
+            _open_onnx(Path(str(model)), device) if exported else _open_torch(model, device, classes, note)
+        )
+    if exported or not given:
+        raise UsageError("a cascade needs the run folder, which has the student, its teacher and their calibration")
+    from potstill.export.loading import find_model_folder
+
+    folder = find_model_folder(str(model))
+    if folder is None or classes is not None:
+        raise UsageError(f"a cascade needs a run folder, and {model} is bare weights")
+    cascade = Cascade.read(folder)
+    threshold = cascade.calibration.threshold(risk)
+    note(
+        f"cascade: {cascade.student} answers where its confidence is above {threshold:.4g}, else "
+        f"{format_names(cascade.teachers)}. Promised with {CONFIDENCE:.0%} confidence: of images like those of val, at "
+        f"most {100 * risk:g} % get a wrong answer although the teacher's would be right"
+    )
+
+    from potstill.config.recipe import TeachersSettings
+    from potstill.experiment.ensembles import average_probabilities
+
+    settings = TeachersSettings.model_validate({"combine": cascade.combine, "weights": cascade.weights})
+    student = _open_torch(folder, device, None, note)
+    teachers = tuple(_open_torch(folder.parent / name, device, None, note) for name in cascade.teachers)
+    for name, teacher in zip(cascade.teachers, teachers, strict=True):
+        if tuple(teacher.names) != tuple(student.names):
+            raise ArtifactError(f"{folder.parent / name} has other classes than {folder}")
+
+    def combine(each: list[list[list[float]]]) -> list[list[float]]:
+        rows: list[list[float]] = average_probabilities([np.asarray(rows) for rows in each], settings).tolist()
+        return rows
+
+    return Predictor(student, teachers, combine, threshold)
+
+
+def _open_onnx(path: Path, device: str) -> Network:
     if device not in ("auto", "cpu"):
         raise UsageError(f"an ONNX model runs on the CPU here, got device={device!r}")
     model = load_onnx(path)
-    return _Predictor(
+    return Network(
         model.prepare,
         lambda images: model.probabilities(images).tolist(),
         model.metadata.class_names,
@@ -110,9 +214,9 @@ def _create_onnx_predictor(path: Path, device: str) -> _Predictor:
     )
 
 
-def _create_torch_predictor(
+def _open_torch(
     model: "Path | str | Classifier", device: str, classes: str | None, note: Callable[[str], None]
-) -> _Predictor:
+) -> Network:
     from potstill.export.loading import find_model_folder, load_classifier
 
     if isinstance(model, (str, os.PathLike)):
@@ -134,7 +238,7 @@ def _create_torch_predictor(
         return rows
 
     spec = classifier.input
-    return _Predictor(lambda pixels: preprocess(pixels, spec), probabilities, classifier.class_names, spec)
+    return Network(lambda pixels: preprocess(pixels, spec), probabilities, classifier.class_names, spec)
 
 
 @dataclass(frozen=True)
@@ -197,22 +301,6 @@ def _has_image_signature(path: Path) -> bool:
     boxed = head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
     bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
     return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or boxed or bitmap
-
-
-def _predict(predictor: _Predictor, paths: Sequence[Path], top: int) -> list[Prediction]:
-    images, errors = {}, {}
-    for i, path in enumerate(paths):
-        try:
-            images[i] = predictor.preprocess(decode(path, predictor.input.range, decoded_side(predictor.input)))
-        except DataError as error:
-            errors[i] = str(error)
-    rows = dict(zip(images, predictor.probabilities(list(images.values())), strict=True)) if images else {}
-    return [
-        Prediction(path, (), errors[i])
-        if i in errors
-        else Prediction(path, _top_classes(rows[i], predictor.names, top))
-        for i, path in enumerate(paths)
-    ]
 
 
 def _top_classes(row: Sequence[float], names: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:

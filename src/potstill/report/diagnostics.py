@@ -1,4 +1,4 @@
-"""Training curves, fidelity of each student to its teacher, and calibration; and the errors of each network.
+"""Training curves, fidelity of each student to its teacher, calibration and cascade; and the errors of each network.
 
 Errors: confusion matrices, metrics by class, and example images with Grad-CAM heat maps.
 """
@@ -104,18 +104,19 @@ def draw_similarity(
 _WIDE_SIZE, _SMALL_SIZE = (4.9, 3.0), (4.4, 3.3)  # inches
 
 
-def curves_context(run: Run) -> dict[str, Any] | None:
-    """Return a figure of all stages, and four of each."""
+def stages_figure(run: Run) -> str | None:
+    """Return a figure of top-1 on val over the epochs of all networks; None if fewer than two were trained."""
     trained = [stage for stage in run.stages.values() if stage.epochs]
-    if not trained:
+    if len(trained) < 2:
         return None
-    together = None
-    if len(trained) > 1:
-        label = (
-            f"Line chart: top-1 on val over epochs. {' '.join(endpoints(stage, 'val', 'top1') for stage in trained)}"
-        )
-        together = as_svg(lambda figure: draw_stages(figure, run), _WIDE_SIZE, name="stages", label=label)
-    return {"together": together, "stages": [(stage.name, _curve_svgs(run, stage)) for stage in trained]}
+    label = f"Line chart: top-1 on val over epochs. {' '.join(endpoints(stage, 'val', 'top1') for stage in trained)}"
+    return as_svg(lambda figure: draw_stages(figure, run), _WIDE_SIZE, name="stages", label=label)
+
+
+def curves_context(run: Run) -> dict[str, Any] | None:
+    """Return four figures of each stage."""
+    trained = [stage for stage in run.stages.values() if stage.epochs]
+    return {"stages": [(stage.name, _curve_svgs(run, stage)) for stage in trained]} if trained else None
 
 
 def _curve_svgs(run: Run, stage: StageResult) -> list[str]:
@@ -170,13 +171,14 @@ def _calibration_facts(stage: StageResult) -> dict[str, Any] | None:
     if not isinstance(facts, dict) or format_number(facts.get("temperature")) is None:
         return None
     both = [facts.get(key) for key in ("before", "after")]
-    return facts if all(isinstance(each, dict) and _valid_bins(each.get("bins")) for each in both) else None
+    return facts if all(isinstance(each, dict) and _valid_rows(each.get("bins"), 3) for each in both) else None
 
 
-def _valid_bins(bins: Any) -> bool:
-    return isinstance(bins, list) and all(
-        isinstance(each, list) and len(each) == 3 and all(format_number(value) is not None for value in each)
-        for each in bins
+def _valid_rows(rows: Any, columns: int) -> bool:
+    """Return whether a value of results.json is a list of rows of so many finite numbers."""
+    return isinstance(rows, list) and all(
+        isinstance(each, list) and len(each) == columns and all(format_number(value) is not None for value in each)
+        for each in rows
     )
 
 
@@ -204,6 +206,93 @@ def _reliability_svg(stage: StageResult, facts: dict[str, Any]) -> str:
         name=f"reliability-{stage.name}",
         label=label,
     )
+
+
+_CASCADE_SIZE = (5.2, 3.2)  # inches
+
+
+def draw_cascade(figure: "Figure", curve: Sequence[Sequence[float]], marks: Sequence[Sequence[float]]) -> None:
+    """Draw top-1 against the share of images that the teacher answers.
+
+    Args:
+        figure: to draw on.
+        curve: pairs of that share and top-1, from the student alone to the teacher alone.
+        marks: risk, share and top-1 of each promised risk.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    axes: Axes = figure.subplots()
+    axes.set_title("Cascade on test")
+    ends = [curve[0], curve[-1]]
+    axes.plot(*zip(*ends, strict=True), color=FAINT, linewidth=1, linestyle=(0, (2, 2)), label="images at random")
+    axes.plot(*zip(*curve, strict=True), color=ROLE_COLORS["distilled"], linewidth=1.5, label="least confident first")
+    if marks:
+        risks, x, y = zip(*marks, strict=True)
+        axes.scatter(x, y, color=ROLE_COLORS["teacher"], zorder=3, label="promised risk")
+        for risk, at, top1 in zip(risks, x, y, strict=True):
+            axes.annotate(f"{100 * risk:g} %", (at, top1), xytext=(4, -11), textcoords="offset points", color=FAINT)
+    axes.set_xlabel("answered by the teacher")
+    axes.set_ylabel("top-1")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1, symbol=" %"))
+    axes.legend(loc="lower right", fontsize=8.5)
+
+
+def cascade_context(run: Run) -> dict[str, Any] | None:
+    """Return the curve of the cascade and a row for each promised risk; None if there is no cascade."""
+    facts = run.results.get("cascade")
+    facts = facts if isinstance(facts, dict) else {}
+    curve, rows = facts.get("curve"), facts.get("risks")
+    if not curve or not _valid_rows(curve, 2) or not isinstance(rows, list):
+        return None
+    student, teachers = str(facts.get("student")), [str(name) for name in facts.get("teachers") or ()]
+    kept = [row for row in rows if isinstance(row, dict) and format_number(row.get("risk")) is not None]
+    marks = [
+        [row["risk"], row["deferred"], row["top1"]]
+        for row in kept
+        if all(format_number(row.get(key)) is not None for key in ("deferred", "top1"))
+    ]
+    label = (
+        f"Line chart: top-1 of the cascade on test, from {format_percent(curve[0][1])} with {student} alone to "
+        f"{format_percent(curve[-1][1])} with the teacher alone."
+    )
+    return {
+        "picture": as_svg(
+            lambda figure: draw_cascade(figure, curve, marks), _CASCADE_SIZE, name="cascade", label=label
+        ),
+        "student": student,
+        "student_top1": format_percent(curve[0][1]),
+        "teacher_top1": format_percent(curve[-1][1]),
+        "images": format_count(facts.get("calibration_images")),
+        "candidates": format_count(facts.get("candidates")),
+        "several": (format_number(facts.get("candidates")) or 1) > 1,
+        "confidence": format_percent(facts.get("confidence"), 0),
+        "smallest": f"{100 * (format_number(facts.get('smallest_risk')) or 0):g} %",
+        "rows": [(f"{100 * row['risk']:g} %", _cascade_cells(run, student, teachers, row)) for row in kept],
+        "latency": _cascade_latency(run, student, teachers, 0.0) is not None,
+        "path": run.shown_path,
+    }
+
+
+def _cascade_cells(run: Run, student: str, teachers: Sequence[str], row: dict[str, Any]) -> list[str]:
+    if format_number(row.get("threshold")) is None:
+        return ["cannot be promised", *[MISSING] * 4]
+    ends = f" ({format_percent(row.get('lost_low'))} to {format_percent(row.get('lost_high'))})"
+    latency = _cascade_latency(run, student, teachers, format_number(row.get("deferred")) or 0.0)
+    return [
+        format_decimal(row["threshold"], 3),
+        format_percent(row.get("deferred")),
+        format_percent(row.get("lost")) + ends,
+        format_percent(row.get("top1")),
+        MISSING if latency is None else f"{latency:.2f} ms",
+    ]
+
+
+def _cascade_latency(run: Run, student: str, teachers: Sequence[str], deferred: float) -> float | None:
+    """Return the mean latency of an image in milliseconds: the student's, and the share of the teachers'."""
+    each = [format_number(run.stages[name].latency.get("p50")) for name in (student, *teachers) if name in run.stages]
+    known = [value for value in each if value is not None]
+    return known[0] + deferred * sum(known[1:]) if len(known) == 1 + len(teachers) else None
 
 
 _STUDENTS = ("baseline", "distilled")

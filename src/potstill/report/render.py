@@ -211,24 +211,26 @@ def escape_lines(text: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; ``name`` is its anchor and its template."""
+    """A part of the page; ``name`` is its anchor and its template.  Folded sections open when the reader wants them."""
 
     name: str
     title: str
     context: Callable[[Run], dict[str, Any] | None]
+    folded: bool = True
 
 
 SECTIONS = (
-    Section("verdict", "Verdict", overview.verdict_context),
-    Section("warnings", "Warnings", overview.warnings_context),
+    Section("verdict", "Verdict", overview.verdict_context, folded=False),
+    Section("advice", "What to do next", overview.advice_context, folded=False),
+    Section("warnings", "Warnings", overview.warnings_context, folded=False),
     Section("comparison", "Comparison", overview.comparison_context),
     Section("curves", "Curves", diagnostics.curves_context),
     Section("confusion", "Confusion matrices", diagnostics.confusion_context),
     Section("classes", "Class by class", diagnostics.classes_context),
     Section("fidelity", "Fidelity", diagnostics.fidelity_context),
     Section("calibration", "Calibration", diagnostics.calibration_context),
+    Section("cascade", "Cascade", diagnostics.cascade_context),
     Section("images", "Images", diagnostics.images_context),
-    Section("advice", "Advice", overview.advice_context),
     Section("exports", "Exports", exports_context),
     Section("data", "Data", data_context),
     Section("reproduce", "How to reproduce", reproduce_context),
