@@ -137,6 +137,17 @@ Run = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run folder, the folder of one of its models, or hf-hub:USER/NAME."),
 ]
+RunData = Annotated[str | None, typer.Option("--data", metavar="DIR", help="The run's data, if it has moved.")]
+FinetuningEpochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs", metavar="N", min=1, help="Epochs of the fine-tuning.  [default: a quarter of the student's]"
+    ),
+]
+FinetuningSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the fine-tuning; may be repeated."),
+]
 Stage = Annotated[
     str | None, typer.Option("--model", metavar="STAGE", help="teacher, baseline or distilled.  [default: distilled]")
 ]
@@ -170,7 +181,17 @@ def export(
         ),
     ] = 0.01,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
-    data: Annotated[str | None, typer.Option(metavar="DIR", help="The run's data, if it has moved.")] = None,
+    data: RunData = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help="Remove channels of the student and fine-tune it with its teacher: 0.5 (share of the weights to "
+            "remove), 2MB (file), 5ms (one image, one thread of this CPU), or 5ms,2MB.",
+        ),
+    ] = None,
+    epochs: FinetuningEpochs = None,
+    settings: FinetuningSettings = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Export a trained model for another inference engine.
@@ -178,19 +199,63 @@ def export(
     The exported model is compared with PyTorch on images of the run's test split.  A file NAME.json beside it holds
     its SHA-256 and the measurements.
     """
-    from potstill.console import escape_control
+    from potstill.console import Progress, escape_control
     from potstill.export.exporter import export as export_model
     from potstill.export.onnx import facts_path
-    from potstill.export.options import ExportOptions
+    from potstill.export.options import ExportOptions, check_options, find_format
     from potstill.io import read_checksummed_json
 
     options = ExportOptions(form, preprocessing, int8, max_drop, output, data)
+    if prune is None and (epochs or settings):
+        raise UsageError("--epochs and --set are for the fine-tuning after --prune; --prune 0 fine-tunes all channels")
     with allowed_code(allow_code):
+        if prune is not None:
+            from potstill.sweep.shrink import Finetuning, parse_target, prune_run
+            from potstill.training.callbacks import SignalHandler
+
+            check_options(options, find_format(form))
+            target, finetuning = parse_target(prune), Finetuning(epochs, tuple(settings or ()), data, int8)
+            with SignalHandler() as stopping, Progress() as progress:
+                run = prune_run(run, model, target, finetuning, observer=progress, stopping=stopping)
+            model = None
+            _note(f"pruned: {run}")
         path = export_model(run, model, options, note=_note)
     sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
     sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
     if form == "onnx":
         sys.stdout.write(f"next:   potstill predict {escape_control(shlex.quote(str(path)))} IMAGE\n")
+
+
+def shrink(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    max_loss: Annotated[
+        float, typer.Option("--max-loss", metavar="POINTS", help="Largest loss of accuracy, in percentage points.")
+    ] = 1.0,
+    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Quantize the files to int8.")] = True,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="STAGE", help="distilled or baseline.  [default: distilled]")
+    ] = None,
+    epochs: FinetuningEpochs = None,
+    settings: FinetuningSettings = None,
+    data: RunData = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Find the smallest file of a run's student that loses at most so many points, with 95 % confidence.
+
+    Channels are removed step by step, and each network is fine-tuned with the run's teacher, whose outputs are cached.
+    """
+    from potstill.console import Progress, print_next_command, print_section
+    from potstill.report.sweep import render_shrink
+    from potstill.sweep.shrink import Finetuning
+    from potstill.sweep.shrink import shrink as search
+    from potstill.training.callbacks import SignalHandler
+
+    finetuning = Finetuning(epochs, tuple(settings or ()), data, int8)
+    with allowed_code(allow_code), SignalHandler() as stopping, Progress() as progress:
+        folder, found = search(run, model, max_loss, finetuning, observer=progress, stopping=stopping)
+    page, lines = render_shrink(folder)
+    print_section(f"shrink {folder}: {page}", lines)
+    print_next_command(["potstill", "predict", found["file"], "IMAGE"])
 
 
 def push(

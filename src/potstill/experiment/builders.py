@@ -56,6 +56,7 @@ from potstill.models.families.opaque_models import (
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
+from potstill.models.pruning import Widths, cut_channels
 from potstill.models.registry import build_model, input_spec, own_size, resolve
 from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
@@ -74,6 +75,7 @@ class InitialNetwork:
     facts: dict[str, Any] = field(default_factory=dict)  # the source of its weights
     remodelled: dict[str, Any] | None = None  # from a model file, if a method has changed its layers
     output_groups: OutputGroups | None = None  # if several outputs belong to one class
+    pruned: Widths | None = None  # from a model file, if channels were removed
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # such as a randomly initialised head
 
@@ -422,6 +424,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
             facts=facts,
             remodelled=model.remodelled,
             output_groups=model.output_groups,
+            pruned=model.pruned,
         )
     if model.remodelled is not None:
         name = model.remodelled.get("name")
@@ -437,12 +440,15 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
         )
     warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights are kept"
     module = create_model(model.architecture, len(classes), size=model.input.size)
+    module = module if model.pruned is None else cut_channels(module, model.pruned)
     own = module.state_dict()
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
     head = _head_keys(model.module, module, len(model.class_names) == len(classes))
     module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
     warnings = [warning] if _has_random_head(network, key) else []
-    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
+    start = InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
+    start.pruned = model.pruned
+    return start
 
 
 def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:

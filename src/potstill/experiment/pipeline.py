@@ -585,7 +585,7 @@ class _Experiment:
         torch.manual_seed(derive_seed(recipe.seed, stage.seed))  # baseline and distilled start from the same weights
         start = self._start(recipe.network(stage.name))
         facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
-        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
+        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups, start.pruned)
         if recipe.network(stage.name).weights is None:
             self._warn_about_scale(stage, count_parameters(start.module))
         if stage.role == "teacher" and start.ready:

@@ -321,12 +321,25 @@ def measure_network(
 ) -> tuple[float, int]:
     """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained.
 
+    Args: as those of ``convert_network``.
+
+    Raises:
+        UsageError: ONNX is not installed.
+        ArtifactError: the network cannot be exported.
+    """
+    content = convert_network(module, architecture, spec, splits, int8=int8)
+    return single_thread_latency(content, spec.size), len(content)
+
+
+def convert_network(module: nn.Module, architecture: str, spec: InputSpec, splits: DataSplits, *, int8: bool) -> bytes:
+    """Return a network's ONNX file, not compared with the network.
+
     Args:
         module: the network.
         architecture: its name.
         spec: of its images.
         splits: the data: its classes, and images for the calibration of int8.
-        int8: measure the quantized file.
+        int8: quantize it.
 
     Raises:
         UsageError: ONNX is not installed.
@@ -339,8 +352,7 @@ def measure_network(
     network = export_graph(module.eval(), metadata)
     if int8:
         network = quantize_network(network, calibration_images(splits, spec)[0])
-    content = finalize_model(network, metadata)
-    return single_thread_latency(content, spec.size), len(content)
+    return finalize_model(network, metadata)
 
 
 def single_thread_latency(content: bytes, size: int) -> float:
