@@ -222,6 +222,7 @@ SECTIONS = (
     Section("verdict", "Verdict", overview.verdict_context),
     Section("warnings", "Warnings", overview.warnings_context),
     Section("comparison", "Comparison", overview.comparison_context),
+    Section("flips", "Negative flips", overview.flips_context),
     Section("curves", "Curves", diagnostics.curves_context),
     Section("confusion", "Confusion matrices", diagnostics.confusion_context),
     Section("classes", "Class by class", diagnostics.classes_context),
