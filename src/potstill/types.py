@@ -28,14 +28,6 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device; only on CUDA without waiting for the copy.
-
-    CUDA reads pageable memory before the call returns.  MPS reads it later, when a temporary may be freed already.
-    """
-    return values.to(device, non_blocking=device.type == "cuda")
-
-
 def widest_float(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on MPS, which has no float64.
 

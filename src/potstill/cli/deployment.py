@@ -153,7 +153,11 @@ Stage = Annotated[
 ]
 FormatName = Annotated[
     str,
-    typer.Option("--format", metavar="NAME", help="onnx, openvino, litert, ncnn, executorch, coreml or torch-export."),
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="onnx, openvino, litert, ncnn, page (for browsers), executorch, coreml, torch-export; or all-that-run.",
+    ),
 ]
 Preprocessing = Annotated[
     str,
@@ -182,6 +186,10 @@ def export(
     ] = 0.01,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
     data: RunData = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="onnxruntime-web for --format page.  [default: got by npm, once]"),
+    ] = None,
     prune: Annotated[
         str | None,
         typer.Option(
@@ -202,10 +210,10 @@ def export(
     from potstill.console import Progress, escape_control
     from potstill.export.exporter import export as export_model
     from potstill.export.onnx import facts_path
-    from potstill.export.options import ExportOptions, check_options, find_format
+    from potstill.export.options import ALL_THAT_RUN, ExportOptions, check_options, find_format
     from potstill.io import read_checksummed_json
 
-    options = ExportOptions(form, preprocessing, int8, max_drop, output, data)
+    options = ExportOptions(form, preprocessing, int8, max_drop, output, data, runtime)
     if prune is None and (epochs or settings):
         raise UsageError("--epochs and --set are for the fine-tuning after --prune; --prune 0 fine-tunes all channels")
     with allowed_code(allow_code):
@@ -213,17 +221,26 @@ def export(
             from potstill.sweep.shrink import Finetuning, parse_target, prune_run
             from potstill.training.callbacks import SignalHandler
 
-            check_options(options, find_format(form))
+            if form != ALL_THAT_RUN:
+                check_options(options, find_format(form))
             target, finetuning = parse_target(prune), Finetuning(epochs, tuple(settings or ()), data, int8)
             with SignalHandler() as stopping, Progress() as progress:
                 run = prune_run(run, model, target, finetuning, observer=progress, stopping=stopping)
             model = None
             _note(f"pruned: {run}")
+        if form == ALL_THAT_RUN:
+            from potstill.export.exporter import export_all, export_table
+
+            found = export_all(run, model, options, note=_note)
+            sys.stdout.write(escape_control(export_table(found), keep="\n"))
+            return
         path = export_model(run, model, options, note=_note)
     sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
     sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
     if form == "onnx":
         sys.stdout.write(f"next:   potstill predict {escape_control(shlex.quote(str(path)))} IMAGE\n")
+    if form == "page":
+        sys.stdout.write("next:   open it in a browser; for the camera of a phone, put it on a server with https\n")
 
 
 def shrink(

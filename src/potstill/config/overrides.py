@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.code_references import is_code_reference, permit_code
-from potstill.config.code_references import is_from_caller
+from potstill.code_references import is_code_reference, is_from_caller, permit_code
 from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
@@ -44,7 +43,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seeds": ("seeds",),
     "--folds": ("data", "folds"),
 }
-FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", *SETTING_FLAGS)
+FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", "--previous", *SETTING_FLAGS)
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".ts", *SUFFIXES)
 WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
 # A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
@@ -121,6 +120,9 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         _set_value(document, ("data", "skip_bad"), bool(value), flag)
     elif flag == "--teacher":
         _set_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
+    elif flag == "--previous":
+        document.value["previous"] = None
+        _set_value(document, ("previous", "weights"), os.fspath(value), location)
     else:
         architecture, weights = split_model(os.fspath(value))
         if isinstance(student := document.value.get("student"), dict):
@@ -298,6 +300,13 @@ def drop_soft_targets(value: dict[str, Any]) -> None:
     name = method.get("name") if isinstance(method, dict) else method
     if name in list_own_methods() and "kd_weight" in method_info(str(name)).options:
         value["method"] = {"kd_weight": 0.0} | (dict(method) if isinstance(method, dict) else {"name": name})
+
+
+def wrap_method_for_previous(value: dict[str, Any]) -> None:
+    """Put, in place, method ``pct`` around ``method`` if there is a ``previous`` model and it is not there yet."""
+    method = normalize_method(value.get("method"))
+    if value.get("previous") is not None and isinstance(method, dict) and method.get("name") != "pct":
+        value["method"] = {"name": "pct", "base_method": method}
 
 
 def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None:

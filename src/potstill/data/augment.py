@@ -44,8 +44,9 @@ from potstill.data.transforms import (
     sample_boxes,
     sample_grid,
     scale_boxes,
+    to_device,
 )
-from potstill.types import to_device, widest_float
+from potstill.types import widest_float
 
 _STEPS = 2**10
 _CONTRAST, _SATURATION = 1, 2  # 0: brightness

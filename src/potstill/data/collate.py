@@ -17,10 +17,10 @@ from potstill.data.augment import BatchMixer, MixParams, ViewTransform
 from potstill.data.image_io import decoder_version
 from potstill.data.samplers import Ids, SameClassSampler
 from potstill.data.settings import AugmentSettings
-from potstill.data.transforms import ViewSize, center_crop, normalize
+from potstill.data.transforms import ViewSize, center_crop, normalize, to_device
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
-from potstill.types import Batch, to_device
+from potstill.types import Batch
 
 GENERATOR = "splitmix64"
 VERSION = 2  # of the augmentation; increased with every change that changes a pixel of a view

@@ -20,11 +20,11 @@ from potstill.data.preprocessing import aspect_ratios, decoded_side
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import EpochSampling
-from potstill.data.transforms import ViewSize
+from potstill.data.transforms import ViewSize, to_device
 from potstill.data.workers import DecodeWorkers
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec
-from potstill.types import Batch, to_device
+from potstill.types import Batch
 
 
 class Loader:
@@ -349,7 +349,7 @@ class Loader:
         buffers = [
             torch.empty((largest, *pixels.shape[1:]), dtype=pixels.dtype, pin_memory=on_gpu) for _ in range(_BUFFERS)
         ]
-        copied = [torch.cuda.Event() if on_gpu else None for _ in buffers]
+        copied = [torch.cuda.Event() if on_gpu else None for _ in buffers]  # type: ignore[no-untyped-call]
         free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         filled: queue.SimpleQueue[tuple[BatchPlan, int] | BaseException | None] = queue.SimpleQueue()
         for number in range(_BUFFERS):

@@ -22,9 +22,16 @@ from potstill.data.preprocessing import decoded_side, resize_to_square
 from potstill.data.samplers import CounterRNG
 from potstill.data.settings import AugmentSettings
 from potstill.input_spec import InputSpec, Triple
-from potstill.types import to_device
 
 _MAX_VALUES = 2**18  # pixel values, so that intermediate results stay in a core's cache
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device; only on CUDA without waiting for the copy.
+
+    CUDA reads pageable memory before the call returns.  MPS reads it later, when a temporary may be freed already.
+    """
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 def batch_slices(images: Tensor) -> Iterator[slice]:

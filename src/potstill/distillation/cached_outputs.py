@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.distillation.teachers import ForwardOutput, Teachers, TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError
-from potstill.types import Batch, Outputs, to_device
+from potstill.types import Batch, Outputs
 
 Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -189,10 +189,10 @@ class CachedTeacherOutputs:
             caches, read, teachers.networks, teachers.extractors, strict=True
         ):
             logits, embedded = cache.record.decode(records, temperature)
-            embedding = None if embedded is None else to_device(torch.from_numpy(embedded), images.device)
+            embedding = None if embedded is None else _to_device(embedded, images.device)
             outputs.append(
                 ForwardOutput(
-                    to_device(torch.from_numpy(logits), images.device),
+                    _to_device(logits, images.device),
                     embedding=embedding,
                     head=extractor.head(network),
                 )
@@ -214,7 +214,7 @@ class CachedTeacherOutputs:
             teacher_images = self.views.at(self._position, torch.from_numpy(ids), view)
             prepared = teacher_images.second if caches is self.second else teacher_images.images
         with self.autocast():
-            index = to_device(torch.from_numpy(ids), images.device) if self.training else None
+            index = _to_device(ids, images.device) if self.training else None
             outputs = teachers.run(images, prepared, index)
         for teacher, (cache, (records, present), output) in enumerate(zip(caches, read, outputs, strict=True)):
             embedding = None if output.embedding is None else _to_numpy(output.embedding)
@@ -269,3 +269,8 @@ def _read(cache: TeacherCacheProtocol, views: int | Ids, ids: Ids) -> tuple[Byte
 
 def _to_numpy(values: Tensor) -> NDArray[np.float32]:
     return values.detach().float().cpu().numpy()
+
+
+def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    # Only CUDA has read the memory when the call returns; MPS reads it later.
+    return torch.from_numpy(values).to(device, non_blocking=device.type == "cuda")

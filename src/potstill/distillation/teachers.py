@@ -24,7 +24,7 @@ from potstill.errors import UsageError
 from potstill.features.hooks import CapturedFeatures, FeatureRequest, capture_features
 from potstill.features.stages import Stage
 from potstill.formatting import format_percent
-from potstill.types import Batch, Head, Outputs, at_least_float32, to_device
+from potstill.types import Batch, Head, Outputs, at_least_float32
 
 if TYPE_CHECKING:
     from potstill.data.loader import Loader
@@ -279,7 +279,8 @@ class Teachers(nn.Module):
             return outputs[0].logits
         stacked = torch.stack([output.logits for output in outputs])
         # Created on the CPU: creating it on a GPU would synchronise.
-        shares = to_device(torch.tensor(self.shares, dtype=stacked.dtype), stacked.device).view(-1, 1, 1)
+        shares = torch.tensor(self.shares, dtype=stacked.dtype)
+        shares = shares.to(stacked.device, non_blocking=stacked.is_cuda).view(-1, 1, 1)
         if self.combine == "logits":
             return (shares * stacked).sum(dim=0)
         return torch.logsumexp(stacked.log_softmax(dim=2) + shares.log(), dim=0)

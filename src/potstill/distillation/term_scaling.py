@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from potstill.types import to_device, widest_float
+from potstill.types import widest_float
 
 MEASURED_STEPS = (
     4  # at the start of each epoch; each costs a backward pass for each term on hidden layers, and one more
@@ -84,7 +84,7 @@ class TermScaling(nn.Module):
             own = _gradients(trained[name], parameters)
             rows.append(_norm(own))
             rows.append(_norm([theirs for theirs, ours in zip(reference, own, strict=True) if ours is not None]))
-        measured = torch.stack([to_device(row, logits.device) for row in rows])
+        measured = torch.stack([row.to(logits.device, non_blocking=logits.is_cuda) for row in rows])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(measured)
         for name, norms in zip(hidden, measured.to(widest_float(measured.device)).view(-1, 2), strict=True):

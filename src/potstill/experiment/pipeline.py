@@ -588,7 +588,9 @@ class _Experiment:
         model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups, start.pruned)
         if recipe.network(stage.name).weights is None:
             self._warn_about_scale(stage, count_parameters(start.module))
-        if stage.role == "teacher" and start.ready:
+        if stage.role == "previous":
+            self._check_previous_data(start)
+        if stage.role in ("teacher", "previous") and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             if (table := find_table(model.module)) is not None:
                 self.observer.note(f"{stage.name}: {_unused_rows(table, self.data)}")
@@ -661,6 +663,16 @@ class _Experiment:
             extended_from=self.extended.get(stage.name, ()),
         )
         return model
+
+    def _check_previous_data(self, start: InitialNetwork) -> None:
+        """Warn if the previous model was not trained on this split of the data."""
+        facts = load_model(find_model(model_path(start.facts["weights"]))).facts.get("data") or {}
+        if facts.get("fingerprint") != self.data.fingerprint:
+            self.warn(
+                f"{start.facts['weights']} was not trained on these images in this split: images that it was trained "
+                "on may be in test here, where it would look better, and have more negative flips counted, than on new "
+                "images"
+            )
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
         """Fit the linear probe of a network; return None if it gets none."""

@@ -232,14 +232,25 @@ def open_onnx_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
     return create_onnx_predictor(files[".onnx"], threads=threads, patient=True)
 
 
-ONNX = ExportFormat(convert_to_onnx, open_onnx_files, ".onnx", packages=("onnx", "onnxscript", "onnxruntime"))
+ONNX = ExportFormat(
+    convert_to_onnx,
+    open_onnx_files,
+    ".onnx",
+    packages=("onnx", "onnxscript", "onnxruntime"),
+    from_onnx=lambda content, metadata: {".onnx": content},
+)
 
 
 def convert_to_openvino(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
     """Convert to ``.xml`` and ``.bin``, for Intel's processors, by way of ONNX; the weights stay float32."""
+    return onnx_to_openvino(convert_to_onnx(module, metadata)[".onnx"], metadata)
+
+
+def onnx_to_openvino(content: bytes, metadata: ExportMetadata) -> ExportedFiles:
+    """Convert an ONNX file, in float32 or int8, to ``.xml`` and ``.bin``."""
     import openvino
 
-    model = openvino.convert_model(io.BytesIO(convert_to_onnx(module, metadata)[".onnx"]))
+    model = openvino.convert_model(io.BytesIO(content))
     model.set_rt_info(metadata.as_text(), [METADATA_KEY])
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch, "model.xml")
@@ -271,6 +282,7 @@ OPENVINO = ExportFormat(
     ".xml",
     packages=("openvino", "onnx", "onnxscript", "onnxruntime"),
     extra="openvino",
+    from_onnx=onnx_to_openvino,
 )
 
 
