@@ -328,12 +328,13 @@ def draw_trade_off(figure: "Figure", found: Mapping[str, Any]) -> None:
         label="chosen",
     )  # fmt: skip
     sizes = sorted({row["bytes"] / 1e6 for row in (reference, *candidates)})
-    shown = [size for at, size in enumerate(sizes) if at == 0 or size > 1.3 * sizes[at - 1]]
+    shown = [size for at, size in enumerate(sizes) if at == 0 or size > 1.15 * sizes[at - 1]]
     axes.set_xticks(shown, [f"{size:.3g}" for size in shown])
     axes.minorticks_off()
+    axes.margins(x=0.08)
     axes.set_xlabel("size of the file, MB")
     axes.set_ylabel("top-1 on val, 95 % interval", color=FAINT)
-    axes.legend()
+    axes.legend(loc="lower right")
 
 
 def _shrink_row(found: Mapping[str, Any], row: Mapping[str, Any], *, note: str) -> dict[str, str]:
