@@ -64,6 +64,7 @@ for _verb in (
     deployment.predict,
     deployment.evaluate,
     deployment.export,
+    deployment.benchmark,
     deployment.push,
     deployment.serve,
     check.check,
