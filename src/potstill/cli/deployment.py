@@ -1,4 +1,4 @@
-"""Commands that use a trained model: predict, evaluate, export, serve."""
+"""Commands that use a trained model: predict, evaluate, export, benchmark, push, serve."""
 
 import json
 import shlex
@@ -273,6 +273,37 @@ def shrink(
     page, lines = render_shrink(folder)
     print_section(f"shrink {folder}: {page}", lines)
     print_next_command(["potstill", "predict", found["file"], "IMAGE"])
+
+
+def benchmark(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES...", help="Exported files: .onnx, .xml, .tflite, .ncnn.param.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0: as many as cores.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each file.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency of exported files on this device.
+
+    Needs the files' engines, but not PyTorch.  The files take turns.
+    """
+    from potstill.console import escape_control
+    from potstill.export.benchmark import benchmark as measure
+
+    with silence_native_stderr():
+        found = measure(files, batch=batch, threads=threads, rounds=rounds)
+    if as_json:
+        sys.stdout.write(json.dumps([each.as_dict() for each in found], indent=2) + "\n")
+        return
+    width = max(len(escape_control(each.file)) for each in found)
+    lines = [f"{found[0].machine}, {found[0].threads} threads, batches of {batch}"]
+    lines += [
+        f"{escape_control(each.file):<{width}}  {each.bytes / 2**20:6.1f} MiB  {each.p50_ms:8.2f} ms (p50)  "
+        f"{each.p95_ms:8.2f} ms (p95)  {each.images_per_second:8.1f} images/s  {each.engine} {each.version}"
+        for each in found
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def push(
