@@ -1,6 +1,6 @@
 """What a training step costs by method, beside a step of the same student on labels alone.
 
-    python benchmarks/method_price.py                          all methods, into src/potstill/book/price.json
+    python benchmarks/method_price.py                          all methods, into src/potstill/methods/price.json
     python benchmarks/method_price.py kd crd --output here.json
 
 Steps of the method and plain steps alternate, so that a busy machine slows both; the figures are medians over rounds of

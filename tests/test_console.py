@@ -8,6 +8,7 @@ from rich.console import Console
 
 from potstill.cli.results import metrics_lines, print_results, results_table
 from potstill.console import Progress, escape_control, format_bytes, format_duration, format_percent
+from potstill.experiment.estimate import StageTime
 
 STAGES: dict[str, Any] = {
     "teacher": {
@@ -84,6 +85,33 @@ def test_the_end_is_in_sight_from_the_beginning(monkeypatch: pytest.MonkeyPatch)
         "teacher: done in 50.0 s",
         "baseline: resnet8, 1 epoch",
     ]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "seconds", "left"),
+    [
+        (1, 10.0, "38.0 s"),  # three more of 10 s with the teacher, and eight of a tenth: 30 + 8
+        (2, 1.0, "10.0 s"),  # much faster than estimated: cached before
+        (6, 1.0, "6.0 s"),
+    ],
+)
+def test_epochs_that_ask_the_teacher_do_not_foretell_the_later_ones(
+    monkeypatch: pytest.MonkeyPatch, epoch: int, seconds: float, left: str
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("potstill.console.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    time_of_stage = StageTime(48.0)  # 4 of 12 epochs take 10 s each, the others 1 s
+    time_of_stage.first, time_of_stage.share = 40.0, 4 / 12
+    progress.expect(lambda: {"distilled": time_of_stage})
+    progress.stage("distilled", "resnet8")
+    for each in range(1, epoch + 1):
+        progress.epoch_start(each, 12, 4, 100)
+        now[0] += seconds
+        progress.step(100)
+        progress.epoch_end({"epoch": each, "val": {"top1": 0.5}})
+    assert f"  {left} left" in out.getvalue().splitlines()[-1]
 
 
 def test_on_a_terminal_there_is_a_bar_with_speed_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:

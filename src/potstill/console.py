@@ -4,6 +4,7 @@ Imported at start-up, so rich is imported at first use.
 """
 
 import io
+import math
 import os
 import shlex
 import sys
@@ -12,15 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from potstill.experiment.estimate import StageTime
 
 
 TEXT_WIDTH = 100  # characters of running text
 _LINE_INTERVAL = 5.0  # seconds between two lines of progress without a terminal, at least
 _INTERVAL_SHARE = 0.01  # of the time since the start, at least: a day's log has hundreds of such lines, not thousands
+_RECENT_EPOCHS = 4  # whose speed tells the time left
 _MIN_MEASURED = 2.0  # seconds of a stage after which its own speed replaces the estimate
 
 
@@ -49,6 +53,7 @@ class Progress:
         self._stage = ""
         self._epochs = self._epoch = self._images = self._seen = 0
         self._began = 0.0
+        self._epoch_starts: list[float] = []
         self._best = ""
         self._waiting: tuple[str, Any] | None = None  # its name, and its bar
         self._expected: dict[str, float] = {}  # seconds of the present stage and those after it, by an estimate
@@ -90,8 +95,9 @@ class Progress:
         """Show the beginning of an epoch."""
         self._epoch, self._epochs, self._images, self._seen = epoch, epochs, images, 0
         self._began = time.perf_counter()
-        if epoch == 1:
-            self._training_began = time.monotonic()
+        if epoch == 1 or not self._epoch_starts:
+            self._training_began, self._epoch_starts = time.monotonic(), []
+        self._epoch_starts.append(time.monotonic())
         if self._bar is not None and self._task is not None:
             done = (epoch - 1) * images
             self._bar.update(self._task, total=epochs * images, completed=done, epoch=f"epoch {epoch}/{epochs}")
@@ -154,11 +160,37 @@ class Progress:
         done = (max(0, self._epoch - 1) + self._seen / max(1, self._images)) / self._epochs if self._epoch else 0.0
         here, passed = max(0.0, estimated - (now - self._stage_began)), list(self._passed)
         if done and now - self._training_began >= _MIN_MEASURED:
-            here = (now - self._training_began) * (1 - done) / done
+            here = self._rest(estimated, done, now)
             passed = [passed[0] + estimated, passed[1] + now - self._stage_began + here]
         pace = passed[1] / passed[0] if passed[0] > 0 else 1.0
         others = sum(seconds for name, seconds in self._expected.items() if name != self._stage)
         return f"  {format_duration(here)} left, {format_duration(here + pace * others)} in all"
+
+    def _rest(self, estimated: float, done: float, now: float) -> float:
+        """Return the seconds left in a training of which ``done`` is over, from the speed of the last epoch.
+
+        Epochs in which the teacher runs take longer than those that read its outputs.  If they do not, the outputs
+        were cached before.
+        """
+        recent = self._epoch_seconds(now) * self._epochs
+        time_of_stage = cast("StageTime", estimated)
+        share = getattr(estimated, "share", 0.0)
+        if not 0 < done < share < 1 or not time_of_stage.first:
+            return recent * (1 - done)
+        first, later = time_of_stage.first / share, (estimated - time_of_stage.first) / (1 - share)
+        pace = self._passed[1] / self._passed[0] if self._passed[0] > 0 else 1.0
+        if recent < pace * math.sqrt(first * later):
+            return recent * (1 - done)
+        return recent * (share - done + (1 - share) * later / first)
+
+    def _epoch_seconds(self, now: float) -> float:
+        """Return the mean seconds of the last epochs, or of the first at its speed so far."""
+        starts = self._epoch_starts[-_RECENT_EPOCHS:]
+        if self._seen >= self._images:  # the end of an epoch
+            return (now - starts[0]) / len(starts)
+        if len(starts) > 1:
+            return (starts[-1] - starts[0]) / (len(starts) - 1)
+        return (now - self._training_began) * self._images / max(1, self._seen)
 
     def note(self, message: str) -> None:
         """Print information."""

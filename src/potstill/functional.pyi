@@ -12,6 +12,7 @@ from potstill.methods.cat_kd import cat_kd_loss as cat_kd_loss
 from potstill.methods.cat_kd import class_activation_maps as class_activation_maps
 from potstill.methods.cc import cc_kernel_loss as cc_kernel_loss
 from potstill.methods.cc import cc_loss as cc_loss
+from potstill.methods.cosine import cosine_loss as cosine_loss
 from potstill.methods.crd import crd_constants as crd_constants
 from potstill.methods.crd import crd_loss as crd_loss
 from potstill.methods.crd import crd_memory as crd_memory

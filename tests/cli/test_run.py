@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from potstill.cli import main
-from potstill.errors import ArtifactError
+from potstill.cli import run as run_command
+from potstill.errors import ArtifactError, UsageError
 from potstill.io import write_checksummed_json
 from potstill.training.callbacks import SignalHandler
 
@@ -192,3 +193,52 @@ def test_a_run_that_stopped_before_its_distilled_student_says_why(
     assert "report: runs/quickstart/report.html" in captured.out
     assert "next:   potstill predict runs/quickstart IMAGE" in captured.out
     assert captured.err.endswith("warning: It would do harm.\n")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "settings", "there", "count"),
+    [
+        (None, None, None, 4, 1), ("all", None, None, 4, 4), ("3", "cuda", None, 4, 3), ("1", None, None, 1, 1),
+        ("2", "cpu", None, 0, 2), ("2", None, ["training.device = cpu"], 0, 2),
+    ],
+)  # fmt: skip
+def test_gpus_gives_the_number_of_processes(monkeypatch, gpus, device, settings, there, count):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    assert run_command.processes_to_start(gpus, device, settings) == count
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_command.processes_to_start(gpus, device, settings) == 1  # this is one of them
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "there", "message"),
+    [
+        ("all", None, 0, "--gpus all: PyTorch sees no GPU here.*--gpus N --device cpu starts N processes"),
+        ("4", None, 2, "--gpus 4: this machine has 2"),
+        ("0", None, 2, "--gpus '0': give a number of at least 1, or all"),
+        ("two", "cpu", 2, "--gpus 'two': give a number"),
+        ("all", "cpu", 0, "with --device cpu, give the number of processes"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(monkeypatch, gpus, device, there, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    with pytest.raises(UsageError, match=message):
+        run_command.processes_to_start(gpus, device, None)
+
+
+def test_gpus_starts_that_many_processes_with_the_same_arguments(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        run_command, "start_processes", lambda count, arguments: started.append((count, arguments)) or 5
+    )
+    arguments = ["run", "quickstart", "--gpus", "2", "--device", "cpu"]
+    assert main(arguments) == 5
+    assert started == [(2, arguments)]
+
+
+def test_the_exit_code_of_started_processes_is_that_of_the_first_failure(capfd):
+    """A verb that torchrun must not start: both processes end with 2, and one of them says why."""
+    assert run_command.start_processes(2, ["methods"]) == 2
+    assert capfd.readouterr().err.count("torchrun has started `potstill methods` 2 times") == 1

@@ -1,4 +1,5 @@
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -6,7 +7,8 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from potstill.data.concurrency import raise_if_cancelled, threaded_map
+from potstill.data import concurrency
+from potstill.data.concurrency import raise_if_cancelled, threaded_map, usable_cores, worker_count
 
 
 @pytest.mark.parametrize("threads", [1, 3, None])
@@ -68,3 +70,22 @@ def test_work_that_nobody_wants_any_more_stops_before_its_next_image() -> None:
         list(threaded_map(work, interrupted(), threads=2))
     assert done == [1]  # not 2 and 3
     raise_if_cancelled()  # here it is wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), ("800000 100000", 2), ("?", 2)]
+)
+def test_a_containers_share_counts(monkeypatch, tmp_path, text, cores):
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    monkeypatch.setattr(concurrency, "_CPU_QUOTA_FILE", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "on_gpu", "workers"),
+    [(2, 1, False, 1), (64, 1, False, 32), (64, 1, True, 63), (96, 8, True, 11), (96, 8, False, 6), (1, 4, True, 1)],
+)
+def test_workers_follow_cores_and_processes_without_a_cap(monkeypatch, cores, processes, on_gpu, workers):
+    monkeypatch.setattr(concurrency, "usable_cores", lambda: cores)
+    assert worker_count(processes, on_gpu=on_gpu) == workers

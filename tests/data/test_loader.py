@@ -2,12 +2,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from potstill.data import loader as loader_module
 from potstill.data.decoded_cache import decode_all
 from potstill.data.image_sets import ArraySet, FileSet
 from potstill.data.loader import Loader
@@ -224,3 +227,51 @@ def test_wrong_arguments() -> None:
         Loader(images(), SPEC, batch_size=0)
     with pytest.raises(DataError, match="no images"):
         Loader(images(0), SPEC, batch_size=2)
+
+
+MIXED = AugmentSettings(pad_crop=0.2, hflip=True, mixup=0.4)
+
+
+@pytest.mark.parametrize("augment", [LIGHT, MIXED])
+def test_reading_ahead_gives_equal_batches_from_few_buffers(
+    monkeypatch: pytest.MonkeyPatch, augment: AugmentSettings
+) -> None:
+    def make() -> Loader:
+        return Loader(images(), SPEC, batch_size=4, augment=augment, order="shuffled", seed=1, classes=3)
+
+    expected = [everything(make(), number) for number in (0, 1)]
+    monkeypatch.setattr(loader_module, "needs_reading_ahead", lambda pixels, device: True)
+    loader, buffers = make(), set[int]()
+    whole = loader.collator.batch
+
+    def batch(plan: Any, pixels: torch.Tensor) -> Batch:
+        buffers.add(pixels.data_ptr())
+        return whole(plan, pixels)
+
+    monkeypatch.setattr(loader.collator, "batch", batch)
+    found = [everything(loader, number) for number in (0, 1)]
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.index, other.index)
+    assert 1 < len(buffers) <= 2 * 3  # three an epoch
+    assert not [thread for thread in threading.enumerate() if thread.name == "potstill-read-ahead"]
+
+
+def test_reading_ahead_ends_with_the_epoch_and_passes_errors_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "needs_reading_ahead", lambda pixels, device: True)
+    loader = Loader(images(), SPEC, batch_size=4, augment=LIGHT, order="shuffled")
+    epoch = loader.epoch(0)
+    next(epoch)
+    assert [thread for thread in threading.enumerate() if thread.name == "potstill-read-ahead"]
+    epoch.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name == "potstill-read-ahead"]
+    loader._pixels = loader._pixels[:3]  # type: ignore[index]
+    with pytest.raises(IndexError, match="out of range"):
+        list(loader.epoch(0))
+
+
+def test_pixels_are_read_ahead_for_a_gpu_alone() -> None:
+    pixels = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    assert loader_module.needs_reading_ahead(pixels, torch.device("cuda"))
+    assert not loader_module.needs_reading_ahead(pixels, torch.device("cpu"))
+    assert not loader_module.needs_reading_ahead(pixels.to("meta"), torch.device("cuda"))

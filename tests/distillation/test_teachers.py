@@ -140,3 +140,32 @@ def test_combined_and_scheduled_methods_work_on_each_teacher_too():
 def test_a_method_for_one_teacher_refuses_two():
     with pytest.raises(UsageError, match="simkd gives the student one teacher's head, got 2"):
         Distiller(Net(4), [Net(6), Net(10)], create_method("simkd"), example=torch.rand(4, 3, 16, 16))
+
+
+def test_a_compiled_teacher_gives_the_same_and_one_that_cannot_be_compiled_goes_on():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    distiller = Distiller(Constant(0.0, 0.0), [network, Constant(1.0, 2.0)], KD())
+    before = distiller.run_teacher(IMAGES).logits
+    graphs = []
+
+    def backend(graph, inputs):
+        if len(inputs) < 3:  # that of Constant
+            raise ValueError("no such kernel\nmore")
+        graphs.append(graph)
+        return graph.forward
+
+    notes = distiller.teacher.compile(IMAGES, backend=backend)
+    assert notes[0] == "compiled"
+    assert notes[1].startswith("not compiled: ")
+    assert len(graphs) == 1
+    torch.testing.assert_close(distiller.run_teacher(IMAGES).logits, before)
+    torch.compiler.reset()
+
+
+def test_a_teacher_whose_layers_are_read_is_not_compiled():
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+    distiller = Distiller(net(), net(), create_method("at"), example=IMAGES)
+    assert distiller.teacher.compile(IMAGES, backend="eager") == ["not compiled: its hidden layers are read"]

@@ -7,6 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+
+from potstill.distributed import group
+from potstill.errors import UsageError
 
 from . import two_processes as two
 
@@ -103,3 +107,25 @@ def test_a_store_is_filled_by_both_and_read_by_both(found):
         assert each["store"]["coverage"] == [two.IMAGES]
     assert sum(each["store"]["counts"]["computed"] for each in found) == two.IMAGES
     assert sum(each["store"]["counts"]["read"] for each in found) == 2 * two.IMAGES
+
+
+@pytest.mark.parametrize(
+    ("there", "local_rank", "local_count", "chosen"),
+    [(8, 3, 8, 3), (8, 1, 2, 1), (1, 0, 1, 0), (1, 3, 4, 0)],  # the last: SLURM shows each process a GPU of its own
+)
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, there, local_rank, local_count, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_device", (found := []).append)
+    group._choose_gpu(local_rank, local_count)
+    assert found == [chosen]
+
+
+def test_too_few_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="4 processes on a machine with 2 GPUs"):
+        group._choose_gpu(0, 4)
+    group.check_distinct_gpus(["node1 GPU-a", "node1 GPU-b", "node2 GPU-a"])
+    with pytest.raises(UsageError, match="processes 0 and 2 of 3 see the same GPU"):
+        group.check_distinct_gpus(["node1 GPU-a", "node1 GPU-b", "node1 GPU-a"])

@@ -62,7 +62,9 @@ def metrics_of(processes, count):
     """The figures of logits of which each process has every second one."""
     metrics, (rows, labels) = StreamingMetrics(4), logits(count)
     metrics.update(rows[processes.rank :: processes.count], labels[processes.rank :: processes.count])
-    return gather_metrics(metrics, processes).compute()
+    found = gather_metrics(metrics, processes)
+    assert (found is not None) == processes.first
+    return processes.share(None if found is None else found.compute())
 
 
 def terms_of(processes):

@@ -76,3 +76,18 @@ def test_every_stage_has_its_time(recipe):
         recipe(**{"training.epochs": 10_000}), plan_stages(given), data, compute
     )  # so much longer that no noise hides it
     assert longer["baseline"] > 10 * found["baseline"]
+
+
+def test_unlabeled_images_count_and_their_teacher_runs_until_all_views_are_recorded(recipe):
+    changes = {"data.labels_per_class": 4, "data.unlabeled_share": 0.75, "teacher_cache.views": 2}
+    given = recipe(**changes, **{"training.epochs": 40})
+    data = load_data(given.data)
+    assert (len(data.train), len(data.unlabeled)) == (12, 30)
+    compute = create_compute(given.stage_training("student"))
+    found = estimate_stages(given, plan_stages(given), data, compute)
+    # 12 labeled and 36 unlabeled images an epoch: two views of 30 are seen after 5/3 epochs, of the 12 after two.
+    assert found["distilled"].share == pytest.approx(2 / 40)
+    assert found["distilled"].first > found["distilled"].at(0.5) - found["distilled"].at(0.45)
+    assert found["distilled"].at(1) == pytest.approx(float(found["distilled"]))
+    assert found["distilled"] > found["baseline"]
+    assert found["baseline"].share == 0

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from potstill.export.exporter import class_balanced_indices, compute_parity, exp
 from potstill.export.onnx import load_onnx
 from potstill.export.options import FORMATS, ExportOptions, find_format
 from potstill.export.predict import predict
+from potstill.input_spec import InputSpec
 from potstill.io import read_checksummed_json, sha256_hex
+from potstill.models.exported_files import ExportMetadata
 
 for _name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(_name, reason="needs potstill[export]")
@@ -181,6 +185,37 @@ def test_int8_within_max_drop_is_written_with_its_accuracies(run: Path, pictures
     assert facts["calibration"] == {"images": 256, "split": "train", "classes": 10, "method": "MinMax"}
 
 
+def test_int8_of_openvino_is_as_accurate_in_openvino(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs potstill[openvino]")
+    path = exported(run, format="openvino", int8=True, max_drop=0.05, output=tmp_path / "small.xml")
+    facts = read_checksummed_json(path.with_name("small.xml.json"))
+    assert b"FakeQuantize" in path.read_bytes()
+    assert facts["accuracy"]["before"] > 0.7
+    assert set(facts["latency_ms"]) == {"pytorch", "openvino", "int8"}
+
+
+def test_all_that_run_are_written_and_the_others_named(run: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export_one(model, stage, options, *, note):
+        if options.format == "onnx":
+            return plain
+        raise ArtifactError("it has no operation for x\nTry --format onnx")
+
+    monkeypatch.setattr(exporter, "export", export_one)
+    found = exporter.export_all(run, options=ExportOptions(data="digits"), note=quiet)
+    assert list(found) == list(FORMATS)
+    head, onnx_row, *left_out = exporter.export_table(found).splitlines()
+    assert head.split()[:3] == ["format", "file", "MiB"]
+    assert onnx_row.split()[:2] == ["onnx", str(plain)]
+    assert onnx_row.endswith("100.00%")
+    assert left_out[0] == "left out: openvino: it has no operation for x; Try --format onnx"
+    assert "left out: coreml: its files run on other machines only" in left_out
+    with pytest.raises(UsageError, match="names one file"):
+        exporter.export_all(run, options=ExportOptions(output=Path("x.onnx")), note=quiet)
+    monkeypatch.setattr(exporter, "FORMATS", {"ncnn": FORMATS["ncnn"]})
+    with pytest.raises(ArtifactError, match="no operation for x"):
+        exporter.export_all(run, options=ExportOptions(data="digits"), note=quiet)
+
+
 def test_int8_that_loses_more_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([0.95, 0.93])
     monkeypatch.setattr(exporter, "accuracy", lambda logits, labels: next(found))
@@ -220,6 +255,8 @@ def test_the_limit_of_a_difference(scale: float, off: float, within: bool) -> No
     [
         ("openvino", [".xml", ".bin"]),
         ("torch-export", [".pt2"]),
+        ("litert", [".tflite"]),
+        ("ncnn", [".ncnn.param", ".ncnn.bin"]),
         pytest.param("executorch", [".pte"], marks=pytest.mark.slow),
         pytest.param("coreml", [".mlpackage.zip"], marks=pytest.mark.slow),
     ],
@@ -236,6 +273,44 @@ def test_other_formats(run: Path, tmp_path: Path, name: str, suffixes: list[str]
     facts = read_checksummed_json(path.with_name(f"{path.name}.json"))
     assert set(facts["files"]) == {f"it{suffix}" for suffix in suffixes}
     assert facts["parity"] is None if name == "coreml" else facts["parity"]["agreement"] == 1
+    if name == "litert":  # a zip at the end of the file, as Android's tools write it
+        with zipfile.ZipFile(path) as appended:
+            assert appended.read("labels.txt").decode().split() == facts["class_names"]
+            assert json.loads(appended.read("potstill.json"))["input"] == facts["input"]
+
+
+class Attention(torch.nn.Module):
+    """Queries, keys and values from one tensor of five dimensions, which ncnn does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(4, 12)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.project(images.flatten(2).transpose(1, 2))
+        parts = tokens.reshape(images.shape[0], -1, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        return torch.nn.functional.scaled_dot_product_attention(*parts)
+
+
+class Bessel(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.special.i0e(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "operation"), [("ncnn", Attention(), "torch.unbind"), ("litert", Bessel(), "aten.special_i0e")]
+)
+def test_a_missing_operation_is_named_with_its_layer(name: str, part: torch.nn.Module, operation: str) -> None:
+    try:
+        form = find_format(name)
+    except UsageError as error:
+        pytest.skip(str(error).splitlines()[0])
+    network = torch.nn.Sequential(OrderedDict(stem=torch.nn.Conv2d(3, 4, 3), mixer=part, flat=torch.nn.Flatten()))
+    metadata = ExportMetadata("mine", ("a", "b"), InputSpec(8))
+    with pytest.raises(
+        ArtifactError, match=rf"no operation for {operation}\S* .*the layer mixer \({type(part).__name__}\)"
+    ):
+        form.convert(network.eval(), metadata)
 
 
 def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
@@ -244,7 +319,8 @@ def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
             export(run, stage, ExportOptions(**({"data": "digits"} | options)), note=quiet)
 
     refused(UsageError, r"no format 'onx'; did you mean 'onnx'\?\nKnown formats: onnx, openvino", format="onx")
-    refused(UsageError, "--int8 goes with --format onnx", int8=True, format="torch-export")
+    refused(UsageError, "--int8 goes with --format onnx or openvino or page", int8=True, format="torch-export")
+    refused(UsageError, "--runtime goes with --format page, not with onnx", runtime=tmp_path)
     refused(UsageError, "share from 0 to 1", max_drop=2)
     refused(UsageError, "none, normalise, resize.*did you mean 'resize'", inside="resized")
     refused(UsageError, r"ends in \.onnx", output=tmp_path / "model.pt2")

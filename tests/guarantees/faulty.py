@@ -40,7 +40,7 @@ def meet(mishap):
 
 
 def begin(mishap, step):
-    settle, calls, rank = DistributedDistiller.sync_buffers, [], os.environ["RANK"]
+    settle, calls, rank = DistributedDistiller.sync_method_buffers, [], os.environ["RANK"]
     pids = Path(os.environ["POTSTILL_CACHE"]) / "pids"
     pids.mkdir(parents=True, exist_ok=True)
     (pids / rank).write_text(str(os.getpid()))
@@ -51,7 +51,7 @@ def begin(mishap, step):
             meet(mishap)
         settle(self)
 
-    DistributedDistiller.sync_buffers = settle_once_more
+    DistributedDistiller.sync_method_buffers = settle_once_more
     render.render = lambda folder: folder / "report.html"  # seconds that show nothing of processes
 
 

@@ -20,7 +20,7 @@ WITH_TEACHER = [
 
 def test_lists() -> None:
     embeddings, every = list_classless_methods(embeddings_only=True), list_classless_methods()
-    assert set(embeddings) == {"cc", "crd", "itrd", "nd", "pkt", "rkd", "srd"}
+    assert set(embeddings) == {"cc", "cosine", "crd", "itrd", "nd", "pkt", "rkd", "srd"}
     assert set(embeddings) < set(every)
     assert {"at", "fitnet", "vkd", "sp"} <= set(every)
     assert not {*ELSEWHERE, "kd", "dist", "srrl", "ofa", "dho", "wkd_l", "combined", "supervised"} & set(every)

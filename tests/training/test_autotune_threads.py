@@ -1,11 +1,9 @@
-import os
-
 import pytest
 import torch
 from torch import nn
 
 from potstill.training import autotune as threads_module
-from potstill.training.autotune import ThreadSelector, usable_cores
+from potstill.training.autotune import ThreadSelector
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
@@ -114,13 +112,3 @@ def test_for_real():
         settle(threads)
         assert threads.choice.threads in (1, 8)
         assert sorted(threads.choice.seconds) == [1, 8]
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), ("800000 100000", 2), ("?", 2)]
-)
-def test_a_containers_share_counts(monkeypatch, tmp_path, text, cores):
-    (tmp_path / "cpu.max").write_text(text + "\n")
-    monkeypatch.setattr(threads_module, "_CPU_QUOTA_FILE", tmp_path / "cpu.max")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
-    assert usable_cores() == cores

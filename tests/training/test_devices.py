@@ -1,9 +1,19 @@
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
+from torch import nn
 
+from potstill.distillation.distiller import Distiller
+from potstill.distributed.group import ProcessGroup
 from potstill.errors import UsageError
-from potstill.training.devices import Compute, create_compute
+from potstill.methods import create_method
+from potstill.methods.kd import KD
+from potstill.methods.supervised import Supervised
+from potstill.training import devices
+from potstill.training.devices import Compute, create_compute, has_static_graph, idle_gpus, synced_batch_norm
 from potstill.training.settings import TrainingSettings
+
+FOUR = ProcessGroup(rank=1, count=4, local_rank=1, local_count=4)
 
 
 def test_unknown_devices_are_refused():
@@ -34,3 +44,118 @@ def test_channels_last_is_the_layout_unless_asked_otherwise():
 def test_words():
     assert str(Compute(torch.device("cpu"), bf16=True, channels_last=True)).endswith(", bf16")
     assert str(Compute(torch.device("cuda:1"), bf16=False, channels_last=True)) == "cuda:1, float32"
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """CUDA devices of a compute capability, and torch's global switches restored afterwards."""
+
+    def install(capability, count=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        supported = capability >= (8, 0)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    yield install
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [((6, 1), "float32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")],
+)
+def test_a_gpu_trains_in_the_half_precision_that_its_tensor_cores_have(fake_cuda, capability, precision):
+    fake_cuda(capability)
+    compute = create_compute(TrainingSettings())
+    assert (str(compute.device), compute.precision) == ("cuda", precision)
+    dtypes = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    assert compute.teacher_dtype == dtypes[precision]
+    if precision == "fp16":  # whose loss has to be scaled, which dot cannot
+        assert create_compute(TrainingSettings(optimizer="dot")).precision == "float32"
+
+
+def test_on_cuda_float32_uses_tensor_cores_and_cudnn_times_its_algorithms(fake_cuda):
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
+    create_compute(TrainingSettings(device="cpu"))
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
+    fake_cuda((8, 0))
+    create_compute(TrainingSettings(precision="float32"))
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+
+
+def test_fp16_and_dot_are_refused():
+    with pytest.raises(UsageError, match="dot keeps two gradients"):
+        create_compute(TrainingSettings(device="cpu", precision="fp16", optimizer="dot"))
+
+
+def test_one_gpu_for_several_processes_is_refused():
+    with pytest.raises(UsageError, match="'cuda:1' is one GPU, and each of the 4 processes uses another"):
+        create_compute(TrainingSettings(device="cuda:1"), FOUR)
+
+
+def test_idle_gpus_are_said(fake_cuda):
+    fake_cuda((8, 0), count=4)
+    one = create_compute(TrainingSettings())
+    assert idle_gpus(one) == "1 of the 4 GPUs of this machine is used; --gpus all uses all of them"
+    two = create_compute(TrainingSettings(), ProcessGroup(0, 2, 0, 2))
+    assert idle_gpus(two).startswith("2 of the 4 GPUs of this machine are used")
+    assert idle_gpus(create_compute(TrainingSettings(), FOUR)) == ""
+    assert idle_gpus(create_compute(TrainingSettings(device="cpu"))) == ""
+    fake_cuda((8, 0), count=1)  # each of four sees its own
+    assert idle_gpus(create_compute(TrainingSettings(), FOUR)) == ""
+
+
+def test_batch_norm_over_all_processes_needs_gpus():
+    settings = TrainingSettings(device="cpu", sync_batch_norm=True)
+    assert create_compute(settings).device.type == "cpu"  # one process has all images
+    with pytest.raises(UsageError, match="sync_batch_norm needs GPUs"):
+        create_compute(settings, FOUR)
+
+
+def test_batch_norm_over_all_processes_leaves_the_network_as_it_was():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4))
+    before, images = {**network.state_dict()}, torch.randn(2, 3, 4, 4)
+    expected = network.eval()(images)
+    with synced_batch_norm(network, FOUR, True):
+        assert [type(layer) for layer in network[1:]] == [nn.SyncBatchNorm, SyncBatchNormAct]
+        assert network.state_dict().keys() == before.keys()
+    assert [type(layer) for layer in network[1:]] == [nn.BatchNorm2d, BatchNormAct2d]
+    assert torch.equal(network(images), expected)
+    for processes, enabled in ((FOUR, False), (ProcessGroup(), True)):
+        with synced_batch_norm(network, processes, enabled):
+            assert type(network[1]) is nn.BatchNorm2d
+
+
+def test_the_graph_is_static_unless_parameters_come_and_go():
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    kd = Distiller(net(), net(), KD())
+    assert has_static_graph(kd, TrainingSettings())
+    assert has_static_graph(Distiller(net(), None, Supervised()), TrainingSettings())
+    assert not has_static_graph(kd, TrainingSettings(freeze=1))
+    assert not has_static_graph(kd, TrainingSettings(gradient_accumulation_steps=2))
+    adapters = Distiller(net(), net(), create_method("cc", dim=4), example=torch.randn(4, 3, 8, 8))
+    assert not has_static_graph(adapters, TrainingSettings())
+
+
+def test_memories_are_shared_at_each_update_and_statistics_at_the_end_of_an_epoch():
+    method = Supervised()
+    method.register_buffer("memory", torch.zeros(3))
+    method.adapter = nn.BatchNorm1d(2)
+    student = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    sent = []
+
+    class Recording(ProcessGroup):
+        def share_tensors(self, tensors):
+            sent.append(len(tensors))
+
+    ddp = devices.DistributedDistiller(Distiller(student, None, method), Recording())
+    ddp.sync_method_buffers()
+    ddp.sync_buffers()
+    ddp.sync_buffers(nn.BatchNorm1d(4))
+    assert sent == [1, 7, 10]  # the memory; with three buffers for each BatchNorm

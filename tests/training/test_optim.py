@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 
 from potstill.errors import UsageError
 from potstill.models.factory import create_model
+from potstill.training.checkpointing import pack_optimizer, unpack_optimizer
 from potstill.training.optim import create_optimizer, get_optimizer_class, layer_lr_scales, lr_factor
 from potstill.training.settings import TrainingSettings
 
@@ -92,3 +94,50 @@ def test_steps_of_the_cifar_protocol():
     found = [factor(epoch * 782) for epoch in (0, 149, 150, 180, 210, 239)]
     assert found == pytest.approx([1, 1, 0.1, 0.01, 0.001, 0.001])
     assert factor(150 * 782 - 1) == 1
+
+
+@pytest.mark.parametrize("name", ["lamb", "lion", "muon", "adan", "adafactor", "lars"])
+def test_optimizers_of_timm_take_layer_decay_and_can_be_resumed(name):
+    torch.manual_seed(0)
+    data, goal = torch.randn(16, 3, 4, 4), torch.randn(16, 2)
+
+    def make():
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2))
+        settings = TrainingSettings(optimizer=name, lr=0.01, weight_decay=0.01)
+        return net, create_optimizer(net.named_parameters(), settings, {"0.weight": 0.5})
+
+    def step(net, optimizer):
+        loss = (net(data) - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    net, optimizer = make()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01, 0.005}
+    losses = [step(net, optimizer) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    other, again = make()
+    other.load_state_dict(net.state_dict())
+    tensors, facts = pack_optimizer(optimizer)
+    unpack_optimizer(again, {key: value.clone() for key, value in tensors.items()}, json.loads(json.dumps(facts)))
+    assert step(net, optimizer) == step(other, again)
+    assert step(net, optimizer) == step(other, again)
+
+
+def test_a_name_in_both_is_torchs_but_for_muon():
+    assert get_optimizer_class("AdamW") is torch.optim.AdamW
+    assert get_optimizer_class("muon").__module__.startswith("timm.")  # torch's takes matrices alone
+    with pytest.raises(UsageError, match=r"did you mean 'lamb'.*of timm: .*lion"):
+        get_optimizer_class("lambb")
+    for name in ("adahessian", "kron", "fusedlamb", "bnbadam"):
+        with pytest.raises(UsageError, match="no optimizer"):
+            get_optimizer_class(name)
+
+
+def test_where_there_is_no_fused_form_torch_chooses_the_foreach_one():
+    on_mps = [("a", nn.Parameter(torch.zeros(2, 2, device="meta")))]  # a device without fused kernels
+    optimizer = create_optimizer(on_mps, TrainingSettings())
+    assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (None, None)
+    assert create_optimizer([("a", nn.Parameter(torch.zeros(2, 2)))], TrainingSettings()).defaults["fused"] is True

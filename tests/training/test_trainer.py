@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from potstill.distillation.distiller import Distiller
-from potstill.errors import NonFiniteError
+from potstill.errors import NonFiniteError, Stopped
 from potstill.evaluation.predictions import predict_probabilities
 from potstill.methods import create_method
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
-from potstill.training.callbacks import SilentObserver
+from potstill.training.callbacks import SignalHandler, SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
-from potstill.training.trainer import Trainer
+from potstill.training.trainer import Trainer, _RequestExchange
 from potstill.types import Batch
 
 CPU = Compute(torch.device("cpu"), bf16=False, channels_last=False)
@@ -352,3 +352,104 @@ def test_what_picks_an_epoch_is_what_is_reported_of_it(tmp_path):
         logged[precision] = -float(np.log(probabilities[np.arange(30), labels]).mean())
     assert picked["nll"] == pytest.approx(logged["float32"], rel=1e-6)
     assert logged["bf16"] != pytest.approx(logged["float32"], rel=1e-5)  # or this would show nothing
+
+
+def in_fp16(folder, settings, resume=False, epochs_run=None):
+    torch.manual_seed(0)
+    compute = Compute(torch.device("cpu"), bf16=False, channels_last=False, fp16=True)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    training = Trainer(
+        Distiller(student, None, Supervised()), Numbers(18), Numbers(9, seed=1), settings, compute,
+        folder=folder, observer=SilentObserver(), classes=3,
+    )  # fmt: skip
+    scaler = training.gradients.scaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**24})
+    if epochs_run is not None:
+        training.observer.epoch_start = lambda epoch, *_: (
+            (_ for _ in ()).throw(KeyError) if epoch > epochs_run else None
+        )
+        with pytest.raises(KeyError):
+            training.run(resume=resume)
+    else:
+        training.run(resume=resume)
+    return training, student
+
+
+def test_fp16_drops_updates_that_overflow_and_goes_on_with_its_scale_after_resuming(tmp_path):
+    settings = TrainingSettings(epochs=4, lr=0.05, max_grad_norm=1.0, checkpoint_seconds=0)
+    whole, one = in_fp16(tmp_path / "whole", settings)
+    scaler = whole.gradients.scaler
+    assert whole.history.records[-1]["train"]["loss"] < whole.history.records[0]["train"]["loss"]
+    # 2 ** 24 times a gradient of 0.1 is infinite in float16: the scale has been halved, and no weight is NaN.
+    assert 2**8 <= scaler.get_scale() < 2**24
+    assert all(parameter.isfinite().all() for parameter in one.parameters())
+    in_fp16(tmp_path / "cut", settings, epochs_run=2)
+    again, other = in_fp16(tmp_path / "cut", settings, resume=True)
+    assert again.gradients.scaler.state_dict() == scaler.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+class Sluggish:
+    """A group of two, whose other process has asked for nothing, and proposes an interval of its own."""
+
+    several = True
+
+    def __init__(self, other=-(10**9)):
+        self.other, self.calls = other, 0
+
+    def highest(self, number, due, wanted):
+        self.calls += 1
+        return max(number, 0), max(due, 0), max(wanted, self.other)
+
+
+def exchanger(processes, clock):
+    class Due:
+        is_due = False
+
+    signals = SignalHandler()
+    signals.requested = None
+    return _RequestExchange(signals, Due(), processes, clock), signals
+
+
+def test_requests_are_exchanged_about_once_a_second_and_at_the_same_step():
+    now = [0.0]
+    processes = Sluggish()
+    requests, signals = exchanger(processes, lambda: now[0])
+    for _ in range(1000):  # ten seconds
+        now[0] += 0.01
+        assert requests.poll() is False
+    assert 8 <= processes.calls <= 16
+    signals.requested = 15  # of this process alone: the others know at the next exchange
+    steps = 0
+
+    def step():
+        nonlocal steps
+        steps, now[0] = steps + 1, now[0] + 0.01
+        return requests.poll()
+
+    with pytest.raises(Stopped):
+        list(iter(step, None))
+    assert steps <= 110
+    requests.start()  # evaluation begins
+    before = processes.calls
+    signals.requested = None
+    requests.poll()
+    assert processes.calls == before + 1
+
+
+def test_the_process_that_wants_the_shortest_interval_is_heard():
+    now, processes = [0.0], Sluggish(other=-2)
+    requests, _ = exchanger(processes, lambda: now[0])
+    for _ in range(40):
+        now[0] += 0.001
+        requests.poll()
+    assert processes.calls >= 19
+
+
+def test_a_single_process_asks_at_every_step():
+    processes = Sluggish()
+    processes.several = False
+    requests, signals = exchanger(processes, lambda: 0.0)
+    signals.requested = 2
+    with pytest.raises(Stopped):
+        requests.poll()

@@ -1,16 +1,21 @@
 """No step waits for a GPU: nothing is read back from it, and nothing is sent to it in a way that waits.
 
 There need not be a GPU: torch's fake tensors say that they are on one, hold no numbers, and so refuse to be read.
-Backward passes cannot be faked without one.
+Backward passes cannot be faked without one: that they read nothing back is seen on the CPU.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from potstill.data.image_sets import ArraySet
+from potstill.data.loader import Loader
+from potstill.data.settings import AugmentSettings
 from potstill.distillation.distiller import Distiller
+from potstill.distillation.term_scaling import TermScaling
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.input_spec import InputSpec
 from potstill.methods import create_method, list_methods, method_info
@@ -18,6 +23,7 @@ from potstill.methods.at import AT
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
 from potstill.models.factory import create_model
+from potstill.training.averaging import ModelEma
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
 from potstill.training.optim import GradientAccumulator
@@ -29,6 +35,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the teacher of 40:UserWarning")
 
 GPU = torch.device("cuda:0")
 CLASSES, SIZE, IMAGES = 4, 32, 8
+
+
+# What has to know values on the CPU: ``.item()``, and results whose shape depends on values.
+READS = {f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")} | {
+    "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave.Tensor", "aten::bincount",
+}  # fmt: skip
 
 
 class Waits(TorchDispatchMode):
@@ -46,7 +58,7 @@ class Waits(TorchDispatchMode):
             waits = not keywords.get("non_blocking", len(arguments) > 2 and arguments[2])
             if source.device.type != target.device.type and (waits or target.device.type == "cpu"):
                 self.found.append(f"{name} {source.device} -> {target.device} {list(source.shape)}")
-        elif name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"):
+        elif name in READS:
             self.found.append(name)
         return result
 
@@ -68,6 +80,16 @@ def move(module):
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = fake(buffer)
+
+
+class Watched(TermScaling):
+    """Notes what waits while the factors are measured."""
+
+    def forward(self, *arguments):
+        with Waits() as waits:
+            terms = super().forward(*arguments)
+        self.found = waits.found
+        return terms
 
 
 class TwoHeads(nn.Module):
@@ -105,8 +127,9 @@ def distil(method):
     distiller.prepare(lambda: iter([Batch(images, labels[:IMAGES], index)]))
     distiller.start_epoch(20, 240)
     extra = {"index": index, "view": torch.zeros_like(index), "second": second}
-    distiller(images, labels[:IMAGES], **extra)
-    return distiller, {"images": images, "labels": labels[:IMAGES], **extra}
+    batch = {"images": images, "labels": labels[:IMAGES], **extra}
+    distiller(**batch)
+    return distiller, batch
 
 
 def made(name):
@@ -116,6 +139,14 @@ def made(name):
 @pytest.mark.parametrize("name", list_methods())
 def test_no_method_waits(name):
     distiller, batch = distil(made(name))
+    # On the CPU, torch's one_hot looks at the labels: of the forward pass there, only auto scaling is watched.
+    distiller.scaling = scaling = Watched() if distiller.method.needs.features else None
+    loss = distiller(**batch).loss
+    with Waits() as waits:
+        loss.backward()
+    assert waits.found == []
+    assert scaling is None or scaling.found == []
+    distiller.scaling = None
     with FakeTensorMode(allow_non_fake_inputs=True):
         move(distiller)
         batch = {key: None if value is None else torch.empty_like(value, device=GPU) for key, value in batch.items()}
@@ -160,6 +191,8 @@ def test_no_step_of_the_loop_waits(tmp_path, monkeypatch, optimizer, method):
         schedule="cosine",
         warmup_epochs=0.5,
     )
+    average = ModelEma(distiller.student, 0.9)
+    average.updates = 1  # the first update copies
 
     def backward(self, step, batches=1, share=1.0):
         assert (step.loss / batches).device == GPU
@@ -180,9 +213,53 @@ def test_no_step_of_the_loop_waits(tmp_path, monkeypatch, optimizer, method):
             observer=SilentObserver(),
             classes=CLASSES,
         )
+        move(average.module)
+        loop.average = average
         with Waits() as waits, pytest.raises(Over):
             loop._train_epoch(0, loop._new_epoch_state())
     assert waits.found == []
+    assert average.updates == 1 + 3  # of five batches, two to an update
+
+
+AUGMENTATIONS = {
+    "mixing": AugmentSettings(mixup=0.4, cutmix=1.0, hflip=True, crop_scale=(0.3, 1.0)),
+    "colours": AugmentSettings(color_jitter=0.4, erasing=0.5, pad_crop=0.1, rotate90=True),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_no_augmentation_waits_or_sends_masks(name):
+    random = np.random.default_rng(0)
+    squares = random.integers(0, 256, (IMAGES, SIZE + 8, SIZE + 8, 3), dtype=np.uint8)
+    images = ArraySet(squares, np.arange(IMAGES) % CLASSES, [f"{i}" for i in range(IMAGES)])
+    loader = Loader(images, InputSpec(SIZE), batch_size=4, augment=AUGMENTATIONS[name], classes=CLASSES)
+    loader.device = loader.collator.device = GPU
+    pixels = loader._pixels
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loader._pixels = torch.empty(pixels.shape, dtype=torch.uint8, device=GPU)
+        loader.collator.every_label = torch.empty(IMAGES, dtype=torch.int64, device=GPU)
+        batches = loader.epoch(0)
+        next(batches)  # constants are sent once
+        sent = []
+        with Waits() as waits, Sent(sent):
+            batch = next(batches)
+    assert batch.images.device == GPU
+    assert waits.found == []
+    assert 0 < max(sent) < SIZE * SIZE  # numbers for an image, never a pixel's weight
+
+
+class Sent(TorchDispatchMode):
+    """Notes the size of what is copied to the GPU."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function.name() == "aten::_to_copy" and arguments[0].device.type == "cpu" and result.device.type == "cuda":
+            self.sizes.append(arguments[0].numel())
+        return result
 
 
 def test_metrics_wait_for_nothing_but_the_result():

@@ -64,6 +64,8 @@ for _verb in (
     deployment.predict,
     deployment.evaluate,
     deployment.export,
+    deployment.shrink,
+    deployment.benchmark,
     deployment.push,
     deployment.serve,
     check.check,
@@ -138,7 +140,7 @@ def _run_verb(arguments: list[str]) -> Any:
         return verb.main(
             args=arguments[1:], prog_name=f"potstill {arguments[0]}", standalone_mode=False, help_option_names=_HELP
         )
-    return command.main(args=arguments, prog_name="potstill", standalone_mode=False)
+    return command.main(args=list(arguments), prog_name="potstill", standalone_mode=False, obj=list(arguments))
 
 
 def _report_other_error(error: Exception) -> int:

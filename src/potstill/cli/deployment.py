@@ -1,4 +1,4 @@
-"""Commands that use a trained model: predict, evaluate, export, serve."""
+"""Commands that use a trained model: predict, evaluate, export, benchmark, push, serve."""
 
 import json
 import shlex
@@ -229,11 +229,27 @@ Run = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run folder, the folder of one of its models, or hf-hub:USER/NAME."),
 ]
+RunData = Annotated[str | None, typer.Option("--data", metavar="DIR", help="The run's data, if it has moved.")]
+FinetuningEpochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs", metavar="N", min=1, help="Epochs of the fine-tuning.  [default: a quarter of the student's]"
+    ),
+]
+FinetuningSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the fine-tuning; may be repeated."),
+]
 Stage = Annotated[
     str | None, typer.Option("--model", metavar="STAGE", help="teacher, baseline or distilled.  [default: distilled]")
 ]
 FormatName = Annotated[
-    str, typer.Option("--format", metavar="NAME", help="onnx, openvino, torch-export, executorch or coreml.")
+    str,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="onnx, openvino, litert, ncnn, page (for browsers), executorch, coreml, torch-export; or all-that-run.",
+    ),
 ]
 Preprocessing = Annotated[
     str,
@@ -261,7 +277,21 @@ def export(
         ),
     ] = 0.01,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
-    data: Annotated[str | None, typer.Option(metavar="DIR", help="The run's data, if it has moved.")] = None,
+    data: RunData = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="onnxruntime-web for --format page.  [default: got by npm, once]"),
+    ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help="Remove channels of the student and fine-tune it with its teacher: 0.5 (share of the weights to "
+            "remove), 2MB (file), 5ms (one image, one thread of this CPU), or 5ms,2MB.",
+        ),
+    ] = None,
+    epochs: FinetuningEpochs = None,
+    settings: FinetuningSettings = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Export a trained model for another inference engine.
@@ -269,19 +299,103 @@ def export(
     The exported model is compared with PyTorch on images of the run's test split.  A file NAME.json beside it holds
     its SHA-256 and the measurements.
     """
-    from potstill.console import escape_control
+    from potstill.console import Progress, escape_control
     from potstill.export.exporter import export as export_model
     from potstill.export.onnx import facts_path
-    from potstill.export.options import ExportOptions
+    from potstill.export.options import ALL_THAT_RUN, ExportOptions, check_options, find_format
     from potstill.io import read_checksummed_json
 
-    options = ExportOptions(form, preprocessing, int8, max_drop, output, data)
+    options = ExportOptions(form, preprocessing, int8, max_drop, output, data, runtime)
+    if prune is None and (epochs or settings):
+        raise UsageError("--epochs and --set are for the fine-tuning after --prune; --prune 0 fine-tunes all channels")
     with allowed_code(allow_code):
+        if prune is not None:
+            from potstill.sweep.shrink import Finetuning, parse_target, prune_run
+            from potstill.training.callbacks import SignalHandler
+
+            if form != ALL_THAT_RUN:
+                check_options(options, find_format(form))
+            target, finetuning = parse_target(prune), Finetuning(epochs, tuple(settings or ()), data, int8)
+            with SignalHandler() as stopping, Progress() as progress:
+                run = prune_run(run, model, target, finetuning, observer=progress, stopping=stopping)
+            model = None
+            _note(f"pruned: {run}")
+        if form == ALL_THAT_RUN:
+            from potstill.export.exporter import export_all, export_table
+
+            found = export_all(run, model, options, note=_note)
+            sys.stdout.write(escape_control(export_table(found), keep="\n"))
+            return
         path = export_model(run, model, options, note=_note)
     sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
     sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
     if form == "onnx":
         sys.stdout.write(f"next:   potstill predict {escape_control(shlex.quote(str(path)))} IMAGE\n")
+    if form == "page":
+        sys.stdout.write("next:   open it in a browser; for the camera of a phone, put it on a server with https\n")
+
+
+def shrink(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    max_loss: Annotated[
+        float, typer.Option("--max-loss", metavar="POINTS", help="Largest loss of accuracy, in percentage points.")
+    ] = 1.0,
+    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Quantize the files to int8.")] = True,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="STAGE", help="distilled or baseline.  [default: distilled]")
+    ] = None,
+    epochs: FinetuningEpochs = None,
+    settings: FinetuningSettings = None,
+    data: RunData = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Find the smallest file of a run's student that loses at most so many points, with 95 % confidence.
+
+    Channels are removed step by step, and each network is fine-tuned with the run's teacher, whose outputs are cached.
+    """
+    from potstill.console import Progress, print_next_command, print_section
+    from potstill.report.sweep import render_shrink
+    from potstill.sweep.shrink import Finetuning
+    from potstill.sweep.shrink import shrink as search
+    from potstill.training.callbacks import SignalHandler
+
+    finetuning = Finetuning(epochs, tuple(settings or ()), data, int8)
+    with allowed_code(allow_code), SignalHandler() as stopping, Progress() as progress:
+        folder, found = search(run, model, max_loss, finetuning, observer=progress, stopping=stopping)
+    page, lines = render_shrink(folder)
+    print_section(f"shrink {folder}: {page}", lines)
+    print_next_command(["potstill", "predict", found["file"], "IMAGE"])
+
+
+def benchmark(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES...", help="Exported files: .onnx, .xml, .tflite, .ncnn.param.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0: as many as cores.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each file.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency of exported files on this device.
+
+    Needs the files' engines, but not PyTorch.  The files take turns.
+    """
+    from potstill.console import escape_control
+    from potstill.export.benchmark import benchmark as measure
+
+    with silence_native_stderr():
+        found = measure(files, batch=batch, threads=threads, rounds=rounds)
+    if as_json:
+        sys.stdout.write(json.dumps([each.as_dict() for each in found], indent=2) + "\n")
+        return
+    width = max(len(escape_control(each.file)) for each in found)
+    lines = [f"{found[0].machine}, {found[0].threads} threads, batches of {batch}"]
+    lines += [
+        f"{escape_control(each.file):<{width}}  {each.bytes / 2**20:6.1f} MiB  {each.p50_ms:8.2f} ms (p50)  "
+        f"{each.p95_ms:8.2f} ms (p95)  {each.images_per_second:8.1f} images/s  {each.engine} {each.version}"
+        for each in found
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def push(

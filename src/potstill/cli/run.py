@@ -3,7 +3,8 @@
 import enum
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from potstill.code_references import is_code_reference
+from potstill.data.concurrency import usable_cores
 from potstill.distributed import is_torchrun_launched, restart_count
-from potstill.errors import RemoteFailure, UsageError
+from potstill.errors import RemoteFailure, UsageError, WorkerError
 
 DISTRIBUTED_COMMANDS = ("run", "train")
 
@@ -40,6 +42,70 @@ def check_torchrun_command(arguments: list[str]) -> None:
             f"torchrun has started `potstill {arguments[0]}` {os.environ['WORLD_SIZE']} times; "
             f"only {' and '.join(DISTRIBUTED_COMMANDS)} are distributed: start it without torchrun"
         )
+
+
+def processes_to_start(gpus: str | None, device: str | None, settings: list[str] | None) -> int:
+    """Return how many processes ``--gpus`` starts; 1: this one trains by itself.
+
+    Args:
+        gpus: value of ``--gpus``: a number or "all"; None: not given.
+        device: value of ``--device``; with cpu, the processes compute on the CPU.
+        settings: values of ``--set``, of which ``training.device`` counts too.
+
+    Raises:
+        UsageError: not a number of at least 1, or more than there are GPUs.
+    """
+    if gpus is None or is_torchrun_launched():  # the processes that were started have the same arguments
+        return 1
+    if gpus != "all" and not (gpus.isdecimal() and int(gpus) >= 1):
+        raise UsageError(f"--gpus {gpus!r}: give a number of at least 1, or all")
+    if device == "cpu" or any(_CPU_SETTING.fullmatch(text) for text in settings or ()):
+        if gpus == "all":
+            raise UsageError("--gpus all counts GPUs: with --device cpu, give the number of processes")
+        return int(gpus)
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there == 0:
+        raise UsageError(
+            f"--gpus {gpus}: PyTorch sees no GPU here (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}, "
+            f"CUDA {torch.version.cuda}): leave --gpus out; --gpus N --device cpu starts N processes on the CPU"
+        )
+    if gpus != "all" and int(gpus) > there:
+        raise UsageError(f"--gpus {gpus}: this machine has {there}; give at most as many, or all")
+    return there if gpus == "all" else int(gpus)
+
+
+def start_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run ``potstill ARGUMENTS`` in ``count`` processes of this machine by torchrun's launcher; return the exit code.
+
+    The code is that of the first failure; a process that was killed counts as lost (7).
+    """
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print their own errors
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"potstill-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # any free port
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "potstill", *arguments)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return next((code for code in codes if code > 0), WorkerError.exit_code)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
 
 
 @contextmanager
@@ -71,6 +137,7 @@ def resume_after_restart(folder: dict[str, Any], name: str) -> None:
 
 
 INTERNAL_ERROR = 1
+_CPU_SETTING = re.compile(r"\s*training\.device\s*=\s*cpu\s*")
 _TEACHER_WEIGHTS = re.compile(r"\s*teacher\.(\d+\.)?weights\s*=")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
@@ -124,6 +191,14 @@ Epochs = Annotated[int | None, typer.Option(metavar="N", help="training.epochs: 
 Lr = Annotated[float | None, typer.Option(metavar="LR", help="training.lr: learning rate after warm-up.")]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="training.batch_size: images per step.")]
 ImageSize = Annotated[int | None, typer.Option(metavar="PIXELS", help="data.size: height and width of the images.")]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="N",
+        help="Train in N processes, one for each GPU of this machine, or all; with --device cpu, N on the CPU.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(metavar="D", help="training.device: auto, cpu, cuda, cuda:1 or mps.")]
 MethodName = Annotated[
     str | None, typer.Option(metavar="M", help="method.name: distillation method; see `potstill methods`.")
@@ -199,6 +274,7 @@ def recipe_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(
+    context: typer.Context,
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")
     ] = None,
@@ -218,6 +294,7 @@ def run(
     temperature: Temperature = None,
     alpha: Alpha = None,
     device: Device = None,
+    gpus: Gpus = None,
     settings: Settings = None,
     name: Name = None,
     output_dir: Root = Path("runs"),
@@ -232,6 +309,8 @@ def run(
 ) -> None:
     """Train teacher, baseline and distilled student, and write a report."""
     flags = recipe_flags(locals())
+    if (count := processes_to_start(gpus, device, settings)) > 1:
+        raise typer.Exit(start_processes(count, context.obj))
     if reproduce is not None:
         given = {"RECIPE": recipe, "--set": settings, "--baseline": baseline, **flags}
         _reproduce(reproduce, given, allow_code, output_dir=output_dir, name=name, resume=resume, overwrite=overwrite)
@@ -254,6 +333,7 @@ def run(
 
 
 def train(
+    context: typer.Context,
     recipe: RecipeName,
     stage: Annotated[
         Stage,
@@ -277,6 +357,7 @@ def train(
     temperature: Temperature = None,
     alpha: Alpha = None,
     device: Device = None,
+    gpus: Gpus = None,
     settings: Settings = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the run folder.  [default: RECIPE-STAGE]")
@@ -289,6 +370,8 @@ def train(
 ) -> None:
     """Train one stage alone: teacher, baseline or distilled student."""
     flags = recipe_flags(locals())
+    if (count := processes_to_start(gpus, device, settings)) > 1:
+        raise typer.Exit(start_processes(count, context.obj))
     flags["--allow-code"] = allow_code
     folder = _run_pipeline(
         recipe,

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
-from potstill.code_references import permit_code
+from potstill.code_references import find_code, permit_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config import stage_number, stage_role
-from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.overrides import (
     apply_overrides,
     complete_fallbacks,

@@ -44,7 +44,9 @@ from potstill.data.transforms import (
     sample_boxes,
     sample_grid,
     scale_boxes,
+    to_device,
 )
+from potstill.types import widest_float
 
 _STEPS = 2**10
 _CONTRAST, _SATURATION = 1, 2  # 0: brightness
@@ -76,7 +78,7 @@ def adjust_colors(images: Tensor, factors: NDArray[np.float64], orders: NDArray[
         factors: [B, rounds], multiples of 2**-10 of at least 0.
         orders: [B, rounds]: 0 brightness, 1 contrast, 2 saturation.
     """
-    rounds = torch.from_numpy(np.stack([factors, orders]).astype(np.float32)).to(images.device, non_blocking=True)
+    rounds = to_device(torch.from_numpy(np.stack([factors, orders]).astype(np.float32)), images.device)
     adjusted = torch.empty_like(images, memory_format=torch.contiguous_format)
     for chosen in batch_slices(images):
         some = images[chosen].to(torch.float32, memory_format=torch.contiguous_format)
@@ -90,7 +92,7 @@ def _adjust_round(images: Tensor, factor: Tensor, operation: Tensor) -> None:
     """Apply one round in place; ``factor`` and ``operation`` are [B, 1, 1, 1]."""
     grey, rest = _grey(images), 1 - factor
     rows = grey.sum(dim=3, keepdim=True)  # integers: exact in any order of summation, in float32 and float64
-    total = rows.sum(dim=2, keepdim=True, dtype=torch.float64)
+    total = rows.sum(dim=2, keepdim=True, dtype=widest_float(images.device))
     mean = total / torch.full_like(
         total, grey[0].numel()
     )  # some devices round a division by a Python number differently
@@ -145,7 +147,7 @@ class AugmentPolicy:
                     magnitude = -magnitude
                 if name in _TRANSLATIONS:
                     magnitude = round(int(magnitude) * size / (drawn_size or size))
-                index = torch.from_numpy(np.flatnonzero(group.reshape(-1) == position)).to(images.device)
+                index = to_device(torch.from_numpy(np.flatnonzero(group.reshape(-1) == position)), images.device)
                 images[index] = operations[name](images[index], magnitude)
         return images
 
@@ -340,13 +342,16 @@ class BatchMixer:
             others: [B, 3, H, H], those of the partners.
             params: of these samples.
         """
-        size = own.shape[-1]
-        line = np.arange(size)
-        top, bottom, left, right = np.rint(params.boxes * size / self.size).T[:, :, None]
+        size, device = own.shape[-1], own.device
+        line = torch.arange(size, device=device)
+        # A few numbers per image are copied to the device, on which the masks [B, 1, S, S] are computed.
+        boxes = np.rint(params.boxes * size / self.size).astype(np.int64)
+        top, bottom, left, right = to_device(torch.from_numpy(boxes), device).T[:, :, None]
         rows, columns = (line >= top) & (line < bottom), (line >= left) & (line < right)
         outside = ~(rows[:, :, None] & columns[:, None, :])
-        weights = np.where(params.is_mixup[:, None, None], params.weights[:, None, None], outside).astype(np.float32)
-        weight = torch.from_numpy(weights)[:, None].to(own.device, non_blocking=True)
+        share = to_device(torch.from_numpy(params.weights.astype(np.float32)), device)[:, None, None]
+        is_mixup = to_device(torch.from_numpy(params.is_mixup), device)[:, None, None]
+        weight = torch.where(is_mixup, share, outside.float())[:, None]
         # Not fused, so that each product and sum is rounded in the same way on every device.
         return own * weight + others * (1 - weight)
 
@@ -359,7 +364,7 @@ class BatchMixer:
             params: of these samples.
             linear: they are embeddings, which are mixed themselves.
         """
-        weight = torch.from_numpy(params.weights.astype(np.float32)).to(own.device, non_blocking=True)
+        weight = to_device(torch.from_numpy(params.weights.astype(np.float32)), own.device)
         weight = weight[:, None, None, None]
         if linear:
             return own * weight + others * (1 - weight)
@@ -373,7 +378,7 @@ class BatchMixer:
             others: int64 [B], those of the partners.
             params: of these samples.
         """
-        weight = torch.from_numpy(params.weights.astype(np.float32)).to(own.device, non_blocking=True)
+        weight = to_device(torch.from_numpy(params.weights.astype(np.float32)), own.device)
         soft = _one_hot(own, self.classes) * weight[:, None] + _one_hot(others, self.classes) * (1 - weight)[:, None]
         return torch.where(weight >= 0.5, own, others), soft
 

@@ -17,7 +17,7 @@ from potstill.data.augment import BatchMixer, MixParams, ViewTransform
 from potstill.data.image_io import decoder_version
 from potstill.data.samplers import Ids, SameClassSampler
 from potstill.data.settings import AugmentSettings
-from potstill.data.transforms import ViewSize, center_crop, normalize
+from potstill.data.transforms import ViewSize, center_crop, normalize, to_device
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
 from potstill.types import Batch
@@ -206,14 +206,14 @@ class Collator:
     def batch(self, plan: BatchPlan, pixels: Tensor) -> Batch:
         """Return the batch; ``pixels`` are the squares of ``plan.pixel_ids``, uint8 [B or 2 B, *square_shape]."""
         pixels = self._move_to_device(pixels)
-        index = torch.from_numpy(plan.ids).to(self.device, non_blocking=True)
+        index = to_device(torch.from_numpy(plan.ids), self.device)
         numbers = np.broadcast_to(plan.view, plan.ids.shape).astype(np.int64)
         images, second = self._transform(plan, pixels)
         labels, soft = self.every_label[index], None
         if plan.mixing is not None and self.mixer is not None:
-            others = self.every_label[torch.from_numpy(plan.mixing.partners).to(self.device, non_blocking=True)]
+            others = self.every_label[to_device(torch.from_numpy(plan.mixing.partners), self.device)]
             labels, soft = self.mixer.labels(labels, others, plan.mixing)
-        view = torch.from_numpy(numbers).to(self.device, non_blocking=True)
+        view = to_device(torch.from_numpy(numbers), self.device)
         return Batch(images, labels, index, view, second, soft)
 
     def images(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class Collator:
         """Copy to the device, from pinned memory so that the CPU need not wait."""
         if self.device.type == "cuda" and pixels.device.type == "cpu":
             pixels = pixels.pin_memory()
-        return pixels.to(self.device, non_blocking=True)
+        return to_device(pixels, self.device)
 
     def _require_second(self) -> None:
         if self.second == "none":

@@ -37,15 +37,42 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
+_MAX_THREADS = 16  # beyond that, threads that decode wait for the interpreter's lock
+
+
+def usable_cores() -> int:
+    """Return the number of cores available to this process: its CPU affinity, capped by the container's quota.
+
+    Example:
+        >>> usable_cores() >= 1
+        True
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CPU_QUOTA_FILE.read_text(encoding="ascii").split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file; "max" in place of a number
+        return cores
+
+
 def thread_count() -> int:
-    """Return the number of cores that this process may use, at most 16.
+    """Return the number of threads for work that releases the interpreter's lock: the usable cores, at most 16.
 
     Example:
         >>> 1 <= thread_count() <= 16
         True
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores)
+    return min(_MAX_THREADS, usable_cores())
+
+
+def worker_count(local_processes: int = 1, *, on_gpu: bool = False) -> int:
+    """Return how many processes decode for each of the ``local_processes`` of a training on this machine.
+
+    A training on the CPU keeps half of the cores, one on a GPU a single core.
+    """
+    own = usable_cores() // local_processes
+    return max(1, own - 1 if on_gpu else own // 2)
 
 
 def raise_if_cancelled() -> None:

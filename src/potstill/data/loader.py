@@ -1,6 +1,8 @@
 """Batches of a split: preprocessed images with labels, sample ids and view numbers."""
 
 import dataclasses
+import queue
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data.collate import BatchPlan, Collator, SecondImages
-from potstill.data.concurrency import ProgressReporter, thread_count
+from potstill.data.concurrency import ProgressReporter, worker_count
 from potstill.data.decoded_cache import decode_all, decode_squares
 from potstill.data.image_sets import ImageSet, SemiSupervisedSet, decoding_set, set_value_range
 from potstill.data.preprocessing import aspect_ratios, decoded_side
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import EpochSampling
-from potstill.data.transforms import ViewSize
+from potstill.data.transforms import ViewSize, to_device
 from potstill.data.workers import DecodeWorkers
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec
@@ -40,8 +42,9 @@ class Loader:
         order: "listed"; "shuffled": a new permutation each epoch; "balanced": N draws with replacement, each class
             equally likely (an image drawn twice in an epoch is seen in the same view).
         seed: of order and views.
-        workers: processes that decode if the pixels do not fit into memory; "auto": half of the cores.  Fewer, or
-            none, if shared memory does not suffice for their batches.
+        workers: processes that decode if the pixels do not fit into memory; "auto": half of the cores, or all but one
+            if the device is a GPU, divided among ``local_processes``.  Fewer, or none, if shared memory does not
+            suffice for their batches.
         device: of the batches.
         cache_fraction: of free memory, and of the free disk, that decoded pixels may take.
         local_processes: processes on this machine that load the same images: they share its memory and cores, and one
@@ -169,7 +172,9 @@ class Loader:
         if answers is not None:
             self._pixels = answers.to(self.device)
         self._cache_fraction, self._local_processes = cache_fraction, local_processes
-        self._worker_count = max(1, thread_count() // 2 // local_processes) if workers == "auto" else workers
+        if workers == "auto":
+            workers = worker_count(local_processes, on_gpu=self.device.type == "cuda")
+        self._worker_count = workers
         self._identity, self._progress = identity, progress
         if drawn_for is None:
             self._start_decoding()
@@ -322,6 +327,9 @@ class Loader:
                 self._workers, self.processes = workers, workers.count
 
     def _with_pixels(self, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+        if self._workers is None and self._pixels is not None and needs_reading_ahead(self._pixels, self.device):
+            yield from self._read_ahead(plans, self._pixels)
+            return
         if self._workers is None:
             for plan in plans:
                 yield plan, self._read_pixels(plan.pixel_ids)
@@ -329,6 +337,53 @@ class Loader:
         epoch = list(plans)
         pixels = self._workers.squares([plan.pixel_ids.tolist() for plan in epoch])
         yield from zip(epoch, pixels, strict=True)
+
+    def _read_ahead(self, plans: Iterator[BatchPlan], pixels: Tensor) -> Iterator[tuple[BatchPlan, Tensor]]:
+        """Read the pixels of the next batches in a thread, into buffers that are used in turn.
+
+        A buffer is pinned, so that its copy to the GPU takes no time of the CPU, and is written again once that copy is
+        done.  So a batch must be copied before the next one is requested.
+        """
+        largest = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
+        on_gpu = self.device.type == "cuda"
+        buffers = [
+            torch.empty((largest, *pixels.shape[1:]), dtype=pixels.dtype, pin_memory=on_gpu) for _ in range(_BUFFERS)
+        ]
+        copied = [torch.cuda.Event() if on_gpu else None for _ in buffers]  # type: ignore[no-untyped-call]
+        free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        filled: queue.SimpleQueue[tuple[BatchPlan, int] | BaseException | None] = queue.SimpleQueue()
+        for number in range(_BUFFERS):
+            free.put(number)
+
+        def work() -> None:
+            try:
+                for plan in plans:
+                    number = free.get()
+                    if number is None:  # the epoch was left
+                        return
+                    if (event := copied[number]) is not None:
+                        event.synchronize()
+                    rows = plan.pixel_ids if self._rows is None else self._rows[plan.pixel_ids]
+                    torch.index_select(pixels, 0, torch.from_numpy(rows), out=buffers[number][: len(rows)])
+                    filled.put((plan, number))
+                filled.put(None)
+            except BaseException as error:
+                filled.put(error)
+
+        thread = threading.Thread(target=work, name="potstill-read-ahead", daemon=True)
+        thread.start()
+        try:
+            while (found := filled.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                plan, number = found
+                yield plan, buffers[number][: len(plan.pixel_ids)]
+                if (event := copied[number]) is not None:
+                    event.record()
+                free.put(number)
+        finally:
+            free.put(None)
+            thread.join()
 
     def _complete(self, plan: BatchPlan, pixels: Tensor) -> tuple[BatchPlan, Tensor]:
         """Return the plan with the aspect ratios of its images, if these are stretched; and the pixels."""
@@ -343,8 +398,16 @@ class Loader:
     def _read_pixels(self, ids: Ids) -> Tensor:
         if self._pixels is not None:
             ids = ids if self._rows is None else self._rows[ids]
-            return self._pixels.index_select(0, torch.from_numpy(ids).to(self._pixels.device, non_blocking=True))
+            return self._pixels.index_select(0, to_device(torch.from_numpy(ids), self._pixels.device))
         return decode_squares(self._all, ids.tolist(), self.side, self._resize_mode)
+
+
+_BUFFERS = 3  # one is copied to the GPU while the next is ready and another one is filled
+
+
+def needs_reading_ahead(pixels: Tensor, device: torch.device) -> bool:
+    """Return whether the CPU reads pixels for a GPU; a CPU that trains has no core to spare for it."""
+    return device.type == "cuda" and pixels.device.type == "cpu"
 
 
 def _to_numpy(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:

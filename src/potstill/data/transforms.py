@@ -26,6 +26,14 @@ from potstill.input_spec import InputSpec, Triple
 _MAX_VALUES = 2**18  # pixel values, so that intermediate results stay in a core's cache
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device; only on CUDA without waiting for the copy.
+
+    CUDA reads pageable memory before the call returns.  MPS reads it later, when a temporary may be freed already.
+    """
+    return values.to(device, non_blocking=device.type == "cuda")
+
+
 def batch_slices(images: Tensor) -> Iterator[slice]:
     """Yield slices of a batch [B, 3, H, W]: a few images each on a CPU, all at once on other devices."""
     step = max(1, _MAX_VALUES // images[0].numel()) if images.device.type == "cpu" else len(images)
@@ -199,7 +207,7 @@ def draw_grid(
         rows,
         columns,
         black=(black[0][:, :, None] | black[1][:, None, :])[:, None] if has_black else None,
-        transposed=_to_device(quarters % 2 == 1, device) if augment.rotate90 else None,
+        transposed=to_device(torch.from_numpy(quarters % 2 == 1), device) if augment.rotate90 else None,
     )
 
 
@@ -227,18 +235,14 @@ def apply_fill_and_rotation(images: Tensor, grid: SamplingGrid) -> Tensor:
 
 def _line(size: int, offset: NDArray[np.int64], reverse: NDArray[np.bool_], device: torch.device) -> Tensor:
     """Return 0 to S - 1, reversed where ``reverse`` is True, plus the offset; [B, S]."""
-    first = _to_device(np.where(reverse, size - 1, 0) + offset, device)[:, None]
-    step = _to_device(np.where(reverse, -1, 1), device)[:, None]
+    first = to_device(torch.from_numpy(np.where(reverse, size - 1, 0) + offset), device)[:, None]
+    step = to_device(torch.from_numpy(np.where(reverse, -1, 1)), device)[:, None]
     return first + step * torch.arange(size, device=device)
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
     """Mirror positions outside [0, size) at the borders, which are not repeated: -1 -> 1, size -> size - 2."""
     return size - 1 - (size - 1 - position.abs()).abs()
-
-
-def _to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a crop: the default of RandomResizedCrop
@@ -263,8 +267,8 @@ def resized_crops(images: Tensor, boxes: Boxes, grid: SamplingGrid) -> Tensor:
     """
     box = torch.from_numpy(boxes.T.reshape(2, 2, -1).copy())  # (top, left), (height, width)
     # Divided on the CPU: some devices multiply by the reciprocal, which rounds twice.
-    scale = (box[1] / grid.rows.shape[1]).to(images.device, torch.float32, non_blocking=True)
-    starts, lengths = box.to(images.device, non_blocking=True)
+    scale = to_device((box[1] / grid.rows.shape[1]).float(), images.device)
+    starts, lengths = to_device(box, images.device)
     weights, index = _weights(torch.stack([grid.rows, grid.columns]), starts, lengths, scale, images.shape[-1])
     (rows, columns), (row_index, column_index) = weights, index
     size = rows.shape[1]
@@ -344,7 +348,7 @@ def random_erase(images: Tensor, probability: float, draws: CounterRNG, drawn_si
     drawn, fits = sample_boxes(ERASE_SCALE, ERASE_RATIO, drawn_size or size, draws, "erase")
     boxes = scale_boxes(drawn, drawn_size or size, size)
     boxes[~(fits & (draws("erase") < probability)), 2:] = 0
-    top, left, height, width = torch.from_numpy(boxes).to(images.device, non_blocking=True).T[:, :, None]
+    top, left, height, width = to_device(torch.from_numpy(boxes), images.device).T[:, :, None]
     line = torch.arange(size, device=images.device)
     rows, columns = (line >= top) & (line < top + height), (line >= left) & (line < left + width)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)

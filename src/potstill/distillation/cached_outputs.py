@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -191,7 +191,11 @@ class CachedTeacherOutputs:
             logits, embedded = cache.record.decode(records, temperature)
             embedding = None if embedded is None else _to_device(embedded, images.device)
             outputs.append(
-                ForwardOutput(_to_device(logits, images.device), embedding=embedding, head=extractor.head(network))
+                ForwardOutput(
+                    _to_device(logits, images.device),
+                    embedding=embedding,
+                    head=extractor.head(network),
+                )
             )
         return outputs
 
@@ -210,7 +214,7 @@ class CachedTeacherOutputs:
             teacher_images = self.views.at(self._position, torch.from_numpy(ids), view)
             prepared = teacher_images.second if caches is self.second else teacher_images.images
         with self.autocast():
-            index = torch.from_numpy(ids).to(images.device, non_blocking=True) if self.training else None
+            index = _to_device(ids, images.device) if self.training else None
             outputs = teachers.run(images, prepared, index)
         for teacher, (cache, (records, present), output) in enumerate(zip(caches, read, outputs, strict=True)):
             embedding = None if output.embedding is None else _to_numpy(output.embedding)
@@ -267,5 +271,6 @@ def _to_numpy(values: Tensor) -> NDArray[np.float32]:
     return values.detach().float().cpu().numpy()
 
 
-def _to_device(values: NDArray[np.float32], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    # Only CUDA has read the memory when the call returns; MPS reads it later.
+    return torch.from_numpy(values).to(device, non_blocking=device.type == "cuda")

@@ -204,16 +204,21 @@ def _fused_parameters(layer: FoldableLayer, norm: _BatchNorm) -> tuple[nn.Parame
     assert norm.running_mean is not None
     assert norm.running_var is not None
     fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+
+    def double(values: Tensor) -> Tensor:
+        return values.cpu().double()  # MPS has no float64
+
     weight, bias = fuse(
-        layer.weight.double(),
-        None if layer.bias is None else layer.bias.double(),
-        norm.running_mean.double(),
-        norm.running_var.double(),
+        double(layer.weight),
+        None if layer.bias is None else double(layer.bias),
+        double(norm.running_mean),
+        double(norm.running_var),
         norm.eps,
-        torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.double(),
-        torch.zeros_like(norm.running_var) if norm.bias is None else norm.bias.double(),
+        double(torch.ones_like(norm.running_var) if norm.weight is None else norm.weight),
+        double(torch.zeros_like(norm.running_var) if norm.bias is None else norm.bias),
     )
-    return tuple(nn.Parameter(each.to(layer.weight.dtype), requires_grad=False) for each in (weight, bias))  # type: ignore[return-value]
+    fused = [each.to(layer.weight.device, layer.weight.dtype) for each in (weight, bias)]
+    return nn.Parameter(fused[0], requires_grad=False), nn.Parameter(fused[1], requires_grad=False)
 
 
 def _without_normalisation(norm: _BatchNorm) -> nn.Module:

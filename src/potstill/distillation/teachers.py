@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -279,7 +279,8 @@ class Teachers(nn.Module):
             return outputs[0].logits
         stacked = torch.stack([output.logits for output in outputs])
         # Created on the CPU: creating it on a GPU would synchronise.
-        shares = torch.tensor(self.shares, dtype=stacked.dtype).to(stacked.device, non_blocking=True).view(-1, 1, 1)
+        shares = torch.tensor(self.shares, dtype=stacked.dtype)
+        shares = shares.to(stacked.device, non_blocking=stacked.is_cuda).view(-1, 1, 1)
         if self.combine == "logits":
             return (shares * stacked).sum(dim=0)
         return torch.logsumexp(stacked.log_softmax(dim=2) + shares.log(), dim=0)
@@ -336,6 +337,31 @@ class Teachers(nn.Module):
         """Run one teacher in float32, unconverted and independent of autocast; return its settings."""
         self.inference_settings[position] = settings = InferenceSettings(memory_format=memory_format)
         return settings
+
+    def compile(self, images: Tensor, **options: Any) -> list[str]:  # type: ignore[override]
+        """Compile the networks whose hidden layers are not read, and run each once; return a sentence on each.
+
+        A network that cannot be compiled goes on without.
+
+        Args:
+            images: [B, 3, H, W] of the size of later batches, preprocessed for the student.
+            options: of ``torch.compile``.
+        """
+        notes = []
+        for position, (network, convert) in enumerate(zip(self.networks, self.input_converters, strict=True)):
+            extractor, settings = self.extractors[position], self.inference_settings[position]
+            if extractor.uses_hooks:
+                notes.append("not compiled: its hidden layers are read")
+                continue
+            network.compile(**options)
+            try:
+                with torch.no_grad():
+                    extractor.run(network, convert(images), settings)
+                notes.append("compiled")
+            except Exception as error:  # compilers raise anything
+                network._compiled_call_impl = None
+                notes.append(f"not compiled: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
+        return notes
 
     def _apply_fold_heads(self, position: int, output: ForwardOutput, index: Tensor | None) -> ForwardOutput:
         """Return a teacher's output with the logits of the folds' heads, if it has such."""

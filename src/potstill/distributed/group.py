@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -336,6 +336,15 @@ class ProcessGroup:
             dist.all_gather_object(found, value)
         return found
 
+    def collect(self, value: Value) -> list[Value] | None:
+        """Return the values of all processes, by rank, in the first process; None in the others."""
+        if not self.several:
+            return [value]
+        found: list[Any] | None = [None] * self.count if self.first else None
+        with self.together():
+            dist.gather_object(value, found, dst=0)
+        return found
+
     def highest(self, *values: int) -> tuple[int, ...]:
         """Return the maximum of each number over all processes."""
         if not self.several:
@@ -354,6 +363,16 @@ class ProcessGroup:
             for name in sorted(tensors):
                 found[name] = tensors[name].clone()
                 dist.all_reduce(found[name])
+        return found
+
+    def add_on_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As ``add``, but only the first process gets the sums; the others get something undefined."""
+        if not self.several:
+            return dict(tensors)
+        found = {name: tensor.clone() for name, tensor in tensors.items()}
+        with self.together():
+            for name in sorted(found):
+                dist.reduce(found[name], dst=0)
         return found
 
     @torch.no_grad()
@@ -447,6 +466,9 @@ def process_group() -> Iterator[ProcessGroup]:
             raise WorkerError(f"not all of the {count} processes have begun within {start_timeout:g} seconds")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_COLLECTIVE_TIMEOUT)
+        if torch.cuda.is_available():
+            properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+            check_distinct_gpus(group.gather(f"{_HOST} {properties.uuid}"))
         yield group
         group.highest(0)  # wait for all before leaving
     except BaseException as error:
@@ -460,11 +482,26 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def _choose_gpu(local_rank: int, local_count: int) -> None:
+    """Make one GPU this process's own: that of its local rank, or the only one that it sees.
+
+    SLURM may give each process a mask (CUDA_VISIBLE_DEVICES) with a GPU of its own, number 0 in each of them.
+    """
     if not torch.cuda.is_available():
         return
-    if torch.cuda.device_count() < local_count:
+    count = torch.cuda.device_count()
+    if 1 < count < local_count:
         raise UsageError(
-            f"{local_count} processes on a machine with {torch.cuda.device_count()} GPUs: "
+            f"{local_count} processes on a machine with {count} GPUs: "
             "start one per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU"
         )
-    torch.cuda.set_device(local_rank)
+    torch.cuda.set_device(0 if count == 1 else local_rank)
+
+
+def check_distinct_gpus(gpus: Sequence[str]) -> None:
+    """Raise UsageError if two processes share a GPU; ``gpus`` are those of all processes, by rank."""
+    for rank, gpu in enumerate(gpus):
+        if (first := gpus.index(gpu)) != rank:
+            raise UsageError(
+                f"the processes {first} and {rank} of {len(gpus)} see the same GPU: start one process per GPU, give "
+                "each its own (CUDA_VISIBLE_DEVICES), or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU"
+            )

@@ -21,6 +21,7 @@ from potstill.evaluation import (
     exact_auc_per_class,
 )
 from potstill.formatting import format_names
+from potstill.types import widest_float
 
 BUFFER_ROWS = 4096  # images in the buffer; up to so many, AUC is exact
 CPU_CACHE_VALUES = 2**17  # logits per block that fit a CPU's cache together with intermediate results
@@ -80,7 +81,7 @@ class StreamingMetrics:
         """Reset all sums."""
         self._held = 0  # rows in the buffer
         self._binned = False
-        real = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        real = widest_float(self.device)
         self._histogram: Tensor | None = None  # large, so it is created on demand
         self._sums = {
             "classes": torch.zeros(3, self.num_classes, dtype=torch.int64, device=self.device),

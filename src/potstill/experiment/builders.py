@@ -58,6 +58,7 @@ from potstill.models.families.opaque_models import (
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
+from potstill.models.pruning import Widths, cut_channels
 from potstill.models.registry import build_model, input_spec, own_size, resolve
 from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
@@ -76,6 +77,7 @@ class InitialNetwork:
     facts: dict[str, Any] = field(default_factory=dict)  # the source of its weights
     remodelled: dict[str, Any] | None = None  # from a model file, if a method has changed its layers
     output_groups: OutputGroups | None = None  # if several outputs belong to one class
+    pruned: Widths | None = None  # from a model file, if channels were removed
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # such as a randomly initialised head
 
@@ -424,6 +426,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
             facts=facts,
             remodelled=model.remodelled,
             output_groups=model.output_groups,
+            pruned=model.pruned,
         )
     if model.remodelled is not None:
         name = model.remodelled.get("name")
@@ -441,12 +444,15 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
         )
     warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights are kept"
     module = create_model(model.architecture, len(classes), size=model.input.size)
+    module = module if model.pruned is None else cut_channels(module, model.pruned)
     own = module.state_dict()
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
     head = _head_keys(model.module, module, len(model.class_names) == len(classes))
     module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
     warnings = [warning] if _has_random_head(network, key) else []
-    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
+    start = InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
+    start.pruned = model.pruned
+    return start
 
 
 def _class_difference(path: Path, theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -786,11 +792,12 @@ def _adapter_table(adapters: list[tuple[str, nn.Parameter]], max_rows: int | Non
 
 def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:
     """Return the cost of the teachers' forward pass in a training step: ``parameters`` and their ``bytes`` in memory
-    (None if a teacher hides its layers), and ``ms_per_step`` (median); None without teacher.
+    (None if a teacher hides its layers), and ``ms_per_step`` (median); None without teacher, or if a GPU has too little
+    memory, of which the training says more.
 
     Args:
         distiller: on the compute's device.
-        batch_size: images of a step.
+        batch_size: images of a step in this process.
         size: of the student's images in pixels.
         compute: device and precision.
     """
@@ -801,8 +808,11 @@ def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compu
     for _ in range(TIMING_ROUNDS + 1):
         compute.synchronize()
         start = time.perf_counter()
-        with compute.autocast(), example_answers([distiller.teacher]):
-            distiller.run_teacher(images)
+        try:
+            with compute.autocast(), example_answers([distiller.teacher]):
+                distiller.run_teacher(images)
+        except torch.OutOfMemoryError:
+            return None
         compute.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     parameters, count = list(distiller.teacher.parameters()), known_parameters(distiller.teacher)

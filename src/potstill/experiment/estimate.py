@@ -179,9 +179,27 @@ def estimate_further_seeds(
     )
 
 
+class StageTime(float):
+    """The seconds of a stage, of which ``first`` pass in the first ``share`` of the training, while the teacher runs.
+
+    Later epochs read the teacher's outputs from the cache.
+    """
+
+    first: float = 0.0
+    share: float = 0.0
+
+    def at(self, done: float) -> float:
+        """Return the seconds that ``done``, a fraction of the training in [0, 1], takes."""
+        if not 0 < self.share < 1:
+            return self * done
+        return self.first * min(done / self.share, 1) + (self - self.first) * max(0, done - self.share) / (
+            1 - self.share
+        )
+
+
 def estimate_stages(
     recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, compute: Compute
-) -> dict[str, float]:
+) -> dict[str, StageTime]:
     """Return the seconds that each stage will take, from one small batch of each of its networks with random weights.
 
     A stage whose networks cannot be built here, such as those of the user's own code, is left out.
@@ -192,8 +210,11 @@ def estimate_stages(
         data: the splits.
         compute: device, precision and process group.
     """
-    seconds, known = dict[str, float](), dict[tuple[str, int], tuple[float, float]]()
+    seconds, known = dict[str, StageTime](), dict[tuple[str, int], tuple[float, float]]()
     train, val, views = len(data.train), len(data.val), recipe.teacher_cache.views
+    unlabeled = 0 if data.unlabeled is None else len(data.unlabeled)
+    share = recipe.data.unlabeled_share if unlabeled else 0.0
+    further = train * share / (1 - share)  # unlabeled images in an epoch
 
     def cost(stage: str) -> tuple[float, float]:
         network = recipe.network(stage)
@@ -208,12 +229,21 @@ def estimate_stages(
             step, forward = cost(stage.name)
             fitted = network.head in ("probe", "finetune") or (network.head is None and stage.role == "teacher")
             trained = stage.role != "teacher" or network.weights is None or network.head in ("finetune", "random")
-            total = settings.epochs * (train * step + val * forward) if trained else 0.0
+            images = train + further if stage.distils else train
+            total = settings.epochs * (images * step + val * forward) if trained else 0.0
             total += (train + val) * forward if fitted and network.weights is not None else 0.0
-            if stage.distils:
-                shown = settings.epochs if isinstance(views, str) else min(views, settings.epochs)
-                total += shown * train * sum(cost(teacher)[1] for teacher in stage.teachers)
-            seconds[stage.name] = total / max(1, compute.processes.count)
+            asked = epochs = 0.0  # images that the teacher answers, and the epochs that this takes
+            if stage.distils and not (stage.repeat and recipe.data.augmentation_seed is not None):
+                each = settings.epochs if isinstance(views, str) else min(views, settings.epochs)
+                asked, epochs = each * train + settings.epochs * further, each
+                if further and not isinstance(views, str):
+                    asked = each * train + min(settings.epochs * further, views * unlabeled)
+                    epochs = max(each, min(settings.epochs, views * unlabeled / further))
+            teacher = asked * sum(cost(teacher)[1] for teacher in stage.teachers) if asked else 0.0
+            time = StageTime((total + teacher) / max(1, compute.processes.count))
+            time.share = epochs / settings.epochs
+            time.first = (teacher + time.share * total) / max(1, compute.processes.count)
+            seconds[stage.name] = time
     return seconds
 
 

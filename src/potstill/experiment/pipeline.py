@@ -95,7 +95,7 @@ from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
 from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
-from potstill.training.devices import Compute, create_compute
+from potstill.training.devices import Compute, create_compute, idle_gpus
 from potstill.training.optim import lr_factor
 from potstill.training.settings import TrainingSettings
 
@@ -253,6 +253,8 @@ def run(
         for stage, table in layers.items():
             if table:
                 observer.note(f"{stage}: {table}")
+        if text := idle_gpus(compute):
+            observer.note(text)
         if view_plan.note and "distilled" in stages:
             observer.note(view_plan.note)
         if text := describe_seeds(recipe, planned):
@@ -277,7 +279,7 @@ def run(
         for text in replaced:
             experiment.warn(text)
         experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
-        experiment.warnings += warn_about_settings(recipe, planned, splits, observer)
+        experiment.warnings += warn_about_settings(recipe, planned, splits, observer, compute)
         if splits.unlabeled is not None and splits.target is None and "distilled" in stages:
             unlabeled = describe_unlabeled(recipe, splits)
             observer.note(unlabeled["sentence"])
@@ -308,6 +310,8 @@ def run(
             facts_of_run: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
             if classless:
                 facts_of_run["teachers_without_classes"] = classless
+            if splits.unlabeled is not None and splits.target is None:
+                facts_of_run["unlabeled_images"] = len(splits.unlabeled)
             if experiment.not_distilled:
                 facts_of_run["not_distilled"] = experiment.not_distilled
             if processes.first:
@@ -581,7 +585,7 @@ class _Experiment:
         torch.manual_seed(derive_seed(recipe.seed, stage.seed))  # baseline and distilled start from the same weights
         start = self._start(recipe.network(stage.name))
         facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
-        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
+        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups, start.pruned)
         if recipe.network(stage.name).weights is None:
             self._warn_about_scale(stage, count_parameters(start.module))
         if stage.role == "previous":

@@ -406,10 +406,43 @@ def _load(recipe: Recipe, data: DataSplits | None, observer: Observer | None) ->
         return load_data(recipe.data, data, progress=observer)
 
 
+MIN_IMAGES_PER_GPU = 32  # in a batch
+
+
+def small_batch_warning(batch_size: int, processes: int, device: torch.device) -> str:
+    """Return a warning if each of several GPUs gets few images of a batch; else "".
+
+    Example:
+        >>> small_batch_warning(64, 4, torch.device("cuda"))
+        'training.batch_size 64 is the batch of all processes: each of 4 GPUs gets 16 images, ...
+        >>> small_batch_warning(128, 4, torch.device("cuda")), small_batch_warning(8, 1, torch.device("cuda"))
+        ('', '')
+    """
+    own = batch_size // processes
+    if processes == 1 or device.type != "cuda" or own >= MIN_IMAGES_PER_GPU:
+        return ""
+    return (
+        f"training.batch_size {batch_size} is the batch of all processes: each of {processes} GPUs gets {own} images, "
+        f"too few to keep it busy, and BatchNorm normalises by so many. {processes * MIN_IMAGES_PER_GPU} or more, with "
+        "a learning rate to match, use them well (training.sync_batch_norm=true normalises by the whole batch)"
+    )
+
+
 def warn_about_settings(
-    recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, observer: Observer
+    recipe: Recipe,
+    planned: Sequence[PlannedStage],
+    data: DataSplits,
+    observer: Observer,
+    compute: Compute | None = None,
 ) -> list[str]:
-    """Warn about settings without effect, given the number of epochs and images.
+    """Warn about settings without effect, given the number of epochs and images, and about small batches.
+
+    Args:
+        recipe: of the run.
+        planned: its stages.
+        data: its images.
+        observer: receives the warnings.
+        compute: device and processes; None: a single process.
 
     Returns:
         The warnings, for the report.
@@ -419,6 +452,10 @@ def warn_about_settings(
     for stage in planned:
         settings = recipe.stage_training(stage.name)
         for text in _without_effect(settings, images):
+            texts[f"{stage.role}: {text}"] = None
+        if compute is not None and (
+            text := small_batch_warning(settings.batch_size, compute.processes.count, compute.device)
+        ):
             texts[f"{stage.role}: {text}"] = None
         if stage.distils:
             if 1 < settings.epochs < (length := method.warmup_length(settings.epochs)):

@@ -140,7 +140,14 @@ def train_stage(
             observer=observer,
             views=views["train"],
         )
-    cost = measure_teacher_cost(distiller, settings.batch_size, size, compute)
+    if settings.compile_teacher and distiller.teacher is not None:
+        count = max(1, settings.batch_size // processes.count)
+        images = torch.zeros(count, 3, size, size, device=compute.device)
+        with compute.autocast():
+            notes = distiller.teacher.compile(images)
+        for name, note in zip(planned.teachers, notes, strict=True):
+            observer.note(f"{name}: {note}")
+    cost = measure_teacher_cost(distiller, max(1, settings.batch_size // processes.count), size, compute)
     if cost is not None:  # the parameters before BatchNorm was folded
         cost |= {"parameters": known_parameters(*(teacher.module for teacher in teachers))}
     torch.manual_seed(
@@ -180,7 +187,7 @@ def train_stage(
                         caches.by_split["train"],
                         train,
                         student,
-                        teacher=cost["ms_per_step"] / 1000 / settings.batch_size,
+                        teacher=cost["ms_per_step"] / 1000 / cost["batch_size"],
                         batch=settings.batch_size,
                         epochs=settings.epochs,
                         compute=compute,
@@ -325,8 +332,8 @@ def scale_logits(
 ) -> tuple[dict[str, Any], EpochRecord]:
     """Divide the student's last layer by the temperature fitted on val, if that lowers the NLL there beyond doubt.
 
-    In the weights, the temperature holds for every use of the model: predictions, exports, a further training.
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.  In the weights, the temperature holds for every
+    use of the model: predictions, exports, a further training.
 
     Returns:
         ``temperature``, ``images``, and ``before`` and ``after`` with ``nll`` and ``ece`` on val; and all val metrics.

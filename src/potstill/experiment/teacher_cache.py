@@ -44,6 +44,7 @@ EPOCHS_PER_VIEW = 4  # one view for so many epochs, where there are many
 TOP16_FROM_BYTES = (
     10e9  # bytes of one seed's float16 records, from which the 16 largest logits are kept where they suffice
 )
+MANY_CLASSES = 500  # from which they are kept in any case: 72 bytes an answer in place of 2 a class
 MAX_DISK_FRACTION = 0.25  # of what is free, that stores may take
 _ASSUMED_WIDTH = 2048  # of embeddings, before the teacher is loaded
 
@@ -89,7 +90,8 @@ def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
     classes = len(data.class_names)
     kind = record_kind(recipe, method, classes)
     size = _bytes_of_seed(recipe, method, data, kind)
-    if recipe.teacher_cache.record == "auto" and size > TOP16_FROM_BYTES and top16_suffices(method, classes):
+    large = size > TOP16_FROM_BYTES or classes >= MANY_CLASSES
+    if recipe.teacher_cache.record == "auto" and large and top16_suffices(method, classes):
         kind = "top16"
         size = _bytes_of_seed(recipe, method, data, kind)
     needed, room = recipe.seeds * size, MAX_DISK_FRACTION * _free_bytes(cache_root(recipe))
@@ -324,6 +326,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "weights": teacher.weights,
         "remodelled": network.remodelled,
         **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
+        **({} if network.pruned is None else {"pruned": network.pruned}),
         "input": dataclasses.asdict(network.input),
         "inference": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
         **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),

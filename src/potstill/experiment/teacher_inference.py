@@ -1,4 +1,4 @@
-"""Faster inference of a stage's teachers (bf16, folded BatchNorm, channels_last), if it agrees with float32."""
+"""Faster inference of a stage's teachers (bf16 or fp16, folded BatchNorm, channels_last), if it agrees with float32."""
 
 import contextlib
 import dataclasses
@@ -73,7 +73,7 @@ def convert_teachers(
         described = StageTeacher(teacher, folder, module_digest(teacher.module), None, digest) if cacheable else None
         hidden = find_opaque(teacher.module) is not None
         exact = hidden or recipe.network(name).head == "none" or recipe.network(name).precision == "float32"
-        if exact or (cacheable and not compute.teacher_in_bf16):
+        if exact or (cacheable and compute.teacher_dtype == torch.float32):
             live.use_float32(at, compute.memory_format)
         elif described is not None:
             own = None if views is None else views.loaders[at]
@@ -142,7 +142,7 @@ def _convert_teacher(
     )  # which takes a second
     images = teacher_images(teachers, at, train, own, spread_ids(train.samples, count))
     done = teachers.optimize_one_for_inference(
-        at, torch.bfloat16, compute.memory_format, images, min_agreement=MIN_AGREEMENT, fidelity=found
+        at, compute.teacher_dtype, compute.memory_format, images, min_agreement=MIN_AGREEMENT, fidelity=found
     )
     if found is None and done.fidelity is not None:
         cache.write(done.fidelity)
@@ -167,9 +167,8 @@ class _FidelityCache:
     """
 
     def __init__(self, teacher: StageTeacher, train: Loader, data: DataSplits, compute: Compute) -> None:
-        tried = dataclasses.replace(
-            teacher, inference_settings=InferenceSettings(torch.bfloat16, compute.memory_format)
-        )
+        settings = InferenceSettings(compute.teacher_dtype, compute.memory_format)
+        tried = dataclasses.replace(teacher, inference_settings=settings)
         subject = {
             "format": FORMAT,
             "answers": cache_key(describe_teacher(tried), train, "train", data, second=False),

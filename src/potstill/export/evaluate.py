@@ -64,7 +64,7 @@ def evaluate(
     labels = _match_labels(names, classifier.class_names)
     resolved = create_compute(TrainingSettings(device=device)).device
     classifier.module.to(resolved)
-    loader = Loader(images, classifier.input, batch_size=BATCH_SIZE, device=resolved)
+    loader = Loader(images, classifier.input, batch_size=BATCH_SIZE, device=resolved, workers="auto")
     count = len(classifier.class_names)
     predictions = predict_split(classifier.module, loader, classes=count, device=resolved, labels=labels)
     return {

@@ -1,4 +1,4 @@
-"""Export formats: torch.export, ExecuTorch, Core ML.
+"""Export formats: torch.export, ExecuTorch, LiteRT, Core ML.
 
 torch and the converters are imported by the functions that need them.
 """
@@ -6,6 +6,8 @@ torch and the converters are imported by the functions that need them.
 import contextlib
 import io
 import logging
+import os
+import re
 import tempfile
 import warnings
 import zipfile
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from potstill.console import silence_native_stderr
 from potstill.errors import ArtifactError
 from potstill.models.exported_files import METADATA_KEY, PREPROCESSING_MODES, ExportMetadata
 
@@ -34,21 +37,25 @@ class ExportFormat:
     Attributes:
         convert: converts a network in eval mode on the CPU, images [B, 3, S, S] -> logits [B, K], to the content of a
             file for each suffix.
-        open: loads the result of ``convert`` as a function; None if such files run only on other machines.
+        open: loads the result of ``convert`` as a function; None if such files run only on other machines.  Its
+            argument ``threads`` is for one image; 0: as many as cores.
         suffix: of the file to open.
         packages: required modules.
         extra: of potstill, which installs them.
         inside: preprocessing that can be part of the file.
         any_batch: whether a file takes batches of any size; else one image at a time.
+        from_onnx: makes the files of the content of an ONNX file; None if the format is not made of one.  Such formats
+            can be int8.
     """
 
     convert: "Callable[[nn.Module, ExportMetadata], ExportedFiles]"
-    open: Callable[[ExportedFiles], Predictor] | None
+    open: Callable[..., Predictor] | None
     suffix: str
     packages: tuple[str, ...] = ()
     extra: str = "export"
     inside: tuple[str, ...] = PREPROCESSING_MODES
     any_batch: bool = True
+    from_onnx: Callable[[bytes, ExportMetadata], ExportedFiles] | None = None
 
 
 @contextlib.contextmanager
@@ -101,8 +108,8 @@ def convert_to_torch_export(module: "nn.Module", metadata: ExportMetadata) -> Ex
     return {".pt2": held.getvalue()}
 
 
-def open_torch_export_files(files: ExportedFiles) -> Predictor:
-    """Load as a function that PyTorch runs; only for files that were just written."""
+def open_torch_export_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
+    """Load as a function that PyTorch runs on its own threads; only for files that were just written."""
     import torch
 
     program = torch.export.load(io.BytesIO(files[".pt2"])).module()
@@ -135,8 +142,8 @@ def convert_to_executorch(module: "nn.Module", metadata: ExportMetadata) -> Expo
         raise ArtifactError(f"{metadata.architecture} cannot be converted to ExecuTorch: {line[:300]}") from error
 
 
-def open_executorch_files(files: ExportedFiles) -> Predictor:
-    """Load as a function that ExecuTorch's runtime runs."""
+def open_executorch_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
+    """Load as a function that ExecuTorch's runtime runs on its own threads."""
     import torch
 
     with quiet():
@@ -162,6 +169,88 @@ EXECUTORCH = ExportFormat(
 
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of a zip's time: the same model gives the same bytes
+
+
+def convert_to_litert(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to one ``.tflite``, for one image at a time, in float32.
+
+    The file ends with a zip of ``labels.txt``, as Android's tools append it, and of the metadata, ``potstill.json``.
+
+    Raises:
+        ArtifactError: an operation that LiteRT does not have; the message names its layer.
+    """
+    program = export_program(module, metadata, any_batch=False)
+    try:
+        with silence_native_stderr(), quiet():
+            import litert_torch
+
+            converted = litert_torch.convert(program.module(), program.example_inputs[0])
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch, "model.tflite")
+                converted.export(str(path))
+                content = path.read_bytes()
+    except Exception as error:  # whatever a foreign network makes the converter raise
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if missing := re.search(r"Lowering not found: (aten[.](\w+)[\w.]*)", str(error)):
+            line = f"it has no operation for {missing[1]}, which {find_layer(program, missing[2])} uses\n{OTHER_WAYS}"
+        raise ArtifactError(f"{metadata.architecture} cannot be converted to LiteRT: {line[:600]}") from error
+    held = io.BytesIO(content)
+    with zipfile.ZipFile(held, "a") as appended:
+        for name, text in (("labels.txt", _label_lines(metadata)), (LITERT_METADATA, metadata.as_text())):
+            appended.writestr(zipfile.ZipInfo(name, _ZIP_TIME), text)
+    return {".tflite": held.getvalue()}
+
+
+LITERT_METADATA = f"{METADATA_KEY}.json"
+OTHER_WAYS = "Try --format onnx, which has more operations, or train a convolutional student"
+
+
+def _label_lines(metadata: ExportMetadata) -> str:
+    return "".join(" ".join(name.split()) + "\n" for name in metadata.class_names)
+
+
+def find_layer(program: Any, operation: str) -> str:
+    """Return "the layer PATH (CLASS)" that uses an operation; of several, the first.
+
+    Args:
+        program: as ``export_program`` gives it: the network is the last part of a sequence.
+        operation: the beginning of its name in ``torch.ops.aten``, such as "roll".
+    """
+    for each in (program, program.run_decompositions()):
+        for node in each.graph.nodes:
+            if str(node.target).startswith(f"aten.{operation}") and node.meta.get("nn_module_stack"):
+                path, kind = list(node.meta["nn_module_stack"].values())[-1]
+                inside = path.partition(".")[2]
+                return f"the layer {inside} ({kind.rpartition('.')[2]})" if inside else "the network itself"
+    return "a layer"
+
+
+def open_litert_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
+    """Load as a function that LiteRT's interpreter runs on the CPU."""
+    with silence_native_stderr(), quiet():
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(model_content=files[".tflite"], num_threads=threads or os.cpu_count())
+        interpreter.allocate_tensors()
+    taken, given = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+
+    def answer(batch: Any) -> Any:
+        interpreter.set_tensor(taken, batch)
+        interpreter.invoke()
+        return interpreter.get_tensor(given)
+
+    return answer
+
+
+LITERT = ExportFormat(
+    convert_to_litert,
+    open_litert_files,
+    ".tflite",
+    packages=("ai_edge_litert", "litert_torch"),
+    extra="litert",
+    inside=("none", "normalise"),
+    any_batch=False,
+)
 
 
 def convert_to_coreml(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:

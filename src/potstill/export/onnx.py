@@ -1,9 +1,14 @@
 """ONNX, one file: for onnxruntime and most other engines; writing, checking, loading and running it.
 
+OpenVINO and ncnn are made of it.
+
 Loading needs numpy, Pillow and onnxruntime only: no torch and no onnx at the top of this module.
 """
 
 import io
+import os
+import re
+import subprocess  # nosec B404 # starts pnnx
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +18,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.console import silence_native_stderr
 from potstill.data.image_io import Pixels
 from potstill.data.preprocessing import crop_to_input, normalize_array
 from potstill.errors import ArtifactError
-from potstill.export.formats import ExportedFiles, ExportFormat, Predictor, quiet
+from potstill.export.formats import (
+    OTHER_WAYS,
+    ExportedFiles,
+    ExportFormat,
+    Predictor,
+    export_program,
+    find_layer,
+    quiet,
+)
 from potstill.io import DAMAGED, read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import (
     METADATA_KEY,
@@ -77,7 +91,7 @@ def load_onnx(path: Path) -> OnnxModel:
         UsageError: onnxruntime is not installed.
     """
     content = read_bytes(path)
-    _check_digest(path, content)
+    check_digest(path, path.name, content)
     found = read_properties(content, str(path))
     if METADATA_KEY not in found:
         raise ArtifactError(
@@ -93,14 +107,15 @@ def facts_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _check_digest(path: Path, content: bytes) -> None:
+def check_digest(path: Path, name: str, content: bytes) -> None:
+    """Raise ArtifactError if the content of a file is not that of which NAME.json of ``path`` has the SHA-256."""
     facts = facts_path(path)
     if not facts.is_file():
         return
     files = read_checksummed_json(facts).get("files")
-    known = files.get(path.name) if isinstance(files, dict) else None  # None: it was renamed by hand
+    known = files.get(name) if isinstance(files, dict) else None  # None: it was renamed by hand
     if isinstance(known, dict) and known.get("sha256") != sha256_hex(content):
-        raise ArtifactError(f"{path} {DAMAGED}; export it anew")
+        raise ArtifactError(f"{path.with_name(name)} {DAMAGED}; export it anew")
 
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
@@ -213,19 +228,30 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-def open_onnx_files(files: ExportedFiles) -> Any:
-    """Load as a function that onnxruntime runs."""
-    return create_onnx_predictor(files[".onnx"])
+def open_onnx_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
+    """Load as a function that onnxruntime runs; its threads leave the processor to other engines between calls."""
+    return create_onnx_predictor(files[".onnx"], threads=threads, patient=True)
 
 
-ONNX = ExportFormat(convert_to_onnx, open_onnx_files, ".onnx", packages=("onnx", "onnxscript", "onnxruntime"))
+ONNX = ExportFormat(
+    convert_to_onnx,
+    open_onnx_files,
+    ".onnx",
+    packages=("onnx", "onnxscript", "onnxruntime"),
+    from_onnx=lambda content, metadata: {".onnx": content},
+)
 
 
 def convert_to_openvino(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
     """Convert to ``.xml`` and ``.bin``, for Intel's processors, by way of ONNX; the weights stay float32."""
+    return onnx_to_openvino(convert_to_onnx(module, metadata)[".onnx"], metadata)
+
+
+def onnx_to_openvino(content: bytes, metadata: ExportMetadata) -> ExportedFiles:
+    """Convert an ONNX file, in float32 or int8, to ``.xml`` and ``.bin``."""
     import openvino
 
-    model = openvino.convert_model(io.BytesIO(convert_to_onnx(module, metadata)[".onnx"]))
+    model = openvino.convert_model(io.BytesIO(content))
     model.set_rt_info(metadata.as_text(), [METADATA_KEY])
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch, "model.xml")
@@ -233,13 +259,17 @@ def convert_to_openvino(module: "nn.Module", metadata: ExportMetadata) -> Export
         return {".xml": xml.read_bytes(), ".bin": xml.with_suffix(".bin").read_bytes()}
 
 
-def open_openvino_files(files: ExportedFiles) -> Predictor:
+def open_openvino_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
     """Load as a function that OpenVINO runs on the CPU in float32 (its default on some processors is bfloat16)."""
     import openvino
 
     core = openvino.Core()
     model = core.read_model(files[".xml"], files[".bin"])
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"},
+    )
 
     def answer(batch: Any) -> Any:
         return compiled([batch])[0]
@@ -253,4 +283,94 @@ OPENVINO = ExportFormat(
     ".xml",
     packages=("openvino", "onnx", "onnxscript", "onnxruntime"),
     extra="openvino",
+    from_onnx=onnx_to_openvino,
+)
+
+
+def convert_to_ncnn(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
+    """Convert to ``.ncnn.param`` and ``.ncnn.bin`` by pnnx, by way of ONNX; for one image at a time, in float32.
+
+    ncnn takes floats: with "normalise" pixels from 0 to 255 [3, S, S], as its ``Mat::from_pixels`` makes them.
+    Class names and preprocessing are only in NAME.json.
+
+    Raises:
+        ArtifactError: the network cannot be exported, or has an operation that ncnn does not have; the message names
+            its layer.
+    """
+    import onnx
+    import pnnx
+    import torch
+
+    from potstill.export.preprocessing import create_preprocessing, example_input
+
+    sample = example_input(metadata.input, "none")[:1]
+    whole = torch.nn.Sequential(*create_preprocessing(metadata.input, metadata.inside), module).eval()
+    graph = _run_exporter(whole, sample, {}, metadata.architecture, INPUT_NAME, OUTPUT_NAME)
+    shape = ",".join(map(str, sample.shape))
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx.save(graph, str(Path(scratch, "model.onnx")))
+        done = subprocess.run(  # nosec B603 # pnnx's own program, with a fixed command line
+            [pnnx.EXEC_PATH, "model.onnx", f"inputshape=[{shape}]", "fp16=0"],
+            cwd=scratch, capture_output=True, text=True, errors="replace", check=False,
+        )  # fmt: skip
+        found = [Path(scratch, f"model.ncnn.{part}") for part in ("param", "bin")]
+        if not all(each.is_file() for each in found):
+            line = next(iter(reversed(done.stderr.strip().splitlines())), f"exit code {done.returncode}")
+            raise ArtifactError(f"pnnx cannot convert {metadata.architecture} to ncnn: {line[:300]}")
+        param, weights = (each.read_bytes() for each in found)
+    if missing := _missing_operations(param.decode()):
+        layer = find_layer(export_program(module, metadata, any_batch=False), re.split(r"\W+", missing[0])[-1])
+        raise ArtifactError(
+            f"{metadata.architecture} cannot be converted to ncnn, which has no operation for {missing[0]} as {layer} "
+            f"uses it\n{OTHER_WAYS}"
+        )
+    return {".ncnn.param": param, ".ncnn.bin": weights}
+
+
+def _missing_operations(param: str) -> list[str]:
+    """Return the layers that ncnn does not have: pnnx writes them by their names in PyTorch, such as "torch.unbind".
+
+    Reshapes that pnnx itself has inserted before such a layer come last.
+    """
+    rows = [line.split()[:2] for line in param.splitlines()[2:]]
+    foreign = [(kind, name) for kind, name in rows if "." in kind or "::" in kind]
+    return [kind for kind, name in sorted(foreign, key=lambda row: "_ncnnbatch" in row[1])]
+
+
+def open_ncnn_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
+    """Load as a function that ncnn runs on the CPU in float32 (its default is 16 bits)."""
+    import ncnn
+
+    net = ncnn.Net()
+    net.opt.num_threads = threads or os.cpu_count() or 1
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    net.opt.use_bf16_storage = False
+    with tempfile.TemporaryDirectory() as scratch, silence_native_stderr():
+        for suffix, content in files.items():
+            Path(scratch, f"model{suffix}").write_bytes(content)
+        loaded = net.load_param(str(Path(scratch, "model.ncnn.param")))
+        loaded = loaded or net.load_model(str(Path(scratch, "model.ncnn.bin")))
+    if loaded != 0:
+        raise ArtifactError("ncnn cannot load this model")
+
+    def answer(batch: Any) -> Any:
+        (image,) = batch
+        extractor = net.create_extractor()
+        extractor.input("in0", ncnn.Mat(np.ascontiguousarray(image, np.float32)))
+        failed, logits = extractor.extract("out0")
+        if failed:
+            raise ArtifactError("ncnn cannot run this model")
+        return np.array(logits)[None]
+
+    return answer
+
+
+NCNN = ExportFormat(
+    convert_to_ncnn,
+    open_ncnn_files,
+    ".ncnn.param",
+    packages=("ncnn", "pnnx", "onnx", "onnxscript"),
+    extra="ncnn",
+    inside=("none", "normalise"),
+    any_batch=False,
 )

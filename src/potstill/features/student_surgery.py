@@ -204,9 +204,10 @@ def _fold_batch_norm(layer: nn.Sequential) -> tuple[Tensor, Tensor]:
     conv, norm = cast(nn.Conv2d, layer[0]), cast(nn.BatchNorm2d, layer[1])
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = norm.bias.double() - scale * norm.running_mean.double()
-    return scale[:, None] * conv.weight.double()[:, :, 0, 0], bias
+    # On the CPU, since MPS has no float64.
+    scale = norm.weight.cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
+    bias = norm.bias.cpu().double() - scale * norm.running_mean.cpu().double()
+    return scale[:, None] * conv.weight.cpu().double()[:, :, 0, 0], bias
 
 
 class ProjectedHead(ModifiedStudent):
@@ -375,8 +376,8 @@ class DualHead(ModifiedStudent):
             for alpha in self.candidates[0]:
                 logits = average_heads(first, second, alpha, beta)
                 found = (
-                    float((logits.argmax(dim=1) == labels).double().mean()),
-                    -float(F.nll_loss(logits.double(), labels)),
+                    int((logits.argmax(dim=1) == labels).sum()),
+                    -float(F.nll_loss(logits.cpu().double(), labels.cpu())),
                 )
                 if found > best:
                     best, heads.alpha, heads.beta = found, alpha, beta

@@ -34,12 +34,13 @@ def ofd_margin(norm: nn.BatchNorm2d) -> Tensor:
         >>> ofd_margin(nn.BatchNorm2d(1)).item()  # a standard normal: -sqrt(2 / pi)
         -0.797884...
     """
-    mean, spread = norm.bias.detach().double(), norm.weight.detach().double().abs()
+    # On the CPU, since MPS has no float64.
+    mean, spread = norm.bias.detach().cpu().double(), norm.weight.detach().cpu().double().abs()
     ratio = mean / spread  # infinite for a channel without spread, whose margin is its mean or 0 if that is positive
     share = torch.special.ndtr(-ratio)
     density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
     margin = torch.where(share > 0.001, mean - spread * density / share.clamp(min=0.001), -3 * spread)
-    return margin.float().view(1, -1, 1, 1)
+    return margin.float().view(1, -1, 1, 1).to(norm.weight.device)
 
 
 def ofd_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], margins: Sequence[Tensor]) -> Tensor:

@@ -104,18 +104,19 @@ def draw_similarity(
 _WIDE_SIZE, _SMALL_SIZE = (4.9, 3.0), (4.4, 3.3)  # inches
 
 
-def curves_context(run: Run) -> dict[str, Any] | None:
-    """Return a figure of all stages, and four of each."""
+def stages_figure(run: Run) -> str | None:
+    """Return a figure of top-1 on val over the epochs of all networks; None if fewer than two were trained."""
     trained = [stage for stage in run.stages.values() if stage.epochs]
-    if not trained:
+    if len(trained) < 2:
         return None
-    together = None
-    if len(trained) > 1:
-        label = (
-            f"Line chart: top-1 on val over epochs. {' '.join(endpoints(stage, 'val', 'top1') for stage in trained)}"
-        )
-        together = as_svg(lambda figure: draw_stages(figure, run), _WIDE_SIZE, name="stages", label=label)
-    return {"together": together, "stages": [(stage.name, _curve_svgs(run, stage)) for stage in trained]}
+    label = f"Line chart: top-1 on val over epochs. {' '.join(endpoints(stage, 'val', 'top1') for stage in trained)}"
+    return as_svg(lambda figure: draw_stages(figure, run), _WIDE_SIZE, name="stages", label=label)
+
+
+def curves_context(run: Run) -> dict[str, Any] | None:
+    """Return four figures of each stage."""
+    trained = [stage for stage in run.stages.values() if stage.epochs]
+    return {"stages": [(stage.name, _curve_svgs(run, stage)) for stage in trained]} if trained else None
 
 
 def _curve_svgs(run: Run, stage: StageResult) -> list[str]:

@@ -10,6 +10,7 @@ from potstill.experiment.verdict import (
     effect_of,
     folds_of,
     format_confidence,
+    headline,
     interval_scope,
     repeats_of,
     verdict_sentences,
@@ -27,6 +28,7 @@ from potstill.formatting import (
     format_scaled,
 )
 from potstill.report.advice import Advice, collect_advice
+from potstill.report.diagnostics import stages_figure
 from potstill.report.display_names import escape_invisible, picture_labels
 from potstill.report.run_reader import SPLITS, STAGES, Run, StageResult
 from potstill.report.text_reports import ValueFormatter, latency_text, metric_rows, teaching_text, training_text
@@ -40,15 +42,19 @@ FINDING_TITLES = {
 
 
 def verdict_context(run: Run) -> dict[str, Any] | None:
-    """Return sentences, facts and the intervals on a number line."""
+    """Return sentences, facts, the interval on a number line, and what stands beside them on the first screen."""
+    beside = {"picture": stages_figure(run), **_networks_table(run)}
     if run.without_labels:
-        headline, *others = map(str, run.without_labels.get("sentences") or [""])
+        agreement, *others = map(str, run.without_labels.get("sentences") or [""])
         mark = "No labels: agreement with the teacher"
-        return {"finding": "unknown", "mark": mark, "headline": headline, "sentences": others, "facts": [], "lines": []}
+        verdict = {"finding": "unknown", "mark": mark, "headline": [agreement], "sentences": others}
+        return verdict | {"facts": [], "lines": []} | beside
     comparison = run.comparison
-    headline, *others = verdict_sentences(comparison, run.results.get("stages"))
+    sentences = verdict_sentences(comparison, run.results.get("stages"))
+    shown = 1 + sentences.index(headline(comparison))  # after warnings such as a network at chance
+    first, others = sentences[:shown], sentences[shown:]
     if stopped := run.results.get("not_distilled"):
-        headline = str(stopped)
+        first = [str(stopped)]
     others += run.teachers_without_classes
     effect = effect_of(comparison)
     mark = (
@@ -58,10 +64,38 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
     return {
         "finding": effect,
         "mark": mark,
-        "headline": headline,
+        "headline": first,
         "sentences": others,
         "facts": _verdict_facts(means, effect) if comparison else [],
         "lines": [interval_line(means)] if effect != "unknown" else [],
+        **beside,
+    }
+
+
+def _networks_table(run: Run) -> dict[str, Any]:
+    """Return the short table of the networks: accuracy on test, and cost."""
+    metrics = (
+        ("top1", "top-1 on test", format_percent, _signed_points),
+        ("nll", "NLL", format_decimal, _signed_decimals),
+        ("agreement", "agreement with teacher", format_percent, _signed_points),
+    )
+    labeled = not run.without_labels or bool(run.without_labels.get("test_labeled"))
+    shown = [each for each in metrics if (each[0] == "agreement") != labeled]
+    stages = run.stages.values()
+    columns = [
+        *((name, [_test_cell(run, stage, key, form, change) for stage in stages]) for key, name, form, change in shown),
+        ("parameters", [(format_scaled(stage.model.get("parameters")), "") for stage in stages]),
+        ("file", [(format_scaled(stage.model.get("file_bytes"), "B"), "") for stage in stages]),
+        ("latency, p50", [(format_milliseconds(stage.latency.get("p50")), "") for stage in stages]),
+        ("training", [(format_duration(stage.training.get("seconds")), "") for stage in stages]),
+    ]
+    known = [(name, cells) for name, cells in columns if any(cell != MISSING for cell, _ in cells)]
+    return {
+        "columns": [name for name, _ in known],
+        "rows": [
+            (stage.name, stage.model.get("architecture") or MISSING, [cells[at] for _, cells in known])
+            for at, stage in enumerate(stages)
+        ],
     }
 
 

@@ -211,16 +211,18 @@ def escape_lines(text: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; ``name`` is its anchor and its template."""
+    """A part of the page; ``name`` is its anchor and its template.  Folded sections open when the reader wants them."""
 
     name: str
     title: str
     context: Callable[[Run], dict[str, Any] | None]
+    folded: bool = True
 
 
 SECTIONS = (
-    Section("verdict", "Verdict", overview.verdict_context),
-    Section("warnings", "Warnings", overview.warnings_context),
+    Section("verdict", "Verdict", overview.verdict_context, folded=False),
+    Section("advice", "What to do next", overview.advice_context, folded=False),
+    Section("warnings", "Warnings", overview.warnings_context, folded=False),
     Section("comparison", "Comparison", overview.comparison_context),
     Section("flips", "Negative flips", overview.flips_context),
     Section("curves", "Curves", diagnostics.curves_context),
@@ -230,7 +232,6 @@ SECTIONS = (
     Section("calibration", "Calibration", diagnostics.calibration_context),
     Section("cascade", "Cascade", diagnostics.cascade_context),
     Section("images", "Images", diagnostics.images_context),
-    Section("advice", "Advice", overview.advice_context),
     Section("exports", "Exports", exports_context),
     Section("data", "Data", data_context),
     Section("reproduce", "How to reproduce", reproduce_context),

@@ -1,4 +1,5 @@
-"""Choose the number of CPU threads of a run and the precision of each network by timing a training step.
+"""Choose the number of CPU threads of a run and the precision of each network by timing a training step, and find out
+before the first epoch whether a batch fits into the memory of a GPU.
 
 Two threads are 1.1 to 2 times as fast as one on idle cores and several times slower on busy ones, since each waits for
 the other at every layer.  bf16 halves the time of most networks, but networks of depthwise convolutions take 1.5 times
@@ -6,23 +7,26 @@ as long in it.  Only a measurement shows which case applies.
 """
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from potstill.data.concurrency import usable_cores
+from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
+from potstill.errors import StorageError
+from potstill.formatting import format_scaled
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
 from potstill.training.settings import TrainingSettings
+from potstill.types import Batch
 
 MIN_SPEEDUP = 1.1  # over the first candidate; less may be noise
 MIN_ROUNDS, MAX_ROUNDS = 3, 5
@@ -30,7 +34,6 @@ TARGET_SECONDS, MAX_SECONDS = 0.2, 4.0  # no further round begins after this tim
 TIMED_PIXELS = 16 * 64 * 64  # of the timed batch: enough to keep several cores busy, quick on one
 MAX_TIMING_SHARE = 0.02  # of the images that a training processes
 MIN_PRECISION_ROUNDS, MIN_PRECISION_IMAGES = 2, 16  # with fewer, timing is too noisy
-_CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time per period, and the period
 Candidate = TypeVar("Candidate")
 
 
@@ -237,26 +240,11 @@ class ThreadSelector:
         torch.set_num_threads(self.original_threads)
 
 
-def usable_cores() -> int:
-    """Return the number of cores available to this process: its CPU affinity, capped by the container's quota.
-
-    Example:
-        >>> usable_cores() >= 1
-        True
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CPU_QUOTA_FILE.read_text(encoding="ascii").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file; "max" in place of a number
-        return cores
-
-
 @dataclass(frozen=True)
 class PrecisionChoice:
     """The precision of a network's training and the timings behind it."""
 
-    name: str  # "bf16" or "float32"
+    name: str  # "bf16", "fp16" or "float32"
     seconds: dict[str, float] = field(default_factory=dict)  # median of a step by precision; empty: not timed
 
 
@@ -307,20 +295,23 @@ class PrecisionSelector:
             images: training images of an epoch.
             observer: receives a note of the choice.
         """
-        if settings.precision != "auto" or not compute.bf16:
+        half = compute.precision
+        if settings.precision != "auto" or half == "float32":
             return compute
         key = f"{name} at {size} px"
         if key not in self.choices:
             self.choices[key] = choice = self.processes.share(self._measure(network, size, settings, compute, images))
             if observer is not None and choice.seconds:
-                other = "float32" if choice.name == "bf16" else "bf16"
+                other = "float32" if choice.name == half else half
                 observer.note(
                     f"{key} trains in {choice.name}: a step on a small batch takes "
                     f"{choice.seconds[choice.name]:.3g} s, {choice.seconds[other]:.3g} s in {other}"
                 )
             if self.on_choice is not None:
                 self.on_choice(self.facts)
-        return replace(compute, bf16=self.choices[key].name == "bf16", fast_bf16=True)
+        # A run that has moved to other hardware may have recorded the half precision of the earlier one.
+        chosen = "float32" if self.choices[key].name == "float32" else half
+        return replace(compute, bf16=chosen == "bf16", fp16=chosen == "fp16", fast_bf16=compute.bf16)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -344,18 +335,153 @@ class PrecisionSelector:
         budget = MAX_TIMING_SHARE * images * settings.epochs / 2
         batch = min(timed_batch_size(settings.batch_size, size), int(budget / (MIN_PRECISION_ROUNDS + 1)))
         if batch < min(MIN_PRECISION_IMAGES, timed_batch_size(settings.batch_size, size)):
-            return PrecisionChoice("float32" if has_depthwise(network) else "bf16")
-        bf16 = True
+            return PrecisionChoice("float32" if has_depthwise(network) else compute.precision)
+        tried = compute
 
         def apply(name: str) -> None:
-            nonlocal bf16
-            bf16 = name == "bf16"
+            nonlocal tried
+            tried = replace(compute, bf16=False, fp16=False) if name == "float32" else compute
 
-        step = create_timed_step(network, size, batch, compute, autocast=lambda: replace(compute, bf16=bf16).autocast())
+        step = create_timed_step(network, size, batch, compute, autocast=lambda: tried.autocast())
         rounds = min(MAX_ROUNDS, int(budget / batch) - 1)
         return PrecisionChoice(
-            *select_fastest(step, ["bf16", "float32"], apply=apply, clock=self.clock, max_rounds=rounds)
+            *select_fastest(step, [compute.precision, "float32"], apply=apply, clock=self.clock, max_rounds=rounds)
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is too little memory, on a GPU or the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def largest_fitting_batch(attempt: Callable[[int], None], batch: int) -> int:
+    """Return the largest batch that an attempt does not run out of memory with, in eighths of ``batch``; 0: none.
+
+    Args:
+        attempt: a training step with so many images; leaves no memory allocated.
+        batch: the wanted number of images, which has failed.
+
+    Example:
+        >>> def attempt(images):
+        ...     if images > 100:
+        ...         raise torch.OutOfMemoryError
+        >>> largest_fitting_batch(attempt, 256), largest_fitting_batch(attempt, 4096)
+        (96, 64)
+    """
+    eighths = [batch * share // 8 for share in range(7, 0, -1)]
+    halves = [batch >> power for power in range(4, batch.bit_length())]
+    for smaller in dict.fromkeys(each for each in (*eighths, *halves) if 0 < each < batch):
+        try:
+            attempt(smaller)
+            return smaller
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+    return 0
+
+
+class BatchTrial:
+    """Training steps on batches of zeros, whose outcome changes nothing.
+
+    Args:
+        distiller: on its device, with its teachers; state and random numbers are restored.
+        batch: a batch as the loader returns it, of the true size.
+        compute: device and precision.
+        stage: name in the message.
+        state_bytes: of the optimizer's state, which is allocated at the first update only.
+        epochs: of the training.
+    """
+
+    def __init__(
+        self, distiller: Distiller, batch: Batch, compute: Compute, *, stage: str, state_bytes: int, epochs: int = 1
+    ) -> None:
+        self.distiller, self.batch, self.compute = distiller, batch, compute
+        self.stage, self.state_bytes, self.epochs, self.part = stage, state_bytes, epochs, ""
+
+    def run(self) -> None:
+        """Try the true size.
+
+        Raises:
+            StorageError: it does not fit; names the part of the step, the memory, and the largest batch that fits.
+        """
+        wanted = len(self.batch)
+        try:
+            self.attempt(wanted)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason, part = str(error).strip().splitlines(), self.part
+        largest = largest_fitting_batch(self.attempt, wanted)
+        count = self.compute.processes.count
+        several = f" in each of {count} processes" if count > 1 else ""
+        fits = f"{largest}{several} fits" if largest else "not even one image fits"
+        advice = (
+            f"set training.batch_size={largest * count}"
+            + (f", or accumulate: training.gradient_accumulation_steps={-(-wanted // largest)}" if largest > 1 else "")
+            if largest
+            else "take smaller images (data.size) or a smaller network"
+        )
+        raise StorageError(
+            f"{self.stage}: out of memory at batch {wanted}{several}, in the {part}: {fits}. {self._memory()}"
+            f"{' ' + reason[0] if reason else ''}\nTo go on, {advice}"
+        )
+
+    def attempt(self, images: int) -> None:
+        """Run teacher, student and backward pass on so many images."""
+        device = self.compute.device
+        weights = {name for name, _ in self.distiller.named_parameters()}  # which no step changes here
+        state = {
+            name: value.clone() if isinstance(value, Tensor) and name not in weights else value
+            for name, value in self.distiller.state_dict().items()
+        }
+        scaling, self.distiller.scaling = self.distiller.scaling, None  # it exchanges with other processes
+        mode = self.distiller.training
+        self.part = "optimizer's state"
+        try:
+            ballast = torch.empty(self.state_bytes, dtype=torch.uint8, device=device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                if self.distiller.method.epoch is None:  # else a resumed epoch has begun
+                    self.distiller.method.start_epoch(0, self.epochs)
+                self.distiller.train()
+                self._step(images)
+            self.compute.synchronize()
+            del ballast
+        finally:
+            self.distiller.zero_grad(set_to_none=True)
+            self.distiller.scaling = scaling
+            self.distiller.train(mode)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.distiller.load_state_dict(state)
+
+    def _step(self, images: int) -> None:
+        def first(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[:images]
+
+        batch = self.batch
+        shown, second = batch.images[:images], first(batch.second)
+        self.part = "teacher's forward pass"
+        with self.compute.autocast():
+            teacher = self.distiller.run_teacher(shown, second, index=first(batch.index))
+            self.part = "student's forward pass"
+            step = self.distiller(
+                shown,
+                batch.labels[:images],
+                index=first(batch.index),
+                view=first(batch.view),
+                second=second,
+                soft_labels=first(batch.soft_labels),
+                teacher=teacher,
+            )
+        self.part = "backward pass"
+        step.loss.backward()
+
+    def _memory(self) -> str:
+        if self.compute.device.type != "cuda":
+            return ""
+        free, total = torch.cuda.mem_get_info(self.compute.device)
+        return f"The GPU has {format_scaled(total, 'B')}, of which {format_scaled(free, 'B')} are free."
 
 
 def has_depthwise(network: nn.Module) -> bool:
@@ -376,7 +502,7 @@ def _parse_precisions(facts: Mapping[str, Any]) -> dict[str, PrecisionChoice]:
     choices: dict[str, PrecisionChoice] = {}
     precisions = facts.get("precisions")
     for key, value in precisions.items() if isinstance(precisions, Mapping) else ():
-        if isinstance(value, Mapping) and value.get("precision") in ("bf16", "float32"):
+        if isinstance(value, Mapping) and value.get("precision") in ("bf16", "fp16", "float32"):
             timed = value.get("calibration")
             seconds = {str(name): float(each) for name, each in timed.items()} if isinstance(timed, Mapping) else {}
             choices[str(key)] = PrecisionChoice(str(value["precision"]), seconds)

@@ -4,7 +4,7 @@ AdaBN: Li, Wang, Shi, Liu, Hou, "Revisiting Batch Normalization For Practical Do
 https://arxiv.org/abs/1603.04779
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from potstill.errors import UsageError
 from potstill.evaluation.predictions import evaluation_mode
-from potstill.types import Batch
+from potstill.types import Batch, widest_float
 
 
 def warmed_up_decay(decay: float, updates: int) -> float:
@@ -42,17 +42,39 @@ class ModelEma(AveragedModel):
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
-        super().__init__(student, multi_avg_fn=self._update_averages, use_buffers=True)
-        self.decay = decay
+        super().__init__(student, use_buffers=True)
+        self.decay, self.updates = decay, 0
 
     @torch.no_grad()
-    def _update_averages(self, averages: Any, current: Any, _: Any) -> None:
-        if averages[0].is_floating_point():
-            # `n_averaged` stays on the CPU, so reading it does not wait for the device.
-            torch._foreach_lerp_(averages, current, 1 - warmed_up_decay(self.decay, int(self.n_averaged)))
-        else:
-            for average, value in zip(averages, current, strict=True):
+    def update_parameters(self, model: nn.Module) -> None:
+        """Add the current weights to the average.
+
+        torch's own copies the number of updates to the device twice in each step, which waits for the device.
+        """
+        updates = self.updates
+        pairs = zip(_tensors(self.module), _tensors(model), strict=True)
+        averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for average, value in pairs:
+            if updates and average.is_floating_point():
+                averages, values = averaged.setdefault(average.dtype, ([], []))
+                averages.append(average)
+                values.append(value)
+            else:
                 average.copy_(value)
+        for averages, values in averaged.values():
+            torch._foreach_lerp_(averages, values, 1 - warmed_up_decay(self.decay, updates))
+        self.updates += 1
+        self.n_averaged.fill_(self.updates)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load averages and number of updates."""
+        outcome = super().load_state_dict(*args, **kwargs)
+        self.updates = int(self.n_averaged)
+        return outcome
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    return (each.detach() for each in (*network.parameters(), *network.buffers()))
 
 
 def batch_norm_layers(network: nn.Module) -> list[_BatchNorm]:
@@ -116,7 +138,7 @@ def adapt_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
 
 
 class _LayerSums:
-    """Sums over all inputs of one layer, in float64."""
+    """Sums over all inputs of one layer, in float64 if the device has it."""
 
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
@@ -124,7 +146,7 @@ class _LayerSums:
     def update(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Add the inputs [B, C, ...]; a forward pre-hook."""
         values: Tensor = inputs[0]
-        channels = values.detach().to(torch.float64).transpose(0, 1).flatten(1)  # [C, B * H * W]
+        channels = values.detach().to(widest_float(values.device)).transpose(0, 1).flatten(1)  # [C, B * H * W]
         if self.count == 0:
             self.shift = channels.mean(dim=1)  # keeps the squares small, so that nothing cancels
             self.total, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)

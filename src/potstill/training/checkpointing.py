@@ -187,6 +187,18 @@ def copy_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in module.state_dict().items()}
 
 
+def _copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies; those of a GPU go to pinned memory, all at once, and are waited for together."""
+    copies = {}
+    devices = {value.device for value in tensors.values() if value.is_cuda}
+    for name, value in tensors.items():
+        copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        copies[name].copy_(value.detach(), non_blocking=value.is_cuda)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return copies
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Compare contiguous CPU tensors; unlike ``==``, 0 differs from -0 and NaN equals itself."""
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -216,6 +228,7 @@ class Checkpointer:
     schedule: LambdaLR
     average: ModelEma | None
     history: History
+    scaler: torch.amp.GradScaler | None = None  # of the loss, for fp16
     best: dict[str, Tensor] = field(default_factory=dict)  # the student's weights after its best epoch
     _last_save: float = field(default_factory=lambda: time.monotonic())
     _save_seconds: float = 0.0  # duration of the last save
@@ -290,6 +303,7 @@ class Checkpointer:
             "under_way": within,
             "optimizer": facts,
             "schedule": {"last_epoch": self.schedule.last_epoch},
+            "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "records": self.history.records,
             "lines": self.history.lines,
             "seconds": self.history.seconds,
@@ -301,7 +315,7 @@ class Checkpointer:
         # Right after the best epoch, its weights are the current ones.
         duplicates = {f"best/{name}": f"{student}{name}" for name in self.best if f"{student}{name}" in tensors}
         if background:
-            tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+            tensors = _copy_to_cpu(tensors)
             facts = json.loads(json.dumps(facts))
             self._writer = threading.Thread(
                 target=self._write, args=(tensors, facts, duplicates, started), name="checkpoint", daemon=True
@@ -357,6 +371,8 @@ class Checkpointer:
                 self.average.load_state_dict(strip_prefix("average", tensors))
         except (RuntimeError, ValueError, KeyError) as error:
             raise ArtifactError(f"{last} does not fit this recipe: {str(error).splitlines()[0]}") from error
+        if self.scaler is not None and self.scaler.is_enabled() and facts.get("scaler"):
+            self.scaler.load_state_dict(facts["scaler"])
         self.schedule.last_epoch = facts["schedule"]["last_epoch"]
         for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
             group["lr"] = self.settings.lr * factor(self.schedule.last_epoch)
@@ -376,8 +392,13 @@ class Checkpointer:
         }
 
     def _check_finite(self, epoch: int) -> None:
-        for name, parameter in self.distiller.trained_parameters():
-            if not bool(parameter.isfinite().all()):
+        named = self.distiller.trained_parameters()
+        if not named:
+            return
+        # One read from the device for all of them.
+        finite = torch.stack([parameter.isfinite().all() for _, parameter in named]).tolist()
+        for (name, _), is_finite in zip(named, finite, strict=True):
+            if not is_finite:
                 raise NonFiniteError(
                     f"epoch {epoch + 1}: the weights {name} have become NaN or infinite.\n{NON_FINITE_HELP}"
                 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from potstill.distillation.distiller import Distiller
@@ -15,13 +15,15 @@ from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import UsageError
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.methods.base import Method
+from potstill.training.averaging import batch_norm_layers
 from potstill.training.settings import TrainingSettings
+from potstill.types import Step
 
 if TYPE_CHECKING:
     from potstill.data.loader import Loader
 
 
-# `DistributedDistiller.sync_buffers` does this.  torch 2.15 renames the option and warns about the old name.
+# `DistributedDistiller` does this itself, and seldom.  torch 2.15 renames the option and warns about the old name.
 _NO_BUFFER_SYNC: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -48,29 +50,69 @@ def check_distributed_support(method: Method, optimizer: str, processes: Process
         )
 
 
+def has_static_graph(distiller: Distiller, settings: TrainingSettings) -> bool:
+    """Return whether every step of a training uses the same parameters.
+
+    A method with adapters may not use all of them on a last batch, a staged one or ``freeze`` trains some parameters
+    in some epochs only, and torch's static graph does not support batches whose gradients are not exchanged.
+    """
+    adapters = any(parameter.requires_grad for parameter in distiller.method.parameters())
+    return not (adapters or distiller.method.staged or settings.freeze or settings.gradient_accumulation_steps > 1)
+
+
+class _TensorOutputs(nn.Module):
+    """A Distiller that returns logits and terms: in a ``Step``, torch would not find the tensors of a static graph."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.distiller = distiller
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        step = self.distiller(*args, **kwargs)
+        return step.logits, step.terms
+
+
 class DistributedDistiller:
     """A Distiller whose trained part is equal in all processes after every step.
 
     Student and adapters start from the first process's weights; gradients are averaged over the images of all
-    processes; running statistics of BatchNorm are the first process's.  Frozen teachers are not communicated.
+    processes.  Running statistics of BatchNorm, which training does not read, become the first process's at the end of
+    each epoch.  Frozen teachers are not communicated.
 
     Args:
         distiller: on its device.
         processes: the group; a single process changes nothing.
+        static_graph: every step uses the same parameters (``has_static_graph``); else torch looks for unused ones.
     """
 
-    def __init__(self, distiller: Distiller, processes: ProcessGroup) -> None:
+    def __init__(self, distiller: Distiller, processes: ProcessGroup, *, static_graph: bool = False) -> None:
         self.distiller, self.processes = distiller, processes
-        self.call: nn.Module = distiller
         self.module: DistributedDataParallel | None = None
         if processes.several and distiller.trained_parameters():
             processes.share_tensors(list(distiller.state_dict(keep_vars=True).values()))
-            # A last batch may not use all adapters, hence find_unused_parameters.
             self.module = DistributedDataParallel(
-                distiller, init_sync=False, find_unused_parameters=True, **_NO_BUFFER_SYNC
+                _TensorOutputs(distiller),
+                init_sync=False,
+                gradient_as_bucket_view=True,
+                static_graph=static_graph,
+                find_unused_parameters=not static_graph,
+                **_NO_BUFFER_SYNC,
             )
-            self.call = self.module
-        self.buffers = [tensor for name, tensor in distiller.named_buffers() if not name.startswith("teacher.")]
+        statistics = {id(each) for layer in batch_norm_layers(distiller) for each in layer.buffers(recurse=False)}
+        buffers = [
+            buffer
+            for name, buffer in distiller.method.named_buffers()
+            if id(buffer) not in statistics and not name.startswith("label_loss.")
+        ]
+        self.method_buffers = buffers  # memories and centres, which the next step reads
+
+    def call(self, *args: Any, **kwargs: Any) -> Step:
+        """Run the Distiller's forward pass."""
+        if self.module is None:
+            step: Step = self.distiller(*args, **kwargs)
+            return step
+        logits, terms = self.module(*args, **kwargs)
+        return Step(logits, terms, self.distiller.method.label_term_names)
 
     def batch_number(self, loader: "Loader", position: int) -> tuple[int, bool]:
         """Number val or test batches across processes.
@@ -99,30 +141,82 @@ class DistributedDistiller:
             with self.module.no_sync():
                 yield
 
-    def sync_buffers(self) -> None:
-        """Copy the first process's buffers to all; call after an update."""
-        self.processes.share_tensors(self.buffers)
+    def sync_method_buffers(self) -> None:
+        """Copy the first process's memories of the method to all; call after an update."""
+        self.processes.share_tensors(self.method_buffers)
 
-    def gather(self, metrics: StreamingMetrics, averages: TermAverages) -> tuple[StreamingMetrics, TermAverages]:
-        """Return metrics and term averages over the images of all processes."""
+    def sync_buffers(self, average: nn.Module | None = None) -> None:
+        """Copy the first process's buffers to all, and those of the averaged weights; call before an evaluation."""
+        buffers = [tensor for name, tensor in self.distiller.named_buffers() if not name.startswith("teacher.")]
+        self.processes.share_tensors([*buffers, *(average.buffers() if average is not None else ())])
+
+    def gather(self, metrics: StreamingMetrics, averages: TermAverages) -> tuple[StreamingMetrics, TermAverages] | None:
+        """Return metrics and term averages over the images of all processes; None in all but the first."""
         if not self.processes.several:
             return metrics, averages
         tensors, facts = averages.pack()
+        steps = self.processes.collect(({name: tensor.cpu() for name, tensor in tensors.items()}, facts))
+        found = gather_metrics(metrics, self.processes)
+        if steps is None or found is None:
+            return None
         merged = TermAverages()
-        merged.merge(self.processes.gather(({name: tensor.cpu() for name, tensor in tensors.items()}, facts)))
-        return gather_metrics(metrics, self.processes), merged
+        merged.merge(steps)
+        return found, merged
 
 
-def gather_metrics(metrics: StreamingMetrics, processes: ProcessGroup) -> StreamingMetrics:
-    """Return the metrics over the images of all processes, equal to one process's but for the order of the images."""
+def gather_metrics(metrics: StreamingMetrics, processes: ProcessGroup) -> StreamingMetrics | None:
+    """Return the metrics over the images of all processes, equal to one process's but for the order of the images.
+
+    Only the first process gets them; the others get None.
+    """
     sizes = processes.gather((metrics.held, metrics.binned))
-    merged = StreamingMetrics(metrics.num_classes, device=metrics.device)
+    merged = StreamingMetrics(metrics.num_classes, device=metrics.device) if processes.first else None
     if any(binned for _, binned in sizes) or sum(held for held, _ in sizes) > BUFFER_ROWS:
-        merged.merge(processes.add(metrics.state()))
+        sums = processes.add_on_first(metrics.state())
+        if merged is not None:
+            merged.merge(sums)
         return merged
-    for rows in processes.gather(tuple(tensor.cpu() for tensor in metrics.rows)):
+    for rows in processes.collect(tuple(tensor.cpu() for tensor in metrics.rows)) or ():
+        assert merged is not None  # this is the first process
         merged.update(*rows)
     return merged
+
+
+@contextmanager
+def synced_batch_norm(network: nn.Module, processes: ProcessGroup, enabled: bool) -> Iterator[None]:
+    """Within the block, BatchNorm layers use the statistics of the images of all processes, by torch's SyncBatchNorm.
+
+    Only the classes of the layers change, and are restored, so that parameters, paths and saved models stay the same.
+
+    Args:
+        network: torch's BatchNorm layers and timm's with an activation are changed; others keep their own images.
+        processes: a single one changes nothing.
+        enabled: ``training.sync_batch_norm``.
+    """
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    if enabled and processes.several:
+        for layer in network.modules():
+            synced = _synced_class(layer)
+            if synced is not None:
+                changed.append((layer, type(layer)))
+                layer.__class__, layer.process_group = synced, None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, original in changed:
+            layer.__class__ = original
+            del layer.process_group
+
+
+def _synced_class(layer: nn.Module) -> type[nn.Module] | None:
+    if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return nn.SyncBatchNorm
+    if type(layer).__name__ == "BatchNormAct2d" and type(layer).__module__.startswith("timm."):
+        from timm.layers import SyncBatchNormAct
+
+        synced: type[nn.Module] = SyncBatchNormAct
+        return synced
+    return None
 
 
 @dataclass(frozen=True)
@@ -134,10 +228,24 @@ class Compute:
     channels_last: bool
     processes: ProcessGroup = SINGLE_PROCESS
     fast_bf16: bool | None = None  # whether the hardware and the settings allow bf16; None: as ``bf16``
+    fp16: bool = False
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the autocast context; weights stay float32 and bf16 needs no gradient scaling."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+        """Return the autocast context; weights stay float32.  The gradients of fp16 are scaled, those of bf16 not."""
+        if not (self.bf16 or self.fp16):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16 if self.bf16 else torch.float16)
+
+    def gradient_scaler(self) -> torch.amp.GradScaler:
+        """Return the scaler of the loss, which does nothing unless the precision is fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.fp16)
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """Dtype of the weights in which frozen teachers may run."""
+        if self.teacher_in_bf16:
+            return torch.bfloat16
+        return torch.float16 if self.fp16 else torch.float32
 
     @property
     def teacher_in_bf16(self) -> bool:
@@ -151,8 +259,8 @@ class Compute:
 
     @property
     def precision(self) -> str:
-        """Precision of convolutions and matrix products: "bf16" or "float32"."""
-        return "bf16" if self.bf16 else "float32"
+        """Precision of convolutions and matrix products: "bf16", "fp16" or "float32"."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
 
     def synchronize(self) -> None:
         """Wait for the device's queued work; call before reading a clock."""
@@ -172,24 +280,61 @@ class Compute:
 def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_PROCESS) -> Compute:
     """Resolve ``auto``: cuda, then mps, then cpu; bf16 if the hardware computes in it; channels last except on mps.
 
-    Channels last makes a step 1.0 to 1.4 times as fast, on a CPU too.  Float16 is never chosen: on a CPU it is hundreds
-    of times slower than bf16.
+    Channels last makes a step 1.0 to 1.4 times as fast, on a CPU too.  GPUs with tensor cores but without bf16 (V100,
+    T4, RTX 20) get fp16.  A CPU never does: it is hundreds of times slower in it than in bf16.  On CUDA, matrix
+    products in float32 use TF32, as convolutions do by default, and cuDNN times its algorithms.
 
     Raises:
-        UsageError: the device does not exist.
+        UsageError: the device does not exist, or settings that it cannot compute.
     """
     if settings.threads != "auto":
         torch.set_num_threads(settings.threads)
-    device = _resolve_device(settings.device)
-    bf16 = _has_bf16(device) if settings.precision == "auto" else settings.precision == "bf16"
+    device = _resolve_device(settings.device, processes)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    elif settings.sync_batch_norm and processes.several:
+        raise UsageError(
+            f"training.sync_batch_norm needs GPUs, and the device is {device}: leave it out, or raise "
+            "training.batch_size, so that each process has enough images"
+        )
+    if settings.precision == "fp16" and settings.optimizer == "dot":
+        raise UsageError(
+            "the optimizer dot keeps two gradients, whose loss scale fp16 cannot adapt: set training.precision to bf16 "
+            "or float32, or training.optimizer=sgd"
+        )
+    automatic = settings.precision == "auto"
+    bf16 = _has_bf16(device) if automatic else settings.precision == "bf16"
+    fp16 = settings.precision == "fp16" or (
+        automatic and not bf16 and _has_fp16_tensor_cores(device) and settings.optimizer != "dot"
+    )
     if settings.channels_last == "auto":
         channels_last = device.type in ("cuda", "cpu")
     else:
         channels_last = settings.channels_last
-    return Compute(device, bf16, channels_last, processes)
+    return Compute(device, bf16, channels_last, processes, fp16=fp16)
 
 
-def _resolve_device(name: str) -> torch.device:
+def idle_gpus(compute: Compute) -> str:
+    """Return a sentence if this machine has more GPUs than the run uses; else ""."""
+    if compute.device.type != "cuda":
+        return ""
+    used, there = compute.processes.local_count, torch.cuda.device_count()
+    if compute.processes.several and there == 1:  # each process sees its own
+        return ""
+    return (
+        f"{used} of the {there} GPUs of this machine {'is' if used == 1 else 'are'} used; --gpus all uses all of them"
+        if used < there
+        else ""
+    )
+
+
+def _resolve_device(name: str, processes: ProcessGroup) -> torch.device:
+    if processes.several and name.startswith("cuda:"):
+        raise UsageError(
+            f"training.device {name!r} is one GPU, and each of the {processes.count} processes uses another: leave it "
+            f"out, and choose the GPUs with CUDA_VISIBLE_DEVICES={name.removeprefix('cuda:')},..."
+        )
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -203,6 +348,10 @@ def _resolve_device(name: str) -> torch.device:
             f"training.device {name!r} cannot be used: {reason}\nAllowed: auto, cpu, cuda, cuda:N, mps"
         ) from None
     return device
+
+
+def _has_fp16_tensor_cores(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ DOT keeps separate momentum for label and distillation gradients, so that the la
 
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -201,10 +202,14 @@ def _moments_of_shape(state: dict[str, Any], shape: torch.Size) -> list[str]:
 
 
 _UNSUPPORTED_OPTIMIZERS = {"Optimizer", "LBFGS", "SparseAdam"}  # the base class; a closure; sparse gradients
+# Second derivatives; state that is no tensor; further packages; variants whose name stands for options.
+_UNSUPPORTED_OF_TIMM = re.compile(r"adahessian|kron|bnb|fused|larc|nlarc|.*legacy")
 
 
 def get_optimizer_class(name: str) -> type[Optimizer]:
-    """Return ``DOT`` or a class of ``torch.optim`` by its name, ignoring case.
+    """Return ``DOT``, a class of ``torch.optim`` or an optimizer of timm by its name, ignoring case.
+
+    Where both have one of a name, it is torch's, but for muon: timm's also updates what is no matrix.
 
     Raises:
         UsageError: unknown name; names the nearest known one.
@@ -214,11 +219,19 @@ def get_optimizer_class(name: str) -> type[Optimizer]:
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, Optimizer) and key not in _UNSUPPORTED_OPTIMIZERS
     }
-    if name.lower() not in known:
+    key = name.lower()
+    if key in known and key != "muon":
+        return known[key]
+    import timm.optim  # slow, and rarely needed
+
+    others = [each for each in timm.optim.list_optimizers() if not _UNSUPPORTED_OF_TIMM.match(each)]
+    if key not in others:
         raise UsageError(
-            f"no optimizer {name!r}{did_you_mean(name.lower(), known) or '.'} Known: {', '.join(sorted(known))}"
+            f"no optimizer {name!r}{did_you_mean(key, [*known, *others]) or '.'} Known: {', '.join(sorted(known))}; of "
+            f"timm: {', '.join(sorted(set(others) - set(known)))}"
         )
-    return known[name.lower()]
+    found: type[Optimizer] = timm.optim.get_optimizer_class(key, bind_defaults=False)
+    return found
 
 
 def layer_lr_scales(network: nn.Module, layer_decay: float) -> dict[str, float]:
@@ -276,8 +289,10 @@ def create_optimizer(
         options |= {"momentum": settings.momentum, "nesterov": settings.nesterov}
     elif optimizer_class is DOT:
         options |= {"momentum": settings.momentum, "delta": settings.dot_delta}
-    if "fused" in allowed and "foreach" not in settings.optimizer_options:
-        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    fusable = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    # Not False elsewhere, which would also keep torch from its foreach form.
+    if fusable and "fused" in allowed and "foreach" not in settings.optimizer_options:
+        options["fused"] = True
     for key in settings.optimizer_options:
         if key not in allowed:
             raise UsageError(
@@ -348,10 +363,19 @@ class SplitGradientOptimizer(Protocol):
 
 
 class GradientAccumulator:
-    """Accumulates and clips the gradients of an optimizer's parameters."""
+    """Accumulates and clips the gradients of an optimizer's parameters, and updates them.
 
-    def __init__(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+    Args:
+        optimizer: of the parameters.
+        parameters: all that are trained.
+        scaler: of the loss, for fp16; None: it is not scaled.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, parameters: list[nn.Parameter], scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        self.optimizer, self.parameters = optimizer, parameters
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.split = optimizer if isinstance(optimizer, SplitGradientOptimizer) else None
 
     def add(self, step: Step, batches: int = 1, share: float = 1.0) -> None:
@@ -367,11 +391,25 @@ class GradientAccumulator:
             self.split.backward(labels, distillation)
         else:
             loss = step.loss if share == 1 else step.loss * share
-            (loss / batches).backward()  # type: ignore[no-untyped-call]
+            loss = loss / batches
+            if self.scaler is not None:
+                loss = self.scaler.scale(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(self, max_norm: float) -> None:
         """Scale the gradients so that their norm is at most ``max_norm``."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         if self.split is not None:
             self.split.clip(max_norm)
         else:
             torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def step(self) -> None:
+        """Update the parameters and reset the gradients; gradients that overflow in fp16 are dropped."""
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)

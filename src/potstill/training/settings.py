@@ -17,8 +17,10 @@ class TrainingSettings(BaseModel):
     min_steps: int = Field(
         0, ge=0, le=10_000_000, description="more epochs than `epochs`, if those have fewer steps than this"
     )
-    batch_size: int = Field(32, ge=1, le=65_536, description="images per step")
-    optimizer: str = Field("adamw", description="sgd, adamw, dot, or the name of any class in torch.optim")
+    batch_size: int = Field(32, ge=1, le=65_536, description="images per step, over all processes together")
+    optimizer: str = Field(
+        "adamw", description="sgd, adamw, dot, any class in torch.optim, or an optimizer of timm: lamb, lion, muon, ..."
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate after warm-up")
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay of all parameters but biases and normalisation layers"
@@ -56,6 +58,9 @@ class TrainingSettings(BaseModel):
     max_grad_norm: float | None = Field(
         None, gt=0, description="clip the gradient norm to this value; null: no clipping"
     )
+    sync_batch_norm: bool = Field(
+        False, description="with several GPUs, BatchNorm uses the images of all processes, by torch's SyncBatchNorm"
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches whose gradients are averaged into one step")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label that is spread over all classes")
     ema_decay: float | None = Field(
@@ -85,8 +90,10 @@ class TrainingSettings(BaseModel):
     evaluate_test_every_epoch: bool = Field(
         False, description="record test metrics of every epoch; they select nothing"
     )
-    precision: Literal["auto", "float32", "bf16"] = Field(
-        "auto", description="auto: bf16 if the hardware supports it and a step is not slower in it"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto",
+        description="auto: bf16 if the hardware supports it and a step is not slower in it; fp16, with a scaled loss, "
+        "on GPUs that have only that (V100, T4, RTX 20)",
     )
     channels_last: bool | Literal["auto"] = Field(
         "auto", description="channels_last memory format of images and weights; auto: on all devices but mps"
@@ -99,6 +106,9 @@ class TrainingSettings(BaseModel):
         "auto",
         description="torch.compile for the student's forward pass; auto: on cuda, if enough training is left to gain "
         "time",
+    )
+    compile_teacher: bool = Field(
+        False, description="torch.compile for teachers that give logits alone; pays where they answer many batches"
     )
     checkpoint_seconds: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",

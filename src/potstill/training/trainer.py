@@ -1,5 +1,7 @@
 """The training loop of teacher, baseline and distilled student, and its label loss."""
 
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -15,14 +17,22 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teachers import TeacherViews
+from potstill.distributed.group import ProcessGroup
 from potstill.errors import Stopped, StorageError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics, TermAverages
 from potstill.features.stages import find_stages
 from potstill.io import write_json_lines
+from potstill.training.autotune import BatchTrial
 from potstill.training.averaging import ModelEma
 from potstill.training.callbacks import Observer, SignalHandler
 from potstill.training.checkpointing import Checkpointer, EpochRecord, EpochState, History, copy_state_dict
-from potstill.training.devices import Compute, DistributedDistiller, check_distributed_support
+from potstill.training.devices import (
+    Compute,
+    DistributedDistiller,
+    check_distributed_support,
+    has_static_graph,
+    synced_batch_norm,
+)
 from potstill.training.optim import GradientAccumulator, create_optimizer, layer_lr_scales, lr_factor
 from potstill.training.settings import TrainingSettings
 from potstill.training.student_forward import StudentCompiler, plain_epochs, simulated_int8
@@ -218,15 +228,18 @@ class Trainer:
         self.plain_epochs = plain_epochs(settings.epochs, settings.qat_fraction)
         steps = -(-train.steps // settings.gradient_accumulation_steps)
         check_distributed_support(distiller.method, settings.optimizer, compute.processes)
-        self.ddp = DistributedDistiller(distiller, compute.processes)
+        self.ddp = DistributedDistiller(
+            distiller, compute.processes, static_graph=has_static_graph(distiller, settings)
+        )
         named = distiller.trained_parameters()
         scales = {} if settings.layer_decay is None else layer_lr_scales(distiller.student, settings.layer_decay)
         self.optimizer = create_optimizer(named, settings, {f"student.{name}": scale for name, scale in scales.items()})
         self.head = _head_path(distiller.student, train.spec.size) if settings.freeze else None
-        self.gradients = GradientAccumulator(self.optimizer, [parameter for _, parameter in named])
+        scaler = compute.gradient_scaler()
+        self.gradients = GradientAccumulator(self.optimizer, [parameter for _, parameter in named], scaler)
         self.compiler = StudentCompiler(distiller, self.optimizer, settings, compute, observer)
         self.schedule = LambdaLR(self.optimizer, lr_factor(settings, steps))
-        self.average = None
+        self.signals, self.average = signals or SignalHandler(), None
         if settings.ema_decay is not None:
             self.average = ModelEma(distiller.student, settings.ema_decay)
         self.checkpointer = Checkpointer(
@@ -238,14 +251,15 @@ class Trainer:
             self.schedule,
             self.average,
             self.history,
+            scaler,
         )
+        self.requests = _RequestExchange(self.signals, self.checkpointer, compute.processes)
         views = teacher_views or {}
         self.teacher_outputs: dict[str, TeacherOutputs] = {
             "train": LiveTeacher(distiller, views.get("train"), compute.autocast),
             **{name: CachedTeacher(distiller, views.get(name)) for name in self.eval_loaders},
             **(teacher_outputs or {}),
         }
-        self.signals = signals or SignalHandler()
 
     def run(self, *, resume: bool = False) -> History:
         """Train to the last epoch, or until val has not improved for ``early_stopping_patience`` epochs.
@@ -255,7 +269,8 @@ class Trainer:
             ArtifactError: ``resume`` with a damaged checkpoint.
             Stopped: a signal was received; the step was finished and its state saved.
         """
-        with self.signals.deferred():
+        synced = synced_batch_norm(self.distiller, self.compute.processes, self.settings.sync_batch_norm)
+        with self.signals.deferred(), synced:
             try:
                 history = self._run(resume)
             except BaseException:
@@ -271,6 +286,8 @@ class Trainer:
         if state.step == 0:
             state = self._new_epoch_state()  # with the loaded learning rate
         self._write_records()
+        if done < self.settings.epochs and needs_trial(self.compute):
+            self._try_batch()
         for number in range(done, self.settings.epochs):
             if state.step == 0 and self._should_stop_early(number):
                 self.observer.note(
@@ -282,7 +299,7 @@ class Trainer:
             except Stopped:
                 self._save(number, state)
                 raise
-            stop, due = self._sync_requests()
+            stop, due = self.requests.exchange()
             last = number + 1 == self.settings.epochs
             if last or due or stop:
                 self.checkpointer.save(number + 1, background=not (last or stop))
@@ -292,6 +309,37 @@ class Trainer:
             self.checkpointer.save(self.history.records[-1]["epoch"])
         self.distiller.student.load_state_dict(self.checkpointer.best)
         return self.history
+
+    def _try_batch(self) -> None:
+        """Run a step on a batch of zeros of the true size, so that too little memory is found now.
+
+        Raises:
+            StorageError: it does not fit; says which batch does.
+        """
+        count, size, device = len(self.train.ids_of(0)[0]), self.train.spec.size, self.compute.device
+        method, mixes = self.distiller.method, self.train.collator.mixer is not None
+        images = self._to_memory_format(torch.zeros(count, 3, size, size, device=device))
+        index = torch.arange(count, device=device) % len(self.train.labels)
+        labels = torch.arange(count, device=device) % self.classes
+        batch = Batch(
+            images,
+            labels,
+            index,
+            torch.zeros_like(index),
+            images if method.needs.second != "none" else None,
+            F.one_hot(labels, self.classes).float() if mixes else None,
+        )
+        trained = sum(4 * parameter.numel() for _, parameter in self.distiller.trained_parameters())
+        moments = 1 if self.settings.optimizer.lower() in ("sgd", "lion", "lars") else 2
+        state_bytes = 0 if self.optimizer.state else moments * trained
+        BatchTrial(
+            self.distiller,
+            batch,
+            self.compute,
+            stage=self.folder.name,
+            state_bytes=state_bytes,
+            epochs=self.settings.epochs,
+        ).run()
 
     # one epoch
 
@@ -313,6 +361,7 @@ class Trainer:
                 self._train_epoch(number, state)
         metrics = self._record_metrics(state, f"epoch {number + 1}, training", self.train, number)
         train_seconds = state.seconds
+        self.ddp.sync_buffers(self.average)
         with _averaged_weights(self.distiller.student, self.average):
             splits = {name: self._evaluate(number, name, loader) for name, loader in self.eval_loaders.items()}
             value = selection_value(self.settings.selection_metric, splits["val"])
@@ -349,6 +398,7 @@ class Trainer:
         accumulated, teacher_outputs = self.settings.gradient_accumulation_steps, self.teacher_outputs["train"]
         start, sizes, steps = state.step, self.train.sizes_of(number), self.train.steps
         teacher_outputs.start_epoch(number, start)
+        self.requests.start()
         for position, batch in enumerate(self.train.epoch(number, start), start=start):
             if position == start:
                 self.compiler.prepare(batch.images)
@@ -367,9 +417,7 @@ class Trainer:
             self.observer.step(sizes[position])
             if complete:
                 state.step = position + 1
-                _, due = self._sync_requests()
-                self.signals.check()
-                if due and self.settings.checkpoint_seconds != 0:
+                if self.requests.poll() and self.settings.checkpoint_seconds != 0:
                     self._save(number, state, background=True)
         teacher_outputs.flush()
 
@@ -391,29 +439,26 @@ class Trainer:
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
-    def _sync_requests(self) -> tuple[bool, bool]:
-        """Return whether any process received a signal, and whether any has a checkpoint due."""
-        number, due = self.compute.processes.highest(self.signals.requested or 0, int(self.checkpointer.is_due))
-        self.signals.requested = number or None
-        return number > 0, due > 0
-
     def _write_records(self) -> None:
         if self.compute.processes.first:
             self.history.lines = write_json_lines(self.folder / "metrics.jsonl", self.history.records)
 
     def _save(self, number: int, state: EpochState, *, background: bool = False) -> None:
         """Save a checkpoint within an epoch."""
-        metrics, averages = self.ddp.gather(state.metrics, state.averages)
-        # Raises if the loss is not finite, before a checkpoint is written.
-        averages.compute(f"epoch {number + 1}, training", partial(self.train.names_at, number))
+        gathered = self.ddp.gather(state.metrics, state.averages)
+        if gathered is not None:
+            metrics, averages = gathered
+            # Raises if the loss is not finite, before a checkpoint is written.
+            averages.compute(f"epoch {number + 1}, training", partial(self.train.names_at, number))
+            state = replace(state, metrics=metrics, averages=averages)
         self.teacher_outputs["train"].flush()
-        self.checkpointer.save(number, replace(state, metrics=metrics, averages=averages), background=background)
+        self.checkpointer.save(number, state, background=background)
 
     def _forward(
         self,
         batch: Batch,
         teacher_outputs: TeacherOutputs,
-        distiller: nn.Module,
+        distiller: Callable[..., Step],
         precision: AbstractContextManager[object],
     ) -> Step:
         batch = replace(batch, images=self._to_memory_format(batch.images))
@@ -421,7 +466,7 @@ class Trainer:
             batch = replace(batch, second=self._to_memory_format(batch.second))
         teacher = teacher_outputs(batch)
         with precision:
-            step: Step = distiller(
+            return distiller(
                 batch.images,
                 batch.labels,
                 index=batch.index,
@@ -430,7 +475,6 @@ class Trainer:
                 soft_labels=batch.soft_labels,
                 teacher=teacher,
             )
-        return step
 
     def _to_memory_format(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.compute.memory_format)
@@ -438,10 +482,10 @@ class Trainer:
     def _update(self) -> None:
         if self.settings.max_grad_norm is not None:
             self.gradients.clip(self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        self.ddp.sync_buffers()
+        self.gradients.step()
+        with _no_order_warning(self.compute.fp16 and self.schedule.last_epoch == 0):
+            self.schedule.step()
+        self.ddp.sync_method_buffers()
         if self.average is not None:
             self.average.update_parameters(self.distiller.student)
 
@@ -452,11 +496,11 @@ class Trainer:
         metrics, averages = StreamingMetrics(self.classes, device=self.compute.device), TermAverages()
         teacher_outputs = self.teacher_outputs[split]
         teacher_outputs.start_epoch(0)
+        self.requests.start()
         for position, batch in enumerate(loader.epoch(0)):
             number, common = self.ddp.batch_number(loader, position)
             if common:
-                self._sync_requests()
-                self.signals.check()
+                self.requests.poll()
             with self.compute.processes.stepping():
                 step = self._forward(batch, teacher_outputs, self.distiller, nullcontext())
                 metrics.update(step.logits, batch.labels)
@@ -465,13 +509,89 @@ class Trainer:
         return self._record_metrics(EpochState(metrics, averages, lr=0.0), f"epoch {epoch + 1}, {split}", loader, 0)
 
     def _record_metrics(self, state: EpochState, where: str, loader: "Loader", epoch: int) -> EpochRecord:
-        metrics, averages = self.ddp.gather(state.metrics, state.averages)
-        terms = averages.compute(where, partial(loader.names_at, epoch))
-        return {**metrics.compute(), "loss": sum(terms.values()), "terms": terms}
+        gathered, record = self.ddp.gather(state.metrics, state.averages), None
+        if gathered is not None:
+            metrics, averages = gathered
+            terms = averages.compute(where, partial(loader.names_at, epoch))
+            record = {**metrics.compute(), "loss": sum(terms.values()), "terms": terms}
+        found: EpochRecord | None = self.compute.processes.share(record)
+        assert found is not None  # the first process has computed it
+        return found
 
     def _should_stop_early(self, number: int) -> bool:
         patience = self.settings.early_stopping_patience
         return patience is not None and number > 0 and number - self.history.best_epoch >= patience
+
+
+def needs_trial(compute: Compute) -> bool:
+    """Return whether memory is tried before training: a GPU's has a fixed size, and a step takes it no time."""
+    return compute.device.type == "cuda"
+
+
+_EXCHANGE_SECONDS = 1.0  # between two exchanges of requests
+_MAX_GROWTH = 4  # of the steps between them, from one to the next
+
+
+class _RequestExchange:
+    """Signals and due checkpoints, on which all processes act at the same step.
+
+    An exchange waits for every process, so it takes place about once a second instead of in each step.
+
+    Args:
+        signals: of this process.
+        checkpointer: of the stage.
+        processes: the group.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        signals: SignalHandler,
+        checkpointer: Checkpointer,
+        processes: ProcessGroup,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.signals, self.checkpointer, self.processes, self.clock = signals, checkpointer, processes, clock
+        self.start()
+
+    def start(self) -> None:
+        """Exchange at the next step; call where steps begin to take another time."""
+        self._interval, self._left, self._since = 1, 1, self.clock()
+
+    def poll(self) -> bool:
+        """Return whether a checkpoint is due; all processes call this after a step.
+
+        Raises:
+            Stopped: any process received a signal.
+        """
+        self._left -= 1
+        if self.processes.several and self._left > 0:
+            return False
+        _, due = self.exchange()
+        self.signals.check()
+        return due
+
+    def exchange(self) -> tuple[bool, bool]:
+        """Return whether any process received a signal, and whether any has a checkpoint due."""
+        seconds = self.clock() - self._since
+        steps = int(min(_MAX_GROWTH, _EXCHANGE_SECONDS / max(seconds, 1e-9)) * self._interval)
+        wanted = max(1, steps)
+        number, due, fewest = self.processes.highest(
+            self.signals.requested or 0, int(self.checkpointer.is_due), -wanted
+        )
+        self.signals.requested = number or None
+        self._interval = self._left = -fewest
+        self._since = self.clock()
+        return number > 0, due > 0
+
+
+@contextmanager
+def _no_order_warning(enabled: bool) -> Iterator[None]:
+    """Suppress torch's warning if the first update was dropped, as its gradients overflowed in fp16."""
+    with warnings.catch_warnings() if enabled else nullcontext():
+        if enabled:
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        yield
 
 
 def _head_path(network: nn.Module, size: int) -> str:
