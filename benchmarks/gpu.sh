@@ -16,7 +16,10 @@ python3 - <<'END'
 import importlib.util
 import sys
 
-needed = ("torch", "torchvision", "timm", "numpy", "PIL", "pydantic", "safetensors")
+needed = (
+    "torch", "torchvision", "timm", "numpy", "PIL", "safetensors",
+    "pydantic", "pydantic_core", "annotated_types", "typing_inspection",  # pydantic and what it takes along
+)
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"missing here: {', '.join(missing)}; install them, or name a folder of their wheels in POTSTILL_WHEELS")

@@ -96,12 +96,12 @@ def _run(path: Path, count: int, classes: int, stages: tuple[str, ...]) -> None:
         intervals = split_intervals(found["test"])
         clock.lap(f"{stage}: intervals")
         val, test = found["val"], found["test"]
-        assert val.rows is not None
-        assert test.rows is not None
-        scaled = calibration_report(val.rows, val.labels, test.rows, test.labels)
+        assert val.probabilities is not None
+        assert test.probabilities is not None
+        scaled = calibration_report(val.probabilities, val.labels, test.probabilities, test.labels)
         clock.lap(f"{stage}: calibration")
-        if teacher is not None and teacher.rows is not None:
-            metrics["test"] |= agreement(test.rows, teacher.rows)
+        if teacher is not None and teacher.probabilities is not None:
+            metrics["test"] |= agreement(test.probabilities, teacher.probabilities)
             clock.lap(f"{stage}: agreement with the teacher")
         teacher = test if stage == "teacher" else teacher
         flat = {split: {k: v for k, v in metrics[split].items() if k != "per_class"} for split in SPLITS}

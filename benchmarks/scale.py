@@ -1,17 +1,33 @@
-"""What a large distillation costs in time, disk and traffic: worked out on paper, and simulated.
+"""What a large distillation costs in time, disk and traffic: worked out on paper, and simulated; and what grows with
+files and classes in a run on a CPU, measured.
 
     python -m benchmarks.scale                                     ImageNet-1k and a billion images, three ways to store
     python -m benchmarks.scale --machines 4 --images 5e7 --epochs 30
+    python -m benchmarks.scale measure --files 1000 10000 100000 --classes 2 100 10000 --sizes 32 224
 
-Nothing here is measured.  Every number that goes in is an option with its default shown by --help: put in what your
-machines do.  The simulation steps through one epoch: each process takes a time of its own for each step, all wait for
-the slowest, reading runs ahead of computing as far as the queue lets it, and machines fail.
+Nothing in the first two is measured.  Every number that goes in is an option with its default shown by --help: put in
+what your machines do.  The simulation steps through one epoch: each process takes a time of its own for each step, all
+wait for the slowest, reading runs ahead of computing as far as the queue lets it, and machines fail.
+
+``measure`` makes JPEG files and prints for each number of files, classes and size, each part in a process of its own:
+seconds of CPU until all files are checked and until the first batch, cold and once more; peak memory; bytes of the
+caches; and seconds of CPU, peak memory and bytes of the end of a run with as many images in each split
+(benchmarks/run_end.py).
 """
 
 import argparse
+import json
 import math
+import os
 import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 from potstill.formatting import format_scaled
 
@@ -163,8 +179,95 @@ def row(name: str, plan: Plan) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+SAMPLES = 16  # different images, of which the files are copies
+
+
+def make_files(root: Path, files: int, classes: int, size: int) -> None:
+    """Write JPEG files of ``size`` pixels in class folders, at least ten to a class."""
+    import numpy as np
+    from PIL import Image
+
+    draw, contents = np.random.default_rng(0), []
+    for number in range(SAMPLES):
+        path = root / f"sample{number}.jpg"
+        coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
+        contents.append(path.read_bytes())
+        path.unlink()
+    for number in range(max(files, 10 * classes)):
+        folder = root / f"class{number % classes:05d}"
+        folder.mkdir(exist_ok=True)
+        # Bytes behind the image: as of photographs, no two files are equal.
+        (folder / f"{number:07d}.jpg").write_bytes(contents[number % SAMPLES] + number.to_bytes(8, "little"))
+
+
+def measure_start(root: Path, size: int) -> dict[str, float]:
+    """Check and decode the images of a folder; return seconds of CPU, and peak memory in bytes."""
+    from potstill.data.datasets import load_data
+    from potstill.data.loader import Loader
+    from potstill.data.settings import DataSettings
+    from potstill.input_spec import InputSpec
+
+    began = time.process_time()
+    data = load_data(DataSettings(source=str(root)))
+    checked = time.process_time()
+    loader = Loader(data.train, InputSpec(size), batch_size=64, order="shuffled", identity=f"{data.fingerprint}/train")
+    next(iter(loader.epoch(0)))
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"check": checked - began, "batch": time.process_time() - checked, "memory": memory}
+
+
+def measured_row(files: int, classes: int, size: int) -> str:
+    """Measure one row of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        root, cache = Path(name, "images"), Path(name, "cache")
+        root.mkdir()
+        make_files(root, files, classes, size)
+        time.sleep(2.1)  # files that have just changed are not trusted to stay as they are
+        environment = os.environ | {"POTSTILL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+        def output(*arguments: object) -> str:
+            command = [sys.executable, *map(str, arguments)]
+            return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+        starts = [json.loads(output("-m", "benchmarks.scale", "start", root, size)) for _ in range(2)]
+        disk = sum(path.stat().st_blocks * 512 for path in cache.rglob("*") if path.is_file())
+        files = max(files, 10 * classes)
+        end = output(Path(__file__).parent / "run_end.py", "--images", files, "--classes", classes)
+    found = re.search(r"in all ([0-9.]+) CPU-s .* peak (\d+) MB, (\d+) MB on disk", end)
+    assert found is not None
+    cells = [f"{files:,}", f"{classes:,}", str(size)]
+    cells += [f"{each['check']:.1f} + {each['batch']:.1f}" for each in starts]
+    cells += [format_scaled(starts[0]["memory"], "B"), format_scaled(disk, "B")]
+    return "| " + " | ".join([*cells, found[1], f"{found[2]} MB", f"{found[3]} MB"]) + " |"
+
+
+def measure(arguments: list[str]) -> None:
+    """Print the table of measured costs."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale measure")
+    parser.add_argument("--files", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--classes", type=int, nargs="+", default=[2, 100])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32])
+    given = parser.parse_args(arguments)
+    print(
+        "| files | classes | px | check + first batch, CPU-s | again | memory | caches | end, CPU-s | memory | files |"
+    )
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for size in given.sizes:
+        for files in given.files:
+            for classes in given.classes:
+                print(measured_row(files, classes, size), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["measure"]:
+        measure(arguments[1:])
+        return
+    if arguments[:1] == ["start"]:
+        print(json.dumps(measure_start(Path(arguments[1]), int(arguments[2]))))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for each in fields(Plan):
         parser.add_argument(

@@ -1,7 +1,7 @@
 """The cost of a large distillation: numbers that fit on a sheet of paper, and a simulation that agrees with them."""
 
 import pytest
-from benchmarks.scale import Plan, main, on_paper, simulated, simulated_epoch
+from benchmarks.scale import Plan, main, make_files, measure_start, on_paper, simulated, simulated_epoch
 
 # 1,000 images in 5 steps of 2 processes with 100 images each: 0.1 s to train on a batch, 0.2 s more with the teacher.
 SMALL = Plan(
@@ -64,3 +64,14 @@ def test_failures_cost_what_is_done_twice():
 def test_the_table(capsys):
     main(["--images", "1000", "--machines", "2"])
     assert "| yours |" in capsys.readouterr().out
+
+
+def test_measured_files_are_all_different_and_enough_for_each_class(tmp_path, monkeypatch):
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    make_files(tmp_path / "images", 25, 3, 16)
+    contents = [path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.jpg"))]
+    assert len(contents) == len(set(contents)) == 30  # ten of each class
+    found = measure_start(tmp_path / "images", 16)
+    assert set(found) == {"check", "batch", "memory"}
+    assert found["memory"] > 2**20

@@ -84,6 +84,18 @@ def test_a_method_without_teacher_has_the_previous_model_alone(photographs, tmp_
     ]  # fmt: skip
 
 
+def test_flags_are_for_the_inner_method_and_settings_for_the_outer(photographs, tmp_path):
+    flags = {"--previous": deployed(tmp_path / "old"), "--method": "kd", "--alpha": 0.25}
+    recipe = load_recipe(settings(photographs), ["method.weight=3", "method.base_method.temperature=2"], flags=flags)
+    assert recipe.method == {
+        "name": "pct", "base_method": {"name": "kd", "temperature": 2, "alpha": 0.25}, "weight": 3,
+    }  # fmt: skip
+    again = load_recipe(recipe.model_dump(mode="json"), recorded=True)
+    assert again.method == recipe.method
+    with pytest.raises(UsageError, match="no option 'alpha'"):
+        load_recipe(settings(photographs), ["method.alpha=0.5"], flags=flags)
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [

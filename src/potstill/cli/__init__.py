@@ -65,6 +65,7 @@ for _verb in (
     deployment.evaluate,
     deployment.export,
     deployment.shrink,
+    deployment.benchmark,
     deployment.push,
     deployment.serve,
     check.check,

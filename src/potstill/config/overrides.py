@@ -60,16 +60,22 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
         for flag, path in SETTING_FLAGS.items()
         if flags.get(flag) is not None
     ]
-    changes += [
+    assignments = [
         (change[0], change[1], f"--set {text}")
         for text in overrides
         if (change := _parse_assignment(document, text)) is not None
     ]
-    _prepare_method(document, {path: value for path, value, _ in changes}, allow_code=bool(flags.get("--allow-code")))
-    for path, value, location in changes:
-        if path[-1] in ("model", "weights"):  # whoever names a network wants no other
-            _drop_fallback(document.value, path[:-1])
-        _set_value(document, path, value, location)
+    # With a previous model, flags are for the method inside pct, and --set for pct: method.base_method.alpha=0.5.
+    inner, outer = (changes, assignments) if document.value.get("previous") is not None else ([], changes + assignments)
+    for group in (inner, outer):
+        given = {path: value for path, value, _ in group}
+        _prepare_method(document, given, allow_code=bool(flags.get("--allow-code")))
+        for path, value, location in group:
+            if path[-1] in ("model", "weights"):  # whoever names a network wants no other
+                _drop_fallback(document.value, path[:-1])
+            _set_value(document, path, value, location)
+        wrap_method_for_previous(document.value)
+    changes += assignments
     if flags.get("--no-labels"):
         _drop_label_term(document, {path for path, *_ in changes})
 

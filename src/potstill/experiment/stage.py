@@ -1,4 +1,4 @@
-"""One stage: train a network and save the weights of its best epoch."""
+"""One stage: train a network, and save the weights of its best epoch, calibrated by one temperature."""
 
 import contextlib
 import math

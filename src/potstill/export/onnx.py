@@ -91,7 +91,7 @@ def load_onnx(path: Path) -> OnnxModel:
         UsageError: onnxruntime is not installed.
     """
     content = read_bytes(path)
-    _check_digest(path, content)
+    check_digest(path, path.name, content)
     found = read_properties(content, str(path))
     if METADATA_KEY not in found:
         raise ArtifactError(
@@ -107,14 +107,15 @@ def facts_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _check_digest(path: Path, content: bytes) -> None:
+def check_digest(path: Path, name: str, content: bytes) -> None:
+    """Raise ArtifactError if the content of a file is not that of which NAME.json of ``path`` has the SHA-256."""
     facts = facts_path(path)
     if not facts.is_file():
         return
     files = read_checksummed_json(facts).get("files")
-    known = files.get(path.name) if isinstance(files, dict) else None  # None: it was renamed by hand
+    known = files.get(name) if isinstance(files, dict) else None  # None: it was renamed by hand
     if isinstance(known, dict) and known.get("sha256") != sha256_hex(content):
-        raise ArtifactError(f"{path} {DAMAGED}; export it anew")
+        raise ArtifactError(f"{path.with_name(name)} {DAMAGED}; export it anew")
 
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
