@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Not locked: federated, wandb, mlflow, trackio. They bring eighty packages, and hold others back.
 # Nor litert: litert-torch 0.10 takes torch below 2.15 and, by xdsl 0.28, typing-extensions below 4.13.
-LOCKED := solar efficientnet-lite datasets export openvino executorch coreml ncnn serve sweep tensorboard
+LOCKED := solar efficientnet-lite datasets export openvino executorch coreml ncnn prune serve sweep tensorboard
 
 .PHONY: demo test check docs lock setup clean
 .DELETE_ON_ERROR:

@@ -35,6 +35,7 @@ PAGES = {
         (
             "potstill.api:run",
             "potstill.api:fit",
+            "potstill.api:shrink",
             "potstill.api:load",
             "potstill.export.predict:predict",
             "potstill.export.predict:Prediction",

@@ -40,7 +40,7 @@ def counts():
 
 
 def test_the_number_of_modules(counts):
-    assert len(counts["modules"]()) <= 248
+    assert len(counts["modules"]()) <= 250
 
 
 def test_the_number_of_modules_with_one_importer(counts):

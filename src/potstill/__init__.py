@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from potstill.api import fit as fit
     from potstill.api import load as load
     from potstill.api import run as run
+    from potstill.api import shrink as shrink
     from potstill.distillation.distiller import Distiller as Distiller
     from potstill.export.predict import predict as predict
     from potstill.methods import create_method as create_method
@@ -29,6 +30,7 @@ _HOMES = {
     "load": "potstill.api",
     "predict": "potstill.export.predict",
     "run": "potstill.api",
+    "shrink": "potstill.api",
 }
 
 

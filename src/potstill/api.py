@@ -19,9 +19,11 @@ from potstill.models.factory import OWN_WEIGHTS
 from potstill.models.families.own_models import GIVEN, Network, given_networks
 from potstill.models.model_file import Classifier, load_model
 from potstill.report.render import render
-from potstill.report.sweep import render_sweep
+from potstill.report.sweep import render_shrink, render_sweep
 from potstill.sweep.fit import fit as search
 from potstill.sweep.halving import FRESH_SEEDS
+from potstill.sweep.shrink import Finetuning
+from potstill.sweep.shrink import shrink as search_smallest
 from potstill.training.callbacks import Observer, SilentObserver
 
 
@@ -149,6 +151,46 @@ def fit(
         observer=observer,
     )
     render_sweep(folder)
+    return folder
+
+
+def shrink(
+    run: str | Path,
+    *,
+    max_loss: float = 1.0,
+    int8: bool = True,
+    stage: str | None = None,
+    epochs: int | None = None,
+    overrides: tuple[str, ...] = (),
+    data: str | None = None,
+    allow_code: bool = False,
+    observer: Observer | None = None,
+) -> Path:
+    """Find the smallest file of a run's student that loses at most ``max_loss`` points; return the search's folder.
+
+    It is also the command ``potstill shrink``.  ``export/`` in the folder has the file, shrink.json all that was found,
+    and shrink.html is the report.
+
+    Args:
+        run: a run folder.
+        max_loss: points of accuracy on val, with 95 % confidence, against the student in float32.
+        int8: quantize the files.
+        stage: "distilled" or "baseline"; None: distilled, else baseline.
+        epochs: of fine-tuning after each pruning; None: a quarter of the student's.
+        overrides: settings of the fine-tuning, such as ``"training.lr=1e-4"``.
+        data: path of the run's data, if it has moved.
+        allow_code: run code that the run's recipe names.
+        observer: its methods are called with the progress; None: no output.
+
+    Raises:
+        UsageError: a loss that so few val images cannot show, or a student that cannot be pruned.
+        ArtifactError: no candidate loses as little.
+        PotstillError: any other error that the user can correct.
+    """
+    with allowed_code(allow_code):
+        finetuning = Finetuning(epochs, overrides, data, int8)
+        folder, _ = search_smallest(Path(run), stage, max_loss, finetuning, observer=observer)
+    render_shrink(folder)
     return folder
 
 

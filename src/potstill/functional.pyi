@@ -58,6 +58,7 @@ from potstill.methods.ofa import ofa_loss as ofa_loss
 from potstill.methods.ofa import stage_head as stage_head
 from potstill.methods.ofd import ofd_loss as ofd_loss
 from potstill.methods.ofd import ofd_margin as ofd_margin
+from potstill.methods.pct import pct_loss as pct_loss
 from potstill.methods.pkt import pkt_loss as pkt_loss
 from potstill.methods.pskd import pskd_loss as pskd_loss
 from potstill.methods.pskd import pskd_targets as pskd_targets

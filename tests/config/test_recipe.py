@@ -357,8 +357,8 @@ def test_problems_of_set_name_the_set_and_come_after_the_file(written) -> None: 
     assert found[0] == "recipe.yaml:3:1: sed: unknown key; did you mean 'seed'?"
     assert sorted(found[1:]) == [
         "--set a=1: a: unknown key. Keys here: name, description, seed, seeds, data, domain, teacher, teachers, "
-        "assistants, student, born_again_generations, method, teacher_below_baseline, curriculum, feature_pairs, "
-        "train_predictions, "
+        "assistants, student, born_again_generations, method, previous, teacher_below_baseline, curriculum, "
+        "feature_pairs, train_predictions, "
         "teacher_cache, training, "
         "tracker",
         "--set method.temperture=3: method.temperture: no option 'temperture'; did you mean 'temperature'? "

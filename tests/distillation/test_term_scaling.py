@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.distillation.distiller import Distiller
-from potstill.distillation.term_scaling import MEASURED_STEPS, TermScaling
+from potstill.distillation.distiller import MEASURED_STEPS, Distiller, TermScaling
 from potstill.methods import check_method, create_method
 from potstill.methods.base import Method
 from potstill.models.factory import create_model

@@ -14,10 +14,9 @@ from torch import nn
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
-from potstill.distillation.distiller import Distiller
+from potstill.distillation.distiller import Distiller, TermScaling
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import RecordFormat
-from potstill.distillation.term_scaling import TermScaling
 from potstill.distributed.group import ProcessGroup, process_group
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.evaluation.predictions import predict_probabilities

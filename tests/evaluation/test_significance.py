@@ -13,6 +13,7 @@ from potstill.evaluation.significance import (
     interim_confidence,
     mcnemar,
     paired_interval,
+    paired_loss_bound,
     seeds_summary,
     sign_flip,
     wilson_interval,
@@ -41,6 +42,33 @@ def test_paired_interval_by_hand():
     assert gain == pytest.approx(13 / 200)
     half = 1.959964 * np.sqrt((39 / 202 - (13 / 202) ** 2) / 202)
     assert (low, high) == pytest.approx((13 / 202 - half, 13 / 202 + half), abs=1e-6)
+
+
+def test_loss_bound_by_hand():
+    for images in (9, 231, 1000):  # the bound of 0 of n by the score test
+        assert paired_loss_bound(0, 0, images) == pytest.approx(2.705543 / (images + 2.705543), abs=1e-6)
+    for lost in (1, 7, 40):  # without gains, Wilson's bound of a single share
+        share, z2 = lost / 300, 2.705543
+        half = np.sqrt(z2 * share * (1 - share) / 300 + z2**2 / 300**2 / 4)
+        assert paired_loss_bound(lost, 0, 300) == pytest.approx((share + z2 / 600 + half) / (1 + z2 / 300), abs=1e-6)
+    assert paired_loss_bound(40, 40, 400) == pytest.approx(1.644854 * np.sqrt(80) / 400, rel=0.01)  # Wald's
+    assert paired_loss_bound(0, 5, 400) < paired_loss_bound(0, 0, 400)
+    with pytest.raises(UsageError, match="needs images"):
+        paired_loss_bound(3, 3, 5)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.02, 0.0), (0.03, 0.02), (0.06, 0.01), (0.15, 0.1)])
+@pytest.mark.parametrize("images", [300, 2000])
+def test_loss_bound_misses_in_about_five_percent(lost, gained, images):
+    """Reference: draws of images that change with known chances."""
+    draws = np.random.default_rng(0).multinomial(images, [lost, gained, 1 - lost - gained], size=20_000)
+    found, counts = np.unique(draws[:, :2], axis=0, return_counts=True)
+    misses = sum(
+        count
+        for (a, b), count in zip(found.tolist(), counts.tolist(), strict=True)
+        if paired_loss_bound(a, b, images) < lost - gained
+    )
+    assert 0.02 < misses / 20_000 < 0.062
 
 
 @pytest.mark.parametrize("chances", [(0.02, 0.02), (0.06, 0.03), (0.3, 0.1)])

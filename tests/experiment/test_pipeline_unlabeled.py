@@ -54,6 +54,7 @@ def test_the_baseline_has_labels_alone_and_all_else_alike(recipe, unlabeled, tmp
     assert results(path)["stages"]["distilled"]["views"] == results(path)["stages"]["baseline"]["views"]
     page = (path / "results.json").read_text()
     assert "learn from the labels alone" in page
+    assert "only the distilled student learned from" in results(path)["comparison"]["verdict"]
     for stage in ("teacher", "baseline"):  # the unlabeled images change nothing there, up to the rounding of a mean
         ours, theirs = weights(path, stage), weights(plain, stage)
         assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=1e-4) for key in ours)

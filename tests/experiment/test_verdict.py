@@ -75,6 +75,15 @@ def test_sentences_of_several_seeds() -> None:
     assert "This is evaluation 2 on the test split" in verdict(later)
 
 
+def test_images_that_only_the_distilled_student_learned_from_are_named() -> None:
+    made = of_seeds(0.02, 0.01, 0.03)
+    assert "without labels" not in verdict(made)
+    sentences = verdict_sentences(made | {"unlabeled_images": 2968})
+    assert sentences[1].startswith(
+        "Of the two, only the distilled student learned from the 2,968 images without labels"
+    )
+
+
 def test_equal_predictions() -> None:
     text = headline(comparison(0.0, -0.01, 0.01, fixed=0, broken=0))
     assert "are correct on the same of 270 test images" in text

@@ -185,6 +185,37 @@ def test_int8_within_max_drop_is_written_with_its_accuracies(run: Path, pictures
     assert facts["calibration"] == {"images": 256, "split": "train", "classes": 10, "method": "MinMax"}
 
 
+def test_int8_of_openvino_is_as_accurate_in_openvino(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs potstill[openvino]")
+    path = exported(run, format="openvino", int8=True, max_drop=0.05, output=tmp_path / "small.xml")
+    facts = read_checksummed_json(path.with_name("small.xml.json"))
+    assert b"FakeQuantize" in path.read_bytes()
+    assert facts["accuracy"]["before"] > 0.7
+    assert set(facts["latency_ms"]) == {"pytorch", "openvino", "int8"}
+
+
+def test_all_that_run_are_written_and_the_others_named(run: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export_one(model, stage, options, *, note):
+        if options.format == "onnx":
+            return plain
+        raise ArtifactError("it has no operation for x\nTry --format onnx")
+
+    monkeypatch.setattr(exporter, "export", export_one)
+    found = exporter.export_all(run, options=ExportOptions(data="digits"), note=quiet)
+    assert list(found) == list(FORMATS)
+    head, onnx_row, *left_out = exporter.export_table(found).splitlines()
+    assert head.split()[:3] == ["format", "file", "MiB"]
+    assert onnx_row.split()[:2] == ["onnx", str(plain)]
+    assert onnx_row.endswith("100.00%")
+    assert left_out[0] == "left out: openvino: it has no operation for x; Try --format onnx"
+    assert "left out: coreml: its files run on other machines only" in left_out
+    with pytest.raises(UsageError, match="names one file"):
+        exporter.export_all(run, options=ExportOptions(output=Path("x.onnx")), note=quiet)
+    monkeypatch.setattr(exporter, "FORMATS", {"ncnn": FORMATS["ncnn"]})
+    with pytest.raises(ArtifactError, match="no operation for x"):
+        exporter.export_all(run, options=ExportOptions(data="digits"), note=quiet)
+
+
 def test_int8_that_loses_more_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([0.95, 0.93])
     monkeypatch.setattr(exporter, "accuracy", lambda logits, labels: next(found))
@@ -288,7 +319,8 @@ def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
             export(run, stage, ExportOptions(**({"data": "digits"} | options)), note=quiet)
 
     refused(UsageError, r"no format 'onx'; did you mean 'onnx'\?\nKnown formats: onnx, openvino", format="onx")
-    refused(UsageError, "--int8 goes with --format onnx", int8=True, format="torch-export")
+    refused(UsageError, "--int8 goes with --format onnx or openvino or page", int8=True, format="torch-export")
+    refused(UsageError, "--runtime goes with --format page, not with onnx", runtime=tmp_path)
     refused(UsageError, "share from 0 to 1", max_drop=2)
     refused(UsageError, "none, normalise, resize.*did you mean 'resize'", inside="resized")
     refused(UsageError, r"ends in \.onnx", output=tmp_path / "model.pt2")

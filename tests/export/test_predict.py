@@ -1,5 +1,7 @@
+import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,14 @@ from potstill.data.image_sets import FileSet
 from potstill.data.loader import Loader
 from potstill.data.transforms import preprocess
 from potstill.errors import ArtifactError, DataError, UsageError
-from potstill.export.predict import find_images, predict
+from potstill.export.predict import (
+    Prediction,
+    create_predictor,
+    find_images,
+    predict,
+    read_items,
+    write_table,
+)
 from potstill.input_spec import InputSpec
 from potstill.models.model_file import Classifier, save_model
 
@@ -206,3 +215,166 @@ def test_the_verb_refuses_a_damaged_model(run: Path, tmp_path: Path, capsys: pyt
 
     assert main(["predict", str(run), str(picture(tmp_path / "a.png", (0, 0, 0)))]) == 4
     assert "damaged" in capsys.readouterr().err
+
+
+def test_an_image_below_the_threshold_is_unknown(tmp_path: Path) -> None:
+    red, grey = picture(tmp_path / "red.png", (255, 0, 0)), picture(tmp_path / "grey.png", (128, 128, 128))
+    found = predict(classifier(), [red, grey], top=1, threshold=0.6)
+    assert [each.label for each in found] == ["red", "unknown"]
+    assert [each.unknown for each in found] == [False, True]
+    assert found[1].classes[0][1] == pytest.approx(0.25, abs=0.01)  # of four classes that are equal
+    assert found[1].as_dict()["unknown"] is True
+
+
+def test_predictions_come_before_all_images_are_read(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{at:04d}.png", (255, 0, 0)) for at in range(3)]
+    asked = []
+
+    def endless():
+        for at in range(100_000):
+            asked.append(at)
+            yield from read_items([paths[at % 3]])
+
+    predictions = create_predictor(classifier()).predict(endless(), top=1, batch_size=4)
+    first = [next(predictions) for _ in range(6)]
+    predictions.close()
+    assert [each.path for each in first] == [*paths, *paths]
+    assert len(asked) < 200
+
+
+COLUMNS = ["path", "prediction", "class_1", "p_1", "class_2", "p_2", "error"]
+
+
+def made(folder: Path) -> list[Prediction]:
+    good, broken = picture(folder / "=red.png", (255, 0, 0)), folder / "broken.png"
+    broken.write_text("no image")
+    return predict(classifier(), [good, broken, picture(folder / "grey.png", (128, 128, 128))], threshold=0.6)
+
+
+def test_a_csv_has_a_row_for_each_image(tmp_path: Path) -> None:
+    write_table(tmp_path / "table.csv", iter(made(tmp_path)), 2, cascade=False, video=False)
+    with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+        header, red, broken, grey = list(csv.reader(file))
+    assert header == COLUMNS
+    assert [len(row) for row in (red, broken, grey)] == [len(header)] * 3
+    assert red[1:3] == ["red", "red"]
+    assert float(red[3]) == pytest.approx(np.exp(4) / (np.exp(4) + 1 + 2 * np.exp(-4)), abs=1e-5)
+    assert broken[1:6] == [""] * 5
+    assert "broken.png" in broken[6]
+    assert grey[1] == "unknown"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("table")] == ["table.csv"]
+
+
+def test_a_parquet_file_has_the_same_columns_with_types(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_table(tmp_path / "table.parquet", iter(made(tmp_path)), 2, cascade=False, video=False)
+    table = parquet.read_table(tmp_path / "table.parquet")
+    assert table.column_names == COLUMNS
+    assert table.column("prediction").to_pylist() == ["red", None, "unknown"]
+    assert table.column("p_1").to_pylist()[1] is None
+    assert isinstance(table.column("p_1").to_pylist()[0], float)
+    assert not list(tmp_path.glob(".table*"))
+
+
+def test_a_table_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    def fails():
+        yield Prediction(Path("a"), (("red", 1.0),))
+        raise DataError("no more")
+
+    for name in ("table.csv", "table.parquet"):
+        (tmp_path / name).write_text("old")
+        with pytest.raises(DataError):
+            write_table(tmp_path / name, fails(), 1, cascade=False, video=False)
+        assert (tmp_path / name).read_text() == "old"
+        assert len(list(tmp_path.glob("*table*"))) <= 2
+
+
+def test_the_command_writes_a_table_and_counts(tmp_path: Path, capsys, monkeypatch) -> None:
+    images = tmp_path / "in"
+    picture(images / "red.png", (255, 0, 0))
+    (images / "broken.png").write_text("no image")
+    (images / "film.mp4").write_text("no film")
+    network = create_predictor(classifier()).network
+    monkeypatch.setattr("potstill.export.predict._open_torch", lambda *_: network)
+    arguments = ["predict", "any", str(images), "--top-k", "2"]
+    assert main([*arguments, "--output", str(tmp_path / "x.csv"), "--skip-bad"]) == 0
+    told = capsys.readouterr()
+    assert "2 images, " in told.out
+    assert "1 could not be read" in told.out
+    assert "broken.png: " in told.err
+    assert "film.mp4: a video: give it by its own name" in told.err
+    assert (tmp_path / "x.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert main([*arguments, "--output", str(tmp_path / "y.csv")]) == DataError.exit_code
+    assert (tmp_path / "y.csv").read_text() == (tmp_path / "x.csv").read_text()
+    for wrong in (["--output", "x.json"], ["--output", "x.csv", "--json"], ["--risk", "0.1"]):
+        assert main([*arguments, *wrong]) == UsageError.exit_code
+
+
+def film(path: Path, colours: list[tuple[int, int, int]], rate: int = 5) -> Path:
+    """A video whose frames are red on the left, and of these colours on the right."""
+    av = pytest.importorskip("av", reason="PyAV is not installed: potstill[video]")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        for colour in colours:
+            pixels = np.full((48, 64, 3), colour, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def test_every_frame_of_a_video_is_a_row(tmp_path: Path) -> None:
+    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    path = film(tmp_path / "film.mp4", [red, green, blue, red, green])
+    found = predict(classifier(), [path], top=1)
+    assert [(each.frame, each.seconds, each.label) for each in found] == [
+        (0, 0.0, "red"), (1, 0.2, "green"), (2, 0.4, "blue"), (3, 0.6, "red"), (4, 0.8, "green"),
+    ]  # fmt: skip
+    assert [(each.frame, each.label) for each in predict(classifier(), [path], top=1, every=2)] == [
+        (0, "red"), (2, "blue"), (4, "green"),
+    ]  # fmt: skip
+    write_table(tmp_path / "film.csv", iter(found), 1, cascade=False, video=True)
+    lines = (tmp_path / "film.csv").read_text().splitlines()
+    assert lines[0] == "path,frame,seconds,prediction,class_1,p_1,error"
+    assert lines[2].split(",")[1:4] == ["1", "0.2", "green"]
+
+
+def test_a_video_that_a_phone_has_turned_is_upright(tmp_path: Path) -> None:
+    """The matrix of the track, as in ISO 14496-12: x' = -y, y' = x turns by 90 degrees clockwise, left to top."""
+    av = pytest.importorskip("av", reason="PyAV is not installed: potstill[video]")
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        pixels = np.zeros((48, 64, 3), np.uint8)
+        pixels[:, :32] = (255, 0, 0)
+        for packet in (*stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")), *stream.encode()):
+            container.mux(packet)
+    content = path.read_bytes()
+    straight = bytes.fromhex("00010000 00000000 00000000 00000000 00010000 00000000 00000000 00000000 40000000")
+    turned = bytes.fromhex("00000000 00010000 00000000 ffff0000 00000000 00000000 00300000 00000000 40000000")
+    where = content.index(straight, content.index(b"tkhd"))
+    path.write_bytes(content[:where] + turned + content[where + len(straight) :])
+    (item,) = read_items([path])
+    assert item.pixels is not None
+    assert item.pixels.shape == (64, 48, 3)
+    assert item.pixels[4, 24, 0] > 200
+    assert item.pixels[60, 24, 0] < 50
+
+
+def test_damaged_videos_cost_only_themselves(tmp_path: Path) -> None:
+    good = film(tmp_path / "good.mp4", [(255, 0, 0)])
+    (tmp_path / "bad.mp4").write_bytes(b"no video" * 100)
+    (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{good}\n")  # a playlist would open other files
+    found = predict(classifier(), [tmp_path / "bad.mp4", tmp_path / "list.mp4", good], top=1)
+    assert [each.error is None for each in found] == [False, False, True]
+    assert "bad.mp4: cannot be read as a video" in str(found[0].error)
+
+
+def test_a_video_without_pyav_names_the_extra(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "film.mp4").touch()
+    with pytest.raises(UsageError, match=r"potstill\[video\]"):
+        predict(classifier(), [tmp_path / "film.mp4"])

@@ -171,6 +171,8 @@ def test_students_of_timm_are_loaded_by_timm_alone(trained, tmp_path, architectu
     assert timm_config(load_model(trained / "distilled")) is None
     changed = Classifier(network, architecture, ("a", "b", "c"), spec, remodelled={"name": "simkd"})
     assert timm_config(changed) is None
+    pruned = Classifier(network, architecture, ("a", "b", "c"), spec, pruned={"conv1": {"out_channels": 8}})
+    assert timm_config(pruned) is None
 
 
 def test_what_is_sent_of_a_student_of_timm(hub, trained, token, capsys, tmp_path):

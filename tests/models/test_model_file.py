@@ -15,6 +15,7 @@ from potstill.io import sha256_hex, write_checksummed_json
 from potstill.models import model_file
 from potstill.models.factory import create_model
 from potstill.models.model_file import Classifier, load_model, save_model
+from potstill.models.pruning import cut_channels
 from potstill.models.registry import input_spec
 
 SPEC = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
@@ -144,6 +145,11 @@ def forge(folder, **changes):
         ({"facts": [1]}, "facts"),
         ({"remodelled": 7}, "remodelled"),
         ({"remodelled": {"name": "merged_stage", "stage": "stage2", "channels": 32}}, "missing: network"),
+        ({"pruned": {"stem.0": 4}}, "pruned"),
+        ({"pruned": {"stem.0": {"out_channels": "4"}}}, "pruned"),
+        ({"pruned": {"stem.0": {"out_channels": 4}}}, "model.safetensors"),
+        ({"pruned": {"stem.0": {"out_channels": 10**9}}}, "from 1 to"),
+        ({"pruned": {"none": {"out_channels": 4}}}, "none"),
         ({"facts": {"epochs": 4}}, None),
     ],
 )
@@ -223,6 +229,23 @@ def test_a_remodelled_network_is_built_again_without_its_method(tmp_path):
     assert torch.equal(after.module(images), before.module(images))
     assert after.remodelled == before.remodelled
     assert json.loads((tmp_path / "model.json").read_text())["remodelled"]["stage"] == "stage2"
+
+
+def test_a_pruned_network_is_built_again(tmp_path):
+    before = classifier()
+    before.pruned = {
+        "stage1.0.conv1": {"out_channels": 5},
+        "stage1.0.bn1": {"num_features": 5},
+        "stage1.0.conv2": {"in_channels": 5},
+    }
+    before.module = cut_channels(before.module, before.pruned).eval()
+    save_model(before, tmp_path)
+    after = load_model(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(after.module(images), before.module(images))
+    assert after.pruned == before.pruned
+    given = load_model(tmp_path, module=classifier().module)
+    assert torch.equal(given.module(images), before.module(images))
 
 
 def test_facts_of_no_remodelled_network_are_refused(tmp_path):

@@ -168,3 +168,19 @@ def test_the_text_file_says_the_same(run: Path) -> None:
     (nll,) = [line for line in lines if line.startswith("NLL")]
     assert nll.endswith("0.3000 to 0.5000")
     assert any("95 % interval on test" in line for line in lines)
+
+
+def test_flips_against_the_model_in_use(build_run: BuildRun) -> None:
+    run = read_run(build_run(3, test_images=5).write())
+    assert overview.flips_context(run) is None
+    row = {"negative": 3, "positive": 9, "rate": 0.03, "rate_low": 0.01, "rate_high": 0.085}
+    facts = {"images": 100, "previous_correct": 80, "students": {"baseline": row | {"negative": 7}, "distilled": row}}
+    run.results["flips"] = facts | {"difference": -0.04, "difference_low": -0.09, "difference_high": 0.01}
+    found = overview.flips_context(run)
+    assert found is not None
+    assert found["rows"][1] == ("distilled", ["3", "9", "3.0 % (1.0 % to 8.5 %)"])
+    assert "-4.0" in found["sentence"].replace("\N{MINUS SIGN}", "-")
+    assert "no clear difference" in found["sentence"]
+    assert 'id="flips"' in render_page(run)
+    run.results["flips"]["difference_high"] = -0.01
+    assert "no clear difference" not in (overview.flips_context(run) or {})["sentence"]

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
-from potstill.distillation.distiller import Distiller
-from potstill.distillation.term_scaling import TermScaling
+from potstill.distillation.distiller import Distiller, TermScaling
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.input_spec import InputSpec
 from potstill.methods import create_method, list_methods, method_info

@@ -64,6 +64,8 @@ for _verb in (
     deployment.predict,
     deployment.evaluate,
     deployment.export,
+    deployment.shrink,
+    deployment.benchmark,
     deployment.push,
     deployment.serve,
     check.check,

@@ -1,17 +1,23 @@
-"""Commands that use a trained model: predict, evaluate, export, serve."""
+"""Commands that use a trained model: predict, evaluate, export, benchmark, push, serve."""
 
 import json
 import shlex
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from potstill.cli.check import FollowLinks, SkipBad, print_skipped
+from potstill.cli.check import MAX_SHOWN, FollowLinks, SkipBad, print_skipped
 from potstill.code_references import allowed_code
 from potstill.console import silence_native_stderr
 from potstill.errors import DataError, RemoteFailure, Stopped, UsageError
+
+if TYPE_CHECKING:
+    from potstill.export.predict import Prediction
+
 
 Model = Annotated[
     Path,
@@ -34,8 +40,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def predict(
     model: Model,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Images, or folders of images.")],
-    top: Annotated[int, typer.Option(min=1, help="Number of classes to show for each image.")] = 3,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATHS...", help="Images, folders of images, videos, or a camera such as /dev/video0."),
+    ],
+    top: Annotated[int, typer.Option("--top", "--top-k", min=1, help="Number of classes for each image.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a table, .csv or .parquet, a row for each image.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="P", min=0.0, max=1.0, help='Below this probability the prediction is "unknown".'),
+    ] = None,
+    every: Annotated[int, typer.Option(metavar="N", min=1, help="Of videos, every N-th frame.")] = 1,
     cascade: Annotated[
         bool, typer.Option("--cascade", help="Let the teacher answer where the student is not confident.")
     ] = False,
@@ -53,47 +70,122 @@ def predict(
     follow_links: FollowLinks = False,
     as_json: AsJson = False,
 ) -> None:
-    """Classify images.
+    """Classify images and frames of videos.
 
     Files in folders that are no images are listed on stderr.  Exits with code 3 if an image cannot be read.
     """
     from potstill.console import escape_control
     from potstill.data.sources import ignored_files_note
     from potstill.evaluation.cascade import DEFAULT_RISK
-    from potstill.export.predict import find_images
-    from potstill.export.predict import predict as predict_images
+    from potstill.export import predict as predicting
 
     if risk is not None and not cascade:
         raise UsageError(f"--risk {risk:g} is for a cascade of student and teacher: add --cascade")
+    if output is not None and as_json:
+        raise UsageError("--output writes a table and --json prints: give one of them")
+    if output is not None:
+        predicting.check_table(output)
     promised = (DEFAULT_RISK if risk is None else risk) if cascade else None
-    found = find_images(paths, follow_links=follow_links)
+    found = predicting.find_images(paths, follow_links=follow_links)
+    videos = [path for path in found.images if predicting.is_video(path)]
+    if output is not None and any(path.is_char_device() for path in videos):
+        raise UsageError("a camera has no end, at which a table could be written: leave --output out")
     label = ", ".join(map(str, paths[:3])) + (" ..." if len(paths) > 3 else "")
     if found.left_out:
         print_skipped(label, found.left_out)
     if found.passed_over:
         sys.stderr.write(escape_control(f"{label}: {ignored_files_note(found.passed_over)}") + "\n")
     with silence_native_stderr(), allowed_code(allow_code):
-        predictions = predict_images(model, found.images, top=top, classes=classes, risk=promised, note=_note)
-    if as_json:
-        sys.stdout.write(json.dumps([each.as_dict() for each in predictions], indent=2) + "\n")
-    else:
-        for each in predictions:
-            shown = ", ".join(f"{escape_control(name)} {share:.1%}" for name, share in each.classes)
-            who = "" if each.answered_by is None else f" ({each.answered_by})"
-            sys.stdout.write(f"{escape_control(str(each.path))}: {shown or 'error'}{who}\n")
-    if cascade:
-        deferred = sum(each.answered_by == "teacher" for each in predictions)
-        _note(f"cascade: the teacher answered {deferred:,} of {len(predictions):,} images")
-    broken = [each for each in predictions if each.error is not None]
+        predictor = predicting.create_predictor(model, classes=classes, risk=promised, note=_note)
+        items = predicting.read_items(found.images, every)
+        counted = _Counts(None if videos else len(found.images))
+        predictions = counted.count(predictor.predict(items, top=top, threshold=threshold))
+        if output is not None:
+            shown = min(top, len(predictor.network.names))
+            predicting.write_table(output, predictions, shown, cascade=cascade, video=bool(videos))
+            sys.stdout.write(f"predictions: {escape_control(str(output))} ({counted.summary()})\n")
+        elif as_json:
+            sys.stdout.write(json.dumps([each.as_dict() for each in predictions], indent=2) + "\n")
+        else:
+            for each in predictions:
+                sys.stdout.write(escape_control(_prediction_line(each)) + "\n")
     sys.stdout.flush()
-    if broken and skip_bad:
-        reasons = [(str(each.path), str(each.error).removeprefix(f"{each.path}: ")) for each in broken]
-        print_skipped(label, reasons)
-    elif broken:
-        lines = "".join(f"\n{escape_control(str(each.error))}" for each in broken)
+    if cascade:
+        _note(f"cascade: the teacher answered {counted.deferred:,} of {counted.images:,} images")
+    if counted.broken and skip_bad:
+        print_skipped(label, [(path, reason.removeprefix(f"{path}: ")) for path, reason in counted.broken])
+    elif counted.broken:
+        lines = "".join(f"\n{escape_control(reason)}" for _, reason in counted.broken[:MAX_SHOWN])
+        more = f"\nand {len(counted.broken) - MAX_SHOWN:,} more" if len(counted.broken) > MAX_SHOWN else ""
         raise DataError(
-            f"{len(broken)} of {len(predictions)} images could not be read:{lines}\nTo leave them out: --skip-bad"
+            f"{len(counted.broken)} of {counted.images} images could not be read:{lines}{more}\n"
+            "To leave them out: --skip-bad"
         )
+
+
+def _prediction_line(each: "Prediction") -> str:
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in each.classes) or "error"
+    where = "" if each.frame is None else f" frame {each.frame}"
+    who = "" if each.answered_by is None else f" ({each.answered_by})"
+    return f"{each.path}{where}: {f'unknown ({shown})' if each.unknown else shown}{who}"
+
+
+class _Counts:
+    """Counts predictions as they pass, and shows on stderr how many there are and how fast they come.
+
+    Attributes:
+        images: so far.
+        deferred: those that a teacher has answered.
+        unknown: those below the threshold.
+        broken: path and reason of those that could not be read.
+    """
+
+    DELAY_SECONDS, LINE_SECONDS = 5.0, 10.0  # until the first line, and between lines; on a terminal one line changes
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.images = self.deferred = self.unknown = 0
+        self.broken: list[tuple[str, str]] = []
+        self._start = self._end = time.monotonic()
+
+    def count(self, predictions: "Iterable[Prediction]") -> "Iterator[Prediction]":
+        """Yield the predictions."""
+        terminal = sys.stderr.isatty() and not sys.stdout.isatty()
+        self._start = time.monotonic()
+        due = self._start + self.DELAY_SECONDS
+        for each in predictions:
+            self.images += 1
+            self.deferred += each.answered_by == "teacher"
+            self.unknown += each.unknown
+            if each.error is not None:
+                self.broken.append((str(each.path), each.error))
+            yield each
+            self._end = time.monotonic()
+            if self._end >= due:
+                sys.stderr.write(f"\r{self._progress()}\33[K" if terminal else f"{self._progress()}\n")
+                sys.stderr.flush()
+                due = self._end + (0.5 if terminal else self.LINE_SECONDS)
+        if terminal and self._end - self._start >= self.DELAY_SECONDS:
+            sys.stderr.write("\r\33[K")
+
+    def summary(self) -> str:
+        """Return how many images there were, at which speed, and how many were unknown or could not be read."""
+        parts = [f"{self.images:,} image{'' if self.images == 1 else 's'}, {self._speed():,.0f} images/s"]
+        parts += [f"{self.unknown:,} unknown"] if self.unknown else []
+        parts += [f"{len(self.broken):,} could not be read"] if self.broken else []
+        return ", ".join(parts)
+
+    def _speed(self) -> float:
+        return self.images / max(self._end - self._start, 1e-9)
+
+    def _progress(self) -> str:
+        from potstill.console import format_duration
+
+        speed = self._speed()
+        if self.total is None:
+            return f"{self.images:,} images  {speed:,.0f} images/s"
+        left = format_duration((self.total - self.images) / speed)
+        return f"{self.images:,} of {self.total:,} images  {speed:,.0f} images/s  {left} left"
 
 
 def _note(line: str) -> None:
@@ -137,12 +229,27 @@ Run = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run folder, the folder of one of its models, or hf-hub:USER/NAME."),
 ]
+RunData = Annotated[str | None, typer.Option("--data", metavar="DIR", help="The run's data, if it has moved.")]
+FinetuningEpochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs", metavar="N", min=1, help="Epochs of the fine-tuning.  [default: a quarter of the student's]"
+    ),
+]
+FinetuningSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the fine-tuning; may be repeated."),
+]
 Stage = Annotated[
     str | None, typer.Option("--model", metavar="STAGE", help="teacher, baseline or distilled.  [default: distilled]")
 ]
 FormatName = Annotated[
     str,
-    typer.Option("--format", metavar="NAME", help="onnx, openvino, litert, ncnn, executorch, coreml or torch-export."),
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="onnx, openvino, litert, ncnn, page (for browsers), executorch, coreml, torch-export; or all-that-run.",
+    ),
 ]
 Preprocessing = Annotated[
     str,
@@ -170,7 +277,21 @@ def export(
         ),
     ] = 0.01,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
-    data: Annotated[str | None, typer.Option(metavar="DIR", help="The run's data, if it has moved.")] = None,
+    data: RunData = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="onnxruntime-web for --format page.  [default: got by npm, once]"),
+    ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help="Remove channels of the student and fine-tune it with its teacher: 0.5 (share of the weights to "
+            "remove), 2MB (file), 5ms (one image, one thread of this CPU), or 5ms,2MB.",
+        ),
+    ] = None,
+    epochs: FinetuningEpochs = None,
+    settings: FinetuningSettings = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Export a trained model for another inference engine.
@@ -178,19 +299,103 @@ def export(
     The exported model is compared with PyTorch on images of the run's test split.  A file NAME.json beside it holds
     its SHA-256 and the measurements.
     """
-    from potstill.console import escape_control
+    from potstill.console import Progress, escape_control
     from potstill.export.exporter import export as export_model
     from potstill.export.onnx import facts_path
-    from potstill.export.options import ExportOptions
+    from potstill.export.options import ALL_THAT_RUN, ExportOptions, check_options, find_format
     from potstill.io import read_checksummed_json
 
-    options = ExportOptions(form, preprocessing, int8, max_drop, output, data)
+    options = ExportOptions(form, preprocessing, int8, max_drop, output, data, runtime)
+    if prune is None and (epochs or settings):
+        raise UsageError("--epochs and --set are for the fine-tuning after --prune; --prune 0 fine-tunes all channels")
     with allowed_code(allow_code):
+        if prune is not None:
+            from potstill.sweep.shrink import Finetuning, parse_target, prune_run
+            from potstill.training.callbacks import SignalHandler
+
+            if form != ALL_THAT_RUN:
+                check_options(options, find_format(form))
+            target, finetuning = parse_target(prune), Finetuning(epochs, tuple(settings or ()), data, int8)
+            with SignalHandler() as stopping, Progress() as progress:
+                run = prune_run(run, model, target, finetuning, observer=progress, stopping=stopping)
+            model = None
+            _note(f"pruned: {run}")
+        if form == ALL_THAT_RUN:
+            from potstill.export.exporter import export_all, export_table
+
+            found = export_all(run, model, options, note=_note)
+            sys.stdout.write(escape_control(export_table(found), keep="\n"))
+            return
         path = export_model(run, model, options, note=_note)
     sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
     sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
     if form == "onnx":
         sys.stdout.write(f"next:   potstill predict {escape_control(shlex.quote(str(path)))} IMAGE\n")
+    if form == "page":
+        sys.stdout.write("next:   open it in a browser; for the camera of a phone, put it on a server with https\n")
+
+
+def shrink(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    max_loss: Annotated[
+        float, typer.Option("--max-loss", metavar="POINTS", help="Largest loss of accuracy, in percentage points.")
+    ] = 1.0,
+    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Quantize the files to int8.")] = True,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="STAGE", help="distilled or baseline.  [default: distilled]")
+    ] = None,
+    epochs: FinetuningEpochs = None,
+    settings: FinetuningSettings = None,
+    data: RunData = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Find the smallest file of a run's student that loses at most so many points, with 95 % confidence.
+
+    Channels are removed step by step, and each network is fine-tuned with the run's teacher, whose outputs are cached.
+    """
+    from potstill.console import Progress, print_next_command, print_section
+    from potstill.report.sweep import render_shrink
+    from potstill.sweep.shrink import Finetuning
+    from potstill.sweep.shrink import shrink as search
+    from potstill.training.callbacks import SignalHandler
+
+    finetuning = Finetuning(epochs, tuple(settings or ()), data, int8)
+    with allowed_code(allow_code), SignalHandler() as stopping, Progress() as progress:
+        folder, found = search(run, model, max_loss, finetuning, observer=progress, stopping=stopping)
+    page, lines = render_shrink(folder)
+    print_section(f"shrink {folder}: {page}", lines)
+    print_next_command(["potstill", "predict", found["file"], "IMAGE"])
+
+
+def benchmark(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES...", help="Exported files: .onnx, .xml, .tflite, .ncnn.param.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0: as many as cores.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each file.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency of exported files on this device.
+
+    Needs the files' engines, but not PyTorch.  The files take turns.
+    """
+    from potstill.console import escape_control
+    from potstill.export.benchmark import benchmark as measure
+
+    with silence_native_stderr():
+        found = measure(files, batch=batch, threads=threads, rounds=rounds)
+    if as_json:
+        sys.stdout.write(json.dumps([each.as_dict() for each in found], indent=2) + "\n")
+        return
+    width = max(len(escape_control(each.file)) for each in found)
+    lines = [f"{found[0].machine}, {found[0].threads} threads, batches of {batch}"]
+    lines += [
+        f"{escape_control(each.file):<{width}}  {each.bytes / 2**20:6.1f} MiB  {each.p50_ms:8.2f} ms (p50)  "
+        f"{each.p95_ms:8.2f} ms (p95)  {each.images_per_second:8.1f} images/s  {each.engine} {each.version}"
+        for each in found
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def push(

@@ -177,6 +177,14 @@ Student = Annotated[
     str | None,
     typer.Option(metavar="M", help="ARCH, ARCH@pretrained, ARCH@WEIGHTS, a run or model folder, or hf-hub:USER/NAME."),
 ]
+Previous = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN",
+        help="The model in use, a run or model folder: train the new student to keep what it has right, and count what "
+        "the new one gets wrong.",
+    ),
+]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.  [default: the recipe's]")]
 Root = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the run folders.")]
 Epochs = Annotated[int | None, typer.Option(metavar="N", help="training.epochs: passes over the training images.")]
@@ -250,8 +258,8 @@ class Stage(enum.StrEnum):
 
 
 _RECIPE_FLAGS = (
-    "data", "unlabeled", "no_labels", "labeled_test", "teacher", "student", "epochs", "lr", "batch_size", "image_size",
-    "method", "temperature", "alpha", "device", "seed", "seeds", "folds", "skip_bad",
+    "data", "unlabeled", "no_labels", "labeled_test", "teacher", "student", "previous", "epochs", "lr",
+    "batch_size", "image_size", "method", "temperature", "alpha", "device", "seed", "seeds", "folds", "skip_bad",
 )  # fmt: skip
 
 
@@ -277,6 +285,7 @@ def run(
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
+    previous: Previous = None,
     epochs: Epochs = None,
     lr: Lr = None,
     batch_size: BatchSize = None,
@@ -339,6 +348,7 @@ def train(
     skip_bad: SkipBad = None,
     teacher: Teacher = None,
     student: Student = None,
+    previous: Previous = None,
     epochs: Epochs = None,
     lr: Lr = None,
     batch_size: BatchSize = None,

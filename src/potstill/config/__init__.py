@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterable
 
-ROLES = ("teacher", "baseline", "assistant", "generation", "distilled")  # in the order in which they are trained
+# In the order in which they are trained; "previous" is the model in use, which is not.
+ROLES = ("teacher", "previous", "baseline", "assistant", "generation", "distilled")
 
-_NAME = re.compile(r"(teacher|baseline|distilled)(?:-([2-9]|[1-9]\d+))?|(assistant|generation)-([1-9]\d*)")
+_NAME = re.compile(r"(teacher|baseline|distilled)(?:-([2-9]|[1-9]\d+))?|(assistant|generation)-([1-9]\d*)|(previous)")
 
 
 def stage_role(name: str) -> str:
@@ -17,7 +18,7 @@ def stage_role(name: str) -> str:
         ('teacher', 'baseline', 'assistant', '', '')
     """
     match = _NAME.fullmatch(name)
-    return "" if match is None else match[1] or match[3]
+    return "" if match is None else match[1] or match[3] or match[5]
 
 
 def stage_number(name: str) -> int:

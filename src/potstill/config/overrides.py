@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.code_references import is_code_reference, permit_code
-from potstill.config.code_references import is_from_caller
+from potstill.code_references import is_code_reference, is_from_caller, permit_code
 from potstill.config.settings_errors import dotted_key
 from potstill.config.validation import network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
@@ -44,7 +43,7 @@ SETTING_FLAGS: Mapping[str, KeyPath] = {
     "--seeds": ("seeds",),
     "--folds": ("data", "folds"),
 }
-FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", *SETTING_FLAGS)
+FLAGS = ("--data", "--skip-bad", "--no-labels", "--teacher", "--student", "--previous", *SETTING_FLAGS)
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".json", ".ts", *SUFFIXES)
 WITHOUT_FILE = ("pretrained", "own")  # weights that are no path: published ones, and those of the user's own code
 # A folder with one of these files is a run, a model, or a network of the Hugging Face hub.
@@ -61,16 +60,22 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
         for flag, path in SETTING_FLAGS.items()
         if flags.get(flag) is not None
     ]
-    changes += [
+    assignments = [
         (change[0], change[1], f"--set {text}")
         for text in overrides
         if (change := _parse_assignment(document, text)) is not None
     ]
-    _prepare_method(document, {path: value for path, value, _ in changes}, allow_code=bool(flags.get("--allow-code")))
-    for path, value, location in changes:
-        if path[-1] in ("model", "weights"):  # whoever names a network wants no other
-            _drop_fallback(document.value, path[:-1])
-        _set_value(document, path, value, location)
+    # With a previous model, flags are for the method inside pct, and --set for pct: method.base_method.alpha=0.5.
+    inner, outer = (changes, assignments) if document.value.get("previous") is not None else ([], changes + assignments)
+    for group in (inner, outer):
+        given = {path: value for path, value, _ in group}
+        _prepare_method(document, given, allow_code=bool(flags.get("--allow-code")))
+        for path, value, location in group:
+            if path[-1] in ("model", "weights"):  # whoever names a network wants no other
+                _drop_fallback(document.value, path[:-1])
+            _set_value(document, path, value, location)
+        wrap_method_for_previous(document.value)
+    changes += assignments
     if flags.get("--no-labels"):
         _drop_label_term(document, {path for path, *_ in changes})
 
@@ -121,6 +126,9 @@ def _apply_flag(document: Document, flag: str, value: Any) -> None:
         _set_value(document, ("data", "skip_bad"), bool(value), flag)
     elif flag == "--teacher":
         _set_teachers(document, [value] if isinstance(value, (str, os.PathLike)) else list(value))
+    elif flag == "--previous":
+        document.value["previous"] = None
+        _set_value(document, ("previous", "weights"), os.fspath(value), location)
     else:
         architecture, weights = split_model(os.fspath(value))
         if isinstance(student := document.value.get("student"), dict):
@@ -298,6 +306,13 @@ def drop_soft_targets(value: dict[str, Any]) -> None:
     name = method.get("name") if isinstance(method, dict) else method
     if name in list_own_methods() and "kd_weight" in method_info(str(name)).options:
         value["method"] = {"kd_weight": 0.0} | (dict(method) if isinstance(method, dict) else {"name": name})
+
+
+def wrap_method_for_previous(value: dict[str, Any]) -> None:
+    """Put, in place, method ``pct`` around ``method`` if there is a ``previous`` model and it is not there yet."""
+    method = normalize_method(value.get("method"))
+    if value.get("previous") is not None and isinstance(method, dict) and method.get("name") != "pct":
+        value["method"] = {"name": "pct", "base_method": method}
 
 
 def _drop_preset_options(method: dict[str, Any], name: str, preset: Any) -> None:

@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
-from potstill.code_references import permit_code
+from potstill.code_references import find_code, permit_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config import stage_number, stage_role
-from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.overrides import (
     apply_overrides,
     complete_fallbacks,
     drop_soft_targets,
     fill_architectures,
     fill_class_names,
+    wrap_method_for_previous,
 )
 from potstill.config.settings_errors import (
     CLASS_LIST_NAME,
@@ -224,6 +224,11 @@ class Recipe(BaseModel):
     method: dict[str, Any] = Field(
         {"name": "kd"}, description="name and options, or a list of methods, each with a factor; see `potstill methods`"
     )
+    previous: StageSettings | None = Field(
+        None,
+        description="the model in use: method pct around `method` keeps what it has right, and the report counts the "
+        "images that it has right and the new student wrong; a run or model folder with the same classes",
+    )
     teacher_below_baseline: Literal["warn", "stop"] = Field(
         "warn",
         description="if every teacher's top-1 on val is below the baseline's by more than a standard error: train the "
@@ -283,13 +288,16 @@ class Recipe(BaseModel):
 
     def network(self, stage: str) -> StageSettings:
         """Return the network of a stage (see ``stage_names``) or of "student"."""
+        if stage_role(stage) == "previous":
+            assert self.previous is not None
+            return self.previous
         several = {"teacher": self.teacher_list, "assistant": tuple(self.assistants)}.get(stage_role(stage))
         return self.student if several is None else several[stage_number(stage) - 1]
 
     def stage_training(self, stage: str) -> TrainingSettings:
         """Return the training settings of a stage: the shared ones, overridden by its own."""
         shared = self.training.model_dump()
-        if stage_role(stage) in ("teacher", "assistant"):  # never deployed, so never quantized
+        if stage_role(stage) in ("teacher", "previous", "assistant"):  # never deployed, so never quantized
             shared["qat_fraction"] = 0.0
         network = self.network(stage)
         settings = {**shared, **network.training}
@@ -349,6 +357,7 @@ def load_recipe(
     failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")), recorded=recorded)
     failures += fill_class_names(value)
     drop_soft_targets(value)
+    wrap_method_for_previous(value)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"

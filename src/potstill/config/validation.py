@@ -223,6 +223,7 @@ def _all_problems(value: dict[str, Any], recipe_class: type[BaseModel]) -> Itera
     yield from parse_settings(value, recipe_class)[1]
     yield from method_problems(value.get("method"))
     yield from _teacher_problems(value)
+    yield from _previous_problems(value)
     yield from _head_problems(value)
     yield from _fallback_problems(value)
     yield from domain_problems(value)
@@ -282,7 +283,7 @@ def _fold_problems(data: DataSettings, wrong: set[str]) -> Iterator[SettingProbl
 
 def network_sections(value: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
     """Yield (key path, section) for the settings of each network and its fallbacks, but for those of a wrong type."""
-    for key in ("teacher", "assistants", "student"):
+    for key in ("teacher", "assistants", "previous", "student"):
         yield from _sections_in(value.get(key), (key,))
 
 
@@ -305,6 +306,24 @@ def _fallback_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
             yield (*path, "fallback"), f"{key}: a fallback has none of its own: add to the list that it is in"
         elif section.get("weights") != "pretrained":
             yield (*path, "fallback"), f"{key} is used where pretrained weights are missing: set weights: pretrained"
+
+
+def _previous_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
+    """Yield the problems of ``previous``: a network that is not one in use, or without its labels."""
+    previous = value.get("previous")
+    if not isinstance(previous, dict):
+        return
+    if wrong := [key for key in previous if key not in ("model", "weights", "precision") and previous[key]]:
+        yield ("previous", wrong[0]), f"previous.{wrong[0]}: the model in use is taken as it is: leave it out"
+    if previous.get("weights") in (None, "pretrained", "own"):
+        yield ("previous", "weights"), "previous is a run or model folder: give it with --previous RUN"
+    if value.get("assistants"):
+        yield ("assistants",), "assistants learn before the student does: leave them or previous out"
+    data = value.get("data")
+    if isinstance(data, dict) and (data.get("labeled") is False or data.get("target") is not None):
+        key = "labeled" if data.get("labeled") is False else "target"
+        why = "which images the model in use has right is known only with labels"
+        yield ("data", key), f"data.{key}: {why}: leave it or previous out"
 
 
 def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from potstill.config import stage_role
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_io import ValueRange, format_range
@@ -25,6 +26,7 @@ from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.stages import find_stages
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
+from potstill.formatting import format_names
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
@@ -56,6 +58,7 @@ from potstill.models.families.opaque_models import (
 from potstill.models.families.own_models import GIVEN, given_input
 from potstill.models.model_file import Classifier, load_model
 from potstill.models.output_groups import OutputGroups
+from potstill.models.pruning import Widths, cut_channels
 from potstill.models.registry import build_model, input_spec, own_size, resolve
 from potstill.models.state_dict import read_class_names
 from potstill.training.callbacks import Observer, SilentObserver
@@ -74,6 +77,7 @@ class InitialNetwork:
     facts: dict[str, Any] = field(default_factory=dict)  # the source of its weights
     remodelled: dict[str, Any] | None = None  # from a model file, if a method has changed its layers
     output_groups: OutputGroups | None = None  # if several outputs belong to one class
+    pruned: Widths | None = None  # from a model file, if channels were removed
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # such as a randomly initialised head
 
@@ -422,12 +426,15 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
             facts=facts,
             remodelled=model.remodelled,
             output_groups=model.output_groups,
+            pruned=model.pruned,
         )
     if model.remodelled is not None:
         name = model.remodelled.get("name")
         raise ArtifactError(f"{path} has layers of method {name}: it cannot get a new head for other classes")
     if model.output_groups is not None:
         raise ArtifactError(f"{path} has several outputs per class: it cannot get a new head for other classes")
+    if key == "previous":
+        raise ArtifactError(_class_difference(path, model.class_names, classes))
     if not network.new_head and network.head is None:
         raise ArtifactError(
             f"{path} has other classes than this data, or another order.\n"
@@ -437,12 +444,26 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
         )
     warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights are kept"
     module = create_model(model.architecture, len(classes), size=model.input.size)
+    module = module if model.pruned is None else cut_channels(module, model.pruned)
     own = module.state_dict()
     kept = {key: value for key, value in model.module.state_dict().items() if own[key].shape == value.shape}
     head = _head_keys(model.module, module, len(model.class_names) == len(classes))
     module.load_state_dict({key: value for key, value in kept.items() if key not in head}, strict=False)
     warnings = [warning] if _has_random_head(network, key) else []
-    return InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
+    start = InitialNetwork(module, model.architecture, model.input, ready=False, facts=facts, warnings=warnings)
+    start.pruned = model.pruned
+    return start
+
+
+def _class_difference(path: Path, theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Return why the model in use and the data have not the same classes."""
+    what = f"the previous model, {path}, must have the classes of the data, in their order"
+    lost, new = ([name for name in one if name not in other] for one, other in ((theirs, ours), (ours, theirs)))
+    if not lost and not new:
+        return f"{what}; it has them in another order: {_names(tuple(theirs))}"
+    differ = [f"only it has {format_names(lost)}"] if lost else []
+    differ += [f"only the data has {format_names(new)}"] if new else []
+    return f"{what}: {'; '.join(differ)}"
 
 
 def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:
@@ -479,6 +500,8 @@ def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
 
 def network_key(recipe: Recipe, network: StageSettings) -> str:
     """Return the key of a network of the recipe, as for ``--set``: "teacher", "teacher.1", "student"."""
+    if network is recipe.previous:
+        return "previous"
     lists = [("assistants", recipe.assistants)]
     if isinstance(recipe.teacher, list):
         lists.append(("teacher", recipe.teacher))
@@ -702,10 +725,18 @@ def build_distiller(
             feature_pairs=planned.feature_pairs,
             train_labels=torch.as_tensor(data.train.labels, dtype=torch.int64, device=compute.device),
             batch_size=recipe.stage_training(planned.name).batch_size,
-            teacher_weights=recipe.teachers.weights if several else None,
+            teacher_weights=_teacher_weights(planned, recipe) if several else None,
             combine=recipe.teachers.combine,
         )
     return distiller.to(compute.device)
+
+
+def _teacher_weights(planned: PlannedStage, recipe: Recipe) -> list[float] | None:
+    """Return the weights of a stage's teachers; the previous model, the last one, has none in their combination."""
+    given = recipe.teachers.weights
+    if stage_role(planned.teachers[-1]) != "previous":
+        return given
+    return [*(given or [1.0] * (len(planned.teachers) - 1)), 0.0]
 
 
 def take_deployed_network(student: Classifier, distiller: Distiller) -> None:

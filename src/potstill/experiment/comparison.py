@@ -22,6 +22,7 @@ from potstill.evaluation.significance import (
     mcnemar,
     paired_interval,
     seeds_summary,
+    wilson_interval,
 )
 from potstill.experiment.builders import split_loader
 from potstill.experiment.ensembles import group_members
@@ -286,6 +287,34 @@ def _compare_with_teachers(stages: dict[str, Any], groups: dict[str, Any], gain:
         "gap_closed": gain / lead if lead > 0 else None,
         **ratios,
     }
+
+
+def count_flips(correct: Mapping[str, Array]) -> dict[str, Any]:
+    """Return ``flips`` of results.json: what students have wrong that the previous model has right, and the reverse.
+
+    Args:
+        correct: stage -> [N] bool, whether each test image was classified correctly; with "previous".
+
+    Returns:
+        ``images``; ``previous_correct``; ``students``, by stage, with ``negative`` (only the previous model is right),
+        ``positive`` (only the student is), and the negative flip rate over all images ``rate`` with ``rate_low`` and
+        ``rate_high``, its 95 % interval (Wilson); ``difference``, the rate of the distilled student minus that of the
+        baseline, ``difference_low`` and ``difference_high``, its interval over images (paired), if there are both.
+    """
+    before = correct["previous"]
+    students: dict[str, Any] = {}
+    for name in sort_stages(correct):
+        if stage_role(name) in ("baseline", "distilled"):
+            negative, positive = (int(each.sum()) for each in (before & ~correct[name], ~before & correct[name]))
+            rate, low, high = wilson_interval(negative, len(before))
+            students[name] = {
+                "negative": negative, "positive": positive, "rate": rate, "rate_low": low, "rate_high": high,
+            }  # fmt: skip
+    found = {"images": len(before), "previous_correct": int(before.sum()), "students": students}
+    if {"baseline", "distilled"} <= students.keys():
+        difference = paired_interval(before & ~correct["baseline"], before & ~correct["distilled"])
+        found |= dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
+    return found
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

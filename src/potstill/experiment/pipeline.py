@@ -310,6 +310,8 @@ def run(
             facts_of_run: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
             if classless:
                 facts_of_run["teachers_without_classes"] = classless
+            if splits.unlabeled is not None and splits.target is None:
+                facts_of_run["unlabeled_images"] = len(splits.unlabeled)
             if experiment.not_distilled:
                 facts_of_run["not_distilled"] = experiment.not_distilled
             if processes.first:
@@ -583,10 +585,12 @@ class _Experiment:
         torch.manual_seed(derive_seed(recipe.seed, stage.seed))  # baseline and distilled start from the same weights
         start = self._start(recipe.network(stage.name))
         facts, changed, groups = dict(start.facts), start.remodelled, start.output_groups
-        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups)
+        model = Classifier(start.module, start.architecture, classes, start.input, facts, changed, groups, start.pruned)
         if recipe.network(stage.name).weights is None:
             self._warn_about_scale(stage, count_parameters(start.module))
-        if stage.role == "teacher" and start.ready:
+        if stage.role == "previous":
+            self._check_previous_data(start)
+        if stage.role in ("teacher", "previous") and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             if (table := find_table(model.module)) is not None:
                 self.observer.note(f"{stage.name}: {_unused_rows(table, self.data)}")
@@ -659,6 +663,16 @@ class _Experiment:
             extended_from=self.extended.get(stage.name, ()),
         )
         return model
+
+    def _check_previous_data(self, start: InitialNetwork) -> None:
+        """Warn if the previous model was not trained on this split of the data."""
+        facts = load_model(find_model(model_path(start.facts["weights"]))).facts.get("data") or {}
+        if facts.get("fingerprint") != self.data.fingerprint:
+            self.warn(
+                f"{start.facts['weights']} was not trained on these images in this split: images that it was trained "
+                "on may be in test here, where it would look better, and have more negative flips counted, than on new "
+                "images"
+            )
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
         """Fit the linear probe of a network; return None if it gets none."""

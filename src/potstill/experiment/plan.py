@@ -69,7 +69,8 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[Pl
     assistants,
     pairs are found by depth.
 
-    Without labels (``data.labeled``) there is no baseline.
+    Without labels (``data.labeled``) there is no baseline.  The model in use (``previous``) is not trained; the student
+    and its generations learn from it after their teachers.
 
     Further seeds add baseline and distilled; the other networks are trained once.  The stages of the first seed come
     first, so that a resumed run with more seeds only appends stages.
@@ -97,6 +98,10 @@ def _first_seed_stages(recipe: Recipe, wanted: set[str]) -> list[PlannedStage]:
     count = len(recipe.teacher_list) if needs_teacher(recipe.method) else 0
     before = tuple(stage_name("teacher", each) for each in range(1, count + 1))
     stages = [PlannedStage(name) for name in before] if "teacher" in wanted else []
+    previous = ("previous",) if recipe.previous is not None else ()
+    if recipe.method["name"] == "pct" and not previous and "distilled" in wanted:
+        raise UsageError("method pct keeps what the model in use has right: give that model with --previous RUN")
+    stages += [PlannedStage(name) for name in previous if "distilled" in wanted]
     stages += [PlannedStage("baseline")] if "baseline" in wanted else []
     if "distilled" not in wanted:
         return stages
@@ -106,7 +111,7 @@ def _first_seed_stages(recipe: Recipe, wanted: set[str]) -> list[PlannedStage]:
     pairs = tuple(recipe.feature_pairs) if recipe.feature_pairs else None
     for each in range(1, recipe.born_again_generations + 1):
         name = "distilled" if each == recipe.born_again_generations else stage_name("generation", each)
-        stages.append(PlannedStage(name, before, distils=True, feature_pairs=pairs))
+        stages.append(PlannedStage(name, (*before, *previous), distils=True, feature_pairs=pairs))
         before = (name,)
         pairs = tuple((ours, ours) for ours, _ in pairs) if pairs else None
     return stages

@@ -21,7 +21,7 @@ from potstill.evaluation.final_metrics import calibration_report, split_interval
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
 from potstill.evaluation.significance import paired_interval, wilson_interval
 from potstill.experiment.builders import split_loader
-from potstill.experiment.comparison import compare_with_baseline, describe_similarity
+from potstill.experiment.comparison import compare_with_baseline, count_flips, describe_similarity
 from potstill.experiment.domain_adaptation import describe_domains, evaluate_adapted_baselines, evaluate_on_source
 from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members
 from potstill.experiment.examples import describe_examples
@@ -62,7 +62,7 @@ def evaluate_stages(
     entries = {}
     for name, model in models.items():
         folder, own = run.stage(name), found[name]
-        learns = stage_role(name) not in ("teacher", "baseline")
+        learns = stage_role(name) not in ("teacher", "previous", "baseline")
         metrics = {
             split: describe_metrics(own[split], data.class_names)
             | (describe_fidelity(own[split], groups["teachers"].get(split)) if learns and "teachers" in groups else {})
@@ -124,6 +124,7 @@ def evaluate_stages(
             if data.teacher_labels
             else {}
         ),
+        **({"flips": count_flips(correct)} if "previous" in correct else {}),
         "cascade": _calibrate_cascade(run, once, found, groups.get("teachers", {}), recipe),
         "cka": describe_similarity(once, recipe, data, compute),
         **(known or {}),

@@ -326,6 +326,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "weights": teacher.weights,
         "remodelled": network.remodelled,
         **({} if network.output_groups is None else {"output_groups": network.output_groups.as_dict()}),
+        **({} if network.pruned is None else {"pruned": network.pruned}),
         "input": dataclasses.asdict(network.input),
         "inference": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
         **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),

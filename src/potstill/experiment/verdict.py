@@ -291,6 +291,17 @@ def format_test_images(comparison: Mapping[str, Any]) -> str:
     return f"1 test image{suffix}" if count == 1 else f"{count:,.0f} test images{suffix}"
 
 
+def unlabeled_sentence(comparison: Mapping[str, Any]) -> str:
+    """Return what the two students did not have in common: images without labels; "" if there were none."""
+    count = finite_figure(comparison, "unlabeled_images")
+    if not count:
+        return ""
+    return (
+        f"Of the two, only the distilled student learned from the {count:,.0f} images without labels; the baseline has "
+        "no use for them."
+    )
+
+
 def domain_sentence(comparison: Mapping[str, Any]) -> str:
     """Return the results of domain adaptation: AdaBN alone, top-1 on the source, training images; "" without a target.
 
@@ -350,6 +361,7 @@ def verdict_sentences(comparison: Mapping[str, Any] | None, stages: Mapping[str,
         return sentences
     whole = average_over_seeds(comparison)
     sentences += [
+        unlabeled_sentence(comparison),
         accuracy_sentence(stages or {}, comparison),
         domain_sentence(comparison),
         gap_sentence(whole, found),

@@ -22,7 +22,7 @@ from potstill.data.datasets import load_data
 from potstill.data.image_sets import ImageSet
 from potstill.data.preprocessing import crop_to_input, normalize_array
 from potstill.data.splits import DataSplits
-from potstill.errors import ArtifactError, DataError, did_you_mean
+from potstill.errors import ArtifactError, DataError, PotstillError, UsageError, did_you_mean
 from potstill.evaluation.cost import measure_latency
 from potstill.experiment.run_folder import find_model
 from potstill.export.formats import (
@@ -34,9 +34,11 @@ from potstill.export.formats import (
 from potstill.export.loading import find_model_folder, load_classifier
 from potstill.export.onnx import INPUT_NAME, facts_path, prepare_batch
 from potstill.export.options import (
+    ALL_THAT_RUN,
     CALIBRATION_IMAGES,
     COMPARED_IMAGES,
     EXPORT_FOLDER,
+    FORMATS,
     NAME,
     ExportOptions,
     MessageCallback,
@@ -51,7 +53,7 @@ from potstill.export.preprocessing import create_preprocessing
 from potstill.formatting import format_names
 from potstill.hub import is_hub_model, model_path
 from potstill.input_spec import InputSpec
-from potstill.io import sha256_hex, write_bytes, write_checksummed_json
+from potstill.io import read_checksummed_json, sha256_hex, write_bytes, write_checksummed_json
 from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
 from potstill.models.model_file import Classifier, load_class_model
 
@@ -79,7 +81,7 @@ def export(
         StorageError: the file cannot be written.
     """
     options = options or ExportOptions()
-    form = find_format(options.format)
+    form = find_format(options.format, options.runtime)
     check_options(options, form)
     name = os.fspath(model)
     if is_hub_model(name) and stage is None:
@@ -93,6 +95,65 @@ def export(
     job = Exporter(folder, classifier, label, options, form, note)
     files, facts = job.files()
     return _write_files(folder, options, form, files, facts)
+
+
+def export_all(
+    model: Path | str, stage: str | None = None, options: ExportOptions | None = None, *, note: MessageCallback = print
+) -> "dict[str, Path | PotstillError]":
+    """Export to each format whose engine is installed and runs here.
+
+    Arguments: as for ``export``; the format is disregarded.
+
+    Returns:
+        The written file of each format in ``FORMATS``, or the reason why there is none.
+
+    Raises:
+        UsageError: wrong options, or an output file, which would be that of several formats.
+        DataError, ArtifactError or StorageError: no format can be written, for the reason of the first.
+    """
+    options = options or ExportOptions()
+    if options.output is not None:
+        raise UsageError(f"--output names one file, and --format {ALL_THAT_RUN} writes several: leave it out")
+    found: dict[str, Path | PotstillError] = {}
+    for name, form in FORMATS.items():
+        if form.open is None:
+            found[name] = UsageError("its files run on other machines only")
+            continue
+        if options.int8 and form.from_onnx is None:
+            found[name] = UsageError("has no int8")
+            continue
+        try:
+            runtime = options.runtime if name == "page" else None
+            found[name] = export(model, stage, replace(options, format=name, runtime=runtime), note=note)
+        except (UsageError, ArtifactError) as error:  # images that are missing are so for all formats
+            found[name] = error
+    if not any(isinstance(each, Path) for each in found.values()):
+        raise next(each for each in found.values() if isinstance(each, PotstillError))
+    return found
+
+
+def export_table(found: "Mapping[str, Path | PotstillError]") -> str:
+    """Return the table of what ``export_all`` has written, then the formats left out, with the reason."""
+    rows = [("format", "file", "MiB", "p50 ms", "p95 ms", "same top class")]
+    for name, path in found.items():
+        if isinstance(path, Path):
+            facts = read_checksummed_json(facts_path(path))
+            times, same = facts["latency_ms"], facts["accuracy"] or facts["parity"]
+            time = times["int8" if facts["int8"] else next(each for each in times if each != "pytorch")]
+            size = sum(each["bytes"] for each in facts["files"].values()) / 2**20
+            figures = (f"{size:.1f}", f"{time['p50']:.2f}", f"{time['p95']:.2f}", f"{same['agreement']:.2%}")
+            rows.append((name, str(path), *figures))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    left_out = {name: str(each) for name, each in found.items() if not isinstance(each, Path)}
+    lines += [f"left out: {name}: {'; '.join(reason.splitlines())}" for name, reason in left_out.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _model_folder(model: Path, stage: str | None) -> Path:
@@ -321,12 +382,25 @@ def measure_network(
 ) -> tuple[float, int]:
     """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained.
 
+    Args: as those of ``convert_network``.
+
+    Raises:
+        UsageError: ONNX is not installed.
+        ArtifactError: the network cannot be exported.
+    """
+    content = convert_network(module, architecture, spec, splits, int8=int8)
+    return single_thread_latency(content, spec.size), len(content)
+
+
+def convert_network(module: nn.Module, architecture: str, spec: InputSpec, splits: DataSplits, *, int8: bool) -> bytes:
+    """Return a network's ONNX file, not compared with the network.
+
     Args:
         module: the network.
         architecture: its name.
         spec: of its images.
         splits: the data: its classes, and images for the calibration of int8.
-        int8: measure the quantized file.
+        int8: quantize it.
 
     Raises:
         UsageError: ONNX is not installed.
@@ -339,8 +413,7 @@ def measure_network(
     network = export_graph(module.eval(), metadata)
     if int8:
         network = quantize_network(network, calibration_images(splits, spec)[0])
-    content = finalize_model(network, metadata)
-    return single_thread_latency(content, spec.size), len(content)
+    return finalize_model(network, metadata)
 
 
 def single_thread_latency(content: bytes, size: int) -> float:
@@ -409,7 +482,7 @@ class Exporter:
             return files, {"parity": None, "prepared": None, "accuracy": None, "calibration": None, "latency_ms": None}
         answer = self.form.open(files, threads=torch.get_num_threads())
         found, prepared = self._compare(answer)
-        times = self._measure_latency({self.options.format: answer})
+        times = self._measure_latency({self._engine: answer})
         return files, {
             "parity": found.as_json(),
             "prepared": prepared,
@@ -442,15 +515,18 @@ class Exporter:
     def _export_int8(self) -> tuple[ExportedFiles, dict[str, Any]]:
         from potstill.export.onnx import export_graph, finalize_model
 
+        make, load = self.form.from_onnx, self.form.open
+        assert make is not None
+        assert load is not None
+        threads = torch.get_num_threads()
         network = export_graph(self.classifier.module, self.metadata)
-        plain = finalize_model(network, create_metadata(self.classifier, self.options))
-        same, prepared = self._compare(create_onnx_predictor(plain))
+        plain = load(make(finalize_model(network, self.metadata), self.metadata), threads=threads)
+        same, prepared = self._compare(plain)
         images, chosen = calibration_images(self.splits, self.classifier.input)
-        content = finalize_model(quantize_network(network, images), self.metadata)
+        files = make(finalize_model(quantize_network(network, images), self.metadata), self.metadata)
+        quantized = load(files, threads=threads)
         test = range(len(self.splits.test))
-        reference, found = compute_logits(
-            [self.reference, create_onnx_predictor(content)], self.splits.test, test, self.metadata
-        )
+        reference, found = compute_logits([self.reference, quantized], self.splits.test, test, self.metadata)
         labels, labeled = self.splits.test.labels, "test" not in self.splits.teacher_labels
         if not labeled:  # then accuracy is agreement with the float network
             labels = reference.argmax(axis=1)
@@ -460,7 +536,7 @@ class Exporter:
         unlabeled = "" if labeled else f"of {len(labels)} images without labels "
         self.note(f"int8: {right}{difference.agreement:.2%} {unlabeled}with the same top class as before")
         self._check_accuracy_drop(before, after, len(labels))
-        return {".onnx": content}, {
+        return files, {
             "parity": same.as_json(),
             "prepared": prepared,
             "accuracy": {
@@ -471,10 +547,13 @@ class Exporter:
                 "agreement": difference.agreement,
             },
             "calibration": {"images": len(images), "split": "train", "classes": chosen, "method": "MinMax"},
-            "latency_ms": self._measure_latency(
-                {"onnx": _latency_predictor(plain), "int8": _latency_predictor(content)}
-            ),
+            "latency_ms": self._measure_latency({self._engine: plain, "int8": quantized}),
         }
+
+    @property
+    def _engine(self) -> str:
+        """What the measured latency is of: a page's network runs in onnxruntime here, not in a browser."""
+        return "onnx" if self.options.format == "page" else self.options.format
 
     def _check_accuracy_drop(self, before: float, after: float, images: int) -> None:
         if before - after > self.options.max_drop + 1e-9:
@@ -495,10 +574,6 @@ class Exporter:
     def _versions(self) -> dict[str, str]:
         names = ["torch", *self.form.packages]
         return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _latency_predictor(content: bytes) -> Predictor:
-    return create_onnx_predictor(content, threads=torch.get_num_threads(), patient=True)
 
 
 def _black_image(inside: str, size: int) -> NDArray[Any]:

@@ -44,6 +44,8 @@ class ExportFormat:
         extra: of potstill, which installs them.
         inside: preprocessing that can be part of the file.
         any_batch: whether a file takes batches of any size; else one image at a time.
+        from_onnx: makes the files of the content of an ONNX file; None if the format is not made of one.  Such formats
+            can be int8.
     """
 
     convert: "Callable[[nn.Module, ExportMetadata], ExportedFiles]"
@@ -53,6 +55,7 @@ class ExportFormat:
     extra: str = "export"
     inside: tuple[str, ...] = PREPROCESSING_MODES
     any_batch: bool = True
+    from_onnx: Callable[[bytes, ExportMetadata], ExportedFiles] | None = None
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def load_onnx(path: Path) -> OnnxModel:
         UsageError: onnxruntime is not installed.
     """
     content = read_bytes(path)
-    _check_digest(path, content)
+    check_digest(path, path.name, content)
     found = read_properties(content, str(path))
     if METADATA_KEY not in found:
         raise ArtifactError(
@@ -107,14 +107,15 @@ def facts_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _check_digest(path: Path, content: bytes) -> None:
+def check_digest(path: Path, name: str, content: bytes) -> None:
+    """Raise ArtifactError if the content of a file is not that of which NAME.json of ``path`` has the SHA-256."""
     facts = facts_path(path)
     if not facts.is_file():
         return
     files = read_checksummed_json(facts).get("files")
-    known = files.get(path.name) if isinstance(files, dict) else None  # None: it was renamed by hand
+    known = files.get(name) if isinstance(files, dict) else None  # None: it was renamed by hand
     if isinstance(known, dict) and known.get("sha256") != sha256_hex(content):
-        raise ArtifactError(f"{path} {DAMAGED}; export it anew")
+        raise ArtifactError(f"{path.with_name(name)} {DAMAGED}; export it anew")
 
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
@@ -232,14 +233,25 @@ def open_onnx_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
     return create_onnx_predictor(files[".onnx"], threads=threads, patient=True)
 
 
-ONNX = ExportFormat(convert_to_onnx, open_onnx_files, ".onnx", packages=("onnx", "onnxscript", "onnxruntime"))
+ONNX = ExportFormat(
+    convert_to_onnx,
+    open_onnx_files,
+    ".onnx",
+    packages=("onnx", "onnxscript", "onnxruntime"),
+    from_onnx=lambda content, metadata: {".onnx": content},
+)
 
 
 def convert_to_openvino(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
     """Convert to ``.xml`` and ``.bin``, for Intel's processors, by way of ONNX; the weights stay float32."""
+    return onnx_to_openvino(convert_to_onnx(module, metadata)[".onnx"], metadata)
+
+
+def onnx_to_openvino(content: bytes, metadata: ExportMetadata) -> ExportedFiles:
+    """Convert an ONNX file, in float32 or int8, to ``.xml`` and ``.bin``."""
     import openvino
 
-    model = openvino.convert_model(io.BytesIO(convert_to_onnx(module, metadata)[".onnx"]))
+    model = openvino.convert_model(io.BytesIO(content))
     model.set_rt_info(metadata.as_text(), [METADATA_KEY])
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch, "model.xml")
@@ -271,6 +283,7 @@ OPENVINO = ExportFormat(
     ".xml",
     packages=("openvino", "onnx", "onnxscript", "onnxruntime"),
     extra="openvino",
+    from_onnx=onnx_to_openvino,
 )
 
 

@@ -12,6 +12,7 @@ from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.export.evaluate import run_data_settings
 from potstill.export.formats import COREML, EXECUTORCH, LITERT, TORCH_EXPORT, ExportFormat
 from potstill.export.onnx import NCNN, ONNX, OPENVINO
+from potstill.export.page import PAGE, create_page_format, find_runtime
 from potstill.io import read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import PREPROCESSING_MODES, ExportMetadata
 
@@ -21,12 +22,15 @@ COMPARED_IMAGES, CALIBRATION_IMAGES = 200, 256  # for the comparison with PyTorc
 FORMATS = {
     "onnx": ONNX,
     "openvino": OPENVINO,
-    "torch-export": TORCH_EXPORT,
-    "executorch": EXECUTORCH,
     "litert": LITERT,
     "ncnn": NCNN,
+    "page": PAGE,
+    "executorch": EXECUTORCH,
     "coreml": COREML,
+    "torch-export": TORCH_EXPORT,
 }
+
+ALL_THAT_RUN = "all-that-run"  # each format whose engine is installed, on the command line
 
 MessageCallback = Callable[[str], None]
 
@@ -38,11 +42,12 @@ class ExportOptions:
     Attributes:
         format: one of ``FORMATS``.
         inside: preprocessing that becomes part of the file: "none", "normalise" or "resize".
-        int8: quantize to 8 bits; ONNX only.
+        int8: quantize to 8 bits; formats that are made of ONNX.
         max_drop: largest loss of accuracy on the test split by int8, in [0, 1].
         output: the file, with the format's suffix; None: ``export/`` in the folder of the model, or the working
             directory for one of the hub.
         data: path of the run's data, if it differs from the recipe's.
+        runtime: folder of onnxruntime-web for a page; None: it is got by npm, once.
     """
 
     format: str = "onnx"
@@ -51,21 +56,30 @@ class ExportOptions:
     max_drop: float = 0.01
     output: Path | None = None
     data: str | None = None
+    runtime: Path | None = None
 
 
-def find_format(name: str) -> ExportFormat:
-    """Return the format with this name.
+def find_format(name: str, runtime: Path | None = None) -> ExportFormat:
+    """Return the format with this name; ``runtime`` is that of ``ExportOptions``.
 
     Raises:
         UsageError: an unknown name, or a package is not installed.
     """
     if name not in FORMATS:
-        raise UsageError(f"no format {name!r}{did_you_mean(name, FORMATS)}\nKnown formats: {', '.join(FORMATS)}")
+        raise UsageError(
+            f"no format {name!r}{did_you_mean(name, [*FORMATS, ALL_THAT_RUN])}\n"
+            f"Known formats: {', '.join(FORMATS)}; on the command line also {ALL_THAT_RUN}"
+        )
     found = FORMATS[name]
     missing = [package for package in found.packages if find_spec(package) is None]
     if missing:
         needs = f"the format {name} needs {' and '.join(missing)}, not installed here"
         raise UsageError(f'{needs}\nInstall: pip install "potstill[{found.extra}]"')
+    if found is PAGE:
+        find_runtime(runtime)  # before a network is converted for it
+        return create_page_format(runtime)
+    if runtime is not None:
+        raise UsageError(f"--runtime goes with --format page, not with {name}")
     return found
 
 
@@ -101,8 +115,9 @@ def check_options(options: ExportOptions, form: ExportFormat) -> None:
         raise UsageError(
             f"the format {options.format} takes --preprocessing {' or '.join(form.inside)}, not {options.inside}"
         )
-    if options.int8 and options.format != "onnx":
-        raise UsageError(f"--int8 goes with --format onnx, not with {options.format}")
+    if options.int8 and form.from_onnx is None:
+        able = " or ".join(name for name, each in FORMATS.items() if each.from_onnx is not None)
+        raise UsageError(f"--int8 goes with --format {able}, not with {options.format}")
     output = options.output
     if output is not None and (not output.name.endswith(form.suffix) or output.name == form.suffix or output.is_dir()):
         raise UsageError(f"--output is a file that ends in {form.suffix}, got {str(output)!r}")

@@ -1,10 +1,13 @@
-"""Predictions for unlabeled images, by one model or by a cascade of student and teacher."""
+"""Predictions for unlabeled images and videos, by one model or by a cascade of student and teacher; and their table.
+
+Videos and cameras are read by PyAV, which is imported on first use.
+"""
 
 import itertools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +19,13 @@ from potstill.data.entries import LINK_TO_FOLDER, has_image_suffix
 from potstill.data.image_io import Pixels, decode
 from potstill.data.preprocessing import decoded_side
 from potstill.data.sources import walk_images
-from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.errors import ArtifactError, DataError, StorageError, UsageError
 from potstill.evaluation.cascade import CONFIDENCE, Cascade
+from potstill.experiment.run_folder import csv_texts
 from potstill.export.onnx import ONNX_SUFFIX, load_onnx
 from potstill.formatting import format_names
 from potstill.input_spec import InputSpec
+from potstill.io import PART, encode_text, replace_file, write_chunks
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
@@ -28,6 +33,11 @@ if TYPE_CHECKING:
 
 _HEAD_BYTES = 16  # enough for the signature of an image without a known suffix
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+
+
+UNKNOWN = "unknown"  # in place of a class below the threshold
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+_VIDEO_FORMATS = "mov,mp4,matroska,webm,avi"  # as FFmpeg names them: no playlists, which lead to other files
 
 
 @dataclass(frozen=True)
@@ -38,14 +48,23 @@ class Prediction:
     classes: tuple[tuple[str, float], ...]  # (class name, probability in [0, 1]), the most probable first
     error: str | None = None
     answered_by: str | None = None  # of a cascade: "student" or "teacher"
+    unknown: bool = False  # whether the largest probability is below the threshold
+    frame: int | None = None  # of a video, from 0
+    seconds: float | None = None  # from the beginning of the video
+
+    @property
+    def label(self) -> str | None:
+        """The most probable class; ``UNKNOWN`` below the threshold; None if the image could not be read."""
+        return None if not self.classes else UNKNOWN if self.unknown else self.classes[0][0]
 
     def as_dict(self) -> dict[str, Any]:
         """Return a dict for JSON."""
         if self.error is not None:
             return {"path": str(self.path), "error": self.error}
         classes = [{"class": name, "probability": probability} for name, probability in self.classes]
-        who = {} if self.answered_by is None else {"answered_by": self.answered_by}
-        return {"path": str(self.path), **who, "predictions": classes}
+        facts = {"frame": self.frame, "seconds": self.seconds, "answered_by": self.answered_by}
+        facts = {key: value for key, value in facts.items() if value is not None}
+        return {"path": str(self.path), **facts, **({"unknown": True} if self.unknown else {}), "predictions": classes}
 
 
 def predict(
@@ -57,6 +76,8 @@ def predict(
     device: str = "auto",
     classes: str | None = None,
     risk: float | None = None,
+    threshold: float | None = None,
+    every: int = 1,
     note: Callable[[str], None] = lambda line: None,
 ) -> list[Prediction]:
     """Return the most probable classes of each image, preprocessed as for evaluation.
@@ -65,21 +86,23 @@ def predict(
         model: a run folder (distilled student, else baseline, else teacher), a model folder or file, a loaded
             Classifier, bare weights (see ``load_classifier``), or an exported ``.onnx`` file (torch is not imported
             then).
-        inputs: images, and folders, whose images are found recursively and sorted; see ``find_images``.
+        inputs: images, videos, and folders, whose images are found recursively and sorted; see ``find_images``.
         top: largest number of classes for each image.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         classes: class names of bare weights: a file or the name of a list.
         risk: of a run folder: the student answers only where it is confident, and the teacher everywhere else, with
             this promised risk, in (0, 1); see ``potstill.evaluation.cascade``.  None: the student answers alone.
+        threshold: images whose largest probability is below it are ``unknown``; None: none are.
+        every: of videos, every n-th frame, from the first on.
         note: is called with a line on each thing that was assumed of bare weights.
 
     Returns:
-        One Prediction for each image, in order; an image that cannot be decoded has ``error`` set and no classes.
-        A UserWarning names other files in the folders.
+        One Prediction for each image or frame, in order; an image that cannot be decoded has ``error`` set and no
+        classes.  A UserWarning names other files in the folders.
 
     Raises:
-        UsageError: a path that does not exist, or a risk that cannot be promised.
+        UsageError: a path that does not exist, a risk that cannot be promised, or a video without PyAV.
         DataError: there is no image.
         ArtifactError: there is no model, or it is damaged.
     """
@@ -88,7 +111,80 @@ def predict(
         some = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:3])
         warnings.warn(f"{len(found.left_out)} files are left out, such as {some}", stacklevel=2)
     predictor = create_predictor(model, device=device, classes=classes, risk=risk, note=note)
-    return list(predictor.predict(found.images, top=top, batch_size=batch_size))
+    items = read_items(found.images, every)
+    return list(predictor.predict(items, top=top, batch_size=batch_size, threshold=threshold))
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image to predict: a file, or a frame of a video, or of neither the error."""
+
+    path: Path
+    pixels: Pixels | None = None
+    frame: int | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+    def decode(self, spec: InputSpec) -> Pixels:
+        """Return its pixels, of a file as they are decoded for ``spec``.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if self.error is not None:
+            raise DataError(self.error)
+        return decode(self.path, spec.range, decoded_side(spec)) if self.pixels is None else self.pixels
+
+
+def is_video(path: Path) -> bool:
+    """Return whether a path is a video by its name, or a camera."""
+    return path.suffix.lower() in VIDEO_SUFFIXES or path.is_char_device()
+
+
+def read_items(paths: Iterable[Path], every: int = 1) -> Iterator[Item]:
+    """Yield each image, and of videos and cameras every n-th frame, from the first on.
+
+    Args:
+        paths: of images and videos.
+        every: n.
+
+    Raises:
+        UsageError: a video, and PyAV is not installed.
+    """
+    for path in paths:
+        if is_video(path):
+            yield from _read_frames(path, every)
+        else:
+            yield Item(path)
+
+
+def _read_frames(path: Path, every: int) -> Iterator[Item]:
+    try:
+        import av
+    except ImportError as error:
+        raise UsageError(f'{path}: videos and cameras need PyAV\nInstall: pip install "potstill[video]"') from error
+    camera = path.is_char_device()
+    options = {"protocol_whitelist": "file"} | ({} if camera else {"format_whitelist": _VIDEO_FORMATS})
+    number = -1
+    try:
+        with av.open(str(path.absolute()), format="v4l2" if camera else None, options=options) as container:
+            if not container.streams.video:
+                yield Item(path, error=f"{path}: no video in it")
+                return
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            for number, frame in enumerate(container.decode(stream)):
+                if number % every == 0:
+                    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                    seconds = None if frame.time is None else round(frame.time, 6)
+                    yield Item(path, np.ascontiguousarray(upright), number, seconds)
+    except (av.FFmpegError, ValueError) as error:  # ValueError: a pixel format that it does not convert
+        reason = getattr(error, "strerror", None) or str(error)
+        where = "" if number < 0 else f" after frame {number}"
+        yield Item(path, error=f"{path}: cannot be read as a video{where}: {reason}")
+        return
+    if number < 0:
+        yield Item(path, error=f"{path}: no frame in it")
 
 
 @dataclass(frozen=True)
@@ -100,12 +196,12 @@ class Network:
     names: Sequence[str]
     input: InputSpec  # its range and size are those that images are decoded for
 
-    def read(self, path: Path) -> Any:
-        """Return the preprocessed image, or the error of one that cannot be decoded."""
+    def read(self, item: Item) -> tuple[Item, Any]:
+        """Return the item with its preprocessed image, or with the error of one that cannot be decoded."""
         try:
-            return self.preprocess(decode(path, self.input.range, decoded_side(self.input)))
+            return item, self.preprocess(item.decode(self.input))
         except DataError as error:
-            return error
+            return item, error
 
 
 @dataclass(frozen=True)
@@ -124,35 +220,41 @@ class Predictor:
     combine: Callable[[list[list[list[float]]]], list[list[float]]] = lambda rows: rows[0]
     threshold: float = 0.0
 
-    def predict(self, paths: Sequence[Path], *, top: int = 3, batch_size: int = 32) -> Iterator[Prediction]:
-        """Yield the prediction of each image, in order; images are decoded in threads, a few batches ahead."""
-        names = self.network.names
-        images = threaded_map(self.network.read, paths)
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            read = list(itertools.islice(images, len(batch)))
-            good = [at for at, image in enumerate(read) if not isinstance(image, DataError)]
-            rows = dict(zip(good, self.network.probabilities([read[at] for at in good]), strict=True)) if good else {}
+    def predict(
+        self, items: Iterable[Item], *, top: int = 3, batch_size: int = 32, threshold: float | None = None
+    ) -> Iterator[Prediction]:
+        """Yield the prediction of each item, in order; images are decoded in threads, a few batches ahead.
+
+        Arguments as of ``potstill.predict``.
+        """
+        read = threaded_map(self.network.read, items)
+        while batch := list(itertools.islice(read, batch_size)):
+            good = [at for at, (_, image) in enumerate(batch) if not isinstance(image, DataError)]
+            rows = (
+                dict(zip(good, self.network.probabilities([batch[at][1] for at in good]), strict=True)) if good else {}
+            )
             deferred = [at for at in good if self.teachers and not max(rows[at]) > self.threshold]
-            rows |= self._ask_teachers({at: batch[at] for at in deferred})
-            for at, path in enumerate(batch):
+            rows |= self._ask_teachers({at: batch[at][0] for at in deferred})
+            for at, (item, image) in enumerate(batch):
                 if at not in rows:
-                    yield Prediction(path, (), str(read[at]))
+                    yield Prediction(item.path, (), str(image), frame=item.frame, seconds=item.seconds)
                     continue
                 who = None if not self.teachers else "teacher" if at in deferred else "student"
-                yield Prediction(path, _top_classes(rows[at], names, top), None, who)
+                unknown = threshold is not None and max(rows[at]) < threshold
+                classes = _top_classes(rows[at], self.network.names, top)
+                yield Prediction(item.path, classes, None, who, unknown, item.frame, item.seconds)
 
-    def _ask_teachers(self, paths: Mapping[int, Path]) -> dict[int, list[float]]:
+    def _ask_teachers(self, items: Mapping[int, Item]) -> dict[int, list[float]]:
         """Return the teachers' probabilities [K] of each image."""
-        if not paths:
+        if not items:
             return {}
         each = []
         for teacher in self.teachers:
-            images = list(threaded_map(teacher.read, paths.values()))
+            images = [image for _, image in threaded_map(teacher.read, items.values())]
             if errors := [image for image in images if isinstance(image, DataError)]:
                 raise errors[0]  # it was read a moment before
             each.append(teacher.probabilities(images))
-        return dict(zip(paths, self.combine(each), strict=True))
+        return dict(zip(items, self.combine(each), strict=True))
 
 
 def create_predictor(
@@ -250,8 +352,98 @@ class FoundImages:
     passed_over: Counter[str]  # system files and hidden files
 
 
+TABLE_SUFFIXES = (".csv", ".parquet")
+_ROWS = 4096  # that a table keeps in memory
+
+
+def check_table(path: Path) -> None:
+    """Check that a table of predictions can be written.
+
+    Raises:
+        UsageError: another suffix than those of ``TABLE_SUFFIXES``, or Parquet without pyarrow.
+    """
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        raise UsageError(f"predictions are written to a file {' or '.join(TABLE_SUFFIXES)}, got {path}")
+    if path.suffix.lower() == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise UsageError(
+                f'{path}: Parquet files need pyarrow\nInstall: pip install "potstill[datasets]"'
+            ) from error
+
+
+def write_table(path: Path, predictions: Iterable[Prediction], top: int, *, cascade: bool, video: bool) -> None:
+    """Write predictions as they come to a CSV or Parquet file, which appears when it is complete.
+
+    Columns: ``path``; with videos ``frame`` and ``seconds``; ``prediction`` (a class or "unknown"), ``class_1``,
+    ``p_1`` to ``class_K``, ``p_K``; with a cascade ``answered_by``; ``error``.
+
+    Args:
+        path: of the file; see ``check_table``.
+        predictions: in order.
+        top: K, classes of each row.
+        cascade: whether a teacher may have answered.
+        video: whether there are frames.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    ranks = range(1, top + 1)
+    columns: dict[str, type] = {
+        "path": str,
+        **({"frame": int, "seconds": float} if video else {}),
+        "prediction": str,
+        **{key: kind for rank in ranks for key, kind in ((f"class_{rank}", str), (f"p_{rank}", float))},
+        **({"answered_by": str} if cascade else {}),
+        "error": str,
+    }
+
+    def row(each: Prediction) -> tuple[Any, ...]:
+        padded = [*each.classes[:top], *[(None, None)] * (top - len(each.classes))]
+        flat = [value for pair in padded for value in pair]
+        frames = (each.frame, each.seconds) if video else ()
+        name = str(each.path).encode("utf-8", "backslashreplace").decode("utf-8")
+        return (name, *frames, each.label, *flat, *((each.answered_by,) if cascade else ()), each.error)
+
+    rows = map(row, predictions)
+    if path.suffix.lower() == ".csv":
+        texts = (["" if cell is None else _short(cell) for cell in each] for each in rows)
+        write_chunks(path, map(encode_text, csv_texts(tuple(columns), texts)))
+    else:
+        _write_parquet(path, columns, rows)
+
+
+def _short(cell: Any) -> Any:
+    return f"{cell:.6g}" if isinstance(cell, float) else cell
+
+
+def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterator[Sequence[Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
+    temporary = path.with_name(f".{path.name}{PART}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(temporary, schema) as writer:
+            while part := list(itertools.islice(rows, _ROWS)):
+                arrays = [
+                    pa.array(column, field.type) for column, field in zip(zip(*part, strict=True), schema, strict=True)
+                ]
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+        replace_file(temporary, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> FoundImages:
     """Return the given files, and all files in folders that are images by name or signature.
+
+    Videos in folders are left out: their frames are many, and they are read where they are given themselves.
 
     Args:
         inputs: files and folders.
@@ -285,7 +477,9 @@ def _add_folder(found: FoundImages, folder: Path, *, follow_links: bool) -> None
         if has_image_suffix(entry.name) or _has_image_signature(path):
             found.images.append(path)
         else:
-            found.left_out.append((str(path), "no image, by its name and its content"))
+            video = "a video: give it by its own name to read its frames"
+            reason = video if path.suffix.lower() in VIDEO_SUFFIXES else "no image, by its name and its content"
+            found.left_out.append((str(path), reason))
     for each in listing.findings:
         if each.kind not in ("name", "empty-class"):
             more = "; --follow-links reads it" if each.kind == "link-out" or each.reason == LINK_TO_FOLDER else ""

@@ -86,10 +86,11 @@ def prepare(run: Path, repository: str) -> Publication:
 def timm_config(model: Classifier) -> dict[str, Any] | None:
     """Return the config.json by which timm builds a student and loads its weights; None if it is no network of timm.
 
-    A student whose layers a method has changed, or whose outputs are grouped, is none.
+    A student whose layers a method has changed, whose channels were removed, or whose outputs are grouped, is none.
     """
     family, name = resolve(model.architecture)
-    if not isinstance(family, Timm) or model.remodelled is not None or model.output_groups is not None:
+    changed = (model.remodelled, model.output_groups, model.pruned)
+    if not isinstance(family, Timm) or any(each is not None for each in changed):
         return None
     own, spec = getattr(model.module, "pretrained_cfg", None) or {}, model.input
     classes = list(model.class_names)

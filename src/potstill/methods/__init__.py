@@ -228,7 +228,7 @@ def create_method(
         preset: the authors' options for one pair of networks, by name; ``options`` overrule them.
         schedule: weights and options that change with the epochs; see ``potstill.methods.wrappers``.
         scaling: "auto" bounds the terms on hidden layers by those on logits (see
-            ``potstill.distillation.term_scaling``), "paper" leaves all weights as they are; None: "paper".
+            ``potstill.distillation.distiller``), "paper" leaves all weights as they are; None: "paper".
         options: by name, as ``potstill methods NAME`` lists them.
 
     Raises:

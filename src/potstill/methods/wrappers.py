@@ -156,7 +156,7 @@ def wrap_per_teacher(method: Method, shares: Sequence[float]) -> Method:
         UsageError: it can do with one only, or weighs the teachers itself.
     """
     method = method.for_teachers(shares)
-    if method.needs.members and len(method.parts) == 1 and len(set(shares)) > 1:
+    if unwrap(method).needs.members and len(method.parts) == 1 and len(set(shares)) > 1:
         raise UsageError(
             f"{type(unwrap(method)).__name__} weighs the teachers by itself, image by image: "
             "leave teachers.weights out, or use a method that takes them, such as kd"

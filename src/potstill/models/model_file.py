@@ -8,7 +8,7 @@
 
 and, only where a method put other layers into the network, ``"remodelled"``: the argument of ``rebuild`` in
 ``features``; only where the network's outputs are not the classes one by one, ``"output_groups"``: see
-``OutputGroups``.
+``OutputGroups``; only where channels were removed, ``"pruned"``: the argument of ``pruning.cut_channels``.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from potstill.io import (
 from potstill.models import state_dict
 from potstill.models.families.opaque_models import allocate_buffers
 from potstill.models.output_groups import GroupedOutputs, OutputGroups
+from potstill.models.pruning import Widths, cut_channels
 from potstill.models.registry import build_model
 
 
@@ -53,6 +54,7 @@ class Classifier:
     facts: dict[str, Any] = field(default_factory=dict)  # on its training; JSON values
     remodelled: dict[str, Any] | None = None  # if a method replaced layers; see `rebuild`
     output_groups: OutputGroups | None = None  # if the module is a `GroupedOutputs`
+    pruned: Widths | None = None  # if channels were removed; see `cut_channels`
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the probabilities [B, K] of images [B, 3, S, S] that were preprocessed as ``input`` states.
@@ -126,6 +128,7 @@ class ModelFacts(BaseModel):
     facts: dict[str, Any] = {}
     remodelled: dict[str, Any] | None = None
     output_groups: dict[str, Any] | None = None
+    pruned: Widths | None = None
 
     @field_validator("class_names")
     @classmethod
@@ -157,6 +160,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         "input": dataclasses.asdict(classifier.input),
         **({} if classifier.remodelled is None else {"remodelled": classifier.remodelled}),
         **({} if classifier.output_groups is None else {"output_groups": classifier.output_groups.as_dict()}),
+        **({} if classifier.pruned is None else {"pruned": classifier.pruned}),
         "facts": classifier.facts,
         "sha256": sha256_hex(weights),
     }
@@ -175,7 +179,7 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     Nothing is parsed as tensors before its SHA-256 has been compared, no code is run from either file, and the global
     random state stays as it was.
 
-    A network that a method remodelled is built as it was deployed.
+    A network that a method remodelled, or whose channels were removed, is built as it was deployed.
 
     Args:
         path: a model folder, or one of its two files.
@@ -217,6 +221,7 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
                 raise ValueError(f"output_groups has {len(groups.groups)} groups for {len(names)} classes")
             if module is None:
                 module = build_model(body.architecture, groups.outputs if groups else len(names), size=spec.size)
+            module = module if body.pruned is None else cut_channels(module, body.pruned)
             module = module if groups is None else GroupedOutputs(module, groups)
             module = module if body.remodelled is None else rebuild_student(module, body.remodelled)
         tensors = safetensors.torch.load(weights)
@@ -227,7 +232,7 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
         raise ArtifactError(f"{folder / FACTS_FILE} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS_FILE} has a head for another number of classes than {FACTS_FILE} names")
-    return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled, groups)
+    return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled, groups, body.pruned)
 
 
 def predicts_classes(facts: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ PAPER = "#ffffff"
 TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#009e73"
 TEACHER, BASELINE, DISTILLED = "#cc79a7", "#e69f00", "#0173b3"
 ASSISTANT, GENERATION = "#8a5a9e", "#56b4e8"
+PREVIOUS = "#6b6b5e"
 RIGHT, WRONG = "#0074b4", "#d45d00"
 # Text on a coloured field, light page / dark page (see ``text_color_on``): black / white, black / black, ...
 ON_WEAK, ON_MIDDLE, ON_STRONG, ON_DEEP = "#000001", "#000002", "#fefefe", "#fefeff"
@@ -39,6 +40,7 @@ DARK_IMAGE_BRIGHTNESS = 1.3  # of raster images in the dark page
 SPLIT_COLORS = {"train": TRAIN, "val": VAL, "test": TEST}
 ROLE_COLORS = {
     "teacher": TEACHER,
+    "previous": PREVIOUS,
     "baseline": BASELINE,
     "assistant": ASSISTANT,
     "generation": GENERATION,
@@ -57,6 +59,7 @@ CSS_COLORS = {
     "teacher": (TEACHER, "#d996bd"),
     "baseline": (BASELINE, "#e8ac28"),
     "distilled": (DISTILLED, "#57b5ea"),
+    "previous": (PREVIOUS, "#b5b5a6"),
     "assistant": (ASSISTANT, "#b48cc6"),
     "generation": (GENERATION, "#9fd3f2"),
     "right": (RIGHT, "#56b3e8"),

@@ -202,6 +202,36 @@ def _classes_without_auc(run: Run) -> dict[str, list[str]]:
 
 DifferenceFormatter = Callable[[float], str]
 
+
+def flips_context(run: Run) -> dict[str, Any] | None:
+    """Return a row for each student on what it has wrong that the model in use has right; None without such a model."""
+    facts = run.results.get("flips")
+    students = facts.get("students") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict) or not isinstance(students, dict):
+        return None
+    rows = []
+    for name, row in students.items():
+        if isinstance(row, dict) and format_number(row.get("rate")) is not None:
+            ends = f" ({format_percent(row.get('rate_low'))} to {format_percent(row.get('rate_high'))})"
+            counts = [format_count(row.get(key)) for key in ("negative", "positive")]
+            rows.append((name, [*counts, format_percent(row["rate"]) + ends]))
+    change = [format_number(facts.get(key)) for key in ("difference", "difference_low", "difference_high")]
+    value, low, high = change
+    sentence = ""
+    if value is not None and low is not None and high is not None:
+        clear = "" if low > 0 or high < 0 else ": no clear difference"
+        sentence = (
+            f"The distilled student's negative flip rate is {format_points(value)} points from the baseline's (95 % "
+            f"interval over test images {format_points(low)} to {format_points(high)}){clear}."
+        )
+    return {
+        "rows": rows,
+        "images": format_count(facts.get("images")),
+        "correct": format_count(facts.get("previous_correct")),
+        "sentence": sentence,
+    }
+
+
 _INTERMEDIATE_ROLES = ("assistant", "generation")
 _STUDENTS = ("baseline", "distilled")
 

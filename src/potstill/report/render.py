@@ -224,6 +224,7 @@ SECTIONS = (
     Section("advice", "What to do next", overview.advice_context, folded=False),
     Section("warnings", "Warnings", overview.warnings_context, folded=False),
     Section("comparison", "Comparison", overview.comparison_context),
+    Section("flips", "Negative flips", overview.flips_context),
     Section("curves", "Curves", diagnostics.curves_context),
     Section("confusion", "Confusion matrices", diagnostics.confusion_context),
     Section("classes", "Class by class", diagnostics.classes_context),

@@ -1,4 +1,4 @@
-"""The page, table and figures of a sweep, from its files; imports neither torch nor Optuna."""
+"""The pages, tables and figures of searches (sweep, fit, shrink) from their files; imports neither torch nor Optuna."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from potstill.formatting import (
     format_scaled,
 )
 from potstill.io import read_checksummed_json, write_text
-from potstill.report.canvas import DISTILLED, FAINT, VAL, as_svg
+from potstill.report.canvas import BASELINE, DISTILLED, FAINT, VAL, as_svg
 from potstill.report.compare import compare_predictions, group_runs, read_contender
 from potstill.report.display_names import escape_invisible
 from potstill.report.render import render_template
@@ -250,3 +250,105 @@ def _final_lines(final: Mapping[str, Any]) -> list[str]:
         *(f"{name}: top-1 {test} on test" for name, test in final["rows"]),
         final["verdict"],
     ]
+
+
+def render_shrink(folder: Path) -> tuple[Path, list[str]]:
+    """Write the page of ``potstill shrink``; return its path and the lines for a terminal.
+
+    Raises:
+        ArtifactError: no such search, or a damaged file.
+        StorageError: the page cannot be written.
+    """
+    if not (folder / "shrink.json").is_file():
+        raise ArtifactError(f"{folder} holds no result of `potstill shrink`: shrink.json is missing")
+    found = read_checksummed_json(folder / "shrink.json")
+    reference, chosen = found["reference"], found["candidates"][found["chosen"]]
+    rows = [_shrink_row(found, {"how": "the student, float32", **reference}, note="reference")]
+    for at, row in enumerate(found["candidates"]):
+        note = "chosen" if at == found["chosen"] else "" if row["passes"] else "may lose too much"
+        rows.append(_shrink_row(found, row, note=note))
+    kind = "int8" if found["int8"] else "float32"
+    summary = (
+        f"{format_scaled(chosen['bytes'], 'B')} in place of {format_scaled(reference['bytes'], 'B')} "
+        f"({reference['bytes'] / chosen['bytes']:.1f} times smaller), {format_milliseconds(chosen['ms'])} in place of "
+        f"{format_milliseconds(reference['ms'])}, with {chosen['weights'] / reference['weights']:.0%} of the weights, "
+        f"{kind}"
+    )
+    test, looks = found["test"], found["test"]["looks"]
+    sentence = (
+        f"Test ({test['images']:,} images): {_interval_text(test['file'])} top-1, the student "
+        f"{_interval_text(test['student'])}; difference {format_points(test['difference']['value'])} points "
+        f"({format_points(test['difference']['low'])} to {format_points(test['difference']['high'])}, 95 %)"
+    )
+    if looks > 1:
+        sentence += f". This is look {looks} of searches here at test: quote the first"
+    bound = (
+        f"On {found['val_images']:,} val images it loses {format_points(chosen['loss'], signed=False)} points, and at "
+        f"most {format_points(chosen['bound'], signed=False)} with 95 % confidence; allowed were {found['max_loss']:g}."
+    )
+    figure = as_svg(
+        partial(draw_trade_off, found=found),
+        (6.4, 3.4),
+        name="tradeoff",
+        label="Accuracy on val against the size of the file, for every candidate",
+    )
+    values = {
+        "title": found["stage"],
+        "kind": "Smaller files of a student",
+        "subtitle": f"{found['architecture']}, {len(found['candidates'])} candidates, at most {found['max_loss']:g} "
+        "points of loss",
+        "summary": summary,
+        "bound": bound,
+        "test": sentence,
+        "rows": rows,
+        "figure": figure,
+    }
+    target = folder / "shrink.html"
+    write_text(target, render_template("shrink.html.j2", values))
+    lines = [
+        f"{row['how']}: {row['bytes']}, {row['ms']}, val {row['val']}{', ' + row['note'] if row['note'] else ''}"
+        for row in rows
+    ]
+    return target, [*lines, "", f"file: {found['file']}", summary, bound, f"{sentence}."]
+
+
+def draw_trade_off(figure: "Figure", found: Mapping[str, Any]) -> None:
+    """Draw accuracy on val with its interval against the size of the file; the chosen candidate is marked."""
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    reference, candidates = found["reference"], found["candidates"]
+    for rows, color, label in (([reference], BASELINE, "float32 student"), (candidates, DISTILLED, "smaller files")):
+        x, y = [row["bytes"] / 1e6 for row in rows], [row["val"]["value"] for row in rows]
+        low = [row["val"]["value"] - row["val"]["low"] for row in rows]
+        high = [row["val"]["high"] - row["val"]["value"] for row in rows]
+        axes.errorbar(x, y, yerr=[low, high], fmt="o-", color=color, markersize=4, linewidth=1, capsize=2, label=label)
+    chosen = candidates[found["chosen"]]
+    axes.scatter(
+        [chosen["bytes"] / 1e6], [chosen["val"]["value"]], s=90, facecolors="none", edgecolors=VAL, zorder=4,
+        label="chosen",
+    )  # fmt: skip
+    sizes = sorted({row["bytes"] / 1e6 for row in (reference, *candidates)})
+    shown = [size for at, size in enumerate(sizes) if at == 0 or size > 1.3 * sizes[at - 1]]
+    axes.set_xticks(shown, [f"{size:.3g}" for size in shown])
+    axes.minorticks_off()
+    axes.set_xlabel("size of the file, MB")
+    axes.set_ylabel("top-1 on val, 95 % interval", color=FAINT)
+    axes.legend()
+
+
+def _shrink_row(found: Mapping[str, Any], row: Mapping[str, Any], *, note: str) -> dict[str, str]:
+    return {
+        "how": row["how"],
+        "weights": format_percent(row["weights"] / found["reference"]["weights"], 0),
+        "bytes": format_scaled(row["bytes"], "B"),
+        "ms": format_milliseconds(row["ms"]),
+        "val": _interval_text(row["val"]),
+        "changed": f"{row['lost']} / {row['gained']}" if "lost" in row else MISSING,
+        "bound": format_points(row["bound"], signed=False) if "bound" in row else MISSING,
+        "note": note,
+    }
+
+
+def _interval_text(interval: Mapping[str, float]) -> str:
+    """Return ``84.1 % (81.0 to 86.8)``."""
+    return f"{format_percent(interval['value'])} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"

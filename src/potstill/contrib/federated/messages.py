@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
-from potstill.config.code_references import refuse_code_in_recipe
+from potstill.code_references import refuse_code_in_recipe
 from potstill.config.recipe import Recipe
 from potstill.errors import ArtifactError
 from potstill.input_spec import InputSpec

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from potstill.evaluation.final_metrics import calibration_report, fit_temperature
-from potstill.experiment.temperature_scaling import scale_logits
+from potstill.experiment.stage import scale_logits
 from potstill.input_spec import InputSpec
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import SilentObserver

@@ -1,6 +1,6 @@
 import pytest
 
-from potstill.config.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
+from potstill.code_references import find_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
 
