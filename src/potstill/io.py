@@ -12,10 +12,14 @@ each line has its own.
 """
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
+import itertools
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -395,3 +399,40 @@ def _newest_intact(path: Path) -> Path | None:
             if _verified_content(each.read_bytes()) is not None:
                 return each
     return None
+
+
+_FORMULA = re.compile(r"'*[=+\-@]")  # start of a cell that a spreadsheet runs as a formula, escaped or not
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return comma-separated text.
+
+    Control characters in names become visible escapes, so that a line stays a line.  Texts that a spreadsheet would run
+    as formulas get a leading apostrophe, which ``unescape_cell`` takes off.
+    """
+    return "".join(csv_texts(header, rows))
+
+
+def csv_texts(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Yield the text of ``as_csv`` in parts of up to 4096 lines."""
+    lines = itertools.chain([header], rows)
+    while part := list(itertools.islice(lines, 4096)):
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([_escape_cell(cell) for cell in row] for row in part)
+        yield out.getvalue()
+
+
+def _escape_cell(cell: Any) -> str:
+    text = str(cell)
+    text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return f"'{text}" if isinstance(cell, str) and _FORMULA.match(text) else text
+
+
+def unescape_cell(cell: str) -> str:
+    """Return the text that ``as_csv`` wrote as ``cell``.
+
+    Example:
+        >>> unescape_cell("'=1+1.jpg"), unescape_cell("'cat'.jpg")
+        ('=1+1.jpg', "'cat'.jpg")
+    """
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

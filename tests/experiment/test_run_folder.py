@@ -7,7 +7,8 @@ import pytest
 
 from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.evaluation.predictions import Predictions
-from potstill.experiment.run_folder import RunFolder, as_csv, find_model, unescape_cell
+from potstill.experiment.run_folder import RunFolder, find_model
+from potstill.io import as_csv, unescape_cell
 
 
 def begin(run):

@@ -235,7 +235,7 @@ def test_an_export_that_differs_is_refused(
     monkeypatch.setattr(exporter, "create_torch_predictor", off)
     # The same network is not converted again.
     form = dataclasses.replace(find_format("onnx"), convert=lambda module, metadata: {".onnx": plain.read_bytes()})
-    monkeypatch.setattr(exporter, "find_format", lambda name: form)
+    monkeypatch.setattr(exporter, "find_format", lambda name, runtime=None: form)
     with pytest.raises(ArtifactError, match=r"differs from the original.* not written"):
         exported(run, output=tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []

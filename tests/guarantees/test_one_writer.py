@@ -35,6 +35,8 @@ EXCEPTIONS = {
     ("distillation/teacher_cache/record_format.py", "rename"): "a new store appears together with its manifest",
     ("distillation/teacher_cache/cache.py", "rename"): "a store that is removed leaves the list at once",
     ("evaluation/predictions.py", "open"): "a file beside, which is synced and takes its place when it is whole",
+    ("export/onnx.py", "write_bytes"): "into a temporary folder, from which ncnn reads",
+    ("export/onnx.py", "extract"): "ncnn's name for running a network",
     ("report/canvas.py", "savefig"): "into memory",
 }
 WRITING = {

@@ -60,14 +60,14 @@ def leaves(model, prefix=""):
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if name == "training" and model is not Recipe:
             yield from ((f"{prefix}training.{key}", kind) for key, kind in leaves(TrainingSettings))
-        elif inner is not None and name not in ("assistants", "tracker", "fallback"):
+        elif inner is not None and name not in ("assistants", "previous", "tracker", "fallback"):
             yield from leaves(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.annotation
 
 
 LEAVES = dict(leaves(Recipe)) | {"method.temperature": float, "method.alpha": float}
-KEYS = sorted(LEAVES.keys() - {"method", "data.options", "assistants", "teacher"})
+KEYS = sorted(LEAVES.keys() - {"method", "data.options", "assistants", "previous", "teacher"})
 OTHERS = [
     True, False, 0, 1, 2, 3, 5, 24, 0.05, 0.3, 0.6, 0.97, 7.5, "cifar/resnet14", "cifar/resnet20", "stretch", "else",
     "cpu", "sgd", "fashion-mnist", "tensorboard", [0.4, 0.9],
@@ -348,3 +348,11 @@ def test_without_its_list_of_images(case, capsys):
     edit(case.images, "remove", "train", "blue", 0)
     assert case.train("--resume") == 2
     assert "the changed images are unknown" in capsys.readouterr().err
+
+
+def test_another_model_in_use_is_refused(begun, tmp_path):
+    weights = tmp_path / "first.safetensors"
+    weights.write_bytes(b"")  # its content is read later
+    after = load_recipe("quickstart", [f"previous={{model: cifar/resnet8, weights: {weights}}}"])
+    with pytest.raises(UsageError, match=r"previous"):
+        check_same_recipe(begun, after)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from potstill.cli.check import MAX_SHOWN, FollowLinks, SkipBad, print_skipped
+from potstill.cli.check import FollowLinks, SkipBad, print_skipped
 from potstill.code_references import allowed_code
 from potstill.console import silence_native_stderr
 from potstill.errors import DataError, RemoteFailure, Stopped, UsageError
@@ -115,11 +115,9 @@ def predict(
     if counted.broken and skip_bad:
         print_skipped(label, [(path, reason.removeprefix(f"{path}: ")) for path, reason in counted.broken])
     elif counted.broken:
-        lines = "".join(f"\n{escape_control(reason)}" for _, reason in counted.broken[:MAX_SHOWN])
-        more = f"\nand {len(counted.broken) - MAX_SHOWN:,} more" if len(counted.broken) > MAX_SHOWN else ""
+        lines = "".join(f"\n{escape_control(reason)}" for _, reason in counted.broken)
         raise DataError(
-            f"{len(counted.broken)} of {counted.images} images could not be read:{lines}{more}\n"
-            "To leave them out: --skip-bad"
+            f"{len(counted.broken)} of {counted.images} images could not be read:{lines}\nTo leave them out: --skip-bad"
         )
 
 

@@ -13,10 +13,10 @@ from potstill.config.settings_errors import parse_settings
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.plan import PlannedStage, plan_stages, stage_recipe
-from potstill.experiment.run_folder import RunFolder, as_csv
+from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import format_names
 from potstill.hub import model_path
-from potstill.io import read_bytes, read_checksummed_json
+from potstill.io import as_csv, read_bytes, read_checksummed_json
 
 TEST_EVALUATIONS_KEY = "looks"  # in environment.json
 

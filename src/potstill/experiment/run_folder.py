@@ -14,7 +14,6 @@ import contextlib
 import csv
 import errno
 import io
-import itertools
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +28,8 @@ from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.evaluation import Array
 from potstill.io import (
     PART,
+    as_csv,
+    csv_texts,
     encode_json,
     encode_text,
     file_sha256,
@@ -37,6 +38,7 @@ from potstill.io import (
     read_checksummed_text,
     remove_partial_files,
     sha256_hex,
+    unescape_cell,
     verify_json_lines,
     write_bytes,
     write_checksummed_json,
@@ -105,7 +107,6 @@ STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
 _LOCKS = (LOCK_FILE, LOCK_HOLDER_FILE)
-_FORMULA = re.compile(r"'*[=+\-@]")  # start of a cell that a spreadsheet runs as a formula, escaped or not
 _FILES_BEFORE_TRAINING = (  # files of a run that has not trained
     *_LOCKS,
     "recipe.yaml",
@@ -426,24 +427,6 @@ class RunFolder:
             raise StorageError(f"cannot empty {self.path}: {error.strerror or error}") from error
 
 
-def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return comma-separated text.
-
-    Control characters in names become visible escapes, so that a line stays a line.  Texts that a spreadsheet would run
-    as formulas get a leading apostrophe, which ``unescape_cell`` takes off.
-    """
-    return "".join(csv_texts(header, rows))
-
-
-def csv_texts(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """Yield the text of ``as_csv`` in parts of up to 4096 lines."""
-    lines = itertools.chain([header], rows)
-    while part := list(itertools.islice(lines, 4096)):
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([_escape_cell(cell) for cell in row] for row in part)
-        yield out.getvalue()
-
-
 def find_model(path: Path) -> Path:
     """Return the model folder at a path: that of a run (distilled, else baseline, else teacher), or the path itself.
 
@@ -469,19 +452,3 @@ def find_model(path: Path) -> Path:
 def _to_list(values: Array) -> list[Any]:
     found: list[Any] = values.tolist()
     return found
-
-
-def _escape_cell(cell: Any) -> str:
-    text = str(cell)
-    text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return f"'{text}" if isinstance(cell, str) and _FORMULA.match(text) else text
-
-
-def unescape_cell(cell: str) -> str:
-    """Return the text that ``as_csv`` wrote as ``cell``.
-
-    Example:
-        >>> unescape_cell("'=1+1.jpg"), unescape_cell("'cat'.jpg")
-        ('=1+1.jpg', "'cat'.jpg")
-    """
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

@@ -21,11 +21,10 @@ from potstill.data.preprocessing import decoded_side
 from potstill.data.sources import walk_images
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError
 from potstill.evaluation.cascade import CONFIDENCE, Cascade
-from potstill.experiment.run_folder import csv_texts
 from potstill.export.onnx import ONNX_SUFFIX, load_onnx
 from potstill.formatting import format_names
 from potstill.input_spec import InputSpec
-from potstill.io import PART, encode_text, replace_file, write_chunks
+from potstill.io import PART, csv_texts, encode_text, replace_file, write_chunks
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier

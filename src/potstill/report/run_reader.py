@@ -16,9 +16,8 @@ import numpy as np
 from potstill.config import sort_stages, stage_role
 from potstill.errors import ArtifactError
 from potstill.evaluation import Array
-from potstill.experiment.run_folder import unescape_cell
 from potstill.formatting import format_number
-from potstill.io import encode_json, read_bytes, read_checksummed_json, read_checksummed_text
+from potstill.io import encode_json, read_bytes, read_checksummed_json, read_checksummed_text, unescape_cell
 from potstill.methods import describe_method
 
 SCHEMA = 1

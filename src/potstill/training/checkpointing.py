@@ -144,7 +144,12 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
                 tensors[f"{parameter}.{key}"] = value
             else:
                 plain[f"{parameter}.{key}"] = value
-    return tensors, {"plain": plain, "groups": state["param_groups"]}
+    # Some optimizers of timm count their steps in a tensor of the group.
+    groups = [
+        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return tensors, {"plain": plain, "groups": groups}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
