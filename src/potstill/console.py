@@ -86,7 +86,7 @@ class Progress:
         """Show the beginning of a stage."""
         if name != self._stage:  # a network that is probed and then trained begins twice
             self._stage_began = time.monotonic()
-        self._stage, self._best, self._epoch = name, "", 0
+        self._stage, self._best, self._epoch, self._epoch_starts = name, "", 0, []
         self._line(f"{name}: {detail}")
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=None, epoch="", speed="", val="")
@@ -95,8 +95,8 @@ class Progress:
         """Show the beginning of an epoch."""
         self._epoch, self._epochs, self._images, self._seen = epoch, epochs, images, 0
         self._began = time.perf_counter()
-        if epoch == 1 or not self._epoch_starts:
-            self._training_began, self._epoch_starts = time.monotonic(), []
+        if not self._epoch_starts:  # the first epoch, or that with which a resumed training goes on
+            self._training_began = time.monotonic()
         self._epoch_starts.append(time.monotonic())
         if self._bar is not None and self._task is not None:
             done = (epoch - 1) * images

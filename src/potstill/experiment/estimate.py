@@ -232,14 +232,14 @@ def estimate_stages(
             images = train + further if stage.distils else train
             total = settings.epochs * (images * step + val * forward) if trained else 0.0
             total += (train + val) * forward if fitted and network.weights is not None else 0.0
-            asked = epochs = 0.0  # images that the teacher answers, and the epochs that this takes
+            answered = epochs = 0.0  # images that the teacher answers, and the epochs that this takes
             if stage.distils and not (stage.repeat and recipe.data.augmentation_seed is not None):
                 each = settings.epochs if isinstance(views, str) else min(views, settings.epochs)
-                asked, epochs = each * train + settings.epochs * further, each
+                answered, epochs = each * train + settings.epochs * further, each
                 if further and not isinstance(views, str):
-                    asked = each * train + min(settings.epochs * further, views * unlabeled)
+                    answered = each * train + min(settings.epochs * further, views * unlabeled)
                     epochs = max(each, min(settings.epochs, views * unlabeled / further))
-            teacher = asked * sum(cost(teacher)[1] for teacher in stage.teachers) if asked else 0.0
+            teacher = answered * sum(cost(teacher)[1] for teacher in stage.teachers) if answered else 0.0
             time = StageTime((total + teacher) / max(1, compute.processes.count))
             time.share = epochs / settings.epochs
             time.first = (teacher + time.share * total) / max(1, compute.processes.count)
