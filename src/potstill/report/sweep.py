@@ -284,7 +284,8 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
         sentence += f". This is look {looks} of searches here at test: quote the first"
     bound = (
         f"On {found['val_images']:,} val images it loses {format_points(chosen['loss'], signed=False)} points, and at "
-        f"most {format_points(chosen['bound'], signed=False)} with 95 % confidence; allowed were {found['max_loss']:g}."
+        f"most {format_points(chosen['bound'], signed=False)} with {_confidence(chosen)} confidence; allowed were "
+        f"{found['max_loss']:g}."
     )
     figure = as_svg(
         partial(draw_trade_off, found=found),
@@ -348,9 +349,13 @@ def _shrink_row(found: Mapping[str, Any], row: Mapping[str, Any], *, note: str) 
         "ms": format_milliseconds(row["ms"]),
         "val": _interval_text(row["val"]),
         "changed": f"{row['lost']} / {row['gained']}" if "lost" in row else MISSING,
-        "bound": format_points(row["bound"], signed=False) if "bound" in row else MISSING,
+        "bound": f"{format_points(row['bound'], signed=False)} ({_confidence(row)})" if "bound" in row else MISSING,
         "note": note,
     }
+
+
+def _confidence(row: Mapping[str, Any]) -> str:
+    return format_percent(row.get("confidence", 0.95), 0)
 
 
 def _interval_text(interval: Mapping[str, float]) -> str:
