@@ -102,6 +102,7 @@ def test_shrink_keeps_the_smallest_file_that_passes_on_val(copied, photographs, 
     page = (folder / "shrink.html").read_text(encoding="utf-8")
     assert "<svg" in page
     assert "chosen" in page
+    assert 'href="shrink/distilled/shrink.html"' in (copied / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
