@@ -117,8 +117,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Example:
         >>> did_you_mean("resnet81", ["resnet18", "vgg16"])
         "; did you mean 'resnet18'?"
+        >>> did_you_mean("KD", ["kd", "dkd"])
+        "; did you mean 'kd'?"
         >>> did_you_mean("zebra", ["resnet18"])
         ''
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    listed = list(known)
+    names = {each.lower(): each for each in reversed(listed)}
+    if name.lower() in names:
+        return f"; did you mean {names[name.lower()]!r}?"
+    near = difflib.get_close_matches(name, listed, n=1) or [
+        names[each] for each in difflib.get_close_matches(name.lower(), names, n=1)
+    ]
     return f"; did you mean {near[0]!r}?" if near else ""
