@@ -19,7 +19,7 @@ from potstill.formatting import (
     format_scaled,
 )
 from potstill.io import read_checksummed_json, write_text
-from potstill.report.canvas import BASELINE, DISTILLED, FAINT, VAL, as_svg
+from potstill.report.canvas import BASELINE, DISTILLED, FAINT, VAL, add_legend_below, as_svg
 from potstill.report.compare import compare_predictions, group_runs, read_contender
 from potstill.report.display_names import escape_invisible
 from potstill.report.render import render_template
@@ -314,6 +314,8 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
 
 def draw_trade_off(figure: "Figure", found: Mapping[str, Any]) -> None:
     """Draw accuracy on val with its interval against the size of the file; the chosen candidate is marked."""
+    from matplotlib.ticker import PercentFormatter
+
     axes = figure.add_subplot()
     axes.set_xscale("log")
     reference, candidates = found["reference"], found["candidates"]
@@ -333,8 +335,9 @@ def draw_trade_off(figure: "Figure", found: Mapping[str, Any]) -> None:
     axes.minorticks_off()
     axes.margins(x=0.08)
     axes.set_xlabel("size of the file, MB")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1, symbol=" %"))
     axes.set_ylabel("top-1 on val, 95 % interval", color=FAINT)
-    axes.legend(loc="lower right")
+    add_legend_below(figure, axes)
 
 
 def _shrink_row(found: Mapping[str, Any], row: Mapping[str, Any], *, note: str) -> dict[str, str]:
