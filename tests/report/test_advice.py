@@ -80,6 +80,9 @@ def test_weak_teacher() -> None:
     assert advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.001))) is None
     assert "3.0 points below" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=-0.03))))
     assert "equals the baseline" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.0))))
+    other = "teacher: {model: timm/resnet50.a1_in1k, weights: pretrained}"
+    found = advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=-0.03), recipe=other))
+    assert getattr(found, "flags", None) == ()  # it is the one that would be advised
 
 
 def test_still_improving() -> None:
@@ -135,6 +138,31 @@ def test_overfitting() -> None:
     assert advice.overfitting(made(0.89, 3)) is None
     assert "best epoch" not in str(advice.overfitting(made(0.95, 11)))
     assert "best epoch was 10 of 20" in str(advice.overfitting(made(0.95, 10)))
+
+
+def test_only_stronger_augmentation_is_advised() -> None:
+    """``photos`` mirrors already, and crops more than the first advice would."""
+
+    def settings(augment: str) -> tuple[str, ...]:
+        stages = {"distilled": {"train": {"top1": 0.99}, "val": {"top1": 0.8}, "training": {}}}
+        found = run(stages, recipe=f"data:\n  augment: {augment}\n")
+        return getattr(advice.overfitting(found), "settings", ())
+
+    crop, mirror = "data.augment.crop_scale=[0.5, 1]", "data.augment.hflip=true"
+    assert settings("null") == (crop, mirror)
+    assert settings("{crop_scale: [0.8, 1.0], hflip: true}") == (crop, "data.augment.color_jitter=0.3")
+    photos = "crop_scale: [0.35, 1.0], hflip: true"
+    assert settings(f"{{{photos}}}") == ("data.augment.color_jitter=0.3", "data.augment.auto_augment=trivialaugment")
+    assert settings(f"{{{photos}, auto_augment: trivialaugment}}") == ("data.augment.erasing=0.25",)
+    assert settings(f"{{{photos}, auto_augment: trivialaugment, erasing: 0.1}}") == ()
+
+
+def test_a_metric_that_is_selected_by_already_is_not_advised() -> None:
+    stages, data = {"distilled": {"val": {"top1": 0.6}}}, {"counts": {"val": {"a": 40}}}
+    other = run(stages, data=data)
+    assert getattr(advice.val_too_small(other), "settings", None) == ("training.selection_metric=nll",)
+    same = run(stages, data=data, recipe="training: {selection_metric: nll}")
+    assert getattr(advice.val_too_small(same), "settings", None) == ()
 
 
 def test_cannot_follow() -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from potstill.config.yaml import parse_yaml
 from potstill.data.entries import FINDING_KINDS
+from potstill.errors import UsageError
 from potstill.experiment.verdict import average_over_seeds, effect_of, folds_of, repeats_of
 from potstill.formatting import (
     format_count,
@@ -60,6 +62,17 @@ def best_and_last_epoch(stage: StageResult) -> tuple[int, int] | None:
 def final_student(run: Run) -> StageResult | None:
     """Return the distilled student, else the baseline."""
     return run.stages.get("distilled") or run.stages.get("baseline")
+
+
+def recipe_setting(run: Run, *path: str) -> Any:
+    """Return a setting of the run's recipe; None if the recipe or the setting is missing."""
+    try:
+        found = parse_yaml(run.recipe or "", "recipe.yaml").value
+    except UsageError:
+        return None
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 IMBALANCE_RATIO = 5.0  # images of the largest class to those of the smallest
@@ -188,10 +201,15 @@ def val_too_small(run: Run) -> Advice | None:
     error = math.sqrt(top1 * (1 - top1) / total)
     if error < NOISY_VAL_ERROR:
         return None
+    evidence = (
+        f"It has {format_count(total)} images: at {format_percent(top1)} the standard error of top-1 is "
+        f"{format_points(error, signed=False)} points, so smaller differences between epochs are noise."
+    )
+    if recipe_setting(run, "training", "selection_metric") == "nll":
+        return Advice("val is too small to choose by", evidence, "Give val more images.")
     return Advice(
         "val is too small to choose by",
-        f"It has {format_count(total)} images: at {format_percent(top1)} the standard error of top-1 is "
-        f"{format_points(error, signed=False)} points, so smaller differences between epochs are noise.",
+        evidence,
         "Give val more images, or pick the epoch by nll, which varies less by chance.",
         settings=("training.selection_metric=nll",),
     )
@@ -259,8 +277,15 @@ def weak_teacher(run: Run) -> Advice | None:
         if gap < 0
         else "On test the teacher's top-1 equals the baseline's.",
         "Train it longer or with another learning rate, or use a larger or a pretrained one.",
-        flags=("--teacher", "resnet50@pretrained"),
+        flags=_another_teacher(run),
     )
+
+
+def _another_teacher(run: Run) -> tuple[str, ...]:
+    """Return the flags for the teacher that is advised; none if the run has it already."""
+    model, weights = (recipe_setting(run, "teacher", key) for key in ("model", "weights"))
+    known = str(model).removeprefix("timm/").partition(".")[0] == "resnet50" and weights == "pretrained"
+    return () if known else ("--teacher", "resnet50@pretrained")
 
 
 def teacher_still_improving(run: Run) -> Advice | None:
@@ -332,7 +357,7 @@ def as_good_as_teacher(run: Run) -> Advice | None:
         f"On test the distilled student has a top-1 of {format_percent(distilled)}, the teacher "
         f"{format_percent(teacher)}.",
         "A smaller student may do as well; a better student needs a better teacher, such as a pretrained one.",
-        flags=("--teacher", "resnet50@pretrained"),
+        flags=_another_teacher(run),
     )
 
 
@@ -347,13 +372,32 @@ def overfitting(run: Run) -> Advice | None:
     epochs = best_and_last_epoch(found)
     early = epochs is not None and epochs[1] >= MIN_EPOCHS and epochs[0] <= EARLY_BEST_EPOCH * epochs[1]
     more = f" Its best epoch was {epochs[0]} of {epochs[1]}." if early and epochs is not None else ""
+    stronger = _stronger_augmentation(recipe_setting(run, "data", "augment"))
+    mirrored = " Mirror images only where that does not change their class." if _MIRROR in stronger else ""
     return Advice(
         "The student overfits",
         f"The {found.name} student has a top-1 of {format_percent(on_train)} on train and "
         f"{format_percent(on_val)} on val.{more}",
-        "Use stronger augmentation, or more images.",
-        settings=("data.augment.crop_scale=[0.5, 1]", "data.augment.hflip=true"),
+        f"Use stronger augmentation, or more images.{mirrored}" if stronger else "Use more images.",
+        settings=stronger,
     )
+
+
+_MIRROR = "data.augment.hflip=true"
+
+
+def _stronger_augmentation(augment: Any) -> tuple[str, ...]:
+    """Return up to two settings that augment more than a recipe's ``data.augment`` does; none if it has them all."""
+    now = augment if isinstance(augment, dict) else {}
+    crop, policy = now.get("crop_scale"), now.get("auto_augment", "none")
+    steps = (
+        ("data.augment.crop_scale=[0.5, 1]", not isinstance(crop, list) or not crop or crop[0] > 0.5),
+        (_MIRROR, not now.get("hflip")),
+        ("data.augment.color_jitter=0.3", policy == "none" and not now.get("color_jitter")),
+        ("data.augment.auto_augment=trivialaugment", policy == "none"),
+        ("data.augment.erasing=0.25", not now.get("erasing")),
+    )
+    return tuple(setting for setting, missing in steps if missing)[:2]
 
 
 def unlabeled_images(run: Run) -> Advice | None:
