@@ -134,6 +134,8 @@ def test_a_loss_that_the_val_images_cannot_show_ends_before_training(copied, cap
     assert "9 val images cannot show" in error
     assert "Nearest: --max-loss 28.3" in error  # 3.537 / (9 + 3.537): the 97 % quantile is 1.8808
     assert "at least 351 val images" in error
+    assert main(["shrink", str(copied), "--max-loss", "1e-9"]) == 2  # at once: no search for the number
+    assert "353,738,459,643" in capsys.readouterr().err  # z² (1 - 1e-11) / 1e-11
     assert not (copied / "shrink").exists()
     assert main(["shrink", str(copied), "--max-loss", "0"]) == 2
 

@@ -233,8 +233,8 @@ def run(
         recipe = lengthen_short_trainings(recipe, len(splits.train))
         if (longer := recipe.stage_training("student")).epochs > asked:
             observer.note(
-                f"student: {longer.epochs} epochs in place of {asked}, so that it takes {longer.min_steps} steps or "
-                "more (training.min_steps)"
+                f"student: {longer.epochs} epochs in place of {asked}: {longer.min_steps} steps or more "
+                "(training.min_steps)"
             )
         view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
         recipe = apply_view_plan(recipe, view_plan)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from potstill.config import stage_number, stage_role
@@ -638,11 +639,12 @@ def _check_images(count: int, max_loss: float) -> None:
     confidence = 1 - ERROR_LEVELS[0]
     bound = 100 * paired_loss_bound(0, 0, count, confidence)
     if bound > max_loss:
-        needed = next(n for n in range(count, 10**7) if 100 * paired_loss_bound(0, 0, n, confidence) <= max_loss)
+        squared, share = NormalDist().inv_cdf(confidence) ** 2, max_loss / 100
+        needed = math.ceil(squared * (1 - share) / share)  # the bound of 0 changes among n is z^2 / (n + z^2)
         raise UsageError(
             f"--max-loss {max_loss:g}: {count} val images cannot show so small a loss: if not one image changes, up to "
             f"{bound:.2g} points may be lost, with {confidence:.0%} confidence.\n"
-            f"Nearest: --max-loss {math.ceil(10 * bound) / 10:g}; or a run with at least {needed} val images"
+            f"Nearest: --max-loss {math.ceil(10 * bound) / 10:g}; or a run with at least {needed:,} val images"
         )
 
 
