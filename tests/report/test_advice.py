@@ -19,7 +19,7 @@ def run(stages: dict[str, dict[str, Any]] | None = None, *, recipe: str | None =
         name: StageResult(
             name,
             Path("runs/made") / name,
-            {"training": facts.get("training")},
+            {key: facts.get(key) for key in ("training", "head")},
             metrics={split: facts[split] for split in ("train", "val", "test") if split in facts},
         )
         for name, facts in (stages or {}).items()
@@ -40,7 +40,7 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
 
 
 def test_every_rule_has_a_line_of_its_own() -> None:
-    assert len(RULES) == len(set(RULES)) == 18
+    assert len(RULES) == len(set(RULES)) == 19
     assert all(rule.__doc__ for rule in RULES)
 
 
@@ -294,3 +294,28 @@ def test_unlabeled_images() -> None:
     assert advice.unlabeled_images(run({"distilled": stages["distilled"]})) is None  # no teacher
     stages["distilled"]["val"]["top1"] = 0.9
     assert advice.unlabeled_images(run(stages)) is None
+
+
+def test_more_labels() -> None:
+    def probe(*points: tuple[int, float]) -> dict[str, Any]:
+        return {"head": {"learning_curve": [{"images": images, "top1": top1} for images, top1 in points]}}
+
+    rising = probe((200, 0.6), (400, 0.7), (800, 0.775))
+    found = advice.more_labels(run({"teacher": rising}))
+    assert found is not None
+    assert "embeddings of the teacher" in found.evidence
+    assert "60.0 % with 200, 70.0 % with 400, 77.5 % with 800 training images" in found.evidence
+    assert "bring it 5.6 points" in found.evidence  # 0.225 x 0.25
+    flat = probe((200, 0.77), (400, 0.772), (800, 0.775))
+    assert advice.more_labels(run({"teacher": rising, "distilled": flat})) is None  # the student's own counts
+    assert "embeddings of the student" in (advice.more_labels(run({"distilled": rising})) or found).evidence
+    assert advice.more_labels(run({"teacher": probe((90, 0.6), (180, 0.7), (360, 0.775))})) is None  # too few to tell
+    assert advice.more_labels(run({"teacher": probe((400, 0.7), (800, 0.775))})) is None
+    for broken in (None, 5, [5, {"images": "many", "top1": 0.5}, {"images": 800, "top1": 7.0}]):
+        assert advice.more_labels(run({"teacher": {"head": {"learning_curve": broken}}})) is None
+
+
+def test_the_expected_gain_is_that_of_a_power_law() -> None:
+    assert advice.expected_gain([(100, 0.6), (400, 0.8)]) == pytest.approx(0.2 - 0.2 / 2**0.5, abs=1e-6)
+    assert advice.expected_gain([(100, 0.8), (200, 0.7), (400, 0.6)]) == 0  # a falling curve promises nothing
+    assert advice.expected_gain([(100, 0.9), (200, 1.0), (400, 1.0)]) < 0.00125  # half an image

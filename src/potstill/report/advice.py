@@ -7,9 +7,11 @@ part (data, evidence, teachers, students).
 import math
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from potstill.config.yaml import parse_yaml
 from potstill.data.entries import FINDING_KINDS
@@ -327,6 +329,8 @@ SATURATED_TOP1 = 0.99  # of the baseline
 MIN_TRAIN_AGREEMENT = 0.90  # with the teacher on the training images
 WIDE_PARAMETER_RATIO = 20.0  # teacher to student; from here, assistants were found to help
 WIDE_TOP1_GAP = 0.10  # between teacher and baseline
+CURVE_IMAGES = 400  # with fewer, a learning curve says little: off by 5 points on CIFAR-10
+WORTHWHILE_GAIN = 0.01  # of top-1 by twice as many images
 
 
 def no_room(run: Run) -> Advice | None:
@@ -412,6 +416,54 @@ def unlabeled_images(run: Run) -> Advice | None:
     )
 
 
+def more_labels(run: Run) -> Advice | None:
+    """A linear probe is expected to gain from twice as many labeled images."""
+    for name in ("distilled", "baseline", "teacher"):  # rather the student's own embeddings, if it began with a probe
+        head = run.stages[name].facts.get("head") if name in run.stages else None
+        points = _learning_curve(head if isinstance(head, dict) else {})
+        if len(points) < 3 or points[-1][0] < CURVE_IMAGES:
+            continue
+        gain = expected_gain(points)
+        if gain < WORTHWHILE_GAIN:
+            return None
+        course = ", ".join(f"{format_percent(top1)} with {format_count(images)}" for images, top1 in points)
+        return Advice(
+            "More labeled images would help",
+            f"A linear probe on the embeddings of the {name if name == 'teacher' else 'student'} has a cross-validated "
+            f"top-1 of {course} training images: twice as many are expected to bring it "
+            f"{format_points(gain, signed=False)} points (a power law; where this was checked, off by 1 to 2).",
+            "Label more images of the same kind, those first about which the teacher is least sure: `potstill predict "
+            "--output` lists them with its confidence.",
+        )
+    return None
+
+
+def expected_gain(points: Sequence[tuple[float, float]]) -> float:
+    """Return the gain of accuracy by twice as many images, by a power law through the errors, least squares of logs.
+
+    Args:
+        points: (images, accuracy), two or more.
+
+    Example:
+        >>> expected_gain([(100, 0.6), (200, 0.7), (400, 0.775)])  # the error falls by a quarter with each doubling
+        0.05625
+    """
+    errors = [max(1 - top1, 0.5 / images) for images, top1 in points]  # no point at 0, half an image instead
+    slope = np.polyfit(np.log([images for images, _ in points]), np.log(errors), 1)[0]
+    return round(errors[-1] * (1 - 2 ** min(float(slope), 0.0)), 6)
+
+
+def _learning_curve(head: dict[str, Any]) -> list[tuple[float, float]]:
+    """Return (images, top-1) of a probe, rising."""
+    points = head.get("learning_curve")
+    found = (
+        (format_number(each.get("images")), format_number(each.get("top1")))
+        for each in (points if isinstance(points, list) else [])
+        if isinstance(each, dict)
+    )
+    return sorted((images, top1) for images, top1 in found if images and top1 is not None and 0 <= top1 <= 1)
+
+
 def still_improving(run: Run) -> Advice | None:
     """The distilled student's best epoch was among the last ones."""
     found = run.stages.get("distilled")
@@ -488,6 +540,7 @@ RULES: tuple[AdviceRule, ...] = (
     as_good_as_teacher,
     overfitting,
     unlabeled_images,
+    more_labels,
     still_improving,
     cannot_follow,
     wide_gap,
