@@ -5,6 +5,7 @@ whether ``data.skip_bad`` leaves it out.
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ def name_problem(name: str) -> str | None:
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
+            if (encoding := sys.getfilesystemencoding()) != "utf-8":  # LC_ALL=C with PYTHONUTF8=0
+                return f"{name!r}: this process reads names of files as {encoding}; set PYTHONUTF8=1"
             return f"{name!r}: the name is not UTF-8; rename it"
         return f"{name!r}: control characters in the name; rename it"
     return None
