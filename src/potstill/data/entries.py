@@ -218,7 +218,9 @@ def suggest_fixes(findings: list[Finding], *, skip_bad: bool = False) -> list[st
     if "link-out" in kinds or any(
         each.reason.startswith("a link to a folder;") or each.reason == "a link to a folder" for each in findings
     ):
-        fixes.append("To read files elsewhere by links and paths: --set data.follow_links=true")
+        fixes.append(
+            "To read files elsewhere by links and paths: --set data.follow_links=true (of evaluate: --follow-links)"
+        )
     if not skip_bad and any(FINDING_KINDS[kind].skippable for kind in kinds):
         fixes.append("To go on without the bad files and the classes that are too small, and list them: --skip-bad")
     return fixes
