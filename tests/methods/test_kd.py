@@ -41,6 +41,14 @@ def test_gradient_keeps_its_size_as_temperature_grows():
     assert sizes[0] == pytest.approx(sizes[1], rel=0.1)  # without T squared: 64 times smaller
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1e4])  # the last one by its series
+def test_no_gradient_reaches_the_teacher(temperature):
+    student, teacher = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    kd_loss(student, teacher, temperature=temperature).backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
 def test_half_precision_is_raised():
     student, teacher = torch.randn(4, 7).bfloat16(), torch.randn(4, 7).bfloat16()
     loss = kd_loss(student, teacher, temperature=4.0)
