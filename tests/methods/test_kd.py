@@ -75,6 +75,17 @@ def test_alpha_is_the_weight_of_the_labels(alpha):
     torch.testing.assert_close(terms["kd"], (1 - alpha) * kd_loss(student, teacher, temperature=2.0))
 
 
+def test_confidence_weighs_images_without_labels_and_keeps_the_temperature_squared():
+    student, teacher, labels = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([2, -100, -100])
+    method = KD(temperature=3.0, alpha=0.25, confidence="top")
+    term = method(Outputs(student), Outputs(teacher), Batch(torch.zeros(3, 3, 1, 1), labels))["kd"]
+    weights = [1.0, *teacher[1:].softmax(1).amax(1).tolist()]
+    each = [kd_loss(student[i : i + 1], teacher[i : i + 1], temperature=3.0).item() for i in range(3)]
+    assert term.item() == pytest.approx(
+        0.75 * sum(w * loss for w, loss in zip(weights, each, strict=True)) / 3, rel=1e-5
+    )
+
+
 def test_defaults_are_those_of_the_specification():
     assert (KD().temperature, KD().alpha) == (2.0, 0.5)
 
