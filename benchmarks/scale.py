@@ -10,7 +10,7 @@ what your machines do.  The simulation steps through one epoch: each process tak
 wait for the slowest, reading runs ahead of computing as far as the queue lets it, and machines fail.
 
 ``measure`` makes JPEG files and prints for each number of files, classes and size, each part in a process of its own:
-seconds of CPU until all files are checked and until the first batch, cold and once more; peak memory; bytes of the
+seconds of CPU until all files are checked and until all splits are packed, cold and once more; peak memory; bytes of the
 caches; and seconds of CPU, peak memory and bytes of the end of a run with as many images in each split
 (benchmarks/run_end.py).
 """
@@ -204,14 +204,20 @@ def make_files(root: Path, files: int, classes: int, size: int) -> None:
 def measure_start(root: Path, size: int) -> dict[str, float]:
     """Check and decode the images of a folder; return seconds of CPU, and peak memory in bytes."""
     from potstill.data.datasets import load_data
+    from potstill.data.decoded_cache import StagedSquares
     from potstill.data.loader import Loader
+    from potstill.data.preprocessing import decoded_square
     from potstill.data.settings import DataSettings
+    from potstill.data.splits import SPLITS
     from potstill.input_spec import InputSpec
 
-    began = time.process_time()
-    data = load_data(DataSettings(source=str(root)))
+    spec, began = InputSpec(size), time.process_time()
+    staged = StagedSquares({split: {decoded_square(spec)} for split in SPLITS}, 0.3)
+    data = load_data(DataSettings(source=str(root)), staged=staged)
     checked = time.process_time()
-    loader = Loader(data.train, InputSpec(size), batch_size=64, order="shuffled", identity=f"{data.fingerprint}/train")
+    for split in reversed(SPLITS):
+        identity = f"{data.fingerprint}/{split}"
+        loader = Loader(data.split(split), spec, batch_size=64, order="shuffled", identity=identity)
     next(iter(loader.epoch(0)))
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"check": checked - began, "batch": time.process_time() - checked, "memory": memory}
@@ -249,9 +255,7 @@ def measure(arguments: list[str]) -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 100])
     parser.add_argument("--sizes", type=int, nargs="+", default=[32])
     given = parser.parse_args(arguments)
-    print(
-        "| files | classes | px | check + first batch, CPU-s | again | memory | caches | end, CPU-s | memory | files |"
-    )
+    print("| files | classes | px | check + packing, CPU-s | again | memory | caches | end, CPU-s | memory | files |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for size in given.sizes:
         for files in given.files:

@@ -642,3 +642,29 @@ def test_the_recipe_of_a_run_is_read_though_its_teacher_was_moved(written) -> No
     assert load_recipe(recipe, recorded=True).teacher_list[0].weights == "moved.pth"
     with pytest.raises(UsageError, match=r"teacher\.weights: no such file or folder: moved\.pth"):
         load_recipe(recipe)
+
+
+def test_training_settings_of_the_caller_reach_the_student(tmp_path: Path) -> None:
+    """The recipe of a run has the student's epochs of that run, which would override ``--epochs``."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "data: {source: digits}\n"
+        "teacher: {model: cifar/vgg8, training: {epochs: 2, lr: 0.5}}\n"
+        "student: {model: cifar/resnet8, training: {epochs: 7, lr: 0.4}}\n"
+        "training: {epochs: 3}\n"
+    )
+
+    def epochs(*sets: str, **flags: int) -> tuple[int, int]:
+        recipe = load_recipe(path, sets, flags={f"--{key}": value for key, value in flags.items()})
+        return recipe.stage_training("student").epochs, recipe.stage_training("teacher").epochs
+
+    assert epochs() == (7, 2)
+    assert epochs("training.epochs=30") == epochs(epochs=30) == epochs("training={epochs: 30}") == (30, 2)
+    assert epochs("student.training.epochs=5", epochs=30) == (5, 2)
+    assert load_recipe(path, ["training.epochs=30"]).stage_training("student").lr == 0.4
+
+
+def test_training_settings_of_the_caller_reach_a_student_without_weights() -> None:
+    recipe = load_recipe("photos", ["training.lr=0.007", "data.source=digits"])
+    assert "lr" not in recipe.student.fallback[0].training
+    assert recipe.student.fallback[0].training["min_steps"] == 2000

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -16,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from potstill.data import decoded_cache, scan
+from potstill.data import decoded_cache, image_io, scan
 from potstill.data.concurrency import file_lock
 from potstill.data.datasets import load_data
-from potstill.data.decoded_cache import decode_all
-from potstill.data.image_sets import ArraySet, FileSet, SemiSupervisedSet, Subset
+from potstill.data.decoded_cache import StagedSquares, decode_all
+from potstill.data.image_sets import ArraySet, FileSet, SemiSupervisedSet, Subset, read_square
 from potstill.data.loader import Loader
 from potstill.data.preprocessing import resize_to_square
 from potstill.data.settings import DataSettings
@@ -585,3 +586,125 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield mount
     subprocess.run(["umount", "-l", str(path)], capture_output=True)
+
+
+# squares of the check
+
+
+SQUARES = {"train": {(32, "whole")}, "val": {(SIDE, "crop")}, "test": {(SIDE, "crop"), (80, "crop")}}
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """JPEG files that are decoded at a reduced scale, some of them turned, PNG files, and images of 16 bits."""
+    generator, root = np.random.default_rng(0), tmp_path / "photographs"
+    for i in range(30):
+        folder = root / ("a" if i % 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(generator.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize((170, 210))
+        exif = Image.Exif()
+        exif[0x0112] = 1 + i % 8
+        if i % 10 < 7:
+            image.save(folder / f"{i}.jpg", exif=exif.tobytes())
+        elif i % 10 < 9:
+            image.save(folder / f"{i}.png")
+        else:
+            Image.fromarray(generator.integers(0, 4000, (40, 50), dtype=np.uint16)).save(folder / f"{i}.png")
+    return root
+
+
+def loaded(root: Path, staged: StagedSquares | None, **settings: Any) -> tuple[str, dict[str, list[Any]]]:
+    """Fingerprint, and all squares by split."""
+    data = load_data(DataSettings(source=str(root), **settings), staged=staged)
+    return data.fingerprint, {
+        f"{split} {side} {mode}": [read_square(data.split(split), i, side, mode) for i in range(len(data.split(split)))]
+        for split, squares in SQUARES.items()
+        for side, mode in sorted(squares)
+    }
+
+
+def same(one: tuple[str, dict[str, list[Any]]], other: tuple[str, dict[str, list[Any]]]) -> bool:
+    return one[0] == other[0] and all(
+        np.array_equal(np.stack(squares), np.stack(other[1][key])) for key, squares in one[1].items()
+    )
+
+
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the files that were decoded."""
+    counted: list[int] = []
+    own = image_io._decode
+    monkeypatch.setattr(image_io, "_decode", lambda content, *rest: counted.append(len(content)) or own(content, *rest))
+    return counted
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_the_squares_of_the_check_are_those_of_a_decode_of_their_own(
+    photographs: Path, cache: Path, decodes: list[int], skip_bad: bool
+) -> None:
+    if skip_bad:
+        (photographs / "a" / "bad.jpg").write_bytes((photographs / "a" / "1.jpg").read_bytes()[:-900])
+    staged = StagedSquares(SQUARES, 0.3)
+    found = loaded(photographs, staged, skip_bad=skip_bad)
+    in_test = sum(path.suffix == ".jpg" for path in photographs.rglob("*"))
+    # Images of 16 bits wait for the range of all; a JPEG file in test is needed at two scales.
+    assert len(decodes) < 30 + skip_bad + 6 + in_test // 3
+    assert not any(cache.glob("pixels/*"))
+    before = len(decodes)
+    shutil.rmtree(cache, ignore_errors=True)
+    assert same(found, loaded(photographs, None, skip_bad=skip_bad))
+    assert len(decodes) - before > 2 * 30
+    assert found[1]["train 32 whole"][0].shape == (3, 33, 32)
+
+
+def test_each_square_is_there_once_and_its_room_is_given_back(photographs: Path, cache: Path) -> None:
+    staged = StagedSquares(SQUARES, 0.3)
+    load_data(DataSettings(source=str(photographs)), staged=staged)
+    assert os.fstat(staged._handle).st_size > 0
+    digest = next(iter(staged._rows[32, "whole"]))
+    assert staged.take(digest, 32, "whole") is not None
+    assert staged.take(digest, 32, "whole") is None
+    assert staged.take(digest, 32, "pad") is None
+    for (side, mode), rows in staged._rows.items():
+        for each in list(rows):
+            assert staged.take(each, side, mode) is not None
+    assert os.fstat(staged._handle).st_size == 0
+    assert pickle.loads(pickle.dumps(staged)).take(digest, 32, "whole") is None
+
+
+def test_without_room_everything_is_decoded_again(
+    photographs: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = loaded(photographs, None)
+    shutil.rmtree(cache, ignore_errors=True)
+    monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10_000))
+    assert same(loaded(photographs, StagedSquares(SQUARES, 0.3)), expected)
+    monkeypatch.undo()
+    shutil.rmtree(cache, ignore_errors=True)
+    monkeypatch.setenv("POTSTILL_CACHE", str(cache))
+
+    def full(handle: int, data: memoryview, at: int) -> None:
+        if at > 20_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(handle, data, at)
+
+    write = decoded_cache._write_at
+    monkeypatch.setattr(decoded_cache, "_write_at", full)
+    staged = StagedSquares(SQUARES, 0.3)
+    assert same(loaded(photographs, staged), expected)
+
+
+def test_what_is_cut_off_is_found_at_every_scale(photographs: Path) -> None:
+    content = (photographs / "a" / "1.jpg").read_bytes()
+    refused = 0
+    for end in range(2, len(content), 37):
+        reasons = []
+        for side in (None, 40, 10):
+            try:
+                image_io.read_image(content[:end], "x", side=side)
+                reasons.append("")
+            except DataError as error:
+                reasons.append(str(error))
+        assert bool(reasons[0]) == bool(reasons[1]) == bool(reasons[2]), (end, reasons)
+        refused += bool(reasons[0])
+    assert refused > 20

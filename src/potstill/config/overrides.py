@@ -76,8 +76,32 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
             _set_value(document, path, value, location)
         wrap_method_for_previous(document.value)
     changes += assignments
+    _drop_own_training(document, changes)
     if flags.get("--no-labels"):
         _drop_label_term(document, {path for path, *_ in changes})
+
+
+def _drop_own_training(document: Document, changes: list[tuple[KeyPath, Any, str]]) -> None:
+    """Remove what the student's section says of the training settings that the caller gives for all networks.
+
+    They would have no effect otherwise: the recipe of a run folder has the student's epochs of that run.  The teacher's
+    section stays, as ``training`` is for the students where the teacher has settings of its own.
+    """
+
+    def given(*section: str) -> set[Any]:
+        keys = {path[len(section)] for path, *_ in changes if path[:-1] == section}
+        whole = (value for path, value, _ in changes if path == section and isinstance(value, dict))
+        return keys.union(*whole)
+
+    student = document.value.get("student")
+    if not isinstance(student, dict):
+        return
+    dropped = given("training") - given("student", "training")
+    fallback = student.get("fallback")
+    for section in [student, *(fallback if isinstance(fallback, list) else ())]:
+        training = section.get("training") if isinstance(section, dict) else None
+        if isinstance(training, dict):
+            section["training"] = {key: value for key, value in training.items() if key not in dropped}
 
 
 def split_model(text: str) -> tuple[str | None, str | None]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,6 +52,9 @@ from potstill.data.splits import (
 )
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
+
+if TYPE_CHECKING:
+    from potstill.data.decoded_cache import StagedSquares
 
 _MAX_NAMES = 20  # class names of a domain that a message lists
 
@@ -136,7 +139,11 @@ def _all_sets(data: DataSplits) -> list[ImageSet]:
 
 
 def load_data(
-    settings: DataSettings, data: DataSplits | None = None, *, progress: ProgressReporter | None = None
+    settings: DataSettings,
+    data: DataSplits | None = None,
+    *,
+    progress: ProgressReporter | None = None,
+    staged: "StagedSquares | None" = None,
 ) -> DataSplits:
     """Load, split and check the data of a recipe; every file that is new or has changed is read once.
 
@@ -144,6 +151,7 @@ def load_data(
         settings: source and split.
         data: splits from Python, which are only checked.
         progress: receives the progress of checking files.
+        staged: receives squares of the images of a folder, a manifest or tables, so that loaders need not decode them.
 
     Raises:
         UsageError: an unknown name or option; or folds, none of which is named.
@@ -154,16 +162,16 @@ def load_data(
         if data is not None:
             raise UsageError("data.labeled: false is for a folder of images; data from Python has labels")
         check_source(settings)
-        return load_without_labels(settings, progress)
+        return load_without_labels(settings, progress, staged)
     for each in (data, None if data is None else data.target):
         if each is not None:
             check_splits(each.class_names, {split: each.split(split) for split in SPLITS}, each.source)
-    found = data if data is not None else _load_labeled(settings, progress)
+    found = data if data is not None else _load_labeled(settings, progress, staged)
     if settings.folds is not None:
         found = fold_splits(found, settings)
     target = _load_target(settings, data, progress)
     if target is None:
-        return hide_labels(settings, add_unlabeled(settings, found, progress))
+        return hide_labels(settings, add_unlabeled(settings, found, progress, staged))
     # Unlabeled images belong to the target domain.
     return add_target(found, add_unlabeled(settings, target, progress))
 
@@ -212,13 +220,15 @@ def _load_target(
     return _load_labeled(target_settings(settings), progress)
 
 
-def _load_labeled(settings: DataSettings, progress: ProgressReporter | None) -> DataSplits:
+def _load_labeled(
+    settings: DataSettings, progress: ProgressReporter | None, staged: "StagedSquares | None" = None
+) -> DataSplits:
     check_source(settings)
     if is_dataset(settings.source):
         return _load_by_name(settings, progress)
     if is_shards(settings.source):
         return load_shards(settings, DEFAULT_AUGMENT, progress)
-    return load_files(settings, progress)
+    return load_files(settings, progress, staged)
 
 
 def _load_by_name(settings: DataSettings, progress: ProgressReporter | None) -> DataSplits:

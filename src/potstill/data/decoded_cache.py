@@ -11,10 +11,13 @@ import math
 import mmap
 import os
 import shutil
+import tempfile
+import threading
 import time
 import warnings
+import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +29,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data.concurrency import ProgressReporter, file_lock, threaded_map, try_file_lock
-from potstill.data.image_io import decoder_version
-from potstill.data.image_sets import ImageSet, file_digests, is_array_based, is_file_based, read_square, value_ranges
+from potstill.data.image_io import ValueSpan, decoder_version, one_large_image, read_image
+from potstill.data.image_sets import (
+    ImageSet,
+    file_digests,
+    is_array_based,
+    is_file_based,
+    read_square,
+    to_square,
+    value_ranges,
+)
 from potstill.data.preprocessing import square_shape
 from potstill.errors import StorageError
 from potstill.formatting import format_scaled
@@ -428,7 +439,8 @@ def _decode_missing(
             ids = file.ids_of(block)
             squares = np.empty((len(ids), *request.shape), np.uint8)
             for position, i in enumerate(ids):
-                squares[position] = read_square(images, i, request.side, request.resize_mode)
+                with one_large_image():
+                    squares[position] = read_square(images, i, request.side, request.resize_mode)
             return block, put(block, squares)
 
         filled: dict[int, int] = {}
@@ -497,6 +509,97 @@ def _report_once(progress: ProgressReporter | None, severity: str, message: str)
     if severity not in reported:
         reported.add(severity)
         progress.warn(message) if severity == "warn" else progress.note(message)
+
+
+Square = tuple[int, str]  # side and resize mode, see ``read_square``
+
+
+class StagedSquares:
+    """Squares of the images that a check decodes, until they are packed: so each file is read and decoded once.
+
+    They are in a file without a name in the cache folder, which is gone when the process ends, however it does.  Each
+    can be taken once.  Where there is no room for them, or where files are not checked because they have not changed,
+    nothing is staged, and packing decodes.
+
+    Args:
+        wanted: split -> squares that its loaders will ask for.
+        share: of the free disk that decoded pixels may take; the staged ones take half of it at most.
+    """
+
+    def __init__(self, wanted: Mapping[str, Collection[Square]], share: float) -> None:
+        self._by_split = {split: sorted(set(squares)) for split, squares in wanted.items()}
+        self._share = share
+        self._wanted: dict[str, list[Square]] = {}
+        self._rows: dict[Square, dict[bytes, int]] = {}
+        self._handle, self._end, self._lock = -1, 0, threading.Lock()
+
+    def __reduce__(self) -> tuple[type["StagedSquares"], tuple[dict[str, list[Square]], float]]:
+        return StagedSquares, ({}, 0.0)  # another process has its own
+
+    def expect(self, names: Sequence[str], splits: Sequence[str] | None) -> None:
+        """Stage what these images need in these splits (None: in all) when ``check`` gets their content."""
+        union = sorted({square for squares in self._by_split.values() for square in squares})
+        given = [union] * len(names) if splits is None else [self._by_split.get(split, []) for split in splits]
+        self._wanted = dict(zip(names, given, strict=True))
+
+    def open(self, names: Iterable[str]) -> None:
+        """Make room for the squares of these images; without it, nothing is staged."""
+        sizes = {square: math.prod(square_shape(*square)) for each in self._by_split.values() for square in each}
+        need = sum(sizes[square] for name in names for square in self._wanted.get(name, ()))
+        folder = cache_folder("pixels")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fits = 2 * (self._end + need) <= self._share * shutil.disk_usage(folder).free
+            if not fits or not need or not hasattr(os, "pwrite"):  # Windows
+                self._wanted = {}
+            elif self._handle < 0:
+                self._handle, name = tempfile.mkstemp(dir=folder)
+                os.unlink(name)
+                weakref.finalize(self, os.close, self._handle)
+        except OSError:
+            self._wanted = {}
+
+    def check(self, content: bytes, digest: bytes, name: str, path: str) -> ValueSpan | None:
+        """Decode a file, and stage its squares; return the span of its values.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        wanted = self._wanted.get(name)
+        decoded = read_image(content, path, side=wanted[0][0] if wanted else None)
+        if not wanted or (decoded.span is not None and decoded.span.kind != "colour"):  # the range is not known yet
+            return decoded.span
+        side = wanted[0][0]
+        for square in wanted:
+            if decoded.reduced and square[0] != side:
+                side = square[0]
+                decoded = read_image(content, path, side=side)
+            self._put(digest, square, to_square(decoded, *square))
+        return decoded.span
+
+    def _put(self, digest: bytes, square: Square, pixels: Pixels) -> None:
+        with self._lock:
+            at = self._end
+            self._end += pixels.nbytes
+        try:
+            _write_at(self._handle, pixels.reshape(-1).data, at)
+        except OSError:  # the disk is full
+            self._wanted = {}
+        else:
+            self._rows.setdefault(square, {})[digest] = at
+
+    def take(self, digest: bytes, side: int, resize_mode: str) -> Pixels | None:
+        """Return the square of the image with this content; None if it is not staged, or was taken before."""
+        rows = self._rows.get((side, resize_mode))
+        at = None if rows is None else rows.pop(digest, None)
+        if rows is None or at is None:
+            return None
+        shape = square_shape(side, resize_mode)
+        found = os.pread(self._handle, math.prod(shape), at)
+        if not any(self._rows.values()):
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._handle, 0)  # frees the space
+        return np.frombuffer(found, np.uint8).reshape(shape) if len(found) == math.prod(shape) else None
 
 
 _PIECE = 64  # images that a thread decodes at a time
@@ -570,7 +673,8 @@ def _decode_in_memory(images: ImageSet, side: int, resize_mode: str, progress: P
     def put(start: int) -> int:
         end = min(start + _PIECE, len(images))
         for i in range(start, end):
-            target[i] = read_square(images, i, side, resize_mode)
+            with one_large_image():
+                target[i] = read_square(images, i, side, resize_mode)
         return end
 
     # Pillow releases the GIL while it decodes; a user's image set may not be thread-safe.

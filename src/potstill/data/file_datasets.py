@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -51,6 +51,9 @@ from potstill.formatting import format_names
 from potstill.hub import HUB_DATA
 from potstill.io import cache_folder, sha256_hex
 
+if TYPE_CHECKING:
+    from potstill.data.decoded_cache import StagedSquares
+
 
 def check_unlabeled(settings: DataSettings) -> None:
     """Check that the folder of unlabeled images exists, without reading an image.
@@ -62,8 +65,14 @@ def check_unlabeled(settings: DataSettings) -> None:
         raise UsageError(f"data.unlabeled: no folder {settings.unlabeled!r}; name one with images, at any depth")
 
 
-def add_unlabeled(settings: DataSettings, data: DataSplits, progress: ProgressReporter | None = None) -> DataSplits:
-    """Return the data with the images of ``settings.unlabeled``, if any; ``progress`` receives that of checking files.
+def add_unlabeled(
+    settings: DataSettings,
+    data: DataSplits,
+    progress: ProgressReporter | None = None,
+    staged: "StagedSquares | None" = None,
+) -> DataSplits:
+    """Return the data with the images of ``settings.unlabeled``, if any; ``progress`` receives that of checking files,
+    and ``staged`` the squares of their images.
 
     Raises:
         UsageError: no such folder; or the data has unlabeled images already.
@@ -79,7 +88,9 @@ def add_unlabeled(settings: DataSettings, data: DataSplits, progress: ProgressRe
     names, skipped = list_images(root, settings)
     bad: dict[str, str] | None = {} if settings.skip_bad else None
     _check_unseen(UnlabeledFileSet(root, names), data)
-    contents = check_files(root, names, str(root), progress=progress, bad=bad)
+    if staged is not None:
+        staged.expect(names, ["train"] * len(names))
+    contents = check_files(root, names, str(root), progress=progress, bad=bad, staged=staged)
     if bad:
         names = [name for name in names if name not in bad]
         skipped += unreadable_findings(root, bad)
@@ -90,7 +101,7 @@ def add_unlabeled(settings: DataSettings, data: DataSplits, progress: ProgressRe
         reasons += [f"{len(copies):,} have the content of images of val or test"] if copies else []
         raise DataError(f"{root}: no unlabeled image is left: {' and '.join(reasons)}; name another folder")
     found = UnlabeledFileSet(root, names)
-    found.expect(contents)
+    found.expect(contents, staged)
     found.range = data.range
     return replace(
         data,
@@ -136,7 +147,9 @@ def _fingerprint_with_unlabeled(labeled: str, contents: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def load_without_labels(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
+def load_without_labels(
+    settings: DataSettings, progress: ProgressReporter | None = None, staged: "StagedSquares | None" = None
+) -> DataSplits:
     """Return the images of a folder, at any depth, in three splits without labels.
 
     ``settings.val`` and ``settings.test`` are shares of all images; with ``settings.labeled_test``, test has these
@@ -150,7 +163,9 @@ def load_without_labels(settings: DataSettings, progress: ProgressReporter | Non
     root, class_names = Path(settings.source).expanduser(), tuple(settings.classes)
     names, skipped = list_images(root, settings)
     bad: dict[str, str] | None = {} if settings.skip_bad else None
-    contents = check_files(root, names, settings.source, progress=progress, bad=bad)
+    if staged is not None:
+        staged.expect(names, None)
+    contents = check_files(root, names, settings.source, progress=progress, bad=bad, staged=staged)
     if bad:
         names, skipped = [name for name in names if name not in bad], skipped + unreadable_findings(root, bad)
     tests, test_contents, origin = _labeled_test(settings, class_names, progress)
@@ -167,7 +182,7 @@ def load_without_labels(settings: DataSettings, progress: ProgressReporter | Non
             f"{_describe_copies(copies)}; give a folder with more"
         )
     images = UnlabeledFileSet(root, names)
-    images.expect(contents)
+    images.expect(contents, staged)
     found = stratified_split(names, np.zeros(len(names), np.int64), shares, settings.split_seed, ["the images"])
     parts: dict[str, ImageSet] = {split: Subset(images, index) for split, index in found.items()}
     known = {split: [contents[name] for name in part.names] for split, part in parts.items()}
@@ -243,14 +258,17 @@ def list_source(settings: DataSettings, progress: ProgressReporter | None = None
     return read(path, follow_links=settings.follow_links)
 
 
-def load_files(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
-    """Return the images of a folder or a manifest in three splits; ``progress`` receives that of checking files.
+def load_files(
+    settings: DataSettings, progress: ProgressReporter | None = None, staged: "StagedSquares | None" = None
+) -> DataSplits:
+    """Return the images of a folder or a manifest in three splits; ``progress`` receives that of checking files, and
+    ``staged`` the squares of their images.
 
     Raises:
         DataError: a listing or files that cannot be used, with all problems; with ``settings.skip_bad`` only if too
             little is left.
     """
-    listing, skipped, contents = read_files(list_source(settings, progress), settings, progress)
+    listing, skipped, contents = read_files(list_source(settings, progress), settings, progress, staged)
     if settings.skip_bad:
         listing, more = drop_small_classes(listing, settings)
         skipped += more
@@ -258,6 +276,7 @@ def load_files(settings: DataSettings, progress: ProgressReporter | None = None)
     raise_refused(settings, [*listing.findings, *findings], listing.shown_root)
     images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
     if not contents:
+        _expect_squares(staged, images.names, division)
         contents = check_files(
             listing.root,
             images.names,
@@ -265,8 +284,9 @@ def load_files(settings: DataSettings, progress: ProgressReporter | None = None)
             progress=progress,
             hints=suggest_fixes([_UNREADABLE]),
             place=listing.place,
+            staged=staged,
         )
-    images.expect(contents)
+    images.expect(contents, staged)
     parts = split_sets(images, division)
     images.range = resolve_range(parts["train"].names, contents, settings.range)
     check_splits(division.class_names, parts, settings.source)
@@ -281,8 +301,16 @@ def load_files(settings: DataSettings, progress: ProgressReporter | None = None)
 _UNREADABLE = Finding("unreadable", ".", "")
 
 
+def _expect_squares(staged: "StagedSquares | None", names: Sequence[str], division: SplitAssignment) -> None:
+    if staged is not None:
+        staged.expect(names, [SPLITS[i] if i >= 0 else "" for i in division.splits.tolist()])
+
+
 def read_files(
-    listing: Listing, settings: DataSettings, progress: ProgressReporter | None = None
+    listing: Listing,
+    settings: DataSettings,
+    progress: ProgressReporter | None = None,
+    staged: "StagedSquares | None" = None,
 ) -> tuple[Listing, list[Finding], dict[str, str]]:
     """Return the listing without unreadable files, findings on these, and name -> content of the others.
 
@@ -293,7 +321,9 @@ def read_files(
     listing, skipped = drop_bad_entries(listing, [])
     bad: dict[str, str] = {}
     names = [entry.name for entry in listing.entries]
-    contents = check_files(listing.root, names, settings.source, progress=progress, bad=bad)
+    # Files that will be left out may change a few splits; the squares that are then missing are decoded later.
+    _expect_squares(staged, names, assign_splits(listing, settings)[0])
+    contents = check_files(listing.root, names, settings.source, progress=progress, bad=bad, staged=staged)
     listing, more = drop_bad_entries(listing, unreadable_findings(listing.root, bad))
     return listing, skipped + more, contents
 

@@ -38,7 +38,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -195,12 +195,44 @@ def silence_pillow() -> Iterator[None]:
 
 Pixels = NDArray[np.uint8]
 
+MOST_PIXELS = 4_000_000  # an image with more is large
+_large_lock = threading.RLock()
+_large_scope = threading.local()  # holds the block of ``one_large_image`` that this thread is in
+
+
+@contextmanager
+def one_large_image() -> Iterator[None]:
+    """Let only one thread at a time hold a large image within such a block, so that memory does not grow with cores."""
+    with ExitStack() as stack:
+        _large_scope.stack = stack
+        try:
+            yield
+        finally:
+            _large_scope.stack = None
+
+
+def wait_if_large(large: bool) -> None:
+    """Wait until no other thread holds a large image, if this thread is in a block of ``one_large_image``."""
+    stack: ExitStack | None = getattr(_large_scope, "stack", None)
+    if large and stack is not None:
+        stack.enter_context(_large_lock)
+
+
 MAX_BYTES = 64 * 2**20
 JPEG_START = b"\xff\xd8"  # the only format whose pixels depend on ``side``
 REDUCING_GAP = 2  # as in Pillow's ``thumbnail``: the resize that follows still halves the image at least
 DECODER_VERSION = 3  # increased with every change of decoded pixels, here or in ``resize_to_square``
 
 _ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 
@@ -211,11 +243,24 @@ def decoder_version() -> str:
 
 
 class DecodedImage(NamedTuple):
-    """Pixels of an image, and the span of the values in its file."""
+    """An upright RGB image, and facts about its file."""
 
-    pixels: Pixels
-    span: ValueSpan | None  # None: 8 bits
-    shape: tuple[int, int]  # height and width in the file, upright; the pixels may be decoded at a reduced scale
+    image: Image.Image | Pixels  # in Pillow's memory where it can stay there, which spares two copies
+    span: ValueSpan | None  # of the values in the file; None: 8 bits
+    shape: tuple[int, int]  # height and width in the file, upright; the image may be decoded at a reduced scale
+    format: str  # of FORMATS
+    mode: str  # Pillow's, such as "RGB", "L", "I;16"
+
+    @property
+    def pixels(self) -> Pixels:
+        """The pixels, uint8 [H, W, 3]."""
+        return _convert_in_bands(self.image) if isinstance(self.image, Image.Image) else self.image
+
+    @property
+    def reduced(self) -> bool:
+        """Whether it is smaller than in its file."""
+        size = self.image.size[::-1] if isinstance(self.image, Image.Image) else self.image.shape[:2]
+        return size != self.shape
 
 
 def decode(source: Path | bytes, ends: ValueRange | None = None, side: int | None = None) -> Pixels:
@@ -308,27 +353,35 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
     structure = parse_structure(content)
     if structure.isolated:
         pixels = decode_isolated(structure.content, structure.format)
-        return DecodedImage(pixels, None, (pixels.shape[0], pixels.shape[1]))
+        return DecodedImage(pixels, None, (pixels.shape[0], pixels.shape[1]), structure.format, "RGB")
     with Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
         check_pixel_count(*image.size)
         full = image.size
         if side is not None:
             image.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))  # of other formats than JPEG: does nothing
         reduced = image.size != full
+        width, height = full if "progressive" in image.info else image.size  # all coefficients are in memory
+        wait_if_large(width * height > MOST_PIXELS)
+        mode = image.mode
         image.load()
         check_pixel_count(*image.size)  # a GIF's first frame may be larger than its header states
-        span: ValueSpan | None = None
-        if image.mode in _WIDE_MODES:
-            span = _value_span(image)
-            pixels = _wide_to_rgb(image, compute_range([span]) if ends is None else ends)
-        else:
-            pixels = to_rgb(image)
-            if structure.wide:
-                span = ValueSpan("colour", *_high_bytes(pixels))
         orientation = _orientation(image)
-        upright = np.ascontiguousarray(_upright(pixels, orientation))
-        height, width = full[::-1] if reduced else pixels.shape[:2]
-        return DecodedImage(upright, span, (width, height) if orientation >= 5 else (height, width))
+        span: ValueSpan | None = None
+        upright: Image.Image | Pixels
+        if image.mode == "RGB" and "transparency" not in image.info and not structure.wide:
+            upright = image if orientation == 1 else image.transpose(_TRANSPOSITIONS[orientation])
+        else:
+            if image.mode in _WIDE_MODES:
+                span = _value_span(image)
+                pixels = _wide_to_rgb(image, compute_range([span]) if ends is None else ends)
+            else:
+                pixels = to_rgb(image)
+                if structure.wide:
+                    span = ValueSpan("colour", *_high_bytes(pixels))
+            upright = np.ascontiguousarray(_upright(pixels, orientation))
+        width, height = full if reduced else image.size
+        shape = (width, height) if orientation >= 5 else (height, width)
+        return DecodedImage(upright, span, shape, structure.format, mode)
 
 
 def _composite_over_white(image: Image.Image) -> Pixels:
@@ -478,9 +531,9 @@ def _return_process(child: "_DecoderProcess") -> None:
 
 
 def _clear_after_fork() -> None:
-    """In a forked process: the decoders belong to the parent."""
-    global _idle_lock
-    _idle_lock = threading.Lock()
+    """In a forked process: the decoders belong to the parent, and no other thread holds a large image."""
+    global _idle_lock, _large_lock
+    _idle_lock, _large_lock = threading.Lock(), threading.RLock()
     _idle_processes.clear()
 
 

@@ -9,7 +9,7 @@ import io
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from potstill.data.image_structure import parse_structure
 from potstill.data.preprocessing import resize_to_square, stretch_with_shape
 from potstill.data.shard_reader import ShardSample, read_byte_range
 from potstill.errors import DataError
+
+if TYPE_CHECKING:
+    from potstill.data.decoded_cache import StagedSquares
 
 
 class ShardSet:
@@ -128,16 +131,19 @@ class FileSet:
         self.labels = _validate_labels(labels, len(self.names), len(self.names))
         self.digests: NDArray[np.uint8] | None = None
         self.range: ValueRange | None = None  # of images of more than 8 bits; None: each image's own
+        self.staged: StagedSquares | None = None  # squares that were decoded when the files were checked
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def expect(self, contents: Mapping[str, str]) -> None:
+    def expect(self, contents: Mapping[str, str], staged: "StagedSquares | None" = None) -> None:
         """From now on, refuse a file with another content.
 
         Args:
             contents: name -> size and SHA-256, as ``scan.check_files`` returns them.
+            staged: squares that it has decoded.
         """
+        self.staged = staged
         digests = "".join(contents[name].split()[1] for name in self.names)
         self.digests = np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(len(self.names), 32)
 
@@ -465,16 +471,23 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
         DataError: the image cannot be decoded, or has changed.
     """
     images, i = _leaf_of(images, i)
+    if isinstance(images, FileSet) and images.staged is not None and images.digests is not None:
+        found = images.staged.take(images.digests[i].tobytes(), side, resize_mode)
+        if found is not None:
+            return found
     if isinstance(images, (FileSet, ShardSet)):
-        pixels, _, shape = images.read(i, side)
-    else:
-        pixels = images.pixels(i)
-        shape = pixels.shape[:2]
-    return (
-        stretch_with_shape(pixels, side, shape)
-        if resize_mode == "whole"
-        else resize_to_square(pixels, side, resize_mode)
-    )
+        return to_square(images.read(i, side), side, resize_mode)
+    pixels = images.pixels(i)
+    if resize_mode == "whole":
+        return stretch_with_shape(pixels, side, pixels.shape[:2])
+    return resize_to_square(pixels, side, resize_mode)
+
+
+def to_square(decoded: DecodedImage, side: int, resize_mode: str) -> Pixels:
+    """Return a decoded image as a square, as ``read_square`` does."""
+    if resize_mode == "whole":
+        return stretch_with_shape(decoded.image, side, decoded.shape)
+    return resize_to_square(decoded.image, side, resize_mode)
 
 
 def _leaf_of(images: ImageSet, i: int) -> tuple[ImageSet, int]:

@@ -16,7 +16,7 @@ from potstill.data.collate import BatchPlan, Collator, SecondImages
 from potstill.data.concurrency import ProgressReporter, worker_count
 from potstill.data.decoded_cache import decode_all, decode_squares
 from potstill.data.image_sets import ImageSet, SemiSupervisedSet, decoding_set, set_value_range
-from potstill.data.preprocessing import aspect_ratios, decoded_side
+from potstill.data.preprocessing import aspect_ratios, decoded_side, decoded_square
 from potstill.data.samplers import EpochSampler, Ids, SampleOrder
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import EpochSampling
@@ -124,10 +124,9 @@ class Loader:
         self.unlabeled, self.second = unlabeled, second
         self.device = torch.device(device)
         random_crops = augment is not None and augment.crop_scale is not None
-        self.side = decoded_side(spec, random_crops=random_crops)
         # Random crops are cut from the whole image; what is not random is the centre crop, as in prediction.
-        self._whole = random_crops and spec.resize_mode == "crop"
-        self._resize_mode = "whole" if self._whole else spec.resize_mode
+        self.side, self._resize_mode = decoded_square(spec, random_crops=random_crops)
+        self._whole = self._resize_mode == "whole"
         self._aspects: NDArray[np.float64] | None = None
         drawn = None
         if drawn_for is not None:

@@ -26,11 +26,17 @@ def decoded_side(spec: InputSpec, *, random_crops: bool = False) -> int:
     return round(spec.size / spec.crop_share) if spec.resize_mode == "crop" else spec.size
 
 
-def resize_to_square(pixels: Pixels, side: int, resize_mode: str) -> Pixels:
+def decoded_square(spec: InputSpec, *, random_crops: bool = False) -> tuple[int, str]:
+    """Return side and resize mode of the squares that images are decoded to: random crops are cut from whole images."""
+    whole = random_crops and spec.resize_mode == "crop"
+    return decoded_side(spec, random_crops=random_crops), "whole" if whole else spec.resize_mode
+
+
+def resize_to_square(image: Pixels | Image.Image, side: int, resize_mode: str) -> Pixels:
     """Resize to a square, bilinear with antialiasing.
 
     Args:
-        pixels: uint8 [H, W, 3].
+        image: uint8 [H, W, 3], or an RGB image of Pillow.
         side: of the square, in pixels.
         resize_mode: "crop": the largest centred square; "pad": the whole image, centred between black borders, the
             default fill of torchvision's ``Pad`` and Keras's ``pad_to_aspect_ratio``; "stretch": the whole image, in
@@ -39,15 +45,16 @@ def resize_to_square(pixels: Pixels, side: int, resize_mode: str) -> Pixels:
     Returns:
         uint8 [3, side, side]: channels first, so that normalising a batch needs no transposition.
     """
-    height, width = pixels.shape[:2]
-    if resize_mode == "pad" and height != width:
-        return _pad_to_square(pixels, side)
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     if (height, width) != (side, side):
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        if resize_mode == "pad" and height != width:
+            return _pad_to_square(image, side)
         short = min(height, width)
         left, top = (width - short) / 2, (height - short) / 2
         box = (left, top, left + short, top + short) if resize_mode == "crop" else (0, 0, width, height)
-        pixels = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR, box=box))
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        image = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def square_shape(side: int, resize_mode: str) -> tuple[int, int, int]:
@@ -55,11 +62,11 @@ def square_shape(side: int, resize_mode: str) -> tuple[int, int, int]:
     return 3, side + (resize_mode == "whole"), side
 
 
-def stretch_with_shape(pixels: Pixels, side: int, shape: tuple[int, ...]) -> Pixels:
+def stretch_with_shape(image: Pixels | Image.Image, side: int, shape: tuple[int, ...]) -> Pixels:
     """Return the whole image as a square, for crops that keep the shape of what they show.
 
     Args:
-        pixels: uint8 [H, W, 3].
+        image: uint8 [H, W, 3], or an RGB image of Pillow.
         side: of the square, in pixels; at least 8.
         shape: height and width of the image.
 
@@ -68,7 +75,7 @@ def stretch_with_shape(pixels: Pixels, side: int, shape: tuple[int, ...]) -> Pix
         kept, cached and sent to other processes together; ``aspect_ratios`` reads it.
     """
     square = np.zeros(square_shape(side, "whole"), np.uint8)
-    square[:, :side] = resize_to_square(pixels, side, "stretch")
+    square[:, :side] = resize_to_square(image, side, "stretch")
     square[0, side, :8] = np.array(shape, "<u4").view(np.uint8)
     return square
 
@@ -80,9 +87,9 @@ def aspect_ratios(squares: Pixels) -> NDArray[np.float64]:
     return ratios
 
 
-def _pad_to_square(pixels: Pixels, side: int) -> Pixels:
-    height, width = padded_shape(pixels.shape[0], pixels.shape[1], side)
-    small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+def _pad_to_square(image: Image.Image, side: int) -> Pixels:
+    height, width = padded_shape(image.height, image.width, side)
+    small = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     top, left = (side - height) // 2, (side - width) // 2
     square = np.zeros((3, side, side), dtype=np.uint8)
     square[:, top : top + height, left : left + width] = small.transpose(2, 0, 1)

@@ -10,21 +10,17 @@ Large images are decoded one at a time over all threads, so that memory does not
 
 import contextlib
 import hashlib
-import io
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from potstill.data.concurrency import ProgressReporter, interprocess_lock, threaded_map
 from potstill.data.entries import Finding, raise_problems
@@ -33,15 +29,18 @@ from potstill.data.image_io import (
     Pixels,
     ValueSpan,
     decoder_version,
+    one_large_image,
     parse_span,
     read_file,
     read_image,
-    silence_pillow,
+    wait_if_large,
 )
 from potstill.data.image_sets import ImageSet
-from potstill.data.image_structure import parse_structure
 from potstill.errors import ArtifactError, DataError, StorageError
 from potstill.io import cache_folder, read_bytes, sha256_hex, write_bytes
+
+if TYPE_CHECKING:
+    from potstill.data.decoded_cache import StagedSquares
 
 FORMAT = 2
 RACY = 2_000_000_000  # nanoseconds; FAT has the coarsest clock, of two seconds
@@ -180,28 +179,7 @@ def _parse(data: bytes) -> tuple[list[str], NDArray[np.int64], NDArray[np.uint8]
     return names, states, digests, spans
 
 
-MOST_PIXELS = 4_000_000  # an image with more is large,
-MOST_BYTES = 8 * 2**20  # and so is one with a larger file
-
-_large_lock = threading.RLock()
-
-
-def large_image_lock(large: bool) -> AbstractContextManager[object]:
-    """Return a context that only one thread at a time enters with a large image."""
-    return _large_lock if large else contextlib.nullcontext()
-
-
-def read_header(content: bytes) -> tuple[str, str, int]:
-    """Return format, mode and number of pixels; empty if the file cannot be opened, which the decoder then reports."""
-    try:
-        structure = parse_structure(content)
-        if structure.isolated:  # in a process of its own, whose memory is limited
-            return structure.format, "RGB", 0
-        with silence_pillow(), Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
-            return structure.format, image.mode, image.width * image.height
-    except Exception:  # as around decode: Pillow raises nearly anything
-        return "", "", 0
-
+MOST_BYTES = 8 * 2**20  # of a file that is not large, like an image of at most ``image_io.MOST_PIXELS``
 
 _Result = TypeVar("_Result")
 
@@ -220,6 +198,7 @@ def check_files(
     bad: dict[str, str] | None = None,
     hints: Sequence[str] = (),
     place: Path | None = None,
+    staged: "StagedSquares | None" = None,
 ) -> dict[str, str]:
     """Read and decode files; those that were decoded before, and have not changed since, are not read again.
 
@@ -232,6 +211,7 @@ def check_files(
         bad: receives name -> reason of files that cannot be decoded; None: these are an error.
         hints: lines at the end of that error.
         place: the folder that this error names in place of ``root``.
+        staged: receives squares of the images that are decoded.
 
     Returns:
         name -> content description of each good file: size, SHA-256 and, for more than 8 bits, the span of its
@@ -251,7 +231,9 @@ def check_files(
             unchanged = index.unchanged(root, names)
             new = [name for name in names if name not in unchanged]
             pieces = [new[start : start + _PIECE] for start in range(0, len(new), _PIECE)]
-            for results in threaded_map(partial(_check_piece, root, decode), pieces):
+            if staged is not None:
+                staged.open(new)
+            for results in threaded_map(partial(_check_piece, root, decode, staged), pieces):
                 found += results
                 if progress is not None:
                     progress.wait("checking images", len(found), len(new))
@@ -274,19 +256,22 @@ def check_files(
     return {name: unchanged.get(name) or good[name][1] for name in names if bad is None or name not in bad}
 
 
-def _check_piece(root: Path, decode: bool, names: list[str]) -> list[_Read | DataError]:
-    return [_attempt(partial(_read, root / name, decode)) for name in names]
+def _check_piece(root: Path, decode: bool, staged: "StagedSquares | None", names: list[str]) -> list[_Read | DataError]:
+    return [_attempt(partial(_read, root / name, name, decode, staged)) for name in names]
 
 
-def _read(path: Path, decode: bool) -> _Read:
+def _read(path: Path, name: str, decode: bool, staged: "StagedSquares | None") -> _Read:
     read_at, before = time.time_ns(), file_state(path)
     span = None
-    with large_image_lock(before[0] > MOST_BYTES):
+    with one_large_image():
+        wait_if_large(before[0] > MOST_BYTES)
         content = read_file(path)
-        if decode:
-            with large_image_lock(read_header(content)[2] > MOST_PIXELS):
-                span = read_image(content, str(path)).span
-    word = f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+        digest = hashlib.sha256(content)
+        if decode and staged is not None:
+            span = staged.check(content, digest.digest(), name, str(path))
+        elif decode:
+            span = read_image(content, str(path)).span
+    word = f"{len(content)} {digest.hexdigest()}"
     return stable_state(before, file_state(path), read_at), word if span is None else f"{word} {span}"
 
 
@@ -372,7 +357,8 @@ def scan_file(root: Path, name: str) -> ImageScan | Finding:
     path = root / name
     read_at, before = time.time_ns(), file_state(path)
     try:
-        with large_image_lock(before[0] > MOST_BYTES):
+        with one_large_image():
+            wait_if_large(before[0] > MOST_BYTES)
             content = read_file(path)
             state = stable_state(before, file_state(path), read_at)
             return scan_content(content, name, state or UNKNOWN_STATE)
@@ -383,14 +369,13 @@ def scan_file(root: Path, name: str) -> ImageScan | Finding:
 
 def scan_content(content: bytes, name: str, state: FileState = UNKNOWN_STATE) -> ImageScan | Finding:
     """Decode the content of a file; a problem is returned, never raised."""
-    kind, mode, pixels = read_header(content)
-    with large_image_lock(pixels > MOST_PIXELS):
-        try:
-            found, span, _ = read_image(content, name)
-        except DataError as error:
-            reason = str(error).removeprefix(f"{name}: ")
-            return Finding(finding_kind(reason, "damaged"), name, reason)
-        return _make_scan(found, len(content), kind, mode, hashlib.sha256(content).digest(), state, span)
+    try:
+        found = read_image(content, name)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{name}: ")
+        return Finding(finding_kind(reason, "damaged"), name, reason)
+    digest = hashlib.sha256(content).digest()
+    return _make_scan(found.pixels, len(content), found.format, found.mode, digest, state, found.span)
 
 
 def image_set_scanner(images: ImageSet) -> Scanner:

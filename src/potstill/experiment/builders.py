@@ -145,7 +145,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
                 f"{network_key(recipe, network)}: {network.model} is a function of images, which cannot be trained: it "
                 "can be a teacher"
             )
-        return InitialNetwork(module, network.model, _spec(recipe, network), ready=False)
+        return InitialNetwork(module, network.model, network_spec(recipe, network), ready=False)
     key = network_key(recipe, network)
     if network.head == "zero_shot":
         return _build_zero_shot(recipe, network, classes, key)
@@ -153,7 +153,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         module = build_model(network.model, len(classes), size=size)
         if (function := find_opaque(module)) is not None:
             function.add_head(function.examine(size), len(classes))
-            spec = _spec(recipe, network)
+            spec = network_spec(recipe, network)
             return InitialNetwork(module.eval(), network.model, spec, ready=True, facts=_file_facts(network))
     if network.weights not in WITHOUT_FILE and _is_potstill_model(model_path(network.weights)):
         if network.classes is not None:
@@ -167,7 +167,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     if theirs is not None:
         loaded = load_for_classes(network.model, network.weights, theirs, classes, size=size, key=setting)
         facts = {"weights": network.weights, "classes": theirs}
-        spec = _spec(recipe, network, loaded.normalisation)
+        spec = network_spec(recipe, network, loaded.normalisation)
         start = InitialNetwork(loaded.module, network.model, spec, ready=True, facts=facts, notes=loaded.notes)
         start.output_groups = loaded.output_groups
         return start
@@ -182,7 +182,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     start = InitialNetwork(
         loaded.module,
         network.model,
-        _spec(recipe, network, loaded.normalisation),
+        network_spec(recipe, network, loaded.normalisation),
         ready=not loaded.new_head,
         facts={"weights": network.weights},
     )
@@ -236,7 +236,7 @@ def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str,
     texts = [text for each in prompts.values() for text in each]
     head = {"kind": "zero_shot", "prompts": given, "texts": len(texts), **scale}
     facts = {"weights": network.weights, "head": head}
-    start = InitialNetwork(module, network.model, _spec(recipe, network), ready=True, facts=facts)
+    start = InitialNetwork(module, network.model, network_spec(recipe, network), ready=True, facts=facts)
     start.notes.append(
         f"{key}: its head is made of {len(texts):,} texts for {len(classes):,} classes, such as {texts[0]!r}"
     )
@@ -354,7 +354,7 @@ def _from_table(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]
             else f"{has} and no classes: set {setting}: none, with a method that reads embeddings "
             f"({', '.join(list_classless_methods(embeddings_only=True))})"
         )
-    spec = _spec(recipe, recipe.student)
+    spec = network_spec(recipe, recipe.student)
     if network.head == "none":
         module = TableNetwork(table.paths, table.values).eval()
         module.add_head(table.values.shape[1], len(classes))
@@ -466,7 +466,9 @@ def _class_difference(path: Path, theirs: Sequence[str], ours: Sequence[str]) ->
     return f"{what}: {'; '.join(differ)}"
 
 
-def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None) -> InputSpec:
+def network_spec(
+    recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None
+) -> InputSpec:
     """Return the preprocessing of a network: pretrained weights have their own normalisation, others the recipe's.
 
     ``normalisation``: mean and standard deviation from the weights' file or repository.
@@ -477,7 +479,7 @@ def _spec(recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, T
         if given is not None:
             return given
         if network is not recipe.student:  # default: the student's preprocessing
-            spec = _spec(recipe, recipe.student)
+            spec = network_spec(recipe, recipe.student)
             return replace(spec, size=network.size or spec.size)
     spec = input_spec(network.model, _size(recipe, network), data.resize_mode)
     if normalisation is not None:

@@ -16,7 +16,6 @@ import torch
 
 from potstill.config import stage_name, stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
-from potstill.data.datasets import load_data
 from potstill.data.image_sets import RelabeledSet
 from potstill.data.splits import SPLITS, DataSplits, fold_splits, pool_splits
 from potstill.distillation.teachers import FoldHeads
@@ -54,7 +53,13 @@ from potstill.experiment.plan import (
     restore_choices,
     stage_recipe,
 )
-from potstill.experiment.preflight import check_all, create_stage_method, warn_about_data, warn_about_settings
+from potstill.experiment.preflight import (
+    check_all,
+    create_stage_method,
+    load_and_stage,
+    warn_about_data,
+    warn_about_settings,
+)
 from potstill.experiment.probe import (
     ProbedTeacher,
     check_probe,
@@ -229,7 +234,13 @@ def run(
             check_same_images(reproduce, splits.fingerprint, splits.as_rows())
         if overwrite and processes.first:
             folder.clear()
+        asked = recipe.stage_training("student").epochs
         recipe = lengthen_short_trainings(recipe, len(splits.train))
+        if (longer := recipe.stage_training("student")).epochs > asked:
+            observer.note(
+                f"student: {longer.epochs} epochs in place of {asked}: {longer.min_steps} steps or more "
+                "(training.min_steps)"
+            )
         view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
         recipe = apply_view_plan(recipe, view_plan)
         text = dump_recipe(recipe)
@@ -405,7 +416,7 @@ class _Folds:
             if resume:
                 replaced = replaced or folder.read_environment().get("replaced_networks", [])
             whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
-            data = pool_splits(load_data(whole, self.data, progress=observer))
+            data = pool_splits(load_and_stage(recipe, plan_stages(recipe), self.data, observer, whole))
             check_poolable(data)
             recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
             splits = fold_splits(data, recipes[1].data)

@@ -8,14 +8,16 @@ import numpy as np
 import torch
 
 from potstill.config import stage_role
+from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe
 from potstill.config.validation import TARGET_MISSING
 from potstill.console import silence_native_stderr
 from potstill.data.datasets import load_data
+from potstill.data.decoded_cache import Square, StagedSquares
 from potstill.data.entries import FINDING_KINDS, SkippedFile
 from potstill.data.image_sets import image_sizes
-from potstill.data.preprocessing import crop_notes
-from potstill.data.settings import AugmentSettings
+from potstill.data.preprocessing import crop_notes, decoded_square
+from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits
 from potstill.data.validation.validate import quick_findings, summary_messages
 from potstill.distillation.distiller import Distiller
@@ -27,6 +29,7 @@ from potstill.experiment.builders import (
     describe_layers,
     folder_name,
     network_key,
+    network_spec,
     table_answers,
     take_deployed_network,
 )
@@ -354,7 +357,7 @@ def check_all(
             ),
         ]
     checks += [lambda: create_compute(recipe.stage_training("student"), processes)]
-    checks += [lambda: _load(recipe, data, observer)]
+    checks += [lambda: load_and_stage(recipe, planned, data, observer)]
     results: list[Any] = []
     problems: list[PotstillError] = []
     for check in checks:
@@ -401,9 +404,44 @@ def _check_metric(training: TrainingSettings, classes: int) -> None:
         )
 
 
-def _load(recipe: Recipe, data: DataSplits | None, observer: Observer | None) -> DataSplits:
+def load_and_stage(
+    recipe: Recipe,
+    planned: Sequence[PlannedStage],
+    data: DataSplits | None = None,
+    observer: Observer | None = None,
+    settings: DataSettings | None = None,
+) -> DataSplits:
+    """Load and check the data; keep the squares of new files until the loaders of these stages take them.
+
+    Which squares they need is known but for networks whose weights are files; those decode what is missing.
+
+    Args:
+        recipe: of the run.
+        planned: its stages.
+        data: data from Python; None: load it.
+        observer: receives the progress.
+        settings: of the data; None: those of the recipe.
+    """
+    train, others = set[Square](), set[Square]()
+    augment = recipe.data.augment
+    random_crops = augment is not None and augment.crop_scale is not None
+    for name in {name for stage in planned for name in (stage.name, *stage.teachers)}:
+        network = recipe.network(name)
+        if network.weights not in (None, *WITHOUT_FILE):
+            continue
+        try:
+            spec = network_spec(recipe, network)
+        except UsageError:  # an unknown network, which another check reports
+            continue
+        train.add(decoded_square(spec, random_crops=random_crops))
+        others.add(decoded_square(spec))
+        if network.weights is not None and (fits_head(network) or stage_role(name) == "teacher"):
+            train.add(decoded_square(spec))  # a head is fitted to images as they are
+    if recipe.data.folds is not None:  # each image is in every split of some fold
+        train = others = train | others
+    staged = StagedSquares({"train": train, "val": others, "test": others}, recipe.data.cache_fraction)
     with silence_native_stderr():  # every file is read
-        return load_data(recipe.data, data, progress=observer)
+        return load_data(recipe.data if settings is None else settings, data, progress=observer, staged=staged)
 
 
 MIN_IMAGES_PER_GPU = 32  # in a batch

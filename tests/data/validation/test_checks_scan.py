@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.data import scan
-from potstill.data import scan as large_images
+from potstill.data import concurrency, image_io, scan
 from potstill.data.entries import Finding
-from potstill.data.image_io import DecodedImage, decode
-from potstill.data.scan import ImageScan, scan_content, scan_file
+from potstill.data.image_io import decode
+from potstill.data.scan import ImageScan, check_files, scan_content, scan_file
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -145,28 +144,37 @@ def test_one_odd_pixel_is_not_blank(odd: tuple[int, int]) -> None:
     assert not scan_content(encoded(Image.fromarray(pixels), "PNG"), "a").blank
 
 
-def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch, picture) -> None:
+@pytest.mark.parametrize("by_run", [False, True])
+def test_large_images_are_decoded_one_at_a_time(make_folder, monkeypatch: pytest.MonkeyPatch, by_run: bool) -> None:
+    folder, names = make_folder({"p": 8}), [f"p/{i}.png" for i in range(8)]
     inside, most = 0, 0
     lock, together = threading.Lock(), threading.Barrier(1)
 
-    def slow(content: bytes, name: str) -> DecodedImage:
+    def slow(image: Image.Image) -> int:
         nonlocal inside, most
         with lock:
-            inside += 1
-            most = max(most, inside)
+            inside, most = inside + 1, max(most, inside + 1)
         together.wait(60)
         with lock:
             inside -= 1
-        return DecodedImage(np.zeros((2, 2, 3), np.uint8), None, (2, 2))
+        return 1
 
-    monkeypatch.setattr(scan, "read_image", slow)
-    monkeypatch.setattr(large_images, "MOST_PIXELS", 12 * 10 - 1)
-    large, small = encoded(picture(0), "PNG"), encoded(picture(0, (11, 10)), "PNG")
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: scan_content(large, str(i)), range(8)))
-        assert most == 1
-        together = threading.Barrier(2)  # each waits until another one is looked at as well
-        list(pool.map(lambda i: scan_content(small, str(i)), range(8)))
+    def look() -> None:
+        if by_run:
+            check_files(folder, names, "x")
+        else:
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda name: scan_file(folder, name), names))
+
+    monkeypatch.setattr(image_io, "_orientation", slow)
+    monkeypatch.setattr(scan, "_PIECE", 1)
+    monkeypatch.setattr(concurrency, "thread_count", lambda: 4)
+    monkeypatch.setattr(image_io, "MOST_PIXELS", 12 * 10 - 1)
+    look()
+    assert most == 1
+    monkeypatch.setattr(image_io, "MOST_PIXELS", 12 * 10)
+    together = threading.Barrier(2)  # each waits until another one is decoded as well
+    look()
     assert most > 1
 
 

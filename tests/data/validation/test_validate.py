@@ -1,16 +1,14 @@
 """What the doctor has read, a run need not read again; and the quick form for runs."""
 
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from potstill.data import concurrency, scan
+from potstill.data import scan
 from potstill.data.datasets import load_data
 from potstill.data.entries import Finding
-from potstill.data.image_io import DecodedImage
 from potstill.data.image_sets import ArraySet, Subset
 from potstill.data.scan import check_files
 from potstill.data.settings import AugmentSettings, DataSettings
@@ -191,30 +189,3 @@ def test_a_run_tells_and_records_it(repeated: DataSettings) -> None:
         f"{repeated.source}: 1 x duplicates",
         f"{repeated.source}: the centre crop cuts off 17 % of the median image",  # of 12 x 10 pixels
     ]
-
-
-def test_large_images_are_decoded_one_at_a_time_by_runs_too(make_folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_folder({"p": 8})
-    inside, most = 0, 0
-    lock, together = threading.Lock(), threading.Barrier(1)
-
-    def slow(content: bytes, name: str) -> DecodedImage:
-        nonlocal inside, most
-        with lock:
-            inside, most = inside + 1, max(most, inside + 1)
-        together.wait(60)
-        with lock:
-            inside -= 1
-        return DecodedImage(np.zeros((2, 2, 3), np.uint8), None, (2, 2))
-
-    monkeypatch.setattr(scan, "read_image", slow)
-    monkeypatch.setattr(scan, "_PIECE", 1)
-    monkeypatch.setattr(concurrency, "thread_count", lambda: 4)
-    names = [f"p/{i}.png" for i in range(8)]
-    monkeypatch.setattr(scan, "MOST_PIXELS", 12 * 10 - 1)
-    check_files(folder, names, "x")
-    assert most == 1
-    monkeypatch.setattr(scan, "MOST_PIXELS", 12 * 10)
-    together = threading.Barrier(2)  # each waits until another one is decoded as well
-    check_files(folder, names, "x")
-    assert most > 1
