@@ -63,6 +63,10 @@ def pytest_collection() -> Any:
         gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries report at the end that their objects were never freed
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Any:
     """A test file that cannot be imported fails; ``--doctest-ignore-import-errors`` is for modules of extras alone."""
