@@ -6,7 +6,8 @@
 Steps of the method and plain steps alternate, so that a busy machine slows both; the figures are medians over rounds of
 the ratio of neighbours.  Memory is the peak of what is allocated and not yet released within one step (on a CPU from
 torch.profiler's record of every allocation, on a GPU from its allocator), without weights and optimizer state.  Each
-method is written to the file as soon as it is measured; only those named are measured anew.
+method is written to the file as soon as it is measured.  Only those named are measured anew; the others stay as they
+are, also on another machine, which the new entries then name.  A file of other networks, batches or images is refused.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from potstill.models.factory import create_model
 from potstill.types import Batch
 
 IMAGES = 50_000  # of the training set that memories are sized by: CIFAR-100's
+SETUP = ("teacher", "student", "batch", "size", "classes")  # entries of one file share these
 EPOCH, EPOCHS = 20, 240  # past warm-ups, and within the first part of methods that have two
 QUICK: dict[str, dict[str, Any]] = {"ft": {"paraphraser_epochs": 1}}  # what comes before training is no step
 
@@ -208,13 +210,20 @@ def main() -> int:
     plain.step()
     common = facts(arguments)
     old = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
-    same = {key: old.get(key) for key in common} == common
-    plain_entry = old["plain"] if same else plain_facts(bench, plain, arguments.rounds)
-    found = old["methods"] if same else {}
+    if arguments.methods and (other := [key for key in SETUP if old.get(key, common[key]) != common[key]]):
+        differences = ", ".join(f"{key} {old[key]} there, {common[key]} here" for key in other)
+        parser.error(f"{arguments.output} was measured with {differences}: give another --output")
+    own: dict[str, Any] = {}  # what differs from the file's common facts
+    kept = bool(old) and (bool(arguments.methods) or all(old.get(key) == common[key] for key in common))
+    if kept:
+        own = {key: common[key] for key in ("machine", "rounds") if old[key] != common[key]}
+        common = {key: old[key] for key in common}
+    plain_entry = old["plain"] if kept else plain_facts(bench, plain, arguments.rounds)
+    found = old["methods"] if kept else {}
     failed = 0
     for name in names:
         try:
-            found[name] = entry = measure(bench, plain, name, arguments.rounds)
+            found[name] = entry = measure(bench, plain, name, arguments.rounds) | own
         except UsageError as error:
             sys.stderr.write(f"{name}: {error}\n")
             failed += 1

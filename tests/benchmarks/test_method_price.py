@@ -63,6 +63,30 @@ def test_prices_of_methods(benchmark, tmp_path, monkeypatch):
     measured_costs.cache_clear()
 
 
+def test_on_another_machine_the_other_methods_keep_their_prices(benchmark, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "price.json"
+    assert benchmark("kd", "--output", output) == 0
+    elsewhere = json.loads(output.read_text())
+    elsewhere["machine"] |= {"processor": "Another CPU"}
+    output.write_text(json.dumps(elsewhere))
+    assert benchmark("supervised", "--output", output) == 0
+    found = json.loads(output.read_text())
+    entry = found["methods"].pop("supervised")
+    assert found == elsewhere
+    assert entry["machine"]["processor"] != "Another CPU"
+    monkeypatch.setattr(registry, "COSTS_FILE", output)
+    measured_costs.cache_clear()
+    assert step_costs()["supervised"].machine == entry["machine"]
+    assert step_costs()["kd"].machine is None
+    measured_costs.cache_clear()
+
+    before = output.read_text()
+    with pytest.raises(SystemExit):
+        benchmark("kd", "--batch", "8", "--output", output)
+    assert "batch 4 there, 8 here: give another --output" in capsys.readouterr().err
+    assert output.read_text() == before
+
+
 def test_only_the_named_are_measured_anew_and_failures_are_said(benchmark, tmp_path, monkeypatch, capsys):
     output = tmp_path / "price.json"
     assert benchmark("kd", "--output", output) == 0
@@ -72,6 +96,6 @@ def test_only_the_named_are_measured_anew_and_failures_are_said(benchmark, tmp_p
     assert second["methods"]["kd"] == first["methods"]["kd"]
     assert second["plain"] == first["plain"]
     assert second["methods"]["supervised"]["teacher"] == 0
-    assert benchmark("dkd", "--classes", "2", "--output", output) == 1
+    assert benchmark("dkd", "--classes", "2", "--output", tmp_path / "two.json") == 1
     assert "dkd: " in capsys.readouterr().err
     assert "dkd" in method_info("dkd").name  # the method is there; two classes are what it refuses

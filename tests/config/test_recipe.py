@@ -54,6 +54,33 @@ def test_every_shipped_recipe_is_well_and_survives_a_round_trip(name: str, tmp_p
     assert load(str(list_recipes()[name])) == recipe
 
 
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        (["teacher={model: efficientnet-lite0, weights: pretrained}"], {"name": "srd", "temperature": 1.0}),
+        (["teacher=[{model: efficientnet-lite0, weights: pretrained}]"], {"name": "srd", "temperature": 1.0}),
+        ([], {"name": "kd", "temperature": 1.0}),  # a teacher from scratch
+        (["teacher={model: efficientnet-lite0, weights: pretrained}", "method.temperature=2"],
+         {"name": "srd", "temperature": 2}),
+        (["teacher={model: efficientnet-lite0, weights: pretrained}", "student.weights=pretrained"],
+         {"name": "kd", "temperature": 1.0}),
+        (["teacher={model: efficientnet-lite0, weights: pretrained}", "data.labeled=false", "teacher.classes=[a, b]"],
+         {"name": "srd", "temperature": 1.0, "ce_weight": 0.0}),
+    ],
+)  # fmt: skip
+def test_the_method_auto_depends_on_the_networks(sets: list[str], expected: dict[str, object]) -> None:
+    assert load(SMALL | {"method": {"name": "auto"}}, *sets).method == expected
+
+
+def test_the_method_auto_takes_logits_from_a_teacher_without_layers(tmp_path: Path) -> None:
+    (tmp_path / "answers.csv").write_text("path,cat,dog\nimages/1.png,0.2,0.8\n")
+    recipe = load(SMALL | {"method": {"name": "auto"}}, f"teacher={{weights: {tmp_path / 'answers.csv'}}}")
+    assert recipe.method["name"] == "kd"
+    assert load(SMALL, flags={"--method": "auto"}).method["name"] == "kd"
+    ready = "teacher={model: efficientnet-lite0, weights: pretrained}"
+    assert "no option 'alpha'" in " ".join(problems(SMALL, "method={name: auto, alpha: 2}", ready))
+
+
 def test_recipes_for_everyday_use_come_first() -> None:
     names = list(list_recipes())
     everyday = [name for name in names if "/" not in name]
@@ -642,3 +669,29 @@ def test_the_recipe_of_a_run_is_read_though_its_teacher_was_moved(written) -> No
     assert load_recipe(recipe, recorded=True).teacher_list[0].weights == "moved.pth"
     with pytest.raises(UsageError, match=r"teacher\.weights: no such file or folder: moved\.pth"):
         load_recipe(recipe)
+
+
+def test_training_settings_of_the_caller_reach_the_student(tmp_path: Path) -> None:
+    """The recipe of a run has the student's epochs of that run, which would override ``--epochs``."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "data: {source: digits}\n"
+        "teacher: {model: cifar/vgg8, training: {epochs: 2, lr: 0.5}}\n"
+        "student: {model: cifar/resnet8, training: {epochs: 7, lr: 0.4}}\n"
+        "training: {epochs: 3}\n"
+    )
+
+    def epochs(*sets: str, **flags: int) -> tuple[int, int]:
+        recipe = load_recipe(path, sets, flags={f"--{key}": value for key, value in flags.items()})
+        return recipe.stage_training("student").epochs, recipe.stage_training("teacher").epochs
+
+    assert epochs() == (7, 2)
+    assert epochs("training.epochs=30") == epochs(epochs=30) == epochs("training={epochs: 30}") == (30, 2)
+    assert epochs("student.training.epochs=5", epochs=30) == (5, 2)
+    assert load_recipe(path, ["training.epochs=30"]).stage_training("student").lr == 0.4
+
+
+def test_training_settings_of_the_caller_reach_a_student_without_weights() -> None:
+    recipe = load_recipe("photos", ["training.lr=0.007", "data.source=digits"])
+    assert "lr" not in recipe.student.fallback[0].training
+    assert recipe.student.fallback[0].training["min_steps"] == 2000

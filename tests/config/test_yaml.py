@@ -1,8 +1,11 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
+import potstill
 from potstill.config.yaml import dump_yaml, parse_yaml
 from potstill.errors import UsageError
 
@@ -91,3 +94,16 @@ def test_what_is_written_is_read_back_the_same() -> None:
 
     assert parse_yaml(dump_yaml(value), "r.yaml").value == value
     assert yaml.safe_load(dump_yaml({"lr": 1e-5})) == {"lr": 1e-5}  # by other readers too
+
+
+def test_recipes_are_read_by_this_reader_alone():
+    """Another one would read ``off``, ``0x10`` and ``2024-01-01`` of a written recipe as no text."""
+    root = Path(potstill.__file__).parent
+    users = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if re.search(r"^\s*import yaml", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert users == {"config/yaml.py"}
+    words = ["off", "0x10", "2024-01-01", "1_000", "1:30", "on"]
+    assert parse_yaml(dump_yaml(words), "x").value == words

@@ -47,6 +47,7 @@ def test_paired_interval_by_hand():
 def test_loss_bound_by_hand():
     for images in (9, 231, 1000):  # the bound of 0 of n by the score test
         assert paired_loss_bound(0, 0, images) == pytest.approx(2.705543 / (images + 2.705543), abs=1e-6)
+        assert paired_loss_bound(0, 0, images, 0.99) == pytest.approx(5.411894 / (images + 5.411894), abs=1e-6)
     for lost in (1, 7, 40):  # without gains, Wilson's bound of a single share
         share, z2 = lost / 300, 2.705543
         half = np.sqrt(z2 * share * (1 - share) / 300 + z2**2 / 300**2 / 4)

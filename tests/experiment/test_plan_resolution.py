@@ -133,8 +133,8 @@ def test_few_images_are_seen_more_often():
         images: lengthen_short_trainings(recipe, images).stage_training("student").epochs
         for images in (56, 112, 350, 2100, 100_000)
     }
-    # 300 steps of one, two, six and 33 batches of an epoch; then the student's own 3 epochs have more
-    assert lengths == {56: 300, 112: 150, 350: 50, 2100: 10, 100_000: 3}
+    # 300 steps of one, two, six and 33 batches of an epoch; then the 4 epochs that the caller gives have more
+    assert lengths == {56: 300, 112: 150, 350: 50, 2100: 10, 100_000: 4}
     assert lengthen_short_trainings(recipe, 56).teacher_list == recipe.teacher_list  # a probe has no epochs
 
 
@@ -244,6 +244,7 @@ def test_photos_runs_on_a_small_folder_without_a_network(photographs, tmp_path, 
     assert used.student.model == "efficientnet-lite0"
     assert used.stage_training("student").epochs == 2  # two batches of 42 images an epoch, three steps or more
     assert found["stages"]["baseline"]["head"]["C"] == found["stages"]["distilled"]["head"]["C"]
+    assert "student: 2 epochs in place of 1: 3 steps or more (training.min_steps)" in heard.lines
     (line,) = [line for line in heard.lines if "convnext_tiny" in line and line.startswith("warning: teacher:")]
     assert "efficientnet-lite2 is used" in line
     assert any("convnext_tiny" in text for text in found["warnings"])

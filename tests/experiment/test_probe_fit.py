@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedShuffleSplit
 
 from potstill.errors import UsageError
+from potstill.experiment import probe as probe_module
 from potstill.experiment.probe import check_probe_labels, fit_probe, stratified_folds
 
 
@@ -59,6 +61,49 @@ def test_the_strength_is_that_of_the_best_cross_entropy_on_images_left_out(point
     best = min(alone, key=alone.get)
     assert {chosen.C} == {best}
     assert chosen.nll == pytest.approx(min(alone.values()), abs=2e-3)
+
+
+def test_the_learning_curve_has_the_accuracy_of_heads_fitted_on_fewer_images():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    embeddings = torch.randn(4, 40, generator=random)[labels] * 0.35 + torch.randn(400, 40, generator=random)
+    probe = fit_probe(embeddings, labels, 4, seed=3, strengths=[0.01])
+    assert list(probe.learning_curve) == [100, 200, 400]
+    assert probe.learning_curve[400] == probe.top1 > probe.learning_curve[100]
+    standard = ((embeddings - embeddings.mean(0)) / embeddings.std(0, correction=0)).numpy()
+    for images, found in probe.learning_curve.items():
+        # Scikit-learn on other images, as many of each class as a head without a fold is fitted on.
+        splits = StratifiedShuffleSplit(10, train_size=images * 4 // 5, random_state=0)
+        peers = []
+        for fitted, rest in splits.split(standard, labels):
+            peer = LogisticRegression(C=0.01).fit(standard[fitted], labels[fitted])
+            peers.append(peer.score(standard[rest], labels[rest]))
+        assert found == pytest.approx(np.mean(peers), abs=0.03), images
+
+
+def test_a_learning_curve_over_all_images_is_the_cross_validation(points, monkeypatch):
+    embeddings, labels = points
+    monkeypatch.setattr(probe_module, "CURVE_SHARES", (1.0,))
+    heads = []
+    monkeypatch.setattr(probe_module._Solver, "evaluate", _recording(heads, probe_module._Solver.evaluate))
+    probe = fit_probe(embeddings, labels, 3, seed=1, strengths=[0.1])
+    cross_validated, curve = heads
+    torch.testing.assert_close(curve, cross_validated[: probe.folds], atol=2e-3, rtol=0)
+    assert probe.learning_curve == {120: probe.top1}
+
+
+def _recording(heads, evaluate):
+    def record(solver, fold):
+        heads.append(solver.weight.detach().clone())
+        return evaluate(solver, fold)
+
+    return record
+
+
+def test_a_share_that_lacks_a_class_is_no_point_of_the_learning_curve():
+    labels = torch.tensor([0] * 40 + [1] * 3)
+    embeddings = torch.randn(43, 4, generator=torch.Generator().manual_seed(0)) + labels[:, None]
+    assert list(fit_probe(embeddings, labels, 2, seed=0, strengths=[0.1]).learning_curve) == [43]
 
 
 def test_noise_labels_are_learned_by_heart_and_left_out_ones_are_guessed():

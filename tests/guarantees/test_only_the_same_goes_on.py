@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from potstill.cli import main
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
+from potstill.config.yaml import parse_yaml
 from potstill.errors import PotstillError, UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.resume import check_same_recipe
@@ -87,7 +88,7 @@ def begun(tmp_path_factory):
 @cache
 def before():
     """The recipe that nothing was changed of; as it is written into a run."""
-    return yaml.safe_load(dump_recipe(load_recipe("quickstart")))
+    return parse_yaml(dump_recipe(load_recipe("quickstart")), "recipe.yaml").value
 
 
 def value_at(recipe, key):
@@ -115,7 +116,9 @@ def changed(key, other):
         after = load_recipe("quickstart", [f"{key}={text}", *beside(key)])
     except PotstillError:
         return None
-    return None if value_at(before(), key) == value_at(yaml.safe_load(dump_recipe(after)), key) else after
+    return (
+        None if value_at(before(), key) == value_at(parse_yaml(dump_recipe(after), "recipe.yaml").value, key) else after
+    )
 
 
 def candidates(key):
@@ -138,7 +141,7 @@ def test_every_setting_is_refused_by_name(key, begun):
             continue
         with pytest.raises(UsageError) as raised:
             check_same_recipe(begun, recipe)
-        text, new = str(raised.value), value_at(yaml.safe_load(dump_recipe(recipe)), key)
+        text, new = str(raised.value), value_at(parse_yaml(dump_recipe(recipe), "recipe.yaml").value, key)
         if key.startswith("data.augment."):  # from null to all of its settings: the first eight are named
             assert "  data.augment." in text
             assert "more" in text
@@ -176,6 +179,12 @@ def test_any_settings_together(data, begun):
     assert len(named) <= 8
     for key in bound:  # in alphabetical order; of more than eight, the first ones
         assert f"  {key}" in text or (len(named) == 8 and " more" in text and key > named[-1])
+
+
+def test_settings_are_named_as_the_recipe_has_them(begun):
+    """``off`` is text in YAML 1.2, by which recipes are read, and false in YAML 1.1."""
+    with pytest.raises(UsageError, match=r"teacher_cache\.mode: was 'auto', now 'off'"):
+        check_same_recipe(begun, load_recipe("quickstart", ["teacher_cache.mode=off"]))
 
 
 def test_epochs_may_grow_while_no_stage_is_in_the_midst_of_them(begun, tmp_path):

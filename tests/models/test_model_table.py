@@ -73,10 +73,28 @@ def test_estimates_by_hand():
         ("1s", Limits(1000.0, None)),
         ("250us", Limits(0.25, None)),
         ("1.5MiB", Limits(None, 1_572_864)),
+        ("0.1B", Limits(None, 1)),  # 0 would divide by zero
     ],
 )
 def test_limits_as_typed(text, limits):
     assert parse_limits(text) == limits
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("0.1kB", "100B"),
+        ("500kB", "500kB"),
+        ("5ms, 2MB", "5ms,2MB"),
+        ("1234567B", "1.234567MB"),
+        ("2GiB", "2.147483648GB"),
+        ("90s", "90s"),
+        (".00001us", "0.00001us"),
+    ],
+)
+def test_limits_are_shown_in_a_form_that_is_read_back(text, shown):
+    assert str(parse_limits(text)) == shown
+    assert parse_limits(shown) == parse_limits(text)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +105,7 @@ def test_limits_as_typed(text, limits):
         ("fast", "is no limit"),
         ("", "is no limit"),
         ("0ms", "above 0"),
+        (f"{'9' * 400}MB", "is no limit"),
         ("5ms,6ms", "two limits of the milliseconds"),
     ],
 )

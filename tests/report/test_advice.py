@@ -19,7 +19,7 @@ def run(stages: dict[str, dict[str, Any]] | None = None, *, recipe: str | None =
         name: StageResult(
             name,
             Path("runs/made") / name,
-            {"training": facts.get("training")},
+            {key: facts.get(key) for key in ("training", "head")},
             metrics={split: facts[split] for split in ("train", "val", "test") if split in facts},
         )
         for name, facts in (stages or {}).items()
@@ -40,7 +40,7 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
 
 
 def test_every_rule_has_a_line_of_its_own() -> None:
-    assert len(RULES) == len(set(RULES)) == 18
+    assert len(RULES) == len(set(RULES)) == 19
     assert all(rule.__doc__ for rule in RULES)
 
 
@@ -80,6 +80,9 @@ def test_weak_teacher() -> None:
     assert advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.001))) is None
     assert "3.0 points below" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=-0.03))))
     assert "equals the baseline" in str(advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=0.0))))
+    other = "teacher: {model: timm/resnet50.a1_in1k, weights: pretrained}"
+    found = advice.weak_teacher(run(comparison=gain(0.0, 0, 0, gap=-0.03), recipe=other))
+    assert getattr(found, "flags", None) == ()  # it is the one that would be advised
 
 
 def test_still_improving() -> None:
@@ -135,6 +138,31 @@ def test_overfitting() -> None:
     assert advice.overfitting(made(0.89, 3)) is None
     assert "best epoch" not in str(advice.overfitting(made(0.95, 11)))
     assert "best epoch was 10 of 20" in str(advice.overfitting(made(0.95, 10)))
+
+
+def test_only_stronger_augmentation_is_advised() -> None:
+    """``photos`` mirrors already, and crops more than the first advice would."""
+
+    def settings(augment: str) -> tuple[str, ...]:
+        stages = {"distilled": {"train": {"top1": 0.99}, "val": {"top1": 0.8}, "training": {}}}
+        found = run(stages, recipe=f"data:\n  augment: {augment}\n")
+        return getattr(advice.overfitting(found), "settings", ())
+
+    crop, mirror = "data.augment.crop_scale=[0.5, 1]", "data.augment.hflip=true"
+    assert settings("null") == (crop, mirror)
+    assert settings("{crop_scale: [0.8, 1.0], hflip: true}") == (crop, "data.augment.color_jitter=0.3")
+    photos = "crop_scale: [0.35, 1.0], hflip: true"
+    assert settings(f"{{{photos}}}") == ("data.augment.color_jitter=0.3", "data.augment.auto_augment=trivialaugment")
+    assert settings(f"{{{photos}, auto_augment: trivialaugment}}") == ("data.augment.erasing=0.25",)
+    assert settings(f"{{{photos}, auto_augment: trivialaugment, erasing: 0.1}}") == ()
+
+
+def test_a_metric_that_is_selected_by_already_is_not_advised() -> None:
+    stages, data = {"distilled": {"val": {"top1": 0.6}}}, {"counts": {"val": {"a": 40}}}
+    other = run(stages, data=data)
+    assert getattr(advice.val_too_small(other), "settings", None) == ("training.selection_metric=nll",)
+    same = run(stages, data=data, recipe="training: {selection_metric: nll}")
+    assert getattr(advice.val_too_small(same), "settings", None) == ()
 
 
 def test_cannot_follow() -> None:
@@ -266,3 +294,28 @@ def test_unlabeled_images() -> None:
     assert advice.unlabeled_images(run({"distilled": stages["distilled"]})) is None  # no teacher
     stages["distilled"]["val"]["top1"] = 0.9
     assert advice.unlabeled_images(run(stages)) is None
+
+
+def test_more_labels() -> None:
+    def probe(*points: tuple[int, float]) -> dict[str, Any]:
+        return {"head": {"learning_curve": [{"images": images, "top1": top1} for images, top1 in points]}}
+
+    rising = probe((200, 0.6), (400, 0.7), (800, 0.775))
+    found = advice.more_labels(run({"teacher": rising}))
+    assert found is not None
+    assert "embeddings of the teacher" in found.evidence
+    assert "60.0 % with 200, 70.0 % with 400, 77.5 % with 800 training images" in found.evidence
+    assert "bring it 5.6 points" in found.evidence  # 0.225 x 0.25
+    flat = probe((200, 0.77), (400, 0.772), (800, 0.775))
+    assert advice.more_labels(run({"teacher": rising, "distilled": flat})) is None  # the student's own counts
+    assert "embeddings of the student" in (advice.more_labels(run({"distilled": rising})) or found).evidence
+    assert advice.more_labels(run({"teacher": probe((90, 0.6), (180, 0.7), (360, 0.775))})) is None  # too few to tell
+    assert advice.more_labels(run({"teacher": probe((400, 0.7), (800, 0.775))})) is None
+    for broken in (None, 5, [5, {"images": "many", "top1": 0.5}, {"images": 800, "top1": 7.0}]):
+        assert advice.more_labels(run({"teacher": {"head": {"learning_curve": broken}}})) is None
+
+
+def test_the_expected_gain_is_that_of_a_power_law() -> None:
+    assert advice.expected_gain([(100, 0.6), (400, 0.8)]) == pytest.approx(0.2 - 0.2 / 2**0.5, abs=1e-6)
+    assert advice.expected_gain([(100, 0.8), (200, 0.7), (400, 0.6)]) == 0  # a falling curve promises nothing
+    assert advice.expected_gain([(100, 0.9), (200, 1.0), (400, 1.0)]) < 0.00125  # half an image

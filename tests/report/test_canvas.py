@@ -1,12 +1,16 @@
 import io
+from collections.abc import Callable
 from xml.etree import ElementTree
 
 import matplotlib
+import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
 from potstill.report import canvas
 from potstill.report.canvas import as_png, as_svg
+from potstill.report.diagnostics import draw_cascade
+from potstill.report.sweep import draw_trade_off
 
 DRAWS = True
 NAMES = ["<script>alert(1)</script>", "$x_1$", "\"'&", "猫", "--> <!--"]
@@ -35,6 +39,27 @@ def test_svg_follows_the_page_and_keeps_names_as_text() -> None:
     assert "var(--train)" in svg
     assert canvas.TRAIN not in svg
     assert "font-family" not in svg
+
+
+def cascade(figure: Figure) -> None:
+    draw_cascade(figure, [[0, 0.8], [0.2, 0.86], [1, 0.86]], [[0.05, 0.2, 0.86]])
+
+
+def trade_off(figure: Figure) -> None:
+    rows = [
+        {"bytes": size, "val": {"value": top1, "low": top1 - 0.02, "high": top1 + 0.02}}
+        for size, top1 in ((324e3, 0.985), (101e3, 0.98), (52e3, 0.8))
+    ]
+    draw_trade_off(figure, {"reference": rows[0], "candidates": rows[1:], "chosen": 0})
+
+
+@pytest.mark.parametrize("draw_one", [cascade, trade_off])
+def test_no_legend_covers_a_curve(draw_one: Callable[[Figure], None]) -> None:
+    figure = canvas.draw_figure(draw_one, (5.2, 3.2))
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert axes.get_legend() is None
+    assert legend.get_window_extent().y1 < axes.get_tightbbox().y0
+    assert legend.get_window_extent().y0 >= 0
 
 
 def test_the_users_matplotlib_settings_neither_reach_nor_change() -> None:

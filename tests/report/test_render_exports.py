@@ -42,6 +42,22 @@ def test_a_row_for_each_file(build_run: Callable[..., Any]) -> None:
     assert "&lt;b&gt;.onnx" in text
 
 
+def test_reports_of_shrink_are_linked(build_run: Callable[..., Any]) -> None:
+    folder = build_run(3).write()
+    (folder / "shrink" / "distilled").mkdir(parents=True)
+    found = {
+        "stage": "distilled",
+        "max_loss": 1.0,
+        "reference": {"bytes": 324_000},
+        "candidates": [{"bytes": 101_000}, {"bytes": 65_100}],
+        "chosen": 1,
+    }
+    write_checksummed_json(folder / "shrink" / "distilled" / "shrink.json", found)
+    page = render_page(read_run(folder))
+    assert '<a href="shrink/distilled/shrink.html">distilled: 65.1 kB in place of 324 kB' in page
+    assert "Exported files" not in page
+
+
 def test_a_damaged_description_is_an_error(build_run: Callable[..., Any]) -> None:
     folder = build_run(3).write()
     (folder / "teacher" / "export").mkdir()

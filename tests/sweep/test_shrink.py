@@ -4,7 +4,9 @@ import csv
 import importlib.util
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import potstill
@@ -12,9 +14,10 @@ from potstill.cli import main
 from potstill.errors import UsageError
 from potstill.experiment.pipeline import run as run_recipe
 from potstill.io import read_checksummed_json
+from potstill.models import model_file
 from potstill.models.pruning import count_weights
 from potstill.sweep import shrink as shrinking
-from potstill.sweep.shrink import parse_target
+from potstill.sweep.shrink import LossTest, parse_target
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(each) is None for each in ("torch_pruning", "onnx", "onnxscript", "onnxruntime")),
@@ -99,6 +102,7 @@ def test_shrink_keeps_the_smallest_file_that_passes_on_val(copied, photographs, 
     page = (folder / "shrink.html").read_text(encoding="utf-8")
     assert "<svg" in page
     assert "chosen" in page
+    assert 'href="shrink/distilled/shrink.html"' in (copied / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -128,10 +132,59 @@ def test_a_loss_that_the_val_images_cannot_show_ends_before_training(copied, cap
     assert main(["shrink", str(copied), "--max-loss", "1"]) == 2
     error = capsys.readouterr().err
     assert "9 val images cannot show" in error
-    assert "Nearest: --max-loss 23.2" in error  # 2.706 / (9 + 2.706)
-    assert "at least 268 val images" in error
+    assert "Nearest: --max-loss 28.3" in error  # 3.537 / (9 + 3.537): the 97 % quantile is 1.8808
+    assert "at least 351 val images" in error
+    assert main(["shrink", str(copied), "--max-loss", "1e-9"]) == 2  # at once: no search for the number
+    assert "353,738,459,643" in capsys.readouterr().err  # z² (1 - 1e-11) / 1e-11
     assert not (copied / "shrink").exists()
     assert main(["shrink", str(copied), "--max-loss", "0"]) == 2
+
+
+def test_the_search_ends_at_the_second_failure():
+    """The digits in LOG.md, at 3 points: the third file is smaller than the second, which fails, and loses less."""
+    test = LossTest(3.0)
+    found = [(test.judge(*each, 269), test.ended) for each in ((1, 0), (6, 1), (2, 0), (6, 2))]
+    assert [each["passes"] for each, _ in found] == [True, False, True, False]
+    assert [each["confidence"] for each, _ in found] == [0.97, 0.97, 0.98, 0.98]
+    assert [ended for _, ended in found] == [False, False, False, True]
+
+
+def test_files_that_lose_too_much_are_seldom_chosen():
+    """Each of many files loses 3 points in truth, and 3 are allowed: 5 % of the searches may choose one."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(2000):
+        test = LossTest(3.0)
+        while not test.ended:
+            lost, gained, _ = rng.multinomial(600, (0.04, 0.01, 0.95))
+            if test.judge(int(lost), int(gained), 600)["passes"]:
+                wrong += 1
+                break
+    assert 0.03 < wrong / 2000 < 0.062  # 5 % and two and a half standard errors
+
+
+def test_a_file_after_the_first_failure_may_be_the_chosen_one(monkeypatch):
+    """From the failed network the search goes on, and its next file passes."""
+    search = object.__new__(shrinking._Search)
+    search.int8, search.test, search.note = False, LossTest(3.0), lambda line: None
+    counts = iter([(6, 1), (2, 0), (9, 0)])
+    pruned = []
+    student = SimpleNamespace(name="whole")
+    search.work = SimpleNamespace(student=student, prune=lambda start, share: pruned.append(start.name))
+
+    def finetune(step, start):
+        start()
+        return Path(f"step-{step}")
+
+    def attempt(folder, how):
+        row = {"folder": str(folder), **search.test.judge(*next(counts), 269)}
+        return shrinking._Candidate(folder, b"", row)
+
+    search._finetune, search._try = finetune, attempt
+    monkeypatch.setattr(model_file, "load_model", lambda folder: SimpleNamespace(name=str(folder)))
+    chosen = search._try_all()
+    assert chosen.folder == Path("step-2")
+    assert pruned == ["whole", "step-1", "step-2"]
 
 
 def test_targets():

@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d, SyncBatchNormAct
@@ -19,6 +21,21 @@ FOUR = ProcessGroup(rank=1, count=4, local_rank=1, local_count=4)
 def test_unknown_devices_are_refused():
     with pytest.raises(UsageError, match="'abacus' cannot be used"):
         create_compute(TrainingSettings(device="abacus"))
+
+
+def test_memory_of_freed_tensors_is_used_again():
+    create_compute(TrainingSettings(device="cpu"))
+    if not devices.keep_freed_memory():
+        pytest.skip("the C library is not glibc")
+
+    def step():
+        tensors = [torch.ones(1 << 22) for _ in range(4)]  # 16 MiB each, 4,096 pages
+        assert len(tensors) == 4
+
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

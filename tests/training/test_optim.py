@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,3 +143,41 @@ def test_where_there_is_no_fused_form_torch_chooses_the_foreach_one():
     optimizer = create_optimizer(on_mps, TrainingSettings())
     assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (None, None)
     assert create_optimizer([("a", nn.Parameter(torch.zeros(2, 2)))], TrainingSettings()).defaults["fused"] is True
+
+
+LIGHT = """
+import sys, torch
+from potstill.evaluation.cost import count_flops, measure_memory
+from potstill.input_spec import InputSpec
+from potstill.training.optim import create_optimizer
+from potstill.training.settings import TrainingSettings
+
+def train(steps, prepare):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    optimizer = prepare(net)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for _ in range(steps):
+        net(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return net.weight.detach()
+
+settings = TrainingSettings(optimizer="adamw", lr=0.1, weight_decay=0.1)
+ours = train(3, lambda net: create_optimizer(net.named_parameters(), settings))
+images = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten())
+assert count_flops(images, InputSpec(8)) == 2 * 36 * 2 * 27
+assert measure_memory(images, InputSpec(8))["activations"] > 0
+assert "torch._dynamo" not in sys.modules
+plain = lambda net: torch.optim.AdamW(
+    [{"params": net.weight}, {"params": net.bias, "weight_decay": 0.0}], lr=0.1, weight_decay=0.1, fused=True
+)
+assert torch.equal(ours, train(3, plain))
+"""
+
+
+def test_a_training_does_not_import_torchs_compiler():
+    """Its import takes longer than a small run; the steps are those of torch's own optimizer."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

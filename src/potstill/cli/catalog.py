@@ -74,12 +74,13 @@ def _settings_text(settings: dict[str, object]) -> str:
 def cost_text(cost: StepCost) -> str:
     """Return time and memory of a training step, relative to those of the student alone, in one sentence."""
     facts = measured_costs()
+    machine = cost.machine or facts["machine"]
     teacher = f", of which the teacher {cost.teacher:.2f}" if cost.teacher else ""
     adapters = f"; {cost.adapters:,} trained parameters beside the student's" if cost.adapters else ""
     return (
         f"a training step takes {cost.time:.2f} times as long as with labels alone (quartiles {cost.low:.2f} to "
         f"{cost.high:.2f}{teacher}) and {cost.memory:.2f} times the memory{adapters}. "
-        f"{facts['teacher']} -> {facts['student']}, batches of {facts['batch']}, {facts['machine']['processor']}."
+        f"{facts['teacher']} -> {facts['student']}, batches of {facts['batch']}, {machine['processor']}."
     )
 
 

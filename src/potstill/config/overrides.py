@@ -19,6 +19,7 @@ from potstill.methods import list_own_methods, method_info, normalize_method
 from potstill.models.class_names import CLASS_LISTS, class_list
 from potstill.models.exported_files import (
     EXECUTABLE,
+    LABELS,
     METADATA_KEY,
     SUFFIXES,
     check_permission,
@@ -76,8 +77,32 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
             _set_value(document, path, value, location)
         wrap_method_for_previous(document.value)
     changes += assignments
+    _drop_own_training(document, changes)
     if flags.get("--no-labels"):
         _drop_label_term(document, {path for path, *_ in changes})
+
+
+def _drop_own_training(document: Document, changes: list[tuple[KeyPath, Any, str]]) -> None:
+    """Remove what the student's section says of the training settings that the caller gives for all networks.
+
+    They would have no effect otherwise: the recipe of a run folder has the student's epochs of that run.  The teacher's
+    section stays, as ``training`` is for the students where the teacher has settings of its own.
+    """
+
+    def given(*section: str) -> set[Any]:
+        keys = {path[len(section)] for path, *_ in changes if path[:-1] == section}
+        whole = (value for path, value, _ in changes if path == section and isinstance(value, dict))
+        return keys.union(*whole)
+
+    student = document.value.get("student")
+    if not isinstance(student, dict):
+        return
+    dropped = given("training") - given("student", "training")
+    fallback = student.get("fallback")
+    for section in [student, *(fallback if isinstance(fallback, list) else ())]:
+        training = section.get("training") if isinstance(section, dict) else None
+        if isinstance(training, dict):
+            section["training"] = {key: value for key, value in training.items() if key not in dropped}
 
 
 def split_model(text: str) -> tuple[str | None, str | None]:
@@ -295,6 +320,27 @@ def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
     key = "alpha" if name == "kd" else "ce_weight"
     if key in method_info(name).options and ("method", key) not in changed:
         _set_value(document, ("method", key), 0.0, "--no-labels")
+
+
+def choose_method(value: dict[str, Any]) -> None:
+    """Replace, in place, the method ``auto`` by one that suits the networks; call it after ``fill_architectures``.
+
+    ``srd`` if the student starts from scratch and its one teacher has weights and embeddings, else ``kd``, both at
+    T = 1.  From few images, a network without pretrained weights learns more from a pretrained teacher's embeddings
+    than from its probabilities alone; a pretrained student has such features already.
+    """
+    method, student, teacher, data = (value.get(key) for key in ("method", "student", "teacher", "data"))
+    if not isinstance(method, dict) or method.get("name") != "auto":
+        return
+    teacher = teacher[0] if isinstance(teacher, list) and len(teacher) == 1 else teacher
+    model = teacher.get("model") if isinstance(teacher, dict) else None
+    ready = isinstance(teacher, dict) and teacher.get("weights") is not None
+    embeds = ready and isinstance(model, str) and model not in LABELS and not is_code_reference(model)
+    scratch = isinstance(student, dict) and student.get("weights") is None
+    name, label_weight = ("srd", "ce_weight") if embeds and scratch else ("kd", "alpha")
+    unlabeled = isinstance(data, dict) and data.get("labeled") is False
+    defaults = {"temperature": 1.0} | ({label_weight: 0.0} if unlabeled else {})
+    value["method"] = {"name": name} | defaults | {key: each for key, each in method.items() if key != "name"}
 
 
 def drop_soft_targets(value: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,6 @@ from potstill.errors import UsageError
 from potstill.evaluation import Array
 
 Z_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-Z_95 = 1.6448536269514722
 MIN_P_VALUE = 1e-12  # smaller ones are not resolved
 MIN_CHANGED_IMAGES = 10  # with fewer, the normal approximation is too rough and the exact test counts too
 _FOLD_CAUTION = 1.3  # of the variance between folds, which few folds rather underestimate; calibrated, as the exponents
@@ -49,8 +49,8 @@ def paired_interval(correct_a: Array, correct_b: Array) -> Interval:
     return Interval((only_b - only_a) / count, max(-1.0, middle - half), min(1.0, middle + half))
 
 
-def paired_loss_bound(only_a: int, only_b: int, count: int) -> float:
-    """Return the upper end of the one-sided 95 % interval of the loss in accuracy of b against a, over images.
+def paired_loss_bound(only_a: int, only_b: int, count: int, confidence: float = 0.95) -> float:
+    """Return the upper end of the one-sided interval of the loss in accuracy of b against a, over images.
 
     It is the score interval, which holds for few changed images too.  Source: T. Tango, Equivalence test and confidence
     interval for the difference in proportions for the paired-sample design, Stat. Med. 17 (1998).
@@ -59,6 +59,7 @@ def paired_loss_bound(only_a: int, only_b: int, count: int) -> float:
         only_a: images that only a, the reference, gets right.
         only_b: images that only b gets right.
         count: number of images.
+        confidence: of the interval, in (0.5, 1).
 
     Raises:
         UsageError: no images, or fewer than those that changed.
@@ -69,6 +70,7 @@ def paired_loss_bound(only_a: int, only_b: int, count: int) -> float:
     """
     if min(only_a, only_b) < 0 or not count or only_a + only_b > count:
         raise UsageError(f"a loss needs images, and no more changed ones than images; got {only_a + only_b} of {count}")
+    quantile = NormalDist().inv_cdf(confidence)
     low, high = (only_a - only_b) / count, 1.0
     for _ in range(60):  # bisect for the largest loss that is not rejected
         loss = (low + high) / 2
@@ -76,7 +78,7 @@ def paired_loss_bound(only_a: int, only_b: int, count: int) -> float:
         root = math.sqrt(max(0.0, linear**2 + 8 * count * only_b * loss * (1 - loss)))
         only_b_share = max(0.0, (root - linear) / (4 * count))  # of greatest likelihood, given the loss
         variance = count * (2 * only_b_share + loss * (1 - loss))
-        if count * loss - (only_a - only_b) > Z_95 * math.sqrt(max(0.0, variance)):
+        if count * loss - (only_a - only_b) > quantile * math.sqrt(max(0.0, variance)):
             high = loss
         else:
             low = loss

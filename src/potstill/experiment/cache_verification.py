@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from potstill.config.recipe import Recipe, load_recipe
+from potstill.config.yaml import parse_yaml
 from potstill.data.datasets import load_data
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
@@ -57,7 +57,7 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
     cache = TeacherCache.open_existing(path)
     try:
         facts, identity = cache.facts, cache.identity
-        recipe = load_recipe(yaml.safe_load(facts["recipe"]), recorded=True)
+        recipe = load_recipe(parse_yaml(facts["recipe"], str(path)).value, recorded=True)
         data = load_data(recipe.data)
         if data.target is not None:
             data = _domain_data(recipe, data, facts, path)

@@ -51,6 +51,7 @@ from potstill.training.devices import Compute
 from potstill.training.trainer import balanced_class_weights
 
 FOLDS = 5
+CURVE_SHARES = (0.25, 0.5)  # of the images, for the learning curve; that of all is known
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))  # of C, from 1e-5 to 100
 _PATIENCE = 2  # weaker penalties that are still tried after the best so far
 _MAX_ITERATIONS = 100  # of L-BFGS, for each strength; it starts from the solution of the one before
@@ -72,6 +73,8 @@ class Probe:
             that were standardised.
         top1: accuracy on the images left out, over all folds.
         nll: mean cross-entropy on them.
+        learning_curve: accuracy on the images left out by the number of images, a quarter, half and all of them, of
+            which the heads are fitted on those of the other folds.
     """
 
     weight: Tensor
@@ -80,6 +83,7 @@ class Probe:
     C: float
     top1: float
     nll: float
+    learning_curve: dict[int, float]
 
     @property
     def folds(self) -> int:
@@ -182,11 +186,46 @@ def fit_probe(
             break
     assert best is not None  # there is a strength
     nll, top1, strength, weight, bias = best
+    curve = _learning_curve(rows, targets, own, folds, strength, classes, seed, class_weights)
     weight = weight / spread
     bias = bias - weight @ mean
     # Softmax does not feel what all classes have in common, but rounding does.
     weight, bias = weight - weight.mean(dim=1, keepdim=True), bias - bias.mean(dim=1, keepdim=True)
-    return Probe(weight.cpu(), bias.cpu(), fold, strength, top1, nll)
+    return Probe(weight.cpu(), bias.cpu(), fold, strength, top1, nll, curve | {len(targets): top1})
+
+
+def _learning_curve(
+    rows: Tensor,
+    targets: Tensor,
+    fold: Tensor,
+    folds: int,
+    strength: float,
+    classes: int,
+    seed: int,
+    class_weights: Tensor | None,
+) -> dict[int, float]:
+    """Return the cross-validated accuracy by the number of images, for ``CURVE_SHARES`` of each class and fold.
+
+    A share that would leave out a class has no entry.
+    """
+    random = torch.rand(len(targets), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cell = (targets * folds + fold).cpu()
+    order = torch.from_numpy(np.lexsort((random.numpy(), cell.numpy())))
+    sizes = cell.bincount(minlength=classes * folds)
+    rank = torch.empty(len(cell), dtype=torch.int64)
+    rank[order] = torch.arange(len(cell)) - (sizes.cumsum(0) - sizes)[cell[order]]
+    found: dict[int, float] = {}
+    for share in CURVE_SHARES:
+        chosen = (rank < (share * sizes).round()[cell]).to(fold.device)
+        fitted = torch.stack([chosen & (fold != each) for each in range(folds)], dim=1)
+        if any(int(targets[column].bincount(minlength=classes).min()) == 0 for column in fitted.T):
+            continue
+        weights = fitted.float() if class_weights is None else fitted * class_weights.to(fold.device)[targets][:, None]
+        solver = _Solver(rows, targets, weights, classes)
+        with _threads(1 if rows.numel() <= _SMALL else None):
+            solver.solve(strength)
+            found[int(chosen.sum())] = solver.evaluate(fold)[0]
+    return found
 
 
 @contextmanager
@@ -206,14 +245,14 @@ class _Solver:
     Args:
         rows: [N, D].
         targets: [N].
-        share: [N, F + 1], what each image weighs in the fit of each head.
+        share: [N, H], what each image weighs in the fit of each head; F + 1 heads, or F without that of all images.
         classes: K.
     """
 
     def __init__(self, rows: Tensor, targets: Tensor, share: Tensor, classes: int) -> None:
         self.rows, self.targets, self.share = rows, targets, share
         self.count, self.classes = share.shape[1], classes
-        self.images = (share > 0).sum(dim=0)  # [F + 1]
+        self.images = (share > 0).sum(dim=0)  # [H]
         self.weight = torch.zeros(self.count, classes, rows.shape[1], device=rows.device, requires_grad=True)
         self.bias = torch.zeros(self.count, classes, device=rows.device, requires_grad=True)
         self.block = max(1, _MAX_VALUES // (self.count * classes))
@@ -261,7 +300,7 @@ class _Solver:
         return found.view(len(rows), self.count, self.classes)
 
     def _cross_entropies(self, part: slice) -> Tensor:
-        """[B, F + 1]."""
+        """[B, H]."""
         logits = self._logits(part)
         targets = self.targets[part, None].expand(-1, self.count)
         return F.cross_entropy(logits.permute(0, 2, 1), targets, reduction="none")
@@ -413,6 +452,7 @@ def probe_teacher(
             "images": len(labeled),
             "embedding": embeddings["train"].shape[1],
             "cross_validated": {"top1": probe.top1, "nll": probe.nll},
+            "learning_curve": [{"images": count, "top1": top1} for count, top1 in probe.learning_curve.items()],
             "val_top1": figures["top1"],
             "seconds": round(seconds, 3),
             "fold_heads": {"sha256": sha256_hex(content), "train": _train_digest(data)},

@@ -5,11 +5,10 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import yaml
-
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.settings_errors import parse_settings
+from potstill.config.yaml import parse_yaml
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.plan import PlannedStage, plan_stages, stage_recipe
@@ -129,9 +128,9 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     Raises:
         UsageError: settings differ; lists them.
     """
-    former = _with_defaults(yaml.safe_load(folder.read_recipe()))
+    former = _with_defaults(parse_yaml(folder.read_recipe(), str(folder.recipe)).value)
     before = flatten_settings(former)
-    after = flatten_settings(yaml.safe_load(dump_recipe(recipe)))
+    after = flatten_settings(_plain_settings(recipe))
     changed = [
         f"  {key}: was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -293,7 +292,7 @@ def _model_facts(folder: RunFolder, stage: PlannedStage) -> dict[str, Any]:
 
 def _baseline_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that affect a baseline, by dotted key."""
-    value = yaml.safe_load(dump_recipe(recipe))
+    value = _plain_settings(recipe)
     settings = {key: value[key] for key in ("seed", "data", "student")}
     settings["training"] = recipe.stage_training("baseline").model_dump(mode="json")
     settings["student"] = {key: each for key, each in settings["student"].items() if key != "training"}
@@ -313,10 +312,15 @@ def is_result_neutral(key: str) -> bool:
     return key in _NEUTRAL_KEYS or of_training or key.split(".")[0] == _NEUTRAL_SECTION
 
 
+def _plain_settings(recipe: Recipe) -> Any:
+    """Return a recipe's settings as recipe.yaml holds them."""
+    return parse_yaml(dump_recipe(recipe), recipe.name).value
+
+
 def _with_defaults(value: Any) -> Any:
     """Return a recipe's plain values, completed by the defaults of settings that it lacks."""
     recipe, _ = parse_settings(value, Recipe)
-    return value if recipe is None else yaml.safe_load(dump_recipe(recipe))
+    return value if recipe is None else _plain_settings(recipe)
 
 
 def flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.cached_outputs import CachedTeacherOutputs, NullTeacherCache, TeacherCacheProtocol
 from potstill.distillation.distiller import Distiller
-from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.cache import TeacherCache, copy_from_wider
 from potstill.distillation.teacher_cache.record_format import FEW_CLASSES, RecordFormat, RecordKind
 from potstill.distillation.teacher_inference import InferenceSettings
 from potstill.distillation.teachers import TeacherViews
@@ -282,6 +282,8 @@ def open_caches(
                     }
                     key = cache_key(description, loader, split, data, second=second)
                     opened.append(TeacherCache.open(cache_root(recipe), key, record, loader.samples, facts))
+                    if compute.processes.first:
+                        copy_from_wider(opened[-1])
                     caches[second].append(opened[-1])
                 else:
                     caches[second].append(NullTeacherCache(record))

@@ -320,6 +320,8 @@ class StepCost:
     teacher: float  # what of it goes into the teacher's forward pass
     memory: float  # the step's peak of memory over the other's
     adapters: int  # trained numbers beside the student's
+    machine: dict[str, Any] | None = None  # and rounds; None: as stated for all entries of the file
+    rounds: int | None = None
 
 
 @cache

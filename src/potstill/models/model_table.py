@@ -7,8 +7,9 @@ the reference network's time on this machine.
 
 import csv
 import io
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -105,11 +106,11 @@ class Limits(NamedTuple):
         """Return the limits in the form that ``parse_limits`` takes.
 
         Example:
-            >>> str(parse_limits("2MB, 5 ms"))
-            '5ms,2MB'
+            >>> str(parse_limits("2MB, 5 ms")), str(parse_limits("100us,0.1kB"))
+            ('5ms,2MB', '100us,100B')
         """
-        time = [] if self.milliseconds is None else [f"{self.milliseconds:g}ms"]
-        return ",".join(time + ([] if self.file_size is None else [f"{self.file_size / 1e6:g}MB"]))
+        time = [] if self.milliseconds is None else [_with_unit(self.milliseconds, _TIME_UNITS)]
+        return ",".join(time + ([] if self.file_size is None else [_with_unit(self.file_size, _DECIMAL_SIZES)]))
 
     def excess(self, milliseconds: float | None, file_size: int) -> float:
         """Return the largest ratio to a limit: at most 1 if both are met, infinite if a limited time is unknown."""
@@ -122,7 +123,15 @@ class Limits(NamedTuple):
 
 
 _TIME_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-_SIZE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_DECIMAL_SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE_UNITS = {**_DECIMAL_SIZES, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _with_unit(value: float, units: Mapping[str, float]) -> str:
+    """Return a number with the largest unit of which it holds one, all its digits, and no power of ten."""
+    ascending = sorted(units, key=lambda unit: units[unit])
+    unit = next((each for each in reversed(ascending) if units[each] <= value), ascending[0])
+    return f"{value / units[unit]:.12f}".rstrip("0").rstrip(".") + unit
 
 
 def parse_limits(text: str) -> Limits:
@@ -138,7 +147,7 @@ def parse_limits(text: str) -> Limits:
     found: dict[str, float] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", part)
-        if match is None or float(match[1]) == 0:
+        if match is None or not 0 < float(match[1]) < math.inf:
             raise UsageError(
                 f"--under {text}: {part.strip()!r} is no limit; write a number above 0 and its unit, such as 5ms,2MB"
             )
@@ -155,7 +164,7 @@ def parse_limits(text: str) -> Limits:
             raise UsageError(f"--under {text}: there are two limits of the {kind.replace('_', ' ')}; give one")
         found[kind] = float(match[1]) * {**_TIME_UNITS, **_SIZE_UNITS}[unit]
     size = found.get("file_size")
-    return Limits(found.get("milliseconds"), None if size is None else round(size))
+    return Limits(found.get("milliseconds"), None if size is None else max(1, round(size)))
 
 
 def read_table(path: Path | None = None) -> list[ModelRow]:

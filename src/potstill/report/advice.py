@@ -7,10 +7,15 @@ part (data, evidence, teachers, students).
 import math
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from potstill.config.yaml import parse_yaml
 from potstill.data.entries import FINDING_KINDS
+from potstill.errors import UsageError
 from potstill.experiment.verdict import average_over_seeds, effect_of, folds_of, repeats_of
 from potstill.formatting import (
     format_count,
@@ -57,6 +62,17 @@ def best_and_last_epoch(stage: StageResult) -> tuple[int, int] | None:
 def final_student(run: Run) -> StageResult | None:
     """Return the distilled student, else the baseline."""
     return run.stages.get("distilled") or run.stages.get("baseline")
+
+
+def recipe_setting(run: Run, *path: str) -> Any:
+    """Return a setting of the run's recipe; None if the recipe or the setting is missing."""
+    try:
+        found = parse_yaml(run.recipe or "", "recipe.yaml").value
+    except UsageError:
+        return None
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 IMBALANCE_RATIO = 5.0  # images of the largest class to those of the smallest
@@ -185,10 +201,15 @@ def val_too_small(run: Run) -> Advice | None:
     error = math.sqrt(top1 * (1 - top1) / total)
     if error < NOISY_VAL_ERROR:
         return None
+    evidence = (
+        f"It has {format_count(total)} images: at {format_percent(top1)} the standard error of top-1 is "
+        f"{format_points(error, signed=False)} points, so smaller differences between epochs are noise."
+    )
+    if recipe_setting(run, "training", "selection_metric") == "nll":
+        return Advice("val is too small to choose by", evidence, "Give val more images.")
     return Advice(
         "val is too small to choose by",
-        f"It has {format_count(total)} images: at {format_percent(top1)} the standard error of top-1 is "
-        f"{format_points(error, signed=False)} points, so smaller differences between epochs are noise.",
+        evidence,
         "Give val more images, or pick the epoch by nll, which varies less by chance.",
         settings=("training.selection_metric=nll",),
     )
@@ -256,8 +277,15 @@ def weak_teacher(run: Run) -> Advice | None:
         if gap < 0
         else "On test the teacher's top-1 equals the baseline's.",
         "Train it longer or with another learning rate, or use a larger or a pretrained one.",
-        flags=("--teacher", "resnet50@pretrained"),
+        flags=_another_teacher(run),
     )
+
+
+def _another_teacher(run: Run) -> tuple[str, ...]:
+    """Return the flags for the teacher that is advised; none if the run has it already."""
+    model, weights = (recipe_setting(run, "teacher", key) for key in ("model", "weights"))
+    known = str(model).removeprefix("timm/").partition(".")[0] == "resnet50" and weights == "pretrained"
+    return () if known else ("--teacher", "resnet50@pretrained")
 
 
 def teacher_still_improving(run: Run) -> Advice | None:
@@ -301,6 +329,8 @@ SATURATED_TOP1 = 0.99  # of the baseline
 MIN_TRAIN_AGREEMENT = 0.90  # with the teacher on the training images
 WIDE_PARAMETER_RATIO = 20.0  # teacher to student; from here, assistants were found to help
 WIDE_TOP1_GAP = 0.10  # between teacher and baseline
+CURVE_IMAGES = 400  # with fewer, a learning curve says little: off by 5 points on CIFAR-10
+WORTHWHILE_GAIN = 0.01  # of top-1 by twice as many images
 
 
 def no_room(run: Run) -> Advice | None:
@@ -327,7 +357,7 @@ def as_good_as_teacher(run: Run) -> Advice | None:
         f"On test the distilled student has a top-1 of {format_percent(distilled)}, the teacher "
         f"{format_percent(teacher)}.",
         "A smaller student may do as well; a better student needs a better teacher, such as a pretrained one.",
-        flags=("--teacher", "resnet50@pretrained"),
+        flags=_another_teacher(run),
     )
 
 
@@ -342,13 +372,32 @@ def overfitting(run: Run) -> Advice | None:
     epochs = best_and_last_epoch(found)
     early = epochs is not None and epochs[1] >= MIN_EPOCHS and epochs[0] <= EARLY_BEST_EPOCH * epochs[1]
     more = f" Its best epoch was {epochs[0]} of {epochs[1]}." if early and epochs is not None else ""
+    stronger = _stronger_augmentation(recipe_setting(run, "data", "augment"))
+    mirrored = " Mirror images only where that does not change their class." if _MIRROR in stronger else ""
     return Advice(
         "The student overfits",
         f"The {found.name} student has a top-1 of {format_percent(on_train)} on train and "
         f"{format_percent(on_val)} on val.{more}",
-        "Use stronger augmentation, or more images.",
-        settings=("data.augment.crop_scale=[0.5, 1]", "data.augment.hflip=true"),
+        f"Use stronger augmentation, or more images.{mirrored}" if stronger else "Use more images.",
+        settings=stronger,
     )
+
+
+_MIRROR = "data.augment.hflip=true"
+
+
+def _stronger_augmentation(augment: Any) -> tuple[str, ...]:
+    """Return up to two settings that augment more than a recipe's ``data.augment`` does; none if it has them all."""
+    now = augment if isinstance(augment, dict) else {}
+    crop, policy = now.get("crop_scale"), now.get("auto_augment", "none")
+    steps = (
+        ("data.augment.crop_scale=[0.5, 1]", not isinstance(crop, list) or not crop or crop[0] > 0.5),
+        (_MIRROR, not now.get("hflip")),
+        ("data.augment.color_jitter=0.3", policy == "none" and not now.get("color_jitter")),
+        ("data.augment.auto_augment=trivialaugment", policy == "none"),
+        ("data.augment.erasing=0.25", not now.get("erasing")),
+    )
+    return tuple(setting for setting, missing in steps if missing)[:2]
 
 
 def unlabeled_images(run: Run) -> Advice | None:
@@ -365,6 +414,54 @@ def unlabeled_images(run: Run) -> Advice | None:
         "Add images, also without labels: the teacher says what they show.",
         flags=("--unlabeled", "DIR"),
     )
+
+
+def more_labels(run: Run) -> Advice | None:
+    """A linear probe is expected to gain from twice as many labeled images."""
+    for name in ("distilled", "baseline", "teacher"):  # rather the student's own embeddings, if it began with a probe
+        head = run.stages[name].facts.get("head") if name in run.stages else None
+        points = _learning_curve(head if isinstance(head, dict) else {})
+        if len(points) < 3 or points[-1][0] < CURVE_IMAGES:
+            continue
+        gain = expected_gain(points)
+        if gain < WORTHWHILE_GAIN:
+            return None
+        course = ", ".join(f"{format_percent(top1)} with {format_count(images)}" for images, top1 in points)
+        return Advice(
+            "More labeled images would help",
+            f"A linear probe on the embeddings of the {name if name == 'teacher' else 'student'} has a cross-validated "
+            f"top-1 of {course} training images: twice as many are expected to bring it "
+            f"{format_points(gain, signed=False)} points (a power law; where this was checked, off by 1 to 2).",
+            "Label more images of the same kind, those first about which the teacher is least sure: `potstill predict "
+            "--output` lists them with its confidence.",
+        )
+    return None
+
+
+def expected_gain(points: Sequence[tuple[float, float]]) -> float:
+    """Return the gain of accuracy by twice as many images, by a power law through the errors, least squares of logs.
+
+    Args:
+        points: (images, accuracy), two or more.
+
+    Example:
+        >>> expected_gain([(100, 0.6), (200, 0.7), (400, 0.775)])  # the error falls by a quarter with each doubling
+        0.05625
+    """
+    errors = [max(1 - top1, 0.5 / images) for images, top1 in points]  # no point at 0, half an image instead
+    slope = np.polyfit(np.log([images for images, _ in points]), np.log(errors), 1)[0]
+    return round(errors[-1] * (1 - 2 ** min(float(slope), 0.0)), 6)
+
+
+def _learning_curve(head: dict[str, Any]) -> list[tuple[float, float]]:
+    """Return (images, top-1) of a probe, rising."""
+    points = head.get("learning_curve")
+    found = (
+        (format_number(each.get("images")), format_number(each.get("top1")))
+        for each in (points if isinstance(points, list) else [])
+        if isinstance(each, dict)
+    )
+    return sorted((images, top1) for images, top1 in found if images and top1 is not None and 0 <= top1 <= 1)
 
 
 def still_improving(run: Run) -> Advice | None:
@@ -443,6 +540,7 @@ RULES: tuple[AdviceRule, ...] = (
     as_good_as_teacher,
     overfitting,
     unlabeled_images,
+    more_labels,
     still_improving,
     cannot_follow,
     wide_gap,

@@ -10,6 +10,7 @@ therefore differ from each other.
 
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from xml.etree import ElementTree  # nosec B405 # parses what matplotlib has jus
 from potstill.report.display_names import DEFAULT_FONT
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#1b1f24"
@@ -248,6 +250,14 @@ def draw_figure(draw: DrawFunction, size: tuple[float, float]) -> "Figure":
     draw(figure)
     _set_layout(figure, canvas.get_renderer())  # type: ignore[no-untyped-call]
     return figure
+
+
+def add_legend_below(figure: "Figure", axes: "Axes") -> None:
+    """Add a legend below the axes, where it covers no curve; none if no artist has a label."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        columns = len(labels) if len(labels) <= 3 else math.ceil(len(labels) / 2) if len(labels) <= 6 else 3
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, handlelength=2.4)
 
 
 def _set_layout(figure: "Figure", renderer: Any) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from potstill.config import repeat_index
 from potstill.config.settings_errors import format_value
+from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
 from potstill.evaluation import Array
 from potstill.evaluation.significance import Interval, crossed_interval, mcnemar, paired_interval, seeds_summary
@@ -165,11 +166,9 @@ def _different_settings(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
 
 def _read_recipe(run: Run) -> Any:
     """Return recipe.yaml as plain values, or its text if it is no YAML."""
-    import yaml
-
     try:
-        return yaml.safe_load(run.recipe or "")
-    except yaml.YAMLError:
+        return parse_yaml(run.recipe or "", "recipe.yaml").value
+    except UsageError:
         return run.recipe
 
 

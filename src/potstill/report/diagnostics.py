@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from potstill.formatting import MISSING, format_count, format_decimal, format_number, format_percent, format_points
-from potstill.report.canvas import FAINT, GRID, RIGHT, ROLE_COLORS, as_svg, text_color_on
+from potstill.report.canvas import FAINT, GRID, RIGHT, ROLE_COLORS, add_legend_below, as_svg, text_color_on
 from potstill.report.display_names import shorten
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_predictions
 from potstill.report.stage_figures import (
@@ -235,7 +235,7 @@ def draw_cascade(figure: "Figure", curve: Sequence[Sequence[float]], marks: Sequ
     axes.set_ylabel("top-1")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1, symbol=" %"))
-    axes.legend(loc="lower right", fontsize=8.5)
+    add_legend_below(figure, axes)
 
 
 def cascade_context(run: Run) -> dict[str, Any] | None:

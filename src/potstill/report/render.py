@@ -76,7 +76,7 @@ def data_context(run: Run) -> dict[str, Any] | None:
 
 
 def exports_context(run: Run) -> dict[str, Any] | None:
-    """Return a row for each exported file; None if there is none.
+    """Return a row for each exported file, and a link to the report of each `potstill shrink`; None without either.
 
     Raises:
         ArtifactError: a description is damaged.
@@ -86,7 +86,19 @@ def exports_context(run: Run) -> dict[str, Any] | None:
         for stage in run.stages.values()
         for path in sorted((stage.folder / "export").glob("*.json"))
     ]
-    return {"rows": [_export_row(path, facts) for path, facts in found]} if found else None
+    shrunk = [
+        (f"{path.parent.relative_to(run.folder).as_posix()}/shrink.html", _shrink_sentence(read_checksummed_json(path)))
+        for path in sorted(run.folder.glob("shrink/*/shrink.json"))
+    ]
+    if not found and not shrunk:
+        return None
+    return {"rows": [_export_row(path, facts) for path, facts in found], "shrunk": shrunk}
+
+
+def _shrink_sentence(found: dict[str, Any]) -> str:
+    after, before = (each["bytes"] for each in (found["candidates"][found["chosen"]], found["reference"]))
+    sizes = f"{format_scaled(after, 'B')} in place of {format_scaled(before, 'B')}"
+    return f"{found['stage']}: {sizes}, for a loss of at most {found['max_loss']:g} points on val"
 
 
 def _export_row(path: Path, facts: dict[str, Any]) -> tuple[str, list[str]]:

@@ -26,6 +26,7 @@ from potstill.report.canvas import (
     ROLE_COLORS,
     SPLIT_COLORS,
     WRONG,
+    add_legend_below,
     as_png,
     as_png_and_svg,
     text_color_on,
@@ -348,7 +349,7 @@ def draw_stages(figure: "Figure", run: Run) -> None:
     _percent_axis(axes)
     _epoch_axis(axes, [epoch for stage in run.stages.values() for epoch in _epochs(stage)])
     axes.set_xlabel("epoch (the dot is the best one)")
-    _add_legend(figure, axes)
+    add_legend_below(figure, axes)
 
 
 def _make_axes(figure: "Figure", stage: StageResult, title: str, unit: str) -> "Axes":
@@ -425,7 +426,7 @@ def _finish_axes(figure: "Figure", axes: "Axes", stage: StageResult) -> None:
         axes.axvline(stage.best_epoch, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
         axes.set_xlabel(f"epoch (dashed: the best on val, {stage.best_epoch})")
     _epoch_axis(axes, _epochs(stage))
-    _add_legend(figure, axes)
+    add_legend_below(figure, axes)
 
 
 def _epoch_axis(axes: "Axes", epochs: list[int]) -> None:
@@ -435,13 +436,6 @@ def _epoch_axis(axes: "Axes", epochs: list[int]) -> None:
     first, last = min(epochs, default=1), max(epochs, default=1)
     room = max(0.5, 0.03 * (last - first))
     axes.set_xlim(first - room, last + room)
-
-
-def _add_legend(figure: "Figure", axes: "Axes") -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        columns = len(labels) if len(labels) <= 3 else math.ceil(len(labels) / 2) if len(labels) <= 6 else 3
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, handlelength=2.4)
 
 
 _CURVE_SIZE = (4.4, 3.3)  # inches

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ArtifactError
+from potstill.experiment.run_folder import RunFolder
 from potstill.experiment.verdict import headline
 from potstill.formatting import (
     MISSING,
@@ -19,10 +20,10 @@ from potstill.formatting import (
     format_scaled,
 )
 from potstill.io import read_checksummed_json, write_text
-from potstill.report.canvas import BASELINE, DISTILLED, FAINT, VAL, as_svg
+from potstill.report.canvas import BASELINE, DISTILLED, FAINT, VAL, add_legend_below, as_svg
 from potstill.report.compare import compare_predictions, group_runs, read_contender
 from potstill.report.display_names import escape_invisible
-from potstill.report.render import render_template
+from potstill.report.render import render, render_template
 from potstill.report.run_reader import read_run
 
 if TYPE_CHECKING:
@@ -253,7 +254,8 @@ def _final_lines(final: Mapping[str, Any]) -> list[str]:
 
 
 def render_shrink(folder: Path) -> tuple[Path, list[str]]:
-    """Write the page of ``potstill shrink``; return its path and the lines for a terminal.
+    """Write the page of ``potstill shrink``, and the run's report, which links it; return the page's path and the lines
+    for a terminal.
 
     Raises:
         ArtifactError: no such search, or a damaged file.
@@ -284,7 +286,8 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
         sentence += f". This is look {looks} of searches here at test: quote the first"
     bound = (
         f"On {found['val_images']:,} val images it loses {format_points(chosen['loss'], signed=False)} points, and at "
-        f"most {format_points(chosen['bound'], signed=False)} with 95 % confidence; allowed were {found['max_loss']:g}."
+        f"most {format_points(chosen['bound'], signed=False)} with {_confidence(chosen)} confidence; allowed were "
+        f"{found['max_loss']:g}."
     )
     figure = as_svg(
         partial(draw_trade_off, found=found),
@@ -305,6 +308,9 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
     }
     target = folder / "shrink.html"
     write_text(target, render_template("shrink.html.j2", values))
+    run = RunFolder(folder.parent.parent)
+    if run.results.is_file():
+        render(run.path)
     lines = [
         f"{row['how']}: {row['bytes']}, {row['ms']}, val {row['val']}{', ' + row['note'] if row['note'] else ''}"
         for row in rows
@@ -314,6 +320,8 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
 
 def draw_trade_off(figure: "Figure", found: Mapping[str, Any]) -> None:
     """Draw accuracy on val with its interval against the size of the file; the chosen candidate is marked."""
+    from matplotlib.ticker import PercentFormatter
+
     axes = figure.add_subplot()
     axes.set_xscale("log")
     reference, candidates = found["reference"], found["candidates"]
@@ -333,8 +341,9 @@ def draw_trade_off(figure: "Figure", found: Mapping[str, Any]) -> None:
     axes.minorticks_off()
     axes.margins(x=0.08)
     axes.set_xlabel("size of the file, MB")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1, symbol=" %"))
     axes.set_ylabel("top-1 on val, 95 % interval", color=FAINT)
-    axes.legend(loc="lower right")
+    add_legend_below(figure, axes)
 
 
 def _shrink_row(found: Mapping[str, Any], row: Mapping[str, Any], *, note: str) -> dict[str, str]:
@@ -345,9 +354,13 @@ def _shrink_row(found: Mapping[str, Any], row: Mapping[str, Any], *, note: str) 
         "ms": format_milliseconds(row["ms"]),
         "val": _interval_text(row["val"]),
         "changed": f"{row['lost']} / {row['gained']}" if "lost" in row else MISSING,
-        "bound": format_points(row["bound"], signed=False) if "bound" in row else MISSING,
+        "bound": f"{format_points(row['bound'], signed=False)} ({_confidence(row)})" if "bound" in row else MISSING,
         "note": note,
     }
+
+
+def _confidence(row: Mapping[str, Any]) -> str:
+    return format_percent(row.get("confidence", 0.95), 0)
 
 
 def _interval_text(interval: Mapping[str, float]) -> str:

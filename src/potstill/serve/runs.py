@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import repeat_index, sort_stages, stage_role
-from potstill.errors import ArtifactError
+from potstill.config.yaml import parse_yaml
+from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.run_folder import RunFolder
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -174,18 +175,16 @@ def _state(folder: Path, stages: list[str]) -> str:
 
 def _planned(folder: Path) -> dict[str, int]:
     """Epochs of the teacher and of the student, by the recipe."""
-    import yaml
-
     if not _regular(folder / "recipe.yaml"):
         return {}
     try:
-        recipe = yaml.safe_load(RunFolder(folder).read_recipe())
+        recipe = parse_yaml(RunFolder(folder).read_recipe(), "recipe.yaml").value
         common = recipe["training"]["epochs"]
         own = {each: ((recipe.get(each) or {}).get("training") or {}).get("epochs") for each in ("teacher", "student")}
         return {each: int(value or common) for each, value in own.items()}
     except (
         ArtifactError,
-        yaml.YAMLError,
+        UsageError,
         LookupError,
         TypeError,
         ValueError,

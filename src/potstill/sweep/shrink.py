@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from potstill.config import stage_number, stage_role
@@ -391,6 +392,37 @@ def prune_run(
 SHRINK_FOLDER, SHRINK_FILE = "shrink", "shrink.json"
 STEP = 0.25  # of the remaining weights, removed from one candidate to the next
 MAX_STEPS = 12  # after which 3 % of the weights are left
+# The chance that the chosen file loses more than allowed: of files before the first failure, and after it.
+ERROR_LEVELS = (0.03, 0.02)
+
+
+class LossTest:
+    """Decides on val which files lose little enough; the search ends at the second failure.
+
+    Of the files that lose too much in truth, the first is tested at a level of 3 % if none has failed before, and of
+    2 % otherwise.  If it does not pass, it is a failure itself, so the next one is tested at 2 %, and if that does not
+    pass, the search ends.  So the chance that any such file passes is at most 3 % + 2 % (Bonferroni over the
+    failures), however many files are tried and however their errors depend on each other.
+
+    Args:
+        max_loss: points of accuracy.
+    """
+
+    def __init__(self, max_loss: float) -> None:
+        self.max_loss, self.failures = max_loss, 0
+
+    @property
+    def ended(self) -> bool:
+        """Return whether as many files have failed as may fail."""
+        return self.failures == len(ERROR_LEVELS)
+
+    def judge(self, lost: int, gained: int, images: int) -> dict[str, Any]:
+        """Return ``loss``, its upper ``bound``, the ``confidence`` of that, and whether the file ``passes``."""
+        confidence = 1 - ERROR_LEVELS[self.failures]
+        bound = paired_loss_bound(lost, gained, images, confidence)
+        passes = 100 * bound <= self.max_loss + 1e-9
+        self.failures += not passes
+        return {"loss": (lost - gained) / images, "bound": bound, "confidence": confidence, "passes": passes}
 
 
 @dataclass
@@ -459,6 +491,7 @@ class _Search:
         _check_images(len(self.splits.val), max_loss)
         self.reference = self._correct(self._torch(work.student), "val")
         self.rows: list[dict[str, Any]] = []
+        self.test = LossTest(max_loss)
 
     def run(self) -> dict[str, Any]:
         """Try one candidate after the other; export the last that is good enough; return the content of shrink.json."""
@@ -485,7 +518,7 @@ class _Search:
             if not chosen.passes:
                 folder = self._finetune(0, lambda: self.work.prune(self.work.student, 0.0))
                 chosen = self._try(folder, "fine-tuned")
-                if not chosen.passes:
+                if self.test.ended:
                     return None
                 current = load_model(folder)
         for step in range(1, MAX_STEPS + 1):
@@ -495,10 +528,11 @@ class _Search:
             except UnreachableShare as error:
                 self.note(f"the search ends here: {str(error).splitlines()[0]}")
                 break
-            candidate = self._try(folder, "pruned and fine-tuned")
-            if not candidate.passes:
+            candidate, current = self._try(folder, "pruned and fine-tuned"), load_model(folder)
+            if candidate.passes:
+                chosen = candidate
+            elif self.test.ended:
                 break
-            chosen, current = candidate, load_model(folder)
         return chosen
 
     def _finetune(self, step: int, start: "Callable[[], Classifier]") -> Path:
@@ -517,7 +551,6 @@ class _Search:
         correct = self._correct(create_onnx_predictor(content), "val")
         lost, gained = int((self.reference & ~correct).sum()), int((~self.reference & correct).sum())
         images = len(correct)
-        bound = paired_loss_bound(lost, gained, images)
         row = {
             "folder": str(folder.relative_to(self.work.run.path)),
             "how": how,
@@ -527,9 +560,7 @@ class _Search:
             "val": wilson_interval(int(correct.sum()), images)._asdict(),
             "lost": lost,
             "gained": gained,
-            "loss": (lost - gained) / images,
-            "bound": bound,
-            "passes": 100 * bound <= self.max_loss + 1e-9,
+            **self.test.judge(lost, gained, images),
         }
         self.rows.append(row)
         self.note(f"{_describe_row(row)}: {'small enough a loss' if row['passes'] else 'too much may be lost'}")
@@ -605,13 +636,15 @@ class _Search:
 
 def _check_images(count: int, max_loss: float) -> None:
     """Raise UsageError if so few val images cannot show that little is lost, even if no image changes."""
-    bound = 100 * paired_loss_bound(0, 0, count)
+    confidence = 1 - ERROR_LEVELS[0]
+    bound = 100 * paired_loss_bound(0, 0, count, confidence)
     if bound > max_loss:
-        needed = next(n for n in range(count, 10**7) if 100 * paired_loss_bound(0, 0, n) <= max_loss)
+        squared, share = NormalDist().inv_cdf(confidence) ** 2, max_loss / 100
+        needed = math.ceil(squared * (1 - share) / share)  # the bound of 0 changes among n is z^2 / (n + z^2)
         raise UsageError(
             f"--max-loss {max_loss:g}: {count} val images cannot show so small a loss: if not one image changes, up to "
-            f"{bound:.2g} points may be lost, with 95 % confidence.\n"
-            f"Nearest: --max-loss {math.ceil(10 * bound) / 10:g}; or a run with at least {needed} val images"
+            f"{bound:.2g} points may be lost, with {confidence:.0%} confidence.\n"
+            f"Nearest: --max-loss {math.ceil(10 * bound) / 10:g}; or a run with at least {needed:,} val images"
         )
 
 
@@ -619,5 +652,6 @@ def _describe_row(row: Mapping[str, Any]) -> str:
     return (
         f"{row['how']}, {format_scaled(row['weights'])} weights: {format_scaled(row['bytes'], 'B')}, "
         f"{format_milliseconds(row['ms'])}, val top-1 {format_percent(row['val']['value'])}, "
-        f"loses {format_points(row['loss'], signed=False)} points, at most {format_points(row['bound'], signed=False)}"
+        f"loses {format_points(row['loss'], signed=False)} points, at most {format_points(row['bound'], signed=False)} "
+        f"({row['confidence']:.0%})"
     )

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from potstill.config.recipe import Recipe, dump_recipe
+from potstill.config.yaml import parse_yaml
 from potstill.errors import ArtifactError, UsageError
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.sweep import Space
@@ -89,7 +88,7 @@ def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
 
 def differences(stored: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Return a line for each difference of two descriptions of a search that changes its result."""
-    old, new = _flatten(yaml.safe_load(stored["recipe"])), _flatten(yaml.safe_load(after["recipe"]))
+    old, new = (_flatten(parse_yaml(facts["recipe"], "recipe").value) for facts in (stored, after))
     lines = [
         f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from potstill.distillation.teacher_cache.cache import TeacherCache
+from potstill.distillation.teacher_cache.cache import TeacherCache, copy_from_wider
 from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.errors import ArtifactError, UsageError
 
@@ -242,3 +242,46 @@ def test_existing_stores_alone_are_opened_by_their_folder(known, tmp_path):
 def test_an_identity_that_is_no_json_is_refused(tmp_path):
     with pytest.raises(UsageError, match="must be JSON values"):
         TeacherCache.open(tmp_path, {"a": object()}, RecordFormat("float16", 4), 10, {})
+
+
+def test_logits_are_copied_from_a_cache_with_embeddings(tmp_path):
+    random = np.random.default_rng(0)
+    samples, size = 9000, 12
+    logits = random.normal(size=(2, samples, 3)).astype(np.float32)
+    embeddings = random.normal(size=(samples, size)).astype(np.float32)
+    plain, wide = RecordFormat("float16", 3), RecordFormat("float16", 3, size)
+
+    def open_cache(record, name="a", count=samples):
+        return TeacherCache.open(tmp_path, {"name": name}, record, count, {})
+
+    wider = open_cache(wide)
+    here = [np.arange(samples), np.arange(100, 8500, 3)]
+    for view, ids in enumerate(here):
+        wider.write(view, ids, wide.encode(logits[view, ids], embeddings[ids]))
+    wider.close()
+
+    cache = open_cache(plain)
+    own = np.arange(50)
+    cache.write(0, own, plain.encode(logits[0, own] + 1))  # what is there stays
+    cache.flush()
+    cache.close()
+    cache = open_cache(plain)
+    assert copy_from_wider(cache) == sum(map(len, here)) - len(own)
+    records, present = cache.read(0, here[0])
+    assert present.all()
+    assert (records[50:] == plain.encode(logits[0, 50:])).all()
+    assert (records[:50] == plain.encode(logits[0, :50] + 1)).all()
+    records, present = cache.read(1, np.arange(samples))
+    assert np.flatnonzero(present).tolist() == here[1].tolist()
+    assert (records[present] == plain.encode(logits[1, here[1]])).all()
+    assert copy_from_wider(cache) == 0
+    cache.write(1, np.arange(9), plain.encode(logits[1, :9]))  # its blocks are free
+    assert cache.read(1, np.arange(9))[1].all()
+    cache.close()
+
+    for other in (open_cache(plain, name="b"), open_cache(plain, count=10), open_cache(RecordFormat("float32", 3))):
+        assert copy_from_wider(other) == 0  # other outputs, or of another precision
+        other.close()
+    wider = open_cache(wide)
+    assert copy_from_wider(wider) == 0
+    wider.close()

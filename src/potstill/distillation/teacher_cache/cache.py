@@ -14,7 +14,8 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -381,6 +382,49 @@ class TeacherCache:
     def _fail(self, name: str, error: OSError) -> NoReturn:
         self._failed = True
         raise StorageError(f"cannot write {self.path / name}: {error.strerror or error}") from error
+
+
+def copy_from_wider(cache: TeacherCache) -> int:
+    """Copy missing records from caches of the same outputs that have embeddings beside them; return how many.
+
+    A method that reads logits alone thus uses what another has recorded.
+
+    Args:
+        cache: of logits alone; with embeddings nothing is copied.
+    """
+    record, copied = cache.record, 0
+    if record.embedding:
+        return 0
+    for folder in _cache_folders(cache.path.parent):
+        with contextlib.suppress(ArtifactError, StorageError):  # damaged, just removed, or read-only: the teacher runs
+            found = CacheManifest.read(folder)
+            if (found.identity, found.samples) != (cache.identity, cache.samples) or not found.record.embedding:
+                continue
+            if found.record != replace(record, embedding=found.record.embedding):
+                continue
+            # Opened again, so that no block stays with this process.
+            with (
+                closing(TeacherCache.open_existing(folder)) as wider,
+                closing(TeacherCache.open_existing(cache.path)) as target,
+            ):
+                copied += _copy_records(wider, target)
+    return copied
+
+
+def _copy_records(wider: TeacherCache, target: TeacherCache) -> int:
+    """Copy the logits, which are the first bytes of a record."""
+    copied = 0
+    for view, (there, here) in enumerate(zip(wider.coverage(), target.coverage(wider.views), strict=True)):
+        if here >= there:
+            continue
+        for start in range(0, wider.samples, BLOCK):
+            ids = np.arange(start, min(start + BLOCK, wider.samples), dtype=np.int64)
+            records, present = wider.read(view, ids)
+            missing = present & ~target.read(view, ids)[1]
+            if missing.any():
+                target.write(view, ids[missing], np.ascontiguousarray(records[missing, : target.record.nbytes]))
+                copied += int(missing.sum())
+    return copied
 
 
 _KEY_PATTERN = re.compile(r"[0-9a-f]{16}")
