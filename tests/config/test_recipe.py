@@ -54,6 +54,33 @@ def test_every_shipped_recipe_is_well_and_survives_a_round_trip(name: str, tmp_p
     assert load(str(list_recipes()[name])) == recipe
 
 
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        (["teacher={model: efficientnet-lite0, weights: pretrained}"], {"name": "srd", "temperature": 1.0}),
+        (["teacher=[{model: efficientnet-lite0, weights: pretrained}]"], {"name": "srd", "temperature": 1.0}),
+        ([], {"name": "kd", "temperature": 1.0}),  # a teacher from scratch
+        (["teacher={model: efficientnet-lite0, weights: pretrained}", "method.temperature=2"],
+         {"name": "srd", "temperature": 2}),
+        (["teacher={model: efficientnet-lite0, weights: pretrained}", "student.weights=pretrained"],
+         {"name": "kd", "temperature": 1.0}),
+        (["teacher={model: efficientnet-lite0, weights: pretrained}", "data.labeled=false", "teacher.classes=[a, b]"],
+         {"name": "srd", "temperature": 1.0, "ce_weight": 0.0}),
+    ],
+)  # fmt: skip
+def test_the_method_auto_depends_on_the_networks(sets: list[str], expected: dict[str, object]) -> None:
+    assert load(SMALL | {"method": {"name": "auto"}}, *sets).method == expected
+
+
+def test_the_method_auto_takes_logits_from_a_teacher_without_layers(tmp_path: Path) -> None:
+    (tmp_path / "answers.csv").write_text("path,cat,dog\nimages/1.png,0.2,0.8\n")
+    recipe = load(SMALL | {"method": {"name": "auto"}}, f"teacher={{weights: {tmp_path / 'answers.csv'}}}")
+    assert recipe.method["name"] == "kd"
+    assert load(SMALL, flags={"--method": "auto"}).method["name"] == "kd"
+    ready = "teacher={model: efficientnet-lite0, weights: pretrained}"
+    assert "no option 'alpha'" in " ".join(problems(SMALL, "method={name: auto, alpha: 2}", ready))
+
+
 def test_recipes_for_everyday_use_come_first() -> None:
     names = list(list_recipes())
     everyday = [name for name in names if "/" not in name]

@@ -45,6 +45,7 @@ def test_defaults_and_presets_of_every_method_are_valid_and_an_unknown_option_is
         {"method": {"name": "ls", "base_method": {"name": "dkd", "beta": 2}}},
         {"method": {"name": "kd", "schedule": {"temperature": {"shape": "linear", "start": 4, "end": 1}}}},
         {"method": {"name": "my.methods:Mine", "anything": [1]}},
+        {"method": {"name": "auto"}},
         {"teacher_cache": "off", "tracker": "wandb"},
         {"teacher_cache": {"views": 8}, "tracker": ["wandb", {"name": "mlflow", "uri": "http://127.0.0.1:5000"}]},
         {"teacher": [{"model": "resnet50"}, {"weights": "runs/a", "classes": "classes.txt"}]},

@@ -19,6 +19,7 @@ from potstill.methods import list_own_methods, method_info, normalize_method
 from potstill.models.class_names import CLASS_LISTS, class_list
 from potstill.models.exported_files import (
     EXECUTABLE,
+    LABELS,
     METADATA_KEY,
     SUFFIXES,
     check_permission,
@@ -319,6 +320,27 @@ def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
     key = "alpha" if name == "kd" else "ce_weight"
     if key in method_info(name).options and ("method", key) not in changed:
         _set_value(document, ("method", key), 0.0, "--no-labels")
+
+
+def choose_method(value: dict[str, Any]) -> None:
+    """Replace, in place, the method ``auto`` by one that suits the networks; call it after ``fill_architectures``.
+
+    ``srd`` if the student starts from scratch and its one teacher has weights and embeddings, else ``kd``, both at
+    T = 1.  From few images, a network without pretrained weights learns more from a pretrained teacher's embeddings
+    than from its probabilities alone; a pretrained student has such features already.
+    """
+    method, student, teacher, data = (value.get(key) for key in ("method", "student", "teacher", "data"))
+    if not isinstance(method, dict) or method.get("name") != "auto":
+        return
+    teacher = teacher[0] if isinstance(teacher, list) and len(teacher) == 1 else teacher
+    model = teacher.get("model") if isinstance(teacher, dict) else None
+    ready = isinstance(teacher, dict) and teacher.get("weights") is not None
+    embeds = ready and isinstance(model, str) and model not in LABELS and not is_code_reference(model)
+    scratch = isinstance(student, dict) and student.get("weights") is None
+    name, label_weight = ("srd", "ce_weight") if embeds and scratch else ("kd", "alpha")
+    unlabeled = isinstance(data, dict) and data.get("labeled") is False
+    defaults = {"temperature": 1.0} | ({label_weight: 0.0} if unlabeled else {})
+    value["method"] = {"name": name} | defaults | {key: each for key, each in method.items() if key != "name"}
 
 
 def drop_soft_targets(value: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from potstill.code_references import find_code, permit_code, refuse_code_in_reci
 from potstill.config import stage_number, stage_role
 from potstill.config.overrides import (
     apply_overrides,
+    choose_method,
     complete_fallbacks,
     drop_soft_targets,
     fill_architectures,
@@ -356,6 +357,7 @@ def load_recipe(
     value.setdefault("name", _name_of(source))
     failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")), recorded=recorded)
     failures += fill_class_names(value)
+    choose_method(value)
     drop_soft_targets(value)
     wrap_method_for_previous(value)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
@@ -449,6 +451,11 @@ def _reading_order(text: str, label: str) -> tuple[int, int, int]:
 
 _CODE = {"type": "string", "pattern": r":[A-Za-z_]\w*$"}  # package.module:Class, path/file.py:Class
 _WEIGHTED: Schema = {"$ref": "#/$defs/WeightedMethod"}
+_AUTO: Schema = {
+    "type": "object",
+    "properties": {"name": {"const": "auto", "description": "srd or kd, by the networks; see docs/recipes.md"}},
+    "required": ["name"],
+}
 
 
 def recipe_schema() -> Schema:
@@ -461,7 +468,7 @@ def recipe_schema() -> Schema:
     keys["method"] = {
         "description": keys["method"]["description"],
         "default": {"name": "kd"},
-        "anyOf": [METHOD_SCHEMA, {"type": "array", "minItems": 2, "items": _WEIGHTED}],
+        "anyOf": [METHOD_SCHEMA, {"type": "array", "minItems": 2, "items": _WEIGHTED}, _AUTO],
     }
     source = definitions["DataSettings"]["properties"]["source"]
     source["type"] = [source["type"], "null"]  # null: given with --data
