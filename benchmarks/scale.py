@@ -10,8 +10,8 @@ what your machines do.  The simulation steps through one epoch: each process tak
 wait for the slowest, reading runs ahead of computing as far as the queue lets it, and machines fail.
 
 ``measure`` makes JPEG files and prints for each number of files, classes and size, each part in a process of its own:
-seconds of CPU until all files are checked and until all splits are packed, cold and once more; peak memory; bytes of the
-caches; and seconds of CPU, peak memory and bytes of the end of a run with as many images in each split
+seconds of CPU until all files are checked and until all splits are packed, cold and once more; peak memory; bytes of
+the caches; and seconds of CPU, peak memory and bytes of the end of a run with as many images in each split
 (benchmarks/run_end.py).
 """
 

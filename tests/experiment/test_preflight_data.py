@@ -7,12 +7,18 @@ import torch
 from torch import nn
 
 from potstill.config.recipe import load_recipe
+from potstill.data import image_io
 from potstill.data.datasets import load_data
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
-from potstill.experiment.builders import train_loader
-from potstill.experiment.plan import PlannedStage
-from potstill.experiment.preflight import check_all, check_data_requirements
+from potstill.experiment.builders import network_spec, split_loader, train_loader
+from potstill.experiment.plan import PlannedStage, plan_stages
+from potstill.experiment.preflight import (
+    check_all,
+    check_data_requirements,
+    create_stage_method,
+    load_and_stage,
+)
 from potstill.experiment.stage import label_loss, train_stage
 from potstill.input_spec import InputSpec
 from potstill.methods.base import Method
@@ -187,3 +193,22 @@ def test_what_was_learned_before_comes_back_on_resuming(recipe, tmp_path, monkey
     stage(recipe, resumed, tmp_path / "cut", resume=True)
     assert torch.equal(resumed.mean, whole.mean)
     assert not torch.equal(resumed.mean, cut.mean)
+
+
+@pytest.mark.parametrize("folds", [{}, {"data.folds": 2, "data.fold": 1}])
+def test_each_file_is_decoded_once_until_all_loaders_of_a_run_have_their_pixels(
+    recipe, tmp_path, monkeypatch, unlabeled, folds
+):
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    decoded, own = [], image_io._decode
+    monkeypatch.setattr(image_io, "_decode", lambda *arguments: decoded.append(1) or own(*arguments))
+    made = recipe(**{"data.augment": "{crop_scale: [0.3, 1], hflip: true}", "data.unlabeled": unlabeled} | folds)
+    planned, compute = plan_stages(made), create_compute(made.training)
+    data = load_and_stage(made, planned)
+    for stage in reversed(planned):  # the distilled student, with the images without labels, comes first
+        spec, needs = network_spec(made, made.network(stage.name)), create_stage_method(made).needs
+        if stage.distils:
+            train_loader(stage, needs, spec, recipe=made, data=data, compute=compute)
+        for split in ("val", "test"):
+            split_loader(data, split, spec, made, made.training, compute)
+    assert len(decoded) == 60 + 10

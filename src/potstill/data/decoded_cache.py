@@ -571,7 +571,7 @@ class StagedSquares:
             return decoded.span
         side = wanted[0][0]
         for square in wanted:
-            if decoded.reduced and square[0] != side:
+            if not decoded.serves(side, square[0]):
                 side = square[0]
                 decoded = read_image(content, path, side=side)
             self._put(digest, square, to_square(decoded, *square))

@@ -256,11 +256,9 @@ class DecodedImage(NamedTuple):
         """The pixels, uint8 [H, W, 3]."""
         return _convert_in_bands(self.image) if isinstance(self.image, Image.Image) else self.image
 
-    @property
-    def reduced(self) -> bool:
-        """Whether it is smaller than in its file."""
-        size = self.image.size[::-1] if isinstance(self.image, Image.Image) else self.image.shape[:2]
-        return size != self.shape
+    def serves(self, side: int, other: int) -> bool:
+        """Return whether an image that was decoded for a square of one side is also what another side would get."""
+        return self.format != "JPEG" or _jpeg_scale(min(self.shape), side) == _jpeg_scale(min(self.shape), other)
 
 
 def decode(source: Path | bytes, ends: ValueRange | None = None, side: int | None = None) -> Pixels:
@@ -382,6 +380,11 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
         width, height = full if reduced else image.size
         shape = (width, height) if orientation >= 5 else (height, width)
         return DecodedImage(upright, span, shape, structure.format, mode)
+
+
+def _jpeg_scale(shorter: int, side: int) -> int:
+    """Return the divisor by which Pillow's ``draft`` reduces a JPEG file for a square of ``side``."""
+    return next((scale for scale in (8, 4, 2) if shorter // (REDUCING_GAP * side) >= scale), 1)
 
 
 def _composite_over_white(image: Image.Image) -> Pixels:
