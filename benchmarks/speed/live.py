@@ -6,6 +6,7 @@ bit: so each image is first resized to a square, of which the crop is then taken
 """
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
@@ -62,7 +63,9 @@ def main(arguments: list[str]) -> None:
             for _ in theirs:
                 pass
 
-        result = take_turns({"live": live, "torchvision": torchvision}, given.rounds, wall=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision's decoders, which torchcodec replaces
+            result = take_turns({"live": live, "torchvision": torchvision}, given.rounds, wall=False)
         middle, least, most = result.ratio("live", "torchvision")
         each = {name: 1000 * result.median(name) / len(ours.labels) for name in result.seconds}
         texts = ", ".join(f"{name} {milliseconds:.2f} ms an image" for name, milliseconds in each.items())
