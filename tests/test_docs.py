@@ -23,8 +23,8 @@ from potstill.config.settings_errors import RENAMED_KEYS
 from potstill.data.builtin.cifar100 import CifarOptions
 from potstill.data.builtin.fashion_mnist import FashionOptions
 from potstill.data.builtin.solar import SolarOptions
+from potstill.data.datasets import DATASETS
 from potstill.data.file_datasets import ShardOptions
-from potstill.data.named_datasets import DATASETS
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.loggers import LoggerSettings

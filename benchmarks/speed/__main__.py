@@ -6,6 +6,7 @@ import sys
 MEASURES = {
     "steps": "(a), (a'), (j): stored answers against plain training, and what metrics cost",
     "pipeline": "(b): the input pipeline against a batch in memory",
+    "live": "(k): files that are decoded in every epoch, against torchvision's tensors",
     "compute": "(c): arithmetic against the machine's best",
     "filling": "(d), (g): bytes of a record, and the speed of recording",
     "starting": "(e), (f): from nothing to the first step, and --help",

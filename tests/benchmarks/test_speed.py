@@ -55,6 +55,12 @@ def test_pipeline(measured, neighbour):
     check_marks(printed, neighbour, 1)
 
 
+def test_live(measured, neighbour):
+    printed = measured("live", CIFAR)
+    ratio(printed, "live / torchvision")
+    check_marks(printed, neighbour, 1)
+
+
 def test_compute(measured, neighbour):
     printed = measured("compute", CIFAR + " --matrix 64")
     rows = {line.split("  ")[0]: line.split() for line in printed.splitlines()[2:]}

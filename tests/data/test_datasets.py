@@ -10,8 +10,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from potstill.data.builtin import fashion_mnist, solar
-from potstill.data.datasets import check_source, from_torch, load_data
-from potstill.data.named_datasets import DATASETS
+from potstill.data.datasets import DATASETS, check_source, from_torch, load_data
 from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
 

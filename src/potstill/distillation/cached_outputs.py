@@ -123,12 +123,14 @@ class CachedTeacherOutputs:
         self._upcoming: Iterator[tuple[Ids, int | Ids]] = iter(())
         self._views: int | Ids = 0  # of the batch: one for all or [B]
         self._position = -1
+        self._temperature: float | None = None  # at which the method reads the logits
         self._pending: list[_PendingRecords] = []  # computed by this process, not written yet
 
     def start_epoch(self, epoch: int, step: int = 0) -> None:
         """Start the epoch at its batch number ``step``, from 0."""
         batches = list(zip(self.loader.ids_of(epoch), self.loader.views_of(epoch), strict=True))
         self._upcoming = iter(batches[step:])
+        self._temperature = self.distiller.method.soft_temperature
         self._position = step - 1
         if self.views is not None:
             self.views.start_epoch(epoch, step)
@@ -169,10 +171,12 @@ class CachedTeacherOutputs:
 
     @torch.no_grad()
     def _teacher_outputs(self, ids: Ids, batch: Batch) -> Outputs:
-        outputs = self._read_or_compute(self.caches, ids, batch.images)
-        if not self.second or batch.second is None:
-            return self.distiller.teacher_outputs(outputs)
-        return self.distiller.teacher_outputs(outputs, self._read_or_compute(self.second, ids, batch.second))
+        teachers, outputs = self.distiller.teacher, self._read_or_compute(self.caches, ids, batch.images)
+        assert teachers is not None  # caches are opened only for methods with a teacher
+        second = None
+        if self.second and batch.second is not None:
+            second = self._read_or_compute(self.second, ids, batch.second)
+        return self.distiller.router.teacher_outputs(teachers, outputs, second)
 
     def _read_or_compute(self, caches: Sequence[TeacherCacheProtocol], ids: Ids, images: Tensor) -> list[ForwardOutput]:
         teachers = self.distiller.teacher
@@ -183,12 +187,11 @@ class CachedTeacherOutputs:
         else:
             self._compute_missing(caches, read, ids, images, teachers)
             self.counts.computed += len(ids)
-        temperature = self.distiller.method.soft_temperature
         outputs = []
         for cache, (records, _), network, extractor in zip(
             caches, read, teachers.networks, teachers.extractors, strict=True
         ):
-            logits, embedded = cache.record.decode(records, temperature)
+            logits, embedded = cache.record.decode(records, self._temperature)
             embedding = None if embedded is None else _to_device(embedded, images.device)
             outputs.append(
                 ForwardOutput(

@@ -17,7 +17,7 @@ from potstill.distillation.output_router import (
     build_output_router,
     network_info,
 )
-from potstill.distillation.teachers import CombineMode, ForwardOutput, TeacherImages, Teachers, TeacherViews
+from potstill.distillation.teachers import CombineMode, TeacherImages, Teachers, TeacherViews
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
 from potstill.methods.base import Method, NetworkInfo, Scaling, TrainingInfo
@@ -182,23 +182,11 @@ class Distiller(nn.Module):
         prepared, second_prepared = teacher_images or ((), ())
         outputs = self.teacher.run(images, prepared, index)
         if second is None or self.method.needs.second == "none":
-            return self.teacher_outputs(outputs)
+            return self.router.teacher_outputs(self.teacher, outputs)
         # Another image of the same class has another id, which is not known here.
         second_index = index if self.method.needs.second == "strong" else None
-        return self.teacher_outputs(outputs, self.teacher.run(second, second_prepared, second_index))
-
-    def teacher_outputs(self, outputs: list[ForwardOutput], second: list[ForwardOutput] | None = None) -> Outputs:
-        """Combine the outputs of each teacher, new or cached, into those that the method reads.
-
-        Args:
-            outputs: outputs of each teacher for the images.
-            second: outputs of each teacher for the second images, if the method needs them.
-        """
-        assert self.teacher is not None  # whose outputs these are
-        combined = self.router.teacher_outputs(self.teacher, outputs)
-        if second is None:
-            return combined
-        return attach_second_outputs(combined, self.router.teacher_outputs(self.teacher, second))
+        others = self.teacher.run(second, second_prepared, second_index)
+        return self.router.teacher_outputs(self.teacher, outputs, others)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Call before each epoch: number ``epoch``, counted from 0, of ``epochs``; for methods that depend on it."""

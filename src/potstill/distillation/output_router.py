@@ -147,8 +147,20 @@ class OutputRouter:
             parts.append(replace(members[0], members=members))
         return replace(parts[0], parts=tuple(parts))
 
-    def teacher_outputs(self, teachers: Teachers, outputs: list[ForwardOutput]) -> Outputs:
-        """Return the teachers' outputs; the logits of several are combined."""
+    def teacher_outputs(
+        self, teachers: Teachers, outputs: list[ForwardOutput], second: list[ForwardOutput] | None = None
+    ) -> Outputs:
+        """Return the teachers' outputs, new or cached; the logits of several are combined.
+
+        Args:
+            teachers: whose outputs these are.
+            outputs: of each teacher for the images.
+            second: of each teacher for the second images, if the method needs them.
+        """
+        if second is not None:
+            return attach_second_outputs(
+                self.teacher_outputs(teachers, outputs), self.teacher_outputs(teachers, second)
+            )
         logits, parts = teachers.combine_logits(outputs), []
         for needs, feature_pairs in zip(self.parts, self.feature_pairs, strict=True):
             before = needs.before_activation != "none"

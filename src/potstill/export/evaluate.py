@@ -77,10 +77,9 @@ def evaluate(
 
 def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any, list[str], str, Sequence[SkippedFile]]:
     """Return the images, the class name of each, a description of the subset, and the files left out."""
-    from potstill.data.datasets import check_source, load_data
+    from potstill.data.datasets import check_source, is_dataset, load_data
     from potstill.data.file_datasets import list_source, raise_refused, read_files, to_skipped
     from potstill.data.image_sets import FileSet
-    from potstill.data.named_datasets import is_dataset
     from potstill.data.scan import check_files
     from potstill.data.settings import DataSettings
 

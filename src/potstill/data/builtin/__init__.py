@@ -1,4 +1,4 @@
-"""Data sets known by name: one file each, with the options that it takes; see ``data.named_datasets``."""
+"""Data sets known by name: one file each, with the options that it takes; see ``data.datasets``."""
 
 import hashlib
 

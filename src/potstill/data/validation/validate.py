@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.concurrency import ProgressReporter, threaded_map
-from potstill.data.datasets import check_source, load_known_dataset
+from potstill.data.datasets import check_source, is_dataset, load_known_dataset
 from potstill.data.entries import FINDING_KINDS, Entry, Finding, Listing
 from potstill.data.file_datasets import (
     DEFAULT_AUGMENT,
@@ -34,7 +34,6 @@ from potstill.data.file_datasets import (
 )
 from potstill.data.image_io import Pixels, ValueRange, decoder_version
 from potstill.data.image_sets import FileSet, ImageSet, Subset, file_digests, is_array_based
-from potstill.data.named_datasets import is_dataset
 from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
 from potstill.data.settings import DataSettings

@@ -11,7 +11,7 @@ from PIL import Image
 from potstill.cli import main
 from potstill.code_references import _permitted, permit_code
 from potstill.config.recipe import load_recipe
-from potstill.data import named_datasets
+from potstill.data import datasets
 from potstill.data.datasets import check_source, from_torch, load_data
 from potstill.data.image_sets import FileSet
 from potstill.data.settings import DataSettings
@@ -215,9 +215,9 @@ def installed(code, tmp_path, monkeypatch):
         "[potstill.datasets]\nshades = pictures:shades\ndigits = pictures:shades\nbroken = pictures:nothing\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
-    named_datasets._plugins.cache_clear()
+    datasets._plugins.cache_clear()
     yield
-    named_datasets._plugins.cache_clear()
+    datasets._plugins.cache_clear()
 
 
 def test_one_file_of_an_installed_package_is_a_data_set(installed) -> None:
