@@ -122,6 +122,14 @@ def test_each_error_has_its_exit_code_and_no_traceback(
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize(
+    "arguments", [["predict", "runs/mine", ""], ["check", ""], ["run", "photos", "--data", ""], [""]]
+)
+def test_an_empty_argument_is_not_the_current_folder(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert " ".join(["after `potstill", *arguments[:-1]]).strip() + "`" in capsys.readouterr().err
+
+
 def test_memory_is_a_storage_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     _raise_in_run(MemoryError(), monkeypatch)
 

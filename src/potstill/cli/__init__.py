@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -136,6 +137,9 @@ def _command() -> Any:
 
 def _run_verb(arguments: list[str]) -> Any:
     """Run the command by typer; return its exit code, or None."""
+    if "" in arguments:  # it would be the path of the current folder
+        before = shlex.join(["potstill", *arguments[: arguments.index("")]])
+        raise UsageError(f"an argument is empty, the one after `{before}`: is a variable of the shell not set?")
     check_torchrun_command(arguments)
     if arguments and (new := _RENAMED.get(arguments[0])) and not new.startswith("--"):
         raise UsageError(f"`potstill {arguments[0]}` has been renamed to `potstill {new}`")
