@@ -1,6 +1,7 @@
 """One thread and one seed: no test depends on the machine's cores or on luck."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -49,6 +50,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Any:
+    """What was collected stays until the end, so that the garbage collector need not look at a million objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries report at the end that their objects were never freed
 
 
 @pytest.hookimpl(wrapper=True)

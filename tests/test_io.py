@@ -152,3 +152,9 @@ def test_reading_compares_the_digest_before_anything_else(tmp_path):
     for read in (io.read_bytes, io.file_sha256):
         with pytest.raises(ArtifactError, match="cannot read"):
             read(tmp_path / "none")
+
+
+def test_names_that_were_read_in_another_locale_are_written_as_they_are() -> None:
+    name = "猫/é.png".encode().decode("ascii", "surrogateescape")  # as with LC_ALL=C and PYTHONUTF8=0
+    odd = b"\xff.png".decode("ascii", "surrogateescape")  # no UTF-8 at all
+    assert io.as_csv(["path"], [[name], [odd], ["\ud800"]]) == "path\n猫/é.png\n\\udcff.png\n\\ud800\n"

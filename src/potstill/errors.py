@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 
@@ -76,12 +77,17 @@ class RemoteFailure(BaseException):
         self.exit_code = exit_code
 
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_STORAGE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE,
+    errno.ENFILE,
+)  # fmt: skip
 _MEMORY = "out of memory; a smaller training.batch_size or data.cache_fraction needs less"
 
 
 def storage_error(error: BaseException) -> StorageError | None:
     """Return the StorageError for a failing disk or too little memory, whichever library raised it; else None.
+
+    What a library raises from such an error counts too.
 
     Example:
         >>> storage_error(OSError(28, "No space left on device", "a.txt"))
@@ -94,7 +100,37 @@ def storage_error(error: BaseException) -> StorageError | None:
     # torch's, of a GPU and of the CPU
     if no_memory or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return StorageError(_MEMORY)
-    return None
+    return None if error.__cause__ is None else storage_error(error.__cause__)
+
+
+_ANSI_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def strip_ansi(text: str) -> str:
+    """Return the text of another library without the escape codes of colours.
+
+    Example:
+        >>> strip_ansi(chr(27) + "[96mstep 1/3" + chr(27) + "[0m")
+        'step 1/3'
+    """
+    return _ANSI_ESCAPES.sub("", text)
+
+
+def root_cause_line(error: BaseException) -> str:
+    """Return the first line of the error that a chain of exceptions began with, at most 300 characters.
+
+    Exporters wrap an error in others, whose first lines say only that there was one.
+
+    Example:
+        >>> try:
+        ...     raise RuntimeError("step 1 of 3 failed. Next steps:") from ValueError("no such operator")
+        ... except RuntimeError as error:
+        ...     root_cause_line(error)
+        'no such operator'
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(strip_ansi(str(error)).strip().splitlines()), type(error).__name__)[:300]
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -117,8 +153,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Example:
         >>> did_you_mean("resnet81", ["resnet18", "vgg16"])
         "; did you mean 'resnet18'?"
+        >>> did_you_mean("KD", ["kd", "dkd"])
+        "; did you mean 'kd'?"
         >>> did_you_mean("zebra", ["resnet18"])
         ''
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    listed = list(known)
+    names = {each.lower(): each for each in reversed(listed)}
+    if name.lower() in names:
+        return f"; did you mean {names[name.lower()]!r}?"
+    near = difflib.get_close_matches(name, listed, n=1) or [
+        names[each] for each in difflib.get_close_matches(name.lower(), names, n=1)
+    ]
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -424,6 +424,9 @@ def csv_texts(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[
 
 def _escape_cell(cell: Any) -> str:
     text = str(cell)
+    if not text.isprintable():  # a name in UTF-8 that a process with another locale has read byte by byte
+        with contextlib.suppress(UnicodeEncodeError):
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return f"'{text}" if isinstance(cell, str) and _FORMULA.match(text) else text
 

@@ -46,8 +46,8 @@ def test_help_takes_little_time() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # 0.07 s of CPU time measured; importing torch alone takes more than 1 s.
-    assert min(seconds() for _ in range(4)) < 0.3
+    # 0.07 s of CPU time measured, 0.15 beside busy processes; importing torch alone takes more than 1 s.
+    assert min(seconds() for _ in range(4)) < 0.6
 
 
 @pytest.mark.parametrize(

@@ -205,12 +205,12 @@ epochs: 3
         ),
         ({"training": {"nesterov": True}}, "training.nesterov needs optimizer: sgd and momentum above 0"),
         ({"training": {"device": "gpu"}}, "training.device must be auto, cpu, cuda"),
-        ({"training": {"threads": 0}}, "training.threads must be at least 1 or 'auto', got 0"),
+        ({"training": {"threads": 0}}, "training.threads must be 1 to 1,024 or 'auto', got 0"),
         ({"training": {"lr": float("inf")}}, "training.lr must be a finite number, got inf"),
         ({"data": {"val": 0.6, "test": 0.4}}, "data.val and data.test must sum to less than 1"),
         ({"data": {"augment": {"crop_scale": [0.9, 0.2]}}}, "data.augment.crop_scale must be two shares"),
         ({"data": {"augment": {"crop_scale": [0.9]}}}, "data.augment.crop_scale[1] is missing"),
-        ({"data": {"workers": -1}}, "data.workers must be at least 0 or 'auto', got -1"),
+        ({"data": {"workers": -1}}, "data.workers must be 0 to 1,024 or 'auto', got -1"),
         ({"method": {"name": "kdd"}}, "method.name: no method 'kdd'; did you mean 'kd'?"),
         ({"method": {"temperature": 2}}, "method.name is missing"),
         ({"method": "kd"}, "method must be a mapping, got 'kd'"),
@@ -695,3 +695,19 @@ def test_training_settings_of_the_caller_reach_a_student_without_weights() -> No
     recipe = load_recipe("photos", ["training.lr=0.007", "data.source=digits"])
     assert "lr" not in recipe.student.fallback[0].training
     assert recipe.student.fallback[0].training["min_steps"] == 2000
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("data.range=[5,5]", "data.range must be auto or two numbers, the lower one first, e.g. [0, 4095], got [5, 5]"),
+        ("data.workers=100000", "data.workers must be 0 to 1,024 or 'auto', got 100000"),
+        ("training.threads=9999999", "threads must be 1 to 1,024 or 'auto', got 9999999"),
+        ("method.name=KD", "did you mean 'kd'?"),
+    ],
+)
+def test_values_that_are_refused(setting: str, says: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        load_recipe("quickstart", [setting])
+    assert says in str(raised.value)
+    assert "value error" not in str(raised.value).lower()

@@ -87,6 +87,16 @@ def test_cutmix_pastes_a_box_for_each_image_and_shares_by_area() -> None:
     assert len(areas) > 10
 
 
+def test_probabilities_of_a_teacher_are_mixed_as_the_images_are() -> None:
+    share = np.array([0.9, 0.25])
+    params = MixParams(np.array([1, 0]), share, np.array([True, True]), np.zeros((2, 4), np.int64))
+    own, others = torch.tensor([[0.8, 0.2], [0.5, 0.5]]), torch.tensor([[0.3, 0.7], [0.1, 0.9]])
+    logits = (each.log()[:, :, None, None] + 3.0 for each in (own, others))  # a constant changes no probability
+    mixed = mixing(mixup=1.0).answers(*logits, params).softmax(1).squeeze()
+    by_hand = [[0.9 * 0.8 + 0.1 * 0.3, 0.9 * 0.2 + 0.1 * 0.7], [0.25 * 0.5 + 0.75 * 0.1, 0.25 * 0.5 + 0.75 * 0.9]]
+    torch.testing.assert_close(mixed, torch.tensor(by_hand), atol=1e-6, rtol=0)
+
+
 def test_labels_are_those_of_the_larger_share() -> None:
     shares = np.array([0.5, 0.499, 0.9, 0.1])
     drawn = MixParams(np.arange(4), shares, np.ones(4, dtype=bool), np.zeros((4, 4), dtype=np.int64))

@@ -97,3 +97,18 @@ def test_not_text(folder: Path) -> None:
     (folder / "list.csv").write_bytes(b"path,label\n\xff\xfe")
     with pytest.raises(DataError, match="UTF-8"):
         load_data(DataSettings(source=str(folder / "list.csv")))
+
+
+def test_a_class_name_that_no_model_could_keep(folder: Path) -> None:
+    lines = [
+        json.dumps({"path": p, "label": "ab"[i % 2] * (1 + 255 * (i == 3))}) for i, (p, *_) in enumerate(rows(x=12))
+    ]
+    with pytest.raises(DataError, match=r"line 4: a class of 256 characters \('bbb.*at most 255"):
+        load(folder / "list.jsonl", "\n".join(lines))
+
+
+def test_a_key_that_is_given_twice_is_no_label(folder: Path) -> None:
+    lines = [json.dumps({"path": p, "label": "ab"[i % 2]}) for i, (p, *_) in enumerate(rows(x=12))]
+    lines[2] = lines[2].replace("}", ', "label": "b"}')
+    with pytest.raises(DataError, match=r"line 3: no JSON that can be read \(a key is given twice\)"):
+        load(folder / "list.jsonl", "\n".join(lines))

@@ -114,12 +114,12 @@ def test_an_epoch_that_was_given_up_leaves_nothing_to_the_next():
 
 
 def test_a_stalled_process_is_noticed_in_time(monkeypatch):
-    monkeypatch.setenv("POTSTILL_TIMEOUT", "1")
+    monkeypatch.setenv("POTSTILL_TIMEOUT", "2")
     found, said = read(Odd(sleeps=5))
     assert found == 1
     first, second = said.splitlines()
     assert first == (
-        "a process that decodes images has not answered for 1 seconds; "
+        "a process that decodes images has not answered for 2 seconds; "
         "the next images were 04.png, 05.png, 06.png and 1 more"
     )
     assert "POTSTILL_TIMEOUT" in second
@@ -138,8 +138,8 @@ def test_a_stopped_process_is_noticed_in_time(monkeypatch):
 
 
 def test_a_process_that_is_slow_but_gets_on_is_waited_for(monkeypatch):
-    """A batch of four images takes 1.6 s, the time-out is 1 s, each image takes 0.4 s."""
-    monkeypatch.setenv("POTSTILL_TIMEOUT", "1")
+    """A batch of four images takes 1.6 s, the time-out is 1.5 s, each image takes 0.4 s."""
+    monkeypatch.setenv("POTSTILL_TIMEOUT", "1.5")
     assert read(Odd(is_slow="all")) == (3, "")
 
 

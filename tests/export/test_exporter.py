@@ -356,8 +356,10 @@ def test_a_network_that_cannot_be_exported(run: Path, monkeypatch: pytest.Monkey
         return found
 
     monkeypatch.setattr(exporter, "load_class_model", other)
-    with pytest.raises(ArtifactError, match="cannot be exported to ONNX"):
+    with pytest.raises(ArtifactError, match="cannot be exported to ONNX") as raised:
         exported(run)
+    assert "data-dependent" in str(raised.value)  # the cause, not "Failed to export ... Next steps:"
+    assert "\x1b" not in str(raised.value)
 
 
 def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:

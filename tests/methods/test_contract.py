@@ -126,16 +126,13 @@ def test_terms_come_and_go_only_where_the_method_says_so(name):
     assert (first != last) == distiller.method.staged
 
 
-@pytest.mark.parametrize(
-    ("name", "option"), [(name, option) for name in list_own_methods() for option in method_info(name).schedulable]
-)
-def test_an_option_that_a_schedule_may_move_counts_at_every_step(name, option):
-    """A method whose schedule gives a value is the method that was made with it."""
-    default = method_info(name).options[option].default
-    value = 0.6 * default if default else 0.3
-    made, moved = (
-        make(name, settings=settings) for settings in ({option: value}, {"schedule": {option: {"start": value}}})
-    )
+@each_method
+def test_options_that_a_schedule_may_move_count_at_every_step(name):
+    """A method whose schedules give values is the method that was made with them."""
+    defaults = {option: method_info(name).options[option].default for option in method_info(name).schedulable}
+    values = {option: 0.6 * default if default else 0.3 for option, default in defaults.items()}
+    schedule = {option: {"start": value} for option, value in values.items()}
+    made, moved = (make(name, settings=settings) for settings in (values, {"schedule": schedule} if schedule else {}))
     for epoch in (0, EPOCHS - 1):
         found = []
         for distiller in (made, moved):

@@ -41,6 +41,14 @@ def test_gradient_keeps_its_size_as_temperature_grows():
     assert sizes[0] == pytest.approx(sizes[1], rel=0.1)  # without T squared: 64 times smaller
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1e4])  # the last one by its series
+def test_no_gradient_reaches_the_teacher(temperature):
+    student, teacher = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    kd_loss(student, teacher, temperature=temperature).backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
 def test_half_precision_is_raised():
     student, teacher = torch.randn(4, 7).bfloat16(), torch.randn(4, 7).bfloat16()
     loss = kd_loss(student, teacher, temperature=4.0)
@@ -65,6 +73,17 @@ def test_alpha_is_the_weight_of_the_labels(alpha):
     ce = terms.get("ce", torch.tensor(0.0))  # of weight 0 it is left out
     torch.testing.assert_close(ce, alpha * F.cross_entropy(student, labels))
     torch.testing.assert_close(terms["kd"], (1 - alpha) * kd_loss(student, teacher, temperature=2.0))
+
+
+def test_confidence_weighs_images_without_labels_and_keeps_the_temperature_squared():
+    student, teacher, labels = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([2, -100, -100])
+    method = KD(temperature=3.0, alpha=0.25, confidence="top")
+    term = method(Outputs(student), Outputs(teacher), Batch(torch.zeros(3, 3, 1, 1), labels))["kd"]
+    weights = [1.0, *teacher[1:].softmax(1).amax(1).tolist()]
+    each = [kd_loss(student[i : i + 1], teacher[i : i + 1], temperature=3.0).item() for i in range(3)]
+    assert term.item() == pytest.approx(
+        0.75 * sum(w * loss for w, loss in zip(weights, each, strict=True)) / 3, rel=1e-5
+    )
 
 
 def test_defaults_are_those_of_the_specification():

@@ -7,6 +7,7 @@ import selectors
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -63,13 +64,13 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def raw(self, sent: bytes, *, wait: float = 8.0) -> bytes:
+    def raw(self, sent: bytes, *, wait: float = 60.0) -> bytes:
         """All that comes back for these bytes until the server closes."""
         with self.connect(wait) as link:
             link.sendall(sent)
             return read_all(link)
 
-    def connect(self, wait: float = 8.0) -> socket.socket:
+    def connect(self, wait: float = 60.0) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=wait)
 
 
@@ -101,6 +102,8 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [json.dumps(epoch(number + 1)) for number in range(count)]
         (root / "live" / stage / "metrics.jsonl").write_text("\n".join([*lines, '{"epoch": 9, "sec']))
     (root / "live" / "teacher" / "model.json").write_text("{}")
+    an_hour_from_now = time.time() + 3600  # without a new epoch for two minutes it would have stopped
+    os.utime(root / "live" / "recipe.yaml", (an_hour_from_now, an_hour_from_now))
     return root
 
 
@@ -136,6 +139,6 @@ def server(runs_folder: Path, tmp_path_factory: pytest.TempPathFactory):
     process, found = start(runs_folder, log, send_seconds=1.5, answer_seconds=6.0, parallel=8)
     yield found
     process.terminate()
-    process.wait(15)
+    process.wait(120)
     process.stdout.close()
     assert "Traceback" not in log.read_text(), log.read_text()

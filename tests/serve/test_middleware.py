@@ -22,7 +22,8 @@ def post(server, body, **more):
 
 
 def healthy(server):
-    return httpx.get(f"{server.url}/healthz", timeout=1).json() == {"status": "ok"}
+    """Answers while others are slow: less than ``answer_seconds``, and enough for a busy machine."""
+    return httpx.get(f"{server.url}/healthz", timeout=5).json() == {"status": "ok"}
 
 
 def status(answer: bytes) -> int:
@@ -142,16 +143,19 @@ def test_a_silent_connection_after_an_answer_is_closed(server):
 
 
 def test_too_many_at_a_time(server):
-    links = []
-    for _ in range(8):
-        link = server.connect()
-        link.sendall(head(server, "Content-Length: 1000"))
-        links.append(link)
-    time.sleep(0.3)
-    assert post(server, png()).status_code == 429
-    assert healthy(server)
-    for link in links:
-        link.close()
+    for _ in range(20):  # on a busy machine the first of them may be too slow before the last has arrived
+        links = [server.connect() for _ in range(8)]
+        for link in links:
+            link.sendall(head(server, "Content-Length: 1000"))
+        time.sleep(0.3)
+        code = post(server, png()).status_code
+        assert healthy(server)
+        for link in links:
+            link.close()
+        if code == 429:
+            break
+        assert code in (200, 503)
+    assert code == 429
 
 
 def children(pid: int) -> list[int]:
@@ -173,7 +177,7 @@ def test_a_dead_or_hanging_child_is_replaced(server, how):
         waiting = pool.submit(post, server, png())
         assert healthy(server)
         assert waiting.result().status_code == 503
-    for _ in range(60):
+    for _ in range(600):  # the new one imports torch
         answer = post(server, png())
         if answer.status_code == 200:
             break

@@ -422,7 +422,13 @@ def test_int8_is_taken_where_no_file_in_float32_is_within_the_limits(monkeypatch
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("30", "no unit"), ("5parsec", "unknown unit 'parsec'"), ("soon", "write a number"), ("0s", "above 0")],
+    [
+        ("30", "no unit"),
+        ("5parsec", "unknown unit 'parsec'"),
+        ("soon", "write a number"),
+        ("0s", "above 0"),
+        ("9" * 400 + "h", "finite"),
+    ],
 )
 def test_times_that_make_no_sense(text, says):
     with pytest.raises(UsageError, match=says):

@@ -4,6 +4,7 @@ torch is imported only by the commands that need it, so that --help is fast.
 """
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -128,12 +129,17 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         return _report_other_error(error)
 
 
+@functools.cache
+def _command() -> Any:
+    return typer.main.get_command(app)
+
+
 def _run_verb(arguments: list[str]) -> Any:
     """Run the command by typer; return its exit code, or None."""
     check_torchrun_command(arguments)
     if arguments and (new := _RENAMED.get(arguments[0])) and not new.startswith("--"):
         raise UsageError(f"`potstill {arguments[0]}` has been renamed to `potstill {new}`")
-    command: Any = typer.main.get_command(app)
+    command = _command()
     if len(arguments) == 2 and arguments[0] in command.commands and arguments[1] in _HELP:
         # Typer would first check the absent options before the command, which takes 0.1 s.
         verb = command.commands[arguments[0]]

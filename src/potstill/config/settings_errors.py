@@ -115,7 +115,8 @@ def _expected(error: ErrorDetails) -> str:
         return str(context["expected"])
     if kind == "string_pattern_mismatch":
         return "made of 1 to 64 letters, digits, dots, dashes and underscores"
-    return error["msg"][:1].lower() + error["msg"][1:]
+    text = error["msg"].removeprefix("Value error, ").removeprefix("must be ")
+    return text[:1].lower() + text[1:]
 
 
 def format_value(value: Any) -> str:

@@ -119,6 +119,7 @@ def curriculum_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         )
 
 
+MAX_PARALLEL = 1024  # processes or threads: more is a typing error, and would end the process without a message
 _TARGET_HINT = "name a folder of class folders, a manifest or a data set with --set data.target=DIR"
 TARGET_MISSING = f"`domain` needs data.target, which is not given: {_TARGET_HINT}"
 
@@ -252,8 +253,8 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
     if data.val + data.test >= 1 and not wrong & {"val", "test"}:
         sum_of = f"{data.val:g} + {data.test:g}"
         yield ("data", "val"), f"data.val and data.test must sum to less than 1, got {sum_of}"
-    if isinstance(data.workers, int) and data.workers < 0:
-        yield ("data", "workers"), f"data.workers must be at least 0 or 'auto', got {data.workers}"
+    if isinstance(data.workers, int) and not 0 <= data.workers <= MAX_PARALLEL:
+        yield ("data", "workers"), f"data.workers must be 0 to {MAX_PARALLEL:,} or 'auto', got {data.workers}"
     yield from _fold_problems(data, wrong)
     if data.std is not None and min(data.std) <= 0:
         yield ("data", "std"), f"data.std must be three numbers above 0, got {list(data.std)}"
@@ -550,8 +551,8 @@ def _schedule_problems(training: TrainingSettings) -> Iterator[tuple[tuple[str, 
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", training.device):
         yield ("device",), f"device must be auto, cpu, cuda, cuda:<number> or mps, got {training.device!r}"
-    if isinstance(training.threads, int) and training.threads < 1:
-        yield ("threads",), f"threads must be at least 1 or 'auto', got {training.threads}"
+    if isinstance(training.threads, int) and not 1 <= training.threads <= MAX_PARALLEL:
+        yield ("threads",), f"threads must be 1 to {MAX_PARALLEL:,} or 'auto', got {training.threads}"
 
 
 def _own_settings(optimizer: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ whether ``data.skip_bad`` leaves it out.
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ def name_problem(name: str) -> str | None:
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
+            if (encoding := sys.getfilesystemencoding()) != "utf-8":  # LC_ALL=C with PYTHONUTF8=0
+                return f"{name!r}: this process reads names of files as {encoding}; set PYTHONUTF8=1"
             return f"{name!r}: the name is not UTF-8; rename it"
         return f"{name!r}: control characters in the name; rename it"
     return None
@@ -215,7 +218,9 @@ def suggest_fixes(findings: list[Finding], *, skip_bad: bool = False) -> list[st
     if "link-out" in kinds or any(
         each.reason.startswith("a link to a folder;") or each.reason == "a link to a folder" for each in findings
     ):
-        fixes.append("To read files elsewhere by links and paths: --set data.follow_links=true")
+        fixes.append(
+            "To read files elsewhere by links and paths: --set data.follow_links=true (of evaluate: --follow-links)"
+        )
     if not skip_bad and any(FINDING_KINDS[kind].skippable for kind in kinds):
         fixes.append("To go on without the bad files and the classes that are too small, and list them: --skip-bad")
     return fixes

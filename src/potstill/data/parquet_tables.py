@@ -24,6 +24,7 @@ from potstill.data.concurrency import ProgressReporter, interprocess_lock
 from potstill.data.entries import SPLIT_WORDS, Entry, Finding, Listing
 from potstill.data.image_io import MAX_BYTES
 from potstill.data.settings import DataSettings, Options, read_options
+from potstill.data.shard_reader import MAX_CLASS_LENGTH
 from potstill.data.sources import find_tables
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError, did_you_mean
 from potstill.formatting import format_names
@@ -271,7 +272,10 @@ def _label_text(label: Any, table: _Table) -> tuple[str, str]:
     if label is None or label == "":
         return "", f"no label in column {table.label!r}"
     if isinstance(label, bool) or not isinstance(label, int) or table.names is None:
-        return str(label), ""
+        text = str(label)
+        if len(text) > MAX_CLASS_LENGTH:
+            return "", f"a class of {len(text):,} characters ({text[:20]!r}...); at most {MAX_CLASS_LENGTH}"
+        return text, ""
     if 0 <= label < len(table.names):
         return table.names[label], ""
     if label == -1:

@@ -133,7 +133,7 @@ NOT_A_FILE, UNKNOWN_TYPE, FURTHER_IMAGE, LABEL_WITHOUT_IMAGE = (
 _MAX_IMAGE_BYTES = 64 * 2**20  # bytes of an image
 _MAX_LABEL_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**20
-_MAX_CLASS_LENGTH = 255  # characters
+MAX_CLASS_LENGTH = 255  # characters
 GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _VERSION_KEYS = (
     "ETag",
@@ -337,9 +337,9 @@ def _label(content: bytes, suffix: str, where: str, shard: Shard) -> str | None:
     except (ValueError, RecursionError):  # no UTF-8, no JSON, thousands of digits, or nested too deeply
         shard.problems.append(f"{where}: neither text nor JSON that can be read")
         return None
-    if isinstance(found, str) and len(found) > _MAX_CLASS_LENGTH:
+    if isinstance(found, str) and len(found) > MAX_CLASS_LENGTH:
         shard.problems.append(
-            f"{where}: a class of {len(found):,} characters ({found[:20]}...); at most {_MAX_CLASS_LENGTH}"
+            f"{where}: a class of {len(found):,} characters ({found[:20]}...); at most {MAX_CLASS_LENGTH}"
         )
         return None
     return None if found is None else str(found)

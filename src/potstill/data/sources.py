@@ -29,6 +29,7 @@ from potstill.data.entries import (
     is_below,
     is_system_name,
 )
+from potstill.data.shard_reader import MAX_CLASS_LENGTH
 from potstill.errors import did_you_mean
 from potstill.formatting import format_names
 from potstill.hub import HUB_DATA
@@ -340,7 +341,7 @@ def _json_rows(listing: Listing, path: Path, text: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             words = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
             listing.report("manifest-row", path, f"line {number}: no JSON that can be read ({words})")
@@ -355,6 +356,13 @@ def _json_rows(listing: Listing, path: Path, text: str) -> Iterator[Row]:
         unused |= dict.fromkeys(name for name in row if name not in columns.values())
         yield number, {role: row[name] for role, name in columns.items()}
     _note_unused(listing, list(unused))
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
 
 
 def _columns(header: Sequence[str]) -> tuple[dict[str, str], str]:
@@ -392,6 +400,10 @@ def _entry(listing: Listing, manifest: Path, line: int, row: dict[str, Any], rea
         return None
     if not isinstance(split, str | None) or (split and split.strip().lower() not in SPLIT_WORDS):
         listing.report("manifest-row", manifest, f"line {line}: split must be train, val or test, got {split!r}")
+        return None
+    if len(label) > MAX_CLASS_LENGTH:
+        reason = f"line {line}: a class of {len(label):,} characters ({label[:20]!r}...); at most {MAX_CLASS_LENGTH}"
+        listing.report("manifest-row", manifest, reason)
         return None
     before = len(listing.findings)
     listing.check_name(path, path)

@@ -136,10 +136,11 @@ def count_flops(module: nn.Module, spec: InputSpec) -> int:
     return int(counter.get_total_flops())
 
 
-def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str]) -> str:
+def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str], *, flops: int | None = None) -> str:
     """Return a text table of layers (path, type, output shape, parameters) and the totals.
 
     A network of more than ``MAX_SUMMARY_ROWS`` layers is shown as blocks, at the greatest depth with so few rows.
+    ``flops`` are those of ``count_flops``; None: they are counted.
     """
     if (hidden := find_opaque(module)) is not None:
         return (
@@ -160,7 +161,7 @@ def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str]
         f"input        3 x {spec.size} x {spec.size}",
         f"classes      {_list_classes(class_names)}",
         f"parameters   {total:,} ({4 * total / 2**20:,.1f} MiB in float32)",
-        f"FLOPs        {count_flops(module, spec):,} for one image, two per multiply-add",
+        f"FLOPs        {count_flops(module, spec) if flops is None else flops:,} for one image, two per multiply-add",
     ]
     return "\n".join(lines) + "\n"
 

@@ -48,7 +48,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
         (True, True, False)
     """
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(mode for _, mode in before):
+        model.eval()
     try:
         # Not inference_mode: a module may cache tensors here (position tables) and use them in training.
         with torch.no_grad():
@@ -56,7 +57,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         # Through train(), parents first: some networks override it to drop tensors cached in eval mode.
         for module, mode in before:
-            module.train(mode)
+            if module.training != mode:  # not of those whose parents have set it
+                module.train(mode)
 
 
 def predict_probabilities(

@@ -108,7 +108,8 @@ def check_probe_labels(labels: "np.ndarray[tuple[int], np.dtype[np.int64]]", cla
             names = ", ".join(map(repr, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
             raise UsageError(
                 f"head: probe needs two training images of each class or more, one to fit and one to check, and there "
-                f"is {what} of {names}: add images, move some from val or test, leave it out, or set head: random"
+                f"is {what} of {names}: add images, or move some from val or test; or leave the class out.\n"
+                "Without a probe: --set teacher.head=random, --set student.head=random"
             )
 
 

@@ -70,14 +70,17 @@ def evaluate_stages(
         }
         run.write_metrics(name, metrics)
         is_function = isinstance(find_opaque(model.module), FunctionNetwork)  # which has no weights in the file
-        write_text(folder / "summary.txt", model_summary(model.module, model.input, model.class_names))
+        parameters = known_parameters(model.module)
+        flops = None if parameters is None else count_flops(model.module, model.input)
+        summary = model_summary(model.module, model.input, model.class_names, flops=flops)
+        write_text(folder / "summary.txt", summary)
         entries[name] = {
             **({"seed": recipe.seed + repeat_index(name)} if repeat_index(name) else {}),
             "model": {
                 "architecture": model.architecture,
                 **({} if model.remodelled is None else {"remodelled": model.remodelled["name"]}),
-                "parameters": (parameters := known_parameters(model.module)),
-                "flops": None if parameters is None else count_flops(model.module, model.input),
+                "parameters": parameters,
+                "flops": flops,
                 "file_bytes": None if is_function else (folder / "model.safetensors").stat().st_size,
                 "size": model.input.size,
             },

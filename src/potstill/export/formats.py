@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from potstill.console import silence_native_stderr
-from potstill.errors import ArtifactError
+from potstill.errors import ArtifactError, root_cause_line, storage_error
 from potstill.models.exported_files import METADATA_KEY, PREPROCESSING_MODES, ExportMetadata
 
 if TYPE_CHECKING:
@@ -92,8 +92,10 @@ def export_program(module: "nn.Module", metadata: ExportMetadata, *, any_batch: 
         with quiet():
             return torch.export.export(whole, (sample if any_batch else sample[:1],), dynamic_shapes=shapes)
     except Exception as error:  # whatever a foreign network makes the exporter raise
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"{metadata.architecture} cannot be exported by torch.export: {line[:300]}") from error
+        if (storage := storage_error(error)) is not None:
+            raise storage from error
+        reason = root_cause_line(error)
+        raise ArtifactError(f"{metadata.architecture} cannot be exported by torch.export: {reason}") from error
 
 
 def convert_to_torch_export(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from potstill.console import silence_native_stderr
 from potstill.data.image_io import Pixels
 from potstill.data.preprocessing import crop_to_input, normalize_array
-from potstill.errors import ArtifactError
+from potstill.errors import ArtifactError, root_cause_line, storage_error
 from potstill.export.formats import (
     OTHER_WAYS,
     ExportedFiles,
@@ -173,7 +173,7 @@ def finalize_model(network: Any, metadata: ExportMetadata) -> bytes:
     try:
         onnx.checker.check_model(content, full_check=True)
     except Exception as error:  # the checker and its shape inference have several classes of their own
-        raise ArtifactError(f"the ONNX checker refuses {metadata.architecture}: {_first_line(error)}") from error
+        raise ArtifactError(f"the ONNX checker refuses {metadata.architecture}: {root_cause_line(error)}") from error
     return content
 
 
@@ -210,7 +210,9 @@ def _run_exporter(module: "nn.Module", sample: Any, axes: dict[int, Any], name: 
                 external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:  # whatever a foreign network makes the exporter raise
-        raise ArtifactError(f"{name} cannot be exported to ONNX: {_first_line(error)}") from error
+        if (storage := storage_error(error)) is not None:
+            raise storage from error
+        raise ArtifactError(f"{name} cannot be exported to ONNX: {root_cause_line(error)}") from error
     assert program is not None
     return program.model_proto
 
@@ -222,10 +224,6 @@ def _drop_source_paths(graph: Any) -> None:
         each.doc_string = ""
     graph.doc_string = ""
     del graph.metadata_props[:]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def open_onnx_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:

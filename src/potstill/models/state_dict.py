@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import json
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from numpy._core import multiarray
 from torch import Tensor, nn
 
-from potstill.errors import ArtifactError
+from potstill.errors import ArtifactError, strip_ansi
 from potstill.input_spec import Triple
 from potstill.io import read_bytes
 
@@ -43,7 +42,6 @@ _SAFE_GLOBALS: list[Any] = [
     *((each, f"numpy.{core}.multiarray.{each.__name__}") for each in _NUMPY_FUNCTIONS for core in ("_core", "core")),
     *{type(np.dtype(kind)) for kind in np.typecodes["All"] if kind != "O"},  # no objects
 ]
-_ANSI_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ def _unreadable(data: bytes, path: Path, error: Exception) -> str:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
         needed = sorted(name for name in set(found) - allowed if name.isprintable())
     if not needed:
-        text = _ANSI_ESCAPES.sub("", str(error)).rpartition("WeightsUnpickler error:")[2].strip()
+        text = strip_ansi(str(error)).rpartition("WeightsUnpickler error:")[2].strip()
         reason = (text.splitlines() or [type(error).__name__])[0][:200]
         return (
             f"{path} cannot be read as a state dict ({reason}).\n"

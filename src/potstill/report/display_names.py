@@ -73,7 +73,8 @@ class PictureLabels(NamedTuple):
             return ""
         some = ", ".join(map(escape_invisible, self.unreadable[:3])) + (", ..." if len(self.unreadable) > 3 else "")
         return (
-            f"no installed font has the letters of {len(self.unreadable)} class names ({some}): picture files show "
+            f"no installed font has the letters of {len(self.unreadable)} class "
+            f"name{'' if len(self.unreadable) == 1 else 's'} ({some}): picture files show "
             "their numbers (#1 is the first class of model.json). Install a font for them, such as Noto Sans, and run "
             "potstill report"
         )

@@ -484,8 +484,8 @@ def parse_duration(text: str) -> float:
         given = f"unknown unit {unknown[0]!r}{did_you_mean(unknown[0], _DURATION_UNITS)}" if unknown[0] else "no unit"
         raise UsageError(f"--within {text}: {given}\nUnits: {', '.join(_DURATION_UNITS)}")
     seconds = sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
-    if seconds <= 0:
-        raise UsageError(f"--within {text}: the time must be above 0")
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"--within {text[:40]}: the time must be above 0 and finite")
     return seconds
 
 

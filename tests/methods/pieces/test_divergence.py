@@ -17,7 +17,7 @@ from potstill.functional import (
     sdd_kd_loss,
     tckd_loss,
 )
-from potstill.methods.numerics import softened_kl
+from potstill.methods.numerics import confidence_weights, softened_kl, softened_target_kl
 
 mpmath.mp.dps = 60
 
@@ -115,3 +115,19 @@ def test_float32_gives_what_float64_gives(loss, temperature: float) -> None:  # 
     (value, gradient), (exact, exact_gradient) = found
     assert value == pytest.approx(exact, rel=1e-5)
     assert ((gradient - exact_gradient).norm() / exact_gradient.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e4])  # the second by the series
+def test_no_gradient_reaches_the_teacher(temperature):
+    student, teacher, labels = (
+        torch.randn(3, 5, requires_grad=True),
+        torch.randn(3, 5, requires_grad=True),
+        torch.arange(3),
+    )
+    (
+        softened_kl(student, teacher, temperature) + softened_target_kl(student, teacher, labels, temperature)
+    ).sum().backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+    for kind in ("top", "entropy"):
+        assert not confidence_weights(teacher, torch.full_like(labels, -100), kind).requires_grad
