@@ -234,7 +234,7 @@ def test_students_that_miss_a_limit_are_dropped_by_name(tmp_path):
     assert [note.partition(":")[0] for note in notes if "dropped" in note] == ["a", "b"]
     assert {entry[1] for entry in trainings.done if entry[0] == "distilled"} == {"c"}
     trainings = FakeTrainings(clock, files=files)
-    with pytest.raises(UsageError, match=r"no student is below 1ms,0.0001MB when exported.\nNearest: c, 2.00 ms"):
+    with pytest.raises(UsageError, match=r"no student is below 1ms,100B when exported.\nNearest: c, 2.00 ms"):
         search(tmp_path, clock, trainings, within=None, limits=Limits(1.0, 100), name="none").work(FAMILIES)
     assert trainings.done == []  # not even the teacher
     assert not (tmp_path / "none" / "fit.json").exists()  # the name can be used again
