@@ -107,7 +107,7 @@ def test_all_shows_more_than_twenty(photos: Path, capsys: pytest.CaptureFixture[
     [
         ("nowhere", "no data set, folder or manifest"),
         ("digit", "did you mean 'digits'?"),
-        ("", "no data is named"),
+        ("", "an argument is empty, the one after `potstill check`"),
         ("/dev/zero", "a file of data is a manifest"),
     ],
 )

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from potstill.data.image_sets import FileSet, read_square
+from potstill.data.preprocessing import normalize_array
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.export import exporter
 from potstill.export.exporter import class_balanced_indices, compute_parity, export
@@ -165,6 +167,19 @@ def test_preparation_inside_gives_the_same(run: Path, tmp_path: Path, pictures: 
 def _wide(path: Path) -> bool:
     with Image.open(path) as image:
         return image.width >= image.height
+
+
+def test_large_files_are_compared_as_evaluation_and_prediction_decode_them(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (400, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg", quality=95)
+    images = FileSet(tmp_path, ["a.jpg"], [0])
+    spec = InputSpec(size=16)
+    metadata = ExportMetadata("some", ("one",), spec)
+    (found,) = exporter.compute_logits([lambda batch: batch.reshape(1, -1)], images, [0], metadata)
+    square = read_square(images, 0, 16, "crop")  # decoded at an eighth, then resized
+    np.testing.assert_allclose(found.reshape(3, 16, 16), normalize_array(square, spec), atol=1e-6)
+    (full,) = exporter.compute_logits([lambda batch: batch.reshape(1, -1)], images, [0], metadata, full_size=True)
+    assert np.abs(full - found).max() > 0.05
 
 
 def test_int8_within_max_drop_is_written_with_its_accuracies(run: Path, pictures: Path, wanted, digits) -> None:

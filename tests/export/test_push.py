@@ -93,7 +93,7 @@ def test_a_repository_that_exists(hub, trained, token, capsys):
 
 
 def test_what_cannot_be_sent_is_one_message(hub, trained, capsys, monkeypatch, tmp_path):
-    for repository, words in (("a/b/c", "a repository is NAME or USER/NAME"), ("", "a repository is NAME")):
+    for repository, words in (("a/b/c", "a repository is NAME or USER/NAME"), ("", "an argument is empty")):
         code, _, err = cli(capsys, "push", trained, repository)
         assert (code, words in err) == (2, True), err
     assert "needs a token: log in with `hf auth login`" in cli(capsys, "push", trained, "me/small")[2]

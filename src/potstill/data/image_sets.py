@@ -483,6 +483,18 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
     return resize_to_square(pixels, side, resize_mode)
 
 
+def read_pixels(images: ImageSet, i: int, side: int) -> Pixels:
+    """Return image i, uint8 [H, W, 3]; large JPEG files are decoded at a reduced scale, as ``read_square`` does.
+
+    Args: as those of ``read_square``.
+
+    Raises:
+        DataError: the image cannot be decoded, or has changed.
+    """
+    images, i = _leaf_of(images, i)
+    return images.read(i, side).pixels if isinstance(images, (FileSet, ShardSet)) else images.pixels(i)
+
+
 def to_square(decoded: DecodedImage, side: int, resize_mode: str) -> Pixels:
     """Return a decoded image as a square, as ``read_square`` does."""
     if resize_mode == "whole":

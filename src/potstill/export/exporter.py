@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from potstill.config import sort_stages, stage_role
 from potstill.data.datasets import load_data
-from potstill.data.image_sets import ImageSet
-from potstill.data.preprocessing import crop_to_input, normalize_array
+from potstill.data.image_sets import ImageSet, read_pixels
+from potstill.data.preprocessing import crop_to_input, decoded_side, normalize_array
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError, PotstillError, UsageError, did_you_mean
 from potstill.evaluation.cost import measure_latency
@@ -244,6 +244,7 @@ def compute_logits(
     metadata: ExportMetadata,
     *,
     any_batch: bool = True,
+    full_size: bool = False,
 ) -> list[NDArray[Any]]:
     """Return the logits [N, K] of several models for the same images.
 
@@ -253,15 +254,19 @@ def compute_logits(
         index: positions of N images in it.
         metadata: preprocessing of the models.
         any_batch: whether the models take batches of any size.
+        full_size: decode large JPEG files at full size, as other programs do, and not as evaluation and prediction do.
 
     Raises:
         DataError: an image cannot be decoded.
     """
     # "resize" takes only images of equal size in a batch.
     step = COMPARISON_BATCH_SIZE if any_batch and metadata.inside != "resize" else 1
+    side = decoded_side(metadata.input)
     parts: list[list[NDArray[Any]]] = []
     for i in range(0, len(index), step):
-        prepared = prepare_batch([images.pixels(each) for each in index[i : i + step]], metadata)
+        part = index[i : i + step]
+        pixels = [images.pixels(each) if full_size else read_pixels(images, each, side) for each in part]
+        prepared = prepare_batch(pixels, metadata)
         parts.append([predict(prepared) for predict in predictors])
     return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
@@ -373,7 +378,7 @@ def class_balanced_indices(labels: Sequence[int], count: int) -> list[int]:
 def calibration_images(splits: DataSplits, spec: InputSpec) -> tuple[NDArray[np.float32], int]:
     """Return prepared training images [N, 3, S, S] for calibration, and of how many classes they are."""
     index = class_balanced_indices(splits.train.labels.tolist(), CALIBRATION_IMAGES)
-    squares = np.stack([crop_to_input(splits.train.pixels(i), spec) for i in index])
+    squares = np.stack([crop_to_input(read_pixels(splits.train, i, decoded_side(spec)), spec) for i in index])
     return normalize_array(squares, spec), len(set(splits.train.labels[index].tolist()))
 
 
@@ -493,9 +498,9 @@ class Exporter:
 
     def _compare(self, answer: Predictor) -> tuple[Parity, dict[str, Any] | None]:
         """Compare with PyTorch on the same input and, if the file resizes images, on images resized by Pillow too."""
-        images, any_batch = self.splits.test, self.form.any_batch
+        images, any_batch, full = self.splits.test, self.form.any_batch, self.options.inside == "resize"
         reference, found = compute_logits(
-            [self.reference, answer], images, self.compared, self.metadata, any_batch=any_batch
+            [self.reference, answer], images, self.compared, self.metadata, any_batch=any_batch, full_size=full
         )
         same = compute_parity(reference, found)
         self.note(_parity_message("PyTorch", same))
@@ -507,7 +512,8 @@ class Exporter:
         if self.options.inside != "resize":
             return same, None
         plain = create_torch_predictor(self.classifier.module, self.classifier.input, "none")
-        (outside,) = compute_logits([plain], images, self.compared, without_preprocessing(self.metadata))
+        bare = without_preprocessing(self.metadata)
+        (outside,) = compute_logits([plain], images, self.compared, bare, full_size=full)
         other = compute_parity(outside, found)
         self.note(_parity_message("images that Pillow has resized", other))
         return same, {"max_difference": other.max_difference, "agreement": other.agreement}
