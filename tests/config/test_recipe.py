@@ -77,6 +77,11 @@ def test_the_method_auto_takes_logits_from_a_teacher_without_layers(tmp_path: Pa
     recipe = load(SMALL | {"method": {"name": "auto"}}, f"teacher={{weights: {tmp_path / 'answers.csv'}}}")
     assert recipe.method["name"] == "kd"
     assert load(SMALL, flags={"--method": "auto"}).method["name"] == "kd"
+    previous = model_folder(tmp_path / "previous", "cifar/resnet8")
+    inside = load(SMALL, flags={"--method": "auto", "--previous": str(previous)}).method
+    assert (inside["name"], inside["base_method"]) == ("pct", {"name": "kd", "temperature": 1.0})
+    (nested,) = problems(SMALL, "method={name: ls, base_method: {name: auto}}")
+    assert "the method of a whole recipe" in nested
     ready = "teacher={model: efficientnet-lite0, weights: pretrained}"
     assert "no option 'alpha'" in " ".join(problems(SMALL, "method={name: auto, alpha: 2}", ready))
 

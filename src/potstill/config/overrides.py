@@ -329,7 +329,10 @@ def choose_method(value: dict[str, Any]) -> None:
     T = 1.  From few images, a network without pretrained weights learns more from a pretrained teacher's embeddings
     than from its probabilities alone; a pretrained student has such features already.
     """
-    method, student, teacher, data = (value.get(key) for key in ("method", "student", "teacher", "data"))
+    owner, key = value, "method"
+    if isinstance(value.get("method"), dict) and value["method"].get("name") == "pct":
+        owner, key = value["method"], "base_method"
+    method, student, teacher, data = owner.get(key), value.get("student"), value.get("teacher"), value.get("data")
     if not isinstance(method, dict) or method.get("name") != "auto":
         return
     teacher = teacher[0] if isinstance(teacher, list) and len(teacher) == 1 else teacher
@@ -340,7 +343,7 @@ def choose_method(value: dict[str, Any]) -> None:
     name, label_weight = ("srd", "ce_weight") if embeds and scratch else ("kd", "alpha")
     unlabeled = isinstance(data, dict) and data.get("labeled") is False
     defaults = {"temperature": 1.0} | ({label_weight: 0.0} if unlabeled else {})
-    value["method"] = {"name": name} | defaults | {key: each for key, each in method.items() if key != "name"}
+    owner[key] = {"name": name} | defaults | {option: each for option, each in method.items() if option != "name"}
 
 
 def drop_soft_targets(value: dict[str, Any]) -> None:

@@ -204,6 +204,10 @@ def method_class(name: str) -> "type[Method]":
         found = load_reference(name)
     elif name in _entry_points():
         found = load_reference(_entry_points()[name])
+    elif name == "auto":
+        raise UsageError(
+            "auto is no method of its own: as the method of a whole recipe (--method auto) it becomes srd or kd"
+        )
     else:
         raise UsageError(f"no method {name!r}{did_you_mean(name, list_methods()) or '.'} Known: {_listed_names()}")
     from potstill.methods.base import Method
