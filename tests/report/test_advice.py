@@ -309,7 +309,7 @@ def test_more_labels() -> None:
     flat = probe((200, 0.77), (400, 0.772), (800, 0.775))
     assert advice.more_labels(run({"teacher": rising, "distilled": flat})) is None  # the student's own counts
     assert "embeddings of the student" in (advice.more_labels(run({"distilled": rising})) or found).evidence
-    assert advice.more_labels(run({"teacher": probe((90, 0.6), (180, 0.7), (360, 0.775))})) is None  # too few to tell
+    assert advice.more_labels(run({"teacher": probe((199, 0.6), (398, 0.7), (796, 0.775))})) is None  # too few to tell
     assert advice.more_labels(run({"teacher": probe((400, 0.7), (800, 0.775))})) is None
     for broken in (None, 5, [5, {"images": "many", "top1": 0.5}, {"images": 800, "top1": 7.0}]):
         assert advice.more_labels(run({"teacher": {"head": {"learning_curve": broken}}})) is None
