@@ -234,11 +234,11 @@ def run(
             check_same_images(reproduce, splits.fingerprint, splits.as_rows())
         if overwrite and processes.first:
             folder.clear()
-        asked = recipe.stage_training("student").epochs
+        given = recipe.stage_training("student").epochs
         recipe = lengthen_short_trainings(recipe, len(splits.train))
-        if (longer := recipe.stage_training("student")).epochs > asked:
+        if (longer := recipe.stage_training("student")).epochs > given:
             observer.note(
-                f"student: {longer.epochs} epochs in place of {asked}: {longer.min_steps} steps or more "
+                f"student: {longer.epochs} epochs in place of {given}: {longer.min_steps} steps or more "
                 "(training.min_steps)"
             )
         view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
