@@ -89,11 +89,7 @@ class PixelFile:
         return 0
 
     def intact(self, on_progress: Callable[[int], None] = lambda blocks: None) -> NDArray[np.bool_]:
-        """Return which blocks match their checksums, [blocks].  Reads the whole file.
-
-        Args:
-            on_progress: called with the number of blocks read since the last call.
-        """
+        """Return which blocks match their checksums, [blocks].  Reads the whole file."""
         is_intact = np.zeros(self.blocks, np.bool_)
         with suppress(FileNotFoundError), self.open(write=False) as file:
             checksums = file.read_checksums(0, self.blocks)
@@ -277,11 +273,6 @@ class DecodeRequest:
 
 def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressReporter | None) -> Tensor | None:
     """Return the squares from a file of the cache, which is filled first if necessary.
-
-    Args:
-        request: the images.
-        share: of the free disk that they may take.
-        progress: receives the size, the progress, and a warning if the cache cannot be used.
 
     Returns:
         uint8 [N, *square_shape], memory-mapped and read-only; None if they cannot be cached on disk.

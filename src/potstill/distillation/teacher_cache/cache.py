@@ -147,9 +147,6 @@ class TeacherCache:
         Returns:
             Records [B, nbytes], zeros if missing; and which of them exist, [B].  A view's checksums are compared when
             it is first read: damaged records count as missing.
-
-        Raises:
-            StorageError: an I/O error.
         """
         try:
             state = self._view(view, ids)
@@ -214,11 +211,7 @@ class TeacherCache:
             state.added.clear()
 
     def close(self) -> None:
-        """Flush, and let another process write.  May be called twice.
-
-        Raises:
-            StorageError: as ``flush``.
-        """
+        """Flush, and let another process write.  May be called twice."""
         if self._closed:
             return
         try:
@@ -236,9 +229,6 @@ class TeacherCache:
 
         Args:
             views: number of views; None: all of the cache.
-
-        Raises:
-            StorageError: an I/O error.
         """
         no_ids = np.empty(0, np.int64)
         try:
@@ -248,11 +238,7 @@ class TeacherCache:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def damaged(self) -> list[tuple[int, int]]:
-        """Return (view, sample) of damaged records, which count as missing.
-
-        Raises:
-            StorageError: an I/O error.
-        """
+        """Return (view, sample) of damaged records, which count as missing."""
         self.coverage()
         return [(view, sample) for view, state in sorted(self._views.items()) for sample in state.damaged.tolist()]
 

@@ -306,9 +306,6 @@ class CacheManifest:
 
         The folder is renamed into place with its manifest, so that no other process sees it without one.  An existing
         folder only gets the manifest.
-
-        Raises:
-            StorageError: it cannot be written.
         """
         content = {**self._content(), "key": self.key, "facts": dict(self.facts)}
         if folder.exists():
