@@ -60,7 +60,7 @@ def verify(
         recorded, damaged = sum(cache.coverage()), cache.damaged()
     finally:
         cache.close()
-    found: dict[str, Any] = {"key": path.name, "intact": recorded, "damaged_blocks": len(damaged)}
+    found: dict[str, Any] = {"key": path.name, "intact": recorded, "damaged": len(damaged)}
     if recorded and cache.record.classes:  # embeddings are compared with their checksums only
         from potstill.experiment.cache_verification import verify_cache
 
@@ -73,7 +73,7 @@ def verify(
     sys.stdout.flush()
     if damaged:
         raise ArtifactError(
-            f"{path}: {len(damaged)} blocks are damaged; their records are not used, and the next run replaces them"
+            f"{path}: {len(damaged):,} records are damaged; they are not used, and the next run replaces them"
         )
     if found.get("same_class", 1.0) < MIN_AGREEMENT:
         raise ArtifactError(f"{path} does not agree with its teacher; remove it with `potstill cache rm {path.name}`")
@@ -174,7 +174,7 @@ def _format_time(seconds: float) -> str:
 def _verification_lines(found: dict[str, Any]) -> list[str]:
     from potstill.console import format_percent
 
-    lines = [f"{found['key']}: {found['intact']:,} records are intact, {found['damaged_blocks']} blocks are damaged"]
+    lines = [f"{found['key']}: {found['intact']:,} records are intact, {found['damaged']:,} are damaged"]
     if "compared" in found:
         lines.append(
             f"{found['compared']:,} of them recomputed: same top class for {format_percent(found['same_class'])}, "

@@ -276,11 +276,7 @@ def _read(path: Path, name: str, decode: bool, staged: "StagedSquares | None") -
 
 
 def check_images(images: ImageSet, source: str) -> list[str]:
-    """Read every image of a set; return the shape and SHA-256 of its pixels for each.
-
-    Raises:
-        DataError: images that cannot be read, as ``check_files``.
-    """
+    """Read every image of a set; return the shape and SHA-256 of its pixels for each."""
 
     def describe(i: int) -> str:
         pixels = images.pixels(i)

@@ -382,16 +382,7 @@ def _file_groups(
     key: str,
     notes: list[str],
 ) -> list[list[int]] | None:
-    """Return the outputs of a file that belong to each class; None if they are assumed to be in the data's order.
-
-    Args:
-        network: its settings.
-        names: of the outputs, as the file gives them.
-        count: of the outputs.
-        classes: of the data.
-        key: of the settings, for messages.
-        notes: receives what was assumed.
-    """
+    """Return the outputs of a file that belong to each class; None if they are assumed to be in the data's order."""
     source, theirs = str(network.weights), network.classes or (None if names is None else list(names))
     if theirs is not None:
         names = class_list(theirs) if isinstance(theirs, str) else theirs if isinstance(theirs, list) else names
@@ -601,12 +592,6 @@ def folder_name(images: ImageSet) -> str:
 
 def describe_training_views(loader: Loader, recipe: Recipe, data: DataSplits, epochs: int) -> dict[str, Any]:
     """Return what identifies the views that a student is trained on.
-
-    Args:
-        loader: of its training images.
-        recipe: with the stage's seed.
-        data: the splits of the loader.
-        epochs: planned epochs.
 
     Returns:
         ``count`` of different views of an image, ``augmentation_seed``, and ``sha256`` of all that determines the

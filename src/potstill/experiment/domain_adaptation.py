@@ -113,10 +113,6 @@ class Domains:
     def stage_data(self, stage: PlannedStage, models: Mapping[str, Classifier]) -> DataSplits:
         """Return the splits of a stage.
 
-        Args:
-            stage: to be trained.
-            models: trained models by stage, with the stage's teachers.
-
         Raises:
             UsageError: no prediction of the teacher is confident enough.
         """

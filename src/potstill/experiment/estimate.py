@@ -203,12 +203,6 @@ def estimate_stages(
     """Return the seconds that each stage will take, from one small batch of each of its networks with random weights.
 
     A stage whose networks cannot be built here, such as those of the user's own code, is left out.
-
-    Args:
-        recipe: of the run.
-        planned: the stages.
-        data: the splits.
-        compute: device, precision and process group.
     """
     seconds, known = dict[str, StageTime](), dict[tuple[str, int], tuple[float, float]]()
     train, val, views = len(data.train), len(data.val), recipe.teacher_cache.views

@@ -115,13 +115,6 @@ def open_run_folder(
 ) -> Iterator[RunFolder]:
     """Open the folder of a new or resumed run; it is locked inside the block.
 
-    Args:
-        output_dir: folder of the run folders.
-        name: name of the run folder.
-        processes: the process group, of which the first writes.
-        resume: continue an existing run.
-        overwrite: replace an existing run.
-
     Raises:
         UsageError, StorageError, ArtifactError: as ``RunFolder.create``.
         StorageError: a process does not see the folder that the first one has created.

@@ -153,10 +153,6 @@ def choose_networks(recipe: Recipe) -> tuple[Recipe, list[str]]:
 def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
     """Return the recipe with as many epochs for each network as ``training.min_steps`` requires.
 
-    Args:
-        recipe: of the run.
-        images: of the training split.
-
     Example:
         >>> from potstill.config.recipe import load_recipe
         >>> recipe = load_recipe("quickstart", ["training.min_steps=300", "training.epochs=12"])

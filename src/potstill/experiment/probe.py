@@ -474,11 +474,6 @@ def probe_teacher(
 def load_fold_heads(folder: Path, facts: dict[str, Any], data: DataSplits) -> FoldHeads | None:
     """Return the cross-fitted heads of a probe for these training images; None if there are none.
 
-    Args:
-        folder: of the model.
-        facts: of its model.json.
-        data: with these training images.
-
     Raises:
         ArtifactError: the file is missing or damaged.
     """

@@ -123,11 +123,6 @@ def check_other_folder(record: RunRecord, output_dir: Path, name: str) -> None:
 def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[str, str, str]]) -> None:
     """Check that the data are those of the recorded run.
 
-    Args:
-        record: of the run.
-        fingerprint: of the present data.
-        rows: (split, name, class) of each present image.
-
     Raises:
         DataError: the data have changed; lists some of the changes.
     """

@@ -46,11 +46,6 @@ def describe_test_evaluations(
 ) -> dict[str, Any]:
     """Return ``looks`` of results.json.
 
-    Args:
-        evaluations: as recorded, oldest first.
-        recipe: of the run.
-        planned: its stages.
-
     Returns:
         ``test_evaluations``: how often different sets of trained stages were evaluated on test; ``seeds``, and of these
         ``seeds_at_first_look`` and ``seeds_added_after_look``; ``epochs_added_after_look``; ``test_every_epoch``:
@@ -175,11 +170,6 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
 def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> None:
     """Check that the baseline of another run was trained as this run's would be.
 
-    Args:
-        folder: of the other run.
-        recipe: of this run, with its number of views.
-        data: of this run.
-
     Raises:
         UsageError: there is no baseline, or a setting of its training differs; names them.
         ArtifactError: a damaged file.
@@ -220,12 +210,7 @@ def check_same_data(folder: RunFolder, data: DataSplits) -> None:
 
 
 def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> list[str]:
-    """Return lines on the differences between a run's splits.csv and the present images.
-
-    Args:
-        folder: the run's.
-        rows: (split, name, class) of every image now.
-    """
+    """Return lines on the differences between a run's splits.csv and the present images."""
     try:
         known = _rows_by_name(read_bytes(folder.path / "splits.csv").decode("utf-8", "replace"))
     except (ArtifactError, csv.Error):

@@ -157,12 +157,7 @@ def apply_view_plan(recipe: Recipe, plan: ViewPlan) -> Recipe:
 
 
 def restore_view_plan(path: Path, recipe: Recipe) -> Recipe:
-    """For a run that goes on: "auto" means what it meant when the run began, whatever the number of epochs now.
-
-    Args:
-        path: recipe.yaml of the run folder.
-        recipe: as it is given now.
-    """
+    """For a run that goes on: "auto" means what it meant when the run began, whatever the number of epochs now."""
     before = load_recipe(path, data_needed=False, recorded=True).teacher_cache
     kept = {
         key: getattr(before, key)
@@ -427,12 +422,7 @@ def embedding_widths(distiller: Distiller) -> list[int]:
 
 
 def module_digest(module: nn.Module, without: str | None = None) -> str:
-    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function.
-
-    Args:
-        module: the network.
-        without: name of a module whose tensors are left out.
-    """
+    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function."""
     found = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if without is not None and name.rpartition(".")[0] == without:

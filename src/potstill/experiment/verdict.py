@@ -223,12 +223,7 @@ def cost_sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def time_sentence(stages: Mapping[str, Any], *, folds: bool = False) -> str:
-    """Return the training time beyond the baseline's, with that of teachers that were trained in this run.
-
-    Args:
-        stages: of results.json.
-        folds: they are those of the first fold.
-    """
+    """Return the training time beyond the baseline's, with that of teachers that were trained in this run."""
     taken = {name: finite_figure((stages[name] or {}).get("training"), "seconds") for name in sort_stages(stages)}
     baseline, distilled = taken.get("baseline"), taken.get("distilled")
     if baseline is None or distilled is None:
@@ -303,11 +298,7 @@ def unlabeled_sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def domain_sentence(comparison: Mapping[str, Any]) -> str:
-    """Return the results of domain adaptation: AdaBN alone, top-1 on the source, training images; "" without a target.
-
-    Args:
-        comparison: of results.json.
-    """
+    """Return what domain adaptation gave (AdaBN alone, top-1 on the source, images); "" without a target."""
     found = comparison.get("domain")
     if not found:
         return ""

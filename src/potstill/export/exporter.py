@@ -290,13 +290,7 @@ class _ExportedModule(nn.Module):
 def measure_exported_latency(
     predictors: Mapping[str, Predictor], image: NDArray[Any], spec: InputSpec
 ) -> dict[str, Any]:
-    """Return ``evaluation.cost.measure_latency`` of exported models.
-
-    Args:
-        predictors: name -> model.
-        image: input, a batch of one.
-        spec: of the network.
-    """
+    """Return ``evaluation.cost.measure_latency`` of exported models."""
     modules = {name: (_ExportedModule(predictor, image), spec) for name, predictor in predictors.items()}
     return measure_latency(modules, rounds=50, warmup=10)
 
@@ -429,16 +423,7 @@ def single_thread_latency(content: bytes, size: int) -> float:
 
 
 class Exporter:
-    """Converts, compares and measures one export.
-
-    Args:
-        folder: of the model, or its file of bare weights.
-        classifier: the model.
-        label: where it comes from, for messages.
-        options: already checked.
-        form: the export format.
-        note: called with each line of progress.
-    """
+    """Converts, compares and measures one export."""
 
     def __init__(
         self,

@@ -125,11 +125,7 @@ class Item:
     error: str | None = None
 
     def decode(self, spec: InputSpec) -> Pixels:
-        """Return its pixels, of a file as they are decoded for ``spec``.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """Return its pixels, of a file as they are decoded for ``spec``."""
         if self.error is not None:
             raise DataError(self.error)
         return decode(self.path, spec.range, decoded_side(spec)) if self.pixels is None else self.pixels
@@ -142,10 +138,6 @@ def is_video(path: Path) -> bool:
 
 def read_items(paths: Iterable[Path], every: int = 1) -> Iterator[Item]:
     """Yield each image, and of videos and cameras every n-th frame, from the first on.
-
-    Args:
-        paths: of images and videos.
-        every: n.
 
     Raises:
         UsageError: a video, and PyAV is not installed.
@@ -384,9 +376,6 @@ def write_table(path: Path, predictions: Iterable[Prediction], top: int, *, casc
         top: K, classes of each row.
         cascade: whether a teacher may have answered.
         video: whether there are frames.
-
-    Raises:
-        StorageError: it cannot be written.
     """
     ranks = range(1, top + 1)
     columns: dict[str, type] = {
@@ -443,10 +432,6 @@ def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> 
     """Return the given files, and all files in folders that are images by name or signature.
 
     Videos in folders are left out: their frames are many, and they are read where they are given themselves.
-
-    Args:
-        inputs: files and folders.
-        follow_links: also read links to folders, and to files outside of a folder.
 
     Raises:
         UsageError: paths that do not exist (names all).

@@ -117,11 +117,6 @@ def timm_config(model: Classifier) -> dict[str, Any] | None:
 def push(publication: Publication, *, private: bool = False, update: bool = False) -> str:
     """Create the repository and send the files in one commit; return the address of the commit.
 
-    Args:
-        publication: what to send.
-        private: only its owner sees the repository.
-        update: add a commit to a repository that exists.
-
     Raises:
         UsageError: no network, no token, a repository that exists, or one that may not be written.
     """

@@ -160,12 +160,7 @@ def logging_observer(
 
 
 def log_files(run: Path, observer: Observer) -> None:
-    """Send a finished run's report, results and recipe to its trackers, if any.
-
-    Args:
-        run: its folder.
-        observer: receives a warning if that fails.
-    """
+    """Send a finished run's report, results and recipe to its trackers, if any."""
     if not (run / LOGGERS_FILE).is_file():
         return
     try:

@@ -8,7 +8,6 @@ first part's share of a run.
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +62,6 @@ class AB(Method):
     ce_weight: Positive = option(
         default=1.0, doc="weight of the label term; above 0, as nothing else is left after the first part"
     )
-
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 69.47,
-        "cifar100/resnet110-resnet32": 70.98,
-        "cifar100/resnet32x4-resnet8x4": 73.17,
-        "cifar100/wrn_40_2-wrn_16_2": 72.50,
-        "cifar100/vgg13-vgg8": 70.94,
-        "cifar100/resnet32x4-shufflenetv1": 73.55,
-        "cifar100/wrn_40_2-shufflenetv1": 73.34,
-        "cifar100/resnet50-mobilenetv2": 67.20,
-        "cifar100/vgg13-mobilenetv2": 66.06,
-    }
 
     def __post_init__(self) -> None:
         self.needs = Requirements(maps="pairs", before_activation="both", epoch=self.init_share > 0)

@@ -60,7 +60,6 @@ class Method(nn.Module):
     name: ClassVar[str] = ""
     OPTIONS: ClassVar[dict[str, Option]] = {}  # made of what the class declares
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # the authors' options for one pair of networks, by its name
-    PUBLISHED: ClassVar[dict[str, float]] = {}  # top-1 of the student in percent, by the same names
 
     __signature__: ClassVar[inspect.Signature | None] = None
 

@@ -7,7 +7,7 @@ Memory: 2 N dim numbers for the banks, and B N for the comparison.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -215,20 +215,6 @@ class CRD(Method):
         default="exact", doc='"exact", the image itself; or "relax", a random image of its class'
     )
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
-
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 71.16,
-        "cifar100/resnet110-resnet32": 73.48,
-        "cifar100/resnet32x4-resnet8x4": 75.51,
-        "cifar100/wrn_40_2-wrn_16_2": 75.48,
-        "cifar100/vgg13-vgg8": 73.94,
-        "cifar100/resnet32x4-shufflenetv1": 75.11,
-        "cifar100/wrn_40_2-shufflenetv1": 76.05,
-        "cifar100/resnet50-mobilenetv2": 69.11,
-        "cifar100/vgg13-mobilenetv2": 69.73,
-        "imagenet/resnet34-resnet18": 71.17,
-        "imagenet/resnet50-mobilenetv1": 71.37,
-    }
 
     def __post_init__(self) -> None:
         self._constants_known = False

@@ -8,7 +8,7 @@ makes it K times weaker.  The student must have submodules ``head`` and ``head_d
 out their mean, as timm's ``deit_*_distilled`` do; any network of one's own with these two will do.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,12 +86,6 @@ class DeiTHard(Method):
     alpha: Share = option(
         default=0.5, doc="weight of the teacher (the paper's alpha, not that of method kd); labels get the rest"
     )
-
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "imagenet/regnety_160-deit_tiny_distilled": 74.5,
-        "imagenet/regnety_160-deit_small_distilled": 81.2,
-        "imagenet/regnety_160-deit_base_distilled": 83.4,
-    }
 
     @property
     def label_weight(self) -> float:

@@ -10,7 +10,6 @@ largest value of each cell; the first is done here.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -74,14 +73,6 @@ class FSP(Method):
     ce_weight: Positive = option(
         default=1.0, doc="weight of the label term; above 0, as nothing else is left after the first part"
     )
-
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 69.95,
-        "cifar100/resnet110-resnet32": 71.89,
-        "cifar100/resnet32x4-resnet8x4": 72.62,
-        "cifar100/wrn_40_2-wrn_16_2": 72.91,
-        "cifar100/vgg13-vgg8": 70.23,
-    }
 
     def __post_init__(self) -> None:
         self.needs = Requirements(maps="pairs", epoch=self.init_share > 0)

@@ -72,7 +72,6 @@ class MGD(Method):
         "cifar100/resnet32x4-resnet8x4": {"weight": 1.2e-3},
         "imagenet/resnet34-resnet18": {"weight": 7e-5},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {"imagenet/resnet34-resnet18": 71.58}
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

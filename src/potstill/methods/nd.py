@@ -78,14 +78,6 @@ class ND(Method):
         "cifar100/resnet32x4-shufflenetv1": {"kd_weight": 2.5, "weight": 1.5},
         "cifar100/resnet32x4-shufflenetv2": {"kd_weight": 4.0, "weight": 0.5},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 72.53,
-        "cifar100/resnet32x4-resnet8x4": 75.54,
-        "cifar100/resnet32x4-shufflenetv1": 75.45,
-        "cifar100/resnet50-mobilenetv2": 70.10,
-        "imagenet/resnet34-resnet18": 71.98,
-        "imagenet/resnet50-mobilenetv1": 72.77,
-    }
 
     def __post_init__(self) -> None:
         self.needs = Requirements(

@@ -132,10 +132,6 @@ class NKD(Method):
         "cifar100": {"temperature": 3.0, "gamma": 3.5},
         "imagenet": {"temperature": 1.0, "gamma": 1.5},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "imagenet/resnet34-resnet18": 71.96,
-        "imagenet/resnet50-mobilenetv1": 72.58,
-    }
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         require_three_classes("nkd", training.classes)

@@ -86,19 +86,6 @@ class NORM(Method):
         "imagenet/resnet34-resnet18": {"ce_weight": 1.0, "profile": "imagenet"},
         "imagenet/resnet50-mobilenetv1": {"ce_weight": 0.125, "profile": "imagenet"},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 71.35,
-        "cifar100/resnet110-resnet32": 73.67,
-        "cifar100/resnet32x4-resnet8x4": 76.49,
-        "cifar100/wrn_40_2-wrn_16_2": 75.65,
-        "cifar100/vgg13-vgg8": 73.95,
-        "cifar100/resnet32x4-shufflenetv1": 77.42,
-        "cifar100/wrn_40_2-shufflenetv1": 77.06,
-        "cifar100/resnet50-mobilenetv2": 70.56,
-        "cifar100/vgg13-mobilenetv2": 68.94,
-        "imagenet/resnet34-resnet18": 72.14,
-        "imagenet/resnet50-mobilenetv1": 74.26,
-    }
 
     def __post_init__(self) -> None:
         self.needs = Requirements(maps="last", epoch=True, soft_targets=self.kd_weight > 0)

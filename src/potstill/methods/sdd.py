@@ -7,7 +7,7 @@ both networks must end in average pooling and one linear layer.  The sum is divi
 scales do not weigh more; regions with twice the weight do.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -147,11 +147,6 @@ class SDD(Method):
     alpha: NonNegative = option(default=1.0, doc="weight of DKD's target-class part")
     beta: NonNegative = option(default=8.0, doc="weight of DKD's non-target part")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
-
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 75.59,
-        "cifar100/resnet32x4-shufflenetv1": 76.44,
-    }
 
     def __post_init__(self) -> None:
         if self.scales[:1] != [1]:

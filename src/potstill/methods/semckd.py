@@ -9,7 +9,6 @@ pairs of stages, each twice as wide as the teacher's stage: wide teachers make i
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -156,11 +155,6 @@ class SemCKD(Method):
     )
     reduction: Count = option(default=4, doc="the batch by the dimension of queries and keys, which is 2 at least")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
-
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 76.23,
-        "imagenet/resnet34-resnet18": 70.87,
-    }
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

@@ -8,7 +8,6 @@ label term and no KD.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +58,6 @@ class SimKD(Method):
     ce_weight: NonNegative = option(
         default=0.0, doc="weight of the label term, through the teacher's head; 0 in the paper"
     )
-
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 78.08,
-        "cifar100/resnet32x4-shufflenetv1": 77.18,
-        "imagenet/resnet34-resnet18": 71.66,
-    }
 
     def for_teachers(self, shares: Sequence[float]) -> Method:
         if len(shares) > 1:

@@ -6,8 +6,6 @@ The form of the released ImageNet code; that for DeiT students correlates featur
 smallest finite logarithm, not minus infinity.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -55,11 +53,6 @@ class SRD(Method):
 
     def __post_init__(self) -> None:
         self.needs = Requirements(embedding=True, several=True, soft_targets=self.kd_weight > 0)
-
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "imagenet/resnet34-resnet18": 71.63,
-        "imagenet/resnet50-mobilenetv1": 71.87,
-    }
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None

@@ -127,7 +127,6 @@ class USKD(Method):
         "cifar100": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
         "imagenet": {"alpha": 1.0, "beta": 0.1, "mu": 0.005},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {"imagenet/resnet18": 70.79}
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         require_three_classes("uskd", training.classes)

@@ -93,12 +93,6 @@ class WKDF(Method):
         "imagenet/resnet34-resnet18": {"weight": 0.02, "mean_weight": 2.0, "grid": 4, "projection": "bottleneck"},
         "imagenet/resnet50-mobilenetv1": {"weight": 0.02, "mean_weight": 2.0, "grid": 4, "projection": "bottleneck"},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 76.77,
-        "cifar100/wrn_40_2-shufflenetv1": 77.36,
-        "imagenet/resnet34-resnet18": 72.50,
-        "imagenet/resnet50-mobilenetv1": 73.12,
-    }
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
         assert teacher is not None  # needs.teacher: the Distiller has seen to it

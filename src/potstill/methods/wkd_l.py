@@ -154,12 +154,6 @@ class WKDL(Method):
         "imagenet/resnet34-resnet18": {"gamma": 30.0, "temperature": 2.0, "sharpness": 1.0},
         "imagenet/resnet50-mobilenetv1": {"gamma": 25.0, "temperature": 2.0, "sharpness": 2.0},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 76.53,
-        "cifar100/wrn_40_2-shufflenetv1": 76.72,
-        "imagenet/resnet34-resnet18": 72.49,
-        "imagenet/resnet50-mobilenetv1": 73.17,
-    }
 
     def __post_init__(self) -> None:
         self.needs = Requirements(teacher_head=True, labels=True, epoch=self.fade_after is not None)

@@ -441,9 +441,6 @@ def more_labels(run: Run) -> Advice | None:
 def expected_gain(points: Sequence[tuple[float, float]]) -> float:
     """Return the gain of accuracy by twice as many images, by a power law through the errors, least squares of logs.
 
-    Args:
-        points: (images, accuracy), two or more.
-
     Example:
         >>> expected_gain([(100, 0.6), (200, 0.7), (400, 0.775)])  # the error falls by a quarter with each doubling
         0.05625

@@ -159,12 +159,7 @@ class WorkerUnavailable(Exception):
 
 
 class WorkerClient:
-    """A worker process with the models, for one image at a time.
-
-    Args:
-        folders: model folders by stage, or the name of a model of the hub.
-        limits: time-outs.
-    """
+    """A worker process with the models, for one image at a time."""
 
     def __init__(self, folders: dict[str, Path], limits: ServerLimits) -> None:
         self.folders = {stage: str(folder) for stage, folder in folders.items()}

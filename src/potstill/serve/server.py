@@ -165,13 +165,7 @@ _IMAGE_BODY = {
 
 
 def create_app(worker: WorkerClient, name: str, known: Callable[[], dict[str, Path]]) -> FastAPI:
-    """Return the application, without the middleware.
-
-    Args:
-        worker: runs the models.
-        name: of the run with the models.
-        known: returns the runs to browse, by id.
-    """
+    """Return the application, without the middleware."""
     app = FastAPI(title="potstill", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     _add_error_handlers(app)
     _add_page(app)

@@ -60,9 +60,6 @@ class RecipeTrainings:
         int8: whether exported files are quantized.
         observer: receives progress.
         stopping: handles signals.
-
-    Raises:
-        PotstillError: the recipe or its data cannot be used.
     """
 
     def __init__(
@@ -490,11 +487,7 @@ def parse_duration(text: str) -> float:
 
 
 def repeat_command(found: Mapping[str, Any]) -> list[str]:
-    """Return the arguments of ``potstill run`` that train teacher, baseline and the winner without a search.
-
-    Args:
-        found: content of fit.json.
-    """
+    """Return the arguments of ``potstill run`` that train teacher, baseline and the winner without a search."""
     texts = {**found["winner"], **found["student_settings"]}
     texts["student.training.epochs"], texts["student.training.min_steps"] = str(found["final_epochs"]), "0"
     student = texts.pop("student.model")

@@ -297,10 +297,6 @@ class PrunedStudent:
     def finetune(self, start: Callable[[], "Classifier"], folder: Path) -> Path:
         """Fine-tune a pruned network; return its run folder.  What is finished already stays as it is.
 
-        Args:
-            start: returns the network to begin with, if none is saved yet.
-            folder: of the network, which gets its start and its run folder.
-
         Raises:
             UsageError: the folder has a network that was fine-tuned with other settings.
             PotstillError: as ``pipeline.run``.
@@ -403,9 +399,6 @@ class LossTest:
     2 % otherwise.  If it does not pass, it is a failure itself, so the next one is tested at 2 %, and if that does not
     pass, the search ends.  So the chance that any such file passes is at most 3 % + 2 % (Bonferroni over the
     failures), however many files are tried and however their errors depend on each other.
-
-    Args:
-        max_loss: points of accuracy.
     """
 
     def __init__(self, max_loss: float) -> None:

@@ -559,11 +559,7 @@ class _RequestExchange:
         self._interval, self._left, self._since = 1, 1, self.clock()
 
     def poll(self) -> bool:
-        """Return whether a checkpoint is due; all processes call this after a step.
-
-        Raises:
-            Stopped: any process received a signal.
-        """
+        """Return whether a checkpoint is due; all processes call this after a step."""
         self._left -= 1
         if self.processes.several and self._left > 0:
             return False

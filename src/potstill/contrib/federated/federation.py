@@ -71,12 +71,6 @@ class FederationOptions:
 class FederatedResults:
     """``federated.json``; written anew after each algorithm.
 
-    Args:
-        path: of the file.
-        options: of this run.
-        fingerprint: of the data.
-        resume: read the file if it exists.
-
     Raises:
         UsageError: the run to resume had other options or data.
         ArtifactError: its file is damaged.
@@ -190,9 +184,6 @@ def federate(
         data: in place of ``recipe.data.source``.
         observer: receives progress, notes and warnings.
         clients: remote clients with images of their own; None: simulate them in this process.
-
-    Raises:
-        PotstillError: any error that the user can correct.
     """
     check_recipe(recipe, options.algorithms)
     observer = observer or SilentObserver()

@@ -165,11 +165,7 @@ class Clients(Protocol):
 
 
 class InProcessClients:
-    """All clients one after the other in this process.
-
-    Args:
-        clients: by number.
-    """
+    """All clients one after the other in this process."""
 
     def __init__(self, clients: Mapping[int, Client]) -> None:
         self.clients = dict(clients)
@@ -307,11 +303,6 @@ class Server:
         self, observer: Observer, progress: ServerState | None = None, save: Callable[[ServerState], None] | None = None
     ) -> ServerState:
         """Train all rounds; the student ends with the weights of the best round on val.
-
-        Args:
-            observer: receives a note for each round, and warnings.
-            progress: of an interrupted run, to resume from.
-            save: receives the progress after each round.
 
         Raises:
             WorkerError: fewer clients than ``schedule.min_replies`` sent a valid reply.
@@ -490,12 +481,7 @@ _ARRAY_FIELDS = ("state", "best_state", "logits")
 
 
 class RoundCheckpoint:
-    """A checkpoint of the server's progress and of each client's memory, without the teacher, which is sent again.
-
-    Args:
-        path: of the file.
-        memories: of the clients in this process, by number.
-    """
+    """A checkpoint of the server's progress and of each client's memory, without the teacher, which is sent again."""
 
     def __init__(self, path: Path, memories: dict[int, Arrays]) -> None:
         self.path, self.memories = path, memories
@@ -510,11 +496,7 @@ class RoundCheckpoint:
         save_checkpoint(self.path, tensors, {"records": progress.records, "best": progress.best})
 
     def read(self) -> ServerState | None:
-        """Return the progress and restore the clients' memories; None without a checkpoint.
-
-        Raises:
-            ArtifactError: the file is damaged.
-        """
+        """Return the progress and restore the clients' memories; None without a checkpoint."""
         for memory in self.memories.values():
             memory.clear()  # of another algorithm
         if not self.path.exists():

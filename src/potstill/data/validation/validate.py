@@ -80,12 +80,7 @@ def summarize_findings(findings: Sequence[Finding]) -> tuple[FindingSummary, ...
 
 
 def save_summary(fingerprint: str, found: Sequence[FindingSummary]) -> None:
-    """Cache the summary of findings; errors of writing are ignored.
-
-    Args:
-        fingerprint: of the data.
-        found: the summary.
-    """
+    """Cache the summary of findings; errors of writing are ignored."""
     content = json.dumps([[each.kind, each.count, each.example] for each in found]).encode()
     with contextlib.suppress(StorageError):
         write_bytes(_summary_path(fingerprint), sha256_hex(content).encode(), content)
@@ -122,9 +117,6 @@ def quick_findings(data: DataSplits) -> tuple[FindingSummary, ...]:
     """Return the findings of ``potstill check`` on this data, else those found without reading a file again.
 
     The result is cached by the data's fingerprint.
-
-    Args:
-        data: loaded and checked.
 
     Returns:
         A summary by kind; errors first, unused images last.
@@ -232,12 +224,7 @@ def _common_root(images: ImageSet) -> Path | None:
 
 
 def cache_file_states(listing: Listing, table: ScanTable) -> None:
-    """Cache state and hash of the files that could be decoded, for the check of a run.
-
-    Args:
-        listing: of a folder or manifest.
-        table: scans of its entries.
-    """
+    """Cache state and hash of the files that could be decoded, for the check of a run."""
     states = map(tuple, table.rows["state"][table.good].tolist())
     contents = _contents(listing, table)
     read = {
