@@ -158,6 +158,22 @@ def test_the_table_aligns_stages_and_leaves_absent_ones_out() -> None:
     ]
 
 
+def test_a_student_without_classes_has_a_cosine_and_a_loss() -> None:
+    stage = {**STAGES["distilled"], "test": {"count": 9, "cosine": {"teacher": {"value": 0.61234}}}}
+    assert results_table({"distilled": stage}, agreement=True) == [
+        "           cosine to teacher  parameters   file  latency",
+        "distilled             0.6123      78,042  329 B  0.50 ms",
+    ]
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=120))
+    progress.stage("distilled", "")
+    progress.epoch_end({"epoch": 1, "best": True, "val": {"top1": None, "count": 0, "loss": 1.5}})
+    progress.stage_end("distilled", 2.0)
+    assert "val loss 1.5000" in out.getvalue()
+    assert "best epoch 1, val loss 1.5000" in out.getvalue()
+    assert "top-1" not in out.getvalue()
+
+
 def test_results_end_with_verdict_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     print_results({"stages": STAGES, "comparison": {"verdict": "It helped. " * 12}}, tmp_path / "report.html")
 

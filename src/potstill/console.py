@@ -116,17 +116,20 @@ class Progress:
 
     def epoch_end(self, record: dict[str, Any]) -> None:
         """Show the metrics of an epoch, a line of metrics.jsonl."""
-        val = format_percent(record.get("val", {}).get("top1"))
+        measured = record.get("val", {})
+        val = f"val top-1 {format_percent(measured.get('top1'))}"
+        if measured.get("count") == 0:  # no image has a class
+            val = f"val loss {measured['loss']:.4f}"
         if record.get("best"):
-            self._best = f"best epoch {record['epoch']}, val top-1 {val}"
+            self._best = f"best epoch {record['epoch']}, {val}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._epoch * self._images, val=f"val top-1 {val}", refresh=True)
+            self._bar.update(self._task, completed=self._epoch * self._images, val=val, refresh=True)
             return
         loss = record.get("train", {}).get("loss")
         parts = [
             f"{self._stage} epoch {record['epoch']}/{self._epochs}",
             f"loss {loss:.4f}" if isinstance(loss, float) else "",
-            f"val top-1 {val}",
+            val,
             f"{record['images_per_second']:,.0f} images/s" if record.get("images_per_second") else "",
             format_duration(record["seconds"]) if record.get("seconds") is not None else "",
             "best" if record.get("best") else "",

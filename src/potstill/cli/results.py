@@ -35,26 +35,34 @@ def print_results(results: Mapping[str, Any], page: Path | None) -> None:
 def results_table(stages: Mapping[str, Any], *, agreement: bool = False) -> list[str]:
     """Return the stages' test metrics as aligned lines.
 
-    ``agreement``: the labels are the teacher's predictions, so that top-1 is the agreement with it.
+    ``agreement``: the labels are the teacher's predictions, so that top-1 is the agreement with it.  Students without
+    classes have the cosine agreement with each teacher.
     """
-    rows = [("", "agreement", *_COLUMNS[2:]) if agreement else _COLUMNS]
+    tests = [stage.get("test") or {} for stage in stages.values()]
+    rows: list[tuple[str, ...]] = [("", "agreement", *_COLUMNS[2:]) if agreement else _COLUMNS]
+    teachers: dict[str, Any] = next((test["cosine"] for test in tests if "cosine" in test), {})
+    if teachers:
+        rows = [("", *(f"cosine to {name}" for name in teachers), *_COLUMNS[5:])]
     for name in sort_stages(stages):
         stage = stages[name]
         test, model = stage.get("test") or {}, stage.get("model") or {}
         p50 = (stage.get("latency_ms") or {}).get("p50")
+        metrics = [
+            *(format_percent(test.get(key)) for key in ("top1", "top3", "f1_macro")),
+            _format_metric(test.get("auc_macro")),
+        ]
+        if teachers:
+            metrics = [_format_metric(test["cosine"][teacher]["value"]) for teacher in teachers]
         rows.append(
             (
                 name,
-                format_percent(test.get("top1")),
-                format_percent(test.get("top3")),
-                format_percent(test.get("f1_macro")),
-                _format_metric(test.get("auc_macro")),
+                *metrics,
                 _format_count(model.get("parameters")),
                 format_bytes(model.get("file_bytes")),
                 "-" if p50 is None else f"{p50:.2f} ms",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         for row in rows

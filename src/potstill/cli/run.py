@@ -518,6 +518,8 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         name = f"{folder.resolve().name[:60]}-all"
         root = [] if folder.parent == Path("runs") else ["--output-dir", str(folder.parent)]
         next_command = ["potstill", "run", str(folder / "recipe.yaml"), "--set", "data.fold=all", "--name", name, *root]
+    if (results.get("without_labels") or {}).get("classes") is False:
+        next_command = ["potstill", "run", "RECIPE", "--data", "LABELED", "--student", str(folder)]
     models = (stage.get("model") or {} for stage in results["stages"].values())
     if next_command[1] == "predict" and any(is_code_reference(model.get("architecture", "")) for model in models):
         next_command = [*next_command, "--allow-code"]

@@ -49,6 +49,44 @@ def agreement(student: Probabilities | Array, teacher: Probabilities | Array) ->
     return {"agreement": same / student.shape[0], "kl_to_teacher": divergence / student.shape[0]}
 
 
+MAX_READ_OUT_IMAGES = 4_000  # that a linear map of embeddings is fitted on
+_PENALTIES = tuple(10.0**exponent for exponent in range(-2, 6))
+
+
+def cosine_agreement(fitted: tuple[Array, Array], held_out: tuple[Array, Array]) -> Array:
+    """Return how well a student's embeddings say linearly what its teacher's do: a cosine for each held-out image.
+
+    A linear map (ridge regression, whose penalty is chosen by leave-one-out error) from the student's to the teacher's
+    embeddings is fitted on other images.  The cosine is that of its output and the teacher's embedding, both minus the
+    teacher's mean embedding of the images that it was fitted on: the mean itself, which all images may have largely in
+    common, counts nothing.
+
+    Args:
+        fitted: embeddings of the same images by student [N, D] and teacher [N, E].
+        held_out: the same of other images, [M, D] and [M, E].
+
+    Returns:
+        [M], -1 to 1; 0 where an embedding is the mean.
+
+    Example:
+        >>> random = np.random.default_rng(0)
+        >>> teacher = random.normal(size=(60, 3)) + 9.0
+        >>> student = teacher @ random.normal(size=(3, 4))  # the same, in another basis
+        >>> cosine_agreement((student[:40], teacher[:40]), (student[40:], teacher[40:])).min() > 0.999
+        True
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    (ours, theirs), (new, wanted) = (tuple(each.astype(np.float64) for each in pair) for pair in (fitted, held_out))
+    center = theirs.mean(axis=0)
+    read_out = make_pipeline(StandardScaler(), RidgeCV(alphas=_PENALTIES)).fit(ours, theirs - center)
+    found, wanted = read_out.predict(new), wanted - center
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    return np.asarray((found * wanted).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny))
+
+
 def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
     """Return the class order of a model's outputs if it seems to differ from that of the labels.
 

@@ -74,6 +74,7 @@ from potstill.experiment.results import (
     describe_missing_labels,
     describe_run,
     describe_unlabeled,
+    evaluate_embeddings,
     evaluate_stages,
 )
 from potstill.experiment.resume import (
@@ -327,9 +328,11 @@ def run(
             facts_of_run["views_differ"] = _view_differences(models)
             for sentence in facts_of_run["views_differ"]:
                 experiment.warn(sentence)
-            if splits.teacher_labels:
-                splits = experiment.predicted
-            evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+            if splits.has_classes:
+                splits = experiment.predicted if splits.teacher_labels else splits
+                evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+            else:
+                evaluated = evaluate_embeddings(folder, experiment.models, recipe, splits, compute, facts_of_run)
         if not processes.first:
             return folder.path
         seconds = time.monotonic() - started
@@ -532,7 +535,7 @@ class _Experiment:
 
         The training images stay without labels for the losses.
         """
-        if self.predicted is not self.data:
+        if self.predicted is not self.data or not self.data.has_classes:
             return
         teachers = [name for name in self.models if stage_role(name) == "teacher"]
         found: dict[str, Any] = {}
@@ -750,11 +753,11 @@ class _Experiment:
             self.observer.note(estimate_further_seeds(self.recipe, remaining, student, len(self.data.train), compute))
 
     def _check_teacher(self, name: str) -> None:
-        if self.data.teacher_labels:
-            return  # its accuracy is unknown
         if _has_no_classes(self.recipe, name):
             self.observer.note(f"{name}: no classes, so no accuracy: its embeddings teach")
             return
+        if self.data.teacher_labels:
+            return  # its accuracy is unknown
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
         if "training" not in self.models[name].facts and "val" not in self.models[name].facts:

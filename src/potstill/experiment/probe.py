@@ -414,7 +414,7 @@ def probe_teacher(
             observer=observer,
         )
         label = f"{stage.name}: embeddings of {split if data.pool is None else 'all images'}"
-        run = partial(_embed, network, inference, layer, loader, label, observer, compute)
+        run = partial(embed_images, network, inference, layer, loader, label, observer, compute)
         embeddings[split], found = _read_or_run(cache, run, observer, compute)
         labels[split], cached = loader.labels, cached and found
     if data.pool is not None:
@@ -555,7 +555,7 @@ def _read_or_run(
             cache.close()
 
 
-def _embed(
+def embed_images(
     network: nn.Module,
     inference: InferenceSettings,
     layer: str,

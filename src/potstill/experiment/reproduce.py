@@ -151,9 +151,10 @@ def compare(record: RunRecord, repeated: RunFolder) -> ReproductionResult:
             lines.append(f"{stage}: the same weights, byte for byte")
         else:
             difference = largest_weight_difference(record.folder.stage(stage), repeated.stage(stage))
-            top1 = after[stage]["test"]["top1"] - before[stage]["test"]["top1"]
+            top1 = [found[stage]["test"].get("top1") for found in (before, after)]
+            changed = "" if None in top1 else f"top-1 on test {100 * (top1[1] - top1[0]):+.2f} points; "
             lines.append(
-                f"{stage}: other weights, by {difference:.3g} at most; top-1 on test {100 * top1:+.2f} points; "
+                f"{stage}: other weights, by {difference:.3g} at most; {changed}"
                 + largest_metric_difference(before[stage], after[stage])
             )
     changes = environment_differences(record.environment, repeated.read_environment())

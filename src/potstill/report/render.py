@@ -49,7 +49,7 @@ def data_context(run: Run) -> dict[str, Any] | None:
         ("Source domain", " · ".join(filter(None, map(before.get, ("source", "origin"))))),
         ("Target domain, of which all figures are" if before else "Source", data.get("source")),
         ("Split", data.get("origin")),
-        ("Classes", format_count(len(names))),
+        ("Classes", format_count(len(names)) if names else "none: neither images nor teacher name any"),
         (
             "Images",
             f"{format_count(sum(totals))} "

@@ -145,6 +145,13 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @property
+    def cosine_teachers(self) -> list[str]:
+        """The teachers whose embeddings those of a student without classes are compared with; [] for other runs."""
+        student = self.stages.get("distilled")
+        found = (student.metrics.get("test") or {}).get("cosine") if student is not None else None
+        return list(found) if isinstance(found, dict) else []
+
+    @property
     def shown_path(self) -> str:
         """``runs/NAME``, or of a fold ``runs/NAME/fold-2``; the full path is private."""
         parts = self.folder.resolve().parts

@@ -617,7 +617,12 @@ def _averaged_weights(student: nn.Module, average: ModelEma | None) -> Iterator[
 
 
 def selection_value(metric: str, record: EpochRecord) -> float:
-    """Return the selection metric with its sign such that more is better; undefined (AUC of one class) is worst."""
+    """Return the selection metric with its sign such that more is better; undefined (AUC of one class) is worst.
+
+    Where no image has a class, it is the loss.
+    """
+    if not record["count"]:
+        return -float(record["loss"])
     value = record[metric]
     if value is None:
         return -1e300
