@@ -126,10 +126,12 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
         if each.get("teacher") not in at_chance:
             teacher, baseline = each.get("teacher_val_top1"), each.get("baseline_val_top1")
             top1 = f"{format_percent(teacher)} against {format_percent(baseline)}"
-            sentences.append(
-                f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): train it longer or give a "
-                "better one."
+            advice = (
+                "it seems to have the classes in another order; the warnings of the run show the setting to write"
+                if each.get("other_class_order")
+                else "train it longer or give a better one"
             )
+            sentences.append(f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): {advice}.")
     sentences += [f"{str(each).rstrip('.')}." for each in comparison.get("views_differ") or []]
     return sentences
 
