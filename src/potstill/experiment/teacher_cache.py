@@ -21,7 +21,7 @@ from torch import nn
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distillation.cached_outputs import CachedTeacherOutputs, NullTeacherCache, TeacherCacheProtocol
+from potstill.distillation.cached_outputs import AnyTeacherCache, CachedTeacherOutputs, NullTeacherCache
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache, copy_from_wider
 from potstill.distillation.teacher_cache.record_format import FEW_CLASSES, RecordFormat, RecordKind
@@ -261,8 +261,8 @@ def open_caches(
     widths = embedding_widths(distiller) if method.needs.embedding else [0] * len(teachers)
     opened: list[TeacherCache] = []
 
-    def shelves_of(split: str, loader: Loader, kept: bool) -> dict[bool, list[TeacherCacheProtocol]]:
-        caches: dict[bool, list[TeacherCacheProtocol]] = {False: [], True: []}
+    def shelves_of(split: str, loader: Loader, kept: bool) -> dict[bool, list[AnyTeacherCache]]:
+        caches: dict[bool, list[AnyTeacherCache]] = {False: [], True: []}
         for second in (False, True) if split == "train" and method.needs.second == "strong" else (False,):
             for teacher, description, width in zip(teachers, described, widths, strict=True):
                 record = RecordFormat(kind, classes, width)
