@@ -79,11 +79,7 @@ def is_cacheable(method: Method) -> bool:
 
 
 def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
-    """How many views are drawn in turn, and whether and how answers are kept.
-
-    Raises:
-        UsageError: a kind of record that does not suffice for the method.
-    """
+    """How many views are drawn in turn, and whether and how answers are kept."""
     views = count_views(recipe)
     if recipe.teacher_cache.mode == "off" or not is_cacheable(method):
         return ViewPlan(views, None, False)
@@ -124,11 +120,7 @@ def count_views(recipe: Recipe) -> Views:
 
 
 def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
-    """What the recipe keeps of a teacher's logits; float16 where it leaves that open.
-
-    Raises:
-        UsageError: the 16 largest do not suffice for this method, or are all there are.
-    """
+    """What the recipe keeps of a teacher's logits; float16 where it leaves that open."""
     kind = recipe.teacher_cache.record
     if kind != "top16":
         return "float16" if kind == "auto" else kind

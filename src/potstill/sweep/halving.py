@@ -249,11 +249,6 @@ class HalvingSearch:
         Args:
             families: groups of students, each with its estimated milliseconds (None: unknown); of each group the first
                 one whose exported file is within the limits takes part.
-
-        Raises:
-            UsageError: the folder holds something else, or a search with other settings; no student is within the
-                limits; the budget is too small for one candidate.
-            PotstillError: as ``pipeline.run``.
         """
         self._open()
         if "seconds" in self.state:  # it is finished
@@ -382,9 +377,6 @@ class HalvingSearch:
             costs: of the trainings.
             pool: all candidates, the most promising first.
             before: seconds of what comes before the race.
-
-        Raises:
-            UsageError: not even one candidate fits.
         """
         base = min(self.trainings.base_epochs(each.student) for each in pool)
         if self.within is None:
