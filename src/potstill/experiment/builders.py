@@ -94,10 +94,6 @@ def build_network(
         network: one of its networks.
         classes: of the data, in order; ``NO_CLASSES``: the network gets a head that stays 0 and is not trained.
         value_range: [black, white] of the data's images of more than 8 bits; None: there are none.
-
-    Raises:
-        ArtifactError: weights of other classes without ``new_head``, or of another range; unreadable files.
-        UsageError: pretrained weights that are not available; class names that do not fit.
     """
     start = _build_network(recipe, network, classes)
     if network.head == "none" or classes == NO_CLASSES:
@@ -247,11 +243,7 @@ def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str,
 def _class_prompts(
     prompts: list[str] | dict[str, list[str]], classes: tuple[str, ...], key: str
 ) -> dict[str, list[str]]:
-    """Return the texts of each class; ``{}`` stands for its name, with spaces for underscores.
-
-    Raises:
-        UsageError: a class without prompts, or prompts of no class.
-    """
+    """Return the texts of each class; ``{}`` stands for its name, with spaces for underscores."""
     if isinstance(prompts, list):
         prompts = dict.fromkeys(classes, prompts)
     missing = [name for name in classes if name not in prompts]
@@ -568,11 +560,7 @@ def train_loader(
 
 
 def table_answers(network: nn.Module | None, images: ImageSet, unlabeled: ImageSet | None = None) -> Tensor | None:
-    """Return the answers of a table in the place of images, [N + M, K, 1, 1]; None if ``network`` is no table.
-
-    Raises:
-        DataError: an image without a row.
-    """
+    """Return the answers of a table in the place of images, [N + M, K, 1, 1]; None if ``network`` is no table."""
     table = None if network is None else find_table(network)
     if table is None:
         return None
@@ -690,11 +678,7 @@ def build_distiller(
     example: Tensor,
     label_loss: nn.Module,
 ) -> Distiller:
-    """Return a Distiller on the compute's device; each teacher gets images of its own size and normalisation.
-
-    Raises:
-        UsageError: networks that do not fit the method.
-    """
+    """Return a Distiller on the compute's device; each teacher gets images of its own size and normalisation."""
     if planned.feature_pairs and method.needs.maps == "none":
         raise UsageError(
             f"feature_pairs: method {describe_method(recipe.method)} compares no feature maps of student and "

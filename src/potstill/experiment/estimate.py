@@ -245,9 +245,6 @@ def _seconds_of_step_and_forward(name: str, size: int, classes: int, compute: Co
     """Return the seconds per image of a training step and of a forward pass alone.
 
     A network with hidden layers has no step, and a table takes no time.
-
-    Raises:
-        PotstillError: a network that cannot be built here, or needs its file.
     """
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         network = build_model(name, classes, size=size).to(compute.device)

@@ -114,12 +114,7 @@ _VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another mac
 def open_run_folder(
     output_dir: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
 ) -> Iterator[RunFolder]:
-    """Open the folder of a new or resumed run; it is locked inside the block.
-
-    Raises:
-        UsageError, StorageError, ArtifactError: as ``RunFolder.create``.
-        StorageError: a process does not see the folder that the first one has created.
-    """
+    """Open the folder of a new or resumed run; it is locked inside the block."""
     if processes.first:
         with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
             processes.share(None)
@@ -171,10 +166,6 @@ def run(
         reproduce: record of a run to repeat, on the same images and with the same number of threads.
         evaluate: False stops after training: no metrics on test, no results.json.  ``resume`` adds them later.
         baseline: folder of another run, whose baseline is used in place of training the same one again.
-
-    Raises:
-        PotstillError: any error that the user can correct; see ``potstill.errors`` for classes and exit codes.
-        Stopped: after a signal.
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in STAGE_GROUPS]

@@ -137,11 +137,7 @@ def is_video(path: Path) -> bool:
 
 
 def read_items(paths: Iterable[Path], every: int = 1) -> Iterator[Item]:
-    """Yield each image, and of videos and cameras every n-th frame, from the first on.
-
-    Raises:
-        UsageError: a video, and PyAV is not installed.
-    """
+    """Yield each image, and of videos and cameras every n-th frame, from the first on."""
     for path in paths:
         if is_video(path):
             yield from _read_frames(path, every)
@@ -348,11 +344,7 @@ _ROWS = 4096  # that a table keeps in memory
 
 
 def check_table(path: Path) -> None:
-    """Check that a table of predictions can be written.
-
-    Raises:
-        UsageError: another suffix than those of ``TABLE_SUFFIXES``, or Parquet without pyarrow.
-    """
+    """Check that a table of predictions can be written."""
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise UsageError(f"predictions are written to a file {' or '.join(TABLE_SUFFIXES)}, got {path}")
     if path.suffix.lower() == ".parquet":
@@ -432,10 +424,6 @@ def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> 
     """Return the given files, and all files in folders that are images by name or signature.
 
     Videos in folders are left out: their frames are many, and they are read where they are given themselves.
-
-    Raises:
-        UsageError: paths that do not exist (names all).
-        DataError: there is no image.
     """
     given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]

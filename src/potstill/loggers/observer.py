@@ -35,9 +35,6 @@ class LoggerThread:
     Args:
         name: of the logger, for messages.
         create: returns the logger; called in the thread.
-
-    Raises:
-        RuntimeError: the system allows no further thread.
     """
 
     def __init__(self, name: str, create: Callable[[], Logger]) -> None:

@@ -70,8 +70,7 @@ class AB(Method):
     def staged(self) -> bool:
         return self.init_share > 0
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         pairs = zip(student.outputs.maps, teacher.outputs.maps, strict=True)
         self.connectors = nn.ModuleList(_connector(ours.shape, theirs.shape) for ours, theirs in pairs)
 
@@ -79,8 +78,7 @@ class AB(Method):
         _, labels = active_terms(self.init_share, self)
         return super().label_terms(student, batch) if labels else {}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         boundaries, _ = active_terms(self.init_share, self)
         if not boundaries:
             return {}

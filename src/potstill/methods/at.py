@@ -79,7 +79,6 @@ class AT(Method):
     form: Literal["release", "paper"] = option(default="release", doc='"release" or "paper", see ``at_loss``')
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = at_loss(student.maps, teacher.maps, power=self.power, form=self.form)
         return {"attention": self.weight * loss}

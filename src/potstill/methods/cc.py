@@ -92,15 +92,13 @@ class CC(Method):
     order: Count = option(default=2, doc="order of the kernel form's series")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         self.embed_student = nn.Linear(student.outputs.embedding.shape[1], self.dim)
         self.embed_teacher = nn.Linear(teacher.outputs.embedding.shape[1], self.dim)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         ours, theirs = self.embed_student(student.embedding), self.embed_teacher(teacher.embedding)
         if self.form == "kernel":
             loss = cc_kernel_loss(ours, theirs, gamma=self.gamma, order=self.order)

@@ -219,8 +219,7 @@ class CRD(Method):
     def __post_init__(self) -> None:
         self._constants_known = False
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         if training.labels is None:
@@ -236,8 +235,7 @@ class CRD(Method):
         self.constants: Tensor
         self.register_buffer("constants", torch.zeros(2))  # 0: the first batch sets them
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if batch.index is None:
             raise UsageError(
                 "crd remembers every image by its sample id: pass index=, [B] positions in the training set"

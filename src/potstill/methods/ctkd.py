@@ -127,8 +127,7 @@ class CTKD(Method):
     def __post_init__(self) -> None:
         self.tau = nn.Parameter(torch.tensor(1.0))
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = ctkd_loss(
             student.logits,
             teacher.logits,

@@ -94,8 +94,7 @@ class DeiTHard(Method):
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"ce": (1 - self.alpha) * self.label_loss(head_logits(student, "head"), batch.targets)}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"hard": self.alpha * deit_hard_loss(head_logits(student, "head_dist"), teacher.logits)}
 
 
@@ -120,8 +119,7 @@ class DeiTSoft(Method):
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"ce": (1 - self.alpha) * self.label_loss(head_logits(student, "head"), batch.targets)}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = deit_soft_loss(
             head_logits(student, "head_dist"),
             teacher.logits,

@@ -151,8 +151,7 @@ class DIST(Method):
         "imagenet": {"temperature": 1.0},
     }
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         given = (student.logits, teacher.logits)
         return {
             "inter": self.beta * dist_inter_loss(*given, temperature=self.temperature),

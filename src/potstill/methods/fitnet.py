@@ -52,12 +52,10 @@ class FitNet(Method):
     weight: NonNegative = option(default=100.0, doc="weight of the hint; 100 in RepDistiller and mdistiller")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         (guided,), (hint,) = student.outputs.maps, teacher.outputs.maps
         self.adapter = ConvAdapter(guided.shape, hint.shape)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         (guided,), (hint,) = student.maps, teacher.maps
         return {"hint": self.weight * hint_loss(self.adapter(guided), hint)}

@@ -81,8 +81,7 @@ class FSP(Method):
     def staged(self) -> bool:
         return self.init_share > 0
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         if len(ours) < 2:
             raise UsageError(
@@ -98,7 +97,6 @@ class FSP(Method):
         _, labels = active_terms(self.init_share, self)
         return super().label_terms(student, batch) if labels else {}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         flow, _ = active_terms(self.init_share, self)
         return {"flow": self.weight * fsp_loss(student.maps, teacher.maps)} if flow else {}

@@ -128,8 +128,7 @@ class FT(Method):
         self.trained: Tensor
         self.register_buffer("trained", torch.tensor(False))
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = (side.outputs.maps[-1].shape[1] for side in (student, teacher))
         factor = max(1, int(theirs * self.rate))
         self.paraphraser = Paraphraser(theirs, factor).requires_grad_(False)
@@ -167,7 +166,6 @@ class FT(Method):
             self.paraphraser.eval()
         return self
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         theirs = self.paraphraser(teacher.maps[-1])
         return {"factors": self.weight * ft_loss(self.translator(student.maps[-1]), theirs, form=self.form)}

@@ -95,14 +95,12 @@ class ITRD(Method):
     alpha: Positive = option(default=1.5, doc="half the exponent of the correlation")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         self.embed = nn.Linear(student.outputs.embedding.shape[1], teacher.outputs.embedding.shape[1])
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.embedding is not None
         assert teacher.embedding is not None
         embedded = self.embed(student.embedding)

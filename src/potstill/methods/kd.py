@@ -77,8 +77,7 @@ class KD(Method):
     def soft_temperature(self) -> float | None:
         return self.temperature if self.confidence == "none" else None  # which is read at temperature 1
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if self.confidence == "none":
             loss = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
         else:

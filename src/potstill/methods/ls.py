@@ -93,8 +93,7 @@ class LS(MethodWrapper):
     def plain_label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return Method.plain_label_terms(self, student, batch)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # `logits_only` methods have one
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if student.logits.shape[1] < 3:
             raise UsageError("ls makes all logits of two classes alike: nothing is left to learn. Use method kd")
         terms = self.inner.distill(student.with_logits(standardise), teacher.with_logits(standardise), batch)

@@ -90,8 +90,7 @@ class ND(Method):
         length = super().warmup_length(epochs)
         return length and length + 1  # the weight begins at 0
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         inputs, outputs = student.outputs.embedding.shape[1], teacher.outputs.embedding.shape[1]
@@ -110,8 +109,7 @@ class ND(Method):
             counts += batch.labels.bincount(minlength=len(counts))
         self.class_means = sums / counts.clamp(min=1).unsqueeze(1)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.embedding is not None
         assert teacher.embedding is not None
         if not self._means_known:  # read once: it waits for the device

@@ -133,11 +133,10 @@ class NKD(Method):
         "imagenet": {"temperature": 1.0, "gamma": 1.5},
     }
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         require_three_classes("nkd", training.classes)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         require_three_classes("nkd", student.logits.shape[1])
         given = (student.logits, teacher.logits, batch.targets)
         return {

@@ -97,10 +97,7 @@ class NORM(Method):
         self.student_taps = ()  # of a student that was remodelled before
         return self
 
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
-        assert teacher_side is not None
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo) -> nn.Module:
         stage = student_side.stages[-1]
         require_module_output(stage, "norm")
         if isinstance(student, ModifiedStudent):
@@ -123,8 +120,7 @@ class NORM(Method):
         self.student_taps = (expanded.tap,)
         return expanded
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         (tap,) = self.student_taps
         scheduled = self.weight * self.scheduled()
         terms = {"matching": scheduled * norm_loss(student.features[tap], teacher.maps[-1])}

@@ -63,6 +63,5 @@ class NST(Method):
     weight: NonNegative = option(default=50.0, doc="weight of the discrepancies; 50 in RepDistiller")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"nst": self.weight * nst_loss(student.maps, teacher.maps)}

@@ -61,8 +61,7 @@ class PKT(Method):
     weight: NonNegative = option(default=30000.0, doc="weight of the neighbour probabilities")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.embedding is not None
         assert teacher.embedding is not None
         return {"neighbours": self.weight * pkt_loss(student.embedding, teacher.embedding)}

@@ -150,13 +150,11 @@ class ReviewKD(Method):
             several=True,  # BatchNorm of pooled features
         )
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = ([level.shape[1] for level in _levels(side.outputs)] for side in (student, teacher))
         self.review = Review(ours, theirs, max_mid=self.max_mid)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         targets = _levels(teacher)
         reviewed = self.review(_levels(student), [target.shape[2:] for target in targets])
         return {"review": self.weight * self.warmup(self.in_epochs("warmup_epochs")) * hcl_loss(reviewed, targets)}

@@ -99,8 +99,7 @@ class RKD(Method):
     angle_weight: NonNegative = option(default=50.0, doc="weight of the term on angles; 0 spares its memory")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.embedding is not None
         assert teacher.embedding is not None
         terms = {}

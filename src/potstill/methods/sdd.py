@@ -152,12 +152,11 @@ class SDD(Method):
         if self.scales[:1] != [1]:
             raise UsageError(f"scales must begin with 1, the whole image, got {self.scales}")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         if self.variant == "dkd":
             require_three_classes("sdd (dkd)", training.classes)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         ours, theirs = self.regions(student), self.regions(teacher)
         if self.variant == "kd":
             loss = sdd_kd_loss(ours, theirs, batch.labels, temperature=self.temperature)

@@ -67,10 +67,7 @@ class SimKD(Method):
         return self
 
     @torch.no_grad()
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
-        assert teacher_side is not None
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo) -> nn.Module:
         head, target = teacher_side.outputs.head, teacher_side.outputs.maps[-1]
         assert head is not None
         stage = student_side.stages[-1]
@@ -103,6 +100,5 @@ class SimKD(Method):
         self.student_taps = ("projector",)
         return joined
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"feature": self.weight * simkd_loss(student.features["projector"], teacher.maps[-1])}

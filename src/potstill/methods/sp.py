@@ -54,6 +54,5 @@ class SP(Method):
     weight: NonNegative = option(default=3000.0, doc="weight of the similarities")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"similarity": self.weight * sp_loss(student.maps[-1], teacher.maps[-1])}

@@ -107,14 +107,12 @@ class SRRL(Method):
             embedding=True, teacher_head=True, maps="last" if self.form == "map" else "none", several=True
         )
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert teacher.outputs.embedding is not None
         inputs = self._read(student.outputs).shape[1]
         self.connector = Connector(inputs, teacher.outputs.embedding.shape[1], pool=self.form == "map")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert teacher.embedding is not None
         assert teacher.head is not None
         connected = self.connector(self._read(student))

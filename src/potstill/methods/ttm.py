@@ -65,6 +65,5 @@ class TTM(Method):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"cifar100/vgg13-vgg8": {"gamma": 0.1, "weight": 45.0}}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"ttm": self.weight * ttm_loss(student.logits, teacher.logits, gamma=self.gamma)}

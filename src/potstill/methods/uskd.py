@@ -128,11 +128,11 @@ class USKD(Method):
         "imagenet": {"alpha": 1.0, "beta": 0.1, "mu": 0.005},
     }
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         require_three_classes("uskd", training.classes)
         self.weak_head = nn.Linear(_weak_map(student.outputs).shape[1], training.classes)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         weak = self.weak_head(_weak_map(student).mean(dim=(2, 3)))
         others = uskd_others_loss(student.logits, weak, batch.labels, form=self.form)
         return {

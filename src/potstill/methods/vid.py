@@ -79,15 +79,13 @@ class VID(Method):
     variance: Positive = option(default=5.0, doc="variance of every channel at the start", fixed=True)
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         pairs = zip(student.outputs.maps, teacher.outputs.maps, strict=True)
         self.predictions = nn.ModuleList(
             Prediction(ours.shape[1], theirs.shape[1], variance=self.variance) for ours, theirs in pairs
         )
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         losses = []
         for prediction, ours, theirs in zip(self.predictions, student.maps, teacher.maps, strict=True):
             assert isinstance(prediction, Prediction)

@@ -158,8 +158,7 @@ class WKDL(Method):
     def __post_init__(self) -> None:
         self.needs = Requirements(teacher_head=True, labels=True, epoch=self.fade_after is not None)
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # declared in `needs`, as is the head
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert teacher.outputs.head is not None
         require_three_classes("wkd_l", training.classes)
         self.cost: Tensor
@@ -174,8 +173,7 @@ class WKDL(Method):
         left = max(1, (self.epochs or 0) - start)
         return (1 + math.cos(math.pi * min(max((progress - start) / left, 0.0), 1.0))) / 2
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         given = (student.logits, teacher.logits, batch.labels)
         distance = wkd_distance_loss(
             *given,

@@ -69,7 +69,6 @@ class WSLD(Method):
         "imagenet": {"temperature": 2.0, "alpha": 2.5},
     }
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = wsld_loss(student.logits, teacher.logits, batch.labels, temperature=self.temperature)
         return {"wsld": self.alpha * loss}

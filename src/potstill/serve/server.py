@@ -311,10 +311,6 @@ def serve(
         output_dir: folder of runs to browse.
         on_start: called with the address of the page.
         limits: of requests.
-
-    Raises:
-        UsageError: a wildcard address, or one that cannot be bound; a risk that cannot be promised.
-        ArtifactError: no model, or a damaged one; no cascade.
     """
     limits = limits or ServerLimits()
     folders, cascade = (_model_folders(run), None) if risk is None else _cascade_folders(run, risk)

@@ -69,9 +69,6 @@ def average_states(states: Sequence[Arrays], images: Sequence[float]) -> Arrays:
     Returns:
         The weighted mean of floats (pooled for running variances), and the largest of whole numbers.
 
-    Raises:
-        DataError: there are no states, or no images.
-
     Example:
         >>> one, two = ({"w": np.array([value], np.float32)} for value in (1.0, 5.0))
         >>> average_states([one, two], [3, 1])["w"].tolist()
@@ -176,11 +173,7 @@ class InProcessClients:
         return sorted(self.clients)
 
     def send_and_receive(self, requests: Mapping[int, Message]) -> Replies:
-        """See ``Clients``.
-
-        Raises:
-            PotstillError: of a client, in reply to ``describe``, or if no client could reply.
-        """
+        """See ``Clients``."""
         result = Replies()
         errors: list[PotstillError] = []
         for number, request in requests.items():
@@ -241,9 +234,6 @@ class Server:
         public: unlabeled images, for algorithms that need them.
         teacher: for algorithms that need one.
         declared: client -> number of images, as of an earlier ``describe_clients``; no client may send more.
-
-    Raises:
-        UsageError: public images or the teacher are missing, or the schedule is out of range.
     """
 
     def __init__(
@@ -283,12 +273,7 @@ class Server:
         }
 
     def describe_clients(self) -> tuple[dict[int, int], dict[int, str]]:
-        """Request the clients' numbers of images; return these, and the errors of clients that cannot take part.
-
-        Raises:
-            PotstillError: of a client in this process that cannot take part.
-            WorkerError: too few clients can.
-        """
+        """Request the clients' numbers of images; return these, and the errors of clients that cannot take part."""
         result = self._send("describe", {}, 0)
         self._drop_invalid(result, {}, need_loss=False)
         if self.algorithm.sends == "logits":
@@ -302,12 +287,7 @@ class Server:
     def train(
         self, observer: Observer, progress: ServerState | None = None, save: Callable[[ServerState], None] | None = None
     ) -> ServerState:
-        """Train all rounds; the student ends with the weights of the best round on val.
-
-        Raises:
-            WorkerError: fewer clients than ``schedule.min_replies`` sent a valid reply.
-            NonFiniteError: none did, since all their numbers became NaN or infinite.
-        """
+        """Train all rounds; the student ends with the weights of the best round on val."""
         progress = progress or ServerState()
         if progress.state:
             self.student.module.load_state_dict(arrays_to_state_dict(progress.state))

@@ -52,6 +52,7 @@ class _View:
     """Which records of a view exist: a byte of memory a record."""
 
     present: NDArray[np.bool_]  # [N]
+    records: Bytes = field(default_factory=lambda: np.empty((0, 0), np.uint8))  # the file's memory map, once read
     damaged: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # whose checksums do not match
     read_at: int = -1  # modification time of the checksums, as last read
     added: list[tuple[Ids, list[int]]] = field(default_factory=list)  # ids and checksums that are not in the file yet
@@ -157,10 +158,10 @@ class TeacherCache:
                 self._refresh(view, state)
                 present = state.present[ids]
             if present.all():
-                return self._records(view)[ids], present
+                return self._records(view, state)[ids], present
             records = np.zeros((len(ids), self.record.nbytes), np.uint8)
             if present.any():
-                records[present] = self._records(view)[ids[present]]
+                records[present] = self._records(view, state)[ids[present]]
             return records, present
         except OSError as error:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
@@ -244,10 +245,13 @@ class TeacherCache:
         self.coverage()
         return [(view, sample) for view, state in sorted(self._views.items()) for sample in state.damaged.tolist()]
 
-    def _records(self, view: int) -> Bytes:
+    def _records(self, view: int, state: _View) -> Bytes:
         """Return the records of a view, shape [N, nbytes] or fewer if the file ends before; a memory map."""
-        found = self._file.mapped(view * self.samples, (view + 1) * self.samples)
-        return found[: len(found) // self.record.nbytes * self.record.nbytes].reshape(-1, self.record.nbytes)
+        if len(state.records) < self.samples:
+            found = self._file.mapped(view * self.samples, (view + 1) * self.samples)
+            size = self.record.nbytes
+            state.records = found[: len(found) // size * size].reshape(-1, size)
+        return state.records
 
     def _view(self, view: int, ids: Ids) -> _View:
         if view < 0 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.samples):
