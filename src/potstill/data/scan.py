@@ -292,6 +292,7 @@ _REASON_KINDS = (
     ("MiB of file", "oversize"),
     ("beyond the limits", "oversize"),
     ("needs the extra", "unreadable"),
+    ("is not supported", "unreadable"),
     ("truncated", "truncated"),
 )
 

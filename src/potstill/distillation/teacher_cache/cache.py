@@ -125,7 +125,9 @@ class TeacherCache:
                 file.close()
             except (StorageError, ArtifactError, OSError) as error:
                 # A folder may be moved away between any two of the calls above.
-                cause = error if isinstance(error, OSError) else error.__cause__
+                cause: BaseException = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
                 if new is None or not isinstance(cause, FileNotFoundError) or attempt == _OPEN_ATTEMPTS - 1:
                     if isinstance(error, OSError):
                         raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
