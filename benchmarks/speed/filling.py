@@ -1,8 +1,8 @@
-"""(d) Bytes on disk for each view of a sample; (g) views per second that the teacher answers while a store is filled, by
-those of the same teacher on a batch in memory: goal 0.95.
+"""(d) Bytes on disk for each view of a sample; (g) views per second that the teacher answers while a store is filled,
+by those of the same teacher on a batch in memory: goal 0.95.
 
-(d) counts the records and their checksums; the manifest takes one block of the file system besides.  (g) counts the
-input pipeline, the record and the last flush to disk on the side of the store, and nothing but the teacher on the other.
+(d) counts the records and their checksums; the manifest takes one block of the file system besides.  (g) counts input
+pipeline, record and the last flush to disk on the side of the store, and nothing but the teacher on the other.
 """
 
 import argparse
