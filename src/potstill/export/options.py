@@ -88,6 +88,7 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
 
     Raises:
         DataError: a model outside of a run, and no source.
+        UsageError: the run's own data is not there, and no source.
     """
     settings = run_data_settings(folder)
     if source is not None:
@@ -101,6 +102,16 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
         from potstill.data.settings import DataSettings
 
         return DataSettings(source=str(source))
+    if source is None:
+        from potstill.data.datasets import check_source
+
+        try:
+            check_source(settings)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}\nThe data of {folder} has moved, or its path is relative to the folder in which the run "
+                "began: name it with --data DIR"
+            ) from None
     return settings if source is None else settings.model_copy(update={"source": source, "target": None})
 
 
