@@ -176,7 +176,7 @@ class _Counts:
         return self.images / max(self._end - self._start, 1e-9)
 
     def _progress(self) -> str:
-        from potstill.console import format_duration
+        from potstill.formatting import format_duration
 
         speed = self._speed()
         if self.total is None:
@@ -406,14 +406,15 @@ def push(
 
     The way back: potstill predict hf-hub:REPO IMAGE
     """
-    from potstill.console import escape_control, format_bytes
+    from potstill.console import escape_control
     from potstill.export import push as publishing
+    from potstill.formatting import format_scaled
 
     publication = publishing.prepare(run, repository)
     if dry_run:
         kind = "private " if private else ""
         lines = [f"would be sent to the {kind}repository {repository}:", ""]
-        lines += [f"  {name:<18} {format_bytes(len(content))}" for name, content in publication.files.items()]
+        lines += [f"  {name:<18} {format_scaled(len(content), 'B')}" for name, content in publication.files.items()]
         sys.stdout.write(escape_control("\n".join([*lines, "", publication.card]), keep="\n"))
         return
     address = publishing.push(publication, private=private, update=update)

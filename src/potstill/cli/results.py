@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import sort_stages
-from potstill.console import TEXT_WIDTH, escape_control, format_bytes, format_percent, print_lines, print_report_path
+from potstill.console import TEXT_WIDTH, escape_control, print_lines, print_report_path
 from potstill.experiment.verdict import seeds_lines
-from potstill.formatting import format_names
+from potstill.formatting import (
+    format_count,
+    format_decimal,
+    format_milliseconds,
+    format_names,
+    format_percent,
+    format_scaled,
+)
 
 
 def print_results(results: Mapping[str, Any], page: Path | None) -> None:
@@ -49,17 +56,17 @@ def results_table(stages: Mapping[str, Any], *, agreement: bool = False) -> list
         p50 = (stage.get("latency_ms") or {}).get("p50")
         metrics = [
             *(format_percent(test.get(key)) for key in ("top1", "top3", "f1_macro")),
-            _format_metric(test.get("auc_macro")),
+            format_decimal(test.get("auc_macro")),
         ]
         if teachers:
-            metrics = [_format_metric(test["cosine"][teacher]["value"]) for teacher in teachers]
+            metrics = [format_decimal(test["cosine"][teacher]["value"]) for teacher in teachers]
         rows.append(
             (
                 name,
                 *metrics,
-                _format_count(model.get("parameters")),
-                format_bytes(model.get("file_bytes")),
-                "-" if p50 is None else f"{p50:.2f} ms",
+                format_count(model.get("parameters")),
+                format_scaled(model.get("file_bytes"), "B"),
+                format_milliseconds(p50),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -79,7 +86,7 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
     for key in percentages:
         yield f"{key:<16} {format_percent(metrics.get(key)):>8}"
     for key in numbers:
-        yield f"{key:<16} {_format_metric(metrics.get(key)):>8}"
+        yield f"{key:<16} {format_decimal(metrics.get(key)):>8}"
     names = [escape_control(str(row["class"])) for row in metrics.get("per_class", ())]
     width = max([len("class"), *map(len, names)])
     if names:
@@ -103,11 +110,3 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
 
 
 _COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
-
-
-def _format_metric(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _format_count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"

@@ -385,11 +385,6 @@ def fill_architectures(
 ) -> list[tuple[KeyPath, PotstillError]]:
     """Fill in, in place, ``model`` of each network from its ``weights``, and the model folder of a run.
 
-    Args:
-        value: the recipe's plain values.
-        allow_code: whether a model file may name code.
-        recorded: whether the recipe is that of a run folder, whose networks are not looked for.
-
     Returns:
         The keys whose weights cannot be used, each with the error.
     """
@@ -536,15 +531,7 @@ def _listed_prompts(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_class_file(file: str, key: str) -> list[str]:
-    """Return the class names in a text file, one per line.
-
-    Args:
-        file: its path.
-        key: the setting or flag that names the file, for messages.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+    """Return the class names in a text file, one per line."""
     path = Path(file).expanduser()
     try:
         text = path.read_bytes()[:_MAX_CLASS_FILE_BYTES].decode("utf-8-sig")

@@ -531,6 +531,11 @@ def _label_samples(
         raise DataError(
             f"{source}: {labeled.count(False)} of {len(labeled)} images have no class, for example {without}"
         )
+    if not any(labeled) and all(_directory(each) == "." for _, each in everything):
+        raise DataError(
+            f"{source}: no image has a class: give each a member KEY.cls, or KEY.json with the key label or class, "
+            "that follows or precedes it, or put the images of each class into a folder"
+        )
     texts = {split: [each.label or _directory(each) for _, each in found] for split, found in places.items()}
     used = {text for found in texts.values() for text in found}
     names = tuple(given) if given is not None else _names_of(used, source)

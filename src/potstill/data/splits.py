@@ -300,11 +300,6 @@ def fingerprint(
 ) -> str:
     """Return the SHA-256 of a data set's names, contents, labels and splits, independent of the order of its files.
 
-    Args:
-        parts: split -> images.
-        class_names: class id -> name.
-        contents: split -> content description of each image (size and hash).
-
     Returns:
         64 hex digits.
     """

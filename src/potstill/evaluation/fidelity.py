@@ -147,30 +147,6 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
     return total / (n * (n - 3))
 
 
-def linear_cka(first: Tensor, second: Tensor) -> float | None:
-    """Return the linear CKA of two representations of the same images, by the unbiased estimator.
-
-    1: equal up to rotation and scale; 0: unrelated (estimates may be slightly negative).
-
-    Args:
-        first: [n, ...], flattened to vectors.
-        second: [n, ...], vectors of any length.
-
-    Returns:
-        None if one of them is the same for all images.
-
-    Raises:
-        UsageError: fewer than 4 images, or different numbers.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [1.0, 3.0], [0.0, 0.0]])
-        >>> round(linear_cka(x, 3 * x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])), 6)
-        1.0
-    """
-    a, b = _gram_matrix(first), _gram_matrix(second)
-    return _normalized_hsic(float(hsic(a, b)), float(hsic(a, a)), float(hsic(b, b)))
-
-
 @dataclass(frozen=True)
 class StageSimilarity:
     """Linear CKA between the stages of a network and those of others.

@@ -68,10 +68,6 @@ def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -
 
     Returns:
         For each distilling stage: the text on its feature pairs and adapters, "" if there are none.
-
-    Raises:
-        UsageError: a stage that cannot be trained.
-        ArtifactError: weights that do not fit.
     """
     texts, networks = {}, dict[str, Classifier]()
     computes = [create_compute(recipe.stage_training(stage.name)) for stage in planned]
@@ -278,9 +274,6 @@ def check_data_requirements(
         target: whether the student learns on another domain, whose images have no labels.
         labeled: False: no image has a label.
         classes: False: nor does the teacher have any.
-
-    Raises:
-        UsageError: all conflicts, with what to do.
     """
     needs, name = method.needs, type(method).__name__
     instead = "--method kd --alpha 0" if classes else "--method cosine or srd"
@@ -340,9 +333,6 @@ def check_all(
 
     Returns:
         Data, device, and the texts of ``dry_run``.
-
-    Raises:
-        PotstillError: all problems in one message; its class, and so the exit code, is that of the first.
     """
     planned = plan_stages(recipe) if planned is None else planned
     settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}

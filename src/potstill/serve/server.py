@@ -181,13 +181,7 @@ _IMAGE_BODY = {
 
 
 def create_app(worker: WorkerClient, name: str, known: Callable[[], dict[str, Path]]) -> FastAPI:
-    """Return the application, without the middleware.
-
-    Args:
-        worker: runs the models.
-        name: of the run with the models.
-        known: returns the runs to browse, by id.
-    """
+    """Return the application, without the middleware."""
     app = FastAPI(title="potstill", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     _add_error_handlers(app)
     _add_page(app)
@@ -317,10 +311,6 @@ def serve(
         output_dir: folder of runs to browse.
         on_start: called with the address of the page.
         limits: of requests.
-
-    Raises:
-        UsageError: a wildcard address, or one that cannot be bound; a risk that cannot be promised.
-        ArtifactError: no model, or a damaged one; no cascade.
     """
     limits = limits or ServerLimits()
     folders, cascade = (_model_folders(run), None) if risk is None else _cascade_folders(run, risk)

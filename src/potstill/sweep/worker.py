@@ -114,9 +114,6 @@ def train_teachers(
         folder: of the search; the run folder is ``teacher`` in it.
         observer: receives progress.
         stopping: handles signals.
-
-    Raises:
-        PotstillError: as ``pipeline.run``.
     """
     from potstill.experiment.pipeline import run
 
@@ -171,9 +168,6 @@ def train_again(
         observer: receives progress.
         stopping: handles signals.
         evaluate: also evaluate them, on test too.
-
-    Raises:
-        PotstillError: as ``pipeline.run``.
     """
     from potstill.experiment.pipeline import run
 
