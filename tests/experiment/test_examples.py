@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from potstill.data.image_sets import ArraySet
+from potstill.data.image_sets import ArraySet, FileSet, read_pixels
+from potstill.data.transforms import preprocess
 from potstill.errors import DataError
+from potstill.evaluation.gradcam import grad_cam
 from potstill.evaluation.predictions import Predictions
 from potstill.experiment.examples import describe_examples
 from potstill.input_spec import InputSpec
@@ -50,6 +52,32 @@ class Corner(nn.Module):
 
 def classifier(module):
     return Classifier(module, "corner", NAMES, InputSpec(8, (0.0,) * 3, (1.0,) * 3))
+
+
+def test_large_jpeg_files_are_decoded_at_the_scale_that_suffices(tmp_path, monkeypatch):
+    """As the evaluation does: the heat map is that of the pixels which the prediction is of."""
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.jpg", quality=95)
+    files = FileSet(tmp_path, [f"{i}.jpg" for i in range(4)], LABELS)
+    shapes, read = [], FileSet.read
+
+    def spied(self, i, side=None):
+        found = read(self, i, side)
+        shapes.append(found.pixels.shape)
+        return found
+
+    monkeypatch.setattr(FileSet, "read", spied)
+    model = classifier(Corner(0, 1))
+    found = describe_examples({"distilled": model}, {"distilled": STUDENT}, files, NAMES)
+    assert sorted(set(shapes)) == [(150, 200, 3), (300, 400, 3)]  # 1/8 for 8 px, 1/4 for the thumbnail's 120 px
+    for name, each in found["images"].items():
+        pixels = read_pixels(files, int(name), 8)
+        (cam,) = grad_cam(model.module, preprocess(pixels, model.input)[None], [0])
+        assert each["gradcam"]["distilled"]["rows"] == [bytes((255 * row).round().int().tolist()).hex() for row in cam]
+        assert each["gradcam"]["distilled"]["region"] == [0.125, 0.0, 0.75, 1.0]
+        shown = Image.open(io.BytesIO(base64.b64decode(each["thumbnail"]["data"])))
+        assert shown.size == (120, 90)
 
 
 def images(pixels=None):

@@ -42,6 +42,19 @@ def saver(folder, **settings):
     )
 
 
+def test_the_end_of_a_short_training_has_no_checkpoint(tmp_path, clock):
+    """It is due as at any other time, unless it is to be kept, or each epoch has one."""
+    found = saver(tmp_path)
+    clock.now += 59.9
+    assert not found.is_due_at_end
+    clock.now += 0.2
+    assert found.is_due_at_end
+    found.save(1)
+    assert not found.is_due_at_end
+    assert saver(tmp_path, keep_checkpoint=True).is_due_at_end
+    assert saver(tmp_path, checkpoint_seconds=0).is_due_at_end
+
+
 @pytest.mark.parametrize(("cost", "interval"), [(0.1, 60), (3.0, 150), (16.0, 800)])
 def test_checkpoints_take_at_most_a_fiftieth_of_the_time(tmp_path, clock, monkeypatch, cost, interval):
     write = checkpointing.save_checkpoint

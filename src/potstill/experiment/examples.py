@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from potstill.data.image_io import Pixels
-from potstill.data.image_sets import ImageSet
+from potstill.data.image_sets import ImageSet, read_pixels
+from potstill.data.preprocessing import decoded_side
 from potstill.data.transforms import preprocess
 from potstill.errors import PotstillError
 from potstill.evaluation import Array
@@ -154,11 +155,12 @@ def describe_examples(
     labels = images.labels
     groups = select_examples({part: predictions[stage] for part, stage in parts.items()})
     chosen = list(dict.fromkeys(position for group in groups.values() for position in group.images))
-    pixels = _read_pixels(images, chosen)
+    thumbnails = {at: encode_thumbnail(pixels) for at, pixels in _read(images, chosen, THUMBNAIL_SIDE).items()}
     heat_maps, failed = _heat_maps(
         {stage: model for stage in (student, parts.get("teacher", "")) if (model := models.get(stage))},
         predictions,
-        pixels,
+        images,
+        list(thumbnails),
     )
     return {
         "schema": SCHEMA,
@@ -175,7 +177,7 @@ def describe_examples(
                 "predictions": {
                     stage: _describe_prediction(predictions[stage], position, class_names) for stage in parts.values()
                 },
-                "thumbnail": encode_thumbnail(pixels[position]) if position in pixels else None,
+                "thumbnail": thumbnails.get(position),
                 "gradcam": heat_maps.get(position, {}),
             }
             for position in chosen
@@ -189,32 +191,39 @@ def _describe_prediction(found: Predictions, position: int, class_names: Sequenc
     return {"class": class_names[int(found.predicted[position])], "probability": probability}
 
 
-def _read_pixels(images: ImageSet, positions: Sequence[int]) -> dict[int, Pixels]:
-    """Return the pixels of the images that can be read, by position."""
+def _read(images: ImageSet, positions: Sequence[int], side: int) -> dict[int, Pixels]:
+    """Return the pixels of the images that can be read, by position, as the evaluation decodes them for a square."""
     pixels: dict[int, Pixels] = {}
     for position in positions:
         with contextlib.suppress(PotstillError):
-            pixels[position] = images.pixels(position)
+            pixels[position] = read_pixels(images, position, side)
     return pixels
 
 
 def _heat_maps(
-    models: Mapping[str, Classifier], predictions: Mapping[str, Predictions], pixels: dict[int, Pixels]
+    models: Mapping[str, Classifier],
+    predictions: Mapping[str, Predictions],
+    images: ImageSet,
+    positions: Sequence[int],
 ) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
     """Return heat maps, position -> stage -> ``rows`` (two hex digits a field) and ``region``, and errors, stage ->
     message.
     """
-    heat_maps: dict[int, dict[str, Any]] = {position: {} for position in pixels}
+    heat_maps: dict[int, dict[str, Any]] = {position: {} for position in positions}
     failed: dict[str, str] = {}
-    positions = list(pixels)
+    by_side: dict[int, dict[int, Pixels]] = {}
     for stage, model in models.items():
         predicted = predictions[stage].predicted
         if (hidden := find_opaque(model.module)) is not None:
             failed[stage] = f"its layers are hidden: it is {hidden.label}"
             continue
+        side = decoded_side(model.input)
+        if side not in by_side:
+            by_side[side] = _read(images, positions, side)
+        pixels = by_side[side]
         try:
-            for start in range(0, len(positions), _CAM_BATCH):
-                part = positions[start : start + _CAM_BATCH]
+            for start in range(0, len(pixels), _CAM_BATCH):
+                part = list(pixels)[start : start + _CAM_BATCH]
                 maps = _grad_cam(
                     model, [pixels[position] for position in part], [int(predicted[position]) for position in part]
                 )

@@ -256,6 +256,16 @@ class Checkpointer:
         interval = max(_MIN_SECONDS, self._save_seconds / _MAX_TIME_FRACTION) if setting == "auto" else setting
         return time.monotonic() - self._last_save >= interval
 
+    @property
+    def is_due_at_end(self) -> bool:
+        """Whether the end of the training is worth a checkpoint, which goes as soon as the model is written.
+
+        With "auto" a short training has none, nor one that was saved a moment before: a process that dies until then
+        repeats no more than one that dies at another time, and the large state of a network that trains for seconds
+        would take more than the 2 % of its time.
+        """
+        return self.settings.checkpoint_seconds != "auto" or self.settings.keep_checkpoint or self.is_due
+
     def wait(self) -> None:
         """Wait for the background write, if there is one.
 
@@ -287,7 +297,7 @@ class Checkpointer:
             NonFiniteError: a weight is NaN or infinite; older checkpoints stay.
         """
         self.wait()
-        self._check_finite(epoch)
+        self.check_finite(epoch)
         random = self._random_states()
         started = self._last_save = time.monotonic()
         if not self.compute.processes.first:
@@ -396,7 +406,12 @@ class Checkpointer:
             for name, value in add_prefix(_random_state_prefix(rank), state).items()
         }
 
-    def _check_finite(self, epoch: int) -> None:
+    def check_finite(self, epoch: int) -> None:
+        """Check the trained weights after ``epoch`` whole epochs.
+
+        Raises:
+            NonFiniteError: one is NaN or infinite.
+        """
         named = self.distiller.trained_parameters()
         if not named:
             return

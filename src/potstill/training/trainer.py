@@ -292,14 +292,23 @@ class Trainer:
                 raise
             stop, due = self.requests.exchange()
             last = number + 1 == self.settings.epochs
-            if last or due or stop:
-                self.checkpointer.save(number + 1, background=not (last or stop))
+            if last and not stop:
+                self._save_at_end(number + 1)
+            elif due or stop:
+                self.checkpointer.save(number + 1, background=not stop)
             self.signals.check()
             state = self._new_epoch_state()
         if self.history.records[-1]["epoch"] != self.settings.epochs:
-            self.checkpointer.save(self.history.records[-1]["epoch"])
+            self._save_at_end(self.history.records[-1]["epoch"])
         self.distiller.student.load_state_dict(self.checkpointer.best)
         return self.history
+
+    def _save_at_end(self, epoch: int) -> None:
+        (due,) = self.compute.processes.highest(int(self.checkpointer.is_due_at_end))
+        if due:
+            self.checkpointer.save(epoch)
+        else:
+            self.checkpointer.check_finite(epoch)
 
     def _try_batch(self) -> None:
         """Run a step on a batch of zeros of the true size, so that too little memory is found now.
